@@ -1,0 +1,1 @@
+"""The contract on disk between the two stages: numpy and zarr only."""

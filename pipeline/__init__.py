@@ -1,0 +1,1 @@
+"""The command line: presets, overrides, consoles and run folders around `stages`."""

@@ -1,0 +1,1 @@
+"""The work itself: clips in, features, a trained student, videos out. `pipeline` drives it."""

@@ -1,0 +1,1 @@
+"""The built-in demo: a procedural dataset and tiny models of the official classes."""

@@ -1,0 +1,1 @@
+"""Video datasets in: shards, folders, decoding, geometry, prompts."""

@@ -1,0 +1,1 @@
+"""Stage one: a video dataset in, teacher, latents and text stores out."""

@@ -1,0 +1,1 @@
+"""Pictures of a store: frames, feature colours, implied flow."""

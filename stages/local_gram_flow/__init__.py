@@ -1,0 +1,1 @@
+"""Pure maths of the Local Gram Flow: similarities, loss, fusion, alignment."""

@@ -1,0 +1,56 @@
+"""How a stage tells of its progress without knowing a console; `pipeline.console` draws it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Task(Protocol):
+    """One bar: a known amount of work, advanced as it is done."""
+
+    def advance(self, amount: int = 1) -> None:
+        """Move the bar by `amount` units of the task's total."""
+
+    def note(self, text: str) -> None:
+        """Show a few words beside the bar, such as the current loss."""
+
+
+class Progress(Protocol):
+    """Opens bars and prints lines while they run."""
+
+    def task(
+        self, description: str, total: int | None, *, completed: int = 0, unit: str = "it"
+    ) -> "TaskContext":
+        """Open a bar; `total=None` for work of unknown size, `completed` for work resumed."""
+
+    def log(self, text: str) -> None:
+        """Print a line above the bars."""
+
+
+class TaskContext(Protocol):
+    """A bar for the length of a `with` block."""
+
+    def __enter__(self) -> Task: ...
+    def __exit__(self, *exc: object) -> bool | None: ...
+
+
+class _SilentTask:
+    def advance(self, amount: int = 1) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+
+class SilentProgress:
+    """Draws nothing: for tests, and for every rank but the first."""
+
+    @contextmanager
+    def task(
+        self, description: str, total: int | None, *, completed: int = 0, unit: str = "it"
+    ) -> Iterator[Task]:
+        """Open a bar nobody sees."""
+        yield _SilentTask()
+
+    def log(self, text: str) -> None:
+        """Drop the line."""

@@ -1,0 +1,1 @@
+"""Video from a base pipeline and the weights that a run trained."""

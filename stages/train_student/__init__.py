@@ -1,0 +1,1 @@
+"""Stage two: CogVideoX trained from the cache alone; never imports sam2."""
