@@ -1,1 +1,37 @@
-"""Pure maths of the Local Gram Flow: similarities, loss, fusion, alignment."""
+"""Pure maths of the Local Gram Flow: similarities, loss, fusion, grid and time alignment.
+
+Knows no files, devices, engines or loggers. Both stages, inspection and evaluation use it.
+"""
+
+from stages.local_gram_flow.alignment import (
+    frames_to_latents,
+    interpolation_weights,
+    latent_frame_of_frame,
+    latents_to_frames,
+    resample_to_grid,
+)
+from stages.local_gram_flow.fusion import Fusion, fuse_directions
+from stages.local_gram_flow.loss import Divergence, gram_flow_loss, implied_flow
+from stages.local_gram_flow.similarities import (
+    local_gram_flow,
+    neighbour_mask,
+    neighbour_offsets,
+    radius_of_window,
+)
+
+__all__ = [
+    "Divergence",
+    "Fusion",
+    "frames_to_latents",
+    "fuse_directions",
+    "gram_flow_loss",
+    "implied_flow",
+    "interpolation_weights",
+    "latent_frame_of_frame",
+    "latents_to_frames",
+    "local_gram_flow",
+    "neighbour_mask",
+    "neighbour_offsets",
+    "radius_of_window",
+    "resample_to_grid",
+]
