@@ -105,7 +105,7 @@ class _WindowProducts(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         queries_NHWC, keys_NHWC = ctx.saved_tensors
         radius = ctx.radius
-        N, H, W, C = queries_NHWC.shape
+        N, H, W, _ = queries_NHWC.shape
         side = 2 * radius + 1
         gradient = gradients[0].reshape(N, H, W, side, side)
         keys_padded = _pad(keys_NHWC, radius)

@@ -22,7 +22,7 @@ class ObjectiveConfig(Section):
     temperature: float = Field(default=0.1, gt=0.0)
     """Temperature of the softmax over neighbours; 0.1 is usual."""
     divergence: Literal["kl", "l2"] = "kl"
-    """KL between the distributions (the paper), or mean squared error of similarities (ablation)."""
+    """KL of the distributions (the paper), or squared error of the similarities (ablation)."""
     projector_widths: tuple[int, int, int] = (512, 256, 256)
     """Widths of the projector's layers."""
 
@@ -91,7 +91,7 @@ class TrainConfig(Section):
     """Steps between rows of the console's table."""
     loader_workers: int = Field(default=2, ge=0)
     """Processes per rank that read the cache; 0 reads in the training process."""
-    stores: dict[str, str] = {}
+    stores: dict[str, str] = Field(default_factory=dict)
     """Which store of a kind to read when the cache holds several: kind -> folder name."""
     objective: ObjectiveConfig = ObjectiveConfig()
     lora: LoraSettings = LoraSettings()

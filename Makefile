@@ -1,0 +1,75 @@
+# Every target makes the environment by itself when it is missing or older than the lock file.
+#   make demo                                   the whole road on the built-in demo
+#   make extract-features CONFIG=my.yaml ARGS="extract.device=cuda:1"
+#   make train CONFIG=cogvideox-5b-lora
+#   make sample PROMPT="a dog runs over a meadow"
+
+PYTHON ?= python3
+VENV   ?= .venv
+CONFIG ?= demo
+ARGS   ?=
+PROMPT ?=
+OUT    ?=
+NAME   ?=
+
+TORCH       := torch==2.13.0
+TORCHVISION := torchvision==0.28.0
+# A machine with an NVIDIA driver gets torchvision, which sam2 lists but its tracker does not use;
+# without CUDA the plain torchvision wheel does not fit a CPU build of torch. CUDA=1 or 0 overrides.
+CUDA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 1 || echo 0)
+
+BIN       := $(VENV)/bin
+PIP       := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+RUN       := $(BIN)/sam2vx-pipeline
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo extract-features train sample test lint typecheck check lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
+
+install: $(INSTALLED)  ## the environment in .venv, from requirements.lock
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo "$(PYTHON) is not Python 3.11 or 3.12; name one: make install PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet setuptools wheel $(TORCH) $(if $(filter 1,$(CUDA)),$(TORCHVISION))
+	DS_BUILD_OPS=0 SAM2_BUILD_CUDA=0 $(PIP) install --quiet --no-deps --no-build-isolation \
+	  --require-hashes -r requirements.lock
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: install  ## the whole road on the built-in demo: data, features, training, a video, a picture
+	$(RUN) demo $(ARGS)
+
+extract-features: install  ## stage one (CONFIG=preset or file, ARGS="dotted.key=value …")
+	$(RUN) extract-features --config $(CONFIG) $(ARGS)
+
+# On the demo preset stage one goes first, since it is quick and skips what is there.
+train: install $(if $(filter demo,$(CONFIG)),extract-features)  ## stage two, resumed where it stopped
+	$(RUN) train --config $(CONFIG) $(if $(filter demo,$(CONFIG)),,$(ARGS))
+
+sample: install  ## a video: make sample PROMPT="…" [OUT=video.mp4]
+	@test -n "$(PROMPT)" || { echo 'say what to draw: make sample PROMPT="a quadruped walks to the left"'; exit 2; }
+	$(RUN) sample --config $(CONFIG) --prompt "$(PROMPT)" $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+test: install  ## the default tests: CPU only, offline
+	$(BIN)/python -m pytest
+
+lint: install  ## style, formatting, import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+typecheck: install  ## mypy
+	$(BIN)/mypy
+
+check: lint typecheck test  ## all of them
+
+lock: install  ## remake requirements.lock from pyproject.toml (needs uv)
+	.ci/lock
+
+clean:  ## remove the environment, the demo and caches; data, checkpoints and runs stay
+	rm -rf $(VENV) demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
