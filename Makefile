@@ -14,6 +14,7 @@ NAME   ?=
 
 TORCH       := torch==2.13.0
 TORCHVISION := torchvision==0.28.0
+BUILD_TOOLS := $(shell grep -oE '^(setuptools|wheel)==[^ ]+' requirements.lock)
 # A machine with an NVIDIA driver gets torchvision, which sam2 lists but its tracker does not use;
 # without CUDA the plain torchvision wheel does not fit a CPU build of torch. CUDA=1 or 0 overrides.
 CUDA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 1 || echo 0)
@@ -35,7 +36,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
 	  { echo "$(PYTHON) is not Python 3.11 or 3.12; name one: make install PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet setuptools wheel $(TORCH) $(if $(filter 1,$(CUDA)),$(TORCHVISION))
+	$(PIP) install --quiet $(BUILD_TOOLS) $(TORCH) $(if $(filter 1,$(CUDA)),$(TORCHVISION))
 	DS_BUILD_OPS=0 SAM2_BUILD_CUDA=0 $(PIP) install --quiet --no-deps --no-build-isolation \
 	  --require-hashes -r requirements.lock
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
