@@ -1,1 +1,27 @@
 """Video datasets in: shards, folders, decoding, geometry, prompts."""
+
+from stages.clips.config import ClipsConfig
+from stages.clips.dataset import ClipDataset, InputShard, open_dataset
+from stages.clips.geometry import FrameGeometry
+from stages.clips.loading import load_clip
+from stages.clips.prompts import SubjectPrompt
+from stages.clips.records import BadRecord, Clip, ClipRecord, ClipSkipped
+from stages.clips.video import VideoError, encode_video, read_video, write_video
+
+__all__ = [
+    "BadRecord",
+    "Clip",
+    "ClipDataset",
+    "ClipRecord",
+    "ClipSkipped",
+    "ClipsConfig",
+    "FrameGeometry",
+    "InputShard",
+    "SubjectPrompt",
+    "VideoError",
+    "encode_video",
+    "load_clip",
+    "open_dataset",
+    "read_video",
+    "write_video",
+]

@@ -1,0 +1,62 @@
+"""Clip keys: the names that join a clip's entries across stores; used by both dataset forms."""
+
+import hashlib
+
+VIDEO_SUFFIXES = ("mp4", "mov", "m4v", "mkv", "webm", "avi", "mpg", "mpeg")
+"""File suffixes taken for videos, lower case."""
+
+MAX_KEY_BYTES = 1024
+"""Longest key a store accepts, in UTF-8."""
+
+
+class KeyBook:
+    """Hands out every key once.
+
+    A taken or unusable key must still be recorded as a bad record, under a key of its own.
+    """
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def claim(self, key: str) -> str | None:
+        """Why `key` cannot be used, or None after taking it."""
+        if key in self._taken:
+            return f"a second entry has the key {key!r}"
+        if problem := key_problem(key):
+            return problem
+        self._taken.add(key)
+        return None
+
+    def stand_in(self, key: str) -> str:
+        """A usable free key that resembles `key`, taken at once."""
+        readable = key if key_problem(key) is None else _printable(key)
+        number = 2
+        while (candidate := f"{readable} ({number})") in self._taken:
+            number += 1
+        self._taken.add(candidate)
+        return candidate
+
+
+def key_problem(key: str) -> str | None:
+    """Why no store would take `key`, or None."""
+    if not key:
+        return "the key is empty"
+    try:
+        size = len(key.encode("utf-8"))
+    except UnicodeEncodeError:
+        return f"the key {_printable(key)!r} is not UTF-8"
+    if size > MAX_KEY_BYTES - 16:  # leaves room for a stand-in's number
+        return f"the key has {size} bytes, at most {MAX_KEY_BYTES - 16} fit"
+    if not key.isprintable():
+        return f"the key {_printable(key)!r} holds control characters"
+    return None
+
+
+def _printable(key: str) -> str:
+    escaped = "".join(
+        letter if letter.isprintable() else f"\\x{ord(letter) & 0xFFFF:02x}" for letter in key
+    )
+    if len(escaped.encode("utf-8")) <= 200 and escaped:
+        return escaped
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{escaped[:40]}…{digest}"

@@ -1,0 +1,117 @@
+"""Where the subject is on the first frame; read from datasets, given to the tracker."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from stages.clips.geometry import FrameGeometry
+
+# Legend: H W pixels, N points.
+
+PromptKind = Literal["mask", "box", "points"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SubjectPrompt:
+    """Exactly one of a mask, a box, or points, in pixels of some frame.
+
+    Raises:
+        ValueError: None or several are given, or the one given is empty or malformed.
+    """
+
+    mask_HW: np.ndarray | None = None
+    """bool [H, W], at least one pixel set."""
+    box_xyxy: tuple[float, float, float, float] | None = None
+    """x0, y0, x1, y1 with x0 < x1 and y0 < y1; right and bottom edges exclusive."""
+    points_xy: np.ndarray | None = None
+    """float64 [N, 2], N >= 1."""
+    point_labels: np.ndarray | None = None
+    """int64 [N], 1 on the subject and 0 off it; at least one 1."""
+
+    def __post_init__(self) -> None:
+        given = [
+            name
+            for name, value in (
+                ("mask", self.mask_HW),
+                ("box", self.box_xyxy),
+                ("points", self.points_xy),
+            )
+            if value is not None
+        ]
+        if len(given) != 1:
+            raise ValueError(f"a prompt is a mask, a box or points; got {given or 'none of them'}")
+        if self.mask_HW is not None:
+            _check_mask(self.mask_HW)
+        elif self.box_xyxy is not None:
+            _check_box(self.box_xyxy)
+        elif self.points_xy is not None:
+            _check_points(self.points_xy, self.point_labels)
+
+    @property
+    def kind(self) -> PromptKind:
+        """Which of the three it is."""
+        if self.mask_HW is not None:
+            return "mask"
+        return "box" if self.box_xyxy is not None else "points"
+
+    def on_training_frame(self, geometry: FrameGeometry) -> "SubjectPrompt":
+        """The prompt in the pixels of the training frame.
+
+        Boxes are clipped to the frame; points that the crop cut away are dropped.
+
+        Raises:
+            ValueError: Nothing of the subject is left inside the crop, or the mask has another
+                size than the source.
+        """
+        if self.mask_HW is not None:
+            mask_HW = geometry.mask(self.mask_HW)
+            if not mask_HW.any():
+                raise ValueError("the mask lies outside the centre crop, or vanishes at its size")
+            return SubjectPrompt(mask_HW=mask_HW)
+        if self.box_xyxy is not None:
+            return SubjectPrompt(box_xyxy=_crop_box(self.box_xyxy, geometry))
+        assert self.points_xy is not None and self.point_labels is not None
+        points_xy = geometry.points(self.points_xy)
+        inside = ((points_xy >= 0) & (points_xy < (geometry.width, geometry.height))).all(axis=1)
+        if not (self.point_labels[inside] == 1).any():
+            raise ValueError("no point on the subject lies inside the centre crop")
+        return SubjectPrompt(points_xy=points_xy[inside], point_labels=self.point_labels[inside])
+
+
+def _check_mask(mask_HW: np.ndarray) -> None:
+    if mask_HW.ndim != 2 or mask_HW.dtype != np.bool_:
+        raise ValueError(f"mask must be bool [H, W], got {mask_HW.dtype} {mask_HW.shape}")
+    if not mask_HW.any():
+        raise ValueError("the mask is empty: no pixel is on the subject")
+
+
+def _check_box(box_xyxy: tuple[float, float, float, float]) -> None:
+    x0, y0, x1, y1 = box_xyxy
+    if not (np.isfinite(box_xyxy).all() and x0 < x1 and y0 < y1):
+        raise ValueError(f"box_xyxy must be finite with x0 < x1 and y0 < y1, got {box_xyxy}")
+
+
+def _check_points(points_xy: np.ndarray, labels: np.ndarray | None) -> None:
+    if points_xy.ndim != 2 or points_xy.shape[1:] != (2,) or len(points_xy) == 0:
+        raise ValueError(f"points must be a list of x, y pairs, got shape {points_xy.shape}")
+    if labels is None or labels.shape != (len(points_xy),):
+        got = None if labels is None else labels.shape
+        raise ValueError(
+            f"point_labels must hold one label per point ({len(points_xy)}), got {got}"
+        )
+    if not np.isin(labels, (0, 1)).all() or not (labels == 1).any():
+        raise ValueError(
+            "point_labels must be 0 or 1 with at least one 1 (on the subject), "
+            f"got {labels.tolist()}"
+        )
+
+
+def _crop_box(
+    box_xyxy: tuple[float, float, float, float], geometry: FrameGeometry
+) -> tuple[float, float, float, float]:
+    corners_22 = geometry.points(np.array(box_xyxy, dtype=np.float64).reshape(2, 2))
+    (x0, y0), (x1, y1) = np.clip(corners_22, 0, (geometry.width, geometry.height)).tolist()
+    if not (x0 < x1 and y0 < y1):
+        raise ValueError(f"box_xyxy {box_xyxy} lies outside the centre crop")
+    return (x0, y0, x1, y1)

@@ -1,0 +1,62 @@
+"""What a dataset holds and what loading makes of it; the vocabulary of `stages.clips`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from stages.clips.geometry import FrameGeometry
+from stages.clips.prompts import SubjectPrompt
+
+# Legend: T frame, H W pixels, C colour (RGB).
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ClipRecord:
+    """One clip as the dataset has it: nothing decoded, prompts in source pixels."""
+
+    key: str
+    """Unique in the dataset; never used as a path."""
+    video: bytes | Path
+    """The encoded file, or where it lies."""
+    caption: str | None
+    prompt: SubjectPrompt | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BadRecord:
+    """An entry of the dataset that is no clip, and why; to be recorded, never dropped."""
+
+    key: str
+    """Unique in the dataset, like a clip's; a second entry under a taken key gets a suffix."""
+    reason: str
+    """bad_record or bad_prompt."""
+    detail: str
+
+
+class ClipSkipped(Exception):  # noqa: N818 - an outcome that callers record, not a failure
+    """A clip that cannot be used.
+
+    Attributes:
+        reason: A slug: undecodable, too_short, fps_too_low, bad_prompt, bad_record; callers add
+            no_prompt and no_caption where they need one.
+        detail: One line for people.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Clip:
+    """A decoded clip at the training size, rate and length."""
+
+    key: str
+    frames_THWC: np.ndarray
+    """uint8 [num_frames, height, width, 3], RGB."""
+    caption: str | None
+    prompt: SubjectPrompt | None
+    """In training-frame pixels, on frame 0."""
+    geometry: FrameGeometry

@@ -1,0 +1,201 @@
+"""Video files in and out through PyAV: the only place that decodes or encodes.
+
+Used by `stages.clips.loading`, by the demo's generator, and by whatever writes a video.
+"""
+
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+# Legend: T frame, H W pixels, C colour (RGB).
+
+_FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,ivf,h264,hevc,m4v"
+# FFmpeg guesses the container from the content; a playlist named .mp4 could otherwise make it open
+# other files or addresses.
+
+
+class VideoError(ValueError):
+    """A file that cannot be decoded as video."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frame:
+    """One decoded frame, upright."""
+
+    image_HWC: np.ndarray
+    """uint8 [H, W, 3]."""
+    time: Fraction
+    """Seconds at which it appears; the first frame's need not be 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoInfo:
+    """What the container says of its first real video stream."""
+
+    fps: Fraction
+    time_tick: Fraction
+    """Seconds to which times are rounded in the file."""
+    rotation: int
+    """Degrees counter-clockwise, a multiple of 90, by which decoded frames were turned upright."""
+    pixel_aspect: float
+    """Width over height of a pixel of the upright frame."""
+
+
+@contextmanager
+def open_video(source: bytes | Path) -> Iterator[tuple[VideoInfo, Iterator[Frame]]]:
+    """Open a video; frames are decoded as they are asked for, in the order they are shown.
+
+    Raises:
+        VideoError: Not a video, no video stream, no frame, frames that change size, damaged data
+            (also while iterating).
+    """
+    with ExitStack() as stack:
+        try:
+            stream_in = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+            stack.enter_context(stream_in)
+            container = stack.enter_context(
+                av.open(stream_in, options={"format_whitelist": _FORMATS})
+            )
+        except (av.error.FFmpegError, OSError) as error:
+            raise VideoError(f"cannot be opened as video: {_words(error)}") from error
+        stream = _first_video_stream(container)
+        stream.thread_type = "AUTO"
+        rate = stream.average_rate or stream.guessed_rate
+        if not rate:
+            raise VideoError("the file does not say how many frames it has per second")
+        frames = _decode(container, stream, Fraction(rate))
+        first, rotation = next(frames, (None, 0))
+        if first is None:
+            raise VideoError("the video stream holds no frame")
+        aspect = float(stream.sample_aspect_ratio or 1)
+        info = VideoInfo(
+            fps=Fraction(rate),
+            time_tick=Fraction(stream.time_base or 0),
+            rotation=rotation,
+            pixel_aspect=1 / aspect if rotation % 180 else aspect,
+        )
+        yield info, _chain(first, frames)
+
+
+def read_video(source: bytes | Path) -> tuple[np.ndarray, float]:
+    """Decode a whole video.
+
+    Returns:
+        uint8 [T, H, W, 3] frames, upright, and the frames per second the file states.
+
+    Raises:
+        VideoError: (a ValueError) the file cannot be decoded.
+    """
+    with open_video(source) as (info, frames):
+        return np.stack([frame.image_HWC for frame in frames]), float(info.fps)
+
+
+def write_video(path: Path, frames_THWC: np.ndarray, fps: float, *, crf: int = 17) -> None:
+    """Write H.264 in yuv420p, which every player shows; the file appears whole or not at all.
+
+    Args:
+        path: Ends in .mp4; its folder is made when missing.
+        frames_THWC: uint8 [T, H, W, 3], H and W even.
+        fps: Frames per second.
+        crf: x264's quality, 0 (lossless) to 51; 17 is visually lossless.
+
+    Raises:
+        ValueError: Shape, dtype, size or suffix do not fit.
+    """
+    if path.suffix != ".mp4":
+        raise ValueError(f"videos are written as .mp4, got {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encoded = encode_video(frames_THWC, fps, crf=crf)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(encoded)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def encode_video(frames_THWC: np.ndarray, fps: float, *, crf: int = 17) -> bytes:
+    """The bytes of `write_video`'s file; equal frames give equal bytes."""
+    if frames_THWC.ndim != 4 or frames_THWC.shape[-1] != 3 or frames_THWC.dtype != np.uint8:
+        raise ValueError(
+            f"frames must be uint8 [T, H, W, 3], got {frames_THWC.dtype} {frames_THWC.shape}"
+        )
+    num_frames, height, width, _ = frames_THWC.shape
+    if num_frames == 0 or height % 2 or width % 2:
+        raise ValueError(
+            f"yuv420p needs at least one frame of even size, got {num_frames} of {height}x{width}"
+        )
+    if not fps > 0:
+        raise ValueError(f"fps must be above 0, got {fps}")
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        # One thread: x264's output depends on how many there are.
+        stream.options = {"crf": str(crf), "preset": "medium", "threads": "1"}
+        for image_HWC in frames_THWC:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image_HWC), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return out.getvalue()
+
+
+def _first_video_stream(container: Any) -> Any:
+    attached_picture = av.stream.Disposition.attached_pic
+    for stream in container.streams.video:
+        if not stream.disposition & attached_picture:
+            return stream
+    raise VideoError("the file holds no video stream")
+
+
+def _decode(container: Any, stream: Any, rate: Fraction) -> Iterator[tuple[Frame, int]]:
+    size: tuple[int, int] | None = None
+    time: Fraction | None = None
+    try:
+        for frame in container.decode(stream):
+            if frame.is_corrupt:
+                raise VideoError("a frame is damaged")
+            if size not in (None, (frame.height, frame.width)):
+                raise VideoError(
+                    f"frames change size from {size} to {(frame.height, frame.width)} (HxW)"
+                )
+            size = (frame.height, frame.width)
+            time = _time_of(frame, time, rate)
+            rotation = int(frame.rotation) % 360
+            if rotation % 90:
+                raise VideoError(f"the file turns its frames by {rotation} degrees, not by 90s")
+            image_HWC = np.rot90(frame.to_ndarray(format="rgb24"), rotation // 90)
+            yield Frame(np.ascontiguousarray(image_HWC), time), rotation
+    except (av.error.FFmpegError, OSError, MemoryError) as error:
+        raise VideoError(f"decoding failed: {_words(error)}") from error
+
+
+def _time_of(frame: Any, previous: Fraction | None, rate: Fraction) -> Fraction:
+    if frame.pts is None or frame.time_base is None:
+        return Fraction(0) if previous is None else previous + 1 / rate
+    time = Fraction(frame.pts) * Fraction(frame.time_base)
+    if previous is not None and time <= previous:
+        raise VideoError(f"time stands still or runs backwards at {float(time):.3f} s")
+    return time
+
+
+def _chain(first: Frame, rest: Iterator[tuple[Frame, int]]) -> Iterator[Frame]:
+    yield first
+    for frame, _ in rest:
+        yield frame
+
+
+def _words(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
