@@ -1,0 +1,182 @@
+"""The configuration of a run: a preset or YAML file, then dotted overrides, typed and checked.
+
+Used by every command. Defaults live in the sections' classes alone; a preset holds what differs.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from pipeline.config_schema import (
+    ConfigError,
+    explain,
+    settings_of,
+    unknown_key,
+    with_help,
+)
+from pipeline.strict_yaml import YamlProblem, parse_yaml
+from stages.articulated_figures.config import DemoConfig
+from stages.clips.config import ClipsConfig
+from stages.config import BaseModelConfig, Section
+from stages.extract_features.config import ExtractConfig
+from stages.sample_videos.config import SampleConfig
+from stages.train_student.config import TrainConfig
+
+__all__ = ["SETTINGS", "ConfigError", "RunConfig", "load_config", "preset_names"]
+
+
+class RunConfig(Section):
+    """Everything a command needs to know; each stage is handed the sections it reads."""
+
+    name: str = Field(min_length=1)
+    """What this configuration is called in summaries; a preset's own name is usual."""
+    cache: Path = Path("cache")
+    """Folder of the stores that stage one writes and the other commands read."""
+    outputs: Path = Path("outputs")
+    """Folder of sampled videos and of inspect's pictures."""
+    data: ClipsConfig
+    """Which clips, and the size, length and rate they are brought to."""
+    model: BaseModelConfig
+    """The CogVideoX pipeline that is taught."""
+    extract: ExtractConfig = ExtractConfig()
+    """Stage one: what is computed from the clips."""
+    train: TrainConfig = TrainConfig()
+    """Stage two: what is trained."""
+    sample: SampleConfig = SampleConfig()
+    """How a video is drawn."""
+    demo: DemoConfig | None = None
+    """The built-in demo, made when it is missing; null works with your own files alone."""
+
+
+SETTINGS = {setting.path: setting for setting in settings_of(RunConfig)}
+"""Every key of the configuration by its dotted path."""
+
+_PRESETS = resources.files("pipeline") / "presets"
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets in the package, sorted."""
+    return sorted(p.name.removesuffix(".yaml") for p in _PRESETS.iterdir() if p.name[-5:] == ".yaml")
+
+
+def load_config(preset_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration, apply `key.key=value` overrides in order, fill in and check it.
+
+    Values of overrides are YAML (`true`, `1e-4`, `null`, `[a, b]`). `${key.key}` within a text
+    stands for another setting's value, after the overrides. A leading `~/` is the home folder.
+
+    Raises:
+        ConfigError: no such preset or file; not YAML, or a key twice; an unknown key, with the
+            closest known one; a value out of range, with the range and the field's help.
+    """
+    tree = _read(preset_or_path)
+    for override in overrides:
+        _apply(tree, override)
+    tree = _resolve(tree, tree, "")
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(error, SETTINGS))) from error
+    _refuse_true_for_one(tree, config, "")
+    return config
+
+
+def _read(preset_or_path: str) -> dict[str, Any]:
+    text, source = _text_of(preset_or_path)
+    try:
+        tree = parse_yaml(text)
+    except YamlProblem as error:
+        raise ConfigError(f"{source}: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source} holds no settings; `sam2vx-pipeline config show` prints some")
+    return tree
+
+
+def _text_of(preset_or_path: str) -> tuple[str, str]:
+    if preset_or_path in preset_names():
+        return (_PRESETS / f"{preset_or_path}.yaml").read_text(encoding="utf-8"), preset_or_path
+    path = Path(preset_or_path).expanduser()
+    if not path.is_file():
+        raise ConfigError(
+            f"no preset and no file called {preset_or_path!r}; presets are "
+            f"{', '.join(preset_names())}"
+        )
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error})") from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set one dotted key in `tree`."""
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"{override!r} sets nothing; overrides look like train.steps=20")
+    try:
+        value = parse_yaml(text)
+    except YamlProblem as error:
+        raise ConfigError(f"{path}: cannot read the value {text!r} ({error})") from error
+    *parents, leaf = path.split(".")
+    setting = SETTINGS.get(path)
+    holder = SETTINGS.get(".".join(parents))
+    if setting is None and not (holder and holder.is_mapping):
+        raise ConfigError(unknown_key(path, SETTINGS))
+    if setting and setting.section and not (value is None and setting.is_optional):
+        first = next(iter(setting.section.model_fields))
+        raise ConfigError(f"{path} is a section; set one of its keys, such as {path}.{first}=…")
+    node = tree
+    for parent in parents:
+        inner = node.get(parent)
+        node[parent] = node = dict(inner) if isinstance(inner, Mapping) else {}
+    node[leaf] = value
+
+
+_REFERENCE = re.compile(r"\$\{([^}]*)\}")
+
+
+def _resolve(value: Any, tree: Mapping[str, Any], path: str) -> Any:
+    """Replace references and the home folder in every text of `value`; refuse infinities."""
+    if isinstance(value, Mapping):
+        return {k: _resolve(v, tree, f"{path}.{k}" if path else k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_resolve(v, tree, path) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(with_help(f"{path} must be finite, got {value}", path, SETTINGS))
+    if isinstance(value, str):
+        value = _REFERENCE.sub(lambda found: _refer(found[1], tree, path), value)
+        return str(Path(value).expanduser()) if value.startswith("~/") else value
+    return value
+
+
+def _refer(target: str, tree: Mapping[str, Any], path: str) -> str:
+    setting = SETTINGS.get(target)
+    if setting is None:
+        raise ConfigError(f"{path} refers to ${{{target}}}: {unknown_key(target, SETTINGS)}")
+    value: Any = tree
+    for part in target.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    if value is None:
+        value = setting.field.default
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(f"{path} refers to ${{{target}}}, which refers on; name the last one")
+    if not isinstance(value, str | int | float | Path):
+        raise ConfigError(f"{path} refers to ${{{target}}}, which holds no single value")
+    return str(value)
+
+
+def _refuse_true_for_one(raw: Any, checked: Any, path: str) -> None:
+    """`steps: true` would pass as 1."""
+    if isinstance(raw, Mapping) and not isinstance(checked, Mapping):
+        for key, value in raw.items():
+            _refuse_true_for_one(value, getattr(checked, key), f"{path}.{key}" if path else key)
+    elif isinstance(raw, list):
+        for one, taken in zip(raw, checked, strict=True):
+            _refuse_true_for_one(one, taken, path)
+    elif isinstance(raw, bool) and not isinstance(checked, bool):
+        text = f"{path} must be a number, got {str(raw).lower()}"
+        raise ConfigError(with_help(text, path, SETTINGS))
