@@ -1,1 +1,49 @@
-"""The contract on disk between the two stages: numpy and zarr only."""
+"""The contract on disk between the two stages: numpy and zarr only. README.md specifies it."""
+
+from cache_schema.errors import (
+    AlreadyCommitted,
+    CacheError,
+    ClipMissing,
+    CorruptClip,
+    CorruptRecord,
+    SettingsMismatch,
+    ShardBusy,
+    StoreNotFound,
+    UnknownSchemaVersion,
+)
+from cache_schema.find import find_store, list_stores
+from cache_schema.layout import SCHEMA_VERSION
+from cache_schema.manifest import ClipEntry, SkippedClip, StoredArray
+from cache_schema.reader import StoreReader
+from cache_schema.sealed_json import JSON
+from cache_schema.settings import ArraySpec, StoreSettings
+from cache_schema.shard_writer import ShardWriter
+from cache_schema.verify import Problem, VerifyReport, verify_store
+from cache_schema.writer import StoreWriter
+
+__all__ = [
+    "JSON",
+    "SCHEMA_VERSION",
+    "AlreadyCommitted",
+    "ArraySpec",
+    "CacheError",
+    "ClipEntry",
+    "ClipMissing",
+    "CorruptClip",
+    "CorruptRecord",
+    "Problem",
+    "SettingsMismatch",
+    "ShardBusy",
+    "ShardWriter",
+    "SkippedClip",
+    "StoreNotFound",
+    "StoreReader",
+    "StoreSettings",
+    "StoreWriter",
+    "StoredArray",
+    "UnknownSchemaVersion",
+    "VerifyReport",
+    "find_store",
+    "list_stores",
+    "verify_store",
+]

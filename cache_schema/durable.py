@@ -1,0 +1,41 @@
+"""Files that are whole or absent, also after a crash; used by the writer's modules."""
+
+import os
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a directory's entries, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_upwards(path: Path, root: Path) -> None:
+    """Sync the directory `path` and its parents up to and including `root`."""
+    sync(path)
+    while path != root:
+        path = path.parent
+        sync(path)
+
+
+def write_whole(path: Path, data: bytes, *, temporary: Path) -> None:
+    """Write `data` to `path` by way of `temporary`, so that `path` is never seen half-written.
+
+    `temporary` lies on the same file system, and nobody else writes it at the same time.
+    """
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    sync(path.parent)
+
+
+def make_directories(path: Path, root: Path) -> None:
+    """Create `path` with its parents below the existing `root`, durably."""
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        sync_upwards(path, root)

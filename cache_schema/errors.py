@@ -1,0 +1,46 @@
+"""What can be wrong with a store; every message says what, where and what to do next.
+
+Raised throughout `cache_schema`, caught by the commands of the pipeline.
+"""
+
+# ruff: noqa: N818 (the names say what was found; `CacheError` is what they all are)
+
+
+class CacheError(Exception):
+    """Base of everything a store can complain about, apart from wrong arguments (`ValueError`)."""
+
+    def __str__(self) -> str:
+        # KeyError would print the message quoted and escaped.
+        return Exception.__str__(self)
+
+
+class StoreNotFound(CacheError):
+    """There is no store, or not exactly one, where one was expected."""
+
+
+class ClipMissing(CacheError, KeyError):
+    """The store has no committed clip of that key."""
+
+
+class CorruptClip(CacheError):
+    """A committed clip's bytes are absent, of the wrong size, or fail a checksum."""
+
+
+class CorruptRecord(CacheError):
+    """`store.json` or a commit record is damaged or contradicts the store it lies in."""
+
+
+class UnknownSchemaVersion(CacheError):
+    """The store was written by a version of this package that lays it out differently."""
+
+
+class SettingsMismatch(CacheError):
+    """The store on disk was made with other settings than the ones asked for."""
+
+
+class ShardBusy(CacheError):
+    """Another process is writing this shard at the moment."""
+
+
+class AlreadyCommitted(CacheError):
+    """The shard is finished; it is never written twice."""

@@ -1,0 +1,97 @@
+"""Where everything of a store lies, and which names are safe there; used by every other module."""
+
+import re
+import unicodedata
+from pathlib import Path
+
+SCHEMA_VERSION = 1
+"""Version of everything README.md describes; a reader refuses every other."""
+
+MAX_KEY_BYTES = 1024
+"""Longest clip key, in bytes of UTF-8."""
+
+STORE_FILE = "store.json"
+_IDENTIFIER = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
+
+
+def check_identifier(name: object, what: str) -> str:
+    """`name` if it is a lower-case identifier, as kinds, arrays and dimensions are named."""
+    if not isinstance(name, str) or not _IDENTIFIER.fullmatch(name):
+        raise ValueError(
+            f"{what} is {name!r}; it must be a lower-case letter, then at most 63 lower-case "
+            "letters, digits and underscores, such as 'features'"
+        )
+    return name
+
+
+def is_shard_name(name: object) -> bool:
+    """Whether `name` can name a shard's files on disk without leaving the store."""
+    return (
+        isinstance(name, str)
+        and _SHARD_NAME.fullmatch(name) is not None
+        and not name.endswith(".lock")
+    )
+
+
+def check_shard_name(name: object) -> str:
+    """`name` if it is safe as a file name on every system, else `ValueError`."""
+    if not isinstance(name, str) or not is_shard_name(name):
+        raise ValueError(
+            f"unsafe shard name {name!r}; use at most 128 ASCII letters, digits, '.', '_' and '-', "
+            "starting with a letter or a digit and not ending in '.lock', such as '00000'"
+        )
+    return name
+
+
+def check_key(key: object) -> str:
+    """`key` if it can be a clip's key: Unicode text without control characters, never a path."""
+    if not isinstance(key, str) or not key:
+        raise ValueError(f"clip key is {key!r}; it must be non-empty text")
+    try:
+        size = len(key.encode("utf-8"))
+    except UnicodeEncodeError:
+        raise ValueError(f"clip key {key!r} is not valid Unicode text") from None
+    if size > MAX_KEY_BYTES:
+        raise ValueError(
+            f"clip key {key[:40]!r}... has {size} bytes of UTF-8; at most {MAX_KEY_BYTES} fit"
+        )
+    if any(unicodedata.category(character) == "Cc" for character in key):
+        raise ValueError(f"clip key {key!r} contains a control character; rename the clip")
+    return key
+
+
+class StoreLayout:
+    """The paths of one store; pure, touches no file."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.store_file = root / STORE_FILE
+        self.shards = root / "shards"
+        self.commits = root / "commits"
+        self.staging = root / ".staging"
+        self.store_lock = self.staging / ".store.lock"
+
+    def shard(self, name: str) -> Path:
+        """The published Zarr group of a shard."""
+        return self.shards / name
+
+    def commit(self, name: str) -> Path:
+        """The record that makes a shard visible to readers."""
+        return self.commits / f"{name}.json"
+
+    def lock(self, name: str) -> Path:
+        """The file whose lock the shard's writer holds."""
+        return self.staging / f"{name}.lock"
+
+    def staged(self, name: str) -> Path:
+        """Everything of a shard that is not committed yet."""
+        return self.staging / name
+
+    def staged_group(self, name: str) -> Path:
+        """The Zarr group being written; renamed to `shard(name)` when it is complete."""
+        return self.staged(name) / "shard"
+
+    def staged_records(self, name: str) -> Path:
+        """One record per clip that is already safe in the staged group, or skipped."""
+        return self.staged(name) / "records"

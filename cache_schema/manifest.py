@@ -1,0 +1,243 @@
+"""The records of a store as Python values: `store.json`, commit records, staged records.
+
+Written by `writer` and `shard_writer`, read by them and by `reader` and `verify`. Everything read
+back is checked here, so the rest of the package can rely on it.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache_schema.errors import CorruptRecord, StoreNotFound
+from cache_schema.layout import StoreLayout, check_key, is_shard_name
+from cache_schema.sealed_json import JSON, plain_mapping, unseal
+from cache_schema.settings import StoreSettings
+from cache_schema.zarr_group import chunk_path, metadata_paths
+
+_CRC32C = re.compile(r"[0-9a-f]{8}")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredArray:
+    """One array of one clip on disk."""
+
+    path: str
+    """The file inside the shard's folder, with forward slashes."""
+    bytes: int
+    """Size of the file."""
+    crc32c: str
+    """CRC-32C of the decoded values, in C order and little-endian; eight hexadecimal digits."""
+
+    def as_dict(self) -> dict[str, JSON]:
+        """The entry as it is written in a record."""
+        return {"path": self.path, "bytes": self.bytes, "crc32c": self.crc32c}
+
+
+@dataclass(frozen=True, slots=True)
+class ClipEntry:
+    """One clip: where it lies and what is known of it."""
+
+    key: str
+    shard: str
+    index: int
+    """Position on the clip axis of the shard's arrays."""
+    source: str
+    """The input the shard was made from, such as the name of a tar."""
+    attributes: dict[str, JSON]
+    arrays: dict[str, StoredArray]
+
+    def as_dict(self) -> dict[str, JSON]:
+        """The entry as it is written in a record, which names shard and source once for all."""
+        return {
+            "key": self.key,
+            "index": self.index,
+            "attributes": self.attributes,
+            "arrays": {name: array.as_dict() for name, array in self.arrays.items()},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedClip:
+    """One clip of the input that is not in the store, and why."""
+
+    key: str
+    reason: str
+    """A word for counting, such as `too_short`."""
+    detail: str
+    """A sentence for people."""
+    shard: str
+
+    def as_dict(self) -> dict[str, JSON]:
+        """The entry as it is written in a record."""
+        return {"key": self.key, "reason": self.reason, "detail": self.detail}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file of the shard's group that is not a clip's: the metadata of Zarr."""
+
+    bytes: int
+    crc32c: str
+    """CRC-32C of the file itself."""
+
+    def as_dict(self) -> dict[str, JSON]:
+        """The entry as it is written in a record."""
+        return {"bytes": self.bytes, "crc32c": self.crc32c}
+
+
+@dataclass(frozen=True, slots=True)
+class CommitRecord:
+    """A finished shard."""
+
+    shard: str
+    source: str
+    clips: tuple[ClipEntry, ...]
+    skipped: tuple[SkippedClip, ...]
+    files: dict[str, StoredFile]
+
+    def as_dict(self, settings_hash: str) -> dict[str, JSON]:
+        """The record as it is sealed in `commits/<shard>.json`."""
+        return {
+            "settings_hash": settings_hash,
+            "shard": self.shard,
+            "source": self.source,
+            "clips": [clip.as_dict() for clip in self.clips],
+            "skipped": [clip.as_dict() for clip in self.skipped],
+            "files": {path: file.as_dict() for path, file in self.files.items()},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class StoreManifest:
+    """What `store.json` holds."""
+
+    settings: StoreSettings
+    provenance: dict[str, JSON]
+
+    def as_dict(self) -> dict[str, JSON]:
+        """The record as it is sealed in `store.json`."""
+        return {
+            **self.settings.as_dict(),
+            "settings_hash": self.settings.hash,
+            "provenance": self.provenance,
+        }
+
+
+def read_manifest(layout: StoreLayout) -> StoreManifest:
+    """The store's own record; `StoreNotFound` if the folder holds no store."""
+    path = layout.store_file
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreNotFound(
+            f"{layout.root} is not a feature store: it has no {path.name}; run "
+            "sam2vx-pipeline extract-features to make one"
+        ) from None
+    found = unseal(data, str(path))
+    try:
+        settings = StoreSettings.from_dict(found)
+        provenance = plain_mapping(found["provenance"], "provenance")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CorruptRecord(f"{path} is damaged: {error}") from error
+    if settings.hash != found.get("settings_hash"):
+        raise CorruptRecord(
+            f"{path} is damaged: its settings do not have the hash written beside them"
+        )
+    return StoreManifest(settings, provenance)
+
+
+def committed_shards(layout: StoreLayout) -> list[str]:
+    """Names of the finished shards, sorted."""
+    if not layout.commits.is_dir():
+        return []
+    names = (p.name.removesuffix(".json") for p in layout.commits.glob("*.json"))
+    return sorted(name for name in names if is_shard_name(name))
+
+
+def read_commit(layout: StoreLayout, settings: StoreSettings, shard: str) -> CommitRecord:
+    """The record of a finished shard, checked against the store's settings.
+
+    Raises `CorruptRecord` if it is damaged or points at anything but the shard's own files.
+    """
+    path = layout.commit(shard)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise CorruptRecord(f"shard {shard!r} of {layout.root} is not committed") from None
+    try:
+        return _parse_commit(unseal(data, str(path)), settings, shard)
+    except (ValueError, KeyError, TypeError, AttributeError, CorruptRecord) as error:
+        raise CorruptRecord(
+            f"commit record {path} cannot be trusted ({error}); {redo_hint(path)}"
+        ) from error
+
+
+def redo_hint(commit: Path) -> str:
+    """How to replace a shard whose files or record are damaged."""
+    return f"delete {commit} and run sam2vx-pipeline extract-features to make that shard again"
+
+
+def _parse_commit(found: Mapping[str, Any], settings: StoreSettings, shard: str) -> CommitRecord:
+    if found["settings_hash"] != settings.hash:
+        raise ValueError("it belongs to a store with other settings")
+    if found["shard"] != shard:
+        raise ValueError(f"it names shard {found['shard']!r}, its file name {shard!r}")
+    source = _text(found["source"])
+    clips = tuple(
+        parse_clip(clip, settings, shard=shard, source=source, index=index)
+        for index, clip in enumerate(found["clips"])
+    )
+    if len({clip.key for clip in clips}) != len(clips):
+        raise ValueError("it lists a clip twice")
+    files = {path: _file(file) for path, file in found["files"].items()}
+    if sorted(files) != sorted(metadata_paths(settings)):
+        raise ValueError(f"it lists the files {sorted(files)}")
+    return CommitRecord(
+        shard, source, clips, tuple(parse_skipped(s, shard) for s in found["skipped"]), files
+    )
+
+
+def parse_clip(
+    found: Mapping[str, Any], settings: StoreSettings, *, shard: str, source: str, index: int
+) -> ClipEntry:
+    """A clip's entry, whose paths must be exactly those that its index gives."""
+    key = check_key(found["key"])
+    if type(found["index"]) is not int or found["index"] != index:
+        raise ValueError(f"clip {key!r} has index {found['index']!r} at position {index}")
+    if sorted(found["arrays"]) != sorted(settings.arrays):
+        raise ValueError(f"clip {key!r} has the arrays {sorted(found['arrays'])}")
+    arrays = {}
+    for name, array in found["arrays"].items():
+        expected = chunk_path(name, settings.arrays[name], index)
+        if array["path"] != expected:
+            raise ValueError(f"clip {key!r} points at {array['path']!r} instead of {expected!r}")
+        size, crc32c = _size_and_crc(array)
+        arrays[name] = StoredArray(expected, size, crc32c)
+    attributes = plain_mapping(found["attributes"], "attributes")
+    return ClipEntry(key, shard, index, source, attributes, arrays)
+
+
+def parse_skipped(found: Mapping[str, Any], shard: str) -> SkippedClip:
+    """A skipped clip's entry."""
+    return SkippedClip(
+        check_key(found["key"]), _text(found["reason"]), _text(found["detail"]), shard
+    )
+
+
+def _file(found: Mapping[str, Any]) -> StoredFile:
+    return StoredFile(*_size_and_crc(found))
+
+
+def _size_and_crc(found: Mapping[str, Any]) -> tuple[int, str]:
+    size, crc32c = found["bytes"], found["crc32c"]
+    if type(size) is not int or size < 1 or not _CRC32C.fullmatch(crc32c):
+        raise ValueError(f"{found!r} is not a size and a checksum")
+    return size, crc32c
+
+
+def _text(found: object) -> str:
+    if not isinstance(found, str):
+        raise ValueError(f"{found!r} is not text")
+    return found

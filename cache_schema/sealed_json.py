@@ -1,0 +1,107 @@
+"""JSON files that carry their own checksum; used for every record of a store.
+
+A sealed file is an ordinary JSON object whose first member is `"crc32c"`: the CRC-32C of the whole
+file, computed with that member's eight digits set to `00000000`.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import google_crc32c
+
+from cache_schema.errors import CorruptRecord, UnknownSchemaVersion
+from cache_schema.layout import SCHEMA_VERSION
+
+JSON = bool | int | float | str | None | list["JSON"] | dict[str, "JSON"]
+
+_HEAD = b'{\n "crc32c": "'
+_UNSEALED = b"00000000"
+_SEALED = re.compile(re.escape(_HEAD) + rb'([0-9a-f]{8})",\n')
+
+
+def crc32c_hex(data: bytes | memoryview) -> str:
+    """CRC-32C (Castagnoli) of the bytes as eight lower-case hexadecimal digits."""
+    return f"{google_crc32c.value(data):08x}"
+
+
+def plain_json(value: Any, where: str) -> JSON:
+    """Copy of `value` in JSON's own types; tuples become lists.
+
+    Raises `ValueError`, naming the place inside `where`, for anything that JSON cannot hold
+    exactly: other types (numpy scalars and paths included), NaN, infinities, unpaired surrogates.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if type(value) is int:
+        return value
+    if type(value) is float:
+        if value - value != 0.0:
+            raise ValueError(f"{where} is {value}; only finite numbers can be stored")
+        return value
+    if type(value) is str:
+        return _plain_text(value, where)
+    if isinstance(value, list | tuple):
+        return [plain_json(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        return plain_mapping(value, where)
+    raise ValueError(
+        f"{where} is a {type(value).__name__}; convert it to a bool, int, float, str, list or dict"
+    )
+
+
+def plain_mapping(value: Mapping[str, Any], where: str) -> dict[str, JSON]:
+    """`plain_json` for a mapping, whose keys must be text."""
+    for key in value:
+        if type(key) is not str:
+            raise ValueError(f"{where} has the key {key!r}; keys must be text")
+        _plain_text(key, f"a key of {where}")
+    return {key: plain_json(item, f"{where}.{key}") for key, item in value.items()}
+
+
+def _plain_text(text: str, where: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} is {text!r}, which is not valid Unicode text") from None
+    return text
+
+
+def seal(record: Mapping[str, JSON]) -> bytes:
+    """The bytes of a sealed file. `record` has no `crc32c` of its own."""
+    sealed = {"crc32c": _UNSEALED.decode(), "schema_version": SCHEMA_VERSION, **record}
+    data = (json.dumps(sealed, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return data.replace(_UNSEALED, crc32c_hex(data).encode(), 1)
+
+
+def unseal(data: bytes, where: str) -> dict[str, Any]:
+    """The record of a sealed file; `where` names it in errors.
+
+    Raises `UnknownSchemaVersion` for another layout's record, `CorruptRecord` for a damaged one.
+    """
+    try:
+        record = json.loads(data)
+    except ValueError as error:
+        raise CorruptRecord(f"{where} is not JSON ({error})") from error
+    if not isinstance(record, dict) or "schema_version" not in record:
+        raise CorruptRecord(f"{where} is not a record of a feature store: no schema_version")
+    _check_version(record["schema_version"], where)
+    match = _SEALED.match(data)
+    start = len(_HEAD)
+    blank = data[:start] + _UNSEALED + data[start + len(_UNSEALED) :]
+    if match is None or match.group(1).decode() != crc32c_hex(blank):
+        raise CorruptRecord(f"{where} is damaged: its contents do not match their checksum")
+    del record["crc32c"], record["schema_version"]
+    return record
+
+
+def _check_version(found: object, where: str) -> None:
+    if found == SCHEMA_VERSION and type(found) is int:
+        return
+    written_by = "a newer" if type(found) is int and found > SCHEMA_VERSION else "another"
+    raise UnknownSchemaVersion(
+        f"{where} has schema version {found!r}, and this version reads {SCHEMA_VERSION}. It was "
+        f"written by {written_by} version of this package: use that one to read it, or set another "
+        "cache folder (cache=...) and run sam2vx-pipeline extract-features to make a new store"
+    )

@@ -1,0 +1,192 @@
+"""Writing one shard: checks what comes in, stages it clip by clip, commits it as a whole.
+
+Made by `StoreWriter.shard`, used by stage one.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from cache_schema.durable import sync, write_whole
+from cache_schema.errors import AlreadyCommitted
+from cache_schema.layout import StoreLayout, check_identifier, check_key, check_shard_name
+from cache_schema.lock import FileLock
+from cache_schema.manifest import CommitRecord
+from cache_schema.sealed_json import plain_mapping, seal
+from cache_schema.settings import StoreSettings
+from cache_schema.staging import Staging
+
+
+class ShardWriter:
+    """Context manager around one shard that nobody else can write meanwhile.
+
+    Entering it takes the shard's lock and adopts the intact clips of a writer that was killed.
+    Leaving it without `commit` keeps what is staged for a later writer.
+    """
+
+    def __init__(
+        self,
+        layout: StoreLayout,
+        settings: StoreSettings,
+        name: str,
+        source: str,
+        committed_keys: Callable[[], Mapping[str, str]],
+    ) -> None:
+        """Touches no file before `__enter__`; `committed_keys` gives the shard of every key."""
+        self._layout = layout
+        self._settings = settings
+        self.name = check_shard_name(name)
+        self._source = source
+        self._committed_keys = committed_keys
+        self._lock = FileLock(
+            layout.lock(name), wait=False, what=f"shard {name!r} of {layout.root}"
+        )
+        self._staging: Staging | None = None
+
+    def __enter__(self) -> Self:
+        """Take the shard: `ShardBusy` if somebody has it, `AlreadyCommitted` if it is finished."""
+        self._lock.__enter__()
+        try:
+            if self._layout.commit(self.name).exists():
+                sweep_committed(self._layout, self.name)
+                raise AlreadyCommitted(
+                    f"shard {self.name!r} of {self._layout.root} is finished; ask is_committed "
+                    "before writing it"
+                )
+            self._elsewhere = self._committed_keys()
+            self._staging = Staging(self._layout, self._settings, self.name, self._source)
+            self._clip_keys = {clip.key for clip in self._staging.clips}
+            self._skipped_keys = {clip.key for clip in self._staging.skipped}
+        except BaseException:
+            self._lock.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._staging = None
+        self._lock.__exit__(kind, error, traceback)
+
+    def has(self, key: str) -> bool:
+        """Whether the clip is staged or skipped already, by this writer or a killed one."""
+        self._open_staging()
+        return key in self._clip_keys or key in self._skipped_keys
+
+    def add(
+        self,
+        key: str,
+        arrays: Mapping[str, np.ndarray],
+        attributes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Stage one clip; durable when this returns, visible to readers after `commit`.
+
+        Args:
+            key: the clip's name, unique in the store.
+            arrays: every array of the settings, of exactly its type and shape.
+            attributes: JSON facts about this clip.
+
+        Raises:
+            ValueError: a key, array or attribute that does not belong in this store; nothing is
+                written then.
+        """
+        staging = self._open_staging()
+        check_key(key)
+        if self.has(key):
+            raise ValueError(
+                f"clip {key!r} is already in shard {self.name!r} of {self._layout.root}; keys must "
+                "be unique, and has() tells what an earlier run has done"
+            )
+        if key in self._elsewhere:
+            raise ValueError(
+                f"clip {key!r} of shard {self.name!r} is already in shard "
+                f"{self._elsewhere[key]!r} of {self._layout.root}; keys must be unique in a "
+                "dataset, so rename one of the two clips"
+            )
+        where = f"clip {key!r} for {self._layout.root}"
+        plain = plain_mapping(attributes or {}, f"attributes of {where}")
+        staging.add(key, self._checked(arrays, where), plain)
+        self._clip_keys.add(key)
+
+    def skip(self, key: str, reason: str, detail: str) -> None:
+        """Record that a clip is left out, and why; saying the same again changes nothing.
+
+        Args:
+            key: the clip's name; it may be in the store too, when a second clip of that name is
+                what is skipped.
+            reason: a word for counting, such as `too_short`.
+            detail: a sentence for people.
+        """
+        staging = self._open_staging()
+        check_key(key)
+        check_identifier(reason, f"reason for skipping clip {key!r}")
+        detail = detail.encode("utf-8", "backslashreplace").decode("utf-8")
+        said = any(
+            (clip.key, clip.reason, clip.detail) == (key, reason, detail)
+            for clip in staging.skipped
+        )
+        if not said:
+            staging.skip(key, reason, detail)
+            self._skipped_keys.add(key)
+
+    def commit(self) -> None:
+        """Publish the shard: one rename, then the commit record that readers trust."""
+        staging = self._open_staging()
+        group, files = staging.finish()
+        self._layout.shards.mkdir(exist_ok=True)
+        self._layout.commits.mkdir(exist_ok=True)
+        sync(self._layout.root)
+        group.rename(self._layout.shard(self.name))
+        sync(self._layout.shards)
+        record = CommitRecord(
+            self.name, self._source, tuple(staging.clips), tuple(staging.skipped), files
+        )
+        write_whole(
+            self._layout.commit(self.name),
+            seal(record.as_dict(self._settings.hash)),
+            temporary=staging.folder / "commit.json",
+        )
+        self._staging = None
+        sweep_committed(self._layout, self.name)
+
+    def _open_staging(self) -> Staging:
+        if self._staging is None:
+            raise ValueError(
+                f"shard {self.name!r} of {self._layout.root} is not being written; use the writer "
+                "inside its `with` block, and not after commit()"
+            )
+        return self._staging
+
+    def _checked(self, arrays: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
+        if sorted(arrays) != sorted(self._settings.arrays):
+            raise ValueError(
+                f"{where} has the arrays {sorted(arrays)}; the store holds "
+                f"{sorted(self._settings.arrays)}"
+            )
+        for name, spec in self._settings.arrays.items():
+            values = arrays[name]
+            if not isinstance(values, np.ndarray):
+                raise ValueError(f"{name} of {where} is a {type(values).__name__}, not an ndarray")
+            if values.dtype != spec.numpy_dtype or values.shape != spec.shape:
+                raise ValueError(
+                    f"{name} of {where} is {values.dtype} {values.shape}; the store holds "
+                    f"{spec.dtype} {spec.shape}"
+                )
+            if spec.numpy_dtype.kind == "f" and not np.isfinite(values).all():
+                bad = int(values.size - np.isfinite(values).sum())
+                raise ValueError(
+                    f"{name} of {where} has {bad} of {values.size} values that are NaN or infinite"
+                )
+        return {name: arrays[name] for name in self._settings.arrays}
+
+
+def sweep_committed(layout: StoreLayout, shard: str) -> None:
+    """Remove what is left of the staging of a finished shard; its lock is held."""
+    if layout.staged(shard).exists():
+        shutil.rmtree(layout.staged(shard))

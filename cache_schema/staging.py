@@ -1,0 +1,174 @@
+"""The clips of a shard that is being written, on disk: staged one by one, adopted after a kill.
+
+Used by `shard_writer` alone, under the shard's lock. Nothing here is visible to readers. Every
+clip and every skip has a numbered record, written after the clip's files are safe; a restart keeps
+the longest run of records, from the first on, whose clips are intact, and sweeps everything else.
+Zarr's metadata is never taken over: it is written anew for the number of clips that were kept.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache_schema.durable import make_directories, sync, sync_upwards, write_whole
+from cache_schema.errors import CacheError
+from cache_schema.layout import StoreLayout
+from cache_schema.manifest import (
+    ClipEntry,
+    SkippedClip,
+    StoredArray,
+    StoredFile,
+    parse_clip,
+    parse_skipped,
+)
+from cache_schema.sealed_json import crc32c_hex, seal, unseal
+from cache_schema.settings import StoreSettings
+from cache_schema.zarr_group import (
+    ClipArray,
+    chunk_path,
+    content_crc32c,
+    create_group,
+    metadata_paths,
+)
+
+
+class Staging:
+    """What one shard has so far: `clips` and `skipped`, in the order they came."""
+
+    def __init__(
+        self, layout: StoreLayout, settings: StoreSettings, shard: str, source: str
+    ) -> None:
+        """Adopt what an earlier writer left, sweep the rest, and be ready for the next clip."""
+        self._settings = settings
+        self._shard = shard
+        self._source = source
+        self._folder = layout.staged(shard)
+        self._group = layout.staged_group(shard)
+        self._records = layout.staged_records(shard)
+        self.clips: list[ClipEntry] = []
+        self.skipped: list[SkippedClip] = []
+        _take_back(layout, shard)
+        make_directories(self._records, layout.staging)
+        make_directories(self._group, layout.staging)
+        self._adopt()
+
+    def add(self, key: str, arrays: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
+        """Stage one checked clip; when this returns, a restart will find it."""
+        index = len(self.clips)
+        stored = {}
+        for name, values in arrays.items():
+            path = chunk_path(name, self._settings.arrays[name], index)
+            self._arrays[name].write(index, values)
+            file = self._group / path
+            sync(file)
+            sync_upwards(file.parent, self._group)
+            stored[name] = StoredArray(path, file.stat().st_size, content_crc32c(values))
+        clip = ClipEntry(key, self._shard, index, self._source, attributes, stored)
+        self._write_record({"clip": clip.as_dict()})
+        self.clips.append(clip)
+
+    def skip(self, key: str, reason: str, detail: str) -> None:
+        """Stage the fact that a clip is left out."""
+        skipped = SkippedClip(key, reason, detail, self._shard)
+        self._write_record({"skipped": skipped.as_dict()})
+        self.skipped.append(skipped)
+
+    def finish(self) -> tuple[Path, dict[str, StoredFile]]:
+        """Make the group exactly its clips, and safe; its folder, and the metadata's checksums."""
+        self._lay_out()
+        files = {}
+        for path in metadata_paths(self._settings):
+            file = self._group / path
+            sync(file)
+            sync_upwards(file.parent, self._group)
+            data = file.read_bytes()
+            files[path] = StoredFile(len(data), crc32c_hex(data))
+        sync(self._folder)
+        return self._group, files
+
+    @property
+    def folder(self) -> Path:
+        """Where all this lies."""
+        return self._folder
+
+    def _write_record(self, entry: dict[str, Any]) -> None:
+        number = len(self.clips) + len(self.skipped)
+        record = {"settings_hash": self._settings.hash, "source": self._source, **entry}
+        write_whole(
+            self._record_path(number), seal(record), temporary=self._records / ".incomplete"
+        )
+
+    def _record_path(self, number: int) -> Path:
+        return self._records / f"{number:08d}.json"
+
+    def _adopt(self) -> None:
+        entries: list[ClipEntry | SkippedClip] = []
+        while (entry := self._read_record(entries)) is not None:
+            entries.append(entry)
+        clips = [entry for entry in entries if isinstance(entry, ClipEntry)]
+        arrays = create_group(self._group, self._settings, len(clips))
+        damaged = next((clip for clip in clips if not self._is_intact(clip, arrays)), None)
+        if damaged is not None:
+            entries = entries[: entries.index(damaged)]
+        self.clips = [entry for entry in entries if isinstance(entry, ClipEntry)]
+        self.skipped = [entry for entry in entries if isinstance(entry, SkippedClip)]
+        kept = {self._record_path(number) for number in range(len(entries))}
+        for path in self._records.iterdir():
+            if path not in kept:
+                path.unlink()
+        self._lay_out()
+
+    def _read_record(
+        self, before: Sequence[ClipEntry | SkippedClip]
+    ) -> ClipEntry | SkippedClip | None:
+        """The record after those in `before`; None at the end or where one cannot be used."""
+        path = self._record_path(len(before))
+        try:
+            found = unseal(path.read_bytes(), str(path))
+            if found["settings_hash"] != self._settings.hash or found["source"] != self._source:
+                return None
+            if "skipped" in found:
+                return parse_skipped(found["skipped"], self._shard)
+            index = sum(isinstance(entry, ClipEntry) for entry in before)
+            return parse_clip(
+                found["clip"], self._settings, shard=self._shard, source=self._source, index=index
+            )
+        except (OSError, CacheError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def _is_intact(self, clip: ClipEntry, arrays: dict[str, ClipArray]) -> bool:
+        for name, stored in clip.arrays.items():
+            try:
+                if (self._group / stored.path).stat().st_size != stored.bytes:
+                    return False
+                values = arrays[name].read(clip.index)
+            except Exception:  # whatever a damaged file makes the codecs raise
+                return False
+            if content_crc32c(values) != stored.crc32c:
+                return False
+        return True
+
+    def _lay_out(self) -> None:
+        """Leave in the group the recorded clips' files and metadata for just as many clips."""
+        kept = {self._group / array.path for clip in self.clips for array in clip.arrays.values()}
+        for path in sorted(self._group.rglob("*"), reverse=True):
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path not in kept:
+                path.unlink()
+        self._arrays = create_group(self._group, self._settings, len(self.clips))
+
+
+def _take_back(layout: StoreLayout, shard: str) -> None:
+    """Undo a publication that was killed before its commit record, so that it can be adopted."""
+    published, staged = layout.shard(shard), layout.staged_group(shard)
+    if not published.exists():
+        return
+    if layout.staged_records(shard).is_dir() and not staged.exists():
+        published.rename(staged)
+    else:
+        shutil.rmtree(published)

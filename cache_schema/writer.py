@@ -1,0 +1,117 @@
+"""Opening a store for writing; used by stage one, one writer per process, one process per shard."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cache_schema.durable import make_directories, sync, write_whole
+from cache_schema.errors import SettingsMismatch, ShardBusy
+from cache_schema.layout import StoreLayout, check_shard_name
+from cache_schema.lock import FileLock
+from cache_schema.manifest import StoreManifest, committed_shards, read_commit, read_manifest
+from cache_schema.sealed_json import plain_mapping, seal
+from cache_schema.settings import StoreSettings, differing_settings
+from cache_schema.shard_writer import ShardWriter, sweep_committed
+
+
+class StoreWriter:
+    """One store, made by `open`; hands out `ShardWriter`s."""
+
+    def __init__(self, path: Path, settings: StoreSettings) -> None:
+        """For a store that exists; use `open`."""
+        self.path = path
+        self.settings = settings
+        self._layout = StoreLayout(path)
+        self._shard_of_key: dict[str, str] = {}
+        self._shards_seen: set[str] = set()
+
+    @classmethod
+    def open(
+        cls, cache_root: Path, settings: StoreSettings, *, provenance: Mapping[str, Any]
+    ) -> "StoreWriter":
+        """Create the store of these settings under `cache_root`, or reopen it.
+
+        Args:
+            cache_root: folder of all stores; made if missing.
+            settings: everything that changes a value; names the store.
+            provenance: JSON facts about the run, kept from the run that created the store.
+
+        Raises:
+            UnknownSchemaVersion: the store is there in another layout.
+            SettingsMismatch: the folder of that name holds other settings.
+            CorruptRecord: its `store.json` is damaged.
+        """
+        manifest = StoreManifest(settings, plain_mapping(provenance, "provenance"))
+        layout = StoreLayout(Path(cache_root) / settings.folder_name)
+        layout.staging.mkdir(parents=True, exist_ok=True)
+        with FileLock(layout.store_lock, wait=True, what=f"store {layout.root}"):
+            if not layout.store_file.exists():
+                write_whole(
+                    layout.store_file,
+                    seal(manifest.as_dict()),
+                    temporary=layout.staging / ".store.json",
+                )
+                sync(layout.root.parent)
+        found = read_manifest(layout).settings
+        if found.hash != settings.hash:
+            raise SettingsMismatch(
+                f"{layout.root} was made with other settings "
+                f"({', '.join(differing_settings(found, settings))}); move it away, or set another "
+                "cache folder"
+            )
+        make_directories(layout.shards, layout.root)
+        make_directories(layout.commits, layout.root)
+        writer = cls(layout.root, settings)
+        writer._sweep()
+        return writer
+
+    def is_committed(self, shard: str, *, source: str | None = None) -> bool:
+        """Whether the shard is finished.
+
+        With `source`, also that it was made from that input: `SettingsMismatch` if a finished
+        shard of that name came from another.
+        """
+        if not self._layout.commit(check_shard_name(shard)).exists():
+            return False
+        if source is not None:
+            found = read_commit(self._layout, self.settings, shard).source
+            if found != source:
+                raise SettingsMismatch(
+                    f"shard {shard!r} of {self.path} was made from {found!r}, not from {source!r}; "
+                    "use another cache folder for another dataset"
+                )
+        return True
+
+    def committed_counts(self, shard: str) -> tuple[int, int]:
+        """Numbers of clips and of skipped clips in a finished shard."""
+        record = read_commit(self._layout, self.settings, check_shard_name(shard))
+        return len(record.clips), len(record.skipped)
+
+    def shard(self, name: str, *, source: str) -> ShardWriter:
+        """A writer for one shard, to be used in a `with` block.
+
+        Args:
+            name: names the shard's files; `ValueError` if it is not safe for that.
+            source: the input the shard is made from. Clips staged by a killed writer are adopted
+                only if theirs was the same.
+        """
+        return ShardWriter(self._layout, self.settings, name, source, self._committed_keys)
+
+    def _committed_keys(self) -> dict[str, str]:
+        """The shard of every committed key, by this process or another, as of now."""
+        for shard in committed_shards(self._layout):
+            if shard not in self._shards_seen:
+                for clip in read_commit(self._layout, self.settings, shard).clips:
+                    self._shard_of_key[clip.key] = shard
+                self._shards_seen.add(shard)
+        return self._shard_of_key
+
+    def _sweep(self) -> None:
+        """Remove what writers left that were killed between commit record and clean-up."""
+        for shard in committed_shards(self._layout):
+            if self._layout.staged(shard).exists():
+                try:
+                    with FileLock(self._layout.lock(shard), wait=False, what=f"shard {shard!r}"):
+                        sweep_committed(self._layout, shard)
+                except ShardBusy:
+                    continue  # its own writer is at it

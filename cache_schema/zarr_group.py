@@ -1,0 +1,101 @@
+"""A shard's Zarr v3 group: how its arrays are laid out, written and read; the only use of zarr.
+
+One array per name of the settings, with a leading clip axis. A Zarr shard holds one clip, an inner
+chunk one entry of the clip's leading axis, each inner chunk with a CRC-32C.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from cache_schema.sealed_json import crc32c_hex
+from cache_schema.settings import CLIP_DIMENSION, ArraySpec, StoreSettings
+
+METADATA_FILE = "zarr.json"
+
+
+def chunk_path(name: str, spec: ArraySpec, index: int) -> str:
+    """The file of clip `index` of an array, relative to the group."""
+    return "/".join([name, "c", str(index), *("0" for _ in spec.shape)])
+
+
+def metadata_paths(settings: StoreSettings) -> list[str]:
+    """Zarr's own files, relative to the group."""
+    return [METADATA_FILE, *(f"{name}/{METADATA_FILE}" for name in settings.arrays)]
+
+
+def create_group(path: Path, settings: StoreSettings, num_clips: int) -> "dict[str, ClipArray]":
+    """Write the metadata of a group of `num_clips` clips, whose chunks may be there already.
+
+    The bytes depend on the settings and `num_clips` alone. Files of an earlier attempt at the same
+    paths are replaced.
+    """
+    for relative in metadata_paths(settings):
+        (path / relative).unlink(missing_ok=True)
+    group = zarr.create_group(str(path), zarr_format=3)
+    return {
+        name: ClipArray(_create_array(group, name, spec, num_clips))
+        for name, spec in settings.arrays.items()
+    }
+
+
+def _create_array(group: zarr.Group, name: str, spec: ArraySpec, num_clips: int) -> Any:
+    is_float = spec.numpy_dtype.kind == "f"
+    return group.create_array(
+        name,
+        shape=(num_clips, *spec.shape),
+        dtype=spec.dtype,
+        shards=(1, *spec.shape),
+        chunks=(1, 1, *spec.shape[1:]),
+        filters=None,
+        compressors=[Crc32cCodec()],
+        fill_value=math.nan if is_float else 0,
+        dimension_names=[CLIP_DIMENSION, *spec.dimension_names],
+        # Without it a clip that equals the fill value has no file.
+        config={"write_empty_chunks": True},
+    )
+
+
+def open_array(path: Path, name: str) -> "ClipArray":
+    """An array of a finished group, for reading."""
+    return ClipArray(zarr.open_array(str(path), path=name, mode="r", zarr_format=3))
+
+
+class ClipArray:
+    """One array of a group, read and written clip by clip."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Number of clips, then the clip's axes."""
+        return tuple(self._array.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the values."""
+        return np.dtype(self._array.dtype)
+
+    def write(self, index: int, values: np.ndarray) -> None:
+        """Write one clip in a single assignment, growing the clip axis to hold it.
+
+        Anything smaller than a clip would rewrite the clip's file each time.
+        """
+        if self.shape[0] <= index:
+            self._array.resize((index + 1, *self.shape[1:]))
+        self._array[index : index + 1] = values[np.newaxis]
+
+    def read(self, index: int) -> np.ndarray:
+        """One clip, decoded; raises what zarr raises on damaged bytes."""
+        return cast("np.ndarray", self._array[index])
+
+
+def content_crc32c(values: np.ndarray) -> str:
+    """CRC-32C of the values in C order and little-endian."""
+    little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+    return crc32c_hex(little.reshape(-1).view(np.uint8).data)
