@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import sam2
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-import sam2
 from sam2.modeling.sam2_base import SAM2Base
+from yaml import YAMLError
 
 _CONFIGS = Path(sam2.__path__[0]) / "configs"
 _OFFICIAL_FOLDERS = ("sam2", "sam2.1")
