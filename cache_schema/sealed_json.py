@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import google_crc32c
+import numpy as np
 
 from cache_schema.errors import CorruptRecord, UnknownSchemaVersion
 from cache_schema.layout import SCHEMA_VERSION
@@ -21,8 +22,8 @@ _UNSEALED = b"00000000"
 _SEALED = re.compile(re.escape(_HEAD) + rb'([0-9a-f]{8})",\n')
 
 
-def crc32c_hex(data: bytes | memoryview) -> str:
-    """CRC-32C (Castagnoli) of the bytes as eight lower-case hexadecimal digits."""
+def crc32c_hex(data: bytes | np.ndarray) -> str:
+    """CRC-32C (Castagnoli) of the bytes, or of a contiguous array's bytes, as eight lower-case hexadecimal digits."""
     return f"{google_crc32c.value(data):08x}"
 
 

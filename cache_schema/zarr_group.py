@@ -98,4 +98,4 @@ class ClipArray:
 def content_crc32c(values: np.ndarray) -> str:
     """CRC-32C of the values in C order and little-endian."""
     little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
-    return crc32c_hex(little.reshape(-1).view(np.uint8).data)
+    return crc32c_hex(little.reshape(-1).view(np.uint8))
