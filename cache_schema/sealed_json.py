@@ -23,7 +23,7 @@ _SEALED = re.compile(re.escape(_HEAD) + rb'([0-9a-f]{8})",\n')
 
 
 def crc32c_hex(data: bytes | np.ndarray) -> str:
-    """CRC-32C (Castagnoli) of the bytes, or of a contiguous array's bytes, as eight lower-case hexadecimal digits."""
+    """CRC-32C (Castagnoli) of bytes, or of a contiguous array's, as eight hexadecimal digits."""
     return f"{google_crc32c.value(data):08x}"
 
 

@@ -5,6 +5,7 @@ Built by stage one, compared by every writer, read by every reader.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -31,13 +32,14 @@ DTYPES = (
 
 CLIP_DIMENSION = "clip"
 
+MAX_SHARED_CHUNK_BYTES = 2**20
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArraySpec:
     """One array of every clip: its type, its shape without the clip axis, the axes' names.
 
-    The leading axis is the one that is stored in pieces: one entry of it (a frame) is one inner
-    chunk, so that some frames can be read without the others.
+    The leading axis (frames, as a rule) is the one that is stored in pieces.
     """
 
     dtype: str
@@ -61,6 +63,22 @@ class ArraySpec:
             )
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "dimension_names", names)
+
+    @property
+    def chunk_length(self) -> int:
+        """Entries of the leading axis in one inner chunk.
+
+        One frame of a teacher's features, so that some frames can be read without the others.
+        Smaller entries go together, as many as divide the axis evenly and stay within
+        `MAX_SHARED_CHUNK_BYTES`: every inner chunk costs time whatever its size.
+        """
+        length = self.shape[0]
+        entry_bytes = math.prod(self.shape[1:]) * self.numpy_dtype.itemsize
+        return max(
+            count
+            for count in range(1, length + 1)
+            if length % count == 0 and (count == 1 or count * entry_bytes <= MAX_SHARED_CHUNK_BYTES)
+        )
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:

@@ -1,7 +1,7 @@
 """A shard's Zarr v3 group: how its arrays are laid out, written and read; the only use of zarr.
 
 One array per name of the settings, with a leading clip axis. A Zarr shard holds one clip, an inner
-chunk one entry of the clip's leading axis, each inner chunk with a CRC-32C.
+chunk one frame of it or several small ones, each inner chunk with a CRC-32C.
 """
 
 import math
@@ -50,7 +50,7 @@ def _create_array(group: zarr.Group, name: str, spec: ArraySpec, num_clips: int)
         shape=(num_clips, *spec.shape),
         dtype=spec.dtype,
         shards=(1, *spec.shape),
-        chunks=(1, 1, *spec.shape[1:]),
+        chunks=(1, spec.chunk_length, *spec.shape[1:]),
         filters=None,
         compressors=[Crc32cCodec()],
         fill_value=math.nan if is_float else 0,
