@@ -18,15 +18,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from stages.config import Precision
+from stages.extract_features.extraction import DTYPES
 from stages.extract_features.sam2_inputs import Sam2Prompt, normalise_for_sam2
 
 FeatureKind = Literal["memory_attention", "memory_encoder"]
-
-DTYPES: dict[Precision, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 
 
 class SubjectLostError(Exception):

@@ -1,0 +1,72 @@
+"""What `extract` needs of a kind of store, and what the kinds have in common."""
+
+import gc
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from cache_schema import JSON, StoreSettings
+from stages.clips import ClipRecord, ClipsConfig
+from stages.config import Precision
+
+DTYPES: Mapping[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""Torch's formats by their names in a configuration."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Extracted:
+    """What a store keeps of one clip."""
+
+    arrays: dict[str, np.ndarray]
+    attributes: dict[str, JSON] = field(default_factory=dict)
+
+
+class Extraction(Protocol):
+    """One kind of store: its settings, and how a clip's record becomes its arrays."""
+
+    settings: StoreSettings
+
+    def prepare(self, record: ClipRecord) -> Any:
+        """Do the work that needs no model; runs in a thread, one clip ahead of `opened`'s result.
+
+        Raises:
+            ClipSkipped: The clip has no place in this store.
+        """
+
+    def opened(self, device: torch.device) -> AbstractContextManager[Callable[[Any], Extracted]]:
+        """Load the model; what is entered turns what `prepare` returns into arrays.
+
+        It raises `ClipSkipped` for a clip that the model cannot use. The model is freed on leaving.
+        """
+
+
+def clip_settings(clips: ClipsConfig) -> dict[str, JSON]:
+    """The settings by which a clip's frames are made; equal ones mean equal frames."""
+    return {
+        "num_frames": clips.num_frames,
+        "height": clips.height,
+        "width": clips.width,
+        "fps": clips.fps,
+        "frames": "shown at k / fps; consecutive where the rate is within 2% or fps is null",
+        "fit": "bicubic to cover, centre crop",
+    }
+
+
+def to_float16(values: torch.Tensor) -> np.ndarray:
+    """A contiguous float16 array on the host."""
+    return np.ascontiguousarray(values.to("cpu", torch.float16).numpy())
+
+
+def release_memory() -> None:
+    """Return the memory of models that are no longer referenced, on the host and on the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,137 @@
+"""The latents store: the VAE's posterior of each clip, and of its first frame when images are
+conditioned on.
+"""
+
+# Legend: T frame, F latent frame, B batch (always 1), C channel, H W pixels or latent grid.
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cache_schema import JSON, ArraySpec, StoreSettings
+from stages.clips import Clip, ClipRecord, ClipsConfig, load_clip
+from stages.extract_features.config import LatentsConfig
+from stages.extract_features.content_hash import sha256_of_folder
+from stages.extract_features.extraction import DTYPES, Extracted, clip_settings, to_float16
+from stages.train_student.base_facts import BaseFacts
+
+_NOISE_LOG_MEAN, _NOISE_LOG_STD = -3.0, 0.5
+"""Of the noise's standard deviation on an image-to-video first frame, as CogVideoX was trained."""
+
+
+class LatentsExtraction:
+    """Encodes each clip with the VAE and keeps mean and deviation, so that training can sample.
+
+    The values are the VAE's own: not multiplied by its scaling factor.
+
+    Args:
+        config: Arithmetic and tiling.
+        clips: The size and length clips are brought to.
+        base: Facts of the base pipeline.
+        seed: Seeds the noise on first frames, together with the clip's key.
+
+    Raises:
+        ValueError: The folder holds no VAE.
+    """
+
+    def __init__(
+        self, config: LatentsConfig, clips: ClipsConfig, base: BaseFacts, *, seed: int
+    ) -> None:
+        self._config = config
+        self._clips = clips
+        self._folder: Path = base.folder / "vae"
+        self._seed = seed
+        self._image_to_video = base.image_to_video
+        self.settings = self._settings(base)
+
+    def _settings(self, base: BaseFacts) -> StoreSettings:
+        clips = self._clips
+        per_frame = (int(base.vae["latent_channels"]), *clips.latent_size)
+        arrays = {name: _spec(clips.num_latent_frames, per_frame) for name in ("mean", "std")}
+        values: dict[str, JSON] = {
+            "clips": clip_settings(clips),
+            "base": {
+                "vae_sha256": sha256_of_folder(self._folder),
+                "scaling_factor": base.vae["scaling_factor"],
+                "invert_scale_latents": base.vae["invert_scale_latents"],
+                "latent_channels": base.vae["latent_channels"],
+            },
+            "precision": self._config.precision,
+            "tiling": self._config.tiling,
+        }
+        if self._image_to_video:
+            arrays |= {name: _spec(1, per_frame) for name in ("image_mean", "image_std")}
+            values["image_noise"] = {
+                "log_mean": _NOISE_LOG_MEAN,
+                "log_std": _NOISE_LOG_STD,
+                "seed": self._seed,
+            }
+        return StoreSettings(kind="latents", arrays=arrays, values=values)
+
+    def prepare(self, record: ClipRecord) -> Clip:
+        """Decode the clip.
+
+        Raises:
+            ClipSkipped: What `load_clip` raises.
+        """
+        return load_clip(record, self._clips)
+
+    @contextmanager
+    def opened(self, device: torch.device) -> Iterator[Callable[[Clip], Extracted]]:
+        """Load the VAE."""
+        from diffusers import AutoencoderKLCogVideoX
+
+        vae = AutoencoderKLCogVideoX.from_pretrained(
+            self._folder, torch_dtype=DTYPES[self._config.precision], local_files_only=True
+        )
+        vae.requires_grad_(False).eval().to(device)
+        if self._config.tiling:
+            vae.enable_tiling()
+        yield lambda clip: self._extract(vae, clip)
+
+    @torch.inference_mode()
+    def _extract(self, vae: Any, clip: Clip) -> Extracted:
+        pixels_BCTHW = pixels_for_vae(clip.frames_THWC)
+        mean, std = _posterior(vae, pixels_BCTHW)
+        arrays = {"mean": mean, "std": std}
+        if self._image_to_video:
+            noisy_BCTHW = with_image_noise(pixels_BCTHW[:, :, :1], clip.key, self._seed)
+            arrays["image_mean"], arrays["image_std"] = _posterior(vae, noisy_BCTHW)
+        return Extracted(arrays=arrays, attributes={"geometry": dict(clip.geometry.as_dict())})
+
+
+def pixels_for_vae(frames_THWC: np.ndarray) -> torch.Tensor:
+    """uint8 frames -> [1, 3, T, H, W] float32 from -1 to 1."""
+    pixels_THWC = torch.from_numpy(frames_THWC).float() / 255 * 2 - 1
+    return pixels_THWC.permute(3, 0, 1, 2)[None]
+
+
+def with_image_noise(image_BCTHW: torch.Tensor, key: str, seed: int) -> torch.Tensor:
+    """Add the noise CogVideoX puts on first frames: sigma = exp(N(-3, 0.5)), drawn per clip.
+
+    The draw depends on the seed and the clip's key alone, not on the order of the clips.
+    """
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    noise = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    sigma = torch.exp(_NOISE_LOG_MEAN + _NOISE_LOG_STD * torch.randn((), generator=noise))
+    return image_BCTHW + sigma * torch.randn(image_BCTHW.shape, generator=noise)
+
+
+def _posterior(vae: Any, pixels_BCTHW: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation, [F, C, H, W] each."""
+    posterior = vae.encode(pixels_BCTHW.to(vae.device, vae.dtype)).latent_dist
+    mean_CFHW, std_CFHW = posterior.mean[0], posterior.std[0]
+    return to_float16(mean_CFHW.transpose(0, 1)), to_float16(std_CFHW.transpose(0, 1))
+
+
+def _spec(num_latent_frames: int, per_frame: tuple[int, ...]) -> ArraySpec:
+    return ArraySpec(
+        dtype="float16",
+        shape=(num_latent_frames, *per_frame),
+        dimension_names=("f", "c", "h", "w"),
+    )

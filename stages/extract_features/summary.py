@@ -1,0 +1,46 @@
+"""What stage one reports when it is done; the command line prints it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache_schema import SkippedClip
+from stages.extract_features.config import Kind
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KindSummary:
+    """One kind of store, as far as this rank's shards go."""
+
+    kind: Kind
+    store: Path
+    clips_written: int
+    """By this run."""
+    clips_already_there: int
+    """By earlier runs, in finished shards or waiting in an unfinished one."""
+    skipped: tuple[SkippedClip, ...]
+    """By this run and earlier ones."""
+    busy_shards: tuple[str, ...]
+    """Left alone because another process was writing them."""
+    seconds: float
+    """Wall-clock time of this run."""
+    bytes: int
+    """On disk, of the finished shards' clips."""
+
+    @property
+    def skipped_share(self) -> float:
+        """Skipped clips over all clips; 0 when there are none."""
+        skipped = len(self.skipped)
+        total = self.clips_written + self.clips_already_there + skipped
+        return skipped / total if total else 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtractSummary:
+    """All kinds, in the order in which they were written."""
+
+    kinds: tuple[KindSummary, ...]
+
+    @property
+    def skipped_share(self) -> float:
+        """The largest share of skipped clips of any kind."""
+        return max(kind.skipped_share for kind in self.kinds)

@@ -1,0 +1,92 @@
+"""The text store: the text encoder's states of each caption."""
+
+# Legend: L text token, D width of the text encoder.
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from cache_schema import JSON, ArraySpec, StoreSettings
+from stages.clips import ClipRecord, ClipSkipped
+from stages.extract_features.config import TextConfig
+from stages.extract_features.content_hash import sha256_of_folder
+from stages.extract_features.extraction import DTYPES, Extracted, to_float16
+from stages.train_student.base_facts import BaseFacts
+
+
+class TextExtraction:
+    """Encodes captions as CogVideoXPipeline does: padded to the full length, no attention mask.
+
+    Args:
+        config: Arithmetic.
+        base: Facts of the base pipeline.
+
+    Raises:
+        ValueError: The folder holds no tokenizer or text encoder.
+    """
+
+    def __init__(self, config: TextConfig, base: BaseFacts) -> None:
+        self._config = config
+        self._folder = base.folder
+        self._length = int(base.transformer["max_text_seq_length"])
+        width = int(base.transformer["text_embed_dim"])
+        values: dict[str, JSON] = {
+            "base": {
+                "tokenizer_sha256": sha256_of_folder(base.folder / "tokenizer"),
+                "text_encoder_sha256": sha256_of_folder(base.folder / "text_encoder"),
+                "width": width,
+                "length": self._length,
+            },
+            "precision": config.precision,
+        }
+        embeds = ArraySpec(dtype="float16", shape=(self._length, width), dimension_names=("l", "d"))
+        self.settings = StoreSettings(kind="text", arrays={"embeds": embeds}, values=values)
+
+    def prepare(self, record: ClipRecord) -> str:
+        """Take the caption.
+
+        Raises:
+            ClipSkipped: no_caption.
+        """
+        if record.caption is None:
+            raise ClipSkipped("no_caption", "the dataset gives no caption for this clip")
+        return record.caption
+
+    @contextmanager
+    def opened(self, device: torch.device) -> Iterator[Callable[[str], Extracted]]:
+        """Load the tokenizer and the text encoder."""
+        from transformers import T5EncoderModel, T5Tokenizer
+
+        tokenizer = T5Tokenizer.from_pretrained(
+            self._folder, subfolder="tokenizer", local_files_only=True
+        )
+        encoder = T5EncoderModel.from_pretrained(
+            self._folder,
+            subfolder="text_encoder",
+            dtype=DTYPES[self._config.precision],
+            local_files_only=True,
+        )
+        encoder.requires_grad_(False).eval().to(device)
+        yield lambda caption: self._extract(tokenizer, encoder, caption)
+
+    @torch.inference_mode()
+    def _extract(self, tokenizer: Any, encoder: Any, caption: str) -> Extracted:
+        tokens = tokenizer(
+            [caption],
+            padding="max_length",
+            max_length=self._length,
+            truncation=True,
+            add_special_tokens=True,
+            return_tensors="pt",
+        )
+        whole = tokenizer([caption], add_special_tokens=True).input_ids[0]
+        embeds_LD = encoder(tokens.input_ids.to(encoder.device))[0][0]
+        return Extracted(
+            arrays={"embeds": to_float16(embeds_LD)},
+            attributes={
+                "caption": caption,
+                "tokens_cut": max(0, len(whole) - self._length),
+            },
+        )
