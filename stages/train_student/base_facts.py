@@ -1,0 +1,111 @@
+"""What training must know of the base pipeline before it loads a weight; read from its folder.
+
+Values a configuration file leaves out come from the defaults of the diffusers class that reads it,
+so they are written nowhere else.
+"""
+
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+VAE_SPATIAL_COMPRESSION = 8
+"""Pixels per latent, in height and width, of every CogVideoX VAE."""
+
+OFS = 2.0
+"""The value that CogVideoX 1.5's image-to-video pipeline always gives its transformer as `ofs`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseFacts:
+    """Settings of a pipeline's transformer, VAE and scheduler, as diffusers names them."""
+
+    folder: Path
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    scheduler: dict[str, Any]
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the video's latents."""
+        return int(self.transformer["out_channels"])
+
+    @property
+    def image_to_video(self) -> bool:
+        """Whether the transformer also takes the first frame's latents, beside the video's."""
+        return bool(self.transformer["in_channels"] == 2 * self.transformer["out_channels"])
+
+    @property
+    def latent_scale(self) -> float:
+        """What a VAE latent is multiplied by before the transformer sees it."""
+        return float(self.vae["scaling_factor"])
+
+    @property
+    def image_latent_scale(self) -> float:
+        """The same for image-to-video's first frame; 1.5 divides where 1.0 multiplies."""
+        scale = self.latent_scale
+        return 1.0 / scale if self.vae["invert_scale_latents"] else scale
+
+    @property
+    def patch_size_t(self) -> int:
+        """Latent frames per token: 1, or 2 in CogVideoX 1.5."""
+        return int(self.transformer["patch_size_t"] or 1)
+
+    @property
+    def ofs(self) -> float | None:
+        """Offset embedding's input, or None where the transformer has none."""
+        return None if self.transformer["ofs_embed_dim"] is None else OFS
+
+    def padding(self, num_latents: int) -> int:
+        """Latent frames put before the clip so that its length divides by `patch_size_t`."""
+        return -num_latents % self.patch_size_t
+
+    def token_grid(
+        self, num_latents: int, latent_height: int, latent_width: int
+    ) -> tuple[int, int, int]:
+        """Tokens in time, height and width for a clip of this many latents, padding included."""
+        patch = self.transformer["patch_size"]
+        padded = num_latents + self.padding(num_latents)
+        return padded // self.patch_size_t, latent_height // patch, latent_width // patch
+
+
+def read_base_facts(folder: Path) -> BaseFacts:
+    """Read the three configuration files of a diffusers pipeline folder.
+
+    Raises:
+        ValueError: a file is missing, or the folder holds no CogVideoX.
+    """
+    facts = BaseFacts(
+        folder=folder,
+        transformer=_read(folder / "transformer" / "config.json"),
+        vae=_read(folder / "vae" / "config.json"),
+        scheduler=_read(folder / "scheduler" / "scheduler_config.json"),
+    )
+    channels = facts.transformer["in_channels"], facts.transformer["out_channels"]
+    if channels[0] not in (channels[1], 2 * channels[1]):
+        raise ValueError(
+            f"the transformer in {folder} has {channels[0]} input and {channels[1]} output "
+            "channels; a CogVideoX has as many (text-to-video) or twice as many (image-to-video)"
+        )
+    return facts
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is missing; the base model must be a CogVideoX pipeline as diffusers saves it"
+        )
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    name = str(stored.get("_class_name"))
+    if "CogVideoX" not in name or not hasattr(diffusers, name):
+        raise ValueError(f"{path} describes a {name}; training supports CogVideoX pipelines alone")
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+    defaults = {
+        key: parameter.default
+        for key, parameter in parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    return defaults | stored

@@ -1,0 +1,95 @@
+"""Diffusion maths of CogVideoX's training, pure and in float32; `train_student`'s step uses it.
+
+Zero-terminal-SNR schedule, v-prediction. The training loss weighs the error on x0 by
+1 / (1 - abar); since x0 = sqrt(abar) x_t - sqrt(1 - abar) v, that is exactly the mean squared error
+on v, which is how it is computed here (no division by a number near zero). All of it stays in
+float32: in bfloat16 abar rounds to 1 at the first timesteps and the loss vanishes there.
+
+Legend: B clip, F latent frame, C channel, H W latent, S timestep of the schedule.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NEEDED = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+    "snr_shift_scale",
+)
+
+
+def cumulative_alphas(scheduler_config: Mapping[str, Any]) -> Tensor:
+    """abar at every timestep, from the pipeline's own scheduler settings: float64 [S].
+
+    Scaled-linear betas, shifted by `snr_shift_scale` (3.0 in CogVideoX-2b, 1.0 in 5b), then
+    stretched so that the last timestep is pure noise where `rescale_betas_zero_snr` is set.
+
+    Raises:
+        ValueError: a setting is missing, or is one CogVideoX was never trained with.
+
+    Source: diffusers' CogVideoXDDIMScheduler; Lin et al., arXiv 2305.08891, algorithm 1.
+    """
+    missing = [name for name in _NEEDED if name not in scheduler_config]
+    if missing:
+        raise ValueError(f"the scheduler's configuration lacks {', '.join(missing)}")
+    for name, wanted in (("beta_schedule", "scaled_linear"), ("prediction_type", "v_prediction")):
+        if scheduler_config[name] != wanted:
+            raise ValueError(
+                f"the scheduler's {name} is {scheduler_config[name]!r}; training supports "
+                f"{wanted!r}, which every CogVideoX pipeline has"
+            )
+    betas_S = (
+        torch.linspace(
+            math.sqrt(scheduler_config["beta_start"]),
+            math.sqrt(scheduler_config["beta_end"]),
+            scheduler_config["num_train_timesteps"],
+            dtype=torch.float64,
+        )
+        ** 2
+    )
+    abar_S = torch.cumprod(1.0 - betas_S, dim=0)
+    shift = scheduler_config["snr_shift_scale"]
+    abar_S = abar_S / (shift + (1.0 - shift) * abar_S)
+    if scheduler_config["rescale_betas_zero_snr"]:
+        root_S = abar_S.sqrt()
+        abar_S = ((root_S - root_S[-1]) * root_S[0] / (root_S[0] - root_S[-1])) ** 2
+    return abar_S
+
+
+def noisy_latents(clean_BFCHW: Tensor, noise_BFCHW: Tensor, abar_B: Tensor) -> Tensor:
+    """x_t = sqrt(abar) x0 + sqrt(1 - abar) eps, in the precision of its arguments."""
+    abar = _per_clip(abar_B, clean_BFCHW)
+    return abar.sqrt() * clean_BFCHW + (1.0 - abar).sqrt() * noise_BFCHW
+
+
+def velocity(clean_BFCHW: Tensor, noise_BFCHW: Tensor, abar_B: Tensor) -> Tensor:
+    """What the model predicts: v = sqrt(abar) eps - sqrt(1 - abar) x0."""
+    abar = _per_clip(abar_B, clean_BFCHW)
+    return abar.sqrt() * noise_BFCHW - (1.0 - abar).sqrt() * clean_BFCHW
+
+
+def diffusion_loss(
+    predicted_BFCHW: Tensor, clean_BFCHW: Tensor, noise_BFCHW: Tensor, abar_B: Tensor
+) -> Tensor:
+    """Mean squared error on v: a scalar, equal to 1 / (1 - abar) times the one on x0.
+
+    Args:
+        predicted_BFCHW: the model's velocity, any floating dtype.
+        clean_BFCHW: scaled latents x0, float32 (float64 in tests).
+        noise_BFCHW: eps, like x0.
+        abar_B: abar at each clip's timestep, like x0.
+    """
+    target_BFCHW = velocity(clean_BFCHW, noise_BFCHW, abar_B)
+    return (predicted_BFCHW.to(target_BFCHW.dtype) - target_BFCHW).square().mean()
+
+
+def _per_clip(abar_B: Tensor, like_BFCHW: Tensor) -> Tensor:
+    return abar_B.to(like_BFCHW).view(-1, *[1] * (like_BFCHW.ndim - 1))

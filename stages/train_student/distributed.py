@@ -1,0 +1,113 @@
+"""The processes of a run: who this one is, and how all of them agree; the training loop uses it.
+
+`torchrun` and `deepspeed` tell each process its place through the environment. Without them there
+is one process, and its group meets through a file, so no port is opened.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+
+def world_from_environment() -> World:
+    """Read the launcher's variables; one process without them.
+
+    Raises:
+        ValueError: the variables contradict each other.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if size > 1 and "RANK" not in os.environ:
+        raise ValueError(
+            f"WORLD_SIZE is {size} but RANK is not set; start several processes with torchrun or "
+            "deepspeed, one without either"
+        )
+    if not 0 <= rank < size:
+        raise ValueError(f"RANK must be from 0 to WORLD_SIZE - 1 = {size - 1}, got {rank}")
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    return World(rank=rank, local_rank=local_rank, size=size, device=device)
+
+
+@contextmanager
+def process_group(world: World) -> Iterator[None]:
+    """Join the group for the length of the block: NCCL on GPUs, Gloo on CPUs."""
+    backend = "gloo"
+    if world.device.type == "cuda":
+        backend = "nccl"
+        torch.cuda.set_device(world.device)
+    with ExitStack() as stack:
+        if world.size == 1:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sam2vx-group-"))
+            method = f"file://{Path(folder) / 'store'}"
+        else:
+            method = "env://"
+        dist.init_process_group(backend, init_method=method, rank=world.rank, world_size=world.size)
+        try:
+            yield
+        finally:
+            if dist.is_initialized():  # not if an engine has ended the group already
+                dist.destroy_process_group()
+
+
+def on_first_rank(world: World, action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and hand its result to every rank; its error is raised on every rank.
+
+    Raises:
+        Exception: what `action` raised; on other ranks a RuntimeError with its message.
+    """
+    if world.size == 1:
+        return action()
+    told: list[Any] = [None, None]
+    error: Exception | None = None
+    if world.is_first:
+        try:
+            told[0] = action()
+        except Exception as caught:
+            error, told[1] = caught, str(caught)
+    dist.broadcast_object_list(told, src=0)
+    if error is not None:
+        raise error
+    if told[1] is not None:
+        raise RuntimeError(f"rank 0 failed: {told[1]}")
+    return told[0]
+
+
+def gather(world: World, value: T) -> list[T]:
+    """The value of every rank, in order of rank, on every rank."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier(world: World) -> None:
+    """Wait for every rank."""
+    if world.size > 1:
+        dist.barrier()

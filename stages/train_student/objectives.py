@@ -1,0 +1,55 @@
+"""Auxiliary losses between the student's projected features and the teacher's cached ones.
+
+One class per objective; `build_objective` is the only place that knows their names.
+
+Legend: B clip, T frame, H W token grid, C channel (the two sides' may differ).
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from stages.local_gram_flow import Divergence, gram_flow_loss, local_gram_flow
+from stages.train_student.config import ObjectiveConfig
+
+
+class Objective(Protocol):
+    """A scalar loss, zero at best, from two feature maps of one size."""
+
+    def __call__(self, student_BTHWC: Tensor, teacher_BTHWC: Tensor) -> Tensor:
+        """Compare them; gradient flows to the student alone."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalGramFlow:
+    """Local Gram Flow: how each token relates to its window in the next frame.
+
+    Source: Structure From Tracking, arXiv 2512.11792.
+    """
+
+    radius: int
+    temperature: float
+    divergence: Divergence
+
+    def __call__(self, student_BTHWC: Tensor, teacher_BTHWC: Tensor) -> Tensor:
+        """KL or squared error between the two Gram flows, averaged; computed in float32."""
+        with torch.no_grad():
+            teacher_BPHWK = local_gram_flow(teacher_BTHWC, self.radius)
+        student_BPHWK = local_gram_flow(student_BTHWC, self.radius)
+        return gram_flow_loss(
+            student_BPHWK,
+            teacher_BPHWK,
+            temperature=self.temperature,
+            divergence=self.divergence,
+        )
+
+
+def build_objective(config: ObjectiveConfig) -> Objective | None:
+    """The objective that `config` names; None for plain fine-tuning."""
+    if config.name == "none":
+        return None
+    return LocalGramFlow(
+        radius=config.radius, temperature=config.temperature, divergence=config.divergence
+    )

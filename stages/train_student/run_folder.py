@@ -1,0 +1,144 @@
+"""The folder of a run: its settings, its lock, and whether it is finished.
+
+    <run_dir>/
+        config.yaml            the resolved configuration
+        run.json               what may not change between resumes, provenance, processes, stores
+        losses.jsonl           one line per step (loss_record.py)
+        tensorboard/
+        checkpoints/           (checkpoints.py)
+        projector.safetensors  the projector's trained weights, kept for more training
+        export/                the trained weights in diffusers' format (export.py)
+        finished.json          written last
+
+The training loop uses it; sampling looks for finished.json and export/.
+"""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cache_schema.durable import write_whole
+from stages.clips.config import ClipsConfig
+from stages.config import BaseModelConfig
+from stages.train_student.base_facts import BaseFacts
+from stages.train_student.config import TrainConfig
+from stages.train_student.stores import JoinedStores
+
+FREE_SETTINGS = (
+    "run_dir",
+    "steps",
+    "log_every",
+    "loader_workers",
+    "checkpoint_every",
+    "checkpoints_kept",
+    "stores",
+)
+"""Settings of a run that a resume may change; `stores` is compared by what the stores hold."""
+
+
+def fixed_settings(
+    config: TrainConfig,
+    clips: ClipsConfig,
+    model: BaseModelConfig,
+    facts: BaseFacts,
+    stores: JoinedStores,
+) -> dict[str, Any]:
+    """What decides a run's weights, by dotted name; two runs with equal ones are the same run."""
+    nested = {
+        "train": config.model_dump(mode="json", exclude=set(FREE_SETTINGS)),
+        "data": {name: getattr(clips, name) for name in ("num_frames", "height", "width")},
+        "model": model.model_dump(mode="json"),
+        "transformer": {k: v for k, v in facts.transformer.items() if not k.startswith("_")},
+        "scheduler": {k: v for k, v in facts.scheduler.items() if not k.startswith("_")},
+        "stores": {kind: reader.settings.hash for kind, reader in stores.readers.items()},
+        "clips": len(stores.keys),
+    }
+    # Through JSON, so that what was just computed equals what a run read back.
+    return dict(_flat(json.loads(json.dumps(nested)), ""))
+
+
+def open_run(
+    run_dir: Path, settings: dict[str, Any], resolved_config: dict[str, Any], about: dict[str, Any]
+) -> None:
+    """Make the folder, or check that it holds a run of the same settings.
+
+    Args:
+        settings: `fixed_settings`.
+        resolved_config: written as config.yaml.
+        about: further facts for run.json, such as provenance; not compared.
+
+    Raises:
+        ValueError: the folder holds another run, or something else.
+    """
+    file = run_dir / "run.json"
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))["settings"]
+        missing = object()
+        names = found.keys() | settings.keys()
+        differing = sorted(
+            name for name in names if found.get(name, missing) != settings.get(name, missing)
+        )
+        if differing:
+            told = "; ".join(
+                f"{name} was {found.get(name)!r}, is {settings.get(name)!r}" for name in differing
+            )
+            raise ValueError(
+                f"{run_dir} holds a run with other settings: {told}. Choose another train.run_dir, "
+                "or the settings it was started with"
+            )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(resolved_config, sort_keys=False, allow_unicode=True)
+    _write(run_dir / "config.yaml", text)
+    if not file.is_file():
+        _write(file, json.dumps({"settings": settings, **about}, indent=1))
+    (run_dir / "checkpoints").mkdir(exist_ok=True)
+
+
+def finished_steps(run_dir: Path) -> int | None:
+    """How many steps the finished run in this folder made; None while it is not finished."""
+    file = run_dir / "finished.json"
+    if not file.is_file():
+        return None
+    return int(json.loads(file.read_text(encoding="utf-8"))["steps"])
+
+
+def mark_finished(run_dir: Path, steps: int, export: Path) -> None:
+    """Say that everything is written."""
+    content = {"steps": steps, "export": export.relative_to(run_dir).as_posix()}
+    _write(run_dir / "finished.json", json.dumps(content, indent=1))
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the folder against a second training; the lock dies with the process.
+
+    Raises:
+        ValueError: another process trains here.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is training in {run_dir}; wait for it, or choose another "
+                "train.run_dir"
+            ) from None
+        yield
+
+
+def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(item, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
+
+
+def _write(path: Path, text: str) -> None:
+    write_whole(path, text.encode("utf-8"), temporary=path.with_name(f".{path.name}.partial"))

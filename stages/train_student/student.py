@@ -1,0 +1,143 @@
+"""The student: the CogVideoX transformer that is trained, its projector, and the tap between them.
+
+Legend: B clip, F latent frame, C channel, H W latent or token grid, J token in time, T frame of the
+teacher, N token, L text token, D width.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from stages.train_student.base_facts import BaseFacts
+from stages.train_student.config import LoraSettings, TrainConfig
+from stages.train_student.projector import Projector, time_weights
+
+BlockOutput = tuple[Tensor, Tensor]
+
+
+class Student(nn.Module):
+    """Transformer and projector under one forward pass, as the engine wants them.
+
+    A hook on the taught block takes its image tokens. It is armed once per forward pass, so the
+    block's second run, which gradient checkpointing makes in the backward pass, is not captured.
+    """
+
+    def __init__(
+        self,
+        transformer: CogVideoXTransformer3DModel,
+        projector: Projector | None = None,
+        block: int | None = None,
+    ) -> None:
+        """Wrap `transformer`; with a `projector`, tap the block of that index."""
+        super().__init__()
+        self.transformer = transformer
+        self.projector = projector
+        self._armed = False
+        self._tokens_BND: Tensor | None = None
+        if projector is not None:
+            if block is None or not 0 <= block < len(transformer.transformer_blocks):
+                raise ValueError(
+                    f"train.objective.block must be under {len(transformer.transformer_blocks)}, "
+                    f"the transformer's number of blocks, got {block}"
+                )
+            transformer.transformer_blocks[block].register_forward_hook(self._tap)
+
+    def _tap(self, module: nn.Module, inputs: Any, output: BlockOutput) -> None:
+        if self._armed:
+            self._tokens_BND, self._armed = output[0], False
+
+    def forward(
+        self,
+        latents_BFCHW: Tensor,
+        text_BLD: Tensor,
+        timestep_B: Tensor,
+        token_grid: tuple[int, int, int],
+        rotary: tuple[Tensor, Tensor] | None = None,
+        ofs: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Predict the velocity and, if there is a projector, the features to compare.
+
+        Args:
+            latents_BFCHW: noisy latents, with the first frame's on further channels if the model
+                takes them.
+            text_BLD: text embeddings.
+            timestep_B: int64.
+            token_grid: tokens in time, height and width.
+            rotary: cosines and sines of the positions.
+            ofs: offset of CogVideoX 1.5 image-to-video.
+
+        Returns:
+            velocity_BFCHW, and features_BTHWC or None.
+        """
+        self._armed = self.projector is not None
+        velocity_BFCHW = self.transformer(
+            hidden_states=latents_BFCHW,
+            encoder_hidden_states=text_BLD,
+            timestep=timestep_B,
+            ofs=ofs,
+            image_rotary_emb=rotary,
+            return_dict=False,
+        )[0]
+        if self.projector is None:
+            return velocity_BFCHW, None
+        tokens_BND, self._tokens_BND = self._tokens_BND, None
+        assert tokens_BND is not None, "the tapped block did not run"
+        return velocity_BFCHW, self.projector(tokens_BND.unflatten(1, token_grid))
+
+
+def load_transformer(folder: Path, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
+    """The base pipeline's transformer, its weights cast to `dtype`."""
+    transformer = CogVideoXTransformer3DModel.from_pretrained(
+        folder, subfolder="transformer", torch_dtype=dtype
+    )
+    return transformer.train()
+
+
+def add_lora(transformer: CogVideoXTransformer3DModel, settings: LoraSettings) -> None:
+    """Freeze the transformer and add adapters, which start without effect.
+
+    Raises:
+        ValueError: no module matches `target_modules`.
+    """
+    transformer.requires_grad_(False)
+    transformer.add_adapter(
+        LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            target_modules=list(settings.target_modules),
+            init_lora_weights=True,
+        )
+    )
+
+
+def build_student(
+    config: TrainConfig,
+    facts: BaseFacts,
+    dtype: torch.dtype,
+    *,
+    num_frames: int,
+    teacher_maps: int | None,
+) -> Student:
+    """Load and prepare everything that is trained.
+
+    Args:
+        teacher_maps: maps per clip in the teacher's store; None for no auxiliary loss.
+    """
+    torch.manual_seed(config.seed)
+    transformer = load_transformer(facts.folder, dtype)
+    if config.method == "lora":
+        add_lora(transformer, config.lora)
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if teacher_maps is None:
+        return Student(transformer)
+    projector = Projector(
+        facts.transformer["num_attention_heads"] * facts.transformer["attention_head_dim"],
+        config.objective.projector_widths,
+        time_weights(teacher_maps, num_frames, facts.patch_size_t),
+    )
+    return Student(transformer, projector.to(dtype), config.objective.block)

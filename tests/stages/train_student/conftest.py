@@ -1,0 +1,201 @@
+"""A tiny CogVideoX folder and tiny stores, made once, and a way to train on them."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+
+from cache_schema import ArraySpec, StoreSettings, StoreWriter
+from stages.clips.config import ClipsConfig
+from stages.config import BaseModelConfig
+from stages.progress import SilentProgress
+from stages.train_student.config import TrainConfig
+
+torch.set_num_threads(1)
+
+FRAMES, HEIGHT, WIDTH = 9, 32, 48
+LATENT = (3, 4, 4, 6)  # frames, channels, height, width
+GRID = (2, 3)
+TEXT = (8, 16)
+TEACHER_WIDTH = 10
+KEYS = tuple(f"clip/{number}" for number in range(5))
+SCRIPT = Path(__file__).with_name("train_in_subprocess.py")
+
+
+def tiny_transformer(**changes):
+    torch.manual_seed(0)
+    settings = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": LATENT[1],
+        "out_channels": LATENT[1],
+        "time_embed_dim": 16,
+        "text_embed_dim": TEXT[1],
+        "max_text_seq_length": TEXT[0],
+        "num_layers": 2,
+        "sample_height": LATENT[2],
+        "sample_width": LATENT[3],
+        "sample_frames": FRAMES,
+        "use_rotary_positional_embeddings": True,
+    }
+    return CogVideoXTransformer3DModel(**(settings | changes))
+
+
+def tiny_scheduler(**changes):
+    settings = {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "snr_shift_scale": 3.0,
+        "timestep_spacing": "trailing",
+    }
+    return CogVideoXDDIMScheduler(**(settings | changes))
+
+
+def tiny_vae(**changes):
+    settings = {
+        "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+        "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+        "block_out_channels": (4, 4, 4, 4),
+        "latent_channels": LATENT[1],
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+        "scaling_factor": 0.7,
+    }
+    return AutoencoderKLCogVideoX(**(settings | changes))
+
+
+def save_pipeline(folder, *, transformer=None, vae=None, scheduler=None):
+    (transformer or tiny_transformer()).save_pretrained(folder / "transformer")
+    (vae or tiny_vae()).save_config(folder / "vae")
+    (scheduler or tiny_scheduler()).save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "CogVideoXPipeline"}))
+    return folder
+
+
+def write_store(root, kind, shapes, keys=KEYS, values=None, change=None):
+    """A store of random arrays, the same for the same kind and key on every call."""
+    names = {4: "tchw", 2: "ld"}
+    specs = {
+        name: ArraySpec(dtype="float16", shape=shape, dimension_names=tuple(names[len(shape)]))
+        for name, shape in shapes.items()
+    }
+    settings = StoreSettings(kind=kind, arrays=specs, values=values or {})
+    writer = StoreWriter.open(root, settings, provenance={})
+    with writer.shard("00000", source="made up") as shard:
+        for key in keys:
+            digest = hashlib.sha256(f"{kind}/{key}".encode()).digest()
+            numbers = np.random.default_rng(list(digest))
+            arrays = {
+                name: np.abs(numbers.standard_normal(shape)).astype(np.float16) * 0.1
+                if name.endswith("std")
+                else numbers.standard_normal(shape).astype(np.float16)
+                for name, shape in shapes.items()
+            }
+            shard.add(key, arrays if change is None else change(key, arrays))
+        shard.commit()
+    return writer.path
+
+
+LATENT_SHAPES = {"mean": LATENT, "std": LATENT}
+IMAGE_SHAPES = {"image_mean": (1, *LATENT[1:]), "image_std": (1, *LATENT[1:])}
+
+
+def write_cache(root, *, maps=FRAMES, image=False, **kwargs):
+    write_store(root, "text", {"embeds": TEXT}, **kwargs)
+    write_store(root, "latents", LATENT_SHAPES | (IMAGE_SHAPES if image else {}), **kwargs)
+    write_store(root, "teacher", {"features": (maps, *GRID, TEACHER_WIDTH)}, **kwargs)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The helpers above, for tests: test modules cannot import a conftest."""
+    return SimpleNamespace(**globals())
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory):
+    return save_pipeline(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return write_cache(tmp_path_factory.mktemp("cache"))
+
+
+CLIPS = ClipsConfig(path=Path("unused"), num_frames=FRAMES, height=HEIGHT, width=WIDTH)
+
+
+def train_settings(run_dir, **changes):
+    settings = {
+        "run_dir": str(run_dir),
+        "steps": 4,
+        "batch_size": 2,
+        "checkpoint_every": 2,
+        "log_every": 2,
+        "loader_workers": 0,
+        "objective": {"block": 1, "radius": 1, "projector_widths": (16, 8, 8)},
+        "lora": {"rank": 4, "alpha": 2},
+        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
+        "deepspeed": {"zero_stage": 2, "precision": "fp32"},
+    }
+    for name, value in changes.items():
+        settings[name] = settings[name] | value if isinstance(value, dict) else value
+    return settings
+
+
+@pytest.fixture(scope="session")
+def train(base_model, cache):
+    """Train in this process: train(run_dir, **changed settings) -> TrainSummary."""
+
+    def run(run_dir, *, base=base_model, cache_root=cache, progress=None, **changes):
+        from stages.train_student.train import train_student
+
+        return train_student(
+            TrainConfig(**train_settings(run_dir, **changes)),
+            CLIPS,
+            BaseModelConfig(path=str(base)),
+            cache_root,
+            resolved_config={"train": {"steps": changes.get("steps", 4)}},
+            provenance={"made by": "a test"},
+            progress=progress or SilentProgress(),
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def train_process(base_model, cache):
+    """Start training in a process of its own: train_process(run_dir, …) -> Popen."""
+
+    def start(run_dir, *, processes=1, fault="", **changes):
+        request = {
+            "train": train_settings(run_dir, **changes),
+            "clips": CLIPS.model_dump(mode="json"),
+            "base": str(base_model),
+            "cache": str(cache),
+            "fault": fault,
+        }
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone"]
+            launcher += [f"--nproc-per-node={processes}"]
+        root = Path(__file__).parents[3]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+        return subprocess.Popen(
+            [*launcher, str(SCRIPT), json.dumps(request)],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    return start

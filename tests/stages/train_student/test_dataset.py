@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+from cache_schema import CorruptClip
+from stages.train_student.base_facts import read_base_facts
+from stages.train_student.dataset import CachedSamples, draw, join_batches, load_batches
+from stages.train_student.order import clip_of_sample
+from stages.train_student.stores import join_stores
+
+
+@pytest.fixture(scope="module")
+def facts(base_model):
+    return read_base_facts(base_model)
+
+
+@pytest.fixture
+def samples(cache, facts):
+    return CachedSamples(join_stores(cache, {}, with_teacher=True), facts, seed=3)
+
+
+def same(left, right):
+    return left.keys == right.keys and all(
+        torch.equal(getattr(left, name), getattr(right, name))
+        for name in ("clean_BFCHW", "noise_BFCHW", "timestep_B", "text_BLD", "teacher_BTHWC")
+    )
+
+
+def test_a_sample_depends_on_its_number_and_seed_alone(samples, cache, facts):
+    again = CachedSamples(join_stores(cache, {}, with_teacher=True), facts, seed=3)
+    other = CachedSamples(join_stores(cache, {}, with_teacher=True), facts, seed=4)
+    torch.manual_seed(99)
+    assert same(again[7], samples[7])
+    assert not torch.equal(samples[7].noise_BFCHW, samples[8].noise_BFCHW)
+    assert not torch.equal(samples[7].noise_BFCHW, other[7].noise_BFCHW)
+
+
+def test_arrays_belong_to_the_key(samples, cache):
+    stores = join_stores(cache, {}, with_teacher=True)
+    for number in range(10):
+        batch = samples[number]
+        key = stores.keys[clip_of_sample(number, 5, 3)]
+        assert batch.keys == (key,)
+        assert (batch.text_BLD[0].numpy() == stores.text.read(key)["embeds"]).all()
+        assert (batch.teacher_BTHWC[0].numpy() == stores.teacher.read(key)["features"]).all()
+        latents = stores.latents.read(key)
+        scaled = (batch.clean_BFCHW[0] / 0.7).numpy()
+        assert (abs(scaled - latents["mean"]) <= 6 * latents["std"].astype("float32") + 1e-3).all()
+    assert batch.text_BLD.dtype == batch.teacher_BTHWC.dtype == torch.float16
+
+
+def test_draws_follow_the_posterior():
+    mean, std = torch.tensor([1.0, -2.0]).half(), torch.tensor([0.5, 0.0]).half()
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([draw(mean, std, generator) for _ in range(4000)])
+    assert drawn.dtype == torch.float32
+    torch.testing.assert_close(drawn.mean(0), mean.float(), atol=0.03, rtol=0)
+    torch.testing.assert_close(drawn.std(0), std.float(), atol=0.03, rtol=0)
+
+
+def test_timesteps_cover_the_schedule(samples):
+    timesteps = [int(samples[number].timestep_B) for number in range(300)]
+    assert 0 <= min(timesteps) < 50
+    assert 950 < max(timesteps) <= 999
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_keeps_the_order_and_joins_micro_batches(samples, workers):
+    numbers = [[4, 5], [0, 9]]
+    loaded = list(load_batches(samples, numbers, workers=workers, pin_memory=False))
+    for batch, group in zip(loaded, numbers, strict=True):
+        assert same(batch, join_batches([samples[number] for number in group]))
+
+
+def test_image_to_video_samples_hold_the_first_frame(tiny, tmp_path):
+    base = tiny.save_pipeline(
+        tmp_path / "base",
+        transformer=tiny.tiny_transformer(in_channels=8, patch_size_t=2, ofs_embed_dim=16),
+        vae=tiny.tiny_vae(invert_scale_latents=True),
+    )
+    cache = tiny.write_cache(tmp_path / "cache", image=True)
+    stores = join_stores(cache, {}, with_teacher=False)
+    batch = CachedSamples(stores, read_base_facts(base), seed=0)[0]
+    assert batch.clean_BFCHW.shape == batch.image_BFCHW.shape == (1, 4, 4, 4, 6)
+    assert torch.equal(batch.clean_BFCHW[:, 0], batch.clean_BFCHW[:, 1])
+    assert batch.image_BFCHW[:, 1:].abs().max() == 0
+    image = stores.latents.read(batch.keys[0])
+    error = (batch.image_BFCHW[0, 0] * 0.7 - torch.from_numpy(image["image_mean"][0])).abs()
+    assert (error <= 6 * torch.from_numpy(image["image_std"][0]).float() + 1e-3).all()
+    assert batch.teacher_BTHWC is None
+
+
+def test_a_damaged_clip_stops_the_reading(tiny, tmp_path, facts):
+    cache = tiny.write_cache(tmp_path)
+    stores = join_stores(cache, {}, with_teacher=True)
+    for file in (stores.teacher.path / "shards").rglob("features/c/**/*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(CorruptClip, match="clip/"):
+        CachedSamples(stores, facts, seed=0)[0]
