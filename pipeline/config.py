@@ -19,7 +19,7 @@ from pipeline.config_schema import (
     unknown_key,
     with_help,
 )
-from pipeline.strict_yaml import YamlProblem, parse_yaml
+from pipeline.strict_yaml import YamlError, parse_yaml
 from stages.articulated_figures.config import DemoConfig
 from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig, Section
@@ -61,7 +61,9 @@ _PRESETS = resources.files("pipeline") / "presets"
 
 def preset_names() -> list[str]:
     """Return the names of the presets in the package, sorted."""
-    return sorted(p.name.removesuffix(".yaml") for p in _PRESETS.iterdir() if p.name[-5:] == ".yaml")
+    return sorted(
+        p.name.removesuffix(".yaml") for p in _PRESETS.iterdir() if p.name[-5:] == ".yaml"
+    )
 
 
 def load_config(preset_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -90,7 +92,7 @@ def _read(preset_or_path: str) -> dict[str, Any]:
     text, source = _text_of(preset_or_path)
     try:
         tree = parse_yaml(text)
-    except YamlProblem as error:
+    except YamlError as error:
         raise ConfigError(f"{source}: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{source} holds no settings; `sam2vx-pipeline config show` prints some")
@@ -119,7 +121,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r} sets nothing; overrides look like train.steps=20")
     try:
         value = parse_yaml(text)
-    except YamlProblem as error:
+    except YamlError as error:
         raise ConfigError(f"{path}: cannot read the value {text!r} ({error})") from error
     *parents, leaf = path.split(".")
     setting = SETTINGS.get(path)

@@ -124,7 +124,9 @@ def _explain_one(problem: Mapping[str, Any], known: Mapping[str, Setting]) -> st
     if problem["type"] == "value_error":
         return f"{path}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"])
     given = problem["input"]
-    remedy = "; put it in quotes" if _wanted(problem) in _TEXTS and isinstance(given, Number) else ""
+    remedy = (
+        "; put it in quotes" if _wanted(problem) in _TEXTS and isinstance(given, Number) else ""
+    )
     shown = "null" if given is None else repr(given)
     return with_help(f"{path} must be {_wanted(problem)}, got {shown}{remedy}", path, known)
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 
-class YamlProblem(ValueError):
+class YamlError(ValueError):
     """The text is not YAML that this project reads; the message says where."""
 
 
@@ -24,9 +24,9 @@ class _StrictLoader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
             if not isinstance(key, str):
-                raise YamlProblem(f"line {line}: the key {key!r} is not text; put it in quotes")
+                raise YamlError(f"line {line}: the key {key!r} is not text; put it in quotes")
             if key in lines:
-                raise YamlProblem(
+                raise YamlError(
                     f"line {line}: key {key!r} is given twice (first on line {lines[key]}); "
                     "keep one of them"
                 )
@@ -64,14 +64,14 @@ def parse_yaml(text: str) -> Any:
     """Return the value that one YAML document holds.
 
     Raises:
-        YamlProblem: the text is not YAML, or a mapping has a key twice or a key that is not text.
+        YamlError: the text is not YAML, or a mapping has a key twice or a key that is not text.
     """
     try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
-        raise YamlProblem(where + (getattr(error, "problem", None) or str(error))) from error
+        raise YamlError(where + (getattr(error, "problem", None) or str(error))) from error
 
 
 class _Dumper(yaml.SafeDumper):

@@ -1,0 +1,244 @@
+"""The command line `sam2vx-pipeline`: arguments in, a command carried out, an answer printed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline import console, failures
+from pipeline.config import RunConfig, load_config
+from pipeline.console import Answer
+from stages.progress import Progress
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 too many clips skipped, "
+    "130 stopped with Ctrl-C.",
+)
+config_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+app.add_typer(config_app, name="config", help="Look at configurations.")
+
+Config = Annotated[
+    str,
+    typer.Option(
+        "--config",
+        "-c",
+        metavar="NAME_OR_PATH",
+        help="A preset (demo, cogvideox-2b-lora, cogvideox-5b-lora, cogvideox-5b-i2v-lora) or a "
+        "YAML file.",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Settings to change, such as train.steps=20; config show lists them all.",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")]
+Traceback = Annotated[
+    bool,
+    typer.Option("--traceback", envvar="SAM2VX_TRACEBACK", help="Show where an error comes from."),
+]
+LocalRank = Annotated[
+    int | None,
+    # deepspeed's launcher adds it, before or after the command; LOCAL_RANK says the same.
+    typer.Option("--local_rank", "--local-rank", hidden=True, expose_value=False),
+]
+
+
+def main() -> None:
+    """Run the command line; the entry point of `sam2vx-pipeline` and of `python -m pipeline`."""
+    app(prog_name="sam2vx-pipeline")
+
+
+@app.callback()
+def _top(local_rank: LocalRank = None) -> None:
+    """Teach CogVideoX how structure moves, from SAM2's memory features.
+
+    The road: extract-features makes a cache from a folder of clips, train teaches the model from
+    the cache alone, sample draws a video with what was learnt. inspect looks into the cache; demo
+    walks the whole road on data and models that are made here.
+    """
+
+
+@app.command("extract-features")
+def extract_features(
+    overrides: Overrides = None,
+    config: Config = "demo",
+    as_json: Json = False,
+    traceback: Traceback = False,
+    local_rank: LocalRank = None,
+) -> None:
+    """Stage one: teacher features, latents and text states of every clip, into the cache.
+
+    What is in the cache already is kept; run it again after an interruption and it goes on.
+    """
+    from pipeline.commands import extract
+
+    settings = _settings(config, overrides, traceback)
+    answer = _carry_out(lambda p: extract.run(settings, p), traceback, resumable=True)
+    _finish(answer, as_json)
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    config: Config = "demo",
+    as_json: Json = False,
+    traceback: Traceback = False,
+    local_rank: LocalRank = None,
+) -> None:
+    """Stage two: train the model from the cache; again in the same run_dir, go on where it stopped.
+
+    With several GPUs: deepspeed --module pipeline train …, or torchrun --nproc-per-node 8
+    -m pipeline train …
+    """
+    from pipeline.commands import train as command
+
+    settings = _settings(config, overrides, traceback)
+    answer = _carry_out(lambda p: command.run(settings, p), traceback, resumable=True)
+    _finish(answer, as_json)
+
+
+@app.command()
+def sample(
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to draw.")],
+    overrides: Overrides = None,
+    config: Config = "demo",
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="The first frame, for image-to-video models."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The .mp4 to write; by default a new name in outputs.")
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="The training run's folder; by default the one that finished last.",
+        ),
+    ] = None,
+    base: Annotated[
+        bool, typer.Option("--base", help="Draw from the base model, without a run.")
+    ] = False,
+    as_json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Draw a video with the model that was trained."""
+    from pipeline.commands import sample as command
+
+    settings = _settings(config, overrides, traceback)
+    answer = _carry_out(
+        lambda p: command.run(
+            settings, p, prompt=prompt, image=image, out=out, run_dir=run, base_only=base
+        ),
+        traceback,
+    )
+    _finish(answer, as_json)
+
+
+@app.command()
+def inspect(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="STORE KEY=VALUE",
+            help="The store: teacher (the default), latents, text, or a store's folder; then "
+            "settings to change.",
+            show_default=False,
+        ),
+    ] = None,
+    config: Config = "demo",
+    clip: Annotated[
+        str | None, typer.Option("--clip", help="The clip's key; by default the store's first.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder for the picture and the video.")
+    ] = None,
+    as_json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Print what a store holds, and draw a clip: frames, feature colours, implied flow."""
+    from pipeline.commands import inspect as command
+
+    store, overrides = "teacher", list(arguments or [])
+    if overrides and ("=" not in overrides[0] or Path(overrides[0]).exists()):
+        store = overrides.pop(0)
+    settings = _settings(config, overrides, traceback)
+    answer = _carry_out(
+        lambda p: command.run(settings, p, store=store, clip=clip, out=out), traceback
+    )
+    _finish(answer, as_json)
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    config: Config = "demo",
+    as_json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """The whole road on drawn figures and tiny models: extract, train, sample, inspect."""
+    from pipeline.commands import demo as command
+
+    settings = _settings(config, overrides, traceback)
+    answers: dict[str, Answer] = {}
+    with failures.failures(traceback=traceback):
+        for name, step in command.steps(settings):
+            answers[name] = _carry_out(step, traceback, resumable=True)
+            if not as_json or answers[name].exit_code:
+                _finish(answers[name], as_json)
+    _finish(command.summary(answers), as_json)
+
+
+@config_app.command("show")
+def config_show(
+    overrides: Overrides = None,
+    config: Config = "demo",
+    as_json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Print the configuration with every default filled in, as YAML that can be edited and used."""
+    import json
+
+    from pipeline.config_text import commented_yaml
+
+    settings = _settings(config, overrides, traceback)
+    if as_json:
+        print(json.dumps(settings.model_dump(mode="json"), ensure_ascii=False))
+    else:
+        print(commented_yaml(settings), end="")
+
+
+def _settings(config: str, overrides: list[str] | None, traceback: bool) -> RunConfig:
+    with failures.failures(traceback=traceback):
+        return load_config(config, overrides or [])
+
+
+def _carry_out(
+    work: Callable[[Progress], Answer], traceback: bool, *, resumable: bool = False
+) -> Answer:
+    """Do a command's work with bars on stderr and nothing on stdout."""
+    with (
+        failures.failures(traceback=traceback, resumable=resumable),
+        console.stdout_for_the_answer(),
+        console.console_progress() as progress,
+    ):
+        return work(progress)
+
+
+def _finish(answer: Answer, as_json: bool) -> None:
+    console.present(answer, as_json=as_json)
+    if answer.exit_code:
+        raise typer.Exit(answer.exit_code)

@@ -1,0 +1,76 @@
+"""`extract-features`: stage one."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from cache_schema import SkippedClip
+from pipeline.commands.assets import make_missing_assets
+from pipeline.config import RunConfig
+from pipeline.console import Answer, in_bytes, in_time
+from pipeline.failures import TOO_MANY_SKIPPED
+from pipeline.launch import rank, world_size
+from pipeline.provenance import provenance
+from stages.progress import Progress
+
+_SKIPPED_SHOWN = 20
+
+
+def run(config: RunConfig, progress: Progress) -> Answer:
+    """Write the stores; with a launcher, this process's share of the shards."""
+    from stages.extract_features.extract import extract_features
+
+    make_missing_assets(config, progress)
+    summary = extract_features(
+        config.extract,
+        config.data,
+        config.model,
+        config.cache,
+        provenance=provenance(),
+        progress=progress,
+        rank=rank(),
+        world_size=world_size(),
+    )
+    rows: list[tuple[str, str]] = []
+    notes: list[str] = []
+    data: dict[str, Any] = {"cache": str(config.cache), "skipped_share": summary.skipped_share}
+    for kind in summary.kinds:
+        rows.append((kind.kind, str(kind.store)))
+        there = f", {kind.clips_already_there} already there" if kind.clips_already_there else ""
+        busy = f", {len(kind.busy_shards)} shards left to others" if kind.busy_shards else ""
+        rows.append(("  clips", f"{kind.clips_written} written{there}{busy}"))
+        rows.append(("  skipped", _reasons(kind.skipped)))
+        rows.append(("  size, time", f"{in_bytes(kind.bytes)}, {in_time(kind.seconds)}"))
+        notes += [f"{kind.kind} skipped {s.key}: {s.reason} ({s.detail})" for s in kind.skipped]
+        data[kind.kind] = {
+            "store": str(kind.store),
+            "clips_written": kind.clips_written,
+            "clips_already_there": kind.clips_already_there,
+            "busy_shards": list(kind.busy_shards),
+            "skipped": [
+                {"key": s.key, "reason": s.reason, "detail": s.detail} for s in kind.skipped
+            ],
+            "bytes": kind.bytes,
+            "seconds": round(kind.seconds, 3),
+        }
+    if len(notes) > _SKIPPED_SHOWN:
+        notes[_SKIPPED_SHOWN:] = [f"… and {len(notes) - _SKIPPED_SHOWN} more; --json lists them"]
+    too_many = summary.skipped_share > config.extract.max_skipped
+    if too_many:
+        notes.append(
+            f"{summary.skipped_share:.0%} of the clips were skipped, more than "
+            f"extract.max_skipped={config.extract.max_skipped:g} allows"
+        )
+    return Answer(
+        title=f"extracted with {config.name}",
+        rows=rows,
+        data=data,
+        notes=notes,
+        exit_code=TOO_MANY_SKIPPED if too_many else 0,
+    )
+
+
+def _reasons(skipped: Sequence[SkippedClip]) -> str:
+    counts = Counter(clip.reason for clip in skipped)
+    listed = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    return f"{len(skipped)} ({listed})" if skipped else "none"

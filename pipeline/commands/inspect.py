@@ -1,0 +1,133 @@
+"""`inspect`: what a store holds, and what one of its clips looks like."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cache_schema import SCHEMA_VERSION, StoreReader, find_store
+from pipeline.config import RunConfig
+from pipeline.console import Answer, in_bytes
+from stages.progress import Progress
+
+_SKIPPED_SHOWN = 20
+
+
+def run(
+    config: RunConfig,
+    progress: Progress,
+    *,
+    store: str = "teacher",
+    clip: str | None = None,
+    out: Path | None = None,
+) -> Answer:
+    """Read a store's manifest and draw one clip.
+
+    Args:
+        config: The whole configuration.
+        progress: Told of the steps.
+        store: A kind, a store's folder in the cache, or the path of one.
+        clip: The clip's key; None takes the first.
+        out: Folder of the pictures; None takes one named for the store in `config.outputs`.
+    """
+    path = _store_path(config, store)
+    reader = StoreReader(path)
+    if clip is None and len(reader):
+        clip = reader.keys[0]
+    entry = None if clip is None else reader.record(clip)
+    data = _manifest(path, reader)
+    rows = _rows(data)
+    notes = [f"skipped {s['key']}: {s['reason']} ({s['detail']})" for s in data["skipped"]]
+    if len(notes) > _SKIPPED_SHOWN:
+        notes[_SKIPPED_SHOWN:] = [f"… and {len(notes) - _SKIPPED_SHOWN} more; --json lists them"]
+    if entry is not None:
+        data["clip"] = {"shard": entry.shard, "source": entry.source, **entry.as_dict()}
+        rows += [("clip", entry.key)] + [
+            (f"  {name}", _inline(value)) for name, value in data["clip"].items() if name != "key"
+        ]
+        notes += _draw(config, progress, path, entry.key, out or config.outputs / path.name, data)
+    title = f"{data['kind']} store"
+    return Answer(title=title, rows=rows, data=data, notes=notes)
+
+
+def _store_path(config: RunConfig, store: str) -> Path:
+    for folder in (Path(store), config.cache / store):
+        if (folder / "store.json").is_file():
+            return folder
+    if Path(store).is_dir() or "/" in store:
+        raise ValueError(f"{store} is no store: it has no store.json")
+    return find_store(config.cache, store, folder=config.train.stores.get(store))
+
+
+def _manifest(path: Path, reader: StoreReader) -> dict[str, Any]:
+    settings = reader.settings
+    return {
+        "store": str(path),
+        "kind": settings.kind,
+        "schema_version": SCHEMA_VERSION,
+        "settings_hash": settings.hash,
+        "clips": len(reader),
+        "bytes": reader.num_bytes,
+        "arrays": {
+            name: {
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+                "dimension_names": list(spec.dimension_names),
+            }
+            for name, spec in settings.arrays.items()
+        },
+        "values": settings.values,
+        "made_with": reader.provenance,
+        "keys": list(reader.keys),
+        "skipped": [
+            {"key": s.key, "reason": s.reason, "detail": s.detail, "shard": s.shard}
+            for s in reader.skipped
+        ],
+    }
+
+
+def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [
+        ("store", data["store"]),
+        ("settings hash", data["settings_hash"]),
+        ("schema version", str(data["schema_version"])),
+        ("clips", f"{data['clips']}, and {len(data['skipped'])} skipped"),
+        ("on disk", in_bytes(data["bytes"])),
+    ]
+    for name, array in data["arrays"].items():
+        axes = zip(array["dimension_names"], array["shape"], strict=True)
+        sizes = ", ".join(f"{axis} {size}" for axis, size in axes)
+        rows.append((f"array {name}", f"{array['dtype']} [{sizes}]"))
+    rows += [(name, _inline(value)) for name, value in data["values"].items()]
+    rows.append(("made with", _inline(data["made_with"])))
+    return rows
+
+
+def _inline(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _draw(
+    config: RunConfig, progress: Progress, path: Path, key: str, out: Path, data: dict[str, Any]
+) -> list[str]:
+    """Draw the clip, add the files to `data`, and return what to print under the table."""
+    from stages.clips import open_dataset
+    from stages.inspect_cache.draw_store import DRAWN_KINDS, draw_store
+
+    if data["kind"] not in DRAWN_KINDS:
+        return [f"a {data['kind']} store has no picture"]
+    try:
+        dataset = open_dataset(config.data)
+    except ValueError:
+        dataset = None
+    drawing = draw_store(
+        path,
+        key,
+        out_dir=out,
+        clips=config.data,
+        dataset=dataset,
+        radius=config.train.objective.radius,
+        temperature=config.train.objective.temperature,
+        progress=progress,
+    )
+    data["picture"], data["video"] = str(drawing.picture), str(drawing.video)
+    return [*drawing.notes, str(drawing.picture), str(drawing.video)]

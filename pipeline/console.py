@@ -1,0 +1,175 @@
+"""What people see: bars and lines on stderr, one table or one JSON object on stdout.
+
+Implements `stages.progress.Progress` with rich; every command reports through it. Text that comes
+from the user's files is never read as rich's markup.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichBars
+from rich.progress import Task as RichTask
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.launch import rank
+from stages.progress import Progress, SilentProgress, Task
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What a command found out, for people (rows, last lines) and for scripts (data)."""
+
+    title: str
+    rows: list[tuple[str, str]]
+    data: dict[str, Any]
+    """JSON values; what `--json` prints."""
+    notes: list[str] = field(default_factory=list)
+    """Lines under the table, such as the paths of what was made."""
+    exit_code: int = 0
+
+
+def present(answer: Answer, *, as_json: bool) -> None:
+    """Print the answer to stdout; only the first of several processes does."""
+    if rank() != 0:
+        return
+    if as_json:
+        print(json.dumps(answer.data, ensure_ascii=False))
+        return
+    table = Table(title=Text(answer.title), show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in answer.rows:
+        table.add_row(Text(name), Text(value))
+    console = Console()
+    console.print(table)
+    for note in answer.notes:
+        console.print(Text(note), soft_wrap=True)
+
+
+def complain(text: str) -> None:
+    """Print a line for people to stderr."""
+    Console(stderr=True).print(Text(text), soft_wrap=True)
+
+
+@contextmanager
+def console_progress() -> Iterator[Progress]:
+    """Show bars on stderr while the block runs; nothing on any process but the first."""
+    if rank() != 0:
+        yield cast(Progress, SilentProgress())
+        return
+    with _Bars() as bars:
+        yield cast(Progress, bars)
+
+
+@contextmanager
+def stdout_for_the_answer() -> Iterator[None]:
+    """Send whatever libraries print to stderr, child processes included."""
+    sys.stdout.flush()
+    with contextlib.redirect_stdout(sys.stderr):
+        kept = os.dup(1)
+        os.dup2(2, 1)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+
+
+class _Rate(ProgressColumn):
+    """Units per second, or seconds per unit when it is slow."""
+
+    def render(self, task: RichTask) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        unit = task.fields["unit"]
+        return Text(f"{speed:.1f} {unit}/s" if speed >= 1 else f"{1 / speed:.1f} s/{unit}")
+
+
+class _Count(ProgressColumn):
+    """Done of total, with the unit."""
+
+    def render(self, task: RichTask) -> Text:
+        total = "" if task.total is None else f"/{int(task.total)}"
+        return Text(f"{int(task.completed)}{total} {task.fields['unit']}")
+
+
+class _Bars:
+    """`Progress` drawn by rich."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bars = RichBars(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            _Count(),
+            _Rate(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=self._console,
+            # Redirecting is `stdout_for_the_answer`'s work.
+            redirect_stdout=False,
+            redirect_stderr=self._console.is_terminal,
+        )
+
+    def __enter__(self) -> "_Bars":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bars.stop()
+
+    @contextmanager
+    def task(
+        self, description: str, total: int | None, *, completed: int = 0, unit: str = "it"
+    ) -> Iterator[Task]:
+        """Open a bar; it stays, stopped, when the block ends."""
+        bar = self._bars.add_task(description, total=total, completed=completed, unit=unit, note="")
+        try:
+            yield _Bar(self._bars, bar)
+        finally:
+            self._bars.stop_task(bar)
+
+    def log(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._bars.console.print(Text(text), soft_wrap=True)
+
+
+class _Bar:
+    def __init__(self, bars: RichBars, bar: TaskID) -> None:
+        self._bars = bars
+        self._bar = bar
+
+    def advance(self, amount: int = 1) -> None:
+        self._bars.advance(self._bar, amount)
+
+    def note(self, text: str) -> None:
+        self._bars.update(self._bar, note=text)
+
+
+def in_bytes(number: float) -> str:
+    """Write a number of bytes for people: 67.7 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def in_time(seconds: float) -> str:
+    """Write a duration for people: 4.2 s, 3 min 07 s, 2 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,69 @@
+"""Errors to exit codes: what a person must know on one line, the traceback on request.
+
+0 done; 1 a failure while working; 2 bad usage or configuration, before any work; 3 finished, but
+more clips were skipped than `extract.max_skipped` allows; 130 stopped with Ctrl-C.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from pipeline.config_schema import ConfigError
+from pipeline.console import complain
+
+FAILED = 1
+BAD_USAGE = 2
+TOO_MANY_SKIPPED = 3
+INTERRUPTED = 130
+
+
+@contextmanager
+def failures(*, traceback: bool, resumable: bool = False) -> Iterator[None]:
+    """Turn what goes wrong in the block into a message on stderr and an exit code.
+
+    Args:
+        traceback: Let errors through with their traceback.
+        resumable: Whether running the same command again goes on where it was stopped.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        again = "; run the same command again and it goes on from there" if resumable else ""
+        complain(f"stopped{again}")
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        told = _told(error)
+        if traceback or told is None:
+            raise
+        message, exit_code = told
+        complain(message)
+        raise typer.Exit(exit_code) from None
+
+
+def _told(error: Exception) -> tuple[str, int] | None:
+    """Message and exit code of an expected error: one whose words say what and where.
+
+    None for any other, which is shown with its traceback.
+    """
+    # Here, since it takes as long to import as all of `--help` needs.
+    from cache_schema.errors import CacheError
+
+    if isinstance(error, ConfigError):
+        return f"configuration: {error}", BAD_USAGE
+    # By name, since their modules take seconds to import: torch's and the training loop's.
+    name = type(error).__name__
+    if not isinstance(error, ValueError | OSError | CacheError) and name not in _BY_NAME:
+        return None
+    remedy = [_LESS_MEMORY] if name == "OutOfMemoryError" else []
+    words = [f"error: {str(error) or name}", *getattr(error, "__notes__", []), *remedy]
+    return "\n".join(words), FAILED
+
+
+_BY_NAME = ("OutOfMemoryError", "TrainingDivergedError")
+
+_LESS_MEMORY = (
+    "for less memory: train.micro_batch_size=1, train.gradient_checkpointing=true, "
+    "train.deepspeed.zero_stage=3; extract.latents.tiling=true, extract.teacher.image_size=512; "
+    "sample.cpu_offload=true"
+)

@@ -1,0 +1,40 @@
+"""Many feature channels to three colours, the same ones through a whole clip; used by `view`."""
+
+import numpy as np
+
+# Legend: T frame, H W token grid, C channel, N = T * H * W tokens.
+
+
+def pca_colours(features_THWC: np.ndarray) -> np.ndarray:
+    """Colour tokens by their first three principal components: uint8 [T, H, W, 3].
+
+    The components are fitted to all tokens of the clip, so that a part keeps its colour while it
+    moves. Their signs are fixed (the largest weight is positive), so that a picture is repeatable.
+    Each component's 1st to 99th percentile fills the range of its colour.
+
+    Args:
+        features_THWC: any real dtype; fewer than three channels leave colours at mid-grey.
+
+    Raises:
+        ValueError: not four axes, or values that are not finite.
+    """
+    if features_THWC.ndim != 4:
+        raise ValueError(f"features must be [T, H, W, C], got shape {features_THWC.shape}")
+    tokens_NC = features_THWC.reshape(-1, features_THWC.shape[-1]).astype(np.float32)
+    if not np.isfinite(tokens_NC).all():
+        raise ValueError("features hold values that are not finite; extract the clip again")
+    tokens_NC -= tokens_NC.mean(axis=0)
+    covariance_CC = (tokens_NC.T @ tokens_NC).astype(np.float64) / len(tokens_NC)
+    _, components_CC = np.linalg.eigh(covariance_CC)
+    components_C3 = components_CC[:, ::-1][:, :3]
+    largest = np.abs(components_C3).argmax(axis=0)
+    components_C3 = components_C3 * np.sign(components_C3[largest, range(components_C3.shape[1])])
+    colours_N3 = np.full((len(tokens_NC), 3), 0.5)
+    projected = tokens_NC @ components_C3
+    low, high = np.percentile(projected, [1, 99], axis=0)
+    spread = high - low
+    seen = spread > 1e-6 * max(float(spread.max()), 1e-12)
+    scaled = (projected - low) / np.where(seen, spread, 1.0)
+    colours_N3[:, : projected.shape[1]][:, seen] = scaled[:, seen]
+    colours = (np.clip(colours_N3, 0.0, 1.0) * 255).round().astype(np.uint8)
+    return colours.reshape(*features_THWC.shape[:3], 3)

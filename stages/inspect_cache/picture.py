@@ -1,0 +1,112 @@
+"""Lays a `ClipView` out as one picture, and as the frames of a video; used by `draw_store`."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from stages.inspect_cache.flow_colours import flow_panel, wheel
+from stages.inspect_cache.view import ClipView
+
+_PAPER = (250, 250, 248)
+_INK = (30, 30, 30)
+_FAINT = (110, 110, 110)
+_LONG_SIDE = 288
+_GAP = 8
+_LABELS_WIDTH = 72
+_LEGEND_WIDTH = 132
+_TITLE_HEIGHT = 34
+_CAPTIONS_HEIGHT = 24
+
+
+def chosen_moments(view: ClipView, rows: int) -> list[int]:
+    """Return at most `rows` moments, evenly spread; only those with a flow, if there is one."""
+    count = len(view.colours_THWC) if view.flow_PHW2 is None else len(view.flow_PHW2)
+    return sorted({round(moment) for moment in np.linspace(0, count - 1, rows)})
+
+
+def compose(view: ClipView, moments: Sequence[int]) -> Image.Image:
+    """Draw one row per moment; columns frame, feature colours, implied flow, then the legend.
+
+    Columns whose data the view lacks are left out. The size is even both ways, as H.264 needs.
+    """
+    panel_width, panel_height = _panel_size(view.colours_THWC.shape[1:3])
+    captions = _captions(view)
+    legend = _LEGEND_WIDTH if view.flow_PHW2 is not None else 0
+    width = _LABELS_WIDTH + len(captions) * (panel_width + _GAP) + legend + _GAP
+    rows_top = _TITLE_HEIGHT + _CAPTIONS_HEIGHT
+    height = rows_top + len(moments) * (panel_height + _GAP) + _GAP
+    if legend:
+        height = max(height, rows_top + _LEGEND_WIDTH + 60)
+    image = Image.new("RGB", (width + width % 2, height + height % 2), _PAPER)
+    pen = ImageDraw.Draw(image)
+    pen.text((_GAP, 9), _fitted(view.title, width - 2 * _GAP, 16), fill=_INK, font=_font(16))
+    for column, caption in enumerate(captions):
+        x = _LABELS_WIDTH + column * (panel_width + _GAP)
+        pen.text((x, _TITLE_HEIGHT + 4), caption, fill=_FAINT, font=_font(13))
+    for row, moment in enumerate(moments):
+        y = rows_top + row * (panel_height + _GAP)
+        pen.text((_GAP, y + panel_height / 2 - 8), view.labels[moment], fill=_FAINT, font=_font(13))
+        for column, panel in enumerate(_panels(view, moment, (panel_width, panel_height))):
+            image.paste(panel, (_LABELS_WIDTH + column * (panel_width + _GAP), y))
+    if legend:
+        _draw_legend(image, pen, (width - _LEGEND_WIDTH, rows_top), view.largest_flow)
+    return image
+
+
+def compose_video(view: ClipView) -> np.ndarray:
+    """Draw every moment as one picture: uint8 [T, height, width, 3]."""
+    moments = chosen_moments(view, len(view.colours_THWC))
+    return np.stack([np.asarray(compose(view, [moment])) for moment in moments])
+
+
+def _panel_size(grid: tuple[int, ...]) -> tuple[int, int]:
+    height, width = grid
+    scale = _LONG_SIDE / max(height, width)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _captions(view: ClipView) -> list[str]:
+    captions = ["frame"] if view.frames_THWC is not None else []
+    captions.append("principal components")
+    return captions + (["implied flow to the next"] if view.flow_PHW2 is not None else [])
+
+
+def _panels(view: ClipView, moment: int, size: tuple[int, int]) -> list[Image.Image]:
+    panels = []
+    if view.frames_THWC is not None:
+        frame = Image.fromarray(view.frames_THWC[moment])
+        panels.append(frame.resize(size, Image.Resampling.BICUBIC))
+    colours = Image.fromarray(view.colours_THWC[moment])
+    panels.append(colours.resize(size, Image.Resampling.NEAREST))
+    if view.flow_PHW2 is not None:
+        panels.append(flow_panel(view.flow_PHW2[moment], size, view.largest_flow))
+    return panels
+
+
+def _draw_legend(
+    image: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, int], largest: float
+) -> None:
+    diameter = _LEGEND_WIDTH - 4 * _GAP
+    x, y = corner[0] + 2 * _GAP, corner[1]
+    image.paste(wheel(diameter, _PAPER), (x, y))
+    middle = x + diameter / 2
+    for line, text in enumerate(
+        ("hue: direction", "rim, full arrow:", f"{largest:.2f} tokens", "white: still")
+    ):
+        spot = (middle, y + diameter + 8 + 17 * line)
+        pen.text(spot, text, fill=_FAINT, font=_font(13), anchor="ma")
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _fitted(text: str, width: int, size: int) -> str:
+    """Cut a title that is too long for the picture."""
+    font = _font(size)
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

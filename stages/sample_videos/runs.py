@@ -1,0 +1,69 @@
+"""Finds what a training run exported, before anything big is loaded; used by `sampling`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError, safe_open
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+_METADATA_KEY = "lora_adapter_metadata"
+"""Where diffusers keeps alpha; without it adapters are applied at alpha = rank."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Export:
+    """The weights that a run left for diffusers."""
+
+    method: Literal["lora", "full"]
+    folder: Path
+    """Holds pytorch_lora_weights.safetensors, or transformer/."""
+    lora_shapes: dict[str, tuple[int, ...]]
+    """Shape of each adapter weight by its name in the file; empty for full tuning."""
+
+
+def newest_finished_run(runs_root: Path) -> Path | None:
+    """Return the run under `runs_root` that finished last, or None if none has."""
+    finished = sorted(
+        runs_root.glob("*/finished.json"), key=lambda file: (file.stat().st_mtime_ns, file)
+    )
+    return finished[-1].parent if finished else None
+
+
+def find_export(run_dir: Path) -> Export:
+    """Look for the exported weights of a run and check that they can be read.
+
+    Raises:
+        ValueError: No such run, a run without export, or a damaged one.
+    """
+    if not run_dir.is_dir():
+        raise ValueError(f"there is no run at {run_dir}; train one, or name another with --run")
+    folder = run_dir / "export"
+    lora, transformer = folder / LORA_FILE, folder / "transformer"
+    if lora.is_file() and transformer.is_dir():
+        raise ValueError(f"{folder} holds both adapters and a transformer; delete the stale one")
+    if transformer.is_dir():
+        return Export(method="full", folder=folder, lora_shapes={})
+    if not lora.is_file():
+        raise ValueError(
+            f"the run {run_dir} has no export/ yet; finish it with sam2vx-pipeline train"
+        )
+    return Export(method="lora", folder=folder, lora_shapes=_shapes(lora))
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(file, framework="pt") as weights:
+            metadata = weights.metadata() or {}
+            shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}); export the run again") from error
+    if not shapes:
+        raise ValueError(f"{file} holds no adapter weights; export the run again")
+    if "alpha" not in json.dumps(json.loads(metadata.get(_METADATA_KEY, "{}"))):
+        raise ValueError(
+            f"{file} does not say its alpha ({_METADATA_KEY} in its metadata), so its strength is "
+            "unknown; export the run again"
+        )
+    return shapes

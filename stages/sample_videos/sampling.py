@@ -1,0 +1,197 @@
+"""Draws a video from a base pipeline and a run's weights; used by `sample` and `demo`."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from stages.base_model import resolve_base_model
+from stages.clips import ClipsConfig, write_video
+from stages.clips.geometry import cover_and_crop
+from stages.config import BaseModelConfig
+from stages.progress import Progress
+from stages.sample_videos.config import SampleConfig
+from stages.sample_videos.runs import find_export
+from stages.sample_videos.weights import add_lora, load_full_transformer
+
+_PARTS = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
+_PIPELINES = {"CogVideoXPipeline": False, "CogVideoXImageToVideoPipeline": True}
+"""Classes a base model may be of, and whether they take an image."""
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_USUAL_FPS = 8.0
+"""CogVideoX 1.0's rate, for a configuration that keeps each clip's own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleSummary:
+    """A drawn video, and what it was drawn with."""
+
+    out: Path
+    run_dir: Path | None
+    weights: Literal["lora", "full", "base"]
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+    seconds: float
+
+
+def takes_image(model: BaseModelConfig) -> bool:
+    """Return whether the base model makes video from an image (and a prompt).
+
+    Raises:
+        ValueError: It is no CogVideoX pipeline.
+    """
+    return _PIPELINES[_pipeline_class(resolve_base_model(model, ()))]
+
+
+def sample_video(
+    config: SampleConfig,
+    model: BaseModelConfig,
+    clips: ClipsConfig,
+    *,
+    run_dir: Path | None,
+    prompt: str,
+    image: Path | None,
+    out: Path,
+    progress: Progress,
+) -> SampleSummary:
+    """Draw one video and write it as mp4.
+
+    Args:
+        config: Steps, guidance, seed, length, device.
+        model: The base pipeline, of CogVideoXPipeline or CogVideoXImageToVideoPipeline.
+        clips: Height, width, rate and usual length: the model is asked for what it was taught.
+        run_dir: The training run whose export is applied; None draws from the base alone.
+        prompt: What to draw.
+        image: First frame, scaled and cropped as clips are; image-to-video only.
+        out: The file to write; ends in .mp4.
+        progress: Told of loading and of each denoising step.
+
+    Raises:
+        ValueError: An export that is missing or does not fit, an image where there must be none
+            (or none where there must be one), a length that is not 4N+1.
+    """
+    started = time.monotonic()
+    num_frames = config.num_frames or clips.num_frames
+    if num_frames % 4 != 1:
+        raise ValueError(f"sample.num_frames must be 4N+1, got {num_frames}; 49 is usual")
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; say what to draw")
+    device = _device(config)
+    export = None if run_dir is None else find_export(run_dir)
+    base = resolve_base_model(model, _PARTS)
+    class_name = _pipeline_class(base)
+    condition = _condition(_PIPELINES[class_name], image, model, clips)
+    dtype = _DTYPES[config.precision]
+    with progress.task("load the models", 1, unit="pipeline") as task:
+        parts: dict[str, Any] = {}
+        if export is not None and export.method == "full":
+            parts["transformer"] = load_full_transformer(export, base, dtype)
+        diffusers.utils.logging.disable_progress_bar()
+        pipeline = getattr(diffusers, class_name).from_pretrained(base, torch_dtype=dtype, **parts)
+        pipeline.set_progress_bar_config(disable=True)
+        if export is not None and export.method == "lora":
+            add_lora(pipeline, export)
+        _place(pipeline, config, device)
+        task.advance()
+    with progress.task("denoise", config.steps, unit="steps") as task:
+
+        def on_step(_: Any, __: int, ___: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            task.advance()
+            return tensors
+
+        video_THWC = pipeline(
+            prompt=prompt,
+            height=clips.height,
+            width=clips.width,
+            num_frames=num_frames,
+            num_inference_steps=config.steps,
+            guidance_scale=config.guidance,
+            max_sequence_length=pipeline.transformer.config.max_text_seq_length,
+            generator=torch.Generator().manual_seed(config.seed),
+            output_type="np",
+            callback_on_step_end=on_step,
+            **condition,
+        ).frames[0]
+    if not np.isfinite(video_THWC).all():
+        raise ValueError(
+            f"the video holds values that are not finite at sample.precision={config.precision}; "
+            "bf16 or fp32 may help, unless training itself diverged"
+        )
+    frames_THWC = (video_THWC * 255).round().clip(0, 255).astype(np.uint8)
+    fps = clips.fps or _USUAL_FPS
+    write_video(out, frames_THWC, fps)
+    return SampleSummary(
+        out=out,
+        run_dir=run_dir,
+        weights="base" if export is None else export.method,
+        num_frames=len(frames_THWC),
+        height=frames_THWC.shape[1],
+        width=frames_THWC.shape[2],
+        fps=fps,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _pipeline_class(base: Path) -> str:
+    index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
+    class_name = index.get("_class_name")
+    if class_name not in _PIPELINES:
+        raise ValueError(
+            f"the base model {base} is a {class_name}; model.path must be one of {list(_PIPELINES)}"
+        )
+    return str(class_name)
+
+
+def _condition(
+    wants_image: bool, image: Path | None, model: BaseModelConfig, clips: ClipsConfig
+) -> dict[str, Image.Image]:
+    if not wants_image:
+        if image is not None:
+            raise ValueError(f"{model.path} makes video from text alone; leave --image out")
+        return {}
+    if image is None:
+        raise ValueError(f"{model.path} makes video from an image; name one with --image")
+    try:
+        with Image.open(image) as opened:
+            picture_HWC = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"cannot read the image {image} ({error})") from error
+    geometry = cover_and_crop(
+        *picture_HWC.shape[:2],
+        height=clips.height,
+        width=clips.width,
+        source_fps=clips.fps or _USUAL_FPS,
+        sampling="consecutive",
+    )
+    return {"image": Image.fromarray(geometry.frame(picture_HWC))}
+
+
+def _device(config: SampleConfig) -> torch.device:
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"sample.device={name} is no torch device; auto is usual") from error
+    if config.cpu_offload and device.type == "cpu":
+        raise ValueError("sample.cpu_offload moves models to a GPU, but sample.device is the CPU")
+    return device
+
+
+def _place(pipeline: Any, config: SampleConfig, device: torch.device) -> None:
+    if not config.cpu_offload:
+        pipeline.to(device)
+        return
+    pipeline.enable_model_cpu_offload(device=device)
+    # Decoding 49 frames of 480x720 at once is the largest part of the memory.
+    pipeline.vae.enable_slicing()
+    pipeline.vae.enable_tiling()

@@ -1,0 +1,91 @@
+"""Puts a run's exported weights into a CogVideoX pipeline, or says why they do not fit.
+
+Used by `sampling`. Loaders in diffusers pass over names that they do not know; a run that silently
+has no effect is the one thing that must not happen here.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import CogVideoXTransformer3DModel
+
+from stages.sample_videos.runs import LORA_FILE, Export
+
+_ADAPTER = "run"
+
+
+def load_full_transformer(export: Export, base: Path, dtype: torch.dtype) -> Any:
+    """Load a fully tuned transformer, made for the base pipeline in folder `base`.
+
+    Raises:
+        ValueError: It is of another architecture than the base's, or incomplete.
+    """
+    folder = export.folder / "transformer"
+    _refuse_other_architecture(folder, base)
+    transformer, loading = CogVideoXTransformer3DModel.from_pretrained(
+        folder, torch_dtype=dtype, output_loading_info=True
+    )
+    lacking = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
+    if lacking:
+        raise ValueError(
+            f"{folder} is not a whole transformer: {len(lacking)} weights are missing, unknown or "
+            f"of another shape, such as {lacking[0]}; export the run again"
+        )
+    return transformer
+
+
+def _refuse_other_architecture(folder: Path, base: Path) -> None:
+    ours = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    theirs = json.loads((base / "transformer" / "config.json").read_text(encoding="utf-8"))
+    differing = [
+        f"{name} {ours[name]!r} instead of {theirs[name]!r}"
+        for name in sorted(ours.keys() & theirs.keys())
+        if not name.startswith("_") and ours[name] != theirs[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} was not trained from the base model {base}: {', '.join(differing)}; name "
+            "the model it was trained from as model.path, or another run with --run"
+        )
+
+
+def add_lora(pipeline: Any, export: Export) -> None:
+    """Load a run's adapters into a pipeline and check that every one of them arrived.
+
+    Raises:
+        ValueError: Adapters of another transformer, or adapters that diffusers left out.
+    """
+    _refuse_unfitting_adapters(pipeline.transformer, export)
+    pipeline.load_lora_weights(export.folder, weight_name=LORA_FILE, adapter_name=_ADAPTER)
+    arrived = sum(f".{_ADAPTER}." in name for name, _ in pipeline.transformer.named_parameters())
+    if arrived != len(export.lora_shapes):
+        raise ValueError(
+            f"{arrived} of {len(export.lora_shapes)} adapter weights in {export.folder} were taken "
+            "by the transformer; the run was not trained from this base model"
+        )
+
+
+def _refuse_unfitting_adapters(transformer: torch.nn.Module, export: Export) -> None:
+    sizes = {
+        name: (module.in_features, module.out_features)
+        for name, module in transformer.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    for weight, shape in export.lora_shapes.items():
+        module, _, side = weight.removeprefix("transformer.").rpartition(".lora_")
+        found = sizes.get(module)
+        if found is None:
+            raise ValueError(
+                f"{export.folder} adapts {module or weight}, which the base model does not have; "
+                "name the model it was trained from as model.path, or another run with --run"
+            )
+        width = shape[1] if side.startswith("A") else shape[0]
+        expected = found[0] if side.startswith("A") else found[1]
+        if width != expected:
+            raise ValueError(
+                f"{export.folder}: {weight} has width {width}, the base model's {module} has "
+                f"{expected}; name the model it was trained from as model.path, or another run "
+                "with --run"
+            )
