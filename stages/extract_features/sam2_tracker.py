@@ -11,6 +11,7 @@ from typing import Any
 
 import sam2
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,7 +22,8 @@ _CONFIGS = Path(sam2.__path__[0]) / "configs"
 _OFFICIAL_FOLDERS = ("sam2", "sam2.1")
 _BACKBONE_STRIDE = 16
 
-_PREDICTOR_SETTINGS: Mapping[str, Mapping[str, Any]] = {
+_PREDICTOR_SETTINGS: Mapping[str, Any] = {
+    "binarize_mask_from_pts_for_mem_enc": True,
     "sam_mask_decoder_extra_args": {
         "dynamic_multimask_via_stability": True,
         "dynamic_multimask_stability_delta": 0.05,
@@ -71,17 +73,16 @@ def load_sam2_config(config: str | Path, *, image_size: int | None = None) -> di
                 f"the SAM2 configuration {file} builds {target}, which is not part of sam2; "
                 "inference configurations name sam2 classes only (training ones do not fit)"
             )
-    model.merge_with(_PREDICTOR_SETTINGS)
-    model.binarize_mask_from_pts_for_mem_enc = True
-    if image_size is not None:
-        model.image_size = image_size
-    stride = model.get("backbone_stride", _BACKBONE_STRIDE)
-    side = model.image_size // stride
-    layer = model.memory_attention.layer
-    layer.self_attention.feat_sizes = [side, side]
-    layer.cross_attention.feat_sizes = [side, side]
-    OmegaConf.resolve(model)
-    tree = OmegaConf.to_container(model)
+    try:
+        model.merge_with(_PREDICTOR_SETTINGS)
+        if image_size is not None:
+            model.image_size = image_size
+        side = model.image_size // model.get("backbone_stride", _BACKBONE_STRIDE)
+        for attention in ("self_attention", "cross_attention"):
+            model.memory_attention.layer[attention].feat_sizes = [side, side]
+        tree = OmegaConf.to_container(model, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"the SAM2 configuration {file} is incomplete: {error}") from error
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items()}
 
@@ -112,7 +113,10 @@ def build_sam2(
             another configuration; the message names the one it fits.
     """
     weights = None if checkpoint is None else read_checkpoint(checkpoint)
-    model = instantiate(load_sam2_config(config, image_size=image_size), _recursive_=True)
+    try:
+        model = instantiate(load_sam2_config(config, image_size=image_size), _recursive_=True)
+    except InstantiationException as error:
+        raise ValueError(f"the SAM2 configuration {config} cannot be built: {error}") from error
     if not isinstance(model, SAM2Base):
         raise ValueError(
             f"the SAM2 configuration {config} builds a {type(model).__name__}; "

@@ -1,5 +1,7 @@
 """A tiny SAM2 with random weights, and the stock predictor on the same weights as the oracle."""
 
+import io
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,10 @@ from hydra import compose
 from omegaconf import OmegaConf
 from PIL import Image
 from sam2.build_sam import build_sam2_video_predictor
+
+from stages.clips import ClipsConfig, encode_video
+from stages.config import BaseModelConfig
+from stages.extract_features.config import ExtractConfig, TeacherConfig
 
 OFFICIAL = "configs/sam2.1/sam2.1_hiera_t.yaml"
 SIZE = 128
@@ -227,3 +233,75 @@ def draw_frames() -> Callable[..., np.ndarray]:
 def subject_mask() -> Callable[..., np.ndarray]:
     """`ellipse`, for test modules."""
     return ellipse
+
+
+CAPTIONS = ("a red ellipse drifts to the right", "an ellipse over a grey texture")
+CLIP_FRAMES, CLIP_HEIGHT, CLIP_WIDTH = 9, 64, 96
+
+
+def write_tar(path: Path, first: int, num_clips: int, *, bad: frozenset[int]) -> None:
+    """A webdataset tar of drifting ellipses with captions and masks; `bad` clips are no videos."""
+    with tarfile.open(path, "w") as tar:
+        for number in range(first, first + num_clips):
+            frames_THWC = make_frames(CLIP_FRAMES + 3, CLIP_HEIGHT, CLIP_WIDTH, seed=number)
+            mask = io.BytesIO()
+            drawn = ellipse(CLIP_HEIGHT, CLIP_WIDTH).astype(np.uint8) * 255
+            Image.fromarray(drawn).save(mask, format="PNG")
+            video = b"no video" if number in bad else encode_video(frames_THWC, 8.0)
+            for suffix, content in (
+                ("mp4", video),
+                ("txt", CAPTIONS[number % len(CAPTIONS)].encode()),
+                ("mask.png", mask.getvalue()),
+            ):
+                member = tarfile.TarInfo(f"clip{number:03d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture(scope="session")
+def two_shards(tmp_path_factory: pytest.TempPathFactory) -> ClipsConfig:
+    """Two tars of three clips; the second clip of the second is no video."""
+    folder = tmp_path_factory.mktemp("clips")
+    write_tar(folder / "00000.tar", 0, 3, bad=frozenset())
+    write_tar(folder / "00001.tar", 3, 3, bad=frozenset({4}))
+    return ClipsConfig(
+        path=folder, num_frames=CLIP_FRAMES, height=CLIP_HEIGHT, width=CLIP_WIDTH, fps=8.0
+    )
+
+
+def _tiny_pipeline(folder: Path, *, image_to_video: bool) -> BaseModelConfig:
+    from stages.articulated_figures.tiny_cogvideox import build_tiny_cogvideox
+
+    build_tiny_cogvideox(
+        folder,
+        height=CLIP_HEIGHT,
+        width=CLIP_WIDTH,
+        num_frames=CLIP_FRAMES,
+        captions=CAPTIONS,
+        seed=0,
+        image_to_video=image_to_video,
+        num_layers=1,
+    )
+    return BaseModelConfig(path=str(folder))
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> BaseModelConfig:
+    """A tiny text-to-video pipeline."""
+    return _tiny_pipeline(tmp_path_factory.mktemp("t2v"), image_to_video=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_image_base(tmp_path_factory: pytest.TempPathFactory) -> BaseModelConfig:
+    """A tiny image-to-video pipeline."""
+    return _tiny_pipeline(tmp_path_factory.mktemp("i2v"), image_to_video=True)
+
+
+@pytest.fixture(scope="session")
+def extract_config(tiny_sam2: tuple[Path, Path]) -> ExtractConfig:
+    """All kinds with the tiny SAM2, on the CPU."""
+    configuration, checkpoint = tiny_sam2
+    return ExtractConfig(
+        device="cpu",
+        teacher=TeacherConfig(checkpoint=checkpoint, config=str(configuration), image_size=SIZE),
+    )

@@ -1,0 +1,181 @@
+"""Text embeddings against CogVideoXPipeline, latents against the VAE, image noise on its own."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
+
+from stages.base_model import resolve_base_model
+from stages.clips import ClipRecord, ClipsConfig, ClipSkipped, encode_video, load_clip
+from stages.config import BaseModelConfig
+from stages.extract_features.config import LatentsConfig, TextConfig
+from stages.extract_features.latents import (
+    LatentsExtraction,
+    pixels_for_vae,
+    with_image_noise,
+)
+from stages.extract_features.text import TextExtraction
+from stages.train_student.base_facts import BaseFacts, read_base_facts
+
+CPU = torch.device("cpu")
+LONG = " ".join(["an ellipse drifts over a grey texture to the right"] * 8)
+
+
+def facts(base: BaseModelConfig) -> BaseFacts:
+    return read_base_facts(Path(base.path))
+
+
+@pytest.mark.parametrize("caption", ["a red ellipse drifts to the right", "", LONG])
+def test_text_equals_the_pipelines_prompt_encoding(
+    caption: str, tiny_base: BaseModelConfig
+) -> None:
+    extraction = TextExtraction(TextConfig(), facts(tiny_base))
+    with extraction.opened(CPU) as extract:
+        extracted = extract(caption)
+    pipeline = CogVideoXPipeline.from_pretrained(tiny_base.path)
+    length = pipeline.transformer.config.max_text_seq_length
+    with torch.no_grad():
+        expected, _ = pipeline.encode_prompt(
+            caption, do_classifier_free_guidance=False, max_sequence_length=length
+        )
+    np.testing.assert_array_equal(extracted.arrays["embeds"], expected[0].half().numpy())
+    tokens = len(pipeline.tokenizer(caption).input_ids)
+    assert extracted.attributes == {"caption": caption, "tokens_cut": max(0, tokens - length)}
+    assert (caption == LONG) == (tokens > length)
+
+
+def test_a_clip_without_caption_is_skipped(tiny_base: BaseModelConfig) -> None:
+    record = ClipRecord(key="a", video=b"", caption=None, prompt=None)
+    with pytest.raises(ClipSkipped, match="no_caption"):
+        TextExtraction(TextConfig(), facts(tiny_base)).prepare(record)
+
+
+@pytest.fixture
+def record(draw_frames, two_shards: ClipsConfig) -> ClipRecord:  # type: ignore[no-untyped-def]
+    frames_THWC = draw_frames(two_shards.num_frames, two_shards.height, two_shards.width)
+    return ClipRecord(key="walk/1", video=encode_video(frames_THWC, 8.0), caption="", prompt=None)
+
+
+def test_latents_are_the_vaes_posterior(
+    record: ClipRecord, two_shards: ClipsConfig, tiny_base: BaseModelConfig
+) -> None:
+    extraction = LatentsExtraction(LatentsConfig(), two_shards, facts(tiny_base), seed=0)
+    with extraction.opened(CPU) as extract:
+        arrays = extract(extraction.prepare(record)).arrays
+    vae = AutoencoderKLCogVideoX.from_pretrained(tiny_base.path, subfolder="vae")
+    frames_THWC = load_clip(record, two_shards).frames_THWC
+    pixels = torch.from_numpy(frames_THWC / 255.0).float().mul(2).sub(1)
+    with torch.no_grad():
+        posterior = vae.encode(pixels.permute(3, 0, 1, 2)[None]).latent_dist
+    assert sorted(arrays) == ["mean", "std"]
+    for name, expected in (("mean", posterior.mean), ("std", posterior.std)):
+        expected_FCHW = expected[0].permute(1, 0, 2, 3).numpy()
+        assert arrays[name].shape == expected_FCHW.shape == extraction.settings.arrays[name].shape
+        np.testing.assert_allclose(arrays[name], expected_FCHW, atol=1e-5, rtol=2e-3)
+
+
+def test_image_to_video_adds_the_first_frames_posterior(
+    record: ClipRecord, two_shards: ClipsConfig, tiny_image_base: BaseModelConfig
+) -> None:
+    extraction = LatentsExtraction(LatentsConfig(), two_shards, facts(tiny_image_base), seed=3)
+    with extraction.opened(CPU) as extract:
+        arrays = extract(extraction.prepare(record)).arrays
+        again = extract(extraction.prepare(record)).arrays
+    assert sorted(arrays) == sorted(extraction.settings.arrays)
+    vae = AutoencoderKLCogVideoX.from_pretrained(tiny_image_base.path, subfolder="vae")
+    image = pixels_for_vae(load_clip(record, two_shards).frames_THWC)[:, :, :1]
+    with torch.no_grad():
+        posterior = vae.encode(with_image_noise(image, record.key, 3)).latent_dist
+    expected = posterior.mean[0].permute(1, 0, 2, 3)
+    assert arrays["image_mean"].shape == (1, *arrays["mean"].shape[1:])
+    np.testing.assert_allclose(arrays["image_mean"], expected, atol=1e-5, rtol=2e-3)
+    np.testing.assert_array_equal(arrays["image_mean"], again["image_mean"])
+    other = LatentsExtraction(LatentsConfig(), two_shards, facts(tiny_image_base), seed=4)
+    assert other.settings.hash != extraction.settings.hash
+
+
+def test_the_seed_is_no_setting_where_nothing_is_drawn(
+    two_shards: ClipsConfig, tiny_base: BaseModelConfig
+) -> None:
+    hashes = {
+        LatentsExtraction(LatentsConfig(), two_shards, facts(tiny_base), seed=seed).settings.hash
+        for seed in (0, 1)
+    }
+    assert len(hashes) == 1
+
+
+def test_image_noise_has_the_published_spread_and_depends_on_the_clip_alone() -> None:
+    flat = torch.zeros(1, 3, 1, 32, 32)
+    noises = [with_image_noise(flat, f"clip{n}", 0) for n in range(400)]
+    logs = torch.stack([noise.std().log() for noise in noises])
+    assert logs.mean().item() == pytest.approx(-3.0, abs=4 * 0.5 / math.sqrt(400))
+    assert logs.std().item() == pytest.approx(0.5, rel=0.15)
+    assert torch.equal(noises[7], with_image_noise(flat, "clip7", 0))
+    assert not torch.equal(noises[7], with_image_noise(flat, "clip7", 1))
+
+
+def test_tiling_and_precision_name_other_stores(
+    two_shards: ClipsConfig, tiny_base: BaseModelConfig
+) -> None:
+    base = facts(tiny_base)
+    hashes = {
+        LatentsExtraction(config, two_shards, base, seed=0).settings.hash
+        for config in (LatentsConfig(), LatentsConfig(tiling=True), LatentsConfig(precision="bf16"))
+    }
+    assert len(hashes) == 3
+
+
+def test_other_weights_name_another_store_and_another_place_does_not(
+    tiny_base: BaseModelConfig, tmp_path: Path
+) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_base.path, copy)
+    (copy / "tokenizer" / ".cache").mkdir()
+    (copy / "tokenizer" / ".cache" / "download.lock").touch()
+    original = TextExtraction(TextConfig(), facts(tiny_base)).settings
+    assert TextExtraction(TextConfig(), read_base_facts(copy)).settings.hash == original.hash
+    weights = copy / "text_encoder" / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    assert TextExtraction(TextConfig(), read_base_facts(copy)).settings.hash != original.hash
+
+
+def test_a_base_model_without_its_parts_says_what_is_missing(
+    tiny_base: BaseModelConfig, tmp_path: Path
+) -> None:
+    assert resolve_base_model(tiny_base, ("vae", "transformer/config.json")) == Path(tiny_base.path)
+    (tmp_path / "model_index.json").touch()
+    with pytest.raises(ValueError, match=r"has no vae; model.path must be a diffusers pipeline"):
+        resolve_base_model(BaseModelConfig(path=str(tmp_path)), ("vae",))
+
+
+def test_only_the_parts_asked_for_are_downloaded(
+    monkeypatch: pytest.MonkeyPatch, tiny_base: BaseModelConfig
+) -> None:
+    asked: dict[str, object] = {}
+
+    def snapshot_download(repo_id: str, **arguments: object) -> str:
+        asked.update(arguments, repo_id=repo_id)
+        return tiny_base.path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    hub = BaseModelConfig(path="zai-org/CogVideoX-5b", revision="abc")
+    assert resolve_base_model(hub, ("vae", "transformer/config.json")) == Path(tiny_base.path)
+    assert asked["repo_id"] == "zai-org/CogVideoX-5b"
+    assert asked["revision"] == "abc"
+    patterns = asked["allow_patterns"]
+    assert isinstance(patterns, list)
+    assert {"model_index.json", "vae/*", "transformer/config.json"} <= set(patterns)
+    assert not any(pattern in ("*", "transformer/*", "transformer") for pattern in patterns)
+
+
+def test_a_base_model_that_is_nowhere_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="is not a folder here, and it could not be downloaded"):
+        resolve_base_model(BaseModelConfig(path="not//an id"), ("vae",))
