@@ -156,7 +156,7 @@ def _import_deepspeed() -> Any:
         import deepspeed
         import deepspeed.ops
     for handler in logging.getLogger("DeepSpeed").handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if type(handler) is logging.StreamHandler:  # its own, bound to the standard output
             handler.setStream(sys.stderr)
     if on_cpu:
         # Otherwise its compiled CPU operators are built on first use: a minute, or a wait for ever

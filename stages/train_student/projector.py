@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stages.local_gram_flow import interpolation_weights
+from stages.local_gram_flow import latent_frame_of_frame
 
 
 class Projector(nn.Module):
@@ -78,10 +78,14 @@ class TemporalConvolution(nn.Module):
 def time_weights(num_maps: int, num_frames: int, patch_size_t: int) -> Tensor | None:
     """How tokens in time make the teacher's maps: weights_TJ, rows summing to 1, or None.
 
+    Linear interpolation between tokens, each standing at the mean of the frames it covers. For
+    CogVideoX 1.0 at frame rate that is `local_gram_flow.latents_to_frames`.
+
     Args:
         num_maps: maps of the teacher's store: one per frame or one per latent frame.
         num_frames: frames of the clip, 4N+1.
-        patch_size_t: latent frames per token.
+        patch_size_t: latent frames per token; padding lies before the clip, so that the first
+            token may cover fewer.
 
     Returns:
         None where token and map correspond one for one (latent rate, CogVideoX 1.0).
@@ -89,28 +93,24 @@ def time_weights(num_maps: int, num_frames: int, patch_size_t: int) -> Tensor | 
     Raises:
         ValueError: `num_maps` is neither.
     """
-    frames_TL = interpolation_weights(num_frames)
-    num_latents = frames_TL.shape[1]
+    latent_of_frame = latent_frame_of_frame(num_frames).numpy()
+    num_latents = int(latent_of_frame[-1]) + 1
     if num_maps not in (num_frames, num_latents):
         raise ValueError(
             f"the teacher has {num_maps} maps per clip; clips of {num_frames} frames have "
             f"{num_frames} (frame rate) or {num_latents} (latent rate)"
         )
     at_frame_rate = num_maps == num_frames
-    if patch_size_t == 1:
-        return frames_TL.float() if at_frame_rate else None
-    latents_LJ = _latents_from_tokens(num_latents, patch_size_t)
-    return (frames_TL @ latents_LJ if at_frame_rate else latents_LJ).float()
+    if patch_size_t == 1 and not at_frame_rate:
+        return None
+    token_of_frame = (latent_of_frame + -num_latents % patch_size_t) // patch_size_t
+    centre_J = _mean_frame(token_of_frame)
+    place_T = np.arange(num_frames) if at_frame_rate else _mean_frame(latent_of_frame)
+    columns = [np.interp(place_T, centre_J, one_hot_J) for one_hot_J in np.eye(len(centre_J))]
+    return torch.from_numpy(np.stack(columns, axis=1)).float()
 
 
-def _latents_from_tokens(num_latents: int, patch_size_t: int) -> Tensor:
-    """Linear interpolation between tokens, each centred on the latents it covers: weights_LJ.
-
-    The padding lies before the clip, so token 0 may cover less of it than the others.
-    """
-    padding = -num_latents % patch_size_t
-    latent_L = np.arange(num_latents)
-    token_L = (latent_L + padding) // patch_size_t
-    centre_J = np.bincount(token_L, weights=latent_L) / np.bincount(token_L)
-    columns = [np.interp(latent_L, centre_J, one_hot_J) for one_hot_J in np.eye(len(centre_J))]
-    return torch.from_numpy(np.stack(columns, axis=1))
+def _mean_frame(group_of_frame: np.ndarray) -> np.ndarray:
+    """Mean frame number of each group."""
+    frames = np.arange(len(group_of_frame))
+    return np.bincount(group_of_frame, weights=frames) / np.bincount(group_of_frame)

@@ -42,13 +42,14 @@ def test_when_tokens_span_two_latents_time_stays_in_place(num_frames, at_frame_r
     num_latents = (num_frames - 1) // 4 + 1
     weights_TJ = time_weights(num_frames if at_frame_rate else num_latents, num_frames, 2)
     torch.testing.assert_close(weights_TJ.sum(1), torch.ones(len(weights_TJ)))
-    covered = np.array_split(np.arange(-(num_latents % 2), num_latents), weights_TJ.shape[1])
-    centre_L = np.array([0.0] + [4 * k - 1.5 for k in range(1, num_latents)])
-    when_J = torch.tensor([centre_L[latents[latents >= 0]].mean() for latents in covered])
-    when_T = weights_TJ.double() @ when_J
-    frames_T = np.arange(num_frames) if at_frame_rate else centre_L
-    inside = (frames_T >= 4) & (frames_T <= float(when_J[-1]))
-    np.testing.assert_allclose(when_T.numpy()[inside], frames_T[inside], atol=1e-5)
+    frames_of_latent = [[0], *([4 * k - 3, 4 * k - 2, 4 * k - 1, 4 * k] for k in range(1, 99))]
+    covered = [[]] * (num_latents % 2) + frames_of_latent[:num_latents]
+    pairs = zip(covered[::2], covered[1::2], strict=True)
+    when_J = np.array([np.mean(first + second) for first, second in pairs])
+    when_T = weights_TJ.double().numpy() @ when_J
+    latents_T = [np.mean(frames) for frames in frames_of_latent[:num_latents]]
+    place_T = np.arange(num_frames) if at_frame_rate else np.array(latents_T)
+    np.testing.assert_allclose(when_T, place_T.clip(when_J[0], when_J[-1]), atol=1e-5)
 
 
 def test_maps_that_fit_neither_rate_are_refused():

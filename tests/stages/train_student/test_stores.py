@@ -77,9 +77,7 @@ def _choose(root, chosen):
 
 
 def test_image_to_video_needs_the_first_frames_latents(tiny, tmp_path):
-    base = tiny.save_pipeline(
-        tmp_path / "base", transformer=tiny.tiny_transformer(in_channels=8)
-    )
+    base = tiny.save_pipeline(tmp_path / "base", transformer=tiny.tiny_transformer(in_channels=8))
     stores = join_stores(tiny.write_cache(tmp_path / "cache"), {}, with_teacher=False)
     with pytest.raises(ValueError, match="no array 'image_mean'"):
         check_stores(stores, read_base_facts(base), tiny.CLIPS)

@@ -1,0 +1,123 @@
+import pytest
+import torch
+from torch.nn import functional
+
+from stages.train_student.base_facts import read_base_facts
+from stages.train_student.config import TrainConfig
+from stages.train_student.distributed import process_group, world_from_environment
+from stages.train_student.engine import deepspeed_engine
+from stages.train_student.model_inputs import rotary_positions
+from stages.train_student.projector import Projector
+from stages.train_student.student import Student, build_student
+
+
+class KeepTokens(Projector):
+    """A projector that hands the tokens on."""
+
+    def forward(self, tokens_BJHWC):
+        return tokens_BJHWC
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny, base_model):
+    torch.manual_seed(1)
+    facts = read_base_facts(base_model)
+    frames, _, height, width = tiny.LATENT
+    return (
+        torch.randn(2, *tiny.LATENT),
+        torch.randn(2, *tiny.TEXT),
+        torch.tensor([3, 700]),
+        facts.token_grid(frames, height, width),
+        rotary_positions(facts, frames, height, width, torch.device("cpu")),
+    )
+
+
+def test_tokens_are_the_images_alone_in_the_order_t_h_w(tiny, inputs):
+    """With the block made the identity, its tokens are the patches: their place is known."""
+    transformer = tiny.tiny_transformer().eval()
+    for block in transformer.transformer_blocks:
+        block.forward = lambda hidden_states, encoder_hidden_states, **kwargs: (
+            hidden_states,
+            encoder_hidden_states,
+        )
+    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    student = Student(transformer, KeepTokens(width, (1, 1, 1), None), block=1)
+    with torch.no_grad():
+        _, tokens_BJHWC = student(*inputs)
+        patches = functional.conv2d(
+            inputs[0].flatten(0, 1),
+            transformer.patch_embed.proj.weight,
+            transformer.patch_embed.proj.bias,
+            stride=2,
+        )
+    assert tokens_BJHWC.shape == (2, 3, *tiny.GRID, width)
+    expected = patches.unflatten(0, (2, 3)).permute(0, 1, 3, 4, 2)
+    torch.testing.assert_close(tokens_BJHWC, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_the_tap_takes_one_tensor_under_checkpointing_and_every_zero_stage(
+    tiny, base_model, inputs, method, zero_stage, tmp_path
+):
+    facts = read_base_facts(base_model)
+
+    def build(checkpointing):
+        settings = tiny.train_settings(
+            tmp_path,
+            method=method,
+            gradient_checkpointing=checkpointing,
+            batch_size=1,
+            deepspeed={"zero_stage": zero_stage},
+        )
+        config = TrainConfig(**settings)
+        student = build_student(config, facts, torch.float32, num_frames=9, teacher_maps=9)
+        return config, student
+
+    _, plain = build(checkpointing=False)
+    with torch.no_grad():
+        expected = plain(*inputs)
+    config, student = build(checkpointing=True)
+    runs, captured = [], []
+    block = student.transformer.transformer_blocks[1]
+    block.register_forward_pre_hook(lambda module, given: runs.append(1))
+    student.projector.register_forward_pre_hook(lambda module, given: captured.append(1))
+    world = world_from_environment()
+    with process_group(world), deepspeed_engine(student, config, world) as engine:
+        velocity, features = engine(*inputs)
+        engine.backward(velocity.mean() + features.mean())
+        engine.step()
+    assert len(runs) == 2, "checkpointing runs the block again in the backward pass"
+    assert len(captured) == 1
+    assert student._tokens_BND is None
+    torch.testing.assert_close(velocity, expected[0])
+    torch.testing.assert_close(features, expected[1])
+
+
+def test_lora_starts_without_effect_and_trains_adapters_and_projector_alone(
+    tiny, base_model, inputs, tmp_path
+):
+    config = TrainConfig(**tiny.train_settings(tmp_path))
+    facts = read_base_facts(base_model)
+    student = build_student(config, facts, torch.float32, num_frames=9, teacher_maps=3)
+    with torch.no_grad():
+        velocity, _ = student(*inputs)
+        untouched, _ = Student(tiny.tiny_transformer())(*inputs)
+    assert torch.equal(velocity, untouched)
+    trained = {name for name, p in student.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or name.startswith("projector.") for name in trained)
+    assert sum("lora_A" in name for name in trained) == 2 * 4
+
+
+def test_without_an_objective_there_is_no_projector(tiny, base_model, inputs, tmp_path):
+    config = TrainConfig(**tiny.train_settings(tmp_path, objective={"name": "none"}))
+    facts = read_base_facts(base_model)
+    student = build_student(config, facts, torch.float32, num_frames=9, teacher_maps=None)
+    assert student.projector is None
+    assert student(*inputs)[1] is None
+
+
+def test_a_block_that_is_not_there_is_refused(tiny):
+    transformer = tiny.tiny_transformer()
+    with pytest.raises(ValueError, match="must be under 2"):
+        Student(transformer, Projector(32, (8, 8, 8), None), block=2)

@@ -1,0 +1,283 @@
+"""Whole trainings in this process."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from stages.progress import SilentProgress
+from stages.train_student.dataset import CachedSamples
+from stages.train_student.loop import TrainingDivergedError
+
+
+class Lines(SilentProgress):
+    def __init__(self):
+        self.lines = []
+
+    def log(self, text):
+        self.lines.append(text)
+
+
+def losses(run_dir):
+    return (run_dir / "losses.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """A run of six steps without interruption."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    progress = Lines()
+    return run_dir, train(run_dir, steps=6, progress=progress), progress.lines
+
+
+def test_a_run_leaves_what_it_says(whole):
+    run_dir, summary, lines = whole
+    assert summary.steps_done == 6
+    assert summary.resumed_from is None
+    assert not summary.already_finished
+    rows = [json.loads(line) for line in losses(run_dir).splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    assert [row["lr"] for row in rows[:3]] == [0.005, 0.01, 0.01]
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["diffusion"] + 0.5 * row["auxiliary"], rel=1e-5)
+    assert (summary.first.loss, summary.last.loss) == (rows[0]["loss"], rows[-1]["loss"])
+    about = json.loads((run_dir / "run.json").read_text())
+    assert about["processes"] == 1
+    assert about["provenance"] == {"made by": "a test"}
+    assert about["stores"]["teacher"]["folder"].startswith("teacher-")
+    assert json.loads((run_dir / "finished.json").read_text()) == {"steps": 6, "export": "export"}
+    assert load_file(run_dir / "projector.safetensors")["smooth.taps_3C"].shape == (3, 8)
+    kept = sorted(path.name for path in (run_dir / "checkpoints").glob("*.complete.json"))
+    assert kept == [f"checkpoint-{step}.complete.json" for step in (2, 4, 6)]
+    shown = [line.split() for line in lines]
+    assert [line[0] for line in shown if line[0].isdigit()] == ["1", "2", "4", "6"]
+
+
+def test_the_curves_reach_tensorboard(whole):
+    run_dir, _, _ = whole
+    board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    written = [event.value for event in board.Scalars("train/auxiliary")]
+    rows = [json.loads(line) for line in losses(run_dir).splitlines()]
+    np.testing.assert_allclose(written, [row["auxiliary"] for row in rows], rtol=1e-6)
+
+
+def test_training_teaches(train, tmp_path):
+    summary = train(tmp_path, steps=30, checkpoint_every=30, gradient_checkpointing=False)
+    assert summary.last.auxiliary < 0.5 * summary.first.auxiliary
+
+
+def test_a_resumed_run_has_the_same_losses_to_the_last_bit(whole, train, tmp_path):
+    train(tmp_path / "run", steps=4)
+    summary = train(tmp_path / "run", steps=6)
+    assert summary.resumed_from == 4
+    assert losses(tmp_path / "run") == losses(whole[0])
+    left = load_file(tmp_path / "run" / "export" / "pytorch_lora_weights.safetensors")
+    right = load_file(whole[0] / "export" / "pytorch_lora_weights.safetensors")
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"deepspeed": {"zero_stage": 0}},
+        {"deepspeed": {"zero_stage": 3, "precision": "bf16"}, "method": "full"},
+        pytest.param(
+            {"deepspeed": {"zero_stage": 1, "precision": "bf16"}, "method": "full"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"deepspeed": {"zero_stage": 2, "offload_optimizer": True}}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"deepspeed": {"zero_stage": 3}, "objective": {"name": "none"}},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_every_engine_resumes_to_the_last_bit(train, tmp_path, changes):
+    train(tmp_path / "whole", steps=2, checkpoint_every=9, **changes)
+    train(tmp_path / "parts", steps=1, checkpoint_every=9, **changes)
+    summary = train(tmp_path / "parts", steps=2, checkpoint_every=9, **changes)
+    assert summary.resumed_from == 1
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_micro_batches_make_the_same_step(train, whole, tmp_path):
+    train(tmp_path, steps=2, micro_batch_size=2)
+    together = [json.loads(line) for line in losses(tmp_path).splitlines()]
+    apart = [json.loads(line) for line in losses(whole[0]).splitlines()]
+    for left, right in zip(together, apart[:2], strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_zero_stages_agree(train, whole, tmp_path, stage):
+    train(tmp_path, steps=2, checkpoint_every=9, deepspeed={"zero_stage": stage})
+    expected = [json.loads(line) for line in losses(whole[0]).splitlines()][:2]
+    found = [json.loads(line) for line in losses(tmp_path).splitlines()]
+    for name in ("loss", "grad_norm"):
+        left, right = [row[name] for row in found], [row[name] for row in expected]
+        np.testing.assert_allclose(left, right, rtol=1e-4)
+
+
+def test_a_finished_run_is_not_run_again(whole, train):
+    before = losses(whole[0])
+    summary = train(whole[0], steps=6)
+    assert summary.already_finished
+    assert summary.seconds_per_step is None
+    assert losses(whole[0]) == before
+
+
+def test_other_settings_in_the_same_folder_are_refused_and_named(whole, train):
+    with pytest.raises(ValueError, match="other settings.*learning_rate was 0.01, is 0.5.*run_dir"):
+        train(whole[0], steps=6, optimizer={"learning_rate": 0.5})
+
+
+def test_a_torn_checkpoint_is_never_loaded(whole, train, tmp_path):
+    run_dir = tmp_path / "run"
+    train(run_dir, steps=4)
+    checkpoints = run_dir / "checkpoints"
+    biggest = max((checkpoints / "checkpoint-4").iterdir(), key=lambda file: file.stat().st_size)
+    biggest.write_bytes(biggest.read_bytes()[:-1])
+    (checkpoints / "checkpoint-5").mkdir()
+    (checkpoints / "checkpoint-5" / "mp_rank_00_model_states.pt").write_bytes(b"half")
+    progress = Lines()
+    summary = train(run_dir, steps=6, progress=progress)
+    assert summary.resumed_from == 2
+    assert sum("not written to the end" in line for line in progress.lines) == 2
+    assert losses(run_dir) == losses(whole[0])
+
+
+def test_old_checkpoints_are_dropped(train, tmp_path):
+    train(tmp_path, steps=3, checkpoint_every=1, checkpoints_kept=2)
+    left = sorted(path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*"))
+    assert left == [
+        "checkpoint-2",
+        "checkpoint-2.complete.json",
+        "checkpoint-3",
+        "checkpoint-3.complete.json",
+    ]
+
+
+def test_the_exported_lora_reproduces_the_trained_transformer(tiny, train, monkeypatch, tmp_path):
+    trained = _output_at_the_end(tiny, train, monkeypatch, tmp_path, method="lora")
+    pipeline = CogVideoXPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=tiny.tiny_vae(),
+        transformer=tiny.tiny_transformer(),
+        scheduler=tiny.tiny_scheduler(),
+    )
+    before = _output(tiny, pipeline.transformer)
+    pipeline.load_lora_weights(str(tmp_path / "export"))
+    assert (before - trained).abs().max() > 1e-3
+    torch.testing.assert_close(_output(tiny, pipeline.transformer), trained)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_the_exported_transformer_is_the_trained_one(
+    tiny, train, monkeypatch, tmp_path, zero_stage
+):
+    trained = _output_at_the_end(
+        tiny,
+        train,
+        monkeypatch,
+        tmp_path,
+        method="full",
+        deepspeed={"zero_stage": zero_stage},
+        gradient_checkpointing=False,
+    )
+    loaded = CogVideoXTransformer3DModel.from_pretrained(
+        tmp_path / "export", subfolder="transformer"
+    )
+    torch.testing.assert_close(_output(tiny, loaded), trained)
+
+
+def _output_at_the_end(tiny, train, monkeypatch, run_dir, **changes):
+    """What the student's transformer says when the run exports it."""
+    import stages.train_student.train as module
+
+    outputs = []
+    export = module.export_weights
+
+    def export_and_look(student, *rest):
+        outputs.append(_output(tiny, student.transformer))
+        return export(student, *rest)
+
+    monkeypatch.setattr(module, "export_weights", export_and_look)
+    train(run_dir, steps=3, **changes)
+    return outputs[0]
+
+
+def _output(tiny, transformer):
+    generator = torch.Generator().manual_seed(5)
+    frames, channels, height, width = tiny.LATENT
+    with torch.no_grad():
+        return transformer(
+            hidden_states=torch.randn(1, frames, channels, height, width, generator=generator),
+            encoder_hidden_states=torch.randn(1, *tiny.TEXT, generator=generator),
+            timestep=torch.tensor([250]),
+            image_rotary_emb=(torch.ones(18, 16), torch.zeros(18, 16)),
+            return_dict=False,
+        )[0]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_clips(
+    train, monkeypatch, tmp_path
+):
+    read = CachedSamples.__getitem__
+
+    def read_spoiled(self, sample):
+        batch = read(self, sample)
+        spoiled = batch.keys == ("clip/3",)
+        return replace(batch, clean_BFCHW=batch.clean_BFCHW / 0) if spoiled else batch
+
+    monkeypatch.setattr(CachedSamples, "__getitem__", read_spoiled)
+    with pytest.raises(TrainingDivergedError, match=r"at step \d, clips 'clip/3'; .*inspect"):
+        train(tmp_path)
+    steps = len(losses(tmp_path).splitlines())
+    assert steps < 3, "every clip is seen within three steps"
+    saved = {path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*.json")}
+    assert saved == ({"checkpoint-2.complete.json"} if steps == 2 else set())
+    assert not (tmp_path / "finished.json").exists()
+
+
+def test_clips_left_out_are_told(tiny, train, tmp_path):
+    tiny.write_store(tmp_path, "text", {"embeds": tiny.TEXT}, keys=("a", "b", "c"))
+    tiny.write_store(tmp_path, "latents", tiny.LATENT_SHAPES, keys=("a", "b"))
+    progress = Lines()
+    summary = train(
+        tmp_path / "run",
+        cache_root=tmp_path,
+        progress=progress,
+        objective={"name": "none"},
+        steps=1,
+    )
+    assert progress.lines[0] == "training on 2 clips; left out, not in every store: 1 of text"
+    assert summary.left_out == {"text": 1, "latents": 0}
+    assert summary.last.auxiliary is None
+
+
+def test_wrong_settings_are_refused_before_any_weight_is_loaded(train, monkeypatch, tmp_path):
+    def never(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("stages.train_student.student.load_transformer", never)
+    with pytest.raises(ValueError, match="train.objective.block must be under 2"):
+        train(tmp_path, objective={"block": 2})
+    with pytest.raises(ValueError, match="train.batch_size must be a multiple"):
+        train(tmp_path, batch_size=3, micro_batch_size=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_training_per_folder(train, tmp_path):
+    from stages.train_student.run_folder import locked
+
+    with locked(tmp_path), pytest.raises(ValueError, match="another process is training"):
+        train(tmp_path)
