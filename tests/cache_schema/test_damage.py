@@ -1,0 +1,266 @@
+"""Damage to finished shards: every kind is found, by the reader and by verify_store."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pytest
+
+from cache_schema import (
+    CacheError,
+    CorruptClip,
+    CorruptRecord,
+    StoreReader,
+    StoreSettings,
+    StoreWriter,
+    UnknownSchemaVersion,
+    verify_store,
+)
+
+Arrays = dict[str, np.ndarray]
+CHUNK = "shards/00000/features/c/1/0/0/0/0"
+
+
+def _seal(record: dict[str, Any]) -> bytes:
+    """A record with a fitting checksum, as somebody who tampers with it would write it."""
+    record = {"crc32c": "00000000", **{k: v for k, v in record.items() if k != "crc32c"}}
+    data = (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
+    return data.replace(b"00000000", f"{google_crc32c.value(data):08x}".encode(), 1)
+
+
+def _tamper(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    record = json.loads(path.read_bytes())
+    change(record)
+    path.write_bytes(_seal(record))
+
+
+def _assert_found(store: Path, *, by_size: bool) -> None:
+    with pytest.raises(CorruptClip) as error:
+        StoreReader(store).read("a1")
+    message = str(error.value)
+    assert "'a1' in shard '00000'" in message
+    assert str(store / "commits" / "00000.json") in message
+    assert "extract-features" in message
+    assert [(p.shard, p.key) for p in verify_store(store).problems] == [("00000", "a1")]
+    assert bool(verify_store(store, full=False).problems) == by_size
+    others = StoreReader(store)
+    for key in ("a0", "a2", "b0"):
+        others.read(key)
+
+
+def test_a_whole_store_has_no_problems(store: Path) -> None:
+    report = verify_store(store)
+    assert report.problems == ()
+    assert report.num_clips == 5
+    assert report.num_bytes == StoreReader(store).num_bytes
+    assert verify_store(store, full=False) == report
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_flipped_bits_are_found(store: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    data = bytearray((store / CHUNK).read_bytes())
+    data[len(data) * seed // 8 + chance.randrange(len(data) // 8)] ^= 1 << chance.randrange(8)
+    (store / CHUNK).write_bytes(data)
+    _assert_found(store, by_size=False)
+
+
+def test_flipped_bits_are_found_without_the_check_too(store: Path) -> None:
+    data = bytearray((store / CHUNK).read_bytes())
+    data[3] ^= 4
+    (store / CHUNK).write_bytes(data)
+    with pytest.raises(CorruptClip, match="cannot be decoded"):
+        StoreReader(store, check=False).read("a1")
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, -1])
+def test_truncated_files_are_found(store: Path, size: int) -> None:
+    (store / CHUNK).write_bytes((store / CHUNK).read_bytes()[:size])
+    _assert_found(store, by_size=True)
+
+
+def test_longer_files_are_found(store: Path) -> None:
+    (store / CHUNK).write_bytes((store / CHUNK).read_bytes() + b"\0")
+    _assert_found(store, by_size=True)
+
+
+def test_zeroed_tails_are_found(store: Path) -> None:
+    data = (store / CHUNK).read_bytes()
+    (store / CHUNK).write_bytes(data[:40] + bytes(len(data) - 40))
+    _assert_found(store, by_size=False)
+
+
+def test_deleted_files_are_found(store: Path) -> None:
+    (store / CHUNK).unlink()
+    _assert_found(store, by_size=True)
+
+
+def test_a_file_that_became_a_folder_is_found(store: Path) -> None:
+    (store / CHUNK).unlink()
+    (store / CHUNK).mkdir()
+    with pytest.raises(CorruptClip):
+        StoreReader(store).read("a1")
+
+
+def test_files_of_other_clips_are_found(store: Path) -> None:
+    # Every checksum of Zarr itself is right here, and so is the size.
+    (store / CHUNK).write_bytes((store / CHUNK.replace("/c/1/", "/c/0/")).read_bytes())
+    _assert_found(store, by_size=False)
+
+
+def test_damage_after_the_first_read_is_found(store: Path) -> None:
+    reader = StoreReader(store)
+    reader.read("a1")
+    (store / CHUNK).write_bytes((store / CHUNK.replace("/c/1/", "/c/0/")).read_bytes())
+    with pytest.raises(CorruptClip, match="checksum"):
+        reader.read("a1")
+
+
+@pytest.mark.parametrize("path", ["zarr.json", "features/zarr.json"])
+@pytest.mark.parametrize("damage", ["change", "delete"])
+def test_damaged_metadata_is_found(store: Path, path: str, damage: str) -> None:
+    file = store / "shards" / "00000" / path
+    if damage == "change":
+        file.write_bytes(file.read_bytes().replace(b'"attributes": {}', b'"attributes":{ }'))
+    else:
+        file.unlink()
+    with pytest.raises(CorruptClip, match=path):
+        StoreReader(store).read("a0")
+    report = verify_store(store)
+    assert [(p.shard, p.key) for p in report.problems] == [("00000", None)]
+    assert path in report.problems[0].what
+
+
+def test_a_deleted_shard_is_found(store: Path) -> None:
+    (store / "shards" / "00001").rename(store / "gone")
+    with pytest.raises(CorruptClip):
+        StoreReader(store).read("b0")
+    assert {p.key for p in verify_store(store, full=False).problems} == {None, "b0", "b1"}
+
+
+def test_foreign_files_in_a_shard_are_reported(store: Path) -> None:
+    (store / "shards" / "00001" / "notes.txt").write_text("hello")
+    (problem,) = verify_store(store).problems
+    assert "notes.txt" in problem.what
+
+
+def test_a_damaged_record_is_never_believed(store: Path) -> None:
+    path = store / "commits" / "00000.json"
+    good = path.read_bytes()
+    chance = random.Random(0)
+    for _ in range(40):
+        data = bytearray(good)
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        path.write_bytes(data)
+        with pytest.raises(CacheError):
+            assert StoreReader(store).keys
+    for size in (0, 1, len(good) // 2, len(good) - 3):
+        path.write_bytes(good[:size])
+        with pytest.raises(CorruptRecord, match=r"delete .*00000\.json and run"):
+            assert StoreReader(store).keys
+        assert [p.shard for p in verify_store(store).problems] == ["00000"]
+
+
+def test_a_damaged_store_file_is_never_believed(store: Path, settings: StoreSettings) -> None:
+    path = store / "store.json"
+    good = path.read_bytes()
+    chance = random.Random(0)
+    for _ in range(40):
+        data = bytearray(good)
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        path.write_bytes(data)
+        with pytest.raises(CacheError):
+            StoreReader(store)
+        with pytest.raises(CacheError):
+            StoreWriter.open(store.parent, settings, provenance={})
+    path.write_bytes(b"")
+    with pytest.raises(CorruptRecord, match="not JSON"):
+        verify_store(store)
+
+
+@pytest.mark.parametrize(
+    "escape",
+    [
+        "../../../../secret",
+        "/etc/passwd",
+        "features/../../00001/features/c/0/0/0/0/0",
+        "features/c/0/0/0/0/0",
+        "",
+    ],
+)
+def test_a_record_that_points_elsewhere_is_refused(store: Path, escape: str) -> None:
+    def point(record: dict[str, Any]) -> None:
+        record["clips"][1]["arrays"]["features"]["path"] = escape
+
+    _tamper(store / "commits" / "00000.json", point)
+    with pytest.raises(CorruptRecord, match="points at"):
+        assert StoreReader(store).keys
+    assert [p.shard for p in verify_store(store).problems] == ["00000"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(shard="../00001"), "names shard"),
+        (lambda r: r.update(shard="00001"), "names shard"),
+        (lambda r: r.update(settings_hash="0" * 64), "other settings"),
+        (lambda r: r["clips"][0].update(index=1), "index 1"),
+        (lambda r: r["clips"][0].update(index=True), "index True"),
+        (lambda r: r["clips"].pop(0), "index 1"),
+        (lambda r: r["clips"][1].update(key="a0"), "twice"),
+        (lambda r: r["clips"][1].update(key=""), "clip key"),
+        (lambda r: r["clips"][1]["arrays"].pop("mask"), "arrays"),
+        (lambda r: r["clips"][1]["arrays"]["mask"].update(bytes=-1), "size"),
+        (lambda r: r["clips"][1]["arrays"]["mask"].update(crc32c="xyz"), "checksum"),
+        (lambda r: r.pop("files"), "files"),
+        (lambda r: r["files"].update({"../../store.json": r["files"]["zarr.json"]}), "lists"),
+        (lambda r: r["files"].pop("zarr.json"), "lists"),
+        (lambda r: r.update(clips=None), "NoneType"),
+        (lambda r: r.update(source=3), "not text"),
+    ],
+)
+def test_records_that_contradict_the_store_are_refused(
+    store: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    _tamper(store / "commits" / "00000.json", change)
+    with pytest.raises(CorruptRecord, match=message):
+        assert StoreReader(store).keys
+
+
+def test_a_key_in_two_shards_is_refused_and_reported(
+    store: Path, settings: StoreSettings, clip_of: Callable[[str], Arrays]
+) -> None:
+    writers = [StoreWriter.open(store.parent, settings, provenance={}) for _ in range(2)]
+    with writers[0].shard("x", source="x") as x, writers[1].shard("y", source="y") as y:
+        for shard in (x, y):  # neither is committed when the other looks
+            shard.add("twin", clip_of("twin"))
+            shard.commit()
+    with pytest.raises(CorruptRecord, match="'twin' is in shards 'x' and 'y'"):
+        assert StoreReader(store).keys
+    (problem,) = verify_store(store).problems
+    assert (problem.shard, problem.key) == ("y", "twin")
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, True, 1.0])
+@pytest.mark.parametrize("name", ["store.json", "commits/00000.json"])
+def test_other_schema_versions_are_refused_with_a_way_out(
+    store: Path, settings: StoreSettings, version: Any, name: str
+) -> None:
+    _tamper(store / name, lambda record: record.update(schema_version=version))
+    with pytest.raises(UnknownSchemaVersion) as error:
+        assert StoreReader(store).keys
+    message = str(error.value)
+    assert f"schema version {version!r}, and this version reads 1" in message
+    assert "extract-features" in message
+    assert ("a newer version" in message) == (version == 2)
+    if name == "store.json":
+        with pytest.raises(UnknownSchemaVersion):
+            StoreWriter.open(store.parent, settings, provenance={})
+        with pytest.raises(UnknownSchemaVersion):
+            verify_store(store)
+    else:
+        assert [p.shard for p in verify_store(store).problems] == ["00000"]

@@ -1,0 +1,135 @@
+"""Several processes at one store: writers keep apart, readers can be handed over."""
+
+import multiprocessing
+import pickle
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache_schema import ShardBusy, StoreReader, StoreSettings, StoreWriter, verify_store
+
+Arrays = dict[str, np.ndarray]
+ClipOf = Callable[[str], Arrays]
+
+
+def test_a_shard_has_one_writer_even_in_one_process(
+    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
+) -> None:
+    first = StoreWriter.open(tmp_path, settings, provenance={})
+    second = StoreWriter.open(tmp_path, settings, provenance={})
+    with first.shard("0", source="0") as shard:
+        with (
+            pytest.raises(ShardBusy, match=r"shard '0' .* another process"),
+            second.shard("0", source="0"),
+        ):
+            pass
+        with second.shard("1", source="1") as other:
+            other.add("b", clip_of("b"))
+            other.commit()
+        shard.add("a", clip_of("a"))
+        shard.commit()
+    assert StoreReader(first.path).keys == ("a", "b")
+
+
+def test_of_writers_racing_for_shards_each_shard_is_written_by_one(
+    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
+) -> None:
+    fork = multiprocessing.get_context("fork")
+    shards = [f"{i:05d}" for i in range(4)]
+
+    def race(start: int, outcomes: Connection) -> None:
+        writer = StoreWriter.open(tmp_path, settings, provenance={})
+        for i in range(len(shards)):
+            name = shards[(start + i) % len(shards)]
+            while not writer.is_committed(name):
+                try:
+                    with writer.shard(name, source=name) as shard:
+                        for j in range(2):
+                            shard.add(f"{name}/{j}", clip_of(f"{name}/{j}"))
+                        shard.commit()
+                    outcomes.send(("written", name))
+                except ShardBusy:
+                    outcomes.send(("busy", name))
+                    time.sleep(0.01)
+        outcomes.send(("done", str(start)))
+
+    receive, send = fork.Pipe(duplex=False)
+    processes = [fork.Process(target=race, args=(start % 2, send)) for start in range(3)]
+    for process in processes:
+        process.start()
+    outcomes = []
+    while sum(what == "done" for what, _ in outcomes) < len(processes):
+        outcomes.append(receive.recv())
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert sorted(name for what, name in outcomes if what == "written") == shards
+    (path,) = tmp_path.iterdir()
+    reader = StoreReader(path)
+    assert len(reader) == 8
+    for key in reader.keys:
+        np.testing.assert_array_equal(reader.read(key)["mask"], clip_of(key)["mask"])
+    report = verify_store(path)
+    assert report.problems == ()
+
+
+def test_a_lock_dies_with_its_process(
+    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
+) -> None:
+    fork = multiprocessing.get_context("fork")
+    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    receive, send = fork.Pipe(duplex=False)
+
+    def hold() -> None:
+        with writer.shard("0", source="0") as shard:
+            shard.add("a", clip_of("a"))
+            send.send("staged")
+            time.sleep(60)
+
+    process = fork.Process(target=hold)
+    process.start()
+    assert receive.recv() == "staged"
+    with pytest.raises(ShardBusy), writer.shard("0", source="0"):
+        pass
+    process.kill()
+    process.join()
+    with writer.shard("0", source="0") as shard:
+        assert shard.has("a")
+
+
+def _read_all(reader: StoreReader, results: Connection) -> None:
+    results.send({key: reader.read(key)["features"].tobytes() for key in reader.keys})
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("used_before", [False, True])
+def test_a_reader_works_in_other_processes(
+    store: Path, clip_of: ClipOf, method: str, used_before: bool
+) -> None:
+    context = multiprocessing.get_context(method)
+    reader = StoreReader(store)
+    if used_before:
+        reader.read("a0")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_read_all, args=(reader, send))
+    process.start()
+    found = receive.recv()
+    process.join()
+    assert process.exitcode == 0
+    assert found == {key: clip_of(key)["features"].tobytes() for key in reader.keys}
+
+
+def test_a_pickled_reader_sees_the_same_clips(
+    store: Path, settings: StoreSettings, write_shard: Callable[..., None], clip_of: ClipOf
+) -> None:
+    reader = StoreReader(store)
+    keys = reader.keys
+    pickled = pickle.dumps(reader)
+    write_shard(StoreWriter.open(store.parent, settings, provenance={}), "00002", ["c0"])
+    copy = pickle.loads(pickled)
+    assert copy.keys == keys
+    np.testing.assert_array_equal(copy.read("b0")["mask"], clip_of("b0")["mask"])

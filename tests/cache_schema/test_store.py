@@ -1,0 +1,408 @@
+"""Writing a store and reading it back."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from cache_schema import (
+    AlreadyCommitted,
+    ArraySpec,
+    ClipMissing,
+    SettingsMismatch,
+    SkippedClip,
+    StoreReader,
+    StoreSettings,
+    StoreWriter,
+    verify_store,
+)
+
+Arrays = dict[str, np.ndarray]
+ClipOf = Callable[[str], Arrays]
+
+
+def test_every_clip_is_read_back_by_key(store: Path, clip_of: ClipOf) -> None:
+    reader = StoreReader(store, kind="teacher")
+    assert reader.keys == ("a0", "a1", "a2", "b0", "b1")
+    assert len(reader) == 5
+    for key in reader.keys:
+        found = reader.read(key)
+        expected = clip_of(key)
+        assert list(found) == ["features", "mask"]
+        for name, values in expected.items():
+            assert found[name].dtype == values.dtype
+            np.testing.assert_array_equal(found[name], values)
+
+
+def test_records_say_where_a_clip_came_from(store: Path) -> None:
+    reader = StoreReader(store)
+    entry = reader.record("b1")
+    assert (entry.key, entry.shard, entry.index, entry.source) == ("b1", "00001", 1, "00001.tar")
+    assert entry.attributes == {"source_fps": 29.97, "name": "b1"}
+    assert reader.provenance == {"version": "1.2.3"}
+    assert reader.skipped == (SkippedClip("a3", "too_short", "12 frames, 49 needed", "00000"),)
+    chunks = [p for p in store.glob("shards/*/*/c/**/*") if p.is_file()]
+    assert reader.num_bytes == sum(path.stat().st_size for path in chunks)
+
+
+def test_a_reader_written_from_the_specification_gets_the_same_values(
+    store: Path, settings: StoreSettings, clip_of: ClipOf
+) -> None:
+    """Follows README.md with nothing but json, struct and numpy."""
+    sealed = (store / "commits" / "00000.json").read_bytes()
+    commit = json.loads(sealed)
+    blank = sealed.replace(commit["crc32c"].encode(), b"00000000", 1)
+    assert f"{google_crc32c.value(blank):08x}" == commit["crc32c"]
+    for clip in commit["clips"]:
+        for name, entry in clip["arrays"].items():
+            folder = store / "shards" / commit["shard"]
+            meta = json.loads((folder / name / "zarr.json").read_bytes())
+            assert meta["shape"][0] == len(commit["clips"])
+            shape = meta["shape"][1:]
+            inner = meta["codecs"][0]["configuration"]["chunk_shape"][1:]
+            data = (folder / entry["path"]).read_bytes()
+            assert len(data) == entry["bytes"]
+            count = shape[0] // inner[0]
+            index = data[-(16 * count + 4) : -4]
+            assert struct.unpack("<I", data[-4:])[0] == google_crc32c.value(index)
+            pieces = []
+            for offset, size in struct.iter_unpack("<QQ", index):
+                piece = data[offset : offset + size]
+                assert struct.unpack("<I", piece[-4:])[0] == google_crc32c.value(piece[:-4])
+                pieces.append(piece[:-4])
+            assert f"{google_crc32c.value(b''.join(pieces)):08x}" == entry["crc32c"]
+            dtype = np.dtype(meta["data_type"]).newbyteorder("<")
+            values = np.frombuffer(b"".join(pieces), dtype).reshape(shape)
+            np.testing.assert_array_equal(values, clip_of(clip["key"])[name])
+
+
+def test_frames_larger_than_a_shared_chunk_are_stored_one_by_one(tmp_path: Path) -> None:
+    spec = ArraySpec(dtype="float32", shape=(2, 600, 500), dimension_names=("t", "h", "w"))
+    settings = StoreSettings(kind="big", arrays={"frames": spec}, values={})
+    values = np.arange(600_000, dtype="float32").reshape(spec.shape)
+    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    with writer.shard("s", source="s") as shard:
+        shard.add("k", {"frames": values})
+        shard.commit()
+    np.testing.assert_array_equal(StoreReader(writer.path).read("k")["frames"], values)
+    array: Any = zarr.open_array(str(writer.path / "shards" / "s"), path="frames", mode="r")
+    assert array.chunks == (1, 1, 600, 500)
+    np.testing.assert_array_equal(array[0, 1], values[1])
+
+
+def test_only_the_arrays_asked_for_are_read(store: Path) -> None:
+    reader = StoreReader(store)
+    assert list(reader.read("a0", ["mask"])) == ["mask"]
+    with pytest.raises(ValueError, match="no array colour"):
+        reader.read("a0", ["colour"])
+
+
+def test_what_is_read_can_be_changed_without_changing_the_store(store: Path) -> None:
+    reader = StoreReader(store)
+    first = reader.read("a0")["features"]
+    expected = first.copy()
+    first[:] = 0
+    np.testing.assert_array_equal(reader.read("a0")["features"], expected)
+
+
+def test_a_missing_clip_names_kind_key_store_and_command(store: Path) -> None:
+    reader = StoreReader(store)
+    with pytest.raises(ClipMissing) as error:
+        reader.read("walk/0017")
+    message = str(error.value)
+    assert "teacher of clip 'walk/0017'" in message
+    assert str(store) in message
+    assert "run sam2vx-pipeline extract-features" in message
+    assert "walk/0017" not in reader
+    with pytest.raises(KeyError):
+        reader.record("walk/0017")
+
+
+def test_a_skipped_clip_is_missing_with_its_reason(store: Path) -> None:
+    reader = StoreReader(store)
+    assert "a3" not in reader
+    with pytest.raises(ClipMissing, match=r"skipped as too_short \(12 frames, 49 needed\)"):
+        reader.read("a3")
+
+
+def test_a_store_of_another_kind_is_refused(store: Path) -> None:
+    with pytest.raises(SettingsMismatch, match="kind 'teacher', not 'latents'"):
+        StoreReader(store, kind="latents")
+
+
+def test_clips_of_nothing_but_fill_values_survive(tmp_path: Path, settings: StoreSettings) -> None:
+    zeros = {n: np.zeros(s.shape, s.dtype) for n, s in settings.arrays.items()}
+    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    with writer.shard("0", source="0") as shard:
+        shard.add("zero", zeros)
+        shard.add("zero again", zeros)
+        shard.commit()
+    for array in StoreReader(writer.path).read("zero again").values():
+        assert not array.any()
+    assert verify_store(writer.path).problems == ()
+
+
+def test_a_shard_of_skipped_clips_only_is_committed(
+    tmp_path: Path, settings: StoreSettings
+) -> None:
+    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    with writer.shard("0", source="0") as shard:
+        shard.skip("k", "undecodable", "moov atom not found")
+        shard.commit()
+    assert writer.is_committed("0")
+    assert writer.committed_counts("0") == (0, 1)
+    reader = StoreReader(writer.path)
+    assert len(reader) == 0
+    assert [clip.key for clip in reader.skipped] == ["k"]
+    assert verify_store(writer.path).problems == ()
+
+
+def test_an_empty_store_reads_as_empty(tmp_path: Path, settings: StoreSettings) -> None:
+    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    assert StoreReader(writer.path).keys == ()
+    assert verify_store(writer.path).num_clips == 0
+
+
+def test_saying_twice_that_a_clip_is_skipped_records_it_once(
+    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
+) -> None:
+    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    with writer.shard("0", source="0") as shard:
+        shard.add("k", clip_of("k"))
+        for _ in range(2):
+            shard.skip("k", "duplicate_key", "a second k.mp4")
+        shard.commit()
+    reader = StoreReader(writer.path)
+    assert [clip.reason for clip in reader.skipped] == ["duplicate_key"]
+    assert "k" in reader
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a["features"].__setitem__((0, 0, 0, 0), np.nan), "1 of 72 values .* NaN"),
+        (lambda a: a["features"].fill(np.inf), "72 of 72"),
+        (lambda a: a.pop("mask"), r"has the arrays \['features'\]"),
+        (lambda a: a.update(colour=np.zeros(3)), "colour"),
+        (lambda a: a.update(mask=np.zeros((2, 3))), r"float64 \(2, 3\); the store holds uint8"),
+        (lambda a: a.update(mask=np.zeros((3, 2), "uint8")), r"uint8 \(3, 2\)"),
+        (lambda a: a.update(mask=[[0, 0, 0]] * 2), "list, not an ndarray"),
+        (lambda a: a.update(features=a["features"].astype(">f2")), ">f2"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused_and_nothing_is_staged(
+    tmp_path: Path,
+    settings: StoreSettings,
+    clip_of: ClipOf,
+    change: Callable[[Arrays], Any],
+    message: str,
+) -> None:
+    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    arrays = clip_of("k")
+    change(arrays)
+    with writer.shard("0", source="0") as shard:
+        with pytest.raises(ValueError, match=message) as error:
+            shard.add("k", arrays)
+        assert "clip 'k'" in str(error.value)
+        assert str(writer.path) in str(error.value)
+        assert not shard.has("k")
+        shard.add("k", clip_of("k"))
+        shard.commit()
+    assert StoreReader(writer.path).keys == ("k",)
+
+
+def test_non_contiguous_arrays_are_stored_by_value(tmp_path: Path) -> None:
+    spec = ArraySpec(dtype="float32", shape=(3, 4), dimension_names=("a", "b"))
+    settings = StoreSettings(kind="x", arrays={"v": spec}, values={})
+    values = np.arange(24, dtype="float32").reshape(4, 6).T[::2]
+    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    with writer.shard("0", source="0") as shard:
+        shard.add("k", {"v": values})
+        shard.commit()
+    np.testing.assert_array_equal(StoreReader(writer.path).read("k")["v"], values)
+
+
+@pytest.mark.parametrize("attributes", [{"fps": np.float32(8)}, {"x": float("nan")}, {1: 2}])
+def test_attributes_that_are_not_json_are_refused(
+    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf, attributes: Any
+) -> None:
+    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    with (
+        writer.shard("0", source="0") as shard,
+        pytest.raises(ValueError, match="attributes of clip 'k'"),
+    ):
+        shard.add("k", clip_of("k"), attributes)
+
+
+def test_a_key_is_written_once_in_a_shard(
+    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
+) -> None:
+    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    with writer.shard("0", source="0") as shard:
+        shard.add("k", clip_of("k"))
+        with pytest.raises(ValueError, match="already in shard '0'"):
+            shard.add("k", clip_of("k"))
+
+
+def test_a_key_of_another_finished_shard_is_refused(
+    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf, write_shard: Callable[..., None]
+) -> None:
+    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    write_shard(writer, "0", ["k"])
+    with (
+        writer.shard("1", source="1") as shard,
+        pytest.raises(ValueError, match="'k' of shard '1' is already in shard '0'"),
+    ):
+        shard.add("k", clip_of("k"))
+
+
+@pytest.mark.parametrize(
+    "key", ["", "a\nb", "tab\t", "nul\0", "\x7f", "\x85", "\ud800", "k" * 1025, "é" * 513, 7]
+)
+def test_keys_without_a_safe_text_are_refused(
+    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf, key: Any
+) -> None:
+    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    with (
+        writer.shard("0", source="0") as shard,
+        pytest.raises(ValueError, match="clip key"),
+    ):
+        shard.add(key, clip_of("k"))
+
+
+any_key = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=40)
+
+
+@hypothesis_settings(max_examples=12, deadline=None)
+@given(keys=st.lists(any_key, min_size=1, max_size=4, unique=True))
+def test_any_other_text_is_a_key_and_never_a_path(
+    tmp_path_factory: pytest.TempPathFactory,
+    write_shard: Callable[..., None],
+    settings: StoreSettings,
+    clip_of: ClipOf,
+    keys: list[str],
+) -> None:
+    keys = [*keys, "../../../etc/passwd" + keys[0], "/" + "k" * 1022]
+    root = tmp_path_factory.mktemp("keys")
+    writer = StoreWriter.open(root / "cache", settings, provenance={})
+    write_shard(writer, "0", keys)
+    reader = StoreReader(writer.path)
+    assert reader.keys == tuple(keys)
+    for key in keys:
+        np.testing.assert_array_equal(reader.read(key)["features"], clip_of(key)["features"])
+    assert [path.name for path in root.iterdir()] == ["cache"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "../x",
+        "a/b",
+        "/abs",
+        ".x",
+        "-x",
+        "a\\b",
+        "a b",
+        "ä",
+        "x.lock",
+        "a\n",
+        "n" * 129,
+    ],
+)
+def test_unsafe_shard_names_are_refused(tmp_path: Path, settings: StoreSettings, name: str) -> None:
+    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    with pytest.raises(ValueError, match="unsafe shard name"):
+        writer.shard(name, source="x")
+    with pytest.raises(ValueError, match="unsafe shard name"):
+        writer.is_committed(name)
+
+
+def test_a_finished_shard_is_never_written_again(store: Path, settings: StoreSettings) -> None:
+    writer = StoreWriter.open(store.parent, settings, provenance={})
+    assert writer.is_committed("00000")
+    assert not writer.is_committed("00002")
+    assert writer.committed_counts("00000") == (3, 1)
+    with pytest.raises(AlreadyCommitted, match="00000"), writer.shard("00000", source="x"):
+        pass
+
+
+def test_a_shard_made_from_another_input_is_not_taken_for_this_one(
+    store: Path, settings: StoreSettings
+) -> None:
+    writer = StoreWriter.open(store.parent, settings, provenance={})
+    assert writer.is_committed("00000", source="00000.tar")
+    with pytest.raises(SettingsMismatch, match=r"made from '00000.tar', not from 'other.tar'"):
+        writer.is_committed("00000", source="other.tar")
+
+
+def test_a_shard_writer_is_used_inside_its_with_block(
+    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
+) -> None:
+    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    shard = writer.shard("0", source="0")
+    with pytest.raises(ValueError, match="with"):
+        shard.add("k", clip_of("k"))
+    with shard:
+        shard.commit()
+        with pytest.raises(ValueError, match="not after commit"):
+            shard.add("k", clip_of("k"))
+
+
+def test_reopening_keeps_the_first_provenance(
+    tmp_path: Path, settings: StoreSettings, files_of: Callable[[Path], dict[str, bytes]]
+) -> None:
+    writer = StoreWriter.open(tmp_path, settings, provenance={"version": "1"})
+    before = files_of(writer.path)
+    StoreWriter.open(tmp_path, settings, provenance={"version": "2"})
+    assert files_of(writer.path) == before
+    assert StoreReader(writer.path).provenance == {"version": "1"}
+
+
+def test_other_settings_in_the_folder_are_named_and_refused(
+    tmp_path: Path, settings: StoreSettings
+) -> None:
+    other = StoreSettings(
+        kind="teacher",
+        arrays=settings.arrays,
+        values={**settings.values, "fps": 16.0, "prompt": {"kind": "box"}},
+    )
+    made = StoreWriter.open(tmp_path, other, provenance={})
+    made.path.rename(tmp_path / settings.folder_name)
+    with pytest.raises(SettingsMismatch, match=r"\(values.fps, values.prompt.kind\)"):
+        StoreWriter.open(tmp_path, settings, provenance={})
+
+
+def test_a_reader_keeps_to_the_clips_it_first_saw(
+    store: Path, settings: StoreSettings, write_shard: Callable[..., None]
+) -> None:
+    before = StoreReader(store)
+    keys = before.keys
+    write_shard(StoreWriter.open(store.parent, settings, provenance={}), "00002", ["c0"])
+    assert before.keys == keys
+    assert StoreReader(store).keys == (*keys, "c0")
+
+
+def test_files_on_disk_hold_no_time_and_no_place(
+    tmp_path: Path,
+    settings: StoreSettings,
+    write_shard: Callable[..., None],
+    files_of: Callable[[Path], dict[str, bytes]],
+) -> None:
+    found = []
+    for folder in ("here", "there"):
+        writer = StoreWriter.open(tmp_path / folder, settings, provenance={})
+        write_shard(writer, "00000", ["a", "b"], skip="c")
+        found.append(files_of(writer.path))
+    assert found[0] == found[1]
