@@ -79,10 +79,10 @@ def test_stores_hold_what_training_expects(whole: ExtractSummary) -> None:
     assert text.read(key)["embeds"].shape == (32, 32)
     assert text.record(key).attributes["caption"] == "an ellipse over a grey texture"
     assert latents.read(key)["mean"].shape == latents.read(key)["std"].shape
-    assert latents.read(key)["mean"].shape[0::2] == (3, 8)
+    assert latents.read(key)["mean"].shape[0::2] == (2, 8)
     assert (latents.read(key)["std"] > 0).all()
     features = teacher.read(key)["features"]
-    assert features.shape == (9, 4, 6, 64)
+    assert features.shape == (5, 4, 6, 64)
     np.testing.assert_allclose(np.linalg.norm(features.astype(float), axis=-1), 1, atol=2e-3)
     assert teacher.record(key).attributes["prompt"] == "mask"
     assert teacher.settings.values["clips"] == latents.settings.values["clips"]
@@ -164,28 +164,28 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 ) -> None:
     # The fourth clip of the teacher is the first of the second shard: one shard is finished, one
     # is half-way.
-    models = (extract_config, two_shards, tiny_base)
-    arguments = [model.model_dump_json() for model in models]
+    config = extract_config.model_copy(update={"kinds": ("text", "teacher")})
+    arguments = [model.model_dump_json() for model in (config, two_shards, tiny_base)]
     process = subprocess.run(
         [sys.executable, "-c", KILLED, *arguments, str(tmp_path), "teacher", "4"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         check=False,
-        timeout=120,
+        timeout=200,
     )
     assert process.returncode == -signal.SIGKILL
-    stores = [tmp_path / kind.store.name for kind in whole.kinds]
-    teacher = stores[2]
+    expected = whole.kinds[0].store, whole.kinds[2].store
+    text, teacher = (tmp_path / store.name for store in expected)
     assert [path.stem for path in (teacher / "commits").iterdir()] == ["00000"]
-    finished = {**times(stores[0]), **times(stores[1]), **times(teacher / "shards" / "00000")}
+    finished = {**times(text), **times(teacher / "shards" / "00000")}
 
-    resumed = extract(extract_config, two_shards, tiny_base, tmp_path)
+    resumed = extract(config, two_shards, tiny_base, tmp_path)
 
-    after = {name: time for store in stores for name, time in times(store).items()}
+    after = {**times(text), **times(teacher)}
     assert {name: after[name] for name in finished} == finished
-    assert resumed.kinds[2].clips_written == 1
-    assert resumed.kinds[2].clips_already_there == 4
-    for kind in whole.kinds:
-        assert content(tmp_path / kind.store.name) == content(kind.store)
+    assert resumed.kinds[1].clips_written == 1
+    assert resumed.kinds[1].clips_already_there == 4
+    for store in expected:
+        assert content(tmp_path / store.name) == content(store)
 
 
 def test_a_shard_that_another_process_writes_is_left_alone(
@@ -293,7 +293,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_any_work(
     tmp_path: Path,
 ) -> None:
     config = with_teacher(extract_config, config="sam2.1_hiera_t")
-    with pytest.raises(ValueError, match="does not fit the SAM2 configuration sam2.1_hiera_t"):
+    with pytest.raises(ValueError, match=r"does not fit the SAM2 configuration sam2\.1_hiera_t"):
         extract(config, two_shards, tiny_base, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -112,7 +112,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_missing_checkpoint_says_where_to_get_one(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="download sam2.1_hiera_large.pt"):
+    with pytest.raises(ValueError, match=r"download sam2\.1_hiera_large\.pt"):
         build_sam2("sam2.1_hiera_l", tmp_path / "absent.pt")
 
 
@@ -143,9 +143,9 @@ def test_a_configuration_of_something_else_is_refused(tmp_path: Path) -> None:
     config.model.pop("num_maskmem")
     config.model._target_ = "sam2.modeling.memory_encoder.Fuser"
     OmegaConf.save(config, tmp_path / "config.yaml")
-    with pytest.raises(ValueError, match="cannot be built: .*memory_encoder.Fuser"):
+    with pytest.raises(ValueError, match=r"cannot be built: .*memory_encoder\.Fuser"):
         build_sam2(tmp_path / "config.yaml", None)
     config.model.pop("memory_attention")
     OmegaConf.save(config, tmp_path / "config.yaml")
-    with pytest.raises(ValueError, match="is incomplete: .*memory_attention"):
+    with pytest.raises(ValueError, match=r"is incomplete: .*memory_attention"):
         build_sam2(tmp_path / "config.yaml", None)

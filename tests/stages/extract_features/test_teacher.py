@@ -28,10 +28,8 @@ RADIUS = 2
 
 
 def on_grid(raw_TCHW: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear at pixel centres, edges held: float64 [T, height, width, C] from an 8x8 map.
-
-    Only for grids whose cells are at least as large as the map's along neither axis reduced by
-    more than the antialiasing triangle written out here.
+    """[T, height, width, C] in float64: bilinear at cell centres, antialiased by a triangle as wide
+    as a target cell where the grid gets coarser, renormalised at the edges.
     """
 
     def weights(source: int, target: int) -> np.ndarray:
@@ -67,15 +65,21 @@ def latent_means(features_THWC: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture
+def clips(two_shards: ClipsConfig) -> ClipsConfig:
+    """Nine frames: three latent frames."""
+    return two_shards.model_copy(update={"num_frames": 9})
+
+
+@pytest.fixture
 def record(
-    two_shards: ClipsConfig,
+    clips: ClipsConfig,
     draw_frames: Callable[..., np.ndarray],
     subject_mask: Callable[..., np.ndarray],
 ) -> ClipRecord:
-    size = two_shards.height, two_shards.width
+    size = clips.height, clips.width
     return ClipRecord(
         key="clip",
-        video=encode_video(draw_frames(two_shards.num_frames, *size), 8.0),
+        video=encode_video(draw_frames(clips.num_frames, *size), 8.0),
         caption=None,
         prompt=SubjectPrompt(mask_HW=subject_mask(*size)),
     )
@@ -83,10 +87,10 @@ def record(
 
 @pytest.fixture
 def raw_directions(
-    record: ClipRecord, two_shards: ClipsConfig, stock: Callable[..., Any]
+    record: ClipRecord, clips: ClipsConfig, stock: Callable[..., Any]
 ) -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
     """The stock predictor's raw features [T, C, 8, 8], forward and backward, in clip order."""
-    clip = load_clip(record, two_shards)
+    clip = load_clip(record, clips)
     assert clip.prompt is not None
     mask_HW = clip.prompt.mask_HW
     forward = stock(clip.frames_THWC, lambda p, state: p.add_new_mask(state, 0, 1, mask_HW))
@@ -95,7 +99,7 @@ def raw_directions(
 
     def directions(features: str) -> tuple[np.ndarray, np.ndarray]:
         name = {"memory_attention": "attended", "memory_encoder": "memories"}[features]
-        order = range(two_shards.num_frames)
+        order = range(clips.num_frames)
         ahead, back = (
             np.stack([getattr(track, name)[t].numpy() for t in order])
             for track in (forward, backward)
@@ -126,7 +130,7 @@ def test_the_fused_gram_flow_is_the_weighted_sum_of_the_stock_directions(
     features: str,
     time_rate: str,
     extract_config: ExtractConfig,
-    two_shards: ClipsConfig,
+    clips: ClipsConfig,
     record: ClipRecord,
     raw_directions: Callable[[str], tuple[np.ndarray, np.ndarray]],
     monkeypatch: pytest.MonkeyPatch,
@@ -135,9 +139,9 @@ def test_the_fused_gram_flow_is_the_weighted_sum_of_the_stock_directions(
     config = extract_config.teacher.model_copy(
         update={"features": features, "time_rate": time_rate, "forward_weight": share}
     )
-    fused_THWG = extract_exactly(config, two_shards, record, monkeypatch)
+    fused_THWG = extract_exactly(config, clips, record, monkeypatch)
 
-    directions = [on_grid(raw, *two_shards.token_grid) for raw in raw_directions(features)]
+    directions = [on_grid(raw, *clips.token_grid) for raw in raw_directions(features)]
     if time_rate == "latent":
         directions = [latent_means(direction) for direction in directions]
     forward_S, backward_S = (gram_flow(direction) for direction in directions)
@@ -145,23 +149,22 @@ def test_the_fused_gram_flow_is_the_weighted_sum_of_the_stock_directions(
     assert np.abs(forward_S - backward_S).max() > 1e-3  # the two directions do differ
     np.testing.assert_allclose(gram_flow(fused_THWG.astype(np.float64)), expected, atol=5e-6)
     ours = local_gram_flow(torch.from_numpy(fused_THWG)[None], RADIUS)[0]
-    inside = neighbour_mask(*two_shards.token_grid, RADIUS)
+    inside = neighbour_mask(*clips.token_grid, RADIUS)
     np.testing.assert_allclose(np.where(inside, ours, 0), np.where(inside, expected, 0), atol=5e-6)
 
 
 def test_stored_features_keep_the_gram_flow(
     extract_config: ExtractConfig,
-    two_shards: ClipsConfig,
+    clips: ClipsConfig,
     record: ClipRecord,
     raw_directions: Callable[[str], tuple[np.ndarray, np.ndarray]],
 ) -> None:
-    extraction = TeacherExtraction(extract_config.teacher, two_shards)
+    extraction = TeacherExtraction(extract_config.teacher, clips)
     with extraction.opened(CPU) as extract:
         stored = extract(extraction.prepare(record)).arrays["features"]
     assert stored.dtype == np.float16
     forward_S, backward_S = (
-        gram_flow(on_grid(raw, *two_shards.token_grid))
-        for raw in raw_directions("memory_attention")
+        gram_flow(on_grid(raw, *clips.token_grid)) for raw in raw_directions("memory_attention")
     )
     expected = (forward_S + backward_S) / 2
     np.testing.assert_allclose(gram_flow(stored.astype(np.float64)), expected, atol=5e-4)
@@ -171,17 +174,17 @@ def test_stored_features_keep_the_gram_flow(
 def test_the_ablations_hold_what_they_are_named_after(
     fusion: str,
     extract_config: ExtractConfig,
-    two_shards: ClipsConfig,
+    clips: ClipsConfig,
     record: ClipRecord,
     raw_directions: Callable[[str], tuple[np.ndarray, np.ndarray]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = extract_config.teacher.model_copy(update={"fusion": fusion, "forward_weight": 0.3})
-    got = extract_exactly(config, two_shards, record, monkeypatch)
+    got = extract_exactly(config, clips, record, monkeypatch)
     forward, backward = (
         direction / np.linalg.norm(direction, axis=-1, keepdims=True)
         for direction in (
-            on_grid(raw, *two_shards.token_grid) for raw in raw_directions("memory_attention")
+            on_grid(raw, *clips.token_grid) for raw in raw_directions("memory_attention")
         )
     )
     expected = forward if fusion == "forward" else 0.3 * forward + 0.7 * backward
@@ -190,9 +193,9 @@ def test_the_ablations_hold_what_they_are_named_after(
 
 
 def test_a_clip_without_prompt_is_skipped_before_it_is_decoded(
-    extract_config: ExtractConfig, two_shards: ClipsConfig
+    extract_config: ExtractConfig, clips: ClipsConfig
 ) -> None:
-    extraction = TeacherExtraction(extract_config.teacher, two_shards)
+    extraction = TeacherExtraction(extract_config.teacher, clips)
     record = ClipRecord(key="a", video=Path("absent.mp4"), caption=None, prompt=None)
     with pytest.raises(ClipSkipped, match="no_prompt"):
         extraction.prepare(record)
@@ -200,7 +203,7 @@ def test_a_clip_without_prompt_is_skipped_before_it_is_decoded(
 
 def test_a_lost_subject_is_skipped_unless_only_the_forward_track_counts(
     extract_config: ExtractConfig,
-    two_shards: ClipsConfig,
+    clips: ClipsConfig,
     record: ClipRecord,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -214,23 +217,23 @@ def test_a_lost_subject_is_skipped_unless_only_the_forward_track_counts(
     monkeypatch.setattr(TeacherExtraction, "_build", blind)
     for fusion in ("gram_flow", "forward"):
         config = extract_config.teacher.model_copy(update={"fusion": fusion})
-        extraction = TeacherExtraction(config, two_shards)
+        extraction = TeacherExtraction(config, clips)
         with extraction.opened(CPU) as extract:
             prepared = extraction.prepare(record)
             if fusion == "forward":
                 assert np.isfinite(extract(prepared).arrays["features"]).all()
             else:
-                with pytest.raises(ClipSkipped, match="subject_lost: .* on frame 8"):
+                with pytest.raises(ClipSkipped, match=r"subject_lost: .* on frame 8"):
                     extract(prepared)
 
 
 def test_a_mask_that_vanishes_at_sam2s_size_is_skipped(
-    extract_config: ExtractConfig, two_shards: ClipsConfig, record: ClipRecord
+    extract_config: ExtractConfig, clips: ClipsConfig, record: ClipRecord
 ) -> None:
     config = extract_config.teacher.model_copy(update={"image_size": 64})
-    dot_HW = np.zeros((two_shards.height, two_shards.width), dtype=bool)
+    dot_HW = np.zeros((clips.height, clips.width), dtype=bool)
     dot_HW[10, 10] = True
-    extraction = TeacherExtraction(config, two_shards)
+    extraction = TeacherExtraction(config, clips)
     dotted = ClipRecord(
         key="dot", video=record.video, caption=None, prompt=SubjectPrompt(mask_HW=dot_HW)
     )
