@@ -109,7 +109,7 @@ class StoreWriter:
     def _sweep(self) -> None:
         """Remove what writers left that were killed between commit record and clean-up."""
         for shard in committed_shards(self._layout):
-            if self._layout.staged(shard).exists():
+            if self._layout.staged(shard).exists() or self._layout.lock(shard).exists():
                 try:
                     with FileLock(self._layout.lock(shard), wait=False, what=f"shard {shard!r}"):
                         sweep_committed(self._layout, shard)
