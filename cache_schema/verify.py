@@ -7,6 +7,7 @@ from cache_schema.errors import CacheError
 from cache_schema.layout import StoreLayout, is_shard_name
 from cache_schema.manifest import (
     CommitRecord,
+    StoredFile,
     committed_shards,
     read_commit,
     read_manifest,
@@ -98,10 +99,7 @@ def _verify_shard(
         problems.append(Problem(record.shard, key, f"{what}; {hint}"))
 
     for path, file in record.files.items():
-        what = _check_size(folder / path, file.bytes)
-        if not what and crc32c_hex((folder / path).read_bytes()) != file.crc32c:
-            what = "is not the one that was committed"
-        if what:
+        if what := _check_file(folder / path, file):
             report(None, f"file {path} {what}")
     known = set(record.files)
     readable = not problems
@@ -119,6 +117,17 @@ def _verify_shard(
         if not entry.is_dir() and relative not in known:
             report(None, f"file {relative} does not belong to the shard")
     return problems
+
+
+def _check_file(path: Path, file: StoredFile) -> str:
+    what = _check_size(path, file.bytes)
+    if what:
+        return what
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return "" if crc32c_hex(data) == file.crc32c else "is not the one that was committed"
 
 
 def _check_size(path: Path, size: int) -> str:

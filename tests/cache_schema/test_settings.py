@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from cache_schema import ArraySpec, StoreSettings
@@ -45,6 +46,7 @@ all_settings = st.builds(
 )
 
 
+@hypothesis_settings(max_examples=40, deadline=None)
 @given(all_settings)
 def test_settings_survive_a_sealed_file(settings: StoreSettings) -> None:
     back = StoreSettings.from_dict(unseal(seal(settings.as_dict()), "test"))
@@ -53,6 +55,7 @@ def test_settings_survive_a_sealed_file(settings: StoreSettings) -> None:
     assert list(back.arrays) == list(settings.arrays)
 
 
+@hypothesis_settings(max_examples=40, deadline=None)
 @given(all_settings)
 def test_hash_is_sha256_of_the_documented_canonical_json(settings: StoreSettings) -> None:
     canonical = json.dumps(
