@@ -18,7 +18,8 @@ from stages.clips import Clip, ClipRecord, ClipsConfig, load_clip
 from stages.extract_features.config import LatentsConfig
 from stages.extract_features.content_hash import sha256_of_folder
 from stages.extract_features.extraction import DTYPES, Extracted, clip_settings, to_float16
-from stages.train_student.base_facts import BaseFacts
+from stages.local_gram_flow.alignment import TEMPORAL_COMPRESSION
+from stages.train_student.base_facts import VAE_SPATIAL_COMPRESSION, BaseFacts
 
 _NOISE_LOG_MEAN, _NOISE_LOG_STD = -3.0, 0.5
 """Of the noise's standard deviation on an image-to-video first frame, as CogVideoX was trained."""
@@ -36,7 +37,7 @@ class LatentsExtraction:
         seed: Seeds the noise on first frames, together with the clip's key.
 
     Raises:
-        ValueError: The folder holds no VAE.
+        ValueError: The folder holds no VAE, or one of another compression than CogVideoX's.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class LatentsExtraction:
         self._folder: Path = base.folder / "vae"
         self._seed = seed
         self._image_to_video = base.image_to_video
+        _check_compression(base)
         self.settings = self._settings(base)
 
     def _settings(self, base: BaseFacts) -> StoreSettings:
@@ -85,7 +87,9 @@ class LatentsExtraction:
     def opened(self, device: torch.device) -> Iterator[Callable[[Clip], Extracted]]:
         """Load the VAE."""
         from diffusers import AutoencoderKLCogVideoX
+        from diffusers.utils import logging
 
+        logging.disable_progress_bar()
         vae = AutoencoderKLCogVideoX.from_pretrained(
             self._folder, torch_dtype=DTYPES[self._config.precision], local_files_only=True
         )
@@ -127,6 +131,17 @@ def _posterior(vae: Any, pixels_BCTHW: torch.Tensor) -> tuple[np.ndarray, np.nda
     posterior = vae.encode(pixels_BCTHW.to(vae.device, vae.dtype)).latent_dist
     mean_CFHW, std_CFHW = posterior.mean[0], posterior.std[0]
     return to_float16(mean_CFHW.transpose(0, 1)), to_float16(std_CFHW.transpose(0, 1))
+
+
+def _check_compression(base: BaseFacts) -> None:
+    halvings = len(base.vae["block_out_channels"]) - 1
+    found = (base.vae["temporal_compression_ratio"], 2**halvings)
+    wanted = (TEMPORAL_COMPRESSION, VAE_SPATIAL_COMPRESSION)
+    if found != wanted:
+        raise ValueError(
+            f"the VAE in {base.folder} compresses time and space by {found}; a CogVideoX VAE "
+            f"does by {wanted}"
+        )
 
 
 def _spec(num_latent_frames: int, per_frame: tuple[int, ...]) -> ArraySpec:

@@ -58,7 +58,9 @@ class TextExtraction:
     def opened(self, device: torch.device) -> Iterator[Callable[[str], Extracted]]:
         """Load the tokenizer and the text encoder."""
         from transformers import T5EncoderModel, T5Tokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         tokenizer = T5Tokenizer.from_pretrained(
             self._folder, subfolder="tokenizer", local_files_only=True
         )

@@ -1,6 +1,7 @@
 """Text embeddings against CogVideoXPipeline, latents against the VAE, image noise on its own."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,15 @@ def test_the_seed_is_no_setting_where_nothing_is_drawn(
         for seed in (0, 1)
     }
     assert len(hashes) == 1
+
+
+def test_a_vae_of_another_compression_is_refused(
+    two_shards: ClipsConfig, tiny_base: BaseModelConfig
+) -> None:
+    base = facts(tiny_base)
+    shallow = replace(base, vae={**base.vae, "block_out_channels": [8, 8]})
+    with pytest.raises(ValueError, match=r"compresses time and space by \(4, 2\)"):
+        LatentsExtraction(LatentsConfig(), two_shards, shallow, seed=0)
 
 
 def test_image_noise_has_the_published_spread_and_depends_on_the_clip_alone() -> None:
