@@ -107,7 +107,6 @@ class _Bars:
     """`Progress` drawn by rich."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
         self._bars = RichBars(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -115,10 +114,7 @@ class _Bars:
             _Rate(),
             TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("{task.fields[note]}", markup=False),
-            console=self._console,
-            # Redirecting is `stdout_for_the_answer`'s work.
-            redirect_stdout=False,
-            redirect_stderr=self._console.is_terminal,
+            console=Console(stderr=True),
         )
 
     def __enter__(self) -> "_Bars":

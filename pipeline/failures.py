@@ -46,11 +46,11 @@ def _told(error: Exception) -> tuple[str, int] | None:
 
     None for any other, which is shown with its traceback.
     """
-    # Here, since it takes as long to import as all of `--help` needs.
-    from cache_schema.errors import CacheError
-
     if isinstance(error, ConfigError):
         return f"configuration: {error}", BAD_USAGE
+    # Here, since it takes as long to import as all that `--help` needs.
+    from cache_schema.errors import CacheError
+
     # By name, since their modules take seconds to import: torch's and the training loop's.
     name = type(error).__name__
     if not isinstance(error, ValueError | OSError | CacheError) and name not in _BY_NAME:

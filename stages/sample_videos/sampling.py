@@ -9,6 +9,7 @@ from typing import Any, Literal
 import diffusers
 import numpy as np
 import torch
+import transformers
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stages.base_model import resolve_base_model
@@ -76,12 +77,15 @@ def sample_video(
 
     Raises:
         ValueError: An export that is missing or does not fit, an image where there must be none
-            (or none where there must be one), a length that is not 4N+1.
+            (or none where there must be one), a length that is not 8N+1.
     """
     started = time.monotonic()
     num_frames = config.num_frames or clips.num_frames
-    if num_frames % 4 != 1:
-        raise ValueError(f"sample.num_frames must be 4N+1, got {num_frames}; 49 is usual")
+    if num_frames % 8 != 1:  # an even number of latent frames would come out three frames longer
+        raise ValueError(
+            f"sample.num_frames must be 8N+1, got {num_frames}; 49 is usual (the VAE decodes pairs "
+            "of latent frames after the first)"
+        )
     if not prompt.strip():
         raise ValueError("the prompt is empty; say what to draw")
     device = _device(config)
@@ -95,6 +99,7 @@ def sample_video(
         if export is not None and export.method == "full":
             parts["transformer"] = load_full_transformer(export, base, dtype)
         diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
         pipeline = getattr(diffusers, class_name).from_pretrained(base, torch_dtype=dtype, **parts)
         pipeline.set_progress_bar_config(disable=True)
         if export is not None and export.method == "lora":

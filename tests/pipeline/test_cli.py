@@ -1,0 +1,259 @@
+"""Arguments, exit codes and streams of the command line, with the stages left out."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cache_schema.errors import StoreNotFound
+from pipeline.cli import app
+from pipeline.commands import demo, extract, inspect, sample, train
+from pipeline.console import Answer
+
+DONE = Answer(title="done", rows=[("key", "value")], data={"key": "value"})
+WORKING = [
+    (extract, ["extract-features"]),
+    (train, ["train"]),
+    (sample, ["sample", "--prompt", "a dog"]),
+    (inspect, ["inspect"]),
+]
+
+
+def invoke(*arguments, **options):
+    return CliRunner().invoke(app, list(arguments), **options)
+
+
+def stub(monkeypatch, module, outcome=DONE):
+    """Replace a command's work; what it was asked for is returned as a list of calls."""
+    calls = []
+
+    def run(config, progress, **options):
+        calls.append((config, options))
+        print("chatter of a library")
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(module, "run", run)
+    return calls
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([*a[:1], "--help"] for _, a in WORKING)])
+def test_help_is_a_success(arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 0
+    assert "Usage: " in result.stdout
+
+
+@pytest.mark.parametrize(("module", "arguments"), WORKING)
+def test_a_command_gets_its_configuration_and_prints_its_answer(monkeypatch, module, arguments):
+    calls = stub(monkeypatch, module)
+    result = invoke(*arguments, "--config", "cogvideox-5b-lora", "train.steps=7")
+    assert result.exit_code == 0, result.stderr
+    ((config, _),) = calls
+    assert (config.name, config.train.steps) == ("cogvideox-5b-lora", 7)
+    assert "key" in result.stdout
+    assert "chatter" not in result.stdout
+    assert "chatter" in result.stderr
+
+
+@pytest.mark.parametrize(("module", "arguments"), WORKING)
+def test_json_is_all_there_is_on_stdout(monkeypatch, module, arguments):
+    stub(monkeypatch, module)
+    assert json.loads(invoke(*arguments, "--json").stdout) == {"key": "value"}
+
+
+def test_demo_is_the_default_configuration(monkeypatch):
+    calls = stub(monkeypatch, train)
+    invoke("train")
+    assert calls[0][0].name == "demo"
+
+
+@pytest.mark.parametrize(("module", "arguments"), WORKING)
+def test_a_bad_setting_is_bad_usage_and_nothing_is_done(monkeypatch, module, arguments):
+    calls = stub(monkeypatch, module)
+    result = invoke(*arguments, "train.lerning_rate=1")
+    assert result.exit_code == 2
+    assert "did you mean train.optimizer.learning_rate?" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not result.stdout
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sample"],
+        ["sample", "--prompt", "x", "--image", "/nowhere.png"],
+        ["sample", "--prompt", "x", "--run", "/nowhere"],
+        ["train", "--stepps", "3"],
+        ["no-such-command"],
+        ["train", "--config", "no-such-preset"],
+        ["inspect", "teacher", "no-equals-sign"],
+    ],
+)
+def test_bad_usage_exits_with_2(arguments):
+    assert invoke(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("what, where and what to do"),
+        StoreNotFound("what, where and what to do"),
+        FileNotFoundError(2, "what, where and what to do", "file"),
+        PermissionError("what, where and what to do"),
+        type("TrainingDivergedError", (RuntimeError,), {})("what, where and what to do"),
+        type("OutOfMemoryError", (RuntimeError,), {})("what, where and what to do"),
+    ],
+)
+def test_an_expected_failure_is_one_message_and_exit_code_1(monkeypatch, error):
+    stub(monkeypatch, train, error)
+    result = invoke("train")
+    assert result.exit_code == 1
+    assert "what, where and what to do" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not result.stdout
+
+
+def test_running_out_of_memory_names_the_settings_that_help(monkeypatch):
+    stub(monkeypatch, train, type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"))
+    assert "train.micro_batch_size=1" in invoke("train").stderr
+
+
+def test_notes_on_an_error_are_shown(monkeypatch):
+    error = ValueError("broken")
+    error.add_note("while extracting clip 'walk/1'")
+    stub(monkeypatch, extract, error)
+    assert "while extracting clip 'walk/1'" in invoke("extract-features").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env"), [(["--traceback"], {}), ([], {"SAM2VX_TRACEBACK": "1"})]
+)
+def test_the_traceback_is_there_for_the_asking(monkeypatch, arguments, env):
+    error = ValueError("boom")
+    stub(monkeypatch, train, error)
+    result = invoke("train", *arguments, env=env)
+    assert result.exception is error
+    assert result.exit_code == 1
+
+
+def test_an_unexpected_failure_keeps_its_traceback(monkeypatch):
+    error = AttributeError("a bug")
+    stub(monkeypatch, train, error)
+    assert invoke("train").exception is error
+
+
+@pytest.mark.parametrize(("module", "arguments"), WORKING)
+def test_ctrl_c_exits_with_130(monkeypatch, module, arguments):
+    stub(monkeypatch, module, KeyboardInterrupt())
+    result = invoke(*arguments)
+    assert result.exit_code == 130
+    assert "stopped" in result.stderr
+    resumable = module in (extract, train)
+    assert ("same command again" in result.stderr) is resumable
+
+
+def test_too_many_skipped_clips_exit_with_3_after_the_table(monkeypatch):
+    stub(monkeypatch, extract, Answer(title="t", rows=[("a", "b")], data={}, exit_code=3))
+    result = invoke("extract-features")
+    assert result.exit_code == 3
+    assert "a" in result.stdout
+
+
+@pytest.mark.parametrize("option", ["--local_rank=1", "--local-rank=1"])
+@pytest.mark.parametrize("before", [True, False])
+def test_the_launchers_option_is_accepted_before_and_after_the_command(monkeypatch, option, before):
+    calls = stub(monkeypatch, train)
+    arguments = [option, "train"] if before else ["train", option]
+    assert invoke(*arguments, "train.steps=2").exit_code == 0
+    assert calls[0][0].train.steps == 2
+    assert "local" not in invoke("train", "--help").stdout.lower()
+
+
+def test_other_processes_than_the_first_print_nothing(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    stub(monkeypatch, train)
+    assert invoke("train").stdout == ""
+    assert invoke("train", "--json").stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "store", "steps"),
+    [
+        ([], "teacher", 9),
+        (["latents"], "latents", 9),
+        (["latents", "train.steps=5"], "latents", 5),
+        (["train.steps=5"], "teacher", 5),
+        (["some/cache/teacher-0"], "some/cache/teacher-0", 9),
+    ],
+)
+def test_inspect_tells_a_store_from_a_setting(monkeypatch, arguments, store, steps):
+    calls = stub(monkeypatch, inspect)
+    result = invoke("inspect", *arguments, *([] if steps == 5 else ["train.steps=9"]))
+    assert result.exit_code == 0, result.stderr
+    ((config, options),) = calls
+    assert (options["store"], config.train.steps) == (store, steps)
+
+
+def test_inspect_passes_the_clip_and_the_folder_on(monkeypatch):
+    calls = stub(monkeypatch, inspect)
+    invoke("inspect", "--clip", "a=b/c", "--out", "pictures")
+    assert calls[0][1] == {"store": "teacher", "clip": "a=b/c", "out": Path("pictures")}
+
+
+def test_config_show_prints_yaml_that_is_a_configuration(tmp_path):
+    result = invoke("config", "show", "--config", "cogvideox-2b-lora", "train.steps=3")
+    assert result.exit_code == 0
+    path = tmp_path / "copy.yaml"
+    path.write_text(result.stdout)
+    again = invoke("config", "show", "--config", str(path))
+    assert again.stdout == result.stdout
+    assert "# Optimizer steps; 2000 is usual." in result.stdout
+
+
+def test_config_show_as_json_is_the_same_configuration():
+    shown = json.loads(invoke("config", "show", "--json", "train.steps=3").stdout)
+    assert shown["train"]["steps"] == 3
+    assert shown["train"]["objective"]["temperature"] == 0.1
+
+
+class TestDemo:
+    """The order of the road and its end."""
+
+    @pytest.fixture
+    def road(self, monkeypatch):
+        order = []
+        for name, module in (("extract", extract), ("train", train), ("sample", sample)):
+            answer = Answer(title=name, rows=[(name, "x")], data={"video": "v.mp4"})
+            monkeypatch.setattr(
+                module, "run", lambda *_, a=answer, n=name, **__: (order.append(n), a)[1]
+            )
+        drawn = Answer(title="inspect", rows=[], data={"picture": "p.png"})
+        monkeypatch.setattr(inspect, "run", lambda *_, **__: (order.append("inspect"), drawn)[1])
+        monkeypatch.setattr(demo, "_first_caption", lambda _: "a person walks")
+        return order
+
+    def test_walks_the_road_and_ends_with_the_two_paths(self, road):
+        result = invoke("demo")
+        assert result.exit_code == 0, result.stderr
+        assert road == ["extract", "train", "sample", "inspect"]
+        assert result.stdout.splitlines()[-2:] == ["v.mp4", "p.png"]
+
+    def test_json_is_one_object_with_every_step(self, road):
+        answers = json.loads(invoke("demo", "--json").stdout)
+        assert list(answers) == ["extract", "train", "sample", "inspect"]
+
+    def test_stops_with_3_when_too_many_clips_were_skipped(self, road, monkeypatch):
+        few = Answer(title="t", rows=[], data={}, exit_code=3)
+        monkeypatch.setattr(extract, "run", lambda *_, **__: few)
+        assert invoke("demo").exit_code == 3
+        assert road == []
+
+    def test_needs_a_demo_section(self, road):
+        result = invoke("demo", "--config", "cogvideox-5b-lora")
+        assert result.exit_code == 2
+        assert "use --config demo" in result.stderr
+        assert road == []

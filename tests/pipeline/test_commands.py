@@ -1,0 +1,330 @@
+"""What each command hands to its stage, and what it makes of the stage's summary."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache_schema import ArraySpec, SkippedClip, StoreSettings, StoreWriter
+from pipeline.commands import assets, extract, inspect, sample, train
+from pipeline.config import ConfigError, load_config
+from stages.extract_features.summary import ExtractSummary, KindSummary
+from stages.progress import SilentProgress
+
+QUIET = SilentProgress()
+
+
+@pytest.fixture
+def config(minimal, tmp_path):
+    return load_config(
+        minimal,
+        [
+            f"cache={tmp_path}/cache",
+            f"outputs={tmp_path}/outputs",
+            f"train.run_dir={tmp_path}/runs/one",
+            "data.num_frames=9",
+            "data.height=32",
+            "data.width=48",
+        ],
+    )
+
+
+def replace_stage(monkeypatch, module, **functions):
+    """Stand in for a stage's module without loading it."""
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**functions))
+
+
+class TestExtract:
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        calls = []
+        skipped = tuple(
+            SkippedClip(key=f"clip/{n}", reason="too_short", detail="3 frames", shard="00000")
+            for n in range(30)
+        )
+        kind = KindSummary(
+            kind="teacher",
+            store=Path("cache/teacher-0"),
+            clips_written=60,
+            clips_already_there=10,
+            skipped=skipped,
+            busy_shards=(),
+            seconds=90.0,
+            bytes=67_700_000,
+        )
+
+        def stage(*sections, **options):
+            calls.append((sections, options))
+            return ExtractSummary(kinds=(kind,))
+
+        replace_stage(monkeypatch, "stages.extract_features.extract", extract_features=stage)
+        return calls
+
+    def test_the_stage_gets_its_sections_and_this_processes_share(self, config, calls, monkeypatch):
+        monkeypatch.setenv("RANK", "2")
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        extract.run(config, QUIET)
+        ((sections, options),) = calls
+        assert sections == (config.extract, config.data, config.model, config.cache)
+        assert (options["rank"], options["world_size"]) == (2, 4)
+        assert options["provenance"]["libraries"]["torch"]
+
+    def test_skipped_clips_are_counted_by_reason_and_listed(self, config, calls):
+        answer = extract.run(config, QUIET)
+        rows = dict(answer.rows)
+        assert rows["  clips"] == "60 written, 10 already there"
+        assert rows["  skipped"] == "30 (30 too_short)"
+        assert answer.notes[0] == "teacher skipped clip/0: too_short (3 frames)"
+        assert "and 10 more" in answer.notes[20]
+        assert len(answer.data["teacher"]["skipped"]) == 30
+        json.dumps(answer.data)
+
+    @pytest.mark.parametrize(("limit", "exit_code"), [(0.2, 3), (0.3, 0), (0.5, 0)])
+    def test_more_skipped_clips_than_allowed_exit_with_3(self, config, calls, limit, exit_code):
+        section = config.extract.model_copy(update={"max_skipped": limit})
+        answer = extract.run(config.model_copy(update={"extract": section}), QUIET)
+        assert answer.exit_code == exit_code
+        assert any("extract.max_skipped" in note for note in answer.notes) == bool(exit_code)
+
+
+class TestTrain:
+    @pytest.fixture
+    def summary(self, config):
+        def row(step, loss, auxiliary):
+            from stages.train_student.loss_record import LossRow
+
+            return LossRow(
+                step=step, loss=loss, diffusion=0.5, auxiliary=auxiliary, grad_norm=1.0, lr=1e-4
+            )
+
+        return lambda auxiliary=1.0, **changes: types.SimpleNamespace(
+            **{
+                "run_dir": config.train.run_dir,
+                "steps_done": 20,
+                "resumed_from": None,
+                "first": row(1, 2.0, auxiliary),
+                "last": row(20, 1.0, auxiliary),
+                "seconds_per_step": 0.5,
+                "peak_memory_bytes": 10**9,
+                "export": config.train.run_dir / "export",
+                "clips": 24,
+                "left_out": {"teacher": 0, "latents": 2},
+                "already_finished": False,
+            }
+            | changes
+        )
+
+    def answer(self, monkeypatch, config, summary):
+        calls = []
+
+        def stage(*sections, **options):
+            calls.append((sections, options))
+            return summary
+
+        replace_stage(monkeypatch, "stages.train_student.train", train_student=stage)
+        return train.run(config, QUIET), calls
+
+    def test_the_stage_gets_its_sections_and_the_resolved_configuration(
+        self, monkeypatch, config, summary
+    ):
+        _, ((sections, options),) = self.answer(monkeypatch, config, summary())
+        assert sections == (config.train, config.data, config.model, config.cache)
+        assert type(config).model_validate(options["resolved_config"]) == config
+        assert "arguments" in options["provenance"]
+
+    def test_losses_are_shown_from_first_to_last(self, monkeypatch, config, summary):
+        rows = dict(self.answer(monkeypatch, config, summary())[0].rows)
+        assert rows["loss"] == "2.0000 at step 1, 1.0000 now"
+        assert rows["clips"] == "24; not in every store: 2 of latents"
+        assert rows["time"] == "0.5 s a step"
+
+    def test_plain_fine_tuning_has_no_auxiliary_row(self, monkeypatch, config, summary):
+        answer, _ = self.answer(monkeypatch, config, summary(auxiliary=None))
+        assert "auxiliary" not in dict(answer.rows)
+        assert answer.data["last"]["auxiliary"] is None
+
+    @pytest.mark.parametrize(
+        ("changes", "text"),
+        [
+            ({"resumed_from": 10}, "20, resumed after 10"),
+            ({"already_finished": True, "seconds_per_step": None}, "20, finished before"),
+        ],
+    )
+    def test_a_run_that_went_on_says_from_where(self, monkeypatch, config, summary, changes, text):
+        answer, _ = self.answer(monkeypatch, config, summary(**changes))
+        assert dict(answer.rows)["steps"] == text
+        json.dumps(answer.data)
+
+
+class TestSample:
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        calls = []
+
+        def stage(*sections, **options):
+            calls.append(options)
+            options["out"].parent.mkdir(parents=True, exist_ok=True)
+            return types.SimpleNamespace(
+                out=options["out"],
+                weights="base" if options["run_dir"] is None else "lora",
+                num_frames=9,
+                height=32,
+                width=48,
+                fps=8.0,
+                seconds=1.0,
+            )
+
+        self.wants_image = False
+        replace_stage(
+            monkeypatch,
+            "stages.sample_videos.sampling",
+            sample_video=stage,
+            takes_image=lambda _: self.wants_image,
+        )
+        return calls
+
+    def finish(self, config, name="one"):
+        run = config.train.run_dir.parent / name
+        run.mkdir(parents=True)
+        (run / "finished.json").touch()
+        return run
+
+    def test_the_newest_finished_run_is_the_default(self, config, calls):
+        run = self.finish(config)
+        answer = sample.run(config, QUIET, prompt="A dog, [running]!")
+        assert calls[0]["run_dir"] == run
+        assert calls[0]["out"] == config.outputs / "one-a-dog-running-seed0.mp4"
+        assert answer.notes == [str(calls[0]["out"])]
+
+    def test_beside_the_video_lies_how_it_was_made(self, config, calls, tmp_path):
+        self.finish(config)
+        sample.run(config, QUIET, prompt="a dog", out=tmp_path / "dog.mp4")
+        told = json.loads((tmp_path / "dog.json").read_text())
+        assert told["prompt"] == "a dog"
+        assert told["sample"]["seed"] == 0
+        assert told["made_with"]["python"]
+
+    def test_the_base_alone_needs_no_run(self, config, calls):
+        sample.run(config, QUIET, prompt="a dog", base_only=True)
+        assert calls[0]["run_dir"] is None
+
+    def test_a_prompt_without_a_letter_still_names_a_file(self, config, calls):
+        sample.run(config, QUIET, prompt="?!", base_only=True)
+        assert calls[0]["out"].name == "base-video-seed0.mp4"
+
+    def test_without_a_finished_run_the_remedies_are_named(self, config, calls):
+        with pytest.raises(ValueError, match=r"no finished run in .*--base"):
+            sample.run(config, QUIET, prompt="a dog")
+        assert not calls
+
+    @pytest.mark.parametrize(
+        ("wants_image", "options", "message"),
+        [
+            (True, {}, "makes video from an image"),
+            (False, {"image": Path("dog.png")}, "from text alone"),
+            (False, {"out": Path("dog.avi")}, r"must end in \.mp4"),
+            (False, {"run_dir": Path("run"), "base_only": True}, "leave --run out"),
+        ],
+    )
+    def test_what_does_not_go_together_is_bad_usage(
+        self, config, calls, wants_image, options, message
+    ):
+        self.finish(config)
+        self.wants_image = wants_image
+        with pytest.raises(ConfigError, match=message):
+            sample.run(config, QUIET, prompt="a dog", **options)
+        assert not calls
+
+
+class TestInspect:
+    @pytest.fixture
+    def store(self, config):
+        def write(kind, values, name="features", axes="thwc", keys=("walk/[7]",), note=1):
+            spec = ArraySpec(
+                dtype=str(values.dtype), shape=values.shape, dimension_names=tuple(axes)
+            )
+            settings = StoreSettings(kind=kind, arrays={name: spec}, values={"note": note})
+            writer = StoreWriter.open(config.cache, settings, provenance={"by": "a test"})
+            with writer.shard("00000", source="00000.tar") as shard:
+                for key in keys:
+                    shard.add(key, {name: values}, {"fps": 8})
+                shard.skip("walk/[8]", "too_short", "3 frames")
+                shard.commit()
+            return writer.path
+
+        return write
+
+    @pytest.fixture
+    def features(self):
+        return np.random.default_rng(0).standard_normal((9, 2, 3, 8)).astype(np.float16)
+
+    def test_the_manifest_and_the_clip_are_told_and_drawn(self, config, store, features):
+        path = store("teacher", features)
+        answer = inspect.run(config, QUIET)
+        rows = dict(answer.rows)
+        assert rows["array features"] == "float16 [t 9, h 2, w 3, c 8]"
+        assert rows["clips"] == "1, and 1 skipped"
+        assert rows["clip"] == "walk/[7]"
+        assert "skipped walk/[8]: too_short (3 frames)" in answer.notes
+        assert answer.data["keys"] == ["walk/[7]"]
+        assert answer.data["clip"]["attributes"] == {"fps": 8}
+        for made in (answer.data["picture"], answer.data["video"]):
+            assert Path(made).is_file()
+            assert made in answer.notes
+            assert Path(made).parent == config.outputs / path.name
+        json.dumps(answer.data)
+
+    def test_a_store_is_found_by_kind_folder_or_path(self, config, store, features):
+        path = store("teacher", features)
+        for name in ("teacher", path.name, str(path)):
+            assert inspect.run(config, QUIET, store=name).data["store"] == str(path)
+
+    def test_one_of_several_stores_is_chosen_by_the_setting(self, config, store, features):
+        first, second = store("teacher", features, note=1), store("teacher", features, note=2)
+        with pytest.raises(Exception, match=r"several teacher stores .*train\.stores\.teacher"):
+            inspect.run(config, QUIET)
+        section = config.train.model_copy(update={"stores": {"teacher": second.name}})
+        chosen = inspect.run(config.model_copy(update={"train": section}), QUIET)
+        assert chosen.data["store"] == str(second) != str(first)
+
+    def test_text_is_told_but_not_drawn(self, config, store):
+        store("text", np.zeros((4, 8), np.float16), name="embeds", axes="ld")
+        answer = inspect.run(config, QUIET, store="text")
+        assert answer.notes[-1] == "a text store has no picture"
+        assert "picture" not in answer.data
+
+    def test_a_store_where_every_clip_was_skipped_is_told(self, config, store, features):
+        store("teacher", features, keys=())
+        answer = inspect.run(config, QUIET)
+        assert answer.data["clips"] == 0
+        assert "clip" not in answer.data
+
+    def test_a_path_that_is_no_store_is_refused(self, config, tmp_path):
+        with pytest.raises(ValueError, match=r"is no store: it has no store\.json"):
+            inspect.run(config, QUIET, store=str(tmp_path))
+
+
+class TestAssets:
+    @pytest.fixture
+    def made(self, monkeypatch):
+        made = []
+        replace_stage(
+            monkeypatch,
+            "stages.articulated_figures.demo",
+            ensure_demo=lambda demo, clips, *, progress: made.append((demo, clips)),
+        )
+        return made
+
+    def test_are_made_where_the_configuration_has_a_demo(self, made, tmp_path):
+        config = load_config("demo", [f"demo.root={tmp_path}/demo"])
+        assets.make_missing_assets(config, QUIET)
+        assert made == [(config.demo, config.data)]
+
+    def test_are_not_made_for_real_data(self, made, tmp_path, config, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assets.make_missing_assets(config, QUIET)
+        assert not made
+        assert not (tmp_path / "demo").exists()

@@ -1,0 +1,202 @@
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.config import SETTINGS, ConfigError, RunConfig, load_config
+from pipeline.config_text import commented_yaml
+
+WORDS = st.text("abcxyz0123456789._-/ é[]{}#:,", min_size=1, max_size=12)
+
+
+def number(low, high):
+    return st.floats(low, high, allow_nan=False)
+
+
+# One valid override each: dotted key, how it is written, the value it must become.
+VALID = {
+    "name": WORDS,
+    "cache": WORDS.map(Path),
+    "data.num_frames": st.integers(2, 40).map(lambda n: 4 * n + 1),
+    "data.height": st.integers(1, 90).map(lambda n: 16 * n),
+    "data.fps": st.none() | number(0.1, 60),
+    "model.revision": st.none() | WORDS,
+    "extract.kinds": st.lists(
+        st.sampled_from(["teacher", "latents", "text"]), min_size=1, unique=True
+    ).map(tuple),
+    "extract.max_skipped": number(0, 1),
+    "extract.latents.tiling": st.booleans(),
+    "train.steps": st.integers(1, 10**9),
+    "train.method": st.sampled_from(["lora", "full"]),
+    "train.stores.teacher": WORDS,
+    "train.lora.target_modules": st.lists(WORDS, min_size=1, max_size=3).map(tuple),
+    "train.optimizer.learning_rate": st.floats(1e-12, 1e3),
+    "train.optimizer.betas": st.tuples(number(0, 1), number(0, 1)),
+    "sample.num_frames": st.none() | st.integers(5, 100),
+    "demo": st.none(),
+}
+OVERRIDES = st.sampled_from(sorted(VALID)).flatmap(
+    lambda path: st.tuples(st.just(path), VALID[path])
+)
+
+
+def as_yaml(value):
+    """Written by hand, not by the code under test."""
+    if isinstance(value, tuple):
+        return "[" + ", ".join(as_yaml(one) for one in value) + "]"
+    if isinstance(value, str | Path):
+        return "'" + str(value) + "'"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def at(config, path):
+    value = config
+    for part in path.split("."):
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
+    return value
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(override=OVERRIDES)
+def test_a_valid_override_arrives_and_survives_being_written_out(minimal, tmp_path, override):
+    path, value = override
+    config = load_config(minimal, [f"{path}={as_yaml(value)}"])
+    assert at(config, path) == value
+    written = tmp_path / "written.yaml"
+    written.write_text(commented_yaml(config), encoding="utf-8")
+    assert load_config(str(written)) == config
+
+
+def test_written_configuration_shows_every_setting_with_its_help(minimal):
+    text = commented_yaml(load_config(minimal, ["demo.seed=1"]))
+    joined = re.sub(r"\n *# ", " ", text)
+    for path, setting in SETTINGS.items():
+        assert re.search(rf"^ *{path.rpartition('.')[2]}:", text, re.MULTILINE), path
+        assert setting.help, f"{path} has no help"
+        assert setting.help in joined, path
+
+
+def test_later_overrides_win_and_leave_their_neighbours(minimal):
+    config = load_config(minimal, ["train.steps=5", "train.seed=7", "train.steps=6"])
+    assert (config.train.steps, config.train.seed) == (6, 7)
+
+
+def test_references_follow_overrides_and_defaults(minimal):
+    config = load_config(
+        minimal, ["data.path=${demo.root}/clips", "demo.root=elsewhere", "outputs=${cache}-out"]
+    )
+    assert config.data.path == Path("elsewhere/clips")
+    assert config.outputs == Path("cache-out")
+
+
+def test_home_folder_is_filled_in(minimal, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert load_config(minimal, ["data.path=~/clips"]).data.path == Path("/home/somebody/clips")
+
+
+def test_a_configuration_is_frozen(minimal):
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(minimal).name = "other"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lerning_rate=1", "unknown key train.lerning_rate; did you mean "
+         "train.optimizer.learning_rate?"),
+        ("trian.steps=1", "unknown key trian.steps; did you mean train.steps?"),
+        ("learning_rate=1", "did you mean train.optimizer.learning_rate?"),
+        ("train.objective.raduis=1", "did you mean train.objective.radius?"),
+        ("train.foo=1", "unknown key train.foo; train has run_dir, steps,"),
+        ("train.steps.x=1", "unknown key train.steps.x; train has"),
+        ("train.steps", "'train.steps' sets nothing; overrides look like train.steps=20"),
+        ("=1", "sets nothing"),
+        ("train.steps=[1", "train.steps: cannot read the value '[1'"),
+        ("train.objective=1", "train.objective is a section; set one of its keys"),
+        ("train=null", "train is a section"),
+        ("train.objective.radius=0", "train.objective.radius must be >= 1, got 0\n"
+         "    Half the window; 3 gives the paper's 7x7 window."),
+        ("train.optimizer.learning_rate=0", "must be > 0, got 0\n    Peak rate;"),
+        ("train.optimizer.learning_rate=fast", "must be a number, got 'fast'"),
+        ("extract.max_skipped=2", "must be <= 1, got 2"),
+        ("train.steps=1.5", "train.steps must be a whole number, got 1.5"),
+        ("train.steps=true", "train.steps must be a number, got true"),
+        ("train.optimizer.betas=[0.9, true]", "train.optimizer.betas must be a number, got true"),
+        ("train.optimizer.betas=[0.9]", "train.optimizer.betas.1 is missing"),
+        ("train.gradient_checkpointing=3", "must be true or false, got 3"),
+        ("train.method=loar", "train.method must be one of 'lora' or 'full', got 'loar'"),
+        ("extract.kinds=[]", "extract.kinds must be at least 1 long, got []"),
+        ("extract.kinds=teacher", "extract.kinds must be a list, such as [a, b], got 'teacher'"),
+        ("data.height=17", "data.height must be a multiple of 16, got 17"),
+        ("data.num_frames=50", "data: num_frames must be 4N+1, got 50; 49 is usual"),
+        ("data.path=123", "data.path must be a path, got 123; put it in quotes"),
+        ("train.stores.teacher=1", "train.stores.teacher must be text, got 1; put it in quotes"),
+        ("data.fps=.inf", "data.fps must be finite, got inf"),
+        ("data.fps=.nan", "data.fps must be finite, got nan"),
+        ("data.path=${demo.rot}/x", "data.path refers to ${demo.rot}: unknown key demo.rot; did "
+         "you mean demo.root?"),
+        ("data.path=${train}", "data.path refers to ${train}, which holds no single value"),
+        ("data.path=null", "data.path must be a path, got null"),
+    ],
+)  # fmt: skip
+def test_an_override_that_cannot_be_used_says_what_to_write_instead(minimal, override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(minimal, [override])
+    assert message in str(caught.value)
+
+
+def test_a_reference_to_a_reference_is_refused(minimal):
+    with pytest.raises(ConfigError, match="which refers on"):
+        load_config(minimal, ["cache=${outputs}", "outputs=${name}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: {path: x}\nmodel: {path: y}\n", "name is missing"),
+        (
+            "name: x\ndata: {path: x}\nmodel: {path: y}\ntrain: {step: 1}\n",
+            "did you mean train.s",
+        ),
+        ("name: x\nname: y\n", "line 2: key 'name' is given twice"),
+        ("name: x\ndata: 3\nmodel: {path: y}\n", "data must be a section with keys of its own"),
+        ("", "holds no settings"),
+        ("- a\n", "holds no settings"),
+    ],
+)
+def test_a_file_that_cannot_be_used_says_why(tmp_path, text, message):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path))
+    assert message in str(caught.value)
+
+
+def test_every_problem_of_a_file_is_told_at_once(tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text("name: x\ndata: {path: x}\nmodel: {path: y}\ntrain: {steps: 0, sede: 1}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path))
+    assert "train.steps must be >= 1" in str(caught.value)
+    assert "did you mean train.seed?" in str(caught.value)
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"no preset and no file called 'dmeo'; .*demo"):
+        load_config("dmeo")
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path):
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_config(str(tmp_path / "binary.yaml"))
+
+
+def test_the_saved_resolved_configuration_loads_again(minimal, tmp_path):
+    """What training keeps with a run is a plain dictionary of this kind."""
+    config = load_config(minimal, ["train.steps=3", "demo.root=x"])
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config

@@ -1,0 +1,109 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pipeline import console
+from pipeline.console import Answer, in_bytes, in_time
+
+ANSWER = Answer(
+    title="a [title]",
+    rows=[("name", "[bold]not markup[/bold]"), ("path", "x" * 300)],
+    data={"name": "é", "number": 1.5},
+    notes=["out/[0].mp4"],
+)
+
+
+def test_the_table_shows_text_as_it_is_and_cuts_nothing(capsys):
+    console.present(ANSWER, as_json=False)
+    out, err = capsys.readouterr()
+    assert "a [title]" in out
+    assert "[bold]not markup[/bold]" in out
+    assert out.count("x") == 300
+    assert out.splitlines()[-1] == "out/[0].mp4"
+    assert not err
+
+
+def test_json_is_one_object_on_stdout(capsys):
+    console.present(ANSWER, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"name": "é", "number": 1.5}
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_only_the_first_process_prints(capfd, monkeypatch, as_json):
+    monkeypatch.setenv("RANK", "1")
+    console.present(ANSWER, as_json=as_json)
+    with console.console_progress() as progress:
+        progress.log("hello")
+        with progress.task("work", 2) as task:
+            task.advance()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_bars_and_lines_go_to_stderr_with_counts_units_and_notes(capfd):
+    with console.console_progress() as progress:
+        with progress.task("decode [x]", 4, completed=2, unit="clips") as task:
+            task.advance()
+            task.advance()
+            task.note("loss [0.5]")
+        progress.log("a [line]")
+    out, err = capfd.readouterr()
+    assert not out
+    assert "a [line]" in err
+    assert "decode [x]" in err
+    assert "4/4 clips" in err
+    assert "loss [0.5]" in err
+
+
+def test_a_bar_of_unknown_length_counts(capfd):
+    with console.console_progress() as progress, progress.task("read", None, unit="files") as task:
+        task.advance(3)
+    assert "3 files" in capfd.readouterr().err
+
+
+def test_an_error_within_a_bar_passes_through():
+    with (
+        pytest.raises(ValueError, match="boom"),
+        console.console_progress() as progress,
+        progress.task("work", 1),
+    ):
+        raise ValueError("boom")
+
+
+def test_stdout_holds_the_answer_alone_whoever_prints(tmp_path):
+    script = (
+        "import os, subprocess, sys\n"
+        "from pipeline.console import stdout_for_the_answer\n"
+        "with stdout_for_the_answer():\n"
+        "    print('library', flush=True)\n"
+        "    os.write(1, b'descriptor')\n"
+        "    subprocess.run([sys.executable, '-c', 'print(\"child\")'])\n"
+        "print('answer')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.stdout == "answer\n"
+    assert all(word in done.stderr for word in ("library", "descriptor", "child"))
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0 B"), (999, "999 B"), (67_700_000, "67.7 MB"), (2e12, "2.0 TB"), (5e15, "5000.0 TB")],
+)
+def test_bytes_are_written_for_people(number, text):
+    assert in_bytes(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (59.94, "59.9 s"), (187, "3 min 07 s"), (7500, "2 h 05 min")],
+)
+def test_times_are_written_for_people(seconds, text):
+    assert in_time(seconds) == text

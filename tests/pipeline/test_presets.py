@@ -1,0 +1,81 @@
+import re
+import shlex
+from importlib import resources
+
+import pytest
+import typer
+import yaml
+
+from pipeline.cli import app
+from pipeline.config import RunConfig, load_config, preset_names
+
+PRESETS = preset_names()
+COMMAND = re.compile(r"#\s+((?:sam2vx-pipeline|deepspeed --module pipeline)\s.*)")
+
+
+def text_of(name):
+    return (resources.files("pipeline") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def commands_of(name):
+    return [found[1] for line in text_of(name).splitlines() if (found := COMMAND.match(line))]
+
+
+def test_the_presets_are_those_that_are_promised():
+    assert PRESETS == [
+        "cogvideox-2b-lora",
+        "cogvideox-5b-i2v-lora",
+        "cogvideox-5b-lora",
+        "demo",
+    ]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_loads_under_its_own_name(name):
+    assert load_config(name).name == name
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_opens_with_commands_that_parse(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dog.png").touch()
+    commands = commands_of(name)
+    assert len(commands) >= 3
+    group = typer.main.get_command(app)
+    for command in commands:
+        words = shlex.split(command.removeprefix("deepspeed --module pipeline "))
+        words = words[1:] if words[0] == "sam2vx-pipeline" else words
+        subcommand = group.commands[words[0]]
+        parsed = subcommand.make_context(words[0], words[1:]).params
+        assert load_config(parsed["config"], parsed.get("overrides") or []).name == name
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_holds_only_what_differs_from_the_defaults(name):
+    def check(given, config, defaults, path):
+        for key, value in given.items():
+            here = f"{path}.{key}"
+            field = type(config).model_fields[key]
+            if isinstance(value, dict):
+                check(value, getattr(config, key), field.default, here)
+            elif here != ".demo.root":  # written out, since the others refer to it
+                assert field.is_required() or getattr(config, key) != field.default, here
+
+    check(yaml.safe_load(text_of(name)), load_config(name), RunConfig, "")
+
+
+def test_moving_the_demo_moves_all_of_it():
+    config = load_config("demo", ["demo.root=/elsewhere"])
+    texts = re.findall(r"'([^']*/[^']*)'", repr(config.model_dump(mode="json")))
+    assert len(texts) >= 7
+    assert all(text.startswith("/elsewhere") for text in texts)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "demo"])
+def test_an_official_preset_is_the_published_setting(name):
+    config = load_config(name)
+    assert (config.data.num_frames, config.data.height, config.data.width) == (49, 480, 720)
+    assert (config.train.steps, config.train.batch_size) == (2000, 32)
+    assert (config.train.lora.rank, config.train.lora.alpha) == (128, 64)
+    assert config.train.deepspeed.precision == "bf16"
+    assert config.train.objective.block == (18 if "2b" in name else 25)

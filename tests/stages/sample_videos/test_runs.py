@@ -1,0 +1,60 @@
+import pytest
+from safetensors.torch import load_file, save_file
+
+from stages.sample_videos.runs import LORA_FILE, find_export, newest_finished_run
+
+
+def test_the_newest_run_is_the_one_that_finished_last(tmp_path, finish):
+    finish(tmp_path / "b", 200)
+    last = finish(tmp_path / "a", 300)
+    finish(tmp_path / "c", 100)
+    (tmp_path / "unfinished" / "export").mkdir(parents=True)
+    (tmp_path / "finished.json").touch()
+    assert newest_finished_run(tmp_path) == last
+
+
+def test_there_may_be_no_finished_run(tmp_path):
+    (tmp_path / "unfinished").mkdir()
+    assert newest_finished_run(tmp_path) is None
+    assert newest_finished_run(tmp_path / "nowhere") is None
+
+
+def test_an_export_tells_its_method(lora_run, full_run):
+    assert find_export(full_run()).method == "full"
+    lora = find_export(lora_run(rank=2))
+    assert lora.method == "lora"
+    assert {shape[0] for name, shape in lora.lora_shapes.items() if "lora_A" in name} == {2}
+
+
+def test_a_missing_run_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="there is no run at"):
+        find_export(tmp_path / "nowhere")
+
+
+def test_a_run_without_export_is_an_error(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match=r"has no export/ yet; finish it"):
+        find_export(tmp_path / "run")
+
+
+def test_two_kinds_of_weights_in_one_export_are_an_error(lora_run, full_run):
+    lora_run("both")
+    with pytest.raises(ValueError, match="both adapters and a transformer"):
+        find_export(full_run("both"))
+
+
+def test_a_damaged_adapter_file_is_an_error(lora_run):
+    run = lora_run()
+    file = run / "export" / LORA_FILE
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="is damaged"):
+        find_export(run)
+
+
+def test_adapters_whose_strength_is_unknown_are_an_error(lora_run):
+    """Without alpha, loaders take alpha = rank: twice too strong at rank 128, alpha 64."""
+    run = lora_run()
+    file = run / "export" / LORA_FILE
+    save_file(load_file(file), file)
+    with pytest.raises(ValueError, match="does not say its alpha"):
+        find_export(run)
