@@ -1,1 +1,10 @@
-"""The built-in demo: a procedural dataset and tiny models of the official classes."""
+"""The built-in demo: a procedural dataset and tiny models of the official classes.
+
+`tiny_cogvideox`, `tiny_vae` and `tiny_sam2` load big libraries and are imported where needed.
+"""
+
+from stages.articulated_figures.config import DemoConfig
+from stages.articulated_figures.demo import DemoPaths, demo_paths, ensure_demo
+from stages.articulated_figures.scenes import FigureClip, draw_clip
+
+__all__ = ["DemoConfig", "DemoPaths", "FigureClip", "demo_paths", "draw_clip", "ensure_demo"]

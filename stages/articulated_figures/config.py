@@ -16,8 +16,8 @@ class DemoConfig(Section):
     """Clips to draw; 24 is usual."""
     clips_per_tar: int = Field(default=8, ge=1)
     """Clips per webdataset tar; 8 is usual."""
-    seed: int = 0
-    """Seeds figures, backgrounds, gaits and tiny models."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds figures, backgrounds, gaits and tiny models; 0 is usual."""
     vae_steps: int = Field(default=300, ge=0)
     """Steps for which the tiny VAE is fitted to the figures, so that samples can be looked at; 0
     leaves it random."""

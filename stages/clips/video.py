@@ -140,7 +140,7 @@ def encode_video(frames_THWC: np.ndarray, fps: float, *, crf: int = 17) -> bytes
     if not fps > 0:
         raise ValueError(f"fps must be above 0, got {fps}")
     out = io.BytesIO()
-    with av.open(out, "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    with av.open(out, "w", format="mp4") as container:
         stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # One thread: x264's output depends on how many there are.

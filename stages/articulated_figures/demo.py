@@ -1,0 +1,174 @@
+"""Makes what the built-in demo needs and lacks: clips, a tiny CogVideoX, a tiny SAM2.
+
+Every command of a configuration with a `demo` section calls `ensure_demo` first.
+"""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.articulated_figures.clip_tars import write_clip_tars
+from stages.articulated_figures.config import DemoConfig
+from stages.clips import ClipRecord, ClipsConfig, load_clip, open_dataset
+from stages.progress import Progress
+
+_RECIPE = "made_with.json"
+_FPS = 8.0
+"""Rate of the drawn clips where the configuration asks for frames as they are stored."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoPaths:
+    """Where the demo's parts lie."""
+
+    clips: Path
+    """Folder of webdataset tars."""
+    base_model: Path
+    """Folder of a diffusers pipeline."""
+    sam2_checkpoint: Path
+    sam2_config: Path
+
+
+def demo_paths(root: Path) -> DemoPaths:
+    """Where the parts of a demo under `root` lie, made or not."""
+    sam2 = root / "models" / "sam2"
+    return DemoPaths(
+        clips=root / "clips",
+        base_model=root / "models" / "cogvideox",
+        sam2_checkpoint=sam2 / "tiny.pt",
+        sam2_config=sam2 / "tiny.yaml",
+    )
+
+
+def ensure_demo(config: DemoConfig, clips: ClipsConfig, *, progress: Progress) -> DemoPaths:
+    """Make the missing parts of the demo; one that exists is left as it is.
+
+    A part appears whole, by one rename, or not at all. Several processes may call this at once:
+    one works, the others wait.
+
+    Args:
+        config: What to make.
+        clips: Size, length and rate of the clips; its `path` is not read.
+        progress: Gets a bar per part that is made.
+
+    Raises:
+        ValueError: A part exists that was made with other settings.
+    """
+    root = config.root.expanduser()
+    paths = demo_paths(root)
+    root.mkdir(parents=True, exist_ok=True)
+    drawn: dict[str, Any] = {
+        "seed": config.seed,
+        "num_clips": config.num_clips,
+        "clips_per_tar": config.clips_per_tar,
+        "num_frames": clips.num_frames,
+        "height": clips.height,
+        "width": clips.width,
+        "fps": clips.fps or _FPS,
+    }
+    model = {**drawn, "vae_steps": config.vae_steps, "image_to_video": config.image_to_video}
+    local_clips = clips.model_copy(update={"path": paths.clips})
+    with _only_one(root / ".lock"):
+        _ensure(paths.clips, drawn, lambda out: _draw(out, config, clips, progress))
+        _ensure(paths.sam2_config.parent, {"seed": config.seed}, lambda out: _sam2(out, config))
+        _ensure(paths.base_model, model, lambda out: _cogvideox(out, config, local_clips, progress))
+    return paths
+
+
+def _ensure(folder: Path, recipe: dict[str, Any], make: Callable[[Path], None]) -> None:
+    if folder.exists():
+        _check_recipe(folder, recipe)
+        return
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    make(partial)
+    (partial / _RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    partial.rename(folder)
+
+
+def _check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
+    try:
+        found = json.loads((folder / _RECIPE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{folder} was not made by the demo (no readable {_RECIPE} in it); "
+            "move it away or set another demo.root"
+        )
+    differing = [
+        f"{name} = {found.get(name)} (now {value})"
+        for name, value in recipe.items()
+        if found.get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} was made with {', '.join(differing)}; "
+            "remove the folder to make it anew, or set another demo.root"
+        )
+
+
+def _draw(out: Path, config: DemoConfig, clips: ClipsConfig, progress: Progress) -> None:
+    with progress.task("draw figures", config.num_clips, unit="clips") as task:
+        write_clip_tars(
+            out,
+            # Consecutive seeds cycle through the kinds of figure.
+            range(config.seed * config.num_clips, (config.seed + 1) * config.num_clips),
+            clips_per_tar=config.clips_per_tar,
+            num_frames=clips.num_frames,
+            height=clips.height,
+            width=clips.width,
+            fps=clips.fps or _FPS,
+            task=task,
+        )
+
+
+def _sam2(out: Path, config: DemoConfig) -> None:
+    from stages.articulated_figures.tiny_sam2 import build_tiny_sam2
+
+    build_tiny_sam2(out, config.seed)
+
+
+def _cogvideox(out: Path, config: DemoConfig, clips: ClipsConfig, progress: Progress) -> None:
+    # Imported here: where the demo is complete, nobody should wait for diffusers to load.
+    from stages.articulated_figures.tiny_cogvideox import build_tiny_cogvideox
+    from stages.articulated_figures.tiny_vae import build_tiny_vae, fit_tiny_vae
+
+    records = list(_records(clips))
+    vae = build_tiny_vae(config.seed)
+    if config.vae_steps:
+        frames_NTHWC = np.stack([load_clip(record, clips).frames_THWC for record in records])
+        with progress.task("fit the tiny VAE", config.vae_steps, unit="steps") as task:
+            fit_tiny_vae(vae, frames_NTHWC, steps=config.vae_steps, seed=config.seed, task=task)
+    build_tiny_cogvideox(
+        out,
+        height=clips.height,
+        width=clips.width,
+        num_frames=clips.num_frames,
+        captions=[record.caption or "" for record in records],
+        seed=config.seed,
+        image_to_video=config.image_to_video,
+        vae=vae,
+    )
+
+
+def _records(clips: ClipsConfig) -> Iterator[ClipRecord]:
+    for shard in open_dataset(clips).shards:
+        for record in shard.records():
+            assert isinstance(record, ClipRecord), record
+            yield record
+
+
+@contextmanager
+def _only_one(lock: Path) -> Iterator[None]:
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,121 @@
+"""Small videos of every awkward sort, and datasets made of them."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from stages.clips import ClipRecord, ClipsConfig, SubjectPrompt
+
+
+def encode(
+    frames_THWC: np.ndarray,
+    *,
+    fps: float = 8,
+    codec: str = "libx264",
+    pix_fmt: str = "yuv444p",
+    container: str = "mp4",
+    rotation: int = 0,
+    pixel_aspect: Fraction | None = None,
+    times: list[int] | None = None,
+    options: Mapping[str, str] | None = None,
+) -> bytes:
+    """Encode near-losslessly, with PyAV alone; `times` are presentation times in 1/1000 s."""
+    out = io.BytesIO()
+    with av.open(out, "w", format=container) as muxer:
+        stream: Any = muxer.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = frames_THWC.shape[1:3]
+        stream.pix_fmt = pix_fmt
+        if codec == "libx264":
+            stream.options = {"crf": "1", "threads": "1", **(options or {})}
+        if pixel_aspect is not None:
+            stream.codec_context.sample_aspect_ratio = pixel_aspect
+        if pix_fmt == "gray":
+            stream.codec_context.color_range = av.video.reformatter.ColorRange.JPEG
+        if rotation:
+            stream.set_display_rotation(rotation)
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for index, image in enumerate(frames_THWC):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = times[index], Fraction(1, 1000)
+            muxer.mux(stream.encode(frame))
+        muxer.mux(stream.encode())
+    return out.getvalue()
+
+
+def counting_frames(num_frames: int, height: int = 32, width: int = 48) -> np.ndarray:
+    """Grey frames whose brightness tells their number: frame i has value 4 i."""
+    values = (4 * np.arange(num_frames)).astype(np.uint8)
+    return np.broadcast_to(values[:, None, None, None], (num_frames, height, width, 3)).copy()
+
+
+def numbers_of(frames_THWC: np.ndarray) -> list[int]:
+    """The numbers that `counting_frames` wrote."""
+    return np.rint(frames_THWC.mean(axis=(1, 2, 3)) / 4).astype(int).tolist()
+
+
+def corner_frame(height: int, width: int) -> np.ndarray:
+    """Quadrants: red top left, green top right, blue bottom left, white bottom right."""
+    image = np.zeros((height, width, 3), np.uint8)
+    half_y, half_x = height // 2, width // 2
+    image[:half_y, :half_x] = (255, 0, 0)
+    image[:half_y, half_x:] = (0, 255, 0)
+    image[half_y:, :half_x] = (0, 0, 255)
+    image[half_y:, half_x:] = 255
+    return image
+
+
+def record_of(video: bytes | Path, prompt: SubjectPrompt | None = None) -> ClipRecord:
+    return ClipRecord(key="a", video=video, caption="a thing moves", prompt=prompt)
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_jsonl(folder: Path, rows: list[dict[str, Any] | bytes]) -> Path:
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path = folder / "metadata.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., ClipsConfig]:
+    """A configuration for tiny clips: 5 frames of 32x48 at 8 frames/s."""
+
+    def make(**changes: Any) -> ClipsConfig:
+        settings = {"path": tmp_path, "num_frames": 5, "height": 32, "width": 48, "fps": 8.0}
+        return ClipsConfig(**(settings | changes))
+
+    return make
+
+
+@pytest.fixture
+def tools() -> Any:
+    """The functions of this file: test modules cannot import one another."""
+
+    class Tools:
+        encode = staticmethod(encode)
+        counting_frames = staticmethod(counting_frames)
+        numbers_of = staticmethod(numbers_of)
+        corner_frame = staticmethod(corner_frame)
+        record_of = staticmethod(record_of)
+        write_tar = staticmethod(write_tar)
+        write_jsonl = staticmethod(write_jsonl)
+
+    return Tools

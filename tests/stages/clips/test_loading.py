@@ -1,0 +1,215 @@
+import io
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+
+from stages.clips import ClipSkipped, SubjectPrompt, load_clip
+
+
+def reason_of(record, config) -> str:
+    with pytest.raises(ClipSkipped) as caught:
+        load_clip(record, config)
+    assert caught.value.detail
+    return caught.value.reason
+
+
+@pytest.mark.parametrize(
+    ("source_fps", "expected"),
+    [
+        (8, [0, 1, 2, 3, 4]),
+        (16, [0, 2, 4, 6, 8]),
+        (24, [0, 3, 6, 9, 12]),
+        (30, [0, 3, 7, 11, 15]),  # 3.75 frames an instant: the one already shown
+        (Fraction(24000, 1001), [0, 2, 5, 8, 11]),
+        (7.9, [0, 1, 2, 3, 4]),
+        (8.1, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_frames_are_those_shown_at_each_instant(tools, config, source_fps, expected):
+    video = tools.encode(tools.counting_frames(20), fps=source_fps)
+    clip = load_clip(tools.record_of(video), config())
+    assert tools.numbers_of(clip.frames_THWC) == expected
+    assert clip.geometry.source_fps == pytest.approx(float(source_fps))
+
+
+def test_milliseconds_of_matroska_do_not_shift_the_frames(tools, config):
+    video = tools.encode(tools.counting_frames(20), fps=24, container="matroska")
+    clip = load_clip(tools.record_of(video), config())
+    assert tools.numbers_of(clip.frames_THWC) == [0, 3, 6, 9, 12]
+
+
+def test_null_fps_takes_frames_as_stored(tools, config):
+    video = tools.encode(tools.counting_frames(20), fps=30)
+    clip = load_clip(tools.record_of(video), config(fps=None))
+    assert tools.numbers_of(clip.frames_THWC) == [0, 1, 2, 3, 4]
+    assert clip.geometry.sampling == "consecutive"
+
+
+def test_uneven_times_are_honoured(tools, config):
+    # 16 frames/s on average; instants are 0, 125, 250, 375, 500 ms.
+    times = [0, 20, 130, 140, 240, 260, 370, 380, 490, 520, 600]
+    video = tools.encode(
+        tools.counting_frames(11), fps=16, container="matroska", times=times,
+        options={"bframes": "0"},
+    )  # fmt: skip
+    clip = load_clip(tools.record_of(video), config())
+    assert tools.numbers_of(clip.frames_THWC) == [0, 1, 4, 6, 8]
+
+
+def test_a_pause_is_skipped_rather_than_filled_with_copies(tools, config):
+    times = [0, 60, 120, 180, 600, 660, 720, 780, 840, 900, 960]
+    video = tools.encode(
+        tools.counting_frames(11), fps=16, container="matroska", times=times,
+        options={"bframes": "0"},
+    )  # fmt: skip
+    assert reason_of(tools.record_of(video), config()) == "fps_too_low"
+
+
+def test_too_slow_and_too_short_sources_are_told_apart(tools, config):
+    slow = tools.encode(tools.counting_frames(20), fps=6)
+    assert reason_of(tools.record_of(slow), config()) == "fps_too_low"
+    short = tools.encode(tools.counting_frames(4), fps=8)
+    assert reason_of(tools.record_of(short), config()) == "too_short"
+    # 12 frames at 24/s last half a second: instants 0 to 3, the fifth falls just after the end.
+    ends = tools.encode(tools.counting_frames(12), fps=24)
+    assert reason_of(tools.record_of(ends), config()) == "too_short"
+    lasts = tools.encode(tools.counting_frames(13), fps=24)
+    assert len(load_clip(tools.record_of(lasts), config()).frames_THWC) == 5
+
+
+def audio_only() -> bytes:
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as muxer:
+        stream = muxer.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), "fltp", "mono")
+        frame.sample_rate = 8000
+        muxer.mux(stream.encode(frame))
+        muxer.mux(stream.encode())
+    return out.getvalue()
+
+
+def test_files_that_are_no_video_are_undecodable(tools, config, tmp_path):
+    whole = tools.encode(tools.counting_frames(20), container="mp4")
+    mpegts = tools.encode(tools.counting_frames(20), container="mpegts")
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{tmp_path}/a.mp4\n"
+    (tmp_path / "a.mp4").write_bytes(whole)
+    bad = {
+        "empty": b"",
+        "garbage": bytes(range(256)) * 40,
+        "truncated before its index": whole[: len(whole) // 2],
+        "only a header": whole[:40],
+        "audio": audio_only(),
+        "no packets": mpegts[:376],
+        "playlist": playlist.encode(),
+    }
+    for name, video in bad.items():
+        assert reason_of(tools.record_of(video), config()) == "undecodable", name
+    assert reason_of(tools.record_of(tmp_path / "absent.mp4"), config()) == "undecodable"
+
+
+def test_damage_inside_a_video_never_passes_silently(tools, config):
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 255, (5, 32, 48, 3), dtype=np.uint8)
+    whole = bytearray(tools.encode(frames, container="matroska"))
+    whole[len(whole) // 3 : 2 * len(whole) // 3] = bytes(len(whole) // 3 + 1)[: len(whole) // 3]
+    assert reason_of(tools.record_of(bytes(whole)), config()) in ("undecodable", "too_short")
+
+
+@pytest.mark.parametrize("rotation", [90, 180, 270, -90])
+def test_rotation_in_the_file_is_applied(tools, config, rotation):
+    upright = tools.corner_frame(32, 48)
+    turns = rotation // 90
+    stored = np.rot90(upright, -turns)  # what must be turned counter-clockwise to stand upright
+    video = tools.encode(np.repeat(stored[None], 5, axis=0), rotation=rotation)
+    clip = load_clip(tools.record_of(video), config())
+    assert np.abs(clip.frames_THWC[0].astype(int) - upright)[4:12, 4:20].max() < 12
+    assert np.abs(clip.frames_THWC[0].astype(int) - upright)[20:28, 28:44].max() < 12
+    assert clip.geometry.rotation == rotation % 360
+
+
+@pytest.mark.parametrize(
+    ("codec", "pix_fmt", "container"),
+    [
+        ("libx264", "gray", "mp4"),
+        ("libx264", "yuv420p10le", "mp4"),
+        ("ffv1", "yuv444p", "matroska"),
+        ("libvpx-vp9", "yuv420p", "webm"),
+        ("mpeg4", "yuv420p", "avi"),
+    ],
+)
+def test_pixel_formats_and_containers_keep_brightness(tools, config, codec, pix_fmt, container):
+    frames = tools.counting_frames(12)
+    video = tools.encode(frames, codec=codec, pix_fmt=pix_fmt, container=container)
+    clip = load_clip(tools.record_of(video), config())
+    means = clip.frames_THWC.mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(means, frames[:5].mean(axis=(1, 2, 3)), atol=4)
+
+
+def test_odd_sizes_are_brought_to_the_training_size(tools, config):
+    video = tools.encode(tools.counting_frames(5, 33, 51))
+    clip = load_clip(tools.record_of(video), config())
+    assert clip.frames_THWC.shape == (5, 32, 48, 3) and clip.frames_THWC.dtype == np.uint8
+    assert tools.numbers_of(clip.frames_THWC) == [0, 1, 2, 3, 4]
+
+
+def test_non_square_pixels_are_stretched_to_their_shape(tools, config):
+    # 32 x 24 stored pixels, each twice as wide as high, show a 32 x 48 picture.
+    narrow = tools.corner_frame(32, 24)
+    video = tools.encode(np.repeat(narrow[None], 5, axis=0), pixel_aspect=Fraction(2, 1))
+    clip = load_clip(tools.record_of(video), config())
+    wide = tools.corner_frame(32, 48)
+    assert np.abs(clip.frames_THWC[0].astype(int) - wide)[:, :20].mean() < 4
+    assert (clip.geometry.scale_x, clip.geometry.scale_y) == (2.0, 1.0)
+
+
+def test_frames_that_change_size_are_undecodable(tools, config):
+    parts = [
+        tools.encode(tools.counting_frames(3, *size), container="mpegts", pix_fmt="yuv420p")
+        for size in ((32, 48), (64, 96))
+    ]
+    assert reason_of(tools.record_of(b"".join(parts)), config(fps=None)) == "undecodable"
+
+
+def test_a_prompt_follows_the_pixels(tools, config):
+    # A white rectangle on black; its mask, box and centre must land where its pixels land.
+    height, width = 64, 120
+    image = np.zeros((height, width, 3), np.uint8)
+    image[16:48, 40:72] = 255
+    mask_HW = image[..., 0] > 0
+    video = tools.encode(np.repeat(image[None], 5, axis=0), pix_fmt="yuv444p")
+    prompts = {
+        "mask": SubjectPrompt(mask_HW=mask_HW),
+        "box": SubjectPrompt(box_xyxy=(40.0, 16.0, 72.0, 48.0)),
+        "points": SubjectPrompt(
+            points_xy=np.array([[56.0, 32.0], [2.0, 2.0]]), point_labels=np.array([1, 0])
+        ),
+    }
+    clips = {
+        kind: load_clip(tools.record_of(video, prompt), config())
+        for kind, prompt in prompts.items()
+    }
+    seen_HW = clips["mask"].frames_THWC[0].mean(axis=-1) > 127
+    ys, xs = np.nonzero(seen_HW)
+    assert (clips["mask"].prompt.mask_HW != seen_HW).mean() < 0.02
+    box = clips["box"].prompt.box_xyxy
+    assert np.abs(np.subtract(box, (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))).max() <= 1
+    points = clips["points"].prompt
+    assert points.point_labels.tolist() == [1]  # the other lies outside the crop
+    np.testing.assert_allclose(points.points_xy[0], (xs.mean() + 0.5, ys.mean() + 0.5), atol=0.6)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        SubjectPrompt(box_xyxy=(0.0, 0.0, 5.0, 32.0)),
+        SubjectPrompt(points_xy=np.array([[1.0, 16.0]]), point_labels=np.array([1])),
+        SubjectPrompt(mask_HW=np.eye(32, 96, dtype=bool) & (np.arange(96) < 4)),
+        SubjectPrompt(mask_HW=np.ones((16, 48), bool)),
+    ],
+    ids=["box", "points", "mask", "mask of another size"],
+)
+def test_prompts_outside_the_crop_are_bad(tools, config, prompt):
+    video = tools.encode(tools.counting_frames(5, 32, 96))
+    assert reason_of(tools.record_of(video, prompt), config()) == "bad_prompt"
