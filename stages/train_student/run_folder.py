@@ -14,6 +14,7 @@ The training loop uses it; sampling looks for finished.json and export/.
 """
 
 import fcntl
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ def fixed_settings(
         "transformer": {k: v for k, v in facts.transformer.items() if not k.startswith("_")},
         "scheduler": {k: v for k, v in facts.scheduler.items() if not k.startswith("_")},
         "stores": {kind: reader.settings.hash for kind, reader in stores.readers.items()},
-        "clips": len(stores.keys),
+        "clips in every store": f"{len(stores.keys)} ({_digest(stores.keys)})",
     }
     # Through JSON, so that what was just computed equals what a run read back.
     return dict(_flat(json.loads(json.dumps(nested)), ""))
@@ -130,6 +131,10 @@ def locked(run_dir: Path) -> Iterator[None]:
                 "train.run_dir"
             ) from None
         yield
+
+
+def _digest(keys: tuple[str, ...]) -> str:
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()[:12]
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:

@@ -267,6 +267,11 @@ def _summary(
     run: _Run, steps: int, *, resumed_from: int | None, durations: list[float], finished: bool
 ) -> TrainSummary:
     rows = read_losses(run.config.run_dir)
+    if not rows:
+        raise ValueError(
+            f"{run.config.run_dir} has lost its losses.jsonl, though the run made {steps} steps; "
+            "restore it, or choose another train.run_dir"
+        )
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
     else:

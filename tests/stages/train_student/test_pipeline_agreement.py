@@ -124,7 +124,7 @@ def test_facts_come_from_the_configuration_files_and_the_classes_defaults(tiny, 
 def test_a_folder_without_a_scheduler_is_refused(tiny, tmp_path):
     folder = tiny.save_pipeline(tmp_path)
     (folder / "scheduler" / "scheduler_config.json").unlink()
-    with pytest.raises(ValueError, match="scheduler_config.json is missing"):
+    with pytest.raises(ValueError, match=r"scheduler_config.json is missing"):
         read_base_facts(folder)
 
 

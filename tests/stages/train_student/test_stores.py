@@ -26,20 +26,20 @@ def test_clips_are_joined_by_key_and_the_rest_is_counted(tiny, tmp_path):
 def test_no_common_clip_is_an_error(tiny, tmp_path):
     tiny.write_store(tmp_path, "text", {"embeds": tiny.TEXT}, keys=("a",))
     tiny.write_store(tmp_path, "latents", tiny.LATENT_SHAPES, keys=("b",))
-    with pytest.raises(ValueError, match="no clip is in every store.*text 1, latents 1"):
+    with pytest.raises(ValueError, match=r"no clip is in every store.*text 1, latents 1"):
         join_stores(tmp_path, {}, with_teacher=False)
 
 
 def test_a_missing_kind_says_what_to_run(tiny, tmp_path):
     tiny.write_store(tmp_path, "text", {"embeds": tiny.TEXT})
-    with pytest.raises(CacheError, match="no latents store.*extract-features"):
+    with pytest.raises(CacheError, match=r"no latents store.*extract-features"):
         join_stores(tmp_path, {}, with_teacher=False)
 
 
 def test_of_several_stores_one_is_chosen_by_name(tiny, tmp_path):
     tiny.write_cache(tmp_path)
     other = tiny.write_store(tmp_path, "teacher", {"features": (3, 2, 3, 4)})
-    with pytest.raises(CacheError, match="train.stores.teacher"):
+    with pytest.raises(CacheError, match=r"train.stores.teacher"):
         join_stores(tmp_path, {}, with_teacher=True)
     chosen = join_stores(tmp_path, {"teacher": other.name}, with_teacher=True)
     assert chosen.teacher_maps == 3
@@ -98,7 +98,7 @@ def test_latents_of_a_vae_with_another_scale_are_refused(tiny, tmp_path, facts):
     tiny.write_store(
         tmp_path, "latents", tiny.LATENT_SHAPES, values={"base": {"scaling_factor": 1.15}}
     )
-    with pytest.raises(ValueError, match="scaling_factor is 1.15"):
+    with pytest.raises(ValueError, match=r"scaling_factor is 1.15"):
         check_stores(join_stores(tmp_path, {}, with_teacher=False), facts, tiny.CLIPS)
 
 

@@ -135,8 +135,14 @@ def test_a_finished_run_is_not_run_again(whole, train):
 
 
 def test_other_settings_in_the_same_folder_are_refused_and_named(whole, train):
-    with pytest.raises(ValueError, match="other settings.*learning_rate was 0.01, is 0.5.*run_dir"):
+    with pytest.raises(ValueError, match=r"learning_rate was 0\.01, is 0\.5.*run_dir"):
         train(whole[0], steps=6, optimizer={"learning_rate": 0.5})
+
+
+def test_a_cache_that_has_grown_is_another_run(tiny, whole, train, tmp_path):
+    cache = tiny.write_cache(tmp_path, keys=(*tiny.KEYS, "clip/new"))
+    with pytest.raises(ValueError, match=r"clips in every store was '5 .*is '6 "):
+        train(whole[0], cache_root=cache, steps=7)
 
 
 def test_a_torn_checkpoint_is_never_loaded(whole, train, tmp_path):
@@ -269,9 +275,9 @@ def test_wrong_settings_are_refused_before_any_weight_is_loaded(train, monkeypat
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr("stages.train_student.student.load_transformer", never)
-    with pytest.raises(ValueError, match="train.objective.block must be under 2"):
+    with pytest.raises(ValueError, match=r"train.objective.block must be under 2"):
         train(tmp_path, objective={"block": 2})
-    with pytest.raises(ValueError, match="train.batch_size must be a multiple"):
+    with pytest.raises(ValueError, match=r"train.batch_size must be a multiple"):
         train(tmp_path, batch_size=3, micro_batch_size=2)
     assert not list(tmp_path.iterdir())
 
