@@ -83,6 +83,14 @@ def test_truncated_files_are_found(store: Path, size: int) -> None:
     _assert_found(store, by_size=True)
 
 
+@pytest.mark.parametrize("size", [0, 40, -1])
+def test_truncated_files_are_found_without_the_check_too(store: Path, size: int) -> None:
+    # Zarr reads an empty file as fill values.
+    (store / CHUNK).write_bytes((store / CHUNK).read_bytes()[:size])
+    with pytest.raises(CorruptClip, match="bytes instead of"):
+        StoreReader(store, check=False).read("a1")
+
+
 def test_longer_files_are_found(store: Path) -> None:
     (store / CHUNK).write_bytes((store / CHUNK).read_bytes() + b"\0")
     _assert_found(store, by_size=True)
