@@ -1,4 +1,4 @@
-"""Training samples from the cache: noised nowhere else, random by their number alone.
+"""Training samples from the cache, random by their number alone; the training loop reads them.
 
 A sample's number decides its clip, its draw from the VAE's posterior, its noise and its timestep,
 so one run gives the same samples on any number of processes, and after a resume.
