@@ -92,7 +92,8 @@ class _Rate(ProgressColumn):
         if not speed:
             return Text("")
         unit = task.fields["unit"]
-        return Text(f"{speed:.1f} {unit}/s" if speed >= 1 else f"{1 / speed:.1f} s/{unit}")
+        one = unit.removesuffix("s")
+        return Text(f"{speed:.1f} {unit}/s" if speed >= 1 else f"{1 / speed:.1f} s/{one}")
 
 
 class _Count(ProgressColumn):

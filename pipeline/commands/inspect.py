@@ -88,7 +88,6 @@ def _manifest(path: Path, reader: StoreReader) -> dict[str, Any]:
 def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("store", data["store"]),
-        ("settings hash", data["settings_hash"]),
         ("schema version", str(data["schema_version"])),
         ("clips", f"{data['clips']}, and {len(data['skipped'])} skipped"),
         ("on disk", in_bytes(data["bytes"])),
@@ -97,7 +96,8 @@ def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
         axes = zip(array["dimension_names"], array["shape"], strict=True)
         sizes = ", ".join(f"{axis} {size}" for axis, size in axes)
         rows.append((f"array {name}", f"{array['dtype']} [{sizes}]"))
-    rows += [(name, _inline(value)) for name, value in data["values"].items()]
+    rows.append(("settings", data["settings_hash"]))
+    rows += [(f"  {name}", _inline(value)) for name, value in data["values"].items()]
     rows.append(("made with", _inline(data["made_with"])))
     return rows
 

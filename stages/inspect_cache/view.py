@@ -7,7 +7,12 @@ import torch
 
 from stages.clips import ClipDataset, ClipRecord, ClipsConfig, ClipSkipped, load_clip
 from stages.inspect_cache.feature_colours import pca_colours
-from stages.local_gram_flow import implied_flow, latent_frame_of_frame, local_gram_flow
+from stages.local_gram_flow import (
+    implied_flow,
+    latent_frame_of_frame,
+    local_gram_flow,
+    neighbour_mask,
+)
 
 # Legend: T moment in the store (frame or latent frame), P = T - 1 pairs, H W grid, C channel.
 
@@ -41,6 +46,9 @@ class ClipView:
 def flow_of_features(features_THWC: np.ndarray, radius: int, temperature: float) -> np.ndarray:
     """Return the flow that the Local Gram Flow of one clip implies: float32 [T-1, H, W, 2].
 
+    Near the grid's edge only neighbours whose mirror image is inside too count. Windows that are
+    cut on one side would make every edge seem to flow inwards, more than anything really moves.
+
     Args:
         features_THWC: any real dtype, T >= 2.
         radius: Half the window, in tokens.
@@ -48,7 +56,10 @@ def flow_of_features(features_THWC: np.ndarray, radius: int, temperature: float)
     """
     features_BTHWC = torch.from_numpy(features_THWC.astype(np.float32))[None]
     similarities_BPHWK = local_gram_flow(features_BTHWC, radius)
-    flow_PHW2: np.ndarray = implied_flow(similarities_BPHWK, temperature)[0].numpy()
+    inside_HWK = neighbour_mask(*features_THWC.shape[1:3], radius)
+    mirrored_HWK = inside_HWK & inside_HWK.flip(-1)
+    balanced_BPHWK = similarities_BPHWK.masked_fill(~mirrored_HWK, -1e4 * temperature)
+    flow_PHW2: np.ndarray = implied_flow(balanced_BPHWK, temperature)[0].numpy()
     return flow_PHW2
 
 

@@ -100,7 +100,7 @@ def sample_video(
             parts["transformer"] = load_full_transformer(export, base, dtype)
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-        pipeline = getattr(diffusers, class_name).from_pretrained(base, torch_dtype=dtype, **parts)
+        pipeline = getattr(diffusers, class_name).from_pretrained(base, dtype=dtype, **parts)
         pipeline.set_progress_bar_config(disable=True)
         if export is not None and export.method == "lora":
             add_lora(pipeline, export)

@@ -25,7 +25,7 @@ def load_full_transformer(export: Export, base: Path, dtype: torch.dtype) -> Any
     folder = export.folder / "transformer"
     _refuse_other_architecture(folder, base)
     transformer, loading = CogVideoXTransformer3DModel.from_pretrained(
-        folder, torch_dtype=dtype, output_loading_info=True
+        folder, dtype=dtype, output_loading_info=True
     )
     lacking = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
     if lacking:

@@ -12,6 +12,18 @@ def test_features_that_move_by_whole_tokens_give_that_flow(moving_features, dx, 
     np.testing.assert_allclose(inner, np.broadcast_to([dx, dy], inner.shape), atol=0.01)
 
 
+def test_an_edge_does_not_make_still_features_flow():
+    """Flat similarities say nothing of motion, also where the window is cut by the grid's edge."""
+    flow_PHW2 = flow_of_features(np.ones((3, 5, 6, 4), np.float16), radius=2, temperature=0.1)
+    np.testing.assert_allclose(flow_PHW2, 0.0, atol=1e-6)
+
+
+def test_motion_along_an_edge_is_seen_there(moving_features):
+    flow_PHW2 = flow_of_features(moving_features(1, 0), radius=1, temperature=0.03)
+    np.testing.assert_allclose(flow_PHW2[:, 0, 1:-1], flow_PHW2[:, 3, 1:-1], atol=0.01)
+    np.testing.assert_allclose(flow_PHW2[:, 0, 1:-1, 0], 1.0, atol=0.01)
+
+
 def test_moments_at_frame_rate_are_the_frames():
     assert frames_of_moments(9, 9) == list(range(9))
 
