@@ -1,7 +1,7 @@
 """How a stage tells of its progress without knowing a console; `pipeline.console` draws it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -20,18 +20,11 @@ class Progress(Protocol):
 
     def task(
         self, description: str, total: int | None, *, completed: int = 0, unit: str = "it"
-    ) -> "TaskContext":
+    ) -> AbstractContextManager[Task]:
         """Open a bar; `total=None` for work of unknown size, `completed` for work resumed."""
 
     def log(self, text: str) -> None:
         """Print a line above the bars."""
-
-
-class TaskContext(Protocol):
-    """A bar for the length of a `with` block."""
-
-    def __enter__(self) -> Task: ...
-    def __exit__(self, *exc: object) -> bool | None: ...
 
 
 class _SilentTask:

@@ -8,7 +8,7 @@ import statistics
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -116,7 +116,7 @@ def train_student(
     """
     world = world_from_environment()
     if not world.is_first:
-        progress = cast(Progress, SilentProgress())
+        progress = SilentProgress()
     check_engine_settings(config, world.size)
     objective = config.objective
     facts = read_base_facts(resolve_base_model(model, _CONFIGURATIONS))
