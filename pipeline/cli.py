@@ -1,15 +1,22 @@
-"""The command line `sam2vx-pipeline`: arguments in, a command carried out, an answer printed."""
+"""The command line `sam2vx-pipeline`: arguments in, a command carried out, an answer printed.
+
+Commands and configuration are imported when a command runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline import console, failures
-from pipeline.config import RunConfig, load_config
 from pipeline.console import Answer
 from stages.progress import Progress
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -222,6 +229,8 @@ def config_show(
 
 
 def _settings(config: str, overrides: list[str] | None, traceback: bool) -> RunConfig:
+    from pipeline.config import load_config
+
     with failures.failures(traceback=traceback):
         return load_config(config, overrides or [])
 
