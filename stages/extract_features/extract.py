@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from cache_schema import JSON, ShardBusy, ShardWriter, StoreReader, StoreWriter
+from stages.base_facts import BaseFacts, read_base_facts
 from stages.base_model import resolve_base_model
 from stages.clips import BadRecord, ClipsConfig, ClipSkipped, InputShard, open_dataset
 from stages.config import BaseModelConfig
@@ -21,7 +22,6 @@ from stages.extract_features.summary import ExtractSummary, KindSummary
 from stages.extract_features.teacher import TeacherExtraction
 from stages.extract_features.text import TextExtraction
 from stages.progress import Progress, Task
-from stages.train_student.base_facts import BaseFacts, read_base_facts
 
 _BASE_PARTS: dict[Kind, tuple[str, ...]] = {
     "text": ("tokenizer", "text_encoder"),

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from cache_schema import JSON, ArraySpec, StoreSettings
+from stages.base_facts import VAE_SPATIAL_COMPRESSION, BaseFacts
 from stages.clips import Clip, ClipRecord, ClipsConfig, load_clip
 from stages.extract_features.config import LatentsConfig
 from stages.extract_features.content_hash import sha256_of_folder
 from stages.extract_features.extraction import DTYPES, Extracted, clip_settings, to_float16
 from stages.local_gram_flow.alignment import TEMPORAL_COMPRESSION
-from stages.train_student.base_facts import VAE_SPATIAL_COMPRESSION, BaseFacts
 
 _NOISE_LOG_MEAN, _NOISE_LOG_STD = -3.0, 0.5
 """Of the noise's standard deviation on an image-to-video first frame, as CogVideoX was trained."""

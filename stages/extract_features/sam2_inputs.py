@@ -45,11 +45,14 @@ def resize_for_sam2(frames_THWC: np.ndarray, image_size: int) -> np.ndarray:
 
 
 def normalise_for_sam2(frames_TSS3: np.ndarray, device: torch.device) -> torch.Tensor:
-    """uint8 frames -> [T, 3, S, S] float32, with the mean and deviation SAM2 was trained with."""
+    """uint8 frames -> [T, 3, S, S] float32, with the mean and deviation SAM2 was trained with.
+
+    Channels are outermost in memory, as sam2 has them: another layout rounds differently.
+    """
     mean = torch.tensor(_IMAGE_MEAN, device=device)[:, None, None]
     std = torch.tensor(_IMAGE_STD, device=device)[:, None, None]
-    images_T3SS = torch.from_numpy(frames_TSS3).to(device).permute(0, 3, 1, 2).float() / 255
-    return (images_T3SS - mean) / std
+    images_T3SS = torch.from_numpy(frames_TSS3).to(device).permute(0, 3, 1, 2).contiguous()
+    return (images_T3SS.float() / 255 - mean) / std
 
 
 def prompt_for_sam2(

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from cache_schema import JSON, ArraySpec, StoreSettings
+from stages.base_facts import BaseFacts
 from stages.clips import ClipRecord, ClipSkipped
 from stages.extract_features.config import TextConfig
 from stages.extract_features.content_hash import sha256_of_folder
 from stages.extract_features.extraction import DTYPES, Extracted, to_float16
-from stages.train_student.base_facts import BaseFacts
 
 
 class TextExtraction:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 
+from stages.base_facts import BaseFacts, read_base_facts
 from stages.base_model import resolve_base_model
 from stages.clips import ClipRecord, ClipsConfig, ClipSkipped, encode_video, load_clip
 from stages.config import BaseModelConfig
@@ -19,7 +20,6 @@ from stages.extract_features.latents import (
     with_image_noise,
 )
 from stages.extract_features.text import TextExtraction
-from stages.train_student.base_facts import BaseFacts, read_base_facts
 
 CPU = torch.device("cpu")
 LONG = " ".join(["an ellipse drifts over a grey texture to the right"] * 8)

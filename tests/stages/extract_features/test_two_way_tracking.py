@@ -160,7 +160,8 @@ def test_frames_are_prepared_as_sam2_loads_a_folder_of_images(
     theirs, height, width = load_video_frames(str(tmp_path), SIZE, True, compute_device=CPU)
     ours = normalise_for_sam2(resize_for_sam2(frames_THWC, SIZE), CPU)
     assert (height, width) == (HEIGHT, WIDTH)
-    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    assert torch.equal(ours, theirs)
+    assert ours.is_contiguous()  # another layout is another rounding in the image encoder
 
 
 def test_one_frame_is_refused(
