@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from stages.train_student.base_facts import BaseFacts
+from stages.base_facts import BaseFacts
 from stages.train_student.model_inputs import image_condition, pad_in_front
 from stages.train_student.order import clip_of_sample, seed_of_sample
 from stages.train_student.stores import JoinedStores

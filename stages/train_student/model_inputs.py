@@ -10,7 +10,7 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch import Tensor
 
-from stages.train_student.base_facts import BaseFacts
+from stages.base_facts import BaseFacts
 
 
 def pad_in_front(latents_FCHW: Tensor, frames: int) -> Tensor:

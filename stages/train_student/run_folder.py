@@ -24,9 +24,9 @@ from typing import Any
 import yaml
 
 from cache_schema.durable import write_whole
+from stages.base_facts import BaseFacts
 from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig
-from stages.train_student.base_facts import BaseFacts
 from stages.train_student.config import TrainConfig
 from stages.train_student.stores import JoinedStores
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.train_student.base_facts import BaseFacts
+from stages.base_facts import BaseFacts
 from stages.train_student.dataset import Batch
 from stages.train_student.diffusion import cumulative_alphas, diffusion_loss, noisy_latents
 from stages.train_student.model_inputs import rotary_positions

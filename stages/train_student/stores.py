@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cache_schema import StoreReader, find_store
+from stages.base_facts import VAE_SPATIAL_COMPRESSION, BaseFacts
 from stages.clips.config import ClipsConfig
-from stages.train_student.base_facts import VAE_SPATIAL_COMPRESSION, BaseFacts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ from diffusers import CogVideoXTransformer3DModel
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from stages.train_student.base_facts import BaseFacts
+from stages.base_facts import BaseFacts
 from stages.train_student.config import LoraSettings, TrainConfig
 from stages.train_student.projector import Projector, time_weights
 

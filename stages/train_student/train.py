@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from stages.base_facts import VAE_SPATIAL_COMPRESSION, BaseFacts, read_base_facts
 from stages.base_model import resolve_base_model
 from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.progress import Progress, SilentProgress
-from stages.train_student.base_facts import VAE_SPATIAL_COMPRESSION, BaseFacts, read_base_facts
 from stages.train_student.checkpoints import resume, save_checkpoint
 from stages.train_student.config import TrainConfig
 from stages.train_student.dataset import CachedSamples, load_batches

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from cache_schema import CorruptClip
-from stages.train_student.base_facts import read_base_facts
+from stages.base_facts import read_base_facts
 from stages.train_student.dataset import CachedSamples, draw, join_batches, load_batches
 from stages.train_student.order import clip_of_sample
 from stages.train_student.stores import join_stores

@@ -7,7 +7,7 @@ import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from PIL import Image
 
-from stages.train_student.base_facts import read_base_facts
+from stages.base_facts import read_base_facts
 from stages.train_student.dataset import Batch
 from stages.train_student.model_inputs import image_condition, pad_in_front
 from stages.train_student.step import TrainingStep

@@ -1,8 +1,8 @@
 import pytest
 
 from cache_schema import CacheError
+from stages.base_facts import read_base_facts
 from stages.clips.config import ClipsConfig
-from stages.train_student.base_facts import read_base_facts
 from stages.train_student.stores import check_stores, join_stores
 
 

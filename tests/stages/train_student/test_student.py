@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from stages.train_student.base_facts import read_base_facts
+from stages.base_facts import read_base_facts
 from stages.train_student.config import TrainConfig
 from stages.train_student.distributed import process_group, world_from_environment
 from stages.train_student.engine import deepspeed_engine

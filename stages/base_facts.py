@@ -1,4 +1,4 @@
-"""What training must know of the base pipeline before it loads a weight; read from its folder.
+"""What both stages must know of the base pipeline before a weight is loaded; read from its folder.
 
 Values a configuration file leaves out come from the defaults of the diffusers class that reads it,
 so they are written nowhere else.
