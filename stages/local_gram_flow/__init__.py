@@ -5,10 +5,9 @@ Knows no files, devices, engines or loggers. Both stages, inspection and evaluat
 
 from stages.local_gram_flow.alignment import (
     frames_to_latents,
-    interpolation_weights,
     latent_frame_of_frame,
-    latents_to_frames,
     resample_to_grid,
+    time_weights,
 )
 from stages.local_gram_flow.fusion import Fusion, fuse_directions
 from stages.local_gram_flow.loss import Divergence, gram_flow_loss, implied_flow
@@ -26,12 +25,11 @@ __all__ = [
     "fuse_directions",
     "gram_flow_loss",
     "implied_flow",
-    "interpolation_weights",
     "latent_frame_of_frame",
-    "latents_to_frames",
     "local_gram_flow",
     "neighbour_mask",
     "neighbour_offsets",
     "radius_of_window",
     "resample_to_grid",
+    "time_weights",
 ]

@@ -3,9 +3,10 @@
 The causal VAE compresses time fourfold: latent 0 sees frame 0 alone, latent k sees frames 4k-3..4k,
 so frame f belongs to latent ceil(f / 4), and latent k >= 1 is centred on frame 4k - 1.5.
 
-Legend: B clip, T frame, L latent frame, H W grid, C channel.
+Legend: T frame, L latent frame, J token in time, M map of the teacher, H W grid, C channel.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -34,43 +35,47 @@ def frames_to_latents(features_THWC: Tensor) -> Tensor:
     return sums_LHWC / count_L[:, None, None, None].to(features_THWC.dtype)
 
 
-def latents_to_frames(features_BLHWC: Tensor, num_frames: int) -> Tensor:
-    """Linear interpolation from latent to frame rate, knots at frames 0 and 4k - 1.5.
+def time_weights(num_maps: int, num_frames: int, *, patch_size_t: int = 1) -> Tensor | None:
+    """How the student's tokens in time make the teacher's maps: weights_MJ, rows summing to 1.
 
-    Frames after the last knot take its value. (`F.interpolate` would spread the knots evenly over
-    the clip, which is up to two frames off.)
+    Linear interpolation between tokens, each standing at the mean of the frames it covers; before
+    the first and after the last, their value is held. For CogVideoX 1.0 the tokens stand at frames
+    0 and 4k - 1.5. (`F.interpolate` would spread them evenly over the clip, up to two frames off.)
+
+    Args:
+        num_maps: maps M of the teacher per clip: one per frame or one per latent frame.
+        num_frames: frames of the clip, 4N+1.
+        patch_size_t: latent frames per token, 2 for CogVideoX 1.5. Its padding lies before the
+            clip, so that the first token may cover fewer.
 
     Returns:
-        features_BTHWC, T = num_frames.
+        float32 weights, or None where token and map correspond one for one (latent rate,
+        CogVideoX 1.0).
 
     Raises:
-        ValueError: the number of latent frames does not fit `num_frames`.
+        ValueError: `num_maps` is neither rate.
     """
-    num_latents = int(latent_frame_of_frame(num_frames)[-1]) + 1
-    if features_BLHWC.shape[1] != num_latents:
+    latent_of_frame = latent_frame_of_frame(num_frames).numpy()
+    num_latents = int(latent_of_frame[-1]) + 1
+    if num_maps not in (num_frames, num_latents):
         raise ValueError(
-            f"{num_frames} frames have {num_latents} latent frames, got {features_BLHWC.shape[1]}"
+            f"the teacher has {num_maps} maps per clip; clips of {num_frames} frames have "
+            f"{num_frames} (frame rate) or {num_latents} (latent rate)"
         )
-    weights_TL = interpolation_weights(num_frames).to(features_BLHWC)
-    return torch.einsum("tl,blhwc->bthwc", weights_TL, features_BLHWC)
+    at_frame_rate = num_maps == num_frames
+    if patch_size_t == 1 and not at_frame_rate:
+        return None
+    token_of_frame = (latent_of_frame + -num_latents % patch_size_t) // patch_size_t
+    centre_J = _mean_frame(token_of_frame)
+    place_M = np.arange(num_frames) if at_frame_rate else _mean_frame(latent_of_frame)
+    columns = [np.interp(place_M, centre_J, one_hot_J) for one_hot_J in np.eye(len(centre_J))]
+    return torch.from_numpy(np.stack(columns, axis=1)).float()
 
 
-def interpolation_weights(num_frames: int) -> Tensor:
-    """Weight of each latent frame in each frame, rows summing to 1: float64 weights_TL."""
-    num_latents = int(latent_frame_of_frame(num_frames)[-1]) + 1
-    knots_L = torch.arange(num_latents, dtype=torch.float64) * TEMPORAL_COMPRESSION - 1.5
-    knots_L[0] = 0.0
-    frame_T = torch.arange(num_frames, dtype=torch.float64).clamp(max=float(knots_L[-1]))
-    right_T = torch.searchsorted(knots_L, frame_T).clamp(1, max(num_latents - 1, 1))
-    weights_TL = torch.zeros(num_frames, num_latents, dtype=torch.float64)
-    if num_latents == 1:
-        weights_TL[:, 0] = 1.0
-        return weights_TL
-    left_T = right_T - 1
-    share_T = (frame_T - knots_L[left_T]) / (knots_L[right_T] - knots_L[left_T])
-    weights_TL.scatter_(1, left_T[:, None], (1 - share_T)[:, None])
-    weights_TL.scatter_(1, right_T[:, None], share_T[:, None])
-    return weights_TL
+def _mean_frame(group_of_frame: np.ndarray) -> np.ndarray:
+    """Mean frame number of each group."""
+    frames = np.arange(len(group_of_frame))
+    return np.bincount(group_of_frame, weights=frames) / np.bincount(group_of_frame)
 
 
 def resample_to_grid(features_TCHW: Tensor, height: int, width: int) -> Tensor:

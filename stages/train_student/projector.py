@@ -6,11 +6,8 @@ Legend: B clip, J token in time, T frame or map of the teacher, L latent frame, 
 C channel.
 """
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-
-from stages.local_gram_flow import latent_frame_of_frame
 
 
 class Projector(nn.Module):
@@ -29,8 +26,8 @@ class Projector(nn.Module):
         Args:
             width: channels of the transformer's tokens.
             widths: channels of the two hidden layers and of the output.
-            time_weights_TJ: weight of each token in time in each frame of the teacher; None where
-                there are as many tokens in time as maps of the teacher, one for one.
+            time_weights_TJ: `local_gram_flow.time_weights`: what each token in time gives to each
+                frame of the teacher; None where tokens and maps correspond one for one.
         """
         super().__init__()
         first, second, out = widths
@@ -73,44 +70,3 @@ class TemporalConvolution(nn.Module):
         after = torch.cat([features_BTHWC[:, 1:], features_BTHWC[:, -1:]], dim=1)
         taps = self.taps_3C
         return taps[0] * before + taps[1] * features_BTHWC + taps[2] * after
-
-
-def time_weights(num_maps: int, num_frames: int, patch_size_t: int) -> Tensor | None:
-    """How tokens in time make the teacher's maps: weights_TJ, rows summing to 1, or None.
-
-    Linear interpolation between tokens, each standing at the mean of the frames it covers. For
-    CogVideoX 1.0 at frame rate that is `local_gram_flow.latents_to_frames`.
-
-    Args:
-        num_maps: maps of the teacher's store: one per frame or one per latent frame.
-        num_frames: frames of the clip, 4N+1.
-        patch_size_t: latent frames per token; padding lies before the clip, so that the first
-            token may cover fewer.
-
-    Returns:
-        None where token and map correspond one for one (latent rate, CogVideoX 1.0).
-
-    Raises:
-        ValueError: `num_maps` is neither.
-    """
-    latent_of_frame = latent_frame_of_frame(num_frames).numpy()
-    num_latents = int(latent_of_frame[-1]) + 1
-    if num_maps not in (num_frames, num_latents):
-        raise ValueError(
-            f"the teacher has {num_maps} maps per clip; clips of {num_frames} frames have "
-            f"{num_frames} (frame rate) or {num_latents} (latent rate)"
-        )
-    at_frame_rate = num_maps == num_frames
-    if patch_size_t == 1 and not at_frame_rate:
-        return None
-    token_of_frame = (latent_of_frame + -num_latents % patch_size_t) // patch_size_t
-    centre_J = _mean_frame(token_of_frame)
-    place_T = np.arange(num_frames) if at_frame_rate else _mean_frame(latent_of_frame)
-    columns = [np.interp(place_T, centre_J, one_hot_J) for one_hot_J in np.eye(len(centre_J))]
-    return torch.from_numpy(np.stack(columns, axis=1)).float()
-
-
-def _mean_frame(group_of_frame: np.ndarray) -> np.ndarray:
-    """Mean frame number of each group."""
-    frames = np.arange(len(group_of_frame))
-    return np.bincount(group_of_frame, weights=frames) / np.bincount(group_of_frame)

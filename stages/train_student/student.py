@@ -13,8 +13,9 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from stages.base_facts import BaseFacts
+from stages.local_gram_flow import time_weights
 from stages.train_student.config import LoraSettings, TrainConfig
-from stages.train_student.projector import Projector, time_weights
+from stages.train_student.projector import Projector
 
 BlockOutput = tuple[Tensor, Tensor]
 
@@ -138,6 +139,6 @@ def build_student(
     projector = Projector(
         facts.transformer["num_attention_heads"] * facts.transformer["attention_head_dim"],
         config.objective.projector_widths,
-        time_weights(teacher_maps, num_frames, facts.patch_size_t),
+        time_weights(teacher_maps, num_frames, patch_size_t=facts.patch_size_t),
     )
     return Student(transformer, projector.to(dtype), config.objective.block)

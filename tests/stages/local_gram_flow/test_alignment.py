@@ -7,10 +7,9 @@ from hypothesis import strategies as st
 
 from stages.local_gram_flow import (
     frames_to_latents,
-    interpolation_weights,
     latent_frame_of_frame,
-    latents_to_frames,
     resample_to_grid,
+    time_weights,
 )
 
 
@@ -52,19 +51,23 @@ def test_latent_rate_is_the_mean_of_each_group() -> None:
     torch.testing.assert_close(frames_to_latents(features), expected)
 
 
-@given(latents=st.integers(1, 14))
+@given(latents=st.integers(2, 14))
 def test_interpolation_equals_numpy_on_the_true_frame_positions(latents: int) -> None:
     num_frames = 4 * (latents - 1) + 1
     knots = [0.0] + [4 * k - 1.5 for k in range(1, latents)]
     expected = np.stack(
         [np.interp(np.arange(num_frames), knots, row) for row in np.eye(latents)], axis=-1
     )
-    np.testing.assert_allclose(interpolation_weights(num_frames).numpy(), expected, atol=1e-12)
+    weights_TJ = time_weights(num_frames, num_frames)
+    assert weights_TJ is not None
+    np.testing.assert_allclose(weights_TJ.numpy(), expected, atol=1e-6)
 
 
 def test_a_signal_linear_in_time_survives_the_way_to_latents_and_back() -> None:
     ramp = torch.arange(49, dtype=torch.float64).view(49, 1, 1, 1)
-    back = latents_to_frames(frames_to_latents(ramp)[None], 49)[0]
+    weights_TJ = time_weights(49, 49)
+    assert weights_TJ is not None
+    back = (weights_TJ.double() @ frames_to_latents(ramp).flatten()).view(49, 1, 1, 1)
     inside = slice(0, 47)  # after the last knot, 46.5, the value is held
     torch.testing.assert_close(back[inside], ramp[inside])
     assert torch.equal(back[47:].flatten(), torch.tensor([46.5, 46.5], dtype=torch.float64))
@@ -76,9 +79,32 @@ def test_frame_counts_that_do_not_fit_the_vae_are_refused(num_frames: int) -> No
         latent_frame_of_frame(num_frames)
 
 
-def test_latents_of_another_clip_length_are_refused() -> None:
-    with pytest.raises(ValueError, match="13 latent frames, got 12"):
-        latents_to_frames(torch.zeros(1, 12, 1, 1, 1), 49)
+@pytest.mark.parametrize("num_frames", [9, 13, 17, 81])
+@pytest.mark.parametrize("at_frame_rate", [True, False])
+def test_when_tokens_span_two_latents_time_stays_in_place(
+    num_frames: int, at_frame_rate: bool
+) -> None:
+    """A feature that says when its frame is must still say so after both interpolations."""
+    num_latents = (num_frames - 1) // 4 + 1
+    weights_TJ = time_weights(
+        num_frames if at_frame_rate else num_latents, num_frames, patch_size_t=2
+    )
+    assert weights_TJ is not None
+    torch.testing.assert_close(weights_TJ.sum(1), torch.ones(len(weights_TJ)))
+    frames_of_latent = [[0], *([4 * k - 3, 4 * k - 2, 4 * k - 1, 4 * k] for k in range(1, 99))]
+    nothing: list[list[int]] = [[]]
+    covered = nothing * (num_latents % 2) + frames_of_latent[:num_latents]
+    pairs = zip(covered[::2], covered[1::2], strict=True)
+    when_J = np.array([np.mean(first + second) for first, second in pairs])
+    when_T = weights_TJ.double().numpy() @ when_J
+    latents_T = [np.mean(frames) for frames in frames_of_latent[:num_latents]]
+    place_T = np.arange(num_frames) if at_frame_rate else np.array(latents_T)
+    np.testing.assert_allclose(when_T, place_T.clip(when_J[0], when_J[-1]), atol=1e-5)
+
+
+def test_maps_that_fit_neither_rate_are_refused() -> None:
+    with pytest.raises(ValueError, match="has 5 maps per clip"):
+        time_weights(5, 9)
 
 
 def test_a_ramp_across_the_picture_stays_one_on_the_token_grid() -> None:
