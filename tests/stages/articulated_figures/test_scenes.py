@@ -112,7 +112,8 @@ def test_the_truth_is_json_with_what_an_evaluation_needs(clips):
     for clip in clips[:3]:
         truth = json.loads(json.dumps(clip.truth()))
         assert set(truth) == {
-            "kind", "gait", "fps", "height", "width", "joint_names", "joints_xy", "limbs", "visible",
+            "kind", "gait", "fps", "height", "width",
+            "joint_names", "joints_xy", "limbs", "visible",
         }  # fmt: skip
         for limb in truth["limbs"]:
             assert set(limb["joints"]) <= set(truth["joint_names"])

@@ -63,7 +63,7 @@ def test_the_window_lies_inside_the_source_centred_and_tight(source, target, pix
 
 
 def test_a_mask_of_another_size_names_both_sizes():
-    with pytest.raises(ValueError, match="10x20.*48x64"):
+    with pytest.raises(ValueError, match=r"10x20.*48x64"):
         geometry_of((48, 64), (48, 64)).mask(np.ones((10, 20), bool))
 
 
