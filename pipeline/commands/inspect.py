@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from cache_schema import SCHEMA_VERSION, StoreReader, find_store
-from pipeline.config import RunConfig
+from pipeline.config import ConfigError, RunConfig
 from pipeline.console import Answer, in_bytes
+from stages.extract_features.config import Kind
 from stages.progress import Progress
 
 _SKIPPED_SHOWN = 20
@@ -53,8 +54,11 @@ def _store_path(config: RunConfig, store: str) -> Path:
     for folder in (Path(store), config.cache / store):
         if (folder / "store.json").is_file():
             return folder
-    if Path(store).is_dir() or "/" in store:
-        raise ValueError(f"{store} is no store: it has no store.json")
+    kinds = get_args(Kind)
+    if store not in kinds:
+        raise ConfigError(
+            f"{store} is neither a kind of store ({', '.join(kinds)}) nor the folder of one"
+        )
     return find_store(config.cache, store, folder=config.train.stores.get(store))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache_schema import ArraySpec, SkippedClip, StoreSettings, StoreWriter
+from cache_schema import ArraySpec, CacheError, SkippedClip, StoreSettings, StoreWriter
 from pipeline.commands import assets, extract, inspect, sample, train
 from pipeline.config import ConfigError, load_config
 from stages.extract_features.summary import ExtractSummary, KindSummary
@@ -284,7 +284,7 @@ class TestInspect:
 
     def test_one_of_several_stores_is_chosen_by_the_setting(self, config, store, features):
         first, second = store("teacher", features, note=1), store("teacher", features, note=2)
-        with pytest.raises(Exception, match=r"several teacher stores .*train\.stores\.teacher"):
+        with pytest.raises(CacheError, match=r"several teacher stores .*train\.stores\.teacher"):
             inspect.run(config, QUIET)
         section = config.train.model_copy(update={"stores": {"teacher": second.name}})
         chosen = inspect.run(config.model_copy(update={"train": section}), QUIET)
@@ -302,9 +302,14 @@ class TestInspect:
         assert answer.data["clips"] == 0
         assert "clip" not in answer.data
 
-    def test_a_path_that_is_no_store_is_refused(self, config, tmp_path):
-        with pytest.raises(ValueError, match=r"is no store: it has no store\.json"):
-            inspect.run(config, QUIET, store=str(tmp_path))
+    @pytest.mark.parametrize("store", ["/", "teachr", "teacher-0123"])
+    def test_what_is_no_store_is_bad_usage(self, config, store):
+        with pytest.raises(ConfigError, match=r"neither a kind of store \(teacher, lat"):
+            inspect.run(config, QUIET, store=store)
+
+    def test_a_kind_that_was_not_extracted_names_the_command(self, config):
+        with pytest.raises(CacheError, match="run sam2vx-pipeline extract-features"):
+            inspect.run(config, QUIET)
 
 
 class TestAssets:
