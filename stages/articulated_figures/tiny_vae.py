@@ -18,10 +18,10 @@ _NORM_GROUPS = 4
 _CROP = 64
 _CROP_FRAMES = 9
 """Two latent frames and the first: the shortest clip with every temporal path in it."""
-_IMAGE_SHARE = 0.6
+_IMAGE_SHARE = 0.7
 """Share of the steps that see single frames: a ninth of the work, and colours come first."""
 _IMAGE_BATCH, _CLIP_BATCH = 4, 2
-_LEARNING_RATE = 3e-3
+_LEARNING_RATE = 5e-3
 _KL_WEIGHT = 1e-4
 _SQUARED_WEIGHT = 2.0
 """Weight of the squared error beside the absolute one: small bright limbs count for more."""
