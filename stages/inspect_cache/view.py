@@ -56,7 +56,8 @@ def flow_of_features(features_THWC: np.ndarray, radius: int, temperature: float)
     """
     features_BTHWC = torch.from_numpy(features_THWC.astype(np.float32))[None]
     similarities_BPHWK = local_gram_flow(features_BTHWC, radius)
-    inside_HWK = neighbour_mask(*features_THWC.shape[1:3], radius)
+    _, height, width, _ = features_THWC.shape
+    inside_HWK = neighbour_mask(height, width, radius)
     mirrored_HWK = inside_HWK & inside_HWK.flip(-1)
     balanced_BPHWK = similarities_BPHWK.masked_fill(~mirrored_HWK, -1e4 * temperature)
     flow_PHW2: np.ndarray = implied_flow(balanced_BPHWK, temperature)[0].numpy()
