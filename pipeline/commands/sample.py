@@ -30,7 +30,8 @@ def run(
         prompt: What to draw.
         image: The first frame, for image-to-video.
         out: The mp4; None makes a name from run, prompt and seed in `config.outputs`.
-        run_dir: The run; None takes the one that finished last beside `config.train.run_dir`.
+        run_dir: The run; None takes the one that finished last, of this base model, beside
+            `config.train.run_dir`.
         base_only: Draw without any run's weights.
     """
     if base_only and run_dir is not None:
@@ -96,10 +97,10 @@ def _newest_run(config: RunConfig) -> Path:
     from stages.sample_videos.runs import newest_finished_run
 
     runs = config.train.run_dir.parent
-    newest = newest_finished_run(runs)
+    newest = newest_finished_run(runs, config.model)
     if newest is None:
         raise ValueError(
-            f"no finished run in {runs}; run sam2vx-pipeline train, name one with --run, or draw "
-            "from the base model alone with --base"
+            f"no finished run of {config.model.path} in {runs}; run sam2vx-pipeline train, name a "
+            "run with --run, or draw from the base model alone with --base"
         )
     return newest

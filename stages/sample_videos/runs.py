@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import yaml
 from safetensors import SafetensorError, safe_open
+
+from stages.config import BaseModelConfig
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _METADATA_KEY = "lora_adapter_metadata"
@@ -23,12 +26,26 @@ class Export:
     """Shape of each adapter weight by its name in the file; empty for full tuning."""
 
 
-def newest_finished_run(runs_root: Path) -> Path | None:
-    """Return the run under `runs_root` that finished last, or None if none has."""
+def newest_finished_run(runs_root: Path, model: BaseModelConfig) -> Path | None:
+    """Return the run under `runs_root` that finished last, or None if none has.
+
+    Only runs trained from `model` count; runs of several base models may lie side by side.
+    """
     finished = sorted(
         runs_root.glob("*/finished.json"), key=lambda file: (file.stat().st_mtime_ns, file)
     )
-    return finished[-1].parent if finished else None
+    for file in reversed(finished):
+        if _base_model_of(file.parent) == model.path:
+            return file.parent
+    return None
+
+
+def _base_model_of(run_dir: Path) -> str | None:
+    try:
+        settings = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        return str(settings["model"]["path"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None  # no run of ours, or one that cannot be read: --run can still name it
 
 
 def find_export(run_dir: Path) -> Export:

@@ -190,6 +190,7 @@ class TestSample:
         run = config.train.run_dir.parent / name
         run.mkdir(parents=True)
         (run / "finished.json").touch()
+        (run / "config.yaml").write_text(f"model: {{path: {config.model.path}}}\n")
         return run
 
     def test_the_newest_finished_run_is_the_default(self, config, calls):
@@ -216,7 +217,7 @@ class TestSample:
         assert calls[0]["out"].name == "base-video-seed0.mp4"
 
     def test_without_a_finished_run_the_remedies_are_named(self, config, calls):
-        with pytest.raises(ValueError, match=r"no finished run in .*--base"):
+        with pytest.raises(ValueError, match=r"no finished run of base in .*--base"):
             sample.run(config, QUIET, prompt="a dog")
         assert not calls
 

@@ -94,8 +94,9 @@ def full_run(bases, tmp_path):
 
 @pytest.fixture
 def finish():
-    def mark(run, when):
+    def mark(run, when, model="base"):
         run.mkdir(parents=True, exist_ok=True)
+        (run / "config.yaml").write_text(f"model:\n  path: {model}\n  revision: null\n")
         (run / "finished.json").write_text("{}")
         os.utime(run / "finished.json", (when, when))
         return run

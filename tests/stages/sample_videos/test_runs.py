@@ -1,7 +1,10 @@
 import pytest
 from safetensors.torch import load_file, save_file
 
+from stages.config import BaseModelConfig
 from stages.sample_videos.runs import LORA_FILE, find_export, newest_finished_run
+
+BASE = BaseModelConfig(path="base")
 
 
 def test_the_newest_run_is_the_one_that_finished_last(tmp_path, finish):
@@ -10,13 +13,21 @@ def test_the_newest_run_is_the_one_that_finished_last(tmp_path, finish):
     finish(tmp_path / "c", 100)
     (tmp_path / "unfinished" / "export").mkdir(parents=True)
     (tmp_path / "finished.json").touch()
-    assert newest_finished_run(tmp_path) == last
+    assert newest_finished_run(tmp_path, BASE) == last
+
+
+def test_runs_of_other_base_models_do_not_count(tmp_path, finish):
+    ours = finish(tmp_path / "a", 100)
+    finish(tmp_path / "b", 200, model="another")
+    (finish(tmp_path / "c", 300) / "config.yaml").unlink()
+    (finish(tmp_path / "d", 400) / "config.yaml").write_text("model: [")
+    assert newest_finished_run(tmp_path, BASE) == ours
 
 
 def test_there_may_be_no_finished_run(tmp_path):
     (tmp_path / "unfinished").mkdir()
-    assert newest_finished_run(tmp_path) is None
-    assert newest_finished_run(tmp_path / "nowhere") is None
+    assert newest_finished_run(tmp_path, BASE) is None
+    assert newest_finished_run(tmp_path / "nowhere", BASE) is None
 
 
 def test_an_export_tells_its_method(lora_run, full_run):
