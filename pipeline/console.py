@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -141,13 +142,24 @@ class _Bars:
         self._bars.console.print(Text(text), soft_wrap=True)
 
 
+_SECONDS_BETWEEN_LINES = 30.0
+"""How often a bar says where it is when stderr is a file, which shows no moving bar."""
+
+
 class _Bar:
     def __init__(self, bars: RichBars, bar: TaskID) -> None:
         self._bars = bars
         self._bar = bar
+        self._said_at = time.monotonic()
 
     def advance(self, amount: int = 1) -> None:
         self._bars.advance(self._bar, amount)
+        now = time.monotonic()
+        if not self._bars.console.is_terminal and now - self._said_at >= _SECONDS_BETWEEN_LINES:
+            self._said_at = now
+            (task,) = (task for task in self._bars.tasks if task.id == self._bar)
+            words = (task.description, _Count().render(task), _Rate().render(task))
+            self._bars.console.print(Text(" ".join(map(str, words))), soft_wrap=True)
 
     def note(self, text: str) -> None:
         self._bars.update(self._bar, note=text)

@@ -57,6 +57,16 @@ def test_bars_and_lines_go_to_stderr_with_counts_units_and_notes(capfd):
     assert "loss [0.5]" in err
 
 
+def test_a_bar_says_where_it_is_when_stderr_is_a_file(capfd, monkeypatch):
+    monkeypatch.setattr(console, "_SECONDS_BETWEEN_LINES", 0)
+    with console.console_progress() as progress, progress.task("read", 3, unit="files") as task:
+        for _ in range(3):
+            task.advance()
+    lines = capfd.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("read 1/3 files")]
+    assert [line for line in lines if line.startswith("read 2/3 files")]
+
+
 def test_a_bar_of_unknown_length_counts(capfd):
     with console.console_progress() as progress, progress.task("read", None, unit="files") as task:
         task.advance(3)
