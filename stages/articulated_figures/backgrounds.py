@@ -6,7 +6,6 @@ import numpy as np
 
 from stages.articulated_figures.drawing import scrolled, smooth_noise
 
-# ruff: noqa: N815  (fields carry their axes)
 # Legend: T frame, H W pixels, C colour (RGB, 0 to 1), J joint, 2 x and y.
 
 # Muted, so that no limb's colour occurs in them.

@@ -13,7 +13,6 @@ from stages.articulated_figures.drawing import capsule_coverage
 from stages.articulated_figures.figures import BODY_PLANS, Kind, Limb
 from stages.articulated_figures.gaits import GAITS, Gait, advance_per_cycle, drop_to_ground
 
-# ruff: noqa: N815  (fields carry their axes)
 # Legend: T frame, H W pixels, C colour (RGB), J joint, L limb, 2 x and y.
 
 _KINDS: tuple[Kind, ...] = ("biped", "quadruped", "arm")

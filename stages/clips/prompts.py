@@ -7,7 +7,6 @@ import numpy as np
 
 from stages.clips.geometry import FrameGeometry
 
-# ruff: noqa: N815  (fields carry their axes)
 # Legend: H W pixels, N points.
 
 PromptKind = Literal["mask", "box", "points"]

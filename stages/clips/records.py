@@ -8,7 +8,6 @@ import numpy as np
 from stages.clips.geometry import FrameGeometry
 from stages.clips.prompts import SubjectPrompt
 
-# ruff: noqa: N815  (fields carry their axes)
 # Legend: T frame, H W pixels, C colour (RGB).
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import av
 import numpy as np
 
-# ruff: noqa: N815  (fields carry their axes)
 # Legend: T frame, H W pixels, C colour (RGB).
 
 _FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,ivf,h264,hevc,m4v"

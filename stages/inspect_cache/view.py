@@ -14,8 +14,6 @@ from stages.local_gram_flow import (
     neighbour_mask,
 )
 
-# ruff: noqa: N815  (fields carry their axes)
-
 # Legend: T moment in the store (frame or latent frame), P = T - 1 pairs, H W grid, C channel.
 
 _SMALLEST_FULL_COLOUR = 0.2

@@ -6,8 +6,6 @@ so one run gives the same samples on any number of processes, and after a resume
 Legend: B clip, F latent frame, C channel, H W latent, L text token, D width, T map of the teacher.
 """
 
-# ruff: noqa: N815  (tensor fields carry their axes)
-
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
