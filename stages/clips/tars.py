@@ -1,12 +1,13 @@
-"""Webdataset tars: members grouped into records; nothing is extracted, no name used as a path."""
+"""Webdataset tars: members grouped into records; nothing is extracted, no name used as a path.
+
+webdataset loads torch, so it is imported where a tar is read: a configuration loads without it.
+"""
 
 import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
 from stages.clips.fields import caption_from_fields, prompt_from_fields
 from stages.clips.keys import VIDEO_SUFFIXES, KeyBook
@@ -53,6 +54,8 @@ def count_samples(path: Path) -> int:
 
 def _samples(path: Path) -> Iterator[tuple[str, _Members, str | None]]:
     """Member key, members by suffix, and what is wrong with the group."""
+    from webdataset.tariterators import tar_file_iterator
+
     current: str | None = None
     members: _Members = {}
     problem: str | None = None
@@ -77,6 +80,8 @@ def _samples(path: Path) -> Iterator[tuple[str, _Members, str | None]]:
 
 
 def _split(name: str) -> tuple[str | None, str]:
+    from webdataset.tariterators import base_plus_ext
+
     key, suffix = base_plus_ext(name.removeprefix("./"))
     return (key, suffix.lower()) if key is not None else (None, "")
 

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-HEAVY = ["torch", "diffusers", "transformers", "deepspeed", "sam2", "zarr"]
+HEAVY = ["torch", "diffusers", "transformers", "deepspeed", "sam2", "zarr", "webdataset"]
+CONFIG_SHOW = ("config", "show", "--config", "demo")
 
 
 def modules_after(script):
@@ -30,8 +31,8 @@ def command(*words):
     )
 
 
-@pytest.mark.parametrize("words", [("--help",), ("train", "--help")])
-def test_help_loads_no_library_that_computes(words):
+@pytest.mark.parametrize("words", [("--help",), ("train", "--help"), CONFIG_SHOW])
+def test_help_and_configuration_load_no_library_that_computes(words):
     assert modules_after(command(*words)).isdisjoint(HEAVY)
 
 
