@@ -7,13 +7,26 @@ from pydantic import Field, model_validator
 from stages.config import Section
 
 
+def check_num_frames(num_frames: int) -> None:
+    """Refuse a length that the VAE does not give back.
+
+    It makes N latent frames of 4(N-1)+1 frames, but decodes latent frames in pairs with the odd one
+    first: an even N comes out three frames longer. So N is odd, and the length 8N+1.
+
+    Raises:
+        ValueError: It is not 8N+1.
+    """
+    if num_frames % 8 != 1:
+        raise ValueError(f"num_frames must be 8N+1, got {num_frames}; 49 is usual")
+
+
 class ClipsConfig(Section):
     """Which clips, and the size, length and rate they are brought to."""
 
     path: Path
     """Folder of webdataset tars, one tar, or a folder with metadata.jsonl or metadata.csv."""
-    num_frames: int = Field(default=49, ge=5)
-    """Frames per clip, 4N+1 (the VAE's rate); 49 for CogVideoX 1.0."""
+    num_frames: int = Field(default=49, ge=9)
+    """Frames per clip, 8N+1 (9, 17, 25, 33, …); 49 for CogVideoX 1.0."""
     height: int = Field(default=480, ge=16, multiple_of=16)
     """Training height in pixels, a multiple of 16; 480 for CogVideoX 1.0."""
     width: int = Field(default=720, ge=16, multiple_of=16)
@@ -26,10 +39,7 @@ class ClipsConfig(Section):
 
     @model_validator(mode="after")
     def _frames_fit_the_vae(self) -> "ClipsConfig":
-        if self.num_frames % 4 != 1:
-            raise ValueError(
-                f"num_frames must be 4N+1, got {self.num_frames}; 49 is usual (13 latent frames)"
-            )
+        check_num_frames(self.num_frames)
         return self
 
     @property

@@ -1,7 +1,8 @@
 """Settings of sampling."""
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from stages.clips.config import check_num_frames
 from stages.config import Precision, Section
 
 
@@ -14,11 +15,17 @@ class SampleConfig(Section):
     """Classifier-free guidance scale; 6 is usual, 1 turns it off."""
     seed: int = 0
     """Seeds the initial noise."""
-    num_frames: int | None = Field(default=None, ge=5)
-    """Frames to draw; null takes the clips' length (49)."""
+    num_frames: int | None = Field(default=None, ge=9)
+    """Frames to draw, 8N+1; null takes the clips' length (49)."""
     device: str = "auto"
     """auto takes CUDA when there is one; otherwise a torch device."""
     precision: Precision = "bf16"
     """Arithmetic of the models; bf16 on a GPU, fp32 on a CPU."""
     cpu_offload: bool = False
     """Move each model to the GPU only while it runs: slower, fits a 24 GB card."""
+
+    @model_validator(mode="after")
+    def _frames_fit_the_vae(self) -> "SampleConfig":
+        if self.num_frames is not None:
+            check_num_frames(self.num_frames)
+        return self

@@ -77,15 +77,9 @@ def sample_video(
 
     Raises:
         ValueError: An export that is missing or does not fit, an image where there must be none
-            (or none where there must be one), a length that is not 8N+1.
+            (or none where there must be one).
     """
     started = time.monotonic()
-    num_frames = config.num_frames or clips.num_frames
-    if num_frames % 8 != 1:  # an even number of latent frames would come out three frames longer
-        raise ValueError(
-            f"sample.num_frames must be 8N+1, got {num_frames}; 49 is usual (the VAE decodes pairs "
-            "of latent frames after the first)"
-        )
     if not prompt.strip():
         raise ValueError("the prompt is empty; say what to draw")
     device = _device(config)
@@ -116,7 +110,7 @@ def sample_video(
             prompt=prompt,
             height=clips.height,
             width=clips.width,
-            num_frames=num_frames,
+            num_frames=config.num_frames or clips.num_frames,
             num_inference_steps=config.steps,
             guidance_scale=config.guidance,
             max_sequence_length=pipeline.transformer.config.max_text_seq_length,

@@ -19,7 +19,7 @@ def number(low, high):
 VALID = {
     "name": WORDS,
     "cache": WORDS.map(Path),
-    "data.num_frames": st.integers(2, 40).map(lambda n: 4 * n + 1),
+    "data.num_frames": st.integers(1, 20).map(lambda n: 8 * n + 1),
     "data.height": st.integers(1, 90).map(lambda n: 16 * n),
     "data.fps": st.none() | number(0.1, 60),
     "model.revision": st.none() | WORDS,
@@ -34,7 +34,7 @@ VALID = {
     "train.lora.target_modules": st.lists(WORDS, min_size=1, max_size=3).map(tuple),
     "train.optimizer.learning_rate": st.floats(1e-12, 1e3),
     "train.optimizer.betas": st.tuples(number(0, 1), number(0, 1)),
-    "sample.num_frames": st.none() | st.integers(5, 100),
+    "sample.num_frames": st.none() | st.integers(1, 20).map(lambda n: 8 * n + 1),
     "demo": st.none(),
 }
 OVERRIDES = st.sampled_from(sorted(VALID)).flatmap(
@@ -132,7 +132,9 @@ def test_a_configuration_is_frozen(minimal):
         ("extract.kinds=[]", "extract.kinds must be at least 1 long, got []"),
         ("extract.kinds=teacher", "extract.kinds must be a list, such as [a, b], got 'teacher'"),
         ("data.height=17", "data.height must be a multiple of 16, got 17"),
-        ("data.num_frames=50", "data: num_frames must be 4N+1, got 50; 49 is usual"),
+        ("data.num_frames=50", "data: num_frames must be 8N+1, got 50; 49 is usual"),
+        ("data.num_frames=13", "data: num_frames must be 8N+1, got 13"),
+        ("sample.num_frames=13", "sample: num_frames must be 8N+1, got 13"),
         ("data.path=123", "data.path must be a path, got 123; put it in quotes"),
         ("train.stores.teacher=1", "train.stores.teacher must be text, got 1; put it in quotes"),
         ("data.fps=.inf", "data.fps must be finite, got inf"),

@@ -96,10 +96,10 @@ def write_jsonl(folder: Path, rows: list[dict[str, Any] | bytes]) -> Path:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Callable[..., ClipsConfig]:
-    """A configuration for tiny clips: 5 frames of 32x48 at 8 frames/s."""
+    """A configuration for tiny clips: 9 frames of 32x48 at 8 frames/s."""
 
     def make(**changes: Any) -> ClipsConfig:
-        settings = {"path": tmp_path, "num_frames": 5, "height": 32, "width": 48, "fps": 8.0}
+        settings = {"path": tmp_path, "num_frames": 9, "height": 32, "width": 48, "fps": 8.0}
         return ClipsConfig(**(settings | changes))
 
     return make

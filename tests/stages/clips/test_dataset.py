@@ -19,7 +19,7 @@ def by_key(records) -> dict:
 
 
 def test_a_tar_gives_records_with_captions_and_prompts(tools, config, tmp_path):
-    video = tools.encode(tools.counting_frames(5))
+    video = tools.encode(tools.counting_frames(9))
     mask = np.zeros((32, 48), np.uint8)
     mask[4:20, 8:30] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
@@ -45,7 +45,7 @@ def test_a_tar_gives_records_with_captions_and_prompts(tools, config, tmp_path):
 
 
 def test_shards_are_tars_in_order_with_safe_stable_unique_names(tools, config, tmp_path):
-    video = tools.encode(tools.counting_frames(5))
+    video = tools.encode(tools.counting_frames(9))
     for name in ("b.tar", "a b.tar", "A.tar", "a.tar", "ünder.tar", "00.part.tar"):
         tools.write_tar(tmp_path / name, [("x.mp4", video)])
     shards = open_dataset(config()).shards
@@ -61,7 +61,7 @@ def test_shards_are_tars_in_order_with_safe_stable_unique_names(tools, config, t
 
 
 def test_what_is_wrong_in_a_tar_is_told_clip_by_clip(tools, config, tmp_path):
-    video = tools.encode(tools.counting_frames(5))
+    video = tools.encode(tools.counting_frames(9))
     tools.write_tar(
         tmp_path / "t.tar",
         [
@@ -101,7 +101,7 @@ def test_what_is_wrong_in_a_tar_is_told_clip_by_clip(tools, config, tmp_path):
 
 
 def test_member_names_never_touch_the_disk(tools, config, tmp_path, monkeypatch):
-    video = tools.encode(tools.counting_frames(5))
+    video = tools.encode(tools.counting_frames(9))
     data = tmp_path / "data"
     data.mkdir()
     names = ["/etc/x.mp4", "../../escape.mp4", "a/../../b.mp4", "/abs.txt"]
@@ -119,7 +119,7 @@ def test_member_names_never_touch_the_disk(tools, config, tmp_path, monkeypatch)
 
 
 def test_a_torn_tar_gives_its_readable_part_and_a_bad_record(tools, config, tmp_path):
-    video = tools.encode(tools.counting_frames(5))
+    video = tools.encode(tools.counting_frames(9))
     path = tools.write_tar(tmp_path / "t.tar", [(f"{name}.mp4", video) for name in "abc"])
     start_of_c = 2 * (512 + 512 * -(-len(video) // 512))
     path.write_bytes(path.read_bytes()[: start_of_c + 600])
@@ -133,7 +133,7 @@ def test_a_torn_tar_gives_its_readable_part_and_a_bad_record(tools, config, tmp_
 
 
 def test_unusable_keys_become_bad_records_under_usable_ones(tools, config, tmp_path):
-    video = tools.encode(tools.counting_frames(5))
+    video = tools.encode(tools.counting_frames(9))
     names = ["bell\x07.mp4", "k" * 1500 + ".mp4", "sur\udcffrogate.mp4", "snö.mp4"]
     tools.write_tar(tmp_path / "t.tar", [(name, video) for name in names])
     records = read_all(config())
@@ -144,7 +144,7 @@ def test_unusable_keys_become_bad_records_under_usable_ones(tools, config, tmp_p
 
 
 def test_a_metadata_folder_is_cut_into_shards(tools, config, tmp_path):
-    video = tools.encode(tools.counting_frames(5))
+    video = tools.encode(tools.counting_frames(9))
     for index in range(5):
         (tmp_path / f"clip{index}.mp4").write_bytes(video)
     Image.fromarray(np.full((32, 48), 255, np.uint8)).save(tmp_path / "m.png")

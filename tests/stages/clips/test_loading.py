@@ -18,44 +18,45 @@ def reason_of(record, config) -> str:
 @pytest.mark.parametrize(
     ("source_fps", "expected"),
     [
-        (8, [0, 1, 2, 3, 4]),
-        (16, [0, 2, 4, 6, 8]),
-        (24, [0, 3, 6, 9, 12]),
-        (30, [0, 3, 7, 11, 15]),  # 3.75 frames an instant: the one already shown
-        (Fraction(24000, 1001), [0, 2, 5, 8, 11]),
-        (7.9, [0, 1, 2, 3, 4]),
-        (8.1, [0, 1, 2, 3, 4]),
+        (8, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        (16, [0, 2, 4, 6, 8, 10, 12, 14, 16]),
+        (24, [0, 3, 6, 9, 12, 15, 18, 21, 24]),
+        # 3.75 frames an instant: the one already shown
+        (30, [0, 3, 7, 11, 15, 18, 22, 26, 30]),
+        (Fraction(24000, 1001), [0, 2, 5, 8, 11, 14, 17, 20, 23]),
+        (7.9, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        (8.1, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
     ],
 )
 def test_frames_are_those_shown_at_each_instant(tools, config, source_fps, expected):
-    video = tools.encode(tools.counting_frames(20), fps=source_fps)
+    video = tools.encode(tools.counting_frames(40), fps=source_fps)
     clip = load_clip(tools.record_of(video), config())
     assert tools.numbers_of(clip.frames_THWC) == expected
     assert clip.geometry.source_fps == pytest.approx(float(source_fps))
 
 
 def test_milliseconds_of_matroska_do_not_shift_the_frames(tools, config):
-    video = tools.encode(tools.counting_frames(20), fps=24, container="matroska")
+    video = tools.encode(tools.counting_frames(40), fps=24, container="matroska")
     clip = load_clip(tools.record_of(video), config())
-    assert tools.numbers_of(clip.frames_THWC) == [0, 3, 6, 9, 12]
+    assert tools.numbers_of(clip.frames_THWC) == [0, 3, 6, 9, 12, 15, 18, 21, 24]
 
 
 def test_null_fps_takes_frames_as_stored(tools, config):
     video = tools.encode(tools.counting_frames(20), fps=30)
     clip = load_clip(tools.record_of(video), config(fps=None))
-    assert tools.numbers_of(clip.frames_THWC) == [0, 1, 2, 3, 4]
+    assert tools.numbers_of(clip.frames_THWC) == list(range(9))
     assert clip.geometry.sampling == "consecutive"
 
 
 def test_uneven_times_are_honoured(tools, config):
-    # 16 frames/s on average; instants are 0, 125, 250, 375, 500 ms.
-    times = [0, 20, 130, 140, 240, 260, 370, 380, 490, 520, 600]
+    # 16 frames/s on average; instants are 0, 125, 250, … 1000 ms.
+    times = [0, 20, 130, 140, 240, 260, 370, 380, 490, 520, 600, 640, 740, 760, 870, 880, 990, 1020]
     video = tools.encode(
-        tools.counting_frames(11), fps=16, container="matroska", times=times,
+        tools.counting_frames(18), fps=16, container="matroska", times=times,
         options={"bframes": "0"},
     )  # fmt: skip
     clip = load_clip(tools.record_of(video), config())
-    assert tools.numbers_of(clip.frames_THWC) == [0, 1, 4, 6, 8]
+    assert tools.numbers_of(clip.frames_THWC) == [0, 1, 4, 6, 8, 10, 12, 14, 16]
 
 
 def test_a_pause_is_skipped_rather_than_filled_with_copies(tools, config):
@@ -72,11 +73,11 @@ def test_too_slow_and_too_short_sources_are_told_apart(tools, config):
     assert reason_of(tools.record_of(slow), config()) == "fps_too_low"
     short = tools.encode(tools.counting_frames(4), fps=8)
     assert reason_of(tools.record_of(short), config()) == "too_short"
-    # 12 frames at 24/s last half a second: instants 0 to 3, the fifth falls just after the end.
-    ends = tools.encode(tools.counting_frames(12), fps=24)
+    # 24 frames at 24/s last one second: instants 0 to 7, the ninth falls just after the end.
+    ends = tools.encode(tools.counting_frames(24), fps=24)
     assert reason_of(tools.record_of(ends), config()) == "too_short"
-    lasts = tools.encode(tools.counting_frames(13), fps=24)
-    assert len(load_clip(tools.record_of(lasts), config()).frames_THWC) == 5
+    lasts = tools.encode(tools.counting_frames(25), fps=24)
+    assert len(load_clip(tools.record_of(lasts), config()).frames_THWC) == 9
 
 
 def audio_only() -> bytes:
@@ -111,7 +112,7 @@ def test_files_that_are_no_video_are_undecodable(tools, config, tmp_path):
 
 def test_damage_inside_a_video_never_passes_silently(tools, config):
     rng = np.random.default_rng(0)
-    frames = rng.integers(0, 255, (5, 32, 48, 3), dtype=np.uint8)
+    frames = rng.integers(0, 255, (9, 32, 48, 3), dtype=np.uint8)
     whole = bytearray(tools.encode(frames, container="matroska"))
     whole[len(whole) // 3 : 2 * len(whole) // 3] = bytes(len(whole) // 3 + 1)[: len(whole) // 3]
     assert reason_of(tools.record_of(bytes(whole)), config()) in ("undecodable", "too_short")
@@ -122,7 +123,7 @@ def test_rotation_in_the_file_is_applied(tools, config, rotation):
     upright = tools.corner_frame(32, 48)
     turns = rotation // 90
     stored = np.rot90(upright, -turns)  # what must be turned counter-clockwise to stand upright
-    video = tools.encode(np.repeat(stored[None], 5, axis=0), rotation=rotation)
+    video = tools.encode(np.repeat(stored[None], 9, axis=0), rotation=rotation)
     clip = load_clip(tools.record_of(video), config())
     assert np.abs(clip.frames_THWC[0].astype(int) - upright)[4:12, 4:20].max() < 12
     assert np.abs(clip.frames_THWC[0].astype(int) - upright)[20:28, 28:44].max() < 12
@@ -144,20 +145,20 @@ def test_pixel_formats_and_containers_keep_brightness(tools, config, codec, pix_
     video = tools.encode(frames, codec=codec, pix_fmt=pix_fmt, container=container)
     clip = load_clip(tools.record_of(video), config())
     means = clip.frames_THWC.mean(axis=(1, 2, 3))
-    np.testing.assert_allclose(means, frames[:5].mean(axis=(1, 2, 3)), atol=4)
+    np.testing.assert_allclose(means, frames[:9].mean(axis=(1, 2, 3)), atol=4)
 
 
 def test_odd_sizes_are_brought_to_the_training_size(tools, config):
-    video = tools.encode(tools.counting_frames(5, 33, 51))
+    video = tools.encode(tools.counting_frames(9, 33, 51))
     clip = load_clip(tools.record_of(video), config())
-    assert clip.frames_THWC.shape == (5, 32, 48, 3) and clip.frames_THWC.dtype == np.uint8
-    assert tools.numbers_of(clip.frames_THWC) == [0, 1, 2, 3, 4]
+    assert clip.frames_THWC.shape == (9, 32, 48, 3) and clip.frames_THWC.dtype == np.uint8
+    assert tools.numbers_of(clip.frames_THWC) == list(range(9))
 
 
 def test_non_square_pixels_are_stretched_to_their_shape(tools, config):
     # 32 x 24 stored pixels, each twice as wide as high, show a 32 x 48 picture.
     narrow = tools.corner_frame(32, 24)
-    video = tools.encode(np.repeat(narrow[None], 5, axis=0), pixel_aspect=Fraction(2, 1))
+    video = tools.encode(np.repeat(narrow[None], 9, axis=0), pixel_aspect=Fraction(2, 1))
     clip = load_clip(tools.record_of(video), config())
     wide = tools.corner_frame(32, 48)
     assert np.abs(clip.frames_THWC[0].astype(int) - wide)[:, :20].mean() < 4
@@ -178,7 +179,7 @@ def test_a_prompt_follows_the_pixels(tools, config):
     image = np.zeros((height, width, 3), np.uint8)
     image[16:48, 40:72] = 255
     mask_HW = image[..., 0] > 0
-    video = tools.encode(np.repeat(image[None], 5, axis=0), pix_fmt="yuv444p")
+    video = tools.encode(np.repeat(image[None], 9, axis=0), pix_fmt="yuv444p")
     prompts = {
         "mask": SubjectPrompt(mask_HW=mask_HW),
         "box": SubjectPrompt(box_xyxy=(40.0, 16.0, 72.0, 48.0)),
@@ -211,5 +212,5 @@ def test_a_prompt_follows_the_pixels(tools, config):
     ids=["box", "points", "mask", "mask of another size"],
 )
 def test_prompts_outside_the_crop_are_bad(tools, config, prompt):
-    video = tools.encode(tools.counting_frames(5, 32, 96))
+    video = tools.encode(tools.counting_frames(9, 32, 96))
     assert reason_of(tools.record_of(video, prompt), config()) == "bad_prompt"

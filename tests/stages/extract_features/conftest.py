@@ -236,7 +236,7 @@ def subject_mask() -> Callable[..., np.ndarray]:
 
 
 CAPTIONS = ("a red ellipse drifts to the right", "an ellipse over a grey texture")
-CLIP_FRAMES, CLIP_HEIGHT, CLIP_WIDTH = 5, 64, 96
+CLIP_FRAMES, CLIP_HEIGHT, CLIP_WIDTH = 9, 64, 96
 
 
 def write_tar(path: Path, first: int, num_clips: int, *, bad: frozenset[int]) -> None:

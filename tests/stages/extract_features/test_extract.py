@@ -79,10 +79,10 @@ def test_stores_hold_what_training_expects(whole: ExtractSummary) -> None:
     assert text.read(key)["embeds"].shape == (32, 32)
     assert text.record(key).attributes["caption"] == "an ellipse over a grey texture"
     assert latents.read(key)["mean"].shape == latents.read(key)["std"].shape
-    assert latents.read(key)["mean"].shape[0::2] == (2, 8)
+    assert latents.read(key)["mean"].shape[0::2] == (3, 8)
     assert (latents.read(key)["std"] > 0).all()
     features = teacher.read(key)["features"]
-    assert features.shape == (5, 4, 6, 64)
+    assert features.shape == (9, 4, 6, 64)
     np.testing.assert_allclose(np.linalg.norm(features.astype(float), axis=-1), 1, atol=2e-3)
     assert teacher.record(key).attributes["prompt"] == "mask"
     assert teacher.settings.values["clips"] == latents.settings.values["clips"]

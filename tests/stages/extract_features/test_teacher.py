@@ -67,7 +67,7 @@ def latent_means(features_THWC: np.ndarray) -> np.ndarray:
 @pytest.fixture
 def clips(two_shards: ClipsConfig) -> ClipsConfig:
     """Nine frames: three latent frames."""
-    return two_shards.model_copy(update={"num_frames": 9})
+    return two_shards
 
 
 @pytest.fixture

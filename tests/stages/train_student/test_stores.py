@@ -114,6 +114,6 @@ def test_teacher_and_latents_of_differently_cut_clips_are_refused(tiny, tmp_path
 
 
 def test_other_clip_sizes_are_refused(tiny, cache, facts):
-    longer = ClipsConfig(path="unused", num_frames=13, height=tiny.HEIGHT, width=tiny.WIDTH)
+    longer = ClipsConfig(path="unused", num_frames=17, height=tiny.HEIGHT, width=tiny.WIDTH)
     with pytest.raises(ValueError, match="num_frames"):
         check_stores(join_stores(cache, {}, with_teacher=True), facts, longer)
