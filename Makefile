@@ -50,7 +50,7 @@ extract-features: install  ## stage one (CONFIG=preset or file, ARGS="dotted.key
 
 # On the demo preset stage one goes first, since it is quick and skips what is there.
 train: install $(if $(filter demo,$(CONFIG)),extract-features)  ## stage two, resumed where it stopped
-	$(RUN) train --config $(CONFIG) $(if $(filter demo,$(CONFIG)),,$(ARGS))
+	$(RUN) train --config $(CONFIG) $(ARGS)
 
 sample: install  ## a video: make sample PROMPT="…" [OUT=video.mp4]
 	@test -n "$(PROMPT)" || { echo 'say what to draw: make sample PROMPT="a quadruped walks to the left"'; exit 2; }
