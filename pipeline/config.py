@@ -142,9 +142,11 @@ _REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
 
 def _resolve(value: Any, tree: Mapping[str, Any], path: str) -> Any:
-    """Replace references and the home folder in every text of `value`; refuse infinities."""
+    """Replace references and `~/` in every text of `value`, make keys text; refuse infinities."""
     if isinstance(value, Mapping):
-        return {k: _resolve(v, tree, f"{path}.{k}" if path else k) for k, v in value.items()}
+        return {
+            str(k): _resolve(v, tree, f"{path}.{k}".removeprefix(".")) for k, v in value.items()
+        }
     if isinstance(value, list):
         return [_resolve(v, tree, path) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
