@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 from safetensors import SafetensorError, safe_open
 
 from stages.config import BaseModelConfig
@@ -42,9 +43,9 @@ def newest_finished_run(runs_root: Path, model: BaseModelConfig) -> Path | None:
 
 def _base_model_of(run_dir: Path) -> str | None:
     try:
-        settings = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        settings = YAML(typ="safe", pure=True).load(run_dir / "config.yaml")
         return str(settings["model"]["path"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, YAMLError):
         return None  # no run of ours, or one that cannot be read: --run can still name it
 
 

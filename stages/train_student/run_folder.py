@@ -15,13 +15,14 @@ The training loop uses it; sampling looks for finished.json and export/.
 
 import fcntl
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
 
 from cache_schema.durable import write_whole
 from stages.base_facts import BaseFacts
@@ -93,8 +94,9 @@ def open_run(
                 "or the settings it was started with"
             )
     run_dir.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(resolved_config, sort_keys=False, allow_unicode=True)
-    _write(run_dir / "config.yaml", text)
+    text = io.StringIO()
+    YAML().dump(resolved_config, text)
+    _write(run_dir / "config.yaml", text.getvalue())
     if not file.is_file():
         _write(file, json.dumps({"settings": settings, **about}, indent=1))
     (run_dir / "checkpoints").mkdir(exist_ok=True)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import SETTINGS, ConfigError, RunConfig, load_config
+from pipeline.config import SETTINGS, ConfigError, load_config
 from pipeline.config_text import commented_yaml
 
 WORDS = st.text("abcxyz0123456789._-/ é[]{}#:,", min_size=1, max_size=12)
@@ -200,7 +200,9 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
         load_config(str(tmp_path / "binary.yaml"))
 
 
-def test_the_saved_resolved_configuration_loads_again(minimal, tmp_path):
-    """What training keeps with a run is a plain dictionary of this kind."""
-    config = load_config(minimal, ["train.steps=3", "demo.root=x"])
-    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+def test_the_configuration_kept_with_a_run_loads_again(minimal, tmp_path):
+    from stages.train_student.run_folder import open_run
+
+    config = load_config(minimal, ["name='1e5'", "train.stores.text='on'", "demo.root='ä: x'"])
+    open_run(tmp_path / "run", {}, config.model_dump(mode="json"), {})
+    assert load_config(str(tmp_path / "run" / "config.yaml")) == config

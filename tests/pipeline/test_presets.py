@@ -4,10 +4,10 @@ from importlib import resources
 
 import pytest
 import typer
-import yaml
 
 from pipeline.cli import app
 from pipeline.config import RunConfig, load_config, preset_names
+from pipeline.strict_yaml import parse_yaml
 
 PRESETS = preset_names()
 COMMAND = re.compile(r"#\s+((?:sam2vx-pipeline|deepspeed --module pipeline)\s.*)")
@@ -61,7 +61,7 @@ def test_a_preset_holds_only_what_differs_from_the_defaults(name):
             elif here != ".demo.root":  # written out, since the others refer to it
                 assert field.is_required() or getattr(config, key) != field.default, here
 
-    check(yaml.safe_load(text_of(name)), load_config(name), RunConfig, "")
+    check(parse_yaml(text_of(name)), load_config(name), RunConfig, "")
 
 
 def test_moving_the_demo_moves_all_of_it():
