@@ -25,7 +25,7 @@ INSTALLED := $(VENV)/.installed
 RUN       := $(BIN)/sam2vx-pipeline
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo extract-features train sample test lint typecheck check lock clean
+.PHONY: help install demo extract-features train sample test lint typecheck check bench lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -68,6 +68,10 @@ typecheck: install  ## mypy
 	$(BIN)/mypy
 
 check: lint typecheck test  ## all of them
+
+bench: install  ## a benchmark: make bench NAME=stage_one
+	@test -n "$(NAME)" || { echo "name a script of tests/benchmarks: make bench NAME=stage_one"; exit 2; }
+	$(BIN)/python tests/benchmarks/$(NAME).py $(ARGS)
 
 lock: install  ## remake requirements.lock from pyproject.toml (needs uv)
 	.ci/lock

@@ -17,9 +17,6 @@ class DemoConfig(Section):
     clips_per_tar: int = Field(default=8, ge=1)
     """Clips per webdataset tar; 8 is usual."""
     seed: int = Field(default=0, ge=0)
-    """Seeds figures, backgrounds, gaits and tiny models; 0 is usual."""
-    vae_steps: int = Field(default=300, ge=0)
-    """Steps for which the tiny VAE is fitted to the figures, so that samples can be looked at; 0
-    leaves it random."""
+    """Seeds figures, backgrounds, gaits and the tiny tracker; 0 is usual."""
     image_to_video: bool = False
-    """Make the image-to-video pipeline instead of text-to-video."""
+    """Take an image-to-video pipeline, whose transformer is untrained, instead of text-to-video."""

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from stages.articulated_figures.clip_tars import write_clip_tars
 from stages.articulated_figures.config import DemoConfig
-from stages.clips import ClipRecord, ClipsConfig, load_clip, open_dataset
+from stages.clips import ClipRecord, ClipsConfig, open_dataset
 from stages.progress import Progress
 
+_PRETRAINED = Path(__file__).parent / "pretrained"
+"""The pipeline that `pretraining` made."""
 _RECIPE = "made_with.json"
 _FPS = 8.0
 """Rate of the drawn clips where the configuration asks for frames as they are stored."""
@@ -73,12 +73,14 @@ def ensure_demo(config: DemoConfig, clips: ClipsConfig, *, progress: Progress) -
         "width": clips.width,
         "fps": clips.fps or _FPS,
     }
-    model = {**drawn, "vae_steps": config.vae_steps, "image_to_video": config.image_to_video}
+    model: dict[str, Any] = {"image_to_video": config.image_to_video}
+    if config.image_to_video:
+        model |= drawn
     local_clips = clips.model_copy(update={"path": paths.clips})
     with _only_one(root / ".lock"):
         _ensure(paths.clips, drawn, lambda out: _draw(out, config, clips, progress))
         _ensure(paths.sam2_config.parent, {"seed": config.seed}, lambda out: _sam2(out, config))
-        _ensure(paths.base_model, model, lambda out: _cogvideox(out, config, local_clips, progress))
+        _ensure(paths.base_model, model, lambda out: _cogvideox(out, config, local_clips))
     return paths
 
 
@@ -137,26 +139,26 @@ def _sam2(out: Path, config: DemoConfig) -> None:
     build_tiny_sam2(out, config.seed)
 
 
-def _cogvideox(out: Path, config: DemoConfig, clips: ClipsConfig, progress: Progress) -> None:
+def _cogvideox(out: Path, config: DemoConfig, clips: ClipsConfig) -> None:
+    """The pretrained pipeline; for image-to-video its VAE, with a transformer of random weights."""
+    if not config.image_to_video:
+        shutil.copytree(_PRETRAINED, out, dirs_exist_ok=True)
+        return
     # Imported here: where the demo is complete, nobody should wait for diffusers to load.
-    from stages.articulated_figures.tiny_cogvideox import build_tiny_cogvideox
-    from stages.articulated_figures.tiny_vae import build_tiny_vae, fit_tiny_vae
+    import torch
+    from diffusers import AutoencoderKLCogVideoX
 
-    records = list(_records(clips))
-    vae = build_tiny_vae(config.seed)
-    if config.vae_steps:
-        frames_NTHWC = np.stack([load_clip(record, clips).frames_THWC for record in records])
-        with progress.task("fit the tiny VAE", config.vae_steps, unit="steps") as task:
-            fit_tiny_vae(vae, frames_NTHWC, steps=config.vae_steps, seed=config.seed, task=task)
+    from stages.articulated_figures.tiny_cogvideox import build_tiny_cogvideox
+
     build_tiny_cogvideox(
         out,
         height=clips.height,
         width=clips.width,
         num_frames=clips.num_frames,
-        captions=[record.caption or "" for record in records],
+        captions=[record.caption or "" for record in _records(clips)],
         seed=config.seed,
-        image_to_video=config.image_to_video,
-        vae=vae,
+        image_to_video=True,
+        vae=AutoencoderKLCogVideoX.from_pretrained(_PRETRAINED / "vae", torch_dtype=torch.float32),
     )
 
 

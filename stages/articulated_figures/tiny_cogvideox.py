@@ -47,7 +47,7 @@ def build_tiny_cogvideox(
         out: The folder.
         height: Pixels, a multiple of 16.
         width: Pixels, a multiple of 16.
-        num_frames: 4N+1.
+        num_frames: 8N+1.
         captions: Text from which the tokenizer's vocabulary is made.
         seed: Seeds the weights.
         image_to_video: Make the image-to-video pipeline: twice the input channels and learned

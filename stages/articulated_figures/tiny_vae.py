@@ -12,7 +12,7 @@ from stages.progress import Task
 # Legend: N clip, B batch, T frame, C channel, H W pixels.
 
 _WIDTHS = (8, 16, 32, 32)
-_LATENT_CHANNELS = 16
+_LATENT_CHANNELS = 8
 _NORM_GROUPS = 4
 
 _CROP = 64

@@ -12,7 +12,7 @@ from stages.progress import SilentProgress
 
 
 def settings(root: Path, **changes) -> tuple[DemoConfig, ClipsConfig]:
-    demo = DemoConfig(root=root, num_clips=3, clips_per_tar=2, vae_steps=0)
+    demo = DemoConfig(root=root, num_clips=3, clips_per_tar=2)
     clips = ClipsConfig(path=root / "clips", num_frames=9, height=64, width=96)
     return demo.model_copy(update=changes), clips
 
@@ -27,7 +27,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> tuple[DemoConfig, ClipsConfig]:
-    demo, clips = settings(tmp_path_factory.mktemp("demo") / "root", vae_steps=2)
+    demo, clips = settings(tmp_path_factory.mktemp("demo") / "root")
     ensure_demo(demo, clips, progress=SilentProgress())
     return demo, clips
 
@@ -106,3 +106,20 @@ def test_mask_video_and_joints_are_in_the_tar(demo, tmp_path):
     assert np.shape(truth["joints_xy"])[0] == 9
     assert np.asarray(Image.open(tmp_path / names[1])).shape == (64, 96)
     assert read_video(tmp_path / names[2])[0].shape == (9, 64, 96, 3)
+
+
+def test_the_image_to_video_demo_has_the_pretrained_vae_and_a_pipeline_that_loads(tmp_path):
+    import torch
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXImageToVideoPipeline
+
+    config, clips = settings(tmp_path, image_to_video=True)
+    folder = ensure_demo(config, clips, progress=SilentProgress()).base_model
+    assert isinstance(
+        CogVideoXImageToVideoPipeline.from_pretrained(folder), CogVideoXImageToVideoPipeline
+    )
+    vae = AutoencoderKLCogVideoX.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    clip = draw_clip(0, num_frames=1, height=128, width=192)
+    pixels = torch.from_numpy(clip.frames_THWC).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    with torch.no_grad():
+        restored = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
+    assert (restored - pixels).square().mean() < 0.3 * pixels.var()

@@ -70,7 +70,7 @@ def test_vae_compresses_as_the_official_one():
     pixels = torch.zeros(2, 3, 9, 32, 48)
     with torch.no_grad():
         latents = vae.encode(pixels).latent_dist.mean
-        assert latents.shape == (2, 16, 3, 4, 6)
+        assert latents.shape == (2, 8, 3, 4, 6)
         assert vae.decode(latents).sample.shape == pixels.shape
 
 
