@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
@@ -65,10 +65,10 @@ def complain(text: str) -> None:
 def console_progress() -> Iterator[Progress]:
     """Show bars on stderr while the block runs; nothing on any process but the first."""
     if rank() != 0:
-        yield cast(Progress, SilentProgress())
+        yield SilentProgress()
         return
     with _Bars() as bars:
-        yield cast(Progress, bars)
+        yield bars
 
 
 @contextmanager
