@@ -51,5 +51,5 @@ def _download(config: BaseModelConfig, subfolders: Sequence[str]) -> Path:
         raise ValueError(
             f"the base model {config.path!r} is not a folder here, and it could not be downloaded "
             f"as a hub id ({error}); set model.path to a diffusers pipeline folder, or fetch one "
-            f"first with: hf download {config.path} --local-dir checkpoints/{Path(config.path).name}"
+            f"first: hf download {config.path} --local-dir checkpoints/{Path(config.path).name}"
         ) from error

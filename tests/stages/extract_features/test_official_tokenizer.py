@@ -1,4 +1,4 @@
-"""The official pipelines carry their tokenizer as a sentencepiece model, the demo as a JSON file."""
+"""Official pipelines carry their tokenizer as a sentencepiece model, the demo's as a JSON file."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ EXTRA = [f"<extra_id_{number}>" for number in range(100)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The files and settings of THUDM's CogVideoX tokenizer folders, over a small vocabulary."""
+    """The files and settings of CogVideoX's tokenizer folders, over a small vocabulary."""
     folder = tmp_path_factory.mktemp("tokenizer")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CAPTIONS * 50),
