@@ -10,8 +10,6 @@ from stages.clips import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.sample_videos.config import SampleConfig
 
-torch.set_num_threads(1)
-
 HEIGHT, WIDTH, FRAMES = 32, 48, 9
 
 

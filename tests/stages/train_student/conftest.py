@@ -19,8 +19,6 @@ from stages.config import BaseModelConfig
 from stages.progress import SilentProgress
 from stages.train_student.config import TrainConfig
 
-torch.set_num_threads(1)
-
 FRAMES, HEIGHT, WIDTH = 9, 32, 48
 LATENT = (3, 4, 4, 6)  # frames, channels, height, width
 GRID = (2, 3)
