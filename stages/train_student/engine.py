@@ -75,6 +75,7 @@ def deepspeed_engine(student: Student, config: TrainConfig, world: World) -> Ite
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, config.optimizer, config.steps)
     )
+    linear = nn.functional.linear
     with _local_rank_in_environment(world), _quiet():
         deepspeed.comm.init_distributed(
             dist_backend="nccl" if world.device.type == "cuda" else "gloo",
@@ -94,6 +95,9 @@ def deepspeed_engine(student: Student, config: TrainConfig, world: World) -> Ite
             finally:
                 engine.destroy()
         finally:
+            # ZeRO 3 leaves its own in place, which rounds differently: what runs in this process
+            # afterwards must not.
+            nn.functional.linear = linear
             # DeepSpeed keeps handles on the group: it must end the group itself to drop them.
             deepspeed.comm.destroy_process_group()
             deepspeed.comm.comm.cdb = None
