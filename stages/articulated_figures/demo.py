@@ -18,7 +18,7 @@ from stages.clips import ClipRecord, ClipsConfig, open_dataset
 from stages.progress import Progress
 
 _PRETRAINED = Path(__file__).parent / "pretrained"
-"""The pipeline that `pretraining` made."""
+"""The pipeline that the package carries; `pretraining` trains one like it."""
 _RECIPE = "made_with.json"
 _FPS = 8.0
 """Rate of the drawn clips where the configuration asks for frames as they are stored."""

@@ -1,4 +1,4 @@
-"""Trains the demo's base model, which the package carries in `pretrained/`.
+"""Trains a base model for the demo, like the one that the package carries in `pretrained/`.
 
     python -m stages.articulated_figures.pretraining OUT
 
@@ -174,7 +174,7 @@ def main(
     vae_steps: Annotated[int, typer.Option(min=1)] = 900,
     minutes: Annotated[float, typer.Option(min=0.01)] = 33.0,
 ) -> None:
-    """Train the demo's base model and write it to OUT."""
+    """Train a base model for the demo and write it to OUT."""
     torch.set_num_threads(1)  # models this small lose more to waiting for threads than they gain
     pretrain(out, vae_steps=vae_steps, minutes=minutes, tell=print)
 

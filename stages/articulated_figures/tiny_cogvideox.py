@@ -37,7 +37,7 @@ def build_tiny_cogvideox(
     seed: int,
     image_to_video: bool = False,
     vae: AutoencoderKLCogVideoX | None = None,
-    num_layers: int = 6,
+    num_layers: int = 4,
     num_heads: int = 3,
     head_width: int = 32,
 ) -> None:

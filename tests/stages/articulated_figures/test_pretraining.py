@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from diffusers import CogVideoXPipeline
 import stages.articulated_figures
 from stages.articulated_figures import draw_clip
 from stages.articulated_figures.pretraining import pretrain
+from stages.articulated_figures.tiny_cogvideox import build_tiny_cogvideox
 from stages.train_student.diffusion import cumulative_alphas, noisy_latents
 
 PRETRAINED = Path(stages.articulated_figures.__file__).parent / "pretrained"
@@ -18,6 +20,19 @@ def test_the_carried_base_model_holds_no_pickles_and_no_code():
         ".json",
         ".safetensors",
     }
+
+
+def test_the_carried_base_model_has_the_architecture_that_pretraining_builds(tmp_path):
+    build_tiny_cogvideox(
+        tmp_path, height=128, width=192, num_frames=17, captions=["a biped walks"], seed=0
+    )
+    for part in ("transformer", "vae"):
+        carried, built = (
+            json.loads((folder / part / "config.json").read_text())
+            for folder in (PRETRAINED, tmp_path)
+        )
+        carried.pop("scaling_factor", None)  # measured after fitting
+        assert {key: built[key] for key in carried} == carried
 
 
 def test_the_carried_base_model_has_learnt_the_demos_clips():
