@@ -1,7 +1,7 @@
 """What `extract` needs of a kind of store, and what the kinds have in common."""
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from cache_schema import JSON, StoreSettings
-from stages.clips import ClipRecord, ClipsConfig
+from stages.clips import ClipRecord, ClipsConfig, ClipSkipped
 from stages.config import Precision
+from stages.extract_features.config import Kind
 
 DTYPES: Mapping[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -29,22 +30,31 @@ class Extracted:
     attributes: dict[str, JSON] = field(default_factory=dict)
 
 
-class Extraction(Protocol):
-    """One kind of store: its settings, and how a clip's record becomes its arrays."""
+Outcome = Mapping[Kind, Extracted] | ClipSkipped
+"""What became of a clip: an entry for every kind, or why there is none."""
 
-    settings: StoreSettings
+
+class Extraction(Protocol):
+    """What one model writes: the settings of its stores, and how a clip becomes its entries."""
+
+    settings: Mapping[Kind, StoreSettings]
+    """Of every store it writes, by kind."""
+    clips_per_batch: int
+    """How many clips `opened`'s result is given at once, at most."""
 
     def prepare(self, record: ClipRecord) -> Any:
-        """Do the work that needs no model; runs in a thread, one clip ahead of `opened`'s result.
+        """Do the work that needs no model; runs in a thread, ahead of `opened`'s result.
 
         Raises:
-            ClipSkipped: The clip has no place in this store.
+            ClipSkipped: The clip has no place in these stores.
         """
 
-    def opened(self, device: torch.device) -> AbstractContextManager[Callable[[Any], Extracted]]:
-        """Load the model; what is entered turns what `prepare` returns into arrays.
+    def opened(
+        self, device: torch.device
+    ) -> AbstractContextManager[Callable[[Sequence[Any]], Sequence[Outcome]]]:
+        """Load the model; what is entered turns what `prepare` returned into outcomes, in order.
 
-        It raises `ClipSkipped` for a clip that the model cannot use. The model is freed on leaving.
+        The model is freed on leaving.
         """
 
 
