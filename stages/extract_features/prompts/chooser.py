@@ -1,0 +1,182 @@
+"""Asks the configured sources for a clip's prompt, in order; used by the tracking of subjects."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Protocol
+
+import torch
+
+from cache_schema import JSON
+from stages.clips import Clip, ClipRecord, ClipsConfig, ClipSkipped, SubjectPrompt
+from stages.extract_features.config import PromptSource, TeacherConfig
+from stages.extract_features.prompts.automatic import AutomaticSource
+from stages.extract_features.prompts.chosen import ChosenPrompt
+from stages.extract_features.prompts.grounding import GroundingSource, text_of
+from stages.extract_features.sam2_inputs import prompt_for_sam2
+from stages.extract_features.two_way_tracking import EncodedFrames, TwoWayTracker
+
+
+class _Source(Protocol):
+    """One way to come by a prompt."""
+
+    settings: dict[str, JSON]
+
+    def load(self, device: torch.device) -> None:
+        """Bring what `find` needs onto the device."""
+
+    def unload(self) -> None:
+        """Let go of it."""
+
+    def find(self, clip: Clip, tracker: TwoWayTracker, encoded: EncodedFrames) -> ChosenPrompt:
+        """The clip's prompt.
+
+        Raises:
+            ClipSkipped: bad_prompt or nothing_found.
+        """
+
+
+def usable_sources(config: TeacherConfig, clip: Clip | ClipRecord) -> tuple[PromptSource, ...]:
+    """The sources, in order, that have anything to go by for this clip; none: it has no prompt.
+
+    The dataset needs a mask, a box or points, and grounding a phrase or a caption; the automatic
+    source needs the picture alone.
+    """
+    has_material: dict[PromptSource, bool] = {
+        "dataset": bool(clip.prompts) or getattr(clip, "prompt_problem", None) is not None,
+        "grounding": text_of(config.grounding, clip) is not None,
+        "automatic": True,
+    }
+    return tuple(source for source in config.prompts if has_material[source])
+
+
+class PromptChooser:
+    """The configured sources of prompts.
+
+    Args:
+        config: Which sources in which order, and their settings.
+        clips: The size clips are brought to.
+
+    Raises:
+        ValueError: Grounding DINO is asked for, and is missing or is something else.
+    """
+
+    settings: dict[str, JSON]
+    """Everything that decides about prompts, for a store's settings."""
+
+    def __init__(self, config: TeacherConfig, clips: ClipsConfig) -> None:
+        self._config = config
+        self._sources: dict[PromptSource, _Source] = {
+            source: _make_source(source, config, clips) for source in config.prompts
+        }
+        self.settings = {
+            "sources": list(config.prompts),
+            "fallback": config.prompt_fallback and len(config.prompts) > 1,
+            **{name: source.settings for name, source in self._sources.items() if source.settings},
+        }
+
+    @contextmanager
+    def opened(self, device: torch.device) -> Iterator[None]:
+        """Load the models that the sources need beside SAM2; `choose` works inside."""
+        with ExitStack() as stack:
+            for source in self._sources.values():
+                stack.callback(source.unload)
+                source.load(device)
+            yield
+
+    def check(self, clip: Clip) -> None:
+        """Refuse, before anything is computed, a clip that `choose` would refuse unseen.
+
+        Raises:
+            ClipSkipped: no_prompt, or bad_prompt.
+        """
+        usable = usable_sources(self._config, clip)
+        if not usable:
+            raise ClipSkipped("no_prompt", _nothing_given(self._config.prompts))
+        is_last_resort = not self._config.prompt_fallback or len(usable) == 1
+        if usable[0] == "dataset" and is_last_resort and clip.prompt_problem is not None:
+            raise ClipSkipped("bad_prompt", clip.prompt_problem)
+
+    def choose(self, clip: Clip, tracker: TwoWayTracker, encoded: EncodedFrames) -> ChosenPrompt:
+        """Ask the sources that have anything to go by.
+
+        The first one decides; with `prompt_fallback`, the first one that finds something.
+
+        Args:
+            clip: At the training size.
+            tracker: Given to the automatic source, which asks SAM2 itself.
+            encoded: The clip's frames as the tracker encoded them.
+
+        Raises:
+            ClipSkipped: no_prompt, bad_prompt or nothing_found.
+        """
+        self.check(clip)
+        failures: list[tuple[PromptSource, ClipSkipped]] = []
+        for name in usable_sources(self._config, clip):
+            try:
+                return self._sources[name].find(clip, tracker, encoded)
+            except ClipSkipped as skipped:
+                if not self._config.prompt_fallback:
+                    raise
+                failures.append((name, skipped))
+        raise ClipSkipped(
+            failures[-1][1].reason,
+            "; ".join(f"{name}: {skipped.detail}" for name, skipped in failures),
+        )
+
+
+class DatasetSource:
+    """The dataset's own mask, box or points on frame 0."""
+
+    settings: dict[str, JSON] = {}  # noqa: RUF012 - nothing to set
+
+    def __init__(self, config: TeacherConfig, clips: ClipsConfig) -> None:
+        self._image_size = config.image_size
+        self._clips = clips
+
+    def load(self, device: torch.device) -> None:
+        """Nothing is needed."""
+
+    def unload(self) -> None:
+        """Nothing was needed."""
+
+    def find(self, clip: Clip, tracker: TwoWayTracker, encoded: EncodedFrames) -> ChosenPrompt:
+        """The subjects that are still there at SAM2's size.
+
+        Raises:
+            ClipSkipped: bad_prompt, when none is.
+        """
+        problem = clip.prompt_problem
+        kept: list[SubjectPrompt] = []
+        for subject in clip.prompts:
+            try:
+                prompt_for_sam2(
+                    subject,
+                    height=self._clips.height,
+                    width=self._clips.width,
+                    image_size=self._image_size,
+                    device=torch.device("cpu"),
+                )
+                kept.append(subject)
+            except ClipSkipped as skipped:
+                problem = skipped.detail
+        if not kept:
+            raise ClipSkipped("bad_prompt", str(problem))
+        return ChosenPrompt(source="dataset", subjects=tuple(kept))
+
+
+def _make_source(source: PromptSource, config: TeacherConfig, clips: ClipsConfig) -> _Source:
+    if source == "dataset":
+        return DatasetSource(config, clips)
+    if source == "grounding":
+        return GroundingSource(config.grounding)
+    return AutomaticSource(clips)
+
+
+def _nothing_given(sources: tuple[PromptSource, ...]) -> str:
+    wanted = {
+        "dataset": "no mask, box or points",
+        "grounding": "no subject phrase or caption",
+        "automatic": "",
+    }
+    missing = " and ".join(wanted[source] for source in sources if wanted[source])
+    return f"the dataset gives {missing} for this clip"
