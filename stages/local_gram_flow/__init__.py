@@ -9,7 +9,12 @@ from stages.local_gram_flow.alignment import (
     resample_to_grid,
     time_weights,
 )
-from stages.local_gram_flow.fusion import Fusion, fuse_directions
+from stages.local_gram_flow.fusion import (
+    Fusion,
+    fuse_directions,
+    fuse_subjects,
+    regrid_fused,
+)
 from stages.local_gram_flow.loss import Divergence, gram_flow_loss, implied_flow
 from stages.local_gram_flow.similarities import (
     local_gram_flow,
@@ -23,6 +28,7 @@ __all__ = [
     "Fusion",
     "frames_to_latents",
     "fuse_directions",
+    "fuse_subjects",
     "gram_flow_loss",
     "implied_flow",
     "latent_frame_of_frame",
@@ -30,6 +36,7 @@ __all__ = [
     "neighbour_mask",
     "neighbour_offsets",
     "radius_of_window",
+    "regrid_fused",
     "resample_to_grid",
     "time_weights",
 ]

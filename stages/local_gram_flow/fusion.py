@@ -1,13 +1,19 @@
-"""Forward and backward tracks become one feature map per frame.
+"""Forward and backward tracks, of one or several subjects, become one feature map per frame.
 
-Legend: T frame, H W token grid, C channel, G fused channel.
+Stage one fuses what it stores; training brings what it reads to its own grid.
+
+Legend: T frame, H W token grid, C channel, G fused channel, P part of the fused channels, D channel
+of a part (G = P * D).
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+
+from stages.local_gram_flow.alignment import resample_to_grid
 
 Fusion = Literal["gram_flow", "average", "forward"]
 
@@ -51,6 +57,68 @@ def fuse_directions(
     return torch.cat(
         [forward_weight**0.5 * forward_THWC, (1 - forward_weight) ** 0.5 * backward_THWC], dim=-1
     )
+
+
+def fuse_subjects(fused_THWG: Sequence[Tensor], *, num_slots: int) -> Tensor:
+    """Several subjects' fused tokens as one map, averaged in Gram-flow space.
+
+    With N subjects, g = concat(g_1, ..., g_N, 0, ...) / sqrt(N) has <g_p, g_q> = the mean over the
+    subjects of <g_n,p, g_n,q> for every pair of tokens, exactly; empty slots add nothing.
+
+    Args:
+        fused_THWG: of each subject, what `fuse_directions` returned; all of one shape.
+        num_slots: how many subjects the result has room for, at least as many as are given.
+
+    Returns:
+        fused_THWG with `num_slots` times the channels; unit norm where the subjects have it.
+
+    Raises:
+        ValueError: no subject, or more than there are slots.
+    """
+    if not 1 <= len(fused_THWG) <= num_slots:
+        raise ValueError(
+            f"{len(fused_THWG)} subjects do not go into {num_slots} slots; give 1 to {num_slots}"
+        )
+    share = len(fused_THWG) ** -0.5
+    empty = [torch.zeros_like(fused_THWG[0])] * (num_slots - len(fused_THWG))
+    return torch.cat([*(share * subject for subject in fused_THWG), *empty], dim=-1)
+
+
+def regrid_fused(fused_THWG: Tensor, height: int, width: int, parts: int) -> Tensor:
+    """One clip's fused tokens on another grid, each part with the norm it had.
+
+    The channels are `parts` equally wide groups (a direction of a subject each), whose norm is the
+    same at every token of a clip and says what the part weighs in the fused similarity. Resampling
+    mixes neighbours and so shortens tokens; each part is stretched back. What is zero (a frame that
+    was never visited, a slot without a subject) stays zero.
+
+    Args:
+        fused_THWG: of one clip; any floating dtype.
+        height: rows of the new grid.
+        width: columns of the new grid.
+        parts: P, the store's setting `parts`.
+
+    Returns:
+        fused_THWG on the new grid, float32 (float64 if given it).
+
+    Raises:
+        ValueError: the channels do not split into `parts` equal groups.
+    """
+    G = fused_THWG.shape[-1]
+    if parts < 1 or G % parts:
+        raise ValueError(
+            f"{G} fused channels do not split into {parts} equal parts; the teacher store's "
+            "settings say how many parts it has"
+        )
+    dtype = torch.promote_types(fused_THWG.dtype, torch.float32)
+    parts_THWPD = fused_THWG.to(dtype).unflatten(-1, (parts, G // parts))
+    norm_THWP = parts_THWPD.norm(dim=-1)
+    # The mean over the tokens that hold something: float16 has rounded each of them.
+    occupied_P = (norm_THWP > 0).sum(dim=(0, 1, 2)).clamp(min=1)
+    norm_P = norm_THWP.sum(dim=(0, 1, 2)) / occupied_P
+    resampled_THWG = resample_to_grid(parts_THWPD.flatten(-2).permute(0, 3, 1, 2), height, width)
+    resampled_THWPD = resampled_THWG.unflatten(-1, (parts, G // parts))
+    return (F.normalize(resampled_THWPD, dim=-1) * norm_P[:, None]).flatten(-2)
 
 
 def _unit_tokens(features_THWC: Tensor) -> Tensor:

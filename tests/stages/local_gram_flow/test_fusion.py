@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.local_gram_flow import fuse_directions, local_gram_flow
+from stages.local_gram_flow import fuse_directions, fuse_subjects, local_gram_flow, regrid_fused
 from tests.stages.local_gram_flow.reference import similarities_by_loop
 
 
@@ -44,3 +44,83 @@ def test_averaging_differs_from_fusing_in_gram_flow_space() -> None:
 def test_a_missing_backward_track_is_refused() -> None:
     with pytest.raises(ValueError, match="needs a backward track"):
         fuse_directions(torch.zeros(2, 1, 1, 3), None, fusion="gram_flow", forward_weight=0.5)
+
+
+@pytest.mark.parametrize("num_subjects", [1, 2, 3])
+def test_gram_flow_of_several_subjects_is_the_mean_of_their_fused_gram_flows(
+    num_subjects: int,
+) -> None:
+    generator = torch.Generator().manual_seed(num_subjects)
+    share = 0.3
+    subjects = torch.randn(num_subjects, 2, 3, 4, 5, 6, generator=generator).double()
+    fused = fuse_subjects(
+        [fuse_directions(f, b, fusion="gram_flow", forward_weight=share) for f, b in subjects],
+        num_slots=3,
+    )
+    assert fused.shape == (3, 4, 5, 3 * 2 * 6)
+    expected = sum(
+        weight * similarities_by_loop(direction[None].numpy(), 1)[0] / num_subjects
+        for subject in subjects
+        for weight, direction in zip((share, 1 - share), subject, strict=True)
+    )
+    np.testing.assert_allclose(local_gram_flow(fused[None], 1).numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_subjects", [0, 3])
+def test_subjects_that_do_not_fit_the_slots_are_refused(num_subjects: int) -> None:
+    with pytest.raises(ValueError, match=f"{num_subjects} subjects do not go into 2 slots"):
+        fuse_subjects([torch.zeros(2, 1, 1, 3)] * num_subjects, num_slots=2)
+
+
+def fused_subjects() -> torch.Tensor:
+    """Two subjects in three slots, [3, 6, 8, 24] float64: six parts of four channels."""
+    generator = torch.Generator().manual_seed(0)
+    subjects = torch.randn(2, 2, 3, 6, 8, 4, generator=generator).double()
+    return fuse_subjects(
+        [fuse_directions(f, b, fusion="gram_flow", forward_weight=0.2) for f, b in subjects],
+        num_slots=3,
+    )
+
+
+def test_regridding_resamples_each_part_and_keeps_its_norm() -> None:
+    fused = fused_subjects()
+    got = regrid_fused(fused, 3, 4, parts=6)
+    assert got.shape == (3, 3, 4, 24)
+    # Halving both sides: a triangle of twice the width, 1/8, 3/8, 3/8, 1/8, renormalised at edges.
+    rows, columns = halving_weights(6), halving_weights(8)
+    norms = np.sqrt(np.array([0.2, 0.8, 0.2, 0.8, 0.0, 0.0]) / 2)
+    for part, norm in enumerate(norms):
+        channels = slice(4 * part, 4 * part + 4)
+        mixed = np.einsum("yh,xw,thwc->tyxc", rows, columns, fused[..., channels].numpy())
+        length = np.linalg.norm(mixed, axis=-1, keepdims=True)
+        expected = norm * np.divide(mixed, length, out=np.zeros_like(mixed), where=length > 0)
+        np.testing.assert_allclose(got[..., channels].numpy(), expected, atol=1e-12)
+
+
+def halving_weights(source: int) -> np.ndarray:
+    weights = np.zeros((source // 2, source))
+    for target in range(source // 2):
+        for tap, weight in zip(range(2 * target - 1, 2 * target + 3), (1, 3, 3, 1), strict=True):
+            if 0 <= tap < source:
+                weights[target, tap] = weight
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def test_regridding_to_the_same_grid_changes_nothing() -> None:
+    fused = fused_subjects()
+    torch.testing.assert_close(regrid_fused(fused, 6, 8, parts=6), fused)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_regridding_leaves_zero_frames_zero_and_the_rest_unit(dtype: torch.dtype) -> None:
+    fused = fused_subjects().to(dtype)
+    fused[1] = 0
+    got = regrid_fused(fused, 5, 3, parts=6)
+    assert got.dtype == torch.float32
+    assert not got[1].any() and not got[..., 16:].any()
+    torch.testing.assert_close(got[[0, 2]].norm(dim=-1), torch.ones(2, 5, 3), atol=1e-3, rtol=0)
+
+
+def test_channels_that_do_not_split_into_the_parts_are_refused() -> None:
+    with pytest.raises(ValueError, match="24 fused channels do not split into 5"):
+        regrid_fused(fused_subjects(), 3, 4, parts=5)
