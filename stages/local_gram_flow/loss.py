@@ -19,9 +19,14 @@ Divergence = Literal["kl", "l2"]
 
 
 def gram_flow_loss(
-    student_BPHWK: Tensor, teacher_BPHWK: Tensor, *, temperature: float, divergence: Divergence
+    student_BPHWK: Tensor,
+    teacher_BPHWK: Tensor,
+    *,
+    temperature: float,
+    divergence: Divergence,
+    valid_BP: Tensor | None = None,
 ) -> Tensor:
-    """How differently student and teacher move, averaged over clips, frame pairs and tokens.
+    """How differently student and teacher move, averaged over tokens, frame pairs, then clips.
 
     `kl`: KL(P_teacher || P_student) in nats, P = softmax(s / temperature) over the neighbours that
     lie inside the grid. `l2`: mean squared difference of the similarities of those neighbours.
@@ -31,12 +36,16 @@ def gram_flow_loss(
         teacher_BPHWK: similarities of the teacher, before the softmax; no gradient flows to them.
         temperature: of the softmax; used by `kl` alone.
         divergence: `kl` (the paper) or `l2` (ablation).
+        valid_BP: bool, the pairs that count; None counts all. A clip's mean is over its own valid
+            pairs, and a clip without one adds 0 to the mean over clips, so that a batch gives the
+            same loss in one piece or in several.
 
     Returns:
-        A scalar >= 0, zero where both move alike; float32, or float64 if given it.
+        A scalar >= 0, zero where both move alike; float32, or float64 if given it. What pairs that
+        do not count hold, finite or not, changes neither it nor its gradient.
 
     Raises:
-        ValueError: shapes differ, or the last axis is no window.
+        ValueError: shapes differ, the last axis is no window, or `valid_BP` is not boolean.
 
     Source: Structure From Tracking, arXiv 2512.11792.
     """
@@ -50,13 +59,32 @@ def gram_flow_loss(
     dtype = torch.promote_types(student_BPHWK.dtype, torch.float32)
     student_BPHWK = student_BPHWK.to(dtype)
     teacher_BPHWK = teacher_BPHWK.detach().to(dtype)
+    if valid_BP is not None:
+        _check_valid(valid_BP, student_BPHWK)
+        # Before any arithmetic: a product of 0 and infinity in the backward pass is no number.
+        unused = ~valid_BP[..., None, None, None]
+        student_BPHWK = student_BPHWK.masked_fill(unused, 0.0)
+        teacher_BPHWK = teacher_BPHWK.masked_fill(unused, 0.0)
     if divergence == "l2":
         squared = (student_BPHWK - teacher_BPHWK).square().masked_fill(~mask_HWK, 0.0)
-        return (squared.sum(-1) / mask_HWK.sum(-1)).mean()
-    log_student = _log_softmax_inside(student_BPHWK, mask_HWK, temperature)
-    log_teacher = _log_softmax_inside(teacher_BPHWK, mask_HWK, temperature)
-    terms = log_teacher.exp() * (log_teacher - log_student)
-    return terms.masked_fill(~mask_HWK, 0.0).sum(-1).mean()
+        loss_BP = (squared.sum(-1) / mask_HWK.sum(-1)).mean((2, 3))
+    else:
+        log_student = _log_softmax_inside(student_BPHWK, mask_HWK, temperature)
+        log_teacher = _log_softmax_inside(teacher_BPHWK, mask_HWK, temperature)
+        terms = log_teacher.exp() * (log_teacher - log_student)
+        loss_BP = terms.masked_fill(~mask_HWK, 0.0).sum(-1).mean((2, 3))
+    if valid_BP is None:
+        return loss_BP.mean()
+    # Both flows of a pair that does not count are flat by now: it adds 0 to the sum.
+    return (loss_BP.sum(1) / valid_BP.sum(1).clamp(min=1)).mean()
+
+
+def _check_valid(valid_BP: Tensor, similarities_BPHWK: Tensor) -> None:
+    if valid_BP.dtype != torch.bool or valid_BP.shape != similarities_BPHWK.shape[:2]:
+        raise ValueError(
+            f"valid_BP must be bool {tuple(similarities_BPHWK.shape[:2])}, one for each clip and "
+            f"frame pair, got {valid_BP.dtype} {tuple(valid_BP.shape)}"
+        )
 
 
 def _log_softmax_inside(similarities_BPHWK: Tensor, mask_HWK: Tensor, temperature: float) -> Tensor:

@@ -91,6 +91,96 @@ def test_the_teacher_gets_no_gradient() -> None:
     assert teacher.grad is None
 
 
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**31), divergence=st.sampled_from(["kl", "l2"]), data=st.data())
+def test_only_valid_pairs_count_each_clip_alike(
+    seed: int, divergence: str, data: st.DataObject
+) -> None:
+    """Against the loop over each valid pair alone: a clip's mean, then the mean over clips."""
+    pairs = st.lists(st.booleans(), min_size=3, max_size=3)
+    valid = data.draw(st.lists(pairs, min_size=2, max_size=2))
+    student, teacher = _features(seed, 2, 4, 3, 4, 4), _features(seed + 1, 2, 4, 3, 4, 6)
+    (student_loop, inside), (teacher_loop, _) = (
+        similarities_by_loop(features.numpy(), 1) for features in (student, teacher)
+    )
+    per_clip = []
+    for b, valid_P in enumerate(valid):
+        per_pair = []
+        for p in (p for p, counts in enumerate(valid_P) if counts):
+            one = tuple(a[b : b + 1, p : p + 1] for a in (student_loop, teacher_loop, inside))
+            per_pair.append(kl_by_loop(*one, 0.3) if divergence == "kl" else l2_by_loop(*one))
+        per_clip.append(sum(per_pair) / max(len(per_pair), 1))
+    found = gram_flow_loss(
+        local_gram_flow(student, 1),
+        local_gram_flow(teacher, 1),
+        temperature=0.3,
+        divergence=divergence,  # type: ignore[arg-type]
+        valid_BP=torch.tensor(valid),
+    )
+    assert found.item() == pytest.approx(sum(per_clip) / 2, abs=1e-10)
+
+
+def _with_gradient(
+    student: torch.Tensor, teacher: torch.Tensor, valid: torch.Tensor | None, divergence: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    student = student.clone().requires_grad_()
+    loss = gram_flow_loss(
+        local_gram_flow(student, 1),
+        local_gram_flow(teacher, 1),
+        temperature=0.1,
+        divergence=divergence,  # type: ignore[arg-type]
+        valid_BP=valid,
+    )
+    loss.backward()
+    assert student.grad is not None
+    return loss.detach(), student.grad
+
+
+@pytest.mark.parametrize("divergence", ["kl", "l2"])
+@pytest.mark.parametrize("content", [0.0, 6e4, 1e30, float("inf"), float("nan")])
+def test_what_invalid_frames_hold_changes_neither_loss_nor_gradient(
+    divergence: str, content: float
+) -> None:
+    student, teacher = _features(11, 2, 4, 3, 4, 5).float(), _features(12, 2, 4, 3, 4, 6).float()
+    valid_BT = torch.tensor([[True, True, True, False], [False, False, False, True]])
+    valid_BP = valid_BT[:, :-1] & valid_BT[:, 1:]
+    expected, expected_gradient = _with_gradient(student, teacher, valid_BP, divergence)
+    spoiled = teacher.masked_fill(~valid_BT[:, :, None, None, None], content)
+    loss, gradient = _with_gradient(student, spoiled, valid_BP, divergence)
+    assert torch.equal(loss, expected)
+    assert torch.equal(gradient, expected_gradient)
+    assert gradient[0].abs().sum() > 0
+    assert not gradient[1].any(), "a clip without a valid pair teaches nothing"
+    assert not gradient[0, 3].any()
+
+
+@pytest.mark.parametrize("divergence", ["kl", "l2"])
+def test_all_pairs_valid_is_no_mask(divergence: str) -> None:
+    student, teacher = _features(13, 2, 3, 3, 4, 5), _features(14, 2, 3, 3, 4, 6)
+    masked = _with_gradient(student, teacher, torch.ones(2, 2, dtype=torch.bool), divergence)
+    plain = _with_gradient(student, teacher, None, divergence)
+    torch.testing.assert_close(masked, plain, rtol=1e-12, atol=1e-14)
+
+
+def test_a_batch_in_pieces_has_the_mean_of_their_losses() -> None:
+    student, teacher = _features(15, 3, 4, 3, 4, 5), _features(16, 3, 4, 3, 4, 6)
+    valid = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
+    whole, gradient = _with_gradient(student, teacher, valid, "kl")
+    pieces = [
+        _with_gradient(student[b : b + 1], teacher[b : b + 1], valid[b : b + 1], "kl")
+        for b in range(3)
+    ]
+    torch.testing.assert_close(whole, torch.stack([loss for loss, _ in pieces]).mean())
+    torch.testing.assert_close(gradient, torch.cat([grad for _, grad in pieces]) / 3)
+
+
+@pytest.mark.parametrize("valid", [torch.ones(1, 2), torch.ones(1, 3, dtype=torch.bool)])
+def test_a_mask_of_another_shape_or_type_is_refused(valid: torch.Tensor) -> None:
+    flow = torch.zeros(1, 2, 3, 3, 9)
+    with pytest.raises(ValueError, match=r"valid_BP must be bool \(1, 2\)"):
+        gram_flow_loss(flow, flow, temperature=1, divergence="kl", valid_BP=valid)
+
+
 def test_different_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="must have one shape"):
         gram_flow_loss(
