@@ -1,7 +1,13 @@
 """Video datasets in: shards, folders, decoding, geometry, prompts."""
 
 from stages.clips.config import ClipsConfig
-from stages.clips.dataset import ClipDataset, InputShard, open_dataset
+from stages.clips.dataset import (
+    ClipDataset,
+    InputShard,
+    input_shard_name,
+    open_dataset,
+    retry_shard_name,
+)
 from stages.clips.geometry import FrameGeometry
 from stages.clips.loading import load_clip
 from stages.clips.prompts import SubjectPrompt
@@ -20,8 +26,10 @@ __all__ = [
     "SubjectPrompt",
     "VideoError",
     "encode_video",
+    "input_shard_name",
     "load_clip",
     "open_dataset",
     "read_video",
+    "retry_shard_name",
     "write_video",
 ]

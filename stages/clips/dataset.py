@@ -11,14 +11,15 @@ from typing import Protocol
 from stages.clips.config import ClipsConfig
 from stages.clips.metadata_folder import MetadataFile
 from stages.clips.records import BadRecord, ClipRecord
-from stages.clips.tars import count_samples, tar_records
+from stages.clips.tars import count_records, tar_records
 
 _METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
+_RETRY_NAME = re.compile(r"(.+)-retry[0-9]+")
 _LAYOUTS = (
     "expected a folder of webdataset tars (00000.tar holding key.mp4 with key.txt or key.json, and "
     "key.mask.png), one tar, or a folder with metadata.jsonl or metadata.csv (file_name, caption, "
-    "box_xyxy, points, point_labels, mask)"
+    "box_xyxy, points, point_labels, mask, subjects, last_frame, subject)"
 )
 
 
@@ -36,6 +37,9 @@ class InputShard(Protocol):
     def num_clips(self) -> int:
         """How many records there are, bad ones included; reads a tar's headers only."""
 
+    def num_bytes(self) -> int:
+        """Size on disk of what its clips are read from."""
+
     def records(self) -> Iterator[ClipRecord | BadRecord]:
         """The records in their stored order; keys are unique over the whole dataset."""
 
@@ -45,6 +49,20 @@ class ClipDataset:
     """The shards of a dataset, in a fixed order."""
 
     shards: tuple[InputShard, ...]
+
+
+def retry_shard_name(name: str, attempt: int) -> str:
+    """The store shard that holds what attempt `attempt` (1, 2, …) made of `name`'s failures."""
+    return f"{name}-retry{attempt}"
+
+
+def input_shard_name(store_shard: str, dataset: ClipDataset) -> str | None:
+    """The dataset's shard that a store's shard came from; None when the dataset lacks it."""
+    names = {shard.name for shard in dataset.shards}
+    if store_shard in names:
+        return store_shard
+    retry = _RETRY_NAME.fullmatch(store_shard)
+    return retry[1] if retry and retry[1] in names else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +75,10 @@ class _TarShard:
         return self.path.name
 
     def num_clips(self) -> int:
-        return count_samples(self.path)
+        return count_records(self.path)
+
+    def num_bytes(self) -> int:
+        return self.path.stat().st_size
 
     def records(self) -> Iterator[ClipRecord | BadRecord]:
         return tar_records(self.path, key_prefix=f"{self.name}/")
@@ -76,6 +97,9 @@ class _RowsShard:
 
     def num_clips(self) -> int:
         return self.stop - self.start
+
+    def num_bytes(self) -> int:
+        return self.metadata.num_bytes(self.start, self.stop)
 
     def records(self) -> Iterator[ClipRecord | BadRecord]:
         return self.metadata.records(self.start, self.stop)
@@ -118,7 +142,8 @@ def _tar_dataset(tars: list[Path]) -> ClipDataset:
 
 
 def _shard_name(tar: Path, *, unique: bool) -> str:
-    if unique and _SAFE_NAME.fullmatch(tar.stem):
+    # A tar named like a retry would claim the name of another's.
+    if unique and _SAFE_NAME.fullmatch(tar.stem) and not _RETRY_NAME.fullmatch(tar.stem):
         return tar.stem
     readable = re.sub(r"[^A-Za-z0-9_-]+", "-", tar.stem).strip("-_")[:60]
     digest = hashlib.sha256(tar.name.encode("utf-8", "surrogateescape")).hexdigest()[:12]

@@ -1,86 +1,165 @@
-"""What an entry of a dataset says of its clip: caption and prompt; shared by tars and folders."""
+"""What an entry of a dataset says of its clip: caption, subjects, words; for tars and folders."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from stages.clips.limits import MAX_FRAME_PIXELS, MAX_SUBJECTS
 from stages.clips.prompts import SubjectPrompt
 
 # Legend: H W pixels, N points.
 
+MaskReader = Callable[[object], bytes]
+"""Reads the PNG that a `mask` field names; ValueError when it cannot."""
 
-def caption_from_fields(fields: dict[str, Any]) -> str | None:
+_PROMPT_FIELDS = ("mask", "box_xyxy", "points")
+
+
+def caption_from_fields(fields: Mapping[str, Any]) -> str | None:
     """The caption among a record's fields; None when missing or blank.
 
     Raises:
         ValueError: It is something other than text.
     """
-    caption = fields.get("caption")
-    if caption is None:
-        return None
-    if not isinstance(caption, str):
-        raise ValueError(f"caption must be text, got {caption!r}")
-    try:
-        caption.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError("the caption is not UTF-8") from error
-    return caption.strip() or None
+    return _text(fields, "caption")
 
 
-def prompt_from_fields(
-    fields: Mapping[str, Any], mask_png: bytes | None = None
-) -> SubjectPrompt | None:
-    """The prompt that a dataset gives: its mask, else its box, else its points, else None.
-
-    Args:
-        fields: May hold `box_xyxy` (four numbers), `points` (pairs of numbers) and `point_labels`
-            (0 or 1 each; all 1 when left out).
-        mask_png: An image of the first frame's size; a pixel above half of full scale (above 0
-            in an image that only holds 0 and 1) is on the subject.
+def phrase_from_fields(fields: Mapping[str, Any]) -> str | None:
+    """The words for the subject (`subject`) among a record's fields; None when missing or blank.
 
     Raises:
-        ValueError: What is given is malformed.
+        ValueError: It is something other than text.
     """
-    if mask_png is not None:
-        return SubjectPrompt(mask_HW=decode_mask(mask_png))
-    if fields.get("box_xyxy") is not None:
-        box = _numbers(fields["box_xyxy"], "box_xyxy")
-        if box.shape != (4,):
-            raise ValueError(f"box_xyxy must be four numbers x0 y0 x1 y1, got {fields['box_xyxy']}")
-        x0, y0, x1, y1 = box.tolist()
-        return SubjectPrompt(box_xyxy=(x0, y0, x1, y1))
-    if fields.get("points") is not None:
-        points_xy = _numbers(fields["points"], "points")
-        labels = fields.get("point_labels")
-        if labels is None:
-            return SubjectPrompt(points_xy=points_xy, point_labels=np.ones(len(points_xy), int))
-        label_numbers = _numbers(labels, "point_labels")
-        return SubjectPrompt(points_xy=points_xy, point_labels=label_numbers.astype(np.int64))
-    return None
+    return _text(fields, "subject")
+
+
+def subjects_from_fields(
+    fields: Mapping[str, Any],
+    *,
+    mask_pngs: Sequence[bytes] = (),
+    read_mask: MaskReader | None = None,
+) -> tuple[SubjectPrompt, ...]:
+    """The subjects that a dataset gives for one frame, () when it gives none.
+
+    Args:
+        fields: One subject's fields (`mask`, else `box_xyxy`, else `points` + `point_labels`), or
+            `subjects`, a list of objects with such fields.
+        mask_pngs: Masks that lie beside the fields, one per subject; they go before a box and
+            points.
+        read_mask: Reads what `mask` names; None where masks lie beside, and `mask` means nothing.
+
+    Raises:
+        ValueError: What is given is malformed, given twice, unreadable, or more than MAX_SUBJECTS.
+    """
+    names = _PROMPT_FIELDS if read_mask else _PROMPT_FIELDS[1:]
+    listed = fields.get("subjects")
+    if listed is None:
+        if not mask_pngs:
+            prompt = _prompt(fields, read_mask)
+            return () if prompt is None else (prompt,)
+        _check_count(len(mask_pngs))
+        return tuple(SubjectPrompt(mask_HW=decode_mask(png)) for png in mask_pngs)
+    beside = [name for name in names if fields.get(name) is not None]
+    if beside or mask_pngs:
+        found = ", ".join(beside) or "mask images"
+        raise ValueError(f"subjects and {found} are both given; put every subject into subjects")
+    if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
+        raise ValueError(f"subjects must be a list of objects, got {_short(listed)}")
+    _check_count(len(listed))
+    prompts = [_prompt(entry, read_mask) for entry in listed]
+    if None in prompts:
+        raise ValueError(f"subject {prompts.index(None)} has none of {', '.join(names)}")
+    return tuple(prompt for prompt in prompts if prompt is not None)
+
+
+def last_frame_from_fields(
+    fields: Mapping[str, Any],
+    *,
+    mask_pngs: Sequence[bytes] = (),
+    read_mask: MaskReader | None = None,
+) -> tuple[SubjectPrompt, ...]:
+    """The subjects on the last training frame, from the object `last_frame`; else as above."""
+    last_frame = fields.get("last_frame")
+    if last_frame is not None and not isinstance(last_frame, dict):
+        raise ValueError(f"last_frame must be an object, got {_short(last_frame)}")
+    try:
+        return subjects_from_fields(last_frame or {}, mask_pngs=mask_pngs, read_mask=read_mask)
+    except ValueError as error:
+        raise ValueError(f"last_frame: {error}") from error
 
 
 def decode_mask(png: bytes) -> np.ndarray:
-    """The bool [H, W] mask in an image file; an alpha channel is ignored.
+    """The bool [H, W] mask in a PNG; an alpha channel is ignored.
+
+    A pixel above half of full scale (above 0 in an image that only holds 0 and 1) is in the mask.
 
     Raises:
-        ValueError: The bytes are no image that Pillow opens safely.
+        ValueError: The bytes are no PNG that Pillow opens, or it has over MAX_FRAME_PIXELS.
     """
     try:
         with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+            if image.width * image.height > MAX_FRAME_PIXELS:
+                raise ValueError(
+                    f"the mask is {image.width}x{image.height}; at most {MAX_FRAME_PIXELS:,} "
+                    "pixels are read"
+                )
             grey_HW = np.asarray(image.convert("RGB").convert("L"))
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
         raise ValueError(f"the mask is no readable PNG: {error}") from error
     return grey_HW > (127 if grey_HW.max(initial=0) > 1 else 0)
 
 
+def _prompt(fields: Mapping[str, Any], read_mask: MaskReader | None) -> SubjectPrompt | None:
+    if read_mask is not None and fields.get("mask") is not None:
+        return SubjectPrompt(mask_HW=decode_mask(read_mask(fields["mask"])))
+    if fields.get("box_xyxy") is not None:
+        box = _numbers(fields["box_xyxy"], "box_xyxy")
+        if box.shape != (4,):
+            raise ValueError(
+                f"box_xyxy must be four numbers x0 y0 x1 y1, got {_short(fields['box_xyxy'])}"
+            )
+        x0, y0, x1, y1 = box.tolist()
+        return SubjectPrompt(box_xyxy=(x0, y0, x1, y1))
+    if fields.get("points") is not None:
+        points_xy = _numbers(fields["points"], "points")
+        labels = _numbers(fields.get("point_labels", np.ones(points_xy.shape[:1])), "point_labels")
+        if (labels % 1).any():
+            raise ValueError(f"point_labels must be 0 or 1, got {_short(fields['point_labels'])}")
+        return SubjectPrompt(points_xy=points_xy, point_labels=labels.astype(np.int64))
+    return None
+
+
+def _check_count(count: int) -> None:
+    if count > MAX_SUBJECTS:
+        raise ValueError(f"{count} subjects are given, at most {MAX_SUBJECTS} are read")
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str | None:
+    text = fields.get(name)
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be text, got {_short(text)}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is not UTF-8") from error
+    return text.strip() or None
+
+
 def _numbers(value: Any, name: str) -> np.ndarray:
     try:
         numbers = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be numbers, got {value!r}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} must be numbers, got {_short(value)}") from error
     if not np.isfinite(numbers).all():
-        raise ValueError(f"{name} must be finite, got {value!r}")
+        raise ValueError(f"{name} must be finite, got {_short(value)}")
     return numbers
+
+
+def _short(value: object) -> str:
+    words = repr(value)
+    return words if len(words) <= 80 else f"{words[:79]}…"

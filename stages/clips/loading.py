@@ -1,12 +1,13 @@
 """A record of the dataset to a clip at the training size; used by stage one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import numpy as np
 
 from stages.clips.config import ClipsConfig
 from stages.clips.geometry import FrameGeometry, Sampling, cover_and_crop
+from stages.clips.prompts import SubjectPrompt
 from stages.clips.records import Clip, ClipRecord, ClipSkipped
 from stages.clips.video import Frame, VideoError, VideoInfo, open_video
 
@@ -20,10 +21,11 @@ def load_clip(record: ClipRecord, config: ClipsConfig) -> Clip:
 
     Frames: the one shown at each instant k / fps after the first frame; consecutive frames where
     the source's rate is within 2% of the asked one or `config.fps` is null. Never the same source
-    frame twice. Size: see `geometry.cover_and_crop`.
+    frame twice. Size: see `geometry.cover_and_crop`. Subjects that the crop cut away are dropped;
+    `Clip.prompt_problem` says so when none of frame 0's is left.
 
     Raises:
-        ClipSkipped: undecodable, too_short, fps_too_low, or bad_prompt.
+        ClipSkipped: undecodable, too_short, or fps_too_low.
     """
     try:
         with open_video(record.video) as (info, frames):
@@ -52,17 +54,32 @@ def _load(
     if geometry is None or len(images_HWC) < config.num_frames:
         rate = "" if config.fps is None else f" at {config.fps:g} frames/s"
         raise ClipSkipped("too_short", f"{len(images_HWC)} frames{rate}, needs {config.num_frames}")
-    try:
-        prompt = None if record.prompt is None else record.prompt.on_training_frame(geometry)
-    except ValueError as error:
-        raise ClipSkipped("bad_prompt", str(error)) from error
+    prompts, problem = _on_training_frame(record.prompts, geometry)
     return Clip(
         key=record.key,
         frames_THWC=np.stack(images_HWC),
-        caption=record.caption,
-        prompt=prompt,
         geometry=geometry,
+        caption=record.caption,
+        prompts=prompts,
+        last_frame_prompts=_on_training_frame(record.last_frame_prompts, geometry)[0],
+        phrase=record.phrase,
+        prompt_problem=problem,
     )
+
+
+def _on_training_frame(
+    prompts: Sequence[SubjectPrompt], geometry: FrameGeometry
+) -> tuple[tuple[SubjectPrompt, ...], str | None]:
+    """What the crop leaves of the prompts, and why nothing is left of any."""
+    try:
+        placed = [prompt.on_training_frame(geometry) for prompt in prompts]
+    except ValueError as error:
+        return (), str(error)
+    left = tuple(prompt for prompt in placed if prompt is not None)
+    if left or not prompts:
+        return left, None
+    kinds = ", ".join(prompt.kind for prompt in prompts)
+    return (), f"the subject ({kinds}) lies outside the centre crop, or vanishes at its size"
 
 
 def _sampling(info: VideoInfo, config: ClipsConfig) -> Sampling:

@@ -9,11 +9,17 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from stages.clips.fields import caption_from_fields, prompt_from_fields
+from stages.clips.fields import (
+    caption_from_fields,
+    last_frame_from_fields,
+    phrase_from_fields,
+    subjects_from_fields,
+)
 from stages.clips.keys import VIDEO_SUFFIXES, KeyBook
+from stages.clips.limits import MAX_MASK_BYTES
 from stages.clips.records import BadRecord, ClipRecord
 
-_JSON_CELLS = ("box_xyxy", "points", "point_labels")
+_JSON_CELLS = ("box_xyxy", "points", "point_labels", "subjects", "last_frame")
 """CSV columns whose cells hold JSON."""
 
 
@@ -27,8 +33,10 @@ class _Entry:
 class MetadataFile:
     """The entries of one metadata file, in order, each under a key of its own.
 
-    Fields: file_name (relative to the folder, inside it), caption, and a prompt: mask (the file
-    name of a PNG), else box_xyxy, else points (+ point_labels). Unknown fields are ignored.
+    Fields: file_name (relative to the folder, inside it), caption, subject (words for grounding),
+    and where the subject is on the first frame: mask (the file name of a PNG), else box_xyxy, else
+    points (+ point_labels); or subjects, a list of objects with those fields. last_frame is an
+    object with the same fields for the last training frame. Unknown fields are ignored.
     """
 
     path: Path
@@ -59,16 +67,40 @@ class MetadataFile:
         except ValueError as error:
             return BadRecord(key=entry.key, reason="bad_record", detail=str(error))
         try:
-            mask_name = entry.fields.get("mask")
-            mask_png = None if not mask_name else self._inside(mask_name, "mask").read_bytes()
-            prompt = prompt_from_fields(entry.fields, mask_png)
-        except OSError as error:
-            detail = f"the mask {mask_name!r} cannot be read: {error.strerror}"
-            return BadRecord(key=entry.key, reason="bad_prompt", detail=detail)
+            prompts = subjects_from_fields(entry.fields, read_mask=self._read_mask)
+            last_frame_prompts = last_frame_from_fields(entry.fields, read_mask=self._read_mask)
+            phrase = phrase_from_fields(entry.fields)
         except ValueError as error:
             return BadRecord(key=entry.key, reason="bad_prompt", detail=str(error))
-        video = self._inside(entry.fields["file_name"], "file_name")
-        return ClipRecord(key=entry.key, video=video, caption=caption, prompt=prompt)
+        return ClipRecord(
+            key=entry.key,
+            video=self._inside(entry.fields["file_name"], "file_name"),
+            caption=caption,
+            prompts=prompts,
+            last_frame_prompts=last_frame_prompts,
+            phrase=phrase,
+        )
+
+    def num_bytes(self, start: int, stop: int) -> int:
+        """Size of the videos of the entries from `start` up to `stop`; a missing one counts 0."""
+        total = 0
+        for entry in self._entries[start:stop]:
+            if isinstance(entry, _Entry):
+                video = self._inside(entry.fields["file_name"], "file_name")
+                total += video.stat().st_size if video.is_file() else 0
+        return total
+
+    def _read_mask(self, name: object) -> bytes:
+        path = self._inside(name, "mask")
+        try:
+            # A pipe or a device would be read for ever.
+            if path.exists() and not path.is_file():
+                raise ValueError(f"the mask {name!r} is no file")
+            if path.stat().st_size > MAX_MASK_BYTES:
+                raise ValueError(f"the mask {name!r} is over {MAX_MASK_BYTES:,} bytes")
+            return path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"the mask {name!r} cannot be read: {error.strerror}") from error
 
     def _inside(self, name: object, field: str) -> Path:
         return self.path.parent / _relative_name(name, field)

@@ -1,4 +1,4 @@
-"""Where the subject is on the first frame; read from datasets, given to the tracker."""
+"""Where a subject is on a frame; read from datasets or found, given to the tracker."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -55,27 +55,24 @@ class SubjectPrompt:
             return "mask"
         return "box" if self.box_xyxy is not None else "points"
 
-    def on_training_frame(self, geometry: FrameGeometry) -> "SubjectPrompt":
-        """The prompt in the pixels of the training frame.
+    def on_training_frame(self, geometry: FrameGeometry) -> "SubjectPrompt | None":
+        """The prompt in the pixels of the training frame; None when the crop leaves nothing of it.
 
         Boxes are clipped to the frame; points that the crop cut away are dropped.
 
         Raises:
-            ValueError: Nothing of the subject is left inside the crop, or the mask has another
-                size than the source.
+            ValueError: The mask has another size than the source.
         """
         if self.mask_HW is not None:
             mask_HW = geometry.mask(self.mask_HW)
-            if not mask_HW.any():
-                raise ValueError("the mask lies outside the centre crop, or vanishes at its size")
-            return SubjectPrompt(mask_HW=mask_HW)
+            return SubjectPrompt(mask_HW=mask_HW) if mask_HW.any() else None
         if self.box_xyxy is not None:
-            return SubjectPrompt(box_xyxy=_crop_box(self.box_xyxy, geometry))
+            return _crop_box(self.box_xyxy, geometry)
         assert self.points_xy is not None and self.point_labels is not None
         points_xy = geometry.points(self.points_xy)
         inside = ((points_xy >= 0) & (points_xy < (geometry.width, geometry.height))).all(axis=1)
         if not (self.point_labels[inside] == 1).any():
-            raise ValueError("no point on the subject lies inside the centre crop")
+            return None
         return SubjectPrompt(points_xy=points_xy[inside], point_labels=self.point_labels[inside])
 
 
@@ -109,9 +106,7 @@ def _check_points(points_xy: np.ndarray, labels: np.ndarray | None) -> None:
 
 def _crop_box(
     box_xyxy: tuple[float, float, float, float], geometry: FrameGeometry
-) -> tuple[float, float, float, float]:
+) -> SubjectPrompt | None:
     corners_22 = geometry.points(np.array(box_xyxy, dtype=np.float64).reshape(2, 2))
     (x0, y0), (x1, y1) = np.clip(corners_22, 0, (geometry.width, geometry.height)).tolist()
-    if not (x0 < x1 and y0 < y1):
-        raise ValueError(f"box_xyxy {box_xyxy} lies outside the centre crop")
-    return (x0, y0, x1, y1)
+    return SubjectPrompt(box_xyxy=(x0, y0, x1, y1)) if x0 < x1 and y0 < y1 else None

@@ -19,8 +19,13 @@ class ClipRecord:
     """Unique in the dataset; never used as a path."""
     video: bytes | Path
     """The encoded file, or where it lies."""
-    caption: str | None
-    prompt: SubjectPrompt | None
+    caption: str | None = None
+    prompts: tuple[SubjectPrompt, ...] = ()
+    """The subjects on frame 0, one prompt each."""
+    last_frame_prompts: tuple[SubjectPrompt, ...] = ()
+    """The same subjects on the last training frame, index num_frames - 1 after sampling."""
+    phrase: str | None = None
+    """Words for the subject, such as "the brown bear"; what grounding looks for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +43,8 @@ class ClipSkipped(Exception):  # noqa: N818 - an outcome that callers record, no
     """A clip that cannot be used.
 
     Attributes:
-        reason: A slug: undecodable, too_short, fps_too_low, bad_prompt, bad_record; callers add
-            no_prompt and no_caption where they need one.
+        reason: A slug. From loading: undecodable, too_short, fps_too_low; callers add their own,
+            such as no_prompt, bad_prompt and no_caption.
         detail: One line for people.
     """
 
@@ -51,12 +56,19 @@ class ClipSkipped(Exception):  # noqa: N818 - an outcome that callers record, no
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Clip:
-    """A decoded clip at the training size, rate and length."""
+    """A decoded clip at the training size, rate and length; prompts in training-frame pixels."""
 
     key: str
     frames_THWC: np.ndarray
     """uint8 [num_frames, height, width, 3], RGB."""
-    caption: str | None
-    prompt: SubjectPrompt | None
-    """In training-frame pixels, on frame 0."""
     geometry: FrameGeometry
+    caption: str | None = None
+    prompts: tuple[SubjectPrompt, ...] = ()
+    """The subjects on frame 0 that the crop left."""
+    last_frame_prompts: tuple[SubjectPrompt, ...] = ()
+    """The subjects on frame num_frames - 1 that the crop left."""
+    phrase: str | None = None
+    """Words for the subject."""
+    prompt_problem: str | None = None
+    """Why `prompts` is empty although the dataset gives some; None when it gives none, or when
+    some are left."""

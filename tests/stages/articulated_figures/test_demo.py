@@ -41,7 +41,7 @@ def test_the_clips_are_a_dataset_that_loads(demo):
         drawn = draw_clip(seed, num_frames=9, height=64, width=96, fps=8.0)
         clip = load_clip(record, clips)
         assert clip.caption == drawn.caption
-        assert np.array_equal(clip.prompt.mask_HW, drawn.mask_HW)
+        assert np.array_equal(clip.prompts[0].mask_HW, drawn.mask_HW)
         assert np.abs(clip.frames_THWC.astype(int) - drawn.frames_THWC).mean() < 8
 
 
