@@ -49,9 +49,13 @@ def normalise_for_sam2(frames_TSS3: np.ndarray, device: torch.device) -> torch.T
 
     Channels are outermost in memory, as sam2 has them: another layout rounds differently.
     """
+    bytes_TSS3 = torch.from_numpy(frames_TSS3)
+    if device.type == "cuda":
+        # From page-locked memory the copy overlaps with what the GPU is still at.
+        bytes_TSS3 = bytes_TSS3.pin_memory()
     mean = torch.tensor(_IMAGE_MEAN, device=device)[:, None, None]
     std = torch.tensor(_IMAGE_STD, device=device)[:, None, None]
-    images_T3SS = torch.from_numpy(frames_TSS3).to(device).permute(0, 3, 1, 2).contiguous()
+    images_T3SS = bytes_TSS3.to(device, non_blocking=True).permute(0, 3, 1, 2).contiguous()
     return (images_T3SS.float() / 255 - mean) / std
 
 

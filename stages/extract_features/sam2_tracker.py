@@ -1,9 +1,9 @@
 """Builds SAM2 from an official configuration and checkpoint; the one file that imports sam2.
 
-`two_way_tracking` drives what is built here; the demo builds its tiny SAM2 here too.
+`two_way_tracking` drives what is built here; the subject extraction checks and loads it here; the
+demo builds its tiny SAM2 here too.
 """
 
-import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,21 @@ from typing import Any
 
 import sam2
 import torch
+from accelerate import init_empty_weights
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES
 from sam2.modeling.sam2_base import SAM2Base
 from yaml import YAMLError
+
+from stages.extract_features.sam2_checkpoints import (
+    differences,
+    download_checkpoint,
+    fitting_config,
+    read_checkpoint,
+)
 
 _CONFIGS = Path(sam2.__path__[0]) / "configs"
 _OFFICIAL_FOLDERS = ("sam2", "sam2.1")
@@ -39,6 +48,30 @@ def official_configs() -> dict[str, Path]:
     """Official configurations by name: sam2.1_hiera_l -> its YAML file in the sam2 package."""
     files = (file for folder in _OFFICIAL_FOLDERS for file in (_CONFIGS / folder).glob("*.yaml"))
     return {file.stem: file for file in sorted(files)}
+
+
+def find_checkpoint(name: str, *, download: bool = True) -> Path:
+    """The file of a checkpoint: a path, or the hub id of an official one.
+
+    Args:
+        name: A path on this machine, or an id such as facebook/sam2.1-hiera-large.
+        download: Fetch an official one that is not in the hub's cache.
+
+    Raises:
+        ValueError: It is neither, or it cannot be downloaded.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if name in HF_MODEL_ID_TO_FILENAMES:
+        _, file = HF_MODEL_ID_TO_FILENAMES[name]
+        return download_checkpoint(name, file, local_files_only=not download)
+    raise ValueError(
+        f"extract.teacher.checkpoint={name} is "
+        + ("a folder: name the .pt file in it" if path.is_dir() else "no file on this machine")
+        + "; give the path of a SAM2 checkpoint, or the hub id of an official one: "
+        + ", ".join(HF_MODEL_ID_TO_FILENAMES)
+    )
 
 
 def load_sam2_config(config: str | Path, *, image_size: int | None = None) -> dict[str, Any]:
@@ -87,8 +120,45 @@ def load_sam2_config(config: str | Path, *, image_size: int | None = None) -> di
     return {str(key): value for key, value in tree.items()}
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sam2Facts:
+    """What is known of a SAM2 before it is loaded."""
+
+    config: dict[str, Any]
+    """The resolved configuration: everything that shapes the arithmetic apart from the weights."""
+    config_name: str
+    """The official configuration's name, or the YAML file's path."""
+    hidden_dim: int
+    """Channels of `memory_attention`."""
+    mem_dim: int
+    """Channels of `memory_encoder`."""
+
+
+def check_sam2(
+    config: str | Path | None, checkpoint: Path, *, image_size: int | None = None
+) -> Sam2Facts:
+    """Find out whether a configuration and a checkpoint fit each other; loads neither.
+
+    Args:
+        config: Name of an official configuration, a YAML file, or None for the official one that
+            fits the checkpoint.
+        checkpoint: An official checkpoint, {"model": state dict}.
+        image_size: Side in pixels of the square SAM2 sees; None keeps the configuration's.
+
+    Raises:
+        ValueError: As `build_sam2`.
+    """
+    name, model, _ = _checked(config, checkpoint, image_size)
+    return Sam2Facts(
+        config=load_sam2_config(name, image_size=image_size),
+        config_name=name,
+        hidden_dim=model.hidden_dim,
+        mem_dim=model.mem_dim,
+    )
+
+
 def build_sam2(
-    config: str | Path,
+    config: str | Path | None,
     checkpoint: Path | None,
     *,
     image_size: int | None = None,
@@ -99,7 +169,8 @@ def build_sam2(
     The result equals `sam2.build_sam.build_sam2_video_predictor` with `fill_hole_area=0`.
 
     Args:
-        config: Name of an official configuration such as sam2.1_hiera_l, or a YAML file.
+        config: Name of an official configuration such as sam2.1_hiera_l, a YAML file, or None for
+            the official one that fits the checkpoint.
         checkpoint: An official checkpoint, {"model": state dict}; None leaves random weights.
         image_size: Side in pixels of the square SAM2 sees, a multiple of 32; None keeps the
             configuration's.
@@ -112,7 +183,54 @@ def build_sam2(
         ValueError: The configuration is unknown, or the checkpoint is unreadable or made for
             another configuration; the message names the one it fits.
     """
-    weights = None if checkpoint is None else read_checkpoint(checkpoint)
+    if checkpoint is None:
+        if config is None:
+            raise ValueError("neither a SAM2 configuration nor a checkpoint is given")
+        model = _instantiate(config, image_size)
+    else:
+        _, model, weights = _checked(config, checkpoint, image_size)
+        expected = model.state_dict()
+        # Copied, so that the model does not depend on the file; straight to the device, so that
+        # the host never holds the whole of it.
+        copies = {
+            key: value.to(device, expected[key].dtype, copy=True) for key, value in weights.items()
+        }
+        model.load_state_dict(copies, assign=True)
+    return model.requires_grad_(False).eval().to(device)
+
+
+def _checked(
+    config: str | Path | None, checkpoint: Path, image_size: int | None
+) -> tuple[str, SAM2Base, dict[str, torch.Tensor]]:
+    """The configuration's name, the model without values, and the weights that fit it."""
+    weights = read_checkpoint(checkpoint)
+    official = {name: load_sam2_config(name) for name in official_configs()}
+    fitting = fitting_config(weights, official)
+    if config is None:
+        if fitting is None:
+            raise ValueError(
+                f"the checkpoint {checkpoint} fits none of the official SAM2 configurations: set "
+                "extract.teacher.config to the YAML file it was trained with"
+            )
+        config = fitting
+    with init_empty_weights():
+        model = _instantiate(config, image_size)
+    different = differences(model.state_dict(), weights)
+    if different:
+        advice = (
+            f"it fits {fitting}: set extract.teacher.config={fitting}"
+            if fitting is not None and fitting != str(config)
+            else "it fits none of the official configurations: give the YAML file it was trained "
+            "with"
+        )
+        raise ValueError(
+            f"the checkpoint {checkpoint} does not fit the SAM2 configuration {config} "
+            f"({len(different)} tensors differ; {different[0]}); {advice}"
+        )
+    return str(config), model, weights
+
+
+def _instantiate(config: str | Path, image_size: int | None) -> SAM2Base:
     try:
         model = instantiate(load_sam2_config(config, image_size=image_size), _recursive_=True)
     except InstantiationException as error:
@@ -122,100 +240,7 @@ def build_sam2(
             f"the SAM2 configuration {config} builds a {type(model).__name__}; "
             "its model._target_ must be sam2.modeling.sam2_base.SAM2Base"
         )
-    if weights is not None:
-        assert checkpoint is not None
-        _check_fit(model.state_dict(), weights, config=config, checkpoint=checkpoint)
-        model.load_state_dict(weights)
-    return model.requires_grad_(False).eval().to(device)
-
-
-def read_checkpoint(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Read the state dict of an official checkpoint without running any code in it.
-
-    Raises:
-        ValueError: The file is missing, unreadable, or not {"model": state dict}.
-    """
-    if not checkpoint.is_file():
-        raise ValueError(
-            f"no SAM2 checkpoint at {checkpoint}; download sam2.1_hiera_large.pt from "
-            "https://github.com/facebookresearch/sam2 and set extract.teacher.checkpoint"
-        )
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{checkpoint} is not a readable PyTorch checkpoint: {error}") from error
-    weights = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not all(
-        isinstance(value, torch.Tensor) for value in weights.values()
-    ):
-        raise ValueError(
-            f"{checkpoint} is not a SAM2 checkpoint: it must hold {{'model': state dict}}"
-        )
-    return weights
-
-
-@dataclass(frozen=True, slots=True)
-class _Architecture:
-    """The few facts that tell the official models apart."""
-
-    embed_dim: int
-    num_blocks: int
-    version_2_1: bool
-
-    @classmethod
-    def of_weights(cls, weights: Mapping[str, torch.Tensor]) -> "_Architecture | None":
-        trunk = "image_encoder.trunk."
-        stem = weights.get(f"{trunk}patch_embed.proj.weight")
-        blocks = {key.split(".")[3] for key in weights if key.startswith(f"{trunk}blocks.")}
-        if stem is None:
-            return None
-        return cls(stem.shape[0], len(blocks), "no_obj_embed_spatial" in weights)
-
-    @classmethod
-    def of_config(cls, config: Mapping[str, Any]) -> "_Architecture":
-        trunk = config["image_encoder"]["trunk"]
-        # The defaults of sam2's Hiera, which sam2_hiera_b+.yaml leaves out in part.
-        return cls(
-            trunk.get("embed_dim", 96),
-            sum(trunk.get("stages", (2, 3, 16, 3))),
-            bool(config.get("no_obj_embed_spatial", False)),
-        )
-
-
-def _check_fit(
-    expected: Mapping[str, torch.Tensor],
-    found: Mapping[str, torch.Tensor],
-    *,
-    config: str | Path,
-    checkpoint: Path,
-) -> None:
-    """Compare names and shapes; on a difference, say which official configuration would fit."""
-    differences = [
-        f"{key} is {_shape(found, key)}, expected {_shape(expected, key)}"
-        for key in sorted({*expected, *found})
-        if _shape(expected, key) != _shape(found, key)
-    ]
-    if not differences:
-        return
-    architecture = _Architecture.of_weights(found)
-    fitting = [
-        name
-        for name in official_configs()
-        if architecture == _Architecture.of_config(load_sam2_config(name))
-    ]
-    advice = (
-        f"it fits {fitting[0]}: set extract.teacher.config={fitting[0]}"
-        if fitting
-        else "it fits none of the official configurations: give the YAML file it was trained with"
-    )
-    raise ValueError(
-        f"the checkpoint {checkpoint} does not fit the SAM2 configuration {config} "
-        f"({len(differences)} tensors differ; {differences[0]}); {advice}"
-    )
-
-
-def _shape(weights: Mapping[str, torch.Tensor], key: str) -> str:
-    return str(list(weights[key].shape)) if key in weights else "absent"
+    return model
 
 
 def _config_file(config: str | Path) -> Path:

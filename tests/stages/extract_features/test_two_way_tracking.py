@@ -9,15 +9,17 @@ import pytest
 import torch
 
 from stages.clips.prompts import SubjectPrompt
+from stages.extract_features.encoded_frames import EncodedFrames
 from stages.extract_features.sam2_inputs import (
+    Sam2Prompt,
     normalise_for_sam2,
     prompt_for_sam2,
     resize_for_sam2,
 )
 from stages.extract_features.sam2_tracker import build_sam2
 from stages.extract_features.two_way_tracking import (
-    SubjectLostError,
     TrackedFrame,
+    TrackRequest,
     TwoWayTracker,
 )
 
@@ -36,13 +38,22 @@ def square(prompt: SubjectPrompt) -> Any:
     return prompt_for_sam2(prompt, height=HEIGHT, width=WIDTH, image_size=SIZE, device=CPU)
 
 
+def one(
+    tracker: TwoWayTracker, encoded: EncodedFrames, prompt: Sam2Prompt, *, backward: bool = False
+) -> list[TrackedFrame]:
+    """A single stream over the whole clip."""
+    order = range(encoded.num_frames)[:: -1 if backward else 1]
+    steps = tracker.track([TrackRequest(encoded=encoded, prompt=prompt, order=order)])
+    return [frame for (frame,) in steps]
+
+
 def both_ways(
     tracker: TwoWayTracker, frames_THWC: np.ndarray, prompt: SubjectPrompt
 ) -> tuple[list[TrackedFrame], list[TrackedFrame]]:
     encoded = tracker.encode(resize_for_sam2(frames_THWC, SIZE))
-    forward = list(tracker.track(encoded, square(prompt)))
-    backward = list(tracker.track(encoded, tracker.prompt_from_track(forward[-1]), backward=True))
-    return forward, backward
+    forward = one(tracker, encoded, square(prompt))
+    last = tracker.prompt_from_logits(forward[-1].mask_logits_HW)
+    return forward, one(tracker, encoded, last, backward=True)
 
 
 def assert_equal_to_stock(tracked: list[TrackedFrame], stock: Any, tolerance: float = 5e-6) -> None:
@@ -127,25 +138,12 @@ def test_only_reachable_memories_are_kept(
 
     monkeypatch.setattr(tracker.model, "_track_step", watching)
     encoded = tracker.encode(resize_for_sam2(draw_frames(22, HEIGHT, WIDTH), SIZE))
-    for _ in tracker.track(encoded, square(SubjectPrompt(box_xyxy=BOX))):
-        pass
+    one(tracker, encoded, square(SubjectPrompt(box_xyxy=BOX)))
     recent = seen["non_cond_frame_outputs"]
     assert sorted(recent) == list(range(7, 22))  # 15 object pointers
     held = [s for s, entry in recent.items() if entry["maskmem_features"] is not None]
     assert sorted(held) == list(range(16, 22))  # 6 memories
     assert list(seen["cond_frame_outputs"]) == [0]
-
-
-def test_encoding_several_frames_at_once_changes_rounding_only(
-    tiny_sam2: tuple[Path, Path], draw_frames: Callable[..., np.ndarray]
-) -> None:
-    frames_TSS3 = resize_for_sam2(draw_frames(7, HEIGHT, WIDTH), SIZE)
-    one = tracker_of(tiny_sam2).encode(frames_TSS3)
-    three = tracker_of(tiny_sam2, frames_per_batch=3).encode(frames_TSS3)
-    assert one.sizes == three.sizes == ((32, 32), (16, 16), (8, 8))
-    torch.testing.assert_close(one.positions_NBC, three.positions_NBC)
-    for ours, theirs in zip(three.levels_TNC, one.levels_TNC, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=1e-5)
 
 
 def test_frames_are_prepared_as_sam2_loads_a_folder_of_images(
@@ -170,19 +168,20 @@ def test_one_frame_is_refused(
     tracker = tracker_of(tiny_sam2)
     encoded = tracker.encode(resize_for_sam2(draw_frames(1, HEIGHT, WIDTH), SIZE))
     with pytest.raises(ValueError, match="at least 2 frames, got 1"):
-        next(tracker.track(encoded, square(SubjectPrompt(box_xyxy=BOX))))
+        one(tracker, encoded, square(SubjectPrompt(box_xyxy=BOX)))
 
 
-def test_a_subject_without_a_last_mask_is_lost(
+def test_a_lost_subject_is_not_visible_and_makes_no_prompt(
     tiny_sam2: tuple[Path, Path], draw_frames: Callable[..., np.ndarray]
 ) -> None:
     tracker = tracker_of(tiny_sam2)
     with torch.no_grad():
         tracker.model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.fill_(-100.0)
     encoded = tracker.encode(resize_for_sam2(draw_frames(3, HEIGHT, WIDTH), SIZE))
-    forward = list(tracker.track(encoded, square(SubjectPrompt(box_xyxy=BOX))))
-    with pytest.raises(SubjectLostError, match=r"no mask on frame 2 \(object score -\d"):
-        tracker.prompt_from_track(forward[-1])
+    forward = one(tracker, encoded, square(SubjectPrompt(box_xyxy=BOX)))
+    assert [frame.visible for frame in forward] == [False] * 3
+    with pytest.raises(ValueError, match="the mask is empty"):
+        tracker.prompt_from_logits(forward[-1].mask_logits_HW)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -194,7 +193,7 @@ def test_reduced_precision_stays_close(
     for arithmetic in ("fp32", precision):
         tracker = TwoWayTracker(build_sam2(*tiny_sam2), precision=arithmetic)
         encoded = tracker.encode(frames_TSS3)
-        frames = list(tracker.track(encoded, square(SubjectPrompt(box_xyxy=BOX))))
+        frames = one(tracker, encoded, square(SubjectPrompt(box_xyxy=BOX)))
         features.append(torch.stack([frame.features["memory_attention"] for frame in frames]))
     exact_TCHW, rough_TCHW = features
     assert rough_TCHW.dtype == torch.float32
@@ -220,12 +219,13 @@ def test_the_official_tiny_architecture_equals_the_stock_predictor(
         SubjectPrompt(box_xyxy=box), height=480, width=720, image_size=512, device=CPU
     )
     encoded = tracker.encode(resize_for_sam2(frames_THWC, 512))
-    forward = list(tracker.track(encoded, prompt))
+    forward = one(tracker, encoded, prompt)
     stock_forward = run(
         frames_THWC, lambda p, state: p.add_new_points_or_box(state, 0, 1, box=list(box))
     )
     assert_equal_to_stock(forward, stock_forward)
     last_mask = stock_forward.last_mask()
-    backward = list(tracker.track(encoded, tracker.prompt_from_track(forward[-1]), backward=True))
+    last = tracker.prompt_from_logits(forward[-1].mask_logits_HW)
+    backward = one(tracker, encoded, last, backward=True)
     stock_backward = run(frames_THWC[::-1], lambda p, state: p.add_new_mask(state, 0, 1, last_mask))
     assert_equal_to_stock(backward, stock_backward)
