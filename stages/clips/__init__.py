@@ -10,6 +10,7 @@ from stages.clips.dataset import (
 )
 from stages.clips.geometry import FrameGeometry
 from stages.clips.loading import load_clip
+from stages.clips.probing import ClipProbe, probe_clip
 from stages.clips.prompts import SubjectPrompt
 from stages.clips.records import BadRecord, Clip, ClipRecord, ClipSkipped
 from stages.clips.video import VideoError, encode_video, read_video, write_video
@@ -18,6 +19,7 @@ __all__ = [
     "BadRecord",
     "Clip",
     "ClipDataset",
+    "ClipProbe",
     "ClipRecord",
     "ClipSkipped",
     "ClipsConfig",
@@ -29,6 +31,7 @@ __all__ = [
     "input_shard_name",
     "load_clip",
     "open_dataset",
+    "probe_clip",
     "read_video",
     "retry_shard_name",
     "write_video",

@@ -7,6 +7,7 @@ import numpy as np
 
 from stages.clips.config import ClipsConfig
 from stages.clips.geometry import FrameGeometry, Sampling, cover_and_crop
+from stages.clips.limits import MAX_DECODED_FRAMES
 from stages.clips.prompts import SubjectPrompt
 from stages.clips.records import Clip, ClipRecord, ClipSkipped
 from stages.clips.video import Frame, VideoError, VideoInfo, open_video
@@ -37,7 +38,8 @@ def load_clip(record: ClipRecord, config: ClipsConfig) -> Clip:
 def _load(
     record: ClipRecord, config: ClipsConfig, info: VideoInfo, frames: Iterator[Frame]
 ) -> Clip:
-    sampling = _sampling(info, config)
+    sampling = sampling_of(info.fps, config)
+    frames = _bounded(frames)
     chosen = (
         frames
         if config.fps is None or sampling == "consecutive"
@@ -52,8 +54,7 @@ def _load(
         if len(images_HWC) == config.num_frames:
             break
     if geometry is None or len(images_HWC) < config.num_frames:
-        rate = "" if config.fps is None else f" at {config.fps:g} frames/s"
-        raise ClipSkipped("too_short", f"{len(images_HWC)} frames{rate}, needs {config.num_frames}")
+        raise too_short(len(images_HWC), config)
     prompts, problem = _on_training_frame(record.prompts, geometry)
     return Clip(
         key=record.key,
@@ -82,17 +83,37 @@ def _on_training_frame(
     return (), f"the subject ({kinds}) lies outside the centre crop, or vanishes at its size"
 
 
-def _sampling(info: VideoInfo, config: ClipsConfig) -> Sampling:
+def sampling_of(source_fps: Fraction, config: ClipsConfig) -> Sampling:
+    """How frames are taken from a source of this rate.
+
+    Raises:
+        ClipSkipped: fps_too_low.
+    """
     if config.fps is None:
         return "consecutive"
-    ratio = info.fps / Fraction(config.fps)
+    ratio = source_fps / Fraction(config.fps)
     if ratio < 1 - _RATE_TOLERANCE:
         raise ClipSkipped(
             "fps_too_low",
-            f"the video has {float(info.fps):.3f} frames/s, {config.fps:g} were asked for; "
+            f"the video has {float(source_fps):.3f} frames/s, {config.fps:g} were asked for; "
             f"frames are never repeated",
         )
     return "consecutive" if ratio <= 1 + _RATE_TOLERANCE else "time"
+
+
+def too_short(num_frames: int, config: ClipsConfig) -> ClipSkipped:
+    """The outcome of a clip that gives fewer frames than asked for."""
+    rate = "" if config.fps is None else f" at {config.fps:g} frames/s"
+    return ClipSkipped("too_short", f"{num_frames} frames{rate}, needs {config.num_frames}")
+
+
+def _bounded(frames: Iterator[Frame]) -> Iterator[Frame]:
+    for number, frame in enumerate(frames):
+        if number == MAX_DECODED_FRAMES:
+            raise VideoError(
+                f"{MAX_DECODED_FRAMES:,} frames were decoded and the clip is not complete"
+            )
+        yield frame
 
 
 def _geometry(

@@ -147,6 +147,11 @@ class _Reader:
             reached = member.offset
             if member.isreg():
                 yield member
+        # tarfile takes a header it cannot read for the end, which is a block of zeros.
+        assert tar.fileobj is not None
+        tar.fileobj.seek(tar.offset)  # type: ignore[attr-defined]
+        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise ValueError(f"the header at byte {tar.offset} is damaged")  # type: ignore[attr-defined]
 
 
 def _open(path: Path) -> tarfile.TarFile:

@@ -1,20 +1,23 @@
 """Video files in and out through PyAV: the only place that decodes or encodes.
 
-Used by `stages.clips.loading`, by the demo's generator, and by whatever writes a video.
+Used by `stages.clips.loading` and `probing`, the demo's generator, and whatever writes a video.
 """
 
 import io
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import av
 import numpy as np
+
+from stages.clips.limits import MAX_FRAME_PIXELS
 
 # Legend: T frame, H W pixels, C colour (RGB).
 
@@ -51,34 +54,60 @@ class VideoInfo:
 
 
 @contextmanager
+def open_stream(source: bytes | Path) -> Iterator[tuple[Any, Any, Fraction]]:
+    """Open a video without decoding: the container, its first real video stream, frames/s.
+
+    Raises:
+        VideoError: Not a video, no video stream, no known codec, no rate, or giant frames.
+    """
+    with ExitStack() as stack:
+        try:
+            stream_in = io.BytesIO(source) if isinstance(source, bytes) else _open_file(source)
+            stack.enter_context(stream_in)
+            container = stack.enter_context(
+                av.open(
+                    stream_in,
+                    options={"format_whitelist": _FORMATS},
+                    # A title in another encoding is no reason to refuse the frames.
+                    metadata_errors="replace",
+                )
+            )
+        except (av.error.FFmpegError, OSError, MemoryError) as error:
+            raise VideoError(f"cannot be opened as video: {_words(error)}") from error
+        stream = _first_video_stream(container)
+        context = stream.codec_context
+        if context is None:
+            raise VideoError("the video's codec is not known here")
+        if context.width * context.height > MAX_FRAME_PIXELS:
+            raise VideoError(
+                f"frames of {context.width}x{context.height} pixels; "
+                f"at most {MAX_FRAME_PIXELS:,} pixels are decoded"
+            )
+        # The size can change later on; FFmpeg then refuses before it takes the memory.
+        context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+        stream.thread_type = "AUTO"
+        rate = stream.average_rate or stream.guessed_rate
+        if not rate or rate < 0:
+            raise VideoError("the file does not say how many frames it has per second")
+        yield container, stream, Fraction(rate)
+
+
+@contextmanager
 def open_video(source: bytes | Path) -> Iterator[tuple[VideoInfo, Iterator[Frame]]]:
     """Open a video; frames are decoded as they are asked for, in the order they are shown.
 
     Raises:
-        VideoError: Not a video, no video stream, no frame, frames that change size, damaged data
-            (also while iterating).
+        VideoError: As `open_stream`; also no frame, frames that change size, damaged data (the
+            last two also while iterating).
     """
-    with ExitStack() as stack:
-        try:
-            stream_in = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
-            stack.enter_context(stream_in)
-            container = stack.enter_context(
-                av.open(stream_in, options={"format_whitelist": _FORMATS})
-            )
-        except (av.error.FFmpegError, OSError) as error:
-            raise VideoError(f"cannot be opened as video: {_words(error)}") from error
-        stream = _first_video_stream(container)
-        stream.thread_type = "AUTO"
-        rate = stream.average_rate or stream.guessed_rate
-        if not rate:
-            raise VideoError("the file does not say how many frames it has per second")
-        frames = _decode(container, stream, Fraction(rate))
+    with open_stream(source) as (container, stream, rate):
+        frames = _decode(container, stream, rate)
         first, rotation = next(frames, (None, 0))
         if first is None:
             raise VideoError("the video stream holds no frame")
         aspect = float(stream.sample_aspect_ratio or 1)
         info = VideoInfo(
-            fps=Fraction(rate),
+            fps=rate,
             time_tick=Fraction(stream.time_base or 0),
             rotation=rotation,
             pixel_aspect=1 / aspect if rotation % 180 else aspect,
@@ -150,6 +179,13 @@ def encode_video(frames_THWC: np.ndarray, fps: float, *, crf: int = 17) -> bytes
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return out.getvalue()
+
+
+def _open_file(path: Path) -> IO[bytes]:
+    # A pipe or a device would be waited for, or read for ever.
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("it is no file")
+    return path.open("rb")
 
 
 def _first_video_stream(container: Any) -> Any:

@@ -74,8 +74,8 @@ def corner_frame(height: int, width: int) -> np.ndarray:
     return image
 
 
-def record_of(video: bytes | Path, prompt: SubjectPrompt | None = None) -> ClipRecord:
-    return ClipRecord(key="a", video=video, caption="a thing moves", prompt=prompt)
+def record_of(video: bytes | Path, *prompts: SubjectPrompt) -> ClipRecord:
+    return ClipRecord(key="a", video=video, caption="a thing moves", prompts=prompts)
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:

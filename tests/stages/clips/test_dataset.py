@@ -39,9 +39,9 @@ def test_a_tar_gives_records_with_captions_and_prompts(tools, config, tmp_path):
     records = by_key(read_all(config()))
     assert list(records) == ["00000/a", "00000/b", "00000/deep/c"]
     assert [record.caption for record in records.values()] == ["A dog.", "Ein Bär.", None]
-    assert [record.prompt.kind for record in records.values()] == ["mask", "box", "points"]
+    assert [record.prompts[0].kind for record in records.values()] == ["mask", "box", "points"]
     clip = load_clip(records["00000/a"], config())
-    assert np.array_equal(clip.prompt.mask_HW, mask > 0)
+    assert np.array_equal(clip.prompts[0].mask_HW, mask > 0)
 
 
 def test_shards_are_tars_in_order_with_safe_stable_unique_names(tools, config, tmp_path):
@@ -124,8 +124,13 @@ def test_a_torn_tar_gives_its_readable_part_and_a_bad_record(tools, config, tmp_
     start_of_c = 2 * (512 + 512 * -(-len(video) // 512))
     path.write_bytes(path.read_bytes()[: start_of_c + 600])
     records = read_all(config())
+    assert [type(record) for record in records] == [ClipRecord, ClipRecord, BadRecord]
+    assert records[2].key == "t/c" and "cannot be read" in records[2].detail
+    assert open_dataset(config()).shards[0].num_clips() == 3
+    path.write_bytes(path.read_bytes()[: start_of_c + 100])
+    records = read_all(config())
     assert [type(record) for record in records] == [ClipRecord, BadRecord]
-    # What follows b is unreadable, and might have been its caption or mask.
+    # The header after b is unreadable, and might have been its caption's or mask's.
     assert records[1].key == "t/b" and "cannot be read" in records[1].detail
     path.write_bytes(b"no tar at all" * 100)
     assert [record.reason for record in read_all(config())] == ["bad_record"]
@@ -161,7 +166,7 @@ def test_a_metadata_folder_is_cut_into_shards(tools, config, tmp_path):
     assert [load_clip(record, config()).caption for record in records.values()] == [
         f"clip {index}" for index in range(5)
     ]
-    assert records["clip1"].prompt.kind == "box" and records["clip2"].prompt.kind == "mask"
+    assert records["clip1"].prompts[0].kind == "box" and records["clip2"].prompts[0].kind == "mask"
 
 
 def test_a_csv_says_the_same_as_jsonl(tools, config, tmp_path):
@@ -176,9 +181,9 @@ def test_a_csv_says_the_same_as_jsonl(tools, config, tmp_path):
         file.write("d.mp4,Bär,,,\n".encode("latin-1"))
     records = list(by_key(read_all(config())).values())
     assert records[0].caption == "A dog, running\nfast."
-    assert records[0].prompt.box_xyxy == (1.0, 2.0, 3.0, 4.0)
+    assert records[0].prompts[0].box_xyxy == (1.0, 2.0, 3.0, 4.0)
     assert records[1].key == "sub/b" and records[1].caption is None
-    assert records[1].prompt.point_labels.tolist() == [1, 0]
+    assert records[1].prompts[0].point_labels.tolist() == [1, 0]
     assert [record.reason for record in records[2:]] == ["bad_record", "bad_record"]
 
 

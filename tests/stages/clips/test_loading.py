@@ -1,11 +1,12 @@
 import io
+from dataclasses import replace
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 
-from stages.clips import ClipSkipped, SubjectPrompt, load_clip
+from stages.clips import ClipRecord, ClipSkipped, SubjectPrompt, load_clip
 
 
 def reason_of(record, config) -> str:
@@ -193,10 +194,10 @@ def test_a_prompt_follows_the_pixels(tools, config):
     }
     seen_HW = clips["mask"].frames_THWC[0].mean(axis=-1) > 127
     ys, xs = np.nonzero(seen_HW)
-    assert (clips["mask"].prompt.mask_HW != seen_HW).mean() < 0.02
-    box = clips["box"].prompt.box_xyxy
+    assert (clips["mask"].prompts[0].mask_HW != seen_HW).mean() < 0.02
+    box = clips["box"].prompts[0].box_xyxy
     assert np.abs(np.subtract(box, (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))).max() <= 1
-    points = clips["points"].prompt
+    points = clips["points"].prompts[0]
     assert points.point_labels.tolist() == [1]  # the other lies outside the crop
     np.testing.assert_allclose(points.points_xy[0], (xs.mean() + 0.5, ys.mean() + 0.5), atol=0.6)
 
@@ -211,6 +212,35 @@ def test_a_prompt_follows_the_pixels(tools, config):
     ],
     ids=["box", "points", "mask", "mask of another size"],
 )
-def test_prompts_outside_the_crop_are_bad(tools, config, prompt):
+def test_prompts_outside_the_crop_leave_a_problem(tools, config, prompt):
     video = tools.encode(tools.counting_frames(9, 32, 96))
-    assert reason_of(tools.record_of(video, prompt), config()) == "bad_prompt"
+    clip = load_clip(tools.record_of(video, prompt), config())
+    assert clip.prompts == () and clip.prompt_problem
+
+
+def test_only_the_subjects_that_the_crop_cut_away_are_dropped(tools, config):
+    # 32 x 96 to 32 x 48: columns 24 to 71 are left.
+    video = tools.encode(tools.counting_frames(9, 32, 96))
+    gone = SubjectPrompt(box_xyxy=(0.0, 0.0, 5.0, 32.0))
+    left = SubjectPrompt(box_xyxy=(30.0, 4.0, 90.0, 20.0))
+    record = ClipRecord(
+        key="a",
+        video=video,
+        prompts=(gone, left),
+        last_frame_prompts=(left, gone, left),
+        phrase="the dog",
+    )
+    clip = load_clip(record, config())
+    assert [prompt.box_xyxy for prompt in clip.prompts] == [(6.0, 4.0, 48.0, 20.0)]
+    assert len(clip.last_frame_prompts) == 2
+    assert clip.prompt_problem is None and clip.phrase == "the dog"
+    nothing = load_clip(replace(record, prompts=(), last_frame_prompts=(gone,)), config())
+    assert nothing.prompts == nothing.last_frame_prompts == ()
+    assert nothing.prompt_problem is None
+
+
+def test_a_mask_of_another_size_is_a_problem_even_beside_a_good_one(tools, config):
+    video = tools.encode(tools.counting_frames(9, 32, 96))
+    good, other = (SubjectPrompt(mask_HW=np.ones(size, bool)) for size in ((32, 96), (16, 48)))
+    clip = load_clip(tools.record_of(video, good, other), config())
+    assert clip.prompts == () and "16x48" in clip.prompt_problem

@@ -5,7 +5,13 @@ import pytest
 from PIL import Image
 
 from stages.clips import SubjectPrompt
-from stages.clips.fields import caption_from_fields, decode_mask, prompt_from_fields
+from stages.clips.fields import (
+    caption_from_fields,
+    decode_mask,
+    last_frame_from_fields,
+    phrase_from_fields,
+    subjects_from_fields,
+)
 
 
 def png(image: np.ndarray) -> bytes:
@@ -14,13 +20,61 @@ def png(image: np.ndarray) -> bytes:
     return out.getvalue()
 
 
+def kinds(prompts: tuple[SubjectPrompt, ...]) -> list[str]:
+    return [prompt.kind for prompt in prompts]
+
+
 def test_a_mask_outranks_a_box_and_a_box_points():
     fields = {"box_xyxy": [1, 2, 3, 4], "points": [[5, 6]]}
-    assert prompt_from_fields(fields, png(np.eye(4, dtype=np.uint8) * 255)).kind == "mask"
-    assert prompt_from_fields(fields).box_xyxy == (1.0, 2.0, 3.0, 4.0)
-    points = prompt_from_fields({"points": [[5, 6], [7, 8]]})
+    mask = png(np.eye(4, dtype=np.uint8) * 255)
+    assert kinds(subjects_from_fields(fields, mask_pngs=[mask])) == ["mask"]
+    named = fields | {"mask": "m.png"}
+    assert kinds(subjects_from_fields(named, read_mask=lambda name: mask)) == ["mask"]
+    assert kinds(subjects_from_fields(named)) == ["box"]  # masks lie beside: the name means nothing
+    assert subjects_from_fields(fields)[0].box_xyxy == (1.0, 2.0, 3.0, 4.0)
+    (points,) = subjects_from_fields({"points": [[5, 6], [7, 8]]})
     assert points.kind == "points" and points.point_labels.tolist() == [1, 1]
-    assert prompt_from_fields({}) is None
+    assert subjects_from_fields({}) == subjects_from_fields({"box_xyxy": None}) == ()
+
+
+def test_several_subjects_are_told_apart():
+    masks = {"a": png(np.eye(4, dtype=np.uint8)), "b": png(1 - np.eye(4, dtype=np.uint8))}
+    fields = {"subjects": [{"mask": "b"}, {"box_xyxy": [0, 0, 2, 2]}, {"points": [[1, 1]]}]}
+    prompts = subjects_from_fields(fields, read_mask=masks.__getitem__)
+    assert kinds(prompts) == ["mask", "box", "points"]
+    assert np.array_equal(prompts[0].mask_HW, ~np.eye(4, dtype=bool))
+    beside = subjects_from_fields({"box_xyxy": [0, 0, 2, 2]}, mask_pngs=list(masks.values()))
+    assert kinds(beside) == ["mask", "mask"] and beside[0].mask_HW[0, 0]
+    assert subjects_from_fields({"subjects": []}) == ()
+
+
+def test_the_last_frame_has_its_own_subjects():
+    mask = png(np.eye(4, dtype=np.uint8))
+    box = {"box_xyxy": [0, 0, 2, 2]}
+    fields = {"points": [[1, 1]], "last_frame": box}
+    assert kinds(last_frame_from_fields(fields)) == ["box"]
+    assert kinds(last_frame_from_fields(fields, mask_pngs=[mask])) == ["mask"]
+    assert kinds(last_frame_from_fields({"last_frame": {"subjects": [box, box]}})) == ["box"] * 2
+    assert last_frame_from_fields(box) == last_frame_from_fields({"last_frame": {}}) == ()
+    for bad in ([1], {"box_xyxy": [3]}):
+        with pytest.raises(ValueError, match="last_frame"):
+            last_frame_from_fields({"last_frame": bad})
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"subjects": [{"points": [[1, 1]]}], "box_xyxy": [0, 0, 1, 1]}, "both given"),
+        ({"subjects": [{"points": [[1, 1]]}], "mask": "m.png"}, "both given"),
+        ({"subjects": {"points": [[1, 1]]}}, "list of objects"),
+        ({"subjects": ["a dog"]}, "list of objects"),
+        ({"subjects": [{"points": [[1, 1]]}, {}]}, "subject 1 has none of mask, box_xyxy, points"),
+        ({"subjects": [{"points": [[1, 1]]}] * 65}, "at most 64"),
+    ],
+)
+def test_malformed_lists_of_subjects_are_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        subjects_from_fields(fields, read_mask=lambda name: b"")
 
 
 @pytest.mark.parametrize(
@@ -36,6 +90,9 @@ def test_a_mask_outranks_a_box_and_a_box_points():
         {"points": []},
         {"points": [[1, 2, 3]]},
         {"points": [1, 2]},
+        {"points": 3},
+        {"points": [[1, 10**400]]},
+        {"points": [[1, 2], [3, 4]], "point_labels": [1, 1.5]},
         {"points": [[1, 2]], "point_labels": [1, 0]},
         {"points": [[1, 2]], "point_labels": [0]},
         {"points": [[1, 2]], "point_labels": [2]},
@@ -44,7 +101,7 @@ def test_a_mask_outranks_a_box_and_a_box_points():
 )
 def test_malformed_prompts_are_refused(fields):
     with pytest.raises(ValueError):
-        prompt_from_fields(fields)
+        subjects_from_fields(fields)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +125,15 @@ def test_unreadable_masks_are_refused(content):
         decode_mask(content)
 
 
+def test_a_giant_mask_is_refused_before_it_is_decoded():
+    giant = Image.new("1", (20_000, 4_000))
+    out = io.BytesIO()
+    giant.save(out, format="PNG")
+    assert len(out.getvalue()) < 50_000
+    with pytest.raises(ValueError, match="20000x4000"):
+        decode_mask(out.getvalue())
+
+
 def test_a_prompt_is_exactly_one_thing():
     with pytest.raises(ValueError, match="none"):
         SubjectPrompt()
@@ -77,10 +143,13 @@ def test_a_prompt_is_exactly_one_thing():
         SubjectPrompt(mask_HW=np.zeros((2, 2), bool))
 
 
-def test_captions_are_stripped_and_checked():
-    assert caption_from_fields({"caption": " a dog \n"}) == "a dog"
-    assert caption_from_fields({"caption": "  "}) is None
-    assert caption_from_fields({}) is None
+@pytest.mark.parametrize(
+    ("read", "name"), [(caption_from_fields, "caption"), (phrase_from_fields, "subject")]
+)
+def test_words_are_stripped_and_checked(read, name):
+    assert read({name: " a dog \n"}) == "a dog"
+    assert read({name: "  "}) is None
+    assert read({}) is None
     for bad in (3, ["a"], "\ud800"):
-        with pytest.raises(ValueError, match="caption"):
-            caption_from_fields({"caption": bad})
+        with pytest.raises(ValueError, match=name):
+            read({name: bad})
