@@ -93,6 +93,9 @@ class TrainConfig(Section):
     """Processes per rank that read the cache; 0 reads in the training process."""
     stores: dict[str, str] = Field(default_factory=dict)
     """Which store of a kind to read when the cache holds several: kind -> folder name."""
+    leave_out: Path | None = None
+    """JSON lines that each name a clip (`key`) to leave out, such as the cache's failures.jsonl;
+    null leaves out none but those that some store lacks."""
     objective: ObjectiveConfig = ObjectiveConfig()
     lora: LoraSettings = LoraSettings()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -36,6 +36,8 @@ class Batch:
     """First frame's scaled latents, then zeros; None for text-to-video."""
     teacher_BTHWC: Tensor | None
     """float16, as stored; None without an auxiliary loss."""
+    teacher_valid_BT: Tensor | None
+    """bool, the maps that show the tracked subject; None without an auxiliary loss."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; the copy overlaps work if the host memory is pinned."""
@@ -82,9 +84,11 @@ class CachedSamples(Dataset[Batch]):
             image_1CHW = draw(arrays["image_mean"], arrays["image_std"], generator)
             image_FCHW = image_condition(facts.image_latent_scale * image_1CHW, len(clean_FCHW))
         text_LD = torch.from_numpy(stores.text.read(key)["embeds"])
-        teacher_THWC = None
+        teacher_THWC = valid_T = None
         if stores.teacher is not None:
-            teacher_THWC = torch.from_numpy(stores.teacher.read(key, ["features"])["features"])
+            teacher = stores.teacher.read(key, ["features", "valid"])
+            teacher_THWC = torch.from_numpy(teacher["features"])
+            valid_T = torch.from_numpy(teacher["valid"]) != 0
         return Batch(
             keys=(key,),
             clean_BFCHW=clean_FCHW[None],
@@ -93,6 +97,7 @@ class CachedSamples(Dataset[Batch]):
             text_BLD=text_LD[None],
             image_BFCHW=None if image_FCHW is None else image_FCHW[None],
             teacher_BTHWC=None if teacher_THWC is None else teacher_THWC[None],
+            teacher_valid_BT=None if valid_T is None else valid_T[None],
         )
 
 

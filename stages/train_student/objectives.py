@@ -18,8 +18,8 @@ from stages.train_student.config import ObjectiveConfig
 class Objective(Protocol):
     """A scalar loss, zero at best, from two feature maps of one size."""
 
-    def __call__(self, student_BTHWC: Tensor, teacher_BTHWC: Tensor) -> Tensor:
-        """Compare them; gradient flows to the student alone."""
+    def __call__(self, student_BTHWC: Tensor, teacher_BTHWC: Tensor, valid_BT: Tensor) -> Tensor:
+        """Compare the maps that are valid (bool); gradient flows to the student alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,8 +33,11 @@ class LocalGramFlow:
     temperature: float
     divergence: Divergence
 
-    def __call__(self, student_BTHWC: Tensor, teacher_BTHWC: Tensor) -> Tensor:
-        """KL or squared error between the two Gram flows, averaged; computed in float32."""
+    def __call__(self, student_BTHWC: Tensor, teacher_BTHWC: Tensor, valid_BT: Tensor) -> Tensor:
+        """KL or squared error between the two Gram flows, averaged; computed in float32.
+
+        A pair of maps counts if both are valid.
+        """
         with torch.no_grad():
             teacher_BPHWK = local_gram_flow(teacher_BTHWC, self.radius)
         student_BPHWK = local_gram_flow(student_BTHWC, self.radius)
@@ -43,6 +46,7 @@ class LocalGramFlow:
             teacher_BPHWK,
             temperature=self.temperature,
             divergence=self.divergence,
+            valid_BP=valid_BT[:, :-1] & valid_BT[:, 1:],
         )
 
 

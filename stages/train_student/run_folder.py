@@ -39,8 +39,10 @@ FREE_SETTINGS = (
     "checkpoint_every",
     "checkpoints_kept",
     "stores",
+    "leave_out",
 )
-"""Settings of a run that a resume may change; `stores` is compared by what the stores hold."""
+"""Settings of a run that a resume may change; `stores` and `leave_out` are compared by what comes
+of them: what the stores hold, and which clips are left."""
 
 
 def fixed_settings(

@@ -1,6 +1,7 @@
 """One forward pass of training: a batch in, losses out; the training loop uses it.
 
-Legend: B clip, F latent frame, C channel, H W latent, S timestep of the schedule.
+Legend: B clip, F latent frame, C channel, H W latent or token grid, S timestep of the schedule,
+T map of the teacher, G fused channel.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stages.base_facts import BaseFacts
+from stages.local_gram_flow import regrid_fused
 from stages.train_student.dataset import Batch
 from stages.train_student.diffusion import cumulative_alphas, diffusion_loss, noisy_latents
 from stages.train_student.model_inputs import rotary_positions
@@ -35,6 +37,7 @@ class TrainingStep:
         objective: Objective | None,
         weight: float,
         *,
+        native_parts: int | None = None,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -44,11 +47,14 @@ class TrainingStep:
             latent_shape: latent frames (without padding), height and width of every clip.
             objective: the auxiliary loss, or None.
             weight: its share: total = diffusion + weight * auxiliary.
+            native_parts: of the teacher's channels, where its features lie on SAM2's own grid;
+                None where they lie on the student's.
             dtype: format the transformer computes in; losses are float32.
         """
         frames, height, width = latent_shape
         self._objective = objective
         self._weight = weight
+        self._native_parts = native_parts
         self._dtype = dtype
         self._abar_S = cumulative_alphas(facts.scheduler).float().to(device)
         self._token_grid = facts.token_grid(frames, height, width)
@@ -78,7 +84,20 @@ class TrainingStep:
         diffusion = diffusion_loss(velocity_BFCHW, batch.clean_BFCHW, batch.noise_BFCHW, abar_B)
         if self._objective is None:
             return Losses(diffusion, diffusion.detach(), None)
-        assert batch.teacher_BTHWC is not None, "an objective needs the teacher's features"
-        auxiliary = self._objective(features_BTHWC, batch.teacher_BTHWC)
+        auxiliary = self._objective(features_BTHWC, *self._teacher(batch))
         total = diffusion + self._weight * auxiliary
         return Losses(total, diffusion.detach(), auxiliary.detach())
+
+    def _teacher(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The teacher's features on the student's grid, and which maps are valid."""
+        fused_BTHWG, valid_BT = batch.teacher_BTHWC, batch.teacher_valid_BT
+        assert fused_BTHWG is not None and valid_BT is not None, "an objective needs a teacher"
+        if self._native_parts is None:
+            return fused_BTHWG, valid_BT
+        _, height, width = self._token_grid
+        # Clip by clip: the norm of a part is constant within one.
+        regridded = [
+            regrid_fused(fused_THWG, height, width, self._native_parts)
+            for fused_THWG in fused_BTHWG
+        ]
+        return torch.stack(regridded), valid_BT

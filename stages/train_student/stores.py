@@ -5,22 +5,26 @@ Everything here happens before a weight is loaded. The dataset reads through `Jo
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from cache_schema import StoreReader, find_store
 from stages.base_facts import VAE_SPATIAL_COMPRESSION, BaseFacts
 from stages.clips.config import ClipsConfig
+from stages.train_student.left_out import LeftOut, count_reasons, read_keys
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JoinedStores:
-    """Readers of one store per kind and the keys that all of them hold, sorted."""
+    """Readers of one store per kind and the keys to train on, sorted."""
 
     text: StoreReader
     latents: StoreReader
     teacher: StoreReader | None
     keys: tuple[str, ...]
+    """Those that all stores hold, without those left out by name."""
+    left_out: LeftOut
 
     @property
     def readers(self) -> dict[str, StoreReader]:
@@ -29,28 +33,43 @@ class JoinedStores:
         return readers if self.teacher is None else {**readers, "teacher": self.teacher}
 
     @property
-    def left_out(self) -> dict[str, int]:
-        """Clips of each kind that some other kind lacks."""
-        return {kind: len(reader) - len(self.keys) for kind, reader in self.readers.items()}
-
-    @property
     def teacher_maps(self) -> int | None:
         """Maps per clip in the teacher's store, or None without a teacher."""
         return None if self.teacher is None else array_shape(self.teacher, "features")[0]
 
+    @property
+    def native_parts(self) -> int | None:
+        """Into how many parts the teacher's channels fall, if they must be brought to the grid.
 
-def join_stores(cache_root: Path, chosen: Mapping[str, str], *, with_teacher: bool) -> JoinedStores:
+        None without a teacher, and for one that is on the student's grid already.
+        """
+        if self.teacher is None or not _is_native(self.teacher):
+            return None
+        parts = self.teacher.settings.values["parts"]
+        assert isinstance(parts, int), "check_stores has seen it"
+        return parts
+
+
+def join_stores(
+    cache_root: Path,
+    chosen: Mapping[str, str],
+    *,
+    with_teacher: bool,
+    leave_out: Path | None = None,
+) -> JoinedStores:
     """Open the stores and join them by key.
 
     Args:
         cache_root: folder of the stores.
         chosen: folder name per kind, needed where the cache holds several of that kind.
         with_teacher: whether the teacher's store is read.
+        leave_out: manifest of clips to leave out (`left_out.read_keys`).
 
     Raises:
-        ValueError: `chosen` names an unknown kind, or no clip is in every store.
+        ValueError: `chosen` names an unknown kind, the manifest is malformed, or no clip is left.
         CacheError: a store is missing, ambiguous or damaged.
     """
+    named = frozenset() if leave_out is None else read_keys(leave_out)
     kinds = ("text", "latents", "teacher") if with_teacher else ("text", "latents")
     unknown = sorted(set(chosen) - {"text", "latents", "teacher"})
     if unknown:
@@ -66,11 +85,24 @@ def join_stores(cache_root: Path, chosen: Mapping[str, str], *, with_teacher: bo
             f"no clip is in every store of {cache_root} ({counts}); extract all kinds from the "
             "same clips with sam2vx-pipeline extract-features"
         )
+    if not common - named:
+        raise ValueError(
+            f"train.leave_out {leave_out} names every one of the {len(common)} clips that are in "
+            f"every store of {cache_root}; nothing is left to train on"
+        )
     return JoinedStores(
         text=readers["text"],
         latents=readers["latents"],
         teacher=readers.get("teacher"),
-        keys=tuple(sorted(common)),
+        keys=tuple(sorted(common - named)),
+        left_out=LeftOut(
+            not_in_every_store={
+                kind: len(reader) - len(common) for kind, reader in readers.items()
+            },
+            skipped={kind: count_reasons(reader.skipped) for kind, reader in readers.items()},
+            manifest=None if leave_out is None else str(leave_out),
+            named=len(common & named),
+        ),
     )
 
 
@@ -122,9 +154,23 @@ def _same(reader: StoreReader, name: str, wanted: tuple[int, ...], axes: str, be
         )
 
 
+def _is_native(teacher: StoreReader) -> bool:
+    """Whether its features lie on SAM2's own grid and are resampled when they are read."""
+    return teacher.settings.values.get("grid_source") == "native"
+
+
 def _check_teacher(teacher: StoreReader, grid: tuple[int, ...], clips: ClipsConfig) -> None:
-    maps, *found_grid, _ = array_shape(teacher, "features")
-    if tuple(found_grid) != grid:
+    maps, *found_grid, channels = array_shape(teacher, "features")
+    _same(teacher, "valid", (maps,), "maps", "its features")
+    if _is_native(teacher):
+        parts = teacher.settings.values.get("parts")
+        if type(parts) is not int or parts < 1 or channels % parts:
+            raise ValueError(
+                f"{teacher.path} has {channels} channels on SAM2's own grid and says that they "
+                f"fall into {parts} parts; without equal parts they cannot be resampled: extract "
+                "again"
+            )
+    elif tuple(found_grid) != grid:
         raise ValueError(
             f"{teacher.path} holds features on a grid of {tuple(found_grid)} tokens; data.height "
             f"and data.width make {grid}; choose another store with train.stores.teacher, or "
@@ -169,9 +215,23 @@ def _check_one_origin(stores: JoinedStores) -> None:
         for kind, reader in stores.readers.items()
         if "clips" in reader.settings.values
     }
-    if "teacher" in origins and "latents" in origins and origins["teacher"] != origins["latents"]:
+    if "teacher" not in origins or "latents" not in origins:
+        return
+    any_size = stores.teacher is not None and _is_native(stores.teacher)
+    if _cut(origins["teacher"], any_size) != _cut(origins["latents"], any_size):
         raise ValueError(
             f"the teacher's clips were cut as {origins['teacher']}, the latents' as "
             f"{origins['latents']}; training needs both from the same frames: choose stores with "
             "train.stores, or extract again"
         )
+
+
+def _cut(origin: dict[str, Any], any_size: bool) -> dict[str, Any]:
+    """How clips were cut; with `any_size`, the shape of the frame stands for its size.
+
+    SAM2 sees every frame at its own size: of one shape, they show the same picture.
+    """
+    if not any_size or not {"height", "width"} <= origin.keys():
+        return origin
+    shape = Fraction(origin["height"], origin["width"])
+    return {k: v for k, v in origin.items() if k not in ("height", "width")} | {"shape": shape}

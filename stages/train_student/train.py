@@ -3,7 +3,6 @@
 `pipeline` calls `train_student` in every process of a run.
 """
 
-import resource
 import statistics
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from stages.train_student.distributed import (
 from stages.train_student.engine import check_engine_settings, deepspeed_engine, weights_dtype
 from stages.train_student.export import EXPORT_FOLDER, export_weights
 from stages.train_student.loop import train_steps
-from stages.train_student.loss_record import LossRecord, LossRow, read_losses
+from stages.train_student.loss_record import LossRecord, read_losses
 from stages.train_student.objectives import build_objective
 from stages.train_student.order import accumulation_steps, micro_batches
 from stages.train_student.run_folder import (
@@ -42,29 +41,9 @@ from stages.train_student.run_folder import (
 from stages.train_student.step import TrainingStep
 from stages.train_student.stores import JoinedStores, check_stores, join_stores
 from stages.train_student.student import build_student
+from stages.train_student.summary import TrainSummary, peak_memory_bytes
 
 _CONFIGURATIONS = ("transformer/config.json", "vae/config.json", "scheduler")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainSummary:
-    """What a training did, for the end of the command."""
-
-    run_dir: Path
-    steps_done: int
-    resumed_from: int | None
-    """Steps that were done before; None for a run that started now."""
-    first: LossRow
-    last: LossRow
-    seconds_per_step: float | None
-    """Median over this process's steps; None if it made none."""
-    peak_memory_bytes: int
-    """Of the GPU if there is one, otherwise of this process."""
-    export: Path
-    clips: int
-    left_out: dict[str, int]
-    """Clips of each kind that some other kind lacks."""
-    already_finished: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +99,12 @@ def train_student(
     check_engine_settings(config, world.size)
     objective = config.objective
     facts = read_base_facts(resolve_base_model(model, _CONFIGURATIONS))
-    stores = join_stores(cache_root, config.stores, with_teacher=objective.name != "none")
+    stores = join_stores(
+        cache_root,
+        config.stores,
+        with_teacher=objective.name != "none",
+        leave_out=config.leave_out,
+    )
     check_stores(stores, facts, clips)
     _check_block(config, facts)
     run = _Run(
@@ -156,15 +140,19 @@ def _open(run: _Run, resolved_config: dict[str, Any], provenance: dict[str, Any]
         kind: {"folder": reader.path.name, "settings_hash": reader.settings.hash}
         for kind, reader in run.stores.readers.items()
     }
-    about = {"provenance": provenance, "processes": run.world.size, "stores": stores}
+    about = {
+        "provenance": provenance,
+        "processes": run.world.size,
+        "stores": stores,
+        "left_out": run.stores.left_out.as_dict(),
+    }
     settings = fixed_settings(run.config, run.clips, run.model, run.facts, run.stores)
     open_run(run.config.run_dir, settings, resolved_config, about)
 
 
 def _tell_stores(run: _Run) -> None:
-    left_out = [f"{count} of {kind}" for kind, count in run.stores.left_out.items() if count]
-    told = f"; left out, not in every store: {', '.join(left_out)}" if left_out else ""
-    run.progress.log(f"training on {len(run.stores.keys)} clips{told}")
+    clips = f"training on {len(run.stores.keys)} clips"
+    run.progress.log("; ".join([clips, *run.stores.left_out.told()]))
 
 
 def _train(run: _Run) -> TrainSummary:
@@ -241,6 +229,7 @@ def _training_step(run: _Run, dtype: torch.dtype) -> TrainingStep:
         ),
         build_objective(objective),
         objective.weight,
+        native_parts=run.stores.native_parts,
         device=run.world.device,
         dtype=dtype,
     )
@@ -272,10 +261,6 @@ def _summary(
             f"{run.config.run_dir} has lost its losses.jsonl, though the run made {steps} steps; "
             "restore it, or choose another train.run_dir"
         )
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return TrainSummary(
         run_dir=run.config.run_dir,
         steps_done=steps,
@@ -283,9 +268,10 @@ def _summary(
         first=rows[0],
         last=rows[-1],
         seconds_per_step=statistics.median(durations) if durations else None,
-        peak_memory_bytes=peak,
+        peak_memory_bytes=peak_memory_bytes(),
         export=run.config.run_dir / EXPORT_FOLDER,
         clips=len(run.stores.keys),
-        left_out=run.stores.left_out,
+        left_out=run.stores.left_out.not_in_every_store,
+        left_out_by_name=run.stores.left_out.named,
         already_finished=finished,
     )

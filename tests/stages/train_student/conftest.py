@@ -78,11 +78,18 @@ def save_pipeline(folder, *, transformer=None, vae=None, scheduler=None):
     return folder
 
 
-def write_store(root, kind, shapes, keys=KEYS, values=None, change=None):
-    """A store of random arrays, the same for the same kind and key on every call."""
-    names = {4: "tchw", 2: "ld"}
+def write_store(root, kind, shapes, keys=KEYS, values=None, change=None, skipped=None):
+    """A store of random arrays, the same for the same kind and key on every call.
+
+    `valid` is all ones; `change` makes other arrays of a key and its arrays.
+    """
+    names = {4: "tchw", 2: "ld", 1: "t"}
     specs = {
-        name: ArraySpec(dtype="float16", shape=shape, dimension_names=tuple(names[len(shape)]))
+        name: ArraySpec(
+            dtype="uint8" if name == "valid" else "float16",
+            shape=shape,
+            dimension_names=tuple(names[len(shape)]),
+        )
         for name, shape in shapes.items()
     }
     settings = StoreSettings(kind=kind, arrays=specs, values=values or {})
@@ -91,25 +98,33 @@ def write_store(root, kind, shapes, keys=KEYS, values=None, change=None):
         for key in keys:
             digest = hashlib.sha256(f"{kind}/{key}".encode()).digest()
             numbers = np.random.default_rng(list(digest))
-            arrays = {
-                name: np.abs(numbers.standard_normal(shape)).astype(np.float16) * 0.1
-                if name.endswith("std")
-                else numbers.standard_normal(shape).astype(np.float16)
-                for name, shape in shapes.items()
-            }
+            arrays = {name: _values(name, shape, numbers) for name, shape in shapes.items()}
             shard.add(key, arrays if change is None else change(key, arrays))
+        for key, reason in (skipped or {}).items():
+            shard.skip(key, reason, "made up")
         shard.commit()
     return writer.path
+
+
+def _values(name, shape, numbers):
+    if name == "valid":
+        return np.ones(shape, np.uint8)
+    values = numbers.standard_normal(shape).astype(np.float16)
+    return np.abs(values) * np.float16(0.1) if name.endswith("std") else values
 
 
 LATENT_SHAPES = {"mean": LATENT, "std": LATENT}
 IMAGE_SHAPES = {"image_mean": (1, *LATENT[1:]), "image_std": (1, *LATENT[1:])}
 
 
+def teacher_shapes(maps=FRAMES, grid=GRID, width=TEACHER_WIDTH):
+    return {"features": (maps, *grid, width), "valid": (maps,)}
+
+
 def write_cache(root, *, maps=FRAMES, image=False, **kwargs):
     write_store(root, "text", {"embeds": TEXT}, **kwargs)
     write_store(root, "latents", LATENT_SHAPES | (IMAGE_SHAPES if image else {}), **kwargs)
-    write_store(root, "teacher", {"features": (maps, *GRID, TEACHER_WIDTH)}, **kwargs)
+    write_store(root, "teacher", teacher_shapes(maps), **kwargs)
     return root
 
 
@@ -146,7 +161,7 @@ def train_settings(run_dir, **changes):
         "deepspeed": {"zero_stage": 2, "precision": "fp32"},
     }
     for name, value in changes.items():
-        settings[name] = settings[name] | value if isinstance(value, dict) else value
+        settings[name] = settings.get(name, {}) | value if isinstance(value, dict) else value
     return settings
 
 

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +22,14 @@ def samples(cache, facts):
 def same(left, right):
     return left.keys == right.keys and all(
         torch.equal(getattr(left, name), getattr(right, name))
-        for name in ("clean_BFCHW", "noise_BFCHW", "timestep_B", "text_BLD", "teacher_BTHWC")
+        for name in (
+            "clean_BFCHW",
+            "noise_BFCHW",
+            "timestep_B",
+            "text_BLD",
+            "teacher_BTHWC",
+            "teacher_valid_BT",
+        )
     )
 
 
@@ -46,6 +54,20 @@ def test_arrays_belong_to_the_key(samples, cache):
         scaled = (batch.clean_BFCHW[0] / 0.7).numpy()
         assert (abs(scaled - latents["mean"]) <= 6 * latents["std"].astype("float32") + 1e-3).all()
     assert batch.text_BLD.dtype == batch.teacher_BTHWC.dtype == torch.float16
+
+
+def test_valid_maps_are_those_the_store_says(tiny, tmp_path, facts):
+    def mark(key, arrays):
+        return arrays | {"valid": (np.arange(tiny.FRAMES) % 5 != int(key[-1])).astype(np.uint8)}
+
+    for kind, shapes in (("text", {"embeds": tiny.TEXT}), ("latents", tiny.LATENT_SHAPES)):
+        tiny.write_store(tmp_path, kind, shapes)
+    tiny.write_store(tmp_path, "teacher", tiny.teacher_shapes(), change=mark)
+    samples = CachedSamples(join_stores(tmp_path, {}, with_teacher=True), facts, seed=3)
+    batch = join_batches([samples[number] for number in range(5)])
+    assert batch.teacher_valid_BT.dtype == torch.bool
+    for key, valid_T in zip(batch.keys, batch.teacher_valid_BT, strict=True):
+        assert valid_T.tolist() == [t % 5 != int(key[-1]) for t in range(tiny.FRAMES)]
 
 
 def test_draws_follow_the_posterior():
@@ -88,6 +110,7 @@ def test_image_to_video_samples_hold_the_first_frame(tiny, tmp_path):
     error = (batch.image_BFCHW[0, 0] * 0.7 - torch.from_numpy(image["image_mean"][0])).abs()
     assert (error <= 6 * torch.from_numpy(image["image_std"][0]).float() + 1e-3).all()
     assert batch.teacher_BTHWC is None
+    assert batch.teacher_valid_BT is None
 
 
 def test_a_damaged_clip_stops_the_reading(tiny, tmp_path, facts):

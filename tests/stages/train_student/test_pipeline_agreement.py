@@ -90,6 +90,7 @@ def test_prediction_equals_the_pipelines_own_transformer_call(pipeline, tiny, tm
         text_BLD=text_BLD,
         image_BFCHW=image_FCHW[None] if facts.image_to_video else None,
         teacher_BTHWC=None,
+        teacher_valid_BT=None,
     )
     with torch.no_grad():
         step(student, batch)

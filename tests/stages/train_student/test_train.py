@@ -50,6 +50,12 @@ def test_a_run_leaves_what_it_says(whole):
     assert about["processes"] == 1
     assert about["provenance"] == {"made by": "a test"}
     assert about["stores"]["teacher"]["folder"].startswith("teacher-")
+    assert about["left_out"] == {
+        "not_in_every_store": {"text": 0, "latents": 0, "teacher": 0},
+        "skipped": {"text": {}, "latents": {}, "teacher": {}},
+        "manifest": None,
+        "named": 0,
+    }
     assert json.loads((run_dir / "finished.json").read_text()) == {"steps": 6, "export": "export"}
     assert load_file(run_dir / "projector.safetensors")["smooth.taps_3C"].shape == (3, 8)
     kept = sorted(path.name for path in (run_dir / "checkpoints").glob("*.complete.json"))
@@ -268,6 +274,66 @@ def test_clips_left_out_are_told(tiny, train, tmp_path):
     assert progress.lines[0] == "training on 2 clips; left out, not in every store: 1 of text"
     assert summary.left_out == {"text": 1, "latents": 0}
     assert summary.last.auxiliary is None
+
+
+def test_what_invalid_maps_hold_never_matters(tiny, train, tmp_path):
+    """The same losses to the last bit, whether lost frames hold noise, zeros or huge values."""
+    for kind, shapes in (("text", {"embeds": tiny.TEXT}), ("latents", tiny.LATENT_SHAPES)):
+        tiny.write_store(tmp_path, kind, shapes)
+    lost = np.arange(tiny.FRAMES) > 5
+
+    def hold(content):
+        def change(key, arrays):
+            features = np.where(lost[:, None, None, None], content, arrays["features"])
+            return {"features": features.astype(np.float16), "valid": (~lost).astype(np.uint8)}
+
+        return change
+
+    runs = []
+    for name, content in (("zeros", 0.0), ("huge", 6e4)):
+        store = tiny.write_store(
+            tmp_path, "teacher", tiny.teacher_shapes(), values={"n": name}, change=hold(content)
+        )
+        stores = {"teacher": store.name}
+        train(tmp_path / name, cache_root=tmp_path, steps=2, checkpoint_every=9, stores=stores)
+        runs.append(losses(tmp_path / name))
+    assert runs[0] == runs[1]
+    assert json.loads(runs[0].splitlines()[0])["auxiliary"] > 0
+
+
+def test_clips_named_in_a_manifest_are_not_trained_on(tiny, train, monkeypatch, tmp_path):
+    seen = set()
+    read = CachedSamples.__getitem__
+
+    def read_and_note(self, sample):
+        batch = read(self, sample)
+        seen.update(batch.keys)
+        return batch
+
+    monkeypatch.setattr(CachedSamples, "__getitem__", read_and_note)
+    manifest = tmp_path / "bad.jsonl"
+    manifest.write_text('{"key": "clip/1", "why": "a cut"}\n{"key": "clip/4"}\n')
+    progress = Lines()
+    run_dir = tmp_path / "run"
+    summary = train(
+        run_dir,
+        progress=progress,
+        leave_out=str(manifest),
+        objective={"name": "none"},
+        steps=2,
+    )
+    assert seen == {"clip/0", "clip/2", "clip/3"}
+    assert progress.lines[0] == f"training on 3 clips; left out, named in {manifest}: 2"
+    assert (summary.clips, summary.left_out_by_name) == (3, 2)
+    about = json.loads((run_dir / "run.json").read_text())
+    assert about["left_out"]["manifest"] == str(manifest)
+    assert about["left_out"]["named"] == 2
+    moved = manifest.rename(tmp_path / "moved.jsonl")
+    again = {"leave_out": str(moved), "objective": {"name": "none"}}
+    assert train(run_dir, steps=2, **again).already_finished
+    moved.write_text('{"key": "clip/1"}\n')
+    with pytest.raises(ValueError, match=r"clips in every store was '3 .*is '4 "):
+        train(run_dir, steps=3, **again)
 
 
 def test_wrong_settings_are_refused_before_any_weight_is_loaded(train, monkeypatch, tmp_path):
