@@ -12,6 +12,7 @@ MAX_KEY_BYTES = 1024
 
 STORE_FILE = "store.json"
 _IDENTIFIER = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
+_RETRY = re.compile(r".+-retry([0-9]{1,9})", re.ASCII)
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 
 
@@ -42,6 +43,12 @@ def check_shard_name(name: object) -> str:
             "starting with a letter or a digit and not ending in '.lock', such as '00000'"
         )
     return name
+
+
+def retry_number(shard: str) -> int:
+    """Which retry a shard is, by its name `<shard>-retry<number>`; 0 where it is none."""
+    retry = _RETRY.fullmatch(shard)
+    return int(retry[1]) if retry else 0
 
 
 def check_key(key: object) -> str:

@@ -7,7 +7,7 @@ are not there.
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from cache_schema.errors import ClipMissing, CorruptClip, CorruptRecord, SettingsMismatch
-from cache_schema.layout import StoreLayout
+from cache_schema.layout import StoreLayout, retry_number
 from cache_schema.manifest import (
     ClipEntry,
     CommitRecord,
@@ -49,7 +49,23 @@ class _Index:
                         "delete both shards' commit records and run sam2vx-pipeline "
                         "extract-features again"
                     )
-        self.skipped = tuple(clip for record in records for clip in record.skipped)
+        self.skipped = _still_left_out(records, self.clips)
+
+
+def _still_left_out(
+    records: Sequence[CommitRecord], clips: Mapping[str, ClipEntry]
+) -> tuple[SkippedClip, ...]:
+    """Without clips that another shard holds; of several shards' records, the newest retry's."""
+    newest: dict[str, str] = {}
+    for record in sorted(records, key=lambda record: retry_number(record.shard)):
+        newest.update((skipped.key, record.shard) for skipped in record.skipped)
+    return tuple(
+        skipped
+        for record in records
+        for skipped in record.skipped
+        if newest[skipped.key] == record.shard
+        and (skipped.key not in clips or clips[skipped.key].shard == record.shard)
+    )
 
 
 class StoreReader:
@@ -108,8 +124,17 @@ class StoreReader:
 
     @property
     def skipped(self) -> tuple[SkippedClip, ...]:
-        """The clips of the input that are not here, with reasons."""
+        """The clips of the input that are not here, with reasons; as the newest retry found."""
         return self._index.skipped
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """Names of the finished shards, sorted."""
+        return tuple(self._index.records)
+
+    def source_of(self, shard: str) -> str:
+        """The input that a finished shard was made from; `KeyError` for another name."""
+        return self._index.records[shard].source
 
     @property
     def num_bytes(self) -> int:

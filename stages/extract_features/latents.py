@@ -5,7 +5,7 @@ conditioned on.
 # Legend: T frame, F latent frame, B batch (always 1), C channel, H W pixels or latent grid.
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,15 @@ import torch
 from cache_schema import JSON, ArraySpec, StoreSettings
 from stages.base_facts import VAE_SPATIAL_COMPRESSION, BaseFacts
 from stages.clips import Clip, ClipRecord, ClipsConfig, load_clip
-from stages.extract_features.config import LatentsConfig
+from stages.extract_features.config import Kind, LatentsConfig
 from stages.extract_features.content_hash import sha256_of_folder
-from stages.extract_features.extraction import DTYPES, Extracted, clip_settings, to_float16
+from stages.extract_features.extraction import (
+    DTYPES,
+    Extracted,
+    Outcome,
+    clip_settings,
+    to_float16,
+)
 from stages.local_gram_flow.alignment import TEMPORAL_COMPRESSION
 
 _NOISE_LOG_MEAN, _NOISE_LOG_STD = -3.0, 0.5
@@ -40,6 +46,8 @@ class LatentsExtraction:
         ValueError: The folder holds no VAE, or one of another compression than CogVideoX's.
     """
 
+    clips_per_batch = 1
+
     def __init__(
         self, config: LatentsConfig, clips: ClipsConfig, base: BaseFacts, *, seed: int
     ) -> None:
@@ -49,7 +57,7 @@ class LatentsExtraction:
         self._seed = seed
         self._image_to_video = base.image_to_video
         _check_compression(base)
-        self.settings = self._settings(base)
+        self.settings: Mapping[Kind, StoreSettings] = {"latents": self._settings(base)}
 
     def _settings(self, base: BaseFacts) -> StoreSettings:
         clips = self._clips
@@ -84,7 +92,9 @@ class LatentsExtraction:
         return load_clip(record, self._clips)
 
     @contextmanager
-    def opened(self, device: torch.device) -> Iterator[Callable[[Clip], Extracted]]:
+    def opened(
+        self, device: torch.device
+    ) -> Iterator[Callable[[Sequence[Clip]], Sequence[Outcome]]]:
         """Load the VAE."""
         from diffusers import AutoencoderKLCogVideoX
         from diffusers.utils import logging
@@ -96,7 +106,7 @@ class LatentsExtraction:
         vae.requires_grad_(False).eval().to(device)
         if self._config.tiling:
             vae.enable_tiling()
-        yield lambda clip: self._extract(vae, clip)
+        yield lambda clips: [{"latents": self._extract(vae, clip)} for clip in clips]
 
     @torch.inference_mode()
     def _extract(self, vae: Any, clip: Clip) -> Extracted:

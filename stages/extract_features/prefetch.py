@@ -1,11 +1,15 @@
-"""Runs an iterator in a thread, a little ahead of whoever consumes it; used by `extract`."""
+"""Reads and decodes in threads, a little ahead of whoever consumes it; used by `shard_work`."""
 
 import queue
 import threading
-from collections.abc import Generator, Iterable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from typing import TypeVar
 
 Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 _POLL_S = 0.1
 
@@ -52,3 +56,35 @@ def prefetch(items: Iterable[Item], *, ahead: int = 1) -> Generator[Item, None, 
     finally:
         closed.set()
         thread.join()
+
+
+def prefetch_map(
+    function: Callable[[Item], Made], items: Iterable[Item], *, ahead: int, threads: int
+) -> Generator[Made, None, None]:
+    """Yield `function(item)` in order, the next `ahead` of them under way in `threads` threads.
+
+    The items themselves are made in one thread, one after the other. An exception, of the iterator
+    or of the function, is raised at its place. Closing the returned generator waits for the calls
+    under way and makes no others.
+    """
+    results: deque[Future[Made]] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="prepare")
+    with closing(prefetch(items)) as source:
+        failure: Exception | None = None
+        more = True
+        try:
+            while True:
+                while more and len(results) <= ahead:
+                    try:
+                        results.append(pool.submit(function, next(source)))
+                    except StopIteration:
+                        more = False
+                    except Exception as error:  # raised after what came before it
+                        more, failure = False, error
+                if not results:
+                    break
+                yield results.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+        if failure is not None:
+            raise failure

@@ -9,16 +9,16 @@ from stages.extract_features.config import Kind
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KindSummary:
-    """One kind of store, as far as this rank's shards go."""
+    """One kind of store: what it holds of the dataset after a run, and what the run did."""
 
     kind: Kind
     store: Path
     clips_written: int
-    """By this run."""
+    """By this process."""
     clips_already_there: int
-    """By earlier runs, in finished shards or waiting in an unfinished one."""
+    """By earlier runs, or by processes beside this one; in finished shards."""
     skipped: tuple[SkippedClip, ...]
-    """By this run and earlier ones."""
+    """By this run and earlier ones, without those that a retry brought in."""
     busy_shards: tuple[str, ...]
     """Left alone because another process was writing them."""
     seconds: float
@@ -39,6 +39,8 @@ class ExtractSummary:
     """All kinds, in the order in which they were written."""
 
     kinds: tuple[KindSummary, ...]
+    failures: Path | None = None
+    """The list of everything that was left out."""
 
     @property
     def skipped_share(self) -> float:

@@ -2,7 +2,7 @@
 
 # Legend: L text token, D width of the text encoder.
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 from cache_schema import JSON, ArraySpec, StoreSettings
 from stages.base_facts import BaseFacts
 from stages.clips import ClipRecord, ClipSkipped
-from stages.extract_features.config import TextConfig
+from stages.extract_features.config import Kind, TextConfig
 from stages.extract_features.content_hash import sha256_of_folder
-from stages.extract_features.extraction import DTYPES, Extracted, to_float16
+from stages.extract_features.extraction import DTYPES, Extracted, Outcome, to_float16
 
 
 class TextExtraction:
@@ -26,6 +26,8 @@ class TextExtraction:
     Raises:
         ValueError: The folder holds no tokenizer or text encoder.
     """
+
+    clips_per_batch = 1
 
     def __init__(self, config: TextConfig, base: BaseFacts) -> None:
         self._config = config
@@ -42,7 +44,9 @@ class TextExtraction:
             "precision": config.precision,
         }
         embeds = ArraySpec(dtype="float16", shape=(self._length, width), dimension_names=("l", "d"))
-        self.settings = StoreSettings(kind="text", arrays={"embeds": embeds}, values=values)
+        self.settings: Mapping[Kind, StoreSettings] = {
+            "text": StoreSettings(kind="text", arrays={"embeds": embeds}, values=values)
+        }
 
     def prepare(self, record: ClipRecord) -> str:
         """Take the caption.
@@ -55,7 +59,9 @@ class TextExtraction:
         return record.caption
 
     @contextmanager
-    def opened(self, device: torch.device) -> Iterator[Callable[[str], Extracted]]:
+    def opened(
+        self, device: torch.device
+    ) -> Iterator[Callable[[Sequence[str]], Sequence[Outcome]]]:
         """Load the tokenizer and the text encoder."""
         from transformers import T5EncoderModel, T5Tokenizer
         from transformers.utils import logging
@@ -71,7 +77,9 @@ class TextExtraction:
             local_files_only=True,
         )
         encoder.requires_grad_(False).eval().to(device)
-        yield lambda caption: self._extract(tokenizer, encoder, caption)
+        yield lambda captions: [
+            {"text": self._extract(tokenizer, encoder, caption)} for caption in captions
+        ]
 
     @torch.inference_mode()
     def _extract(self, tokenizer: Any, encoder: Any, caption: str) -> Extracted:

@@ -303,5 +303,5 @@ def extract_config(tiny_sam2: tuple[Path, Path]) -> ExtractConfig:
     configuration, checkpoint = tiny_sam2
     return ExtractConfig(
         device="cpu",
-        teacher=TeacherConfig(checkpoint=checkpoint, config=str(configuration), image_size=SIZE),
+        teacher=TeacherConfig(checkpoint=str(checkpoint), config=str(configuration), image_size=SIZE),
     )

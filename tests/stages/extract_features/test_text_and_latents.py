@@ -35,7 +35,8 @@ def test_text_equals_the_pipelines_prompt_encoding(
 ) -> None:
     extraction = TextExtraction(TextConfig(), facts(tiny_base))
     with extraction.opened(CPU) as extract:
-        extracted = extract(caption)
+        (outcome,) = extract([caption])
+    extracted = outcome["text"]
     pipeline = CogVideoXPipeline.from_pretrained(tiny_base.path)
     length = pipeline.transformer.config.max_text_seq_length
     with torch.no_grad():
@@ -49,7 +50,7 @@ def test_text_equals_the_pipelines_prompt_encoding(
 
 
 def test_a_clip_without_caption_is_skipped(tiny_base: BaseModelConfig) -> None:
-    record = ClipRecord(key="a", video=b"", caption=None, prompt=None)
+    record = ClipRecord(key="a", video=b"")
     with pytest.raises(ClipSkipped, match="no_caption"):
         TextExtraction(TextConfig(), facts(tiny_base)).prepare(record)
 
@@ -57,7 +58,7 @@ def test_a_clip_without_caption_is_skipped(tiny_base: BaseModelConfig) -> None:
 @pytest.fixture
 def record(draw_frames, two_shards: ClipsConfig) -> ClipRecord:  # type: ignore[no-untyped-def]
     frames_THWC = draw_frames(two_shards.num_frames, two_shards.height, two_shards.width)
-    return ClipRecord(key="walk/1", video=encode_video(frames_THWC, 8.0), caption="", prompt=None)
+    return ClipRecord(key="walk/1", video=encode_video(frames_THWC, 8.0), caption="")
 
 
 def test_latents_are_the_vaes_posterior(
@@ -65,7 +66,8 @@ def test_latents_are_the_vaes_posterior(
 ) -> None:
     extraction = LatentsExtraction(LatentsConfig(), two_shards, facts(tiny_base), seed=0)
     with extraction.opened(CPU) as extract:
-        arrays = extract(extraction.prepare(record)).arrays
+        (outcome,) = extract([extraction.prepare(record)])
+    arrays = outcome["latents"].arrays
     vae = AutoencoderKLCogVideoX.from_pretrained(tiny_base.path, subfolder="vae")
     frames_THWC = load_clip(record, two_shards).frames_THWC
     pixels = torch.from_numpy(frames_THWC / 255.0).float().mul(2).sub(1)
@@ -74,7 +76,11 @@ def test_latents_are_the_vaes_posterior(
     assert sorted(arrays) == ["mean", "std"]
     for name, expected in (("mean", posterior.mean), ("std", posterior.std)):
         expected_FCHW = expected[0].permute(1, 0, 2, 3).numpy()
-        assert arrays[name].shape == expected_FCHW.shape == extraction.settings.arrays[name].shape
+        assert (
+            arrays[name].shape
+            == expected_FCHW.shape
+            == extraction.settings["latents"].arrays[name].shape
+        )
         np.testing.assert_allclose(arrays[name], expected_FCHW, atol=1e-5, rtol=2e-3)
 
 
@@ -83,9 +89,9 @@ def test_image_to_video_adds_the_first_frames_posterior(
 ) -> None:
     extraction = LatentsExtraction(LatentsConfig(), two_shards, facts(tiny_image_base), seed=3)
     with extraction.opened(CPU) as extract:
-        arrays = extract(extraction.prepare(record)).arrays
-        again = extract(extraction.prepare(record)).arrays
-    assert sorted(arrays) == sorted(extraction.settings.arrays)
+        first, second = (extract([extraction.prepare(record)])[0] for _ in range(2))
+    arrays, again = first["latents"].arrays, second["latents"].arrays
+    assert sorted(arrays) == sorted(extraction.settings["latents"].arrays)
     vae = AutoencoderKLCogVideoX.from_pretrained(tiny_image_base.path, subfolder="vae")
     image = pixels_for_vae(load_clip(record, two_shards).frames_THWC)[:, :, :1]
     with torch.no_grad():
@@ -95,14 +101,16 @@ def test_image_to_video_adds_the_first_frames_posterior(
     np.testing.assert_allclose(arrays["image_mean"], expected, atol=1e-5, rtol=2e-3)
     np.testing.assert_array_equal(arrays["image_mean"], again["image_mean"])
     other = LatentsExtraction(LatentsConfig(), two_shards, facts(tiny_image_base), seed=4)
-    assert other.settings.hash != extraction.settings.hash
+    assert other.settings["latents"].hash != extraction.settings["latents"].hash
 
 
 def test_the_seed_is_no_setting_where_nothing_is_drawn(
     two_shards: ClipsConfig, tiny_base: BaseModelConfig
 ) -> None:
     hashes = {
-        LatentsExtraction(LatentsConfig(), two_shards, facts(tiny_base), seed=seed).settings.hash
+        LatentsExtraction(LatentsConfig(), two_shards, facts(tiny_base), seed=seed)
+        .settings["latents"]
+        .hash
         for seed in (0, 1)
     }
     assert len(hashes) == 1
@@ -132,7 +140,7 @@ def test_tiling_and_precision_name_other_stores(
 ) -> None:
     base = facts(tiny_base)
     hashes = {
-        LatentsExtraction(config, two_shards, base, seed=0).settings.hash
+        LatentsExtraction(config, two_shards, base, seed=0).settings["latents"].hash
         for config in (LatentsConfig(), LatentsConfig(tiling=True), LatentsConfig(precision="bf16"))
     }
     assert len(hashes) == 3
@@ -147,13 +155,17 @@ def test_other_weights_name_another_store_and_another_place_does_not(
     shutil.copytree(tiny_base.path, copy)
     (copy / "tokenizer" / ".cache").mkdir()
     (copy / "tokenizer" / ".cache" / "download.lock").touch()
-    original = TextExtraction(TextConfig(), facts(tiny_base)).settings
-    assert TextExtraction(TextConfig(), read_base_facts(copy)).settings.hash == original.hash
+
+    def settings_hash(base: BaseFacts) -> str:
+        return TextExtraction(TextConfig(), base).settings["text"].hash
+
+    original = settings_hash(facts(tiny_base))
+    assert settings_hash(read_base_facts(copy)) == original
     weights = copy / "text_encoder" / "model.safetensors"
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1
     weights.write_bytes(changed)
-    assert TextExtraction(TextConfig(), read_base_facts(copy)).settings.hash != original.hash
+    assert settings_hash(read_base_facts(copy)) != original
 
 
 def test_a_base_model_without_its_parts_says_what_is_missing(

@@ -1,0 +1,67 @@
+"""Lists every clip that the stores of a cache left out, and why; written at the end of each run.
+
+Training reads such a list (`train.leave_out`), people read it, and `--retry-failed` makes it
+shorter.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cache_schema import CacheError, StoreReader, list_stores
+from cache_schema.durable import write_whole
+from cache_schema.lock import FileLock
+
+FAILURES_FILE = "failures.jsonl"
+
+
+def write_failure_manifest(cache_root: Path) -> Path:
+    """Write `<cache_root>/failures.jsonl` anew, as a whole: one JSON object per line.
+
+    A line has `kind`, `store`, `shard`, `source`, `key`, `reason` and `detail`; the lines are
+    sorted by these. Clips that a later retry brought into the store are not listed. No failure is
+    an empty file. Several processes may do this at once: the last one has seen all that was
+    committed before.
+
+    Returns:
+        The file.
+
+    Raises:
+        CacheError: A store in the folder cannot be read.
+    """
+    root = Path(cache_root)
+    path = root / FAILURES_FILE
+    with FileLock(root / f".{FAILURES_FILE}.lock", wait=True, what=f"the list {path}"):
+        lines = [line for store in list_stores(root) for line in _lines(store)]
+        text = "".join(f"{json.dumps(dict(line), ensure_ascii=False)}\n" for line in sorted(lines))
+        write_whole(path, text.encode("utf-8"), temporary=root / f".{FAILURES_FILE}")
+    return path
+
+
+def _lines(store: Path) -> Iterator[tuple[tuple[str, str], ...]]:
+    reader = StoreReader(store)
+    for clip in reader.skipped:
+        yield (
+            ("kind", reader.settings.kind),
+            ("store", store.name),
+            ("shard", clip.shard),
+            ("source", reader.source_of(clip.shard)),
+            ("key", clip.key),
+            ("reason", clip.reason),
+            ("detail", clip.detail),
+        )
+
+
+@contextmanager
+def failures_listed(cache_root: Path) -> Iterator[None]:
+    """Write the manifest when the block ends, also when it ends with an error."""
+    try:
+        yield
+    except BaseException as error:
+        try:
+            write_failure_manifest(cache_root)
+        except (CacheError, OSError) as problem:
+            error.add_note(f"{FAILURES_FILE} could not be written: {problem}")
+        raise
+    write_failure_manifest(cache_root)

@@ -1,0 +1,78 @@
+"""Which extractions a configuration asks for, checked as they are made; the engines use it."""
+
+import torch
+
+from stages.base_facts import read_base_facts
+from stages.base_model import resolve_base_model
+from stages.clips import ClipsConfig
+from stages.config import BaseModelConfig
+from stages.extract_features.config import ExtractConfig, Kind
+from stages.extract_features.extraction import Extraction
+from stages.extract_features.latents import LatentsExtraction
+from stages.extract_features.text import TextExtraction
+
+_BASE_PARTS: dict[Kind, tuple[str, ...]] = {
+    "text": ("tokenizer", "text_encoder"),
+    "latents": ("vae",),
+}
+_BASE_CONFIGS = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+_TRACKED: tuple[Kind, ...] = ("teacher", "masks")
+
+
+def make_extractions(
+    config: ExtractConfig, clips: ClipsConfig, model: BaseModelConfig
+) -> list[Extraction]:
+    """One extraction per model that `config.kinds` needs, in the order of the kinds.
+
+    Teacher and masks come from one pass, which stands where the first of them does. Everything that
+    can be checked in advance is checked here; no model is loaded.
+
+    Raises:
+        ValueError: A part of the base model, SAM2's checkpoint or another file that a kind needs is
+            missing or does not fit.
+    """
+    made: list[Extraction] = []
+    parts = [part for kind in config.kinds for part in _BASE_PARTS.get(kind, ())]
+    base = read_base_facts(resolve_base_model(model, (*_BASE_CONFIGS, *parts))) if parts else None
+    for kinds in group_kinds(config.kinds):
+        if kinds[0] in _TRACKED:
+            # Brings in sam2, which the other kinds do without.
+            from stages.extract_features.subject_extraction import SubjectExtraction
+
+            made.append(SubjectExtraction(config.teacher, clips, kinds=kinds))
+            continue
+        assert base is not None
+        if kinds[0] == "latents":
+            made.append(LatentsExtraction(config.latents, clips, base, seed=config.seed))
+        else:
+            made.append(TextExtraction(config.text, base))
+    return made
+
+
+def group_kinds(kinds: tuple[Kind, ...]) -> list[tuple[Kind, ...]]:
+    """The kinds, those of one pass together; a kind named twice counts once."""
+    unique = tuple(dict.fromkeys(kinds))
+    groups: list[tuple[Kind, ...]] = []
+    for kind in unique:
+        together = tuple(k for k in unique if k in _TRACKED) if kind in _TRACKED else (kind,)
+        if together not in groups:
+            groups.append(together)
+    return groups
+
+
+def device_named(name: str, rank: int) -> torch.device:
+    """The device a worker computes on; auto deals out the machine's GPUs by rank.
+
+    Raises:
+        ValueError: There is no such device here.
+    """
+    gpus = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"extract.device={name} is no torch device; auto is usual") from error
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"extract.device={name}, but this machine has {gpus} CUDA devices")
+    return device
