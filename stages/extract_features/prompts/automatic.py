@@ -4,8 +4,9 @@ import torch
 
 from cache_schema import JSON
 from stages.clips import Clip, ClipsConfig, ClipSkipped
+from stages.extract_features.encoded_frames import EncodedFrames
 from stages.extract_features.prompts.chosen import ChosenPrompt
-from stages.extract_features.two_way_tracking import EncodedFrames, TwoWayTracker
+from stages.extract_features.two_way_tracking import TwoWayTracker
 
 
 class AutomaticSource:

@@ -9,11 +9,12 @@ import torch
 from cache_schema import JSON
 from stages.clips import Clip, ClipRecord, ClipsConfig, ClipSkipped, SubjectPrompt
 from stages.extract_features.config import PromptSource, TeacherConfig
+from stages.extract_features.encoded_frames import EncodedFrames
 from stages.extract_features.prompts.automatic import AutomaticSource
 from stages.extract_features.prompts.chosen import ChosenPrompt
-from stages.extract_features.prompts.grounding import GroundingSource, text_of
+from stages.extract_features.prompts.grounding import GroundingSource, phrases_of
 from stages.extract_features.sam2_inputs import prompt_for_sam2
-from stages.extract_features.two_way_tracking import EncodedFrames, TwoWayTracker
+from stages.extract_features.two_way_tracking import TwoWayTracker
 
 
 class _Source(Protocol):
@@ -43,7 +44,7 @@ def usable_sources(config: TeacherConfig, clip: Clip | ClipRecord) -> tuple[Prom
     """
     has_material: dict[PromptSource, bool] = {
         "dataset": bool(clip.prompts) or getattr(clip, "prompt_problem", None) is not None,
-        "grounding": text_of(config.grounding, clip) is not None,
+        "grounding": bool(phrases_of(config.grounding, clip)),
         "automatic": True,
     }
     return tuple(source for source in config.prompts if has_material[source])

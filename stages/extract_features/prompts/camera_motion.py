@@ -1,0 +1,146 @@
+"""What moves by itself: the motion of tokens without the camera's; read by `AutomaticSource`.
+
+1. Tokens of frame 0 are matched with those of a few later frames: the best of their Local Gram
+   Flow's similarities, refined between tokens.
+2. An affine motion (pan, zoom, roll, and what little perspective a clip has) is fitted to all
+   matches robustly, so that it is the background's as long as that is the larger part.
+3. Tokens are matched again, each token off the camera's way costing `PRIOR` of similarity: only
+   what a token's look cannot otherwise explain counts as a motion of its own, and plain surfaces,
+   which match anywhere, stand still.
+
+Legend: F frame compared with frame 0, H W token grid, C channel, K neighbour, N token.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from stages.local_gram_flow import local_gram_flow, neighbour_mask, neighbour_offsets
+
+RADIUS = 6
+"""How far a token is looked for, in tokens."""
+PRIOR = 0.03
+"""Similarity that a match must gain for every token that it lies off the camera's motion."""
+_TEMPERATURE = 0.02
+"""Of the softmax that refines a match between tokens, and that tells sure matches from others."""
+_ITERATIONS = 50
+_SMALLEST_SCALE = 0.05
+"""Tokens; matches are not better than that, and a clip that fits exactly has a spread of 0."""
+_MAD_TO_DEVIATION = 1.4826
+
+
+def own_speed(
+    features_HWC: torch.Tensor, later_FHWC: torch.Tensor, gaps: Sequence[int]
+) -> np.ndarray:
+    """How fast each token of frame 0 moves against the camera's motion.
+
+    Args:
+        features_HWC: Of frame 0.
+        later_FHWC: Of the frames it is compared with.
+        gaps: How many frames each of them is later.
+
+    Returns:
+        speed_HW, float64, tokens per frame: the distances over all pairs by their time, since a
+        match is about as exact over many frames as over one. 0 where the camera takes a token out
+        of the picture.
+    """
+    similarities_FHWK = _similarities(features_HWC, later_FHWC)
+    height, width = similarities_FHWK.shape[1:3]
+    tokens_HW2 = _tokens(height, width)
+    distance_HW = np.zeros((height, width))
+    frames_HW = np.zeros((height, width))
+    for similarities_HWK, gap in zip(similarities_FHWK, gaps, strict=True):
+        flow_HW2, certainty_HW = _matches(similarities_HWK)
+        camera_HW2 = fit_affine(tokens_HW2, flow_HW2, certainty_HW)
+        flow_HW2, _ = _matches(similarities_HWK - PRIOR * _distances(camera_HW2, similarities_HWK))
+        seen_HW = _is_inside(tokens_HW2 + camera_HW2)
+        distance_HW += seen_HW * np.linalg.norm(flow_HW2 - camera_HW2, axis=-1)
+        frames_HW += seen_HW * gap
+    return np.divide(distance_HW, frames_HW, out=np.zeros_like(frames_HW), where=frames_HW > 0)
+
+
+def _similarities(features_HWC: torch.Tensor, later_FHWC: torch.Tensor) -> torch.Tensor:
+    """similarities_FHWK of frame 0's tokens with each later frame; -inf outside the grid."""
+    first_FHWC = features_HWC.float().expand_as(later_FHWC)
+    pairs_F2HWC = torch.stack([first_FHWC, later_FHWC.float()], dim=1)
+    # What all tokens have in common makes everything look alike.
+    pairs_F2HWC = pairs_F2HWC - pairs_F2HWC.mean(dim=(0, 1, 2, 3))
+    similarities_FHWK = local_gram_flow(pairs_F2HWC, RADIUS)[:, 0]
+    _, height, width, _ = similarities_FHWK.shape
+    inside_HWK = neighbour_mask(height, width, RADIUS, similarities_FHWK.device)
+    return similarities_FHWK.masked_fill(~inside_HWK, -torch.inf).cpu()
+
+
+def _matches(similarities_HWK: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Where each token went: flow_HW2, (dx, dy) in tokens, and certainty_HW.
+
+    The best neighbour, refined by the softmax over it and those beside it. The certainty is
+    1 / (1 + v), v the variance of the softmax over the whole window in tokens squared.
+    """
+    offsets_K2 = neighbour_offsets(RADIUS).double()
+    logits_HWK = similarities_HWK.double() / _TEMPERATURE
+    probability_HWK = logits_HWK.softmax(-1)
+    mean_HW2 = probability_HWK @ offsets_K2
+    variance_HW = probability_HWK @ offsets_K2.square().sum(-1) - mean_HW2.square().sum(-1)
+    best_HW2 = offsets_K2[similarities_HWK.argmax(-1)]
+    beside_HWK = (offsets_K2 - best_HW2[..., None, :]).abs().amax(-1) <= 1
+    near_HWK = logits_HWK.masked_fill(~beside_HWK, -torch.inf).softmax(-1)
+    return (near_HWK @ offsets_K2).numpy(), (1 / (1 + variance_HW.clamp(min=0))).numpy()
+
+
+def _distances(camera_HW2: np.ndarray, similarities_HWK: torch.Tensor) -> torch.Tensor:
+    """How far each neighbour lies from where the camera takes the token: [H, W, K], in tokens."""
+    offsets_K2 = neighbour_offsets(RADIUS).double()
+    return torch.linalg.vector_norm(
+        offsets_K2 - torch.from_numpy(camera_HW2)[:, :, None], dim=-1
+    ).to(similarities_HWK.dtype)
+
+
+def fit_affine(tokens_HW2: np.ndarray, flow_HW2: np.ndarray, weights_HW: np.ndarray) -> np.ndarray:
+    """The affine motion that most tokens share: camera_HW2, in tokens.
+
+    Iteratively reweighted least squares with Geman-McClure's weights, 1 / (1 + (r / s)^2)^2, whose
+    scale s is the weighted median of the distances r: half of the tokens may do anything else.
+
+    Args:
+        tokens_HW2: x, y of the tokens.
+        flow_HW2: dx, dy of each.
+        weights_HW: How much each counts, >= 0.
+    """
+    tokens_N2, flow_N2 = tokens_HW2.reshape(-1, 2), flow_HW2.reshape(-1, 2)
+    prior_N = weights_HW.reshape(-1)
+    terms_N3 = np.concatenate([np.ones((len(tokens_N2), 1)), tokens_N2], axis=1)
+    # Start from the median motion: a start by least squares is drawn off by a big subject.
+    camera_N2 = np.tile(
+        [weighted_median(component_N, prior_N) for component_N in flow_N2.T], (len(flow_N2), 1)
+    )
+    for _ in range(_ITERATIONS):
+        distance_N = np.linalg.norm(flow_N2 - camera_N2, axis=-1)
+        scale = _MAD_TO_DEVIATION * weighted_median(distance_N, prior_N)
+        robust_N = (1 + np.square(distance_N / max(scale, _SMALLEST_SCALE))) ** -2
+        root_N1 = np.sqrt(prior_N * robust_N)[:, None]
+        coefficients_32, *_ = np.linalg.lstsq(root_N1 * terms_N3, root_N1 * flow_N2, rcond=None)
+        camera_N2 = terms_N3 @ coefficients_32
+    return camera_N2.reshape(flow_HW2.shape)
+
+
+def weighted_median(values_N: np.ndarray, weights_N: np.ndarray) -> float:
+    """The value below which half of the weight lies; 0 where there is no weight."""
+    order_N = np.argsort(values_N, kind="stable")
+    total_N = np.cumsum(weights_N[order_N])
+    if total_N[-1] == 0:
+        return 0.0
+    return float(values_N[order_N[np.searchsorted(total_N, total_N[-1] / 2)]])
+
+
+def _tokens(height: int, width: int) -> np.ndarray:
+    """x, y of every token: [H, W, 2]."""
+    y_HW, x_HW = np.mgrid[:height, :width].astype(np.float64)
+    return np.stack([x_HW, y_HW], axis=-1)
+
+
+def _is_inside(places_HW2: np.ndarray) -> np.ndarray:
+    height, width, _ = places_HW2.shape
+    limit = np.array([width - 1, height - 1])
+    return ((places_HW2 >= 0) & (places_HW2 <= limit)).all(axis=-1)
