@@ -13,6 +13,9 @@ from stages.clips import write_video
 
 # Legend: T frame of the video, H W its pixels.
 
+USUAL_FPS = 8.0
+"""CogVideoX 1.0's rate, for clips whose own rate is kept."""
+
 _LONGEST_NAME = 80
 
 

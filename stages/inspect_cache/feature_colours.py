@@ -5,15 +5,16 @@ import numpy as np
 # Legend: T frame, H W token grid, C channel, N = T * H * W tokens.
 
 
-def pca_colours(features_THWC: np.ndarray) -> np.ndarray:
+def pca_colours(features_THWC: np.ndarray, valid_T: np.ndarray | None = None) -> np.ndarray:
     """Colour tokens by their first three principal components: uint8 [T, H, W, 3].
 
-    The components are fitted to all tokens of the clip, so that a part keeps its colour while it
-    moves. Their signs are fixed (the largest weight is positive), so that a picture is repeatable.
-    Each component's 1st to 99th percentile fills the range of its colour.
+    The components are fitted to all valid tokens of the clip, so that a part keeps its colour while
+    it moves. Their signs are fixed (the largest weight is positive), so that a picture is
+    repeatable. Each component's 1st to 99th percentile fills the range of its colour.
 
     Args:
         features_THWC: any real dtype; fewer than three channels leave colours at mid-grey.
+        valid_T: bool, the moments that decide about the colours; None, or none of them, is all.
 
     Raises:
         ValueError: not four axes, or values that are not finite.
@@ -23,15 +24,19 @@ def pca_colours(features_THWC: np.ndarray) -> np.ndarray:
     tokens_NC = features_THWC.reshape(-1, features_THWC.shape[-1]).astype(np.float32)
     if not np.isfinite(tokens_NC).all():
         raise ValueError("features hold values that are not finite; extract the clip again")
-    tokens_NC -= tokens_NC.mean(axis=0)
-    covariance_CC = (tokens_NC.T @ tokens_NC).astype(np.float64) / len(tokens_NC)
+    if valid_T is None or not valid_T.any():
+        valid_T = np.ones(len(features_THWC), bool)
+    fitted_N = np.repeat(valid_T, len(tokens_NC) // len(valid_T))
+    tokens_NC -= tokens_NC[fitted_N].mean(axis=0)
+    fitted_NC = tokens_NC[fitted_N]
+    covariance_CC = (fitted_NC.T @ fitted_NC).astype(np.float64) / len(fitted_NC)
     _, components_CC = np.linalg.eigh(covariance_CC)
     components_C3 = components_CC[:, ::-1][:, :3]
     largest = np.abs(components_C3).argmax(axis=0)
     components_C3 = components_C3 * np.sign(components_C3[largest, range(components_C3.shape[1])])
     colours_N3 = np.full((len(tokens_NC), 3), 0.5)
     projected = tokens_NC @ components_C3
-    low, high = np.percentile(projected, [1, 99], axis=0)
+    low, high = np.percentile(projected[fitted_N], [1, 99], axis=0)
     spread = high - low
     seen = spread > 1e-6 * max(float(spread.max()), 1e-12)
     scaled = (projected - low) / np.where(seen, spread, 1.0)

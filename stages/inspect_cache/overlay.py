@@ -1,10 +1,25 @@
 """Draws a masks store over its clips' frames, as a video and a contact sheet; used by `inspect`."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from stages.clips import ClipDataset, ClipsConfig
-from stages.inspect_cache.drawing import Drawing
+import numpy as np
+
+from cache_schema import ClipEntry, StoreReader
+from stages.clips import Clip, ClipDataset, ClipsConfig, SubjectPrompt
+from stages.inspect_cache.drawing import USUAL_FPS, Drawing, file_stem, write_drawing
+from stages.inspect_cache.overlay_picture import (
+    OverlayView,
+    compose_overlay_video,
+    compose_sheet,
+    sheet_moments,
+)
+from stages.inspect_cache.source_clips import find_clip
 from stages.progress import Progress
+
+_SHEET_FRAMES = 8
+_GREY = 128
 
 
 def draw_overlay(
@@ -18,6 +33,9 @@ def draw_overlay(
 ) -> Drawing:
     """Draw one clip's tracked masks over its frames.
 
+    The forward mask is tinted and outlined, the backward mask outlined in another colour; frames
+    that are not valid are dimmed and framed; prompts stand on the frame they were given on.
+
     Args:
         store: Folder of a masks store.
         key: Which clip; None takes the store's first.
@@ -30,4 +48,99 @@ def draw_overlay(
         CacheError: No such clip, or one that does not pass its checks.
         ValueError: A store of another kind, without clips, or of other clips than `clips` says.
     """
-    raise NotImplementedError("being written")
+    reader = StoreReader(store)
+    if reader.settings.kind != "masks":
+        raise ValueError(f"{store} is a {reader.settings.kind} store; overlays need a masks store")
+    if not len(reader):
+        raise ValueError(f"{store} holds no clip; its skipped clips say why")
+    entry = reader.record(reader.keys[0] if key is None else key)
+    with progress.task("draw", 3, unit="steps") as task:
+        arrays = reader.read(entry.key)
+        _check_size(store, arrays["forward"].shape, clips)
+        task.advance()
+        clip = find_clip(dataset, clips, shard=entry.shard, key=entry.key)
+        view = _view(entry, arrays, None if isinstance(clip, str) else clip, clips, store)
+        task.advance()
+        stem = file_stem(entry.key, reader.keys)
+        drawing = Drawing(
+            key=entry.key,
+            picture=out_dir / f"{stem}.overlay.png",
+            video=out_dir / f"{stem}.overlay.mp4",
+            notes=(f"no frames: {clip}",) if isinstance(clip, str) else (),
+        )
+        sheet = compose_sheet(view, _moments(view))
+        write_drawing(drawing, sheet, compose_overlay_video(view), clips.fps or USUAL_FPS)
+        task.advance()
+    return drawing
+
+
+def _check_size(store: Path, shape: tuple[int, ...], clips: ClipsConfig) -> None:
+    num_frames, height, width = shape
+    if num_frames != clips.num_frames or height * clips.width != width * clips.height:
+        raise ValueError(
+            f"{store} holds {num_frames} masks of {height}x{width} a clip, but the configuration "
+            f"makes {clips.num_frames} frames of {clips.height}x{clips.width}; draw it with the "
+            "configuration it was made with"
+        )
+
+
+def _view(
+    entry: ClipEntry,
+    arrays: Mapping[str, np.ndarray],
+    clip: Clip | None,
+    clips: ClipsConfig,
+    store: Path,
+) -> OverlayView:
+    shape = (clips.num_frames, clips.height, clips.width, 3)
+    return OverlayView(
+        title=f"{entry.key} in {store.name}",
+        facts=facts_of(entry.attributes, clips.num_frames),
+        frames_THW3=np.full(shape, _GREY, np.uint8) if clip is None else clip.frames_THWC,
+        forward_Thw=arrays["forward"],
+        backward_Thw=arrays.get("backward"),
+        valid_T=arrays["valid"] != 0,
+        prompts=prompts_of(entry.attributes, clip),
+    )
+
+
+def _moments(view: OverlayView) -> list[int]:
+    """The sheet's frames: among them where prompts are, and where the track is first not valid."""
+    invalid = np.flatnonzero(~view.valid_T)[:1].tolist()
+    return sheet_moments(len(view.valid_T), _SHEET_FRAMES, [*sorted(view.prompts), *invalid])
+
+
+def facts_of(attributes: Mapping[str, Any], num_frames: int) -> tuple[str, ...]:
+    """What a masks store knows of a clip, in a few words each: the prompt, then the track."""
+    prompt = attributes["prompt"]
+    kinds = "+".join(prompt["kinds"])
+    facts = [f"prompt: {prompt['source']} {kinds} on frame {prompt['frame']}"]
+    if prompt.get("phrase"):
+        facts.append(f"looked for {prompt['phrase']!r}")
+    facts.append(f"confidence {_number(prompt['confidence'])}")
+    facts.append(f"cycle consistency {_number(attributes['cycle_consistency'])}")
+    facts.append(f"{attributes['valid_frames']} of {num_frames} frames valid")
+    if attributes["lost_at"] is not None:
+        facts.append(f"lost at frame {attributes['lost_at']}")
+    return tuple(facts)
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2f}"
+
+
+def prompts_of(
+    attributes: Mapping[str, Any], clip: Clip | None
+) -> dict[int, Sequence[SubjectPrompt]]:
+    """Prompts by frame: the boxes that were found, or the dataset's own, which need the clip."""
+    prompt = attributes["prompt"]
+    found: dict[int, Sequence[SubjectPrompt]] = {}
+    if boxes := prompt.get("boxes"):
+        found[prompt["frame"]] = [SubjectPrompt(box_xyxy=tuple(box["box_xyxy"])) for box in boxes]
+    if clip is None:
+        return found
+    if prompt["source"] == "dataset" and clip.prompts:
+        found[prompt["frame"]] = clip.prompts
+    if prompt["backward"] == "dataset" and clip.last_frame_prompts:
+        last = len(clip.frames_THWC) - 1
+        found[last] = [*found.get(last, ()), *clip.last_frame_prompts]
+    return found

@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from stages.inspect_cache.flow_colours import flow_panel, wheel
+from stages.inspect_cache.lettering import FAINT, INK, PAPER, WARNING, fitted, font
 from stages.inspect_cache.view import ClipView
 
-_PAPER = (250, 250, 248)
-_INK = (30, 30, 30)
-_FAINT = (110, 110, 110)
 _LONG_SIDE = 288
 _GAP = 8
 _LABELS_WIDTH = 72
@@ -38,16 +36,22 @@ def compose(view: ClipView, moments: Sequence[int]) -> Image.Image:
     height = rows_top + len(moments) * (panel_height + _GAP) + _GAP
     if legend:
         height = max(height, rows_top + _LEGEND_WIDTH + 60)
-    image = Image.new("RGB", (width + width % 2, height + height % 2), _PAPER)
+    image = Image.new("RGB", (width + width % 2, height + height % 2), PAPER)
     pen = ImageDraw.Draw(image)
-    pen.text((_GAP, 9), _fitted(view.title, width - 2 * _GAP, 16), fill=_INK, font=_font(16))
+    pen.text((_GAP, 9), fitted(view.title, width - 2 * _GAP, 16), fill=INK, font=font(16))
     for column, caption in enumerate(captions):
         x = _LABELS_WIDTH + column * (panel_width + _GAP)
-        pen.text((x, _TITLE_HEIGHT + 4), caption, fill=_FAINT, font=_font(13))
+        pen.text((x, _TITLE_HEIGHT + 4), caption, fill=FAINT, font=font(13))
     for row, moment in enumerate(moments):
         y = rows_top + row * (panel_height + _GAP)
-        pen.text((_GAP, y + panel_height / 2 - 8), view.labels[moment], fill=_FAINT, font=_font(13))
+        middle = y + panel_height / 2
+        pen.text((_GAP, middle - 8), view.labels[moment], fill=FAINT, font=font(13))
+        if not view.valid_T[moment]:
+            pen.text((_GAP, middle + 9), "not valid", fill=WARNING, font=font(13))
         for column, panel in enumerate(_panels(view, moment, (panel_width, panel_height))):
+            if not view.valid_T[moment]:
+                edge = (0, 0, panel.width - 1, panel.height - 1)
+                ImageDraw.Draw(panel).rectangle(edge, outline=WARNING, width=3)
             image.paste(panel, (_LABELS_WIDTH + column * (panel_width + _GAP), y))
     if legend:
         _draw_legend(image, pen, (width - _LEGEND_WIDTH, rows_top), view.largest_flow)
@@ -89,24 +93,10 @@ def _draw_legend(
 ) -> None:
     diameter = _LEGEND_WIDTH - 4 * _GAP
     x, y = corner[0] + 2 * _GAP, corner[1]
-    image.paste(wheel(diameter, _PAPER), (x, y))
+    image.paste(wheel(diameter, PAPER), (x, y))
     middle = x + diameter / 2
     for line, text in enumerate(
         ("hue: direction", "rim, full arrow:", f"{largest:.2f} tokens", "white: still")
     ):
         spot = (middle, y + diameter + 8 + 17 * line)
-        pen.text(spot, text, fill=_FAINT, font=_font(13), anchor="ma")
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
-def _fitted(text: str, width: int, size: int) -> str:
-    """Cut a title that is too long for the picture."""
-    font = _font(size)
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+        pen.text(spot, text, fill=FAINT, font=font(13), anchor="ma")

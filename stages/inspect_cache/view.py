@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from stages.clips import ClipDataset, ClipRecord, ClipsConfig, ClipSkipped, load_clip
 from stages.inspect_cache.feature_colours import pca_colours
 from stages.local_gram_flow import (
     implied_flow,
@@ -33,14 +32,19 @@ class ClipView:
     """(dx, dy) in tokens from each moment to the next; None where the store implies none."""
     frames_THWC: np.ndarray | None
     """uint8 [T, height, width, 3] of the dataset's clip; None where it was not found."""
+    valid_T: np.ndarray
+    """bool: whether the moment counts in training."""
 
     @property
     def largest_flow(self) -> float:
-        """The length in tokens that gets full colour: the clip's 99th percentile."""
+        """The length in tokens that gets full colour: the 99th percentile of valid pairs."""
         if self.flow_PHW2 is None:
             return _SMALLEST_FULL_COLOUR
         lengths = np.hypot(self.flow_PHW2[..., 0], self.flow_PHW2[..., 1])
-        return max(float(np.percentile(lengths, 99)), _SMALLEST_FULL_COLOUR)
+        known_P = self.valid_T[:-1] & self.valid_T[1:]
+        if not known_P.any():
+            return _SMALLEST_FULL_COLOUR
+        return max(float(np.percentile(lengths[known_P], 99)), _SMALLEST_FULL_COLOUR)
 
 
 def flow_of_features(features_THWC: np.ndarray, radius: int, temperature: float) -> np.ndarray:
@@ -70,6 +74,7 @@ def view_features(
     title: str,
     num_frames: int,
     frames_THWC: np.ndarray | None,
+    valid_T: np.ndarray | None,
     flow: tuple[int, float] | None,
 ) -> ClipView:
     """Make a view of features at frame rate or at latent rate.
@@ -79,6 +84,7 @@ def view_features(
         title: Shown above the picture.
         num_frames: Frames of the clip; with T it tells the rate.
         frames_THWC: uint8, the clip's `num_frames` frames, or None.
+        valid_T: bool, the moments that count; None where all do.
         flow: Radius and temperature of the implied flow; None leaves it out.
 
     Raises:
@@ -88,9 +94,10 @@ def view_features(
     return ClipView(
         title=title,
         labels=tuple(f"frame {frame}" for frame in moments),
-        colours_THWC=pca_colours(features_THWC),
+        colours_THWC=pca_colours(features_THWC, valid_T),
         flow_PHW2=None if flow is None else flow_of_features(features_THWC, *flow),
         frames_THWC=None if frames_THWC is None else frames_THWC[moments],
+        valid_T=np.ones(len(moments), bool) if valid_T is None else valid_T,
     )
 
 
@@ -110,19 +117,3 @@ def frames_of_moments(num_moments: int, num_frames: int) -> list[int]:
         f"{num_frames} frames or {len(last_frames)} latent frames; inspect it with the "
         "configuration it was made with"
     )
-
-
-def find_frames(
-    dataset: ClipDataset, clips: ClipsConfig, *, shard: str, key: str
-) -> np.ndarray | str:
-    """Decode one clip of the dataset: uint8 [T, H, W, 3], or why there are no frames."""
-    for candidate in dataset.shards:
-        if candidate.name != shard:
-            continue
-        for record in candidate.records():
-            if record.key == key and isinstance(record, ClipRecord):
-                try:
-                    return load_clip(record, clips).frames_THWC
-                except ClipSkipped as problem:
-                    return f"the dataset's clip cannot be read any more ({problem})"
-    return f"the dataset at {clips.path} has no clip {key!r} in shard {shard}"

@@ -1,0 +1,177 @@
+"""Lays an `OverlayView` out as a contact sheet, and as the frames of a video; used by `overlay`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from stages.clips import SubjectPrompt
+from stages.inspect_cache.lettering import (
+    FAINT,
+    INK,
+    PAPER,
+    WARNING,
+    Colour,
+    fitted,
+    font,
+    packed,
+)
+from stages.inspect_cache.mask_painting import (
+    mask_at_size,
+    outlined,
+    prompt_painted,
+    tinted,
+)
+
+# Legend: T frame, H W pixels of the training frame, h w of a stored mask.
+
+FORWARD: Colour = (255, 140, 0)
+BACKWARD: Colour = (0, 150, 255)
+PROMPT: Colour = (255, 240, 60)
+_TINT = 0.35
+_DIMMED = 0.55
+_GAP = 8
+_COLUMNS = 4
+_PANEL_LONG_SIDE = 320
+_VIDEO_LONG_SIDE = 480
+"""Smaller clips are shown enlarged by a whole factor, so that lines and letters stay fine."""
+_TITLE, _TEXT, _LABEL = 16, 13, 14
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class OverlayView:
+    """A clip's frames and tracks, ready to be drawn; every array has the same T."""
+
+    title: str
+    facts: tuple[str, ...]
+    """What stands under the title."""
+    frames_THW3: np.ndarray
+    """uint8, the training frames."""
+    forward_Thw: np.ndarray
+    """uint8, 255 times the probability that the forward track gives."""
+    backward_Thw: np.ndarray | None
+    valid_T: np.ndarray
+    """bool."""
+    prompts: Mapping[int, Sequence[SubjectPrompt]]
+    """In training-frame pixels, by the frame they are given on."""
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Width and height of the training frames."""
+        return self.frames_THW3.shape[2], self.frames_THW3.shape[1]
+
+
+def sheet_moments(num_frames: int, wanted: int, never_missing: Sequence[int]) -> list[int]:
+    """At most `wanted` frames, evenly spread, moved so that those of `never_missing` are there."""
+    moments = {round(moment) for moment in np.linspace(0, num_frames - 1, wanted)}
+    pinned: set[int] = set()
+    for frame in never_missing[:wanted]:
+        if frame not in moments and moments - pinned:
+            moments.remove(min(moments - pinned, key=lambda moment: abs(moment - frame)))
+        moments.add(frame)
+        pinned.add(frame)
+    return sorted(moments)
+
+
+def compose_sheet(view: OverlayView, moments: Sequence[int]) -> Image.Image:
+    """The title, `moments` in rows of four, and what the colours mean."""
+    panels = [
+        _panel(view, moment, _scaled(view.frame_size, _PANEL_LONG_SIDE)) for moment in moments
+    ]
+    return _framed(view, panels, min(_COLUMNS, len(panels)))
+
+
+def compose_overlay_video(view: OverlayView) -> np.ndarray:
+    """Every frame under the title: uint8 [T, height, width, 3], sides even."""
+    size = view.frame_size
+    enlarged = max(1, _VIDEO_LONG_SIDE // max(size))
+    shown = size[0] * enlarged, size[1] * enlarged
+    moments = range(len(view.frames_THW3))
+    return np.stack([np.asarray(_framed(view, [_panel(view, m, shown)], 1)) for m in moments])
+
+
+def _scaled(size: tuple[int, int], long_side: int) -> tuple[int, int]:
+    scale = long_side / max(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _panel(view: OverlayView, moment: int, size: tuple[int, int]) -> Image.Image:
+    """One frame with its masks, its prompt, its number, and a warning if it is not valid."""
+    frame = Image.fromarray(view.frames_THW3[moment]).resize(size, Image.Resampling.BICUBIC)
+    image_HW3 = np.asarray(frame)
+    valid = bool(view.valid_T[moment])
+    if not valid:
+        image_HW3 = tinted(image_HW3, np.ones(image_HW3.shape[:2], bool), INK, _DIMMED)
+    thickness = max(1, round(max(size) / 240))
+    forward_HW = mask_at_size(view.forward_Thw[moment], size)
+    image_HW3 = tinted(image_HW3, forward_HW, FORWARD, _TINT)
+    image_HW3 = outlined(image_HW3, forward_HW, FORWARD, thickness)
+    if view.backward_Thw is not None:
+        backward_HW = mask_at_size(view.backward_Thw[moment], size)
+        image_HW3 = outlined(image_HW3, backward_HW, BACKWARD, thickness)
+    prompts = view.prompts.get(moment, ())
+    scale = size[0] / view.frame_size[0], size[1] / view.frame_size[1]
+    for prompt in prompts:
+        image_HW3 = prompt_painted(image_HW3, prompt, PROMPT, scale=scale, thickness=thickness)
+    image = Image.fromarray(image_HW3)
+    _label(image, moment, valid=valid, prompted=bool(prompts), thickness=2 * thickness)
+    return image
+
+
+def _label(image: Image.Image, moment: int, *, valid: bool, prompted: bool, thickness: int) -> None:
+    pen = ImageDraw.Draw(image)
+    if not valid:
+        pen.rectangle((0, 0, image.width - 1, image.height - 1), outline=WARNING, width=thickness)
+    text = f"frame {moment}" + (", prompt" if prompted else "") + ("" if valid else ", not valid")
+    text = fitted(text, image.width - 12, _LABEL)
+    box = pen.textbbox((6, 4), text, font=font(_LABEL))
+    pen.rectangle((box[0] - 4, box[1] - 3, box[2] + 4, box[3] + 3), fill=INK if valid else WARNING)
+    pen.text((6, 4), text, fill=PAPER, font=font(_LABEL))
+
+
+def _framed(view: OverlayView, panels: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Panels in rows below the title and above the legend; the size is even, as H.264 needs."""
+    panel_width, panel_height = panels[0].size
+    rows = -(-len(panels) // columns)
+    width = columns * (panel_width + _GAP) + _GAP
+    inner = width - 2 * _GAP
+    facts = packed(view.facts, inner, _TEXT)
+    legend = _legend(view, inner)
+    top = 34 + 18 * len(facts) + _GAP
+    below = top + rows * (panel_height + _GAP)
+    height = below + legend.height + _GAP
+    image = Image.new("RGB", (width + width % 2, height + height % 2), PAPER)
+    pen = ImageDraw.Draw(image)
+    pen.text((_GAP, 9), fitted(view.title, inner, _TITLE), fill=INK, font=font(_TITLE))
+    for line, text in enumerate(facts):
+        pen.text((_GAP, 34 + 18 * line), text, fill=FAINT, font=font(_TEXT))
+    for place, panel in enumerate(panels):
+        row, column = divmod(place, columns)
+        corner = _GAP + column * (panel_width + _GAP), top + row * (panel_height + _GAP)
+        image.paste(panel, corner)
+    image.paste(legend, (_GAP, below))
+    return image
+
+
+def _legend(view: OverlayView, width: int) -> Image.Image:
+    """What the colours mean, in as many lines as they need."""
+    entries = [("forward track", FORWARD)]
+    entries += [("backward track", BACKWARD)] if view.backward_Thw is not None else []
+    entries += [("prompt", PROMPT)] if view.prompts else []
+    entries += [] if view.valid_T.all() else [("not valid: left out of training", WARNING)]
+    places: list[tuple[int, int, str, Colour]] = []
+    x = line = 0
+    for text, colour in entries:
+        text = fitted(text, width - 18, _TEXT)
+        needed = 18 + round(font(_TEXT).getlength(text))
+        if x and x + needed > width:
+            x, line = 0, line + 1
+        places.append((x, 20 * line, text, colour))
+        x += needed + 16
+    image = Image.new("RGB", (width, 20 * (line + 1)), PAPER)
+    pen = ImageDraw.Draw(image)
+    for x, y, text, colour in places:
+        pen.rectangle((x, y + 3, x + 12, y + 15), fill=colour, outline=INK)
+        pen.text((x + 18, y + 1), text, fill=FAINT, font=font(_TEXT))
+    return image
