@@ -193,7 +193,7 @@ class _OnDisk:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device = device
         self._dtype = dtype
-        self._file = tempfile.TemporaryFile()
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open until close()
         self._num_frames = 0
         self._shapes: list[torch.Size] = []
 
@@ -206,7 +206,7 @@ class _OnDisk:
         try:
             for level_NC in levels_NC:
                 values_NC = level_NC.to("cpu", self._dtype).contiguous()
-                self._file.write(memoryview(values_NC.flatten().view(torch.uint8).numpy()))
+                self._file.write(values_NC.flatten().view(torch.uint8).numpy().data)
             self._file.flush()
         except OSError as error:
             error.add_note(
@@ -224,7 +224,7 @@ class _OnDisk:
             self._bytes_per_frame(), dtype=torch.uint8, pin_memory=self._device.type == "cuda"
         )
         self._file.seek(index * len(buffer))
-        if self._file.readinto(memoryview(buffer.numpy())) != len(buffer):
+        if self._file.readinto(buffer.numpy().data) != len(buffer):
             raise OSError(f"the temporary file of encoded frames ends within frame {index}")
         levels_NC = []
         for level, shape in zip(buffer.split(self._level_bytes()), self._shapes, strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 
 import sam2
 import torch
-from accelerate import init_empty_weights
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -204,19 +204,18 @@ def _checked(
 ) -> tuple[str, SAM2Base, dict[str, torch.Tensor]]:
     """The configuration's name, the model without values, and the weights that fit it."""
     weights = read_checkpoint(checkpoint)
-    official = {name: load_sam2_config(name) for name in official_configs()}
-    fitting = fitting_config(weights, official)
     if config is None:
-        if fitting is None:
+        config = _fitting_config(weights)
+        if config is None:
             raise ValueError(
                 f"the checkpoint {checkpoint} fits none of the official SAM2 configurations: set "
                 "extract.teacher.config to the YAML file it was trained with"
             )
-        config = fitting
     with init_empty_weights():
         model = _instantiate(config, image_size)
     different = differences(model.state_dict(), weights)
     if different:
+        fitting = _fitting_config(weights)
         advice = (
             f"it fits {fitting}: set extract.teacher.config={fitting}"
             if fitting is not None and fitting != str(config)
@@ -228,6 +227,10 @@ def _checked(
             f"({len(different)} tensors differ; {different[0]}); {advice}"
         )
     return str(config), model, weights
+
+
+def _fitting_config(weights: Mapping[str, torch.Tensor]) -> str | None:
+    return fitting_config(weights, {name: load_sam2_config(name) for name in official_configs()})
 
 
 def _instantiate(config: str | Path, image_size: int | None) -> SAM2Base:

@@ -5,8 +5,7 @@ that `sam2_tracker.build_sam2` makes, so that memory features come out and every
 image encoder once; equal to sam2's SAM2VideoPredictor on the same weights.
 """
 
-# Legend: T frame, S side of SAM2's square input, L level of the image encoder, N position on a
-# level (row-major) or prompt or point, B stream of a batch, C channel, H W grid.
+# Legend: T frame, S side of SAM2's square input, N prompt or point, C channel, H W grid.
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,22 +14,27 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
-from torch._dynamo.exc import TorchDynamoException
 
 from stages.config import Precision
 from stages.extract_features.config import FeatureKind
 from stages.extract_features.encoded_frames import (
     EncodedFrames,
-    FrameStore,
     KeepEncoded,
     gather_levels,
     open_store,
 )
 from stages.extract_features.extraction import DTYPES
+from stages.extract_features.frame_step import (
+    FrameStep,
+    attend,
+    enlarge_mask,
+    prompted_masks,
+    visit,
+)
+from stages.extract_features.image_encoding import compile_image_encoder, encode_frames
 from stages.extract_features.mask_decoding import MaskProposals, propose_masks
 from stages.extract_features.memory_bank import MemoryBank
-from stages.extract_features.sam2_inputs import Sam2Prompt, normalise_for_sam2
+from stages.extract_features.sam2_inputs import Sam2Prompt
 
 ALL_FEATURES: tuple[FeatureKind, ...] = get_args(FeatureKind)
 """Every kind of feature that a track can give."""
@@ -95,7 +99,7 @@ class TwoWayTracker:
         # stock predictor runs every object by itself, so that it has no effect there either.
         model.non_overlap_masks_for_mem_enc = False
         if compile:
-            model.image_encoder.compile(dynamic=False)
+            compile_image_encoder(model)
         self.model = model
         self.precision: Precision = precision
         self.frames_per_batch = frames_per_batch
@@ -121,34 +125,13 @@ class TwoWayTracker:
         Raises:
             ValueError: There is no frame, or torch.compile fails.
         """
-        if not len(frames_TSS3):
-            raise ValueError("there are no frames to encode")
-        store = open_store(self.keep_encoded, self.model.device, DTYPES[self.precision])
-        try:
-            for start in range(0, len(frames_TSS3), self.frames_per_batch):
-                batch_TSS3 = frames_TSS3[start : start + self.frames_per_batch]
-                positions_NBC, sizes = self._encode_batch(batch_TSS3, store)
-        except BaseException:
-            store.close()
-            raise
-        return EncodedFrames(store, positions_NBC=positions_NBC, sizes=sizes)
-
-    def _encode_batch(
-        self, frames_TSS3: np.ndarray, store: FrameStore
-    ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-        images_T3SS = normalise_for_sam2(frames_TSS3, self.model.device)
-        try:
-            with self._arithmetic():
-                outputs = self.model.forward_image(images_T3SS)
-        except TorchDynamoException as error:
-            raise ValueError(
-                f"torch.compile cannot compile SAM2's image encoder on this machine ({error}); "
-                "set extract.teacher.compile=false"
-            ) from error
-        _, levels_NTC, positions_NTC, sizes = self.model._prepare_backbone_features(outputs)
-        for t in range(len(frames_TSS3)):
-            store.append([level_NTC[:, t] for level_NTC in levels_NTC])
-        return positions_NTC[-1][:, :1].clone(), sizes
+        return encode_frames(
+            self.model,
+            frames_TSS3,
+            open_store(self.keep_encoded, self.model.device, DTYPES[self.precision]),
+            frames_per_batch=self.frames_per_batch,
+            arithmetic=self._arithmetic,
+        )
 
     def track(
         self,
@@ -193,105 +176,34 @@ class TwoWayTracker:
         features: Sequence[FeatureKind],
     ) -> tuple[TrackedFrame, ...]:
         """Visit the streams' `step`-th frames, and store their memories."""
-        model, clip = self.model, requests[0].encoded
-        levels_NBC = gather_levels([(request.encoded, request.order[step]) for request in requests])
-        where = _Where(
-            levels_NBC=levels_NBC,
+        clip = requests[0].encoded
+        frames = FrameStep(
+            levels_NBC=gather_levels(
+                [(request.encoded, request.order[step]) for request in requests]
+            ),
             positions_NBC=clip.positions_NBC.expand(-1, len(requests), -1),
             sizes=clip.sizes,
             step=step,
             num_steps=len(requests[0].order),
         )
-        if step == 0:
-            prompted = [
-                self._prompted(where.stream(b), request.prompt)
-                for b, request in enumerate(requests)
-            ]
-            low_BHW, pointer_BC, score_B1 = (
-                torch.cat(outputs) for outputs in zip(*prompted, strict=True)
-            )
-            # As SAM2VideoPredictor.propagate_in_video_preflight: the memory of a prompted frame is
-            # made from its low-resolution mask.
-            high_BSS = self.enlarge_mask(low_BHW)
-        else:
-            _, heads, _, attended_BCHW = model._track_step(
-                **where.for_track_step(),
-                is_init_cond_frame=False,
-                point_inputs=None,
-                mask_inputs=None,
-                output_dict=bank.outputs,
-                prev_sam_mask_logits=None,
-            )
-            _, _, _, low_BHW, high_BSS, pointer_BC, score_B1 = heads
-        memory_BCHW, memory_positions = model._encode_new_memory(
-            current_vision_feats=levels_NBC,
-            feat_sizes=clip.sizes,
-            pred_masks_high_res=high_BSS,
-            object_score_logits=score_B1,
-            is_mask_from_pts=step == 0,
-        )
-        bank.store(
-            step,
-            memory_BCHW=memory_BCHW.to(self.memory_dtype),
-            positions_BCHW=memory_positions[-1],
-            pointer_BC=pointer_BC,
-        )
+        prompts = [request.prompt for request in requests]
+        outputs = visit(self.model, frames, bank, prompts, self.memory_dtype)
         wanted: dict[FeatureKind, torch.Tensor] = {}
         if "memory_attention" in features:
-            if step == 0:
-                attended_BCHW = self._attend(where, bank)
-            wanted["memory_attention"] = attended_BCHW
+            attended_BCHW = outputs.attended_BCHW
+            wanted["memory_attention"] = (
+                attend(self.model, frames, bank) if attended_BCHW is None else attended_BCHW
+            )
         if "memory_encoder" in features:
-            wanted["memory_encoder"] = memory_BCHW
+            wanted["memory_encoder"] = outputs.memory_BCHW
         return tuple(
             TrackedFrame(
                 index=request.order[step],
                 features={kind: values_BCHW[b].float() for kind, values_BCHW in wanted.items()},
-                mask_logits_HW=low_BHW[b, 0].float(),
-                object_score=score_B1[b, 0].float(),
+                mask_logits_HW=outputs.logits_B1HW[b, 0].float(),
+                object_score=outputs.score_B1[b, 0].float(),
             )
             for b, request in enumerate(requests)
-        )
-
-    def _prompted(
-        self, where: "_Where", prompt: Sam2Prompt
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mask logits [1, 1, S/4, S/4], pointer [1, C] and score [1, 1] of one prompted frame."""
-        points = None
-        if prompt.points_1P2 is not None:
-            points = {"point_coords": prompt.points_1P2, "point_labels": prompt.point_labels_1P}
-        _, heads, _, _ = self.model._track_step(
-            **where.for_track_step(),
-            is_init_cond_frame=True,
-            point_inputs=points,
-            mask_inputs=prompt.mask_11SS,
-            output_dict={},
-            prev_sam_mask_logits=None,
-        )
-        _, _, _, low_1HW, _, pointer_1C, score_11 = heads
-        return low_1HW, pointer_1C, score_11
-
-    def _attend(self, where: "_Where", bank: MemoryBank) -> torch.Tensor:
-        """Let the prompted frames attend to their own memories.
-
-        SAM2 skips memory attention there, which gives features of other statistics than on every
-        later frame.
-        """
-        return self.model._prepare_memory_conditioned_features(
-            frame_idx=where.step,
-            is_init_cond_frame=False,
-            current_vision_feats=where.levels_NBC[-1:],
-            current_vision_pos_embeds=[where.positions_NBC],
-            feat_sizes=where.sizes[-1:],
-            output_dict=bank.outputs,
-            num_frames=where.num_steps,
-        )
-
-    def enlarge_mask(self, logits_BHW: torch.Tensor) -> torch.Tensor:
-        """[B, 1, S/4, S/4] mask logits -> [B, 1, S, S], as SAM2 does it."""
-        side = self.model.image_size
-        return F.interpolate(
-            logits_BHW.float(), size=(side, side), mode="bilinear", align_corners=False
         )
 
     @torch.inference_mode()
@@ -308,7 +220,7 @@ class TwoWayTracker:
         Returns:
             Mask logits [N, S/4, S/4], float32, in the order of `prompts`.
         """
-        where = _Where(
+        frames = FrameStep(
             levels_NBC=encoded.levels_at([index]),
             positions_NBC=encoded.positions_NBC,
             sizes=encoded.sizes,
@@ -316,7 +228,7 @@ class TwoWayTracker:
             num_steps=1,
         )
         with self._arithmetic():
-            masks_1HW = [self._prompted(where, prompt)[0][0] for prompt in prompts]
+            masks_1HW = [prompted_masks(self.model, frames, prompt)[0][0] for prompt in prompts]
         return torch.cat(masks_1HW).float()
 
     @torch.inference_mode()
@@ -355,42 +267,10 @@ class TwoWayTracker:
         Raises:
             ValueError: The mask is empty.
         """
-        mask_11SS = (self.enlarge_mask(mask_logits_HW[None, None]) > 0).float()
+        mask_11SS = (enlarge_mask(self.model, mask_logits_HW[None, None]) > 0).float()
         if not mask_11SS.any():
             raise ValueError("the mask is empty, so that it cannot be a prompt")
         return Sam2Prompt(mask_11SS=mask_11SS)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Where:
-    """The frames of one step, and which visit of how many it is."""
-
-    levels_NBC: list[torch.Tensor]
-    positions_NBC: torch.Tensor
-    sizes: tuple[tuple[int, int], ...]
-    step: int
-    num_steps: int
-
-    def stream(self, b: int) -> "_Where":
-        """One stream's part."""
-        return _Where(
-            levels_NBC=[level_NBC[:, b : b + 1] for level_NBC in self.levels_NBC],
-            positions_NBC=self.positions_NBC[:, :1],
-            sizes=self.sizes,
-            step=self.step,
-            num_steps=self.num_steps,
-        )
-
-    def for_track_step(self) -> dict[str, Any]:
-        """As SAM2Base._track_step names them."""
-        return {
-            "frame_idx": self.step,
-            "num_frames": self.num_steps,
-            "track_in_reverse": False,
-            "current_vision_feats": self.levels_NBC,
-            "current_vision_pos_embeds": [self.positions_NBC],
-            "feat_sizes": self.sizes,
-        }
 
 
 def _check_orders(requests: Sequence[TrackRequest]) -> None:
