@@ -1,8 +1,11 @@
 """A tiny SAM2 with random weights, and the stock predictor on the same weights as the oracle."""
 
 import io
+import sys
 import tarfile
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 from sam2.build_sam import build_sam2_video_predictor
 
-from stages.clips import ClipsConfig, encode_video
+from cache_schema import ArraySpec, StoreSettings
+from stages.clips import Clip, ClipRecord, ClipsConfig, ClipSkipped, encode_video, load_clip
 from stages.config import BaseModelConfig
-from stages.extract_features.config import ExtractConfig, TeacherConfig
+from stages.extract_features.config import ExtractConfig, Kind, TeacherConfig
+from stages.extract_features.extraction import Extracted
 
 OFFICIAL = "configs/sam2.1/sam2.1_hiera_t.yaml"
 SIZE = 128
@@ -303,5 +308,75 @@ def extract_config(tiny_sam2: tuple[Path, Path]) -> ExtractConfig:
     configuration, checkpoint = tiny_sam2
     return ExtractConfig(
         device="cpu",
-        teacher=TeacherConfig(checkpoint=str(checkpoint), config=str(configuration), image_size=SIZE),
+        teacher=TeacherConfig(
+            checkpoint=str(checkpoint), config=str(configuration), image_size=SIZE
+        ),
     )
+
+
+class StubTracking:
+    """Stands for SubjectExtraction in tests of the driver: two stores per pass, and no SAM2."""
+
+    batches: list[list[str]]
+    """Keys of the clips that came together, call by call."""
+    lost: set[str]
+    infinite: set[str]
+    """Keys of clips whose teacher is not finite."""
+    clips_per_batch = 2
+
+    def __init__(self, config: TeacherConfig, clips: ClipsConfig, *, kinds: tuple[Kind, ...]):
+        if config.checkpoint == "nowhere":
+            raise ValueError("the checkpoint nowhere does not exist")
+        self._clips = clips
+        spec = ArraySpec(dtype="float16", shape=(clips.num_frames,), dimension_names=("t",))
+        self.settings = {
+            kind: StoreSettings(kind=kind, arrays={"mean": spec}, values={"stub": kind})
+            for kind in kinds
+        }
+
+    def prepare(self, record: ClipRecord) -> Clip:
+        return load_clip(record, self._clips)
+
+    @contextmanager
+    def opened(self, device: torch.device) -> Iterator[Any]:
+        yield self._extract
+
+    def _extract(self, clips: list[Clip]) -> list[Any]:
+        self.batches.append([clip.key for clip in clips])
+        return [self._outcome(clip) for clip in clips]
+
+    def _outcome(self, clip: Clip) -> Any:
+        if clip.key in self.lost:
+            return ClipSkipped("subject_lost", "the subject was not seen again after frame 2")
+        mean_T = clip.frames_THWC.mean(axis=(1, 2, 3)).astype(np.float16)
+        infinite = np.full_like(mean_T, np.inf)
+        return {
+            kind: Extracted(
+                arrays={
+                    "mean": infinite if kind == "teacher" and clip.key in self.infinite else mean_T
+                },
+                attributes={"of": f"{kind} {clip.key}"},
+            )
+            for kind in self.settings
+        }
+
+
+@pytest.fixture(scope="session")
+def stub_module() -> Callable[[pytest.MonkeyPatch], type[StubTracking]]:
+    """Puts a fresh stub in SubjectExtraction's place."""
+
+    def install(patch: pytest.MonkeyPatch) -> type[StubTracking]:
+        stub = type("Stub", (StubTracking,), {"batches": [], "lost": set(), "infinite": set()})
+        module = types.SimpleNamespace(SubjectExtraction=stub)
+        patch.setitem(sys.modules, "stages.extract_features.subject_extraction", module)
+        return stub
+
+    return install
+
+
+@pytest.fixture
+def stub_tracking(
+    stub_module: Callable[..., type[StubTracking]], monkeypatch: pytest.MonkeyPatch
+) -> type[StubTracking]:
+    """The stub that this test's extractions of teacher and masks are."""
+    return stub_module(monkeypatch)

@@ -1,37 +1,40 @@
-"""The driver: two shards with a bad clip, restarts, refusals before any work."""
+"""The driver: several stores per pass, batches, restarts, sharing, refusals before any work."""
 
 import hashlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from cache_schema import SettingsMismatch, StoreReader, StoreWriter, verify_store
 from stages.clips import ClipsConfig
 from stages.config import BaseModelConfig
-from stages.extract_features.config import ExtractConfig
+from stages.extract_features.config import ExtractConfig, Kind
 from stages.extract_features.extract import extract_features
 from stages.extract_features.summary import ExtractSummary
 from stages.progress import SilentProgress
 
-KINDS = ("text", "latents", "teacher")
+KINDS: tuple[Kind, ...] = ("text", "latents", "teacher", "masks")
 
 
 def extract(
-    config: ExtractConfig, clips: ClipsConfig, base: BaseModelConfig, cache: Path, **ranks: int
+    config: ExtractConfig,
+    clips: ClipsConfig,
+    base: BaseModelConfig,
+    cache: Path,
+    progress: Any = None,
+    **options: Any,
 ) -> ExtractSummary:
     return extract_features(
-        config, clips, base, cache, provenance={}, progress=SilentProgress(), **ranks
+        config, clips, base, cache, provenance={}, progress=progress or SilentProgress(), **options
     )
-
-
-def with_teacher(whole: ExtractConfig, /, **changes: Any) -> ExtractConfig:
-    return whole.model_copy(update={"teacher": whole.teacher.model_copy(update=changes)})
 
 
 def content(store: Path) -> dict[str, str]:
@@ -47,23 +50,35 @@ def times(store: Path) -> dict[str, int]:
     return {str(file): file.stat().st_mtime_ns for file in store.rglob("*") if file.is_file()}
 
 
+@pytest.fixture
+def tracked(extract_config: ExtractConfig) -> ExtractConfig:
+    return extract_config.model_copy(update={"kinds": ("teacher", "masks")})
+
+
+@pytest.fixture
+def text_only(extract_config: ExtractConfig) -> ExtractConfig:
+    return extract_config.model_copy(update={"kinds": ("text",)})
+
+
 @pytest.fixture(scope="module")
 def whole(
     tmp_path_factory: pytest.TempPathFactory,
+    stub_module: Callable[[pytest.MonkeyPatch], Any],
     extract_config: ExtractConfig,
     two_shards: ClipsConfig,
     tiny_base: BaseModelConfig,
-) -> ExtractSummary:
+) -> Iterator[ExtractSummary]:
     """An uninterrupted run over everything."""
-    return extract(extract_config, two_shards, tiny_base, tmp_path_factory.mktemp("cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        stub_module(patch)
+        yield extract(extract_config, two_shards, tiny_base, tmp_path_factory.mktemp("cache"))
 
 
 def test_every_kind_is_written_and_the_bad_clip_recorded(whole: ExtractSummary) -> None:
-    assert [kind.kind for kind in whole.kinds] == list(KINDS)
-    text, latents, teacher = whole.kinds
-    assert (text.clips_written, latents.clips_written, teacher.clips_written) == (6, 5, 5)
-    assert text.skipped == ()
-    for kind in (latents, teacher):
+    assert tuple(kind.kind for kind in whole.kinds) == KINDS
+    assert [kind.clips_written for kind in whole.kinds] == [6, 5, 5, 5]
+    assert whole.kinds[0].skipped == ()
+    for kind in whole.kinds[1:]:
         assert [(c.key, c.reason, c.shard) for c in kind.skipped] == [
             ("00001/clip004", "undecodable", "00001")
         ]
@@ -74,58 +89,143 @@ def test_every_kind_is_written_and_the_bad_clip_recorded(whole: ExtractSummary) 
 
 
 def test_stores_hold_what_training_expects(whole: ExtractSummary) -> None:
-    text, latents, teacher = (StoreReader(kind.store) for kind in whole.kinds)
+    text, latents = (StoreReader(kind.store) for kind in whole.kinds[:2])
     key = "00000/clip001"
     assert text.read(key)["embeds"].shape == (32, 32)
     assert text.record(key).attributes["caption"] == "an ellipse over a grey texture"
     assert latents.read(key)["mean"].shape == latents.read(key)["std"].shape
     assert latents.read(key)["mean"].shape[0::2] == (3, 8)
     assert (latents.read(key)["std"] > 0).all()
-    features = teacher.read(key)["features"]
-    assert features.shape == (9, 4, 6, 64)
-    np.testing.assert_allclose(np.linalg.norm(features.astype(float), axis=-1), 1, atol=2e-3)
-    assert teacher.record(key).attributes["prompt"] == "mask"
-    assert teacher.settings.values["clips"] == latents.settings.values["clips"]
-    assert len(str(teacher.settings.values["checkpoint_sha256"])) == 64
 
 
-def test_a_second_run_changes_no_file(
+def test_a_second_run_changes_no_file_and_loads_no_model(
     whole: ExtractSummary,
     extract_config: ExtractConfig,
     two_shards: ClipsConfig,
     tiny_base: BaseModelConfig,
     monkeypatch: pytest.MonkeyPatch,
+    stub_tracking: Any,
 ) -> None:
     before = [times(kind.store) for kind in whole.kinds]
-    monkeypatch.setattr(
-        "stages.extract_features.teacher.TeacherExtraction.opened",
-        lambda *_: pytest.fail("a finished store needs no model"),
-    )
+    for name in ("text.TextExtraction", "latents.LatentsExtraction"):
+        monkeypatch.setattr(
+            f"stages.extract_features.{name}.opened", lambda *_: pytest.fail("no model is needed")
+        )
     again = extract(extract_config, two_shards, tiny_base, whole.kinds[0].store.parent)
+    assert stub_tracking.batches == []
     assert [times(kind.store) for kind in again.kinds] == before
-    assert [kind.clips_written for kind in again.kinds] == [0, 0, 0]
-    assert [kind.clips_already_there for kind in again.kinds] == [6, 5, 5]
+    assert [kind.clips_written for kind in again.kinds] == [0, 0, 0, 0]
+    assert [kind.clips_already_there for kind in again.kinds] == [6, 5, 5, 5]
     assert again.skipped_share == whole.skipped_share
 
 
-def test_two_ranks_write_the_same_stores_as_one(
+def test_one_pass_writes_two_stores_in_batches(
+    tracked: ExtractConfig,
+    two_shards: ClipsConfig,
+    tiny_base: BaseModelConfig,
+    tmp_path: Path,
+    stub_tracking: Any,
+) -> None:
+    summary = extract(tracked, two_shards, tiny_base, tmp_path)
+    assert [[key[-3:] for key in batch] for batch in stub_tracking.batches] == [
+        ["000", "001"],
+        ["002"],
+        ["003", "005"],
+    ]
+    for kind in summary.kinds:
+        reader = StoreReader(kind.store)
+        assert [key[-3:] for key in reader.keys] == ["000", "001", "002", "003", "005"]
+        for key in reader.keys:
+            assert reader.record(key).attributes == {"of": f"{kind.kind} {key}"}
+
+
+def test_a_clip_skipped_by_the_model_is_recorded_in_every_store_and_disturbs_no_other(
+    tracked: ExtractConfig,
+    two_shards: ClipsConfig,
+    tiny_base: BaseModelConfig,
+    tmp_path: Path,
+    stub_tracking: Any,
+) -> None:
+    stub_tracking.lost = {"00000/clip000"}
+    summary = extract(tracked, two_shards, tiny_base, tmp_path)
+    for kind in summary.kinds:
+        assert [(c.key, c.reason) for c in kind.skipped] == [
+            ("00000/clip000", "subject_lost"),
+            ("00001/clip004", "undecodable"),
+        ]
+        assert kind.clips_written == 4
+
+
+def test_values_beyond_float16_are_skipped_in_the_store_that_has_them(
+    tracked: ExtractConfig,
+    two_shards: ClipsConfig,
+    tiny_base: BaseModelConfig,
+    tmp_path: Path,
+    stub_tracking: Any,
+) -> None:
+    stub_tracking.infinite = {"00000/clip001"}
+    teacher, masks = extract(tracked, two_shards, tiny_base, tmp_path).kinds
+    assert ("00000/clip001", "not_finite") in [(c.key, c.reason) for c in teacher.skipped]
+    assert "00000/clip001" in StoreReader(masks.store)
+
+
+def test_a_shard_finished_in_one_store_is_written_in_the_other_alone(
+    whole: ExtractSummary,
+    tracked: ExtractConfig,
+    two_shards: ClipsConfig,
+    tiny_base: BaseModelConfig,
+    tmp_path: Path,
+    stub_tracking: Any,
+) -> None:
+    masks_alone = tracked.model_copy(update={"kinds": ("masks",)})
+    extract(masks_alone, two_shards, tiny_base, tmp_path)
+    (masks,) = (path for path in tmp_path.iterdir() if path.name.startswith("masks"))
+    before = times(masks)
+    teacher, also_masks = extract(tracked, two_shards, tiny_base, tmp_path).kinds
+    assert times(masks) == before
+    assert (teacher.clips_written, also_masks.clips_written) == (5, 0)
+    for kind in whole.kinds[2:]:
+        assert content(tmp_path / kind.store.name) == content(kind.store)
+
+
+def test_a_clip_staged_in_one_store_goes_into_the_other_alone(
+    whole: ExtractSummary,
+    tracked: ExtractConfig,
+    two_shards: ClipsConfig,
+    tiny_base: BaseModelConfig,
+    tmp_path: Path,
+    stub_tracking: Any,
+) -> None:
+    # As a kill between the two stores leaves it: the teacher has clip000, the masks have nothing.
+    done = StoreReader(whole.kinds[2].store)
+    writer = StoreWriter.open(tmp_path, done.settings, provenance={})
+    key = "00000/clip000"
+    with writer.shard("00000", source="00000.tar") as out:
+        out.add(key, done.read(key), done.record(key).attributes)
+    teacher, masks = extract(tracked, two_shards, tiny_base, tmp_path).kinds
+    assert (teacher.clips_written, masks.clips_written) == (4, 5)
+    for kind in whole.kinds[2:]:
+        assert content(tmp_path / kind.store.name) == content(kind.store)
+
+
+def test_whichever_worker_is_alone_does_everything(
     whole: ExtractSummary,
     extract_config: ExtractConfig,
     two_shards: ClipsConfig,
     tiny_base: BaseModelConfig,
     tmp_path: Path,
+    stub_tracking: Any,
 ) -> None:
-    config = extract_config.model_copy(update={"kinds": ("text", "teacher")})
-    for rank in range(2):
-        part = extract(config, two_shards, tiny_base, tmp_path, rank=rank, world_size=2)
-        assert part.kinds[0].clips_written == 3
-        assert len(part.kinds[1].skipped) == rank
-    for kind in (whole.kinds[0], whole.kinds[2]):
+    alone = extract(extract_config, two_shards, tiny_base, tmp_path, rank=1, world_size=3)
+    assert [kind.clips_written for kind in alone.kinds] == [6, 5, 5, 5]
+    late = extract(extract_config, two_shards, tiny_base, tmp_path, rank=0, world_size=3)
+    assert [kind.clips_written for kind in late.kinds] == [0, 0, 0, 0]
+    for kind in whole.kinds:
         assert content(tmp_path / kind.store.name) == content(kind.store)
 
 
-KILLED = """
-import os, signal, sys
+WORKER = """
+import os, signal, sys, time
 from pathlib import Path
 from stages.clips import ClipsConfig
 from stages.config import BaseModelConfig
@@ -134,13 +234,16 @@ from stages.extract_features.extract import extract_features
 from stages.progress import SilentProgress
 import cache_schema
 
-config, clips, base, cache, kind, stop_after = sys.argv[1:]
+config, clips, base, cache, kind, stop_after, then = sys.argv[1:]
 add, seen = cache_schema.ShardWriter.add, []
 
 def counting_add(self, *arguments):
     add(self, *arguments)
     seen.append(self._settings.kind == kind)
     if sum(seen) == int(stop_after):
+        if then == "wait":
+            print("holding", flush=True)
+            time.sleep(600)
         os.kill(os.getpid(), signal.SIGKILL)
 
 cache_schema.ShardWriter.add = counting_add
@@ -155,51 +258,92 @@ extract_features(
 """
 
 
+def start_worker(
+    config: ExtractConfig, clips: ClipsConfig, base: BaseModelConfig, cache: Path, *rest: str
+) -> subprocess.Popen[str]:
+    arguments = [model.model_dump_json() for model in (config, clips, base)]
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER, *arguments, str(cache), *rest],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes(
     whole: ExtractSummary,
-    extract_config: ExtractConfig,
+    text_only: ExtractConfig,
     two_shards: ClipsConfig,
     tiny_base: BaseModelConfig,
     tmp_path: Path,
 ) -> None:
-    # The fourth clip of the teacher is the first of the second shard: one shard is finished, one
-    # is half-way.
-    config = extract_config.model_copy(update={"kinds": ("text", "teacher")})
-    arguments = [model.model_dump_json() for model in (config, two_shards, tiny_base)]
-    process = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments, str(tmp_path), "teacher", "4"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        check=False,
-        timeout=200,
-    )
-    assert process.returncode == -signal.SIGKILL
-    expected = whole.kinds[0].store, whole.kinds[2].store
-    text, teacher = (tmp_path / store.name for store in expected)
-    assert [path.stem for path in (teacher / "commits").iterdir()] == ["00000"]
-    finished = {**times(text), **times(teacher / "shards" / "00000")}
+    # The fifth clip is the second of the second shard: one shard is finished, one half-way.
+    worker = start_worker(text_only, two_shards, tiny_base, tmp_path, "text", "5", "die")
+    worker.communicate(timeout=200)
+    assert worker.returncode == -signal.SIGKILL
+    expected = whole.kinds[0].store
+    text = tmp_path / expected.name
+    assert [path.stem for path in (text / "commits").iterdir()] == ["00000"]
+    finished = times(text / "shards" / "00000")
 
-    resumed = extract(config, two_shards, tiny_base, tmp_path)
+    resumed = extract(text_only, two_shards, tiny_base, tmp_path)
 
-    after = {**times(text), **times(teacher)}
-    assert {name: after[name] for name in finished} == finished
-    assert resumed.kinds[1].clips_written == 1
-    assert resumed.kinds[1].clips_already_there == 4
-    for store in expected:
-        assert content(tmp_path / store.name) == content(store)
+    assert times(text / "shards" / "00000") == finished
+    assert resumed.kinds[0].clips_written == 1
+    assert resumed.kinds[0].clips_already_there == 5
+    assert content(text) == content(expected)
+
+
+class KillsWhoHolds(SilentProgress):
+    """When told that another process holds a shard, kills that process."""
+
+    def __init__(self, holder: subprocess.Popen[str]) -> None:
+        self.holder = holder
+        self.lines: list[str] = []
+
+    def log(self, text: str) -> None:
+        self.lines.append(text)
+        if "left alone" in text:
+            self.holder.kill()
+            self.holder.wait()
+
+
+def test_a_shard_claimed_by_a_worker_that_dies_is_taken_over_in_the_same_run(
+    whole: ExtractSummary,
+    text_only: ExtractConfig,
+    two_shards: ClipsConfig,
+    tiny_base: BaseModelConfig,
+    tmp_path: Path,
+) -> None:
+    holder = start_worker(text_only, two_shards, tiny_base, tmp_path, "text", "2", "wait")
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "holding\n"
+        progress = KillsWhoHolds(holder)
+        summary = extract(
+            text_only, two_shards, tiny_base, tmp_path, progress, rank=1, world_size=2
+        )
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert [line for line in progress.lines if "'00000'" in line]
+    (text,) = summary.kinds
+    assert text.busy_shards == ()
+    assert (text.clips_written, text.clips_already_there) == (4, 2)
+    assert content(text.store) == content(whole.kinds[0].store)
 
 
 def test_a_shard_that_another_process_writes_is_left_alone(
     whole: ExtractSummary,
-    extract_config: ExtractConfig,
+    text_only: ExtractConfig,
     two_shards: ClipsConfig,
     tiny_base: BaseModelConfig,
     tmp_path: Path,
 ) -> None:
-    config = extract_config.model_copy(update={"kinds": ("text",)})
     settings = StoreReader(whole.kinds[0].store).settings
     other = StoreWriter.open(tmp_path, settings, provenance={})
     with other.shard("00001", source="00001.tar"):
-        summary = extract(config, two_shards, tiny_base, tmp_path)
+        summary = extract(text_only, two_shards, tiny_base, tmp_path)
     assert summary.kinds[0].busy_shards == ("00001",)
     assert summary.kinds[0].clips_written == 3
 
@@ -233,27 +377,35 @@ def test_an_error_names_the_clip_and_leaves_what_is_done(
     assert (summary.kinds[0].clips_written, summary.kinds[0].clips_already_there) == (4, 1)
 
 
-def test_values_beyond_float16_are_skipped_with_a_reason(
-    extract_config: ExtractConfig,
+def test_an_error_while_writing_stops_the_run_and_commits_nothing(
+    tracked: ExtractConfig,
     two_shards: ClipsConfig,
     tiny_base: BaseModelConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    stub_tracking: Any,
 ) -> None:
-    import torch
+    from cache_schema import ShardWriter
 
-    from stages.extract_features import text
+    add = ShardWriter.add
 
-    monkeypatch.setattr(text, "to_float16", lambda t: (t * torch.inf).half().numpy())
-    config = extract_config.model_copy(update={"kinds": ("text",)})
-    summary = extract(config, two_shards, tiny_base, tmp_path)
-    assert {clip.reason for clip in summary.kinds[0].skipped} == {"not_finite"}
-    assert summary.skipped_share == 1
+    def full(self: Any, key: str, *rest: Any) -> None:
+        if key.endswith("001"):
+            raise OSError(28, "No space left on device")
+        add(self, key, *rest)
+
+    monkeypatch.setattr(ShardWriter, "add", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        extract(tracked, two_shards, tiny_base, tmp_path)
+    assert caught.value.__notes__ == [
+        "while writing teacher and masks of clip '00000/clip001' in 00000.tar"
+    ]
+    assert not any(tmp_path.glob("*/commits/*"))
 
 
 def test_another_dataset_under_the_same_shard_names_is_refused(
     whole: ExtractSummary,
-    extract_config: ExtractConfig,
+    text_only: ExtractConfig,
     two_shards: ClipsConfig,
     tiny_base: BaseModelConfig,
     tmp_path: Path,
@@ -262,7 +414,7 @@ def test_another_dataset_under_the_same_shard_names_is_refused(
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "00000.mp4", "caption": "x"}\n')
     clips = two_shards.model_copy(update={"path": tmp_path})
     with pytest.raises(SettingsMismatch, match="another cache folder"):
-        extract(extract_config, clips, tiny_base, whole.kinds[0].store.parent)
+        extract(text_only, clips, tiny_base, whole.kinds[0].store.parent)
 
 
 @pytest.mark.parametrize(
@@ -270,66 +422,53 @@ def test_another_dataset_under_the_same_shard_names_is_refused(
     [
         ({"device": "warp"}, "extract.device=warp is no torch device"),
         ({"device": "cuda:97"}, "extract.device=cuda:97, but this machine has"),
+        ({"teacher": "missing"}, "nowhere"),
     ],
 )
-def test_a_wrong_device_is_refused_before_any_work(
+def test_what_is_wrong_is_refused_before_any_work(
     change: dict[str, Any],
     message: str,
     extract_config: ExtractConfig,
     two_shards: ClipsConfig,
     tiny_base: BaseModelConfig,
     tmp_path: Path,
+    stub_tracking: Any,
 ) -> None:
+    if "teacher" in change:
+        teacher = extract_config.teacher.model_copy(update={"checkpoint": "nowhere"})
+        change = {"teacher": teacher}
     config = extract_config.model_copy(update=change)
     with pytest.raises(ValueError, match=message):
         extract(config, two_shards, tiny_base, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused_before_any_work(
+@pytest.mark.parametrize(
+    ("kinds", "order"),
+    [
+        (("masks", "text", "teacher"), ["masks", "teacher", "text"]),
+        (("text", "text"), ["text"]),
+    ],
+)
+def test_kinds_of_one_pass_stand_where_the_first_of_them_does(
+    kinds: tuple[Kind, ...],
+    order: list[Kind],
     extract_config: ExtractConfig,
     two_shards: ClipsConfig,
     tiny_base: BaseModelConfig,
-    tmp_path: Path,
+    stub_tracking: Any,
 ) -> None:
-    config = with_teacher(extract_config, config="sam2.1_hiera_t")
-    with pytest.raises(ValueError, match=r"does not fit the SAM2 configuration sam2\.1_hiera_t"):
-        extract(config, two_shards, tiny_base, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    from stages.extract_features.make_extractions import make_extractions
+
+    config = extract_config.model_copy(update={"kinds": kinds})
+    made = make_extractions(config, two_shards, tiny_base)
+    assert [kind for extraction in made for kind in extraction.settings] == order
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"features": "memory_encoder"},
-        {"fusion": "average"},
-        {"fusion": "forward"},
-        {"forward_weight": 0.25},
-        {"time_rate": "latent"},
-        {"image_size": 64},
-        {"precision": "bf16"},
-    ],
-)
-def test_every_teacher_setting_that_changes_values_names_another_store(
-    change: dict[str, Any], extract_config: ExtractConfig, two_shards: ClipsConfig
-) -> None:
-    from stages.extract_features.teacher import TeacherExtraction
+def test_every_gpu_of_a_machine_gets_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages.extract_features.make_extractions import device_named
 
-    changed = with_teacher(extract_config, **change).teacher
-    plain = TeacherExtraction(extract_config.teacher, two_shards).settings
-    assert TeacherExtraction(changed, two_shards).settings.hash != plain.hash
-
-
-def test_the_forward_share_is_no_setting_of_a_forward_teacher(
-    extract_config: ExtractConfig, two_shards: ClipsConfig
-) -> None:
-    from stages.extract_features.teacher import TeacherExtraction
-
-    hashes = {
-        TeacherExtraction(
-            with_teacher(extract_config, fusion="forward", forward_weight=share).teacher,
-            two_shards,
-        ).settings.hash
-        for share in (0.5, 0.25)
-    }
-    assert len(hashes) == 1
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [device_named("auto", rank).index for rank in range(4)] == [0, 1, 0, 1]
+    assert device_named("cuda:1", 0) == torch.device("cuda", 1)
+    np.testing.assert_equal(device_named("cpu", 3).type, "cpu")
