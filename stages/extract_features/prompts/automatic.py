@@ -1,20 +1,53 @@
-"""The most salient moving region, by SAM2's own masks; one of the sources of `PromptChooser`."""
+"""The most salient moving region, by SAM2's own masks; one of `PromptChooser`'s sources.
 
+A grid of points on frame 0 goes through SAM2's mask decoder, which proposes up to three masks for
+each. `camera_motion` says how fast each part of the frame moves against the camera, and `salience`
+documents and applies the rule by which one of the masks is taken for the subject.
+"""
+
+# Legend: N point or proposal, S side of SAM2's square input, H W pixels or token grid, C channel,
+# F frame compared with frame 0.
+
+import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from cache_schema import JSON
-from stages.clips import Clip, ClipsConfig, ClipSkipped
+from stages.clips import Clip, ClipSkipped, SubjectPrompt
 from stages.extract_features.encoded_frames import EncodedFrames
+from stages.extract_features.prompts.camera_motion import PRIOR, RADIUS, own_speed
 from stages.extract_features.prompts.chosen import ChosenPrompt
+from stages.extract_features.prompts.salience import (
+    RULE_VERSION,
+    choose_subject,
+    select_candidates,
+)
 from stages.extract_features.two_way_tracking import TwoWayTracker
+
+_POINTS_PER_SIDE = 16
+_GAPS = (1, 2, 4, 8)
+"""How many frames after frame 0 the frames lie that it is compared with."""
+_GRID = 64
+"""Tokens a side that motion is measured on, as near as the encoder's levels come: a window of
+`RADIUS` tokens is then the same part of the frame at every image size."""
 
 
 class AutomaticSource:
-    """Picks a subject when nobody names one."""
+    """Picks a subject when nobody names one.
 
-    def __init__(self, clips: ClipsConfig) -> None:
-        self._clips = clips
-        self.settings: dict[str, JSON] = {"rule": 1}
+    Args:
+        image_size: S.
+    """
+
+    def __init__(self, image_size: int) -> None:
+        self._image_size = image_size
+        self.settings: dict[str, JSON] = {
+            "rule": RULE_VERSION,
+            "points_per_side": _POINTS_PER_SIDE,
+            "frames": [0, *_GAPS],
+            "radius": RADIUS,
+            "prior": PRIOR,
+        }
 
     def load(self, device: torch.device) -> None:
         """Nothing is needed beside the tracker."""
@@ -22,6 +55,66 @@ class AutomaticSource:
     def unload(self) -> None:
         """Nothing was needed."""
 
+    @torch.inference_mode()
     def find(self, clip: Clip, tracker: TwoWayTracker, encoded: EncodedFrames) -> ChosenPrompt:
-        """The most salient moving region."""
-        raise ClipSkipped("nothing_found", "not written yet")
+        """The mask that the rule picks, on frame 0.
+
+        Raises:
+            ClipSkipped: nothing_found, when SAM2 proposes no mask that could be a subject.
+        """
+        proposals = tracker.propose_masks(encoded, 0, self._grid_of_points())
+        candidates = select_candidates(
+            proposals.logits.flatten(0, 1), proposals.predicted_iou.flatten()
+        )
+        if len(candidates) == 0:
+            raise ClipSkipped(
+                "nothing_found",
+                f"none of SAM2's {proposals.predicted_iou.numel()} masks on frame 0 is sure, "
+                "stable and of a subject's size",
+            )
+        choice = choose_subject(candidates, speed_of_tokens(encoded))
+        height, width = clip.frames_THWC.shape[1:3]
+        mask_HW = _enlarge(candidates.logits_NSS[choice.index], height, width) > 0
+        if not mask_HW.any():
+            raise ClipSkipped("nothing_found", "the mask chosen vanishes at the clip's size")
+        index = choice.index
+        return ChosenPrompt(
+            source="automatic",
+            subjects=(SubjectPrompt(mask_HW=mask_HW.numpy()),),
+            confidence=choice.score,
+            detail={
+                "moves": choice.moves,
+                "tokens_per_frame": round(choice.speed, 4),
+                "area": round(float(candidates.area_N[index]), 4),
+                "predicted_iou": round(float(candidates.predicted_iou_N[index]), 4),
+                "stability": round(float(candidates.stability_N[index]), 4),
+                "candidates": len(candidates),
+            },
+        )
+
+    def _grid_of_points(self) -> torch.Tensor:
+        """x, y of the centres of equal cells, in pixels of SAM2's square: [N, 2]."""
+        places = (torch.arange(_POINTS_PER_SIDE) + 0.5) * self._image_size / _POINTS_PER_SIDE
+        y, x = torch.meshgrid(places, places, indexing="ij")
+        return torch.stack([x.flatten(), y.flatten()], dim=-1)
+
+
+def speed_of_tokens(encoded: EncodedFrames) -> np.ndarray:
+    """How fast each token of frame 0 moves against the camera: speed_HW, tokens per frame.
+
+    On the level of the image encoder whose side is nearest to 64 tokens.
+    """
+    sides = [max(size) for size in encoded.sizes]
+    level = min(range(len(sides)), key=lambda index: abs(sides[index] - _GRID))
+    gaps = [gap for gap in _GAPS if gap < encoded.num_frames]
+    features_NFC = encoded.levels_at([0, *gaps])[level]
+    height, width = encoded.sizes[level]
+    features_FHWC = features_NFC.transpose(0, 1).unflatten(1, (height, width))
+    return own_speed(features_FHWC[0], features_FHWC[1:], gaps)
+
+
+def _enlarge(logits_SS: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """From SAM2's square to the training frame: [H, W]."""
+    return F.interpolate(
+        logits_SS[None, None], size=(height, width), mode="bilinear", align_corners=False
+    )[0, 0]

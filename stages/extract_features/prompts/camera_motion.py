@@ -20,7 +20,7 @@ from stages.local_gram_flow import local_gram_flow, neighbour_mask, neighbour_of
 
 RADIUS = 6
 """How far a token is looked for, in tokens."""
-PRIOR = 0.03
+PRIOR = 0.05
 """Similarity that a match must gain for every token that it lies off the camera's motion."""
 _TEMPERATURE = 0.02
 """Of the softmax that refines a match between tokens, and that tells sure matches from others."""
@@ -38,7 +38,8 @@ def own_speed(
     Args:
         features_HWC: Of frame 0.
         later_FHWC: Of the frames it is compared with.
-        gaps: How many frames each of them is later.
+        gaps: How many frames each of them is later, growing. Frames that the camera's motion so
+            far would take out of the window do not count.
 
     Returns:
         speed_HW, float64, tokens per frame: the distances over all pairs by their time, since a
@@ -50,10 +51,14 @@ def own_speed(
     tokens_HW2 = _tokens(height, width)
     distance_HW = np.zeros((height, width))
     frames_HW = np.zeros((height, width))
+    camera_speed = 0.0
     for similarities_HWK, gap in zip(similarities_FHWK, gaps, strict=True):
+        if camera_speed * gap > RADIUS - 1:
+            break
         flow_HW2, certainty_HW = _matches(similarities_HWK)
         camera_HW2 = fit_affine(tokens_HW2, flow_HW2, certainty_HW)
         flow_HW2, _ = _matches(similarities_HWK - PRIOR * _distances(camera_HW2, similarities_HWK))
+        camera_speed = float(np.abs(camera_HW2).max()) / gap
         seen_HW = _is_inside(tokens_HW2 + camera_HW2)
         distance_HW += seen_HW * np.linalg.norm(flow_HW2 - camera_HW2, axis=-1)
         frames_HW += seen_HW * gap
@@ -143,4 +148,5 @@ def _tokens(height: int, width: int) -> np.ndarray:
 def _is_inside(places_HW2: np.ndarray) -> np.ndarray:
     height, width, _ = places_HW2.shape
     limit = np.array([width - 1, height - 1])
-    return ((places_HW2 >= 0) & (places_HW2 <= limit)).all(axis=-1)
+    inside_HW: np.ndarray = ((places_HW2 >= 0) & (places_HW2 <= limit)).all(axis=-1)
+    return inside_HW

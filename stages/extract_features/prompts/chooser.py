@@ -170,7 +170,7 @@ def _make_source(source: PromptSource, config: TeacherConfig, clips: ClipsConfig
         return DatasetSource(config, clips)
     if source == "grounding":
         return GroundingSource(config.grounding)
-    return AutomaticSource(clips)
+    return AutomaticSource(config.image_size)
 
 
 def _nothing_given(sources: tuple[PromptSource, ...]) -> str:

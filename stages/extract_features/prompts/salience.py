@@ -1,0 +1,183 @@
+"""Which of SAM2's proposals is the subject: pure functions for `AutomaticSource`.
+
+The rule, RULE_VERSION 1. Numbers are shares of the frame or of 1 unless they say otherwise.
+
+1. A proposal is kept when SAM2 expects it to fit (predicted IoU >= 0.7), it is stable (IoU of the
+   masks at logits above +1 and above -1 >= 0.85), and it covers 0.5% to 60% of the frame. Of two
+   that overlap by more than 0.7 (IoU), the one with the better quality stays.
+2. quality = predicted IoU * stability * (1 - share of the frame's border that it covers): what
+   lines the border is scenery.
+3. inside and around are the mean speeds, against the camera, of its tokens and of a ring around it,
+   in tokens per frame on a grid of about 64 tokens a side.
+   contrast = (inside - around) / (inside + around + 0.05), at least 0: a part of a moving body has
+   moving surroundings, and so has a mask that is cut too wide.
+   share = part of all motion above the frame's median that lies in it: of two that move alike, the
+   one that accounts for more.
+   score = quality * contrast * sqrt(share).
+4. Something moves when a proposal's inside - around is at least 0.05 tokens per frame; the highest
+   score among those wins.
+5. When nothing does: score = quality * sqrt(area / 60%) * exp(-d^2), d the distance of the mask's
+   centre from the frame's, in half sides.
+
+Ties go to the proposal that comes first. The score, between 0 and 1, is the choice's confidence.
+
+Legend: N proposal, S side of a mask, H W token grid.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+RULE_VERSION = 1
+_MIN_PREDICTED_IOU = 0.7
+_MIN_STABILITY = 0.85
+_STABILITY_MARGIN = 1.0
+_MIN_AREA = 0.005
+_MAX_AREA = 0.6
+_SAME_MASK = 0.7
+_MIN_SPEED = 0.05
+_RING = 1 / 16
+"""Width of the ring around a mask, in sides of the grid."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidates:
+    """Proposals that may be the subject, best quality first; on the CPU."""
+
+    logits_NSS: torch.Tensor
+    predicted_iou_N: np.ndarray
+    stability_N: np.ndarray
+    area_N: np.ndarray
+    quality_N: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.logits_NSS)
+
+    def masks_on_grid(self, height: int, width: int) -> np.ndarray:
+        """How much of every token each mask covers: float64 [N, H, W]."""
+        masks_N1SS = (self.logits_NSS > 0).double()[:, None]
+        return F.adaptive_avg_pool2d(masks_N1SS, (height, width))[:, 0].numpy()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """The candidate that the rule picks."""
+
+    index: int
+    score: float
+    moves: bool
+    speed: float
+    """Inside minus around, in tokens per frame."""
+
+
+def select_candidates(logits_NSS: torch.Tensor, predicted_iou_N: torch.Tensor) -> Candidates:
+    """Steps 1 and 2 of the rule.
+
+    Args:
+        logits_NSS: Positive on each proposal's mask.
+        predicted_iou_N: How well SAM2 expects each to fit.
+    """
+    area_N = (logits_NSS > 0).float().mean((1, 2))
+    inner_N = (logits_NSS > _STABILITY_MARGIN).sum((1, 2))
+    outer_N = (logits_NSS > -_STABILITY_MARGIN).sum((1, 2))
+    stability_N = inner_N / outer_N.clamp(min=1)
+    kept_N = (
+        (predicted_iou_N >= _MIN_PREDICTED_IOU)
+        & (stability_N >= _MIN_STABILITY)
+        & (area_N >= _MIN_AREA)
+        & (area_N <= _MAX_AREA)
+    )
+    logits_NSS = logits_NSS[kept_N].float().cpu()
+    fit_N = predicted_iou_N[kept_N].double().cpu().clamp(max=1)
+    stability_N = stability_N[kept_N].double().cpu()
+    quality_N = fit_N * stability_N * (1 - _border_share(logits_NSS > 0))
+    order_N = torch.argsort(quality_N, descending=True, stable=True)
+    order_N = order_N[_distinct(logits_NSS[order_N] > 0)]
+    return Candidates(
+        logits_NSS=logits_NSS[order_N],
+        predicted_iou_N=fit_N[order_N].numpy(),
+        stability_N=stability_N[order_N].numpy(),
+        area_N=area_N[kept_N].double().cpu()[order_N].numpy(),
+        quality_N=quality_N[order_N].numpy(),
+    )
+
+
+def choose_subject(candidates: Candidates, speed_HW: np.ndarray) -> Choice:
+    """Steps 3 to 5 of the rule.
+
+    Args:
+        candidates: At least one.
+        speed_HW: Of each token against the camera, in tokens per frame.
+    """
+    masks_NHW = candidates.masks_on_grid(*speed_HW.shape)
+    inside_N = _mean_speed(masks_NHW, speed_HW)
+    around_N = _mean_speed(_rings(masks_NHW), speed_HW)
+    excess_N = inside_N - around_N
+    moves_N = excess_N >= _MIN_SPEED
+    if moves_N.any():
+        contrast_N = np.maximum(excess_N, 0) / (inside_N + around_N + _MIN_SPEED)
+        above_HW = np.maximum(speed_HW - np.median(speed_HW), 0)
+        share_N = (masks_NHW * above_HW).sum((1, 2)) / max(above_HW.sum(), np.finfo(float).tiny)
+        score_N = candidates.quality_N * contrast_N * np.sqrt(share_N)
+        score_N = np.where(moves_N, score_N, 0)
+    else:
+        size_N = np.sqrt(candidates.area_N / _MAX_AREA)
+        score_N = candidates.quality_N * size_N * _centrality(masks_NHW)
+    index = int(np.argmax(score_N))
+    return Choice(
+        index=index,
+        score=float(score_N[index]),
+        moves=bool(moves_N[index]),
+        speed=float(excess_N[index]),
+    )
+
+
+def _border_share(masks_NSS: torch.Tensor) -> torch.Tensor:
+    border_SS = torch.ones(masks_NSS.shape[1:], dtype=torch.bool)
+    border_SS[1:-1, 1:-1] = False
+    return masks_NSS[:, border_SS].double().mean(1)
+
+
+def _distinct(masks_NSS: torch.Tensor) -> torch.Tensor:
+    """Indices of the masks that overlap none before them that stays."""
+    flat_ND = masks_NSS.flatten(1).float()
+    shared_NN = flat_ND @ flat_ND.T
+    areas_N = flat_ND.sum(1)
+    overlap_NN = shared_NN / (areas_N[:, None] + areas_N - shared_NN)
+    kept: list[int] = []
+    for index in range(len(flat_ND)):
+        if not (overlap_NN[index, kept] > _SAME_MASK).any():
+            kept.append(index)
+    return torch.tensor(kept, dtype=torch.long)
+
+
+def _rings(masks_NHW: np.ndarray) -> np.ndarray:
+    """What surrounds each mask, but for the tokens next to it, whose features see both."""
+    width = max(1, round(max(masks_NHW.shape[1:]) * _RING))
+    touched_N1HW = torch.from_numpy(masks_NHW > 0).float()[:, None]
+    near_N1HW, far_N1HW = (
+        F.max_pool2d(touched_N1HW, 2 * reach + 1, stride=1, padding=reach)
+        for reach in (1, 1 + width)
+    )
+    return (far_N1HW - near_N1HW)[:, 0].double().numpy()
+
+
+def _mean_speed(weights_NHW: np.ndarray, speed_HW: np.ndarray) -> np.ndarray:
+    """Mean speed under each map of weights; 0 where it is empty."""
+    total_N = weights_NHW.sum((1, 2))
+    return (weights_NHW * speed_HW).sum((1, 2)) / np.maximum(total_N, np.finfo(float).tiny)
+
+
+def _centrality(masks_NHW: np.ndarray) -> np.ndarray:
+    _, height, width = masks_NHW.shape
+    total_N = masks_NHW.sum((1, 2))
+    y_N = (masks_NHW.sum(2) @ _places(height)) / total_N
+    x_N = (masks_NHW.sum(1) @ _places(width)) / total_N
+    return np.exp(-(np.square(x_N) + np.square(y_N)))
+
+
+def _places(length: int) -> np.ndarray:
+    """Centres of tokens from -1 to 1."""
+    return (2 * np.arange(length) + 1) / length - 1
