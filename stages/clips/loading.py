@@ -54,7 +54,8 @@ def _load(
         if len(images_HWC) == config.num_frames:
             break
     if geometry is None or len(images_HWC) < config.num_frames:
-        raise too_short(len(images_HWC), config)
+        promised = info.stated_frames if sampling == "consecutive" else 0
+        raise too_short(len(images_HWC), config, promised=promised)
     prompts, problem = _on_training_frame(record.prompts, geometry)
     return Clip(
         key=record.key,
@@ -101,10 +102,13 @@ def sampling_of(source_fps: Fraction, config: ClipsConfig) -> Sampling:
     return "consecutive" if ratio <= 1 + _RATE_TOLERANCE else "time"
 
 
-def too_short(num_frames: int, config: ClipsConfig) -> ClipSkipped:
-    """The outcome of a clip that gives fewer frames than asked for."""
+def too_short(num_frames: int, config: ClipsConfig, *, promised: int = 0) -> ClipSkipped:
+    """The outcome of a clip that gives fewer frames than asked for, or than its headers promise."""
     rate = "" if config.fps is None else f" at {config.fps:g} frames/s"
-    return ClipSkipped("too_short", f"{num_frames} frames{rate}, needs {config.num_frames}")
+    detail = f"{num_frames} frames{rate}, needs {config.num_frames}"
+    if promised >= config.num_frames:
+        detail += f"; the file promises {promised}, so it is cut off or damaged"
+    return ClipSkipped("too_short", detail)
 
 
 def _bounded(frames: Iterator[Frame]) -> Iterator[Frame]:

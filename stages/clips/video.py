@@ -51,6 +51,8 @@ class VideoInfo:
     """Degrees counter-clockwise, a multiple of 90, by which decoded frames were turned upright."""
     pixel_aspect: float
     """Width over height of a pixel of the upright frame."""
+    stated_frames: int
+    """How many frames the headers promise; 0 when they do not say."""
 
 
 @contextmanager
@@ -111,6 +113,7 @@ def open_video(source: bytes | Path) -> Iterator[tuple[VideoInfo, Iterator[Frame
             time_tick=Fraction(stream.time_base or 0),
             rotation=rotation,
             pixel_aspect=1 / aspect if rotation % 180 else aspect,
+            stated_frames=stream.frames,
         )
         yield info, _chain(first, frames)
 

@@ -19,4 +19,6 @@ def test_real_clips_load_with_their_boxes():
         clip = load_clip(record, config)
         assert clip.frames_THWC.shape == (9, 96, 144, 3)
         assert clip.frames_THWC.std() > 5 and clip.caption
-        np.testing.assert_allclose(clip.prompts[0].box_xyxy, np.array(record.prompts[0].box_xyxy) / 5)
+        np.testing.assert_allclose(
+            clip.prompts[0].box_xyxy, np.array(record.prompts[0].box_xyxy) / 5
+        )
