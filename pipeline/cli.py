@@ -79,18 +79,54 @@ def _top(local_rank: LocalRank = None) -> None:
 def extract_features(
     overrides: Overrides = None,
     config: Config = "demo",
+    kinds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND,KIND",
+            help="Which stores to write: text, latents, teacher, masks; extract.kinds says the "
+            "same.",
+        ),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="Where the work runs: local or ray; extract.engine says the same."),
+    ] = None,
+    retry_failed: Annotated[
+        bool,
+        typer.Option("--retry-failed", help="Also try again what earlier runs had to skip."),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Read the dataset's headers and print what the run would need and skip; write "
+            "nothing.",
+        ),
+    ] = False,
     as_json: Json = False,
     traceback: Traceback = False,
     local_rank: LocalRank = None,
 ) -> None:
-    """Stage one: teacher features, latents and text states of every clip, into the cache.
+    """Stage one: teacher features, masks, latents and text states of every clip, into the cache.
 
     What is in the cache already is kept; run it again after an interruption and it goes on.
     """
-    from pipeline.commands import extract
+    from pipeline.commands import estimate, extract
 
-    settings = _settings(config, overrides, traceback)
-    answer = _carry_out(lambda p: extract.run(settings, p), traceback, resumable=True)
+    chosen = [*(overrides or [])]
+    chosen += [] if kinds is None else [f"extract.kinds=[{kinds}]"]
+    chosen += [] if engine is None else [f"extract.engine={engine}"]
+    settings = _settings(config, chosen, traceback)
+    if dry_run and retry_failed:
+        raise typer.BadParameter("--dry-run does not count what --retry-failed would try again")
+    if dry_run:
+        answer = _carry_out(lambda p: estimate.run(settings, p), traceback)
+    else:
+        answer = _carry_out(
+            lambda p: extract.run(settings, p, retry_failed=retry_failed),
+            traceback,
+            resumable=True,
+        )
     _finish(answer, as_json)
 
 
@@ -161,8 +197,8 @@ def inspect(
         list[str] | None,
         typer.Argument(
             metavar="STORE KEY=VALUE",
-            help="The store: teacher (the default), latents, text, or a store's folder; then "
-            "settings to change.",
+            help="The store: teacher (the default), masks (the default with --overlay), latents, "
+            "text, or a store's folder; then settings to change.",
             show_default=False,
         ),
     ] = None,
@@ -170,21 +206,31 @@ def inspect(
     clip: Annotated[
         str | None, typer.Option("--clip", help="The clip's key; by default the store's first.")
     ] = None,
+    every_clip: Annotated[bool, typer.Option("--all", help="Draw every clip.")] = False,
+    overlay: Annotated[
+        bool,
+        typer.Option("--overlay", help="Draw the tracked masks over the clip's own frames."),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder for the picture and the video.")
     ] = None,
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Print what a store holds, and draw a clip: frames, feature colours, implied flow."""
+    """Print what a store holds, and draw a clip: frames, feature colours, flow, or masks."""
     from pipeline.commands import inspect as command
 
-    store, overrides = "teacher", list(arguments or [])
+    store, overrides = "masks" if overlay else "teacher", list(arguments or [])
     if overrides and ("=" not in overrides[0] or Path(overrides[0]).exists()):
         store = overrides.pop(0)
+    if clip is not None and every_clip:
+        raise typer.BadParameter("--all draws every clip; leave --clip out")
     settings = _settings(config, overrides, traceback)
     answer = _carry_out(
-        lambda p: command.run(settings, p, store=store, clip=clip, out=out), traceback
+        lambda p: command.run(
+            settings, p, store=store, clip=clip, every_clip=every_clip, overlay=overlay, out=out
+        ),
+        traceback,
     )
     _finish(answer, as_json)
 

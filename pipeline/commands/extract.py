@@ -16,8 +16,14 @@ from stages.progress import Progress
 _SKIPPED_SHOWN = 20
 
 
-def run(config: RunConfig, progress: Progress) -> Answer:
-    """Write the stores; with a launcher, this process's share of the shards."""
+def run(config: RunConfig, progress: Progress, *, retry_failed: bool = False) -> Answer:
+    """Write the stores; with a launcher, this process's share of the shards.
+
+    Args:
+        config: The whole configuration.
+        progress: Told of the clips.
+        retry_failed: Take the clips again that earlier runs had to skip.
+    """
     from stages.extract_features.extract import extract_features
 
     make_missing_assets(config, progress)
@@ -30,6 +36,7 @@ def run(config: RunConfig, progress: Progress) -> Answer:
         progress=progress,
         rank=rank(),
         world_size=world_size(),
+        retry_failed=retry_failed,
     )
     rows: list[tuple[str, str]] = []
     notes: list[str] = []
@@ -55,6 +62,9 @@ def run(config: RunConfig, progress: Progress) -> Answer:
         }
     if len(notes) > _SKIPPED_SHOWN:
         notes[_SKIPPED_SHOWN:] = [f"… and {len(notes) - _SKIPPED_SHOWN} more; --json lists them"]
+    if notes and summary.failures is not None:
+        data["failures"] = str(summary.failures)
+        notes.append(f"all that was left out, one per line: {summary.failures}")
     too_many = summary.skipped_share > config.extract.max_skipped
     if too_many:
         notes.append(

@@ -1,14 +1,20 @@
-"""`inspect`: what a store holds, and what one of its clips looks like."""
+"""`inspect`: what a store holds, and what its clips look like."""
+
+from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from cache_schema import SCHEMA_VERSION, StoreReader, find_store
 from pipeline.config import ConfigError, RunConfig
 from pipeline.console import Answer, in_bytes
 from stages.extract_features.config import Kind
 from stages.progress import Progress
+
+if TYPE_CHECKING:
+    from stages.inspect_cache.draw_store import Drawing
 
 _SKIPPED_SHOWN = 20
 
@@ -19,19 +25,25 @@ def run(
     *,
     store: str = "teacher",
     clip: str | None = None,
+    every_clip: bool = False,
+    overlay: bool = False,
     out: Path | None = None,
 ) -> Answer:
-    """Read a store's manifest and draw one clip.
+    """Read a store's manifest and draw one clip, or all of them.
 
     Args:
         config: The whole configuration.
         progress: Told of the steps.
         store: A kind, a store's folder in the cache, or the path of one.
         clip: The clip's key; None takes the first.
+        every_clip: Draw all clips of the store; what is told of one is told of the first.
+        overlay: Draw the masks of a masks store over the clip's own frames.
         out: Folder of the pictures; None takes one named for the store in `config.outputs`.
     """
     path = _store_path(config, store)
     reader = StoreReader(path)
+    if overlay and reader.settings.kind != "masks":
+        raise ConfigError(f"--overlay draws a masks store; {path.name} is a {reader.settings.kind}")
     if clip is None and len(reader):
         clip = reader.keys[0]
     entry = None if clip is None else reader.record(clip)
@@ -45,7 +57,19 @@ def run(
         rows += [("clip", entry.key)] + [
             (f"  {name}", _inline(value)) for name, value in data["clip"].items() if name != "key"
         ]
-        notes += _draw(config, progress, path, entry.key, out or config.outputs / path.name, data)
+        keys = reader.keys if every_clip else (entry.key,)
+        draw = _overlays if overlay else _pictures
+        drawn = draw(config, progress, path, keys, out or config.outputs / path.name)
+        if drawn:
+            data["picture"], data["video"] = str(drawn[0].picture), str(drawn[0].video)
+            data["drawings"] = [
+                {"key": one.key, "picture": str(one.picture), "video": str(one.video)}
+                for one in drawn
+            ]
+            for one in drawn:
+                notes += [*one.notes, str(one.picture), str(one.video)]
+        else:
+            notes.append(f"a {data['kind']} store has no picture")
     title = f"{data['kind']} store"
     return Answer(title=title, rows=rows, data=data, notes=notes)
 
@@ -110,28 +134,43 @@ def _inline(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _draw(
-    config: RunConfig, progress: Progress, path: Path, key: str, out: Path, data: dict[str, Any]
-) -> list[str]:
-    """Draw the clip, add the files to `data`, and return what to print under the table."""
+def _pictures(
+    config: RunConfig, progress: Progress, path: Path, keys: Sequence[str], out: Path
+) -> list[Drawing]:
+    """Draw what the store itself holds; nothing where its kind has no picture."""
     from stages.clips import open_dataset
     from stages.inspect_cache.draw_store import DRAWN_KINDS, draw_store
 
-    if data["kind"] not in DRAWN_KINDS:
-        return [f"a {data['kind']} store has no picture"]
+    if StoreReader(path).settings.kind not in DRAWN_KINDS:
+        return []
     try:
         dataset = open_dataset(config.data)
     except ValueError:
         dataset = None
-    drawing = draw_store(
-        path,
-        key,
-        out_dir=out,
-        clips=config.data,
-        dataset=dataset,
-        radius=config.train.objective.radius,
-        temperature=config.train.objective.temperature,
-        progress=progress,
-    )
-    data["picture"], data["video"] = str(drawing.picture), str(drawing.video)
-    return [*drawing.notes, str(drawing.picture), str(drawing.video)]
+    return [
+        draw_store(
+            path,
+            key,
+            out_dir=out,
+            clips=config.data,
+            dataset=dataset,
+            radius=config.train.objective.radius,
+            temperature=config.train.objective.temperature,
+            progress=progress,
+        )
+        for key in keys
+    ]
+
+
+def _overlays(
+    config: RunConfig, progress: Progress, path: Path, keys: Sequence[str], out: Path
+) -> list[Drawing]:
+    """Draw the masks over the clips' frames, which must still be there."""
+    from stages.clips import open_dataset
+    from stages.inspect_cache.overlay import draw_overlay
+
+    dataset = open_dataset(config.data)
+    return [
+        draw_overlay(path, key, out_dir=out, clips=config.data, dataset=dataset, progress=progress)
+        for key in keys
+    ]
