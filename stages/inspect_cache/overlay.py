@@ -116,16 +116,14 @@ def facts_of(attributes: Mapping[str, Any], num_frames: int) -> tuple[str, ...]:
     facts = [f"prompt: {prompt['source']} {kinds} on frame {prompt['frame']}"]
     if prompt.get("phrase"):
         facts.append(f"looked for {prompt['phrase']!r}")
-    facts.append(f"confidence {_number(prompt['confidence'])}")
-    facts.append(f"cycle consistency {_number(attributes['cycle_consistency'])}")
+    if prompt["confidence"] is not None:
+        facts.append(f"confidence {prompt['confidence']:.2f}")
+    if attributes["cycle_consistency"] is not None:
+        facts.append(f"cycle consistency {attributes['cycle_consistency']:.2f}")
     facts.append(f"{attributes['valid_frames']} of {num_frames} frames valid")
     if attributes["lost_at"] is not None:
         facts.append(f"lost at frame {attributes['lost_at']}")
     return tuple(facts)
-
-
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.2f}"
 
 
 def prompts_of(

@@ -26,8 +26,9 @@ from stages.inspect_cache.mask_painting import (
 
 # Legend: T frame, H W pixels of the training frame, h w of a stored mask.
 
-FORWARD: Colour = (255, 140, 0)
-BACKWARD: Colour = (0, 150, 255)
+# Colours that are rare in filmed scenes, and that colour-blind people can tell apart.
+FORWARD: Colour = (255, 40, 200)
+BACKWARD: Colour = (0, 225, 255)
 PROMPT: Colour = (255, 240, 60)
 _TINT = 0.35
 _DIMMED = 0.55
@@ -103,10 +104,11 @@ def _panel(view: OverlayView, moment: int, size: tuple[int, int]) -> Image.Image
     valid = bool(view.valid_T[moment])
     if not valid:
         image_HW3 = tinted(image_HW3, np.ones(image_HW3.shape[:2], bool), INK, _DIMMED)
-    thickness = max(1, round(max(size) / 240))
+    thickness = max(2, round(max(size) / 240))
     forward_HW = mask_at_size(view.forward_Thw[moment], size)
     image_HW3 = tinted(image_HW3, forward_HW, FORWARD, _TINT)
-    image_HW3 = outlined(image_HW3, forward_HW, FORWARD, thickness)
+    # Twice as thick as the backward one: it shows beneath it where both agree.
+    image_HW3 = outlined(image_HW3, forward_HW, FORWARD, 2 * thickness)
     if view.backward_Thw is not None:
         backward_HW = mask_at_size(view.backward_Thw[moment], size)
         image_HW3 = outlined(image_HW3, backward_HW, BACKWARD, thickness)

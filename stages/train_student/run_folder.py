@@ -2,7 +2,8 @@
 
     <run_dir>/
         config.yaml            the resolved configuration
-        run.json               what may not change between resumes, provenance, processes, stores
+        run.json               what may not change between resumes, provenance, processes, stores,
+                               clips left out
         losses.jsonl           one line per step (loss_record.py)
         tensorboard/
         checkpoints/           (checkpoints.py)

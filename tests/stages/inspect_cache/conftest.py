@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
-from stages.clips import ClipsConfig
+from stages.clips import ClipDataset, ClipRecord, ClipsConfig, encode_video
 
 FRAMES, GRID = 9, (6, 8)
 
@@ -36,16 +36,70 @@ def clips(tmp_path):
 
 @pytest.fixture
 def write_store(tmp_path):
-    """Write one clip's array as a committed store."""
+    """Write clips' arrays as a committed store; the same arrays under every key.
 
-    def write(kind, name, values, *, axes="thwc", key="walk/0007", shard="00000"):
-        spec = ArraySpec(dtype=str(values.dtype), shape=values.shape, dimension_names=tuple(axes))
-        settings = StoreSettings(kind=kind, arrays={name: spec}, values={"note": "a test"})
-        writer = StoreWriter.open(tmp_path / "cache", settings, provenance={})
+    Teacher and masks stores get `valid`, all ones unless it is given.
+    """
+
+    def write(
+        kind,
+        name,
+        values,
+        *,
+        axes="thwc",
+        keys=("walk/0007",),
+        shard="00000",
+        settings=None,
+        **more,
+    ):
+        arrays = {name: values, **more.pop("arrays", {})}
+        if kind in ("teacher", "masks"):
+            arrays["valid"] = np.asarray(more.pop("valid", np.ones(len(values))), np.uint8)
+        specs = {
+            name: ArraySpec(
+                dtype=str(array.dtype),
+                shape=array.shape,
+                dimension_names=tuple(axes[: array.ndim]),
+            )
+            for name, array in arrays.items()
+        }
+        made = StoreSettings(kind=kind, arrays=specs, values=settings or {"note": "a test"})
+        writer = StoreWriter.open(tmp_path / "cache", made, provenance={})
         with writer.shard(shard, source=f"{shard}.tar") as out:
-            out.add(key, {name: values}, {"frames": len(values)})
+            for key in keys:
+                out.add(key, arrays, more.get("attributes", {"frames": len(values)}))
             out.skip("walk/0008", "too_short", "3 frames")
             out.commit()
         return writer.path
 
     return write
+
+
+class Shard:
+    """An input shard with one clip."""
+
+    def __init__(self, record, name):
+        self.record, self.name, self.source = record, name, f"{name}.tar"
+
+    def num_clips(self):
+        return 1
+
+    def num_bytes(self):
+        return len(self.record.video)
+
+    def records(self):
+        yield self.record
+
+
+@pytest.fixture
+def dataset():
+    """A dataset of one clip, whose frame t has the grey level 20 t."""
+
+    def make(clips, key="walk/0007", num_frames=FRAMES, name="00000", height=None, **given):
+        shape = (num_frames, height or clips.height, clips.width, 3)
+        levels = 20 * np.arange(num_frames, dtype=np.uint8)
+        frames_THWC = np.broadcast_to(levels[:, None, None, None], shape)
+        video = encode_video(frames_THWC, 8.0)
+        return ClipDataset((Shard(ClipRecord(key=key, video=video, **given), name),))
+
+    return make

@@ -2,11 +2,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cache_schema import ClipMissing
-from stages.clips import ClipDataset, ClipRecord, encode_video, open_dataset, read_video
+from stages.clips import encode_video, open_dataset, read_video
 from stages.inspect_cache.draw_store import draw_store
+from stages.local_gram_flow import regrid_fused
 from stages.progress import SilentProgress
 
 
@@ -23,29 +25,8 @@ def draw(store, clips, tmp_path, *, key=None, dataset=None):
     )
 
 
-class Shard:
-    """An input shard with one clip."""
-
-    name, source = "00000", "00000.tar"
-
-    def __init__(self, key, video):
-        self.record = ClipRecord(key=key, video=video, caption=None, prompt=None)
-
-    def num_clips(self):
-        return 1
-
-    def records(self):
-        yield self.record
-
-
-def dataset(clips, key="walk/0007", num_frames=9, height=None):
-    shape = (num_frames, height or clips.height, clips.width, 3)
-    frames_THWC = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
-    return ClipDataset((Shard(key, encode_video(frames_THWC, 8.0)),))
-
-
 def test_a_teacher_store_becomes_a_picture_and_a_video(
-    moving_features, write_store, clips, tmp_path
+    moving_features, write_store, clips, dataset, tmp_path
 ):
     store = write_store("teacher", "features", moving_features(1, 0))
     drawing = draw(store, clips, tmp_path, dataset=dataset(clips))
@@ -80,7 +61,7 @@ def test_a_latents_store_is_drawn_without_flow_at_its_own_rate(write_store, clip
     ],
 )
 def test_frames_that_cannot_be_had_are_left_out_with_the_reason(
-    moving_features, write_store, clips, tmp_path, changes, reason
+    moving_features, write_store, clips, dataset, tmp_path, changes, reason
 ):
     store = write_store("teacher", "features", moving_features(1, 0))
     found = None if changes is None else dataset(clips, **changes)
@@ -103,7 +84,7 @@ def test_a_folder_of_clips_gives_the_frames(moving_features, write_store, clips,
 
 @pytest.mark.parametrize("key", ["../../escape", "/etc/passwd", 'a b*?"<>|', "走る犬", "..."])
 def test_no_key_leads_out_of_the_folder(moving_features, write_store, clips, tmp_path, key):
-    store = write_store("teacher", "features", moving_features(1, 0), key=key)
+    store = write_store("teacher", "features", moving_features(1, 0), keys=(key,))
     drawing = draw(store, clips, tmp_path, key=key)
     assert Path(drawing.picture).resolve().parent == (tmp_path / "pictures").resolve()
     assert drawing.picture.is_file()
@@ -117,5 +98,47 @@ def test_an_unknown_clip_is_named(moving_features, write_store, clips, tmp_path)
 
 def test_a_store_without_a_picture_says_so(write_store, clips, tmp_path):
     store = write_store("text", "embeds", np.zeros((4, 8), np.float16), axes="ld")
-    with pytest.raises(ValueError, match="is a text store, which has no picture"):
+    with pytest.raises(ValueError, match="is a text store, which has no picture of its own"):
         draw(store, clips, tmp_path)
+
+
+def test_the_clip_of_a_retry_shard_is_found(moving_features, write_store, clips, dataset, tmp_path):
+    store = write_store("teacher", "features", moving_features(1, 0), shard="00000-retry2")
+    assert draw(store, clips, tmp_path, dataset=dataset(clips)).notes == ()
+
+
+def test_keys_that_read_alike_get_files_of_their_own(moving_features, write_store, clips, tmp_path):
+    keys = ("a/b", "a-b", "c/d")
+    store = write_store("teacher", "features", moving_features(1, 0), keys=keys)
+    pictures = [draw(store, clips, tmp_path, key=key).picture for key in keys]
+    assert len(set(pictures)) == 3
+    assert pictures[2].name == "c-d.png"
+
+
+def test_features_on_sam2s_own_grid_are_shown_on_the_students(
+    moving_features, write_store, clips, dataset, tmp_path
+):
+    """The picture is that of the resampled features, stored on the student's grid."""
+    native = moving_features(1, 0, grid=(8, 8))
+    settings = {"grid": [8, 8], "grid_source": "native", "parts": 2}
+    store = write_store("teacher", "features", native, settings=settings)
+    drawing = draw(store, clips, tmp_path / "native", dataset=dataset(clips))
+    assert drawing.notes == ("8x8 tokens are shown as training reads them, at 6x8",)
+    resampled = regrid_fused(torch.from_numpy(native), *clips.token_grid, 2).numpy()
+    other = write_store("teacher", "features", resampled, shard="00001")
+    same = draw(other, clips, tmp_path / "student", dataset=dataset(clips, name="00001"))
+    left, right = (np.asarray(Image.open(d.picture))[40:] for d in (drawing, same))
+    assert (left == right).all()
+
+
+def test_moments_that_are_not_valid_are_marked(moving_features, write_store, clips, tmp_path):
+    features_THWC = moving_features(1, 0)
+    features_THWC[6:] = 0
+    red = []
+    for valid in (np.ones(9), np.arange(9) < 6):
+        settings = {"all valid": bool(valid.all())}
+        store = write_store("teacher", "features", features_THWC, valid=valid, settings=settings)
+        picture = np.asarray(Image.open(draw(store, clips, tmp_path).picture)).astype(int)
+        red.append(int((np.abs(picture - (200, 30, 30)).sum(-1) < 3).sum()))
+    assert red[0] == 0
+    assert red[1] > 500

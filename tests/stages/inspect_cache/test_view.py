@@ -38,7 +38,12 @@ def test_a_store_of_other_clips_is_refused():
 
 
 def view(features_THWC, **changes):
-    settings = {"title": "walk/0007 in teacher-0", "num_frames": 9, "frames_THWC": None}
+    settings = {
+        "title": "walk/0007 in teacher-0",
+        "num_frames": 9,
+        "frames_THWC": None,
+        "valid_T": None,
+    }
     return view_features(features_THWC, **(settings | {"flow": (2, 0.1)} | changes))
 
 
@@ -54,6 +59,18 @@ def test_full_colour_is_the_longest_flow_but_never_noise(moving_features):
     assert 2 <= view(moving_features(2, 0), flow=(2, 0.03)).largest_flow < 2.5
     assert view(np.ones((9, 6, 8, 4), np.float16)).largest_flow < 2
     assert view(moving_features(0, 0), flow=(1, 0.001)).largest_flow == 0.2
+
+
+def test_what_is_not_valid_decides_neither_colours_nor_scale(moving_features):
+    features_THWC = moving_features(1, 0)
+    valid_T = np.arange(9) < 7
+    spoiled_THWC = np.where(valid_T[:, None, None, None], features_THWC, features_THWC[::-1] * 50)
+    expected = view(features_THWC, valid_T=valid_T)
+    seen = view(spoiled_THWC.astype(np.float16), valid_T=valid_T)
+    assert (seen.colours_THWC[:7] == expected.colours_THWC[:7]).all()
+    assert seen.largest_flow == expected.largest_flow
+    nothing = view(spoiled_THWC, valid_T=np.zeros(9, bool))
+    assert nothing.largest_flow == 0.2
 
 
 def test_columns_appear_as_there_is_data(moving_features):
