@@ -450,7 +450,7 @@ BAD_TARS: dict[str, tuple[Callable[[bytes], bytes], list[str], str]] = {
     "cut in a video": (
         lambda v: tar_bytes(("a.mp4", v), ("b.mp4", v))[: end_of_first(v) + 600],
         [GOOD, "bad_record"],
-        "cut off",
+        "unexpected end of data",
     ),
     "damaged header": (with_damaged_header, ["bad_record"], "is damaged"),
     "negative size": (with_negative_size, ["bad_record"], "cannot be read"),

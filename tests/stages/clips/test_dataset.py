@@ -1,4 +1,5 @@
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -6,7 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.clips import BadRecord, ClipRecord, load_clip, open_dataset
+from stages.clips import (
+    BadRecord,
+    ClipRecord,
+    ClipSkipped,
+    input_shard_name,
+    load_clip,
+    open_dataset,
+    retry_shard_name,
+)
 
 
 def read_all(config) -> list:
@@ -42,6 +51,89 @@ def test_a_tar_gives_records_with_captions_and_prompts(tools, config, tmp_path):
     assert [record.prompts[0].kind for record in records.values()] == ["mask", "box", "points"]
     clip = load_clip(records["00000/a"], config())
     assert np.array_equal(clip.prompts[0].mask_HW, mask > 0)
+
+
+def test_a_tar_gives_several_subjects_and_those_of_the_last_frame(tools, config, tmp_path):
+    video = tools.encode(tools.counting_frames(9))
+    pngs = []
+    for index in range(11):
+        mask = np.zeros((32, 48), np.uint8)
+        mask[index] = 255
+        Image.fromarray(mask).save(tmp_path / "mask.png")
+        pngs.append((tmp_path / "mask.png").read_bytes())
+    fields = {
+        "subject": " two dogs ",
+        "subjects": [{"box_xyxy": [0, 0, 9, 9]}, {"points": [[3, 4]]}],
+        "last_frame": {"box_xyxy": [5, 5, 20, 20]},
+    }
+    tools.write_tar(
+        tmp_path / "t.tar",
+        [
+            ("a.mp4", video),
+            # In number order, not in that of their names.
+            *((f"a.mask.{index}.png", pngs[index]) for index in (10, 9, 2)),
+            ("a.last.mask.1.png", pngs[1]),
+            ("a.LAST.mask.0.PNG", pngs[0]),
+            ("b.mp4", video),
+            ("b.json", json.dumps(fields).encode()),
+            ("c.mp4", video),
+            ("c.last.mask.png", pngs[3]),
+            ("c.json", json.dumps(fields | {"subjects": None}).encode()),
+            ("d.mp4", video),
+            ("d.mask.png", pngs[0]),
+            ("d.json", json.dumps(fields).encode()),
+        ],
+    )
+    records = by_key(read_all(config()))
+    rows = [int(prompt.mask_HW.any(axis=1).argmax()) for prompt in records["t/a"].prompts]
+    assert rows == [2, 9, 10]
+    last = [int(p.mask_HW.any(axis=1).argmax()) for p in records["t/a"].last_frame_prompts]
+    assert last == [0, 1] and records["t/a"].phrase is None
+    assert [prompt.kind for prompt in records["t/b"].prompts] == ["box", "points"]
+    assert records["t/b"].last_frame_prompts[0].box_xyxy == (5.0, 5.0, 20.0, 20.0)
+    assert records["t/b"].phrase == "two dogs"
+    assert records["t/c"].prompts == ()
+    assert [prompt.kind for prompt in records["t/c"].last_frame_prompts] == ["mask"]
+    assert records["t/d"].reason == "bad_prompt" and "both given" in records["t/d"].detail
+
+
+def test_members_are_grouped_as_webdataset_groups_them(tools, config, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    names = ["a.mp4", "a.b.txt", "x/a.mp4", "x.y/a.c.mp4", ".hidden.mp4", "a", "z.MP4", "x/.mp4"]
+    video = tools.encode(tools.counting_frames(9))
+    path = tools.write_tar(tmp_path / "t.tar", [(name, video) for name in names])
+    reference = webdataset.WebDataset(str(path), shardshuffle=False)
+    assert [record.key for record in read_all(config())] == [
+        f"t/{sample['__key__']}" for sample in reference
+    ]
+
+
+def test_store_shards_lead_back_to_the_dataset(tools, config, tmp_path):
+    for name in ("a.tar", "b.tar", "a-retry1.tar"):
+        tools.write_tar(tmp_path / name, [])
+    dataset = open_dataset(config())
+    names = [shard.name for shard in dataset.shards]
+    assert {"a", "b"} < set(names)
+    # The third would be taken for the retry of the first.
+    assert retry_shard_name("a", 1) == "a-retry1" and "a-retry1" not in names
+    for name in names:
+        assert input_shard_name(name, dataset) == name
+        assert input_shard_name(retry_shard_name(name, 12), dataset) == name
+    for other in ("c", "c-retry1", "a-retry", "a-retryx", "-retry1", "a-retry1-retry2"):
+        assert input_shard_name(other, dataset) is None
+
+
+def test_shards_know_their_size(tools, config, tmp_path):
+    video = tools.encode(tools.counting_frames(9))
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.mp4").write_bytes(video)
+    rows = [{"file_name": "a.mp4"}, {"file_name": "absent.mp4"}, b"{"]
+    tools.write_jsonl(tmp_path / "rows", rows)
+    (shard,) = open_dataset(config(path=tmp_path / "rows")).shards
+    assert shard.num_bytes() == len(video)
+    path = tools.write_tar(tmp_path / "t.tar", [("a.mp4", video)])
+    (shard,) = open_dataset(config(path=path)).shards
+    assert shard.num_bytes() == path.stat().st_size
 
 
 def test_shards_are_tars_in_order_with_safe_stable_unique_names(tools, config, tmp_path):
@@ -167,6 +259,55 @@ def test_a_metadata_folder_is_cut_into_shards(tools, config, tmp_path):
         f"clip {index}" for index in range(5)
     ]
     assert records["clip1"].prompts[0].kind == "box" and records["clip2"].prompts[0].kind == "mask"
+
+
+def test_a_metadata_folder_gives_several_subjects(tools, config, tmp_path):
+    Image.fromarray(np.full((32, 48), 255, np.uint8)).save(tmp_path / "m.png")
+    subjects = [{"mask": "m.png"}, {"box_xyxy": [0, 0, 9, 9]}]
+    last_frame = {"subjects": [{"mask": "m.png"}]}
+    rows = [
+        {"file_name": "a.mp4", "subjects": subjects, "last_frame": last_frame, "subject": "a dog"},
+        {"file_name": "b.mp4", "subjects": subjects, "mask": "m.png"},
+        {"file_name": "c.mp4", "last_frame": {"mask": "../m.png"}},
+        {"file_name": "d.mp4", "subjects": [{"mask": 3}]},
+    ]
+    tools.write_jsonl(tmp_path, rows)
+    records = read_all(config())
+    assert [prompt.kind for prompt in records[0].prompts] == ["mask", "box"]
+    assert [prompt.kind for prompt in records[0].last_frame_prompts] == ["mask"]
+    assert records[0].phrase == "a dog"
+    assert [record.reason for record in records[1:]] == ["bad_prompt"] * 3
+    (tmp_path / "metadata.jsonl").unlink()
+    cells = [json.dumps(cell).replace('"', '""') for cell in (subjects, last_frame)]
+    (tmp_path / "metadata.csv").write_text(
+        f'file_name,subject,subjects,last_frame,mask\na.mp4,a dog,"{cells[0]}","{cells[1]}",\n'
+        "b.mp4,,,,m.png\n"
+    )
+    from_csv = read_all(config())
+    assert [prompt.kind for prompt in from_csv[0].prompts] == ["mask", "box"]
+    assert [prompt.kind for prompt in from_csv[0].last_frame_prompts] == ["mask"]
+    assert from_csv[0].phrase == "a dog"
+    assert [prompt.kind for prompt in from_csv[1].prompts] == ["mask"]
+
+
+def test_pipes_folders_and_giants_named_in_a_folder_are_not_read(tools, config, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "folder.mp4").mkdir()
+    with (tmp_path / "giant.png").open("wb") as giant:
+        giant.truncate(1 << 40)
+    rows = [
+        {"file_name": "a.mp4", "mask": "pipe.png"},
+        {"file_name": "b.mp4", "mask": "giant.png"},
+        {"file_name": "pipe.mp4"},
+        {"file_name": "folder.mp4"},
+    ]
+    tools.write_jsonl(tmp_path, rows)
+    records = read_all(config())
+    assert [record.reason for record in records[:2]] == ["bad_prompt"] * 2
+    for record in records[2:]:
+        with pytest.raises(ClipSkipped, match="undecodable"):
+            load_clip(record, config())
 
 
 def test_a_csv_says_the_same_as_jsonl(tools, config, tmp_path):
