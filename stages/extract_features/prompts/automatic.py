@@ -8,14 +8,13 @@ documents and applies the rule by which one of the masks is taken for the subjec
 # Legend: N point or proposal, S side of SAM2's square input, H W pixels or token grid, C channel,
 # F frame compared with frame 0.
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 from cache_schema import JSON
 from stages.clips import Clip, ClipSkipped, SubjectPrompt
 from stages.extract_features.encoded_frames import EncodedFrames
-from stages.extract_features.prompts.camera_motion import PRIOR, RADIUS, own_speed
+from stages.extract_features.prompts.camera_motion import PRIOR, RADIUS, OwnMotion, own_motion
 from stages.extract_features.prompts.chosen import ChosenPrompt
 from stages.extract_features.prompts.salience import (
     RULE_VERSION,
@@ -27,9 +26,10 @@ from stages.extract_features.two_way_tracking import TwoWayTracker
 _POINTS_PER_SIDE = 16
 _GAPS = (1, 2, 4, 8)
 """How many frames after frame 0 the frames lie that it is compared with."""
+_LEVEL = 1
 _GRID = 64
-"""Tokens a side that motion is measured on, as near as the encoder's levels come: a window of
-`RADIUS` tokens is then the same part of the frame at every image size."""
+"""Most tokens a side that motion is measured on: a window of `RADIUS` of them is then the same part
+of the frame at 512 and 1024 pixels."""
 
 
 class AutomaticSource:
@@ -45,6 +45,8 @@ class AutomaticSource:
             "rule": RULE_VERSION,
             "points_per_side": _POINTS_PER_SIDE,
             "frames": [0, *_GAPS],
+            "level": _LEVEL,
+            "grid": _GRID,
             "radius": RADIUS,
             "prior": PRIOR,
         }
@@ -72,7 +74,7 @@ class AutomaticSource:
                 f"none of SAM2's {proposals.predicted_iou.numel()} masks on frame 0 is sure, "
                 "stable and of a subject's size",
             )
-        choice = choose_subject(candidates, speed_of_tokens(encoded))
+        choice = choose_subject(candidates, motion_of_tokens(encoded))
         height, width = clip.frames_THWC.shape[1:3]
         mask_HW = _enlarge(candidates.logits_NSS[choice.index], height, width) > 0
         if not mask_HW.any():
@@ -99,18 +101,21 @@ class AutomaticSource:
         return torch.stack([x.flatten(), y.flatten()], dim=-1)
 
 
-def speed_of_tokens(encoded: EncodedFrames) -> np.ndarray:
-    """How fast each token of frame 0 moves against the camera: speed_HW, tokens per frame.
+def motion_of_tokens(encoded: EncodedFrames) -> OwnMotion:
+    """How the tokens of frame 0 move against the camera, over the next frames.
 
-    On the level of the image encoder whose side is nearest to 64 tokens.
+    On the second level of the image encoder, averaged to at most 64 tokens a side: it sees texture,
+    which tells where a token went. The last level sees meaning, and the borders of the encoder's
+    windows, which do not move.
     """
-    sides = [max(size) for size in encoded.sizes]
-    level = min(range(len(sides)), key=lambda index: abs(sides[index] - _GRID))
     gaps = [gap for gap in _GAPS if gap < encoded.num_frames]
-    features_NFC = encoded.levels_at([0, *gaps])[level]
-    height, width = encoded.sizes[level]
-    features_FHWC = features_NFC.transpose(0, 1).unflatten(1, (height, width))
-    return own_speed(features_FHWC[0], features_FHWC[1:], gaps)
+    features_NFC = encoded.levels_at([0, *gaps])[_LEVEL]
+    height, width = encoded.sizes[_LEVEL]
+    features_FCHW = features_NFC.permute(1, 2, 0).unflatten(2, (height, width)).float()
+    factor = -(-max(height, width) // _GRID)
+    features_FCHW = F.adaptive_avg_pool2d(features_FCHW, (height // factor, width // factor))
+    features_FHWC = features_FCHW.permute(0, 2, 3, 1)
+    return own_motion(features_FHWC[0], features_FHWC[1:], gaps)
 
 
 def _enlarge(logits_SS: torch.Tensor, height: int, width: int) -> torch.Tensor:

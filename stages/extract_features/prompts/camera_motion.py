@@ -12,6 +12,7 @@ Legend: F frame compared with frame 0, H W token grid, C channel, K neighbour, N
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,39 +31,48 @@ _SMALLEST_SCALE = 0.05
 _MAD_TO_DEVIATION = 1.4826
 
 
-def own_speed(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OwnMotion:
+    """How frame 0's tokens move against the camera."""
+
+    speed_HW: np.ndarray
+    """float64, tokens per frame: the distances over all pairs of frames by their time, since a
+    match is about as exact over many frames as over one."""
+    certainty_HW: np.ndarray
+    """float64, 0..1: small where a token looks like what is around it, so that standing still says
+    nothing; 0 where the camera takes it out of the picture."""
+
+
+def own_motion(
     features_HWC: torch.Tensor, later_FHWC: torch.Tensor, gaps: Sequence[int]
-) -> np.ndarray:
-    """How fast each token of frame 0 moves against the camera's motion.
+) -> OwnMotion:
+    """Match frame 0 with later frames and take off the camera's motion.
 
     Args:
         features_HWC: Of frame 0.
         later_FHWC: Of the frames it is compared with.
         gaps: How many frames each of them is later, growing. Frames that the camera's motion so
             far would take out of the window do not count.
-
-    Returns:
-        speed_HW, float64, tokens per frame: the distances over all pairs by their time, since a
-        match is about as exact over many frames as over one. 0 where the camera takes a token out
-        of the picture.
     """
     similarities_FHWK = _similarities(features_HWC, later_FHWC)
     height, width = similarities_FHWK.shape[1:3]
     tokens_HW2 = _tokens(height, width)
-    distance_HW = np.zeros((height, width))
-    frames_HW = np.zeros((height, width))
+    distance_HW, time_HW = np.zeros((height, width)), np.zeros((height, width))
+    total_time = 0
     camera_speed = 0.0
     for similarities_HWK, gap in zip(similarities_FHWK, gaps, strict=True):
         if camera_speed * gap > RADIUS - 1:
             break
         flow_HW2, certainty_HW = _matches(similarities_HWK)
         camera_HW2 = fit_affine(tokens_HW2, flow_HW2, certainty_HW)
-        flow_HW2, _ = _matches(similarities_HWK - PRIOR * _distances(camera_HW2, similarities_HWK))
         camera_speed = float(np.abs(camera_HW2).max()) / gap
-        seen_HW = _is_inside(tokens_HW2 + camera_HW2)
-        distance_HW += seen_HW * np.linalg.norm(flow_HW2 - camera_HW2, axis=-1)
-        frames_HW += seen_HW * gap
-    return np.divide(distance_HW, frames_HW, out=np.zeros_like(frames_HW), where=frames_HW > 0)
+        flow_HW2, _ = _matches(similarities_HWK - PRIOR * _distances(camera_HW2, similarities_HWK))
+        weight_HW = certainty_HW * _is_inside(tokens_HW2 + camera_HW2)
+        distance_HW += weight_HW * np.linalg.norm(flow_HW2 - camera_HW2, axis=-1)
+        time_HW += weight_HW * gap
+        total_time += gap
+    speed_HW = np.divide(distance_HW, time_HW, out=np.zeros_like(time_HW), where=time_HW > 0)
+    return OwnMotion(speed_HW=speed_HW, certainty_HW=time_HW / total_time)
 
 
 def _similarities(features_HWC: torch.Tensor, later_FHWC: torch.Tensor) -> torch.Tensor:
@@ -148,5 +158,4 @@ def _tokens(height: int, width: int) -> np.ndarray:
 def _is_inside(places_HW2: np.ndarray) -> np.ndarray:
     height, width, _ = places_HW2.shape
     limit = np.array([width - 1, height - 1])
-    inside_HW: np.ndarray = ((places_HW2 >= 0) & (places_HW2 <= limit)).all(axis=-1)
-    return inside_HW
+    return np.asarray(((places_HW2 >= 0) & (places_HW2 <= limit)).all(axis=-1))

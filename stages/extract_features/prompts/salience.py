@@ -8,7 +8,8 @@ The rule, RULE_VERSION 1. Numbers are shares of the frame or of 1 unless they sa
 2. quality = predicted IoU * stability * (1 - share of the frame's border that it covers): what
    lines the border is scenery.
 3. inside and around are the mean speeds, against the camera, of its tokens and of a ring around it,
-   in tokens per frame on a grid of about 64 tokens a side.
+   in tokens per frame on a grid of at most 64 tokens a side; tokens count by how certain their
+   match is, so that a plain body has the speed of its outline.
    contrast = (inside - around) / (inside + around + 0.05), at least 0: a part of a moving body has
    moving surroundings, and so has a mask that is cut too wide.
    share = part of all motion above the frame's median that lies in it: of two that move alike, the
@@ -30,6 +31,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from stages.extract_features.prompts.camera_motion import OwnMotion, weighted_median
+
 RULE_VERSION = 1
 _MIN_PREDICTED_IOU = 0.7
 _MIN_STABILITY = 0.85
@@ -40,6 +43,7 @@ _SAME_MASK = 0.7
 _MIN_SPEED = 0.05
 _RING = 1 / 16
 """Width of the ring around a mask, in sides of the grid."""
+_TINY = float(np.finfo(np.float64).tiny)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,22 +108,24 @@ def select_candidates(logits_NSS: torch.Tensor, predicted_iou_N: torch.Tensor) -
     )
 
 
-def choose_subject(candidates: Candidates, speed_HW: np.ndarray) -> Choice:
+def choose_subject(candidates: Candidates, motion: OwnMotion) -> Choice:
     """Steps 3 to 5 of the rule.
 
     Args:
         candidates: At least one.
-        speed_HW: Of each token against the camera, in tokens per frame.
+        motion: Of the tokens of the frame that they are on.
     """
+    speed_HW, certainty_HW = motion.speed_HW, motion.certainty_HW
     masks_NHW = candidates.masks_on_grid(*speed_HW.shape)
-    inside_N = _mean_speed(masks_NHW, speed_HW)
-    around_N = _mean_speed(_rings(masks_NHW), speed_HW)
+    inside_N = _mean(speed_HW, masks_NHW * certainty_HW)
+    around_N = _mean(speed_HW, _rings(masks_NHW) * certainty_HW)
     excess_N = inside_N - around_N
     moves_N = excess_N >= _MIN_SPEED
     if moves_N.any():
         contrast_N = np.maximum(excess_N, 0) / (inside_N + around_N + _MIN_SPEED)
-        above_HW = np.maximum(speed_HW - np.median(speed_HW), 0)
-        share_N = (masks_NHW * above_HW).sum((1, 2)) / max(above_HW.sum(), np.finfo(float).tiny)
+        usual = weighted_median(speed_HW.ravel(), certainty_HW.ravel())
+        above_HW = certainty_HW * np.maximum(speed_HW - usual, 0)
+        share_N = (masks_NHW * above_HW).sum((1, 2)) / max(above_HW.sum(), _TINY)
         score_N = candidates.quality_N * contrast_N * np.sqrt(share_N)
         score_N = np.where(moves_N, score_N, 0)
     else:
@@ -164,10 +170,9 @@ def _rings(masks_NHW: np.ndarray) -> np.ndarray:
     return (far_N1HW - near_N1HW)[:, 0].double().numpy()
 
 
-def _mean_speed(weights_NHW: np.ndarray, speed_HW: np.ndarray) -> np.ndarray:
-    """Mean speed under each map of weights; 0 where it is empty."""
-    total_N = weights_NHW.sum((1, 2))
-    return (weights_NHW * speed_HW).sum((1, 2)) / np.maximum(total_N, np.finfo(float).tiny)
+def _mean(values_HW: np.ndarray, weights_NHW: np.ndarray) -> np.ndarray:
+    """Mean under each map of weights; 0 where it is empty."""
+    return (weights_NHW * values_HW).sum((1, 2)) / np.maximum(weights_NHW.sum((1, 2)), _TINY)
 
 
 def _centrality(masks_NHW: np.ndarray) -> np.ndarray:
