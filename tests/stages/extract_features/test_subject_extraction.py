@@ -2,6 +2,7 @@
 
 # Legend: T frame, C channel, H W grid or pixels, G fused channel, S similarities of one direction.
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,55 +11,30 @@ import numpy as np
 import pytest
 import torch
 
-from stages.clips import ClipRecord, ClipsConfig, ClipSkipped, SubjectPrompt, encode_video
-from stages.extract_features import subject_stores
+from stages.clips import (
+    ClipRecord,
+    ClipsConfig,
+    ClipSkipped,
+    SubjectPrompt,
+    encode_video,
+    load_clip,
+)
+from stages.extract_features import subject_extraction, subject_stores
 from stages.extract_features.config import ExtractConfig, Kind, TeacherConfig
 from stages.extract_features.extraction import Extracted, Outcome
 from stages.extract_features.prompts import ChosenPrompt, PromptChooser
 from stages.extract_features.subject_extraction import SubjectExtraction
 from stages.extract_features.two_way_tracking import TwoWayTracker
 from stages.local_gram_flow import local_gram_flow, neighbour_mask
+from tests.stages.extract_features.grid_reference import (
+    RADIUS,
+    gram_flow,
+    latent_means,
+    on_grid,
+)
 
 CPU = torch.device("cpu")
-RADIUS = 2
 BOTH: tuple[Kind, ...] = ("teacher", "masks")
-
-
-def on_grid(raw_TCHW: np.ndarray, height: int, width: int) -> np.ndarray:
-    """[T, height, width, C] in float64: bilinear at cell centres, antialiased by a triangle as wide
-    as a target cell where the grid gets coarser, renormalised at the edges.
-    """
-
-    def weights(source: int, target: int) -> np.ndarray:
-        scale = source / target
-        support = max(scale, 1.0)
-        centres = (np.arange(target) + 0.5) * scale
-        distance = np.abs(centres[:, None] - (np.arange(source) + 0.5)[None]) / support
-        triangle = np.clip(1 - distance, 0, None)
-        return triangle / triangle.sum(axis=1, keepdims=True)
-
-    rows, columns = weights(raw_TCHW.shape[2], height), weights(raw_TCHW.shape[3], width)
-    return np.einsum("yh,xw,tchw->tyxc", rows, columns, raw_TCHW.astype(np.float64))
-
-
-def gram_flow(features_THWC: np.ndarray) -> np.ndarray:
-    """Products of unit tokens with the next frame's neighbours, by loops; 0 outside the grid."""
-    unit = features_THWC / np.linalg.norm(features_THWC, axis=-1, keepdims=True)
-    frames, height, width, _ = unit.shape
-    side = 2 * RADIUS + 1
-    flow = np.zeros((frames - 1, height, width, side * side))
-    for t, y, x, k in np.ndindex(flow.shape):
-        ny, nx = y + k // side - RADIUS, x + k % side - RADIUS
-        if 0 <= ny < height and 0 <= nx < width:
-            flow[t, y, x, k] = unit[t, y, x] @ unit[t + 1, ny, nx]
-    return flow
-
-
-def latent_means(features_THWC: np.ndarray) -> np.ndarray:
-    groups = [[0]] + [
-        list(range(4 * k - 3, 4 * k + 1)) for k in range(1, len(features_THWC) // 4 + 1)
-    ]
-    return np.stack([features_THWC[group].mean(axis=0) for group in groups])
 
 
 @pytest.fixture
@@ -105,11 +81,25 @@ def teacher(extract_config: ExtractConfig) -> TeacherConfig:
     return extract_config.teacher.model_copy(update={"prompts": ("dataset",)})
 
 
+@pytest.fixture(scope="module")
+def loaders() -> dict[str, Callable[..., Any]]:
+    """What checks and loads SAM2, once for every configuration: tracking changes no model."""
+    return {
+        name: functools.cache(getattr(subject_extraction, name))
+        for name in ("check_sam2", "build_sam2")
+    }
+
+
 @pytest.fixture
 def extract(
-    teacher: TeacherConfig, clips: ClipsConfig, monkeypatch: pytest.MonkeyPatch
+    teacher: TeacherConfig,
+    clips: ClipsConfig,
+    loaders: dict[str, Callable[..., Any]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., list[Outcome]]:
     """Runs the extraction over records in one batch, and keeps features from being rounded."""
+    for name, loader in loaders.items():
+        monkeypatch.setattr(subject_extraction, name, loader)
     monkeypatch.setattr(subject_stores, "to_float16", lambda values: values.numpy())
 
     def run(*records: ClipRecord, kinds: tuple[Kind, ...] = BOTH, **options: Any) -> list[Outcome]:
@@ -142,34 +132,25 @@ def skipped(outcome: Outcome) -> ClipSkipped:
 
 
 @pytest.fixture
+def decoded_THWC(record: ClipRecord, clips: ClipsConfig) -> np.ndarray:
+    """The clip's frames as SAM2 gets them: the codec has changed what was drawn."""
+    return load_clip(record, clips).frames_THWC
+
+
+@pytest.fixture
 def stock_tracks(
-    frames_THWC: np.ndarray, mask_HW: np.ndarray, stock: Callable[..., Any]
+    decoded_THWC: np.ndarray, mask_HW: np.ndarray, stock: Callable[..., Any]
 ) -> tuple[Any, Any]:
     """What the stock predictor makes of the clip, and of its reverse from the last mask."""
-    forward = stock(frames_THWC, lambda p, state: p.add_new_mask(state, 0, 1, mask_HW))
+    forward = stock(decoded_THWC, lambda p, state: p.add_new_mask(state, 0, 1, mask_HW))
     last = forward.last_mask()
-    backward = stock(frames_THWC[::-1], lambda p, state: p.add_new_mask(state, 0, 1, last))
+    backward = stock(decoded_THWC[::-1], lambda p, state: p.add_new_mask(state, 0, 1, last))
     return forward, backward
 
 
 @pytest.fixture
-def lossless(frames_THWC: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clips are decoded to exactly the frames that were drawn: the stock side gets those."""
-    from dataclasses import replace
-
-    from stages.extract_features import subject_extraction
-
-    load = subject_extraction.load_clip
-    monkeypatch.setattr(
-        subject_extraction,
-        "load_clip",
-        lambda record, clips: replace(load(record, clips), frames_THWC=frames_THWC),
-    )
-
-
-@pytest.fixture
 def raw_directions(
-    stock_tracks: tuple[Any, Any], lossless: None
+    stock_tracks: tuple[Any, Any],
 ) -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
     """The stock predictor's raw features [T, C, 8, 8], forward and backward, in clip order."""
 
@@ -184,9 +165,15 @@ def raw_directions(
     return directions
 
 
-@pytest.mark.parametrize("features", ["memory_attention", "memory_encoder"])
-@pytest.mark.parametrize("time_rate", ["frame", "latent"])
-@pytest.mark.parametrize("grid", ["student", "native"])
+@pytest.mark.parametrize(
+    ("features", "time_rate", "grid"),
+    [
+        ("memory_attention", "frame", "student"),
+        ("memory_attention", "latent", "native"),
+        ("memory_encoder", "latent", "student"),
+        ("memory_encoder", "frame", "native"),
+    ],
+)
 def test_the_fused_gram_flow_is_the_weighted_sum_of_the_stock_directions(
     features: str,
     time_rate: str,
@@ -261,7 +248,6 @@ def test_masks_are_the_stock_predictors_at_a_quarter_of_the_frame(
     record: ClipRecord,
     extract: Callable[..., list[Outcome]],
     stock_tracks: tuple[Any, Any],
-    lossless: None,
 ) -> None:
     (outcome,) = extract(record, kinds=("masks",))
     arrays = entry(outcome, "masks").arrays
@@ -489,18 +475,17 @@ def test_a_batch_of_clips_equals_clip_by_clip(
 
 def test_the_datasets_prompt_for_the_last_frame_starts_the_backward_track(
     make_record: Callable[..., ClipRecord],
-    frames_THWC: np.ndarray,
+    decoded_THWC: np.ndarray,
     mask_HW: np.ndarray,
     subject_mask: Callable[..., np.ndarray],
     clips: ClipsConfig,
     extract: Callable[..., list[Outcome]],
     stock: Callable[..., Any],
-    lossless: None,
 ) -> None:
     last_HW = subject_mask(clips.height, clips.width, shift=0.01 * (clips.num_frames - 1))
     record = make_record(SubjectPrompt(mask_HW=mask_HW), last=[SubjectPrompt(mask_HW=last_HW)])
     (outcome,) = extract(record, backward_prompt="dataset")
-    backward = stock(frames_THWC[::-1], lambda p, state: p.add_new_mask(state, 0, 1, last_HW))
+    backward = stock(decoded_THWC[::-1], lambda p, state: p.add_new_mask(state, 0, 1, last_HW))
     raw_TCHW = np.stack([backward.attended[t].numpy() for t in sorted(backward.attended)])[::-1]
     direction = on_grid(raw_TCHW, *clips.token_grid)
     features = entry(outcome).arrays["features"]
@@ -542,8 +527,6 @@ def test_a_prompt_on_a_later_frame_is_tracked_both_ways_from_there(
 @pytest.mark.parametrize("keep_encoded", ["host", "disk"])
 def test_where_frames_wait_changes_nothing(
     keep_encoded: str,
-    teacher: TeacherConfig,
-    clips: ClipsConfig,
     record: ClipRecord,
     extract: Callable[..., list[Outcome]],
 ) -> None:
@@ -551,55 +534,22 @@ def test_where_frames_wait_changes_nothing(
     for kind in BOTH:
         for name, array in entry(plain, kind).arrays.items():
             np.testing.assert_array_equal(entry(elsewhere, kind).arrays[name], array)
-    moved = teacher.model_copy(update={"keep_encoded": keep_encoded})
-    assert hashes(moved, clips) == hashes(teacher, clips)
 
 
-def hashes(config: TeacherConfig, clips: ClipsConfig) -> list[str]:
-    return [s.hash for s in SubjectExtraction(config, clips, kinds=BOTH).settings.values()]
-
-
-@pytest.mark.parametrize(
-    ("options", "teacher_changes", "masks_change"),
-    [
-        ({"clips_per_batch": 4, "frames_per_batch": 2, "compile": True}, False, False),
-        ({"forward_weight": 0.3}, True, False),
-        ({"fusion": "average"}, True, False),
-        ({"features": "memory_encoder"}, True, False),
-        ({"time_rate": "latent"}, True, False),
-        ({"grid": "native"}, True, False),
-        ({"max_subjects": 2}, False, False),
-        ({"subjects": "each"}, True, True),
-        ({"fusion": "forward"}, True, True),
-        ({"min_cycle_consistency": 0.5}, True, True),
-        ({"backward_prompt": "dataset"}, True, True),
-        ({"precision": "bf16"}, True, True),
-        ({"image_size": 64}, True, True),
-        ({"prompts": ("dataset", "automatic")}, True, True),
-    ],
-)
-def test_settings_change_with_what_changes_the_store(
-    options: dict[str, Any],
-    teacher_changes: bool,
-    masks_change: bool,
-    teacher: TeacherConfig,
-    clips: ClipsConfig,
+def test_settings_hold_what_the_models_and_the_prompts_are(
+    teacher: TeacherConfig, clips: ClipsConfig, tmp_path: Path
 ) -> None:
-    plain = hashes(teacher, clips)
-    changed = hashes(teacher.model_copy(update=options), clips)
-    assert [a != b for a, b in zip(plain, changed, strict=True)] == [teacher_changes, masks_change]
+    def settings(**options: Any) -> Any:
+        config = teacher.model_copy(update=options)
+        return SubjectExtraction(config, clips, kinds=("masks",)).settings["masks"]
 
-
-@pytest.mark.parametrize(
-    ("fusion", "subjects", "parts"),
-    [("gram_flow", "union", 2), ("average", "union", 1), ("gram_flow", "each", 8)],
-)
-def test_the_teacher_store_says_how_it_is_laid_out(
-    fusion: str, subjects: str, parts: int, teacher: TeacherConfig, clips: ClipsConfig
-) -> None:
-    config = teacher.model_copy(update={"fusion": fusion, "subjects": subjects, "grid": "native"})
-    settings = SubjectExtraction(config, clips, kinds=("teacher",)).settings["teacher"]
-    assert settings.values["parts"] == parts
-    assert (settings.values["grid"], settings.values["grid_source"]) == ([8, 8], "native")
-    assert settings.arrays["features"].shape == (9, 8, 8, 32 * parts)
-    assert settings.arrays["valid"].shape == (9,)
+    plain = settings()
+    weights = torch.load(teacher.checkpoint, weights_only=True)
+    weights["model"]["no_mem_embed"] += 1
+    torch.save(weights, tmp_path / "other.pt")
+    for options in (
+        {"checkpoint": str(tmp_path / "other.pt")},
+        {"image_size": 64},
+        {"prompts": ("dataset", "automatic")},
+    ):
+        assert settings(**options).hash != plain.hash, options
