@@ -1,16 +1,20 @@
 """Stage one from end to end: every kind over the dataset's shards; the pipeline calls it."""
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cache_schema import JSON, StoreReader, StoreWriter
 from stages.clips import ClipDataset, ClipsConfig, input_shard_name, open_dataset
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig, Kind
+from stages.extract_features.extraction import Extraction
 from stages.extract_features.failure_manifest import FAILURES_FILE, failures_listed
 from stages.extract_features.jobs import plan_jobs
 from stages.extract_features.local_engine import EngineReport, LocalEngine
 from stages.extract_features.make_extractions import device_named, make_extractions
+from stages.extract_features.ray_engine import RayEngine
+from stages.extract_features.ray_worker import WorkerSetup
 from stages.extract_features.summary import ExtractSummary, KindSummary
 from stages.progress import Progress
 
@@ -59,31 +63,54 @@ def extract_features(
             f"extract.engine=ray starts its own workers, but a launcher started {world_size} "
             "processes; run it without torchrun, or with extract.engine=local"
         )
-    device = device_named(config.device, rank)
     dataset = open_dataset(clips)
     shards = {shard.name: shard for shard in dataset.shards}
+    engine: RayEngine | LocalEngine
+    if config.engine == "ray":
+        setup = WorkerSetup(
+            config=config,
+            clips=clips,
+            model=model,
+            cache_root=cache_root.expanduser().resolve(),
+            folder=Path.cwd(),
+        )
+        engine = RayEngine(setup, shards)
+    else:
+        engine = LocalEngine(shards, device_named(config.device, rank), rank, world_size)
     extractions = make_extractions(config, clips, model)
-    engine = LocalEngine(shards, device, rank, world_size)
-    stores = [
-        {
-            kind: StoreWriter.open(cache_root, settings, provenance=provenance)
-            for kind, settings in extraction.settings.items()
-        }
-        for extraction in extractions
-    ]
-    summaries: list[KindSummary] = []
-    with failures_listed(cache_root), engine:
-        plans = [plan_jobs(dataset, writers, retry_failed=retry_failed) for writers in stores]
-        for extraction, writers, jobs in zip(extractions, stores, plans, strict=True):
-            started = time.perf_counter()
-            report = EngineReport()
-            if any(job.is_pending(writers) for job in jobs):
-                report = engine.run(extraction, writers, jobs, progress)
-            seconds = time.perf_counter() - started
-            summaries += [
-                _summary(kind, writer, dataset, report, seconds) for kind, writer in writers.items()
-            ]
+    with engine:
+        stores = [
+            {
+                kind: StoreWriter.open(cache_root, settings, provenance=provenance)
+                for kind, settings in extraction.settings.items()
+            }
+            for extraction in extractions
+        ]
+        with failures_listed(cache_root):
+            summaries = _fill(engine, dataset, extractions, stores, progress, retry_failed)
     return ExtractSummary(kinds=tuple(summaries), failures=cache_root / FAILURES_FILE)
+
+
+def _fill(
+    engine: RayEngine | LocalEngine,
+    dataset: ClipDataset,
+    extractions: Sequence[Extraction],
+    stores: Sequence[Mapping[Kind, StoreWriter]],
+    progress: Progress,
+    retry_failed: bool,
+) -> list[KindSummary]:
+    plans = [plan_jobs(dataset, writers, retry_failed=retry_failed) for writers in stores]
+    summaries: list[KindSummary] = []
+    for extraction, writers, jobs in zip(extractions, stores, plans, strict=True):
+        started = time.perf_counter()
+        report = EngineReport()
+        if any(job.is_pending(writers) for job in jobs):
+            report = engine.run(extraction, writers, jobs, progress)
+        seconds = time.perf_counter() - started
+        summaries += [
+            _summary(kind, writer, dataset, report, seconds) for kind, writer in writers.items()
+        ]
+    return summaries
 
 
 def _summary(
