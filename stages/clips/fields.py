@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from stages.clips.limits import MAX_FRAME_PIXELS, MAX_SUBJECTS
+from stages.clips.limits import MAX_FRAME_PIXELS, MAX_POINTS, MAX_SUBJECTS, MAX_TEXT_BYTES
 from stages.clips.prompts import SubjectPrompt
 
 # Legend: H W pixels, N points.
@@ -22,7 +22,7 @@ def caption_from_fields(fields: Mapping[str, Any]) -> str | None:
     """The caption among a record's fields; None when missing or blank.
 
     Raises:
-        ValueError: It is something other than text.
+        ValueError: It is something other than text, or longer than MAX_TEXT_BYTES.
     """
     return _text(fields, "caption")
 
@@ -31,7 +31,7 @@ def phrase_from_fields(fields: Mapping[str, Any]) -> str | None:
     """The words for the subject (`subject`) among a record's fields; None when missing or blank.
 
     Raises:
-        ValueError: It is something other than text.
+        ValueError: It is something other than text, or longer than MAX_TEXT_BYTES.
     """
     return _text(fields, "subject")
 
@@ -125,6 +125,8 @@ def _prompt(fields: Mapping[str, Any], read_mask: MaskReader | None) -> SubjectP
         return SubjectPrompt(box_xyxy=(x0, y0, x1, y1))
     if fields.get("points") is not None:
         points_xy = _numbers(fields["points"], "points")
+        if len(np.atleast_1d(points_xy)) > MAX_POINTS:
+            raise ValueError(f"{len(points_xy)} points are given, at most {MAX_POINTS} are read")
         labels = _numbers(fields.get("point_labels", np.ones(points_xy.shape[:1])), "point_labels")
         if (labels % 1).any():
             raise ValueError(f"point_labels must be 0 or 1, got {_short(fields['point_labels'])}")
@@ -144,9 +146,11 @@ def _text(fields: Mapping[str, Any], name: str) -> str | None:
     if not isinstance(text, str):
         raise ValueError(f"{name} must be text, got {_short(text)}")
     try:
-        text.encode("utf-8")
+        num_bytes = len(text.encode("utf-8"))
     except UnicodeEncodeError as error:
         raise ValueError(f"{name} is not UTF-8") from error
+    if num_bytes > MAX_TEXT_BYTES:
+        raise ValueError(f"{name} has {num_bytes:,} bytes, at most {MAX_TEXT_BYTES:,} fit")
     return text.strip() or None
 
 

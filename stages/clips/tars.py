@@ -17,7 +17,13 @@ from stages.clips.fields import (
     subjects_from_fields,
 )
 from stages.clips.keys import VIDEO_SUFFIXES, KeyBook
-from stages.clips.limits import MAX_MASK_BYTES, MAX_SUBJECTS, MAX_TEXT_BYTES, MAX_VIDEO_BYTES
+from stages.clips.limits import (
+    MAX_JSON_BYTES,
+    MAX_MASK_BYTES,
+    MAX_SUBJECTS,
+    MAX_TEXT_BYTES,
+    MAX_VIDEO_BYTES,
+)
 from stages.clips.records import BadRecord, ClipRecord
 from stages.clips.tar_reading import TarReader
 
@@ -103,7 +109,7 @@ def _masks(
 def _json_fields(members: dict[str, tarfile.TarInfo], reader: TarReader) -> dict[str, Any]:
     if "json" not in members:
         return {}
-    content = reader.content(members["json"], MAX_TEXT_BYTES)
+    content = reader.content(members["json"], MAX_JSON_BYTES)
     try:
         fields = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:

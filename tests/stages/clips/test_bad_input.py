@@ -296,7 +296,31 @@ CASES = {
             hole("bad.txt", 1 << 30),
         ],
         outcomes={"bad": "bad_record"},
+        words="at most 65,536 fit",
+    ),
+    "JSON over the limit": Case(
+        members=lambda t: [
+            ("bad.mp4", t.encode(t.counting_frames(9))),
+            hole("bad.json", 1 << 30),
+        ],
+        outcomes={"bad": "bad_record"},
         words="at most 16,777,216 fit",
+    ),
+    "a caption in JSON over the limit": Case(
+        members=lambda t: [
+            ("bad.mp4", t.encode(t.counting_frames(9))),
+            ("bad.json", json.dumps({"caption": "dog " * 20_000}).encode()),
+        ],
+        outcomes={"bad": "bad_record"},
+        words="80,000 bytes, at most 65,536 fit",
+    ),
+    "points without end": Case(
+        members=lambda t: [
+            ("bad.mp4", t.encode(t.counting_frames(9))),
+            ("bad.json", json.dumps({"points": [[1, 1]] * 2000}).encode()),
+        ],
+        outcomes={"bad": "bad_prompt"},
+        words="2000 points are given, at most 1024 are read",
     ),
     "a mask over the limit": Case(
         members=lambda t: [
