@@ -47,11 +47,12 @@ def test_null_fps_takes_frames_as_stored(tools, config):
     assert clip.geometry.sampling == "consecutive"
 
 
-def test_uneven_times_are_honoured(tools, config):
+@pytest.mark.parametrize("container", ["matroska", "mp4"])
+def test_uneven_times_are_honoured(tools, config, container):
     # 16 frames/s on average; instants are 0, 125, 250, … 1000 ms.
     times = [0, 20, 130, 140, 240, 260, 370, 380, 490, 520, 600, 640, 740, 760, 870, 880, 990, 1020]
     video = tools.encode(
-        tools.counting_frames(18), fps=16, container="matroska", times=times,
+        tools.counting_frames(18), fps=16, container=container, times=times,
         options={"bframes": "0"},
     )  # fmt: skip
     clip = load_clip(tools.record_of(video), config())
