@@ -186,6 +186,37 @@ def test_saying_twice_that_a_clip_is_skipped_records_it_once(
     assert "k" in reader
 
 
+def test_what_a_retry_found_counts_and_what_it_brought_in_is_no_longer_skipped(
+    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
+) -> None:
+    writer = StoreWriter.open(tmp_path, settings, provenance={})
+
+    def write(name: str, clips: str, skipped: dict[str, str]) -> None:
+        with writer.shard(name, source=f"source of {name}") as shard:
+            for key in clips:
+                shard.add(key, clip_of(key))
+            for key, reason in skipped.items():
+                shard.skip(key, reason, f"as {name} says")
+            shard.commit()
+
+    write("0", "a", {"b": "undecodable", "c": "too_short", "d": "no_prompt"})
+    write("0-retry2", "b", {"c": "subject_lost"})
+    write("0-retry10", "", {"c": "nothing_found"})
+    write("1", "e", {"f": "too_short"})
+    reader = StoreReader(writer.path)
+    assert reader.keys == ("a", "b", "e")
+    assert [(c.key, c.reason, c.shard) for c in reader.skipped] == [
+        ("d", "no_prompt", "0"),
+        ("c", "nothing_found", "0-retry10"),
+        ("f", "too_short", "1"),
+    ]
+    with pytest.raises(ClipMissing, match="as 0-retry10 says"):
+        reader.read("c")
+    assert reader.shards == ("0", "0-retry10", "0-retry2", "1")
+    assert reader.source_of("0-retry2") == "source of 0-retry2"
+    assert verify_store(writer.path).problems == ()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

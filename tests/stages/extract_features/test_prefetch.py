@@ -1,4 +1,4 @@
-"""The look-ahead thread: order, errors in place, bounded, stopped when it is no longer wanted."""
+"""The look-ahead threads: order, errors in place, bounded, stopped when no longer wanted."""
 
 import threading
 import time
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from stages.extract_features.prefetch import prefetch
+from stages.extract_features.prefetch import prefetch, prefetch_map
 
 
 def test_items_come_in_order() -> None:
@@ -59,3 +59,46 @@ def test_closing_stops_the_thread() -> None:
     next(got)
     got.close()
     assert "prefetch" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_what_threads_make_comes_in_the_order_of_the_items() -> None:
+    later_is_done = threading.Event()
+
+    def first_waits_for_second(number: int) -> int:
+        if number == 0:
+            assert later_is_done.wait(60)
+        if number == 1:
+            later_is_done.set()
+        return -number
+
+    got = prefetch_map(first_waits_for_second, range(50), ahead=3, threads=2)
+    assert list(got) == [-number for number in range(50)]
+    assert list(prefetch_map(first_waits_for_second, [], ahead=3, threads=2)) == []
+
+
+def failing_at(place: int) -> Iterator[int]:
+    yield from range(place)
+    raise OSError("disk")
+
+
+def test_an_error_of_the_items_or_of_the_function_is_raised_at_its_place() -> None:
+    got = prefetch_map(lambda number: number, failing_at(2), ahead=4, threads=2)
+    assert [next(got), next(got)] == [0, 1]
+    with pytest.raises(OSError, match="disk"):
+        next(got)
+    got = prefetch_map(lambda number: 1 // (2 - number), range(9), ahead=4, threads=2)
+    assert [next(got), next(got)] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(got)
+
+
+def test_no_more_is_under_way_than_asked_for() -> None:
+    made: list[int] = []
+    got = prefetch_map(made.append, range(100), ahead=3, threads=2)
+    next(got)
+    while len(made) < 4:  # taken, and three ahead
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert len(made) == 4
+    got.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith(("prefetch", "prepare"))]

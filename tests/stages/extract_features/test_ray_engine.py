@@ -18,6 +18,7 @@ from stages.extract_features import ray_engine
 from stages.extract_features.config import ExtractConfig, RayConfig
 from stages.extract_features.extract import extract_features
 from stages.extract_features.jobs import ShardJob
+from stages.extract_features.make_extractions import make_extractions
 from stages.extract_features.ray_worker import RayWorker, WorkReport
 from stages.progress import SilentProgress
 
@@ -123,7 +124,7 @@ class Breaks(RayWorker):
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """Ray on this machine, as the engine starts it; it starts in 5 to 20 s."""
+    """Ray on this machine, as the engine starts it: seconds, so one for all tests."""
     ray = pytest.importorskip("ray", reason="Ray is an extra: pip install 'sam2videox[ray]'")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with ray_engine.ray_cluster(WORKERS):
@@ -156,12 +157,23 @@ def test_a_killed_workers_shard_is_done_by_another_to_the_same_bytes(
     # The two clips that the dead worker had staged were adopted, not made again.
     assert (found.clips_written, found.clips_already_there) == (4, 2)
 
-    other = StoreWriter.open(tmp_path / "busy", StoreReader(found.store).settings, provenance={})
+
+@pytest.mark.slow
+def test_a_shard_that_another_process_writes_is_left_alone(
+    cluster: None,
+    config: ExtractConfig,
+    two_shards: ClipsConfig,
+    tiny_base: BaseModelConfig,
+    tmp_path: Path,
+) -> None:
+    settings = make_extractions(config, two_shards, tiny_base)[0].settings["text"]
+    other = StoreWriter.open(tmp_path, settings, provenance={})
     with other.shard("00001", source="00001.tar"):
-        part = extract(config, two_shards, tiny_base, tmp_path / "busy").kinds[0]
+        part = extract(config, two_shards, tiny_base, tmp_path).kinds[0]
     assert (part.clips_written, part.busy_shards) == (3, ("00001",))
 
 
+@pytest.mark.slow
 def test_workers_that_keep_dying_stop_the_run(
     cluster: None,
     config: ExtractConfig,
@@ -176,6 +188,7 @@ def test_workers_that_keep_dying_stop_the_run(
         extract(once, two_shards, tiny_base, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_error_in_a_worker_stops_the_run_with_its_note(
     cluster: None,
     config: ExtractConfig,

@@ -1,0 +1,194 @@
+"""Retrying what was left out: into further shards, with nothing finished touched."""
+
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cache_schema import ShardWriter, StoreReader, verify_store
+from cache_schema.layout import retry_number
+from stages.clips import ClipsConfig, retry_shard_name
+from stages.config import BaseModelConfig
+from stages.extract_features.config import ExtractConfig
+from stages.extract_features.extract import extract_features
+from stages.extract_features.jobs import ShardJob, in_turn
+from stages.extract_features.summary import ExtractSummary
+from stages.progress import SilentProgress
+
+LOST = "00000/clip001"
+BAD = "00001/clip004"
+
+
+class Road:
+    """Runs the driver on one cache folder with the stub in SAM2's place."""
+
+    def __init__(
+        self, config: ExtractConfig, clips: ClipsConfig, base: BaseModelConfig, root: Path
+    ):
+        self.config = config
+        self.clips = clips
+        self.base = base
+        self.root = root
+
+    def run(self, **options: Any) -> ExtractSummary:
+        return extract_features(
+            self.config,
+            self.clips,
+            self.base,
+            self.root,
+            provenance={},
+            progress=SilentProgress(),
+            **options,
+        )
+
+    def commits(self) -> dict[str, int]:
+        return {
+            f"{path.parent.parent.name[:5]} {path.stem}": path.stat().st_mtime_ns
+            for path in sorted(self.root.glob("*/commits/*.json"))
+        }
+
+
+@pytest.fixture
+def road(
+    extract_config: ExtractConfig,
+    two_shards: ClipsConfig,
+    tiny_base: BaseModelConfig,
+    tmp_path: Path,
+    stub_tracking: Any,
+) -> Road:
+    config = extract_config.model_copy(update={"kinds": ("teacher", "masks")})
+    return Road(config, two_shards, tiny_base, tmp_path / "cache")
+
+
+def test_names_of_retries_mean_the_same_to_the_driver_and_to_readers() -> None:
+    assert [retry_number(retry_shard_name("00000", n)) for n in (1, 2, 17)] == [1, 2, 17]
+    assert retry_number("00000") == 0
+
+
+def test_what_now_succeeds_goes_into_a_further_shard(road: Road, stub_tracking: Any) -> None:
+    stub_tracking.lost = {LOST}
+    first = road.run()
+    assert [[c.key for c in kind.skipped] for kind in first.kinds] == [[LOST, BAD]] * 2
+    before = road.commits()
+    stub_tracking.lost = set()
+    stub_tracking.batches.clear()
+
+    second = road.run(retry_failed=True)
+
+    assert stub_tracking.batches == [[LOST]]
+    after = road.commits()
+    assert {name: after[name] for name in before} == before
+    assert sorted(set(after) - set(before)) == [
+        f"{kind} {shard}-retry1" for kind in ("masks", "teach") for shard in ("00000", "00001")
+    ]
+    for kind in second.kinds:
+        assert (kind.clips_written, kind.clips_already_there) == (1, 4)
+        assert [(c.key, c.shard) for c in kind.skipped] == [(BAD, "00001-retry1")]
+        reader = StoreReader(kind.store)
+        assert reader.record(LOST).shard == "00000-retry1"
+        assert reader.record(LOST).source == "00000.tar, retry 1"
+        assert verify_store(kind.store).problems == ()
+    assert second.failures is not None
+    assert second.failures.read_text().count(BAD) == 2
+    assert LOST not in second.failures.read_text()
+
+
+def test_without_the_request_and_without_a_failure_nothing_is_retried(
+    road: Road, stub_tracking: Any
+) -> None:
+    road.run()
+    before = road.commits()
+    road.run()
+    assert road.commits() == before
+    road.config = road.config.model_copy(update={"kinds": ("text",)})
+    road.run()
+    before = road.commits()
+    road.run(retry_failed=True)
+    assert road.commits() == before
+
+
+def test_every_retry_is_a_shard_of_its_own_and_the_newest_counts(
+    road: Road, stub_tracking: Any
+) -> None:
+    stub_tracking.lost = {LOST}
+    road.run()
+    for attempt in (1, 2):
+        summary = road.run(retry_failed=True)
+        for kind in summary.kinds:
+            assert [(c.key, c.reason, c.shard) for c in kind.skipped] == [
+                (LOST, "subject_lost", f"00000-retry{attempt}"),
+                (BAD, "undecodable", f"00001-retry{attempt}"),
+            ]
+            assert kind.clips_written == 0
+
+
+def test_a_store_is_retried_alone_where_only_it_left_a_clip_out(
+    road: Road, stub_tracking: Any
+) -> None:
+    stub_tracking.infinite = {LOST}
+    road.run()
+    stub_tracking.infinite = set()
+    teacher, masks = road.run(retry_failed=True).kinds
+    assert (teacher.clips_written, masks.clips_written) == (1, 0)
+    assert "masks 00000-retry1" not in road.commits()
+    assert LOST in StoreReader(teacher.store)
+
+
+def test_an_interrupted_retry_goes_on_as_the_same_shard(
+    road: Road, stub_tracking: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"00000/clip000", LOST}
+    stub_tracking.lost = set(keys)
+    road.run()
+    stub_tracking.lost = set()
+    add = ShardWriter.add
+
+    def full(self: Any, key: str, *rest: Any) -> None:
+        if key == LOST:
+            raise OSError("No space left on device")
+        add(self, key, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "add", full)
+        with pytest.raises(OSError, match="No space left"):
+            road.run(retry_failed=True)
+    summary = road.run(retry_failed=True)
+    for kind in summary.kinds:
+        reader = StoreReader(kind.store)
+        assert {reader.record(key).shard for key in keys} == {"00000-retry1"}
+        assert kind.clips_written == 1
+
+
+def test_a_clip_that_has_left_the_dataset_is_recorded_as_such(
+    road: Road, stub_tracking: Any, tmp_path: Path
+) -> None:
+    stub_tracking.lost = {LOST}
+    copy = shutil.copytree(road.clips.path, tmp_path / "clips")
+    road.clips = road.clips.model_copy(update={"path": copy})
+    road.run()
+    whole = copy / "00000.tar"
+    whole.rename(tmp_path / "old.tar")
+    with tarfile.open(tmp_path / "old.tar") as old, tarfile.open(whole, "w") as new:
+        for member in old:
+            if not member.name.startswith("clip001"):
+                new.addfile(member, old.extractfile(member))
+    for kind in road.run(retry_failed=True).kinds:
+        left_out = kind.skipped[0]
+        assert (left_out.key, left_out.reason) == (LOST, "bad_record")
+        assert left_out.detail == "the dataset no longer holds this clip"
+
+
+def test_workers_begin_with_their_own_share_and_take_the_others_from_the_back() -> None:
+    jobs = [
+        ShardJob(input_name=str(n), name=str(n), source="", keys={}, is_retry=False)
+        for n in range(7)
+    ]
+    orders = [[int(job.name) for job in in_turn(jobs, rank, 3)] for rank in range(3)]
+    assert orders == [
+        [0, 3, 6, 4, 1, 5, 2],
+        [1, 4, 5, 2, 6, 3, 0],
+        [2, 5, 6, 3, 0, 4, 1],
+    ]
+    assert [job.name for job in in_turn(jobs, 0, 1)] == [job.name for job in jobs]
