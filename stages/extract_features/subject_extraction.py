@@ -173,10 +173,12 @@ class SubjectExtraction:
     ) -> Outcome:
         """A clip's entries, or why it has none."""
         found: list[SubjectTrack] = []
-        for track in tracks:
-            if isinstance(track, ClipSkipped):
-                return track
-            found.append(track)
+        for number, track in enumerate(tracks):
+            if isinstance(track, SubjectTrack):
+                found.append(track)
+                continue
+            which = f"subject {number + 1} of {len(tracks)}: " if len(tracks) > 1 else ""
+            return ClipSkipped(track.reason, which + track.detail)
         skipped = refusal(found, min_cycle_consistency=self._config.min_cycle_consistency)
         if skipped is not None:
             return skipped

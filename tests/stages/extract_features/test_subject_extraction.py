@@ -425,6 +425,19 @@ def test_more_subjects_than_there_is_room_for_are_skipped(
     assert outcome.reason == "too_many_subjects" and outcome.detail.startswith("2 subjects")
 
 
+def test_a_lost_subject_among_several_is_named(
+    make_record: Callable[..., ClipRecord],
+    subjects: tuple[SubjectPrompt, SubjectPrompt],
+    extract: Callable[..., list[Outcome]],
+    lose_subject: Callable[[Callable[[int, int], bool]], None],
+) -> None:
+    steps = iter(range(1000))
+    lose_subject(lambda *_: next(steps) >= 9)  # the second forward track is the second pass
+    outcome = skipped(extract(make_record(*subjects), subjects="each")[0])
+    assert outcome.reason == "subject_lost"
+    assert outcome.detail == "subject 2 of 2: the forward track, from frame 0, sees it nowhere"
+
+
 def test_the_union_of_masks_is_tracked_as_one_mask(
     make_record: Callable[..., ClipRecord],
     mask_HW: np.ndarray,
