@@ -1,7 +1,7 @@
 """Streams tracked side by side equal the same streams tracked one at a time.
 
-To 5e-6 where memories are kept in float32. The engine keeps them in bfloat16, as the stock predictor
-does, and a difference in float32's last bit can change bfloat16's last bit: to 1e-4 then.
+To 5e-6 where memories are kept in float32. The engine keeps them in bfloat16, as the stock
+predictor does, and a difference in float32's last bit can change bfloat16's last bit: to 1e-4 then.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Masks of prompts and proposals of points, against sam2's own predictors."""
+"""Masks of prompts and proposals of points, against sam2's own mask heads."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from stages.extract_features.encoded_frames import EncodedFrames
-from stages.extract_features.sam2_inputs import Sam2Prompt
+from stages.extract_features.sam2_inputs import Sam2Prompt, normalise_for_sam2
 from stages.extract_features.sam2_tracker import build_sam2
 from stages.extract_features.two_way_tracking import TrackRequest, TwoWayTracker
 
@@ -49,20 +48,38 @@ def prompts() -> list[Sam2Prompt]:
     ]
 
 
-def test_proposals_equal_the_stock_image_predictor(
+@torch.inference_mode()
+def stock_click(
+    model: Any, frame_SS3: np.ndarray, point: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The three masks and their predicted IoU of a click on an image, by sam2's own SAM heads."""
+    outputs = model.forward_image(normalise_for_sam2(frame_SS3[None], torch.device("cpu")))
+    _, vision_feats, _, sizes = model._prepare_backbone_features(outputs)
+    vision_feats[-1] = vision_feats[-1] + model.no_mem_embed
+    maps = [
+        feats.permute(1, 2, 0).view(1, -1, *size)
+        for feats, size in zip(vision_feats, sizes, strict=True)
+    ]
+    clicks = {
+        "point_coords": torch.tensor(point, dtype=torch.float32)[None, None],
+        "point_labels": torch.ones(1, 1, dtype=torch.int32),
+    }
+    logits, _, ious, *_ = model._forward_sam_heads(
+        maps[-1], clicks, high_res_features=maps[:-1], multimask_output=True
+    )
+    return logits[0], ious[0]
+
+
+def test_proposals_equal_clicks_on_an_image(
     tracker: TwoWayTracker, encoded: EncodedFrames, frames_TSS3: np.ndarray
 ) -> None:
-    stock = SAM2ImagePredictor(tracker.model)
-    stock.set_image(frames_TSS3[1])
     proposals = tracker.propose_masks(encoded, 1, torch.from_numpy(POINTS), points_per_batch=2)
     assert proposals.logits.shape == (5, 3, 32, 32)
     assert proposals.predicted_iou.shape == (5, 3)
     for n, point in enumerate(POINTS):
-        _, ious, logits = stock.predict(point[None], np.array([1]), multimask_output=True)
-        # The stock predictor clips its logits to [-32, 32].
-        ours = proposals.logits[n].clamp(-32, 32).numpy()
-        np.testing.assert_allclose(ours, logits, atol=5e-6)
-        np.testing.assert_allclose(proposals.predicted_iou[n].numpy(), ious, atol=5e-6)
+        logits, ious = stock_click(tracker.model, frames_TSS3[1], point)
+        torch.testing.assert_close(proposals.logits[n], logits, atol=5e-6, rtol=0)
+        torch.testing.assert_close(proposals.predicted_iou[n], ious, atol=5e-6, rtol=0)
     assert proposals.logits.std() > 1e-3
     assert (proposals.logits[0] - proposals.logits[1]).abs().max() > 1e-3
 
