@@ -1,0 +1,195 @@
+"""`extract-features --dry-run`: what stage one would take, from headers and shapes alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import ConfigError, RunConfig
+from pipeline.console import Answer, in_bytes, in_time
+from stages.progress import Progress
+
+if TYPE_CHECKING:
+    from stages.extract_features.estimate import Estimate, KindEstimate, PassEstimate
+
+_SKIPPED_SHOWN = 20
+
+
+def run(config: RunConfig, progress: Progress) -> Answer:
+    """Estimate; neither the cache nor the demo's clips and models are written.
+
+    Raises:
+        ConfigError: The demo's clips are not drawn yet.
+    """
+    if config.demo is not None and not config.data.path.exists():
+        raise ConfigError(
+            f"there is no {config.data.path} yet: the demo's clips are drawn by the first command "
+            "that works on them, such as extract-features without --dry-run"
+        )
+    from stages.extract_features.estimate import estimate
+
+    found = estimate(config.extract, config.data, config.model, config.cache, progress=progress)
+    rows = _dataset_rows(found)
+    for one in found.passes:
+        for kind in found.kinds:
+            if kind.kind in one.kinds:
+                rows += _kind_rows(kind)
+        rows += _pass_rows(one)
+    rows += [
+        ("disk", f"{in_bytes(found.bytes)} to be written, {in_bytes(found.free_bytes)} free"),
+        ("time", f"{in_time(found.seconds)} on one worker like this one: {found.device}"),
+    ]
+    return Answer(
+        title=f"estimate for {config.name}",
+        rows=rows,
+        data=_data(config, found),
+        notes=_notes(config, found),
+    )
+
+
+def _dataset_rows(found: Estimate) -> list[tuple[str, str]]:
+    read = "" if found.clips_probed == found.clips else f", headers of {found.clips_probed} read"
+    sources = ", ".join(f"{count} {source}" for source, count in found.prompts.items())
+    rows = [
+        ("clips", f"{found.clips} in {found.shards} shards, {in_bytes(found.dataset_bytes)}{read}"),
+        ("frames", f"{found.frames_per_clip} a clip"),
+    ]
+    return [*rows, ("prompts", sources)] if sources else rows
+
+
+def _kind_rows(kind: KindEstimate) -> list[tuple[str, str]]:
+    there = f", {kind.clips_already_there} already there" if kind.clips_already_there else ""
+    counts = Counter(clip.reason for clip in kind.skipped_clips)
+    listed = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    rows = [
+        (
+            kind.kind,
+            "not named before its weights are here" if kind.store is None else str(kind.store),
+        ),
+        ("  clips", f"{kind.clips} to be written{there}"),
+        ("  skipped", f"{kind.skipped} ({listed})" if kind.skipped_clips else "none"),
+    ]
+    if kind.bytes is None or kind.bytes_per_clip is None:
+        return [*rows, ("  disk", "unknown")]
+    size = f"{in_bytes(kind.bytes)}, {in_bytes(kind.bytes_per_clip)} a clip"
+    return [*rows, ("  disk", size)]
+
+
+def _pass_rows(one: PassEstimate) -> list[tuple[str, str]]:
+    if one.cost is None or one.flops is None or one.seconds is None:
+        return [("  memory, time", "unknown")]
+    cost = one.cost
+    parts = f"weights {in_bytes(cost.weight_bytes)}, activations {in_bytes(cost.working_bytes)}"
+    if cost.waiting_bytes:
+        parts += f", frames and maps {in_bytes(cost.waiting_bytes)}"
+    rate = f"{_in_flop(one.flops_per_second * one.usual_share)}/s"
+    together = [(", ".join(one.kinds), "from one pass")] if len(one.kinds) > 1 else []
+    return [
+        *together,
+        ("  memory", f"{in_bytes(cost.memory_bytes)} ({parts})"),
+        ("  work", f"{_in_flop(one.flops)}, {_in_flop(cost.flops_per_clip)} a clip"),
+        ("  time", f"{in_time(one.seconds)} at {rate}, both estimated"),
+    ]
+
+
+def _in_flop(number: float) -> str:
+    """Write a number of operations for people: 842 TFLOP."""
+    for unit in ("MFLOP", "GFLOP", "TFLOP", "PFLOP"):
+        number /= 1000 if unit != "MFLOP" else 1e6
+        if number < 1000:
+            break
+    return f"{number:.3g} {unit}"
+
+
+def _notes(config: RunConfig, found: Estimate) -> list[str]:
+    skipped = [
+        f"{kind.kind} would skip {clip.key}: {clip.reason} ({clip.detail})"
+        for kind in found.kinds
+        for clip in kind.skipped_clips
+    ]
+    if len(skipped) > _SKIPPED_SHOWN:
+        skipped[_SKIPPED_SHOWN:] = [
+            f"… and {len(skipped) - _SKIPPED_SHOWN} more; --json lists them"
+        ]
+    return [*skipped, *found.notes, *_warnings(config, found)]
+
+
+def _warnings(config: RunConfig, found: Estimate) -> list[str]:
+    warnings = []
+    if found.clips_probed < found.clips:
+        warnings.append(
+            f"headers of {found.clips_probed} clips in evenly spread shards were read; what is "
+            f"said of all {found.clips} is in proportion"
+        )
+    if found.bytes > found.free_bytes:
+        warnings.append(
+            f"warning: the disk of {config.cache} has {in_bytes(found.free_bytes)} free, and "
+            f"{in_bytes(found.bytes)} are to be written; set cache to a folder on a larger one"
+        )
+    for one in found.passes:
+        if one.cost is not None and one.cost.memory_bytes > found.device_bytes:
+            warnings.append(
+                f"warning: {' and '.join(one.kinds)} would take "
+                f"{in_bytes(one.cost.memory_bytes)} of memory, and {found.device} has "
+                f"{in_bytes(found.device_bytes)}"
+            )
+    for kind in found.kinds:
+        total = kind.clips + kind.skipped
+        if total and kind.skipped / total > config.extract.max_skipped:
+            warnings.append(
+                f"warning: {kind.skipped / total:.0%} of {kind.kind} would be skipped, more than "
+                f"extract.max_skipped={config.extract.max_skipped:g} allows"
+            )
+    return warnings
+
+
+def _data(config: RunConfig, found: Estimate) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "cache": str(config.cache),
+        "clips": found.clips,
+        "shards": found.shards,
+        "frames_per_clip": found.frames_per_clip,
+        "dataset_bytes": found.dataset_bytes,
+        "clips_probed": found.clips_probed,
+        "prompts": dict(found.prompts),
+        "bytes": found.bytes,
+        "free_bytes": found.free_bytes,
+        "seconds": found.seconds,
+        "device": found.device,
+        "device_bytes": found.device_bytes,
+        "warnings": [*found.notes, *_warnings(config, found)],
+        "passes": [_pass_data(one) for one in found.passes],
+    }
+    return data | {kind.kind: _kind_data(kind) for kind in found.kinds}
+
+
+def _pass_data(one: PassEstimate) -> dict[str, Any]:
+    cost = one.cost
+    return {
+        "kinds": list(one.kinds),
+        "clips": one.clips,
+        "flops": one.flops,
+        "flops_per_clip": None if cost is None else cost.flops_per_clip,
+        "flops_per_second": one.flops_per_second,
+        "usual_share": one.usual_share,
+        "seconds": one.seconds,
+        "memory_bytes": None if cost is None else cost.memory_bytes,
+        "weight_bytes": None if cost is None else cost.weight_bytes,
+        "working_bytes": None if cost is None else cost.working_bytes,
+        "waiting_bytes": None if cost is None else cost.waiting_bytes,
+    }
+
+
+def _kind_data(kind: KindEstimate) -> dict[str, Any]:
+    return {
+        "store": None if kind.store is None else str(kind.store),
+        "clips": kind.clips,
+        "clips_already_there": kind.clips_already_there,
+        "skipped_count": kind.skipped,
+        "skipped": [
+            {"key": clip.key, "reason": clip.reason, "detail": clip.detail}
+            for clip in kind.skipped_clips
+        ],
+        "bytes_per_clip": kind.bytes_per_clip,
+        "bytes": kind.bytes,
+    }

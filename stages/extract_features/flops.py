@@ -1,0 +1,160 @@
+"""Counts operations and live bytes of code that runs on shapes alone, and measures a device's rate.
+
+`model_costs` runs the models of stage one under a `Meter` on torch's meta device, where tensors
+have shapes and no values; `estimate` divides by the rate.
+"""
+
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+_SHORTEST_S = 0.05
+_REPEATS = 4
+_SMALLEST_SIDE, _LARGEST_SIDE = 256, 8192
+
+
+class Meter:
+    """Counts what runs in a `with` block: operations, and the most bytes of tensors alive at once.
+
+    A multiplication and an addition are two operations. Counted are products of matrices,
+    convolutions and attention, which are nearly all of a transformer; the rest is left out.
+    Attention counts as one fused kernel, whose table of scores is never in memory. Bytes are those
+    of tensors made within the block, without workspaces of libraries and without fragmentation.
+    """
+
+    def __init__(self) -> None:
+        self._products = FlopCounterMode(display=False)
+        self._attention = _FusedAttention()
+        self._live = _LiveBytes()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._stack.enter_context(torch.inference_mode())
+        for mode in (self._live, self._products, self._attention):
+            self._stack.enter_context(mode)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    @property
+    def flops(self) -> int:
+        """Operations so far."""
+        return int(self._products.get_total_flops()) + self._attention.flops
+
+    @property
+    def live_bytes(self) -> int:
+        """Of the tensors that are alive now."""
+        return self._live.live
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that `live_bytes` has been."""
+        return self._live.peak
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Stands in for the fused kernel: on shapes alone torch would take attention apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        query, key, value = args[:3]
+        # Two products: query with key over its width, the scores with value.
+        pairs = query.shape[:-1].numel() * key.shape[-2]
+        self.flops += 2 * pairs * (query.shape[-1] + value.shape[-1])
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows the storages that operations make until nobody holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        result = function(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            # A view of what was there before, such as a transposed weight, is nothing new.
+            if storage._cdata not in given:
+                self._follow(storage)
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        if address in self._known:
+            return
+        self._known.add(address)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, address, size)
+
+    def _forget(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.live -= size
+
+
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    return (leaf.untyped_storage() for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor))
+
+
+def weight_bytes(module: torch.nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure the rate of a product of square matrices, in operations per second.
+
+    The side grows until a product takes long enough to be timed; the fastest of some repeats
+    counts. Takes well under a second on most devices.
+    """
+    side = _SMALLEST_SIDE
+    while True:
+        seconds = min(_seconds_of_product(side, device, dtype) for _ in range(_REPEATS))
+        if seconds >= _SHORTEST_S or side >= _LARGEST_SIDE:
+            return 2 * side**3 / seconds
+        side *= 2
+
+
+def _seconds_of_product(side: int, device: torch.device, dtype: torch.dtype) -> float:
+    matrix = torch.ones(side, side, device=device, dtype=dtype)
+    _wait(device)
+    started = time.perf_counter()
+    matrix @ matrix
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

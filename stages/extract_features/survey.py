@@ -1,0 +1,142 @@
+"""What a dataset's headers tell before any work: how many clips, and which would be skipped.
+
+`estimate` adds up from here. Nothing is decoded, so that damage inside a video, a subject outside
+the crop and a subject that gets lost show in the run alone.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cache_schema import SkippedClip
+from stages.clips import (
+    BadRecord,
+    ClipRecord,
+    ClipsConfig,
+    ClipSkipped,
+    InputShard,
+    probe_clip,
+)
+from stages.extract_features.config import ExtractConfig, Kind, PromptSource, TeacherConfig
+from stages.extract_features.prompts import usable_sources
+from stages.progress import Progress
+
+MOST_PROBED = 10_000
+"""Clips whose headers are read, at most; of a larger dataset, evenly spread shards speak for it."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ShardSurvey:
+    """One shard of the dataset."""
+
+    name: str
+    num_clips: int
+    """Records, bad ones included."""
+    num_bytes: int
+    probed: bool = False
+    """Whether its clips' headers were read; what follows is empty otherwise."""
+    skipped: dict[Kind, list[SkippedClip]] = field(default_factory=dict)
+    """By kind: the clips that would be left out."""
+    prompts: Counter[PromptSource] = field(default_factory=Counter)
+    """How many clips would be prompted by each source."""
+    subjects: int = 0
+    """Of the clips that are tracked, over all of them."""
+
+
+def survey_shards(
+    shards: Sequence[InputShard],
+    config: ExtractConfig,
+    clips: ClipsConfig,
+    progress: Progress,
+    *,
+    most_probed: int = MOST_PROBED,
+) -> list[ShardSurvey]:
+    """Count every shard's clips and read the headers of all of them, or of evenly spread shards.
+
+    Args:
+        shards: Of the dataset, in order.
+        config: Which kinds, and where prompts come from.
+        clips: The length and rate that clips are brought to.
+        progress: Gets a bar for each of the two.
+        most_probed: Read the headers of about as many clips, at most; one shard at least.
+    """
+    surveys = []
+    with progress.task("count", len(shards), unit="shards") as task:
+        for shard in shards:
+            surveys.append(
+                ShardSurvey(
+                    name=shard.name, num_clips=shard.num_clips(), num_bytes=shard.num_bytes()
+                )
+            )
+            task.advance()
+    chosen = _evenly_spread([survey.num_clips for survey in surveys], most_probed)
+    total = sum(surveys[place].num_clips for place in chosen)
+    with progress.task("headers", total, unit="clips") as task:
+        for place in chosen:
+            surveys[place].probed = True
+            for record in shards[place].records():
+                _look_at(record, surveys[place], config, clips)
+                task.advance()
+    return surveys
+
+
+def _evenly_spread(num_clips: Sequence[int], most_probed: int) -> list[int]:
+    """Places of shards that hold about `most_probed` clips together, from all over the dataset."""
+    total = sum(num_clips)
+    if total <= most_probed:
+        return list(range(len(num_clips)))
+    count = max(1, len(num_clips) * most_probed // total)
+    return [place * len(num_clips) // count for place in range(count)]
+
+
+def _look_at(
+    record: ClipRecord | BadRecord, survey: ShardSurvey, config: ExtractConfig, clips: ClipsConfig
+) -> None:
+    problems = problems_of(record, config, clips)
+    for kind, problem in problems.items():
+        survey.skipped.setdefault(kind, []).append(
+            SkippedClip(
+                key=record.key, reason=problem.reason, detail=problem.detail, shard=survey.name
+            )
+        )
+    tracked: set[Kind] = {"teacher", "masks"} & set(config.kinds)
+    if isinstance(record, ClipRecord) and tracked and tracked.isdisjoint(problems):
+        source = usable_sources(config.teacher, record)[0]
+        survey.prompts[source] += 1
+        several = config.teacher.subjects == "each" and source == "dataset"
+        survey.subjects += len(record.prompts) if several else 1
+
+
+def problems_of(
+    record: ClipRecord | BadRecord, config: ExtractConfig, clips: ClipsConfig
+) -> Mapping[Kind, ClipSkipped]:
+    """Why each kind would leave a clip out; nothing for the kinds that take it."""
+    if isinstance(record, BadRecord):
+        return {kind: ClipSkipped(record.reason, record.detail) for kind in config.kinds}
+    problems: dict[Kind, ClipSkipped] = {}
+    if "text" in config.kinds and record.caption is None:
+        problems["text"] = ClipSkipped("no_caption", "the dataset gives no caption for this clip")
+    decoded: list[Kind] = [kind for kind in config.kinds if kind != "text"]
+    if decoded:
+        try:
+            probe_clip(record, clips)
+        except ClipSkipped as skipped:
+            return problems | dict.fromkeys(decoded, skipped)
+    unprompted = _prompt_problem(record, config.teacher)
+    if unprompted is not None:
+        problems |= {kind: unprompted for kind in decoded if kind != "latents"}
+    return problems
+
+
+def _prompt_problem(record: ClipRecord, config: TeacherConfig) -> ClipSkipped | None:
+    usable = usable_sources(config, record)
+    if not usable:
+        sources = ", ".join(config.prompts)
+        return ClipSkipped("no_prompt", f"the dataset gives nothing to prompt with ({sources})")
+    several = config.subjects == "each" and usable[0] == "dataset"
+    if several and len(record.prompts) > config.max_subjects:
+        return ClipSkipped(
+            "too_many_subjects",
+            f"{len(record.prompts)} subjects, extract.teacher.max_subjects={config.max_subjects}",
+        )
+    return None
