@@ -116,6 +116,9 @@ def facts_of(attributes: Mapping[str, Any], num_frames: int) -> tuple[str, ...]:
     facts = [f"prompt: {prompt['source']} {kinds} on frame {prompt['frame']}"]
     if prompt.get("phrase"):
         facts.append(f"looked for {prompt['phrase']!r}")
+    if "moves" in prompt:
+        speed = f"moves {prompt['tokens_per_frame']:.2f} tokens a frame"
+        facts.append(speed if prompt["moves"] else "stands still")
     if prompt["confidence"] is not None:
         facts.append(f"confidence {prompt['confidence']:.2f}")
     if attributes["cycle_consistency"] is not None:

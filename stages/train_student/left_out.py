@@ -20,7 +20,8 @@ class LeftOut:
     manifest: str | None
     """The manifest that `train.leave_out` names."""
     named: int
-    """Clips of every store that are left out because the manifest names them."""
+    """Clips of every store that are left out because the manifest names them; those that it names
+    and that some store lacks anyway are not counted here."""
 
     def as_dict(self) -> dict[str, JSON]:
         """For run.json."""
@@ -45,7 +46,7 @@ class LeftOut:
         if skipped:
             clauses.append(f"skipped by extraction: {', '.join(skipped)}")
         if self.manifest is not None:
-            clauses.append(f"left out, named in {self.manifest}: {self.named}")
+            clauses.append(f"left out besides, named in {self.manifest}: {self.named}")
         return clauses
 
 

@@ -159,11 +159,14 @@ def test_facts_tell_source_confidence_and_consistency():
         "3 of 9 frames valid",
         "lost at frame 7",
     )
+    chosen = {"source": "automatic", "kinds": ["mask"], "moves": True, "tokens_per_frame": 0.456}
+    assert "moves 0.46 tokens a frame" in facts_of(attributes(prompt=chosen), 9)
+    assert "stands still" in facts_of(attributes(prompt=chosen | {"moves": False}), 9)
 
 
 def clip(**prompts):
     frames_THWC = np.zeros((9, 96, 128, 3), np.uint8)
-    geometry = cover_and_crop(96, 128, height=96, width=128, source_fps=8.0)
+    geometry = cover_and_crop(96, 128, height=96, width=128, source_fps=8.0, sampling="time")
     return Clip(key="k", frames_THWC=frames_THWC, geometry=geometry, **prompts)
 
 

@@ -181,7 +181,7 @@ def test_clips_named_in_a_manifest_are_left_out(tiny, cache, tmp_path):
     assert stores.keys == ("clip/0", "clip/2", "clip/4")
     assert stores.left_out.named == 2
     assert stores.left_out.not_in_every_store == {"text": 0, "latents": 0, "teacher": 0}
-    assert stores.left_out.told() == [f"left out, named in {manifest}: 2"]
+    assert stores.left_out.told() == [f"left out besides, named in {manifest}: 2"]
 
 
 @pytest.mark.parametrize(
