@@ -2,157 +2,121 @@
 
     python tests/benchmarks/stage_one.py --architecture sam2.1_hiera_l --image-size 1024
 
-Both sides have the same random weights, frames and prompt, take turns in one process, and must
-agree before a time counts. The stock side loads a folder of images, as its users have it; ours is
-given the decoded frames, as the pipeline has them; loading is not timed on either side.
+The sides take turns in one process and must agree before a time counts. One more pass of ours,
+outside the comparison, says where its time goes, decoding and writing included.
 """
 
 import argparse
-import json
-import platform
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from sam2.build_sam import build_sam2_video_predictor
+from report import finish, machine, matmul_rate, median_and_spread, now, table
+from sam2_sides import HEIGHT, WIDTH, Ours, Stock, make_frames, random_checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from stages.clips import SubjectPrompt
-from stages.extract_features.sam2_inputs import prompt_for_sam2, resize_for_sam2
-from stages.extract_features.sam2_tracker import build_sam2, official_configs
-from stages.extract_features.two_way_tracking import TwoWayTracker
-
-# Legend: T frame, C channel, H W pixels or grid, S side of SAM2's square input.
+from cache_schema import ArraySpec, StoreSettings, StoreWriter
+from stages.clips import ClipRecord, ClipsConfig, encode_video, load_clip
+from stages.extract_features.extraction import DTYPES, to_float16
+from stages.extract_features.sam2_inputs import resize_for_sam2
+from stages.local_gram_flow import fuse_directions, resample_to_grid
 
 TOLERANCE = 5e-6
-HEIGHT, WIDTH = 480, 720
 TARGETS = {"cpu": 1.6, "cuda": 2.5}
+PARTS = {
+    "image_encoder": "image encoder",
+    "memory_attention": "memory attention",
+    "sam_prompt_encoder": "mask decoder",
+    "sam_mask_decoder": "mask decoder",
+    "memory_encoder": "memory encoder",
+}
 
 
-def make_frames(num_frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 clip of an ellipse drifting over noise, and the mask of its first frame."""
-    texture = np.random.default_rng(0).integers(0, 120, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
-    masks = [
-        ((x / WIDTH - 0.3 - 0.005 * t) / 0.15) ** 2 + ((y / HEIGHT - 0.5) / 0.25) ** 2 < 1
-        for t in range(num_frames)
-    ]
-    frames = [np.where(mask[..., None], np.uint8(230), texture) for mask in masks]
-    return np.stack(frames), masks[0]
+@contextmanager
+def timed_parts(model: Any) -> Iterator[dict[str, float]]:
+    """Seconds spent in each part of SAM2 while the block runs."""
+    seconds: dict[str, float] = defaultdict(float)
+    started: dict[str, float] = {}
+    handles = []
+    for name, part in PARTS.items():
+
+        def before(*_: Any, name: str = name) -> None:
+            started[name] = now(model.device)
+
+        def after(*_: Any, name: str = name, part: str = part) -> None:
+            seconds[part] += now(model.device) - started[name]
+
+        module = getattr(model, name)
+        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    try:
+        yield seconds
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def random_checkpoint(name: str, image_size: int, file: Path) -> None:
-    """Weights with no idle path: layer scales are not zero and the subject stays visible."""
-    torch.manual_seed(0)
-    model = build_sam2(name, None, image_size=image_size)
-    for key, weight in model.named_parameters():
-        if key.endswith("gamma"):
-            weight.normal_(std=0.1)
-        elif "pos_embed" in key or (key.endswith("bias") and not weight.any()):
-            weight.normal_(std=0.02)
-    model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.fill_(3.0)
-    torch.save({"model": model.state_dict()}, file)
+def time_decoding(frames_THWC: np.ndarray, image_size: int) -> float:
+    """Seconds to decode the clip from H.264 and squash its frames to SAM2's square."""
+    record = ClipRecord(
+        key="clip",
+        video=encode_video(frames_THWC, 8.0),
+        caption=None,
+        prompts=(),
+        last_frame_prompts=(),
+        phrase=None,
+    )
+    length = (len(frames_THWC) - 1) // 8 * 8 + 1
+    clips = ClipsConfig(path=Path(), num_frames=length, height=HEIGHT, width=WIDTH)
+    started = now(torch.device("cpu"))
+    resize_for_sam2(load_clip(record, clips).frames_THWC, image_size)
+    return (now(torch.device("cpu")) - started) * len(frames_THWC) / length
 
 
-class Stock:
-    """The stock predictor over the clip and over its reverse."""
-
-    def __init__(self, options: argparse.Namespace, checkpoint: Path, frames: np.ndarray) -> None:
-        file = official_configs()[options.architecture]
-        self.predictor = build_sam2_video_predictor(
-            f"configs/{file.parent.name}/{file.name}",
-            str(checkpoint),
-            device=options.device,
-            hydra_overrides_extra=[f"++model.image_size={options.image_size}"],
-        )
-        self.predictor.fill_hole_area = 0
-        self.folders = []
-        for name, order in (("forward", frames), ("backward", frames[::-1])):
-            folder = checkpoint.parent / name
-            folder.mkdir()
-            for number, frame in enumerate(order):
-                Image.fromarray(frame).save(folder / f"{number:05d}.jpg", format="PNG")
-            self.folders.append(folder)
-
-    def run(self, mask_HW: np.ndarray) -> tuple[float, list[torch.Tensor]]:
-        """Seconds without loading, and the features of each direction."""
-        seconds, features, mask = 0.0, [], mask_HW
-        for folder in self.folders:
-            with torch.inference_mode():
-                state = self.predictor.init_state(str(folder))
-            # It loads the images and encodes frame 0, untimed: a small favour to the stock side.
-            captured: dict[int, torch.Tensor] = {}
-            original = self.predictor._prepare_memory_conditioned_features
-
-            def capture(original: Any = original, captured: Any = captured, **k: Any) -> Any:
-                captured[k["frame_idx"]] = original(**k)
-                return captured[k["frame_idx"]]
-
-            self.predictor._prepare_memory_conditioned_features = capture
-            started = now(self.predictor.device)
-            self.predictor.add_new_mask(state, 0, 1, mask)
-            for _, _, logits_1HW in self.predictor.propagate_in_video(state):
-                last = logits_1HW
-            seconds += now(self.predictor.device) - started
-            del self.predictor._prepare_memory_conditioned_features
-            features.append(torch.cat([captured[t] for t in sorted(captured) if t > 0]))
-            low = state["output_dict_per_obj"][0]["non_cond_frame_outputs"]
-            mask = self._square_mask(low[max(low)]["pred_masks"], last.device)
-        return seconds, features
-
-    def _square_mask(self, low_11HW: torch.Tensor, device: torch.device) -> np.ndarray:
-        side = self.predictor.image_size
-        high = torch.nn.functional.interpolate(low_11HW.to(device), (side, side), mode="bilinear")
-        return (high[0, 0] > 0).cpu().numpy()
+def time_fusing_and_writing(features: list[torch.Tensor], folder: Path) -> tuple[float, float]:
+    """Seconds to bring both directions to the student's grid and fuse them; and to write them."""
+    device = features[0].device
+    started = now(device)
+    grid = HEIGHT // 16, WIDTH // 16
+    forward_THWC, backward_THWC = (resample_to_grid(maps, *grid) for maps in features)
+    fused_THWG = to_float16(
+        fuse_directions(forward_THWC, backward_THWC.flip(0), fusion="gram_flow", forward_weight=0.5)
+    )
+    fused = now(device)
+    spec = ArraySpec(dtype="float16", shape=fused_THWG.shape, dimension_names=("t", "h", "w", "c"))
+    settings = StoreSettings(kind="teacher", arrays={"features": spec}, values={})
+    writer = StoreWriter.open(folder / "cache", settings, provenance={})
+    with writer.shard("00000", source="benchmark") as shard:
+        shard.add("clip", {"features": fused_THWG})
+        shard.commit()
+    return fused - started, now(device) - fused
 
 
-class Ours:
-    """Both directions from one encoding."""
-
-    def __init__(self, options: argparse.Namespace, checkpoint: Path, frames: np.ndarray) -> None:
-        model = build_sam2(
-            options.architecture,
-            checkpoint,
-            image_size=options.image_size,
-            device=options.device,
-        )
-        self.tracker = TwoWayTracker(
-            model, precision="fp32", frames_per_batch=options.frames_per_batch
-        )
-        self.frames_TSS3 = resize_for_sam2(frames, options.image_size)
-
-    def run(self, mask_HW: np.ndarray) -> tuple[float, list[torch.Tensor]]:
-        """Seconds, and the features of each direction in the order of its visits."""
-        tracker = self.tracker
-        prompt = prompt_for_sam2(
-            SubjectPrompt(mask_HW=mask_HW),
-            height=HEIGHT,
-            width=WIDTH,
-            image_size=tracker.model.image_size,
-            device=tracker.model.device,
-        )
-        started = now(tracker.model.device)
-        encoded = tracker.encode(self.frames_TSS3)
-        forward = list(tracker.track(encoded, prompt))
-        prompt = tracker.prompt_from_track(forward[-1])
-        backward = list(tracker.track(encoded, prompt, backward=True))
-        seconds = now(tracker.model.device) - started
-        return seconds, [
-            torch.stack([frame.features["memory_attention"] for frame in track[1:]])
-            for track in (forward, backward)
-        ]
-
-
-def now(device: torch.device) -> float:
-    """Seconds, after all work queued on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def split_of_time(ours: Ours, options: argparse.Namespace, folder: Path) -> tuple[str, float]:
+    """A table of where one pass goes, and the share of the device's matrix-product rate."""
+    frames_THWC, mask_HW = make_frames(options.frames)
+    with timed_parts(ours.model) as parts:
+        total, features = ours.run(mask_HW)
+    with FlopCounterMode(display=False) as counter:
+        ours.run(mask_HW)
+    fusing, writing = time_fusing_and_writing(features, folder)
+    steps = {
+        "decode and resize (in a thread beside the GPU)": time_decoding(
+            frames_THWC, options.image_size
+        ),
+        **parts,
+        "rest of tracking": total - sum(parts.values()),
+        "align and fuse": fusing,
+        "write (in a thread beside the GPU)": writing,
+    }
+    whole = sum(steps.values())
+    rows = [[name, f"{100 * seconds / whole:.1f}%"] for name, seconds in steps.items()]
+    rate = matmul_rate(torch.device(options.device), DTYPES[options.precision])
+    return table(["part of ours", "time"], rows), counter.get_total_flops() / total / rate
 
 
 def main() -> None:
@@ -162,45 +126,68 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=1024)
     parser.add_argument("--frames", type=int, default=13)
     parser.add_argument("--frames-per-batch", type=int, default=1)
+    parser.add_argument("--precision", choices=DTYPES, default="fp32", help="of our side")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--write", type=Path, help="keep the report in this Markdown file")
     options = parser.parse_args()
+    device = torch.device(options.device)
     frames_THWC, mask_HW = make_frames(options.frames)
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = Path(folder) / "weights.pt"
+    exact = options.precision == "fp32" and options.frames_per_batch == 1 and not options.compile
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        checkpoint = folder / "weights.pt"
         random_checkpoint(options.architecture, options.image_size, checkpoint)
+        common = (
+            options.architecture,
+            options.image_size,
+            options.device,
+            checkpoint,
+            frames_THWC,
+        )
+        ours = Ours(
+            *common,
+            precision=options.precision,
+            frames_per_batch=options.frames_per_batch,
+            compile=options.compile,
+        )
         sides: dict[str, Callable[..., Any]] = {
-            "stock twice": Stock(options, checkpoint, frames_THWC).run,
-            "ours": Ours(options, checkpoint, frames_THWC).run,
+            "stock, twice": Stock(*common).run,
+            "ours, both ways": ours.run,
         }
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         largest = 0.0
         for _ in range(options.repeats):
-            features = {}
+            features = []
             for name, run in sides.items():
-                taken, features[name] = run(mask_HW)
+                taken, maps = run(mask_HW)
                 seconds[name].append(taken)
-            for theirs, ours in zip(features["stock twice"], features["ours"], strict=True):
-                largest = max(largest, (theirs - ours).abs().max().item())
-    if largest > TOLERANCE and options.frames_per_batch == 1:
-        raise SystemExit(f"the features differ by {largest:.2e}, more than {TOLERANCE:.0e}")
+                features.append(maps)
+            for theirs, mine in zip(*features, strict=True):
+                largest = max(largest, (theirs.float() - mine.float()).abs().max().item())
+            if exact and largest > TOLERANCE:
+                raise SystemExit(f"the features differ by {largest:.2e}, above {TOLERANCE:.0e}")
+        split, share = split_of_time(ours, options, folder)
+    rows = []
     for name, times in seconds.items():
-        print(f"{name:12} {statistics.median(times):8.2f} s  {[round(t, 2) for t in times]}")
-    ratios = [a / b for a, b in zip(seconds["stock twice"], seconds["ours"], strict=True)]
-    device = torch.device(options.device)
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    print(
-        json.dumps(
-            {
-                "name": "stage_one",
-                "ratio": round(statistics.median(ratios), 3),
-                "target": TARGETS[device.type],
-                "spread": [round(min(ratios), 3), round(max(ratios), 3)],
-                "largest_difference": largest,
-                "machine": f"{machine or platform.machine()}, {torch.get_num_threads()} threads",
-                "settings": {key: str(value) for key, value in vars(options).items()},
-            }
-        )
+        median, (low, high) = median_and_spread([options.frames / taken for taken in times])
+        rows.append([name, f"{median:.3g}", f"{low:.3g} to {high:.3g}"])
+    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
+    ratio, spread = median_and_spread(ratios)
+    finish(
+        "stage_one",
+        f"{table(['side', 'frames/s, both ways', 'spread'], rows)}\n\n{split}",
+        {
+            "ratio": round(ratio, 3),
+            "target": TARGETS[device.type],
+            "spread": [round(value, 3) for value in spread],
+            "largest_difference": largest,
+            "share_of_matmul_rate": round(share, 3),
+            "machine": machine(device),
+            "settings": {k: str(v) for k, v in vars(options).items() if k != "write"},
+        },
+        options.write,
     )
 
 

@@ -1,0 +1,71 @@
+"""What the benchmarks' reports share: the machine, ratios of paired runs, the last line."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def machine(device: torch.device) -> str:
+    """Name the processor or the GPU, and the threads torch computes with."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if line.startswith("model name")
+    ]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__} on {torch.get_num_threads()}"
+
+
+def now(device: torch.device) -> float:
+    """Seconds, after all work queued on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def median_and_spread(values: Sequence[float]) -> tuple[float, list[float]]:
+    """Return the median, and the smallest and the largest value."""
+    return statistics.median(values), [min(values), max(values)]
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, *, repeats: int = 5) -> float:
+    """Measure the device's FLOP/s in a large matrix product: what it can reach at best."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats):
+        started = now(device)
+        a @ b
+        best = min(best, now(device) - started)
+    return 2 * side**3 / best
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay rows out as a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def finish(name: str, text: str, summary: dict[str, Any], write_to: Path | None) -> None:
+    """Print the tables and the summary as one line of JSON; keep both when asked to.
+
+    Args:
+        name: Of the benchmark.
+        text: Markdown.
+        summary: `ratio` or `value`, `target`, `spread`, `machine`, settings.
+        write_to: A Markdown file to write, or None.
+    """
+    line = json.dumps({"name": name, **summary})
+    if write_to is not None:
+        head = f"# {name}\n\n{time.strftime('%Y-%m-%d')}, {summary['machine']}\n\n"
+        write_to.write_text(f"{head}{text}\n\n```\n{line}\n```\n", encoding="utf-8")
+    print(text, line, sep="\n\n")
