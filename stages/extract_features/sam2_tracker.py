@@ -5,6 +5,7 @@ demo builds its tiny SAM2 here too.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,12 @@ filling of holes in its output masks (fill_hole_area), which would change the tr
 where a CUDA extension happens to be installed."""
 
 
+HUB_CHECKPOINTS: Mapping[str, tuple[str, str]] = {
+    hub_id: (Path(config).stem, file) for hub_id, (config, file) in HF_MODEL_ID_TO_FILENAMES.items()
+}
+"""Official checkpoints by hub id: the name of the configuration, and of the file there."""
+
+
 def official_configs() -> dict[str, Path]:
     """Official configurations by name: sam2.1_hiera_l -> its YAML file in the sam2 package."""
     files = (file for folder in _OFFICIAL_FOLDERS for file in (_CONFIGS / folder).glob("*.yaml"))
@@ -63,14 +70,14 @@ def find_checkpoint(name: str, *, download: bool = True) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    if name in HF_MODEL_ID_TO_FILENAMES:
-        _, file = HF_MODEL_ID_TO_FILENAMES[name]
+    if name in HUB_CHECKPOINTS:
+        _, file = HUB_CHECKPOINTS[name]
         return download_checkpoint(name, file, local_files_only=not download)
     raise ValueError(
         f"extract.teacher.checkpoint={name} is "
         + ("a folder: name the .pt file in it" if path.is_dir() else "no file on this machine")
         + "; give the path of a SAM2 checkpoint, or the hub id of an official one: "
-        + ", ".join(HF_MODEL_ID_TO_FILENAMES)
+        + ", ".join(HUB_CHECKPOINTS)
     )
 
 
@@ -174,7 +181,7 @@ def build_sam2(
         checkpoint: An official checkpoint, {"model": state dict}; None leaves random weights.
         image_size: Side in pixels of the square SAM2 sees, a multiple of 32; None keeps the
             configuration's.
-        device: Where the model goes.
+        device: Where the model goes; meta builds it without values, for its shapes.
 
     Returns:
         The model in evaluation mode, without gradients.
@@ -186,7 +193,8 @@ def build_sam2(
     if checkpoint is None:
         if config is None:
             raise ValueError("neither a SAM2 configuration nor a checkpoint is given")
-        model = _instantiate(config, image_size)
+        with init_empty_weights() if torch.device(device).type == "meta" else nullcontext():
+            model = _instantiate(config, image_size)
     else:
         _, model, weights = _checked(config, checkpoint, image_size)
         expected = model.state_dict()
