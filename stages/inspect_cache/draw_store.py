@@ -20,8 +20,7 @@ from stages.inspect_cache.view import view_features
 from stages.local_gram_flow import regrid_fused
 from stages.progress import Progress
 
-_ARRAYS = {"teacher": "features", "latents": "mean"}
-DRAWN_KINDS = tuple(_ARRAYS)
+DRAWN_KINDS = ("teacher", "latents")
 """Kinds of stores that have a picture."""
 
 _ROWS = 6
@@ -56,7 +55,7 @@ def draw_store(
     """
     reader = StoreReader(store)
     kind = reader.settings.kind
-    if kind not in _ARRAYS:
+    if kind not in DRAWN_KINDS:
         drawn = ", ".join(DRAWN_KINDS)
         raise ValueError(
             f"{store} is a {kind} store, which has no picture of its own; {drawn} stores have one, "
@@ -95,9 +94,9 @@ def _features(
     reader: StoreReader, key: str, clips: ClipsConfig
 ) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
     """What is drawn, which moments are valid (None: all), and what was done to it."""
-    arrays, values = reader.read(key), reader.settings.values
     if reader.settings.kind == "latents":
-        return arrays["mean"].transpose(0, 2, 3, 1), None, ()
+        return reader.read(key, ["mean"])["mean"].transpose(0, 2, 3, 1), None, ()
+    arrays, values = reader.read(key, ["features", "valid"]), reader.settings.values
     features_THWC, valid_T = arrays["features"], arrays["valid"] != 0
     grid, parts = features_THWC.shape[1:3], values.get("parts")
     if values.get("grid_source") != "native" or not isinstance(parts, int):

@@ -55,7 +55,8 @@ def draw_overlay(
         raise ValueError(f"{store} holds no clip; its skipped clips say why")
     entry = reader.record(reader.keys[0] if key is None else key)
     with progress.task("draw", 3, unit="steps") as task:
-        arrays = reader.read(entry.key)
+        both_ways = ["backward"] if "backward" in reader.settings.arrays else []
+        arrays = reader.read(entry.key, ["forward", *both_ways, "valid"])
         _check_size(store, arrays["forward"].shape, clips)
         task.advance()
         clip = find_clip(dataset, clips, shard=entry.shard, key=entry.key)

@@ -38,7 +38,7 @@ def clips(tmp_path):
 def write_store(tmp_path):
     """Write clips' arrays as a committed store; the same arrays under every key.
 
-    Teacher and masks stores get `valid`, all ones unless it is given.
+    Teacher and masks stores get `valid`, all ones unless it is given, none if it is None.
     """
 
     def write(
@@ -53,8 +53,9 @@ def write_store(tmp_path):
         **more,
     ):
         arrays = {name: values, **more.pop("arrays", {})}
-        if kind in ("teacher", "masks"):
-            arrays["valid"] = np.asarray(more.pop("valid", np.ones(len(values))), np.uint8)
+        valid = more.pop("valid", np.ones(len(values)))
+        if kind in ("teacher", "masks") and valid is not None:
+            arrays["valid"] = np.asarray(valid, np.uint8)
         specs = {
             name: ArraySpec(
                 dtype=str(array.dtype),

@@ -142,3 +142,11 @@ def test_moments_that_are_not_valid_are_marked(moving_features, write_store, cli
         red.append(int((np.abs(picture - (200, 30, 30)).sum(-1) < 3).sum()))
     assert red[0] == 0
     assert red[1] > 500
+
+
+def test_a_teacher_store_that_does_not_say_what_is_valid_is_refused(
+    moving_features, write_store, clips, tmp_path
+):
+    bare = write_store("teacher", "features", moving_features(1, 0), valid=None)
+    with pytest.raises(ValueError, match="holds no array valid"):
+        draw(bare, clips, tmp_path)
