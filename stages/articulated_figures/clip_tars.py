@@ -2,7 +2,6 @@
 
 import io
 import json
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,15 +39,18 @@ def write_clip_tars(
         fps: Frames per second.
         task: Advanced by one with each clip.
     """
+    # Imported here, since it loads torch and a demo that is there needs no writer.
+    from webdataset import TarWriter
+
     out.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(range(0, len(seeds), clips_per_tar)):
-        with tarfile.open(out / f"{number:05d}.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        with (
+            (out / f"{number:05d}.tar").open("wb") as file,
+            TarWriter(file, encoder=False, mtime=0) as tar,
+        ):
             for seed in seeds[start : start + clips_per_tar]:
                 clip = draw_clip(seed, num_frames=num_frames, height=height, width=width, fps=fps)
-                for suffix, content in _members(clip).items():
-                    member = tarfile.TarInfo(f"{clip.kind}-{seed:06d}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+                tar.write({"__key__": f"{clip.kind}-{seed:06d}", **_members(clip)})
                 task.advance()
 
 
