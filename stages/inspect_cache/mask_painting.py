@@ -3,7 +3,7 @@
 # Legend: H W pixels of the frame, h w of a stored mask.
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 
 from stages.clips import SubjectPrompt
 from stages.inspect_cache.lettering import Colour
@@ -26,28 +26,37 @@ def mask_at_size(mask_hw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def outline(mask_HW: np.ndarray, thickness: int) -> np.ndarray:
     """The mask's pixels within `thickness` of one outside it; the frame's edge is no outside."""
-    return mask_HW & ~_filtered(mask_HW, ImageFilter.MinFilter(2 * thickness + 1))
+    return mask_HW & _grown(~mask_HW, thickness)
 
 
 def tinted(
     image_HW3: np.ndarray, region_HW: np.ndarray, colour: Colour, share: float
 ) -> np.ndarray:
     """A uint8 image whose `region_HW` is mixed with `share` (0 to 1) of a colour."""
-    mixed = (1 - share) * image_HW3 + share * np.array(colour)
-    return np.where(region_HW[..., None], mixed.round(), image_HW3).astype(np.uint8)
+    painted_HW3 = image_HW3.copy()
+    mixed_N3 = (1 - share) * image_HW3[region_HW] + share * np.array(colour)
+    painted_HW3[region_HW] = mixed_N3.round()
+    return painted_HW3
 
 
 def outlined(
     image_HW3: np.ndarray, mask_HW: np.ndarray, colour: Colour, thickness: int
 ) -> np.ndarray:
     """A uint8 image with the mask's outline in a colour, and a dark rim around it."""
-    rim_HW = _filtered(mask_HW, ImageFilter.MaxFilter(3)) & ~mask_HW
+    rim_HW = _grown(mask_HW, 1) & ~mask_HW
     return tinted(tinted(image_HW3, rim_HW, _HALO, 0.6), outline(mask_HW, thickness), colour, 1.0)
 
 
-def _filtered(mask_HW: np.ndarray, filter_: ImageFilter.RankFilter) -> np.ndarray:
-    image = Image.fromarray(mask_HW.astype(np.uint8) * 255)
-    return np.asarray(image.filter(filter_)) > 0
+def _grown(mask_HW: np.ndarray, reach: int) -> np.ndarray:
+    """The mask and every pixel within `reach` of it, along either axis or both."""
+    for axis in (0, 1):
+        source, grown = mask_HW.swapaxes(0, axis), mask_HW.copy()
+        target = grown.swapaxes(0, axis)
+        for shift in range(1, min(reach, len(source) - 1) + 1):
+            target[shift:] |= source[:-shift]
+            target[:-shift] |= source[shift:]
+        mask_HW = grown
+    return mask_HW
 
 
 def prompt_painted(
