@@ -5,6 +5,7 @@ lock dies with its process. Each begins with its own share and goes on to what t
 finished, so that what a dead worker left is taken over by whoever passes by.
 """
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -101,8 +102,12 @@ def _work_through(
         except ShardBusy as error:
             busy.append(job)
             progress.log(f"{' and '.join(job.keys)}: left alone for now, {error}")
-        bar.count_others()
+        bar.look_at_others()
     return busy
+
+
+_LOOK_EVERY_S = 10.0
+"""How often to ask which shards others have finished: a question per shard and store."""
 
 
 class JobsBar:
@@ -129,9 +134,11 @@ class JobsBar:
 
     def __enter__(self) -> "JobsBar":
         self._task = self._opened.__enter__()
+        self._looked_at = time.monotonic()
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._count_others()
         self._opened.__exit__(None, None, None)
 
     def advance(self, clips: int) -> None:
@@ -142,8 +149,13 @@ class JobsBar:
         """A job of this run is done, and its clips were counted one by one."""
         self._unfinished.pop(job.name, None)
 
-    def count_others(self) -> None:
-        """Count the jobs that other processes have finished meanwhile."""
+    def look_at_others(self) -> None:
+        """Count, every now and then, the jobs that other processes have finished meanwhile."""
+        if time.monotonic() - self._looked_at >= _LOOK_EVERY_S:
+            self._count_others()
+            self._looked_at = time.monotonic()
+
+    def _count_others(self) -> None:
         for name, (job, clips) in list(self._unfinished.items()):
             if not job.is_pending(self._writers):
                 del self._unfinished[name]

@@ -19,11 +19,13 @@ from stages.extract_features.config import Kind, RayConfig
 from stages.extract_features.extraction import Extraction
 from stages.extract_features.jobs import ShardJob
 from stages.extract_features.local_engine import EngineReport, JobsBar
+from stages.extract_features.make_extractions import device_named
 from stages.extract_features.ray_worker import RayWorker, WorkerSetup
 from stages.progress import Progress
 
 _POLL_S = 0.5
 _PATIENCE_POLLS = 60
+_STARTING = "starting"
 _OBJECT_STORE_BYTES = 100 * 2**20
 """Ray's smallest is 75 MB; clips do not travel through it."""
 
@@ -85,9 +87,14 @@ class RayEngine:
     Args:
         setup: What the workers need to know; `kinds` and `store_hashes` are filled in per run.
         shards: The dataset's, by name.
+
+    Raises:
+        ValueError: `extract.device` is none.
     """
 
     def __init__(self, setup: WorkerSetup, shards: Mapping[str, InputShard]) -> None:
+        if not setup.config.device.startswith("cuda"):  # of which this machine may have none
+            device_named(setup.config.device, 0)
         self._setup = setup
         self._shards = shards
         self._cluster = ray_cluster(setup.config.ray)
@@ -170,11 +177,12 @@ class _Crew:
         while waiting or any(member.job for member in self._members):
             self._hire(len(waiting))
             answers = {member.answer: member for member in self._members}
-            ready, _ = self._ray.wait(list(answers), num_returns=len(answers), timeout=_POLL_S)
-            self._follow()
+            ready, _ = self._ray.wait(list(answers), timeout=_POLL_S)
             for answer in ready:
                 self._hear(answers[answer], waiting, busy)
-            self._say_when_nobody_works()
+            if not ready:
+                self._follow()
+                self._say_when_nobody_works()
         return busy
 
     def dismiss(self) -> None:
@@ -209,6 +217,7 @@ class _Crew:
                 waiting.append(job)
             return
         if job is None:
+            self._deaths[_STARTING] = 0
             self._progress.log(f"ray: {answer} is ready")
         else:
             self._show(job, answer.clips, answer.lines)
@@ -228,7 +237,7 @@ class _Crew:
         self._members.remove(member)
         # It may only be out of reach; it must not go on beside the one that takes its place.
         self._ray.kill(member.actor)
-        what = f"shard {member.job.name!r}" if member.job else "starting"
+        what = f"shard {member.job.name!r}" if member.job else _STARTING
         self._deaths[what] += 1
         first_line = why.strip().partition("\n")[0]
         restarts = self._setup.config.ray.restarts

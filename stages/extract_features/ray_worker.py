@@ -1,5 +1,6 @@
 """A worker of the Ray engine: an actor with one extraction that writes one shard at a time."""
 
+import contextlib
 import os
 import socket
 from collections import Counter
@@ -65,7 +66,8 @@ class RayWorker:
             ValueError: This machine has other weights than the driver's, no such files, or does not
                 see the stores.
         """
-        os.chdir(self._setup.folder)
+        with contextlib.suppress(FileNotFoundError):  # absolute paths do without it
+            os.chdir(self._setup.folder)
         config, cache_root = self._setup.config, self._setup.cache_root
         (extraction,) = make_extractions(config, self._setup.clips, self._setup.model)
         host = socket.gethostname()

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -224,8 +226,8 @@ def test_whichever_worker_is_alone_does_everything(
         assert content(tmp_path / kind.store.name) == content(kind.store)
 
 
-WORKER = """
-import os, signal, sys, time
+HOLDS_THE_SECOND_SHARD = """
+import sys, time
 from pathlib import Path
 from stages.clips import ClipsConfig
 from stages.config import BaseModelConfig
@@ -234,17 +236,15 @@ from stages.extract_features.extract import extract_features
 from stages.progress import SilentProgress
 import cache_schema
 
-config, clips, base, cache, kind, stop_after, then = sys.argv[1:]
-add, seen = cache_schema.ShardWriter.add, []
+config, clips, base, cache = sys.argv[1:]
+add, staged = cache_schema.ShardWriter.add, []
 
 def counting_add(self, *arguments):
     add(self, *arguments)
-    seen.append(self._settings.kind == kind)
-    if sum(seen) == int(stop_after):
-        if then == "wait":
-            print("holding", flush=True)
-            time.sleep(600)
-        os.kill(os.getpid(), signal.SIGKILL)
+    staged.append(self.name)
+    if staged.count("00001") == 2:
+        print("holding", flush=True)
+        time.sleep(600)
 
 cache_schema.ShardWriter.add = counting_add
 extract_features(
@@ -256,42 +256,6 @@ extract_features(
     progress=SilentProgress(),
 )
 """
-
-
-def start_worker(
-    config: ExtractConfig, clips: ClipsConfig, base: BaseModelConfig, cache: Path, *rest: str
-) -> subprocess.Popen[str]:
-    arguments = [model.model_dump_json() for model in (config, clips, base)]
-    return subprocess.Popen(
-        [sys.executable, "-c", WORKER, *arguments, str(cache), *rest],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_a_killed_run_goes_on_to_the_same_bytes(
-    whole: ExtractSummary,
-    text_only: ExtractConfig,
-    two_shards: ClipsConfig,
-    tiny_base: BaseModelConfig,
-    tmp_path: Path,
-) -> None:
-    # The fifth clip is the second of the second shard: one shard is finished, one half-way.
-    worker = start_worker(text_only, two_shards, tiny_base, tmp_path, "text", "5", "die")
-    worker.communicate(timeout=200)
-    assert worker.returncode == -signal.SIGKILL
-    expected = whole.kinds[0].store
-    text = tmp_path / expected.name
-    assert [path.stem for path in (text / "commits").iterdir()] == ["00000"]
-    finished = times(text / "shards" / "00000")
-
-    resumed = extract(text_only, two_shards, tiny_base, tmp_path)
-
-    assert times(text / "shards" / "00000") == finished
-    assert resumed.kinds[0].clips_written == 1
-    assert resumed.kinds[0].clips_already_there == 5
-    assert content(text) == content(expected)
 
 
 class KillsWhoHolds(SilentProgress):
@@ -308,17 +272,26 @@ class KillsWhoHolds(SilentProgress):
             self.holder.wait()
 
 
-def test_a_shard_claimed_by_a_worker_that_dies_is_taken_over_in_the_same_run(
+def test_a_shard_whose_worker_is_killed_is_taken_over_in_the_same_run_to_the_same_bytes(
     whole: ExtractSummary,
     text_only: ExtractConfig,
     two_shards: ClipsConfig,
     tiny_base: BaseModelConfig,
     tmp_path: Path,
 ) -> None:
-    holder = start_worker(text_only, two_shards, tiny_base, tmp_path, "text", "2", "wait")
+    arguments = [model.model_dump_json() for model in (text_only, two_shards, tiny_base)]
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDS_THE_SECOND_SHARD, *arguments, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    expected = whole.kinds[0].store
+    store = tmp_path / expected.name
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "holding\n"
+        finished = times(store / "shards" / "00000")
         progress = KillsWhoHolds(holder)
         summary = extract(
             text_only, two_shards, tiny_base, tmp_path, progress, rank=1, world_size=2
@@ -326,11 +299,14 @@ def test_a_shard_claimed_by_a_worker_that_dies_is_taken_over_in_the_same_run(
     finally:
         holder.kill()
         holder.communicate()
-    assert [line for line in progress.lines if "'00000'" in line]
+    assert holder.returncode == -signal.SIGKILL
+    assert ["'00001'" in line for line in progress.lines] == [True]
     (text,) = summary.kinds
     assert text.busy_shards == ()
-    assert (text.clips_written, text.clips_already_there) == (4, 2)
-    assert content(text.store) == content(whole.kinds[0].store)
+    # Three in the finished shard, and two that the killed worker had staged.
+    assert (text.clips_written, text.clips_already_there) == (1, 5)
+    assert times(store / "shards" / "00000") == finished
+    assert content(store) == content(expected)
 
 
 def test_a_shard_that_another_process_writes_is_left_alone(
@@ -401,6 +377,52 @@ def test_an_error_while_writing_stops_the_run_and_commits_nothing(
         "while writing teacher and masks of clip '00000/clip001' in 00000.tar"
     ]
     assert not any(tmp_path.glob("*/commits/*"))
+
+
+def test_an_error_while_preparing_names_the_clip(
+    tracked: ExtractConfig,
+    two_shards: ClipsConfig,
+    tiny_base: BaseModelConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stub_tracking: Any,
+) -> None:
+    def failing(self: Any, record: Any) -> Any:
+        raise MemoryError("no room for the frames")
+
+    monkeypatch.setattr(stub_tracking, "prepare", failing)
+    with pytest.raises(MemoryError) as caught:
+        extract(tracked, two_shards, tiny_base, tmp_path)
+    assert caught.value.__notes__ == ["while preparing clip '00000/clip000' of 00000.tar"]
+
+
+def test_a_model_is_gone_before_the_next_is_loaded(
+    extract_config: ExtractConfig,
+    two_shards: ClipsConfig,
+    tiny_base: BaseModelConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stub_tracking: Any,
+) -> None:
+    models: list[weakref.ref[Any]] = []
+    alive_at_loading: list[int] = []
+
+    @contextmanager
+    def opened(self: Any, device: torch.device) -> Iterator[Any]:
+        alive_at_loading.append(sum(model() is not None for model in models))
+        model = torch.nn.Linear(1, 1)
+        models.append(weakref.ref(model))
+        yield lambda prepared: (model, self._extract(prepared))[1]
+
+    monkeypatch.setattr(stub_tracking, "opened", opened)
+    pair = [
+        stub_tracking(extract_config.teacher, two_shards, kinds=(kind,))
+        for kind in ("teacher", "masks")
+    ]
+    monkeypatch.setattr("stages.extract_features.extract.make_extractions", lambda *_: pair)
+    extract(extract_config, two_shards, tiny_base, tmp_path)
+    assert alive_at_loading == [0, 0]
+    assert [model() for model in models] == [None, None]
 
 
 def test_another_dataset_under_the_same_shard_names_is_refused(

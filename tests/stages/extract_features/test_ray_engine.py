@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,32 @@ def test_a_launcher_and_ray_together_are_refused(
         extract(config, two_shards, tiny_base, tmp_path, rank=1, world_size=2)
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda", "extract.device=cuda, but the Ray cluster has no GPU"),
+        ("warp", "extract.device=warp is no torch device"),
+    ],
+)
+def test_a_device_that_the_cluster_lacks_is_refused_before_any_work(
+    device: str,
+    message: str,
+    config: ExtractConfig,
+    two_shards: ClipsConfig,
+    tiny_base: BaseModelConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @contextlib.contextmanager
+    def cluster_without_gpu(_: RayConfig) -> Iterator[Any]:
+        yield types.SimpleNamespace(cluster_resources=lambda: {"CPU": 2.0})
+
+    monkeypatch.setattr(ray_engine, "ray_cluster", cluster_without_gpu)
+    with pytest.raises(ValueError, match=message):
+        extract(config.model_copy(update={"device": device}), two_shards, tiny_base, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 class DiesOnce(RayWorker):
     """The first worker of all to stage its second clip is killed at that moment."""
 
@@ -132,6 +159,7 @@ def cluster() -> Iterator[None]:
     assert not ray.is_initialized()
 
 
+@pytest.mark.slow
 def test_a_killed_workers_shard_is_done_by_another_to_the_same_bytes(
     cluster: None,
     config: ExtractConfig,
