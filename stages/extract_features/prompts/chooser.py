@@ -43,7 +43,7 @@ def usable_sources(config: TeacherConfig, clip: Clip | ClipRecord) -> tuple[Prom
     source needs the picture alone.
     """
     has_material: dict[PromptSource, bool] = {
-        "dataset": bool(clip.prompts) or getattr(clip, "prompt_problem", None) is not None,
+        "dataset": bool(clip.prompts) or _prompt_problem(clip) is not None,
         "grounding": bool(phrases_of(config.grounding, clip)),
         "automatic": True,
     }
@@ -84,8 +84,11 @@ class PromptChooser:
                 source.load(device)
             yield
 
-    def check(self, clip: Clip) -> None:
+    def check(self, clip: Clip | ClipRecord) -> None:
         """Refuse, before anything is computed, a clip that `choose` would refuse unseen.
+
+        A record already tells whether there is anything to go by; the clip, whether the crop left
+        any of it.
 
         Raises:
             ClipSkipped: no_prompt, or bad_prompt.
@@ -94,8 +97,9 @@ class PromptChooser:
         if not usable:
             raise ClipSkipped("no_prompt", _nothing_given(self._config.prompts))
         is_last_resort = not self._config.prompt_fallback or len(usable) == 1
-        if usable[0] == "dataset" and is_last_resort and clip.prompt_problem is not None:
-            raise ClipSkipped("bad_prompt", clip.prompt_problem)
+        problem = _prompt_problem(clip)
+        if usable[0] == "dataset" and is_last_resort and problem is not None:
+            raise ClipSkipped("bad_prompt", problem)
 
     def choose(self, clip: Clip, tracker: TwoWayTracker, encoded: EncodedFrames) -> ChosenPrompt:
         """Ask the sources that have anything to go by.
@@ -163,6 +167,11 @@ class DatasetSource:
         if not kept:
             raise ClipSkipped("bad_prompt", str(problem))
         return ChosenPrompt(source="dataset", subjects=tuple(kept))
+
+
+def _prompt_problem(clip: Clip | ClipRecord) -> str | None:
+    """Why nothing is left of the dataset's prompts; a record does not know yet."""
+    return clip.prompt_problem if isinstance(clip, Clip) else None
 
 
 def _make_source(source: PromptSource, config: TeacherConfig, clips: ClipsConfig) -> _Source:

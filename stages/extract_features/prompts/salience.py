@@ -83,7 +83,7 @@ def select_candidates(logits_NSS: torch.Tensor, predicted_iou_N: torch.Tensor) -
         logits_NSS: Positive on each proposal's mask.
         predicted_iou_N: How well SAM2 expects each to fit.
     """
-    area_N = (logits_NSS > 0).float().mean((1, 2))
+    area_N = (logits_NSS > 0).sum((1, 2)) / logits_NSS.shape[1:].numel()
     inner_N = (logits_NSS > _STABILITY_MARGIN).sum((1, 2))
     outer_N = (logits_NSS > -_STABILITY_MARGIN).sum((1, 2))
     stability_N = inner_N / outer_N.clamp(min=1)
@@ -93,18 +93,17 @@ def select_candidates(logits_NSS: torch.Tensor, predicted_iou_N: torch.Tensor) -
         & (area_N >= _MIN_AREA)
         & (area_N <= _MAX_AREA)
     )
-    logits_NSS = logits_NSS[kept_N].float().cpu()
-    fit_N = predicted_iou_N[kept_N].double().cpu().clamp(max=1)
-    stability_N = stability_N[kept_N].double().cpu()
+    logits_NSS = logits_NSS[kept_N]
+    fit_N, stability_N = predicted_iou_N[kept_N].clamp(max=1), stability_N[kept_N]
     quality_N = fit_N * stability_N * (1 - _border_share(logits_NSS > 0))
     order_N = torch.argsort(quality_N, descending=True, stable=True)
     order_N = order_N[_distinct(logits_NSS[order_N] > 0)]
     return Candidates(
-        logits_NSS=logits_NSS[order_N],
-        predicted_iou_N=fit_N[order_N].numpy(),
-        stability_N=stability_N[order_N].numpy(),
-        area_N=area_N[kept_N].double().cpu()[order_N].numpy(),
-        quality_N=quality_N[order_N].numpy(),
+        logits_NSS=logits_NSS[order_N].float().cpu(),
+        predicted_iou_N=_to_float64(fit_N[order_N]),
+        stability_N=_to_float64(stability_N[order_N]),
+        area_N=_to_float64(area_N[kept_N][order_N]),
+        quality_N=_to_float64(quality_N[order_N]),
     )
 
 
@@ -141,9 +140,9 @@ def choose_subject(candidates: Candidates, motion: OwnMotion) -> Choice:
 
 
 def _border_share(masks_NSS: torch.Tensor) -> torch.Tensor:
-    border_SS = torch.ones(masks_NSS.shape[1:], dtype=torch.bool)
+    border_SS = torch.ones(masks_NSS.shape[1:], dtype=torch.bool, device=masks_NSS.device)
     border_SS[1:-1, 1:-1] = False
-    return masks_NSS[:, border_SS].double().mean(1)
+    return masks_NSS[:, border_SS].float().mean(1)
 
 
 def _distinct(masks_NSS: torch.Tensor) -> torch.Tensor:
@@ -151,12 +150,16 @@ def _distinct(masks_NSS: torch.Tensor) -> torch.Tensor:
     flat_ND = masks_NSS.flatten(1).float()
     shared_NN = flat_ND @ flat_ND.T
     areas_N = flat_ND.sum(1)
-    overlap_NN = shared_NN / (areas_N[:, None] + areas_N - shared_NN)
+    overlap_NN = (shared_NN / (areas_N[:, None] + areas_N - shared_NN)).cpu()
     kept: list[int] = []
     for index in range(len(flat_ND)):
         if not (overlap_NN[index, kept] > _SAME_MASK).any():
             kept.append(index)
-    return torch.tensor(kept, dtype=torch.long)
+    return torch.tensor(kept, dtype=torch.long, device=masks_NSS.device)
+
+
+def _to_float64(values_N: torch.Tensor) -> np.ndarray:
+    return values_N.double().cpu().numpy()
 
 
 def _rings(masks_NHW: np.ndarray) -> np.ndarray:

@@ -127,8 +127,9 @@ def test_a_clip_that_gives_nothing_to_go_by_has_no_prompt(
     make_clip: Callable[..., Clip],
 ) -> None:
     chooser = make_chooser(*sources, fallback=True)
-    with pytest.raises(ClipSkipped, match=f"no_prompt: the dataset gives {missing} for"):
-        chooser.check(make_clip())
+    for nothing in (make_clip(), ClipRecord(key="a", video=b"")):
+        with pytest.raises(ClipSkipped, match=f"no_prompt: the dataset gives {missing} for"):
+            chooser.check(nothing)
     with pytest.raises(ClipSkipped, match="no_prompt"):
         choose(chooser, make_clip())
 
