@@ -54,8 +54,8 @@ class TeacherConfig(Section):
     """When a source finds nothing, go on to the next one; otherwise the clip is skipped."""
     grounding: GroundingConfig = GroundingConfig()
     subjects: Literal["union", "each"] = "union"
-    """Several subjects in a clip: one track of their union, or a track each, averaged in Gram-flow
-    space (a store that is `max_subjects` times as wide)."""
+    """Several subjects in a clip: one track of their union, or a track each, averaged in the space
+    of Gram flows (a store that is `max_subjects` times as wide)."""
     max_subjects: int = Field(default=4, ge=1)
     """With subjects=each: the most a clip may have; one with more is skipped. 4 is usual."""
     backward_prompt: Literal["track", "dataset"] = "track"
@@ -86,7 +86,7 @@ class TeacherConfig(Section):
     is usual on a CPU, 8 on a GPU."""
     keep_encoded: Literal["device", "host", "disk"] = "device"
     """Where a clip's encoded frames wait for the two tracks: on the GPU, in the host's memory, or
-    in a temporary file. With the last two, accelerator memory does not grow with a clip's length."""
+    in a temporary file. With the last two, GPU memory does not grow with a clip's length."""
     compile: bool = False
     """Compile the image encoder with torch.compile: minutes at the start, faster afterwards."""
 

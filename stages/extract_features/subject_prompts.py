@@ -11,7 +11,7 @@ from stages.extract_features.encoded_frames import EncodedFrames
 from stages.extract_features.prompts import ChosenPrompt
 from stages.extract_features.sam2_inputs import Sam2Prompt, prompt_for_sam2
 from stages.extract_features.subject_tracking import Subject
-from stages.extract_features.two_way_tracking import TwoWayTracker
+from stages.extract_features.two_way_tracking import EmptyMaskError, TwoWayTracker
 
 
 def subjects_to_track(
@@ -80,9 +80,9 @@ def _union(
     if len(prompts) == 1:
         return prompts[0]
     logits_NHW = tracker.masks_on_frame(encoded, frame, prompts)
-    union_HW = logits_NHW.amax(dim=0)
-    if not (union_HW > 0).any():
+    try:
+        return tracker.prompt_from_logits(logits_NHW.amax(dim=0))
+    except EmptyMaskError as error:
         raise ClipSkipped(
             "bad_prompt", f"SAM2 sees none of the {len(prompts)} subjects on frame {frame}"
-        )
-    return tracker.prompt_from_logits(union_HW)
+        ) from error

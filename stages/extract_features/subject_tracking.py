@@ -24,6 +24,7 @@ from stages.extract_features.cycle_consistency import cycle_consistency
 from stages.extract_features.encoded_frames import EncodedFrames
 from stages.extract_features.sam2_inputs import Sam2Prompt
 from stages.extract_features.two_way_tracking import (
+    EmptyMaskError,
     TrackedFrame,
     TrackRequest,
     TwoWayTracker,
@@ -162,9 +163,8 @@ class SubjectTracker:
             (seek,) = yield (_Pass(encoded, prompt, back_to_start, keeps_features=False),)
             if not seek.seen:
                 raise _lost(f"the track from frame {first} back to frame 0 sees it nowhere")
-            if seek.seen[0] < first:
-                first = seek.seen[0]
-                prompt = self._prompt_on(seek, first)
+            earlier = [frame for frame in seek.seen if frame < first]
+            first, prompt = self._first_prompt(seek, earlier) or (first, prompt)
         if end - first < 2:
             raise _lost(f"frame {first}, the clip's last, is the only one that shows it")
         ahead = _Pass(encoded, prompt, range(first, end))
@@ -182,7 +182,13 @@ class SubjectTracker:
         if last == first:
             raise _lost(f"the forward track loses it after frame {first}, where it starts")
         if started_from == "track":
-            prompt = self._prompt_on(forward, last)
+            later = [frame for frame in reversed(forward.seen) if frame > first]
+            found = self._first_prompt(forward, later)
+            if found is None:
+                raise _lost(
+                    f"no mask of the forward track, from frame {first}, is left at full size"
+                )
+            last, prompt = found
             (backward,) = yield (_Pass(encoded, prompt, range(last, first - 1, -1)),)
         return SubjectTrack(
             first_frame=first,
@@ -193,10 +199,19 @@ class SubjectTracker:
             cycle_consistency=None if backward is None else _agreement(forward, backward),
         )
 
-    def _prompt_on(self, track: Track, frame: int) -> Sam2Prompt:
-        return self.tracker.prompt_from_logits(
-            track.logits_THW[frame].to(self.tracker.model.device)
-        )
+    def _first_prompt(self, track: Track, frames: Sequence[int]) -> tuple[int, Sam2Prompt] | None:
+        """The first of the frames whose mask can be a prompt, and that prompt; None if none can.
+
+        A mask of a few uncertain pixels is gone once it is enlarged to SAM2's size.
+        """
+        for frame in frames:
+            try:
+                return frame, self.tracker.prompt_from_logits(
+                    track.logits_THW[frame].to(self.tracker.model.device)
+                )
+            except EmptyMaskError:
+                continue
+        return None
 
     def _run(self, passes: Sequence[_Pass]) -> Iterator[Track]:
         """The tracks of all passes, in order; equally long ones run side by side."""

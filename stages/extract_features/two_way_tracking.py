@@ -71,6 +71,10 @@ class TrackedFrame:
         return bool(((self.object_score > 0) & (self.mask_logits_HW > 0).any()).item())
 
 
+class EmptyMaskError(ValueError):
+    """A tracked mask that is empty at SAM2's size."""
+
+
 class TwoWayTracker:
     """SAM2 driven frame by frame.
 
@@ -265,11 +269,11 @@ class TwoWayTracker:
             mask_logits_HW: [S/4, S/4].
 
         Raises:
-            ValueError: The mask is empty.
+            EmptyMaskError: No pixel is left of the mask.
         """
         mask_11SS = (enlarge_mask(self.model, mask_logits_HW[None, None]) > 0).float()
         if not mask_11SS.any():
-            raise ValueError("the mask is empty, so that it cannot be a prompt")
+            raise EmptyMaskError("the mask is empty, so that it cannot be a prompt")
         return Sam2Prompt(mask_11SS=mask_11SS)
 
 

@@ -13,7 +13,7 @@ import torch
 from stages.clips import ClipSkipped
 from stages.extract_features.sam2_inputs import Sam2Prompt
 from stages.extract_features.subject_tracking import Subject, SubjectTrack, SubjectTracker
-from stages.extract_features.two_way_tracking import TrackedFrame, TrackRequest
+from stages.extract_features.two_way_tracking import EmptyMaskError, TrackedFrame, TrackRequest
 
 CPU = torch.device("cpu")
 NUM_FRAMES = 7
@@ -39,8 +39,10 @@ class ScriptedTracker:
 
     model = SimpleNamespace(device=CPU)
 
-    def __init__(self, sees: Sees) -> None:
+    def __init__(self, sees: Sees, vanishing: Sequence[int] = ()) -> None:
         self.sees = sees
+        self.vanishing = vanishing
+        """Frames whose masks are gone at SAM2's size."""
         self.runs: list[list[tuple[str, list[int]]]] = []
         """Prompt and order of every pass, those side by side in one list."""
         self.features: list[tuple[str, ...]] = []
@@ -70,6 +72,8 @@ class ScriptedTracker:
 
     def prompt_from_logits(self, mask_logits_HW: torch.Tensor) -> Sam2Prompt:
         columns = (mask_logits_HW > 0).any(dim=0).nonzero().flatten().tolist()
+        if columns[0] in self.vanishing:
+            raise EmptyMaskError("empty")
         return prompt_named(f"mask{columns[0]}")
 
 
@@ -126,6 +130,25 @@ def test_the_backward_pass_starts_from_the_last_frame_that_shows_the_subject() -
     assert track.visited_T.tolist() == [True] * 5 + [False] * 2
     assert track.backward is not None and track.backward.features_THWC is not None
     assert not track.backward.features_THWC[5:].any()
+
+
+def test_a_mask_that_vanishes_at_full_size_prompts_nothing() -> None:
+    tracker = ScriptedTracker(lambda name, t: t <= 4, vanishing=[3, 4])
+    track = only(follow(tracker, subject()))
+    assert tracker.runs[1] == [("mask2", [2, 1, 0])]
+    assert track.last_frame == 2
+    (outcome,) = follow(ScriptedTracker(lambda name, t: t <= 4, vanishing=range(7)), subject())
+    assert isinstance(outcome, ClipSkipped)
+    assert outcome.reason == "subject_lost"
+    assert "left at full size" in outcome.detail
+
+    sought = ScriptedTracker(lambda name, t: 1 <= t <= 4, vanishing=[1])
+    track = only(follow(sought, subject(frame=3)))
+    assert [runs[0] for runs in sought.runs[:2]] == [
+        ("given", [3, 2, 1, 0]),
+        ("mask2", [2, 3, 4, 5, 6]),
+    ]
+    assert track.first_frame == 2
 
 
 def test_a_frame_counts_only_where_both_directions_see_the_subject() -> None:
