@@ -22,7 +22,11 @@ def commented_yaml(config: RunConfig) -> str:
         if setting.section is not None and not parents:
             lines.append("")
         lines += textwrap.wrap(
-            setting.help, width=96, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
+            setting.help,
+            width=96,
+            initial_indent=f"{indent}# ",
+            subsequent_indent=f"{indent}# ",
+            break_on_hyphens=False,
         )
         value = holder[leaf]
         if setting.section is not None and value is not None:

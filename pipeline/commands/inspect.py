@@ -14,7 +14,7 @@ from stages.extract_features.config import Kind
 from stages.progress import Progress
 
 if TYPE_CHECKING:
-    from stages.inspect_cache.draw_store import Drawing
+    from stages.inspect_cache.drawing import Drawing
 
 _SKIPPED_SHOWN = 20
 
@@ -60,16 +60,7 @@ def run(
         keys = reader.keys if every_clip else (entry.key,)
         draw = _overlays if overlay else _pictures
         drawn = draw(config, progress, path, keys, out or config.outputs / path.name)
-        if drawn:
-            data["picture"], data["video"] = str(drawn[0].picture), str(drawn[0].video)
-            data["drawings"] = [
-                {"key": one.key, "picture": str(one.picture), "video": str(one.video)}
-                for one in drawn
-            ]
-            for one in drawn:
-                notes += [*one.notes, str(one.picture), str(one.video)]
-        else:
-            notes.append(f"a {data['kind']} store has no picture")
+        notes += _tell(drawn, data)
     title = f"{data['kind']} store"
     return Answer(title=title, rows=rows, data=data, notes=notes)
 
@@ -132,6 +123,18 @@ def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _inline(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _tell(drawn: Sequence[Drawing], data: dict[str, Any]) -> list[str]:
+    """Add the drawings to `data`, and return what to print under the table."""
+    if not drawn:
+        remedy = "; --overlay draws its masks over their frames" if data["kind"] == "masks" else ""
+        return [f"a {data['kind']} store has no picture of its own{remedy}"]
+    data["drawings"] = [
+        {"key": one.key, "picture": str(one.picture), "video": str(one.video)} for one in drawn
+    ]
+    data["picture"], data["video"] = str(drawn[0].picture), str(drawn[0].video)
+    return [line for one in drawn for line in (*one.notes, str(one.picture), str(one.video))]
 
 
 def _pictures(

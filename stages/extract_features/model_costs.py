@@ -8,6 +8,7 @@ there under a `Meter`, so that no weight is needed and nothing is computed.
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,16 @@ import torch
 from stages.base_facts import BaseFacts
 from stages.clips import ClipsConfig
 from stages.extract_features.config import LatentsConfig, TeacherConfig, TextConfig
+from stages.extract_features.encoded_frames import EncodedFrames
 from stages.extract_features.extraction import DTYPES
 from stages.extract_features.flops import Meter, weight_bytes
 from stages.extract_features.sam2_inputs import Sam2Prompt
 from stages.extract_features.sam2_tracker import build_sam2
 from stages.extract_features.subject_stores import feature_grid
-from stages.extract_features.two_way_tracking import EncodedFrames, TrackRequest, TwoWayTracker
+from stages.extract_features.two_way_tracking import TrackRequest, TwoWayTracker
 
+_FIRST_STEPS = 2
+"""After the prompted one: with one memory in the bank, and with two."""
 _META = torch.device("meta")
 _HUB_SIZES = {"tiny": "t", "small": "s", "base-plus": "b+", "large": "l"}
 
@@ -109,7 +113,8 @@ def tracker_cost(config: TeacherConfig, clips: ClipsConfig, sam2_config: str) ->
     """SAM2 over a clip, both ways, as `config` sets it.
 
     Counted in float32: with bf16, which torch does not simulate here, activations take about half.
-    The seek to frame 0 from a later prompt, and what looks for prompts, are not counted.
+    The seek to frame 0 from a later prompt, and what looks for prompts, are not counted; nor is the
+    memory of a full bank, some per cent of the rest.
 
     Args:
         config: Image size, batches, directions, where encoded frames wait.
@@ -150,7 +155,7 @@ def official_config_of(hub_id: str) -> str | None:
 
 
 def _empty_sam2(sam2_config: str, image_size: int) -> Any:
-    from accelerate import init_empty_weights
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
     with init_empty_weights():
         return build_sam2(sam2_config, None, image_size=image_size, device=_META)
@@ -163,22 +168,26 @@ def _frames(num_frames: int, image_size: int) -> np.ndarray:
 def _step_flops(
     tracker: TwoWayTracker, encoded: EncodedFrames, config: TeacherConfig, clips: ClipsConfig
 ) -> tuple[float, int]:
-    """Operations of one pass over the clip, and the most bytes alive meanwhile."""
+    """Operations of one pass over the clip, and the most bytes alive meanwhile.
+
+    Every memory in the bank costs the same, so the first steps tell of all; pointers that outlive
+    their memories, a few tokens each, are left out.
+    """
     box = Sam2Prompt(
         points_1P2=torch.zeros(1, 2, 2, device=_META),
         point_labels_1P=torch.zeros(1, 2, dtype=torch.int32, device=_META),
     )
-    # With the bank of memories full, every further step costs the same, but for some pointers of a
-    # few tokens each. Which frame is visited does not matter to what it costs.
-    order = [0] * min(clips.num_frames, tracker.model.num_maskmem + 1)
+    # Which frame is visited does not matter to what it costs.
+    order = [0] * (_FIRST_STEPS + 1)
     request = TrackRequest(encoded=encoded, prompt=box, order=order)
     flops: list[int] = []
     with Meter() as meter:
         for frames in tracker.track([request] * config.clips_per_batch, features=[config.features]):
             flops.append(meter.flops)
             del frames
-    last = flops[-1] - flops[-2]
-    whole = flops[-1] + last * (clips.num_frames - len(order))
+    prompted, first, second = (after - before for before, after in pairwise([0, *flops]))
+    memories = [min(step, tracker.model.num_maskmem) for step in range(1, clips.num_frames)]
+    whole = prompted + sum(first + (second - first) * (count - 1) for count in memories)
     return whole / config.clips_per_batch, meter.peak_bytes
 
 

@@ -99,8 +99,8 @@ def _look_at(
                 key=record.key, reason=problem.reason, detail=problem.detail, shard=survey.name
             )
         )
-    tracked: set[Kind] = {"teacher", "masks"} & set(config.kinds)
-    if isinstance(record, ClipRecord) and tracked and tracked.isdisjoint(problems):
+    tracked = [kind for kind in config.kinds if kind in ("teacher", "masks")]
+    if isinstance(record, ClipRecord) and tracked and tracked[0] not in problems:
         source = usable_sources(config.teacher, record)[0]
         survey.prompts[source] += 1
         several = config.teacher.subjects == "each" and source == "dataset"

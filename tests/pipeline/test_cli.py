@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from cache_schema.errors import StoreNotFound
 from pipeline.cli import app
-from pipeline.commands import demo, extract, inspect, sample, train
+from pipeline.commands import demo, estimate, extract, inspect, sample, train
 from pipeline.console import Answer
 
 DONE = Answer(title="done", rows=[("key", "value")], data={"key": "value"})
@@ -201,7 +201,83 @@ def test_inspect_tells_a_store_from_a_setting(monkeypatch, arguments, store, ste
 def test_inspect_passes_the_clip_and_the_folder_on(monkeypatch):
     calls = stub(monkeypatch, inspect)
     invoke("inspect", "--clip", "a=b/c", "--out", "pictures")
-    assert calls[0][1] == {"store": "teacher", "clip": "a=b/c", "out": Path("pictures")}
+    assert calls[0][1] == {
+        "store": "teacher",
+        "clip": "a=b/c",
+        "every_clip": False,
+        "overlay": False,
+        "out": Path("pictures"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "store"), [([], "masks"), (["masks-0123"], "masks-0123"), (["x=1"], None)]
+)
+def test_an_overlay_is_of_the_masks_unless_a_store_is_named(monkeypatch, arguments, store):
+    calls = stub(monkeypatch, inspect)
+    result = invoke("inspect", "--overlay", "--all", *arguments)
+    if store is None:
+        assert result.exit_code == 2
+        assert not calls
+    else:
+        options = calls[0][1]
+        assert (options["store"], options["overlay"], options["every_clip"]) == (store, True, True)
+
+
+class TestExtractFeatures:
+    """The options that stand for settings, and the dry run."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "kinds", "engine"),
+        [
+            ([], ("text", "latents", "teacher", "masks"), "local"),
+            (["--kinds", "teacher,latents"], ("teacher", "latents"), "local"),
+            (["--kinds", "masks", "extract.kinds=[text]"], ("masks",), "local"),
+            (["--engine", "ray"], ("text", "latents", "teacher", "masks"), "ray"),
+        ],
+    )
+    def test_kinds_and_engine_are_settings(self, monkeypatch, arguments, kinds, engine):
+        calls = stub(monkeypatch, extract)
+        result = invoke("extract-features", *arguments)
+        assert result.exit_code == 0, result.stderr
+        ((config, options),) = calls
+        assert (config.extract.kinds, config.extract.engine) == (kinds, engine)
+        assert options == {"retry_failed": False}
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--kinds", "teacher,feature"], "extract.kinds"),
+            (["--kinds", ""], "extract.kinds"),
+            (["--kinds", "a]"], "extract.kinds"),
+            (["--engine", "slurm"], "extract.engine"),
+            (["--dry-run", "--retry-failed"], "--retry-failed"),
+        ],
+    )
+    def test_what_they_do_not_know_is_bad_usage(self, monkeypatch, arguments, message):
+        calls = stub(monkeypatch, extract) + stub(monkeypatch, estimate)
+        result = invoke("extract-features", *arguments)
+        assert result.exit_code == 2
+        assert message in result.stderr
+        assert not calls
+
+    def test_failed_clips_are_tried_again_when_asked_for(self, monkeypatch):
+        calls = stub(monkeypatch, extract)
+        invoke("extract-features", "--retry-failed")
+        assert calls[0][1] == {"retry_failed": True}
+
+    def test_a_dry_run_estimates_and_extracts_nothing(self, monkeypatch):
+        extracted, estimated = stub(monkeypatch, extract), stub(monkeypatch, estimate)
+        result = invoke("extract-features", "--dry-run", "--kinds", "text", "--json")
+        assert json.loads(result.stdout) == {"key": "value"}
+        assert estimated[0][0].extract.kinds == ("text",)
+        assert not extracted
+
+
+def test_all_clips_or_one_but_not_both(monkeypatch):
+    calls = stub(monkeypatch, inspect)
+    assert invoke("inspect", "--all", "--clip", "walk/1").exit_code == 2
+    assert not calls
 
 
 def test_config_show_prints_yaml_that_is_a_configuration(tmp_path):

@@ -58,7 +58,7 @@ class TestExtract:
 
         def stage(*sections, **options):
             calls.append((sections, options))
-            return ExtractSummary(kinds=(kind,))
+            return ExtractSummary(kinds=(kind,), failures=Path("cache/failures.jsonl"))
 
         replace_stage(monkeypatch, "stages.extract_features.extract", extract_features=stage)
         return calls
@@ -71,6 +71,11 @@ class TestExtract:
         assert sections == (config.extract, config.data, config.model, config.cache)
         assert (options["rank"], options["world_size"]) == (2, 4)
         assert options["provenance"]["libraries"]["torch"]
+        assert options["retry_failed"] is False
+
+    def test_retrying_is_passed_on(self, config, calls):
+        extract.run(config, QUIET, retry_failed=True)
+        assert calls[0][1]["retry_failed"] is True
 
     def test_skipped_clips_are_counted_by_reason_and_listed(self, config, calls):
         answer = extract.run(config, QUIET)
@@ -79,6 +84,8 @@ class TestExtract:
         assert rows["  skipped"] == "30 (30 too_short)"
         assert answer.notes[0] == "teacher skipped clip/0: too_short (3 frames)"
         assert "and 10 more" in answer.notes[20]
+        assert answer.notes[21] == "all that was left out, one per line: cache/failures.jsonl"
+        assert answer.data["failures"] == "cache/failures.jsonl"
         assert len(answer.data["teacher"]["skipped"]) == 30
         json.dumps(answer.data)
 
@@ -247,11 +254,14 @@ class TestInspect:
             spec = ArraySpec(
                 dtype=str(values.dtype), shape=values.shape, dimension_names=tuple(axes)
             )
-            settings = StoreSettings(kind=kind, arrays={name: spec}, values={"note": note})
+            valid = ArraySpec(dtype="uint8", shape=values.shape[:1], dimension_names=("t",))
+            specs = {name: spec, "valid": valid}
+            settings = StoreSettings(kind=kind, arrays=specs, values={"note": note})
             writer = StoreWriter.open(config.cache, settings, provenance={"by": "a test"})
             with writer.shard("00000", source="00000.tar") as shard:
                 for key in keys:
-                    shard.add(key, {name: values}, {"fps": 8})
+                    seen = np.ones(len(values), np.uint8)
+                    shard.add(key, {name: values, "valid": seen}, {"fps": 8})
                 shard.skip("walk/[8]", "too_short", "3 frames")
                 shard.commit()
             return writer.path
@@ -291,10 +301,44 @@ class TestInspect:
         chosen = inspect.run(config.model_copy(update={"train": section}), QUIET)
         assert chosen.data["store"] == str(second) != str(first)
 
+    def test_all_clips_are_drawn_when_asked_for(self, config, store, features):
+        store("teacher", features, keys=("walk/1", "walk/2"))
+        answer = inspect.run(config, QUIET, every_clip=True)
+        assert [drawn["key"] for drawn in answer.data["drawings"]] == ["walk/1", "walk/2"]
+        for drawn in answer.data["drawings"]:
+            assert Path(drawn["picture"]).is_file()
+            assert drawn["video"] in answer.notes
+        assert answer.data["picture"] == answer.data["drawings"][0]["picture"]
+
+    def test_an_overlay_gets_the_store_the_clips_and_their_dataset(
+        self, config, store, features, monkeypatch, tmp_path
+    ):
+        calls = []
+
+        def draw(path, key, **options):
+            calls.append((path, key, options))
+            return types.SimpleNamespace(
+                key=key, picture=tmp_path / "a.png", video=tmp_path / "a.mp4", notes=("dim",)
+            )
+
+        replace_stage(monkeypatch, "stages.inspect_cache.overlay", draw_overlay=draw)
+        monkeypatch.setattr("stages.clips.open_dataset", lambda clips: (clips, "opened"))
+        path = store("masks", np.zeros((9, 8, 12), np.uint8), name="forward", axes="thw")
+        answer = inspect.run(config, QUIET, store="masks", overlay=True, out=tmp_path)
+        ((drawn, key, options),) = calls
+        assert (drawn, key, options["out_dir"]) == (path, "walk/[7]", tmp_path)
+        assert options["dataset"] == (options["clips"], "opened") == (config.data, "opened")
+        assert answer.notes[-3:] == ["dim", str(tmp_path / "a.png"), str(tmp_path / "a.mp4")]
+
+    def test_only_masks_are_laid_over_frames(self, config, store, features):
+        store("teacher", features)
+        with pytest.raises(ConfigError, match="--overlay draws a masks store"):
+            inspect.run(config, QUIET, overlay=True)
+
     def test_text_is_told_but_not_drawn(self, config, store):
         store("text", np.zeros((4, 8), np.float16), name="embeds", axes="ld")
         answer = inspect.run(config, QUIET, store="text")
-        assert answer.notes[-1] == "a text store has no picture"
+        assert answer.notes[-1] == "a text store has no picture of its own"
         assert "picture" not in answer.data
 
     def test_a_store_where_every_clip_was_skipped_is_told(self, config, store, features):
@@ -305,7 +349,7 @@ class TestInspect:
 
     @pytest.mark.parametrize("store", ["/", "teachr", "teacher-0123"])
     def test_what_is_no_store_is_bad_usage(self, config, store):
-        with pytest.raises(ConfigError, match=r"neither a kind of store \(teacher, lat"):
+        with pytest.raises(ConfigError, match=r"neither a kind of store \(text, lat"):
             inspect.run(config, QUIET, store=store)
 
     def test_a_kind_that_was_not_extracted_names_the_command(self, config):

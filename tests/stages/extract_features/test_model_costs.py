@@ -110,7 +110,8 @@ def test_the_tracker_costs_on_shapes_what_it_costs_on_values(tracker_config, sin
 
 def test_batches_change_the_memory_and_not_the_work(single, changed):
     batched = changed(clips_per_batch=3, frames_per_batch=4)
-    assert batched.passes_flops == pytest.approx(single.passes_flops)
+    # A little work is shared by the clips of a batch.
+    assert batched.passes_flops == pytest.approx(single.passes_flops, rel=1e-3)
     assert batched.encoder_flops == pytest.approx(single.encoder_flops)
     assert batched.cost.waiting_bytes == 3 * single.cost.waiting_bytes
     assert batched.cost.working_bytes > single.cost.working_bytes
