@@ -45,10 +45,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, torch.Tensor]:
         ValueError: The file is missing, unreadable, or not {"model": state dict}.
     """
     if not checkpoint.is_file():
-        raise ValueError(
-            f"no SAM2 checkpoint at {checkpoint}; download sam2.1_hiera_large.pt from "
-            "https://github.com/facebookresearch/sam2 and set extract.teacher.checkpoint"
-        )
+        raise ValueError(f"there is no SAM2 checkpoint at {checkpoint}")
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
