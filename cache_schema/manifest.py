@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_schema.errors import CorruptRecord, StoreNotFound
-from cache_schema.layout import StoreLayout, check_key, is_shard_name
+from cache_schema.layout import StoreLayout, check_key, is_shard_name, retry_number
 from cache_schema.sealed_json import JSON, plain_mapping, unseal
 from cache_schema.settings import StoreSettings
 from cache_schema.zarr_group import chunk_path, metadata_paths
@@ -176,7 +176,10 @@ def read_commit(layout: StoreLayout, settings: StoreSettings, shard: str) -> Com
 
 def redo_hint(commit: Path) -> str:
     """How to replace a shard whose files or record are damaged."""
-    return f"delete {commit} and run sam2vx-pipeline extract-features to make that shard again"
+    option = " --retry-failed" if retry_number(commit.name.removesuffix(".json")) else ""
+    return (
+        f"delete {commit} and run sam2vx-pipeline extract-features{option} to make that shard again"
+    )
 
 
 def _parse_commit(found: Mapping[str, Any], settings: StoreSettings, shard: str) -> CommitRecord:

@@ -79,6 +79,11 @@ class ShardWriter:
         self._open_staging()
         return key in self._clip_keys or key in self._skipped_keys
 
+    def shard_holding(self, key: str) -> str | None:
+        """The other, finished shard that the clip is in; such as a retry of this one."""
+        self._open_staging()
+        return self._elsewhere.get(key)
+
     def add(
         self,
         key: str,

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cache_schema import StoreReader, StoreWriter
+from cache_schema.layout import retry_number
 from stages.clips import (
     BadRecord,
     ClipDataset,
@@ -32,6 +33,10 @@ class ShardJob:
     def wants(self, kind: Kind, key: str) -> bool:
         """Whether a clip is to be written into the store of a kind."""
         return not self.is_retry or key in self.keys[kind]
+
+    def has_retry(self, shard: str) -> bool:
+        """Whether a store's shard is a retry of this one."""
+        return shard == retry_shard_name(self.name, retry_number(shard))
 
     def is_pending(self, writers: Mapping[Kind, StoreWriter]) -> bool:
         """Whether a store still lacks the shard, as of now."""

@@ -128,10 +128,9 @@ class ShardWorker:
         self, job: ShardJob, outs: Mapping[Kind, ShardWriter], *, ahead: int
     ) -> Generator[_Clip, None, None]:
         def prepare(record: ClipRecord | BadRecord) -> _Clip:
-            key = record.key
-            kinds = tuple(k for k, out in outs.items() if job.wants(k, key) and not out.has(key))
+            kinds = tuple(kind for kind, out in outs.items() if _lacks(out, job, kind, record.key))
             prepared = self._prepare(record, job.source) if kinds else None
-            return _Clip(key=key, kinds=kinds, prepared=prepared)
+            return _Clip(key=record.key, kinds=kinds, prepared=prepared)
 
         return prefetch_map(
             prepare, job.records(self._shards), ahead=ahead, threads=_PREPARING_THREADS
@@ -169,6 +168,16 @@ class ShardWorker:
             raise
         assert len(outcomes) == len(clips)
         return outcomes
+
+
+def _lacks(out: ShardWriter, job: ShardJob, kind: Kind, key: str) -> bool:
+    """Whether a store still lacks a clip.
+
+    A retry may hold it: a shard that was damaged and is made again has been retried before.
+    """
+    holder = out.shard_holding(key)
+    in_retry = holder is not None and job.has_retry(holder)
+    return job.wants(kind, key) and not out.has(key) and not in_retry
 
 
 def _batches(clips: Iterable[_Clip], size: int) -> Iterator[list[_Clip]]:

@@ -18,6 +18,7 @@ from cache_schema import (
     AlreadyCommitted,
     ArraySpec,
     ClipMissing,
+    CorruptClip,
     SettingsMismatch,
     SkippedClip,
     StoreReader,
@@ -215,6 +216,11 @@ def test_what_a_retry_found_counts_and_what_it_brought_in_is_no_longer_skipped(
     assert reader.shards == ("0", "0-retry10", "0-retry2", "1")
     assert reader.source_of("0-retry2") == "source of 0-retry2"
     assert verify_store(writer.path).problems == ()
+    with writer.shard("2", source="2") as shard:
+        assert [shard.shard_holding(key) for key in "abc"] == ["0", "0-retry2", None]
+    (writer.path / "shards" / "0-retry2" / reader.record("b").arrays["mask"].path).unlink()
+    with pytest.raises(CorruptClip, match="extract-features --retry-failed to make that shard"):
+        reader.read("b")
 
 
 @pytest.mark.parametrize(

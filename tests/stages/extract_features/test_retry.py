@@ -161,6 +161,24 @@ def test_an_interrupted_retry_goes_on_as_the_same_shard(
         assert kind.clips_written == 1
 
 
+@pytest.mark.parametrize("damaged", ["00000", "00000-retry1"])
+def test_a_damaged_shard_is_made_again_whether_or_not_it_was_retried(
+    damaged: str, road: Road, stub_tracking: Any
+) -> None:
+    stub_tracking.lost = {LOST}
+    road.run()
+    stub_tracking.lost = set()
+    before = road.run(retry_failed=True).kinds[0]
+    reader = StoreReader(before.store)
+    where = {key: reader.record(key).shard for key in reader.keys}
+    (before.store / "commits" / f"{damaged}.json").unlink()
+    after = road.run(retry_failed=damaged != "00000").kinds[0]
+    reader = StoreReader(after.store)
+    assert {key: reader.record(key).shard for key in reader.keys} == where
+    assert [c.key for c in after.skipped] == [BAD]
+    assert verify_store(after.store).problems == ()
+
+
 def test_a_clip_that_has_left_the_dataset_is_recorded_as_such(
     road: Road, stub_tracking: Any, tmp_path: Path
 ) -> None:
