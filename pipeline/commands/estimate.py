@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from stages.extract_features.estimate import Estimate, KindEstimate, PassEstimate
 
 _SKIPPED_SHOWN = 20
+_HOW = (
+    "estimated: time from operations, at a usual share of this device's rate of matrix products "
+    "(models as small as the demo's reach a tenth of it), without decoding videos; memory from "
+    "shapes, without what libraries add"
+)
 
 
 def run(config: RunConfig, progress: Progress) -> Answer:
@@ -111,7 +116,7 @@ def _notes(config: RunConfig, found: Estimate) -> list[str]:
         skipped[_SKIPPED_SHOWN:] = [
             f"… and {len(skipped) - _SKIPPED_SHOWN} more; --json lists them"
         ]
-    return [*skipped, *found.notes, *_warnings(config, found)]
+    return [*skipped, *found.notes, *_warnings(config, found), _HOW]
 
 
 def _warnings(config: RunConfig, found: Estimate) -> list[str]:

@@ -1,0 +1,125 @@
+"""What `extract-features --dry-run` prints of an estimate."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from cache_schema import SkippedClip
+from pipeline.commands import estimate as command
+from pipeline.config import ConfigError, load_config
+from stages.extract_features import estimate as module
+from stages.extract_features.estimate import Estimate, KindEstimate, PassEstimate
+from stages.extract_features.model_costs import ModelCost
+from stages.progress import SilentProgress
+
+QUIET = SilentProgress()
+SKIPPED = tuple(
+    SkippedClip(key=f"clip/{n}", reason="too_short", detail="3 frames", shard="00000")
+    for n in range(25)
+)
+COST = ModelCost(
+    flops_per_clip=2e12, weight_bytes=9 * 10**8, working_bytes=10**9, waiting_bytes=10**8
+)
+TEACHER = KindEstimate(
+    kind="teacher",
+    store=None,
+    clips_already_there=10,
+    clips=275,
+    skipped=25,
+    skipped_clips=SKIPPED,
+    bytes_per_clip=10**7,
+)
+FOUND = Estimate(
+    shards=5,
+    clips=310,
+    frames_per_clip=49,
+    dataset_bytes=10**9,
+    clips_probed=310,
+    prompts={"dataset": 270, "automatic": 5},
+    kinds=(TEACHER, replace(TEACHER, kind="masks", skipped_clips=())),
+    passes=(
+        PassEstimate(
+            kinds=("teacher", "masks"),
+            clips=275,
+            cost=COST,
+            flops=275 * 2e12,
+            flops_per_second=1e12,
+            usual_share=0.5,
+        ),
+    ),
+    device="some device",
+    device_bytes=10**10,
+    free_bytes=10**12,
+    notes=("weights are not here",),
+)
+
+
+@pytest.fixture
+def answer(monkeypatch, minimal):
+    def run(found=FOUND, **changes):
+        monkeypatch.setattr(module, "estimate", lambda *_, **__: replace(found, **changes))
+        return command.run(load_config(minimal), QUIET)
+
+    return run
+
+
+def test_the_table_tells_clips_disk_memory_and_time(answer):
+    rows = answer().rows
+    assert ("clips", "310 in 5 shards, 1.0 GB") in rows
+    assert ("prompts", "270 dataset, 5 automatic") in rows
+    assert ("  clips", "275 to be written, 10 already there") in rows
+    assert ("  skipped", "25 (25 too_short)") in rows
+    assert ("  disk", "2.8 GB, 10.0 MB a clip") in rows
+    assert rows.index(("teacher, masks", "from one pass")) > rows.index(
+        ("masks", "not named before its weights are here")
+    )
+    assert ("  work", "550 TFLOP, 2 TFLOP a clip") in rows
+    assert ("  time", "18 min 20 s at 500 GFLOP/s, both estimated") in rows
+    assert ("disk", "5.5 GB to be written, 1.0 TB free") in rows
+
+
+def test_json_holds_every_skipped_clip_and_number(answer):
+    told = json.loads(json.dumps(answer().data))
+    assert len(told["teacher"]["skipped"]) == 25
+    assert told["bytes"] == 2 * 275 * 10**7
+    assert told["passes"][0]["memory_bytes"] == 2 * 10**9
+    assert told["seconds"] == 1100
+
+
+def test_what_is_skipped_is_listed_and_cut(answer):
+    notes = answer().notes
+    assert notes[0] == "teacher would skip clip/0: too_short (3 frames)"
+    assert notes[20] == "… and 5 more; --json lists them"
+    assert notes[21] == "weights are not here"
+    assert answer().exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({"free_bytes": 10**9}, "has 1.0 GB free, and 5.5 GB are to be written"),
+        ({"device_bytes": 10**9}, "teacher and masks would take 2.0 GB of memory"),
+        ({"clips_probed": 100}, "headers of 100 clips in evenly spread shards"),
+        ({"kinds": (replace(TEACHER, clips=75),)}, "25% of teacher would be skipped"),
+    ],
+)
+def test_what_will_not_fit_is_a_warning(answer, changes, warning):
+    assert not any(warning in note for note in answer().notes)
+    assert any(warning in note for note in answer(**changes).notes)
+    assert any(warning in note for note in answer(**changes).data["warnings"])
+
+
+def test_what_is_not_known_is_said(answer):
+    unknown = replace(TEACHER, bytes_per_clip=None)
+    (one,) = FOUND.passes
+    rows = answer(kinds=(unknown,), passes=(replace(one, cost=None, flops=None),)).rows
+    assert ("  disk", "unknown") in rows
+    assert ("  memory, time", "unknown") in rows
+
+
+def test_the_demo_is_not_drawn_for_an_estimate(tmp_path):
+    config = load_config("demo", [f"demo.root={tmp_path}/demo"])
+    with pytest.raises(ConfigError, match="drawn by the first command"):
+        command.run(config, QUIET)
+    assert not (tmp_path / "demo").exists()
