@@ -74,8 +74,6 @@ class StepOutputs:
     """Of the mask, at a quarter of S."""
     score_B1: torch.Tensor
     """Logit of the subject being visible."""
-    pointer_BC: torch.Tensor
-    """What SAM2 takes the subject for."""
     memory_BCHW: torch.Tensor
     """The memory of the frame."""
     attended_BCHW: torch.Tensor | None
@@ -141,7 +139,6 @@ def visit(
     return StepOutputs(
         logits_B1HW=logits_B1HW,
         score_B1=score_B1,
-        pointer_BC=pointer_BC,
         memory_BCHW=memory_BCHW,
         attended_BCHW=attended_BCHW,
     )
