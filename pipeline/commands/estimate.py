@@ -40,9 +40,11 @@ def run(config: RunConfig, progress: Progress) -> Answer:
             if kind.kind in one.kinds:
                 rows += _kind_rows(kind)
         rows += _pass_rows(one)
+    least = "at least " if any(one.cost is None for one in found.passes) else ""
+    size, free = in_bytes(found.bytes), in_bytes(found.free_bytes)
     rows += [
-        ("disk", f"{in_bytes(found.bytes)} to be written, {in_bytes(found.free_bytes)} free"),
-        ("time", f"{in_time(found.seconds)} on one worker like this one: {found.device}"),
+        ("disk", f"{least}{size} to be written, {free} free"),
+        ("time", f"{least}{in_time(found.seconds)} on one worker like this one: {found.device}"),
     ]
     return Answer(
         title=f"estimate for {config.name}",

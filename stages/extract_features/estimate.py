@@ -167,7 +167,7 @@ def estimate(
         device=_name_of(device),
         device_bytes=_memory_of(device),
         free_bytes=_free_bytes(cache_root),
-        notes=tuple(note for plan in plans for note in plan.notes),
+        notes=tuple(dict.fromkeys(note for plan in plans for note in plan.notes)),
     )
 
 

@@ -116,6 +116,7 @@ def test_what_is_not_known_is_said(answer):
     rows = answer(kinds=(unknown,), passes=(replace(one, cost=None, flops=None),)).rows
     assert ("  disk", "unknown") in rows
     assert ("  memory, time", "unknown") in rows
+    assert ("disk", "at least 0 B to be written, 1.0 TB free") in rows
 
 
 def test_the_demo_is_not_drawn_for_an_estimate(tmp_path):
