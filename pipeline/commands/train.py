@@ -32,6 +32,7 @@ def run(config: RunConfig, progress: Progress) -> Answer:
         "already_finished": summary.already_finished,
         "clips": summary.clips,
         "left_out": summary.left_out,
+        "left_out_by_name": summary.left_out_by_name,
         "first": asdict(summary.first),
         "last": asdict(summary.last),
         "seconds_per_step": summary.seconds_per_step,
@@ -41,7 +42,7 @@ def run(config: RunConfig, progress: Progress) -> Answer:
     rows = [
         ("run", str(summary.run_dir)),
         ("steps", _steps(data)),
-        ("clips", f"{summary.clips}{_left_out(summary.left_out)}"),
+        ("clips", f"{summary.clips}{_left_out(summary.left_out, summary.left_out_by_name)}"),
     ]
     for name in ("loss", "diffusion", "auxiliary"):
         first, last = data["first"][name], data["last"][name]
@@ -61,6 +62,7 @@ def _steps(data: dict[str, Any]) -> str:
     return f"{data['steps_done']}" + (f", resumed after {resumed}" if resumed else "")
 
 
-def _left_out(left_out: dict[str, int]) -> str:
+def _left_out(left_out: dict[str, int], by_name: int) -> str:
     listed = [f"{count} of {kind}" for kind, count in left_out.items() if count]
-    return f"; not in every store: {', '.join(listed)}" if listed else ""
+    lacking = f"; not in every store: {', '.join(listed)}" if listed else ""
+    return lacking + (f"; {by_name} left out by train.leave_out" if by_name else "")

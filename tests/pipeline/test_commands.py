@@ -119,6 +119,7 @@ class TestTrain:
                 "export": config.train.run_dir / "export",
                 "clips": 24,
                 "left_out": {"teacher": 0, "latents": 2},
+                "left_out_by_name": 3,
                 "already_finished": False,
             }
             | changes
@@ -145,7 +146,9 @@ class TestTrain:
     def test_losses_are_shown_from_first_to_last(self, monkeypatch, config, summary):
         rows = dict(self.answer(monkeypatch, config, summary())[0].rows)
         assert rows["loss"] == "2.0000 at step 1, 1.0000 now"
-        assert rows["clips"] == "24; not in every store: 2 of latents"
+        assert (
+            rows["clips"] == "24; not in every store: 2 of latents; 3 left out by train.leave_out"
+        )
         assert rows["time"] == "0.5 s a step"
 
     def test_plain_fine_tuning_has_no_auxiliary_row(self, monkeypatch, config, summary):
