@@ -1,4 +1,4 @@
-"""The tracking engine on a GPU: against the CPU, wherever encoded frames wait, in bounded memory."""
+"""The tracking engine on a GPU: against the CPU, wherever frames wait, in bounded memory."""
 
 from pathlib import Path
 from typing import Any
