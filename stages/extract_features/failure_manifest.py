@@ -21,7 +21,7 @@ def write_failure_manifest(cache_root: Path) -> Path:
 
     A line has `kind`, `store`, `shard`, `source`, `key`, `reason` and `detail`; the lines are
     sorted by these. Clips that a later retry brought into the store are not listed. No failure is
-    an empty file. Several processes may do this at once: the last one has seen all that was
+    an empty file; a list that would not change is not touched. Several processes may do this at once: the last one has seen all that was
     committed before.
 
     Returns:
@@ -35,7 +35,9 @@ def write_failure_manifest(cache_root: Path) -> Path:
     with FileLock(root / f".{FAILURES_FILE}.lock", wait=True, what=f"the list {path}"):
         lines = [line for store in list_stores(root) for line in _lines(store)]
         text = "".join(f"{json.dumps(dict(line), ensure_ascii=False)}\n" for line in sorted(lines))
-        write_whole(path, text.encode("utf-8"), temporary=root / f".{FAILURES_FILE}")
+        content = text.encode("utf-8")
+        if not path.is_file() or path.read_bytes() != content:
+            write_whole(path, content, temporary=root / f".{FAILURES_FILE}")
     return path
 
 

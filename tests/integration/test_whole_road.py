@@ -71,7 +71,7 @@ def test_demo_walks_the_road_once_and_redoes_nothing(tmp_path: Path) -> None:
     made = files(tmp_path)
 
     again = run(tmp_path, "demo")
-    for kind in ("text", "latents", "teacher"):
+    for kind in ("text", "latents", "teacher", "masks"):
         assert again["extract"][kind]["clips_written"] == 0
     assert again["train"]["already_finished"]
     assert files(tmp_path) == made
