@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from pipeline.commands.skipped_notes import skipped_notes
 from pipeline.config import ConfigError, RunConfig
 from pipeline.console import Answer, in_bytes, in_time
 from stages.progress import Progress
@@ -12,7 +13,6 @@ from stages.progress import Progress
 if TYPE_CHECKING:
     from stages.extract_features.estimate import Estimate, KindEstimate, PassEstimate
 
-_SKIPPED_SHOWN = 20
 _HOW = (
     "estimated: time from operations, at a usual share of this device's rate of matrix products "
     "(models as small as the demo's reach a tenth of it), without decoding videos; memory from "
@@ -109,15 +109,9 @@ def _in_flop(number: float) -> str:
 
 
 def _notes(config: RunConfig, found: Estimate) -> list[str]:
-    skipped = [
-        f"{kind.kind} would skip {clip.key}: {clip.reason} ({clip.detail})"
-        for kind in found.kinds
-        for clip in kind.skipped_clips
-    ]
-    if len(skipped) > _SKIPPED_SHOWN:
-        skipped[_SKIPPED_SHOWN:] = [
-            f"… and {len(skipped) - _SKIPPED_SHOWN} more; --json lists them"
-        ]
+    skipped = skipped_notes(
+        ((kind.kind, clip) for kind in found.kinds for clip in kind.skipped_clips), "would skip"
+    )
     return [*skipped, *found.notes, *_warnings(config, found), _HOW]
 
 

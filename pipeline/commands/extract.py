@@ -6,14 +6,13 @@ from typing import Any
 
 from cache_schema import SkippedClip
 from pipeline.commands.assets import make_missing_assets
+from pipeline.commands.skipped_notes import skipped_notes
 from pipeline.config import RunConfig
 from pipeline.console import Answer, in_bytes, in_time
 from pipeline.failures import TOO_MANY_SKIPPED
 from pipeline.launch import rank, world_size
 from pipeline.provenance import provenance
 from stages.progress import Progress
-
-_SKIPPED_SHOWN = 20
 
 
 def run(config: RunConfig, progress: Progress, *, retry_failed: bool = False) -> Answer:
@@ -39,7 +38,7 @@ def run(config: RunConfig, progress: Progress, *, retry_failed: bool = False) ->
         retry_failed=retry_failed,
     )
     rows: list[tuple[str, str]] = []
-    notes: list[str] = []
+    notes = skipped_notes((kind.kind, clip) for kind in summary.kinds for clip in kind.skipped)
     data: dict[str, Any] = {"cache": str(config.cache), "skipped_share": summary.skipped_share}
     for kind in summary.kinds:
         rows.append((kind.kind, str(kind.store)))
@@ -48,7 +47,6 @@ def run(config: RunConfig, progress: Progress, *, retry_failed: bool = False) ->
         rows.append(("  clips", f"{kind.clips_written} written{there}{busy}"))
         rows.append(("  skipped", _reasons(kind.skipped)))
         rows.append(("  size, time", f"{in_bytes(kind.bytes)}, {in_time(kind.seconds)}"))
-        notes += [f"{kind.kind} skipped {s.key}: {s.reason} ({s.detail})" for s in kind.skipped]
         data[kind.kind] = {
             "store": str(kind.store),
             "clips_written": kind.clips_written,
@@ -60,8 +58,6 @@ def run(config: RunConfig, progress: Progress, *, retry_failed: bool = False) ->
             "bytes": kind.bytes,
             "seconds": round(kind.seconds, 3),
         }
-    if len(notes) > _SKIPPED_SHOWN:
-        notes[_SKIPPED_SHOWN:] = [f"… and {len(notes) - _SKIPPED_SHOWN} more; --json lists them"]
     if notes and summary.failures is not None:
         data["failures"] = str(summary.failures)
         notes.append(f"all that was left out, one per line: {summary.failures}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from cache_schema import SCHEMA_VERSION, StoreReader, find_store
+from pipeline.commands.skipped_notes import skipped_notes
 from pipeline.config import ConfigError, RunConfig
 from pipeline.console import Answer, in_bytes
 from stages.extract_features.config import Kind
@@ -15,8 +16,6 @@ from stages.progress import Progress
 
 if TYPE_CHECKING:
     from stages.inspect_cache.drawing import Drawing
-
-_SKIPPED_SHOWN = 20
 
 
 def run(
@@ -49,9 +48,7 @@ def run(
     entry = None if clip is None else reader.record(clip)
     data = _manifest(path, reader)
     rows = _rows(data)
-    notes = [f"skipped {s['key']}: {s['reason']} ({s['detail']})" for s in data["skipped"]]
-    if len(notes) > _SKIPPED_SHOWN:
-        notes[_SKIPPED_SHOWN:] = [f"… and {len(notes) - _SKIPPED_SHOWN} more; --json lists them"]
+    notes = skipped_notes((data["kind"], clip) for clip in reader.skipped)
     if entry is not None:
         data["clip"] = {"shard": entry.shard, "source": entry.source, **entry.as_dict()}
         rows += [("clip", entry.key)] + [

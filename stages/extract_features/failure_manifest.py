@@ -21,8 +21,8 @@ def write_failure_manifest(cache_root: Path) -> Path:
 
     A line has `kind`, `store`, `shard`, `source`, `key`, `reason` and `detail`; the lines are
     sorted by these. Clips that a later retry brought into the store are not listed. No failure is
-    an empty file; a list that would not change is not touched. Several processes may do this at once: the last one has seen all that was
-    committed before.
+    an empty file; a list that would not change is not touched. Several processes may do this at
+    once: the last one has seen all that was committed before.
 
     Returns:
         The file.

@@ -282,7 +282,7 @@ class TestInspect:
         assert rows["array features"] == "float16 [t 9, h 2, w 3, c 8]"
         assert rows["clips"] == "1, and 1 skipped"
         assert rows["clip"] == "walk/[7]"
-        assert "skipped walk/[8]: too_short (3 frames)" in answer.notes
+        assert "teacher skipped walk/[8]: too_short (3 frames)" in answer.notes
         assert answer.data["keys"] == ["walk/[7]"]
         assert answer.data["clip"]["attributes"] == {"fps": 8}
         for made in (answer.data["picture"], answer.data["video"]):
