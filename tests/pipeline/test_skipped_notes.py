@@ -26,7 +26,7 @@ def test_what_several_kinds_say_of_a_clip_is_one_line():
 
 
 def test_many_are_counted():
-    notes = skipped_notes((("text", clip(f"{number:02d}")) for number in range(25)))
+    notes = skipped_notes(("text", clip(f"{number:02d}")) for number in range(25))
     assert len(notes) == 21
     assert notes[19].startswith("text skipped 19:")
     assert notes[20] == "… and 5 more; --json lists them"
