@@ -62,10 +62,13 @@ def finish(name: str, text: str, summary: dict[str, Any], write_to: Path | None)
         name: Of the benchmark.
         text: Markdown.
         summary: `ratio` or `value`, `target`, `spread`, `machine`, settings.
-        write_to: A Markdown file to write, or None.
+        write_to: A Markdown file that the report is added to, or None.
     """
     line = json.dumps({"name": name, **summary})
     if write_to is not None:
-        head = f"# {name}\n\n{time.strftime('%Y-%m-%d')}, {summary['machine']}\n\n"
-        write_to.write_text(f"{head}{text}\n\n```\n{line}\n```\n", encoding="utf-8")
+        title = "" if write_to.exists() else f"# {name}\n"
+        settings = ", ".join(f"{key} {value}" for key, value in summary["settings"].items())
+        head = f"{title}\n## {time.strftime('%Y-%m-%d')}, {summary['machine']}\n\n{settings}\n"
+        with write_to.open("a", encoding="utf-8") as file:
+            file.write(f"{head}\n{text}\n\n```\n{line}\n```\n")
     print(text, line, sep="\n\n")

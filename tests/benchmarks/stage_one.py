@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--write", type=Path, help="keep the report in this Markdown file")
+    parser.add_argument("--write", type=Path, help="add the report to this Markdown file")
     options = parser.parse_args()
     device = torch.device(options.device)
     frames_THWC, mask_HW = make_frames(options.frames)

@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=49)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--write", type=Path, help="keep the report in this Markdown file")
+    parser.add_argument("--write", type=Path, help="add the report to this Markdown file")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
