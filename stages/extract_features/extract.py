@@ -86,7 +86,7 @@ def extract_features(
             }
             for extraction in extractions
         ]
-        with failures_listed(cache_root):
+        with failures_listed(cache_root, progress.log):
             summaries = _fill(engine, dataset, extractions, stores, progress, retry_failed)
     return ExtractSummary(kinds=tuple(summaries), failures=cache_root / FAILURES_FILE)
 

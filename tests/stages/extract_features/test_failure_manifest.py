@@ -37,7 +37,7 @@ def test_every_skipped_clip_of_every_store_is_a_line(tmp_path: Path) -> None:
     write(teacher, "1", "a", "zy")
     write(teacher, "0", "b", "x")
     write(latents, "0", "x", "b")
-    path = write_failure_manifest(tmp_path)
+    path = write_failure_manifest(tmp_path, print)
     assert path == tmp_path / "failures.jsonl"
     found = lines(path)
     assert [(line["kind"], line["shard"], line["key"]) for line in found] == [
@@ -62,21 +62,35 @@ def test_every_skipped_clip_of_every_store_is_a_line(tmp_path: Path) -> None:
 def test_it_is_rewritten_and_empty_when_a_retry_brought_everything_in(tmp_path: Path) -> None:
     writer = store(tmp_path, "text")
     write(writer, "0", "a", "bc")
-    assert len(lines(write_failure_manifest(tmp_path))) == 2
+    assert len(lines(write_failure_manifest(tmp_path, print))) == 2
     write(writer, "0-retry1", "bc", "")
-    assert write_failure_manifest(tmp_path).read_bytes() == b""
+    assert write_failure_manifest(tmp_path, print).read_bytes() == b""
 
 
 def test_it_is_written_when_the_run_stops_with_an_error(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), failures_listed(tmp_path):
+    with pytest.raises(KeyboardInterrupt), failures_listed(tmp_path, print):
         write(store(tmp_path, "text"), "0", "", "k")
         raise KeyboardInterrupt
     assert [line["key"] for line in lines(tmp_path / "failures.jsonl")] == ["k"]
 
 
+def test_a_damaged_store_is_told_of_and_spoils_nothing(tmp_path: Path) -> None:
+    write(store(tmp_path, "text"), "0", "", "k")
+    damaged = store(tmp_path, "latents").path
+    (damaged / "store.json").write_text("{}")
+    told: list[str] = []
+    path = write_failure_manifest(tmp_path, told.append)
+    assert [line["key"] for line in lines(path)] == ["k"]
+    assert len(told) == 1
+    assert told[0].startswith(f"failures.jsonl says nothing of {damaged.name}: ")
+
+
 def test_a_list_that_cannot_be_written_hides_no_error(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="out of memory") as caught, failures_listed(tmp_path):
-        (store(tmp_path, "text").path / "store.json").write_text("{}")
+    with (
+        pytest.raises(RuntimeError, match="out of memory") as caught,
+        failures_listed(tmp_path, print),
+    ):
+        (tmp_path / "failures.jsonl").mkdir()
         raise RuntimeError("out of memory")
     assert caught.value.__notes__[0].startswith("failures.jsonl could not be written")
 
@@ -84,7 +98,9 @@ def test_a_list_that_cannot_be_written_hides_no_error(tmp_path: Path) -> None:
 def test_several_at_once_leave_a_whole_list(tmp_path: Path) -> None:
     writer = store(tmp_path, "text")
     write(writer, "0", "a", "bcdefgh")
-    threads = [threading.Thread(target=write_failure_manifest, args=(tmp_path,)) for _ in range(6)]
+    threads = [
+        threading.Thread(target=write_failure_manifest, args=(tmp_path, print)) for _ in range(6)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
