@@ -11,7 +11,7 @@ from pipeline.console import Answer, in_bytes, in_time
 from stages.progress import Progress
 
 if TYPE_CHECKING:
-    from stages.extract_features.estimate import Estimate, KindEstimate, PassEstimate
+    from stages.extract_features.estimates.estimate import Estimate, KindEstimate, PassEstimate
 
 _HOW = (
     "estimated: time from operations, at a usual share of this device's rate of matrix products "
@@ -31,7 +31,7 @@ def run(config: RunConfig, progress: Progress) -> Answer:
             f"there is no {config.data.path} yet: the demo's clips are drawn by the first command "
             "that works on them, such as extract-features without --dry-run"
         )
-    from stages.extract_features.estimate import estimate
+    from stages.extract_features.estimates.estimate import estimate
 
     found = estimate(config.extract, config.data, config.model, config.cache, progress=progress)
     rows = _dataset_rows(found)

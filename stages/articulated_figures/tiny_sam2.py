@@ -25,7 +25,7 @@ def build_tiny_sam2(out: Path, seed: int) -> None:
     # Imported here so that a demo whose models exist trains and samples without sam2.
     from omegaconf import OmegaConf
 
-    from stages.extract_features.sam2_tracker import build_sam2, official_configs
+    from stages.extract_features.tracking.sam2_tracker import build_sam2, official_configs
 
     out.mkdir(parents=True, exist_ok=True)
     config = OmegaConf.load(official_configs()[_TEMPLATE])

@@ -9,13 +9,13 @@ from stages.clips import ClipDataset, ClipsConfig, input_shard_name, open_datase
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig, Kind
 from stages.extract_features.extraction import Extraction
-from stages.extract_features.failure_manifest import FAILURES_FILE, failures_listed
-from stages.extract_features.jobs import plan_jobs
-from stages.extract_features.local_engine import EngineReport, LocalEngine
 from stages.extract_features.make_extractions import device_named, make_extractions
-from stages.extract_features.ray_engine import RayEngine
-from stages.extract_features.ray_worker import WorkerSetup
 from stages.extract_features.summary import ExtractSummary, KindSummary
+from stages.extract_features.work.failure_manifest import FAILURES_FILE, failures_listed
+from stages.extract_features.work.jobs import plan_jobs
+from stages.extract_features.work.local_engine import EngineReport, LocalEngine
+from stages.extract_features.work.ray_engine import RayEngine
+from stages.extract_features.work.ray_worker import WorkerSetup
 from stages.progress import Progress
 
 

@@ -37,7 +37,7 @@ def make_extractions(
     for kinds in group_kinds(config.kinds):
         if kinds[0] in _TRACKED:
             # Brings in sam2, which the other kinds do without.
-            from stages.extract_features.subject_extraction import SubjectExtraction
+            from stages.extract_features.subjects.subject_extraction import SubjectExtraction
 
             made.append(SubjectExtraction(config.teacher, clips, kinds=kinds))
             continue

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from stages.clips import ClipRecord, ClipsConfig, encode_video, load_clip
 from stages.extract_features.extraction import DTYPES, to_float16
-from stages.extract_features.sam2_inputs import resize_for_sam2
+from stages.extract_features.tracking.sam2_inputs import resize_for_sam2
 from stages.local_gram_flow import fuse_directions, resample_to_grid
 
 TOLERANCE = 5e-6

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from stages.articulated_figures.tiny_sam2 import build_tiny_sam2
-from stages.extract_features.sam2_inputs import Sam2Prompt
-from stages.extract_features.sam2_tracker import build_sam2
-from stages.extract_features.two_way_tracking import TrackRequest, TwoWayTracker
+from stages.extract_features.tracking.sam2_inputs import Sam2Prompt
+from stages.extract_features.tracking.sam2_tracker import build_sam2
+from stages.extract_features.tracking.two_way_tracking import TrackRequest, TwoWayTracker
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,9 +8,9 @@ import pytest
 from cache_schema import SkippedClip
 from pipeline.commands import estimate as command
 from pipeline.config import ConfigError, load_config
-from stages.extract_features import estimate as module
-from stages.extract_features.estimate import Estimate, KindEstimate, PassEstimate
-from stages.extract_features.model_costs import ModelCost
+from stages.extract_features.estimates import estimate as module
+from stages.extract_features.estimates.estimate import Estimate, KindEstimate, PassEstimate
+from stages.extract_features.estimates.model_costs import ModelCost
 from stages.progress import SilentProgress
 
 QUIET = SilentProgress()

@@ -9,12 +9,12 @@ import torch
 from cache_schema import JSON
 from stages.clips import Clip, ClipRecord, ClipsConfig, ClipSkipped, SubjectPrompt
 from stages.extract_features.config import PromptSource, TeacherConfig
-from stages.extract_features.encoded_frames import EncodedFrames
 from stages.extract_features.prompts.automatic import AutomaticSource
 from stages.extract_features.prompts.chosen import ChosenPrompt
 from stages.extract_features.prompts.grounding import GroundingSource, phrases_of
-from stages.extract_features.sam2_inputs import prompt_for_sam2
-from stages.extract_features.two_way_tracking import TwoWayTracker
+from stages.extract_features.tracking.encoded_frames import EncodedFrames
+from stages.extract_features.tracking.sam2_inputs import prompt_for_sam2
+from stages.extract_features.tracking.two_way_tracking import TwoWayTracker
 
 
 class _Source(Protocol):

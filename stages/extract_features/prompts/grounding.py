@@ -7,7 +7,6 @@ import torch
 from cache_schema import JSON
 from stages.clips import Clip, ClipRecord, ClipSkipped, SubjectPrompt
 from stages.extract_features.config import GroundingConfig
-from stages.extract_features.encoded_frames import EncodedFrames
 from stages.extract_features.extraction import release_memory
 from stages.extract_features.prompts.chosen import ChosenPrompt
 from stages.extract_features.prompts.grounding_dino import (
@@ -16,7 +15,8 @@ from stages.extract_features.prompts.grounding_dino import (
     find_grounding_dino,
     hash_of_grounding_dino,
 )
-from stages.extract_features.two_way_tracking import TwoWayTracker
+from stages.extract_features.tracking.encoded_frames import EncodedFrames
+from stages.extract_features.tracking.two_way_tracking import TwoWayTracker
 
 _SAME_BOX = 0.8
 """Overlap (IoU) from which two phrases are taken to mean one subject."""

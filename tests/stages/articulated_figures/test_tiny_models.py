@@ -103,7 +103,7 @@ def test_fitting_lowers_the_error_and_sets_the_scale():
 
 
 def test_the_tiny_sam2_loads_as_a_checkpoint_in_the_official_format(tmp_path):
-    from stages.extract_features.sam2_tracker import build_sam2
+    from stages.extract_features.tracking.sam2_tracker import build_sam2
 
     build_tiny_sam2(tmp_path, seed=0)
     content = torch.load(tmp_path / "tiny.pt", weights_only=True)

@@ -368,7 +368,7 @@ def stub_module() -> Callable[[pytest.MonkeyPatch], type[StubTracking]]:
     def install(patch: pytest.MonkeyPatch) -> type[StubTracking]:
         stub = type("Stub", (StubTracking,), {"batches": [], "lost": set(), "infinite": set()})
         module = types.SimpleNamespace(SubjectExtraction=stub)
-        patch.setitem(sys.modules, "stages.extract_features.subject_extraction", module)
+        patch.setitem(sys.modules, "stages.extract_features.subjects.subject_extraction", module)
         return stub
 
     return install

@@ -13,8 +13,8 @@ from stages.clips import ClipsConfig, retry_shard_name
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig
 from stages.extract_features.extract import extract_features
-from stages.extract_features.jobs import ShardJob, in_turn
 from stages.extract_features.summary import ExtractSummary
+from stages.extract_features.work.jobs import ShardJob, in_turn
 from stages.progress import SilentProgress
 
 LOST = "00000/clip001"

@@ -1,0 +1,282 @@
+"""What a run of stage one would take, before it starts; `extract-features --dry-run` prints it.
+
+Clips and what would be skipped come from the dataset's headers (`survey`). Disk is exact: the
+stores' arrays, raw. Memory and operations come from the models' shapes (`model_costs`). Time is
+operations over this device's measured rate of matrix products times a usual share of it; reading
+and decoding videos, which overlap with the models' work, and loading them are not in it. Writes
+nothing.
+"""
+
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cache_schema import ArraySpec, SkippedClip, StoreReader
+from stages.clips import ClipsConfig, open_dataset
+from stages.config import BaseModelConfig, Precision
+from stages.extract_features.config import ExtractConfig, Kind, PromptSource
+from stages.extract_features.estimates.flops import matmul_flops_per_second
+from stages.extract_features.estimates.model_costs import ModelCost, TrackerCost
+from stages.extract_features.estimates.planned_stores import PlannedPass, planned_passes
+from stages.extract_features.estimates.survey import MOST_PROBED, ShardSurvey, survey_shards
+from stages.extract_features.extraction import DTYPES
+from stages.extract_features.make_extractions import device_named
+from stages.progress import Progress
+
+USUAL_SHARE: Mapping[str, Mapping[Kind, float]] = {
+    "cpu": {"text": 0.7, "latents": 0.85, "teacher": 0.65, "masks": 0.65},
+    "cuda": {"text": 0.3, "latents": 0.3, "teacher": 0.25, "masks": 0.25},
+}
+"""What a model reaches of the rate of matrix products, by device. On a CPU as measured on one
+thread: two layers as wide as half of T5-XXL, a VAE of the official widths, sam2.1_hiera_t at 512
+pixels. On a GPU assumed, not measured. Models of a few million weights reach a tenth of it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KindEstimate:
+    """One kind of store."""
+
+    kind: Kind
+    store: Path | None
+    """None when the weights, whose hash names it, are not on this machine."""
+    clips_already_there: int
+    """In finished shards, skipped ones not counted."""
+    clips: int
+    """Still to be extracted."""
+    skipped: int
+    """Of those that are left, clips that would be skipped."""
+    skipped_clips: tuple[SkippedClip, ...]
+    """The same one by one, of the clips whose headers were read."""
+    bytes_per_clip: int | None
+    """Of the arrays as they are; the store adds checksums and records, well under 1%."""
+
+    @property
+    def bytes(self) -> int | None:
+        """That the run would add; None when it cannot be known."""
+        return None if self.bytes_per_clip is None else self.clips * self.bytes_per_clip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassEstimate:
+    """One model's work; teacher and masks come from one pass."""
+
+    kinds: tuple[Kind, ...]
+    clips: int
+    """That go through the model."""
+    cost: ModelCost | None
+    """Of one clip, and in memory; None when it cannot be known."""
+    flops: float | None
+    flops_per_second: float
+    """Of matrix products on this device, measured just now."""
+    usual_share: float
+    """Of that rate, by which the time is reckoned."""
+
+    @property
+    def seconds(self) -> float | None:
+        """On one worker like this one."""
+        if self.flops is None:
+            return None
+        return self.flops / (self.flops_per_second * self.usual_share)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """The whole run."""
+
+    shards: int
+    clips: int
+    """Of the dataset, bad records included."""
+    frames_per_clip: int
+    dataset_bytes: int
+    clips_probed: int
+    """Whose headers were read; what is said of the others is in proportion."""
+    prompts: Mapping[PromptSource, int]
+    """How many of the clips probed are prompted by which source."""
+    kinds: tuple[KindEstimate, ...]
+    passes: tuple[PassEstimate, ...]
+    device: str
+    device_bytes: int
+    """Memory of the device."""
+    free_bytes: int
+    """On the disk of the cache."""
+    notes: tuple[str, ...]
+
+    @property
+    def bytes(self) -> int:
+        """That the run would write, as far as it is known."""
+        return sum(kind.bytes or 0 for kind in self.kinds)
+
+    @property
+    def seconds(self) -> float:
+        """Of all passes on one worker, as far as it is known."""
+        return sum(one.seconds or 0.0 for one in self.passes)
+
+
+def estimate(
+    config: ExtractConfig,
+    clips: ClipsConfig,
+    model: BaseModelConfig,
+    cache_root: Path,
+    *,
+    progress: Progress,
+    most_probed: int = MOST_PROBED,
+) -> Estimate:
+    """Reckon what `extract_features` with the same arguments would do.
+
+    Args:
+        config: What to compute, and where.
+        clips: The dataset, and the size, length and rate of its clips.
+        model: The base pipeline; of a hub id only configuration files are downloaded.
+        cache_root: Folder of the stores; need not exist.
+        progress: Bars.
+        most_probed: About how many clips' headers are read, at most.
+
+    Raises:
+        ValueError: A setting does not fit, as the run would say before any work.
+        CacheError: A store in the cache is damaged.
+    """
+    device = device_named(config.device, 0)
+    dataset = open_dataset(clips)
+    plans = planned_passes(config, clips, model)
+    surveys = survey_shards(dataset.shards, config, clips, progress, most_probed=most_probed)
+    kinds: list[KindEstimate] = []
+    passes: list[PassEstimate] = []
+    for plan in plans:
+        finished = _finished_shards(plan, cache_root)
+        kinds += [_kind(kind, plan, surveys, finished[kind], cache_root) for kind in plan.kinds]
+        # A shard that one of two stores lacks is gone through again for it.
+        in_all = set.intersection(*(set(shards) for shards in finished.values()))
+        passes.append(_pass(plan, _Left.of(surveys, in_all), config, device))
+    probed = [survey for survey in surveys if survey.probed]
+    prompts = sum((survey.prompts for survey in probed), Counter[PromptSource]())
+    return Estimate(
+        shards=len(surveys),
+        clips=sum(survey.num_clips for survey in surveys),
+        frames_per_clip=clips.num_frames,
+        dataset_bytes=sum(survey.num_bytes for survey in surveys),
+        clips_probed=sum(survey.num_clips for survey in probed),
+        prompts=prompts,
+        kinds=tuple(kinds),
+        passes=tuple(passes),
+        device=_name_of(device),
+        device_bytes=_memory_of(device),
+        free_bytes=_free_bytes(cache_root),
+        notes=tuple(dict.fromkeys(note for plan in plans for note in plan.notes)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Left:
+    """The shards that a store lacks, and how far those probed speak for them."""
+
+    num_clips: int
+    probed: tuple[ShardSurvey, ...]
+
+    @classmethod
+    def of(cls, surveys: Sequence[ShardSurvey], finished: set[str]) -> "_Left":
+        left = [survey for survey in surveys if survey.name not in finished]
+        probed = [survey for survey in left if survey.probed]
+        return cls(
+            sum(survey.num_clips for survey in left),
+            # Where none of them was probed, the finished ones speak for them.
+            tuple(probed or (survey for survey in surveys if survey.probed)),
+        )
+
+    def in_all(self, counted: float) -> float:
+        """What was counted in the probed shards, in proportion."""
+        probed = sum(survey.num_clips for survey in self.probed)
+        return counted * self.num_clips / probed if probed else 0.0
+
+    def skipped(self, kind: Kind) -> tuple[SkippedClip, ...]:
+        return tuple(clip for survey in self.probed for clip in survey.skipped.get(kind, ()))
+
+
+def _finished_shards(plan: PlannedPass, cache_root: Path) -> dict[Kind, dict[str, int]]:
+    """By kind, the finished shards of its store, and how many clips each holds."""
+    finished: dict[Kind, dict[str, int]] = {kind: {} for kind in plan.kinds}
+    for kind, folder in (plan.folders or {}).items():
+        if (cache_root / folder / "store.json").is_file():
+            reader = StoreReader(cache_root / folder)
+            finished[kind] = dict.fromkeys(reader.shards, 0)
+            for key in reader.keys:
+                finished[kind][reader.record(key).shard] += 1
+    return finished
+
+
+def _kind(
+    kind: Kind,
+    plan: PlannedPass,
+    surveys: Sequence[ShardSurvey],
+    finished: Mapping[str, int],
+    cache_root: Path,
+) -> KindEstimate:
+    left = _Left.of(surveys, set(finished))
+    skipped = left.skipped(kind)
+    num_skipped = round(left.in_all(len(skipped)))
+    names = {survey.name for survey in surveys}
+    return KindEstimate(
+        kind=kind,
+        store=None if plan.folders is None else cache_root / plan.folders[kind],
+        clips_already_there=sum(count for name, count in finished.items() if name in names),
+        clips=left.num_clips - num_skipped,
+        skipped=num_skipped,
+        skipped_clips=skipped if left.num_clips else (),
+        bytes_per_clip=None if plan.arrays is None else _bytes_of(plan.arrays[kind]),
+    )
+
+
+def _pass(
+    plan: PlannedPass, left: _Left, config: ExtractConfig, device: torch.device
+) -> PassEstimate:
+    kind = plan.kinds[0]
+    num_clips = left.num_clips - left.in_all(len(left.skipped(kind)))
+    cost, flops = plan.cost, None
+    if isinstance(cost, TrackerCost):
+        flops = cost.flops(num_clips, left.in_all(sum(survey.subjects for survey in left.probed)))
+        cost = cost.cost
+    elif cost is not None:
+        flops = num_clips * cost.flops_per_clip
+    return PassEstimate(
+        kinds=plan.kinds,
+        clips=round(num_clips),
+        cost=cost,
+        flops=flops,
+        flops_per_second=matmul_flops_per_second(device, DTYPES[_precision(config, kind)]),
+        usual_share=USUAL_SHARE[device.type][kind],
+    )
+
+
+def _precision(config: ExtractConfig, kind: Kind) -> Precision:
+    if kind == "text":
+        return config.text.precision
+    return config.latents.precision if kind == "latents" else config.teacher.precision
+
+
+def _bytes_of(arrays: Mapping[str, ArraySpec]) -> int:
+    return sum(math.prod(spec.shape) * spec.numpy_dtype.itemsize for spec in arrays.values())
+
+
+def _name_of(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device} with {torch.get_num_threads()} threads"
+
+
+def _memory_of(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _free_bytes(cache_root: Path) -> int:
+    """On the disk where the cache lies or will lie."""
+    folder = cache_root.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

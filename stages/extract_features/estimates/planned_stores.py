@@ -1,0 +1,181 @@
+"""Which stores a run would write to, and what each model's part costs; nothing is downloaded but
+configuration files. `estimate` adds up from here.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache_schema import ArraySpec, StoreSettings
+from stages.base_facts import BaseFacts, read_base_facts
+from stages.base_model import resolve_base_model
+from stages.clips import ClipsConfig
+from stages.config import BaseModelConfig
+from stages.extract_features.config import ExtractConfig, Kind, TeacherConfig
+from stages.extract_features.estimates.model_costs import (
+    ModelCost,
+    TrackerCost,
+    latents_cost,
+    official_config_of,
+    text_cost,
+    tracker_cost,
+)
+from stages.extract_features.latents import LatentsExtraction
+from stages.extract_features.make_extractions import group_kinds
+from stages.extract_features.subjects.subject_extraction import SubjectExtraction
+from stages.extract_features.subjects.subject_stores import masks_settings, teacher_settings
+from stages.extract_features.text import TextExtraction
+from stages.extract_features.tracking.sam2_tracker import check_sam2, find_checkpoint
+
+_BASE_CONFIGS = (
+    "transformer/config.json",
+    "vae/config.json",
+    "scheduler/scheduler_config.json",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedPass:
+    """One model's pass over the clips, and the stores it fills."""
+
+    kinds: tuple[Kind, ...]
+    arrays: Mapping[Kind, Mapping[str, ArraySpec]] | None
+    """Of every clip, by kind; None when not even the configuration is at hand."""
+    folders: Mapping[Kind, str] | None
+    """Names of the stores; None when the weights, whose hash is in them, are not here."""
+    cost: ModelCost | TrackerCost | None
+    notes: tuple[str, ...] = ()
+    """What could not be known, and why."""
+
+
+def planned_passes(
+    config: ExtractConfig, clips: ClipsConfig, model: BaseModelConfig
+) -> list[PlannedPass]:
+    """The passes of a run, in its order.
+
+    Raises:
+        ValueError: A setting does not fit, as the run itself would say. Weights of a hub id that
+            are not on this machine are no error.
+    """
+    base, problem = _base_facts(config, model)
+    passes: list[PlannedPass] = []
+    for kinds in group_kinds(config.kinds):
+        if kinds[0] not in ("text", "latents"):
+            passes.append(_tracking(config.teacher, clips, kinds))
+        elif base is None:
+            passes.append(
+                PlannedPass(kinds=kinds, arrays=None, folders=None, cost=None, notes=(problem,))
+            )
+        elif kinds[0] == "text":
+            passes.append(_text(config, base))
+        else:
+            passes.append(_latents(config, clips, base))
+    return passes
+
+
+def _base_facts(config: ExtractConfig, model: BaseModelConfig) -> tuple[BaseFacts | None, str]:
+    """Facts of the base pipeline, or why they cannot be had."""
+    if not {"text", "latents"} & set(config.kinds):
+        return None, ""
+    parts = (*_BASE_CONFIGS, *(["text_encoder/config.json"] if "text" in config.kinds else []))
+    try:
+        return read_base_facts(resolve_base_model(model, parts)), ""
+    except ValueError as error:
+        if model.is_local:
+            raise
+        return None, f"nothing is known of {model.path}: {error}"
+
+
+def _text(config: ExtractConfig, base: BaseFacts) -> PlannedPass:
+    cost = text_cost(config.text, base)
+    if has_weights(base.folder / "text_encoder") and (base.folder / "tokenizer").is_dir():
+        return _known(("text",), TextExtraction(config.text, base).settings, cost)
+    shape = (int(base.transformer["max_text_seq_length"]), int(base.transformer["text_embed_dim"]))
+    arrays = {"embeds": _float16(shape, "ld")}
+    return _unknown(("text",), {"text": arrays}, cost, f"the text encoder in {base.folder}")
+
+
+def _latents(config: ExtractConfig, clips: ClipsConfig, base: BaseFacts) -> PlannedPass:
+    cost = latents_cost(config.latents, clips, base)
+    if has_weights(base.folder / "vae"):
+        extraction = LatentsExtraction(config.latents, clips, base, seed=config.seed)
+        return _known(("latents",), extraction.settings, cost)
+    per_frame = (int(base.vae["latent_channels"]), *clips.latent_size)
+    video = _float16((clips.num_latent_frames, *per_frame), "fchw")
+    arrays = {"mean": video, "std": video}
+    if base.image_to_video:
+        arrays |= dict.fromkeys(("image_mean", "image_std"), _float16((1, *per_frame), "fchw"))
+    return _unknown(("latents",), {"latents": arrays}, cost, f"the VAE in {base.folder}")
+
+
+def _tracking(config: TeacherConfig, clips: ClipsConfig, kinds: tuple[Kind, ...]) -> PlannedPass:
+    official = official_config_of(config.checkpoint)
+    try:
+        checkpoint = find_checkpoint(config.checkpoint, download=False)
+    except ValueError:
+        if official is None:
+            raise
+        sam2_config, missing = config.config or official, f"the checkpoint {config.checkpoint}"
+    else:
+        facts = check_sam2(config.config, checkpoint, image_size=config.image_size)
+        sam2_config, missing = facts.config_name, ""
+    cost = tracker_cost(config, clips, sam2_config)
+    if not missing and not _grounding_is_here(config):
+        missing = f"Grounding DINO {config.grounding.model}"
+    if not missing:
+        return _known(kinds, SubjectExtraction(config, clips, kinds=kinds).settings, cost)
+    channels = cost.hidden_dim if config.features == "memory_attention" else cost.mem_dim
+    settings: dict[Kind, StoreSettings] = {
+        "teacher": teacher_settings(config, clips, {}, channels=channels),
+        "masks": masks_settings(config, clips, {}),
+    }
+    return _unknown(kinds, {kind: settings[kind].arrays for kind in kinds}, cost, missing)
+
+
+def _grounding_is_here(config: TeacherConfig) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    grounding = config.grounding
+    if "grounding" not in config.prompts or Path(grounding.model).expanduser().is_dir():
+        return True
+    found = try_to_load_from_cache(
+        grounding.model, "model.safetensors", revision=grounding.revision
+    )
+    return isinstance(found, str)
+
+
+def has_weights(part: Path) -> bool:
+    """Whether all files of weights of a pipeline's part are there."""
+    for index in part.glob("*.safetensors.index.json"):
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return all((part / file).is_file() for file in files)
+    return any(part.glob("*.safetensors"))
+
+
+def _known(
+    kinds: tuple[Kind, ...], settings: Mapping[Kind, StoreSettings], cost: ModelCost | TrackerCost
+) -> PlannedPass:
+    return PlannedPass(
+        kinds=kinds,
+        arrays={kind: settings[kind].arrays for kind in kinds},
+        folders={kind: settings[kind].folder_name for kind in kinds},
+        cost=cost,
+    )
+
+
+def _unknown(
+    kinds: tuple[Kind, ...],
+    arrays: Mapping[Kind, Mapping[str, ArraySpec]],
+    cost: ModelCost | TrackerCost,
+    missing: str,
+) -> PlannedPass:
+    note = (
+        f"{' and '.join(kinds)}: {missing} is not on this machine yet, so that what the cache "
+        "holds already cannot be told; the run downloads it"
+    )
+    return PlannedPass(kinds=kinds, arrays=arrays, folders=None, cost=cost, notes=(note,))
+
+
+def _float16(shape: tuple[int, ...], axes: str) -> ArraySpec:
+    return ArraySpec(dtype="float16", shape=shape, dimension_names=tuple(axes))

@@ -1,0 +1,88 @@
+"""From the prompt that was chosen for a clip to the subjects that are tracked in it.
+
+Used by `subject_extraction`.
+"""
+
+from collections.abc import Sequence
+
+from stages.clips import Clip, ClipSkipped, SubjectPrompt
+from stages.extract_features.config import TeacherConfig
+from stages.extract_features.prompts import ChosenPrompt
+from stages.extract_features.subjects.subject_tracking import Subject
+from stages.extract_features.tracking.encoded_frames import EncodedFrames
+from stages.extract_features.tracking.sam2_inputs import Sam2Prompt, prompt_for_sam2
+from stages.extract_features.tracking.two_way_tracking import EmptyMaskError, TwoWayTracker
+
+
+def subjects_to_track(
+    clip: Clip,
+    chosen: ChosenPrompt,
+    *,
+    config: TeacherConfig,
+    tracker: TwoWayTracker,
+    encoded: EncodedFrames,
+) -> tuple[Subject, ...]:
+    """One subject that is the union of all that are prompted, or each by itself.
+
+    The dataset's prompts for the last frame are used where `backward_prompt` asks for them and the
+    clip has some. Several subjects are matched with them by order, so that the numbers must agree
+    and the first frame's must be the dataset's too; otherwise the track's own mask is taken.
+
+    Raises:
+        ClipSkipped: too_many_subjects; or bad_prompt, when SAM2 sees nothing where they are.
+    """
+    if config.subjects == "each" and len(chosen.subjects) > config.max_subjects:
+        raise ClipSkipped(
+            "too_many_subjects",
+            f"{len(chosen.subjects)} subjects, extract.teacher.max_subjects is "
+            f"{config.max_subjects}",
+        )
+    first = [_sam2_prompt(clip, subject, tracker) for subject in chosen.subjects]
+    last = _last_prompts(clip, tracker) if config.backward_prompt == "dataset" else []
+    if config.subjects == "union":
+        first = [_union(first, chosen.frame, tracker, encoded)]
+        last = [_union(last, encoded.num_frames - 1, tracker, encoded)] if last else []
+    elif len(first) > 1 and chosen.source != "dataset":
+        last = []
+    matched: Sequence[Sam2Prompt | None] = last if len(last) == len(first) else [None] * len(first)
+    return tuple(
+        Subject(encoded=encoded, frame=chosen.frame, prompt=prompt, last_prompt=last_prompt)
+        for prompt, last_prompt in zip(first, matched, strict=True)
+    )
+
+
+def _last_prompts(clip: Clip, tracker: TwoWayTracker) -> list[Sam2Prompt]:
+    """Those of the dataset's for the last frame that do not vanish at SAM2's size."""
+    kept = []
+    for subject in clip.last_frame_prompts:
+        try:
+            kept.append(_sam2_prompt(clip, subject, tracker))
+        except ClipSkipped:  # dropped, as loading drops what lies outside the crop
+            continue
+    return kept
+
+
+def _sam2_prompt(clip: Clip, subject: SubjectPrompt, tracker: TwoWayTracker) -> Sam2Prompt:
+    height, width = clip.frames_THWC.shape[1:3]
+    return prompt_for_sam2(
+        subject,
+        height=height,
+        width=width,
+        image_size=tracker.model.image_size,
+        device=tracker.model.device,
+    )
+
+
+def _union(
+    prompts: list[Sam2Prompt], frame: int, tracker: TwoWayTracker, encoded: EncodedFrames
+) -> Sam2Prompt:
+    """A single prompt as it is; several as the mask of everything SAM2 takes them for."""
+    if len(prompts) == 1:
+        return prompts[0]
+    logits_NHW = tracker.masks_on_frame(encoded, frame, prompts)
+    try:
+        return tracker.prompt_from_logits(logits_NHW.amax(dim=0))
+    except EmptyMaskError as error:
+        raise ClipSkipped(
+            "bad_prompt", f"SAM2 sees none of the {len(prompts)} subjects on frame {frame}"
+        ) from error

@@ -1,0 +1,1 @@
+"""How stage one's shards get done: shared among workers, resumed, retried; `extract` leads."""

@@ -1,0 +1,166 @@
+"""The local engine: this process, alone or beside others, carries out the jobs; `extract` uses it.
+
+Workers share the jobs without talking to each other: whoever holds a shard's lock writes it, and a
+lock dies with its process. Each begins with its own share and goes on to what the others have not
+finished, so that what a dead worker left is taken over by whoever passes by.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+
+from cache_schema import ShardBusy, StoreWriter
+from stages.clips import InputShard
+from stages.extract_features.config import Kind
+from stages.extract_features.extraction import Extraction
+from stages.extract_features.work.jobs import ShardJob, in_turn
+from stages.extract_features.work.shard_work import ShardWorker
+from stages.progress import Progress
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineReport:
+    """What a run did to the stores of one extraction."""
+
+    written: Counter[Kind] = field(default_factory=Counter)
+    """Clips added to each store."""
+    busy: tuple[str, ...] = ()
+    """Shards that another process was still writing at the end."""
+
+
+class LocalEngine:
+    """Carries out the jobs that nobody else has carried out or is at.
+
+    Args:
+        shards: The dataset's, by name.
+        device: Where this process computes.
+        rank: Its number among those that share the work.
+        world_size: How many there are.
+    """
+
+    def __init__(
+        self, shards: Mapping[str, InputShard], device: torch.device, rank: int, world_size: int
+    ) -> None:
+        self._shards = shards
+        self._device = device
+        self._rank = rank
+        self._world_size = world_size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Nothing is kept open between runs."""
+
+    def run(
+        self,
+        extraction: Extraction,
+        writers: Mapping[Kind, StoreWriter],
+        jobs: Sequence[ShardJob],
+        progress: Progress,
+    ) -> EngineReport:
+        """Write one extraction's stores. Busy shards are looked at once more at the end."""
+        report = EngineReport()
+        with (
+            JobsBar(writers, self._shards, jobs, progress) as bar,
+            ShardWorker(
+                extraction,
+                writers,
+                self._shards,
+                self._device,
+                advance=bar.advance,
+                log=progress.log,
+            ) as worker,
+        ):
+            left = in_turn(jobs, self._rank, self._world_size)
+            for _ in range(2):
+                left = _work_through(left, worker, writers, bar, report, progress)
+        report.busy = tuple(sorted(job.name for job in left))
+        return report
+
+
+def _work_through(
+    jobs: Sequence[ShardJob],
+    worker: ShardWorker,
+    writers: Mapping[Kind, StoreWriter],
+    bar: "JobsBar",
+    report: EngineReport,
+    progress: Progress,
+) -> list[ShardJob]:
+    """Go through the jobs once; returns those that others are at."""
+    busy = []
+    for job in jobs:
+        if not job.is_pending(writers):
+            continue
+        try:
+            report.written += worker.work(job)
+            bar.done(job)
+        except ShardBusy as error:
+            busy.append(job)
+            progress.log(f"{' and '.join(job.keys)}: left alone for now, {error}")
+        bar.look_at_others()
+    return busy
+
+
+_LOOK_EVERY_S = 10.0
+"""How often to ask which shards others have finished: a question per shard and store."""
+
+
+class JobsBar:
+    """The bar over all jobs: those of this run, clip by clip, and those that others finish."""
+
+    def __init__(
+        self,
+        writers: Mapping[Kind, StoreWriter],
+        shards: Mapping[str, InputShard],
+        jobs: Sequence[ShardJob],
+        progress: Progress,
+    ) -> None:
+        self._writers = writers
+        finished = [job for job in jobs if not job.is_pending(writers)]
+        pending = [job for job in jobs if job.is_pending(writers)]
+        self._unfinished = {job.name: (job, job.num_clips(shards)) for job in pending}
+        completed = sum(_committed_clips(job, writers) for job in finished)
+        self._opened = progress.task(
+            " and ".join(writers),
+            completed + sum(clips for _, clips in self._unfinished.values()),
+            completed=completed,
+            unit="clips",
+        )
+
+    def __enter__(self) -> "JobsBar":
+        self._task = self._opened.__enter__()
+        self._looked_at = time.monotonic()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._count_others()
+        self._opened.__exit__(None, None, None)
+
+    def advance(self, clips: int) -> None:
+        """Clips of a job of this run are done."""
+        self._task.advance(clips)
+
+    def done(self, job: ShardJob) -> None:
+        """A job of this run is done, and its clips were counted one by one."""
+        self._unfinished.pop(job.name, None)
+
+    def look_at_others(self) -> None:
+        """Count, every now and then, the jobs that other processes have finished meanwhile."""
+        if time.monotonic() - self._looked_at >= _LOOK_EVERY_S:
+            self._count_others()
+            self._looked_at = time.monotonic()
+
+    def _count_others(self) -> None:
+        for name, (job, clips) in list(self._unfinished.items()):
+            if not job.is_pending(self._writers):
+                del self._unfinished[name]
+                self._task.advance(clips)
+
+
+def _committed_clips(job: ShardJob, writers: Mapping[Kind, StoreWriter]) -> int:
+    return sum(writers[next(iter(job.keys))].committed_counts(job.name))

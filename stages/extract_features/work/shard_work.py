@@ -1,0 +1,230 @@
+"""Carries out one job at a time with one model: reads, computes and writes side by side.
+
+Both engines use it, each worker its own.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from cache_schema import AlreadyCommitted, ShardWriter, StoreWriter
+from stages.clips import BadRecord, ClipRecord, ClipSkipped, InputShard
+from stages.extract_features.config import Kind
+from stages.extract_features.extraction import Extracted, Extraction, Outcome, release_memory
+from stages.extract_features.work.jobs import ShardJob
+from stages.extract_features.work.prefetch import prefetch_map
+from stages.extract_features.work.write_behind import WriteBehind
+
+_PREPARING_THREADS = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Clip:
+    """A clip on its way through; `kinds` are the stores that still lack it."""
+
+    key: str
+    kinds: tuple[Kind, ...]
+    prepared: Any
+    """What the extraction made of it, or `ClipSkipped`."""
+
+    @property
+    def needs_model(self) -> bool:
+        return bool(self.kinds) and not isinstance(self.prepared, ClipSkipped)
+
+
+class ShardWorker:
+    """Writes shards of one extraction's stores; the model is loaded when the first one needs it.
+
+    Args:
+        extraction: What is computed.
+        writers: Its stores.
+        shards: The dataset's shards by name.
+        device: Where it is computed.
+        advance: Called with the number of clips gone through, skipped ones included.
+        log: Called with a line for every skipped clip.
+    """
+
+    def __init__(
+        self,
+        extraction: Extraction,
+        writers: Mapping[Kind, StoreWriter],
+        shards: Mapping[str, InputShard],
+        device: torch.device,
+        *,
+        advance: Callable[[int], None],
+        log: Callable[[str], None],
+    ) -> None:
+        self._extraction = extraction
+        self._writers = writers
+        self._shards = shards
+        self._device = device
+        self._advance = advance
+        self._log = log
+        self._model = ExitStack()
+        self._extract: Callable[[Sequence[Any]], Sequence[Outcome]] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Free the model."""
+        self._extract = None
+        self._model.close()
+        release_memory()
+
+    def work(self, job: ShardJob) -> Counter[Kind]:
+        """Write and commit a shard in every store that lacks it.
+
+        Returns:
+            How many clips were added to each store. None where others were faster.
+
+        Raises:
+            ShardBusy: Another process writes it; nothing was done.
+        """
+        with ExitStack() as held:
+            outs = self._take(job, held)
+            return self._fill(job, outs) if outs else Counter()
+
+    def _take(self, job: ShardJob, held: ExitStack) -> dict[Kind, ShardWriter]:
+        outs = {}
+        for kind in job.keys:
+            if not self._writers[kind].is_committed(job.name):
+                out = self._writers[kind].shard(job.name, source=job.source)
+                try:
+                    outs[kind] = held.enter_context(out)
+                except AlreadyCommitted:  # in the moment since it was asked
+                    continue
+        return outs
+
+    def _fill(self, job: ShardJob, outs: dict[Kind, ShardWriter]) -> Counter[Kind]:
+        book = _Book(outs, job.source, self._log)
+        size = self._extraction.clips_per_batch
+        with (
+            WriteBehind(book.write) as behind,
+            closing(self._prepared(job, outs, ahead=size)) as clips,
+        ):
+            for batch in _batches(clips, size):
+                for clip, outcome in zip(batch, self._outcomes(batch, job), strict=True):
+                    if outcome is not None:
+                        behind.put((clip.key, clip.kinds, outcome))
+                self._advance(len(batch))
+            behind.drain()
+            for out in outs.values():
+                out.commit()
+        return book.written
+
+    def _prepared(
+        self, job: ShardJob, outs: Mapping[Kind, ShardWriter], *, ahead: int
+    ) -> Generator[_Clip, None, None]:
+        def prepare(record: ClipRecord | BadRecord) -> _Clip:
+            kinds = tuple(kind for kind, out in outs.items() if _lacks(out, job, kind, record.key))
+            prepared = self._prepare(record, job.source) if kinds else None
+            return _Clip(key=record.key, kinds=kinds, prepared=prepared)
+
+        return prefetch_map(
+            prepare, job.records(self._shards), ahead=ahead, threads=_PREPARING_THREADS
+        )
+
+    def _prepare(self, record: ClipRecord | BadRecord, source: str) -> Any:
+        if isinstance(record, BadRecord):
+            return ClipSkipped(record.reason, record.detail)
+        try:
+            return self._extraction.prepare(record)
+        except ClipSkipped as skipped:
+            return skipped
+        except Exception as error:
+            error.add_note(f"while preparing clip {record.key!r} of {source}")
+            raise
+
+    def _outcomes(self, batch: Sequence[_Clip], job: ShardJob) -> list[Outcome | None]:
+        """What became of each clip; None where no store lacks it."""
+        computed = iter(self._computed([clip for clip in batch if clip.needs_model], job))
+        return [
+            next(computed) if clip.needs_model else clip.prepared if clip.kinds else None
+            for clip in batch
+        ]
+
+    def _computed(self, clips: Sequence[_Clip], job: ShardJob) -> Sequence[Outcome]:
+        if not clips:
+            return []
+        try:
+            if self._extract is None:
+                self._extract = self._model.enter_context(self._extraction.opened(self._device))
+            outcomes = self._extract([clip.prepared for clip in clips])
+        except Exception as error:
+            kinds, keys = " and ".join(job.keys), ", ".join(repr(clip.key) for clip in clips)
+            error.add_note(f"while extracting {kinds} of clip {keys} in {job.source}")
+            raise
+        assert len(outcomes) == len(clips)
+        return outcomes
+
+
+def _lacks(out: ShardWriter, job: ShardJob, kind: Kind, key: str) -> bool:
+    """Whether a store still lacks a clip.
+
+    A retry may hold it: a shard that was damaged and is made again has been retried before.
+    """
+    holder = out.shard_holding(key)
+    in_retry = holder is not None and job.has_retry(holder)
+    return job.wants(kind, key) and not out.has(key) and not in_retry
+
+
+def _batches(clips: Iterable[_Clip], size: int) -> Iterator[list[_Clip]]:
+    """The clips in order, in lists with at most `size` that need the model."""
+    batch: list[_Clip] = []
+    for clip in clips:
+        batch.append(clip)
+        if sum(clip.needs_model for clip in batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+class _Book:
+    """Writes outcomes into the stores that are held, and counts what it added."""
+
+    def __init__(
+        self, outs: Mapping[Kind, ShardWriter], source: str, log: Callable[[str], None]
+    ) -> None:
+        self.written: Counter[Kind] = Counter()
+        self._outs = outs
+        self._source = source
+        self._log = log
+
+    def write(self, entry: tuple[str, tuple[Kind, ...], Outcome]) -> None:
+        key, kinds, outcome = entry
+        try:
+            if isinstance(outcome, ClipSkipped):
+                self._skip(key, kinds, outcome)
+                return
+            for kind in kinds:
+                self._add(key, kind, outcome[kind])
+        except Exception as error:
+            error.add_note(f"while writing {' and '.join(kinds)} of clip {key!r} in {self._source}")
+            raise
+
+    def _add(self, key: str, kind: Kind, extracted: Extracted) -> None:
+        for name, values in extracted.arrays.items():
+            if not np.isfinite(values).all():
+                detail = f"{name} has NaN or values beyond float16; fp32 precision may help"
+                self._skip(key, (kind,), ClipSkipped("not_finite", detail))
+                return
+        self._outs[kind].add(key, extracted.arrays, extracted.attributes)
+        self.written[kind] += 1
+
+    def _skip(self, key: str, kinds: tuple[Kind, ...], skipped: ClipSkipped) -> None:
+        for kind in kinds:
+            self._outs[kind].skip(key, skipped.reason, skipped.detail)
+        self._log(f"{', '.join(kinds)}: skipped {key}, {skipped.reason}: {skipped.detail}")
