@@ -4,6 +4,7 @@ Both have the same random weights, frames and prompt. The stock side loads a fol
 its users have it; ours is given decoded frames, as the pipeline has them.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,13 @@ from stages.extract_features.tracking.two_way_tracking import TrackRequest, TwoW
 # Legend: T frame, C channel, H W pixels or grid, S side of SAM2's square input.
 
 HEIGHT, WIDTH = 480, 720
+Keep = Callable[[torch.Tensor], torch.Tensor]
+"""What is kept of a frame's features [1, C, h, w]."""
+
+
+def everything(features_1CHW: torch.Tensor) -> torch.Tensor:
+    """Keep the features as they are."""
+    return features_1CHW
 
 
 def make_frames(num_frames: int) -> tuple[np.ndarray, np.ndarray]:
@@ -71,34 +79,45 @@ class Stock:
                 Image.fromarray(frame).save(folder / f"{number:05d}.jpg", format="PNG")
             self.folders.append(folder)
 
-    def run(self, mask_HW: np.ndarray) -> tuple[float, list[torch.Tensor]]:
+    def run(
+        self, mask_HW: np.ndarray, *, keep: Keep = everything, directions: int = 2
+    ) -> tuple[float, list[torch.Tensor]]:
         """Seconds without loading, and the features of each direction.
 
         Loading encodes frame 0, untimed: a small favour to this side.
         """
         seconds, features, mask = 0.0, [], mask_HW
-        predictor = self.model
-        for folder in self.folders:
-            with torch.inference_mode():
-                state = predictor.init_state(str(folder))
-            captured: dict[int, torch.Tensor] = {}
-            original = predictor._prepare_memory_conditioned_features
-
-            def capture(original: Any = original, captured: Any = captured, **k: Any) -> Any:
-                captured[k["frame_idx"]] = original(**k)
-                return captured[k["frame_idx"]]
-
-            predictor._prepare_memory_conditioned_features = capture
-            started = now(predictor.device)
-            predictor.add_new_mask(state, 0, 1, mask)
-            for _, _, logits_1HW in predictor.propagate_in_video(state):
-                device = logits_1HW.device
-            seconds += now(predictor.device) - started
-            del predictor._prepare_memory_conditioned_features
-            features.append(torch.cat([captured[t] for t in sorted(captured) if t > 0]))
-            low = state["output_dict_per_obj"][0]["non_cond_frame_outputs"]
-            mask = self._square_mask(low[max(low)]["pred_masks"], device)
+        for folder in self.folders[:directions]:
+            taken, kept, mask = self._track(folder, mask, keep)
+            seconds += taken
+            features.append(kept)
         return seconds, features
+
+    def _track(
+        self, folder: Path, mask_HW: np.ndarray, keep: Keep
+    ) -> tuple[float, torch.Tensor, np.ndarray]:
+        """Seconds, features, and the last mask; the state goes when it returns."""
+        predictor = self.model
+        with torch.inference_mode():
+            state = predictor.init_state(str(folder))
+        captured: dict[int, torch.Tensor] = {}
+        original = predictor._prepare_memory_conditioned_features
+
+        def capture(**arguments: Any) -> torch.Tensor:
+            features_1CHW: torch.Tensor = original(**arguments)
+            captured[arguments["frame_idx"]] = keep(features_1CHW)
+            return features_1CHW
+
+        predictor._prepare_memory_conditioned_features = capture
+        started = now(predictor.device)
+        predictor.add_new_mask(state, 0, 1, mask_HW)
+        for _, _, logits_1HW in predictor.propagate_in_video(state):
+            device = logits_1HW.device
+        seconds = now(predictor.device) - started
+        del predictor._prepare_memory_conditioned_features
+        low = state["output_dict_per_obj"][0]["non_cond_frame_outputs"]
+        mask = self._square_mask(low[max(low)]["pred_masks"], device)
+        return seconds, torch.cat([captured[t] for t in sorted(captured) if t > 0]), mask
 
     def _square_mask(self, low_11HW: torch.Tensor, device: torch.device) -> np.ndarray:
         side = self.model.image_size
@@ -126,7 +145,9 @@ class Ours:
         """Take the frames of another clip."""
         self.frames_TSS3 = resize_for_sam2(frames, self.model.image_size)
 
-    def run(self, mask_HW: np.ndarray) -> tuple[float, list[torch.Tensor]]:
+    def run(
+        self, mask_HW: np.ndarray, *, keep: Keep = everything, directions: int = 2
+    ) -> tuple[float, list[torch.Tensor]]:
         """Seconds, and the features of each direction in the order of its visits."""
         tracker = self.tracker
         prompt = prompt_for_sam2(
@@ -140,12 +161,12 @@ class Ours:
         features: list[torch.Tensor] = []
         started = now(self.model.device)
         with tracker.encode(self.frames_TSS3) as encoded:
-            for visited in (order, order[::-1]):
+            for visited in (order, order[::-1])[:directions]:
                 maps = []
                 for (frame,) in tracker.track(
                     [TrackRequest(encoded=encoded, prompt=prompt, order=visited)]
                 ):
-                    maps.append(frame.features["memory_attention"])
+                    maps.append(keep(frame.features["memory_attention"][None]))
                 prompt = tracker.prompt_from_logits(frame.mask_logits_HW)
-                features.append(torch.stack(maps[1:]))
+                features.append(torch.cat(maps[1:]))
         return now(self.model.device) - started, features

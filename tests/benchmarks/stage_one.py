@@ -132,6 +132,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--write", type=Path, help="add the report to this Markdown file")
     options = parser.parse_args()
+    if options.frames < 9:
+        parser.error("--frames must be at least 9: fewer say nothing of a clip")
     device = torch.device(options.device)
     frames_THWC, mask_HW = make_frames(options.frames)
     exact = options.precision == "fp32" and options.frames_per_batch == 1 and not options.compile
