@@ -3,8 +3,9 @@
     python tests/benchmarks/stage_one_memory.py --frames 49 --image-size 1024
 
 Every side runs in a process of its own, at the same time as the others, and says how much memory it
-held at most once the model was loaded: on a GPU, memory allocated on it, otherwise resident memory. What both keep of the features is their resampling to the student's token grid. The stock
-side starts each direction with a fresh state and lets go of it before the next.
+held at most once the model was loaded: on a GPU, memory allocated on it, otherwise resident memory.
+What both keep of the features is their resampling to the student's token grid. The stock side
+starts each direction with a fresh state and lets go of it before the next.
 """
 
 import argparse
