@@ -72,6 +72,10 @@ class BaseFacts:
         return padded // self.patch_size_t, latent_height // patch, latent_width // patch
 
 
+BASE_CONFIGS = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+"""What `read_base_facts` reads of a pipeline folder."""
+
+
 def read_base_facts(folder: Path) -> BaseFacts:
     """Read the three configuration files of a diffusers pipeline folder.
 
@@ -80,9 +84,7 @@ def read_base_facts(folder: Path) -> BaseFacts:
     """
     facts = BaseFacts(
         folder=folder,
-        transformer=_read(folder / "transformer" / "config.json"),
-        vae=_read(folder / "vae" / "config.json"),
-        scheduler=_read(folder / "scheduler" / "scheduler_config.json"),
+        **{Path(name).parent.name: _read(folder / name) for name in BASE_CONFIGS},
     )
     channels = facts.transformer["in_channels"], facts.transformer["out_channels"]
     if channels[0] not in (channels[1], 2 * channels[1]):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from pipeline.commands.skipped_notes import skipped_notes
+from pipeline.commands.skipped_notes import counted_reasons, skipped_notes
 from pipeline.config import ConfigError, RunConfig
 from pipeline.console import Answer, in_bytes, in_time
 from stages.progress import Progress
@@ -66,8 +65,7 @@ def _dataset_rows(found: Estimate) -> list[tuple[str, str]]:
 
 def _kind_rows(kind: KindEstimate) -> list[tuple[str, str]]:
     there = f", {kind.clips_already_there} already there" if kind.clips_already_there else ""
-    counts = Counter(clip.reason for clip in kind.skipped_clips)
-    listed = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    listed = counted_reasons(kind.skipped_clips)
     rows = [
         (
             kind.kind,

@@ -1,12 +1,9 @@
 """`extract-features`: stage one."""
 
-from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
-from cache_schema import SkippedClip
 from pipeline.commands.assets import make_missing_assets
-from pipeline.commands.skipped_notes import skipped_notes
+from pipeline.commands.skipped_notes import counted_reasons, skipped_notes
 from pipeline.config import RunConfig
 from pipeline.console import Answer, in_bytes, in_time
 from pipeline.failures import TOO_MANY_SKIPPED
@@ -45,7 +42,8 @@ def run(config: RunConfig, progress: Progress, *, retry_failed: bool = False) ->
         there = f", {kind.clips_already_there} already there" if kind.clips_already_there else ""
         busy = f", {len(kind.busy_shards)} shards left to others" if kind.busy_shards else ""
         rows.append(("  clips", f"{kind.clips_written} written{there}{busy}"))
-        rows.append(("  skipped", _reasons(kind.skipped)))
+        reasons = f"{len(kind.skipped)} ({counted_reasons(kind.skipped)})"
+        rows.append(("  skipped", reasons if kind.skipped else "none"))
         rows.append(("  size, time", f"{in_bytes(kind.bytes)}, {in_time(kind.seconds)}"))
         data[kind.kind] = {
             "store": str(kind.store),
@@ -74,9 +72,3 @@ def run(config: RunConfig, progress: Progress, *, retry_failed: bool = False) ->
         notes=notes,
         exit_code=TOO_MANY_SKIPPED if too_many else 0,
     )
-
-
-def _reasons(skipped: Sequence[SkippedClip]) -> str:
-    counts = Counter(clip.reason for clip in skipped)
-    listed = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-    return f"{len(skipped)} ({listed})" if skipped else "none"

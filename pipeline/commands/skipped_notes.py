@@ -1,6 +1,7 @@
-"""What commands print of clips that are left out: one line a clip, some of them."""
+"""What commands print of clips that are left out: how many for which reason, and which."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 _SHOWN = 20
@@ -13,6 +14,12 @@ class _Skipped(Protocol):
     def reason(self) -> str: ...
     @property
     def detail(self) -> str: ...
+
+
+def counted_reasons(skipped: Sequence[_Skipped]) -> str:
+    """Write how many were left out for each reason, the most frequent first: 2 too_short."""
+    counts = Counter(clip.reason for clip in skipped)
+    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
 
 def skipped_notes(skipped: Iterable[tuple[str, _Skipped]], verb: str = "skipped") -> list[str]:

@@ -60,11 +60,8 @@ class LatentsExtraction:
         self.settings: Mapping[Kind, StoreSettings] = {"latents": self._settings(base)}
 
     def _settings(self, base: BaseFacts) -> StoreSettings:
-        clips = self._clips
-        per_frame = (int(base.vae["latent_channels"]), *clips.latent_size)
-        arrays = {name: _spec(clips.num_latent_frames, per_frame) for name in ("mean", "std")}
         values: dict[str, JSON] = {
-            "clips": clip_settings(clips),
+            "clips": clip_settings(self._clips),
             "base": {
                 "vae_sha256": sha256_of_folder(self._folder),
                 "scaling_factor": base.vae["scaling_factor"],
@@ -75,12 +72,12 @@ class LatentsExtraction:
             "tiling": self._config.tiling,
         }
         if self._image_to_video:
-            arrays |= {name: _spec(1, per_frame) for name in ("image_mean", "image_std")}
             values["image_noise"] = {
                 "log_mean": _NOISE_LOG_MEAN,
                 "log_std": _NOISE_LOG_STD,
                 "seed": self._seed,
             }
+        arrays = latents_arrays(self._clips, base)
         return StoreSettings(kind="latents", arrays=arrays, values=values)
 
     def prepare(self, record: ClipRecord) -> Clip:
@@ -152,6 +149,15 @@ def _check_compression(base: BaseFacts) -> None:
             f"the VAE in {base.folder} compresses time and space by {found}; a CogVideoX VAE "
             f"does by {wanted}"
         )
+
+
+def latents_arrays(clips: ClipsConfig, base: BaseFacts) -> dict[str, ArraySpec]:
+    """What the store holds of each clip."""
+    per_frame = (int(base.vae["latent_channels"]), *clips.latent_size)
+    arrays = dict.fromkeys(("mean", "std"), _spec(clips.num_latent_frames, per_frame))
+    if base.image_to_video:
+        arrays |= dict.fromkeys(("image_mean", "image_std"), _spec(1, per_frame))
+    return arrays
 
 
 def _spec(num_latent_frames: int, per_frame: tuple[int, ...]) -> ArraySpec:

@@ -2,7 +2,7 @@
 
 import torch
 
-from stages.base_facts import read_base_facts
+from stages.base_facts import BASE_CONFIGS, read_base_facts
 from stages.base_model import resolve_base_model
 from stages.clips import ClipsConfig
 from stages.config import BaseModelConfig
@@ -15,8 +15,8 @@ _BASE_PARTS: dict[Kind, tuple[str, ...]] = {
     "text": ("tokenizer", "text_encoder"),
     "latents": ("vae",),
 }
-_BASE_CONFIGS = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
-_TRACKED: tuple[Kind, ...] = ("teacher", "masks")
+TRACKED_KINDS: tuple[Kind, ...] = ("teacher", "masks")
+"""What one pass of SAM2 over a clip fills."""
 
 
 def make_extractions(
@@ -33,9 +33,9 @@ def make_extractions(
     """
     made: list[Extraction] = []
     parts = [part for kind in config.kinds for part in _BASE_PARTS.get(kind, ())]
-    base = read_base_facts(resolve_base_model(model, (*_BASE_CONFIGS, *parts))) if parts else None
+    base = read_base_facts(resolve_base_model(model, (*BASE_CONFIGS, *parts))) if parts else None
     for kinds in group_kinds(config.kinds):
-        if kinds[0] in _TRACKED:
+        if kinds[0] in TRACKED_KINDS:
             # Brings in sam2, which the other kinds do without.
             from stages.extract_features.subjects.subject_extraction import SubjectExtraction
 
@@ -54,7 +54,9 @@ def group_kinds(kinds: tuple[Kind, ...]) -> list[tuple[Kind, ...]]:
     unique = tuple(dict.fromkeys(kinds))
     groups: list[tuple[Kind, ...]] = []
     for kind in unique:
-        together = tuple(k for k in unique if k in _TRACKED) if kind in _TRACKED else (kind,)
+        together = (
+            tuple(k for k in unique if k in TRACKED_KINDS) if kind in TRACKED_KINDS else (kind,)
+        )
         if together not in groups:
             groups.append(together)
     return groups

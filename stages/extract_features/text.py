@@ -43,9 +43,8 @@ class TextExtraction:
             },
             "precision": config.precision,
         }
-        embeds = ArraySpec(dtype="float16", shape=(self._length, width), dimension_names=("l", "d"))
         self.settings: Mapping[Kind, StoreSettings] = {
-            "text": StoreSettings(kind="text", arrays={"embeds": embeds}, values=values)
+            "text": StoreSettings(kind="text", arrays=text_arrays(base), values=values)
         }
 
     def prepare(self, record: ClipRecord) -> str:
@@ -100,3 +99,9 @@ class TextExtraction:
                 "tokens_cut": max(0, len(whole) - self._length),
             },
         )
+
+
+def text_arrays(base: BaseFacts) -> dict[str, ArraySpec]:
+    """What the store holds of each clip."""
+    shape = (int(base.transformer["max_text_seq_length"]), int(base.transformer["text_embed_dim"]))
+    return {"embeds": ArraySpec(dtype="float16", shape=shape, dimension_names=("l", "d"))}

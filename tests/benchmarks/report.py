@@ -37,18 +37,6 @@ def median_and_spread(values: Sequence[float]) -> tuple[float, list[float]]:
     return statistics.median(values), [min(values), max(values)]
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, *, repeats: int = 5) -> float:
-    """Measure the device's FLOP/s in a large matrix product: what it can reach at best."""
-    side = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(repeats):
-        started = now(device)
-        a @ b
-        best = min(best, now(device) - started)
-    return 2 * side**3 / best
-
-
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lay rows out as a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]

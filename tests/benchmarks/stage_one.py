@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from report import finish, machine, matmul_rate, median_and_spread, now, table
+from report import finish, machine, median_and_spread, now, table
 from sam2_sides import HEIGHT, WIDTH, Ours, Stock, make_frames, random_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from stages.clips import ClipRecord, ClipsConfig, encode_video, load_clip
+from stages.extract_features.estimates.flops import matmul_flops_per_second
 from stages.extract_features.extraction import DTYPES, to_float16
 from stages.extract_features.tracking.sam2_inputs import resize_for_sam2
 from stages.local_gram_flow import fuse_directions, resample_to_grid
@@ -115,7 +116,7 @@ def split_of_time(ours: Ours, options: argparse.Namespace, folder: Path) -> tupl
     }
     whole = sum(steps.values())
     rows = [[name, f"{100 * seconds / whole:.1f}%"] for name, seconds in steps.items()]
-    rate = matmul_rate(torch.device(options.device), DTYPES[options.precision])
+    rate = matmul_flops_per_second(torch.device(options.device), DTYPES[options.precision])
     return table(["part of ours", "time"], rows), counter.get_total_flops() / total / rate
 
 

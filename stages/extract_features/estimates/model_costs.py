@@ -28,7 +28,6 @@ from stages.extract_features.tracking.two_way_tracking import TrackRequest, TwoW
 _FIRST_STEPS = 2
 """After the prompted one: with one memory in the bank, and with two."""
 _META = torch.device("meta")
-_HUB_SIZES = {"tiny": "t", "small": "s", "base-plus": "b+", "large": "l"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +120,7 @@ def tracker_cost(config: TeacherConfig, clips: ClipsConfig, sam2_config: str) ->
         clips: The length of clips.
         sam2_config: Name of an official configuration, or a YAML file.
     """
-    model = _empty_sam2(sam2_config, config.image_size)
+    model = build_sam2(sam2_config, None, image_size=config.image_size, device=_META)
     tracker = TwoWayTracker(
         model, precision="fp32", frames_per_batch=min(config.frames_per_batch, clips.num_frames)
     )
@@ -142,23 +141,6 @@ def tracker_cost(config: TeacherConfig, clips: ClipsConfig, sam2_config: str) ->
         hidden_dim=model.hidden_dim,
         mem_dim=model.mem_dim,
     )
-
-
-def official_config_of(hub_id: str) -> str | None:
-    """The configuration of an official checkpoint: facebook/sam2.1-hiera-large -> sam2.1_hiera_l.
-
-    None for any other name.
-    """
-    version, _, size = hub_id.removeprefix("facebook/").partition("-hiera-")
-    known = hub_id.startswith("facebook/") and version in ("sam2", "sam2.1") and size in _HUB_SIZES
-    return f"{version}_hiera_{_HUB_SIZES[size]}" if known else None
-
-
-def _empty_sam2(sam2_config: str, image_size: int) -> Any:
-    from accelerate import init_empty_weights  # type: ignore[import-untyped]
-
-    with init_empty_weights():
-        return build_sam2(sam2_config, None, image_size=image_size, device=_META)
 
 
 def _frames(num_frames: int, image_size: int) -> np.ndarray:

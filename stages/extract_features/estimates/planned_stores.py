@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache_schema import ArraySpec, StoreSettings
-from stages.base_facts import BaseFacts, read_base_facts
+from stages.base_facts import BASE_CONFIGS, BaseFacts, read_base_facts
 from stages.base_model import resolve_base_model
 from stages.clips import ClipsConfig
 from stages.config import BaseModelConfig
@@ -17,21 +17,18 @@ from stages.extract_features.estimates.model_costs import (
     ModelCost,
     TrackerCost,
     latents_cost,
-    official_config_of,
     text_cost,
     tracker_cost,
 )
-from stages.extract_features.latents import LatentsExtraction
+from stages.extract_features.latents import LatentsExtraction, latents_arrays
 from stages.extract_features.make_extractions import group_kinds
 from stages.extract_features.subjects.subject_extraction import SubjectExtraction
 from stages.extract_features.subjects.subject_stores import masks_settings, teacher_settings
-from stages.extract_features.text import TextExtraction
-from stages.extract_features.tracking.sam2_tracker import check_sam2, find_checkpoint
-
-_BASE_CONFIGS = (
-    "transformer/config.json",
-    "vae/config.json",
-    "scheduler/scheduler_config.json",
+from stages.extract_features.text import TextExtraction, text_arrays
+from stages.extract_features.tracking.sam2_tracker import (
+    HUB_CHECKPOINTS,
+    check_sam2,
+    find_checkpoint,
 )
 
 
@@ -78,7 +75,7 @@ def _base_facts(config: ExtractConfig, model: BaseModelConfig) -> tuple[BaseFact
     """Facts of the base pipeline, or why they cannot be had."""
     if not {"text", "latents"} & set(config.kinds):
         return None, ""
-    parts = (*_BASE_CONFIGS, *(["text_encoder/config.json"] if "text" in config.kinds else []))
+    parts = (*BASE_CONFIGS, *(["text_encoder/config.json"] if "text" in config.kinds else []))
     try:
         return read_base_facts(resolve_base_model(model, parts)), ""
     except ValueError as error:
@@ -91,9 +88,9 @@ def _text(config: ExtractConfig, base: BaseFacts) -> PlannedPass:
     cost = text_cost(config.text, base)
     if has_weights(base.folder / "text_encoder") and (base.folder / "tokenizer").is_dir():
         return _known(("text",), TextExtraction(config.text, base).settings, cost)
-    shape = (int(base.transformer["max_text_seq_length"]), int(base.transformer["text_embed_dim"]))
-    arrays = {"embeds": _float16(shape, "ld")}
-    return _unknown(("text",), {"text": arrays}, cost, f"the text encoder in {base.folder}")
+    return _unknown(
+        ("text",), {"text": text_arrays(base)}, cost, f"the text encoder in {base.folder}"
+    )
 
 
 def _latents(config: ExtractConfig, clips: ClipsConfig, base: BaseFacts) -> PlannedPass:
@@ -101,16 +98,12 @@ def _latents(config: ExtractConfig, clips: ClipsConfig, base: BaseFacts) -> Plan
     if has_weights(base.folder / "vae"):
         extraction = LatentsExtraction(config.latents, clips, base, seed=config.seed)
         return _known(("latents",), extraction.settings, cost)
-    per_frame = (int(base.vae["latent_channels"]), *clips.latent_size)
-    video = _float16((clips.num_latent_frames, *per_frame), "fchw")
-    arrays = {"mean": video, "std": video}
-    if base.image_to_video:
-        arrays |= dict.fromkeys(("image_mean", "image_std"), _float16((1, *per_frame), "fchw"))
+    arrays = latents_arrays(clips, base)
     return _unknown(("latents",), {"latents": arrays}, cost, f"the VAE in {base.folder}")
 
 
 def _tracking(config: TeacherConfig, clips: ClipsConfig, kinds: tuple[Kind, ...]) -> PlannedPass:
-    official = official_config_of(config.checkpoint)
+    official, _ = HUB_CHECKPOINTS.get(config.checkpoint, (None, None))
     try:
         checkpoint = find_checkpoint(config.checkpoint, download=False)
     except ValueError:
@@ -175,7 +168,3 @@ def _unknown(
         "holds already cannot be told; the run downloads it"
     )
     return PlannedPass(kinds=kinds, arrays=arrays, folders=None, cost=cost, notes=(note,))
-
-
-def _float16(shape: tuple[int, ...], axes: str) -> ArraySpec:
-    return ArraySpec(dtype="float16", shape=shape, dimension_names=tuple(axes))

@@ -18,7 +18,9 @@ from stages.clips import (
     probe_clip,
 )
 from stages.extract_features.config import ExtractConfig, Kind, PromptSource, TeacherConfig
-from stages.extract_features.prompts import usable_sources
+from stages.extract_features.make_extractions import TRACKED_KINDS
+from stages.extract_features.prompts import check_prompt, usable_sources
+from stages.extract_features.subjects.subject_prompts import too_many_subjects
 from stages.progress import Progress
 
 MOST_PROBED = 10_000
@@ -99,7 +101,7 @@ def _look_at(
                 key=record.key, reason=problem.reason, detail=problem.detail, shard=survey.name
             )
         )
-    tracked = [kind for kind in config.kinds if kind in ("teacher", "masks")]
+    tracked = [kind for kind in config.kinds if kind in TRACKED_KINDS]
     if isinstance(record, ClipRecord) and tracked and tracked[0] not in problems:
         source = usable_sources(config.teacher, record)[0]
         survey.prompts[source] += 1
@@ -116,27 +118,26 @@ def problems_of(
     problems: dict[Kind, ClipSkipped] = {}
     if "text" in config.kinds and record.caption is None:
         problems["text"] = ClipSkipped("no_caption", "the dataset gives no caption for this clip")
-    decoded: list[Kind] = [kind for kind in config.kinds if kind != "text"]
-    if decoded:
-        try:
+    tracked: list[Kind] = [kind for kind in config.kinds if kind in TRACKED_KINDS]
+    try:
+        if tracked:
+            check_prompt(config.teacher, record)
+    except ClipSkipped as skipped:
+        problems |= dict.fromkeys(tracked, skipped)
+    decoded = [kind for kind in config.kinds if kind != "text" and kind not in problems]
+    try:
+        if decoded:
             probe_clip(record, clips)
-        except ClipSkipped as skipped:
-            return problems | dict.fromkeys(decoded, skipped)
-    unprompted = _prompt_problem(record, config.teacher)
-    if unprompted is not None:
-        problems |= {kind: unprompted for kind in decoded if kind != "latents"}
+    except ClipSkipped as skipped:
+        problems |= dict.fromkeys(decoded, skipped)
+    too_many = _too_many_subjects(record, config.teacher)
+    if too_many is not None:
+        problems |= {kind: too_many for kind in tracked if kind not in problems}
     return problems
 
 
-def _prompt_problem(record: ClipRecord, config: TeacherConfig) -> ClipSkipped | None:
-    usable = usable_sources(config, record)
-    if not usable:
-        sources = ", ".join(config.prompts)
-        return ClipSkipped("no_prompt", f"the dataset gives nothing to prompt with ({sources})")
-    several = config.subjects == "each" and usable[0] == "dataset"
+def _too_many_subjects(record: ClipRecord, config: TeacherConfig) -> ClipSkipped | None:
+    several = config.subjects == "each" and usable_sources(config, record)[:1] == ("dataset",)
     if several and len(record.prompts) > config.max_subjects:
-        return ClipSkipped(
-            "too_many_subjects",
-            f"{len(record.prompts)} subjects, extract.teacher.max_subjects={config.max_subjects}",
-        )
+        return too_many_subjects(len(record.prompts), config)
     return None

@@ -50,6 +50,24 @@ def usable_sources(config: TeacherConfig, clip: Clip | ClipRecord) -> tuple[Prom
     return tuple(source for source in config.prompts if has_material[source])
 
 
+def check_prompt(config: TeacherConfig, clip: Clip | ClipRecord) -> None:
+    """Refuse, before anything is computed, a clip that `PromptChooser.choose` would refuse unseen.
+
+    A record already tells whether there is anything to go by; the clip, whether the crop left any
+    of it.
+
+    Raises:
+        ClipSkipped: no_prompt, or bad_prompt.
+    """
+    usable = usable_sources(config, clip)
+    if not usable:
+        raise ClipSkipped("no_prompt", _nothing_given(config.prompts))
+    is_last_resort = not config.prompt_fallback or len(usable) == 1
+    problem = _prompt_problem(clip)
+    if usable[0] == "dataset" and is_last_resort and problem is not None:
+        raise ClipSkipped("bad_prompt", problem)
+
+
 class PromptChooser:
     """The configured sources of prompts.
 
@@ -85,21 +103,8 @@ class PromptChooser:
             yield
 
     def check(self, clip: Clip | ClipRecord) -> None:
-        """Refuse, before anything is computed, a clip that `choose` would refuse unseen.
-
-        A record already tells whether there is anything to go by; the clip, whether the crop left
-        any of it.
-
-        Raises:
-            ClipSkipped: no_prompt, or bad_prompt.
-        """
-        usable = usable_sources(self._config, clip)
-        if not usable:
-            raise ClipSkipped("no_prompt", _nothing_given(self._config.prompts))
-        is_last_resort = not self._config.prompt_fallback or len(usable) == 1
-        problem = _prompt_problem(clip)
-        if usable[0] == "dataset" and is_last_resort and problem is not None:
-            raise ClipSkipped("bad_prompt", problem)
+        """`check_prompt` with these sources."""
+        check_prompt(self._config, clip)
 
     def choose(self, clip: Clip, tracker: TwoWayTracker, encoded: EncodedFrames) -> ChosenPrompt:
         """Ask the sources that have anything to go by.

@@ -15,7 +15,7 @@ from stages.clips import Clip, ClipRecord, ClipsConfig, ClipSkipped, load_clip
 from stages.extract_features.config import Kind, TeacherConfig
 from stages.extract_features.content_hash import sha256_of_file
 from stages.extract_features.extraction import Extracted, Outcome
-from stages.extract_features.prompts import ChosenPrompt, PromptChooser, usable_sources
+from stages.extract_features.prompts import ChosenPrompt, PromptChooser
 from stages.extract_features.subjects.subject_prompts import subjects_to_track
 from stages.extract_features.subjects.subject_stores import (
     features_on_grid,
@@ -95,9 +95,7 @@ class SubjectExtraction:
         Raises:
             ClipSkipped: no_prompt or bad_prompt, or what `load_clip` raises.
         """
-        if not usable_sources(self._config, record):
-            sources = ", ".join(self._config.prompts)
-            raise ClipSkipped("no_prompt", f"the dataset gives nothing to prompt with ({sources})")
+        self._chooser.check(record)
         clip = load_clip(record, self._clips)
         self._chooser.check(clip)
         frames_TSS3 = resize_for_sam2(clip.frames_THWC, self._config.image_size)

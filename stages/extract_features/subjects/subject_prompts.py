@@ -32,11 +32,7 @@ def subjects_to_track(
         ClipSkipped: too_many_subjects; or bad_prompt, when SAM2 sees nothing where they are.
     """
     if config.subjects == "each" and len(chosen.subjects) > config.max_subjects:
-        raise ClipSkipped(
-            "too_many_subjects",
-            f"{len(chosen.subjects)} subjects, extract.teacher.max_subjects is "
-            f"{config.max_subjects}",
-        )
+        raise too_many_subjects(len(chosen.subjects), config)
     first = [_sam2_prompt(clip, subject, tracker) for subject in chosen.subjects]
     last = _last_prompts(clip, tracker) if config.backward_prompt == "dataset" else []
     if config.subjects == "union":
@@ -49,6 +45,12 @@ def subjects_to_track(
         Subject(encoded=encoded, frame=chosen.frame, prompt=prompt, last_prompt=last_prompt)
         for prompt, last_prompt in zip(first, matched, strict=True)
     )
+
+
+def too_many_subjects(count: int, config: TeacherConfig) -> ClipSkipped:
+    """The outcome of a clip with more subjects than `subjects=each` has room for."""
+    detail = f"{count} subjects, extract.teacher.max_subjects is {config.max_subjects}"
+    return ClipSkipped("too_many_subjects", detail)
 
 
 def _last_prompts(clip: Clip, tracker: TwoWayTracker) -> list[Sam2Prompt]:

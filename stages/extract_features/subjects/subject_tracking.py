@@ -255,8 +255,7 @@ class _Collector:
         """Take what is kept of a frame. Nothing here waits for the accelerator when all of it
         stays there.
         """
-        has_mask = (frame.mask_logits_HW > 0).any()
-        self._seen.append((frame.object_score > 0) & has_mask)
+        self._seen.append(frame.visible)
         self._logits_THW = self._put(self._logits_THW, frame.index, frame.mask_logits_HW)
         if self._read is not None:
             self._features_THWC = self._put(self._features_THWC, frame.index, self._read(frame))

@@ -66,9 +66,9 @@ class TrackedFrame:
     """Logit of the subject being visible, a scalar."""
 
     @property
-    def visible(self) -> bool:
-        """Whether the score is positive and the mask is not empty; waits for the device."""
-        return bool(((self.object_score > 0) & (self.mask_logits_HW > 0).any()).item())
+    def visible(self) -> torch.Tensor:
+        """Whether the score is positive and the mask is not empty: a bool scalar on the device."""
+        return (self.object_score > 0) & (self.mask_logits_HW > 0).any()
 
 
 class EmptyMaskError(ValueError):

@@ -13,12 +13,15 @@ from stages.clips import ClipsConfig
 from stages.extract_features.config import LatentsConfig, TeacherConfig, TextConfig
 from stages.extract_features.estimates.model_costs import (
     latents_cost,
-    official_config_of,
     text_cost,
     tracker_cost,
 )
 from stages.extract_features.tracking.sam2_inputs import Sam2Prompt
-from stages.extract_features.tracking.sam2_tracker import build_sam2, official_configs
+from stages.extract_features.tracking.sam2_tracker import (
+    HUB_CHECKPOINTS,
+    build_sam2,
+    official_configs,
+)
 from stages.extract_features.tracking.two_way_tracking import TrackRequest, TwoWayTracker
 
 CLIPS = ClipsConfig(path="clips", num_frames=17, height=64, width=96)
@@ -132,8 +135,8 @@ def test_official_hub_ids_name_their_configurations():
     from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES
 
     for hub_id, (config, _) in HF_MODEL_ID_TO_FILENAMES.items():
-        name = official_config_of(hub_id)
+        name, _ = HUB_CHECKPOINTS[hub_id]
         assert name in official_configs()
         assert config.endswith(f"/{name}.yaml")
-    assert official_config_of("facebook/sam2-hiera-huge") is None
-    assert official_config_of("checkpoints/sam2.1_hiera_large.pt") is None
+    assert "facebook/sam2-hiera-huge" not in HUB_CHECKPOINTS
+    assert "checkpoints/sam2.1_hiera_large.pt" not in HUB_CHECKPOINTS
