@@ -35,8 +35,9 @@ class RunConfig(Section):
 
     name: str = Field(min_length=1)
     """What this configuration is called in summaries; a preset's own name is usual."""
-    cache: Path = Path("cache")
-    """Folder of the stores that stage one writes and the other commands read."""
+    cache: str = Field(default="cache", min_length=1)
+    """Folder of the stores that stage one writes and the other commands read; those that only read
+    also take a URL, such as s3://bucket/cache."""
     outputs: Path = Path("outputs")
     """Folder of sampled videos and of inspect's pictures."""
     data: ClipsConfig
@@ -51,6 +52,25 @@ class RunConfig(Section):
     """How a video is drawn."""
     demo: DemoConfig | None = None
     """The built-in demo, made when it is missing; null works with your own files alone."""
+
+    @property
+    def cache_root(self) -> Path | str:
+        """Where stores are read: a folder or a URL."""
+        return self.cache if "://" in self.cache else Path(self.cache)
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where stores are written.
+
+        Raises:
+            ConfigError: `cache` is a URL.
+        """
+        if "://" in self.cache:
+            raise ConfigError(
+                f"cache={self.cache} is a URL, and stores are written to a local folder; set "
+                "cache=folder, and take it there with sam2vx-pipeline cache copy"
+            )
+        return Path(self.cache)
 
 
 SETTINGS = {setting.path: setting for setting in settings_of(RunConfig)}

@@ -32,7 +32,7 @@ def run(config: RunConfig, progress: Progress) -> Answer:
         )
     from stages.extract_features.estimates.estimate import estimate
 
-    found = estimate(config.extract, config.data, config.model, config.cache, progress=progress)
+    found = estimate(config.extract, config.data, config.model, config.cache_folder, progress=progress)
     rows = _dataset_rows(found)
     for one in found.passes:
         for kind in found.kinds:
@@ -144,7 +144,7 @@ def _warnings(config: RunConfig, found: Estimate) -> list[str]:
 
 def _data(config: RunConfig, found: Estimate) -> dict[str, Any]:
     data: dict[str, Any] = {
-        "cache": str(config.cache),
+        "cache": config.cache,
         "clips": found.clips,
         "shards": found.shards,
         "frames_per_clip": found.frames_per_clip,

@@ -27,7 +27,7 @@ def run(config: RunConfig, progress: Progress, *, retry_failed: bool = False) ->
         config.extract,
         config.data,
         config.model,
-        config.cache,
+        config.cache_folder,
         provenance=provenance(),
         progress=progress,
         rank=rank(),
@@ -36,7 +36,7 @@ def run(config: RunConfig, progress: Progress, *, retry_failed: bool = False) ->
     )
     rows: list[tuple[str, str]] = []
     notes = skipped_notes((kind.kind, clip) for kind in summary.kinds for clip in kind.skipped)
-    data: dict[str, Any] = {"cache": str(config.cache), "skipped_share": summary.skipped_share}
+    data: dict[str, Any] = {"cache": config.cache, "skipped_share": summary.skipped_share}
     for kind in summary.kinds:
         rows.append((kind.kind, str(kind.store)))
         there = f", {kind.clips_already_there} already there" if kind.clips_already_there else ""

@@ -63,7 +63,7 @@ def run(
 
 
 def _store_path(config: RunConfig, store: str) -> Path:
-    for folder in (Path(store), config.cache / store):
+    for folder in (Path(store), config.cache_folder / store):
         if (folder / "store.json").is_file():
             return folder
     kinds = get_args(Kind)
@@ -71,7 +71,7 @@ def _store_path(config: RunConfig, store: str) -> Path:
         raise ConfigError(
             f"{store} is neither a kind of store ({', '.join(kinds)}) nor the folder of one"
         )
-    return find_store(config.cache, store, folder=config.train.stores.get(store))
+    return find_store(config.cache_folder, store, folder=config.train.stores.get(store))
 
 
 def _manifest(path: Path, reader: StoreReader) -> dict[str, Any]:

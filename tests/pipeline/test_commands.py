@@ -68,7 +68,7 @@ class TestExtract:
         monkeypatch.setenv("WORLD_SIZE", "4")
         extract.run(config, QUIET)
         ((sections, options),) = calls
-        assert sections == (config.extract, config.data, config.model, config.cache)
+        assert sections == (config.extract, config.data, config.model, config.cache_folder)
         assert (options["rank"], options["world_size"]) == (2, 4)
         assert options["provenance"]["libraries"]["torch"]
         assert options["retry_failed"] is False
@@ -139,7 +139,7 @@ class TestTrain:
         self, monkeypatch, config, summary
     ):
         _, ((sections, options),) = self.answer(monkeypatch, config, summary())
-        assert sections == (config.train, config.data, config.model, config.cache)
+        assert sections == (config.train, config.data, config.model, config.cache_folder)
         assert type(config).model_validate(options["resolved_config"]) == config
         assert "arguments" in options["provenance"]
 
@@ -260,7 +260,7 @@ class TestInspect:
             valid = ArraySpec(dtype="uint8", shape=values.shape[:1], dimension_names=("t",))
             specs = {name: spec, "valid": valid}
             settings = StoreSettings(kind=kind, arrays=specs, values={"note": note})
-            writer = StoreWriter.open(config.cache, settings, provenance={"by": "a test"})
+            writer = StoreWriter.open(config.cache_folder, settings, provenance={"by": "a test"})
             with writer.shard("00000", source="00000.tar") as shard:
                 for key in keys:
                     seen = np.ones(len(values), np.uint8)
