@@ -32,7 +32,9 @@ def run(config: RunConfig, progress: Progress) -> Answer:
         )
     from stages.extract_features.estimates.estimate import estimate
 
-    found = estimate(config.extract, config.data, config.model, config.cache_folder, progress=progress)
+    found = estimate(
+        config.extract, config.data, config.model, config.cache_folder, progress=progress
+    )
     rows = _dataset_rows(found)
     for one in found.passes:
         for kind in found.kinds:

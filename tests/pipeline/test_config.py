@@ -18,7 +18,8 @@ def number(low, high):
 # One valid override each: dotted key, how it is written, the value it must become.
 VALID = {
     "name": WORDS,
-    "cache": WORDS.map(Path),
+    "cache": WORDS,
+    "outputs": WORDS.map(Path),
     "data.num_frames": st.integers(1, 20).map(lambda n: 8 * n + 1),
     "data.height": st.integers(1, 90).map(lambda n: 16 * n),
     "data.fps": st.none() | number(0.1, 60),
