@@ -6,12 +6,12 @@ Used by every command. Defaults live in the sections' classes alone; a preset ho
 import math
 import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
 
+from pipeline.config_files import EXTENDS, preset_names, read_config
 from pipeline.config_schema import (
     ConfigError,
     explain,
@@ -76,27 +76,20 @@ class RunConfig(Section):
 SETTINGS = {setting.path: setting for setting in settings_of(RunConfig)}
 """Every key of the configuration by its dotted path."""
 
-_PRESETS = resources.files("pipeline") / "presets"
-
-
-def preset_names() -> list[str]:
-    """Return the names of the presets in the package, sorted."""
-    return sorted(
-        p.name.removesuffix(".yaml") for p in _PRESETS.iterdir() if p.name[-5:] == ".yaml"
-    )
-
 
 def load_config(preset_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a configuration, apply `key.key=value` overrides in order, fill in and check it.
 
-    Values of overrides are YAML (`true`, `1e-4`, `null`, `[a, b]`). `${key.key}` within a text
-    stands for another setting's value, after the overrides. A leading `~/` is the home folder.
+    A file may extend another (`config_files`). Values of overrides are YAML (`true`, `1e-4`,
+    `null`, `[a, b]`). `${key.key}` within a text stands for another setting's value, after the
+    overrides. A leading `~/` is the home folder.
 
     Raises:
-        ConfigError: no such preset or file; not YAML, or a key twice; an unknown key, with the
-            closest known one; a value out of range, with the range and the field's help.
+        ConfigError: no such preset or file; not YAML, or a key twice; files that extend each other;
+            an unknown key, with the closest known one; a value out of range, with the range and
+            the field's help.
     """
-    tree = _read(preset_or_path)
+    tree = read_config(preset_or_path)
     for override in overrides:
         _apply(tree, override)
     tree = _resolve(tree, tree, "")
@@ -108,37 +101,13 @@ def load_config(preset_or_path: str, overrides: Sequence[str] = ()) -> RunConfig
     return config
 
 
-def _read(preset_or_path: str) -> dict[str, Any]:
-    text, source = _text_of(preset_or_path)
-    try:
-        tree = parse_yaml(text)
-    except YamlError as error:
-        raise ConfigError(f"{source}: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{source} holds no settings; `sam2vx-pipeline config show` prints some")
-    return tree
-
-
-def _text_of(preset_or_path: str) -> tuple[str, str]:
-    if preset_or_path in preset_names():
-        return (_PRESETS / f"{preset_or_path}.yaml").read_text(encoding="utf-8"), preset_or_path
-    path = Path(preset_or_path).expanduser()
-    if not path.is_file():
-        raise ConfigError(
-            f"no preset and no file called {preset_or_path!r}; presets are "
-            f"{', '.join(preset_names())}"
-        )
-    try:
-        return path.read_text(encoding="utf-8"), str(path)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text ({error})") from error
-
-
 def _apply(tree: dict[str, Any], override: str) -> None:
     """Set one dotted key in `tree`."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"{override!r} sets nothing; overrides look like train.steps=20")
+    if path == EXTENDS:
+        raise ConfigError(f"{EXTENDS} belongs into a file; give {text} itself as --config")
     try:
         value = parse_yaml(text)
     except YamlError as error:

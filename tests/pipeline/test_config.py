@@ -207,3 +207,84 @@ def test_the_configuration_kept_with_a_run_loads_again(minimal, tmp_path):
     config = load_config(minimal, ["name='1e5'", "train.stores.text='on'", "demo.root='ä: x'"])
     open_run(tmp_path / "run", {}, config.model_dump(mode="json"), {})
     assert load_config(str(tmp_path / "run" / "config.yaml")) == config
+
+
+class TestExtends:
+    @pytest.fixture
+    def write(self, tmp_path):
+        def write(name, text):
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            return str(path)
+
+        return write
+
+    def test_a_file_holds_only_what_differs_from_a_preset(self, write):
+        mine = write("mine.yaml", "extends: demo\nname: mine\ntrain: {objective: {radius: 1}}\n")
+        config, demo = load_config(mine, ["train.steps=7"]), load_config("demo")
+        objective = demo.train.objective.model_copy(update={"radius": 1})
+        changes = {"objective": objective, "steps": 7}
+        train = demo.train.model_copy(update=changes)
+        assert config == demo.model_copy(update={"name": "mine", "train": train})
+
+    def test_files_extend_each_other_from_where_they_lie(self, write, monkeypatch, tmp_path):
+        write("base/one.yaml", "name: one\ndata: {path: x, fps: 8}\nmodel: {path: y}\n")
+        write("base/two.yaml", "extends: one.yaml\ndata: {fps: 16, num_frames: 9}\n")
+        top = write("mine/three.yaml", "extends: ../base/two.yaml\nmodel: {path: z}\n")
+        monkeypatch.chdir("/")
+        config = load_config(top)
+        assert (config.name, config.data.path, config.model.path) == ("one", Path("x"), "z")
+        assert (config.data.fps, config.data.num_frames) == (16, 9)
+
+    def test_lists_and_nulls_take_the_place_of_what_was_there(self, write):
+        mine = write(
+            "mine.yaml",
+            "extends: demo\ndemo: null\ncache: c\noutputs: o\ndata: {path: x}\nmodel: {path: y}\n"
+            "extract: {teacher: {checkpoint: a, config: b}}\n"
+            "train: {run_dir: r, objective: {projector_widths: [1, 2, 3]}}\n",
+        )
+        config = load_config(mine)
+        assert config.demo is None
+        assert config.train.objective.projector_widths == (1, 2, 3)
+        assert config.train.objective.radius == 2
+
+    def test_a_written_out_configuration_extends_nothing(self, write):
+        config = load_config(write("mine.yaml", "extends: demo\nname: mine\n"))
+        assert load_config(write("written.yaml", commented_yaml(config))) == config
+        assert "extends" not in commented_yaml(config)
+
+    def test_a_circle_is_refused_and_shown(self, write):
+        write("a.yaml", "extends: b.yaml\n")
+        write("b.yaml", "extends: x/../c.yaml\n")
+        first = write("c.yaml", "extends: a.yaml\n")
+        write("x/nothing.yaml", "")
+        with pytest.raises(ConfigError) as caught:
+            load_config(first)
+        names = re.findall(r"(\w)\.yaml", str(caught.value))
+        assert names == ["c", "a", "b", "c"]
+        itself = write("d.yaml", "extends: d.yaml\n")
+        with pytest.raises(ConfigError, match=r"d\.yaml extends /.*d\.yaml; one of them must"):
+            load_config(itself)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("extends: dmeo\n", r"mine.yaml extends 'dmeo', but there is no preset and no file"),
+            ("extends: 3\n", r"mine.yaml: extends must be a preset or the path of a file, got 3"),
+            ("extends: [demo]\n", "extends must be a preset"),
+            ("extends: ''\n", "extends must be a preset"),
+            ("extends: empty.yaml\n", "empty.yaml holds no settings"),
+            ("extends: demo\ntrain: {step: 1}\n", "did you mean train.steps"),
+            ("extends: demo\ntrain: 3\n", "train must be a section"),
+            ("train: {extends: demo}\n", "unknown key train.extends"),
+        ],
+    )
+    def test_what_cannot_be_extended_says_why(self, write, text, message):
+        write("empty.yaml", "")
+        with pytest.raises(ConfigError, match=message):
+            load_config(write("mine.yaml", text))
+
+    def test_an_override_extends_nothing(self, minimal):
+        with pytest.raises(ConfigError, match="belongs into a file; give demo itself as --config"):
+            load_config(minimal, ["extends=demo"])
