@@ -7,6 +7,9 @@ from pydantic import Field
 
 from stages.config import Section
 
+TeacherForm = Literal["features", "gram_flow"]
+"""What is stored of the teacher: its features, or their similarities to each neighbourhood."""
+
 
 class ObjectiveConfig(Section):
     """The auxiliary loss beside the diffusion loss."""
@@ -91,6 +94,9 @@ class TrainConfig(Section):
     """Steps between rows of the console's table."""
     loader_workers: int = Field(default=2, ge=0)
     """Processes per rank that read the cache; 0 reads in the training process."""
+    teacher_form: TeacherForm = "features"
+    """What the teacher is read from: the teacher store's features, or the gram_flow store, which is
+    a tenth of the size and teaches the same."""
     stores: dict[str, str] = Field(default_factory=dict)
     """Which store of a kind to read when the cache holds several: kind -> folder name."""
     leave_out: Path | None = None
