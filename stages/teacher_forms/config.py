@@ -1,0 +1,24 @@
+"""Settings of the Gram flow that is cached, and the names of both forms' number formats."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from stages.config import Section
+
+FeatureDtype = Literal["float16", "int8"]
+"""How fused features are stored: as they are, or as bytes with a scale for each token."""
+
+FlowDtype = Literal["float16", "uint8"]
+"""How a Gram flow is stored: as it is, or as bytes with the lowest value and the step of each
+token's window."""
+
+
+class GramFlowConfig(Section):
+    """The Gram flow of the teacher's features: a fraction of their size, for one window."""
+
+    radius: int = Field(default=3, ge=1)
+    """Half the window that is stored; training may use this one or a smaller one. 3 is the paper's
+    7x7."""
+    dtype: FlowDtype = "float16"
+    """float16, or uint8: about two thirds of the size, and less exact."""
