@@ -4,4 +4,14 @@ bit wherever they are compared, and processes do not wait for each other's threa
 
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full-faults",
+        action="store_true",
+        help="inject every fault of tests/cache_schema/faults, not a sample: minutes, not seconds",
+    )

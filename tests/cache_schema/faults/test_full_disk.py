@@ -1,0 +1,163 @@
+"""A disk that fills up anywhere: the error says so, what was finished is read, the rest follows.
+
+Once on a file system that is really full (where one can be mounted), and always with the error
+injected: from the n-th file operation on nothing can be made, and what was being made lies there
+with its first few bytes.
+"""
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cache_schema import verify_store
+from tests.cache_schema.faults.small_store import (
+    SETTINGS,
+    assert_reads_what_is_committed,
+    finished_files,
+    write_all,
+)
+
+Mount = Callable[[str], Path]
+FilesOf = Callable[[Path], dict[str, bytes]]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Mount]:
+    """Mount, or mount again with other limits, a small file system in memory."""
+    path = tmp_path / "disk"
+    path.mkdir()
+
+    def mount(options: str) -> Path:
+        if path.is_mount():
+            options = f"remount,{options}"
+        made = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True, text=True
+        )
+        if made.returncode:
+            pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
+        return path
+
+    yield mount
+    if path.is_mount():
+        subprocess.run(["umount", path], check=True)
+
+
+def _fill_then_make_room(mount: Mount, small: str, files_of: FilesOf, expected: Path) -> None:
+    root = mount(small)
+    store = root / SETTINGS.folder_name
+    with pytest.raises(OSError) as error:
+        write_all(root)
+    assert error.value.errno == errno.ENOSPC
+    assert_reads_what_is_committed(store)
+    finished = finished_files(store)
+    mount("size=4m,nr_inodes=1000")
+    write_all(root)
+    assert finished.items() <= finished_files(store).items()
+    assert files_of(store) == files_of(expected)
+    assert verify_store(store).problems == ()
+
+
+@pytest.fixture(scope="module")
+def roomy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of a run with room enough."""
+    return write_all(tmp_path_factory.mktemp("roomy"))
+
+
+@pytest.fixture(scope="module")
+def needed_pages(roomy: Path) -> int:
+    """Most blocks of 4 KiB that writing holds at one time, at least."""
+    return sum(-(-path.stat().st_size // 4096) for path in roomy.rglob("*") if path.is_file())
+
+
+def test_a_full_disk_loses_nothing(
+    free_pages: int, disk: Mount, roomy: Path, needed_pages: int, files_of: FilesOf
+) -> None:
+    step = max(1, needed_pages // 6)
+    pages = 1 + (free_pages * step if free_pages < 6 else free_pages) % (needed_pages - 1)
+    _fill_then_make_room(disk, f"size={pages * 4}k,nr_inodes=1000", files_of, roomy)
+
+
+def test_a_disk_without_free_inodes_loses_nothing(
+    free_inodes: int, disk: Mount, roomy: Path, files_of: FilesOf
+) -> None:
+    needed = sum(1 for _ in roomy.rglob("*"))
+    inodes = 4 + (free_inodes * 13) % (needed - 4)
+    _fill_then_make_room(disk, f"size=4m,nr_inodes={inodes}", files_of, roomy)
+
+
+class _FullDisk:
+    """From its n-th operation on that makes something, the disk is full."""
+
+    MAKING = ("open", "os.mkdir", "os.rename", "os.link")
+
+    def __init__(self) -> None:
+        self.full_at = 0
+        self.made = 0
+        self._is_busy = False
+
+    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
+        if not self.full_at or self._is_busy or event not in self.MAKING:
+            return
+        if event == "open" and not self._for_writing(args):
+            return
+        self.made += 1
+        if self.made >= self.full_at:
+            if event == "open" and self.made == self.full_at:
+                self._tear(args[0])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
+
+    def _for_writing(self, args: tuple[Any, ...]) -> bool:
+        flags = args[2]
+        return isinstance(args[0], str | os.PathLike) and bool(
+            flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        )
+
+    def _tear(self, path: Any) -> None:
+        self._is_busy = True
+        Path(path).write_bytes(b"{\n ")
+        self._is_busy = False
+
+
+@pytest.fixture(scope="module")
+def full_disk() -> _FullDisk:
+    disk = _FullDisk()
+    sys.addaudithook(disk)  # cannot be taken away again, only set to do nothing
+    return disk
+
+
+def test_an_error_at_any_write_loses_nothing(
+    tmp_path: Path,
+    roomy: Path,
+    full_disk: _FullDisk,
+    files_of: FilesOf,
+    request: pytest.FixtureRequest,
+) -> None:
+    expected = files_of(roomy)
+    step = 1 if request.config.getoption("--full-faults") else 7
+    survived = 0
+    for full_at in range(1, 10_000, step):
+        root = tmp_path / str(full_at)
+        root.mkdir()
+        store = root / SETTINGS.folder_name
+        full_disk.made, full_disk.full_at = 0, full_at
+        try:
+            write_all(root)
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+        else:
+            break
+        finally:
+            full_disk.full_at = 0
+        assert_reads_what_is_committed(store)
+        finished = finished_files(store)
+        write_all(root)
+        assert finished.items() <= finished_files(store).items()
+        assert files_of(store) == expected
+        survived += 1
+    assert survived >= 50 / step

@@ -1,0 +1,114 @@
+"""A writer killed anywhere: nothing wrong is ever read, nothing finished is redone."""
+
+import functools
+import multiprocessing
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache_schema import (
+    ArraySpec,
+    StoreNotFound,
+    StoreReader,
+    StoreSettings,
+    StoreWriter,
+    verify_store,
+)
+from tests.cache_schema.faults.operations import run_and_kill
+from tests.cache_schema.faults.small_store import (
+    SETTINGS,
+    assert_reads_what_is_committed,
+    finished_files,
+    write_all,
+)
+
+FilesOf = Callable[[Path], dict[str, bytes]]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """The store of a run that was left alone, and the number of its file operations."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    code, operations = run_and_kill(lambda: write_all(root), 0)
+    assert code == 0
+    assert operations > 100
+    return root / SETTINGS.folder_name, operations
+
+
+def test_a_killed_run_finishes_bit_for_bit_as_an_uninterrupted_one(
+    kill: int, tmp_path: Path, uninterrupted: tuple[Path, int], files_of: FilesOf
+) -> None:
+    expected, operations = uninterrupted
+    chance = random.Random(kill)
+    kill_at = [chance.randint(1, operations)]
+    while chance.random() < 0.3:  # and killed again while it recovers
+        kill_at.append(chance.randint(1, operations))
+    store = tmp_path / expected.name
+    finished: dict[Path, tuple[int, int]] = {}
+    for n in kill_at:
+        run_and_kill(functools.partial(write_all, tmp_path), n)
+        assert_reads_what_is_committed(store)
+        assert finished.items() <= finished_files(store).items()
+        finished = finished_files(store)
+    write_all(tmp_path)
+    assert finished.items() <= finished_files(store).items()
+    assert files_of(store) == files_of(expected)
+    assert verify_store(store).problems == ()
+
+
+LARGE = ArraySpec(dtype="float32", shape=(4, 500, 1000), dimension_names=("t", "h", "w"))
+
+
+def _write_large(root: Path) -> Path:
+    settings = StoreSettings(kind="large", arrays={"frames": LARGE}, values={})
+    writer = StoreWriter.open(root, settings, provenance={})
+    for name in ("0", "1"):
+        if not writer.is_committed(name):
+            with writer.shard(name, source=name) as shard:
+                for i in range(3):
+                    if not shard.has(f"{name}{i}"):
+                        shard.add(f"{name}{i}", {"frames": np.full(LARGE.shape, i, "float32")})
+                shard.commit()
+    return writer.path
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A store whose writing is mostly writing of large files, and the seconds it takes."""
+    root = tmp_path_factory.mktemp("large")
+    process = multiprocessing.get_context("fork").Process(target=_write_large, args=(root,))
+    start = time.perf_counter()
+    process.start()
+    process.join()
+    duration_s = time.perf_counter() - start
+    (store,) = root.iterdir()
+    return store, duration_s
+
+
+def test_a_kill_in_the_middle_of_a_large_write_leaves_no_trace(
+    timed_kill: int, tmp_path: Path, large: tuple[Path, float], files_of: FilesOf
+) -> None:
+    expected, duration_s = large
+    chance = random.Random(timed_kill)
+    store = tmp_path / expected.name
+    for _ in range(2):
+        process = multiprocessing.get_context("fork").Process(target=_write_large, args=(tmp_path,))
+        process.start()
+        time.sleep(chance.uniform(0.0, duration_s))
+        process.kill()
+        process.join()
+        try:
+            reader = StoreReader(store)
+        except StoreNotFound:
+            continue
+        assert len(reader) in (0, 3, 6)
+        for key in reader.keys:
+            assert (reader.read(key)["frames"] == int(key[1])).all()
+    finished = finished_files(store)
+    assert _write_large(tmp_path) == store
+    assert finished.items() <= finished_files(store).items()
+    assert files_of(store) == files_of(expected)
