@@ -9,6 +9,7 @@ from cache_schema.errors import (
     SettingsMismatch,
     ShardBusy,
     StoreNotFound,
+    StoreUnreachable,
     UnknownSchemaVersion,
 )
 from cache_schema.find import find_store, list_stores
@@ -16,7 +17,7 @@ from cache_schema.layout import SCHEMA_VERSION
 from cache_schema.manifest import ClipEntry, SkippedClip, StoredArray
 from cache_schema.reader import StoreReader
 from cache_schema.sealed_json import JSON
-from cache_schema.settings import ArraySpec, StoreSettings
+from cache_schema.settings import ArraySpec, Compression, StoreSettings
 from cache_schema.shard_writer import ShardWriter
 from cache_schema.verify import Problem, VerifyReport, verify_store
 from cache_schema.writer import StoreWriter
@@ -29,6 +30,7 @@ __all__ = [
     "CacheError",
     "ClipEntry",
     "ClipMissing",
+    "Compression",
     "CorruptClip",
     "CorruptRecord",
     "Problem",
@@ -39,6 +41,7 @@ __all__ = [
     "StoreNotFound",
     "StoreReader",
     "StoreSettings",
+    "StoreUnreachable",
     "StoreWriter",
     "StoredArray",
     "UnknownSchemaVersion",

@@ -38,6 +38,10 @@ class SettingsMismatch(CacheError):
     """The store on disk was made with other settings than the ones asked for."""
 
 
+class StoreUnreachable(CacheError):
+    """A place behind a network did not answer; nothing is known about the store's bytes."""
+
+
 class ShardBusy(CacheError):
     """Another process is writing this shard at the moment."""
 

@@ -4,15 +4,17 @@ import re
 import unicodedata
 from pathlib import Path
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of everything README.md describes; a reader refuses every other."""
 
 MAX_KEY_BYTES = 1024
 """Longest clip key, in bytes of UTF-8."""
 
 STORE_FILE = "store.json"
+INDEX_FILE = "index.npz"
 _IDENTIFIER = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
 _RETRY = re.compile(r".+-retry([0-9]{1,9})", re.ASCII)
+_GROUP = re.compile(r"([^~]+)(?:~([1-9][0-9]{0,8}))?", re.ASCII)
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 
 
@@ -68,20 +70,35 @@ def check_key(key: object) -> str:
     return key
 
 
+def group_name(shard: str, generation: int) -> str:
+    """The folder of a shard's group; a shard that was replaced has its generation behind a '~'."""
+    return shard if generation == 0 else f"{shard}~{generation}"
+
+
+def parse_group_name(name: str) -> tuple[str, int] | None:
+    """Shard and generation of a group's folder; None for any other name."""
+    group = _GROUP.fullmatch(name)
+    if group is None or not is_shard_name(group[1]):
+        return None
+    return group[1], int(group[2] or 0)
+
+
 class StoreLayout:
     """The paths of one store; pure, touches no file."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.store_file = root / STORE_FILE
+        self.index = root / INDEX_FILE
         self.shards = root / "shards"
         self.commits = root / "commits"
+        self.quarantine = root / "quarantine"
         self.staging = root / ".staging"
         self.store_lock = self.staging / ".store.lock"
 
-    def shard(self, name: str) -> Path:
-        """The published Zarr group of a shard."""
-        return self.shards / name
+    def group(self, shard: str, generation: int) -> Path:
+        """The published Zarr group of a shard, as its commit record names the generation."""
+        return self.shards / group_name(shard, generation)
 
     def commit(self, name: str) -> Path:
         """The record that makes a shard visible to readers."""
@@ -96,7 +113,7 @@ class StoreLayout:
         return self.staging / name
 
     def staged_group(self, name: str) -> Path:
-        """The Zarr group being written; renamed to `shard(name)` when it is complete."""
+        """The Zarr group being written; renamed to `group(name, …)` when it is complete."""
         return self.staged(name) / "shard"
 
     def staged_records(self, name: str) -> Path:

@@ -5,13 +5,14 @@ back is checked here, so the rest of the package can rely on it.
 """
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cache_schema.errors import CorruptRecord, StoreNotFound
-from cache_schema.layout import StoreLayout, check_key, is_shard_name, retry_number
+from cache_schema.layout import StoreLayout, check_key, is_shard_name
 from cache_schema.sealed_json import JSON, plain_mapping, unseal
 from cache_schema.settings import StoreSettings
 from cache_schema.zarr_group import chunk_path, metadata_paths
@@ -24,7 +25,7 @@ class StoredArray:
     """One array of one clip on disk."""
 
     path: str
-    """The file inside the shard's folder, with forward slashes."""
+    """The file inside the folder of the shard's group, with forward slashes."""
     bytes: int
     """Size of the file."""
     crc32c: str
@@ -92,6 +93,8 @@ class CommitRecord:
     """A finished shard."""
 
     shard: str
+    generation: int
+    """How often the shard was replaced; it says which folder holds the group."""
     source: str
     clips: tuple[ClipEntry, ...]
     skipped: tuple[SkippedClip, ...]
@@ -102,6 +105,7 @@ class CommitRecord:
         return {
             "settings_hash": settings_hash,
             "shard": self.shard,
+            "generation": self.generation,
             "source": self.source,
             "clips": [clip.as_dict() for clip in self.clips],
             "skipped": [clip.as_dict() for clip in self.skipped],
@@ -135,15 +139,20 @@ def read_manifest(layout: StoreLayout) -> StoreManifest:
             f"{layout.root} is not a feature store: it has no {path.name}; run "
             "sam2vx-pipeline extract-features to make one"
         ) from None
-    found = unseal(data, str(path))
+    return parse_manifest(data, where=str(path), store=layout.root)
+
+
+def parse_manifest(data: bytes, *, where: str, store: Path | str) -> StoreManifest:
+    """`store.json` from its bytes; `where` and `store` name file and store in errors."""
+    found = unseal(data, where, store=store)
     try:
         settings = StoreSettings.from_dict(found)
         provenance = plain_mapping(found["provenance"], "provenance")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CorruptRecord(f"{path} is damaged: {error}") from error
+        raise CorruptRecord(f"{where} is damaged: {error}") from error
     if settings.hash != found.get("settings_hash"):
         raise CorruptRecord(
-            f"{path} is damaged: its settings do not have the hash written beside them"
+            f"{where} is damaged: its settings do not have the hash written beside them"
         )
     return StoreManifest(settings, provenance)
 
@@ -166,27 +175,42 @@ def read_commit(layout: StoreLayout, settings: StoreSettings, shard: str) -> Com
         data = path.read_bytes()
     except FileNotFoundError:
         raise CorruptRecord(f"shard {shard!r} of {layout.root} is not committed") from None
+    return parse_commit(data, settings, shard, where=str(path), store=layout.root)
+
+
+def parse_commit(
+    data: bytes, settings: StoreSettings, shard: str, *, where: str, store: Path | str
+) -> CommitRecord:
+    """A commit record from its bytes; `where` and `store` name file and store in errors."""
     try:
-        return _parse_commit(unseal(data, str(path)), settings, shard)
-    except (ValueError, KeyError, TypeError, AttributeError, CorruptRecord) as error:
+        found = unseal(data, f"commit record {where}", store=store)
+    except CorruptRecord as error:
+        raise CorruptRecord(f"{error}; {mend_hint(store)}") from error
+    try:
+        return commit_from_dict(found, settings, shard)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptRecord(
-            f"commit record {path} cannot be trusted ({error}); {redo_hint(path)}"
+            f"commit record {where} cannot be trusted ({error}); {mend_hint(store)}"
         ) from error
 
 
-def redo_hint(commit: Path) -> str:
-    """How to replace a shard whose files or record are damaged."""
-    option = " --retry-failed" if retry_number(commit.name.removesuffix(".json")) else ""
+def mend_hint(store: Path | str) -> str:
+    """How to replace what is damaged in a store."""
     return (
-        f"delete {commit} and run sam2vx-pipeline extract-features{option} to make that shard again"
+        f"run sam2vx-pipeline cache repair {shlex.quote(str(store))}, then extract-features "
+        "--retry-failed"
     )
 
 
-def _parse_commit(found: Mapping[str, Any], settings: StoreSettings, shard: str) -> CommitRecord:
+def commit_from_dict(found: Mapping[str, Any], settings: StoreSettings, shard: str) -> CommitRecord:
+    """An unsealed commit record, checked against the store's settings and the file's name."""
     if found["settings_hash"] != settings.hash:
         raise ValueError("it belongs to a store with other settings")
     if found["shard"] != shard:
         raise ValueError(f"it names shard {found['shard']!r}, its file name {shard!r}")
+    generation = found["generation"]
+    if type(generation) is not int or not 0 <= generation < 10**9:
+        raise ValueError(f"it has the generation {generation!r}")
     source = _text(found["source"])
     clips = tuple(
         parse_clip(clip, settings, shard=shard, source=source, index=index)
@@ -198,7 +222,12 @@ def _parse_commit(found: Mapping[str, Any], settings: StoreSettings, shard: str)
     if sorted(files) != sorted(metadata_paths(settings)):
         raise ValueError(f"it lists the files {sorted(files)}")
     return CommitRecord(
-        shard, source, clips, tuple(parse_skipped(s, shard) for s in found["skipped"]), files
+        shard,
+        generation,
+        source,
+        clips,
+        tuple(parse_skipped(s, shard) for s in found["skipped"]),
+        files,
     )
 
 

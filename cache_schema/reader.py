@@ -22,9 +22,9 @@ from cache_schema.manifest import (
     SkippedClip,
     StoredArray,
     committed_shards,
+    mend_hint,
     read_commit,
     read_manifest,
-    redo_hint,
 )
 from cache_schema.sealed_json import JSON, crc32c_hex
 from cache_schema.settings import StoreSettings
@@ -184,7 +184,7 @@ class StoreReader:
 
     def _read_array(self, clip: ClipEntry, name: str) -> np.ndarray:
         stored = clip.arrays[name]
-        file = self._layout.shard(clip.shard) / stored.path
+        file = self._folder(clip.shard) / stored.path
         try:
             status = file.stat()
         except OSError as error:
@@ -201,6 +201,9 @@ class StoreReader:
         if self._check:
             self._check_content(clip, name, stored, values, status)
         return values
+
+    def _folder(self, shard: str) -> Path:
+        return self._layout.group(shard, self._index.records[shard].generation)
 
     def _check_content(
         self,
@@ -223,7 +226,7 @@ class StoreReader:
         if clip.shard in self._open:
             self._open.move_to_end(clip.shard)
             return self._open[clip.shard]
-        folder = self._layout.shard(clip.shard)
+        folder = self._folder(clip.shard)
         record = self._index.records[clip.shard]
         for path, file in record.files.items():
             try:
@@ -247,8 +250,7 @@ class StoreReader:
         return opened
 
     def _corrupt(self, clip: ClipEntry, what: str, error: BaseException | None = None) -> NoReturn:
-        commit = self._layout.commit(clip.shard)
         raise CorruptClip(
             f"clip {clip.key!r} in shard {clip.shard!r} of {self.path} is damaged: {what}; "
-            f"{redo_hint(commit)}"
+            f"{mend_hint(self.path)}"
         ) from error

@@ -6,7 +6,9 @@ file, computed with that member's eight digits set to `00000000`.
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -76,8 +78,16 @@ def seal(record: Mapping[str, JSON]) -> bytes:
     return data.replace(_UNSEALED, crc32c_hex(data).encode(), 1)
 
 
-def unseal(data: bytes, where: str) -> dict[str, Any]:
-    """The record of a sealed file; `where` names it in errors.
+def unseal(
+    data: bytes, where: str, *, store: Path | str, version: int = SCHEMA_VERSION
+) -> dict[str, Any]:
+    """The record of a sealed file.
+
+    Args:
+        data: the file's bytes.
+        where: names the file in errors.
+        store: the folder or URL of its store, for the command that an error names.
+        version: the schema version to read; the migration reads an older one.
 
     Raises `UnknownSchemaVersion` for another layout's record, `CorruptRecord` for a damaged one.
     """
@@ -87,22 +97,23 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
         raise CorruptRecord(f"{where} is not JSON ({error})") from error
     if not isinstance(record, dict) or "schema_version" not in record:
         raise CorruptRecord(f"{where} is not a record of a feature store: no schema_version")
-    _check_version(record["schema_version"], where)
+    found = record["schema_version"]
+    older = type(found) is int and 1 <= found < version
+    if not older and (found != version or type(found) is not int):
+        # Another layout may be sealed in another way, so its checksum says nothing here.
+        raise UnknownSchemaVersion(
+            f"{where} has schema version {found!r}, and this version of the package reads "
+            f"{version}; update this package to read the store"
+        )
     match = _SEALED.match(data)
     start = len(_HEAD)
     blank = data[:start] + _UNSEALED + data[start + len(_UNSEALED) :]
     if match is None or match.group(1).decode() != crc32c_hex(blank):
         raise CorruptRecord(f"{where} is damaged: its contents do not match their checksum")
+    if older:
+        raise UnknownSchemaVersion(
+            f"{where} has schema version {found}, and this version of the package reads {version}; "
+            f"run sam2vx-pipeline cache migrate {shlex.quote(str(store))}"
+        )
     del record["crc32c"], record["schema_version"]
     return record
-
-
-def _check_version(found: object, where: str) -> None:
-    if found == SCHEMA_VERSION and type(found) is int:
-        return
-    written_by = "a newer" if type(found) is int and found > SCHEMA_VERSION else "another"
-    raise UnknownSchemaVersion(
-        f"{where} has schema version {found!r}, and this version reads {SCHEMA_VERSION}. It was "
-        f"written by {written_by} version of this package: use that one to read it, or set another "
-        "cache folder (cache=...) and run sam2vx-pipeline extract-features to make a new store"
-    )

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
@@ -32,6 +32,9 @@ DTYPES = (
 
 CLIP_DIMENSION = "clip"
 
+Compression = Literal["none", "blosc-zstd-shuffle"]
+"""How inner chunks are packed; the second is Zstandard level 1 behind Blosc's byte shuffle."""
+
 MAX_SHARED_CHUNK_BYTES = 2**20
 
 
@@ -48,10 +51,17 @@ class ArraySpec:
     """Sizes for one clip, for example (t, h, w, c)."""
     dimension_names: tuple[str, ...]
     """One name per axis of `shape`."""
+    compression: Compression = "none"
+    """How the array lies on disk. It changes no value, so the settings' hash leaves it out."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        if self.compression not in get_args(Compression):
+            raise ValueError(
+                f"compression is {self.compression!r}; it must be one of "
+                f"{', '.join(get_args(Compression))}"
+            )
         shape = tuple(self.shape)
         if not shape or any(type(size) is not int or size < 1 for size in shape):
             raise ValueError(f"shape is {self.shape!r}; it must be one or more integers >= 1")
@@ -87,6 +97,10 @@ class ArraySpec:
 
     def as_dict(self) -> dict[str, JSON]:
         """The specification as it is written in `store.json`."""
+        return {**self.hashed_dict(), "compression": self.compression}
+
+    def hashed_dict(self) -> dict[str, JSON]:
+        """What of it decides values, as the settings' hash takes it."""
         return {
             "dtype": self.dtype,
             "shape": list(self.shape),
@@ -96,10 +110,10 @@ class ArraySpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreSettings:
-    """Everything that changes a value in the store; equal settings have equal hashes.
+    """Everything that changes a value in the store, and how its arrays are compressed.
 
-    Facts about a run that do not change a value (versions, machine, date) are provenance and do
-    not belong here.
+    Settings that give equal values have equal hashes, however they are compressed. Facts about a
+    run that do not change a value (versions, machine, date) are provenance and do not belong here.
     """
 
     kind: str
@@ -127,7 +141,12 @@ class StoreSettings:
         Canonical: keys sorted, no white space, ASCII with escapes, floats as their shortest
         decimal that reads back equal. 8 and 8.0 differ.
         """
-        text = json.dumps(self.as_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        hashed = {
+            "kind": self.kind,
+            "arrays": {name: spec.hashed_dict() for name, spec in self.arrays.items()},
+            "values": self.values,
+        }
+        text = json.dumps(hashed, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode("ascii")).hexdigest()
 
     @property
@@ -152,6 +171,7 @@ class StoreSettings:
                     dtype=spec["dtype"],
                     shape=tuple(spec["shape"]),
                     dimension_names=tuple(spec["dimension_names"]),
+                    compression=spec["compression"],
                 )
                 for name, spec in found["arrays"].items()
             }

@@ -147,10 +147,10 @@ class ShardWriter:
         self._layout.shards.mkdir(exist_ok=True)
         self._layout.commits.mkdir(exist_ok=True)
         sync(self._layout.root)
-        group.rename(self._layout.shard(self.name))
+        group.rename(self._layout.group(self.name, 0))
         sync(self._layout.shards)
         record = CommitRecord(
-            self.name, self._source, tuple(staging.clips), tuple(staging.skipped), files
+            self.name, 0, self._source, tuple(staging.clips), tuple(staging.skipped), files
         )
         write_whole(
             self._layout.commit(self.name),

@@ -45,6 +45,7 @@ class Staging:
         self._settings = settings
         self._shard = shard
         self._source = source
+        self._store = layout.root
         self._folder = layout.staged(shard)
         self._group = layout.staged_group(shard)
         self._records = layout.staged_records(shard)
@@ -127,7 +128,7 @@ class Staging:
         """The record after those in `before`; None at the end or where one cannot be used."""
         path = self._record_path(len(before))
         try:
-            found = unseal(path.read_bytes(), str(path))
+            found = unseal(path.read_bytes(), str(path), store=self._store)
             if found["settings_hash"] != self._settings.hash or found["source"] != self._source:
                 return None
             if "skipped" in found:
@@ -165,7 +166,7 @@ class Staging:
 
 def _take_back(layout: StoreLayout, shard: str) -> None:
     """Undo a publication that was killed before its commit record, so that it can be adopted."""
-    published, staged = layout.shard(shard), layout.staged_group(shard)
+    published, staged = layout.group(shard, 0), layout.staged_group(shard)
     if not published.exists():
         return
     if layout.staged_records(shard).is_dir() and not staged.exists():

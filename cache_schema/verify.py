@@ -9,9 +9,9 @@ from cache_schema.manifest import (
     CommitRecord,
     StoredFile,
     committed_shards,
+    mend_hint,
     read_commit,
     read_manifest,
-    redo_hint,
 )
 from cache_schema.sealed_json import crc32c_hex
 from cache_schema.settings import StoreSettings
@@ -91,8 +91,8 @@ def _uncommitted(layout: StoreLayout, committed: list[str]) -> list[Problem]:
 def _verify_shard(
     layout: StoreLayout, settings: StoreSettings, record: CommitRecord, *, full: bool
 ) -> list[Problem]:
-    folder = layout.shard(record.shard)
-    hint = redo_hint(layout.commit(record.shard))
+    folder = layout.group(record.shard, record.generation)
+    hint = mend_hint(layout.root)
     problems = []
 
     def report(key: str | None, what: str) -> None:

@@ -33,7 +33,8 @@ class StoreWriter:
 
         Args:
             cache_root: folder of all stores; made if missing.
-            settings: everything that changes a value; names the store.
+            settings: everything that changes a value; names the store. A store that exists goes
+                on with its own compression.
             provenance: JSON facts about the run, kept from the run that created the store.
 
         Raises:
@@ -61,7 +62,7 @@ class StoreWriter:
             )
         make_directories(layout.shards, layout.root)
         make_directories(layout.commits, layout.root)
-        writer = cls(layout.root, settings)
+        writer = cls(layout.root, found)
         writer._sweep()
         return writer
 

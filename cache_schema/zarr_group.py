@@ -10,10 +10,10 @@ from typing import Any, cast
 
 import numpy as np
 import zarr
-from zarr.codecs import Crc32cCodec
+from zarr.codecs import BloscCodec, Crc32cCodec
 
 from cache_schema.sealed_json import crc32c_hex
-from cache_schema.settings import CLIP_DIMENSION, ArraySpec, StoreSettings
+from cache_schema.settings import CLIP_DIMENSION, ArraySpec, Compression, StoreSettings
 
 METADATA_FILE = "zarr.json"
 
@@ -45,6 +45,13 @@ def create_group(path: Path, settings: StoreSettings, num_clips: int) -> "dict[s
 
 def _create_array(group: zarr.Group, name: str, spec: ArraySpec, num_clips: int) -> Any:
     is_float = spec.numpy_dtype.kind == "f"
+    item_bytes = spec.numpy_dtype.itemsize
+    packing: dict[Compression, list[BloscCodec]] = {
+        "none": [],
+        "blosc-zstd-shuffle": [
+            BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=item_bytes, blocksize=0)
+        ],
+    }
     return group.create_array(
         name,
         shape=(num_clips, *spec.shape),
@@ -52,7 +59,7 @@ def _create_array(group: zarr.Group, name: str, spec: ArraySpec, num_clips: int)
         shards=(1, *spec.shape),
         chunks=(1, spec.chunk_length, *spec.shape[1:]),
         filters=None,
-        compressors=[Crc32cCodec()],
+        compressors=[*packing[spec.compression], Crc32cCodec()],
         fill_value=math.nan if is_float else 0,
         dimension_names=[CLIP_DIMENSION, *spec.dimension_names],
         # Without it a clip that equals the fill value has no file.

@@ -43,7 +43,7 @@ def _assert_found(store: Path, *, by_size: bool) -> None:
         StoreReader(store).read("a1")
     message = str(error.value)
     assert "'a1' in shard '00000'" in message
-    assert str(store / "commits" / "00000.json") in message
+    assert f"cache repair {store}" in message
     assert "extract-features" in message
     assert [(p.shard, p.key) for p in verify_store(store).problems] == [("00000", "a1")]
     assert bool(verify_store(store, full=False).problems) == by_size
@@ -168,7 +168,7 @@ def test_a_damaged_record_is_never_believed(store: Path) -> None:
             assert StoreReader(store).keys
     for size in (0, 1, len(good) // 2, len(good) - 3):
         path.write_bytes(good[:size])
-        with pytest.raises(CorruptRecord, match=r"delete .*00000\.json and run"):
+        with pytest.raises(CorruptRecord, match=r"00000\.json is .*; run .* cache repair"):
             assert StoreReader(store).keys
         assert [p.shard for p in verify_store(store).problems] == ["00000"]
 
@@ -253,7 +253,7 @@ def test_a_key_in_two_shards_is_refused_and_reported(
     assert (problem.shard, problem.key) == ("y", "twin")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, True, 1.0])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None, True, 2.0])
 @pytest.mark.parametrize("name", ["store.json", "commits/00000.json"])
 def test_other_schema_versions_are_refused_with_a_way_out(
     store: Path, settings: StoreSettings, version: Any, name: str
@@ -262,9 +262,10 @@ def test_other_schema_versions_are_refused_with_a_way_out(
     with pytest.raises(UnknownSchemaVersion) as error:
         assert StoreReader(store).keys
     message = str(error.value)
-    assert f"schema version {version!r}, and this version reads 1" in message
-    assert "extract-features" in message
-    assert ("a newer version" in message) == (version == 2)
+    assert f"schema version {version!r}, and this version of the package reads 2" in message
+    migrate = f"run sam2vx-pipeline cache migrate {store}"
+    assert (migrate in message) == (version == 1 and type(version) is int)
+    assert ("update this package" in message) == (migrate not in message)
     if name == "store.json":
         with pytest.raises(UnknownSchemaVersion):
             StoreWriter.open(store.parent, settings, provenance={})

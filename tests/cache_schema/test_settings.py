@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from cache_schema import ArraySpec, StoreSettings
+from cache_schema import ArraySpec, Compression, StoreSettings
 from cache_schema.sealed_json import seal, unseal
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -35,7 +35,10 @@ def array_specs(draw: st.DrawFn) -> ArraySpec:
         )
     )
     dtype = draw(st.sampled_from(["float16", "float32", "uint8", "int64"]))
-    return ArraySpec(dtype=dtype, shape=tuple(shape), dimension_names=tuple(axes))
+    compression = draw(st.sampled_from(get_args(Compression)))
+    return ArraySpec(
+        dtype=dtype, shape=tuple(shape), dimension_names=tuple(axes), compression=compression
+    )
 
 
 all_settings = st.builds(
@@ -49,7 +52,7 @@ all_settings = st.builds(
 @hypothesis_settings(max_examples=40, deadline=None)
 @given(all_settings)
 def test_settings_survive_a_sealed_file(settings: StoreSettings) -> None:
-    back = StoreSettings.from_dict(unseal(seal(settings.as_dict()), "test"))
+    back = StoreSettings.from_dict(unseal(seal(settings.as_dict()), "test", store="s"))
     assert back == settings
     assert back.hash == settings.hash
     assert list(back.arrays) == list(settings.arrays)
