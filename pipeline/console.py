@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,6 +93,8 @@ class _Rate(ProgressColumn):
         if not speed:
             return Text("")
         unit = task.fields["unit"]
+        if unit == "bytes":
+            return Text(f"{in_bytes(speed)}/s")
         one = unit.removesuffix("s")
         return Text(f"{speed:.1f} {unit}/s" if speed >= 1 else f"{1 / speed:.1f} s/{one}")
 
@@ -101,8 +103,11 @@ class _Count(ProgressColumn):
     """Done of total, with the unit."""
 
     def render(self, task: RichTask) -> Text:
-        total = "" if task.total is None else f"/{int(task.total)}"
-        return Text(f"{int(task.completed)}{total} {task.fields['unit']}")
+        in_bytes_too = task.fields["unit"] == "bytes"
+        write: Callable[[float], str] = in_bytes if in_bytes_too else lambda number: f"{number:.0f}"
+        total = "" if task.total is None else f"/{write(task.total)}"
+        unit = "" if in_bytes_too else f" {task.fields['unit']}"
+        return Text(f"{write(task.completed)}{total}{unit}")
 
 
 class _Bars:

@@ -21,7 +21,10 @@ class Progress(Protocol):
     def task(
         self, description: str, total: int | None, *, completed: int = 0, unit: str = "it"
     ) -> AbstractContextManager[Task]:
-        """Open a bar; `total=None` for work of unknown size, `completed` for work resumed."""
+        """Open a bar; `total=None` for work of unknown size, `completed` for work resumed.
+
+        With the unit `bytes`, amounts are shown in kB, MB and so on.
+        """
 
     def log(self, text: str) -> None:
         """Print a line above the bars."""

@@ -73,6 +73,16 @@ def test_a_bar_of_unknown_length_counts(capfd):
     assert "3 files" in capfd.readouterr().err
 
 
+def test_a_bar_of_bytes_shows_them_in_their_usual_multiples(capfd):
+    with console.console_progress() as progress, progress.task("x", 5000, unit="bytes") as task:
+        task.advance(1500)
+        task.advance(1000)
+    err = capfd.readouterr().err
+    assert "2.5 kB/5.0 kB" in err
+    assert "B/s" in err
+    assert "2500" not in err
+
+
 def test_an_error_within_a_bar_passes_through():
     with (
         pytest.raises(ValueError, match="boom"),
