@@ -21,6 +21,12 @@ def sync_upwards(path: Path, root: Path) -> None:
         sync(path)
 
 
+def sync_folders(path: Path) -> None:
+    """Sync the directory `path` and every directory below it."""
+    for folder, _, _ in os.walk(path, topdown=False):
+        sync(Path(folder))
+
+
 def write_whole(path: Path, data: bytes, *, temporary: Path) -> None:
     """Write `data` to `path` by way of `temporary`, so that `path` is never seen half-written.
 

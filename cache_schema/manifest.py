@@ -144,7 +144,11 @@ def read_manifest(layout: StoreLayout) -> StoreManifest:
 
 def parse_manifest(data: bytes, *, where: str, store: Path | str) -> StoreManifest:
     """`store.json` from its bytes; `where` and `store` name file and store in errors."""
-    found = unseal(data, where, store=store)
+    return manifest_from_dict(unseal(data, where, store=store), where=where)
+
+
+def manifest_from_dict(found: Mapping[str, Any], *, where: str) -> StoreManifest:
+    """An unsealed `store.json`, checked; `where` names the file in errors."""
     try:
         settings = StoreSettings.from_dict(found)
         provenance = plain_mapping(found["provenance"], "provenance")

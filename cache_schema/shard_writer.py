@@ -3,21 +3,21 @@
 Made by `StoreWriter.shard`, used by stage one.
 """
 
-import shutil
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
-from cache_schema.durable import sync, write_whole
+from cache_schema.committing import commit_group
 from cache_schema.errors import AlreadyCommitted
 from cache_schema.layout import StoreLayout, check_identifier, check_key, check_shard_name
 from cache_schema.lock import FileLock
 from cache_schema.manifest import CommitRecord
-from cache_schema.sealed_json import plain_mapping, seal
+from cache_schema.sealed_json import plain_mapping
 from cache_schema.settings import StoreSettings
 from cache_schema.staging import Staging
+from cache_schema.sweeping import sweep_committed
 
 
 class ShardWriter:
@@ -144,19 +144,10 @@ class ShardWriter:
         """Publish the shard: one rename, then the commit record that readers trust."""
         staging = self._open_staging()
         group, files = staging.finish()
-        self._layout.shards.mkdir(exist_ok=True)
-        self._layout.commits.mkdir(exist_ok=True)
-        sync(self._layout.root)
-        group.rename(self._layout.group(self.name, 0))
-        sync(self._layout.shards)
         record = CommitRecord(
             self.name, 0, self._source, tuple(staging.clips), tuple(staging.skipped), files
         )
-        write_whole(
-            self._layout.commit(self.name),
-            seal(record.as_dict(self._settings.hash)),
-            temporary=staging.folder / "commit.json",
-        )
+        commit_group(self._layout, self._settings, group, record)
         self._staging = None
         sweep_committed(self._layout, self.name)
 
@@ -189,9 +180,3 @@ class ShardWriter:
                     f"{name} of {where} has {bad} of {values.size} values that are NaN or infinite"
                 )
         return {name: arrays[name] for name in self._settings.arrays}
-
-
-def sweep_committed(layout: StoreLayout, shard: str) -> None:
-    """Remove what is left of the staging of a finished shard; its lock is held."""
-    if layout.staged(shard).exists():
-        shutil.rmtree(layout.staged(shard))

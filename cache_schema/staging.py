@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cache_schema.committing import safe_metadata
 from cache_schema.durable import make_directories, sync, sync_upwards, write_whole
 from cache_schema.errors import CacheError
 from cache_schema.layout import StoreLayout
@@ -24,14 +25,13 @@ from cache_schema.manifest import (
     parse_clip,
     parse_skipped,
 )
-from cache_schema.sealed_json import crc32c_hex, seal, unseal
+from cache_schema.sealed_json import seal, unseal
 from cache_schema.settings import StoreSettings
 from cache_schema.zarr_group import (
     ClipArray,
     chunk_path,
     content_crc32c,
     create_group,
-    metadata_paths,
 )
 
 
@@ -80,20 +80,9 @@ class Staging:
     def finish(self) -> tuple[Path, dict[str, StoredFile]]:
         """Make the group exactly its clips, and safe; its folder, and the metadata's checksums."""
         self._lay_out()
-        files = {}
-        for path in metadata_paths(self._settings):
-            file = self._group / path
-            sync(file)
-            sync_upwards(file.parent, self._group)
-            data = file.read_bytes()
-            files[path] = StoredFile(len(data), crc32c_hex(data))
+        files = safe_metadata(self._group, self._settings)
         sync(self._folder)
         return self._group, files
-
-    @property
-    def folder(self) -> Path:
-        """Where all this lies."""
-        return self._folder
 
     def _write_record(self, entry: dict[str, Any]) -> None:
         number = len(self.clips) + len(self.skipped)
@@ -165,7 +154,12 @@ class Staging:
 
 
 def _take_back(layout: StoreLayout, shard: str) -> None:
-    """Undo a publication that was killed before its commit record, so that it can be adopted."""
+    """Undo a publication that was killed before its commit record, so that it can be adopted.
+
+    A group that once replaced the shard, and has lost its record, is removed.
+    """
+    for replacement in layout.shards.glob(f"{shard}~*"):
+        shutil.rmtree(replacement)
     published, staged = layout.group(shard, 0), layout.staged_group(shard)
     if not published.exists():
         return

@@ -4,14 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cache_schema.clip_index import write_index
 from cache_schema.durable import make_directories, sync, write_whole
-from cache_schema.errors import SettingsMismatch, ShardBusy
+from cache_schema.errors import SettingsMismatch
 from cache_schema.layout import StoreLayout, check_shard_name
 from cache_schema.lock import FileLock
 from cache_schema.manifest import StoreManifest, committed_shards, read_commit, read_manifest
 from cache_schema.sealed_json import plain_mapping, seal
 from cache_schema.settings import StoreSettings, differing_settings
-from cache_schema.shard_writer import ShardWriter, sweep_committed
+from cache_schema.shard_writer import ShardWriter
+from cache_schema.sweeping import sweep_store
 
 
 class StoreWriter:
@@ -62,9 +64,8 @@ class StoreWriter:
             )
         make_directories(layout.shards, layout.root)
         make_directories(layout.commits, layout.root)
-        writer = cls(layout.root, found)
-        writer._sweep()
-        return writer
+        sweep_store(layout, found)
+        return cls(layout.root, found)
 
     def is_committed(self, shard: str, *, source: str | None = None) -> bool:
         """Whether the shard is finished.
@@ -107,12 +108,11 @@ class StoreWriter:
                 self._shards_seen.add(shard)
         return self._shard_of_key
 
-    def _sweep(self) -> None:
-        """Remove what writers left that were killed between commit record and clean-up."""
-        for shard in committed_shards(self._layout):
-            if self._layout.staged(shard).exists() or self._layout.lock(shard).exists():
-                try:
-                    with FileLock(self._layout.lock(shard), wait=False, what=f"shard {shard!r}"):
-                        sweep_committed(self._layout, shard)
-                except ShardBusy:
-                    continue  # its own writer is at it
+    def write_index(self) -> None:
+        """Write `index.npz` anew from the commit records; readers open large stores faster by it.
+
+        A store behind a URL is read by its index alone, so it has to be written before copying.
+        """
+        self._layout.staging.mkdir(exist_ok=True)
+        with FileLock(self._layout.store_lock, wait=True, what=f"store {self.path}"):
+            write_index(self._layout, self.settings)
