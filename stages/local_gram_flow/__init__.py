@@ -13,6 +13,7 @@ from stages.local_gram_flow.fusion import (
     Fusion,
     fuse_directions,
     fuse_subjects,
+    part_norms,
     regrid_fused,
 )
 from stages.local_gram_flow.loss import Divergence, gram_flow_loss, implied_flow
@@ -35,6 +36,7 @@ __all__ = [
     "local_gram_flow",
     "neighbour_mask",
     "neighbour_offsets",
+    "part_norms",
     "radius_of_window",
     "regrid_fused",
     "resample_to_grid",

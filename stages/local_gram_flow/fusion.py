@@ -6,7 +6,7 @@ Legend: T frame, H W token grid, C channel, G fused channel, P part of the fused
 of a part (G = P * D).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -84,7 +84,9 @@ def fuse_subjects(fused_THWG: Sequence[Tensor], *, num_slots: int) -> Tensor:
     return torch.cat([*(share * subject for subject in fused_THWG), *empty], dim=-1)
 
 
-def regrid_fused(fused_THWG: Tensor, height: int, width: int, parts: int) -> Tensor:
+def regrid_fused(
+    fused_THWG: Tensor, height: int, width: int, parts: int, *, norm_P: Tensor | None = None
+) -> Tensor:
     """One clip's fused tokens on another grid, each part with the norm it had.
 
     The channels are `parts` equally wide groups (a direction of a subject each), whose norm is the
@@ -93,10 +95,11 @@ def regrid_fused(fused_THWG: Tensor, height: int, width: int, parts: int) -> Ten
     was never visited, a slot without a subject) stays zero.
 
     Args:
-        fused_THWG: of one clip; any floating dtype.
+        fused_THWG: of one clip, or some of its maps; any floating dtype.
         height: rows of the new grid.
         width: columns of the new grid.
         parts: P, the store's setting `parts`.
+        norm_P: what `part_norms` returned for the clip; None takes it from these maps.
 
     Returns:
         fused_THWG on the new grid, float32 (float64 if given it).
@@ -104,6 +107,35 @@ def regrid_fused(fused_THWG: Tensor, height: int, width: int, parts: int) -> Ten
     Raises:
         ValueError: the channels do not split into `parts` equal groups.
     """
+    if norm_P is None:
+        norm_P = part_norms([fused_THWG], parts)
+    parts_THWPD = _in_parts(fused_THWG, parts)
+    G = fused_THWG.shape[-1]
+    resampled_THWG = resample_to_grid(parts_THWPD.flatten(-2).permute(0, 3, 1, 2), height, width)
+    resampled_THWPD = resampled_THWG.unflatten(-1, (parts, G // parts))
+    return (F.normalize(resampled_THWPD, dim=-1) * norm_P[:, None]).flatten(-2)
+
+
+def part_norms(pieces_THWG: Iterable[Tensor], parts: int) -> Tensor:
+    """Norm of each part of one clip's fused tokens: norm_P.
+
+    The mean over the tokens that hold something, since float16 has rounded each of them.
+
+    Args:
+        pieces_THWG: the clip's maps, in any pieces.
+        parts: P, the store's setting `parts`.
+
+    Raises:
+        ValueError: the channels do not split into `parts` equal groups.
+    """
+    norms = [_in_parts(piece_THWG, parts).norm(dim=-1) for piece_THWG in pieces_THWG]
+    total_P = sum(norm_THWP.sum(dim=(0, 1, 2)) for norm_THWP in norms)
+    occupied_P = sum((norm_THWP > 0).sum(dim=(0, 1, 2)) for norm_THWP in norms)
+    assert isinstance(total_P, Tensor) and isinstance(occupied_P, Tensor), "a clip has maps"
+    return total_P / occupied_P.clamp(min=1)
+
+
+def _in_parts(fused_THWG: Tensor, parts: int) -> Tensor:
     G = fused_THWG.shape[-1]
     if parts < 1 or G % parts:
         raise ValueError(
@@ -111,14 +143,7 @@ def regrid_fused(fused_THWG: Tensor, height: int, width: int, parts: int) -> Ten
             "settings say how many parts it has"
         )
     dtype = torch.promote_types(fused_THWG.dtype, torch.float32)
-    parts_THWPD = fused_THWG.to(dtype).unflatten(-1, (parts, G // parts))
-    norm_THWP = parts_THWPD.norm(dim=-1)
-    # The mean over the tokens that hold something: float16 has rounded each of them.
-    occupied_P = (norm_THWP > 0).sum(dim=(0, 1, 2)).clamp(min=1)
-    norm_P = norm_THWP.sum(dim=(0, 1, 2)) / occupied_P
-    resampled_THWG = resample_to_grid(parts_THWPD.flatten(-2).permute(0, 3, 1, 2), height, width)
-    resampled_THWPD = resampled_THWG.unflatten(-1, (parts, G // parts))
-    return (F.normalize(resampled_THWPD, dim=-1) * norm_P[:, None]).flatten(-2)
+    return fused_THWG.to(dtype).unflatten(-1, (parts, G // parts))
 
 
 def _unit_tokens(features_THWC: Tensor) -> Tensor:

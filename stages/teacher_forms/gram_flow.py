@@ -21,8 +21,6 @@ from stages.teacher_forms.config import FlowDtype as FlowDtype
 from stages.teacher_forms.half_bounds import half_at_least, half_at_most
 
 _MOST = 255
-_PAIRS_AT_ONCE = 8
-"""Pairs of maps whose products are computed together: bounds the memory of a long clip."""
 
 
 def flow_arrays_spec(
@@ -52,15 +50,17 @@ def gram_flow_of(
     radius: int,
     token_grid: tuple[int, int],
     native_parts: int | None = None,
+    norm_P: Tensor | None = None,
 ) -> Tensor:
     """The similarities a clip's stored features imply, on the student's token grid.
 
     Args:
-        features_THWG: of a whole clip, as `decode_features` returns them.
+        features_THWG: as `decode_features` returns them.
         radius: half the window.
         token_grid: rows and columns of the student's tokens.
         native_parts: the features' `parts` where they lie on SAM2's own grid and are resampled;
             None where they lie on the student's.
+        norm_P: of the parts over the clip, where these are some of its maps; see `regrid_fused`.
 
     Returns:
         flow_PHWK, float32 (float64 if given it); neighbours outside the grid hold 0.
@@ -69,18 +69,13 @@ def gram_flow_of(
         ValueError: The features lie on another grid, or are of fewer than two maps.
     """
     if native_parts is not None:
-        features_THWG = regrid_fused(features_THWG, *token_grid, native_parts)
+        features_THWG = regrid_fused(features_THWG, *token_grid, native_parts, norm_P=norm_P)
     T, H, W, _ = features_THWG.shape
     if token_grid != (H, W):
         raise ValueError(f"features lie on a grid of {(H, W)} tokens, not {token_grid}")
     if T < 2:
         raise ValueError(f"a Gram flow needs two maps or more, got {T}")
-    starts = range(0, T - 1, _PAIRS_AT_ONCE)
-    flows = [
-        local_gram_flow(features_THWG[None, start : start + _PAIRS_AT_ONCE + 1], radius)[0]
-        for start in starts
-    ]
-    return torch.cat(flows)
+    return local_gram_flow(features_THWG[None], radius)[0]
 
 
 @torch.no_grad()

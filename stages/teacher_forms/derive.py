@@ -1,0 +1,162 @@
+"""A store of the Gram flow from a store of features, without SAM2; `cache derive` calls it.
+
+The store is the one that extraction would have written: shard by shard with the same names,
+sources, clips, attributes and skipped clips. Several processes may share the work: whoever holds a
+shard's lock writes it.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cache_schema import (
+    JSON,
+    AlreadyCommitted,
+    ClipEntry,
+    ShardBusy,
+    SkippedClip,
+    StoreReader,
+    StoreWriter,
+)
+from cache_schema.layout import StoreLayout
+from cache_schema.manifest import CommitRecord, read_commit
+from stages.progress import Progress, Task
+from stages.teacher_forms.config import GramFlowConfig
+from stages.teacher_forms.flow_maker import FlowMaker
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeriveSummary:
+    """What the derived store holds after a run, and what the run did."""
+
+    store: Path
+    clips_written: int
+    """By this process."""
+    clips_already_there: int
+    """By earlier runs, or by processes beside this one; in finished shards."""
+    skipped: tuple[SkippedClip, ...]
+    """That the features' store left out."""
+    busy_shards: tuple[str, ...]
+    """Left alone because another process was writing them."""
+    seconds: float
+    """Wall-clock time of this run."""
+    bytes: int
+    """On disk, of the finished shards' clips."""
+
+
+def derive_gram_flow(
+    cache_root: Path,
+    teacher: Path,
+    *,
+    config: GramFlowConfig,
+    token_grid: tuple[int, int],
+    device: torch.device,
+    provenance: Mapping[str, JSON],
+    progress: Progress,
+) -> DeriveSummary:
+    """Write the Gram flow of every clip of a teacher store. What is finished is not done again.
+
+    Args:
+        cache_root: Folder the derived store is written to.
+        teacher: Folder of the teacher store.
+        config: The window and how it is stored.
+        token_grid: Rows and columns of the student's tokens.
+        device: Where it is computed.
+        provenance: Facts about the run, kept in a store that this run creates.
+        progress: A bar over the clips.
+
+    Raises:
+        ValueError: The teacher store does not fit, before any work is done.
+        CacheError: A clip or a record is damaged; or the derived store was made from other data.
+    """
+    started = time.perf_counter()
+    reader = StoreReader(teacher, kind="teacher")
+    maker = FlowMaker.of(reader.settings, config, token_grid)
+    writer = StoreWriter.open(cache_root, maker.settings, provenance=provenance)
+    with progress.task("gram_flow", len(reader), unit="clips") as task:
+        work = _Derivation(reader, writer, maker, device, task)
+        left = list(reader.shards)
+        for _ in range(2):  # what others are at is looked at once more at the end
+            left = [shard for shard in left if not work.derive(shard)]
+    writer.write_index()
+    made = StoreReader(writer.path)
+    return DeriveSummary(
+        store=writer.path,
+        clips_written=work.clips_written,
+        clips_already_there=len(made) - work.clips_written,
+        skipped=tuple(made.skipped),
+        busy_shards=tuple(left),
+        seconds=time.perf_counter() - started,
+        bytes=made.num_bytes,
+    )
+
+
+class _Derivation:
+    """Goes through the shards of one store."""
+
+    def __init__(
+        self,
+        reader: StoreReader,
+        writer: StoreWriter,
+        maker: FlowMaker,
+        device: torch.device,
+        task: Task,
+    ) -> None:
+        self._reader = reader
+        self._layout = StoreLayout(Path(reader.path))
+        self._writer = writer
+        self._maker = maker
+        self._device = device
+        self._task = task
+        self.clips_written = 0
+
+    def derive(self, shard: str) -> bool:
+        """Finish a shard; False where another process is at it."""
+        # The record itself: a reader leaves out the skipped clips that a retry brought in.
+        record = read_commit(self._layout, self._reader.settings, shard)
+        if self._writer.is_committed(shard, source=record.source):
+            self._task.advance(len(record.clips))
+            return True
+        try:
+            self._write(record)
+        except ShardBusy:
+            return False
+        except AlreadyCommitted:  # in the moment since it was asked
+            self._task.advance(len(record.clips))
+        return True
+
+    def _write(self, record: CommitRecord) -> None:
+        with self._writer.shard(record.shard, source=record.source) as out:
+            # Another shard may hold it: a retry that the features' store has put elsewhere.
+            missing = [
+                clip
+                for clip in record.clips
+                if not out.has(clip.key) and out.shard_holding(clip.key) is None
+            ]
+            self._task.advance(len(record.clips) - len(missing))
+            for clip, arrays in _read_ahead(self._reader, missing):
+                out.add(clip.key, self._maker(arrays, self._device), clip.attributes)
+                self.clips_written += 1
+                self._task.advance(1)
+            for skipped in record.skipped:
+                out.skip(skipped.key, skipped.reason, skipped.detail)
+            out.commit()
+
+
+def _read_ahead(
+    reader: StoreReader, clips: Sequence[ClipEntry]
+) -> Iterator[tuple[ClipEntry, dict[str, np.ndarray]]]:
+    """The clips' arrays in turn, each read while the one before is at work."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        following = [thread.submit(reader.read, clip.key) for clip in clips[:1]]
+        for place, clip in enumerate(clips):
+            arrays = following.pop().result()
+            following += [
+                thread.submit(reader.read, later.key) for later in clips[place + 1 : place + 2]
+            ]
+            yield clip, arrays

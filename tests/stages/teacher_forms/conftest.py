@@ -1,0 +1,86 @@
+"""Small teacher stores, and what lies in a store."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cache_schema import StoreSettings, StoreWriter
+from stages.teacher_forms.config import FeatureDtype
+from stages.teacher_forms.features import encode_features, feature_arrays_spec
+from stages.teacher_forms.settings import valid_spec
+
+MAPS, WIDTH = 5, 12
+SHARDS = {
+    "00000": ["a/0", "a/1", "a/2"],
+    "00001": ["b/0", "b/1"],
+    "00001-retry1": ["b/2"],
+    "00002": ["c/0"],
+    "00003": [],
+}
+SKIPPED = {"00001": ["b/2", "b/3"], "00003": ["d/0"]}
+"""b/2 was skipped at first, and brought in by a retry."""
+
+
+def teacher_settings(
+    dtype: FeatureDtype = "float16", *, native: bool = False, grid: tuple[int, int] = (3, 4)
+) -> StoreSettings:
+    """Of a store of five maps a clip, whose channels are two parts."""
+    arrays = feature_arrays_spec((MAPS, *grid, WIDTH), dtype) | {"valid": valid_spec(MAPS)}
+    values = {
+        "clips": {"num_frames": 5, "height": 48, "width": 64},
+        "checkpoint_sha256": "ab" * 32,
+        "grid": list(grid),
+        "grid_source": "native" if native else "student",
+        "parts": 2,
+    }
+    return StoreSettings(kind="teacher", arrays=arrays, values=values)
+
+
+def fused_of(key: str, grid: tuple[int, int]) -> torch.Tensor:
+    """Unit tokens of two parts, that follow from the key; one map is of zeros."""
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big")
+    drawn = torch.randn((MAPS, *grid, 2, WIDTH // 2), generator=torch.Generator().manual_seed(seed))
+    weights = torch.tensor([0.6, 0.8])[:, None]
+    fused = (torch.nn.functional.normalize(drawn, dim=-1) * weights).flatten(-2)
+    fused[3] = 0.0
+    return fused
+
+
+@pytest.fixture
+def write_teacher(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a teacher store of five shards, one of them a retry; its folder."""
+
+    def write(dtype: FeatureDtype = "float16", *, native: bool = False) -> Path:
+        grid = (6, 6) if native else (3, 4)
+        settings = teacher_settings(dtype, native=native, grid=grid)
+        writer = StoreWriter.open(tmp_path / "cache", settings, provenance={})
+        for shard, keys in SHARDS.items():
+            with writer.shard(shard, source=f"{shard}.tar") as out:
+                for key in keys:
+                    valid = np.array([1, 1, 1, 0, 1], np.uint8)
+                    arrays = encode_features(fused_of(key, grid), dtype)
+                    out.add(key, arrays | {"valid": valid}, {"name": key, "quality": 0.9})
+                for key in SKIPPED.get(shard, []):
+                    out.skip(key, "too_short", f"{key} has 3 frames")
+                out.commit()
+        return writer.path
+
+    return write
+
+
+@pytest.fixture
+def files_of() -> Callable[[Path], dict[str, bytes]]:
+    """Every file of a store by its path, without what writers keep for themselves."""
+
+    def read(store: Path) -> dict[str, bytes]:
+        return {
+            str(path.relative_to(store)): path.read_bytes()
+            for path in sorted(store.rglob("*"))
+            if path.is_file() and ".staging" not in path.parts
+        }
+
+    return read

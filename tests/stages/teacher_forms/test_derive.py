@@ -1,0 +1,270 @@
+"""A Gram flow derived from stored features: its values, and what becomes of interrupted work."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cache_schema import (
+    AlreadyCommitted,
+    CorruptClip,
+    SettingsMismatch,
+    ShardWriter,
+    StoreReader,
+    StoreWriter,
+)
+from stages.local_gram_flow import regrid_fused
+from stages.progress import SilentProgress
+from stages.teacher_forms.config import FeatureDtype, FlowDtype, GramFlowConfig
+from stages.teacher_forms.derive import DeriveSummary, derive_gram_flow
+from stages.teacher_forms.features import decode_features
+from stages.teacher_forms.gram_flow import decode_gram_flow
+from stages.teacher_forms.settings import gram_flow_settings
+from tests.stages.local_gram_flow.reference import similarities_by_loop
+from tests.stages.teacher_forms.conftest import SHARDS, SKIPPED, teacher_settings
+
+ALL_KEYS = sorted(key for keys in SHARDS.values() for key in keys)
+CPU = torch.device("cpu")
+FilesOf = Callable[[Path], dict[str, bytes]]
+
+
+def derive(
+    teacher: Path,
+    root: Path,
+    *,
+    radius: int = 2,
+    dtype: FlowDtype = "float16",
+    grid: tuple[int, int] = (3, 4),
+    progress: SilentProgress | None = None,
+) -> DeriveSummary:
+    return derive_gram_flow(
+        root,
+        teacher,
+        config=GramFlowConfig(radius=radius, dtype=dtype),
+        token_grid=grid,
+        device=CPU,
+        provenance={"made": "by a test"},
+        progress=progress or SilentProgress(),
+    )
+
+
+def read(store: Path, key: str) -> dict[str, torch.Tensor]:
+    arrays = StoreReader(store).read(key)
+    return {name: torch.from_numpy(values) for name, values in arrays.items()}
+
+
+@pytest.mark.parametrize("feature_dtype", ["float16", "int8"])
+@pytest.mark.parametrize(("dtype", "bound"), [("float16", 2**-11), ("uint8", 1 / 255 + 1e-3)])
+def test_every_clips_flow_is_that_of_its_stored_features(
+    write_teacher: Callable[..., Path],
+    tmp_path: Path,
+    feature_dtype: FeatureDtype,
+    dtype: FlowDtype,
+    bound: float,
+) -> None:
+    teacher = write_teacher(feature_dtype)
+    summary = derive(teacher, tmp_path / "made", dtype=dtype)
+    made = StoreReader(summary.store, kind="gram_flow")
+    assert list(made.keys) == ALL_KEYS
+    assert made.settings.values["features_dtype"] == feature_dtype
+    for key in ALL_KEYS:
+        features = decode_features(read(teacher, key)).double().numpy()
+        present = np.delete(features, 3, axis=0)
+        expected, _ = similarities_by_loop(present[None], 2)
+        flow = decode_gram_flow(read(summary.store, key)).numpy()
+        assert np.abs(flow[:2] - expected[0, :2]).max() < bound
+        assert not flow[2:].any(), "no flow to or from a map of zeros"
+        np.testing.assert_array_equal(read(summary.store, key)["valid"], [1, 1, 1, 0, 1])
+
+
+def test_native_features_are_resampled_first(
+    write_teacher: Callable[..., Path], tmp_path: Path
+) -> None:
+    teacher = write_teacher(native=True)
+    summary = derive(teacher, tmp_path / "made", grid=(4, 5))
+    for key in ("a/0", "c/0"):
+        features = decode_features(read(teacher, key)).double()
+        regridded = np.delete(regrid_fused(features, 4, 5, 2).numpy(), 3, axis=0)
+        expected, _ = similarities_by_loop(regridded[None], 2)
+        flow = decode_gram_flow(read(summary.store, key)).numpy()
+        assert np.abs(flow[:2] - expected[0, :2]).max() < 2**-11
+
+
+def test_shards_sources_attributes_and_skipped_clips_are_those_of_the_features(
+    write_teacher: Callable[..., Path], tmp_path: Path
+) -> None:
+    teacher = StoreReader(write_teacher())
+    summary = derive(Path(teacher.path), tmp_path / "made")
+    made = StoreReader(summary.store)
+    assert list(made.shards) == list(teacher.shards) == sorted(SHARDS)
+    for key in ALL_KEYS:
+        found, wanted = made.record(key), teacher.record(key)
+        assert (found.shard, found.index, found.source) == (
+            wanted.shard,
+            wanted.index,
+            wanted.source,
+        )
+        assert found.attributes == {"name": key, "quality": 0.9}
+    assert summary.skipped == made.skipped == teacher.skipped
+    assert {clip.key for clip in made.skipped} == {"b/3", "d/0"}
+    # Also what a retry brought in stays on the record of the shard that lacked it.
+    assert [clip.key for clip in _record_of(summary.store, "00001").skipped] == SKIPPED["00001"]
+    assert (summary.clips_written, summary.clips_already_there) == (len(ALL_KEYS), 0)
+    assert summary.bytes == made.num_bytes > 0
+
+
+def _record_of(store: Path, shard: str):
+    from cache_schema.layout import StoreLayout
+    from cache_schema.manifest import read_commit
+
+    return read_commit(StoreLayout(store), StoreReader(store).settings, shard)
+
+
+class _DiesAfter(SilentProgress):
+    """Kills its process when so many clips are done."""
+
+    def __init__(self, clips: int) -> None:
+        self._left = clips
+
+    @contextmanager
+    def task(self, *args: object, **options: object) -> Iterator["_DiesAfter"]:
+        yield self
+
+    def advance(self, amount: int = 1) -> None:
+        self._left -= amount
+        if amount and self._left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("clips", range(len(ALL_KEYS)))
+def test_killed_and_run_again_it_writes_the_same_files_and_nothing_twice(
+    write_teacher: Callable[..., Path], tmp_path: Path, files_of: FilesOf, clips: int
+) -> None:
+    teacher = write_teacher()
+    whole = derive(teacher, tmp_path / "whole")
+    options = {"progress": _DiesAfter(clips)}
+    fork = multiprocessing.get_context("fork")
+    killed = fork.Process(target=derive, args=(teacher, tmp_path / "killed"), kwargs=options)
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    again = derive(teacher, tmp_path / "killed")
+    assert files_of(again.store) == files_of(whole.store)
+    # The one at work when it was killed had been staged.
+    assert again.clips_written == len(ALL_KEYS) - clips - 1
+    third = derive(teacher, tmp_path / "killed")
+    assert (third.clips_written, third.clips_already_there) == (0, len(ALL_KEYS))
+
+
+def test_two_processes_share_the_shards(
+    write_teacher: Callable[..., Path], tmp_path: Path, files_of: FilesOf
+) -> None:
+    teacher = write_teacher()
+    whole = derive(teacher, tmp_path / "whole")
+    fork = multiprocessing.get_context("fork")
+    with fork.Pool(2) as pool:
+        both = [pool.apply_async(derive, (teacher, tmp_path / "shared")) for _ in range(2)]
+        summaries = [one.get(60) for one in both]
+    last = derive(teacher, tmp_path / "shared")
+    assert sum(one.clips_written for one in (*summaries, last)) == len(ALL_KEYS)
+    assert files_of(last.store) == files_of(whole.store)
+
+
+def test_a_shard_that_another_process_is_at_is_left_and_named(
+    write_teacher: Callable[..., Path], tmp_path: Path
+) -> None:
+    teacher = write_teacher()
+    settings = gram_flow_settings(
+        StoreReader(teacher).settings, radius=2, dtype="float16", token_grid=(3, 4)
+    )
+    other = StoreWriter.open(tmp_path / "made", settings, provenance={})
+    with other.shard("00000", source="00000.tar"):
+        summary = derive(teacher, tmp_path / "made")
+    assert summary.busy_shards == ("00000",)
+    assert summary.clips_written == len(ALL_KEYS) - len(SHARDS["00000"])
+    assert derive(teacher, tmp_path / "made").clips_written == len(SHARDS["00000"])
+
+
+def test_a_shard_finished_in_the_moment_since_it_was_asked_is_left_alone(
+    write_teacher: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = write_teacher()
+    first = derive(teacher, tmp_path / "made")
+    monkeypatch.setattr(StoreWriter, "is_committed", lambda *args, **options: False)
+    tried: list[str] = []
+
+    def entered(shard: ShardWriter) -> ShardWriter:
+        tried.append(shard.name)
+        raise AlreadyCommitted("finished")
+
+    monkeypatch.setattr(ShardWriter, "__enter__", entered)
+    again = derive(teacher, tmp_path / "made")
+    assert tried == sorted(SHARDS)
+    assert (again.clips_written, again.clips_already_there) == (0, first.clips_written)
+
+
+def test_a_damaged_clip_of_features_stops_it_by_name(
+    write_teacher: Callable[..., Path], tmp_path: Path
+) -> None:
+    teacher = write_teacher()
+    file = next((teacher / "shards" / "00001" / "features" / "c").rglob("0/0/0/0/0"))
+    data = bytearray(file.read_bytes())
+    data[10] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CorruptClip, match="b/0"):
+        derive(teacher, tmp_path / "made")
+    # What came before is finished, and nothing of the damaged shard is.
+    made = next((tmp_path / "made").glob("gram_flow-*"))
+    assert list(StoreReader(made).shards) == ["00000"]
+
+
+def test_clips_of_another_dataset_are_refused(
+    write_teacher: Callable[..., Path], tmp_path: Path
+) -> None:
+    teacher = write_teacher()
+    settings = gram_flow_settings(
+        StoreReader(teacher).settings, radius=2, dtype="float16", token_grid=(3, 4)
+    )
+    other = StoreWriter.open(tmp_path / "made", settings, provenance={})
+    with other.shard("00000", source="other.tar") as shard:
+        shard.commit()
+    with pytest.raises(SettingsMismatch, match=r"other\.tar"):
+        derive(teacher, tmp_path / "made")
+
+
+def test_a_store_of_another_grid_or_kind_is_refused_before_any_work(
+    write_teacher: Callable[..., Path], tmp_path: Path
+) -> None:
+    teacher = write_teacher()
+    with pytest.raises(ValueError, match="grid of 3x4 tokens.*make 5x7"):
+        derive(teacher, tmp_path / "made", grid=(5, 7))
+    assert not (tmp_path / "made").exists()
+    made = derive(teacher, tmp_path / "made").store
+    with pytest.raises(SettingsMismatch, match="gram_flow"):
+        derive(made, tmp_path / "again")
+
+
+def test_settings_name_what_the_flow_was_computed_from() -> None:
+    features = teacher_settings()
+    flow = gram_flow_settings(features, radius=2, dtype="float16", token_grid=(3, 4))
+    native = teacher_settings(native=True, grid=(6, 6))
+    hashes = {
+        flow.hash,
+        gram_flow_settings(features, radius=1, dtype="float16", token_grid=(3, 4)).hash,
+        gram_flow_settings(features, radius=2, dtype="uint8", token_grid=(3, 4)).hash,
+        gram_flow_settings(
+            teacher_settings("int8"), radius=2, dtype="float16", token_grid=(3, 4)
+        ).hash,
+        gram_flow_settings(native, radius=2, dtype="float16", token_grid=(3, 4)).hash,
+        gram_flow_settings(native, radius=2, dtype="float16", token_grid=(4, 4)).hash,
+    }
+    assert len(hashes) == 6
+    assert flow.values.items() >= {"checkpoint_sha256": "ab" * 32, "grid": [3, 4]}.items()
+    assert flow.arrays["gram_flow"].shape == (4, 3, 4, 25)
+    assert flow.arrays["valid"].shape == (5,)
