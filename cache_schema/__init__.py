@@ -1,5 +1,6 @@
 """The contract on disk between the two stages: numpy and zarr only. README.md specifies it."""
 
+from cache_schema.clip_index import ShardFacts
 from cache_schema.errors import (
     AlreadyCommitted,
     CacheError,
@@ -15,6 +16,8 @@ from cache_schema.errors import (
 from cache_schema.find import find_store, list_stores
 from cache_schema.layout import SCHEMA_VERSION
 from cache_schema.manifest import ClipEntry, SkippedClip, StoredArray
+from cache_schema.packed_text import PackedText, SortedText
+from cache_schema.places import is_url
 from cache_schema.reader import StoreReader
 from cache_schema.sealed_json import JSON
 from cache_schema.settings import ArraySpec, Compression, StoreSettings
@@ -33,11 +36,14 @@ __all__ = [
     "Compression",
     "CorruptClip",
     "CorruptRecord",
+    "PackedText",
     "Problem",
     "SettingsMismatch",
     "ShardBusy",
+    "ShardFacts",
     "ShardWriter",
     "SkippedClip",
+    "SortedText",
     "StoreNotFound",
     "StoreReader",
     "StoreSettings",
@@ -47,6 +53,7 @@ __all__ = [
     "UnknownSchemaVersion",
     "VerifyReport",
     "find_store",
+    "is_url",
     "list_stores",
     "verify_store",
 ]

@@ -1,96 +1,70 @@
-"""Reading a store by clip key; used by training and inspection.
+"""Reading a store by clip key, from a folder or over a network; used by training and inspection.
 
-Clips are taken from commit records alone. What is read has the size and the checksum its commit
-record gives, or `CorruptClip` is raised: a reader never returns Zarr's fill values for bytes that
+Clips are taken from commit records alone, or from the index of them. What is read has the size and
+the checksums that were committed, or `CorruptClip` is raised: nothing ever stands in for bytes that
 are not there.
 """
 
-import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
-from cache_schema.errors import ClipMissing, CorruptClip, CorruptRecord, SettingsMismatch
-from cache_schema.layout import StoreLayout, retry_number
-from cache_schema.manifest import (
-    ClipEntry,
-    CommitRecord,
-    SkippedClip,
-    StoredArray,
-    committed_shards,
-    mend_hint,
-    read_commit,
-    read_manifest,
+from cache_schema.clip_file import DamagedFile, read_clip, read_part
+from cache_schema.clip_index import ClipIndex, ShardFacts, commit_path, load_index, record_head
+from cache_schema.errors import (
+    CacheError,
+    ClipMissing,
+    CorruptClip,
+    SettingsMismatch,
+    StoreNotFound,
 )
-from cache_schema.sealed_json import JSON, crc32c_hex
+from cache_schema.layout import STORE_FILE, group_name, retry_number
+from cache_schema.manifest import ClipEntry, SkippedClip, mend_hint, parse_commit, parse_manifest
+from cache_schema.packed_text import SortedText
+from cache_schema.places import is_url, open_place
+from cache_schema.sealed_json import JSON
 from cache_schema.settings import StoreSettings
-from cache_schema.zarr_group import ClipArray, content_crc32c, open_array
+from cache_schema.zarr_group import chunk_path, content_crc32c
 
-_MAX_OPEN_SHARDS = 256
-
-
-class _Index:
-    """The committed clips at one moment."""
-
-    def __init__(self, records: list[CommitRecord], path: Path) -> None:
-        self.records = {record.shard: record for record in records}
-        self.clips: dict[str, ClipEntry] = {}
-        for record in records:
-            for clip in record.clips:
-                other = self.clips.setdefault(clip.key, clip)
-                if other is not clip:
-                    raise CorruptRecord(
-                        f"clip {clip.key!r} is in shards {other.shard!r} and {clip.shard!r} of "
-                        f"{path}; keys must be unique, so rename one of the two in the dataset, "
-                        "delete both shards' commit records and run sam2vx-pipeline "
-                        "extract-features again"
-                    )
-        self.skipped = _still_left_out(records, self.clips)
-
-
-def _still_left_out(
-    records: Sequence[CommitRecord], clips: Mapping[str, ClipEntry]
-) -> tuple[SkippedClip, ...]:
-    """Without clips that another shard holds; of several shards' records, the newest retry's."""
-    newest: dict[str, str] = {}
-    for record in sorted(records, key=lambda record: retry_number(record.shard)):
-        newest.update((skipped.key, record.shard) for skipped in record.skipped)
-    return tuple(
-        skipped
-        for record in records
-        for skipped in record.skipped
-        if newest[skipped.key] == record.shard
-        and (skipped.key not in clips or clips[skipped.key].shard == record.shard)
-    )
+_MAX_RECORDS = 16
+"""Commit records kept, for those who ask for the attributes of clip after clip."""
 
 
 class StoreReader:
-    """One store, read lazily: commit records when first needed, arrays shard by shard.
+    """One store, read lazily: its index when first needed, each clip when it is asked for.
 
     It sees the clips that were committed when it first looked. It can be pickled, and used in
     processes made by fork or spawn; a copy sees the same clips.
     """
 
-    def __init__(self, path: Path, *, kind: str | None = None, check: bool = True) -> None:
-        """Open the store in folder `path`.
+    def __init__(self, path: Path | str, *, kind: str | None = None, check: bool = True) -> None:
+        """Open the store at `path`.
 
         Args:
-            path: the store's folder, as `find_store` returns it.
+            path: the store's folder or URL, as `find_store` returns it.
             kind: refuse a store of another kind with `SettingsMismatch`.
-            check: compare a clip's decoded values with its checksum when it is first read, and
-                again whenever its file changes. Sizes, and Zarr's own checksums, are always
-                checked.
+            check: compare a clip's decoded values with its checksum when this process first reads
+                it. Sizes, and the checksums inside the files, are always checked.
 
         Raises:
             StoreNotFound, UnknownSchemaVersion, CorruptRecord: from `store.json`.
+            StoreUnreachable: a network place did not answer.
         """
-        self.path = Path(path)
-        self._layout = StoreLayout(self.path)
-        manifest = read_manifest(self._layout)
+        self.path: Path | str = path if is_url(path) else Path(path)
+        self._place = open_place(self.path)
+        file = f"{self.path}/{STORE_FILE}"
+        try:
+            data = self._place.read(STORE_FILE)
+        except (FileNotFoundError, NotADirectoryError):
+            raise StoreNotFound(
+                f"{self.path} is not a feature store: it has no {STORE_FILE}; run "
+                "sam2vx-pipeline extract-features to make one"
+            ) from None
+        manifest = parse_manifest(data, where=file, store=self.path)
         self.settings: StoreSettings = manifest.settings
         self.provenance: dict[str, JSON] = manifest.provenance
         if kind is not None and kind != self.settings.kind:
@@ -98,69 +72,96 @@ class StoreReader:
                 f"{self.path} is a store of kind {self.settings.kind!r}, not {kind!r}"
             )
         self._check = check
-        self._forget_files()
+        self._forget()
 
     @cached_property
-    def _index(self) -> _Index:
-        shards = committed_shards(self._layout)
-        records = [read_commit(self._layout, self.settings, shard) for shard in shards]
-        return _Index(records, self.path)
+    def _index(self) -> ClipIndex:
+        return load_index(self._place, self.settings)
 
-    def _forget_files(self) -> None:
-        self._open: OrderedDict[str, dict[str, ClipArray]] = OrderedDict()
-        self._checked: dict[tuple[str, int, str], tuple[int, int, int]] = {}
+    def _forget(self) -> None:
+        self._records: OrderedDict[str, tuple[ClipEntry, ...]] = OrderedDict()
+        self._checked: dict[str, bytearray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_open", "_checked")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_records", "_checked")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget_files()
+        self._forget()
+
+    @property
+    def name(self) -> str:
+        """The name of the store's folder."""
+        return str(self.path).rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def keys(self) -> SortedText:
+        """Keys of all clips, in ascending order of code points."""
+        return self._index.keys
 
     @cached_property
-    def keys(self) -> tuple[str, ...]:
-        """Keys of all clips, shard by shard in the order they were written."""
-        return tuple(self._index.clips)
-
-    @property
     def skipped(self) -> tuple[SkippedClip, ...]:
         """The clips of the input that are not here, with reasons; as the newest retry found."""
-        return self._index.skipped
+        said = list(self._index.all_skipped())
+        newest: dict[str, str] = {}
+        for clip in sorted(said, key=lambda clip: retry_number(clip.shard)):
+            newest[clip.key] = clip.shard
+        return tuple(
+            clip
+            for clip in said
+            if newest[clip.key] == clip.shard and self._holder(clip.key) in (None, clip.shard)
+        )
 
     @property
-    def shards(self) -> tuple[str, ...]:
-        """Names of the finished shards, sorted."""
-        return tuple(self._index.records)
+    def shards(self) -> Mapping[str, ShardFacts]:
+        """The finished shards by name, sorted."""
+        return self._index.shards
 
-    def source_of(self, shard: str) -> str:
-        """The input that a finished shard was made from; `KeyError` for another name."""
-        return self._index.records[shard].source
-
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Bytes of all clips on disk, without metadata."""
-        clips = self._index.clips.values()
-        return sum(array.bytes for clip in clips for array in clip.arrays.values())
+        return sum(shard.num_bytes for shard in self.shards.values())
 
     def __contains__(self, key: object) -> bool:
-        return key in self._index.clips
+        return key in self._index.keys
 
     def __len__(self) -> int:
-        return len(self._index.clips)
+        return len(self._index)
+
+    def shard_of(self, key: str) -> str:
+        """The shard that holds a clip; `ClipMissing` if it is not here."""
+        return self._index.place_of(self._row(key))[0]
 
     def record(self, key: str) -> ClipEntry:
-        """Where a clip lies and what is known of it; `ClipMissing` if it is not here."""
-        try:
-            return self._index.clips[key]
-        except KeyError:
-            raise ClipMissing(self._missing(key)) from None
+        """Where a clip lies and what is known of it, from its shard's commit record.
 
-    def _missing(self, key: str) -> str:
-        message = f"no {self.settings.kind} of clip {key!r} in {self.path}"
-        for clip in self.skipped:
-            if clip.key == key:
-                return f"{message}: it was skipped as {clip.reason} ({clip.detail})"
-        return f"{message}; run sam2vx-pipeline extract-features"
+        Raises:
+            ClipMissing: the key is not in the store.
+            CorruptRecord: the record is damaged.
+            CorruptClip: the store has changed since it was opened.
+        """
+        shard, _, position = self._index.place_of(self._row(key))
+        return self.records(shard)[position]
+
+    def records(self, shard: str) -> tuple[ClipEntry, ...]:
+        """All clips of a finished shard, in its order; `KeyError` for another name."""
+        if shard in self._records:
+            self._records.move_to_end(shard)
+            return self._records[shard]
+        _ = self.shards[shard]
+        path = commit_path(shard)
+        try:
+            data = self._place.read(path)
+        except FileNotFoundError:
+            self._changed(shard)
+        where = f"{self.path}/{path}"
+        record = parse_commit(data, self.settings, shard, where=where, store=self.path)
+        if data[14:22] != b"%08x" % self._index.record_crc32c(shard):
+            self._changed(shard)
+        self._records[shard] = record.clips
+        if len(self._records) > _MAX_RECORDS:
+            self._records.popitem(last=False)
+        return record.clips
 
     def read(self, key: str, arrays: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Arrays of one clip, by name; all of them unless `arrays` names some.
@@ -170,87 +171,120 @@ class StoreReader:
         Raises:
             ClipMissing: the key is not in the store.
             CorruptClip: bytes are absent or differ from what was committed.
+            StoreUnreachable: a network place did not answer.
             ValueError: `arrays` has a name that the store does not hold.
         """
-        clip = self.record(key)
         names = tuple(self.settings.arrays) if arrays is None else tuple(arrays)
-        unknown = sorted(set(names) - set(self.settings.arrays))
+        self._know(names)
+        row = self._row(key)
+        return {name: self._read_array(row, name) for name in names}
+
+    def read_part(self, key: str, array: str, start: int, stop: int) -> np.ndarray:
+        """Entries `start` to `stop` of the leading axis of one array of a clip.
+
+        Only their bytes are read, and checked by the checksums inside the file; the checksum of
+        the clip as a whole is not.
+
+        Raises:
+            As `read`, and `ValueError` for entries that the array does not have.
+        """
+        self._know((array,))
+        spec = self.settings.arrays[array]
+        if not 0 <= start < stop <= spec.shape[0]:
+            raise ValueError(
+                f"{array} of {self.path} has entries 0 to {spec.shape[0]}; {start} to {stop} are "
+                "not a part of them"
+            )
+        row = self._row(key)
+        size, _ = self._index.file_of(row, array)
+        return self._read_file(
+            row, array, lambda path: read_part(self._place, path, size, spec, start, stop)
+        )
+
+    def _know(self, arrays: Sequence[str]) -> None:
+        unknown = sorted(set(arrays) - set(self.settings.arrays))
         if unknown:
             raise ValueError(
                 f"{self.path} holds no array {', '.join(unknown)}; it holds "
                 f"{', '.join(self.settings.arrays)}"
             )
-        return {name: self._read_array(clip, name) for name in names}
 
-    def _read_array(self, clip: ClipEntry, name: str) -> np.ndarray:
-        stored = clip.arrays[name]
-        file = self._folder(clip.shard) / stored.path
-        try:
-            status = file.stat()
-        except OSError as error:
-            self._corrupt(clip, f"file {stored.path} cannot be found", error)
-        if status.st_size != stored.bytes:
-            self._corrupt(
-                clip, f"file {stored.path} has {status.st_size} bytes instead of {stored.bytes}"
-            )
-        array = self._arrays(clip)[name]
-        try:
-            values = array.read(clip.index)
-        except Exception as error:  # whatever damaged bytes make the codecs raise
-            self._corrupt(clip, f"file {stored.path} cannot be decoded: {error}", error)
-        if self._check:
-            self._check_content(clip, name, stored, values, status)
+    def _row(self, key: str) -> int:
+        row = self._index.keys.find(key)
+        if row is None:
+            raise ClipMissing(self._missing(key))
+        return row
+
+    def _missing(self, key: str) -> str:
+        message = f"no {self.settings.kind} of clip {key!r} in {self.path}"
+        for clip in self.skipped:
+            if clip.key == key:
+                return f"{message}: it was skipped as {clip.reason} ({clip.detail})"
+        return f"{message}; run sam2vx-pipeline extract-features"
+
+    def _holder(self, key: str) -> str | None:
+        row = self._index.keys.find(key)
+        return None if row is None else self._index.place_of(row)[0]
+
+    def _read_array(self, row: int, name: str) -> np.ndarray:
+        size, crc32c = self._index.file_of(row, name)
+
+        def decode(path: str) -> np.ndarray:
+            with self._place.open(path) as file:
+                if file.size != size:
+                    raise DamagedFile(f"it has {file.size} bytes instead of {size}")
+                return read_clip(file, self.settings.arrays[name])
+
+        values = self._read_file(row, name, decode)
+        if self._check and not self._is_checked(row, name):
+            if content_crc32c(values) != crc32c:
+                self._corrupt(row, name, "its values fail the clip's checksum")
+            self._set_checked(row, name)
         return values
 
-    def _folder(self, shard: str) -> Path:
-        return self._layout.group(shard, self._index.records[shard].generation)
+    def _read_file(self, row: int, name: str, decode: Callable[[str], np.ndarray]) -> np.ndarray:
+        try:
+            return decode(self._path_of(row, name))
+        except FileNotFoundError as error:
+            self._corrupt(row, name, "it cannot be found", error)
+        except OSError as error:
+            self._corrupt(row, name, f"it cannot be read ({error.strerror})", error)
+        except DamagedFile as error:
+            self._corrupt(row, name, str(error), error)
 
-    def _check_content(
-        self,
-        clip: ClipEntry,
-        name: str,
-        stored: StoredArray,
-        values: np.ndarray,
-        status: os.stat_result,
-    ) -> None:
-        place = (clip.shard, clip.index, name)
-        version = (status.st_ino, status.st_mtime_ns, status.st_size)
-        if self._checked.get(place) == version:
-            return
-        if content_crc32c(values) != stored.crc32c:
-            self._corrupt(clip, f"the values in {stored.path} fail their checksum")
-        self._checked[place] = version
+    def _path_of(self, row: int, name: str) -> str:
+        shard, generation, position = self._index.place_of(row)
+        path = chunk_path(name, self.settings.arrays[name], position)
+        return f"shards/{group_name(shard, generation)}/{path}"
 
-    def _arrays(self, clip: ClipEntry) -> dict[str, ClipArray]:
-        """The open arrays of a clip's shard, whose metadata is as committed."""
-        if clip.shard in self._open:
-            self._open.move_to_end(clip.shard)
-            return self._open[clip.shard]
-        folder = self._folder(clip.shard)
-        record = self._index.records[clip.shard]
-        for path, file in record.files.items():
-            try:
-                data = (folder / path).read_bytes()
-            except OSError as error:
-                self._corrupt(clip, f"file {path} cannot be read", error)
-            if len(data) != file.bytes or crc32c_hex(data) != file.crc32c:
-                self._corrupt(clip, f"file {path} is not the one that was committed")
-        opened = {}
-        for name, spec in self.settings.arrays.items():
-            try:
-                array = open_array(folder, name)
-            except Exception as error:  # whatever odd metadata makes zarr raise
-                self._corrupt(clip, f"array {name} cannot be opened: {error}", error)
-            if array.shape != (len(record.clips), *spec.shape) or array.dtype != spec.numpy_dtype:
-                self._corrupt(clip, f"array {name} is {array.dtype} {array.shape}")
-            opened[name] = array
-        self._open[clip.shard] = opened
-        if len(self._open) > _MAX_OPEN_SHARDS:
-            self._open.popitem(last=False)
-        return opened
+    def _is_checked(self, row: int, name: str) -> bool:
+        return name in self._checked and bool(self._checked[name][row >> 3] & (1 << (row & 7)))
 
-    def _corrupt(self, clip: ClipEntry, what: str, error: BaseException | None = None) -> NoReturn:
+    def _set_checked(self, row: int, name: str) -> None:
+        checked = self._checked.setdefault(name, bytearray(len(self._index) // 8 + 1))
+        checked[row >> 3] |= 1 << (row & 7)
+
+    def _corrupt(
+        self, row: int, name: str, what: str, error: BaseException | None = None
+    ) -> NoReturn:
+        shard, _, _ = self._index.place_of(row)
+        if not self._is_as_opened(shard):
+            self._changed(shard, error)
         raise CorruptClip(
-            f"clip {clip.key!r} in shard {clip.shard!r} of {self.path} is damaged: {what}; "
-            f"{mend_hint(self.path)}"
+            f"clip {self.keys[row]!r} in shard {shard!r} of {self.path} is damaged: "
+            f"{self._path_of(row, name)}: {what}; {mend_hint(self.path)}"
+        ) from error
+
+    def _is_as_opened(self, shard: str) -> bool:
+        try:
+            return record_head(self._place, shard) == b"%08x" % self._index.record_crc32c(shard)
+        except FileNotFoundError:
+            return False
+        except (OSError, CacheError):
+            return True
+
+    def _changed(self, shard: str, error: BaseException | None = None) -> NoReturn:
+        raise CorruptClip(
+            f"{self.path} has changed since it was opened: shard {shard!r} is another one now; "
+            "open it again"
         ) from error

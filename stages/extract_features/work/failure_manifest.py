@@ -55,7 +55,7 @@ def _lines(store: Path) -> list[tuple[tuple[str, str], ...]]:
             ("kind", reader.settings.kind),
             ("store", store.name),
             ("shard", clip.shard),
-            ("source", reader.source_of(clip.shard)),
+            ("source", reader.shards[clip.shard].source),
             ("key", clip.key),
             ("reason", clip.reason),
             ("detail", clip.detail),

@@ -1,0 +1,258 @@
+"""All clips of a store in packed columns, sorted by key: where each lies, its size and checksum.
+
+Commit records are what a store consists of, and this is derived from them. `index.npz` keeps it,
+so that a million clips open in a second or two, and so that a store can be read from where folders
+cannot be listed. Used by the reader, written by the writer and by the upkeep of stores.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from cache_schema.durable import sync
+from cache_schema.errors import CorruptRecord
+from cache_schema.index_file import DamagedIndex, column_types, read_columns, write_columns
+from cache_schema.index_rows import DuplicateKey, columns_of_records, merged_columns
+from cache_schema.layout import INDEX_FILE, StoreLayout, is_shard_name
+from cache_schema.manifest import CommitRecord, SkippedClip, mend_hint, parse_commit
+from cache_schema.packed_text import PackedText, SortedText
+from cache_schema.places import LocalPlace, Place
+from cache_schema.settings import StoreSettings
+
+_HEAD_BYTES = 22
+"""Of a sealed file: as much as ends with its own checksum."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFacts:
+    """What is known of a finished shard without reading its record."""
+
+    name: str
+    source: str
+    """The input it was made from, such as the name of a tar."""
+    generation: int
+    """How often it was replaced."""
+    num_clips: int
+    num_bytes: int
+    """Of its clips on disk, without metadata."""
+
+
+class ClipIndex:
+    """The columns of `index.npz`; a row is a clip, and rows are in ascending order of keys."""
+
+    def __init__(self, columns: Mapping[str, np.ndarray], arrays: Iterable[str]) -> None:
+        """Take the columns that `index_file` lists for these arrays of a store.
+
+        Raises `ValueError` where they do not fit each other.
+        """
+        self.arrays = tuple(arrays)
+        self.columns = {name: columns[name] for name in column_types(self.arrays)}
+        self.keys = SortedText(columns["keys.text"], columns["keys.ends"])
+        self.shard_names = SortedText(columns["shards.name.text"], columns["shards.name.ends"])
+        self._check()
+
+    def _check(self) -> None:
+        skipped = self.columns["skipped.shard"]
+        rows = {"shards": len(self.shard_names), "skipped": len(skipped)}
+        for name, column in self.columns.items():
+            wanted = rows.get(name.split(".")[0], len(self.keys))
+            if not name.endswith(".text") and len(column) != wanted:
+                raise ValueError(f"column {name} has {len(column)} rows instead of {wanted}")
+        for numbers in (self.columns["clips.shard"], skipped):
+            if len(numbers) and int(numbers.max()) >= len(self.shard_names):
+                raise ValueError("a clip is in a shard that is not listed")
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ClipIndex):
+            return NotImplemented
+        return self.columns.keys() == other.columns.keys() and all(
+            np.array_equal(column, other.columns[name]) for name, column in self.columns.items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @classmethod
+    def from_records(
+        cls, records: Iterable[tuple[CommitRecord, int]], arrays: Iterable[str]
+    ) -> "ClipIndex":
+        """The index of a store with these commit records, each with the checksum it opens with.
+
+        Raises `DuplicateKey` if two clips have one key.
+        """
+        names = tuple(arrays)
+        return cls(columns_of_records(records, names), names)
+
+    @cached_property
+    def shards(self) -> dict[str, ShardFacts]:
+        """The finished shards by name, sorted."""
+        number = len(self.shard_names)
+        of_clips = self.columns["clips.shard"]
+        num_clips = np.bincount(of_clips, minlength=number).tolist()
+        num_bytes = np.zeros(number, np.uint64)
+        for name in self.arrays:
+            np.add.at(num_bytes, of_clips, self.columns[f"arrays.{name}.bytes"])
+        sources = PackedText(self.columns["shards.source.text"], self.columns["shards.source.ends"])
+        generations = self.columns["shards.generation"].tolist()
+        facts = map(
+            ShardFacts, self.shard_names, sources, generations, num_clips, num_bytes.tolist()
+        )
+        return {shard.name: shard for shard in facts}
+
+    def place_of(self, row: int) -> tuple[str, int, int]:
+        """Name and generation of a clip's shard, and the clip's index there."""
+        shard = int(self.columns["clips.shard"][row])
+        generation = int(self.columns["shards.generation"][shard])
+        return self.shard_names[shard], generation, int(self.columns["clips.index"][row])
+
+    def file_of(self, row: int, array: str) -> tuple[int, str]:
+        """Size of a clip's file of an array, and the checksum of its values."""
+        crc32c = int(self.columns[f"arrays.{array}.crc32c"][row])
+        return int(self.columns[f"arrays.{array}.bytes"][row]), f"{crc32c:08x}"
+
+    def record_crc32c(self, shard: str) -> int:
+        """The checksum that a shard's commit record opens with."""
+        return int(self.columns["shards.crc32c"][self.shard_names.index(shard)])
+
+    def all_skipped(self) -> Iterator[SkippedClip]:
+        """What the commit records say of skipped clips, shard by shard."""
+        texts = (
+            PackedText(self.columns[f"skipped.{name}.text"], self.columns[f"skipped.{name}.ends"])
+            for name in ("key", "reason", "detail")
+        )
+        names = list(self.shard_names)
+        for key, reason, detail, shard in zip(
+            *texts, self.columns["skipped.shard"].tolist(), strict=True
+        ):
+            yield SkippedClip(key, reason, detail, names[shard])
+
+
+def read_index(place: Place, settings: StoreSettings) -> ClipIndex:
+    """`index.npz` as it is; `DamagedIndex`, or `FileNotFoundError` where there is none."""
+    local = place.folder / INDEX_FILE if isinstance(place, LocalPlace) else None
+    source = local or place.read(INDEX_FILE)
+    try:
+        return ClipIndex(read_columns(source, settings), settings.arrays)
+    except DamagedIndex:
+        raise
+    except ValueError as error:
+        raise DamagedIndex(f"it contradicts itself ({error})") from error
+
+
+def load_index(place: Place, settings: StoreSettings) -> ClipIndex:
+    """The clips of a store as of now.
+
+    In a local folder commit records decide: what `index.npz` does not have of them, or has
+    otherwise, is read from them, and without the file all of it is. Elsewhere `index.npz` decides.
+
+    Raises:
+        CorruptRecord: a commit record is damaged or contradicts another; elsewhere, the index.
+        StoreUnreachable: a network place did not answer.
+    """
+    if isinstance(place, LocalPlace):
+        return _current_index(place, settings)
+    again = "run sam2vx-pipeline cache copy to this address again"
+    try:
+        return read_index(place, settings)
+    except FileNotFoundError:
+        raise CorruptRecord(
+            f"{place.where} has no {INDEX_FILE}, without which a store can be read from a local "
+            f"folder only; {again}"
+        ) from None
+    except DamagedIndex as error:
+        raise CorruptRecord(f"{place.where}/{INDEX_FILE} is damaged: {error}; {again}") from error
+
+
+def write_index(layout: StoreLayout, settings: StoreSettings) -> None:
+    """Bring `index.npz` up to date with the commit records; the caller holds the store's lock."""
+    place = LocalPlace(layout.root)
+    index = _current_index(place, settings)
+    try:
+        if read_index(place, settings) == index:
+            return
+    except (FileNotFoundError, DamagedIndex):
+        pass
+    layout.staging.mkdir(exist_ok=True)
+    temporary = layout.staging / f".{INDEX_FILE}"
+    with temporary.open("wb") as file:
+        write_columns(file, index.columns, settings)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(layout.index)
+    sync(layout.root)
+
+
+def index_of_records(place: Place, settings: StoreSettings, shards: Iterable[str]) -> ClipIndex:
+    """The index as the commit records of these shards give it, whatever `index.npz` says.
+
+    Raises `CorruptRecord`.
+    """
+    try:
+        return ClipIndex.from_records(_read_records(place, settings, shards), settings.arrays)
+    except DuplicateKey as error:
+        raise _duplicate(place, error) from error
+
+
+def record_head(place: Place, shard: str) -> bytes:
+    """The checksum a commit record opens with, in hexadecimal digits as a rule."""
+    return place.read_range(commit_path(shard), 0, _HEAD_BYTES)[-8:]
+
+
+def commit_path(shard: str) -> str:
+    """The record that makes a shard visible to readers, relative to the store."""
+    return f"commits/{shard}.json"
+
+
+def _current_index(place: LocalPlace, settings: StoreSettings) -> ClipIndex:
+    files = (name for name in place.list_folder("commits") if name.endswith(".json"))
+    shards = [name for file in files if is_shard_name(name := file.removesuffix(".json"))]
+    try:
+        index = read_index(place, settings)
+    except (FileNotFoundError, DamagedIndex):
+        return index_of_records(place, settings, shards)
+    written = dict(zip(index.shard_names, index.columns["shards.crc32c"].tolist(), strict=True))
+    kept = {shard for shard in shards if shard in written and _opens_with(place, shard, written)}
+    changed = [shard for shard in shards if shard not in kept]
+    if not changed and len(kept) == len(written):
+        return index
+    newer = index_of_records(place, settings, changed)
+    mask = np.array([name in kept for name in written], bool)
+    try:
+        columns = merged_columns(index.columns, mask, newer.columns)
+    except DuplicateKey as error:
+        raise _duplicate(place, error) from error
+    return ClipIndex(columns, settings.arrays)
+
+
+def _opens_with(place: LocalPlace, shard: str, written: Mapping[str, int]) -> bool:
+    try:
+        return record_head(place, shard) == b"%08x" % written[shard]
+    except FileNotFoundError:  # dropped just now
+        return False
+
+
+def _read_records(
+    place: Place, settings: StoreSettings, shards: Iterable[str]
+) -> Iterator[tuple[CommitRecord, int]]:
+    for shard in shards:
+        path = commit_path(shard)
+        try:
+            data = place.read(path)
+        except FileNotFoundError:  # dropped just now
+            continue
+        record = parse_commit(
+            data, settings, shard, where=f"{place.where}/{path}", store=place.where
+        )
+        yield record, int(data[_HEAD_BYTES - 8 : _HEAD_BYTES], 16)
+
+
+def _duplicate(place: Place, error: DuplicateKey) -> CorruptRecord:
+    return CorruptRecord(
+        f"{error} of {place.where}; keys must be unique, so rename one of the two in the dataset, "
+        f"and {mend_hint(place.where)}"
+    )

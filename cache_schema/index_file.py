@@ -1,0 +1,107 @@
+"""`index.npz`: named columns in one file; used by `clip_index`, which says what they mean.
+
+An ordinary NumPy archive, uncompressed and without pickled objects. Its checksums are those of zip:
+every member is read to its end, which is where zip checks it.
+"""
+
+import io
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from cache_schema.layout import SCHEMA_VERSION
+from cache_schema.settings import StoreSettings
+
+COLUMNS = {
+    "keys.text": "u1",
+    "keys.ends": "<u8",
+    "clips.shard": "<u4",
+    "clips.index": "<u4",
+    "shards.name.text": "u1",
+    "shards.name.ends": "<u8",
+    "shards.source.text": "u1",
+    "shards.source.ends": "<u8",
+    "shards.generation": "<u4",
+    "shards.crc32c": "<u4",
+    "skipped.key.text": "u1",
+    "skipped.key.ends": "<u8",
+    "skipped.reason.text": "u1",
+    "skipped.reason.ends": "<u8",
+    "skipped.detail.text": "u1",
+    "skipped.detail.ends": "<u8",
+    "skipped.shard": "<u4",
+}
+"""Type of every column but those of the arrays.
+
+Per clip, in ascending order of keys: `clips.shard`, the row of its shard, and `clips.index`, its
+index there. Per shard, in ascending order of names: what its commit record says, and the checksum
+that the record opens with. Per skipped clip, shard by shard: what the record says. Texts are UTF-8
+one after the other (`text`), and where each one ends (`ends`).
+"""
+
+ARRAY_COLUMNS = {"bytes": "<u8", "crc32c": "<u4"}
+"""Per array and clip, as `arrays.<name>.<column>`: size of the file, checksum of the values."""
+
+_VERSION = "schema_version"
+_SETTINGS = "settings_hash"
+
+
+class DamagedIndex(ValueError):  # noqa: N818 (says what was found, like the other errors)
+    """The bytes are not an index, or not this store's."""
+
+
+def column_types(arrays: Iterable[str]) -> dict[str, str]:
+    """Type of every column of a store with these arrays."""
+    of_arrays = {
+        f"arrays.{name}.{column}": dtype
+        for name in arrays
+        for column, dtype in ARRAY_COLUMNS.items()
+    }
+    return COLUMNS | of_arrays
+
+
+def write_columns(
+    file: BinaryIO, columns: Mapping[str, np.ndarray], settings: StoreSettings
+) -> None:
+    """Write an archive whose bytes follow from the columns and the settings alone."""
+    head = {
+        _VERSION: np.array([SCHEMA_VERSION], "<u4"),
+        _SETTINGS: np.frombuffer(settings.hash.encode("ascii"), np.uint8),
+    }
+    types = column_types(settings.arrays)
+    body = {name: np.asarray(columns[name], dtype) for name, dtype in types.items()}
+    np.savez(file, allow_pickle=False, **head, **body)
+
+
+def read_columns(source: bytes | Path, settings: StoreSettings) -> dict[str, np.ndarray]:
+    """The columns of an archive, in memory and not to be changed.
+
+    Raises `DamagedIndex`, or `FileNotFoundError` for a path that is not there.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+            (version,) = _column(file, _VERSION, "<u4").tolist()
+            if version != SCHEMA_VERSION:
+                raise DamagedIndex(f"it has schema version {version}, not {SCHEMA_VERSION}")
+            if _column(file, _SETTINGS, "u1").tobytes() != settings.hash.encode("ascii"):
+                raise DamagedIndex("it belongs to a store with other settings")
+            types = column_types(settings.arrays)
+            return {name: _column(file, name, dtype) for name, dtype in types.items()}
+    except (FileNotFoundError, DamagedIndex):
+        raise
+    except Exception as error:  # whatever damaged bytes make zipfile and NumPy raise
+        raise DamagedIndex(f"it cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _column(file: zipfile.ZipFile, name: str, dtype: str) -> np.ndarray:
+    data = file.read(f"{name}.npy")
+    head = io.BytesIO(data)
+    if np.lib.format.read_magic(head) != (1, 0):
+        raise DamagedIndex(f"{name} is not a column")
+    shape, _, found = np.lib.format.read_array_header_1_0(head)
+    if found != np.dtype(dtype) or len(shape) != 1:
+        raise DamagedIndex(f"{name} is {found} {shape}")
+    return np.frombuffer(data, dtype, shape[0], head.tell())

@@ -1,0 +1,164 @@
+"""Making the columns of `clip_index`: from commit records, and from columns and newer records."""
+
+from array import array
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from cache_schema.manifest import CommitRecord
+from cache_schema.packed_text import PackedText, SortedText
+
+Columns = dict[str, np.ndarray]
+
+
+class DuplicateKey(ValueError):  # noqa: N818 (says what was found, like the other errors)
+    """Two clips of the store have one key."""
+
+    def __init__(self, key: str, shards: tuple[str, str]) -> None:
+        super().__init__(f"clip {key!r} is in shards {shards[0]!r} and {shards[1]!r}")
+
+
+def columns_of_records(
+    records: Iterable[tuple[CommitRecord, int]], arrays: Iterable[str]
+) -> Columns:
+    """The columns of a store with these commit records, each with the checksum it opens with.
+
+    The records are taken one after the other and not kept. `DuplicateKey` if two clips have one.
+    """
+    names = tuple(arrays)
+    keys: list[bytes] = []
+    shards: list[tuple[str, str, int, int]] = []
+    skipped: list[tuple[str, str, str]] = []
+    clip_shard, clip_index, skipped_shard = array("I"), array("I"), array("I")
+    sizes = {name: array("Q") for name in names}
+    checksums = {name: array("I") for name in names}
+    for number, (record, crc32c) in enumerate(records):
+        shards.append((record.shard, record.source, record.generation, crc32c))
+        for clip in record.clips:
+            keys.append(clip.key.encode("utf-8"))
+            clip_shard.append(number)
+            clip_index.append(clip.index)
+            for name in names:
+                sizes[name].append(clip.arrays[name].bytes)
+                checksums[name].append(int(clip.arrays[name].crc32c, 16))
+        for left_out in record.skipped:
+            skipped.append((left_out.key, left_out.reason, left_out.detail))
+            skipped_shard.append(number)
+    order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
+    found: Columns = {
+        **_text("keys", SortedText.from_utf8(keys[row] for row in order.tolist())),
+        "clips.shard": np.frombuffer(clip_shard, np.uint32)[order],
+        "clips.index": np.frombuffer(clip_index, np.uint32)[order],
+        **_text("shards.name", PackedText.from_strings(shard[0] for shard in shards)),
+        **_text("shards.source", PackedText.from_strings(shard[1] for shard in shards)),
+        "shards.generation": np.array([shard[2] for shard in shards], np.uint32),
+        "shards.crc32c": np.array([shard[3] for shard in shards], np.uint32),
+        **_text("skipped.key", PackedText.from_strings(clip[0] for clip in skipped)),
+        **_text("skipped.reason", PackedText.from_strings(clip[1] for clip in skipped)),
+        **_text("skipped.detail", PackedText.from_strings(clip[2] for clip in skipped)),
+        "skipped.shard": np.frombuffer(skipped_shard, np.uint32),
+    }
+    for name in names:
+        found[f"arrays.{name}.bytes"] = np.frombuffer(sizes[name], np.uint64)[order]
+        found[f"arrays.{name}.crc32c"] = np.frombuffer(checksums[name], np.uint32)[order]
+    by_name = sorted(range(len(shards)), key=lambda number: shards[number][0])
+    found = _with_shards(found, np.array(by_name, np.int64))
+    _refuse_duplicates(keys, order, found)
+    return found
+
+
+def merged_columns(old: Columns, kept: np.ndarray, new: Columns) -> Columns:
+    """The columns of the `kept` shards of `old`, a boolean each, and of all shards of `new`.
+
+    No shard is in both. `DuplicateKey` if a key is.
+    """
+    old = _of_shards(old, kept)
+    old_keys = SortedText(old["keys.text"], old["keys.ends"])
+    new_keys = SortedText(new["keys.text"], new["keys.ends"])
+    places = np.empty(len(new_keys), np.int64)
+    row = 0
+    for piece in new_keys.pieces():
+        for key in piece:
+            places[row] = place = old_keys.position(key)
+            if place < len(old_keys) and old_keys.utf8(place) == key:
+                shards = (_shard_name(old, place), _shard_name(new, row))
+                raise DuplicateKey(key.decode("utf-8"), shards)
+            row += 1
+    num_shards = len(old["shards.crc32c"])
+    both = {
+        name: PackedText(
+            np.concatenate([old[name], new[name]]),
+            np.concatenate([old[ends], new[ends] + np.uint64(len(old[name]))]),
+        )
+        for name in old
+        if name.endswith(".text") and (ends := f"{name[:-5]}.ends")
+    }
+    found: Columns = {}
+    for name, text in both.items():
+        found |= _text(name[:-5], text)
+    for name in old:
+        if not name.endswith((".text", ".ends")):
+            shift = num_shards if name in ("clips.shard", "skipped.shard") else 0
+            found[name] = np.concatenate([old[name], new[name] + new[name].dtype.type(shift)])
+    order = np.insert(np.arange(len(old_keys)), places, np.arange(len(new_keys)) + len(old_keys))
+    found = _with_clips(found, order)
+    names = list(PackedText(found["shards.name.text"], found["shards.name.ends"]))
+    return _with_shards(found, np.array(sorted(range(len(names)), key=names.__getitem__), np.int64))
+
+
+def _of_shards(columns: Columns, kept: np.ndarray) -> Columns:
+    if kept.all():
+        return columns
+    clips = np.flatnonzero(kept[columns["clips.shard"]])
+    skipped = np.flatnonzero(kept[columns["skipped.shard"]])
+    return _with_shards(_with_skipped(_with_clips(columns, clips), skipped), np.flatnonzero(kept))
+
+
+def _with_clips(columns: Columns, rows: np.ndarray) -> Columns:
+    return _rows(columns, rows, "keys", "clips.", "arrays.")
+
+
+def _with_skipped(columns: Columns, rows: np.ndarray) -> Columns:
+    return _rows(columns, rows, "skipped.")
+
+
+def _with_shards(columns: Columns, rows: np.ndarray) -> Columns:
+    """Shards in the order of `rows`, with the numbers of clips' shards to fit."""
+    number = np.zeros(len(columns["shards.crc32c"]), np.uint32)
+    number[rows] = np.arange(len(rows), dtype=np.uint32)
+    found = _rows(columns, rows, "shards.")
+    found["clips.shard"] = number[columns["clips.shard"]]
+    found["skipped.shard"] = number[columns["skipped.shard"]]
+    # Stable: within a shard as its record has them.
+    return _with_skipped(found, np.argsort(found["skipped.shard"], kind="stable"))
+
+
+def _rows(columns: Columns, rows: np.ndarray, *prefixes: str) -> Columns:
+    found = dict(columns)
+    for name in columns:
+        if name.startswith(prefixes) and name.endswith(".text"):
+            what = name[:-5]
+            text = PackedText(columns[name], columns[f"{what}.ends"])
+            found |= _text(what, text.take(rows))
+        elif name.startswith(prefixes) and not name.endswith(".ends"):
+            found[name] = columns[name][rows]
+    return found
+
+
+def _text(name: str, text: PackedText) -> Columns:
+    return {f"{name}.text": text.blob, f"{name}.ends": text.ends}
+
+
+def _refuse_duplicates(
+    keys: list[bytes], order: np.ndarray, columns: Mapping[str, np.ndarray]
+) -> None:
+    rows = order.tolist()
+    for place in range(1, len(rows)):
+        if keys[rows[place]] == keys[rows[place - 1]]:
+            shards = (_shard_name(columns, place - 1), _shard_name(columns, place))
+            raise DuplicateKey(keys[rows[place]].decode("utf-8"), shards)
+
+
+def _shard_name(columns: Mapping[str, np.ndarray], row: int) -> str:
+    names = PackedText(columns["shards.name.text"], columns["shards.name.ends"])
+    return names[int(columns["clips.shard"][row])]

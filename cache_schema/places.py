@@ -1,0 +1,268 @@
+"""Where a store's files come from: a local folder, or anything that has a URL.
+
+Used by the reader and by whatever checks or copies stores. A place either gives a file's true
+bytes or raises; it never stands in for bytes that did not come.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from cache_schema.errors import StoreUnreachable
+
+RETRY_DELAYS_S = (0.2, 1.0, 4.0)
+"""Pauses before a network place is asked once more."""
+
+_Answer = TypeVar("_Answer")
+
+_NO_ANSWER_S = 60
+_NO_CONNECTION_S = 20
+
+
+class OpenFile(AbstractContextManager["OpenFile"], Protocol):
+    """A file, or a stretch of one, whose bytes can be had piece by piece."""
+
+    size: int | None
+    """Bytes of the whole file, or None where only a stretch was fetched."""
+
+    def fill(self, offset: int, buffers: Sequence[Any]) -> int:
+        """Read from `offset` of the file into buffers one after the other; returns how much came.
+
+        Fewer bytes than the buffers hold come only where the file ends before.
+        """
+
+
+class Place(Protocol):
+    """A folder on some medium; paths in it are relative and have forward slashes."""
+
+    where: str
+
+    def read(self, path: str) -> bytes:
+        """A whole file.
+
+        Raises:
+            FileNotFoundError: the place has answered that there is no such file.
+            StoreUnreachable: it has not answered properly, repeatedly.
+        """
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        """Some bytes of a file; fewer only where the file ends before `stop`."""
+
+    def open(self, path: str, start: int = 0, stop: int | None = None) -> OpenFile:
+        """A file, of which the bytes from `start` to `stop` will be asked for."""
+
+    def list_folder(self, path: str) -> list[str] | None:
+        """Sorted names in a folder, none if it does not exist; None where that cannot be known."""
+
+
+def is_url(where: Path | str) -> bool:
+    """Whether `where` is a URL and not a local path."""
+    return isinstance(where, str) and "://" in where
+
+
+def open_place(where: Path | str) -> Place:
+    """The place at a local path or a URL; nothing is asked of it yet."""
+    if isinstance(where, str) and is_url(where):
+        return FsspecPlace(where)
+    return LocalPlace(Path(where))
+
+
+class LocalPlace:
+    """A local folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """The folder need not exist."""
+        self.folder = Path(folder)
+        self.where = str(folder)
+
+    def read(self, path: str) -> bytes:
+        """A whole file."""
+        return (self.folder / path).read_bytes()
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        """Some bytes of a file; fewer only where the file ends before `stop`."""
+        with (self.folder / path).open("rb", buffering=0) as file:
+            file.seek(start)
+            return file.read(stop - start)
+
+    def open(self, path: str, start: int = 0, stop: int | None = None) -> "LocalFile":
+        """A file; nothing is read before it is asked for."""
+        return LocalFile(f"{self.where}/{path}")
+
+    def list_folder(self, path: str) -> list[str]:
+        """Sorted names in a folder, none if it does not exist."""
+        try:
+            return sorted(os.listdir(self.folder / path))  # noqa: PTH208 (names are all it takes)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
+class LocalFile(AbstractContextManager["LocalFile"]):
+    """An open local file."""
+
+    def __init__(self, path: str) -> None:
+        """`FileNotFoundError` if it is not there."""
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.size: int | None = os.fstat(self._descriptor).st_size
+
+    def fill(self, offset: int, buffers: Sequence[Any]) -> int:
+        """Read from `offset` into the buffers, straight from the kernel."""
+        return os.preadv(self._descriptor, buffers, offset)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        os.close(self._descriptor)
+
+
+class FetchedFile(AbstractContextManager["FetchedFile"]):
+    """Bytes of a file that are in memory already."""
+
+    def __init__(self, data: bytes | memoryview, *, offset: int = 0, whole: bool = True) -> None:
+        """`offset` is where in the file `data` begins; `whole` if it is all of it."""
+        self._data = np.frombuffer(data, np.uint8)
+        self._offset = offset
+        self.size = len(self._data) if whole else None
+
+    def fill(self, offset: int, buffers: Sequence[Any]) -> int:
+        """Copy from `offset` of the file into the buffers."""
+        position = offset - self._offset
+        copied = 0
+        for buffer in buffers:
+            piece = self._data[position + copied : position + copied + len(buffer)]
+            buffer[: len(piece)] = piece
+            copied += len(piece)
+        return copied
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        pass
+
+
+class FsspecPlace:
+    """A folder behind a URL of any protocol that fsspec knows, such as http, https or s3.
+
+    It can be pickled, and used in processes made by fork or spawn: each makes its own connections.
+    """
+
+    _inherited: list[Any] = []  # noqa: RUF012 (shared on purpose)
+    """File systems of the parent process. Letting go of one would close its connections."""
+
+    def __init__(self, url: str, *, retry_delays_s: Sequence[float] = RETRY_DELAYS_S) -> None:
+        """Nothing is connected to before the first question."""
+        self.where = url.rstrip("/")
+        self._retry_delays_s = tuple(retry_delays_s)
+        self._connected: tuple[int, Any, str] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_connected": None}
+
+    def read(self, path: str) -> bytes:
+        """A whole file."""
+        return self._ask(path, lambda fs, full: fs.cat_file(full))
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        """Some bytes of a file; fewer only where the file ends before `stop`."""
+        if start >= stop:
+            return b""
+        data = self._ask(path, lambda fs, full: fs.cat_file(full, start=start, end=stop))
+        # A server that knows nothing of ranges sends everything.
+        return data if len(data) <= stop - start else data[start:stop]
+
+    def open(self, path: str, start: int = 0, stop: int | None = None) -> FetchedFile:
+        """A file, or some bytes of it, fetched in one request."""
+        if stop is None:
+            return FetchedFile(self.read(path))
+        return FetchedFile(self.read_range(path, start, stop), offset=start, whole=False)
+
+    def list_folder(self, path: str) -> list[str] | None:
+        """Sorted names in a folder, none if it does not exist; None on web servers."""
+        if self.where.startswith(("http://", "https://")):
+            return None
+
+        def names(fs: Any, full: str) -> list[str]:
+            fs.invalidate_cache()
+            found = (entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(full, detail=False))
+            return sorted(found)
+
+        try:
+            return self._ask(path, names)
+        except FileNotFoundError:
+            return []
+
+    def _ask(self, path: str, question: Callable[[Any, str], _Answer]) -> _Answer:
+        for delay_s in (*self._retry_delays_s, None):
+            try:
+                fs, root = self._file_system()
+                return question(fs, f"{root}/{path}".rstrip("/"))
+            except FileNotFoundError:
+                raise
+            except Exception as error:  # each protocol's client has its own
+                if _ends_before_range(error):
+                    return b""  # type: ignore[return-value]
+                if delay_s is None or not _may_pass(error):
+                    raise StoreUnreachable(
+                        f"{self.where}/{path} could not be read ({_words(error)}); check the "
+                        "address, the network and the credentials, and try again"
+                    ) from error
+                time.sleep(delay_s)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _file_system(self) -> tuple[Any, str]:
+        if self._connected is None or self._connected[0] != os.getpid():
+            import fsspec
+
+            if self._connected is not None:
+                self._inherited.append(self._connected)
+            fs, root = fsspec.core.url_to_fs(self.where, **_client_options(self.where))
+            self._connected = (os.getpid(), fs, root.rstrip("/"))
+        return self._connected[1:]
+
+
+def _client_options(url: str) -> dict[str, Any]:
+    if not url.startswith(("http://", "https://")):
+        return {}
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(
+        total=None, sock_connect=_NO_CONNECTION_S, sock_read=_NO_ANSWER_S
+    )
+    return {"client_kwargs": {"timeout": timeout}}
+
+
+def _status(error: BaseException) -> int | None:
+    status = getattr(error, "status", None)
+    return status if isinstance(status, int) else None
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether asking once more can help."""
+    if isinstance(error, PermissionError | ImportError | ValueError | TypeError):
+        return False
+    status = _status(error)
+    return status is None or status >= 500 or status in (408, 425, 429)
+
+
+def _ends_before_range(error: BaseException) -> bool:
+    """Whether the answer is that the file ends before the first byte asked for."""
+    cause = error.__cause__
+    response = getattr(cause, "response", None)
+    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+    return _status(error) == 416 or code in ("InvalidRange", "416")
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
