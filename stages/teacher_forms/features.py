@@ -22,13 +22,19 @@ def feature_arrays_spec(
 ) -> dict[str, ArraySpec]:
     """What a store holds of each clip's features of shape (t, h, w, g).
 
-    float16: `features`. int8: `features`, and `scale`, float16 for each token. `valid` is the
-    store's own.
+    float16: `features`. int8: `features`, and `scale`, float16 for each token, which alone is
+    compressed: features would shrink little for what unpacking them costs. `valid` is the store's
+    own.
     """
     axes = ("t", "h", "w", "c")
     specs = {"features": ArraySpec(dtype=dtype, shape=shape, dimension_names=axes)}
     if dtype == "int8":
-        specs["scale"] = ArraySpec(dtype="float16", shape=shape[:3], dimension_names=axes[:3])
+        specs["scale"] = ArraySpec(
+            dtype="float16",
+            shape=shape[:3],
+            dimension_names=axes[:3],
+            compression="blosc-zstd-shuffle",
+        )
     return specs
 
 

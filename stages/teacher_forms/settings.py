@@ -5,7 +5,7 @@ Extraction, derivation and what reads either form use them.
 
 from cache_schema import JSON, ArraySpec, StoreSettings
 from stages.teacher_forms.config import FlowDtype
-from stages.teacher_forms.gram_flow import flow_arrays_spec
+from stages.teacher_forms.gram_flow import FLOAT16_STEP, flow_arrays_spec
 
 _FLOW = "cosine of each token and its window in the next map; 0 outside the grid"
 
@@ -17,7 +17,8 @@ def gram_flow_settings(
 
     They are the same whether the features were stored before or are written beside it. Its values
     are those of the features, with `grid` the token grid, and `features_dtype` and `features_grid`
-    what the similarities were computed from.
+    what the similarities were computed from;
+    `rounded_to` is the step of a float16 flow.
 
     Args:
         teacher: of the features' store.
@@ -51,6 +52,7 @@ def gram_flow_settings(
         "features_dtype": features.dtype,
         "radius": radius,
         "gram_flow": _FLOW,
+        "rounded_to": FLOAT16_STEP if dtype == "float16" else None,
     }
     arrays = flow_arrays_spec(maps - 1, *token_grid, radius, dtype)
     return StoreSettings(

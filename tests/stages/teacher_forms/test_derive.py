@@ -60,7 +60,9 @@ def read(store: Path, key: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("feature_dtype", ["float16", "int8"])
-@pytest.mark.parametrize(("dtype", "bound"), [("float16", 2**-11), ("uint8", 1 / 255 + 1e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [("float16", 2**-11 + 1e-6), ("uint8", 1 / 255 + 1e-3)]
+)
 def test_every_clips_flow_is_that_of_its_stored_features(
     write_teacher: Callable[..., Path],
     tmp_path: Path,
@@ -93,7 +95,7 @@ def test_native_features_are_resampled_first(
         regridded = np.delete(regrid_fused(features, 4, 5, 2).numpy(), 3, axis=0)
         expected, _ = similarities_by_loop(regridded[None], 2)
         flow = decode_gram_flow(read(summary.store, key)).numpy()
-        assert np.abs(flow[:2] - expected[0, :2]).max() < 2**-11
+        assert np.abs(flow[:2] - expected[0, :2]).max() < 2**-11 + 1e-6
 
 
 def test_shards_sources_attributes_and_skipped_clips_are_those_of_the_features(
@@ -242,7 +244,7 @@ def test_a_store_of_another_grid_or_kind_is_refused_before_any_work(
     write_teacher: Callable[..., Path], tmp_path: Path
 ) -> None:
     teacher = write_teacher()
-    with pytest.raises(ValueError, match="grid of 3x4 tokens.*make 5x7"):
+    with pytest.raises(ValueError, match=r"grid of 3x4 tokens.*make 5x7"):
         derive(teacher, tmp_path / "made", grid=(5, 7))
     assert not (tmp_path / "made").exists()
     made = derive(teacher, tmp_path / "made").store

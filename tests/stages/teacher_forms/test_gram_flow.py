@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from stages.local_gram_flow import local_gram_flow, neighbour_mask
 from stages.teacher_forms.gram_flow import (
+    FLOAT16_STEP,
     decode_gram_flow,
     encode_gram_flow,
     flow_arrays_spec,
@@ -15,7 +16,7 @@ from stages.teacher_forms.gram_flow import (
     narrow_window,
 )
 from tests.stages.extract_features.subjects.grid_reference import on_grid
-from tests.stages.local_gram_flow.reference import similarities_by_loop
+from tests.stages.local_gram_flow.reference import kl_by_loop, similarities_by_loop
 
 shapes = st.tuples(st.integers(2, 12), st.integers(1, 5), st.integers(1, 6), st.integers(1, 5))
 
@@ -119,11 +120,31 @@ def test_uint8_windows_of_one_value_are_kept_within_half_a_step(value: float) ->
         assert torch.equal(decoded, flow)
 
 
-def test_float16_holds_the_rounded_flow() -> None:
-    flow = local_gram_flow(drawn((1, 4, 5, 6, 8), 5), 3)[0]
+@settings(max_examples=40, deadline=None)
+@given(shape=shapes, radius=st.integers(1, 3), seed=st.integers(0, 2**31))
+def test_float16_holds_the_nearest_multiple_of_its_step(
+    shape: tuple[int, int, int, int], radius: int, seed: int
+) -> None:
+    values, _ = similarities_by_loop(drawn(shape, seed).double().numpy()[None], radius)
+    flow = torch.from_numpy(values[0]).float()
     found = decode_gram_flow(as_tensors(encode_gram_flow(flow, "float16")))
     assert found.dtype == torch.float32
-    assert torch.equal(found, flow.half().float())
+    expected = np.rint(flow.double().numpy() * 1024) / 1024
+    np.testing.assert_array_equal(found.double().numpy(), expected)
+    # The bound that is promised: half a step, for every value.
+    assert (found.double() - flow.double()).abs().max() <= FLOAT16_STEP / 2 == 2**-11
+
+
+def test_the_divergence_that_rounding_adds_is_as_stated() -> None:
+    def smooth(seed: int) -> torch.Tensor:
+        return torch.nn.functional.avg_pool2d(drawn((3, 64, 16, 16), seed), 3, 1, 1)
+
+    features = (smooth(10) + 0.5 * drawn((1, 64, 1, 1), 11)).permute(0, 2, 3, 1)
+    flow, inside = similarities_by_loop(features.double().numpy()[None], 3)
+    stored = encode_gram_flow(torch.from_numpy(flow[0]), "float16")
+    found = decode_gram_flow(as_tensors(stored)).double().numpy()
+    divergence = kl_by_loop(found[None], flow, inside, 0.1)
+    assert 0 < divergence < FLOAT16_STEP**2 / (24 * 0.1**2)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "uint8"])
