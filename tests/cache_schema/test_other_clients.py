@@ -6,6 +6,7 @@ there are, under which keys, whether they are whole) they do not see.
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ def _clip(settings: StoreSettings, seed: int) -> dict[str, np.ndarray]:
     return {name: _values(spec, seed) for name, spec in settings.arrays.items()}
 
 
-@pytest.fixture(scope="module", params=["none"])
+@pytest.fixture(scope="module", params=["none", "blosc-zstd-shuffle"])
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of one shard with three clips; the last of them is all zero."""
+    """A store of one shard with three clips, the last of them all zero."""
     settings = StoreSettings(
         kind="teacher",
         arrays={
@@ -48,6 +49,8 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         },
         values={},
     )
+    packed = {name: replace(spec, compression=request.param) for name, spec in settings.arrays.items()}
+    settings = replace(settings, arrays=packed)
     writer = StoreWriter.open(tmp_path_factory.mktemp("cache"), settings, provenance={})
     with writer.shard("00000", source="00000.tar") as shard:
         for seed, key in enumerate(KEYS[:-1]):
