@@ -5,18 +5,23 @@ Commands and configuration are imported when a command runs, so that `--help` an
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from pipeline import console, failures
+from pipeline import failures
+from pipeline.cache_cli import cache_app
+from pipeline.cli_parts import (
+    Config,
+    Json,
+    Overrides,
+    Traceback,
+    carry_out,
+    finish,
+    load_settings,
+)
 from pipeline.console import Answer
-from stages.progress import Progress
-
-if TYPE_CHECKING:
-    from pipeline.config import RunConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,30 +34,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(config_app, name="config", help="Look at configurations.")
+app.add_typer(cache_app, name="cache", help="Look after the stores: check, mend, thin out, move.")
 
-Config = Annotated[
-    str,
-    typer.Option(
-        "--config",
-        "-c",
-        metavar="NAME_OR_PATH",
-        help="A preset (demo, cogvideox-2b-lora, cogvideox-5b-lora, cogvideox-5b-i2v-lora) or a "
-        "YAML file.",
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="Settings to change, such as train.steps=20; config show lists them all.",
-        show_default=False,
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")]
-Traceback = Annotated[
-    bool,
-    typer.Option("--traceback", envvar="SAM2VX_TRACEBACK", help="Show where an error comes from."),
-]
 LocalRank = Annotated[
     int | None,
     # deepspeed's launcher adds it, before or after the command; LOCAL_RANK says the same.
@@ -70,8 +53,8 @@ def _top(local_rank: LocalRank = None) -> None:
     """Teach CogVideoX how structure moves, from SAM2's memory features.
 
     The road: extract-features makes a cache from a folder of clips, train teaches the model from
-    the cache alone, sample draws a video with what was learnt. inspect looks into the cache; demo
-    walks the whole road on data and models that are made here.
+    the cache alone, sample draws a video with what was learnt. inspect looks into the cache, cache
+    looks after it; demo walks the whole road on data and models that are made here.
     """
 
 
@@ -83,8 +66,8 @@ def extract_features(
         str | None,
         typer.Option(
             metavar="KIND,KIND",
-            help="Which stores to write: text, latents, teacher, masks; extract.kinds says the "
-            "same.",
+            help="Which stores to write: text, latents, teacher, gram_flow, masks; extract.kinds "
+            "says the same.",
         ),
     ] = None,
     engine: Annotated[
@@ -116,18 +99,18 @@ def extract_features(
     chosen = [*(overrides or [])]
     chosen += [] if kinds is None else [f"extract.kinds=[{kinds}]"]
     chosen += [] if engine is None else [f"extract.engine={engine}"]
-    settings = _settings(config, chosen, traceback)
+    settings = load_settings(config, chosen, traceback)
     if dry_run and retry_failed:
         raise typer.BadParameter("--dry-run does not count what --retry-failed would try again")
     if dry_run:
-        answer = _carry_out(lambda p: estimate.run(settings, p), traceback)
+        answer = carry_out(lambda p: estimate.run(settings, p), traceback)
     else:
-        answer = _carry_out(
+        answer = carry_out(
             lambda p: extract.run(settings, p, retry_failed=retry_failed),
             traceback,
             resumable=True,
         )
-    _finish(answer, as_json)
+    finish(answer, as_json)
 
 
 @app.command()
@@ -145,9 +128,9 @@ def train(
     """
     from pipeline.commands import train as command
 
-    settings = _settings(config, overrides, traceback)
-    answer = _carry_out(lambda p: command.run(settings, p), traceback, resumable=True)
-    _finish(answer, as_json)
+    settings = load_settings(config, overrides, traceback)
+    answer = carry_out(lambda p: command.run(settings, p), traceback, resumable=True)
+    finish(answer, as_json)
 
 
 @app.command()
@@ -181,14 +164,14 @@ def sample(
     """Draw a video with the model that was trained."""
     from pipeline.commands import sample as command
 
-    settings = _settings(config, overrides, traceback)
-    answer = _carry_out(
+    settings = load_settings(config, overrides, traceback)
+    answer = carry_out(
         lambda p: command.run(
             settings, p, prompt=prompt, image=image, out=out, run_dir=run, base_only=base
         ),
         traceback,
     )
-    _finish(answer, as_json)
+    finish(answer, as_json)
 
 
 @app.command()
@@ -197,8 +180,8 @@ def inspect(
         list[str] | None,
         typer.Argument(
             metavar="STORE KEY=VALUE",
-            help="The store: teacher (the default), masks (the default with --overlay), latents, "
-            "text, or a store's folder; then settings to change.",
+            help="The store: teacher (the default), masks (the default with --overlay), "
+            "gram_flow, latents, text, or a store's folder; then settings to change.",
             show_default=False,
         ),
     ] = None,
@@ -225,14 +208,14 @@ def inspect(
         store = overrides.pop(0)
     if clip is not None and every_clip:
         raise typer.BadParameter("--all draws every clip; leave --clip out")
-    settings = _settings(config, overrides, traceback)
-    answer = _carry_out(
+    settings = load_settings(config, overrides, traceback)
+    answer = carry_out(
         lambda p: command.run(
             settings, p, store=store, clip=clip, every_clip=every_clip, overlay=overlay, out=out
         ),
         traceback,
     )
-    _finish(answer, as_json)
+    finish(answer, as_json)
 
 
 @app.command()
@@ -245,14 +228,14 @@ def demo(
     """The whole road on drawn figures and tiny models: extract, train, sample, inspect."""
     from pipeline.commands import demo as command
 
-    settings = _settings(config, overrides, traceback)
+    settings = load_settings(config, overrides, traceback)
     answers: dict[str, Answer] = {}
     with failures.failures(traceback=traceback):
         for name, step in command.steps(settings):
-            answers[name] = _carry_out(step, traceback, resumable=True)
+            answers[name] = carry_out(step, traceback, resumable=True)
             if not as_json or answers[name].exit_code:
-                _finish(answers[name], as_json)
-    _finish(command.summary(answers), as_json)
+                finish(answers[name], as_json)
+    finish(command.summary(answers), as_json)
 
 
 @config_app.command("show")
@@ -267,33 +250,8 @@ def config_show(
 
     from pipeline.config_text import commented_yaml
 
-    settings = _settings(config, overrides, traceback)
+    settings = load_settings(config, overrides, traceback)
     if as_json:
         print(json.dumps(settings.model_dump(mode="json"), ensure_ascii=False))
     else:
         print(commented_yaml(settings), end="")
-
-
-def _settings(config: str, overrides: list[str] | None, traceback: bool) -> RunConfig:
-    from pipeline.config import load_config
-
-    with failures.failures(traceback=traceback):
-        return load_config(config, overrides or [])
-
-
-def _carry_out(
-    work: Callable[[Progress], Answer], traceback: bool, *, resumable: bool = False
-) -> Answer:
-    """Do a command's work with bars on stderr and nothing on stdout."""
-    with (
-        failures.failures(traceback=traceback, resumable=resumable),
-        console.stdout_for_the_answer(),
-        console.console_progress() as progress,
-    ):
-        return work(progress)
-
-
-def _finish(answer: Answer, as_json: bool) -> None:
-    console.present(answer, as_json=as_json)
-    if answer.exit_code:
-        raise typer.Exit(answer.exit_code)

@@ -1,0 +1,1 @@
+"""What each `cache` command does between its arguments and the printed answer."""

@@ -1,0 +1,84 @@
+"""`cache drop`: clips out of one store, or of every store of a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cache_schema import StoreReader
+from cache_schema.upkeep.drop import DROPPED, drop_clips
+from pipeline.commands.upkeep.stores import (
+    Outcome,
+    Where,
+    counted,
+    each_store,
+    indented,
+    list_failures_again,
+    stores_at,
+)
+from pipeline.console import Answer
+from stages.progress import Progress
+from stages.train_student.left_out import read_keys
+
+_SHOWN = 5
+
+
+def run(
+    cache: Path, keys: Sequence[str], progress: Progress, *, listed: Path | None, because: str
+) -> Answer:
+    """Take clips out of the stores that have them; run again, it finishes what was begun.
+
+    Args:
+        cache: A store, or a folder of stores.
+        keys: The clips.
+        progress: Told of the stores.
+        listed: A file that names more clips, one JSON object with a `key` per line.
+        because: Why, in words.
+
+    Raises:
+        ValueError: No store knows one of the clips; nothing was done.
+    """
+    wanted = set(keys) | (read_keys(listed) if listed is not None else frozenset())
+    stores = stores_at(cache)
+    of_store = {store: _known(store, wanted) for store in stores}
+    unknown = sorted(wanted - set().union(*of_store.values()))
+    if unknown:
+        more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+        raise ValueError(
+            f"no store of {cache} knows clip {', '.join(map(repr, unknown[:_SHOWN]))}{more}; "
+            "nothing was dropped. Keys are written as inspect and failures.jsonl show them"
+        )
+
+    with progress.task("drop", len(stores), unit="stores") as task:
+
+        def drop(store: Where) -> Outcome:
+            report = drop_clips(Path(store), sorted(of_store[store]), detail=because)
+            task.advance()
+            already = f", {report.num_already} already" if report.num_already else ""
+            return Outcome(
+                rows=indented([("clips", f"{report.num_dropped} dropped{already}")]),
+                data={
+                    "dropped": report.num_dropped,
+                    "already_dropped": report.num_already,
+                    "shards": list(report.shards),
+                },
+            )
+
+        answer = each_store(
+            stores,
+            drop,
+            title=lambda found: f"dropped from {counted(len(found), 'store')}: {cache}",
+            notes=[
+                f"{counted(len(wanted), 'clip')} named; extract-features leaves a dropped one out, "
+                "with --retry-failed it makes it again"
+            ],
+        )
+    list_failures_again(stores, progress)
+    return answer
+
+
+def _known(store: Where, wanted: set[str]) -> set[str]:
+    """Those of the clips that the store has, or has dropped already."""
+    reader = StoreReader(store)
+    dropped = {clip.key for clip in reader.skipped if clip.reason == DROPPED}
+    return {key for key in wanted if key in reader or key in dropped}
