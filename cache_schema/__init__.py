@@ -22,7 +22,7 @@ from cache_schema.reader import StoreReader
 from cache_schema.sealed_json import JSON
 from cache_schema.settings import ArraySpec, Compression, StoreSettings
 from cache_schema.shard_writer import ShardWriter
-from cache_schema.verify import Problem, VerifyReport, verify_store
+from cache_schema.upkeep.verify import Problem, VerifyReport, verify_store
 from cache_schema.writer import StoreWriter
 
 __all__ = [

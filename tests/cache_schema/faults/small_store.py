@@ -18,6 +18,12 @@ SETTINGS = StoreSettings(
         "features": ArraySpec(
             dtype="float16", shape=(3, 2, 3, 4), dimension_names=("t", "h", "w", "c")
         ),
+        "flow": ArraySpec(
+            dtype="float16",
+            shape=(2, 4, 3),
+            dimension_names=("t", "h", "k"),
+            compression="blosc-zstd-shuffle",
+        ),
         "mask": ArraySpec(dtype="uint8", shape=(2, 3), dimension_names=("h", "w")),
     },
     values={"checkpoint": "ab" * 32, "fps": 8.0, "grid": [2, 3], "prompt": {"kind": "mask"}},
@@ -32,6 +38,7 @@ def clip_of(key: str) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
     return {
         "features": random.normal(size=(3, 2, 3, 4)).astype("float16"),
+        "flow": random.normal(size=(2, 4, 3)).astype("float16"),
         "mask": random.integers(0, 2, size=(2, 3), dtype="uint8"),
     }
 
@@ -42,6 +49,7 @@ def write_all(root: Path) -> Path:
     for shard in SHARDS:
         if not writer.is_committed(shard):
             write_shard(writer, shard)
+    writer.write_index()
     return writer.path
 
 
@@ -69,6 +77,7 @@ def write_again(store: Path) -> None:
                 for key in again:
                     shard.add(key, clip_of(key), {"source_fps": 29.97})
                 shard.commit()
+    writer.write_index()
 
 
 def committed(store: Path) -> dict[str, dict]:
@@ -80,7 +89,7 @@ def finished_files(store: Path) -> dict[Path, tuple[int, int]]:
     """Inode and time of every file of the finished shards."""
     files = list(store.glob("commits/*.json"))
     for shard, record in committed(store).items():
-        generation = record.get("generation", 0)
+        generation = record["generation"]
         group = store / "shards" / (f"{shard}~{generation}" if generation else shard)
         files += [path for path in group.rglob("*") if path.is_file()]
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}

@@ -1,0 +1,184 @@
+"""Comparing one shard with its commit record; used by `verify` and `repair`."""
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from cache_schema.clip_file import DamagedFile, read_clip
+from cache_schema.errors import CacheError, CorruptRecord, UnknownSchemaVersion
+from cache_schema.layout import StoreLayout, group_name
+from cache_schema.manifest import CommitRecord, parse_commit
+from cache_schema.places import Place
+from cache_schema.sealed_json import crc32c_hex, unseal
+from cache_schema.settings import StoreSettings
+from cache_schema.upkeep.intact import GroupFile, group_files
+from cache_schema.zarr_group import METADATA_FILE, content_crc32c
+
+Advance = Callable[[int], None]
+
+_CRC32C = slice(14, 22)
+"""Where a sealed file keeps its own checksum."""
+
+_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """What one shard has lost against its commit record."""
+
+    clips: dict[str, str]
+    """What is wrong with each damaged clip, by key."""
+    metadata: tuple[str, ...]
+    """What is wrong with Zarr's own files."""
+
+    def __bool__(self) -> bool:
+        return bool(self.clips or self.metadata)
+
+
+def read_record(place: Place, settings: StoreSettings, shard: str) -> tuple[CommitRecord, int]:
+    """A shard's commit record, and the checksum that its file opens with.
+
+    Raises:
+        CorruptRecord: it is damaged, its schema version too, or contradicts the store.
+        UnknownSchemaVersion: it is intact, and was written by another version of this package.
+        FileNotFoundError: there is none.
+    """
+    path = f"commits/{shard}.json"
+    where = f"{place.where}/{path}"
+    data = read_file(place, path)
+    if data is None:
+        raise CorruptRecord(f"{where} cannot be read")
+    try:
+        record = parse_commit(data, settings, shard, where=where, store=place.where)
+        return record, int(data[_CRC32C], 16)
+    except UnknownSchemaVersion as error:
+        if is_intact_of_its_version(data, where, place.where):
+            raise
+        raise CorruptRecord(f"{where} is damaged ({error})") from error
+
+
+def is_intact_of_its_version(data: bytes, where: str, store: str) -> bool:
+    """Whether a record of another schema version is sealed, and not just its number damaged."""
+    version = json.loads(data)["schema_version"]
+    if type(version) is not int:
+        return False
+    try:
+        unseal(data, where, store=store, version=version)
+    except CacheError:
+        return False
+    return True
+
+
+def read_file(place: Place, path: str) -> bytes | None:
+    """A file's bytes; None where the disk holds it and cannot give it back.
+
+    Raises `FileNotFoundError` if there is no such file, and whatever else keeps a file that may be
+    in order from being read, such as `PermissionError` or `StoreUnreachable`.
+    """
+    try:
+        return place.read(path)
+    except (NotADirectoryError, IsADirectoryError) as error:
+        raise FileNotFoundError(error.errno, error.strerror, path) from error
+    except OSError as error:
+        if error.errno == errno.EIO:
+            return None
+        raise
+
+
+def contradiction(place: Place, settings: StoreSettings, record: CommitRecord) -> str:
+    """How intact metadata of a shard contradicts `store.json`; empty where it does not.
+
+    It can where a damaged `store.json` was replaced by one for arrays that are packed otherwise,
+    and then the shard's clips must not be taken for damaged.
+    """
+    group = f"shards/{group_name(record.shard, record.generation)}"
+    for name, spec in settings.arrays.items():
+        path = f"{name}/{METADATA_FILE}"
+        try:
+            data = read_file(place, f"{group}/{path}")
+        except FileNotFoundError:
+            continue
+        if data is None or crc32c_hex(data) != record.files[path].crc32c:
+            continue
+        (sharding,) = json.loads(data)["codecs"]
+        codecs = {codec["name"] for codec in sharding["configuration"]["codecs"]}
+        if ("blosc" in codecs) != (spec.compression != "none"):
+            return (
+                f"array {name} is packed with {', '.join(sorted(codecs))}, and store.json says "
+                f"that its compression is {spec.compression!r}; put back the store.json that the "
+                "shard was written with, such as from a backup or from quarantine/"
+            )
+    return ""
+
+
+def check_shard(
+    place: Place, settings: StoreSettings, record: CommitRecord, *, fast: bool, advance: Advance
+) -> Damage:
+    """Compare every file of a shard with its record; with `fast`, sizes only."""
+    group = f"shards/{group_name(record.shard, record.generation)}"
+    clips: dict[str, str] = {}
+    metadata: list[str] = []
+    for file in group_files(record, settings):
+        try:
+            check = _check_size if fast else _check_content
+            what = check(place, f"{group}/{file.path}", file)
+        except _ABSENT:
+            what = "cannot be found"
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            what = f"cannot be read ({error.strerror})"
+        if what and file.key is None:
+            metadata.append(f"file {file.path} {what}")
+        elif what and file.key is not None:
+            clips.setdefault(file.key, f"file {file.path} {what}")
+        advance(file.recorded.bytes)
+    return Damage(clips, tuple(metadata))
+
+
+def _check_size(place: Place, path: str, file: GroupFile) -> str:
+    size = file.recorded.bytes
+    # Its last byte, and one that should not be there: a range is all that every place can give.
+    found = len(place.read_range(path, size - 1, size + 1))
+    return ["has fewer", "", "has more"][found] + f" than {size} bytes" * (found != 1)
+
+
+def _check_content(place: Place, path: str, file: GroupFile) -> str:
+    size = file.recorded.bytes
+    with place.open(path) as opened:
+        if opened.size != size:
+            return f"has {opened.size} bytes instead of {size}"
+        if file.spec is None:
+            data = np.zeros(size, np.uint8)
+            opened.fill(0, [data])
+            return "" if crc32c_hex(data) == file.recorded.crc32c else "fails its checksum"
+        try:
+            values = read_clip(opened, file.spec)
+        except DamagedFile as error:
+            return f"cannot be decoded: {error}"
+    return "" if content_crc32c(values) == file.recorded.crc32c else "fails its checksum"
+
+
+def foreign_entries(
+    layout: StoreLayout, settings: StoreSettings, record: CommitRecord
+) -> list[str]:
+    """Files and folders in a shard's group that do not belong there, relative to it."""
+    files = {file.path for file in group_files(record, settings)}
+    folders = {str(folder) for path in files for folder in PurePosixPath(path).parents}
+    root = layout.group(record.shard, record.generation)
+    found: list[str] = []
+    pending = [root] if root.is_dir() else []
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                path = Path(entry.path).relative_to(root).as_posix()
+                if path in folders and entry.is_dir():
+                    pending.append(Path(entry.path))
+                elif path not in files:
+                    found.append(path)
+    return sorted(found)

@@ -1,0 +1,267 @@
+"""Making a damaged store whole again, with the clips that are intact; used by the console.
+
+What is damaged goes to `quarantine/<number>/`, and nothing is deleted. Intact clips of a damaged
+shard stay, in the shard's next generation; damaged ones are recorded as skipped, so that
+`extract-features --retry-failed` makes them again. A shard whose record is of no use is taken out
+whole. Every step leaves a store that reads right, so a repair can be killed and run again.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cache_schema.clip_index import write_index
+from cache_schema.durable import make_directories, sync
+from cache_schema.errors import CorruptRecord, ShardBusy, UnknownSchemaVersion
+from cache_schema.layout import StoreLayout, is_shard_name, parse_group_name
+from cache_schema.lock import FileLock
+from cache_schema.manifest import CommitRecord, SkippedClip
+from cache_schema.places import LocalPlace, is_url
+from cache_schema.settings import StoreSettings
+from cache_schema.upkeep.check_shard import check_shard, foreign_entries, read_record
+from cache_schema.upkeep.replace_shard import keep_clips
+from cache_schema.upkeep.verify import Problem, Survey, read_settings
+
+DAMAGED = "damaged"
+"""The reason recorded for a clip that was taken out because its files are damaged."""
+
+DUPLICATE = "duplicate_key"
+"""The reason recorded for a clip whose key another shard holds too; extraction's own word."""
+
+FINDINGS_FILE = "found.json"
+"""What was wrong, beside what was taken out for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RepairReport:
+    """What `repair_store` found and did."""
+
+    found: tuple[Problem, ...]
+    """Everything that was wrong."""
+    left: tuple[Problem, ...]
+    """What of it is still so: harmless, to be mended by hand, or in another writer's hands."""
+    quarantine: Path | None
+    """Where what was taken out lies now."""
+    clips: tuple[SkippedClip, ...]
+    """Clips that are no longer in the store, and why; --retry-failed makes the damaged ones."""
+    shards: tuple[str, ...]
+    """Shards that are no longer in the store; extract-features makes them again, and those that
+    are retries with --retry-failed."""
+
+
+def repair_store(store: Path, *, advance: Callable[[int], None] | None = None) -> RepairReport:
+    """Verify a store, take out what is damaged, and write its index anew.
+
+    A damaged `store.json` is taken out too, and the report says so and nothing else: its settings
+    can only come from the run's configuration, and extract-features writes it again.
+
+    Args:
+        store: the store's folder. Others may read it and write to it meanwhile.
+        advance: called with the bytes verified.
+
+    Raises:
+        StoreNotFound, UnknownSchemaVersion: from `store.json`.
+        ValueError: `store` is a URL; repair the store it was copied from, and copy again.
+        OSError: files that may be in order cannot be read, or nothing can be written.
+    """
+    if is_url(str(store)):
+        raise ValueError(
+            f"{store} cannot be repaired in place; repair the store it was copied from, and run "
+            "sam2vx-pipeline cache copy again"
+        )
+    layout = StoreLayout(Path(store))
+    place = LocalPlace(layout.root)
+    try:
+        settings = read_settings(place)
+    except CorruptRecord as error:
+        return _take_out_store_file(layout, str(error))
+    survey = Survey(place, settings, fast=False, advance=advance or (lambda _: None))
+    survey.look()
+    layout.staging.mkdir(exist_ok=True)
+    repair = _Repair(layout, settings, survey, _Quarantine(layout, survey.problems))
+    repair.run()
+    return RepairReport(
+        tuple(survey.problems),
+        tuple(repair.left),
+        repair.quarantine.folder,
+        tuple(repair.clips),
+        tuple(repair.shards),
+    )
+
+
+def _take_out_store_file(layout: StoreLayout, what: str) -> RepairReport:
+    problem = Problem(None, None, what, "repair")
+    quarantine = _Quarantine(layout, [problem])
+    quarantine.take(layout.store_file)
+    left = Problem(
+        None,
+        None,
+        f"{layout.store_file} was damaged and taken out; run sam2vx-pipeline extract-features with "
+        "the configuration the store was made with, which writes it again and keeps every shard, "
+        "then repair again",
+        "by hand",
+    )
+    return RepairReport((problem,), (left,), quarantine.folder, (), ())
+
+
+class _Quarantine:
+    """A new numbered folder, made when the first thing is put there."""
+
+    def __init__(self, layout: StoreLayout, found: Iterable[Problem]) -> None:
+        self._layout = layout
+        self._found = list(found)
+        self.folder: Path | None = None
+
+    def take(self, path: Path) -> None:
+        """Move a file or folder of the store to the same place in the quarantine."""
+        target = self.made() / path.relative_to(self._layout.root)
+        make_directories(target.parent, self.made())
+        path.rename(target)
+        sync(target.parent)
+        sync(path.parent)
+
+    def made(self) -> Path:
+        """The folder, which is there after this."""
+        if self.folder is None:
+            make_directories(self._layout.quarantine, self._layout.root)
+            numbers = [
+                int(path.name) for path in self._layout.quarantine.iterdir() if path.name.isdigit()
+            ]
+            folder = self._layout.quarantine / str(max(numbers, default=0) + 1)
+            folder.mkdir()
+            found = [
+                {"shard": problem.shard, "key": problem.key, "what": problem.what}
+                for problem in self._found
+            ]
+            text = json.dumps(found, indent=1, ensure_ascii=False)
+            (folder / FINDINGS_FILE).write_text(text, encoding="utf-8")
+            sync(self._layout.quarantine)
+            self.folder = folder
+        return self.folder
+
+
+@dataclass
+class _Repair:
+    """One repair; every shard under its own lock, looked at again once it is held."""
+
+    layout: StoreLayout
+    settings: StoreSettings
+    survey: Survey
+    quarantine: _Quarantine
+    left: list[Problem] = field(default_factory=list)
+    clips: list[SkippedClip] = field(default_factory=list)
+    shards: list[str] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Mend what can be mended."""
+        self.left += [problem for problem in self.survey.problems if problem.mend != "repair"]
+        mendable = [problem for problem in self.survey.problems if problem.mend == "repair"]
+        by_hand = {problem.shard for problem in self.left if problem.mend == "by hand"}
+        # In ascending order: of a key in two shards the first one's is kept, unless that is
+        # damaged and gone by the time the second one's turn comes.
+        for shard in sorted(
+            {problem.shard for problem in mendable if problem.shard is not None} - by_hand
+        ):
+            what = f"shard {shard!r} of {self.layout.root}"
+            try:
+                with FileLock(self.layout.lock(shard), wait=False, what=what):
+                    self._mend_shard(shard)
+            except ShardBusy:
+                self.left += [problem for problem in mendable if problem.shard == shard]
+        for path in self._foreign():
+            self.quarantine.take(path)
+        if self.survey.index_is_damaged:
+            self.quarantine.take(self.layout.index)
+        try:
+            with FileLock(self.layout.store_lock, wait=True, what=f"store {self.layout.root}"):
+                write_index(self.layout, self.settings)
+        except (CorruptRecord, UnknownSchemaVersion):
+            return  # for what is left; a store can be read without the index
+        self.left = [problem for problem in self.left if problem.shard is not None]
+
+    def _mend_shard(self, shard: str) -> None:
+        try:
+            record, _ = read_record(LocalPlace(self.layout.root), self.settings, shard)
+        except UnknownSchemaVersion:
+            return
+        except FileNotFoundError:
+            # Groups of later generations whose record is gone; a writer takes back only the first.
+            self._take_groups(shard, but=0)
+            return
+        except CorruptRecord:
+            self._take_groups(shard, but=None)
+            self.quarantine.take(self.layout.commit(shard))
+            self.shards.append(shard)
+            return
+        self._take_groups(shard, but=record.generation)
+        damage = check_shard(
+            LocalPlace(self.layout.root),
+            self.settings,
+            record,
+            fast=False,
+            advance=lambda _: None,
+        )
+        out = {key: SkippedClip(key, DAMAGED, what, shard) for key, what in damage.clips.items()}
+        for key, other in self._held_elsewhere(record).items():
+            out.setdefault(
+                key, SkippedClip(key, DUPLICATE, f"shard {other!r} holds that key", shard)
+            )
+        if damage or out:
+            keep_clips(
+                self.layout,
+                self.settings,
+                record,
+                [clip for clip in record.clips if clip.key not in out],
+                [*record.skipped, *out.values()],
+                quarantine=self.quarantine.made() / "shards",
+            )
+            self.clips += out.values()
+            return
+        group = self.layout.group(shard, record.generation)
+        for path in foreign_entries(self.layout, self.settings, record):
+            self.quarantine.take(group / path)
+
+    def _held_elsewhere(self, record: CommitRecord) -> dict[str, str]:
+        """Keys of a shard that an earlier one holds as well, as of now."""
+        found: dict[str, str] = {}
+        keys = {clip.key for clip in record.clips}
+        others = {
+            other
+            for key in keys & self.survey.twins.keys()
+            for other in self.survey.twins[key]
+            if other < record.shard
+        }
+        for other in sorted(others):
+            try:
+                theirs, _ = read_record(LocalPlace(self.layout.root), self.settings, other)
+            except (CorruptRecord, FileNotFoundError):
+                continue
+            for clip in theirs.clips:
+                if clip.key in keys:
+                    found.setdefault(clip.key, other)
+        return found
+
+    def _take_groups(self, shard: str, *, but: int | None) -> None:
+        """Take out a shard's groups of all generations but one."""
+        for path in sorted(self.layout.shards.iterdir()):
+            group = parse_group_name(path.name)
+            if group is not None and group[0] == shard and group[1] != but:
+                self.quarantine.take(path)
+
+    def _foreign(self) -> list[Path]:
+        """What lies among records and groups and is neither."""
+        found = []
+        if self.layout.commits.is_dir():
+            found += [
+                path
+                for path in sorted(self.layout.commits.iterdir())
+                if path.suffix != ".json" or not is_shard_name(path.stem)
+            ]
+        if self.layout.shards.is_dir():
+            found += [
+                path
+                for path in sorted(self.layout.shards.iterdir())
+                if parse_group_name(path.name) is None
+            ]
+        return found

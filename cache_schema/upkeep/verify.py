@@ -1,0 +1,276 @@
+"""Checking a whole store against its commit records; used by `repair` and the console.
+
+Nothing is changed. A store may be written to meanwhile: what only looked wrong because it was being
+replaced is looked at again.
+"""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from cache_schema.clip_index import ClipIndex, index_of_records
+from cache_schema.errors import CorruptRecord, StoreNotFound, UnknownSchemaVersion
+from cache_schema.index_file import read_columns, write_columns
+from cache_schema.layout import (
+    INDEX_FILE,
+    STORE_FILE,
+    StoreLayout,
+    group_name,
+    is_shard_name,
+    parse_group_name,
+)
+from cache_schema.manifest import CommitRecord, parse_manifest
+from cache_schema.places import LocalPlace, Place, open_place
+from cache_schema.settings import StoreSettings
+from cache_schema.upkeep.check_shard import (
+    Damage,
+    check_shard,
+    contradiction,
+    foreign_entries,
+    is_intact_of_its_version,
+    read_file,
+    read_record,
+)
+
+Mend = Literal["repair", "extract", "copy", "by hand"]
+
+MENDS: dict[Mend, str] = {
+    "repair": "run sam2vx-pipeline cache repair, then extract-features --retry-failed",
+    "extract": "harmless: readers ignore it, and extract-features finishes or removes it",
+    "copy": "run sam2vx-pipeline cache copy again from the store it was copied from",
+    "by hand": "nothing mends it by itself",
+}
+"""What to do about a problem."""
+
+_LOOKS = 3
+"""How often a shard is looked at that others replace meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong."""
+
+    shard: str | None
+    """The shard, where it is one shard's problem."""
+    key: str | None
+    """The clip, where it is one clip's problem."""
+    what: str
+    mend: Mend
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `verify_store` found."""
+
+    problems: tuple[Problem, ...]
+    num_clips: int
+    """Committed clips, damaged ones included."""
+    num_bytes: int
+    """Bytes of their files, as recorded."""
+
+
+def verify_store(
+    store: Path | str, *, fast: bool = False, advance: Callable[[int], None] | None = None
+) -> VerifyReport:
+    """Compare every file of every committed shard with its commit record, and the index with both.
+
+    Args:
+        store: the store's folder or URL. Where folders cannot be listed, the index says which
+            shards there are; what is there beside them is looked for in local folders only.
+        fast: compare listings and sizes only, and do not read the clips.
+        advance: called with the bytes done, of `VerifyReport.num_bytes` and the metadata's.
+
+    Raises:
+        StoreNotFound, UnknownSchemaVersion, CorruptRecord: from `store.json`. Everything else that
+            is wrong is in the report.
+        StoreUnreachable, OSError: files that may be in order cannot be read.
+    """
+    place = open_place(store)
+    survey = Survey(place, read_settings(place), fast, advance or (lambda _: None))
+    survey.look()
+    return VerifyReport(tuple(survey.problems), survey.num_clips, survey.num_bytes)
+
+
+def read_settings(place: Place) -> StoreSettings:
+    """From `store.json`, which must be in order."""
+    where = f"{place.where}/{STORE_FILE}"
+    try:
+        data = read_file(place, STORE_FILE)
+    except FileNotFoundError:
+        raise StoreNotFound(
+            f"{place.where} is not a feature store: it has no {STORE_FILE}"
+        ) from None
+    if data is None:
+        raise CorruptRecord(f"{where} cannot be read")
+    try:
+        return parse_manifest(data, where=where, store=place.where).settings
+    except UnknownSchemaVersion as error:
+        if is_intact_of_its_version(data, where, place.where):
+            raise
+        raise CorruptRecord(f"{where} is damaged ({error})") from error
+
+
+@dataclass
+class Survey:
+    """One look at a store, with what `repair` needs besides the report."""
+
+    place: Place
+    settings: StoreSettings
+    fast: bool
+    advance: Callable[[int], None]
+    problems: list[Problem] = field(default_factory=list)
+    num_clips: int = 0
+    num_bytes: int = 0
+    twins: dict[str, list[str]] = field(default_factory=dict)
+    """The shards of every key that is in several."""
+    index_is_damaged: bool = False
+    _shard_of_key: dict[str, str] = field(default_factory=dict)
+    _generations: dict[str, int | None] = field(default_factory=dict)
+    """Of the committed shards; None where the record is of no use."""
+    _crc32cs: dict[str, int] = field(default_factory=dict)
+    """That the usable records open with, by shard."""
+    _index_bytes: bytes | None = None
+
+    def look(self) -> None:
+        """Fill in everything."""
+        index = self._read_index()
+        # Before the records: a group that is published now has its record by the time it is read.
+        groups = self.place.list_folder("shards") or []
+        for shard in self._committed_shards(index):
+            self._look_at_shard(shard)
+        if index is not None:
+            self._look_at_index(index)
+        if isinstance(self.place, LocalPlace):
+            self._look_beside_shards(StoreLayout(self.place.folder), groups)
+
+    def _report(
+        self, what: str, *, shard: str | None = None, key: str | None = None, mend: Mend = "repair"
+    ) -> None:
+        if mend == "repair" and not isinstance(self.place, LocalPlace):
+            mend = "copy"
+        self.problems.append(Problem(shard, key, what, mend))
+
+    def _read_index(self) -> ClipIndex | None:
+        try:
+            self._index_bytes = read_file(self.place, INDEX_FILE)
+        except FileNotFoundError:
+            if not isinstance(self.place, LocalPlace):
+                self._report(f"{INDEX_FILE} cannot be found; nothing can be read without it")
+            return None
+        try:
+            if self._index_bytes is None:
+                raise ValueError("the disk cannot give it back")
+            columns = read_columns(self._index_bytes, self.settings)
+            return ClipIndex(columns, self.settings.arrays)
+        except ValueError as error:
+            self._report_index(f"is damaged: {error}")
+            return None
+
+    def _committed_shards(self, index: ClipIndex | None) -> list[str]:
+        names = self.place.list_folder("commits")
+        if names is None:
+            return [] if index is None else list(index.shard_names)
+        shards = []
+        for name in names:
+            shard = name.removesuffix(".json")
+            if name.endswith(".json") and is_shard_name(shard):
+                shards.append(shard)
+            else:
+                self._report(f"commits/{name} is not a commit record")
+        return shards
+
+    def _look_at_shard(self, shard: str) -> None:
+        try:
+            seen = self._settled(shard)
+        except FileNotFoundError:
+            return  # it has been taken out since it was listed
+        except UnknownSchemaVersion as error:
+            self._generations[shard] = None
+            self._report(str(error), shard=shard, mend="by hand")
+            return
+        except CorruptRecord as error:
+            self._generations[shard] = None
+            self._report(str(error), shard=shard)
+            return
+        record, self._crc32cs[shard], damage = seen
+        self._generations[shard] = record.generation
+        self.num_clips += len(record.clips)
+        if damage and (what := contradiction(self.place, self.settings, record)):
+            self._report(what, shard=shard, mend="by hand")
+            return
+        for what in damage.metadata:
+            self._report(what, shard=shard)
+        for key, what in damage.clips.items():
+            self._report(what, shard=shard, key=key)
+        for clip in record.clips:
+            self.num_bytes += sum(stored.bytes for stored in clip.arrays.values())
+            other = self._shard_of_key.setdefault(clip.key, shard)
+            if other != shard:
+                self.twins.setdefault(clip.key, [other]).append(shard)
+                self._report(f"the key is in shard {other!r} too", shard=shard, key=clip.key)
+        if isinstance(self.place, LocalPlace):
+            layout = StoreLayout(self.place.folder)
+            for path in foreign_entries(layout, self.settings, record):
+                self._report(f"file {path} does not belong to the shard", shard=shard)
+
+    def _settled(self, shard: str) -> tuple[CommitRecord, int, Damage]:
+        """Record, its checksum, and damage of a shard that was not replaced meanwhile."""
+        record, crc32c = read_record(self.place, self.settings, shard)
+        for _ in range(_LOOKS):
+            damage = check_shard(
+                self.place, self.settings, record, fast=self.fast, advance=self.advance
+            )
+            before = crc32c
+            if damage:
+                record, crc32c = read_record(self.place, self.settings, shard)
+            if crc32c == before:
+                break
+        return record, crc32c, damage
+
+    def _look_at_index(self, index: ClipIndex) -> None:
+        """Whether the index is, bit for bit, the one that the records give."""
+        crc32cs = index.columns["shards.crc32c"].tolist()
+        indexed = dict(zip(index.shard_names, crc32cs, strict=True))
+        unusable = {shard for shard, found in self._generations.items() if found is None}
+        changed = {name for name, _ in indexed.items() ^ self._crc32cs.items()} - unusable
+        if changed:
+            self._report(
+                f"{INDEX_FILE} is not up to date with {len(changed)} shards, such as "
+                f"{min(changed)!r}",
+                mend="extract",
+            )
+        elif self.fast or unusable or self.twins:
+            return  # it cannot be made from the records to compare
+        elif self._rebuilt_index() != self._index_bytes:
+            self._report_index("does not agree with the commit records")
+
+    def _rebuilt_index(self) -> bytes:
+        index = index_of_records(self.place, self.settings, sorted(self._crc32cs))
+        rebuilt = io.BytesIO()
+        write_columns(rebuilt, index.columns, self.settings)
+        return rebuilt.getvalue()
+
+    def _report_index(self, what: str) -> None:
+        self.index_is_damaged = True
+        self._report(f"{INDEX_FILE} {what}")
+
+    def _look_beside_shards(self, layout: StoreLayout, groups: list[str]) -> None:
+        for name in groups:
+            group = parse_group_name(name)
+            if group is None:
+                self._report(f"shards/{name} is not a shard's folder")
+                continue
+            shard, generation = group
+            if shard not in self._generations and generation == 0:
+                self._report(f"shards/{name} has no commit record", shard=shard, mend="extract")
+            elif shard not in self._generations:
+                self._report(f"shards/{name} is left over, without a commit record", shard=shard)
+            elif self._generations[shard] not in (None, generation) and (
+                layout.group(shard, generation).exists()
+            ):
+                current = group_name(shard, self._generations[shard] or 0)
+                self._report(
+                    f"shards/{name} is left over: the shard lies in shards/{current}", shard=shard
+                )
