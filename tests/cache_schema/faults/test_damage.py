@@ -1,4 +1,4 @@
-"""Damage to finished shards: every kind is found, by the reader and by verify_store."""
+"""Damage to finished shards, kind by kind: found by the reader and by verify_store."""
 
 import json
 import random
@@ -46,7 +46,7 @@ def _assert_found(store: Path, *, by_size: bool) -> None:
     assert f"cache repair {store}" in message
     assert "extract-features" in message
     assert [(p.shard, p.key) for p in verify_store(store).problems] == [("00000", "a1")]
-    assert bool(verify_store(store, full=False).problems) == by_size
+    assert bool(verify_store(store, fast=True).problems) == by_size
     others = StoreReader(store)
     for key in ("a0", "a2", "b0"):
         others.read(key)
@@ -57,7 +57,7 @@ def test_a_whole_store_has_no_problems(store: Path) -> None:
     assert report.problems == ()
     assert report.num_clips == 5
     assert report.num_bytes == StoreReader(store).num_bytes
-    assert verify_store(store, full=False) == report
+    assert verify_store(store, fast=True) == report
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -73,7 +73,7 @@ def test_flipped_bits_are_found_without_the_check_too(store: Path) -> None:
     data = bytearray((store / CHUNK).read_bytes())
     data[3] ^= 4
     (store / CHUNK).write_bytes(data)
-    with pytest.raises(CorruptClip, match="cannot be decoded"):
+    with pytest.raises(CorruptClip, match="fails its checksum"):
         StoreReader(store, check=False).read("a1")
 
 
@@ -123,7 +123,9 @@ def test_files_of_other_clips_are_found(store: Path) -> None:
 def test_damage_after_the_first_read_is_found(store: Path) -> None:
     reader = StoreReader(store)
     reader.read("a1")
-    (store / CHUNK).write_bytes((store / CHUNK.replace("/c/1/", "/c/0/")).read_bytes())
+    data = bytearray((store / CHUNK).read_bytes())
+    data[20] ^= 8
+    (store / CHUNK).write_bytes(data)
     with pytest.raises(CorruptClip, match="checksum"):
         reader.read("a1")
 
@@ -136,18 +138,18 @@ def test_damaged_metadata_is_found(store: Path, path: str, damage: str) -> None:
         file.write_bytes(file.read_bytes().replace(b'"attributes": {}', b'"attributes":{ }'))
     else:
         file.unlink()
-    with pytest.raises(CorruptClip, match=path):
-        StoreReader(store).read("a0")
-    report = verify_store(store)
-    assert [(p.shard, p.key) for p in report.problems] == [("00000", None)]
-    assert path in report.problems[0].what
+    (problem,) = verify_store(store).problems
+    assert (problem.shard, problem.key, problem.mend) == ("00000", None, "repair")
+    assert path in problem.what
 
 
 def test_a_deleted_shard_is_found(store: Path) -> None:
     (store / "shards" / "00001").rename(store / "gone")
     with pytest.raises(CorruptClip):
         StoreReader(store).read("b0")
-    assert {p.key for p in verify_store(store, full=False).problems} == {None, "b0", "b1"}
+    for fast in (True, False):
+        found = {p.key for p in verify_store(store, fast=fast).problems}
+        assert found == {None, "b0", "b1"}
 
 
 def test_foreign_files_in_a_shard_are_reported(store: Path) -> None:
@@ -269,7 +271,10 @@ def test_other_schema_versions_are_refused_with_a_way_out(
     if name == "store.json":
         with pytest.raises(UnknownSchemaVersion):
             StoreWriter.open(store.parent, settings, provenance={})
-        with pytest.raises(UnknownSchemaVersion):
+        with pytest.raises(CacheError):
             verify_store(store)
     else:
-        assert [p.shard for p in verify_store(store).problems] == ["00000"]
+        (problem,) = verify_store(store).problems
+        assert problem.shard == "00000"
+        # Sealed like this, it is whole and not for this version; otherwise its number is damaged.
+        assert problem.mend == ("by hand" if type(version) is int and version != 2 else "repair")
