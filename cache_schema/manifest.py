@@ -17,6 +17,9 @@ from cache_schema.sealed_json import JSON, plain_mapping, unseal
 from cache_schema.settings import StoreSettings
 from cache_schema.zarr_group import chunk_path, metadata_paths
 
+_REPLACE_MANIFEST = (
+    "put a good copy of it back, or move the folder away and run sam2vx-pipeline extract-features"
+)
 _CRC32C = re.compile(r"[0-9a-f]{8}")
 
 
@@ -144,7 +147,11 @@ def read_manifest(layout: StoreLayout) -> StoreManifest:
 
 def parse_manifest(data: bytes, *, where: str, store: Path | str) -> StoreManifest:
     """`store.json` from its bytes; `where` and `store` name file and store in errors."""
-    return manifest_from_dict(unseal(data, where, store=store), where=where)
+    try:
+        found = unseal(data, where, store=store)
+    except CorruptRecord as error:
+        raise CorruptRecord(f"{error}; {_REPLACE_MANIFEST}") from error
+    return manifest_from_dict(found, where=where)
 
 
 def manifest_from_dict(found: Mapping[str, Any], *, where: str) -> StoreManifest:
@@ -153,10 +160,11 @@ def manifest_from_dict(found: Mapping[str, Any], *, where: str) -> StoreManifest
         settings = StoreSettings.from_dict(found)
         provenance = plain_mapping(found["provenance"], "provenance")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CorruptRecord(f"{where} is damaged: {error}") from error
+        raise CorruptRecord(f"{where} is damaged: {error}; {_REPLACE_MANIFEST}") from error
     if settings.hash != found.get("settings_hash"):
         raise CorruptRecord(
-            f"{where} is damaged: its settings do not have the hash written beside them"
+            f"{where} is damaged: its settings do not have the hash written beside them; "
+            f"{_REPLACE_MANIFEST}"
         )
     return StoreManifest(settings, provenance)
 

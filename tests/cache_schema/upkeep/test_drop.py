@@ -1,0 +1,225 @@
+"""Dropped clips are gone, the others are as they were, wherever a drop was killed before."""
+
+import functools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from cache_schema import (
+    ClipMissing,
+    CorruptClip,
+    ShardBusy,
+    StoreReader,
+    StoreSettings,
+    StoreWriter,
+)
+from cache_schema.layout import StoreLayout
+from cache_schema.lock import FileLock
+from cache_schema.upkeep.drop import DropReport, drop_clips
+from tests.cache_schema.faults.operations import run_and_kill
+
+Arrays = dict[str, np.ndarray]
+ClipOf = Callable[[str], Arrays]
+FilesOf = Callable[[Path], dict[str, bytes]]
+
+DROPPED = ["a1", "b0"]
+
+
+def _assert_holds(store: Path, keys: list[str], clip_of: ClipOf) -> None:
+    reader = StoreReader(store)
+    assert sorted(reader.keys) == keys
+    for key in keys:
+        found = reader.read(key)
+        for name, values in clip_of(key).items():
+            np.testing.assert_array_equal(found[name], values)
+
+
+def test_a_dropped_clip_is_skipped_and_the_others_stay(store: Path, clip_of: ClipOf) -> None:
+    before = StoreReader(store).record("a2")
+    report = drop_clips(store, DROPPED, detail="the face of a bystander")
+    assert report == DropReport(num_dropped=2, num_already=0, shards=("00000", "00001"))
+    _assert_holds(store, ["a0", "a2", "b1"], clip_of)
+    reader = StoreReader(store)
+    assert {(c.key, c.reason, c.detail, c.shard) for c in reader.skipped} == {
+        ("a3", "too_short", "12 frames, 49 needed", "00000"),
+        ("a1", "dropped", "the face of a bystander", "00000"),
+        ("b0", "dropped", "the face of a bystander", "00001"),
+    }
+    with pytest.raises(ClipMissing, match=r"skipped as dropped .the face of a bystander"):
+        reader.read("a1")
+    after = reader.record("a2")
+    assert (after.attributes, after.source) == (before.attributes, before.source)
+    assert after.index == 1
+
+
+def test_the_group_is_the_one_that_a_writer_of_the_kept_clips_makes(
+    store: Path,
+    tmp_path: Path,
+    settings: StoreSettings,
+    write_shard: Callable[..., None],
+    files_of: FilesOf,
+) -> None:
+    drop_clips(store, ["a1"], detail="")
+    other = StoreWriter.open(tmp_path / "other", settings, provenance={})
+    write_shard(other, "00000", ["a0", "a2"], skip="a3")
+    dropped = store / "shards" / "00000~1"
+    assert files_of(dropped) == files_of(other.path / "shards" / "00000")
+    assert sorted(path.name for path in (store / "shards").iterdir()) == ["00000~1", "00001"]
+    assert list((store / ".staging").iterdir()) == []
+    features = zarr.open_array(str(dropped), path="features", mode="r")
+    assert features.shape == (2, 3, 2, 3, 4)
+
+
+def test_files_are_shared_with_the_old_group_not_written_again(store: Path) -> None:
+    old = {p.stat().st_ino for p in (store / "shards/00000/features/c/2").rglob("*") if p.is_file()}
+    drop_clips(store, ["a1"], detail="")
+    new = (store / "shards/00000~1/features/c/1").rglob("*")
+    assert {path.stat().st_ino for path in new if path.is_file()} == old
+
+
+def test_files_are_copied_where_there_are_no_links(
+    store: Path, clip_of: ClipOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("cache_schema.upkeep.replace_shard.link", fail)
+    drop_clips(store, ["a1"], detail="")
+    _assert_holds(store, ["a0", "a2", "b0", "b1"], clip_of)
+
+
+def test_unknown_keys_are_refused_before_anything_changes(store: Path, files_of: FilesOf) -> None:
+    before = files_of(store)
+    for unknown in ("a3", "nowhere"):  # a3 was skipped, but not dropped
+        with pytest.raises(ValueError, match=f"holds no clip '{unknown}'; nothing was dropped"):
+            drop_clips(store, ["a0", unknown], detail="")
+    with pytest.raises(ValueError, match="'n4' and 3 more"):
+        drop_clips(store, [f"n{i}" for i in range(8)], detail="")
+    assert files_of(store) == before
+
+
+def test_dropping_again_changes_nothing(store: Path, files_of: FilesOf) -> None:
+    drop_clips(store, DROPPED, detail="first")
+    before = files_of(store)
+    assert drop_clips(store, DROPPED, detail="second") == DropReport(0, 2, ())
+    assert files_of(store) == before
+    assert drop_clips(store, [*DROPPED, "a0"], detail="third") == DropReport(1, 2, ("00000",))
+    assert sorted(path.name for path in (store / "shards").iterdir()) == ["00000~2", "00001~1"]
+
+
+def test_a_shard_can_lose_all_its_clips(store: Path, clip_of: ClipOf) -> None:
+    drop_clips(store, ["b0", "b1"], detail="")
+    _assert_holds(store, ["a0", "a1", "a2"], clip_of)
+    drop_clips(store, ["a0"], detail="")
+    _assert_holds(store, ["a1", "a2"], clip_of)
+
+
+def test_a_dropped_clip_can_come_back_and_go_again(
+    store: Path, settings: StoreSettings, clip_of: ClipOf, write_shard: Callable[..., None]
+) -> None:
+    drop_clips(store, ["a1"], detail="")
+    writer = StoreWriter.open(store.parent, settings, provenance={})
+    write_shard(writer, "00000-retry1", ["a1"])
+    _assert_holds(store, ["a0", "a1", "a2", "b0", "b1"], clip_of)
+    assert "a1" not in {clip.key for clip in StoreReader(store).skipped}
+    assert drop_clips(store, ["a1"], detail="").shards == ("00000-retry1",)
+    _assert_holds(store, ["a0", "a2", "b0", "b1"], clip_of)
+
+
+def test_a_shard_that_somebody_else_changes_is_left_alone(store: Path, clip_of: ClipOf) -> None:
+    layout = StoreLayout(store)
+    layout.staging.mkdir(exist_ok=True)
+    with (
+        FileLock(layout.lock("00001"), wait=False, what="shard"),
+        pytest.raises(ShardBusy, match=r"shard '00001' of .* by another process"),
+    ):
+        drop_clips(store, DROPPED, detail="")
+    _assert_holds(store, ["a0", "a2", "b0", "b1"], clip_of)
+    assert drop_clips(store, DROPPED, detail="") == DropReport(1, 1, ("00001",))
+    _assert_holds(store, ["a0", "a2", "b1"], clip_of)
+
+
+def test_a_kept_clip_without_its_file_stops_the_drop(store: Path) -> None:
+    shutil.rmtree(store / "shards/00000/features/c/2")
+    with pytest.raises(CorruptClip, match=f"'a2' .*cache repair {store}"):
+        drop_clips(store, ["a1"], detail="")
+    assert StoreReader(store).read("a1")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, _finished_store: Path
+) -> tuple[Path, int]:
+    """A store after a drop that was left alone, and the number of its file operations."""
+    store = tmp_path_factory.mktemp("dropped") / _finished_store.name
+    shutil.copytree(_finished_store, store)
+    code, operations = run_and_kill(functools.partial(drop_clips, store, DROPPED, detail="x"), 0)
+    assert code == 0
+    assert operations > 50
+    return store, operations
+
+
+def test_wherever_a_drop_is_killed_readers_see_whole_shards_and_a_rerun_finishes(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    _finished_store: Path,
+    uninterrupted: tuple[Path, int],
+    clip_of: ClipOf,
+    files_of: FilesOf,
+) -> None:
+    expected, operations = uninterrupted
+    step = 1 if request.config.getoption("--full-faults") else operations // 20
+    for kill_at in range(1, operations + 1, step):
+        store = shutil.copytree(_finished_store, tmp_path / str(kill_at) / expected.name)
+        drop = functools.partial(drop_clips, store, DROPPED, detail="x")
+        code, _ = run_and_kill(drop, kill_at)
+        assert code == -9
+        keys = sorted(StoreReader(store).keys)
+        assert keys in (
+            ["a0", "a1", "a2", "b0", "b1"],
+            ["a0", "a2", "b0", "b1"],
+            ["a0", "a2", "b1"],
+        )
+        _assert_holds(store, keys, clip_of)
+        report = drop()
+        assert report.num_dropped + report.num_already == 2
+        assert files_of(store) == files_of(expected)
+        _assert_holds(store, ["a0", "a2", "b1"], clip_of)
+
+
+def test_a_writer_sweeps_what_a_killed_drop_left(
+    store: Path, settings: StoreSettings, clip_of: ClipOf
+) -> None:
+    shutil.copytree(store / "shards/00000", store / "shards/00000~1")  # renamed, not committed
+    drop_clips(store, ["b0"], detail="")
+    shutil.copytree(store / "shards/00001~1", store / "shards/00001")  # replaced, not removed
+    StoreWriter.open(store.parent, settings, provenance={})
+    assert sorted(path.name for path in (store / "shards").iterdir()) == ["00000", "00001~1"]
+    _assert_holds(store, ["a0", "a1", "a2", "b1"], clip_of)
+
+
+def test_a_writer_leaves_groups_alone_whose_record_cannot_be_read(
+    store: Path, settings: StoreSettings, files_of: FilesOf
+) -> None:
+    drop_clips(store, ["b0"], detail="")
+    shutil.copytree(store / "shards/00001~1", store / "shards/00001")
+    commit = store / "commits/00001.json"
+    commit.write_bytes(commit.read_bytes()[:-9])
+    before = files_of(store)
+    StoreWriter.open(store.parent, settings, provenance={})
+    assert files_of(store) == before
+
+
+def test_a_replaced_shard_that_lost_its_record_is_written_anew(
+    store: Path, settings: StoreSettings, clip_of: ClipOf, write_shard: Callable[..., None]
+) -> None:
+    drop_clips(store, ["b0"], detail="")
+    (store / "commits/00001.json").unlink()
+    writer = StoreWriter.open(store.parent, settings, provenance={})
+    write_shard(writer, "00001", ["b0", "b1"])
+    assert sorted(path.name for path in (store / "shards").iterdir()) == ["00000", "00001"]
+    _assert_holds(store, ["a0", "a1", "a2", "b0", "b1"], clip_of)
