@@ -49,7 +49,9 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         },
         values={},
     )
-    packed = {name: replace(spec, compression=request.param) for name, spec in settings.arrays.items()}
+    packed = {
+        name: replace(spec, compression=request.param) for name, spec in settings.arrays.items()
+    }
     settings = replace(settings, arrays=packed)
     writer = StoreWriter.open(tmp_path_factory.mktemp("cache"), settings, provenance={})
     with writer.shard("00000", source="00000.tar") as shard:
