@@ -1,0 +1,265 @@
+"""The index of a store: derived from commit records, and harmless where it is wrong."""
+
+import multiprocessing
+import pickle
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cache_schema import (
+    ClipEntry,
+    CorruptRecord,
+    SkippedClip,
+    StoredArray,
+    StoreReader,
+    StoreSettings,
+    StoreWriter,
+    clip_index,
+)
+from cache_schema.clip_index import ClipIndex, index_of_records, load_index, read_index
+from cache_schema.index_file import DamagedIndex
+from cache_schema.index_rows import DuplicateKey
+from cache_schema.layout import StoreLayout
+from cache_schema.manifest import CommitRecord, committed_shards
+from cache_schema.places import LocalPlace
+from cache_schema.upkeep.drop import drop_clips
+
+Arrays = dict[str, np.ndarray]
+ClipOf = Callable[[str], Arrays]
+Records = list[tuple[CommitRecord, int]]
+
+
+def _record(shard: str, keys: list[str], generation: int, skipped: list[str]) -> CommitRecord:
+    clips = []
+    for index, key in enumerate(keys):
+        size = 1 + (crc32(key.encode()) + generation) % 2**40
+        arrays = {
+            "a": StoredArray("", size, f"{crc32(key.encode()):08x}"),
+            "b": StoredArray("", size + 1, f"{generation:08x}"),
+        }
+        clips.append(ClipEntry(key, shard, index, f"{shard}.tar", {}, arrays))
+    left_out = tuple(SkippedClip(key, "too_short", f"{key}!", shard) for key in skipped)
+    return CommitRecord(shard, generation, f"{shard}.tar", tuple(clips), left_out, {})
+
+
+@st.composite
+def all_records(draw: st.DrawFn) -> Records:
+    names = draw(st.lists(st.sampled_from("0123456789"), unique=True, max_size=6))
+    texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=6)
+    keys = draw(st.lists(texts, unique=True, max_size=25))
+    records = []
+    for number, name in enumerate(sorted(names)):
+        own = keys[number :: len(names)]
+        skipped = draw(st.lists(texts, max_size=3))
+        records.append((_record(name, own, draw(st.integers(0, 2)), skipped), number * 7))
+    return records
+
+
+@given(all_records(), st.sets(st.integers(0, 9)), st.sets(st.integers(0, 9)))
+def test_an_index_brought_up_to_date_is_the_one_made_anew(
+    records: Records, old: set[int], kept: set[int]
+) -> None:
+    def chosen(numbers: set[int]) -> Records:
+        return [record for record in records if int(record[0].shard) in numbers]
+
+    before = ClipIndex.from_records(chosen(old), ("a", "b"))
+    newer = ClipIndex.from_records(
+        [record for record in records if int(record[0].shard) not in old & kept], ("a", "b")
+    )
+    mask = np.array([int(name) in kept for name in before.shard_names], bool)
+    columns = clip_index.merged_columns(before.columns, mask, newer.columns)
+    expected = ClipIndex.from_records(records, ("a", "b"))
+    assert ClipIndex(columns, ("a", "b")) == expected
+    for record, crc32c in records:
+        facts = expected.shards[record.shard]
+        assert (facts.generation, facts.num_clips) == (record.generation, len(record.clips))
+        assert facts.num_bytes == sum(x.bytes for c in record.clips for x in c.arrays.values())
+        assert expected.record_crc32c(record.shard) == crc32c
+        for clip in record.clips:
+            row = expected.keys.index(clip.key)
+            assert expected.place_of(row) == (record.shard, record.generation, clip.index)
+            for name, stored in clip.arrays.items():
+                assert expected.file_of(row, name) == (stored.bytes, stored.crc32c)
+    assert list(expected.all_skipped()) == [c for record, _ in records for c in record.skipped]
+
+
+def test_a_key_in_two_shards_is_refused_wherever_it_comes_from() -> None:
+    twins = [(_record(shard, ["a", "k" + shard, "twin"], 0, []), 0) for shard in "xy"]
+    with pytest.raises(DuplicateKey, match="'a' is in shards 'x' and 'y'"):
+        ClipIndex.from_records(twins, ("a", "b"))
+    one, other = (ClipIndex.from_records([twin], ("a", "b")) for twin in twins)
+    with pytest.raises(DuplicateKey, match="'a' is in shards 'x' and 'y'"):
+        clip_index.merged_columns(one.columns, np.array([True]), other.columns)
+
+
+@pytest.fixture
+def indexed(store: Path, settings: StoreSettings) -> Path:
+    """The store with an index that fits it."""
+    StoreWriter.open(store.parent, settings, provenance={}).write_index()
+    return store
+
+
+def _from_records(store: Path, settings: StoreSettings) -> ClipIndex:
+    shards = committed_shards(StoreLayout(store))
+    return index_of_records(LocalPlace(store), settings, shards)
+
+
+def test_the_index_on_disk_is_the_one_made_from_records(
+    indexed: Path, settings: StoreSettings
+) -> None:
+    assert read_index(LocalPlace(indexed), settings) == _from_records(indexed, settings)
+    with np.load(indexed / "index.npz", allow_pickle=False) as file:
+        assert bytes(file["settings_hash"]).decode() == settings.hash
+        assert bytes(file["keys.text"]) == b"a0a1a2b0b1"
+        assert file["clips.shard"].tolist() == [0, 0, 0, 1, 1]
+
+
+def test_the_index_depends_on_the_records_alone(
+    indexed: Path,
+    settings: StoreSettings,
+    tmp_path: Path,
+    write_shard: Callable[..., None],
+) -> None:
+    before = (indexed / "index.npz").stat()
+    StoreWriter.open(indexed.parent, settings, provenance={}).write_index()
+    assert (indexed / "index.npz").stat().st_mtime_ns == before.st_mtime_ns
+    writer = StoreWriter.open(tmp_path / "elsewhere", settings, provenance={})
+    write_shard(writer, "00001", ["b0", "b1"])
+    writer.write_index()
+    write_shard(writer, "00000", ["a0", "a1", "a2"], skip="a3")
+    writer.write_index()
+    assert (writer.path / "index.npz").read_bytes() == (indexed / "index.npz").read_bytes()
+
+
+def _assert_reads_the_same(store: Path, settings: StoreSettings, clip_of: ClipOf) -> None:
+    reader = StoreReader(store)
+    assert load_index(LocalPlace(store), settings) == _from_records(store, settings)
+    for key in reader.keys:
+        np.testing.assert_array_equal(reader.read(key)["mask"], clip_of(key)["mask"])
+
+
+def test_a_stale_index_is_harmless(
+    indexed: Path, settings: StoreSettings, write_shard: Callable[..., None], clip_of: ClipOf
+) -> None:
+    stale = (indexed / "index.npz").read_bytes()
+    write_shard(StoreWriter.open(indexed.parent, settings, provenance={}), "0000", ["a9", "c"])
+    _assert_reads_the_same(indexed, settings, clip_of)
+    assert StoreReader(indexed).keys == ("a0", "a1", "a2", "a9", "b0", "b1", "c")
+    drop_clips(indexed, ["a1", "c"], detail="blurred")
+    (indexed / "index.npz").write_bytes(stale)
+    _assert_reads_the_same(indexed, settings, clip_of)
+    assert StoreReader(indexed).keys == ("a0", "a2", "a9", "b0", "b1")
+    (indexed / "commits" / "00001.json").unlink()
+    _assert_reads_the_same(indexed, settings, clip_of)
+    assert StoreReader(indexed).keys == ("a0", "a2", "a9")
+
+
+def test_a_missing_index_is_harmless(
+    indexed: Path, settings: StoreSettings, clip_of: ClipOf
+) -> None:
+    (indexed / "index.npz").unlink()
+    _assert_reads_the_same(indexed, settings, clip_of)
+
+
+def test_a_damaged_index_is_harmless_and_known_for_damaged(
+    indexed: Path, settings: StoreSettings, clip_of: ClipOf
+) -> None:
+    path = indexed / "index.npz"
+    good, place = path.read_bytes(), LocalPlace(indexed)
+    expected = read_index(place, settings)
+    for position in range(0, len(good), 17):
+        data = bytearray(good)
+        data[position] ^= 1 << (position % 8)
+        path.write_bytes(data)
+        try:
+            assert read_index(place, settings) == expected
+        except DamagedIndex:
+            assert load_index(place, settings) == expected
+    for size in (*range(0, len(good), 97), len(good) - 1):
+        path.write_bytes(good[:size])
+        with pytest.raises(DamagedIndex):
+            read_index(place, settings)
+    _assert_reads_the_same(indexed, settings, clip_of)
+    StoreWriter.open(indexed.parent, settings, provenance={}).write_index()
+    assert path.read_bytes() == good
+
+
+def test_an_index_of_another_store_is_not_taken(
+    indexed: Path, tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
+) -> None:
+    other = StoreSettings(kind="teacher", arrays=settings.arrays, values={"other": 1})
+    writer = StoreWriter.open(tmp_path / "other", other, provenance={})
+    with writer.shard("00000", source="s") as shard:
+        shard.add("wrong", clip_of("wrong"))
+        shard.commit()
+    writer.write_index()
+    (indexed / "index.npz").write_bytes((writer.path / "index.npz").read_bytes())
+    with pytest.raises(DamagedIndex, match="other settings"):
+        read_index(LocalPlace(indexed), settings)
+    _assert_reads_the_same(indexed, settings, clip_of)
+
+
+def test_only_records_that_the_index_does_not_have_are_read(
+    indexed: Path,
+    settings: StoreSettings,
+    write_shard: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parsed = []
+    original = clip_index.parse_commit
+
+    def parse(data: bytes, of: StoreSettings, shard: str, **names: str) -> CommitRecord:
+        parsed.append(shard)
+        return original(data, of, shard, **names)
+
+    monkeypatch.setattr(clip_index, "parse_commit", parse)
+    assert len(StoreReader(indexed)) == 5
+    assert parsed == []
+    write_shard(StoreWriter.open(indexed.parent, settings, provenance={}), "00002", ["c0"])
+    assert len(StoreReader(indexed)) == 6
+    assert parsed == ["00002"]
+
+
+def test_a_key_in_two_shards_of_a_store_is_refused(
+    indexed: Path, settings: StoreSettings, clip_of: ClipOf
+) -> None:
+    writers = [StoreWriter.open(indexed.parent, settings, provenance={}) for _ in range(2)]
+    with writers[0].shard("x", source="x") as x, writers[1].shard("y", source="y") as y:
+        for shard in (x, y):  # neither is committed when the other looks
+            shard.add("twin", clip_of("twin"))
+            shard.commit()
+    with pytest.raises(CorruptRecord, match=r"'twin' is in shards 'x' and 'y' of .*unique"):
+        assert StoreReader(indexed).keys
+    (indexed / "index.npz").unlink()
+    with pytest.raises(CorruptRecord, match=r"'twin' is in shards 'x' and 'y' of .*unique"):
+        assert StoreReader(indexed).keys
+
+
+def _send_keys(reader: StoreReader, results: Connection) -> None:
+    results.send((list(reader.keys), reader.read("b1")["mask"].tobytes(), reader.record("a2").key))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("used_before", [False, True])
+def test_an_indexed_reader_works_in_other_processes(
+    indexed: Path, clip_of: ClipOf, method: str, used_before: bool
+) -> None:
+    context = multiprocessing.get_context(method)
+    reader = StoreReader(indexed)
+    if used_before:
+        reader.read("a0")
+        reader.record("a0")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_send_keys, args=(reader, send))
+    process.start()
+    found = receive.recv()
+    process.join()
+    assert process.exitcode == 0
+    assert found == (list(reader.keys), clip_of("b1")["mask"].tobytes(), "a2")
+    assert pickle.loads(pickle.dumps(reader)).keys == reader.keys

@@ -1,0 +1,305 @@
+"""Reading a store by key: what comes back, what is refused, what the messages say."""
+
+import random
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cache_schema import (
+    ArraySpec,
+    CacheError,
+    ClipMissing,
+    CorruptClip,
+    CorruptRecord,
+    SettingsMismatch,
+    ShardFacts,
+    SkippedClip,
+    StoreReader,
+    StoreSettings,
+    StoreWriter,
+)
+from cache_schema import reader as reader_module
+from cache_schema.upkeep.drop import drop_clips
+
+Arrays = dict[str, np.ndarray]
+ClipOf = Callable[[str], Arrays]
+CHUNK = "shards/00000/features/c/1/0/0/0/0"
+
+
+def test_every_clip_is_read_back_by_key(store: Path, clip_of: ClipOf) -> None:
+    reader = StoreReader(store, kind="teacher")
+    assert reader.keys == ("a0", "a1", "a2", "b0", "b1")
+    assert len(reader) == 5
+    for key in reader.keys:
+        found = reader.read(key)
+        expected = clip_of(key)
+        assert list(found) == ["features", "mask"]
+        for name, values in expected.items():
+            np.testing.assert_array_equal(found[name], values, strict=True)
+
+
+def test_records_say_where_a_clip_came_from(store: Path) -> None:
+    reader = StoreReader(store)
+    entry = reader.record("b1")
+    assert (entry.key, entry.shard, entry.index, entry.source) == ("b1", "00001", 1, "00001.tar")
+    assert entry.attributes == {"source_fps": 29.97, "name": "b1"}
+    assert [clip.key for clip in reader.records("00000")] == ["a0", "a1", "a2"]
+    assert reader.provenance == {"version": "1.2.3"}
+    assert reader.skipped == (SkippedClip("a3", "too_short", "12 frames, 49 needed", "00000"),)
+    assert reader.name == store.name
+    with pytest.raises(KeyError):
+        reader.records("00002")
+
+
+def test_shards_are_known_with_their_sizes(store: Path) -> None:
+    reader = StoreReader(store)
+    sizes = {
+        shard: sum(
+            path.stat().st_size for path in store.glob(f"shards/{shard}/*/c/**/*") if path.is_file()
+        )
+        for shard in ("00000", "00001")
+    }
+    assert list(reader.shards.values()) == [
+        ShardFacts("00000", "00000.tar", 0, 3, sizes["00000"]),
+        ShardFacts("00001", "00001.tar", 0, 2, sizes["00001"]),
+    ]
+    assert list(reader.shards) == ["00000", "00001"]
+    assert reader.num_bytes == sum(sizes.values())
+
+
+def test_where_a_clip_lies_is_known_without_its_record(
+    store: Path, settings: StoreSettings, clip_of: ClipOf
+) -> None:
+    StoreWriter.open(store.parent, settings, provenance={}).write_index()
+    path = store / "commits" / "00001.json"
+    path.write_bytes(path.read_bytes()[:22])
+    reader = StoreReader(store)
+    assert [reader.shard_of(key) for key in reader.keys] == ["00000"] * 3 + ["00001"] * 2
+    np.testing.assert_array_equal(reader.read("b1")["mask"], clip_of("b1")["mask"])
+    with pytest.raises(CorruptRecord, match=r"commit record .*00001\.json .* cache repair"):
+        reader.record("b1")
+
+
+def test_keys_come_in_the_order_of_their_code_points(
+    tmp_path: Path, settings: StoreSettings, write_shard: Callable[..., None], clip_of: ClipOf
+) -> None:
+    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    write_shard(writer, "1", ["b", "ä", "\U0001f600", "A/2"])
+    write_shard(writer, "0", ["a", "￮", "A/10"])
+    reader = StoreReader(writer.path)
+    assert reader.keys == ("A/10", "A/2", "a", "b", "ä", "￮", "\U0001f600")
+    for key in reader.keys:
+        np.testing.assert_array_equal(reader.read(key)["mask"], clip_of(key)["mask"])
+        assert reader.record(key).key == key
+
+
+def test_only_the_arrays_asked_for_are_read(store: Path) -> None:
+    reader = StoreReader(store)
+    assert list(reader.read("a0", ["mask"])) == ["mask"]
+    for ask in (lambda: reader.read("a0", ["colour"]), lambda: reader.read_part("a0", "hue", 0, 1)):
+        with pytest.raises(ValueError, match=r"no array (colour|hue); it holds features, mask"):
+            ask()
+
+
+@pytest.mark.parametrize("compression", ["none", "blosc-zstd-shuffle"])
+def test_parts_equal_slices_of_the_whole(tmp_path: Path, compression: Any) -> None:
+    spec = ArraySpec(
+        dtype="float32",
+        shape=(6, 300, 500),
+        dimension_names=("t", "h", "w"),
+        compression=compression,
+    )
+    settings = StoreSettings(kind="big", arrays={"frames": spec}, values={})
+    values = np.random.default_rng(0).normal(size=spec.shape).astype("float32")
+    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    with writer.shard("s", source="s") as shard:
+        shard.add("k", {"frames": values})
+        shard.commit()
+    reader = StoreReader(writer.path)
+    for start in range(6):
+        for stop in range(start + 1, 7):
+            part = reader.read_part("k", "frames", start, stop)
+            np.testing.assert_array_equal(part, values[start:stop], strict=True)
+    for start, stop in ((0, 7), (-1, 2), (3, 3)):
+        with pytest.raises(ValueError, match="not a part"):
+            reader.read_part("k", "frames", start, stop)
+
+
+def test_what_is_read_can_be_changed_without_changing_the_store(store: Path) -> None:
+    reader = StoreReader(store)
+    first = reader.read("a0")["features"]
+    expected = first.copy()
+    first[:] = 0
+    np.testing.assert_array_equal(reader.read("a0")["features"], expected)
+
+
+def test_threads_can_share_a_reader(store: Path, clip_of: ClipOf) -> None:
+    reader = StoreReader(store)
+    keys = [*reader.keys] * 40
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda key: reader.read(key)["features"], keys))
+        entries = list(threads.map(reader.record, keys))
+    for key, values, entry in zip(keys, found, entries, strict=True):
+        np.testing.assert_array_equal(values, clip_of(key)["features"])
+        assert entry.key == key
+
+
+def test_a_missing_clip_names_kind_key_store_and_command(store: Path) -> None:
+    reader = StoreReader(store)
+    with pytest.raises(ClipMissing) as error:
+        reader.read("walk/0017")
+    message = str(error.value)
+    assert "teacher of clip 'walk/0017'" in message
+    assert str(store) in message
+    assert "run sam2vx-pipeline extract-features" in message
+    assert "walk/0017" not in reader
+    for ask in (reader.record, reader.shard_of):
+        with pytest.raises(KeyError):
+            ask("walk/0017")
+
+
+def test_a_skipped_clip_is_missing_with_its_reason(store: Path) -> None:
+    reader = StoreReader(store)
+    assert "a3" not in reader
+    with pytest.raises(ClipMissing, match=r"skipped as too_short \(12 frames, 49 needed\)"):
+        reader.read("a3")
+
+
+def test_a_store_of_another_kind_is_refused(store: Path) -> None:
+    with pytest.raises(SettingsMismatch, match="kind 'teacher', not 'latents'"):
+        StoreReader(store, kind="latents")
+
+
+def test_a_reader_keeps_to_the_clips_it_first_saw(
+    store: Path, settings: StoreSettings, write_shard: Callable[..., None]
+) -> None:
+    before = StoreReader(store)
+    keys = list(before.keys)
+    write_shard(StoreWriter.open(store.parent, settings, provenance={}), "00002", ["c0"])
+    assert before.keys == keys
+    assert StoreReader(store).keys == [*keys, "c0"]
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_shard_replaced_since_opening_is_no_damage(
+    store: Path, settings: StoreSettings, clip_of: ClipOf, indexed: bool
+) -> None:
+    if indexed:
+        StoreWriter.open(store.parent, settings, provenance={}).write_index()
+    before = StoreReader(store)
+    assert len(before) == 5
+    drop_clips(store, ["a1"], detail="blurred")
+    asks: list[Callable[[], Any]] = [
+        lambda: before.read("a0"),
+        lambda: before.read_part("a2", "features", 0, 1),
+        lambda: before.record("a2"),
+    ]
+    for ask in asks:
+        with pytest.raises(
+            CorruptClip, match=r"changed since it was opened.*open it again"
+        ) as error:
+            ask()
+        assert "repair" not in str(error.value)
+    np.testing.assert_array_equal(before.read("b0")["mask"], clip_of("b0")["mask"])
+    after = StoreReader(store)
+    assert after.keys == ("a0", "a2", "b0", "b1")
+    assert after.shards["00000"].generation == 1
+    for key in after.keys:
+        np.testing.assert_array_equal(after.read(key)["features"], clip_of(key)["features"])
+        assert after.record(key).key == key
+    assert ("a1", "dropped") in [(clip.key, clip.reason) for clip in after.skipped]
+
+
+def _assert_refused(store: Path, *, check: bool = True) -> None:
+    reader = StoreReader(store, check=check)
+    with pytest.raises(CorruptClip) as error:
+        reader.read("a1")
+    message = str(error.value)
+    assert f"'a1' in shard '00000' of {store}" in message
+    assert CHUNK in message
+    assert f"run sam2vx-pipeline cache repair {store}" in message
+    for key in ("a0", "a2", "b0"):
+        reader.read(key)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_flipped_bits_are_refused(store: Path, check: bool) -> None:
+    good = (store / CHUNK).read_bytes()
+    chance = random.Random(0)
+    for position in range(0, len(good), 3):
+        data = bytearray(good)
+        data[position] ^= 1 << chance.randrange(8)
+        (store / CHUNK).write_bytes(data)
+        with pytest.raises(CorruptClip):
+            StoreReader(store, check=check).read("a1")
+    _assert_refused(store, check=check)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_files_of_another_size_are_refused(store: Path, check: bool) -> None:
+    good = (store / CHUNK).read_bytes()
+    for data in (b"", good[:1], good[:40], good[:-1], good[:-20], good + b"\0", b"\0" + good):
+        (store / CHUNK).write_bytes(data)
+        _assert_refused(store, check=check)
+    (store / CHUNK).write_bytes(good[:40] + bytes(len(good) - 40))
+    _assert_refused(store, check=check)
+
+
+def test_files_that_are_gone_are_refused(store: Path) -> None:
+    (store / CHUNK).unlink()
+    _assert_refused(store, check=False)
+    (store / CHUNK).mkdir()
+    _assert_refused(store, check=False)
+    (store / "shards" / "00001").rename(store / "gone")
+    with pytest.raises(CorruptClip, match="'b0' in shard '00001'"):
+        StoreReader(store).read("b0")
+
+
+def test_files_of_other_clips_are_refused(store: Path) -> None:
+    # Size and every checksum inside the file are right here.
+    shutil.copy(store / CHUNK.replace("/c/1/", "/c/0/"), store / CHUNK)
+    _assert_refused(store)
+
+
+def test_a_clips_own_checksum_is_compared_at_its_first_read(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = []
+    original = reader_module.content_crc32c
+    monkeypatch.setattr(
+        reader_module, "content_crc32c", lambda values: compared.append(1) or original(values)
+    )
+    reader = StoreReader(store)
+    for key in [*reader.keys] * 3:
+        reader.read(key)
+    assert len(compared) == 10
+    StoreReader(store, check=False).read("a0")
+    assert len(compared) == 10
+
+
+def test_zarrs_metadata_is_not_needed_for_reading(store: Path, clip_of: ClipOf) -> None:
+    for path in store.rglob("zarr.json"):
+        path.unlink()
+    reader = StoreReader(store)
+    np.testing.assert_array_equal(reader.read("b1")["features"], clip_of("b1")["features"])
+
+
+def test_a_damaged_record_is_never_believed(store: Path) -> None:
+    path = store / "commits" / "00000.json"
+    good = path.read_bytes()
+    chance = random.Random(0)
+    for _ in range(40):
+        data = bytearray(good)
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        path.write_bytes(data)
+        with pytest.raises(CacheError):
+            assert StoreReader(store).keys
+    for size in (0, 1, len(good) // 2, len(good) - 3):
+        path.write_bytes(good[:size])
+        with pytest.raises(CorruptRecord, match=r"commit record .*00000\.json .* cache repair"):
+            assert StoreReader(store).keys
