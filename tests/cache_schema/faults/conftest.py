@@ -6,11 +6,11 @@ FAULTS = {
     # argument of a test: (sample, all)
     "kill": (10, 150),
     "timed_kill": (3, 50),
+    "kill_of_repair": (5, 50),
     "flip": (60, 1000),
-    "blow": (40, 300),
     "free_pages": (6, 48),
     "free_inodes": (4, 40),
-    "copy": (10, 100),
+    "copy": (12, 120),
     "crowd": (1, 6),
 }
 

@@ -119,3 +119,27 @@ def assert_equals_the_clip(reader: StoreReader, key: str) -> None:
         assert values.dtype == expected[name].dtype
         assert values.shape == expected[name].shape
         assert values.tobytes() == expected[name].tobytes()
+
+
+def damage_in_every_way(store: Path) -> Path:
+    """A lost clip, a changed one, changed metadata, leftovers; a changed index."""
+    group = store / "shards" / "00000"
+    (group / "features/c/0/0/0/0/0").unlink()
+    _flip(group / "flow/c/2/0/0/0", 9)
+    (group / "notes.txt").write_text("hello")
+    _flip(store / "shards" / "00001" / "mask" / "zarr.json", 30)
+    (store / "shards" / "00001~7" / "mask").mkdir(parents=True)
+    (store / "commits" / "00001.json.orig").write_text("{}")
+    _flip(store / "index.npz", 700)
+    return store
+
+
+def _flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 4
+    path.write_bytes(data)
+
+
+def without_quarantine(files: dict[str, bytes]) -> dict[str, bytes]:
+    """A store's files but those that were taken out of it."""
+    return {path: data for path, data in files.items() if not path.startswith("quarantine/")}

@@ -6,20 +6,23 @@ with its first few bytes.
 """
 
 import errno
-import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cache_schema import verify_store
+from cache_schema.upkeep.repair import repair_store
+from tests.cache_schema.faults.operations import FullDisk
 from tests.cache_schema.faults.small_store import (
     SETTINGS,
     assert_reads_what_is_committed,
+    damage_in_every_way,
     finished_files,
+    without_quarantine,
     write_all,
 )
 
@@ -91,73 +94,62 @@ def test_a_disk_without_free_inodes_loses_nothing(
     _fill_then_make_room(disk, f"size=4m,nr_inodes={inodes}", files_of, roomy)
 
 
-class _FullDisk:
-    """From its n-th operation on that makes something, the disk is full."""
-
-    MAKING = ("open", "os.mkdir", "os.rename", "os.link")
-
-    def __init__(self) -> None:
-        self.full_at = 0
-        self.made = 0
-        self._is_busy = False
-
-    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
-        if not self.full_at or self._is_busy or event not in self.MAKING:
-            return
-        if event == "open" and not self._for_writing(args):
-            return
-        self.made += 1
-        if self.made >= self.full_at:
-            if event == "open" and self.made == self.full_at:
-                self._tear(args[0])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
-
-    def _for_writing(self, args: tuple[Any, ...]) -> bool:
-        flags = args[2]
-        return isinstance(args[0], str | os.PathLike) and bool(
-            flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        )
-
-    def _tear(self, path: Any) -> None:
-        self._is_busy = True
-        Path(path).write_bytes(b"{\n ")
-        self._is_busy = False
-
-
 @pytest.fixture(scope="module")
-def full_disk() -> _FullDisk:
-    disk = _FullDisk()
+def full_disk() -> FullDisk:
+    disk = FullDisk()
     sys.addaudithook(disk)  # cannot be taken away again, only set to do nothing
     return disk
+
+
+def _points(request: pytest.FixtureRequest, step: int) -> range:
+    return range(1, 10_000, 1 if request.config.getoption("--full-faults") else step)
 
 
 def test_an_error_at_any_write_loses_nothing(
     tmp_path: Path,
     roomy: Path,
-    full_disk: _FullDisk,
+    full_disk: FullDisk,
     files_of: FilesOf,
     request: pytest.FixtureRequest,
 ) -> None:
     expected = files_of(roomy)
-    step = 1 if request.config.getoption("--full-faults") else 7
     survived = 0
-    for full_at in range(1, 10_000, step):
+    for full_at in _points(request, 12):
         root = tmp_path / str(full_at)
         root.mkdir()
         store = root / SETTINGS.folder_name
-        full_disk.made, full_disk.full_at = 0, full_at
-        try:
+        with full_disk.full_from(full_at) as outcome:
             write_all(root)
-        except OSError as error:
-            assert error.errno == errno.ENOSPC
-        else:
+        if outcome.went_well:
             break
-        finally:
-            full_disk.full_at = 0
         assert_reads_what_is_committed(store)
         finished = finished_files(store)
         write_all(root)
         assert finished.items() <= finished_files(store).items()
         assert files_of(store) == expected
         survived += 1
-    assert survived >= 50 / step
+    assert survived >= 5
+
+
+def test_an_error_at_any_write_of_a_repair_loses_nothing(
+    tmp_path: Path,
+    roomy: Path,
+    full_disk: FullDisk,
+    files_of: FilesOf,
+    request: pytest.FixtureRequest,
+) -> None:
+    whole = damage_in_every_way(shutil.copytree(roomy, tmp_path / "repaired" / roomy.name))
+    repair_store(whole)
+    expected = without_quarantine(files_of(whole))
+    survived = 0
+    for full_at in _points(request, 9):
+        store = shutil.copytree(roomy, tmp_path / str(full_at) / roomy.name)
+        damage_in_every_way(store)
+        with full_disk.full_from(full_at) as outcome:
+            repair_store(store)
+        if outcome.went_well:
+            break
+        repair_store(store)
+        assert without_quarantine(files_of(store)) == expected
+        survived += 1
+    assert survived >= 5

@@ -3,6 +3,7 @@
 import functools
 import multiprocessing
 import random
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +19,16 @@ from cache_schema import (
     StoreWriter,
     verify_store,
 )
+from cache_schema.upkeep.repair import repair_store
 from tests.cache_schema.faults.operations import run_and_kill
 from tests.cache_schema.faults.small_store import (
     SETTINGS,
+    assert_equals_the_clip,
     assert_reads_what_is_committed,
+    damage_in_every_way,
     finished_files,
+    without_quarantine,
+    write_again,
     write_all,
 )
 
@@ -58,6 +64,44 @@ def test_a_killed_run_finishes_bit_for_bit_as_an_uninterrupted_one(
     assert finished.items() <= finished_files(store).items()
     assert files_of(store) == files_of(expected)
     assert verify_store(store).problems == ()
+
+
+@pytest.fixture(scope="module")
+def repaired(
+    tmp_path_factory: pytest.TempPathFactory, uninterrupted: tuple[Path, int]
+) -> tuple[Path, int]:
+    """A damaged store after a repair that was left alone, and its number of file operations."""
+    store = tmp_path_factory.mktemp("repaired") / uninterrupted[0].name
+    damage_in_every_way(shutil.copytree(uninterrupted[0], store))
+    code, operations = run_and_kill(lambda: repair_store(store), 0)
+    assert code == 0
+    return store, operations
+
+
+def test_a_killed_repair_finishes_as_an_uninterrupted_one(
+    kill_of_repair: int,
+    tmp_path: Path,
+    uninterrupted: tuple[Path, int],
+    repaired: tuple[Path, int],
+    files_of: FilesOf,
+) -> None:
+    expected, operations = repaired
+    store = shutil.copytree(uninterrupted[0], tmp_path / expected.name)
+    damage_in_every_way(store)
+    chance = random.Random(kill_of_repair)
+    for _ in range(2):
+        run_and_kill(lambda: repair_store(store), chance.randint(1, operations))
+        reader = StoreReader(store)
+        for key in ("a1", "b0", "b1"):  # those that were never damaged
+            assert_equals_the_clip(reader, key)
+    repair_store(store)
+    assert without_quarantine(files_of(store)) == without_quarantine(files_of(expected))
+    assert repair_store(store).found == ()
+    write_again(store)
+    reader = StoreReader(store)
+    assert reader.keys == ("a0", "a1", "a2", "b0", "b1")
+    for key in reader.keys:
+        assert_equals_the_clip(reader, key)
 
 
 LARGE = ArraySpec(dtype="float32", shape=(4, 500, 1000), dimension_names=("t", "h", "w"))

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from cache_schema import StoreWriter, verify_store
+from cache_schema.upkeep.repair import repair_store
 from tests.cache_schema.faults.small_store import (
     SETTINGS,
     assert_reads_what_is_committed,
     clip_of,
+    damage_in_every_way,
     finished_files,
     write_all,
     write_shard,
@@ -83,6 +85,19 @@ def test_writing_where_nothing_can_be_written_names_the_place_and_changes_nothin
         StoreWriter.open(cache.path, SETTINGS, provenance={})
     _assert_refused(error.value, store)
     cache.set_read_only(False)
+    assert files_of(store) == before
+
+
+def test_a_repair_where_nothing_can_be_written_names_the_place_and_changes_nothing(
+    cache: _Cache, files_of: FilesOf
+) -> None:
+    store = damage_in_every_way(write_all(cache.path))
+    before = files_of(store)
+    cache.set_read_only(True)
+    assert len(verify_store(store).problems) > 4
+    with pytest.raises(OSError) as error:
+        repair_store(store)
+    _assert_refused(error.value, store)
     assert files_of(store) == before
 
 
