@@ -20,7 +20,7 @@ def run(config: RunConfig, progress: Progress) -> Answer:
         config.train,
         config.data,
         config.model,
-        config.cache_folder,
+        config.cache_root,
         resolved_config=config.model_dump(mode="json"),
         provenance=provenance() | {"arguments": sys.argv[1:]},
         progress=progress,

@@ -10,6 +10,9 @@ from stages.config import Section
 TeacherForm = Literal["features", "gram_flow"]
 """What is stored of the teacher: its features, or their similarities to each neighbourhood."""
 
+WorkerStart = Literal["fork", "spawn"]
+"""How a process that reads the cache is started."""
+
 
 class ObjectiveConfig(Section):
     """The auxiliary loss beside the diffusion loss."""
@@ -94,6 +97,9 @@ class TrainConfig(Section):
     """Steps between rows of the console's table."""
     loader_workers: int = Field(default=2, ge=0)
     """Processes per rank that read the cache; 0 reads in the training process."""
+    loader_start: WorkerStart = "fork"
+    """How they are started: fork takes no time and little memory; spawn loads everything anew, and
+    is for systems whose libraries do not bear a fork."""
     teacher_form: TeacherForm = "features"
     """What the teacher is read from: the teacher store's features, or the gram_flow store, which is
     a tenth of the size and teaches the same."""

@@ -6,15 +6,17 @@ so one run gives the same samples on any number of processes, and after a resume
 Legend: B clip, F latent frame, C channel, H W latent, L text token, D width, T map of the teacher.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from stages.base_facts import BaseFacts
+from stages.train_student.config import WorkerStart
 from stages.train_student.model_inputs import image_condition, pad_in_front
 from stages.train_student.order import clip_of_sample, seed_of_sample
 from stages.train_student.stores import JoinedStores
@@ -34,8 +36,9 @@ class Batch:
     """float16, as stored."""
     image_BFCHW: Tensor | None
     """First frame's scaled latents, then zeros; None for text-to-video."""
-    teacher_BTHWC: Tensor | None
-    """float16, as stored; None without an auxiliary loss."""
+    teacher: Mapping[str, Tensor] | None
+    """The teacher's arrays by name, as stored, with B in front: `Teacher.arrays`; None without an
+    auxiliary loss."""
     teacher_valid_BT: Tensor | None
     """bool, the maps that show the tracked subject; None without an auxiliary loss."""
 
@@ -47,13 +50,15 @@ class Batch:
         """The same batch in page-locked memory; `DataLoader` calls this."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, change: Any) -> "Batch":
-        tensors = {
-            field.name: change(value)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return replace(self, **tensors)
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        changed: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = change(value)
+            elif isinstance(value, Mapping):
+                changed[field.name] = {name: change(tensor) for name, tensor in value.items()}
+        return replace(self, **changed)
 
 
 class CachedSamples(Dataset[Batch]):
@@ -84,11 +89,10 @@ class CachedSamples(Dataset[Batch]):
             image_1CHW = draw(arrays["image_mean"], arrays["image_std"], generator)
             image_FCHW = image_condition(facts.image_latent_scale * image_1CHW, len(clean_FCHW))
         text_LD = torch.from_numpy(stores.text.read(key)["embeds"])
-        teacher_THWC = valid_T = None
+        teacher = valid_BT = None
         if stores.teacher is not None:
-            teacher = stores.teacher.read(key, ["features", "valid"])
-            teacher_THWC = torch.from_numpy(teacher["features"])
-            valid_T = torch.from_numpy(teacher["valid"]) != 0
+            teacher = _one_clip(stores.teacher.read(key))
+            valid_BT = teacher.pop("valid") != 0
         return Batch(
             keys=(key,),
             clean_BFCHW=clean_FCHW[None],
@@ -96,9 +100,14 @@ class CachedSamples(Dataset[Batch]):
             timestep_B=timestep_1,
             text_BLD=text_LD[None],
             image_BFCHW=None if image_FCHW is None else image_FCHW[None],
-            teacher_BTHWC=None if teacher_THWC is None else teacher_THWC[None],
-            teacher_valid_BT=None if valid_T is None else valid_T[None],
+            teacher=teacher,
+            teacher_valid_BT=valid_BT,
         )
+
+
+def _one_clip(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Each array as a batch of one."""
+    return {name: torch.from_numpy(array)[None] for name, array in arrays.items()}
 
 
 def draw(mean: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
@@ -106,37 +115,41 @@ def draw(mean: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
     return mean.float() + std.float() * torch.randn(mean.shape, generator=generator)
 
 
-def join_batches(batches: list[Batch]) -> Batch:
+def join_batches(batches: Sequence[Batch]) -> Batch:
     """One batch of several, in their order."""
+    first = batches[0]
+    if len(batches) == 1:
+        return first
     tensors: dict[str, Any] = {}
     for field in fields(Batch):
         values = [getattr(batch, field.name) for batch in batches]
-        if field.name != "keys":
-            tensors[field.name] = None if values[0] is None else torch.cat(values)
-    return Batch(keys=tuple(key for batch in batches for key in batch.keys), **tensors)
-
-
-class _FixedOrder:
-    """A batch sampler that replays a list made beforehand."""
-
-    def __init__(self, numbers: list[list[int]]) -> None:
-        self._numbers = numbers
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._numbers)
-
-    def __len__(self) -> int:
-        return len(self._numbers)
+        if isinstance(values[0], Tensor):
+            tensors[field.name] = torch.cat(values)
+        elif isinstance(values[0], Mapping):
+            tensors[field.name] = {n: torch.cat([v[n] for v in values]) for n in values[0]}
+    keys = tuple(key for batch in batches for key in batch.keys)
+    return replace(first, keys=keys, **tensors)
 
 
 def load_batches(
-    samples: CachedSamples, numbers: list[list[int]], *, workers: int, pin_memory: bool
+    samples: CachedSamples,
+    numbers: Iterable[list[int]],
+    *,
+    workers: int,
+    start: WorkerStart = "fork",
+    pin_memory: bool,
 ) -> Iterator[Batch]:
-    """Batches of those samples, in order, read by `workers` processes (0: by this one)."""
+    """Batches of those samples, in order, read by `workers` processes (0: by this one).
+
+    Args:
+        start: how the processes are started.
+        pin_memory: put what they read into page-locked memory, whence it is copied faster.
+    """
     loader: DataLoader[Batch] = DataLoader(
         samples,
-        batch_sampler=_FixedOrder(numbers),
+        batch_sampler=numbers,
         num_workers=workers,
+        multiprocessing_context=start if workers else None,
         collate_fn=join_batches,
         pin_memory=pin_memory,
         # Workers' seeds come from here: the global generator stays as a checkpoint restored it.

@@ -1,25 +1,25 @@
-"""Auxiliary losses between the student's projected features and the teacher's cached ones.
+"""Auxiliary losses between the student's projected features and the cached teacher.
 
 One class per objective; `build_objective` is the only place that knows their names.
 
-Legend: B clip, T frame, H W token grid, C channel (the two sides' may differ).
+Legend: B clip, T map of the teacher, P pair of maps, H W token grid, C channel, K neighbour.
 """
 
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from stages.local_gram_flow import Divergence, gram_flow_loss, local_gram_flow
 from stages.train_student.config import ObjectiveConfig
+from stages.train_student.teacher import Teacher
 
 
 class Objective(Protocol):
-    """A scalar loss, zero at best, from two feature maps of one size."""
+    """A scalar loss, zero at best."""
 
-    def __call__(self, student_BTHWC: Tensor, teacher_BTHWC: Tensor, valid_BT: Tensor) -> Tensor:
-        """Compare the maps that are valid (bool); gradient flows to the student alone."""
+    def __call__(self, student_BTHWC: Tensor, teacher: Teacher) -> Tensor:
+        """Compare the maps that are valid; gradient flows to the student alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,20 +33,19 @@ class LocalGramFlow:
     temperature: float
     divergence: Divergence
 
-    def __call__(self, student_BTHWC: Tensor, teacher_BTHWC: Tensor, valid_BT: Tensor) -> Tensor:
+    def __call__(self, student_BTHWC: Tensor, teacher: Teacher) -> Tensor:
         """KL or squared error between the two Gram flows, averaged; computed in float32.
 
         A pair of maps counts if both are valid.
         """
-        with torch.no_grad():
-            teacher_BPHWK = local_gram_flow(teacher_BTHWC, self.radius)
+        teacher_BPHWK = teacher.gram_flow(self.radius)
         student_BPHWK = local_gram_flow(student_BTHWC, self.radius)
         return gram_flow_loss(
             student_BPHWK,
             teacher_BPHWK,
             temperature=self.temperature,
             divergence=self.divergence,
-            valid_BP=valid_BT[:, :-1] & valid_BT[:, 1:],
+            valid_BP=teacher.valid_BT[:, :-1] & teacher.valid_BT[:, 1:],
         )
 
 

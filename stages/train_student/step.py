@@ -1,7 +1,7 @@
 """One forward pass of training: a batch in, losses out; the training loop uses it.
 
 Legend: B clip, F latent frame, C channel, H W latent or token grid, S timestep of the schedule,
-T map of the teacher, G fused channel.
+T map of the teacher.
 """
 
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from stages.base_facts import BaseFacts
-from stages.local_gram_flow import regrid_fused
 from stages.train_student.dataset import Batch
 from stages.train_student.diffusion import cumulative_alphas, diffusion_loss, noisy_latents
 from stages.train_student.model_inputs import rotary_positions
 from stages.train_student.objectives import Objective
+from stages.train_student.teacher import Teacher
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,20 +84,16 @@ class TrainingStep:
         diffusion = diffusion_loss(velocity_BFCHW, batch.clean_BFCHW, batch.noise_BFCHW, abar_B)
         if self._objective is None:
             return Losses(diffusion, diffusion.detach(), None)
-        auxiliary = self._objective(features_BTHWC, *self._teacher(batch))
+        auxiliary = self._objective(features_BTHWC, self._teacher(batch))
         total = diffusion + self._weight * auxiliary
         return Losses(total, diffusion.detach(), auxiliary.detach())
 
-    def _teacher(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The teacher's features on the student's grid, and which maps are valid."""
-        fused_BTHWG, valid_BT = batch.teacher_BTHWC, batch.teacher_valid_BT
-        assert fused_BTHWG is not None and valid_BT is not None, "an objective needs a teacher"
-        if self._native_parts is None:
-            return fused_BTHWG, valid_BT
-        _, height, width = self._token_grid
-        # Clip by clip: the norm of a part is constant within one.
-        regridded = [
-            regrid_fused(fused_THWG, height, width, self._native_parts)
-            for fused_THWG in fused_BTHWG
-        ]
-        return torch.stack(regridded), valid_BT
+    def _teacher(self, batch: Batch) -> Teacher:
+        assert batch.teacher is not None, "an objective needs a teacher"
+        assert batch.teacher_valid_BT is not None, "a teacher says which maps are valid"
+        return Teacher(
+            arrays=batch.teacher,
+            valid_BT=batch.teacher_valid_BT,
+            token_grid=self._token_grid[1:],
+            native_parts=self._native_parts,
+        )

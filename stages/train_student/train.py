@@ -39,7 +39,8 @@ from stages.train_student.run_folder import (
     open_run,
 )
 from stages.train_student.step import TrainingStep
-from stages.train_student.stores import JoinedStores, check_stores, join_stores
+from stages.train_student.store_checks import check_stores
+from stages.train_student.stores import JoinedStores, join_stores
 from stages.train_student.student import build_student
 from stages.train_student.summary import TrainSummary, peak_memory_bytes
 
@@ -68,7 +69,7 @@ def train_student(
     config: TrainConfig,
     clips: ClipsConfig,
     model: BaseModelConfig,
-    cache_root: Path,
+    cache_root: Path | str,
     *,
     resolved_config: dict[str, Any],
     provenance: dict[str, Any],
@@ -82,7 +83,7 @@ def train_student(
         config: what is trained, how long, and where the run is kept.
         clips: size and length of the clips the cache was made from.
         model: the base pipeline.
-        cache_root: folder of the stores.
+        cache_root: folder of the stores, or its URL.
         resolved_config: the whole configuration, kept with the run.
         provenance: versions and the like, kept with the run.
         progress: used on rank 0 alone.
@@ -102,10 +103,10 @@ def train_student(
     stores = join_stores(
         cache_root,
         config.stores,
-        with_teacher=objective.name != "none",
+        teacher_form=None if objective.name == "none" else config.teacher_form,
         leave_out=config.leave_out,
     )
-    check_stores(stores, facts, clips)
+    check_stores(stores, facts, clips, radius=objective.radius)
     _check_block(config, facts)
     run = _Run(
         config=config,
@@ -137,7 +138,7 @@ def _check_block(config: TrainConfig, facts: BaseFacts) -> None:
 
 def _open(run: _Run, resolved_config: dict[str, Any], provenance: dict[str, Any]) -> None:
     stores = {
-        kind: {"folder": reader.path.name, "settings_hash": reader.settings.hash}
+        kind: {"folder": reader.name, "settings_hash": reader.settings.hash}
         for kind, reader in run.stores.readers.items()
     }
     about = {
@@ -246,8 +247,9 @@ def _batches(run: _Run, steps: range) -> Any:
     )
     return load_batches(
         CachedSamples(run.stores, run.facts, config.seed),
-        list(numbers),
+        numbers,
         workers=config.loader_workers,
+        start=config.loader_start,
         pin_memory=world.device.type == "cuda",
     )
 

@@ -17,6 +17,8 @@ from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.progress import SilentProgress
+from stages.teacher_forms.features import encode_features, feature_arrays_spec
+from stages.teacher_forms.gram_flow import encode_gram_flow, flow_arrays_spec, gram_flow_of
 from stages.train_student.config import TrainConfig
 
 FRAMES, HEIGHT, WIDTH = 9, 32, 48
@@ -119,6 +121,45 @@ IMAGE_SHAPES = {"image_mean": (1, *LATENT[1:]), "image_std": (1, *LATENT[1:])}
 
 def teacher_shapes(maps=FRAMES, grid=GRID, width=TEACHER_WIDTH):
     return {"features": (maps, *grid, width), "valid": (maps,)}
+
+
+def write_teacher(root, dtype="float16", *, keys=KEYS, maps=FRAMES, values=None):
+    """A teacher store of `features_of`, as extraction encodes them."""
+    specs = feature_arrays_spec((maps, *GRID, TEACHER_WIDTH), dtype)
+    made = {key: encode_features(features_of(key, maps), dtype) for key in keys}
+    return _write_forms(root, "teacher", specs, made, maps, values)
+
+
+def write_gram_flow(root, dtype="float16", *, radius=1, keys=KEYS, maps=FRAMES, values=None):
+    """A gram_flow store of the same features, rounded to float16 first, as extraction does."""
+    specs = flow_arrays_spec(maps - 1, *GRID, radius, dtype)
+    made = {}
+    for key in keys:
+        rounded = features_of(key, maps).half()
+        flow_PHWK = gram_flow_of(rounded, radius=radius, token_grid=GRID)
+        made[key] = encode_gram_flow(flow_PHWK, dtype)
+    return _write_forms(root, "gram_flow", specs, made, maps, values)
+
+
+def features_of(key, maps=FRAMES):
+    """A key's features in float64: tokens of unit norm that change slowly, as real ones do."""
+    digest = hashlib.sha256(f"features/{key}".encode()).digest()
+    numbers = np.random.default_rng(list(digest))
+    still_HWC = numbers.standard_normal((*GRID, TEACHER_WIDTH))
+    moving_THWC = numbers.standard_normal((maps, *GRID, TEACHER_WIDTH))
+    features_THWC = torch.from_numpy(still_HWC + 0.3 * moving_THWC)
+    return torch.nn.functional.normalize(features_THWC, dim=-1)
+
+
+def _write_forms(root, kind, specs, made, maps, values):
+    valid = ArraySpec(dtype="uint8", shape=(maps,), dimension_names=("t",))
+    settings = StoreSettings(kind=kind, arrays=specs | {"valid": valid}, values=values or {})
+    writer = StoreWriter.open(root, settings, provenance={})
+    with writer.shard("00000", source="made up") as shard:
+        for key, arrays in made.items():
+            shard.add(key, arrays | {"valid": np.ones(maps, np.uint8)})
+        shard.commit()
+    return writer.path
 
 
 def write_cache(root, *, maps=FRAMES, image=False, **kwargs):

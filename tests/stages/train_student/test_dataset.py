@@ -16,26 +16,22 @@ def facts(base_model):
 
 @pytest.fixture
 def samples(cache, facts):
-    return CachedSamples(join_stores(cache, {}, with_teacher=True), facts, seed=3)
+    return CachedSamples(join_stores(cache, {}, teacher_form="features"), facts, seed=3)
 
 
 def same(left, right):
-    return left.keys == right.keys and all(
-        torch.equal(getattr(left, name), getattr(right, name))
-        for name in (
-            "clean_BFCHW",
-            "noise_BFCHW",
-            "timestep_B",
-            "text_BLD",
-            "teacher_BTHWC",
-            "teacher_valid_BT",
-        )
+    tensors = ("clean_BFCHW", "noise_BFCHW", "timestep_B", "text_BLD", "teacher_valid_BT")
+    return (
+        left.keys == right.keys
+        and left.teacher.keys() == right.teacher.keys()
+        and all(torch.equal(left.teacher[name], right.teacher[name]) for name in left.teacher)
+        and all(torch.equal(getattr(left, name), getattr(right, name)) for name in tensors)
     )
 
 
 def test_a_sample_depends_on_its_number_and_seed_alone(samples, cache, facts):
-    again = CachedSamples(join_stores(cache, {}, with_teacher=True), facts, seed=3)
-    other = CachedSamples(join_stores(cache, {}, with_teacher=True), facts, seed=4)
+    again = CachedSamples(join_stores(cache, {}, teacher_form="features"), facts, seed=3)
+    other = CachedSamples(join_stores(cache, {}, teacher_form="features"), facts, seed=4)
     torch.manual_seed(99)
     assert same(again[7], samples[7])
     assert not torch.equal(samples[7].noise_BFCHW, samples[8].noise_BFCHW)
@@ -43,17 +39,17 @@ def test_a_sample_depends_on_its_number_and_seed_alone(samples, cache, facts):
 
 
 def test_arrays_belong_to_the_key(samples, cache):
-    stores = join_stores(cache, {}, with_teacher=True)
+    stores = join_stores(cache, {}, teacher_form="features")
     for number in range(10):
         batch = samples[number]
         key = stores.keys[clip_of_sample(number, 5, 3)]
         assert batch.keys == (key,)
         assert (batch.text_BLD[0].numpy() == stores.text.read(key)["embeds"]).all()
-        assert (batch.teacher_BTHWC[0].numpy() == stores.teacher.read(key)["features"]).all()
+        assert (batch.teacher["features"][0].numpy() == stores.teacher.read(key)["features"]).all()
         latents = stores.latents.read(key)
         scaled = (batch.clean_BFCHW[0] / 0.7).numpy()
         assert (abs(scaled - latents["mean"]) <= 6 * latents["std"].astype("float32") + 1e-3).all()
-    assert batch.text_BLD.dtype == batch.teacher_BTHWC.dtype == torch.float16
+    assert batch.text_BLD.dtype == batch.teacher["features"].dtype == torch.float16
 
 
 def test_valid_maps_are_those_the_store_says(tiny, tmp_path, facts):
@@ -63,7 +59,7 @@ def test_valid_maps_are_those_the_store_says(tiny, tmp_path, facts):
     for kind, shapes in (("text", {"embeds": tiny.TEXT}), ("latents", tiny.LATENT_SHAPES)):
         tiny.write_store(tmp_path, kind, shapes)
     tiny.write_store(tmp_path, "teacher", tiny.teacher_shapes(), change=mark)
-    samples = CachedSamples(join_stores(tmp_path, {}, with_teacher=True), facts, seed=3)
+    samples = CachedSamples(join_stores(tmp_path, {}, teacher_form="features"), facts, seed=3)
     batch = join_batches([samples[number] for number in range(5)])
     assert batch.teacher_valid_BT.dtype == torch.bool
     for key, valid_T in zip(batch.keys, batch.teacher_valid_BT, strict=True):
@@ -80,16 +76,20 @@ def test_draws_follow_the_posterior():
 
 
 def test_timesteps_cover_the_schedule(cache, facts):
-    samples = CachedSamples(join_stores(cache, {}, with_teacher=False), facts, seed=3)
+    samples = CachedSamples(join_stores(cache, {}, teacher_form=None), facts, seed=3)
     timesteps = [int(samples[number].timestep_B) for number in range(100)]
     assert 0 <= min(timesteps) < 100
     assert 900 < max(timesteps) <= 999
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_loading_keeps_the_order_and_joins_micro_batches(samples, workers):
-    numbers = [[4, 5], [0, 9]]
-    loaded = list(load_batches(samples, numbers, workers=workers, pin_memory=False))
+@pytest.mark.parametrize(
+    ("workers", "start"), [(0, "fork"), (1, "fork"), (2, "fork"), (2, "spawn")]
+)
+def test_loading_keeps_the_order_and_joins_micro_batches(samples, workers, start):
+    numbers = [[4, 5], [0, 9], [3]]
+    loading = load_batches(samples, iter(numbers), workers=workers, start=start, pin_memory=False)
+    loaded = list(loading)
+    assert len(loaded) == len(numbers)
     for batch, group in zip(loaded, numbers, strict=True):
         assert same(batch, join_batches([samples[number] for number in group]))
 
@@ -101,7 +101,7 @@ def test_image_to_video_samples_hold_the_first_frame(tiny, tmp_path):
         vae=tiny.tiny_vae(invert_scale_latents=True),
     )
     cache = tiny.write_cache(tmp_path / "cache", image=True)
-    stores = join_stores(cache, {}, with_teacher=False)
+    stores = join_stores(cache, {}, teacher_form=None)
     batch = CachedSamples(stores, read_base_facts(base), seed=0)[0]
     assert batch.clean_BFCHW.shape == batch.image_BFCHW.shape == (1, 4, 4, 4, 6)
     assert torch.equal(batch.clean_BFCHW[:, 0], batch.clean_BFCHW[:, 1])
@@ -109,13 +109,13 @@ def test_image_to_video_samples_hold_the_first_frame(tiny, tmp_path):
     image = stores.latents.read(batch.keys[0])
     error = (batch.image_BFCHW[0, 0] * 0.7 - torch.from_numpy(image["image_mean"][0])).abs()
     assert (error <= 6 * torch.from_numpy(image["image_std"][0]).float() + 1e-3).all()
-    assert batch.teacher_BTHWC is None
+    assert batch.teacher is None
     assert batch.teacher_valid_BT is None
 
 
 def test_a_damaged_clip_stops_the_reading(tiny, tmp_path, facts):
     cache = tiny.write_cache(tmp_path)
-    stores = join_stores(cache, {}, with_teacher=True)
+    stores = join_stores(cache, {}, teacher_form="features")
     for file in (stores.teacher.path / "shards").rglob("features/c/**/*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:-4])

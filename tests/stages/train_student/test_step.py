@@ -64,7 +64,7 @@ def _batch(tiny, teacher_BTHWC, valid_BT):
         timestep_B=torch.zeros(len(latents), dtype=torch.int64),
         text_BLD=torch.zeros(len(latents), *tiny.TEXT),
         image_BFCHW=None,
-        teacher_BTHWC=teacher_BTHWC,
+        teacher={"features": teacher_BTHWC},
         teacher_valid_BT=valid_BT,
     )
 

@@ -140,6 +140,55 @@ def test_a_finished_run_is_not_run_again(whole, train):
     assert losses(whole[0]) == before
 
 
+FORMS = {
+    "float16": ({"radius": 1}, {}, 1e-3),
+    "uint8": ({"radius": 2}, {"loader_workers": 1}, 1e-2),
+    "int8 features": (None, {}, 1e-2),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_the_teacher_teaches_the_same_and_resumes_to_the_last_bit(
+    tiny, train, tmp_path, form
+):
+    """Compared with float16 features; these few channels and tokens are the hardest for bytes."""
+    flow, changes, near = FORMS[form]
+    for kind, shapes in (("text", {"embeds": tiny.TEXT}), ("latents", tiny.LATENT_SHAPES)):
+        tiny.write_store(tmp_path, kind, shapes)
+    features = tiny.write_teacher(tmp_path)
+    if flow is None:
+        other = tiny.write_teacher(tmp_path, "int8")
+        changes = {"stores": {"teacher": other.name}}
+    else:
+        other = tiny.write_gram_flow(tmp_path, form, **flow)
+        changes = changes | {"teacher_form": "gram_flow"}
+    settings = {"cache_root": tmp_path, "checkpoint_every": 9}
+    reference = tmp_path / "features"
+    train(reference, steps=6, stores={"teacher": features.name}, **settings)
+    train(tmp_path / "whole", steps=6, **settings, **changes)
+    train(tmp_path / "parts", steps=4, **settings, **changes)
+    assert train(tmp_path / "parts", steps=6, **settings, **changes).resumed_from == 4
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    found, expected = (
+        [json.loads(line) for line in losses(run).splitlines()]
+        for run in (tmp_path / "whole", reference)
+    )
+    for left, right in zip(found, expected, strict=True):
+        assert left["auxiliary"] == pytest.approx(right["auxiliary"], rel=near)
+        assert left["diffusion"] == pytest.approx(right["diffusion"], rel=1e-5)
+    about = json.loads((tmp_path / "whole" / "run.json").read_text())
+    assert other.name in [store["folder"] for store in about["stores"].values()]
+    assert about["settings"]["train.teacher_form"] == ("features" if flow is None else "gram_flow")
+
+
+def test_another_form_is_another_run(tiny, whole, train, tmp_path):
+    for kind, shapes in (("text", {"embeds": tiny.TEXT}), ("latents", tiny.LATENT_SHAPES)):
+        tiny.write_store(tmp_path, kind, shapes)
+    tiny.write_gram_flow(tmp_path)
+    with pytest.raises(ValueError, match=r"train.teacher_form was 'features', is 'gram_flow'"):
+        train(whole[0], cache_root=tmp_path, steps=7, teacher_form="gram_flow")
+
+
 def test_other_settings_in_the_same_folder_are_refused_and_named(whole, train):
     with pytest.raises(ValueError, match=r"learning_rate was 0\.01, is 0\.5.*run_dir"):
         train(whole[0], steps=6, optimizer={"learning_rate": 0.5})
