@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from cache_schema import SCHEMA_VERSION, StoreReader, find_store
+from cache_schema.layout import STORE_FILE
+from cache_schema.places import is_url
 from pipeline.commands.skipped_notes import skipped_notes
 from pipeline.config import ConfigError, RunConfig
 from pipeline.console import Answer, in_bytes
@@ -33,22 +35,22 @@ def run(
     Args:
         config: The whole configuration.
         progress: Told of the steps.
-        store: A kind, a store's folder in the cache, or the path of one.
+        store: A kind, a store's folder in the cache, or the path or URL of one.
         clip: The clip's key; None takes the first.
         every_clip: Draw all clips of the store; what is told of one is told of the first.
         overlay: Draw the masks of a masks store over the clip's own frames.
         out: Folder of the pictures; None takes one named for the store in `config.outputs`.
     """
-    path = _store_path(config, store)
-    reader = StoreReader(path)
-    if overlay and reader.settings.kind != "masks":
-        raise ConfigError(f"--overlay draws a masks store; {path.name} is a {reader.settings.kind}")
+    reader = _open_store(config, store)
+    kind = reader.settings.kind
+    if overlay and kind != "masks":
+        raise ConfigError(f"--overlay draws a masks store; {reader.name} is a {kind}")
     if clip is None and len(reader):
         clip = reader.keys[0]
     entry = None if clip is None else reader.record(clip)
-    data = _manifest(path, reader)
+    data = _manifest(reader)
     rows = _rows(data)
-    notes = skipped_notes((data["kind"], clip) for clip in reader.skipped)
+    notes = skipped_notes((kind, clip) for clip in reader.skipped)
     if entry is not None:
         data["clip"] = {"shard": entry.shard, "source": entry.source, **entry.as_dict()}
         rows += [("clip", entry.key)] + [
@@ -56,28 +58,33 @@ def run(
         ]
         keys = reader.keys if every_clip else (entry.key,)
         draw = _overlays if overlay else _pictures
-        drawn = draw(config, progress, path, keys, out or config.outputs / path.name)
+        drawn = draw(config, progress, reader, keys, out or config.outputs / reader.name)
         notes += _tell(drawn, data)
-    title = f"{data['kind']} store"
+    title = f"{kind} store"
     return Answer(title=title, rows=rows, data=data, notes=notes)
 
 
-def _store_path(config: RunConfig, store: str) -> Path:
-    for folder in (Path(store), config.cache_folder / store):
-        if (folder / "store.json").is_file():
-            return folder
+def _open_store(config: RunConfig, store: str) -> StoreReader:
+    root = config.cache_root
+    if is_url(store):
+        return StoreReader(store)
+    for folder in (Path(store), root / store if isinstance(root, Path) else None):
+        if folder is not None and (folder / STORE_FILE).is_file():
+            return StoreReader(folder)
     kinds = get_args(Kind)
-    if store not in kinds:
-        raise ConfigError(
-            f"{store} is neither a kind of store ({', '.join(kinds)}) nor the folder of one"
-        )
-    return find_store(config.cache_folder, store, folder=config.train.stores.get(store))
+    if store in kinds:
+        return StoreReader(find_store(root, store, folder=config.train.stores.get(store)))
+    if isinstance(root, str):
+        return StoreReader(f"{root.rstrip('/')}/{store}")
+    raise ConfigError(
+        f"{store} is neither a kind of store ({', '.join(kinds)}) nor the folder of one"
+    )
 
 
-def _manifest(path: Path, reader: StoreReader) -> dict[str, Any]:
+def _manifest(reader: StoreReader) -> dict[str, Any]:
     settings = reader.settings
     return {
-        "store": str(path),
+        "store": str(reader.path),
         "kind": settings.kind,
         "schema_version": SCHEMA_VERSION,
         "settings_hash": settings.hash,
@@ -88,6 +95,7 @@ def _manifest(path: Path, reader: StoreReader) -> dict[str, Any]:
                 "dtype": spec.dtype,
                 "shape": list(spec.shape),
                 "dimension_names": list(spec.dimension_names),
+                "compression": spec.compression,
             }
             for name, spec in settings.arrays.items()
         },
@@ -111,7 +119,8 @@ def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
     for name, array in data["arrays"].items():
         axes = zip(array["dimension_names"], array["shape"], strict=True)
         sizes = ", ".join(f"{axis} {size}" for axis, size in axes)
-        rows.append((f"array {name}", f"{array['dtype']} [{sizes}]"))
+        packed = "" if array["compression"] == "none" else f", {array['compression']}"
+        rows.append((f"array {name}", f"{array['dtype']} [{sizes}]{packed}"))
     rows.append(("settings", data["settings_hash"]))
     rows += [(f"  {name}", _inline(value)) for name, value in data["values"].items()]
     rows.append(("made with", _inline(data["made_with"])))
@@ -135,42 +144,40 @@ def _tell(drawn: Sequence[Drawing], data: dict[str, Any]) -> list[str]:
 
 
 def _pictures(
-    config: RunConfig, progress: Progress, path: Path, keys: Sequence[str], out: Path
+    config: RunConfig, progress: Progress, reader: StoreReader, keys: Sequence[str], out: Path
 ) -> list[Drawing]:
     """Draw what the store itself holds; nothing where its kind has no picture."""
     from stages.clips import open_dataset
     from stages.inspect_cache.draw_store import DRAWN_KINDS, draw_store
 
-    if StoreReader(path).settings.kind not in DRAWN_KINDS:
+    if reader.settings.kind not in DRAWN_KINDS:
         return []
     try:
         dataset = open_dataset(config.data)
     except ValueError:
         dataset = None
-    return [
-        draw_store(
-            path,
-            key,
-            out_dir=out,
-            clips=config.data,
-            dataset=dataset,
-            radius=config.train.objective.radius,
-            temperature=config.train.objective.temperature,
-            progress=progress,
-        )
-        for key in keys
-    ]
+    drawings = draw_store(
+        reader,
+        keys,
+        out_dir=out,
+        clips=config.data,
+        dataset=dataset,
+        radius=config.train.objective.radius,
+        temperature=config.train.objective.temperature,
+        progress=progress,
+    )
+    return list(drawings)
 
 
 def _overlays(
-    config: RunConfig, progress: Progress, path: Path, keys: Sequence[str], out: Path
+    config: RunConfig, progress: Progress, reader: StoreReader, keys: Sequence[str], out: Path
 ) -> list[Drawing]:
     """Draw the masks over the clips' frames, which must still be there."""
     from stages.clips import open_dataset
     from stages.inspect_cache.overlay import draw_overlay
 
     dataset = open_dataset(config.data)
-    return [
-        draw_overlay(path, key, out_dir=out, clips=config.data, dataset=dataset, progress=progress)
-        for key in keys
-    ]
+    drawings = draw_overlay(
+        reader, keys, out_dir=out, clips=config.data, dataset=dataset, progress=progress
+    )
+    return list(drawings)

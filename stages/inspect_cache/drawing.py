@@ -29,12 +29,22 @@ class Drawing:
     notes: tuple[str, ...]
 
 
-def file_stem(key: str, keys: Iterable[str]) -> str:
-    """A file name for `key` that leads out of no folder and that no other of `keys` gets."""
-    readable = _readable(key)
-    if any(other != key and _readable(other) == readable for other in keys):
-        return f"{readable}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-    return readable
+class FileStems:
+    """File names of clips that lead out of no folder, each clip's its own."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        """Take the keys of all clips of a store."""
+        seen: set[str] = set()
+        self._shared: set[str] = set()
+        for readable in map(_readable, keys):
+            (self._shared if readable in seen else seen).add(readable)
+
+    def of(self, key: str) -> str:
+        """The clip's name; with a digest of the key where another one reads alike."""
+        readable = _readable(key)
+        if readable in self._shared:
+            return f"{readable}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+        return readable
 
 
 def _readable(key: str) -> str:

@@ -1,6 +1,6 @@
 """Draws a masks store over its clips' frames, as a video and a contact sheet; used by `inspect`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from cache_schema import ClipEntry, StoreReader
 from stages.clips import Clip, ClipDataset, ClipsConfig, SubjectPrompt
-from stages.inspect_cache.drawing import USUAL_FPS, Drawing, file_stem, write_drawing
+from stages.inspect_cache.drawing import USUAL_FPS, Drawing, FileStems, write_drawing
 from stages.inspect_cache.overlay_picture import (
     OverlayView,
     compose_overlay_video,
@@ -23,65 +23,62 @@ _GREY = 128
 
 
 def draw_overlay(
-    store: Path,
-    key: str | None,
+    reader: StoreReader,
+    keys: Sequence[str],
     *,
     out_dir: Path,
     clips: ClipsConfig,
     dataset: ClipDataset | None,
     progress: Progress,
-) -> Drawing:
-    """Draw one clip's tracked masks over its frames.
+) -> Iterator[Drawing]:
+    """Draw clips' tracked masks over their frames.
 
     The forward mask is tinted and outlined, the backward mask outlined in another colour; frames
     that are not valid are dimmed and framed; prompts stand on the frame they were given on.
 
     Args:
-        store: Folder of a masks store.
-        key: Which clip; None takes the store's first.
+        reader: A masks store.
+        keys: Which clips.
         out_dir: Where `<clip>.overlay.png` and `<clip>.overlay.mp4` are written; made when missing.
         clips: The clips' length, size and rate, as at extraction.
         dataset: Where the frames come from; None draws the masks on grey.
-        progress: Told of the steps.
+        progress: Told of the clips.
 
     Raises:
         CacheError: No such clip, or one that does not pass its checks.
-        ValueError: A store of another kind, without clips, or of other clips than `clips` says.
+        ValueError: A store of another kind, or of other clips than `clips` says.
     """
-    reader = StoreReader(store)
-    if reader.settings.kind != "masks":
-        raise ValueError(f"{store} is a {reader.settings.kind} store; overlays need a masks store")
-    if not len(reader):
-        raise ValueError(f"{store} holds no clip; its skipped clips say why")
-    entry = reader.record(reader.keys[0] if key is None else key)
-    with progress.task("draw", 3, unit="steps") as task:
-        both_ways = ["backward"] if "backward" in reader.settings.arrays else []
-        arrays = reader.read(entry.key, ["forward", *both_ways, "valid"])
-        _check_size(store, arrays["forward"].shape, clips)
-        task.advance()
-        clip = find_clip(dataset, clips, shard=entry.shard, key=entry.key)
-        view = _view(entry, arrays, None if isinstance(clip, str) else clip, clips, store)
-        task.advance()
-        stem = file_stem(entry.key, reader.keys)
-        drawing = Drawing(
-            key=entry.key,
-            picture=out_dir / f"{stem}.overlay.png",
-            video=out_dir / f"{stem}.overlay.mp4",
-            notes=(f"no frames: {clip}",) if isinstance(clip, str) else (),
-        )
-        sheet = compose_sheet(view, _moments(view))
-        write_drawing(drawing, sheet, compose_overlay_video(view), clips.fps or USUAL_FPS)
-        task.advance()
-    return drawing
+    kind = reader.settings.kind
+    if kind != "masks":
+        raise ValueError(f"{reader.path} is a {kind} store; overlays need a masks store")
+    arrays = ["forward", *(["backward"] if "backward" in reader.settings.arrays else []), "valid"]
+    stems = FileStems(reader.keys)
+    with progress.task("draw", len(keys), unit="clips") as task:
+        for entry in map(reader.record, keys):
+            masks = reader.read(entry.key, arrays)
+            _check_size(reader, masks["forward"].shape, clips)
+            clip = find_clip(dataset, clips, shard=entry.shard, key=entry.key)
+            view = _view(entry, masks, None if isinstance(clip, str) else clip, clips, reader.name)
+            stem = stems.of(entry.key)
+            drawing = Drawing(
+                key=entry.key,
+                picture=out_dir / f"{stem}.overlay.png",
+                video=out_dir / f"{stem}.overlay.mp4",
+                notes=(f"no frames: {clip}",) if isinstance(clip, str) else (),
+            )
+            sheet = compose_sheet(view, _moments(view))
+            write_drawing(drawing, sheet, compose_overlay_video(view), clips.fps or USUAL_FPS)
+            task.advance()
+            yield drawing
 
 
-def _check_size(store: Path, shape: tuple[int, ...], clips: ClipsConfig) -> None:
+def _check_size(reader: StoreReader, shape: tuple[int, ...], clips: ClipsConfig) -> None:
     num_frames, height, width = shape
     if num_frames != clips.num_frames or height * clips.width != width * clips.height:
         raise ValueError(
-            f"{store} holds {num_frames} masks of {height}x{width} a clip, but the configuration "
-            f"makes {clips.num_frames} frames of {clips.height}x{clips.width}; draw it with the "
-            "configuration it was made with"
+            f"{reader.path} holds {num_frames} masks of {height}x{width} a clip, but the "
+            f"configuration makes {clips.num_frames} frames of {clips.height}x{clips.width}; draw "
+            "it with the configuration it was made with"
         )
 
 
@@ -90,11 +87,11 @@ def _view(
     arrays: Mapping[str, np.ndarray],
     clip: Clip | None,
     clips: ClipsConfig,
-    store: Path,
+    store: str,
 ) -> OverlayView:
     shape = (clips.num_frames, clips.height, clips.width, 3)
     return OverlayView(
-        title=f"{entry.key} in {store.name}",
+        title=f"{entry.key} in {store}",
         facts=facts_of(entry.attributes, clips.num_frames),
         frames_THW3=np.full(shape, _GREY, np.uint8) if clip is None else clip.frames_THWC,
         forward_Thw=arrays["forward"],

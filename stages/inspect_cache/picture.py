@@ -19,7 +19,7 @@ _CAPTIONS_HEIGHT = 24
 
 def chosen_moments(view: ClipView, rows: int) -> list[int]:
     """Return at most `rows` moments, evenly spread; only those with a flow, if there is one."""
-    count = len(view.colours_THWC) if view.flow_PHW2 is None else len(view.flow_PHW2)
+    count = len(view.labels) if view.flow_PHW2 is None else len(view.flow_PHW2)
     return sorted({round(moment) for moment in np.linspace(0, count - 1, rows)})
 
 
@@ -28,7 +28,7 @@ def compose(view: ClipView, moments: Sequence[int]) -> Image.Image:
 
     Columns whose data the view lacks are left out. The size is even both ways, as H.264 needs.
     """
-    panel_width, panel_height = _panel_size(view.colours_THWC.shape[1:3])
+    panel_width, panel_height = _panel_size(view.grid)
     captions = _captions(view)
     legend = _LEGEND_WIDTH if view.flow_PHW2 is not None else 0
     width = _LABELS_WIDTH + len(captions) * (panel_width + _GAP) + legend + _GAP
@@ -60,11 +60,11 @@ def compose(view: ClipView, moments: Sequence[int]) -> Image.Image:
 
 def compose_video(view: ClipView) -> np.ndarray:
     """Draw every moment as one picture: uint8 [T, height, width, 3]."""
-    moments = chosen_moments(view, len(view.colours_THWC))
+    moments = chosen_moments(view, len(view.labels))
     return np.stack([np.asarray(compose(view, [moment])) for moment in moments])
 
 
-def _panel_size(grid: tuple[int, ...]) -> tuple[int, int]:
+def _panel_size(grid: tuple[int, int]) -> tuple[int, int]:
     height, width = grid
     scale = _LONG_SIDE / max(height, width)
     return max(1, round(width * scale)), max(1, round(height * scale))
@@ -72,8 +72,9 @@ def _panel_size(grid: tuple[int, ...]) -> tuple[int, int]:
 
 def _captions(view: ClipView) -> list[str]:
     captions = ["frame"] if view.frames_THWC is not None else []
-    captions.append("principal components")
-    return captions + (["implied flow to the next"] if view.flow_PHW2 is not None else [])
+    captions += ["principal components"] if view.colours_THWC is not None else []
+    captions += ["implied flow to the next"] if view.flow_PHW2 is not None else []
+    return captions
 
 
 def _panels(view: ClipView, moment: int, size: tuple[int, int]) -> list[Image.Image]:
@@ -81,8 +82,9 @@ def _panels(view: ClipView, moment: int, size: tuple[int, int]) -> list[Image.Im
     if view.frames_THWC is not None:
         frame = Image.fromarray(view.frames_THWC[moment])
         panels.append(frame.resize(size, Image.Resampling.BICUBIC))
-    colours = Image.fromarray(view.colours_THWC[moment])
-    panels.append(colours.resize(size, Image.Resampling.NEAREST))
+    if view.colours_THWC is not None:
+        colours = Image.fromarray(view.colours_THWC[moment])
+        panels.append(colours.resize(size, Image.Resampling.NEAREST))
     if view.flow_PHW2 is not None:
         panels.append(flow_panel(view.flow_PHW2[moment], size, view.largest_flow))
     return panels

@@ -11,9 +11,11 @@ from stages.local_gram_flow import (
     latent_frame_of_frame,
     local_gram_flow,
     neighbour_mask,
+    radius_of_window,
 )
 
-# Legend: T moment in the store (frame or latent frame), P = T - 1 pairs, H W grid, C channel.
+# Legend: T moment in the store (frame or latent frame), P = T - 1 pairs, H W grid, C channel,
+# K neighbour.
 
 _SMALLEST_FULL_COLOUR = 0.2
 """Tokens per step. A clip that hardly moves is shown hardly coloured, not as magnified noise."""
@@ -26,10 +28,12 @@ class ClipView:
     title: str
     labels: tuple[str, ...]
     """A name for each moment: frame 4."""
-    colours_THWC: np.ndarray
-    """uint8 [T, H, W, 3]: principal components as colours."""
+    colours_THWC: np.ndarray | None
+    """uint8 [T, H, W, 3]: principal components as colours; None where the store has no features."""
     flow_PHW2: np.ndarray | None
     """(dx, dy) in tokens from each moment to the next; None where the store implies none."""
+    grid: tuple[int, int]
+    """H and W."""
     frames_THWC: np.ndarray | None
     """uint8 [T, height, width, 3] of the dataset's clip; None where it was not found."""
     valid_T: np.ndarray
@@ -50,52 +54,63 @@ class ClipView:
 def flow_of_features(features_THWC: np.ndarray, radius: int, temperature: float) -> np.ndarray:
     """Return the flow that the Local Gram Flow of one clip implies: float32 [T-1, H, W, 2].
 
-    Near the grid's edge only neighbours whose mirror image is inside too count. Windows that are
-    cut on one side would make every edge seem to flow inwards, more than anything really moves.
-
     Args:
         features_THWC: any real dtype, T >= 2.
         radius: Half the window, in tokens.
         temperature: Of the softmax over neighbours.
     """
     features_BTHWC = torch.from_numpy(features_THWC.astype(np.float32))[None]
-    similarities_BPHWK = local_gram_flow(features_BTHWC, radius)
-    _, height, width, _ = features_THWC.shape
-    inside_HWK = neighbour_mask(height, width, radius)
+    return flow_of_similarities(local_gram_flow(features_BTHWC, radius)[0], temperature)
+
+
+def flow_of_similarities(similarities_PHWK: torch.Tensor, temperature: float) -> np.ndarray:
+    """Return the flow that similarities to the next moment imply: float32 [P, H, W, 2].
+
+    Near the grid's edge only neighbours whose mirror image is inside too count. Windows that are
+    cut on one side would make every edge seem to flow inwards, more than anything really moves.
+    """
+    _, height, width, neighbours = similarities_PHWK.shape
+    inside_HWK = neighbour_mask(height, width, radius_of_window(neighbours))
     mirrored_HWK = inside_HWK & inside_HWK.flip(-1)
-    balanced_BPHWK = similarities_BPHWK.masked_fill(~mirrored_HWK, -1e4 * temperature)
-    flow_PHW2: np.ndarray = implied_flow(balanced_BPHWK, temperature)[0].numpy()
+    balanced_PHWK = similarities_PHWK.masked_fill(~mirrored_HWK, -1e4 * temperature)
+    flow_PHW2: np.ndarray = implied_flow(balanced_PHWK[None], temperature)[0].numpy()
     return flow_PHW2
 
 
-def view_features(
-    features_THWC: np.ndarray,
+def view_clip(
+    features_THWC: np.ndarray | None,
+    flow_PHW2: np.ndarray | None,
     *,
     title: str,
     num_frames: int,
     frames_THWC: np.ndarray | None,
     valid_T: np.ndarray | None,
-    flow: tuple[int, float] | None,
 ) -> ClipView:
-    """Make a view of features at frame rate or at latent rate.
+    """Make a view of what is stored of a clip, at frame rate or at latent rate.
 
     Args:
-        features_THWC: one clip's tokens.
+        features_THWC: the clip's tokens, shown as colours; None where only their flow is stored.
+        flow_PHW2: the flow to the next moment; None leaves it out.
         title: Shown above the picture.
         num_frames: Frames of the clip; with T it tells the rate.
         frames_THWC: uint8, the clip's `num_frames` frames, or None.
         valid_T: bool, the moments that count; None where all do.
-        flow: Radius and temperature of the implied flow; None leaves it out.
 
     Raises:
         ValueError: T fits neither `num_frames` nor its latent frames.
     """
-    moments = frames_of_moments(len(features_THWC), num_frames)
+    if features_THWC is not None:
+        num_moments, height, width = features_THWC.shape[:3]
+    else:
+        assert flow_PHW2 is not None, "a view shows something"
+        num_moments, height, width = len(flow_PHW2) + 1, *flow_PHW2.shape[1:3]
+    moments = frames_of_moments(num_moments, num_frames)
     return ClipView(
         title=title,
         labels=tuple(f"frame {frame}" for frame in moments),
-        colours_THWC=pca_colours(features_THWC, valid_T),
-        flow_PHW2=None if flow is None else flow_of_features(features_THWC, *flow),
+        colours_THWC=None if features_THWC is None else pca_colours(features_THWC, valid_T),
+        flow_PHW2=flow_PHW2,
+        grid=(height, width),
         frames_THWC=None if frames_THWC is None else frames_THWC[moments],
         valid_T=np.ones(len(moments), bool) if valid_T is None else valid_T,
     )

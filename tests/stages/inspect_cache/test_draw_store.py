@@ -5,24 +5,30 @@ import pytest
 import torch
 from PIL import Image
 
-from cache_schema import ClipMissing
+from cache_schema import ClipMissing, StoreReader
 from stages.clips import encode_video, open_dataset, read_video
 from stages.inspect_cache.draw_store import draw_store
 from stages.local_gram_flow import regrid_fused
 from stages.progress import SilentProgress
 
 
-def draw(store, clips, tmp_path, *, key=None, dataset=None):
-    return draw_store(
-        store,
-        key,
+def draw_all(store, keys, clips, tmp_path, *, dataset=None, radius=2):
+    drawings = draw_store(
+        StoreReader(store),
+        keys,
         out_dir=tmp_path / "pictures",
         clips=clips,
         dataset=dataset,
-        radius=2,
+        radius=radius,
         temperature=0.1,
         progress=SilentProgress(),
     )
+    return list(drawings)
+
+
+def draw(store, clips, tmp_path, *, key="walk/0007", **options):
+    (drawing,) = draw_all(store, [key], clips, tmp_path, **options)
+    return drawing
 
 
 def test_a_teacher_store_becomes_a_picture_and_a_video(
@@ -110,7 +116,8 @@ def test_the_clip_of_a_retry_shard_is_found(moving_features, write_store, clips,
 def test_keys_that_read_alike_get_files_of_their_own(moving_features, write_store, clips, tmp_path):
     keys = ("a/b", "a-b", "c/d")
     store = write_store("teacher", "features", moving_features(1, 0), keys=keys)
-    pictures = [draw(store, clips, tmp_path, key=key).picture for key in keys]
+    pictures = [drawing.picture for drawing in draw_all(store, keys, clips, tmp_path)]
+    assert pictures[0] == draw(store, clips, tmp_path, key="a/b").picture
     assert len(set(pictures)) == 3
     assert pictures[2].name == "c-d.png"
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cache_schema import ClipMissing
+from cache_schema import ClipMissing, StoreReader
 from stages.clips import Clip, ClipsConfig, SubjectPrompt, read_video
 from stages.clips.geometry import cover_and_crop
 from stages.inspect_cache.overlay import draw_overlay, facts_of, prompts_of
@@ -37,15 +37,16 @@ def store(write_store):
     return write
 
 
-def draw(path, clips, tmp_path, *, key=None, dataset=None):
-    return draw_overlay(
-        path,
-        key,
+def draw(path, clips, tmp_path, *, key="walk/0007", dataset=None):
+    (drawing,) = draw_overlay(
+        StoreReader(path),
+        [key],
         out_dir=tmp_path / "overlays",
         clips=clips,
         dataset=dataset,
         progress=SilentProgress(),
     )
+    return drawing
 
 
 def sheet(drawing):

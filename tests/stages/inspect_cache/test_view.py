@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from stages.inspect_cache.picture import chosen_moments, compose, compose_video
-from stages.inspect_cache.view import flow_of_features, frames_of_moments, view_features
+from stages.inspect_cache.view import flow_of_features, frames_of_moments, view_clip
 
 
 @pytest.mark.parametrize(("dx", "dy"), [(1, 0), (0, 1), (-2, 1), (0, 0)])
@@ -44,7 +44,9 @@ def view(features_THWC, **changes):
         "frames_THWC": None,
         "valid_T": None,
     }
-    return view_features(features_THWC, **(settings | {"flow": (2, 0.1)} | changes))
+    flow = changes.pop("flow", (2, 0.1))
+    flow_PHW2 = None if flow is None else flow_of_features(features_THWC, *flow)
+    return view_clip(features_THWC, flow_PHW2, **(settings | changes))
 
 
 def test_rows_are_spread_over_the_moments_that_have_a_flow(moving_features):
@@ -80,6 +82,11 @@ def test_columns_appear_as_there_is_data(moving_features):
     framed = compose(view(features_THWC, flow=None, frames_THWC=frames_THWC), [0])
     whole = compose(view(features_THWC, frames_THWC=frames_THWC), [0])
     assert bare.width < framed.width < whole.width
+    flow_PHW2 = flow_of_features(features_THWC, 2, 0.1)
+    options = {"title": "", "num_frames": 9, "frames_THWC": frames_THWC, "valid_T": None}
+    flow_alone = compose(view_clip(None, flow_PHW2, **options), [0])
+    assert framed.width < flow_alone.width < whole.width
+    assert flow_alone.height == whole.height
 
 
 def test_frames_stand_beside_their_own_moment(moving_features):
