@@ -25,7 +25,7 @@ INSTALLED := $(VENV)/.installed
 RUN       := $(BIN)/sam2vx-pipeline
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo extract-features train sample test lint typecheck check bench lock clean
+.PHONY: help install demo extract-features train sample test test-faults lint typecheck check bench lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -58,6 +58,9 @@ sample: install  ## a video: make sample PROMPT="…" [OUT=video.mp4]
 
 test: install  ## the default tests: CPU only, offline
 	$(BIN)/python -m pytest
+
+test-faults: install  ## the cache under every fault: kills, full disks, 1,000 changed bytes, races
+	$(BIN)/python -m pytest tests/cache_schema/faults --full-faults -q
 
 lint: install  ## style, formatting, import directions
 	$(BIN)/ruff check .

@@ -137,13 +137,14 @@ class Survey:
         """Fill in everything."""
         index = self._read_index()
         # Before the records: a group that is published now has its record by the time it is read.
-        groups = self.place.list_folder("shards") or []
+        is_local = isinstance(self.place, LocalPlace)
+        groups = self.place.list_folder("shards") if is_local else None
         for shard in self._committed_shards(index):
             self._look_at_shard(shard)
         if index is not None:
             self._look_at_index(index)
         if isinstance(self.place, LocalPlace):
-            self._look_beside_shards(StoreLayout(self.place.folder), groups)
+            self._look_beside_shards(StoreLayout(self.place.folder), groups or [])
 
     def _report(
         self, what: str, *, shard: str | None = None, key: str | None = None, mend: Mend = "repair"
@@ -185,6 +186,8 @@ class Survey:
         try:
             seen = self._settled(shard)
         except FileNotFoundError:
+            if not isinstance(self.place, LocalPlace):  # the index lists it
+                self._report(f"commits/{shard}.json cannot be found", shard=shard)
             return  # it has been taken out since it was listed
         except UnknownSchemaVersion as error:
             self._generations[shard] = None
@@ -197,6 +200,9 @@ class Survey:
         record, self._crc32cs[shard], damage = seen
         self._generations[shard] = record.generation
         self.num_clips += len(record.clips)
+        self.num_bytes += sum(
+            stored.bytes for clip in record.clips for stored in clip.arrays.values()
+        )
         if damage and (what := contradiction(self.place, self.settings, record)):
             self._report(what, shard=shard, mend="by hand")
             return
@@ -205,7 +211,6 @@ class Survey:
         for key, what in damage.clips.items():
             self._report(what, shard=shard, key=key)
         for clip in record.clips:
-            self.num_bytes += sum(stored.bytes for stored in clip.arrays.values())
             other = self._shard_of_key.setdefault(clip.key, shard)
             if other != shard:
                 self.twins.setdefault(clip.key, [other]).append(shard)
@@ -239,18 +244,25 @@ class Survey:
             self._report(
                 f"{INDEX_FILE} is not up to date with {len(changed)} shards, such as "
                 f"{min(changed)!r}",
-                mend="extract",
+                mend="extract" if isinstance(self.place, LocalPlace) else "copy",
             )
         elif self.fast or unusable or self.twins:
             return  # it cannot be made from the records to compare
-        elif self._rebuilt_index() != self._index_bytes:
-            self._report_index("does not agree with the commit records")
+        else:
+            self._compare_index()
 
-    def _rebuilt_index(self) -> bytes:
-        index = index_of_records(self.place, self.settings, sorted(self._crc32cs))
-        rebuilt = io.BytesIO()
-        write_columns(rebuilt, index.columns, self.settings)
-        return rebuilt.getvalue()
+    def _compare_index(self) -> None:
+        shards = sorted(self._crc32cs)
+        rebuilt = index_of_records(self.place, self.settings, shards)
+        crc32cs = dict(
+            zip(rebuilt.shard_names, rebuilt.columns["shards.crc32c"].tolist(), strict=True)
+        )
+        if crc32cs != self._crc32cs:
+            return  # records are being replaced
+        data = io.BytesIO()
+        write_columns(data, rebuilt.columns, self.settings)
+        if data.getvalue() != self._index_bytes:
+            self._report_index("does not agree with the commit records")
 
     def _report_index(self, what: str) -> None:
         self.index_is_damaged = True

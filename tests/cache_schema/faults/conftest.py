@@ -4,13 +4,13 @@ import pytest
 
 FAULTS = {
     # argument of a test: (sample, all)
-    "kill": (10, 150),
+    "kill": (8, 150),
     "timed_kill": (3, 50),
-    "kill_of_repair": (5, 50),
-    "flip": (60, 1000),
-    "free_pages": (6, 48),
-    "free_inodes": (4, 40),
-    "copy": (12, 120),
+    "kill_of_repair": (4, 50),
+    "flip": (40, 1000),
+    "free_pages": (4, 48),
+    "free_inodes": (3, 40),
+    "copy": (9, 120),
     "crowd": (1, 6),
 }
 

@@ -105,6 +105,7 @@ def _points(request: pytest.FixtureRequest, step: int) -> range:
     return range(1, 10_000, 1 if request.config.getoption("--full-faults") else step)
 
 
+@pytest.mark.timeout(3600)
 def test_an_error_at_any_write_loses_nothing(
     tmp_path: Path,
     roomy: Path,
@@ -114,7 +115,7 @@ def test_an_error_at_any_write_loses_nothing(
 ) -> None:
     expected = files_of(roomy)
     survived = 0
-    for full_at in _points(request, 12):
+    for full_at in _points(request, 37):
         root = tmp_path / str(full_at)
         root.mkdir()
         store = root / SETTINGS.folder_name
@@ -131,6 +132,7 @@ def test_an_error_at_any_write_loses_nothing(
     assert survived >= 5
 
 
+@pytest.mark.timeout(3600)
 def test_an_error_at_any_write_of_a_repair_loses_nothing(
     tmp_path: Path,
     roomy: Path,
@@ -142,7 +144,7 @@ def test_an_error_at_any_write_of_a_repair_loses_nothing(
     repair_store(whole)
     expected = without_quarantine(files_of(whole))
     survived = 0
-    for full_at in _points(request, 9):
+    for full_at in _points(request, 29):
         store = shutil.copytree(roomy, tmp_path / str(full_at) / roomy.name)
         damage_in_every_way(store)
         with full_disk.full_from(full_at) as outcome:

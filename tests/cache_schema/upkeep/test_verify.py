@@ -1,0 +1,210 @@
+"""Verifying stores: what is a problem, what mends it, and what is none."""
+
+import functools
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache_schema import (
+    StoreNotFound,
+    StoreSettings,
+    StoreWriter,
+    verify_store,
+)
+from cache_schema.upkeep import verify as verify_module
+from cache_schema.upkeep.drop import drop_clips
+from cache_schema.upkeep.verify import MENDS
+
+Arrays = dict[str, np.ndarray]
+ClipOf = Callable[[str], Arrays]
+WriteShard = Callable[..., None]
+FilesOf = Callable[[Path], dict[str, bytes]]
+
+
+@pytest.fixture
+def indexed(store: Path, settings: StoreSettings) -> Path:
+    """The store with its index, as extraction leaves it."""
+    StoreWriter.open(store.parent, settings, provenance={}).write_index()
+    return store
+
+
+def _mends(store: Path | str, **options: bool) -> list[tuple[str | None, str | None, str]]:
+    problems = verify_store(store, **options).problems
+    assert all(problem.mend in MENDS for problem in problems)
+    return [(problem.shard, problem.key, problem.mend) for problem in problems]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_whole_store_has_no_problems_and_is_not_touched(
+    indexed: Path, files_of: FilesOf, fast: bool
+) -> None:
+    before = files_of(indexed)
+    done: list[int] = []
+    report = verify_store(indexed, fast=fast, advance=done.append)
+    assert report.problems == ()
+    assert report.num_clips == 5
+    sizes = {path: len(data) for path, data in before.items() if path.startswith("shards/")}
+    assert report.num_bytes == sum(size for path, size in sizes.items() if "/c/" in path)
+    assert sum(done) == sum(sizes.values())
+    assert files_of(indexed) == before
+
+
+def test_a_store_without_an_index_is_whole_too(store: Path) -> None:
+    assert not (store / "index.npz").exists()
+    assert verify_store(store).problems == ()
+
+
+def test_a_folder_without_a_store_is_no_store(tmp_path: Path) -> None:
+    with pytest.raises(StoreNotFound):
+        verify_store(tmp_path)
+
+
+def test_an_index_that_is_behind_the_records_is_harmless(
+    indexed: Path, settings: StoreSettings, write_shard: WriteShard
+) -> None:
+    writer = StoreWriter.open(indexed.parent, settings, provenance={})
+    write_shard(writer, "00002", ["c0"])
+    (problem,) = verify_store(indexed).problems
+    assert "'00002'" in problem.what
+    assert problem.mend == "extract"
+    writer.write_index()
+    assert verify_store(indexed).problems == ()
+
+
+def test_an_index_that_reads_and_says_otherwise_than_the_records_is_found(
+    indexed: Path, settings: StoreSettings, write_shard: WriteShard
+) -> None:
+    other = indexed.parent / "other"
+    writer = StoreWriter.open(other, settings, provenance={})
+    write_shard(writer, "00000", ["a0", "a1", "a2"], skip="a4")
+    write_shard(writer, "00001", ["b0", "b1"])
+    writer.write_index()
+    columns = dict(np.load(writer.path / "index.npz"))
+    columns["shards.crc32c"] = np.load(indexed / "index.npz")["shards.crc32c"]
+    with (indexed / "index.npz").open("wb") as file:
+        np.savez(file, **columns)
+    (problem,) = verify_store(indexed).problems
+    assert (problem.shard, problem.key, problem.mend) == (None, None, "repair")
+    assert "does not agree with the commit records" in problem.what
+
+
+def test_what_a_killed_writer_leaves_is_harmless(indexed: Path) -> None:
+    (indexed / "shards" / "00002" / "features").mkdir(parents=True)
+    (indexed / ".staging" / "00003").mkdir(parents=True)
+    assert _mends(indexed) == [("00002", None, "extract")]
+
+
+def test_groups_of_other_generations_and_foreign_entries_are_found(indexed: Path) -> None:
+    (indexed / "shards" / "00000~2").mkdir()
+    (indexed / "shards" / "00005~1").mkdir()
+    (indexed / "shards" / "00001" / "features" / "notes").mkdir()
+    (indexed / "shards" / "what is this").write_text("?")
+    (indexed / "commits" / "00001.json~").write_text("?")
+    for fast in (False, True):
+        assert sorted(_mends(indexed, fast=fast), key=str) == [
+            ("00000", None, "repair"),
+            ("00001", None, "repair"),
+            ("00005", None, "repair"),
+            (None, None, "repair"),
+            (None, None, "repair"),
+        ]
+
+
+def test_a_replaced_shard_is_whole(indexed: Path) -> None:
+    drop_clips(indexed, ["a1"], detail="a test")
+    assert (indexed / "shards" / "00000~1").is_dir()
+    assert verify_store(indexed).problems == ()
+    (indexed / "shards" / "00000~1" / "mask" / "c" / "1" / "0" / "0").unlink()
+    assert _mends(indexed) == [("00000", "a2", "repair")]
+
+
+def test_a_key_in_two_shards_is_found(
+    indexed: Path, settings: StoreSettings, clip_of: ClipOf
+) -> None:
+    writers = [StoreWriter.open(indexed.parent, settings, provenance={}) for _ in range(2)]
+    with writers[0].shard("x", source="x") as x, writers[1].shard("y", source="y") as y:
+        for shard in (x, y):  # neither is committed when the other looks
+            shard.add("twin", clip_of("twin"))
+            shard.commit()
+    assert ("y", "twin", "repair") in _mends(indexed)
+
+
+def test_a_shard_replaced_while_it_is_looked_at_is_looked_at_again(
+    indexed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = verify_module.check_shard
+    dropped: list[str] = []
+
+    def replace_first(place, settings, record, **options):  # type: ignore[no-untyped-def]
+        if not dropped:
+            dropped.append("a1")
+            drop_clips(indexed, dropped, detail="while verify looks")
+        return look(place, settings, record, **options)
+
+    monkeypatch.setattr(verify_module, "check_shard", replace_first)
+    report = verify_store(indexed)
+    assert {problem.mend for problem in report.problems} <= {"extract"}
+    assert report.num_clips == 4
+
+
+def test_shards_packed_otherwise_than_the_store_says_are_not_taken_for_damaged(
+    tmp_path: Path, settings: StoreSettings, write_shard: WriteShard
+) -> None:
+    packed = StoreSettings.from_dict(
+        json.loads(json.dumps(settings.as_dict()).replace('"none"', '"blosc-zstd-shuffle"'))
+    )
+    writer = StoreWriter.open(tmp_path, packed, provenance={})
+    write_shard(writer, "00000", ["a0"])
+    unpacked = StoreWriter.open(tmp_path / "other", settings, provenance={})
+    shutil.copyfile(unpacked.path / "store.json", writer.path / "store.json")
+    (problem,) = verify_store(writer.path).problems
+    assert (problem.shard, problem.key, problem.mend) == ("00000", None, "by hand")
+    assert "store.json says" in problem.what
+
+
+@pytest.fixture
+def address(store: Path) -> Iterator[str]:
+    """Of a web server that serves the cache's folder."""
+    handler = functools.partial(_Quiet, directory=str(store.parent))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("where", ["http", "file"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_stores_behind_addresses_are_verified_by_their_index(
+    indexed: Path, address: str, where: str, fast: bool
+) -> None:
+    root = address if where == "http" else f"file://{indexed.parent}"
+    url = f"{root}/{indexed.name}"
+    report = verify_store(url, fast=fast)
+    assert report == verify_store(indexed)
+    assert report.problems == ()
+
+    chunk = indexed / "shards" / "00000" / "features" / "c" / "1" / "0" / "0" / "0" / "0"
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    (indexed / "shards" / "00001" / "mask" / "zarr.json").unlink()
+    expected = [("00000", "a1", "copy"), ("00001", None, "copy")]
+    assert _mends(url, fast=fast) == expected
+
+    (indexed / "commits" / "00001.json").unlink()
+    shards = {shard for shard, _, mend in _mends(url, fast=fast) if mend == "copy"}
+    assert shards == ({"00000", "00001", None} if where == "http" else {"00000", None})
+
+    (indexed / "index.npz").unlink()
+    problems = verify_store(url, fast=fast).problems
+    assert "index.npz cannot be found" in problems[0].what
+    assert problems[0].mend == "copy"
