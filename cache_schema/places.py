@@ -161,10 +161,9 @@ class FsspecPlace:
     _inherited: list[Any] = []  # noqa: RUF012 (shared on purpose)
     """File systems of the parent process. Letting go of one would close its connections."""
 
-    def __init__(self, url: str, *, retry_delays_s: Sequence[float] = RETRY_DELAYS_S) -> None:
+    def __init__(self, url: str) -> None:
         """Nothing is connected to before the first question."""
         self.where = url.rstrip("/")
-        self._retry_delays_s = tuple(retry_delays_s)
         self._connected: tuple[int, Any, str] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -204,7 +203,7 @@ class FsspecPlace:
             return []
 
     def _ask(self, path: str, question: Callable[[Any, str], _Answer]) -> _Answer:
-        for delay_s in (*self._retry_delays_s, None):
+        for delay_s in (*RETRY_DELAYS_S, None):
             try:
                 fs, root = self._file_system()
                 return question(fs, f"{root}/{path}".rstrip("/"))
