@@ -1,19 +1,27 @@
 """The examples in cache_schema/README.md are what the code writes, byte for byte."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import cache_schema
-from cache_schema import ArraySpec, StoreSettings, StoreWriter
+from cache_schema import ArraySpec, StoreReader, StoreSettings, StoreWriter, errors
+from cache_schema.upkeep.repair import repair_store
 
-README = Path(cache_schema.__file__).with_name("README.md")
+README = Path(cache_schema.__file__).with_name("README.md").read_text("utf-8")
 
 
-def _example(root: Path) -> Path:
-    """The store that the README shows: one finished shard, and one being written."""
+@pytest.fixture
+def example(tmp_path: Path) -> Path:
+    """The store that the README shows.
+
+    One shard as it was written, one whose second clip was damaged and taken out by a repair, and
+    one being written.
+    """
     spec = ArraySpec(dtype="float16", shape=(49, 8, 12, 16), dimension_names=("t", "h", "w", "c"))
     settings = StoreSettings(
         kind="teacher",
@@ -21,35 +29,39 @@ def _example(root: Path) -> Path:
         values={"checkpoint": "sha256:9f2c", "forward_weight": 0.5, "fps": 8},
     )
     values = (np.arange(np.prod(spec.shape)) % 7).reshape(spec.shape).astype("float16")
-    writer = StoreWriter.open(root, settings, provenance={"sam2videox": "0.1.0"})
+    writer = StoreWriter.open(tmp_path, settings, provenance={"sam2videox": "0.1.0"})
     with writer.shard("00000", source="00000.tar") as shard:
-        shard.add("walk/0000", {"features": values}, {"source_fps": 24.0, "prompt": "mask"})
-        shard.add("walk/0001", {"features": -values}, {"source_fps": 8.0, "prompt": "box"})
+        shard.add("walk/0000", {"features": values}, {"num_frames": 49, "quality": 0.93})
+        shard.add("walk/0001", {"features": -values}, {"num_frames": 49, "quality": 0.88})
         shard.skip("walk/0002", "too_short", "has 12 frames, needs 49")
         shard.commit()
     with writer.shard("00001", source="00001.tar") as shard:
-        shard.add("run/0000", {"features": values}, {"source_fps": 8.0, "prompt": "mask"})
+        shard.add("run/0000", {"features": values}, {"num_frames": 49, "quality": 0.91})
+        shard.add("run/0001", {"features": values}, {"num_frames": 49, "quality": 0.9})
+        shard.commit()
+    (writer.path / "shards/00001/features/c/1/0/0/0/0").write_bytes(b"damaged")
+    repair_store(writer.path)
+    with writer.shard("00002", source="00002.tar") as shard:
+        shard.add("jump/0000", {"features": values}, {"num_frames": 49, "quality": 0.95})
     return writer.path
 
 
-def test_the_json_shown_is_the_json_written(tmp_path: Path) -> None:
-    store = _example(tmp_path)
-    shown = re.findall(r"```json\n(.*?)```", README.read_text("utf-8"), flags=re.DOTALL)
+def test_the_json_shown_is_the_json_written(example: Path) -> None:
+    shown = re.findall(r"```json\n(.*?)```", README, flags=re.DOTALL)
     files = [
         "store.json",
         "commits/00000.json",
-        ".staging/00001/records/00000000.json",
+        ".staging/00002/records/00000000.json",
     ]
-    assert shown == [(store / file).read_text("utf-8") for file in files]
+    assert shown == [(example / file).read_text("utf-8") for file in files]
 
 
 def test_the_tree_shown_is_the_tree_written(
-    tmp_path: Path, files_of: Callable[[Path], dict[str, bytes]]
+    example: Path, files_of: Callable[[Path], dict[str, bytes]]
 ) -> None:
-    store = _example(tmp_path)
-    (tree,) = re.findall(r"```text\n(teacher-.*?)```", README.read_text("utf-8"), flags=re.DOTALL)
+    (tree,) = re.findall(r"```text\n(teacher-.*?)```", README, flags=re.DOTALL)
     lines = [line.split("  #")[0].rstrip() for line in tree.splitlines()]
-    assert lines[0] == f"{store.name}/"
+    assert lines[0] == f"{example.name}/"
     folders: list[str] = []
     shown = set()
     for line in lines[1:]:
@@ -57,4 +69,48 @@ def test_the_tree_shown_is_the_tree_written(
         folders[depth - 1 :] = [line.strip()]
         if not line.endswith("/"):
             shown.add("".join(folders))
-    assert shown == set(files_of(store))
+    assert shown == set(files_of(example))
+
+
+def test_the_index_has_the_columns_listed(example: Path) -> None:
+    listed = dict(re.findall(r"^\| `([a-z.<>_0-9]+)` \| `([<a-z0-9]+)` \|", README, flags=re.M))
+    expected = {name.replace("<array>", "features"): dtype for name, dtype in listed.items()}
+    with np.load(example / "index.npz", allow_pickle=False) as index:
+        found = {name: index[name].dtype.str.lstrip("|") for name in index.files}
+    assert found == expected
+
+
+def test_the_codecs_shown_are_the_codecs_written(tmp_path: Path) -> None:
+    (shown,) = re.findall(r"```jsonc\n(.*?)```", README, flags=re.DOTALL)
+    codecs = json.loads(re.sub(r"//.*", "", shown))
+    for compression, expected in codecs.items():
+        spec = ArraySpec(
+            dtype="float16", shape=(4,), dimension_names=("t",), compression=compression
+        )
+        settings = StoreSettings(kind="k", arrays={"a": spec}, values={})
+        writer = StoreWriter.open(tmp_path / compression, settings, provenance={})
+        with writer.shard("0", source="0") as shard:
+            shard.commit()
+        metadata = json.loads((writer.path / "shards/0/a/zarr.json").read_text("utf-8"))
+        (sharding,) = metadata["codecs"]
+        assert sharding["configuration"]["codecs"] == expected
+
+
+def test_every_error_is_listed() -> None:
+    classes = {
+        name
+        for name, found in vars(errors).items()
+        if isinstance(found, type) and issubclass(found, errors.CacheError)
+    }
+    listed = set(re.findall(r"^\| `([A-Z][A-Za-z]+)` \|", README, flags=re.M))
+    assert listed == classes - {"CacheError"}
+
+
+def test_the_python_shown_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    features = np.zeros((49, 8, 12, 16), "float16")
+    names = {"clips": [("walk/0000", features), ("walk/0001", features)]}
+    exec(code, names)
+    assert isinstance(names["reader"], StoreReader)
+    assert list(names["reader"].keys) == ["walk/0000", "walk/0001"]
