@@ -31,7 +31,9 @@ def command(*words):
     )
 
 
-@pytest.mark.parametrize("words", [("--help",), ("train", "--help"), CONFIG_SHOW])
+@pytest.mark.parametrize(
+    "words", [("--help",), ("train", "--help"), ("cache", "drop", "--help"), CONFIG_SHOW]
+)
 def test_help_and_configuration_load_no_library_that_computes(words):
     assert modules_after(command(*words)).isdisjoint(HEAVY)
 
@@ -45,3 +47,10 @@ def test_training_sampling_and_inspecting_load_nothing_of_the_tracker():
     assert "sam2" not in loaded
     stage_one = {name for name in loaded if name.startswith("stages.extract_features.")}
     assert stage_one <= {"stages.extract_features.config"}
+
+
+def test_looking_after_stores_loads_nothing_that_computes():
+    names = ("listing", "verify", "repair", "migrate", "drop", "merge", "copying")
+    modules = ", ".join(f"pipeline.commands.upkeep.{name}" for name in names)
+    loaded = modules_after(f"import pipeline.cli, {modules}")
+    assert loaded.isdisjoint({"torch", "diffusers", "transformers", "deepspeed", "sam2"})

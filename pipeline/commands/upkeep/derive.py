@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from cache_schema import find_store
+from pipeline.commands.skipped_notes import counted_reasons
+from pipeline.commands.upkeep.stores import list_failures_again
 from pipeline.config import RunConfig
 from pipeline.console import Answer, in_bytes, in_time
 from pipeline.launch import rank
@@ -29,12 +31,14 @@ def run(config: RunConfig, progress: Progress) -> Answer:
     )
     there = f", {summary.clips_already_there} already there" if summary.clips_already_there else ""
     busy = f", {len(summary.busy_shards)} shards left to others" if summary.busy_shards else ""
+    reasons = counted_reasons(summary.skipped)
+    list_failures_again([summary.store], progress)
     return Answer(
         title=f"derived from {Path(teacher).name}",
         rows=[
             ("gram_flow", str(summary.store)),
             ("  clips", f"{summary.clips_written} written{there}{busy}"),
-            ("  skipped", str(len(summary.skipped) or "none")),
+            ("  skipped", f"{len(summary.skipped)} ({reasons})" if summary.skipped else "none"),
             ("  size, time", f"{in_bytes(summary.bytes)}, {in_time(summary.seconds)}"),
         ],
         data={

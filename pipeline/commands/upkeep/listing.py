@@ -74,9 +74,9 @@ def _look(store: Where) -> Outcome:
         "made": None if written is None else written.isoformat(timespec="seconds"),
         "made_with": reader.provenance,
     }
-    if set_aside := _bytes_in_quarantine(store):
-        data["quarantine_bytes"] = set_aside
-        rows.append(("quarantine", f"{in_bytes(set_aside)} that repair took out; free to delete"))
+    if isinstance(store, Path) and (quarantine := StoreLayout(store).quarantine).is_dir():
+        data["quarantine_bytes"] = size = _bytes_of_its_own(quarantine)
+        rows.append(("quarantine", f"what repair took out; deleting it frees {in_bytes(size)}"))
     return Outcome(rows=indented(rows), data=data)
 
 
@@ -128,8 +128,7 @@ def _made(written: datetime | None, made_with: Mapping[str, Any]) -> str:
     return ", ".join([*day, *by]) or "unknown"
 
 
-def _bytes_in_quarantine(store: Where) -> int:
-    if not isinstance(store, Path):
-        return 0
-    files = StoreLayout(store).quarantine.rglob("*")
-    return sum(file.stat().st_size for file in files if file.is_file())
+def _bytes_of_its_own(folder: Path) -> int:
+    """What deleting a folder would free: a file that is linked elsewhere too stays there."""
+    found = (file.stat() for file in folder.rglob("*") if file.is_file())
+    return sum(status.st_size for status in found if status.st_nlink == 1)

@@ -82,10 +82,17 @@ def _unlike(into: Iterable[Where], settings: dict[Path, StoreSettings]) -> list[
     for folder in {Path(store).parent for store in into}:
         for store in list_stores(folder):
             named.setdefault(Path(store).name, StoreReader(store).settings)
+    merged = {its.folder_name for its in settings.values()}
     return [
-        f"{first} and {second} stay two stores; they differ in "
-        f"{', '.join(differing_settings(named[first], named[second]))}; train.stores.{kind} says "
-        "which one a run takes"
+        f"{first} and {second} stay two stores, since they differ in "
+        f"{_differences(named[first], named[second])}; train.stores.{named[first].kind} says which "
+        "one a run takes"
         for first, second in combinations(sorted(named), 2)
-        if (kind := named[first].kind) == named[second].kind
+        if named[first].kind == named[second].kind and merged & {first, second}
     ]
+
+
+def _differences(first: StoreSettings, second: StoreSettings) -> str:
+    """The settings that differ, each array once."""
+    names = [name.split(".") for name in differing_settings(first, second)]
+    return ", ".join(dict.fromkeys(".".join(parts[:2]) for parts in names))

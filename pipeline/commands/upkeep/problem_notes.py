@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from cache_schema.upkeep.verify import MENDS, Problem
-from pipeline.commands.upkeep.stores import Where, name_of
+from pipeline.commands.upkeep.stores import Where, counted, name_of
 
 _SHOWN = 20
 
@@ -17,21 +16,20 @@ def is_harmless(problem: Problem) -> bool:
     return problem.mend == "extract"
 
 
+def counted_problems(problems: Sequence[Problem]) -> str:
+    """Write how many there are: 2, and 1 harmless leftover."""
+    harmless = sum(map(is_harmless, problems))
+    rest = f", and {counted(harmless, 'harmless leftover')}" if harmless else ""
+    return f"{len(problems) - harmless or 'none'}{rest}"
+
+
 def problem_notes(store: Where, problems: Sequence[Problem]) -> list[str]:
     """A line for each problem; of many, the first ones."""
-    notes = [f"{_place(store, one)}: {one.what}" for one in problems[:_SHOWN]]
+    notes = [_told(store, one) for one in problems[:_SHOWN]]
     if len(problems) > _SHOWN:
         more = f"… and {len(problems) - _SHOWN} more; --json lists them"
         notes.append(f"{name_of(store)} {more}")
     return notes
-
-
-def remedy_notes(store: Where, problems: Sequence[Problem]) -> list[str]:
-    """What to do about each sort of problem."""
-    return [
-        f"{name_of(store)}, {count} of these: {MENDS[mend]}"
-        for mend, count in Counter(one.mend for one in problems).most_common()
-    ]
 
 
 def problem_data(problems: Sequence[Problem]) -> list[dict[str, Any]]:
@@ -41,7 +39,9 @@ def problem_data(problems: Sequence[Problem]) -> list[dict[str, Any]]:
     ]
 
 
-def _place(store: Where, problem: Problem) -> str:
+def _told(store: Where, problem: Problem) -> str:
     clip = f" clip {problem.key!r}" if problem.key is not None else ""
     shard = f" shard {problem.shard}" if problem.shard is not None else ""
-    return f"{name_of(store)}{shard}{clip}"
+    # The other remedies are one command for all.
+    remedy = f"; {MENDS[problem.mend]}" if problem.mend in ("extract", "by hand") else ""
+    return f"{name_of(store)}{shard}{clip}: {problem.what}{remedy}"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from cache_schema.upkeep.repair import RepairReport, repair_store
 from pipeline.commands.upkeep.problem_notes import (
+    counted_problems,
     is_harmless,
     problem_data,
     problem_notes,
-    remedy_notes,
 )
 from pipeline.commands.upkeep.stores import (
     Outcome,
@@ -46,8 +46,8 @@ def run(cache: Path, progress: Progress) -> Answer:
         stores,
         repair,
         title=lambda found: (
-            f"{sum(bool(one.data.get('found')) for one in found)} of "
-            f"{counted(len(found), 'store')} had something to repair: {cache}"
+            f"{sum(one.data.get('damaged', True) for one in found)} of "
+            f"{counted(len(found), 'store')} needed repair: {cache}"
         ),
     )
     if lacking:
@@ -58,7 +58,8 @@ def run(cache: Path, progress: Progress) -> Answer:
 
 def _told(store: Where, report: RepairReport) -> Outcome:
     left = [problem for problem in report.left if not is_harmless(problem)]
-    rows = [("problems", f"{len(report.found) or 'none'}{f', {len(left)} left' if left else ''}")]
+    still = f"; {len(left)} left" if left else ""
+    rows = [("problems", counted_problems(report.found) + still)]
     taken = [counted(len(report.clips), "clip")] if report.clips else []
     taken += [counted(len(report.shards), "whole shard")] if report.shards else []
     if taken:
@@ -66,6 +67,7 @@ def _told(store: Where, report: RepairReport) -> Outcome:
     if report.quarantine is not None:
         rows.append(("quarantine", str(report.quarantine)))
     data = {
+        "damaged": not all(map(is_harmless, report.found)),
         "found": problem_data(report.found),
         "left": problem_data(report.left),
         "quarantine": None if report.quarantine is None else str(report.quarantine),
@@ -76,7 +78,5 @@ def _told(store: Where, report: RepairReport) -> Outcome:
         "shards": list(report.shards),
     }
     notes = problem_notes(store, [one for one in report.found if one not in report.left])
-    if report.left:
-        notes += [f"still so: {line}" for line in problem_notes(store, report.left)]
-        notes += remedy_notes(store, report.left)
+    notes += [f"left: {line}" for line in problem_notes(store, report.left)]
     return Outcome(rows=indented(rows), data=data, notes=notes, failed=bool(left))

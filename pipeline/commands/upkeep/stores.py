@@ -42,6 +42,12 @@ def name_of(where: Where) -> str:
     return where.absolute().name if isinstance(where, Path) else where.rpartition("/")[2]
 
 
+def kind_of(store: Where) -> str:
+    """The kind of a store, going by its name; the whole name where that says none."""
+    name = name_of(store)
+    return name.rpartition("-")[0] or name
+
+
 def within(where: Where, name: str) -> Where:
     """The folder or URL of that name inside another."""
     return where / name if isinstance(where, Path) else f"{where}/{name}"
@@ -116,7 +122,7 @@ def each_store(
                 failed=True,
             )
         outcomes.append(outcome)
-        rows += [(name_of(store).rpartition("-")[0] or "store", str(store)), *outcome.rows]
+        rows += [(kind_of(store), str(store)), *outcome.rows]
         told += outcome.notes
         data.append({"store": str(store), **outcome.data})
     return Answer(
@@ -140,7 +146,7 @@ def bar_of_bytes(progress: Progress, verb: str, *stores: Where) -> Iterator[Task
         total: int | None = sum(StoreReader(store).num_bytes for store in stores)
     except (CacheError, OSError):
         total = None  # the work itself will say what is wrong
-    with progress.task(f"{verb} {name_of(stores[0])}", total, unit="bytes") as task:
+    with progress.task(f"{verb} {kind_of(stores[0])}", total, unit="bytes") as task:
         yield task
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cache_schema.upkeep.verify import VerifyReport, verify_store
+from cache_schema import CorruptRecord
+from cache_schema.upkeep.verify import MENDS, Problem, VerifyReport, verify_store
 from pipeline.commands.upkeep.problem_notes import (
+    counted_problems,
     is_harmless,
     problem_data,
     problem_notes,
-    remedy_notes,
 )
 from pipeline.commands.upkeep.stores import (
     Outcome,
     Where,
     bar_of_bytes,
+    command,
     counted,
     each_store,
     indented,
@@ -37,10 +39,23 @@ def run(where: str, progress: Progress, *, fast: bool = False) -> Answer:
 
     def check(store: Where) -> Outcome:
         with bar_of_bytes(progress, "verify", store) as task:
-            report = verify_store(store, fast=fast, advance=task.advance)
+            try:
+                report = verify_store(store, fast=fast, advance=task.advance)
+            except CorruptRecord as error:  # of the store itself
+                report = VerifyReport((Problem(None, None, str(error), "repair"),), 0, 0)
         return _told(store, report, fast=fast)
 
-    return each_store(stores_at(cache), check, title=lambda found: _title(found, cache))
+    answer = each_store(stores_at(cache), check, title=lambda found: _title(found, cache))
+    problems = [one for store in answer.data["stores"] for one in store.get("problems", [])]
+    mends = {one["mend"] for one in problems}
+    if "repair" in mends:
+        answer.notes.append(
+            f"run {command('cache', 'repair', cache)}, then extract-features --retry-failed with "
+            "the configuration the stores were made with"
+        )
+    if "copy" in mends:
+        answer.notes.append(MENDS["copy"])
+    return answer
 
 
 def _title(found: Sequence[Outcome], cache: Where) -> str:
@@ -53,24 +68,22 @@ def _title(found: Sequence[Outcome], cache: Where) -> str:
 
 
 def _told(store: Where, report: VerifyReport, *, fast: bool) -> Outcome:
-    problems = [one for one in report.problems if not is_harmless(one)]
-    leftovers = len(report.problems) - len(problems)
+    intact = all(map(is_harmless, report.problems))
     how = "listings and sizes compared" if fast else "every checksum compared"
-    harmless = f", and {counted(leftovers, 'harmless leftover')}" if leftovers else ""
     rows = [
         ("clips", f"{report.num_clips}, {in_bytes(report.num_bytes)}; {how}"),
-        ("problems", f"{len(problems) or 'none'}{harmless}"),
+        ("problems", counted_problems(report.problems)),
     ]
     data = {
         "clips": report.num_clips,
         "bytes": report.num_bytes,
         "fast": fast,
-        "intact": not problems,
+        "intact": intact,
         "problems": problem_data(report.problems),
     }
     return Outcome(
         rows=indented(rows),
         data=data,
-        notes=problem_notes(store, report.problems) + remedy_notes(store, report.problems),
-        failed=bool(problems),
+        notes=problem_notes(store, report.problems),
+        failed=not intact,
     )
