@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.skipped_notes import counted_reasons, skipped_notes
@@ -10,7 +11,12 @@ from pipeline.console import Answer, in_bytes, in_time
 from stages.progress import Progress
 
 if TYPE_CHECKING:
-    from stages.extract_features.estimates.estimate import Estimate, KindEstimate, PassEstimate
+    from stages.extract_features.estimates.estimate import (
+        Estimate,
+        FormEstimate,
+        KindEstimate,
+        PassEstimate,
+    )
 
 _HOW = (
     "estimated: time from operations, at a usual share of this device's rate of matrix products "
@@ -41,6 +47,7 @@ def run(config: RunConfig, progress: Progress) -> Answer:
             if kind.kind in one.kinds:
                 rows += _kind_rows(kind)
         rows += _pass_rows(one)
+    rows += _form_rows(found.forms)
     least = "at least " if any(one.cost is None for one in found.passes) else ""
     size, free = in_bytes(found.bytes), in_bytes(found.free_bytes)
     rows += [
@@ -78,8 +85,26 @@ def _kind_rows(kind: KindEstimate) -> list[tuple[str, str]]:
     ]
     if kind.bytes is None or kind.bytes_per_clip is None:
         return [*rows, ("  disk", "unknown")]
-    size = f"{in_bytes(kind.bytes)}, {in_bytes(kind.bytes_per_clip)} a clip"
-    return [*rows, ("  disk", size)]
+    return [*rows, ("  disk", _size(kind.bytes, kind.bytes_per_clip, about=kind.is_compressed))]
+
+
+def _form_rows(forms: Sequence[FormEstimate]) -> list[tuple[str, str]]:
+    """The teacher's forms side by side, so that one can be chosen."""
+    rows = [
+        (
+            f"  {form.size.kind} {form.size.dtype}",
+            _size(form.bytes, form.size.bytes_per_clip, about=form.size.is_compressed)
+            + (", chosen" if form.size.is_chosen else ""),
+        )
+        for form in forms
+    ]
+    return [("forms of the teacher", f"for {forms[0].clips} clips"), *rows] if forms else []
+
+
+def _size(total: int, per_clip: int, *, about: bool) -> str:
+    compressed = ", compressed" if about else ""
+    less = "about " if about else ""
+    return f"{less}{in_bytes(total)}, {in_bytes(per_clip)} a clip{compressed}"
 
 
 def _pass_rows(one: PassEstimate) -> list[tuple[str, str]]:
@@ -160,6 +185,7 @@ def _data(config: RunConfig, found: Estimate) -> dict[str, Any]:
         "device_bytes": found.device_bytes,
         "warnings": [*found.notes, *_warnings(config, found)],
         "passes": [_pass_data(one) for one in found.passes],
+        "forms": [_form_data(form) for form in found.forms],
     }
     return data | {kind.kind: _kind_data(kind) for kind in found.kinds}
 
@@ -181,6 +207,18 @@ def _pass_data(one: PassEstimate) -> dict[str, Any]:
     }
 
 
+def _form_data(form: FormEstimate) -> dict[str, Any]:
+    return {
+        "kind": form.size.kind,
+        "dtype": form.size.dtype,
+        "chosen": form.size.is_chosen,
+        "clips": form.clips,
+        "bytes_per_clip": form.size.bytes_per_clip,
+        "bytes": form.bytes,
+        "compressed": form.size.is_compressed,
+    }
+
+
 def _kind_data(kind: KindEstimate) -> dict[str, Any]:
     return {
         "store": None if kind.store is None else str(kind.store),
@@ -193,4 +231,5 @@ def _kind_data(kind: KindEstimate) -> dict[str, Any]:
         ],
         "bytes_per_clip": kind.bytes_per_clip,
         "bytes": kind.bytes,
+        "compressed": kind.is_compressed,
     }

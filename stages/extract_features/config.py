@@ -5,8 +5,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from stages.config import Precision, Section
+from stages.teacher_forms.config import FeatureDtype, GramFlowConfig
 
-Kind = Literal["text", "latents", "teacher", "masks"]
+Kind = Literal["text", "latents", "teacher", "gram_flow", "masks"]
 """The stores that stage one writes."""
 
 FeatureKind = Literal["memory_attention", "memory_encoder"]
@@ -76,6 +77,8 @@ class TeacherConfig(Section):
     grid: Literal["student", "native"] = "student"
     """The student's token grid, or SAM2's own (64x64 at 1024 pixels), resampled when it is read:
     one store then serves several training sizes."""
+    dtype: FeatureDtype = "float16"
+    """How the features are stored: float16, or int8 with a scale for each token, half the size."""
     precision: Precision = "fp32"
     """Arithmetic of the tracker; bf16 on a GPU."""
     clips_per_batch: int = Field(default=1, ge=1)
@@ -130,7 +133,8 @@ class ExtractConfig(Section):
     """What stage one computes and where it runs."""
 
     kinds: tuple[Kind, ...] = Field(default=("text", "latents", "teacher", "masks"), min_length=1)
-    """The stores to write, one big model at a time; teacher and masks come from one pass."""
+    """The stores to write, one big model at a time; teacher, gram_flow and masks come from one
+    pass."""
     engine: Literal["local", "ray"] = "local"
     """local: this process, or the group a launcher started, shares the shards. ray: workers on a
     Ray cluster, which may come and go."""
@@ -142,5 +146,6 @@ class ExtractConfig(Section):
     max_skipped: float = Field(default=0.1, ge=0.0, le=1.0)
     """Share of clips that may be skipped before the command exits with 3; 0.1 is usual."""
     teacher: TeacherConfig = TeacherConfig()
+    gram_flow: GramFlowConfig = GramFlowConfig()
     latents: LatentsConfig = LatentsConfig()
     text: TextConfig = TextConfig()

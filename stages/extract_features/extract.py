@@ -117,17 +117,21 @@ def _summary(
     kind: Kind, writer: StoreWriter, dataset: ClipDataset, report: EngineReport, seconds: float
 ) -> KindSummary:
     """What the store holds of the dataset, whoever wrote it, and what this process did."""
+    writer.write_index()
     reader = StoreReader(writer.path)
-    of_dataset = {shard for shard in reader.shards if input_shard_name(shard, dataset) is not None}
-    entries = [e for e in map(reader.record, reader.keys) if e.shard in of_dataset]
+    of_dataset = {
+        name: facts
+        for name, facts in reader.shards.items()
+        if input_shard_name(name, dataset) is not None
+    }
     written = report.written[kind]
     return KindSummary(
         kind=kind,
         store=writer.path,
         clips_written=written,
-        clips_already_there=len(entries) - written,
+        clips_already_there=sum(facts.num_clips for facts in of_dataset.values()) - written,
         skipped=tuple(clip for clip in reader.skipped if clip.shard in of_dataset),
         busy_shards=report.busy,
         seconds=seconds,
-        bytes=sum(array.bytes for entry in entries for array in entry.arrays.values()),
+        bytes=sum(facts.num_bytes for facts in of_dataset.values()),
     )

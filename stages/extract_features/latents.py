@@ -113,7 +113,11 @@ class LatentsExtraction:
         if self._image_to_video:
             noisy_BCTHW = with_image_noise(pixels_BCTHW[:, :, :1], clip.key, self._seed)
             arrays["image_mean"], arrays["image_std"] = _posterior(vae, noisy_BCTHW)
-        return Extracted(arrays=arrays, attributes={"geometry": dict(clip.geometry.as_dict())})
+        attributes: dict[str, JSON] = {
+            "num_frames": len(clip.frames_THWC),
+            "geometry": dict(clip.geometry.as_dict()),
+        }
+        return Extracted(arrays=arrays, attributes=attributes)
 
 
 def pixels_for_vae(frames_THWC: np.ndarray) -> torch.Tensor:

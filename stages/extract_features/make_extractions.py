@@ -15,7 +15,7 @@ _BASE_PARTS: dict[Kind, tuple[str, ...]] = {
     "text": ("tokenizer", "text_encoder"),
     "latents": ("vae",),
 }
-TRACKED_KINDS: tuple[Kind, ...] = ("teacher", "masks")
+TRACKED_KINDS: tuple[Kind, ...] = ("teacher", "gram_flow", "masks")
 """What one pass of SAM2 over a clip fills."""
 
 
@@ -24,8 +24,8 @@ def make_extractions(
 ) -> list[Extraction]:
     """One extraction per model that `config.kinds` needs, in the order of the kinds.
 
-    Teacher and masks come from one pass, which stands where the first of them does. Everything that
-    can be checked in advance is checked here; no model is loaded.
+    What SAM2 fills comes from one pass, which stands where the first of these kinds does.
+    Everything that can be checked in advance is checked here; no model is loaded.
 
     Raises:
         ValueError: A part of the base model, SAM2's checkpoint or another file that a kind needs is
@@ -39,7 +39,9 @@ def make_extractions(
             # Brings in sam2, which the other kinds do without.
             from stages.extract_features.subjects.subject_extraction import SubjectExtraction
 
-            made.append(SubjectExtraction(config.teacher, clips, kinds=kinds))
+            made.append(
+                SubjectExtraction(config.teacher, clips, gram_flow=config.gram_flow, kinds=kinds)
+            )
             continue
         assert base is not None
         if kinds[0] == "latents":

@@ -9,8 +9,14 @@ from cache_schema import SkippedClip
 from pipeline.commands import estimate as command
 from pipeline.config import ConfigError, load_config
 from stages.extract_features.estimates import estimate as module
-from stages.extract_features.estimates.estimate import Estimate, KindEstimate, PassEstimate
+from stages.extract_features.estimates.estimate import (
+    Estimate,
+    FormEstimate,
+    KindEstimate,
+    PassEstimate,
+)
 from stages.extract_features.estimates.model_costs import ModelCost
+from stages.extract_features.estimates.store_sizes import FormSize
 from stages.progress import SilentProgress
 
 QUIET = SilentProgress()
@@ -29,6 +35,25 @@ TEACHER = KindEstimate(
     skipped=25,
     skipped_clips=SKIPPED,
     bytes_per_clip=10**7,
+    is_compressed=False,
+)
+FORMS = tuple(
+    FormEstimate(
+        size=FormSize(
+            kind=kind,
+            dtype=dtype,
+            bytes_per_clip=megabytes * 10**6,
+            is_compressed=(kind, dtype) == ("gram_flow", "float16"),
+            is_chosen=(kind, dtype) == ("teacher", "int8"),
+        ),
+        clips=285,
+    )
+    for kind, dtype, megabytes in (
+        ("teacher", "float16", 68),
+        ("teacher", "int8", 34),
+        ("gram_flow", "float16", 3),
+        ("gram_flow", "uint8", 4),
+    )
 )
 FOUND = Estimate(
     shards=5,
@@ -48,6 +73,7 @@ FOUND = Estimate(
             usual_share=0.5,
         ),
     ),
+    forms=FORMS,
     device="some device",
     device_bytes=10**10,
     free_bytes=10**12,
@@ -77,6 +103,26 @@ def test_the_table_tells_clips_disk_memory_and_time(answer):
     assert ("  work", "550 TFLOP, 2 TFLOP a clip") in rows
     assert ("  time", "18 min 20 s at 500 GFLOP/s, both estimated") in rows
     assert ("disk", "5.5 GB to be written, 1.0 TB free") in rows
+
+
+def test_the_teachers_forms_stand_side_by_side(answer):
+    rows = answer().rows
+    start = rows.index(("forms of the teacher", "for 285 clips"))
+    assert rows[start + 1 : start + 5] == [
+        ("  teacher float16", "19.4 GB, 68.0 MB a clip"),
+        ("  teacher int8", "9.7 GB, 34.0 MB a clip, chosen"),
+        ("  gram_flow float16", "about 855.0 MB, 3.0 MB a clip, compressed"),
+        ("  gram_flow uint8", "1.1 GB, 4.0 MB a clip"),
+    ]
+    told = json.loads(json.dumps(answer().data))["forms"]
+    assert [form["bytes"] for form in told] == [285 * m * 10**6 for m in (68, 34, 3, 4)]
+    assert [form["chosen"] for form in told] == [False, True, False, False]
+    assert answer(forms=()).rows == [row for row in rows if row not in rows[start : start + 5]]
+
+
+def test_the_size_of_a_compressed_store_is_about(answer):
+    rows = answer(kinds=(replace(TEACHER, is_compressed=True),)).rows
+    assert ("  disk", "about 2.8 GB, 10.0 MB a clip, compressed") in rows
 
 
 def test_json_holds_every_skipped_clip_and_number(answer):

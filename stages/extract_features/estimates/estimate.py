@@ -1,13 +1,12 @@
 """What a run of stage one would take, before it starts; `extract-features --dry-run` prints it.
 
-Clips and what would be skipped come from the dataset's headers (`survey`). Disk is exact: the
-stores' arrays, raw. Memory and operations come from the models' shapes (`model_costs`). Time is
-operations over this device's measured rate of matrix products times a usual share of it; reading
-and decoding videos, which overlap with the models' work, and loading them are not in it. Writes
-nothing.
+Clips and what would be skipped come from the dataset's headers (`survey`). Disk is that of the
+stores' arrays: exact where they are stored raw, by a usual share where they are compressed. Memory
+and operations come from the models' shapes (`model_costs`). Time is operations over this device's
+measured rate of matrix products times a usual share of it; reading and decoding videos, which
+overlap with the models' work, and loading them are not in it. Writes nothing.
 """
 
-import math
 import os
 import shutil
 from collections import Counter
@@ -17,21 +16,22 @@ from pathlib import Path
 
 import torch
 
-from cache_schema import ArraySpec, SkippedClip, StoreReader
+from cache_schema import SkippedClip, StoreReader
 from stages.clips import ClipsConfig, open_dataset
 from stages.config import BaseModelConfig, Precision
 from stages.extract_features.config import ExtractConfig, Kind, PromptSource
 from stages.extract_features.estimates.flops import matmul_flops_per_second
 from stages.extract_features.estimates.model_costs import ModelCost, TrackerCost
 from stages.extract_features.estimates.planned_stores import PlannedPass, planned_passes
+from stages.extract_features.estimates.store_sizes import FormSize, bytes_of, is_compressed
 from stages.extract_features.estimates.survey import MOST_PROBED, ShardSurvey, survey_shards
 from stages.extract_features.extraction import DTYPES
-from stages.extract_features.make_extractions import device_named
+from stages.extract_features.make_extractions import TRACKED_KINDS, device_named
 from stages.progress import Progress
 
 USUAL_SHARE: Mapping[str, Mapping[Kind, float]] = {
-    "cpu": {"text": 0.7, "latents": 0.85, "teacher": 0.65, "masks": 0.65},
-    "cuda": {"text": 0.3, "latents": 0.3, "teacher": 0.25, "masks": 0.25},
+    "cpu": {"text": 0.7, "latents": 0.85, **dict.fromkeys(TRACKED_KINDS, 0.65)},
+    "cuda": {"text": 0.3, "latents": 0.3, **dict.fromkeys(TRACKED_KINDS, 0.25)},
 }
 """What a model reaches of the rate of matrix products, by device. On a CPU as measured on one
 thread: two layers as wide as half of T5-XXL, a VAE of the official widths, sam2.1_hiera_t at 512
@@ -54,7 +54,9 @@ class KindEstimate:
     skipped_clips: tuple[SkippedClip, ...]
     """The same one by one, of the clips whose headers were read."""
     bytes_per_clip: int | None
-    """Of the arrays as they are; the store adds checksums and records, well under 1%."""
+    """Of the arrays; the store adds checksums and records, well under 1%."""
+    is_compressed: bool
+    """The size is about this."""
 
     @property
     def bytes(self) -> int | None:
@@ -64,7 +66,7 @@ class KindEstimate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassEstimate:
-    """One model's work; teacher and masks come from one pass."""
+    """One model's work; teacher, gram_flow and masks come from one pass."""
 
     kinds: tuple[Kind, ...]
     clips: int
@@ -86,6 +88,20 @@ class PassEstimate:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FormEstimate:
+    """One form of the teacher, whether the run writes it or not."""
+
+    size: FormSize
+    clips: int
+    """Of the dataset, without those that would be skipped."""
+
+    @property
+    def bytes(self) -> int:
+        """For the whole dataset."""
+        return self.clips * self.size.bytes_per_clip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
     """The whole run."""
 
@@ -100,6 +116,8 @@ class Estimate:
     """How many of the clips probed are prompted by which source."""
     kinds: tuple[KindEstimate, ...]
     passes: tuple[PassEstimate, ...]
+    forms: tuple[FormEstimate, ...]
+    """Of the teacher, where SAM2 runs."""
     device: str
     device_bytes: int
     """Memory of the device."""
@@ -147,12 +165,15 @@ def estimate(
     surveys = survey_shards(dataset.shards, config, clips, progress, most_probed=most_probed)
     kinds: list[KindEstimate] = []
     passes: list[PassEstimate] = []
+    forms: list[FormEstimate] = []
     for plan in plans:
         finished = _finished_shards(plan, cache_root)
         kinds += [_kind(kind, plan, surveys, finished[kind], cache_root) for kind in plan.kinds]
         # A shard that one of two stores lacks is gone through again for it.
         in_all = set.intersection(*(set(shards) for shards in finished.values()))
         passes.append(_pass(plan, _Left.of(surveys, in_all), config, device))
+        kept = _Left.of(surveys, set()).kept(plan.kinds[0])
+        forms += [FormEstimate(size=size, clips=round(kept)) for size in plan.forms]
     probed = [survey for survey in surveys if survey.probed]
     prompts = sum((survey.prompts for survey in probed), Counter[PromptSource]())
     return Estimate(
@@ -164,6 +185,7 @@ def estimate(
         prompts=prompts,
         kinds=tuple(kinds),
         passes=tuple(passes),
+        forms=tuple(forms),
         device=_name_of(device),
         device_bytes=_memory_of(device),
         free_bytes=_free_bytes(cache_root),
@@ -193,6 +215,10 @@ class _Left:
         probed = sum(survey.num_clips for survey in self.probed)
         return counted * self.num_clips / probed if probed else 0.0
 
+    def kept(self, kind: Kind) -> float:
+        """Clips that would not be skipped."""
+        return self.num_clips - self.in_all(len(self.skipped(kind)))
+
     def skipped(self, kind: Kind) -> tuple[SkippedClip, ...]:
         return tuple(clip for survey in self.probed for clip in survey.skipped.get(kind, ()))
 
@@ -203,9 +229,7 @@ def _finished_shards(plan: PlannedPass, cache_root: Path) -> dict[Kind, dict[str
     for kind, folder in (plan.folders or {}).items():
         if (cache_root / folder / "store.json").is_file():
             reader = StoreReader(cache_root / folder)
-            finished[kind] = dict.fromkeys(reader.shards, 0)
-            for key in reader.keys:
-                finished[kind][reader.record(key).shard] += 1
+            finished[kind] = {name: facts.num_clips for name, facts in reader.shards.items()}
     return finished
 
 
@@ -227,7 +251,8 @@ def _kind(
         clips=left.num_clips - num_skipped,
         skipped=num_skipped,
         skipped_clips=skipped if left.num_clips else (),
-        bytes_per_clip=None if plan.arrays is None else _bytes_of(plan.arrays[kind]),
+        bytes_per_clip=None if plan.arrays is None else bytes_of(plan.arrays[kind]),
+        is_compressed=plan.arrays is not None and is_compressed(plan.arrays[kind]),
     )
 
 
@@ -235,7 +260,7 @@ def _pass(
     plan: PlannedPass, left: _Left, config: ExtractConfig, device: torch.device
 ) -> PassEstimate:
     kind = plan.kinds[0]
-    num_clips = left.num_clips - left.in_all(len(left.skipped(kind)))
+    num_clips = left.kept(kind)
     cost, flops = plan.cost, None
     if isinstance(cost, TrackerCost):
         flops = cost.flops(num_clips, left.in_all(sum(survey.subjects for survey in left.probed)))
@@ -256,10 +281,6 @@ def _precision(config: ExtractConfig, kind: Kind) -> Precision:
     if kind == "text":
         return config.text.precision
     return config.latents.precision if kind == "latents" else config.teacher.precision
-
-
-def _bytes_of(arrays: Mapping[str, ArraySpec]) -> int:
-    return sum(math.prod(spec.shape) * spec.numpy_dtype.itemsize for spec in arrays.values())
 
 
 def _name_of(device: torch.device) -> str:

@@ -20,10 +20,11 @@ from stages.extract_features.estimates.model_costs import (
     text_cost,
     tracker_cost,
 )
+from stages.extract_features.estimates.store_sizes import FormSize, teacher_form_sizes
 from stages.extract_features.latents import LatentsExtraction, latents_arrays
 from stages.extract_features.make_extractions import group_kinds
 from stages.extract_features.subjects.subject_extraction import SubjectExtraction
-from stages.extract_features.subjects.subject_stores import masks_settings, teacher_settings
+from stages.extract_features.subjects.subject_stores import subject_settings
 from stages.extract_features.text import TextExtraction, text_arrays
 from stages.extract_features.tracking.sam2_tracker import (
     HUB_CHECKPOINTS,
@@ -42,6 +43,8 @@ class PlannedPass:
     folders: Mapping[Kind, str] | None
     """Names of the stores; None when the weights, whose hash is in them, are not here."""
     cost: ModelCost | TrackerCost | None
+    forms: tuple[FormSize, ...] = ()
+    """Of a pass of SAM2, what each form of the teacher takes, chosen or not."""
     notes: tuple[str, ...] = ()
     """What could not be known, and why."""
 
@@ -59,7 +62,7 @@ def planned_passes(
     passes: list[PlannedPass] = []
     for kinds in group_kinds(config.kinds):
         if kinds[0] not in ("text", "latents"):
-            passes.append(_tracking(config.teacher, clips, kinds))
+            passes.append(_tracking(config, clips, kinds))
         elif base is None:
             passes.append(
                 PlannedPass(kinds=kinds, arrays=None, folders=None, cost=None, notes=(problem,))
@@ -102,28 +105,28 @@ def _latents(config: ExtractConfig, clips: ClipsConfig, base: BaseFacts) -> Plan
     return _unknown(("latents",), {"latents": arrays}, cost, f"the VAE in {base.folder}")
 
 
-def _tracking(config: TeacherConfig, clips: ClipsConfig, kinds: tuple[Kind, ...]) -> PlannedPass:
-    official, _ = HUB_CHECKPOINTS.get(config.checkpoint, (None, None))
+def _tracking(config: ExtractConfig, clips: ClipsConfig, kinds: tuple[Kind, ...]) -> PlannedPass:
+    teacher = config.teacher
+    official, _ = HUB_CHECKPOINTS.get(teacher.checkpoint, (None, None))
     try:
-        checkpoint = find_checkpoint(config.checkpoint, download=False)
+        checkpoint = find_checkpoint(teacher.checkpoint, download=False)
     except ValueError:
         if official is None:
             raise
-        sam2_config, missing = config.config or official, f"the checkpoint {config.checkpoint}"
+        sam2_config, missing = teacher.config or official, f"the checkpoint {teacher.checkpoint}"
     else:
-        facts = check_sam2(config.config, checkpoint, image_size=config.image_size)
+        facts = check_sam2(teacher.config, checkpoint, image_size=teacher.image_size)
         sam2_config, missing = facts.config_name, ""
-    cost = tracker_cost(config, clips, sam2_config)
-    if not missing and not _grounding_is_here(config):
-        missing = f"Grounding DINO {config.grounding.model}"
+    cost = tracker_cost(teacher, clips, sam2_config)
+    channels = cost.hidden_dim if teacher.features == "memory_attention" else cost.mem_dim
+    forms = teacher_form_sizes(config, clips, channels=channels)
+    if not missing and not _grounding_is_here(teacher):
+        missing = f"Grounding DINO {teacher.grounding.model}"
     if not missing:
-        return _known(kinds, SubjectExtraction(config, clips, kinds=kinds).settings, cost)
-    channels = cost.hidden_dim if config.features == "memory_attention" else cost.mem_dim
-    settings: dict[Kind, StoreSettings] = {
-        "teacher": teacher_settings(config, clips, {}, channels=channels),
-        "masks": masks_settings(config, clips, {}),
-    }
-    return _unknown(kinds, {kind: settings[kind].arrays for kind in kinds}, cost, missing)
+        extraction = SubjectExtraction(teacher, clips, gram_flow=config.gram_flow, kinds=kinds)
+        return _known(kinds, extraction.settings, cost, forms)
+    settings = subject_settings(teacher, clips, {}, gram_flow=config.gram_flow, channels=channels)
+    return _unknown(kinds, {kind: settings[kind].arrays for kind in kinds}, cost, missing, forms)
 
 
 def _grounding_is_here(config: TeacherConfig) -> bool:
@@ -147,13 +150,17 @@ def has_weights(part: Path) -> bool:
 
 
 def _known(
-    kinds: tuple[Kind, ...], settings: Mapping[Kind, StoreSettings], cost: ModelCost | TrackerCost
+    kinds: tuple[Kind, ...],
+    settings: Mapping[Kind, StoreSettings],
+    cost: ModelCost | TrackerCost,
+    forms: tuple[FormSize, ...] = (),
 ) -> PlannedPass:
     return PlannedPass(
         kinds=kinds,
         arrays={kind: settings[kind].arrays for kind in kinds},
         folders={kind: settings[kind].folder_name for kind in kinds},
         cost=cost,
+        forms=forms,
     )
 
 
@@ -162,9 +169,12 @@ def _unknown(
     arrays: Mapping[Kind, Mapping[str, ArraySpec]],
     cost: ModelCost | TrackerCost,
     missing: str,
+    forms: tuple[FormSize, ...] = (),
 ) -> PlannedPass:
     note = (
         f"{' and '.join(kinds)}: {missing} is not on this machine yet, so that what the cache "
         "holds already cannot be told; the run downloads it"
     )
-    return PlannedPass(kinds=kinds, arrays=arrays, folders=None, cost=cost, notes=(note,))
+    return PlannedPass(
+        kinds=kinds, arrays=arrays, folders=None, cost=cost, forms=forms, notes=(note,)
+    )

@@ -1,4 +1,6 @@
-"""Features and masks of each clip's subjects, from SAM2 both ways: the teacher and masks stores."""
+"""Features and masks of each clip's subjects, from SAM2 both ways: the stores of the teacher in its
+two forms, and of the masks.
+"""
 
 # Legend: T frame, S side of SAM2's square input.
 
@@ -20,9 +22,8 @@ from stages.extract_features.subjects.subject_prompts import subjects_to_track
 from stages.extract_features.subjects.subject_stores import (
     features_on_grid,
     mask_arrays,
-    masks_settings,
+    subject_settings,
     teacher_arrays,
-    teacher_settings,
     tracking_settings,
 )
 from stages.extract_features.subjects.subject_tracking import Subject, SubjectTrack, SubjectTracker
@@ -30,6 +31,8 @@ from stages.extract_features.subjects.track_report import refusal, track_attribu
 from stages.extract_features.tracking.sam2_inputs import resize_for_sam2
 from stages.extract_features.tracking.sam2_tracker import build_sam2, check_sam2, find_checkpoint
 from stages.extract_features.tracking.two_way_tracking import TwoWayTracker
+from stages.teacher_forms.config import GramFlowConfig
+from stages.teacher_forms.flow_maker import FlowMaker
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,19 +52,30 @@ class _Start:
 
 
 class SubjectExtraction:
-    """Tracks each clip's subjects and keeps the fused features, the masks, or both.
+    """Tracks each clip's subjects and keeps the fused features, their Gram flow and the masks.
+
+    The Gram flow is that of the features as they are stored, so that one derived from them later is
+    the same.
 
     Args:
-        config: Which SAM2, how it is prompted, which features, how they are fused.
+        config: Which SAM2, how it is prompted, which features, how they are fused and stored.
         clips: The size and length clips are brought to.
-        kinds: teacher, masks, or both.
+        gram_flow: Its window, and how it is stored.
+        kinds: Some of teacher, gram_flow and masks.
 
     Raises:
         ValueError: Options contradict each other; or a model that is needed (SAM2's configuration
             or checkpoint, Grounding DINO) is missing or does not fit.
     """
 
-    def __init__(self, config: TeacherConfig, clips: ClipsConfig, *, kinds: Sequence[Kind]) -> None:
+    def __init__(
+        self,
+        config: TeacherConfig,
+        clips: ClipsConfig,
+        *,
+        gram_flow: GramFlowConfig,
+        kinds: Sequence[Kind],
+    ) -> None:
         _check_directions(config)
         self._config = config
         self._clips = clips
@@ -71,9 +85,11 @@ class SubjectExtraction:
         # Checked in advance: a checkpoint that does not fit must not show after hours of work.
         self._facts = check_sam2(config.config, self._checkpoint, image_size=config.image_size)
         self._chooser = PromptChooser(config, clips)
-        self.settings: Mapping[Kind, StoreSettings] = self._settings()
+        settings = self._all_settings(gram_flow)
+        self._flow_maker = FlowMaker.of(settings["teacher"], gram_flow, clips.token_grid)
+        self.settings: Mapping[Kind, StoreSettings] = {kind: settings[kind] for kind in self._kinds}
 
-    def _settings(self) -> dict[Kind, StoreSettings]:
+    def _all_settings(self, gram_flow: GramFlowConfig) -> dict[Kind, StoreSettings]:
         config, clips, facts = self._config, self._clips, self._facts
         tracking = tracking_settings(
             config,
@@ -83,11 +99,7 @@ class SubjectExtraction:
             prompts=self._chooser.settings,
         )
         channels = facts.hidden_dim if config.features == "memory_attention" else facts.mem_dim
-        both: dict[Kind, StoreSettings] = {
-            "teacher": teacher_settings(config, clips, tracking, channels=channels),
-            "masks": masks_settings(config, clips, tracking),
-        }
-        return {kind: both[kind] for kind in self._kinds}
+        return subject_settings(config, clips, tracking, gram_flow=gram_flow, channels=channels)
 
     def prepare(self, record: ClipRecord) -> _Prepared:
         """Decode the clip and squash its frames to SAM2's square.
@@ -132,12 +144,20 @@ class SubjectExtraction:
                 for subject in start.subjects
             ]
             tracks = iter(self._subject_tracker(tracker).track(subjects))
-        return [
-            start
-            if isinstance(start, ClipSkipped)
-            else self._outcome(prepared.clip, start.chosen, [next(tracks) for _ in start.subjects])
-            for prepared, start in zip(batch, started, strict=True)
-        ]
+        outcomes: list[Outcome] = []
+        for prepared, start in zip(batch, started, strict=True):
+            if isinstance(start, ClipSkipped):
+                outcomes.append(start)
+                continue
+            of_clip = [next(tracks) for _ in start.subjects]
+            outcomes.append(
+                self._outcome(prepared.clip, start.chosen, of_clip, tracker.model.device)
+            )
+        return outcomes
+
+    @property
+    def _keeps_features(self) -> bool:
+        return "teacher" in self._kinds or "gram_flow" in self._kinds
 
     def _subject_tracker(self, tracker: TwoWayTracker) -> SubjectTracker:
         config = self._config
@@ -145,7 +165,7 @@ class SubjectExtraction:
         return SubjectTracker(
             tracker=tracker,
             both_ways=config.fusion != "forward",
-            features=config.features if "teacher" in self._kinds else None,
+            features=config.features if self._keeps_features else None,
             read_features=partial(features_on_grid, config=config, clips=self._clips),
             passes_at_once=config.clips_per_batch,
             keep_on=tracker.model.device if on_device else torch.device("cpu"),
@@ -167,9 +187,13 @@ class SubjectExtraction:
             return skipped
 
     def _outcome(
-        self, clip: Clip, chosen: ChosenPrompt, tracks: Sequence[SubjectTrack | ClipSkipped]
+        self,
+        clip: Clip,
+        chosen: ChosenPrompt,
+        tracks: Sequence[SubjectTrack | ClipSkipped],
+        device: torch.device,
     ) -> Outcome:
-        """A clip's entries, or why it has none."""
+        """A clip's entries, or why it has none; what is still to be computed is on the device."""
         found: list[SubjectTrack] = []
         for number, track in enumerate(tracks):
             if isinstance(track, SubjectTrack):
@@ -182,11 +206,13 @@ class SubjectExtraction:
             return skipped
         attributes = track_attributes(clip, chosen, found)
         arrays: dict[Kind, dict[str, np.ndarray]] = {}
-        if "teacher" in self._kinds:
+        if self._keeps_features:
             arrays["teacher"] = teacher_arrays(found, self._config)
+        if "gram_flow" in self._kinds:
+            arrays["gram_flow"] = self._flow_maker(arrays["teacher"], device)
         if "masks" in self._kinds:
             arrays["masks"] = mask_arrays(found, self._clips)
-        return {kind: Extracted(arrays=arrays[kind], attributes=attributes) for kind in arrays}
+        return {kind: Extracted(arrays=arrays[kind], attributes=attributes) for kind in self._kinds}
 
 
 def _check_directions(config: TeacherConfig) -> None:

@@ -1,6 +1,7 @@
-"""The teacher and the masks store: their settings, and a clip's arrays from its tracks.
+"""The stores of the teacher and of the masks: their settings, and a clip's arrays from its tracks.
 
-`subject_extraction` writes both from the same passes.
+`subject_extraction` writes them from the same passes; the Gram flow is made from the teacher's
+arrays.
 """
 
 # Legend: T frame, M map of the teacher (a frame or a latent frame), H W grid or mask, C channel,
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from cache_schema import JSON, ArraySpec, StoreSettings
 from stages.clips import ClipsConfig
-from stages.extract_features.config import TeacherConfig
-from stages.extract_features.extraction import clip_settings, to_float16
+from stages.extract_features.config import Kind, TeacherConfig
+from stages.extract_features.extraction import clip_settings
 from stages.extract_features.subjects.subject_tracking import SubjectTrack, Track
 from stages.extract_features.tracking.two_way_tracking import TrackedFrame
 from stages.local_gram_flow import (
@@ -27,6 +28,9 @@ from stages.local_gram_flow import (
     fuse_subjects,
     resample_to_grid,
 )
+from stages.teacher_forms.config import GramFlowConfig
+from stages.teacher_forms.features import encode_features, feature_arrays_spec
+from stages.teacher_forms.settings import gram_flow_settings, valid_spec
 
 MASK_STRIDE = 4
 """Pixels of the training frame per pixel of a stored mask, each way."""
@@ -46,7 +50,7 @@ def tracking_settings(
     architecture: Mapping[str, Any],
     prompts: Mapping[str, JSON],
 ) -> dict[str, JSON]:
-    """What decides about the tracks, the same for both stores.
+    """What decides about the tracks, the same for all stores that are filled from them.
 
     Args:
         config: Which SAM2, how it is prompted, which directions.
@@ -74,6 +78,34 @@ def tracking_settings(
     }
 
 
+def subject_settings(
+    config: TeacherConfig,
+    clips: ClipsConfig,
+    tracking: Mapping[str, JSON],
+    *,
+    gram_flow: GramFlowConfig,
+    channels: int,
+) -> dict[Kind, StoreSettings]:
+    """Settings of every store that is filled from tracks, whether it is written or not.
+
+    Args:
+        config: Which features, how they are fused and stored.
+        clips: How clips are brought to the training size.
+        tracking: What `tracking_settings` returned.
+        gram_flow: The Gram flow's window, and how it is stored.
+        channels: Of the features of one direction of one subject.
+    """
+    teacher = teacher_settings(config, clips, tracking, channels=channels)
+    flow = gram_flow_settings(
+        teacher, radius=gram_flow.radius, dtype=gram_flow.dtype, token_grid=clips.token_grid
+    )
+    return {
+        "teacher": teacher,
+        "gram_flow": flow,
+        "masks": masks_settings(config, clips, tracking),
+    }
+
+
 def teacher_settings(
     config: TeacherConfig, clips: ClipsConfig, tracking: Mapping[str, JSON], *, channels: int
 ) -> StoreSettings:
@@ -91,12 +123,8 @@ def teacher_settings(
         "grid_source": config.grid,
         "parts": parts,
     }
-    features = ArraySpec(
-        dtype="float16",
-        shape=(maps, height, width, channels * parts),
-        dimension_names=("t", "h", "w", "c"),
-    )
-    arrays = {"features": features, "valid": _valid_spec(maps)}
+    features = feature_arrays_spec((maps, height, width, channels * parts), config.dtype)
+    arrays = features | {"valid": valid_spec(maps)}
     return StoreSettings(kind="teacher", arrays=arrays, values=values)
 
 
@@ -110,7 +138,7 @@ def masks_settings(
         dimension_names=("t", "h", "w"),
     )
     directions = ("forward",) if config.fusion == "forward" else ("forward", "backward")
-    arrays = dict.fromkeys(directions, mask) | {"valid": _valid_spec(clips.num_frames)}
+    arrays = dict.fromkeys(directions, mask) | {"valid": valid_spec(clips.num_frames)}
     values: dict[str, JSON] = {**tracking, "masks": "255 * sigmoid of the logits, bilinear"}
     return StoreSettings(kind="masks", arrays=arrays, values=values)
 
@@ -151,7 +179,8 @@ def teacher_arrays(tracks: Sequence[SubjectTrack], config: TeacherConfig) -> dic
     visited_M = _of_maps(_all(track.visited_T for track in tracks), config)
     valid_M = _of_maps(valid_frames(tracks), config)
     visited_M111 = visited_M.to(joined_MHWG.device)[:, None, None, None]
-    return {"features": to_float16(joined_MHWG * visited_M111), "valid": _as_uint8(valid_M)}
+    features = encode_features(joined_MHWG * visited_M111, config.dtype)
+    return features | {"valid": _as_uint8(valid_M)}
 
 
 def mask_arrays(tracks: Sequence[SubjectTrack], clips: ClipsConfig) -> dict[str, np.ndarray]:
@@ -212,10 +241,6 @@ def _all(flags: Any) -> Tensor:
 
 def _as_uint8(flags: Tensor) -> np.ndarray:
     return flags.numpy().astype(np.uint8)
-
-
-def _valid_spec(length: int) -> ArraySpec:
-    return ArraySpec(dtype="uint8", shape=(length,), dimension_names=("t",))
 
 
 def _subject_slots(config: TeacherConfig) -> int:

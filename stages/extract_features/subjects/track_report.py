@@ -43,10 +43,13 @@ def track_attributes(
 
     first_frame and last_frame span the frames that every subject's forward track covers; lost_at is
     the frame after it, null where the end of the clip is reached. cycle_consistency is the mean
-    over the subjects, null without a backward pass.
+    over the subjects, null without a backward pass; quality, by which any store's clips can be
+    chosen (0 to 1), is the same here.
     """
     last_frame, valid_T = _last(tracks), valid_frames(tracks)
+    consistency = _cycle_consistency(tracks)
     return {
+        "num_frames": len(valid_T),
         "prompt": {
             **chosen.detail,
             "source": chosen.source,
@@ -60,7 +63,8 @@ def track_attributes(
         "last_frame": last_frame,
         "lost_at": last_frame + 1 if last_frame + 1 < len(valid_T) else None,
         "valid_frames": int(valid_T.sum()),
-        "cycle_consistency": _cycle_consistency(tracks),
+        "cycle_consistency": consistency,
+        "quality": consistency,
         "geometry": dict(clip.geometry.as_dict()),
     }
 

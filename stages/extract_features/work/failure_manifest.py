@@ -36,7 +36,7 @@ def write_failure_manifest(cache_root: Path, log: Callable[[str], None]) -> Path
     path = root / FAILURES_FILE
     with FileLock(root / f".{FAILURES_FILE}.lock", wait=True, what=f"the list {path}"):
         lines = []
-        for store in list_stores(root):
+        for store in map(Path, list_stores(root)):
             try:
                 lines += _lines(store)
             except CacheError as error:

@@ -71,7 +71,7 @@ class RayWorker:
         config, cache_root = self._setup.config, self._setup.cache_root
         (extraction,) = make_extractions(config, self._setup.clips, self._setup.model)
         host = socket.gethostname()
-        here = {store.name for store in list_stores(cache_root)}
+        here = {Path(store).name for store in list_stores(cache_root)}
         for kind, settings in extraction.settings.items():
             if settings.hash != self._setup.store_hashes[kind]:
                 raise ValueError(

@@ -324,7 +324,9 @@ class StubTracking:
     """Keys of clips whose teacher is not finite."""
     clips_per_batch = 2
 
-    def __init__(self, config: TeacherConfig, clips: ClipsConfig, *, kinds: tuple[Kind, ...]):
+    def __init__(
+        self, config: TeacherConfig, clips: ClipsConfig, *, gram_flow: Any, kinds: tuple[Kind, ...]
+    ):
         if config.checkpoint == "nowhere":
             raise ValueError("the checkpoint nowhere does not exist")
         self._clips = clips

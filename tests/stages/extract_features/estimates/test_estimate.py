@@ -253,6 +253,16 @@ class TestWithoutWeights:
         assert [kind.store for kind in found.kinds] == [None, None]
         assert found.kinds[0].bytes_per_clip == 9 * 4 * 6 * 512 * 2 + 9
         assert found.kinds[1].bytes_per_clip == 2 * 9 * 16 * 24 + 9
+        tokens, pairs = 4 * 6, 8
+        assert [(f.size.kind, f.size.dtype, f.size.bytes_per_clip) for f in found.forms] == [
+            ("teacher", "float16", 9 * tokens * 512 * 2 + 9),
+            ("teacher", "int8", 9 * tokens * 512 + 9 * tokens + 9),  # the scales compressed
+            ("gram_flow", "float16", pairs * tokens * 49 + 9),  # half of two bytes
+            ("gram_flow", "uint8", pairs * tokens * (49 + 4) + 9),
+        ]
+        assert [f.size.is_chosen for f in found.forms] == [True, False, False, False]
+        assert [f.size.is_compressed for f in found.forms] == [False, False, True, False]
+        assert {f.clips for f in found.forms} == {found.kinds[0].clips}
         assert found.passes[0].cost.weight_bytes == pytest.approx(39e6 * 4, rel=0.01)
         assert "facebook/sam2.1-hiera-tiny is not on this machine yet" in found.notes[0]
 

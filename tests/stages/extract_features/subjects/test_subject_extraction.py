@@ -26,6 +26,7 @@ from stages.extract_features.subjects import subject_extraction, subject_stores
 from stages.extract_features.subjects.subject_extraction import SubjectExtraction
 from stages.extract_features.tracking.two_way_tracking import TwoWayTracker
 from stages.local_gram_flow import local_gram_flow, neighbour_mask
+from stages.teacher_forms.config import GramFlowConfig
 from tests.stages.extract_features.subjects.grid_reference import (
     RADIUS,
     gram_flow,
@@ -35,6 +36,7 @@ from tests.stages.extract_features.subjects.grid_reference import (
 
 CPU = torch.device("cpu")
 BOTH: tuple[Kind, ...] = ("teacher", "masks")
+FLOW = GramFlowConfig(radius=RADIUS)
 
 
 @pytest.fixture
@@ -100,11 +102,13 @@ def extract(
     """Runs the extraction over records in one batch, and keeps features from being rounded."""
     for name, loader in loaders.items():
         monkeypatch.setattr(subject_extraction, name, loader)
-    monkeypatch.setattr(subject_stores, "to_float16", lambda values: values.numpy())
+    monkeypatch.setattr(
+        subject_stores, "encode_features", lambda values, dtype: {"features": values.numpy()}
+    )
 
     def run(*records: ClipRecord, kinds: tuple[Kind, ...] = BOTH, **options: Any) -> list[Outcome]:
         config = teacher.model_copy(update=options)
-        extraction = SubjectExtraction(config, clips, kinds=kinds)
+        extraction = SubjectExtraction(config, clips, gram_flow=FLOW, kinds=kinds)
         with extraction.opened(CPU) as opened:
             outcomes = list(opened([extraction.prepare(record) for record in records]))
         for outcome in outcomes:
@@ -207,7 +211,7 @@ def test_the_project_gram_flow_of_stored_features_agrees_within_float16(
     record: ClipRecord,
     raw_directions: Callable[[str], tuple[np.ndarray, np.ndarray]],
 ) -> None:
-    extraction = SubjectExtraction(teacher, clips, kinds=("teacher",))
+    extraction = SubjectExtraction(teacher, clips, gram_flow=FLOW, kinds=("teacher",))
     with extraction.opened(CPU) as opened:
         (outcome,) = opened([extraction.prepare(record)])
     features_THWG = entry(outcome).arrays["features"]
@@ -269,7 +273,7 @@ def test_masks_are_the_stock_predictors_at_a_quarter_of_the_frame(
 def test_a_clip_without_prompt_is_skipped_before_it_is_decoded(
     teacher: TeacherConfig, clips: ClipsConfig
 ) -> None:
-    extraction = SubjectExtraction(teacher, clips, kinds=BOTH)
+    extraction = SubjectExtraction(teacher, clips, gram_flow=FLOW, kinds=BOTH)
     with pytest.raises(ClipSkipped, match="no_prompt"):
         extraction.prepare(ClipRecord(key="a", video=Path("absent.mp4")))
 
@@ -368,7 +372,7 @@ def test_options_of_a_backward_pass_that_there_is_not_are_refused(
 ) -> None:
     config = teacher.model_copy(update={"fusion": "forward", option: value})
     with pytest.raises(ValueError, match=rf"{option}=.*fusion=forward"):
-        SubjectExtraction(config, clips, kinds=BOTH)
+        SubjectExtraction(config, clips, gram_flow=FLOW, kinds=BOTH)
 
 
 @pytest.fixture
@@ -554,7 +558,7 @@ def test_settings_hold_what_the_models_and_the_prompts_are(
 ) -> None:
     def settings(**options: Any) -> Any:
         config = teacher.model_copy(update=options)
-        return SubjectExtraction(config, clips, kinds=("masks",)).settings["masks"]
+        return SubjectExtraction(config, clips, gram_flow=FLOW, kinds=("masks",)).settings["masks"]
 
     plain = settings()
     weights = torch.load(teacher.checkpoint, weights_only=True)
