@@ -17,9 +17,6 @@ from cache_schema.sealed_json import JSON, plain_mapping, unseal
 from cache_schema.settings import StoreSettings
 from cache_schema.zarr_group import chunk_path, metadata_paths
 
-_REPLACE_MANIFEST = (
-    "put a good copy of it back, or move the folder away and run sam2vx-pipeline extract-features"
-)
 _CRC32C = re.compile(r"[0-9a-f]{8}")
 
 
@@ -150,21 +147,21 @@ def parse_manifest(data: bytes, *, where: str, store: Path | str) -> StoreManife
     try:
         found = unseal(data, where, store=store)
     except CorruptRecord as error:
-        raise CorruptRecord(f"{error}; {_REPLACE_MANIFEST}") from error
-    return manifest_from_dict(found, where=where)
+        raise CorruptRecord(f"{error}; {mend_hint(store)}") from error
+    return manifest_from_dict(found, where=where, store=store)
 
 
-def manifest_from_dict(found: Mapping[str, Any], *, where: str) -> StoreManifest:
-    """An unsealed `store.json`, checked; `where` names the file in errors."""
+def manifest_from_dict(found: Mapping[str, Any], *, where: str, store: Path | str) -> StoreManifest:
+    """An unsealed `store.json`, checked; `where` and `store` name file and store in errors."""
     try:
         settings = StoreSettings.from_dict(found)
         provenance = plain_mapping(found["provenance"], "provenance")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CorruptRecord(f"{where} is damaged: {error}; {_REPLACE_MANIFEST}") from error
+        raise CorruptRecord(f"{where} is damaged: {error}; {mend_hint(store)}") from error
     if settings.hash != found.get("settings_hash"):
         raise CorruptRecord(
             f"{where} is damaged: its settings do not have the hash written beside them; "
-            f"{_REPLACE_MANIFEST}"
+            f"{mend_hint(store)}"
         )
     return StoreManifest(settings, provenance)
 

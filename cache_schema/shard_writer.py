@@ -3,12 +3,13 @@
 Made by `StoreWriter.shard`, used by stage one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
+from cache_schema.committed_keys import CommittedKeys
 from cache_schema.committing import commit_group
 from cache_schema.errors import AlreadyCommitted
 from cache_schema.layout import StoreLayout, check_identifier, check_key, check_shard_name
@@ -33,14 +34,14 @@ class ShardWriter:
         settings: StoreSettings,
         name: str,
         source: str,
-        committed_keys: Callable[[], Mapping[str, str]],
+        committed: CommittedKeys,
     ) -> None:
-        """Touches no file before `__enter__`; `committed_keys` gives the shard of every key."""
+        """Touches no file before `__enter__`."""
         self._layout = layout
         self._settings = settings
         self.name = check_shard_name(name)
         self._source = source
-        self._committed_keys = committed_keys
+        self._committed = committed
         self._lock = FileLock(
             layout.lock(name), wait=False, what=f"shard {name!r} of {layout.root}"
         )
@@ -56,7 +57,7 @@ class ShardWriter:
                     f"shard {self.name!r} of {self._layout.root} is finished; ask is_committed "
                     "before writing it"
                 )
-            self._elsewhere = self._committed_keys()
+            self._committed.refresh()
             self._staging = Staging(self._layout, self._settings, self.name, self._source)
             self._clip_keys = {clip.key for clip in self._staging.clips}
             self._skipped_keys = {clip.key for clip in self._staging.skipped}
@@ -82,7 +83,7 @@ class ShardWriter:
     def shard_holding(self, key: str) -> str | None:
         """The other, finished shard that the clip is in; such as a retry of this one."""
         self._open_staging()
-        return self._elsewhere.get(key)
+        return self._committed.shard_of(key)
 
     def add(
         self,
@@ -108,10 +109,11 @@ class ShardWriter:
                 f"clip {key!r} is already in shard {self.name!r} of {self._layout.root}; keys must "
                 "be unique, and has() tells what an earlier run has done"
             )
-        if key in self._elsewhere:
+        elsewhere = self._committed.shard_of(key)
+        if elsewhere is not None:
             raise ValueError(
                 f"clip {key!r} of shard {self.name!r} is already in shard "
-                f"{self._elsewhere[key]!r} of {self._layout.root}; keys must be unique in a "
+                f"{elsewhere!r} of {self._layout.root}; keys must be unique in a "
                 "dataset, so rename one of the two clips"
             )
         where = f"clip {key!r} for {self._layout.root}"

@@ -1,19 +1,22 @@
 """Opening a store for writing; used by stage one, one writer per process, one process per shard."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cache_schema.clip_index import write_index
+from cache_schema.committed_keys import CommittedKeys
 from cache_schema.durable import make_directories, sync, write_whole
 from cache_schema.errors import SettingsMismatch
 from cache_schema.layout import StoreLayout, check_shard_name
 from cache_schema.lock import FileLock
-from cache_schema.manifest import StoreManifest, committed_shards, read_commit, read_manifest
+from cache_schema.manifest import StoreManifest, read_commit, read_manifest
 from cache_schema.sealed_json import plain_mapping, seal
-from cache_schema.settings import StoreSettings, differing_settings
+from cache_schema.settings import Compression, StoreSettings, differing_settings
 from cache_schema.shard_writer import ShardWriter
 from cache_schema.sweeping import sweep_store
+from cache_schema.zarr_group import found_compression
 
 
 class StoreWriter:
@@ -24,8 +27,7 @@ class StoreWriter:
         self.path = path
         self.settings = settings
         self._layout = StoreLayout(path)
-        self._shard_of_key: dict[str, str] = {}
-        self._shards_seen: set[str] = set()
+        self._committed = CommittedKeys(self._layout, settings)
 
     @classmethod
     def open(
@@ -44,11 +46,12 @@ class StoreWriter:
             SettingsMismatch: the folder of that name holds other settings.
             CorruptRecord: its `store.json` is damaged.
         """
-        manifest = StoreManifest(settings, plain_mapping(provenance, "provenance"))
+        plain_provenance = plain_mapping(provenance, "provenance")
         layout = StoreLayout(Path(cache_root) / settings.folder_name)
         layout.staging.mkdir(parents=True, exist_ok=True)
         with FileLock(layout.store_lock, wait=True, what=f"store {layout.root}"):
             if not layout.store_file.exists():
+                manifest = StoreManifest(_as_stored(layout, settings), plain_provenance)
                 write_whole(
                     layout.store_file,
                     seal(manifest.as_dict()),
@@ -97,16 +100,7 @@ class StoreWriter:
             source: the input the shard is made from. Clips staged by a killed writer are adopted
                 only if theirs was the same.
         """
-        return ShardWriter(self._layout, self.settings, name, source, self._committed_keys)
-
-    def _committed_keys(self) -> dict[str, str]:
-        """The shard of every committed key, by this process or another, as of now."""
-        for shard in committed_shards(self._layout):
-            if shard not in self._shards_seen:
-                for clip in read_commit(self._layout, self.settings, shard).clips:
-                    self._shard_of_key[clip.key] = shard
-                self._shards_seen.add(shard)
-        return self._shard_of_key
+        return ShardWriter(self._layout, self.settings, name, source, self._committed)
 
     def write_index(self) -> None:
         """Write `index.npz` anew from the commit records; readers open large stores faster by it.
@@ -116,3 +110,14 @@ class StoreWriter:
         self._layout.staging.mkdir(exist_ok=True)
         with FileLock(self._layout.store_lock, wait=True, what=f"store {self.path}"):
             write_index(self._layout, self.settings)
+
+
+def _as_stored(layout: StoreLayout, settings: StoreSettings) -> StoreSettings:
+    """The settings with the compression of the groups that are there: `store.json` may be lost."""
+    groups = sorted(layout.shards.iterdir()) if layout.shards.is_dir() else []
+    arrays = {}
+    for name, spec in settings.arrays.items():
+        found = (found_compression(group, name) for group in groups)
+        compression: Compression = next((c for c in found if c), spec.compression)
+        arrays[name] = replace(spec, compression=compression)
+    return replace(settings, arrays=arrays)

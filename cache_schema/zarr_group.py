@@ -4,6 +4,7 @@ One array per name of the settings, with a leading clip axis. A Zarr shard holds
 chunk one frame of it or several small ones, each inner chunk with a CRC-32C.
 """
 
+import json
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -65,6 +66,17 @@ def _create_array(group: zarr.Group, name: str, spec: ArraySpec, num_clips: int)
         # Without it a clip that equals the fill value has no file.
         config={"write_empty_chunks": True},
     )
+
+
+def found_compression(group: Path, name: str) -> Compression | None:
+    """How an array of a group is compressed, by its metadata; None where that cannot be told."""
+    try:
+        metadata = json.loads((group / name / METADATA_FILE).read_bytes())
+        inner = metadata["codecs"][0]["configuration"]["codecs"]
+        names = {codec["name"] for codec in inner}
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return None
+    return "blosc-zstd-shuffle" if "blosc" in names else "none"
 
 
 def open_array(path: Path, name: str) -> "ClipArray":

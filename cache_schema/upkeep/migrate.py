@@ -22,6 +22,7 @@ from cache_schema.manifest import (
     commit_from_dict,
     committed_shards,
     manifest_from_dict,
+    mend_hint,
 )
 from cache_schema.sealed_json import seal, unseal
 from cache_schema.settings import StoreSettings
@@ -83,11 +84,14 @@ def migrate_store(store: Path) -> MigrationReport:
 def _read_manifest(layout: StoreLayout) -> tuple[StoreManifest, bool]:
     """`store.json` in today's form, and whether it is in the old one on disk."""
     path = layout.store_file
-    found, is_old = _unseal(path.read_bytes(), path, layout)
+    try:
+        found, is_old = _unseal(path.read_bytes(), path, layout)
+    except CorruptRecord as error:
+        raise CorruptRecord(f"{error}; {mend_hint(layout.root)}") from error
     if is_old:
         arrays = {name: {**spec, "compression": "none"} for name, spec in found["arrays"].items()}
         found = {**found, "arrays": arrays}
-    return manifest_from_dict(found, where=str(path)), is_old
+    return manifest_from_dict(found, where=str(path), store=layout.root), is_old
 
 
 def _read_commit(

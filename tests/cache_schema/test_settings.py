@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from cache_schema import ArraySpec, Compression, StoreSettings
+from cache_schema import ArraySpec, Compression, CorruptRecord, StoreSettings
 from cache_schema.sealed_json import seal, unseal
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -56,6 +56,12 @@ def test_settings_survive_a_sealed_file(settings: StoreSettings) -> None:
     assert back == settings
     assert back.hash == settings.hash
     assert list(back.arrays) == list(settings.arrays)
+
+
+def test_a_changed_version_is_damage_and_not_an_older_store() -> None:
+    data = seal({"a": 1}).replace(b'"schema_version": 2', b'"schema_version": 1')
+    with pytest.raises(CorruptRecord, match="checksum"):
+        unseal(data, "test", store="s")
 
 
 @hypothesis_settings(max_examples=40, deadline=None)

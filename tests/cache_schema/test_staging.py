@@ -1,0 +1,149 @@
+"""What a writer leaves in staging: adopted if it is whole and fits, swept otherwise.
+
+Writers killed at any point are in `faults/`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache_schema import CacheError, StoreReader, StoreSettings, StoreWriter
+from cache_schema.upkeep.verify import verify_store
+
+Arrays = dict[str, np.ndarray]
+ClipOf = Callable[[str], Arrays]
+FilesOf = Callable[[Path], dict[str, bytes]]
+
+
+def _stage(writer: StoreWriter, keys: list[str], clip_of: ClipOf) -> None:
+    with writer.shard("0", source="0.tar") as shard:
+        for key in keys:
+            shard.add(key, clip_of(key))
+        shard.skip("bad", "undecodable", "no video stream")
+
+
+def _staged(writer: StoreWriter, keys: list[str], source: str = "0.tar") -> list[str]:
+    with writer.shard("0", source=source) as shard:
+        return [key for key in keys if shard.has(key)]
+
+
+def test_staged_clips_are_adopted_but_not_visible(
+    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
+) -> None:
+    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    _stage(writer, ["a", "b"], clip_of)
+    assert StoreReader(writer.path).keys == ()
+    assert not writer.is_committed("0")
+    assert _staged(writer, ["a", "b", "c", "bad"]) == ["a", "b", "bad"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "swap"])
+def test_damaged_staged_clips_are_made_again(
+    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf, files_of: FilesOf, damage: str
+) -> None:
+    whole = StoreWriter.open(tmp_path / "whole", settings, provenance={})
+    _stage(whole, ["a", "b", "c"], clip_of)
+    with whole.shard("0", source="0.tar") as shard:
+        shard.commit()
+    writer = StoreWriter.open(tmp_path / "damaged", settings, provenance={})
+    _stage(writer, ["a", "b", "c"], clip_of)
+    chunks = writer.path / ".staging" / "0" / "shard" / "features" / "c"
+    chunk = chunks / "1" / "0" / "0" / "0" / "0"
+    data = bytearray(chunk.read_bytes())
+    if damage == "flip":
+        data[7] ^= 1
+        chunk.write_bytes(data)
+    elif damage == "truncate":
+        chunk.write_bytes(data[:-1])
+    elif damage == "delete":
+        chunk.unlink()
+    else:
+        chunk.write_bytes((chunks / "0" / "0" / "0" / "0" / "0").read_bytes())
+    with writer.shard("0", source="0.tar") as shard:
+        assert [key for key in ("a", "b", "c", "bad") if shard.has(key)] == ["a"]
+        for key in ("b", "c"):
+            shard.add(key, clip_of(key))
+        shard.skip("bad", "undecodable", "no video stream")
+        shard.commit()
+    assert files_of(writer.path) == files_of(whole.path)
+
+
+def test_clips_staged_from_another_input_are_swept(
+    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
+) -> None:
+    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    _stage(writer, ["a", "b"], clip_of)
+    assert _staged(writer, ["a", "b", "bad"], source="another.tar") == []
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_writer_knows_the_clips_of_shards_finished_before_and_since(
+    store: Path, settings: StoreSettings, clip_of: ClipOf, indexed: bool
+) -> None:
+    first, second = (StoreWriter.open(store.parent, settings, provenance={}) for _ in range(2))
+    if indexed:
+        first.write_index()
+    assert (store / "index.npz").exists() == indexed
+    with first.shard("2", source="2") as shard:
+        assert [shard.shard_holding(key) for key in ("a0", "b1", "c")] == ["00000", "00001", None]
+    with second.shard("3", source="3") as shard:
+        shard.add("c", clip_of("c"))
+        shard.commit()
+    with first.shard("2", source="2") as shard:
+        assert shard.shard_holding("c") == "3"
+        for key, holder in (("c", "3"), ("a1", "00000")):
+            with pytest.raises(ValueError, match=f"already in shard '{holder}'"):
+                shard.add(key, clip_of(key))
+
+
+def test_a_failed_write_can_be_tried_again(
+    tmp_path: Path,
+    settings: StoreSettings,
+    clip_of: ClipOf,
+    files_of: FilesOf,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    writer = StoreWriter.open(tmp_path / "full", settings, provenance={})
+    with writer.shard("0", source="0") as shard:
+        shard.add("a", clip_of("a"))
+        with monkeypatch.context() as patch:
+            patch.setattr("cache_schema.staging.write_whole", fail)
+            with pytest.raises(OSError, match="No space left"):
+                shard.add("never", clip_of("never"))
+        assert not shard.has("never")
+        shard.commit()
+    assert StoreReader(writer.path).keys == ("a",)
+    other = StoreWriter.open(tmp_path / "roomy", settings, provenance={})
+    with other.shard("0", source="0") as shard:
+        shard.add("a", clip_of("a"))
+        shard.commit()
+    assert files_of(writer.path) == files_of(other.path)
+
+
+def test_an_exception_keeps_what_is_staged_and_lets_go_of_the_shard(
+    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
+) -> None:
+    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    with pytest.raises(CacheError, match="out of memory"), writer.shard("0", source="0") as shard:
+        shard.add("a", clip_of("a"))
+        raise CacheError("out of memory")
+    assert _staged(writer, ["a"], source="0") == ["a"]
+
+
+def test_deleting_a_commit_record_makes_the_shard_again(
+    store: Path, settings: StoreSettings, write_shard: Callable[..., None], files_of: FilesOf
+) -> None:
+    before = files_of(store)
+    (store / "commits" / "00000.json").unlink()
+    assert StoreReader(store).keys == ("b0", "b1")
+    (problem,) = verify_store(store).problems
+    assert problem.shard == "00000"
+    assert "no commit record" in problem.what
+    writer = StoreWriter.open(store.parent, settings, provenance={})
+    write_shard(writer, "00000", ["a0", "a1", "a2"], skip="a3")
+    assert files_of(store) == before
