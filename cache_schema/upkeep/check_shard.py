@@ -145,7 +145,9 @@ def _check_size(place: Place, path: str, file: GroupFile) -> str:
     size = file.recorded.bytes
     # Its last byte, and one that should not be there: a range is all that every place can give.
     found = len(place.read_range(path, size - 1, size + 1))
-    return ["has fewer", "", "has more"][found] + f" than {size} bytes" * (found != 1)
+    if found == 1:
+        return ""
+    return f"has {'more' if found else 'fewer'} than {size} bytes"
 
 
 def _check_content(place: Place, path: str, file: GroupFile) -> str:
