@@ -318,20 +318,43 @@ class TestInspect:
     ):
         calls = []
 
-        def draw(path, key, **options):
-            calls.append((path, key, options))
-            return types.SimpleNamespace(
-                key=key, picture=tmp_path / "a.png", video=tmp_path / "a.mp4", notes=("dim",)
-            )
+        def draw(reader, keys, **options):
+            calls.append((reader.path, keys, options))
+            for key in keys:
+                yield types.SimpleNamespace(
+                    key=key, picture=tmp_path / "a.png", video=tmp_path / "a.mp4", notes=("dim",)
+                )
 
         replace_stage(monkeypatch, "stages.inspect_cache.overlay", draw_overlay=draw)
         monkeypatch.setattr("stages.clips.open_dataset", lambda clips: (clips, "opened"))
         path = store("masks", np.zeros((9, 8, 12), np.uint8), name="forward", axes="thw")
         answer = inspect.run(config, QUIET, store="masks", overlay=True, out=tmp_path)
-        ((drawn, key, options),) = calls
-        assert (drawn, key, options["out_dir"]) == (path, "walk/[7]", tmp_path)
+        ((drawn, keys, options),) = calls
+        assert (drawn, keys, options["out_dir"]) == (path, ("walk/[7]",), tmp_path)
         assert options["dataset"] == (options["clips"], "opened") == (config.data, "opened")
         assert answer.notes[-3:] == ["dim", str(tmp_path / "a.png"), str(tmp_path / "a.mp4")]
+
+    def test_a_gram_flow_store_is_told_and_drawn(self, config, store):
+        flow = np.random.default_rng(0).standard_normal((8, 2, 3, 9)).astype(np.float16)
+        valid = ArraySpec(dtype="uint8", shape=(9,), dimension_names=("t",))
+        spec = ArraySpec(
+            dtype="float16",
+            shape=flow.shape,
+            dimension_names=("p", "h", "w", "k"),
+            compression="blosc-zstd-shuffle",
+        )
+        arrays = {"gram_flow": spec, "valid": valid}
+        settings = StoreSettings(kind="gram_flow", arrays=arrays, values={})
+        writer = StoreWriter.open(config.cache_folder, settings, provenance={})
+        with writer.shard("00000", source="00000.tar") as shard:
+            shard.add("walk/7", {"gram_flow": flow, "valid": np.ones(9, np.uint8)})
+            shard.commit()
+        answer = inspect.run(config, QUIET, store="gram_flow")
+        told = "float16 [p 8, h 2, w 3, k 9], blosc-zstd-shuffle"
+        assert dict(answer.rows)["array gram_flow"] == told
+        assert answer.data["arrays"]["gram_flow"]["compression"] == "blosc-zstd-shuffle"
+        assert "the flow of radius 1, all that is stored" in answer.notes
+        assert Path(answer.data["picture"]).is_file()
 
     def test_only_masks_are_laid_over_frames(self, config, store, features):
         store("teacher", features)

@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from pipeline.cli import app
-from pipeline.config import RunConfig, load_config, preset_names
+from pipeline.config import load_config, preset_names
 from pipeline.strict_yaml import parse_yaml
 
 PRESETS = preset_names()
@@ -24,8 +24,11 @@ def commands_of(name):
 def test_the_presets_are_those_that_are_promised():
     assert PRESETS == [
         "cogvideox-2b-lora",
+        "cogvideox-2b-lora-gram-flow",
         "cogvideox-5b-i2v-lora",
+        "cogvideox-5b-i2v-lora-gram-flow",
         "cogvideox-5b-lora",
+        "cogvideox-5b-lora-gram-flow",
         "demo",
     ]
 
@@ -51,17 +54,39 @@ def test_a_preset_opens_with_commands_that_parse(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_holds_only_what_differs_from_the_defaults(name):
-    def check(given, config, defaults, path):
+def test_a_preset_holds_only_what_differs_from_what_it_extends(name):
+    """From the preset it extends, or from the defaults."""
+
+    def check(given, config, base, path):
         for key, value in given.items():
             here = f"{path}.{key}"
             field = type(config).model_fields[key]
+            below = None if base is None else getattr(base, key)
             if isinstance(value, dict):
-                check(value, getattr(config, key), field.default, here)
+                check(value, getattr(config, key), below, here)
+            elif base is not None:
+                assert getattr(config, key) != below, here
             elif here != ".demo.root":  # written out, since the others refer to it
                 assert field.is_required() or getattr(config, key) != field.default, here
 
-    check(parse_yaml(text_of(name)), load_config(name), RunConfig, "")
+    given = parse_yaml(text_of(name))
+    extended = given.pop("extends", None)
+    check(given, load_config(name), None if extended is None else load_config(extended), "")
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.endswith("-gram-flow")])
+def test_a_preset_for_big_datasets_differs_in_what_is_kept_of_the_teacher(name):
+    config, base = load_config(name), load_config(name.removesuffix("-gram-flow"))
+    assert config.extract.kinds == ("text", "latents", "gram_flow", "masks")
+    assert config.train.teacher_form == "gram_flow"
+    assert config.extract.gram_flow.radius >= config.train.objective.radius
+    assert config.train.run_dir != base.train.run_dir
+    told, of_base = (one.model_dump(mode="json") for one in (config, base))
+    for one in (told, of_base):
+        for section, key in (("extract", "kinds"), ("train", "teacher_form"), ("train", "run_dir")):
+            del one[section][key]
+        del one["name"]
+    assert told == of_base
 
 
 def test_moving_the_demo_moves_all_of_it():

@@ -10,6 +10,8 @@ from stages.clips import encode_video, open_dataset, read_video
 from stages.inspect_cache.draw_store import draw_store
 from stages.local_gram_flow import regrid_fused
 from stages.progress import SilentProgress
+from stages.teacher_forms.features import encode_features
+from stages.teacher_forms.gram_flow import encode_gram_flow, gram_flow_of
 
 
 def draw_all(store, keys, clips, tmp_path, *, dataset=None, radius=2):
@@ -157,3 +159,71 @@ def test_a_teacher_store_that_does_not_say_what_is_valid_is_refused(
     bare = write_store("teacher", "features", moving_features(1, 0), valid=None)
     with pytest.raises(ValueError, match="holds no array valid"):
         draw(bare, clips, tmp_path)
+
+
+@pytest.fixture
+def write_flow(write_store):
+    """A gram_flow store of the flow of some features, stored with radius 2."""
+
+    def write(features_THWC, dtype="float16", **more):
+        flow_PHWK = gram_flow_of(
+            torch.from_numpy(features_THWC), radius=2, token_grid=features_THWC.shape[1:3]
+        )
+        arrays = encode_gram_flow(flow_PHWK, dtype)
+        arrays["valid"] = np.ones(len(features_THWC), np.uint8)
+        flow = arrays.pop("gram_flow")
+        return write_store("gram_flow", "gram_flow", flow, axes="phwk", arrays=arrays, **more)
+
+    return write
+
+
+def pixels(drawing):
+    """Below the title, which names the store."""
+    return np.asarray(Image.open(drawing.picture).convert("RGB")).astype(int)[40:]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "uint8"])
+def test_a_gram_flow_store_shows_the_flow_that_its_features_show(
+    moving_features, write_store, write_flow, clips, dataset, tmp_path, dtype
+):
+    """The picture without the column of colours, but for rounding."""
+    features_THWC = moving_features(1, 0)
+    teacher = write_store("teacher", "features", features_THWC)
+    flow = write_flow(features_THWC, dtype)
+    whole = draw(teacher, clips, tmp_path / "features", dataset=dataset(clips))
+    drawing = draw(flow, clips, tmp_path / "flow", dataset=dataset(clips))
+    assert drawing.notes == ()
+    found, expected = pixels(drawing), pixels(whole)
+    # Frame and flow are 288 wide, 8 apart, after 72 of labels; the colours stood between them.
+    without = np.concatenate([expected[:, : 72 + 296], expected[:, 72 + 2 * 296 :]], axis=1)
+    assert found.shape == without.shape
+    panels = np.abs(found - without)[20:]
+    assert (panels.max(-1) > 24).mean() < 0.01
+    video_THW3, fps = read_video(drawing.video)
+    assert len(video_THW3) == 8
+    assert fps == 8
+
+
+def test_a_smaller_window_than_is_stored_is_shown_on_request(
+    moving_features, write_store, write_flow, clips, tmp_path
+):
+    features_THWC = moving_features(1, 0)
+    flow = write_flow(features_THWC)
+    narrow = draw(flow, clips, tmp_path / "narrow", radius=1)
+    wide = draw(flow, clips, tmp_path / "wide", radius=7)
+    stored = draw(flow, clips, tmp_path / "stored")
+    assert "the flow of radius 2, all that is stored" in wide.notes
+    assert len(wide.notes) == len(narrow.notes) + 1
+    assert (pixels(wide) == pixels(stored)).all()
+    assert (pixels(narrow) != pixels(stored)).any()
+
+
+def test_features_of_int8_show_what_float16_shows(moving_features, write_store, clips, tmp_path):
+    features_THWC = moving_features(1, 0)
+    arrays = encode_features(torch.from_numpy(features_THWC), "int8")
+    features = arrays.pop("features")
+    coded = write_store("teacher", "features", features, arrays=arrays)
+    exact = write_store("teacher", "features", features_THWC)
+    found = pixels(draw(coded, clips, tmp_path / "coded"))
+    expected = pixels(draw(exact, clips, tmp_path / "exact"))
+    assert (np.abs(found - expected).max(-1) > 24).mean() < 0.01
