@@ -24,6 +24,25 @@ cache_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 derive_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 cache_app.add_typer(derive_app, name="derive", help="Make one store from another.")
 
+
+def _local(text: str) -> Path:
+    """A folder on this machine, whether it is there yet or not."""
+    if "://" in text:
+        raise typer.BadParameter(
+            f"{text} is a URL, and stores are changed in local folders alone; change the store "
+            "that it was copied from, and copy it again: sam2vx-pipeline cache copy"
+        )
+    return Path(text)
+
+
+def _there(text: str) -> Path:
+    """A folder on this machine that is there."""
+    folder = _local(text)
+    if not folder.is_dir():
+        raise typer.BadParameter(f"there is no folder {text}")
+    return folder
+
+
 Readable = Annotated[
     str,
     typer.Argument(
@@ -36,8 +55,7 @@ Writable = Annotated[
     Path,
     typer.Argument(
         metavar="CACHE_OR_STORE",
-        exists=True,
-        file_okay=False,
+        parser=_there,
         help="A folder of stores, or one store.",
         show_default=False,
     ),
@@ -147,7 +165,7 @@ def merge(
         Path,
         typer.Argument(
             metavar="TARGET",
-            file_okay=False,
+            parser=_local,
             help="The folder of stores, or the store, to merge into; made where there is none.",
             show_default=False,
         ),
@@ -156,8 +174,7 @@ def merge(
         list[Path],
         typer.Argument(
             metavar="CACHE_OR_STORE",
-            exists=True,
-            file_okay=False,
+            parser=_there,
             help="Folders of stores, or stores, to take from; they stay as they are.",
             show_default=False,
         ),

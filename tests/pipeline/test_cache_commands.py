@@ -118,6 +118,7 @@ def test_every_command_has_help_with_an_example(words):
         ["list", ".", "more"],
         ["repair", "/nowhere"],
         ["migrate", "s3://bucket/cache"],
+        ["merge", "s3://bucket/cache", "."],
         ["drop", "."],
         ["drop", ".", "--from", "/nowhere.jsonl"],
         ["merge", "target"],
@@ -138,6 +139,20 @@ def test_a_folder_without_stores_is_an_error_that_says_where_stores_come_from(tm
     assert "neither a store nor a folder of stores" in result.stderr
     assert "extract-features" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_what_changes_stores_refuses_a_url_and_names_the_way(cache):
+    result = invoke("repair", "s3://bucket/cache")
+    assert "cache copy" in " ".join(result.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("words", ["list", "verify", "repair", "copy"])
+def test_a_store_that_lost_its_manifest_is_not_passed_over(cache, tmp_path, words):
+    (store(cache, "teacher") / "store.json").unlink()
+    more = [tmp_path / "target"] if words == "copy" else []
+    found = answer(words, cache, *more, exit_code=1)
+    assert "extract-features" in found["teacher"]["error"]
+    assert "error" not in found["text"]
 
 
 class TestList:

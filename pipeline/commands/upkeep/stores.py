@@ -20,6 +20,11 @@ from stages.progress import Progress, Task
 Where = Path | str
 """A folder, or a URL."""
 
+_HEADLESS = (
+    "if it is a copy, copy it again; else run sam2vx-pipeline extract-features with the "
+    "configuration it was made with, which writes that file again and keeps every shard"
+)
+
 
 def place_of(text: str) -> Where:
     """The folder or URL that an argument names."""
@@ -64,7 +69,7 @@ def target_of(target: Where, store: str) -> Where:
 
 
 def stores_at(where: Where) -> list[Where]:
-    """The store at `where`, or all stores in that folder, sorted.
+    """The store at `where`, or all stores in that folder, sorted; ones without store.json too.
 
     Raises:
         StoreNotFound: There is none.
@@ -73,12 +78,24 @@ def stores_at(where: Where) -> list[Where]:
     if is_store(where):
         return [where]
     stores: list[Where] = [*list_stores(where)]
+    if isinstance(where, Path):
+        # What is a store but for its store.json must not be passed over in silence.
+        stores = sorted({*stores, *_headless(where)}, key=str)
     if not stores:
         raise StoreNotFound(
             f"{where} is neither a store nor a folder of stores; sam2vx-pipeline extract-features "
             "makes them in the folder that cache=… names"
         )
     return stores
+
+
+def _headless(folder: Path) -> list[Path]:
+    """Folders that hold commit records and no store.json."""
+    return [
+        commits.parent
+        for commits in folder.glob("*/commits")
+        if commits.is_dir() and not is_store(commits.parent)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,10 +132,11 @@ def each_store(
         try:
             outcome = work(store)
         except (CacheError, OSError) as error:
+            remedy = f"; {_HEADLESS}" if isinstance(error, StoreNotFound) else ""
             outcome = Outcome(
                 rows=[("  failed", "see below")],
-                data={"error": str(error)},
-                notes=[f"error: {error}"],
+                data={"error": f"{error}{remedy}"},
+                notes=[f"error: {error}{remedy}"],
                 failed=True,
             )
         outcomes.append(outcome)
