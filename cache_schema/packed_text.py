@@ -4,15 +4,20 @@ A million keys of 20 bytes take 28 MB so, against 70 MB and more as `str` object
 made by fork share them: nothing counts references to them one by one.
 """
 
+import bisect
 import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Self, overload
 
 import numpy as np
 
 _PIECE = 16_384
 """Texts that are handled at once where all are walked through."""
+
+_BLOCK = 64
+"""Texts between which a text is looked for one by one."""
 
 
 class PackedText(Sequence[str]):
@@ -133,9 +138,15 @@ class PackedText(Sequence[str]):
 class SortedText(PackedText):
     """Texts in ascending order of code points, no two equal, so that one is found by bisection."""
 
+    @cached_property
+    def _fences(self) -> list[bytes]:
+        """The first text of every block, which Python's own bisection goes through."""
+        return [self.utf8(row) for row in range(0, len(self), _BLOCK)]
+
     def position(self, text: bytes) -> int:
         """How many of the texts are smaller than `text`, given as UTF-8."""
-        low, high = 0, len(self)
+        block = bisect.bisect_right(self._fences, text)
+        low, high = max(0, block - 1) * _BLOCK, min(block * _BLOCK, len(self))
         while low < high:
             middle = (low + high) // 2
             # The order of UTF-8 bytes is the order of code points.
