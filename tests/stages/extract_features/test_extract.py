@@ -87,7 +87,8 @@ def test_every_kind_is_written_and_the_bad_clip_recorded(whole: ExtractSummary) 
     assert whole.skipped_share == pytest.approx(1 / 6)
     for kind in whole.kinds:
         assert verify_store(kind.store).problems == ()
-        assert kind.bytes > 0
+        assert kind.bytes == StoreReader(kind.store).num_bytes > 0
+        assert (kind.store / "index.npz").is_file()
 
 
 def test_stores_hold_what_training_expects(whole: ExtractSummary) -> None:
@@ -416,7 +417,7 @@ def test_a_model_is_gone_before_the_next_is_loaded(
 
     monkeypatch.setattr(stub_tracking, "opened", opened)
     pair = [
-        stub_tracking(extract_config.teacher, two_shards, kinds=(kind,))
+        stub_tracking(extract_config.teacher, two_shards, gram_flow=None, kinds=(kind,))
         for kind in ("teacher", "masks")
     ]
     monkeypatch.setattr("stages.extract_features.extract.make_extractions", lambda *_: pair)
