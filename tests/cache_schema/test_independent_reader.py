@@ -51,9 +51,12 @@ def settings() -> StoreSettings:
                 dtype="int8", shape=(5, 7), dimension_names=("q", "c"), compression=packed
             ),
             # Two inner chunks, with and without compression.
-            "wide": ArraySpec(dtype="uint8", shape=(2, 2**20), dimension_names=("s", "x")),
+            "wide": ArraySpec(dtype="uint8", shape=(2, 2**19 + 1), dimension_names=("s", "x")),
             "wide_packed": ArraySpec(
-                dtype="float64", shape=(2, 2**17), dimension_names=("s", "y"), compression=packed
+                dtype="float64",
+                shape=(2, 2**16 + 1),
+                dimension_names=("s", "y"),
+                compression=packed,
             ),
             "count": ArraySpec(dtype="int64", shape=(1,), dimension_names=("one",)),
         },
