@@ -20,8 +20,8 @@ Config = Annotated[
         "--config",
         "-c",
         metavar="NAME_OR_PATH",
-        help="A preset (demo, cogvideox-2b-lora, cogvideox-5b-lora, cogvideox-5b-i2v-lora) or a "
-        "YAML file.",
+        help="A preset (demo, cogvideox-2b-lora, cogvideox-5b-lora, cogvideox-5b-i2v-lora, these "
+        "three also with -gram-flow) or a YAML file.",
     ),
 ]
 Overrides = Annotated[
