@@ -9,9 +9,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from cache_schema.committed_keys import CommittedKeys
 from cache_schema.committing import commit_group
 from cache_schema.errors import AlreadyCommitted
+from cache_schema.known_shards import KnownShards
 from cache_schema.layout import StoreLayout, check_identifier, check_key, check_shard_name
 from cache_schema.lock import FileLock
 from cache_schema.manifest import CommitRecord
@@ -34,14 +34,14 @@ class ShardWriter:
         settings: StoreSettings,
         name: str,
         source: str,
-        committed: CommittedKeys,
+        known: KnownShards,
     ) -> None:
         """Touches no file before `__enter__`."""
         self._layout = layout
         self._settings = settings
         self.name = check_shard_name(name)
         self._source = source
-        self._committed = committed
+        self._known = known
         self._lock = FileLock(
             layout.lock(name), wait=False, what=f"shard {name!r} of {layout.root}"
         )
@@ -57,7 +57,7 @@ class ShardWriter:
                     f"shard {self.name!r} of {self._layout.root} is finished; ask is_committed "
                     "before writing it"
                 )
-            self._committed.refresh()
+            self._known.refresh()
             self._staging = Staging(self._layout, self._settings, self.name, self._source)
             self._clip_keys = {clip.key for clip in self._staging.clips}
             self._skipped_keys = {clip.key for clip in self._staging.skipped}
@@ -83,7 +83,7 @@ class ShardWriter:
     def shard_holding(self, key: str) -> str | None:
         """The other, finished shard that the clip is in; such as a retry of this one."""
         self._open_staging()
-        return self._committed.shard_of(key)
+        return self._known.shard_of(key)
 
     def add(
         self,
@@ -109,7 +109,7 @@ class ShardWriter:
                 f"clip {key!r} is already in shard {self.name!r} of {self._layout.root}; keys must "
                 "be unique, and has() tells what an earlier run has done"
             )
-        elsewhere = self._committed.shard_of(key)
+        elsewhere = self._known.shard_of(key)
         if elsewhere is not None:
             raise ValueError(
                 f"clip {key!r} of shard {self.name!r} is already in shard "

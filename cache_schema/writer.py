@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from cache_schema.clip_index import write_index
-from cache_schema.committed_keys import CommittedKeys
 from cache_schema.durable import make_directories, sync, write_whole
 from cache_schema.errors import SettingsMismatch
+from cache_schema.known_shards import KnownShards
 from cache_schema.layout import StoreLayout, check_shard_name
 from cache_schema.lock import FileLock
-from cache_schema.manifest import StoreManifest, read_commit, read_manifest
+from cache_schema.manifest import StoreManifest, read_manifest
 from cache_schema.sealed_json import plain_mapping, seal
 from cache_schema.settings import Compression, StoreSettings, differing_settings
 from cache_schema.shard_writer import ShardWriter
@@ -27,7 +27,7 @@ class StoreWriter:
         self.path = path
         self.settings = settings
         self._layout = StoreLayout(path)
-        self._committed = CommittedKeys(self._layout, settings)
+        self._known = KnownShards(self._layout, settings)
 
     @classmethod
     def open(
@@ -79,7 +79,7 @@ class StoreWriter:
         if not self._layout.commit(check_shard_name(shard)).exists():
             return False
         if source is not None:
-            found = read_commit(self._layout, self.settings, shard).source
+            found = self._known.source_of(shard)
             if found != source:
                 raise SettingsMismatch(
                     f"shard {shard!r} of {self.path} was made from {found!r}, not from {source!r}; "
@@ -89,8 +89,7 @@ class StoreWriter:
 
     def committed_counts(self, shard: str) -> tuple[int, int]:
         """Numbers of clips and of skipped clips in a finished shard."""
-        record = read_commit(self._layout, self.settings, check_shard_name(shard))
-        return len(record.clips), len(record.skipped)
+        return self._known.counts_of(check_shard_name(shard))
 
     def shard(self, name: str, *, source: str) -> ShardWriter:
         """A writer for one shard, to be used in a `with` block.
@@ -100,7 +99,7 @@ class StoreWriter:
             source: the input the shard is made from. Clips staged by a killed writer are adopted
                 only if theirs was the same.
         """
-        return ShardWriter(self._layout, self.settings, name, source, self._committed)
+        return ShardWriter(self._layout, self.settings, name, source, self._known)
 
     def write_index(self) -> None:
         """Write `index.npz` anew from the commit records; readers open large stores faster by it.
