@@ -19,6 +19,7 @@ from cache_schema.lock import FileLock
 from cache_schema.manifest import CommitRecord, SkippedClip
 from cache_schema.places import LocalPlace, is_url
 from cache_schema.settings import StoreSettings
+from cache_schema.sweeping import sweep_store
 from cache_schema.upkeep.check_shard import check_shard, foreign_entries, read_record
 from cache_schema.upkeep.replace_shard import keep_clips
 from cache_schema.upkeep.verify import Problem, Survey, read_settings
@@ -173,6 +174,8 @@ class _Repair:
             self.quarantine.take(path)
         if self.survey.index_is_damaged:
             self.quarantine.take(self.layout.index)
+        if not by_hand:
+            sweep_store(self.layout, self.settings)  # lock files and staging of killed processes
         try:
             with FileLock(self.layout.store_lock, wait=True, what=f"store {self.layout.root}"):
                 write_index(self.layout, self.settings)
