@@ -34,11 +34,6 @@ def test_a_clip_that_a_repair_took_out_says_that_the_store_has_changed(tmp_path:
         assert_equals_the_clip(reader, key)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a shard made again has its first generation's place again, and a clip that was checked "
-    "once is not compared with its own checksum a second time",
-)
 def test_a_shard_made_again_with_other_clips_is_never_misread(tmp_path: Path) -> None:
     store = write_all(tmp_path)
     reader = _open_and_read(store)
