@@ -110,6 +110,7 @@ class _Derivation:
         self._reader = reader
         self._layout = StoreLayout(Path(reader.path))
         self._writer = writer
+        self._finished = StoreReader(writer.path).shards
         self._maker = maker
         self._device = device
         self._task = task
@@ -117,18 +118,23 @@ class _Derivation:
 
     def derive(self, shard: str) -> bool:
         """Finish a shard; False where another process is at it."""
-        # The record itself: a reader leaves out the skipped clips that a retry brought in.
-        record = read_commit(self._layout, self._reader.settings, shard)
-        if self._writer.is_committed(shard, source=record.source):
-            self._task.advance(len(record.clips))
+        facts = self._reader.shards[shard]
+        if self._is_finished(shard, facts.source):
+            self._task.advance(facts.num_clips)
             return True
         try:
-            self._write(record)
+            # The record itself: a reader leaves out the skipped clips that a retry brought in.
+            self._write(read_commit(self._layout, self._reader.settings, shard))
         except ShardBusy:
             return False
         except AlreadyCommitted:  # in the moment since it was asked
-            self._task.advance(len(record.clips))
+            self._task.advance(facts.num_clips)
         return True
+
+    def _is_finished(self, shard: str, source: str) -> bool:
+        if shard in self._finished and self._finished[shard].source == source:
+            return True
+        return self._writer.is_committed(shard, source=source)
 
     def _write(self, record: CommitRecord) -> None:
         with self._writer.shard(record.shard, source=record.source) as out:

@@ -74,9 +74,11 @@ def plan_jobs(
         CacheError: A store was written from other data or is damaged.
     """
     jobs = []
+    finished = [(writer, StoreReader(writer.path).shards) for writer in writers.values()]
     for shard in dataset.shards:
-        for writer in writers.values():
-            writer.is_committed(shard.name, source=shard.source)
+        for writer, shards in finished:
+            if shard.name in shards and shards[shard.name].source != shard.source:
+                writer.is_committed(shard.name, source=shard.source)  # raises
         jobs.append(
             ShardJob(
                 input_name=shard.name,

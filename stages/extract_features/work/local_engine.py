@@ -13,7 +13,7 @@ from typing import Self
 
 import torch
 
-from cache_schema import ShardBusy, StoreWriter
+from cache_schema import ShardBusy, StoreReader, StoreWriter
 from stages.clips import InputShard
 from stages.extract_features.config import Kind
 from stages.extract_features.extraction import Extraction
@@ -124,7 +124,8 @@ class JobsBar:
         finished = [job for job in jobs if not job.is_pending(writers)]
         pending = [job for job in jobs if job.is_pending(writers)]
         self._unfinished = {job.name: (job, job.num_clips(shards)) for job in pending}
-        completed = sum(_committed_clips(job, writers) for job in finished)
+        stores = {kind: StoreReader(writer.path).shards for kind, writer in writers.items()}
+        completed = sum(stores[next(iter(job.keys))][job.name].num_clips for job in finished)
         self._opened = progress.task(
             " and ".join(writers),
             completed + sum(clips for _, clips in self._unfinished.values()),
@@ -160,7 +161,3 @@ class JobsBar:
             if not job.is_pending(self._writers):
                 del self._unfinished[name]
                 self._task.advance(clips)
-
-
-def _committed_clips(job: ShardJob, writers: Mapping[Kind, StoreWriter]) -> int:
-    return sum(writers[next(iter(job.keys))].committed_counts(job.name))

@@ -216,11 +216,11 @@ class _Book:
             raise
 
     def _add(self, key: str, kind: Kind, extracted: Extracted) -> None:
-        for name, values in extracted.arrays.items():
-            if not np.isfinite(values).all():
-                detail = f"{name} has NaN or values beyond float16; fp32 precision may help"
-                self._skip(key, (kind,), ClipSkipped("not_finite", detail))
-                return
+        if not all(np.isfinite(values).all() for values in extracted.arrays.values()):
+            # Without the array's name: a store derived from this one says the same.
+            detail = "NaN or values beyond float16; fp32 precision may help"
+            self._skip(key, (kind,), ClipSkipped("not_finite", detail))
+            return
         self._outs[kind].add(key, extracted.arrays, extracted.attributes)
         self.written[kind] += 1
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from cache_schema import (
-    AlreadyCommitted,
     CorruptClip,
     SettingsMismatch,
     ShardWriter,
@@ -193,22 +192,22 @@ def test_a_shard_that_another_process_is_at_is_left_and_named(
     assert derive(teacher, tmp_path / "made").clips_written == len(SHARDS["00000"])
 
 
-def test_a_shard_finished_in_the_moment_since_it_was_asked_is_left_alone(
+def test_shards_finished_in_the_moment_since_they_were_asked_for_are_left_alone(
     write_teacher: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = write_teacher()
-    first = derive(teacher, tmp_path / "made")
-    monkeypatch.setattr(StoreWriter, "is_committed", lambda *args, **options: False)
-    tried: list[str] = []
+    enter, others = ShardWriter.__enter__, []
 
-    def entered(shard: ShardWriter) -> ShardWriter:
-        tried.append(shard.name)
-        raise AlreadyCommitted("finished")
+    def late(shard: ShardWriter) -> ShardWriter:
+        monkeypatch.setattr(ShardWriter, "__enter__", enter)
+        others.append(derive(teacher, tmp_path / "made"))
+        return enter(shard)
 
-    monkeypatch.setattr(ShardWriter, "__enter__", entered)
-    again = derive(teacher, tmp_path / "made")
-    assert tried == sorted(SHARDS)
-    assert (again.clips_written, again.clips_already_there) == (0, first.clips_written)
+    monkeypatch.setattr(ShardWriter, "__enter__", late)
+    summary = derive(teacher, tmp_path / "made")
+    assert [other.clips_written for other in others] == [len(ALL_KEYS)]
+    assert (summary.clips_written, summary.clips_already_there) == (0, len(ALL_KEYS))
+    assert summary.busy_shards == ()
 
 
 def test_a_damaged_clip_of_features_stops_it_by_name(
