@@ -8,6 +8,7 @@ several steps and copies what it reads. README.md describes the bytes.
 import math
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 
 import google_crc32c
 import numpy as np
@@ -37,6 +38,15 @@ def decode_clip(data: bytes | memoryview, spec: ArraySpec) -> np.ndarray:
 
 def read_clip(file: OpenFile, spec: ArraySpec) -> np.ndarray:
     """The values of a clip, from its open file, whose size is known."""
+    return read_clip_and_crc32c(file, spec)[0]
+
+
+def read_clip_and_crc32c(file: OpenFile, spec: ArraySpec) -> tuple[np.ndarray, int]:
+    """As `read_clip`, with the CRC-32C of the values in C order and little-endian.
+
+    It costs next to nothing: chunks that are not compressed carry theirs, and of others it is
+    computed while they are in the processor's cache.
+    """
     assert file.size is not None
     return _read_chunks(file, spec, _chunk_places(file, file.size, spec))
 
@@ -66,7 +76,7 @@ def read_part(
     begin = min(offset for offset, _ in chunks)
     end = max(offset + size for offset, size in chunks)
     with place.open(path, begin, end) as file:
-        values = _read_chunks(file, spec, chunks)
+        values, _ = _read_chunks(file, spec, chunks)
     origin = first * spec.chunk_length
     return values[start - origin : stop - origin]
 
@@ -90,7 +100,9 @@ def _chunk_places(file: OpenFile, size: int, spec: ArraySpec) -> list[tuple[int,
     return [(offset, length) for offset, length in places]
 
 
-def _read_chunks(file: OpenFile, spec: ArraySpec, chunks: Sequence[tuple[int, int]]) -> np.ndarray:
+def _read_chunks(
+    file: OpenFile, spec: ArraySpec, chunks: Sequence[tuple[int, int]]
+) -> tuple[np.ndarray, int]:
     shape = (len(chunks) * spec.chunk_length, *spec.shape[1:])
     values = np.empty(shape, spec.numpy_dtype.newbyteorder("<"))
     # [chunk, byte]: what a chunk decodes to is written where it belongs.
@@ -98,18 +110,21 @@ def _read_chunks(file: OpenFile, spec: ArraySpec, chunks: Sequence[tuple[int, in
     chunk_bytes = spec.chunk_length * math.prod(spec.shape[1:]) * spec.numpy_dtype.itemsize
     crc = np.empty(_CRC_BYTES, np.uint8)
     packed = np.empty(max(length for _, length in chunks), np.uint8)
+    joined = 0
     for number, (offset, length) in enumerate(chunks):
         size = length - _CRC_BYTES
         if spec.compression == "none":
             if size != chunk_bytes:
                 raise DamagedFile(f"chunk {number} has {size} bytes instead of {chunk_bytes}")
             _fill(file, offset, [decoded[number], crc])
-            _check(decoded[number], crc, f"chunk {number}")
+            own = _check(decoded[number], crc, f"chunk {number}")
+            joined = _joined_crc32c(joined, own, chunk_bytes)
         else:
             _fill(file, offset, [packed[:size], crc])
             _check(packed[:size], crc, f"chunk {number}")
             _decompress(packed[:size], decoded[number], number)
-    return values.astype(spec.numpy_dtype, copy=False)
+            joined = google_crc32c.extend(joined, decoded[number])
+    return values.astype(spec.numpy_dtype, copy=False), joined
 
 
 def _fill(file: OpenFile, offset: int, buffers: Sequence[np.ndarray]) -> None:
@@ -119,9 +134,31 @@ def _fill(file: OpenFile, offset: int, buffers: Sequence[np.ndarray]) -> None:
         raise DamagedFile(f"it ends after {offset + found} bytes, {offset + wanted} are needed")
 
 
-def _check(data: np.ndarray, crc: np.ndarray, what: str) -> None:
-    if google_crc32c.value(data) != int.from_bytes(crc.tobytes(), "little"):
+def _check(data: np.ndarray, crc: np.ndarray, what: str) -> int:
+    found: int = google_crc32c.value(data)
+    if found != int.from_bytes(crc.tobytes(), "little"):
         raise DamagedFile(f"{what} fails its checksum")
+    return found
+
+
+def _joined_crc32c(first: int, second: int, second_bytes: int) -> int:
+    """CRC-32C of two stretches of bytes one after the other, from that of each."""
+    joined = second
+    for bit, shifted in enumerate(_shifted_bits(second_bytes)):
+        if first >> bit & 1:
+            joined ^= shifted
+    return joined
+
+
+@lru_cache(maxsize=64)
+def _shifted_bits(num_bytes: int) -> tuple[int, ...]:
+    """What each bit of a CRC-32C becomes when so many more bytes follow, apart from their own.
+
+    The CRC of what follows adds to it without carry, so that zeros can stand for any bytes.
+    """
+    zeros = np.zeros(num_bytes, np.uint8)
+    of_zeros = google_crc32c.value(zeros)
+    return tuple(google_crc32c.extend(1 << bit, zeros) ^ of_zeros for bit in range(32))
 
 
 def _decompress(packed: np.ndarray, into: np.ndarray, number: int) -> None:

@@ -110,10 +110,10 @@ class ClipIndex:
         generation = int(self.columns["shards.generation"][shard])
         return self.shard_names[shard], generation, int(self.columns["clips.index"][row])
 
-    def file_of(self, row: int, array: str) -> tuple[int, str]:
-        """Size of a clip's file of an array, and the checksum of its values."""
+    def file_of(self, row: int, array: str) -> tuple[int, int]:
+        """Size of a clip's file of an array, and the CRC-32C of its values."""
         crc32c = int(self.columns[f"arrays.{array}.crc32c"][row])
-        return int(self.columns[f"arrays.{array}.bytes"][row]), f"{crc32c:08x}"
+        return int(self.columns[f"arrays.{array}.bytes"][row]), crc32c
 
     def record_crc32c(self, shard: str) -> int:
         """The checksum that a shard's commit record opens with."""

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from cache_schema.clip_file import DamagedFile, read_clip, read_part
+from cache_schema.clip_file import DamagedFile, read_clip_and_crc32c, read_part
 from cache_schema.clip_index import ClipIndex, ShardFacts, commit_path, load_index, record_head
 from cache_schema.errors import (
     CacheError,
@@ -25,10 +25,10 @@ from cache_schema.errors import (
 from cache_schema.layout import STORE_FILE, group_name, retry_number
 from cache_schema.manifest import ClipEntry, SkippedClip, mend_hint, parse_commit, parse_manifest
 from cache_schema.packed_text import SortedText
-from cache_schema.places import is_url, open_place
+from cache_schema.places import LocalPlace, is_url, open_place
 from cache_schema.sealed_json import JSON
 from cache_schema.settings import StoreSettings
-from cache_schema.zarr_group import chunk_path, content_crc32c
+from cache_schema.zarr_group import chunk_path
 
 _MAX_RECORDS = 16
 """Commit records kept, for those who ask for the attributes of clip after clip."""
@@ -47,8 +47,11 @@ class StoreReader:
         Args:
             path: the store's folder or URL, as `find_store` returns it.
             kind: refuse a store of another kind with `SettingsMismatch`.
-            check: compare a clip's decoded values with its checksum when this process first reads
-                it. Sizes, and the checksums inside the files, are always checked.
+            check: compare what is read with what this reader saw when it was opened: a clip's
+                values with their checksum, for a part of them in a local folder its shard's record.
+                It costs next to nothing; without it a shard that is made anew meanwhile can be read
+                in place of the old one. Sizes, and the checksums inside the files, are always
+                checked.
 
         Raises:
             StoreNotFound, UnknownSchemaVersion, CorruptRecord: from `store.json`.
@@ -80,10 +83,9 @@ class StoreReader:
 
     def _forget(self) -> None:
         self._records: OrderedDict[str, tuple[ClipEntry, ...]] = OrderedDict()
-        self._checked: dict[str, bytearray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_records", "_checked")}
+        return {k: v for k, v in self.__dict__.items() if k != "_records"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -182,8 +184,8 @@ class StoreReader:
     def read_part(self, key: str, array: str, start: int, stop: int) -> np.ndarray:
         """Entries `start` to `stop` of the leading axis of one array of a clip.
 
-        Only their bytes are read, and checked by the checksums inside the file; the checksum of
-        the clip as a whole is not.
+        Only their bytes are read, and checked by the checksums inside the file; the clip's own is
+        of all of them.
 
         Raises:
             As `read`, and `ValueError` for entries that the array does not have.
@@ -197,9 +199,15 @@ class StoreReader:
             )
         row = self._row(key)
         size, _ = self._index.file_of(row, array)
-        return self._read_file(
+        values = self._read_file(
             row, array, lambda path: read_part(self._place, path, size, spec, start, stop)
         )
+        if self._check and isinstance(self._place, LocalPlace):
+            # Afterwards: whoever makes a shard anew takes its record away first.
+            shard = self._index.place_of(row)[0]
+            if not self._is_as_opened(shard):
+                self._changed(shard)
+        return values
 
     def _know(self, arrays: Sequence[str]) -> None:
         unknown = sorted(set(arrays) - set(self.settings.arrays))
@@ -233,14 +241,12 @@ class StoreReader:
             with self._place.open(path) as file:
                 if file.size != size:
                     raise DamagedFile(f"it has {file.size} bytes instead of {size}")
-                return read_clip(file, self.settings.arrays[name])
+                values, found = read_clip_and_crc32c(file, self.settings.arrays[name])
+            if self._check and found != crc32c:
+                raise DamagedFile("its values fail the clip's checksum")
+            return values
 
-        values = self._read_file(row, name, decode)
-        if self._check and not self._is_checked(row, name):
-            if content_crc32c(values) != crc32c:
-                self._corrupt(row, name, "its values fail the clip's checksum")
-            self._set_checked(row, name)
-        return values
+        return self._read_file(row, name, decode)
 
     def _read_file(self, row: int, name: str, decode: Callable[[str], np.ndarray]) -> np.ndarray:
         try:
@@ -256,13 +262,6 @@ class StoreReader:
         shard, generation, position = self._index.place_of(row)
         path = chunk_path(name, self.settings.arrays[name], position)
         return f"shards/{group_name(shard, generation)}/{path}"
-
-    def _is_checked(self, row: int, name: str) -> bool:
-        return name in self._checked and bool(self._checked[name][row >> 3] & (1 << (row & 7)))
-
-    def _set_checked(self, row: int, name: str) -> None:
-        checked = self._checked.setdefault(name, bytearray(len(self._index) // 8 + 1))
-        checked[row >> 3] |= 1 << (row & 7)
 
     def _corrupt(
         self, row: int, name: str, what: str, error: BaseException | None = None

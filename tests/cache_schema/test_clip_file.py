@@ -18,10 +18,10 @@ from numcodecs import blosc
 
 from cache_schema import ArraySpec, StoreSettings
 from cache_schema import settings as settings_module
-from cache_schema.clip_file import DamagedFile, decode_clip, read_part
+from cache_schema.clip_file import DamagedFile, decode_clip, read_clip_and_crc32c, read_part
 from cache_schema.places import FetchedFile, LocalPlace
 from cache_schema.settings import DTYPES
-from cache_schema.zarr_group import chunk_path, create_group
+from cache_schema.zarr_group import chunk_path, content_crc32c, create_group
 
 COMPRESSIONS = ("none", "blosc-zstd-shuffle")
 
@@ -94,6 +94,8 @@ def test_decoding_equals_zarrs_own_reading(
             assert found.flags.writeable
             np.testing.assert_array_equal(found, array[index], strict=True)
             np.testing.assert_array_equal(found, clip)
+            _, crc32c = read_clip_and_crc32c(FetchedFile(stored), spec)
+            assert f"{crc32c:08x}" == content_crc32c(clip)
             start = data.draw(st.integers(0, spec.shape[0] - 1))
             stop = data.draw(st.integers(start + 1, spec.shape[0]))
             for place in (LocalPlace(Path(name)), Fetched(Path(name))):

@@ -23,7 +23,6 @@ from cache_schema import (
     StoreSettings,
     StoreWriter,
 )
-from cache_schema import reader as reader_module
 from cache_schema.upkeep.drop import drop_clips
 
 Arrays = dict[str, np.ndarray]
@@ -266,20 +265,27 @@ def test_files_of_other_clips_are_refused(store: Path) -> None:
     _assert_refused(store)
 
 
-def test_a_clips_own_checksum_is_compared_at_its_first_read(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compared = []
-    original = reader_module.content_crc32c
-    monkeypatch.setattr(
-        reader_module, "content_crc32c", lambda values: compared.append(1) or original(values)
-    )
+def test_files_exchanged_after_the_first_read_are_refused(store: Path) -> None:
     reader = StoreReader(store)
-    for key in [*reader.keys] * 3:
-        reader.read(key)
-    assert len(compared) == 10
-    StoreReader(store, check=False).read("a0")
-    assert len(compared) == 10
+    reader.read("a1")
+    shutil.copy(store / CHUNK.replace("/c/1/", "/c/0/"), store / CHUNK)
+    with pytest.raises(CorruptClip, match="fail the clip's checksum"):
+        reader.read("a1")
+
+
+def test_a_shard_made_anew_since_opening_is_never_read_in_place_of_the_old_one(
+    store: Path, settings: StoreSettings, write_shard: Callable[..., None], clip_of: ClipOf
+) -> None:
+    before = StoreReader(store)
+    np.testing.assert_array_equal(
+        before.read_part("a1", "features", 0, 2), clip_of("a1")["features"][:2]
+    )
+    (store / "commits" / "00000.json").unlink()
+    shutil.rmtree(store / "shards" / "00000")
+    write_shard(StoreWriter.open(store.parent, settings, provenance={}), "00000", ["a1", "a2"])
+    for ask in (lambda: before.read("a1"), lambda: before.read_part("a1", "features", 0, 2)):
+        with pytest.raises(CorruptClip, match="open it again"):
+            ask()
 
 
 def test_zarrs_metadata_is_not_needed_for_reading(store: Path, clip_of: ClipOf) -> None:
