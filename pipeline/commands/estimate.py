@@ -49,9 +49,10 @@ def run(config: RunConfig, progress: Progress) -> Answer:
         rows += _pass_rows(one)
     rows += _form_rows(found.forms)
     least = "at least " if any(one.cost is None for one in found.passes) else ""
+    about = "about " if any(kind.is_compressed for kind in found.kinds) else ""
     size, free = in_bytes(found.bytes), in_bytes(found.free_bytes)
     rows += [
-        ("disk", f"{least}{size} to be written, {free} free"),
+        ("disk", f"{least or about}{size} to be written, {free} free"),
         ("time", f"{least}{in_time(found.seconds)} on one worker like this one: {found.device}"),
     ]
     return Answer(

@@ -123,6 +123,7 @@ def test_the_teachers_forms_stand_side_by_side(answer):
 def test_the_size_of_a_compressed_store_is_about(answer):
     rows = answer(kinds=(replace(TEACHER, is_compressed=True),)).rows
     assert ("  disk", "about 2.8 GB, 10.0 MB a clip, compressed") in rows
+    assert ("disk", "about 2.8 GB to be written, 1.0 TB free") in rows
 
 
 def test_json_holds_every_skipped_clip_and_number(answer):
