@@ -119,8 +119,8 @@ def facts_of(attributes: Mapping[str, Any], num_frames: int) -> tuple[str, ...]:
         facts.append(speed if prompt["moves"] else "stands still")
     if prompt["confidence"] is not None:
         facts.append(f"confidence {prompt['confidence']:.2f}")
-    if attributes["cycle_consistency"] is not None:
-        facts.append(f"cycle consistency {attributes['cycle_consistency']:.2f}")
+    if attributes["quality"] is not None:
+        facts.append(f"cycle consistency {attributes['quality']:.2f}")
     facts.append(f"{attributes['valid_frames']} of {num_frames} frames valid")
     if attributes["lost_at"] is not None:
         facts.append(f"lost at frame {attributes['lost_at']}")

@@ -42,12 +42,10 @@ def track_attributes(
     """What a store keeps of a clip beside its arrays.
 
     first_frame and last_frame span the frames that every subject's forward track covers; lost_at is
-    the frame after it, null where the end of the clip is reached. cycle_consistency is the mean
-    over the subjects, null without a backward pass; quality, by which any store's clips can be
-    chosen (0 to 1), is the same here.
+    the frame after it, null where the end of the clip is reached. quality is the cycle consistency,
+    the mean over the subjects, null without a backward pass.
     """
     last_frame, valid_T = _last(tracks), valid_frames(tracks)
-    consistency = _cycle_consistency(tracks)
     return {
         "num_frames": len(valid_T),
         "prompt": {
@@ -63,8 +61,7 @@ def track_attributes(
         "last_frame": last_frame,
         "lost_at": last_frame + 1 if last_frame + 1 < len(valid_T) else None,
         "valid_frames": int(valid_T.sum()),
-        "cycle_consistency": consistency,
-        "quality": consistency,
+        "quality": _cycle_consistency(tracks),
         "geometry": dict(clip.geometry.as_dict()),
     }
 

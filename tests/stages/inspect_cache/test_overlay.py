@@ -17,7 +17,7 @@ def attributes(**changes):
     prompt = {"source": "dataset", "kinds": ["box"], "frame": 0, "subjects": 1}
     prompt |= {"confidence": None, "backward": "track"} | changes.pop("prompt", {})
     track = {"first_frame": 0, "last_frame": 8, "lost_at": None, "valid_frames": 9}
-    return track | {"prompt": prompt, "cycle_consistency": 0.912} | changes
+    return track | {"prompt": prompt, "quality": 0.912} | changes
 
 
 def masks(left, right):
@@ -97,7 +97,7 @@ def test_masks_are_drawn_where_they_are(store, clips, dataset, tmp_path):
 
 
 def test_a_store_of_one_direction_is_drawn(store, clips, tmp_path):
-    attributes_ = attributes(cycle_consistency=None, prompt={"backward": None})
+    attributes_ = attributes(quality=None, prompt={"backward": None})
     path = store(backward=False, attributes=attributes_)
     picture = sheet(draw(path, clips, tmp_path))
     assert count(picture, FORWARD) > 500

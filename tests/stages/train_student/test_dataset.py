@@ -1,12 +1,15 @@
+import os
+
 import numpy as np
 import pytest
 import torch
 
-from cache_schema import CorruptClip
+from cache_schema import CorruptClip, StoreReader, StoreWriter
 from stages.base_facts import read_base_facts
 from stages.train_student.dataset import CachedSamples, draw, join_batches, load_batches
 from stages.train_student.order import clip_of_sample
 from stages.train_student.stores import join_stores
+from tests.cache_schema.servers import serving
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +124,56 @@ def test_a_damaged_clip_stops_the_reading(tiny, tmp_path, facts):
             file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(CorruptClip, match="clip/"):
         CachedSamples(stores, facts, seed=0)[0]
+
+
+@pytest.mark.parametrize("form", ["features", "gram_flow"])
+def test_the_teachers_arrays_are_handed_on_as_they_are_stored(tiny, tmp_path, facts, form):
+    for kind, shapes in (("text", {"embeds": tiny.TEXT}), ("latents", tiny.LATENT_SHAPES)):
+        tiny.write_store(tmp_path, kind, shapes)
+    write = tiny.write_teacher if form == "features" else tiny.write_gram_flow
+    store = StoreReader(write(tmp_path, "int8" if form == "features" else "uint8"))
+    samples = CachedSamples(join_stores(tmp_path, {}, teacher_form=form), facts, seed=3)
+    batch = join_batches([samples[number] for number in (0, 1, 2)])
+    names = {"features", "scale"} if form == "features" else {"gram_flow", "low", "step"}
+    assert batch.teacher.keys() == names
+    for row, key in enumerate(batch.keys):
+        for name, array in store.read(key, sorted(names)).items():
+            stored = batch.teacher[name][row].numpy()
+            assert stored.dtype == array.dtype
+            assert (stored == array).all()
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_read_a_cache_behind_a_url(tiny, tmp_path, facts, start):
+    """The client was in use in this process before its workers were started."""
+    stores = {
+        "text": tiny.write_store(tmp_path, "text", {"embeds": tiny.TEXT}),
+        "latents": tiny.write_store(tmp_path, "latents", tiny.LATENT_SHAPES),
+        "gram_flow": tiny.write_gram_flow(tmp_path),
+    }
+    for path in stores.values():
+        StoreWriter.open(tmp_path, StoreReader(path).settings, provenance={}).write_index()
+    chosen = {kind: path.name for kind, path in stores.items()}
+    local = CachedSamples(join_stores(tmp_path, {}, teacher_form="gram_flow"), facts, seed=3)
+    with serving(tmp_path) as server:
+        joined = join_stores(server.url, chosen, teacher_form="gram_flow")
+        samples = CachedSamples(joined, facts, seed=3)
+        assert same(samples[0], local[0])
+        numbers = [[n, n + 1] for n in range(0, 8, 2)]
+        loading = load_batches(samples, numbers, workers=2, start=start, pin_memory=False)
+        for batch, group in zip(loading, numbers, strict=True):
+            assert same(batch, join_batches([local[number] for number in group]))
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_with_workers_nothing_is_read_in_the_training_process(samples, monkeypatch, start):
+    """A worker that is spawned does not inherit the trap; one that is forked is told apart."""
+    here, read = os.getpid(), StoreReader.read
+
+    def guarded(self, *arguments):
+        assert os.getpid() != here, "read in the training process"
+        return read(self, *arguments)
+
+    monkeypatch.setattr(StoreReader, "read", guarded)
+    loading = load_batches(samples, [[0], [1]], workers=1, start=start, pin_memory=False)
+    assert len(list(loading)) == 2

@@ -244,7 +244,7 @@ def test_the_ablations_store_unit_tokens_of_one_direction_or_the_mean(
     expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
     np.testing.assert_allclose(entry(outcome).arrays["features"], expected, atol=5e-6)
     assert ("backward" in entry(outcome, "masks").arrays) == (fusion == "average")
-    assert (entry(outcome).attributes["cycle_consistency"] is None) == (fusion == "forward")
+    assert (entry(outcome).attributes["quality"] is None) == (fusion == "forward")
 
 
 def test_masks_are_the_stock_predictors_at_a_quarter_of_the_frame(
@@ -265,7 +265,7 @@ def test_masks_are_the_stock_predictors_at_a_quarter_of_the_frame(
         assert np.abs(arrays[name] - expected).max() <= 0.5 + 1e-3
         binary.append(logits > 0)
     overlap = [(f & b).sum() / (f | b).sum() for f, b in zip(*binary, strict=True)]
-    consistency = entry(outcome, "masks").attributes["cycle_consistency"]
+    consistency = entry(outcome, "masks").attributes["quality"]
     assert consistency == pytest.approx(np.mean(overlap), abs=1e-6)
     assert arrays["valid"].tolist() == [1] * clips.num_frames
 
@@ -356,7 +356,7 @@ def test_a_clip_whose_directions_disagree_is_skipped_when_that_is_asked(
     record: ClipRecord, extract: Callable[..., list[Outcome]]
 ) -> None:
     (kept,) = extract(record)
-    consistency = entry(kept).attributes["cycle_consistency"]
+    consistency = entry(kept).attributes["quality"]
     assert isinstance(consistency, float) and 0 < consistency < 1
     (just_kept,) = extract(record, min_cycle_consistency=consistency)
     assert not isinstance(just_kept, ClipSkipped)
@@ -397,8 +397,8 @@ def test_each_subject_is_tracked_by_itself_and_averaged_in_gram_flow_space(
     assert np.abs(flows[0] - flows[1]).max() > 1e-3
     got = gram_flow(together.arrays["features"].astype(np.float64))
     np.testing.assert_allclose(got, (flows[0] + flows[1]) / 2, atol=5e-6)
-    consistencies = [one.attributes["cycle_consistency"] for one in alone]
-    assert together.attributes["cycle_consistency"] == pytest.approx(np.mean(consistencies))
+    consistencies = [one.attributes["quality"] for one in alone]
+    assert together.attributes["quality"] == pytest.approx(np.mean(consistencies))
     prompt = together.attributes["prompt"]
     assert isinstance(prompt, dict)
     assert (prompt["subjects"], prompt["kinds"]) == (2, ["mask", "box"])
