@@ -87,14 +87,16 @@ def test_chunks_are_blosc_of_zstandard_one_behind_a_byte_shuffle(tmp_path: Path)
                 "cname": "zstd",
                 "clevel": 1,
                 "shuffle": "shuffle",
-                "blocksize": 0,
+                "blocksize": 2**19,
             },
         },
         {"name": "crc32c"},
     ]
     data = (store / "shards/00000/gram_flow/c/1/0/0/0/0").read_bytes()
     values = _smooth(1)["gram_flow"][: PACKED.arrays["gram_flow"].chunk_length]
-    codec = numcodecs.Blosc(cname="zstd", clevel=1, shuffle=numcodecs.Blosc.SHUFFLE)
+    codec = numcodecs.Blosc(
+        cname="zstd", clevel=1, shuffle=numcodecs.Blosc.SHUFFLE, blocksize=2**19
+    )
     expected = codec.encode(values)
     assert data.startswith(expected)
 
