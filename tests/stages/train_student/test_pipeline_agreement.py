@@ -89,7 +89,7 @@ def test_prediction_equals_the_pipelines_own_transformer_call(pipeline, tiny, tm
         timestep_B=torch.tensor([LAST]),
         text_BLD=text_BLD,
         image_BFCHW=image_FCHW[None] if facts.image_to_video else None,
-        teacher_BTHWC=None,
+        teacher=None,
         teacher_valid_BT=None,
     )
     with torch.no_grad():

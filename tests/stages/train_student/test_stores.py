@@ -83,9 +83,9 @@ def test_int8_features_pass(tiny, cache_with, facts):
 def cache_with(tiny, tmp_path):
     """Text, latents, and what `write` writes."""
 
-    def make(write):
+    def make(write, latents=None):
         tiny.write_store(tmp_path, "text", {"embeds": tiny.TEXT})
-        tiny.write_store(tmp_path, "latents", tiny.LATENT_SHAPES)
+        tiny.write_store(tmp_path, "latents", tiny.LATENT_SHAPES, values=latents)
         write(tmp_path)
         return tmp_path
 
@@ -255,6 +255,22 @@ def test_features_on_sam2s_own_grid_fit_any_size_of_the_same_shape(tiny, tmp_pat
 @pytest.mark.parametrize("change", [{"width": 64}, {"fps": 16.0}, {"num_frames": 17}])
 def test_features_on_sam2s_own_grid_of_other_pictures_are_refused(tiny, tmp_path, facts, change):
     stores = _native_cache(tiny, tmp_path, teacher_cut=CUT | change)
+    with pytest.raises(ValueError, match="the same frames"):
+        check_stores(stores, facts, tiny.CLIPS, radius=1)
+
+
+def test_a_gram_flow_of_sams_own_grid_fits_any_size_of_the_same_shape(tiny, cache_with, facts):
+    """It says how the clips of its features were cut; the flow itself is on the student's grid."""
+    cut = CUT | {"height": 64, "width": 96}
+    values = {"clips": cut, "grid": list(tiny.GRID), "grid_source": "native", "parts": 2}
+    cache = cache_with(
+        lambda root: tiny.write_gram_flow(root, values=values), latents={"clips": CUT}
+    )
+    stores = join_stores(cache, {}, teacher_form="gram_flow")
+    assert stores.native_parts is None
+    check_stores(stores, facts, tiny.CLIPS, radius=1)
+    other = tiny.write_gram_flow(cache, values=values | {"clips": cut | {"fps": 16.0}})
+    stores = join_stores(cache, {"gram_flow": other.name}, teacher_form="gram_flow")
     with pytest.raises(ValueError, match="the same frames"):
         check_stores(stores, facts, tiny.CLIPS, radius=1)
 
