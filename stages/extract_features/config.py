@@ -78,7 +78,8 @@ class TeacherConfig(Section):
     """The student's token grid, or SAM2's own (64x64 at 1024 pixels), resampled when it is read:
     one store then serves several training sizes."""
     dtype: FeatureDtype = "float16"
-    """How the features are stored: float16, or int8 with a scale for each token, half the size."""
+    """How the features are stored: float16, or int8 with a scale for each token: half the size, and
+    a Gram flow within 1e-5 nats. A Gram flow is made from them as they are stored."""
     precision: Precision = "fp32"
     """Arithmetic of the tracker; bf16 on a GPU."""
     clips_per_batch: int = Field(default=1, ge=1)
