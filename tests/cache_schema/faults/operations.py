@@ -1,17 +1,17 @@
 """Doing something to a program at its n-th file operation, as Python's audit events count them."""
 
-import contextlib
 import errno
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 from typing import Any
+
+Hook = Callable[[str, tuple[Any, ...]], None]
 
 OPERATIONS = (
     "open",
@@ -32,35 +32,48 @@ def run_and_kill(body: Callable[[], object], kill_at: int) -> tuple[int, int]:
     """
     counted = RawValue("q", 0)  # no lock that a killed child could keep
 
+    def count(event: str, args: tuple[Any, ...]) -> None:
+        if event in OPERATIONS:
+            with lock:
+                counted.value += 1
+                if counted.value == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+    lock = threading.Lock()
+    return exit_code(body, count), counted.value
+
+
+def run_with_full_disk(body: Callable[[], object], full_from: int) -> bool:
+    """Whether `body` ran to its end in a forked child whose disk is full from some operation on.
+
+    Otherwise it must have ended with the error that says so. The child ends with it: Zarr's threads
+    would go on writing for a moment.
+    """
+    code = exit_code(body, _FullDisk(full_from))
+    assert code in (0, errno.ENOSPC)
+    return code == 0
+
+
+def exit_code(body: Callable[[], object], hook: Hook | None = None) -> int:
+    """Of a forked child running `body`: the number of an `OSError` that it raised, or 0."""
+
     def child() -> None:
-        lock = threading.Lock()
-
-        def count(event: str, args: tuple[Any, ...]) -> None:
-            if event in OPERATIONS:
-                with lock:
-                    counted.value += 1
-                    if counted.value == kill_at:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(count)
-        body()
+        if hook is not None:
+            sys.addaudithook(hook)  # cannot be taken away again, hence a process of its own
+        try:
+            body()
+        except OSError as error:
+            os._exit(error.errno or 1)
         os._exit(0)
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
     process.join()
     assert process.exitcode is not None
-    return process.exitcode, counted.value
+    return process.exitcode
 
 
-@dataclass
-class Outcome:
-    """Of what was done while the disk filled up."""
-
-    went_well: bool = False
-
-
-class FullDisk:
+class _FullDisk:
     """An audit hook: from the n-th operation on that makes something, the disk is full.
 
     What was being made then lies there with its first few bytes.
@@ -68,33 +81,22 @@ class FullDisk:
 
     MAKING = ("open", "os.mkdir", "os.rename", "os.link")
 
-    def __init__(self) -> None:
-        self.full_at = 0
-        self.made = 0
-        self._is_busy = False
-
-    @contextlib.contextmanager
-    def full_from(self, operation: int) -> Iterator["Outcome"]:
-        """Swallow the error of the full disk, and no other."""
-        outcome = Outcome()
-        self.made, self.full_at = 0, operation
-        try:
-            yield outcome
-            outcome.went_well = True
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-        finally:
-            self.full_at = 0
+    def __init__(self, full_from: int) -> None:
+        self._full_from = full_from
+        self._made = 0
+        self._lock = threading.RLock()
+        self._is_tearing = False
 
     def __call__(self, event: str, args: tuple[Any, ...]) -> None:
-        if not self.full_at or self._is_busy or event not in self.MAKING:
+        if event not in self.MAKING or (event == "open" and not self._for_writing(args)):
             return
-        if event == "open" and not self._for_writing(args):
-            return
-        self.made += 1
-        if self.made >= self.full_at:
-            if event == "open" and self.made == self.full_at:
+        with self._lock:
+            if self._is_tearing:
+                return
+            self._made += 1
+            if self._made < self._full_from:
+                return
+            if event == "open" and self._made == self._full_from:
                 self._tear(args[0])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
 
@@ -105,6 +107,6 @@ class FullDisk:
         )
 
     def _tear(self, path: Any) -> None:
-        self._is_busy = True
+        self._is_tearing = True
         Path(path).write_bytes(b"{\n ")
-        self._is_busy = False
+        self._is_tearing = False

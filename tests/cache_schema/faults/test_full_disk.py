@@ -6,9 +6,9 @@ with its first few bytes.
 """
 
 import errno
+import functools
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import pytest
 
 from cache_schema import verify_store
 from cache_schema.upkeep.repair import repair_store
-from tests.cache_schema.faults.operations import FullDisk
+from tests.cache_schema.faults.operations import exit_code, run_with_full_disk
 from tests.cache_schema.faults.small_store import (
     SETTINGS,
     assert_reads_what_is_committed,
@@ -54,9 +54,7 @@ def disk(tmp_path: Path) -> Iterator[Mount]:
 def _fill_then_make_room(mount: Mount, small: str, files_of: FilesOf, expected: Path) -> None:
     root = mount(small)
     store = root / SETTINGS.folder_name
-    with pytest.raises(OSError) as error:
-        write_all(root)
-    assert error.value.errno == errno.ENOSPC
+    assert exit_code(functools.partial(write_all, root)) == errno.ENOSPC
     assert_reads_what_is_committed(store)
     finished = finished_files(store)
     mount("size=4m,nr_inodes=1000")
@@ -94,13 +92,6 @@ def test_a_disk_without_free_inodes_loses_nothing(
     _fill_then_make_room(disk, f"size=4m,nr_inodes={inodes}", files_of, roomy)
 
 
-@pytest.fixture(scope="module")
-def full_disk() -> FullDisk:
-    disk = FullDisk()
-    sys.addaudithook(disk)  # cannot be taken away again, only set to do nothing
-    return disk
-
-
 def _points(request: pytest.FixtureRequest, step: int) -> range:
     return range(1, 10_000, 1 if request.config.getoption("--full-faults") else step)
 
@@ -109,7 +100,6 @@ def _points(request: pytest.FixtureRequest, step: int) -> range:
 def test_an_error_at_any_write_loses_nothing(
     tmp_path: Path,
     roomy: Path,
-    full_disk: FullDisk,
     files_of: FilesOf,
     request: pytest.FixtureRequest,
 ) -> None:
@@ -119,9 +109,7 @@ def test_an_error_at_any_write_loses_nothing(
         root = tmp_path / str(full_at)
         root.mkdir()
         store = root / SETTINGS.folder_name
-        with full_disk.full_from(full_at) as outcome:
-            write_all(root)
-        if outcome.went_well:
+        if run_with_full_disk(functools.partial(write_all, root), full_at):
             break
         assert_reads_what_is_committed(store)
         finished = finished_files(store)
@@ -136,7 +124,6 @@ def test_an_error_at_any_write_loses_nothing(
 def test_an_error_at_any_write_of_a_repair_loses_nothing(
     tmp_path: Path,
     roomy: Path,
-    full_disk: FullDisk,
     files_of: FilesOf,
     request: pytest.FixtureRequest,
 ) -> None:
@@ -147,9 +134,7 @@ def test_an_error_at_any_write_of_a_repair_loses_nothing(
     for full_at in _points(request, 29):
         store = shutil.copytree(roomy, tmp_path / str(full_at) / roomy.name)
         damage_in_every_way(store)
-        with full_disk.full_from(full_at) as outcome:
-            repair_store(store)
-        if outcome.went_well:
+        if run_with_full_disk(functools.partial(repair_store, store), full_at):
             break
         repair_store(store)
         assert without_quarantine(files_of(store)) == expected
