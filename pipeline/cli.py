@@ -180,8 +180,9 @@ def inspect(
         list[str] | None,
         typer.Argument(
             metavar="STORE KEY=VALUE",
-            help="The store: teacher (the default), masks (the default with --overlay), "
-            "gram_flow, latents, text, or a store's folder; then settings to change.",
+            help="The store: teacher or gram_flow (by default the one that train.teacher_form "
+            "names), masks (the default with --overlay), latents, text, or a store's folder; then "
+            "settings to change.",
             show_default=False,
         ),
     ] = None,
@@ -203,7 +204,7 @@ def inspect(
     """Print what a store holds, and draw a clip: frames, feature colours, flow, or masks."""
     from pipeline.commands import inspect as command
 
-    store, overrides = "masks" if overlay else "teacher", list(arguments or [])
+    store, overrides = None, list(arguments or [])
     if overrides and ("=" not in overrides[0] or Path(overrides[0]).exists()):
         store = overrides.pop(0)
     if clip is not None and every_clip:

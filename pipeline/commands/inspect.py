@@ -15,6 +15,7 @@ from pipeline.config import ConfigError, RunConfig
 from pipeline.console import Answer, in_bytes
 from stages.extract_features.config import Kind
 from stages.progress import Progress
+from stages.train_student.config import KIND_OF_FORM
 
 if TYPE_CHECKING:
     from stages.inspect_cache.drawing import Drawing
@@ -24,7 +25,7 @@ def run(
     config: RunConfig,
     progress: Progress,
     *,
-    store: str = "teacher",
+    store: str | None = None,
     clip: str | None = None,
     every_clip: bool = False,
     overlay: bool = False,
@@ -35,12 +36,15 @@ def run(
     Args:
         config: The whole configuration.
         progress: Told of the steps.
-        store: A kind, a store's folder in the cache, or the path or URL of one.
+        store: A kind, a store's folder in the cache, or the path or URL of one; None takes the
+            masks for an overlay, and the form of the teacher that training reads otherwise.
         clip: The clip's key; None takes the first.
         every_clip: Draw all clips of the store; what is told of one is told of the first.
         overlay: Draw the masks of a masks store over the clip's own frames.
         out: Folder of the pictures; None takes one named for the store in `config.outputs`.
     """
+    if store is None:
+        store = "masks" if overlay else KIND_OF_FORM[config.train.teacher_form]
     reader = _open_store(config, store)
     kind = reader.settings.kind
     if overlay and kind != "masks":

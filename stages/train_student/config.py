@@ -10,6 +10,9 @@ from stages.config import Section
 TeacherForm = Literal["features", "gram_flow"]
 """What is stored of the teacher: its features, or their similarities to each neighbourhood."""
 
+KIND_OF_FORM: dict[TeacherForm, str] = {"features": "teacher", "gram_flow": "gram_flow"}
+"""The kind of store that holds each form."""
+
 WorkerStart = Literal["fork", "spawn"]
 """How a process that reads the cache is started."""
 

@@ -12,7 +12,7 @@ import numpy as np
 from cache_schema import StoreNotFound, StoreReader, find_store, list_stores
 from cache_schema.packed_text import SortedText
 from stages.teacher_forms.settings import native_parts
-from stages.train_student.config import TeacherForm
+from stages.train_student.config import KIND_OF_FORM, TeacherForm
 from stages.train_student.left_out import LeftOut, count_reasons, read_keys
 
 
@@ -61,8 +61,7 @@ class JoinedStores:
         return native_parts(self.teacher.settings)
 
 
-_KIND_OF_FORM = {"features": "teacher", "gram_flow": "gram_flow"}
-_KINDS = ("text", "latents", *_KIND_OF_FORM.values())
+_KINDS = ("text", "latents", *KIND_OF_FORM.values())
 
 
 def join_stores(
@@ -88,7 +87,7 @@ def join_stores(
     unknown = sorted(set(chosen) - set(_KINDS))
     if unknown:
         raise ValueError(f"train.stores names {unknown[0]!r}; kinds are {', '.join(_KINDS)}")
-    kinds = ["text", "latents", *([] if teacher_form is None else [_KIND_OF_FORM[teacher_form]])]
+    kinds = ["text", "latents", *([] if teacher_form is None else [KIND_OF_FORM[teacher_form]])]
     readers = {
         kind: StoreReader(_find(cache_root, kind, chosen.get(kind)), kind=kind) for kind in kinds
     }

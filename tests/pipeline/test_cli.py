@@ -183,10 +183,10 @@ def test_other_processes_than_the_first_print_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "store", "steps"),
     [
-        ([], "teacher", 9),
+        ([], None, 9),
         (["latents"], "latents", 9),
         (["latents", "train.steps=5"], "latents", 5),
-        (["train.steps=5"], "teacher", 5),
+        (["train.steps=5"], None, 5),
         (["some/cache/teacher-0"], "some/cache/teacher-0", 9),
     ],
 )
@@ -202,7 +202,7 @@ def test_inspect_passes_the_clip_and_the_folder_on(monkeypatch):
     calls = stub(monkeypatch, inspect)
     invoke("inspect", "--clip", "a=b/c", "--out", "pictures")
     assert calls[0][1] == {
-        "store": "teacher",
+        "store": None,
         "clip": "a=b/c",
         "every_clip": False,
         "overlay": False,
@@ -210,18 +210,18 @@ def test_inspect_passes_the_clip_and_the_folder_on(monkeypatch):
     }
 
 
-@pytest.mark.parametrize(
-    ("arguments", "store"), [([], "masks"), (["masks-0123"], "masks-0123"), (["x=1"], None)]
-)
-def test_an_overlay_is_of_the_masks_unless_a_store_is_named(monkeypatch, arguments, store):
+@pytest.mark.parametrize(("arguments", "store"), [([], None), (["masks-0123"], "masks-0123")])
+def test_inspect_passes_overlay_and_all_on(monkeypatch, arguments, store):
     calls = stub(monkeypatch, inspect)
-    result = invoke("inspect", "--overlay", "--all", *arguments)
-    if store is None:
-        assert result.exit_code == 2
-        assert not calls
-    else:
-        options = calls[0][1]
-        assert (options["store"], options["overlay"], options["every_clip"]) == (store, True, True)
+    invoke("inspect", "--overlay", "--all", *arguments)
+    options = calls[0][1]
+    assert (options["store"], options["overlay"], options["every_clip"]) == (store, True, True)
+
+
+def test_inspect_refuses_an_unknown_setting(monkeypatch):
+    calls = stub(monkeypatch, inspect)
+    assert invoke("inspect", "--overlay", "x=1").exit_code == 2
+    assert not calls
 
 
 class TestExtractFeatures:

@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache_schema import ArraySpec, CacheError, SkippedClip, StoreSettings, StoreWriter
+from cache_schema import (
+    ArraySpec,
+    CacheError,
+    SkippedClip,
+    StoreNotFound,
+    StoreSettings,
+    StoreWriter,
+)
 from pipeline.commands import assets, extract, inspect, sample, train
 from pipeline.config import ConfigError, load_config
 from stages.extract_features.summary import ExtractSummary, KindSummary
@@ -356,10 +363,24 @@ class TestInspect:
         assert "the flow of radius 1, all that is stored" in answer.notes
         assert Path(answer.data["picture"]).is_file()
 
+    @pytest.mark.parametrize(
+        ("form", "overlay", "kind"),
+        [
+            ("features", False, "teacher"),
+            ("gram_flow", False, "gram_flow"),
+            ("features", True, "masks"),
+        ],
+    )
+    def test_by_default_it_looks_at_what_training_reads(self, config, form, overlay, kind):
+        train = config.train.model_copy(update={"teacher_form": form})
+        config = config.model_copy(update={"train": train})
+        with pytest.raises(StoreNotFound, match=f"no {kind} store"):
+            inspect.run(config, QUIET, overlay=overlay)
+
     def test_only_masks_are_laid_over_frames(self, config, store, features):
         store("teacher", features)
         with pytest.raises(ConfigError, match="--overlay draws a masks store"):
-            inspect.run(config, QUIET, overlay=True)
+            inspect.run(config, QUIET, store="teacher", overlay=True)
 
     def test_text_is_told_but_not_drawn(self, config, store):
         store("text", np.zeros((4, 8), np.float16), name="embeds", axes="ld")
