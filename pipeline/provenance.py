@@ -2,6 +2,8 @@
 
 import platform
 import subprocess
+import sys
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,20 @@ _LIBRARIES = (
     "deepspeed",
     "numpy",
     "zarr",
+    "numcodecs",
     "av",
 )
+
+
+def provenance_of_run() -> dict[str, Any]:
+    """Return `provenance` with this command's arguments and the time now, in UTC.
+
+    For what is written once for a whole run, such as `store.json`.
+    """
+    return provenance() | {
+        "arguments": sys.argv[1:],
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def provenance() -> dict[str, Any]:

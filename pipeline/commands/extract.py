@@ -8,7 +8,7 @@ from pipeline.config import RunConfig
 from pipeline.console import Answer, in_bytes, in_time
 from pipeline.failures import TOO_MANY_SKIPPED
 from pipeline.launch import rank, world_size
-from pipeline.provenance import provenance
+from pipeline.provenance import provenance_of_run
 from stages.progress import Progress
 
 
@@ -28,7 +28,7 @@ def run(config: RunConfig, progress: Progress, *, retry_failed: bool = False) ->
         config.data,
         config.model,
         config.cache_folder,
-        provenance=provenance(),
+        provenance=provenance_of_run(),
         progress=progress,
         rank=rank(),
         world_size=world_size(),

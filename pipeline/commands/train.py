@@ -1,13 +1,12 @@
 """`train`: stage two."""
 
-import sys
 from dataclasses import asdict
 from typing import Any
 
 from pipeline.commands.assets import make_missing_assets
 from pipeline.config import RunConfig
 from pipeline.console import Answer, in_bytes, in_time
-from pipeline.provenance import provenance
+from pipeline.provenance import provenance_of_run
 from stages.progress import Progress
 
 
@@ -22,7 +21,7 @@ def run(config: RunConfig, progress: Progress) -> Answer:
         config.model,
         config.cache_root,
         resolved_config=config.model_dump(mode="json"),
-        provenance=provenance() | {"arguments": sys.argv[1:]},
+        provenance=provenance_of_run(),
         progress=progress,
     )
     data: dict[str, Any] = {

@@ -1,10 +1,11 @@
 import json
 import subprocess
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
 import pipeline.provenance as module
-from pipeline.provenance import provenance
+from pipeline.provenance import provenance, provenance_of_run
 
 
 def test_names_the_libraries_that_decide_values():
@@ -17,6 +18,15 @@ def test_names_the_libraries_that_decide_values():
 def test_is_the_same_every_time_and_names_no_place():
     assert provenance() == provenance()
     assert str(Path.home()) not in json.dumps(provenance())
+
+
+def test_a_run_tells_its_command_and_its_time(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["sam2vx-pipeline", "extract-features", "--config", "demo"])
+    before = datetime.now(UTC).replace(microsecond=0)
+    told = provenance_of_run()
+    assert told["arguments"] == ["extract-features", "--config", "demo"]
+    assert before <= datetime.fromisoformat(told["date"]) <= datetime.now(UTC)
+    assert told.items() >= provenance().items()
 
 
 def test_the_commit_is_that_of_the_codes_own_checkout(tmp_path, monkeypatch):

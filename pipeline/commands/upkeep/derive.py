@@ -10,7 +10,7 @@ from pipeline.commands.upkeep.stores import list_failures_again
 from pipeline.config import RunConfig
 from pipeline.console import Answer, in_bytes, in_time
 from pipeline.launch import rank
-from pipeline.provenance import provenance
+from pipeline.provenance import provenance_of_run
 from stages.progress import Progress
 
 
@@ -26,7 +26,7 @@ def run(config: RunConfig, progress: Progress) -> Answer:
         config=config.extract.gram_flow,
         token_grid=config.data.token_grid,
         device=device_named(config.extract.device, rank()),
-        provenance=provenance(),
+        provenance=provenance_of_run(),
         progress=progress,
     )
     there = f", {summary.clips_already_there} already there" if summary.clips_already_there else ""

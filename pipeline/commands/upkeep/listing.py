@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def _look(store: Where) -> Outcome:
         return _of_another_version(store, error)
     settings, skipped = reader.settings, reader.skipped
     reasons = f" ({counted_reasons(skipped)})" if skipped else ""
-    written = _written(store)
+    written = _written(store, reader.provenance)
     rows = [
         ("clips", f"{len(reader)}, and {len(skipped)} skipped{reasons}"),
         ("size", in_bytes(reader.num_bytes)),
@@ -84,7 +85,7 @@ def _of_another_version(store: Where, error: UnknownSchemaVersion) -> Outcome:
     """What can be said of a store that must be migrated first, or is newer than this package."""
     record = json.loads(open_place(store).read(STORE_FILE))
     found, made_with = record["schema_version"], record.get("provenance") or {}
-    written = _written(store)
+    written = _written(store, made_with)
     rows = [
         ("clips", "not read"),
         ("schema version", f"{found}; this version of the package reads {SCHEMA_VERSION}"),
@@ -108,11 +109,13 @@ def _of_another_version(store: Where, error: UnknownSchemaVersion) -> Outcome:
     )
 
 
-def _written(store: Where) -> datetime | None:
-    """The date of the oldest of the files that are written once; no record holds a time.
+def _written(store: Where, made_with: Mapping[str, Any]) -> datetime | None:
+    """When the store was begun; where it does not say, the date of the oldest file written once.
 
     A migration writes store.json again, dropping clips a shard's group.
     """
+    with suppress(ValueError):
+        return datetime.fromisoformat(str(made_with.get("date"))).astimezone()
     if not isinstance(store, Path):
         return None
     files = [store / STORE_FILE, *StoreLayout(store).shards.glob("*/zarr.json")]
