@@ -135,13 +135,17 @@ def drop(
     because: Annotated[
         str, typer.Option(help="Why; kept with the clips, and listed in failures.jsonl.")
     ] = "by cache drop",
+    redo: Annotated[
+        bool,
+        typer.Option("--redo", help="Have extract-features --retry-failed make them again."),
+    ] = False,
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     """Take clips out, of every store of a folder or of one.
 
-    A dropped clip counts as skipped: extract-features leaves it out, and with --retry-failed makes
-    it again.
+    A dropped clip counts as skipped: extract-features leaves it out, also with --retry-failed,
+    unless it was dropped with --redo.
 
     sam2vx-pipeline cache drop cache walk/0017 --because "a cut in the middle"
     """
@@ -151,7 +155,7 @@ def drop(
         raise typer.BadParameter("name the clips to drop, or give a list of them: --from list")
     finish(
         carry_out(
-            lambda p: command.run(cache, keys or [], p, listed=listed, because=because),
+            lambda p: command.run(cache, keys or [], p, listed=listed, because=because, redo=redo),
             traceback,
             resumable=True,
         ),

@@ -1,8 +1,9 @@
-"""Taking clips out of a store for good; used by the console's `cache drop`."""
+"""Taking clips out of a store, for good or to be made again; used by the console's `cache drop`."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from cache_schema.layout import StoreLayout
 from cache_schema.lock import FileLock
@@ -12,8 +13,11 @@ from cache_schema.sweeping import sweep_store
 from cache_schema.upkeep.replace_shard import keep_clips
 from cache_schema.writer import StoreWriter
 
-DROPPED = "dropped"
-"""The reason under which a dropped clip is listed as skipped."""
+DropReason = Literal["dropped", "redo"]
+"""Why a clip is listed as skipped: dropped for good, or until a retry makes it again."""
+
+DROPPED: DropReason = "dropped"
+REDO: DropReason = "redo"
 
 _NAMED = 5
 """How many unknown keys a message names."""
@@ -31,16 +35,20 @@ class DropReport:
     """The shards that were replaced, sorted."""
 
 
-def drop_clips(store: Path, keys: Sequence[str], *, detail: str) -> DropReport:
+def drop_clips(
+    store: Path, keys: Sequence[str], *, detail: str, reason: DropReason = DROPPED
+) -> DropReport:
     """Take clips out of a store: their shards are replaced by ones without them, one by one.
 
-    A dropped clip is listed as skipped, with reason `dropped`. A process killed in here has dropped
-    the clips of some shards; the same call again drops the others.
+    A dropped clip is listed as skipped. A process killed in here has dropped the clips of some
+    shards; the same call again drops the others.
 
     Args:
         store: the store's folder.
-        keys: the clips; one that was dropped before counts as done.
+        keys: the clips; one that was dropped before, for the same reason, counts as done.
         detail: why, as a sentence for people.
+        reason: the word under which they are listed; a retry of what was skipped makes those again
+            that are listed under `redo`, and never those under `dropped`.
 
     Raises:
         ValueError: a key is neither in the store nor dropped from it. Nothing was changed.
@@ -51,7 +59,7 @@ def drop_clips(store: Path, keys: Sequence[str], *, detail: str) -> DropReport:
     layout = StoreLayout(Path(store))
     settings = read_manifest(layout).settings
     wanted = set(keys)
-    shards, dropped = _find(layout, settings, wanted)
+    shards, dropped = _find(layout, settings, wanted, reason)
     unknown = sorted(wanted.difference(dropped, *shards.values()))
     if unknown:
         named = ", ".join(repr(key) for key in unknown[:_NAMED])
@@ -61,40 +69,57 @@ def drop_clips(store: Path, keys: Sequence[str], *, detail: str) -> DropReport:
     sweep_store(layout, settings)
     detail = detail.encode("utf-8", "backslashreplace").decode("utf-8")
     num_dropped = sum(
-        _drop_from(layout, settings, shard, gone, detail) for shard, gone in shards.items()
+        _drop_from(layout, settings, shard, gone, reason, detail) for shard, gone in shards.items()
     )
     StoreWriter(layout.root, settings).write_index()
     return DropReport(num_dropped, len(wanted) - num_dropped, tuple(shards))
 
 
 def _find(
-    layout: StoreLayout, settings: StoreSettings, wanted: Collection[str]
+    layout: StoreLayout, settings: StoreSettings, wanted: Collection[str], reason: DropReason
 ) -> tuple[dict[str, set[str]], set[str]]:
-    """The wanted keys that are clips, by shard, and those that were dropped before."""
+    """The wanted keys that are to be dropped, by shard, and those that were before.
+
+    Clips are, and what was dropped for the other reason.
+    """
     shards: dict[str, set[str]] = {}
     dropped: set[str] = set()
     for shard in committed_shards(layout):
         record = read_commit(layout, settings, shard)
-        if here := {clip.key for clip in record.clips if clip.key in wanted}:
+        here = {clip.key for clip in record.clips if clip.key in wanted}
+        for clip in record.skipped:
+            if clip.key in wanted and clip.reason == reason:
+                dropped.add(clip.key)
+            elif clip.key in wanted and _is_dropped(clip):
+                here.add(clip.key)
+        if here:
             shards[shard] = here
-        dropped.update(
-            clip.key for clip in record.skipped if clip.reason == DROPPED and clip.key in wanted
-        )
     return shards, dropped
 
 
 def _drop_from(
-    layout: StoreLayout, settings: StoreSettings, shard: str, keys: set[str], detail: str
+    layout: StoreLayout,
+    settings: StoreSettings,
+    shard: str,
+    keys: set[str],
+    reason: DropReason,
+    detail: str,
 ) -> int:
     what = f"shard {shard!r} of {layout.root}"
     with FileLock(layout.lock(shard), wait=False, what=what):
         record = read_commit(layout, settings, shard)
         keep = [clip for clip in record.clips if clip.key not in keys]
-        gone = [
-            SkippedClip(clip.key, DROPPED, detail, shard)
-            for clip in record.clips
-            if clip.key in keys
-        ]
+        before = [clip for clip in record.skipped if _is_dropped(clip) and clip.key in keys]
+        gone = [clip.key for clip in record.clips if clip.key in keys]
+        gone += [clip.key for clip in before if clip.reason != reason and clip.key not in gone]
         if gone:
-            keep_clips(layout, settings, record, keep, [*record.skipped, *gone], quarantine=None)
+            skipped = [
+                clip for clip in record.skipped if clip.key not in gone or clip not in before
+            ]
+            skipped += [SkippedClip(key, reason, detail, shard) for key in gone]
+            keep_clips(layout, settings, record, keep, skipped, quarantine=None)
         return len(gone)
+
+
+def _is_dropped(clip: SkippedClip) -> bool:
+    return clip.reason in (DROPPED, REDO)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cache_schema import StoreReader
-from cache_schema.upkeep.drop import DROPPED, drop_clips
+from cache_schema.upkeep.drop import DROPPED, REDO, drop_clips
 from pipeline.commands.upkeep.stores import (
     Outcome,
     Where,
@@ -24,7 +24,13 @@ _SHOWN = 5
 
 
 def run(
-    cache: Path, keys: Sequence[str], progress: Progress, *, listed: Path | None, because: str
+    cache: Path,
+    keys: Sequence[str],
+    progress: Progress,
+    *,
+    listed: Path | None,
+    because: str,
+    redo: bool = False,
 ) -> Answer:
     """Take clips out of the stores that have them; run again, it finishes what was begun.
 
@@ -34,6 +40,7 @@ def run(
         progress: Told of the stores.
         listed: A file that names more clips, one JSON object with a `key` per line.
         because: Why, in words.
+        redo: Whether extraction is to make them again, when it is told to retry.
 
     Raises:
         ValueError: No store knows one of the clips; nothing was done.
@@ -49,10 +56,17 @@ def run(
             "nothing was dropped. Keys are written as inspect and failures.jsonl show them"
         )
 
+    reason = REDO if redo else DROPPED
+    again = (
+        "extract-features --retry-failed makes them again"
+        if redo
+        else "extract-features leaves them out, now and later; --redo lets it make them again"
+    )
+
     with progress.task("drop", len(stores), unit="stores") as task:
 
         def drop(store: Where) -> Outcome:
-            report = drop_clips(Path(store), sorted(of_store[store]), detail=because)
+            report = drop_clips(Path(store), sorted(of_store[store]), detail=because, reason=reason)
             task.advance()
             already = f", {report.num_already} already" if report.num_already else ""
             return Outcome(
@@ -68,10 +82,7 @@ def run(
             stores,
             drop,
             title=lambda found: f"dropped from {counted(len(found), 'store')}: {cache}",
-            notes=[
-                f"{counted(len(wanted), 'clip')} named; extract-features leaves a dropped one out, "
-                "with --retry-failed it makes it again"
-            ],
+            notes=[f"{counted(len(wanted), 'clip')} named; {again}"],
         )
     list_failures_again(stores, progress)
     return answer
@@ -80,5 +91,5 @@ def run(
 def _known(store: Where, wanted: set[str]) -> set[str]:
     """Those of the clips that the store has, or has dropped already."""
     reader = StoreReader(store)
-    dropped = {clip.key for clip in reader.skipped if clip.reason == DROPPED}
+    dropped = {clip.key for clip in reader.skipped if clip.reason in (DROPPED, REDO)}
     return {key for key in wanted if key in reader or key in dropped}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cache_schema import StoreReader, StoreWriter
 from cache_schema.layout import retry_number
+from cache_schema.upkeep.drop import DROPPED
 from stages.clips import (
     BadRecord,
     ClipDataset,
@@ -109,10 +110,11 @@ def _retries(dataset: ClipDataset, writers: Mapping[Kind, StoreWriter]) -> Itera
 
 
 def _failed(dataset: ClipDataset, writer: StoreWriter) -> dict[str, frozenset[str]]:
-    """The clips left out of a store, by the dataset's shard they are in."""
+    """The clips left out of a store, by the dataset's shard they are in; not those dropped."""
     by_store_shard: dict[str, set[str]] = defaultdict(set)
     for clip in StoreReader(writer.path).skipped:
-        by_store_shard[clip.shard].add(clip.key)
+        if clip.reason != DROPPED:
+            by_store_shard[clip.shard].add(clip.key)
     by_input: dict[str, frozenset[str]] = {}
     for store_shard, keys in by_store_shard.items():
         name = input_shard_name(store_shard, dataset)

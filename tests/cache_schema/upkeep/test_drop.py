@@ -130,6 +130,24 @@ def test_a_dropped_clip_can_come_back_and_go_again(
     _assert_holds(store, ["a0", "a2", "b0", "b1"], clip_of)
 
 
+def test_what_was_to_be_made_again_can_be_dropped_for_good_and_the_other_way_round(
+    store: Path, clip_of: ClipOf
+) -> None:
+    def reasons() -> list[tuple[str, str]]:
+        return [
+            (clip.reason, clip.detail) for clip in StoreReader(store).skipped if clip.key == "a1"
+        ]
+
+    drop_clips(store, ["a1"], detail="a new caption", reason="redo")
+    assert reasons() == [("redo", "a new caption")]
+    assert drop_clips(store, ["a1"], detail="a cut") == DropReport(1, 0, ("00000",))
+    assert reasons() == [("dropped", "a cut")]
+    assert drop_clips(store, ["a1"], detail="again") == DropReport(0, 1, ())
+    drop_clips(store, ["a1"], detail="no cut", reason="redo")
+    assert reasons() == [("redo", "no cut")]
+    _assert_holds(store, ["a0", "a2", "b0", "b1"], clip_of)
+
+
 def test_a_shard_that_somebody_else_changes_is_left_alone(store: Path, clip_of: ClipOf) -> None:
     layout = StoreLayout(store)
     layout.staging.mkdir(exist_ok=True)

@@ -9,6 +9,7 @@ import pytest
 
 from cache_schema import ShardWriter, StoreReader, verify_store
 from cache_schema.layout import retry_number
+from cache_schema.upkeep.drop import drop_clips
 from stages.clips import ClipsConfig, retry_shard_name
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig
@@ -107,6 +108,20 @@ def test_without_the_request_and_without_a_failure_nothing_is_retried(
     before = road.commits()
     road.run(retry_failed=True)
     assert road.commits() == before
+
+
+def test_a_clip_that_was_dropped_comes_back_only_where_that_was_meant(
+    road: Road, stub_tracking: Any
+) -> None:
+    teacher, _ = (kind.store for kind in road.run().kinds)
+    kept, redone = StoreReader(teacher).keys[:2]
+    drop_clips(teacher, [kept], detail="a bystander's face")
+    drop_clips(teacher, [redone], detail="a new caption", reason="redo")
+    road.run(retry_failed=True)
+    reader = StoreReader(teacher)
+    assert kept not in reader
+    assert redone in reader
+    assert (kept, "dropped") in [(clip.key, clip.reason) for clip in reader.skipped]
 
 
 def test_every_retry_is_a_shard_of_its_own_and_the_newest_counts(
