@@ -109,13 +109,11 @@ def _drop_from(
     with FileLock(layout.lock(shard), wait=False, what=what):
         record = read_commit(layout, settings, shard)
         keep = [clip for clip in record.clips if clip.key not in keys]
-        before = [clip for clip in record.skipped if _is_dropped(clip) and clip.key in keys]
-        gone = [clip.key for clip in record.clips if clip.key in keys]
-        gone += [clip.key for clip in before if clip.reason != reason and clip.key not in gone]
+        otherwise = [clip for clip in record.skipped if _is_dropped(clip) and clip.reason != reason]
+        of_shard = [clip.key for clip in (*record.clips, *otherwise)]
+        gone = [key for key in dict.fromkeys(of_shard) if key in keys]
         if gone:
-            skipped = [
-                clip for clip in record.skipped if clip.key not in gone or clip not in before
-            ]
+            skipped = [c for c in record.skipped if not (_is_dropped(c) and c.key in gone)]
             skipped += [SkippedClip(key, reason, detail, shard) for key in gone]
             keep_clips(layout, settings, record, keep, skipped, quarantine=None)
         return len(gone)

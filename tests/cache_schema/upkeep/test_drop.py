@@ -134,9 +134,8 @@ def test_what_was_to_be_made_again_can_be_dropped_for_good_and_the_other_way_rou
     store: Path, clip_of: ClipOf
 ) -> None:
     def reasons() -> list[tuple[str, str]]:
-        return [
-            (clip.reason, clip.detail) for clip in StoreReader(store).skipped if clip.key == "a1"
-        ]
+        skipped = StoreReader(store).skipped
+        return [(clip.reason, clip.detail) for clip in skipped if clip.key == "a1"]
 
     drop_clips(store, ["a1"], detail="a new caption", reason="redo")
     assert reasons() == [("redo", "a new caption")]
