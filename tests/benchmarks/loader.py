@@ -5,13 +5,16 @@
 First, clips per second and worker of the teacher's store: whole clips at random and temporal
 crops, from a folder and from a web server on this machine, and the same files read by zarr-python.
 Then training's own loader over all stores, for every GPU of a node, with a pause for each step in
-which the GPU would compute, against the same steps with batches that are in memory. The files lie
-in the page cache: disks and networks are not measured.
+which the GPU would compute, against the same steps with batches that are in memory. With a GPU, the
+loader's own thread takes batches from the workers and pins them ahead of their step; without one it
+has no such thread, and the benchmark puts one in its place, without pinning. The files lie in the
+page cache: disks and networks are not measured.
 """
 
 import argparse
 import itertools
 import multiprocessing
+import queue
 import statistics
 import tempfile
 import threading
@@ -39,6 +42,7 @@ STEP_TFLOP = 842.0
 """One sample's step of CogVideoX-5B with LoRA at 49x480x720, without checkpointing."""
 CROP = 12
 """Entries of a temporal crop: the pairs of 13 frames."""
+MEMORY, CACHE, TAKEN_AHEAD = "memory", "the cache", "the cache, taken ahead by a thread"
 FORMS = ("gram_flow", "features")
 """Each is the name of its array too."""
 
@@ -170,29 +174,41 @@ class Node:
         self.worker_bytes: list[tuple[int, int]] = []
         """Private and proportional memory of every worker seen."""
 
-    def run(self, *, cached: bool) -> tuple[float, float]:
+    def run(self, source: str) -> tuple[float, float]:
         """Seconds of all steps, and the share of them that ranks waited, of the mean rank."""
-        ranks = [self._batches(rank, cached) for rank in range(self._options.gpus)]
-        for batches in ranks:
-            next(batches)
-        waited = [0.0] * len(ranks)
-        threads = [
-            threading.Thread(target=self._steps, args=(rank, batches, waited))
-            for rank, batches in enumerate(ranks)
+        context = multiprocessing.get_context("fork")
+        ready, answers = context.Barrier(self._options.gpus), context.SimpleQueue()
+        ranks = [
+            context.Process(target=self._rank, args=(rank, source, ready, answers))
+            for rank in range(self._options.gpus)
         ]
-        started = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        if cached:
-            time.sleep(self._options.step_seconds)
-            self.worker_bytes += [memory_of(p.pid) for p in multiprocessing.active_children()]
-        for thread in threads:
-            thread.join()
-        taken = time.perf_counter() - started
-        return taken, sum(waited) / len(waited) / taken
+        for rank in ranks:
+            rank.start()
+        found = [answers.get() for _ in ranks]
+        for rank in ranks:
+            rank.join()
+        for _, _, worker_bytes in found:
+            self.worker_bytes += worker_bytes
+        taken = max(seconds for seconds, _, _ in found)
+        return taken, statistics.mean(waited / seconds for seconds, waited, _ in found)
 
-    def _batches(self, rank: int, cached: bool) -> Iterator[Any]:
-        if not cached:
+    def _rank(self, rank: int, source: str, ready: Any, answers: Any) -> None:
+        """A process of its own, as in training."""
+        batches = self._batches(rank, source)
+        next(batches)
+        ready.wait()
+        started, waited = time.perf_counter(), 0.0
+        for _ in range(self._options.steps):
+            asked = time.perf_counter()
+            next(batches)
+            waited += time.perf_counter() - asked
+            time.sleep(self._options.step_seconds)
+        taken = time.perf_counter() - started
+        workers = multiprocessing.active_children()
+        answers.put((taken, waited, [memory_of(worker.pid) for worker in workers]))
+
+    def _batches(self, rank: int, source: str) -> Iterator[Any]:
+        if source == MEMORY:
             return itertools.cycle(self._in_memory)
         options = self._options
         numbers: Iterable[list[int]] = micro_batches(
@@ -202,20 +218,27 @@ class Node:
             rank=rank,
             world_size=options.gpus,
         )
-        return load_batches(
+        batches = load_batches(
             self._samples,
             numbers,
             workers=options.loader_workers,
             start=options.loader_start,
             pin_memory=False,
         )
+        return taken_ahead(batches) if source == TAKEN_AHEAD else batches
 
-    def _steps(self, rank: int, batches: Iterator[Any], waited: list[float]) -> None:
-        for _ in range(self._options.steps):
-            started = time.perf_counter()
-            next(batches)
-            waited[rank] += time.perf_counter() - started
-            time.sleep(self._options.step_seconds)
+
+def taken_ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches, each taken by a thread while the one before it is in use."""
+    taken: queue.Queue[Any] = queue.Queue(maxsize=1)
+
+    def take() -> None:
+        for batch in batches:
+            taken.put(batch)
+
+    threading.Thread(target=take, daemon=True).start()
+    while True:
+        yield taken.get()
 
 
 def memory_of(pid: int | None) -> tuple[int, int]:
@@ -257,16 +280,16 @@ def main() -> None:
             chosen = ways(str(teacher), f"{url}/{teacher.name}", options.most_workers)
             rates = measure_reading(chosen, options)
         node = Node(cache, options)
-        sides: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+        sides: dict[str, list[tuple[float, float]]] = {MEMORY: [], CACHE: [], TAKEN_AHEAD: []}
         for _ in range(options.repeats):
-            for cached, runs in sides.items():
-                runs.append(node.run(cached=cached))
+            for source, runs in sides.items():
+                runs.append(node.run(source))
     report(rates, sides, node.worker_bytes, clip_bytes, options)
 
 
 def report(
     rates: dict[Way, list[tuple[float, float]]],
-    sides: dict[bool, list[tuple[float, float]]],
+    sides: dict[str, list[tuple[float, float]]],
     worker_bytes: list[tuple[int, int]],
     clip_bytes: float,
     options: argparse.Namespace,
@@ -286,10 +309,9 @@ def report(
     )
     value, spread = median_and_spread(ours)
     waits = []
-    for cached, runs in sides.items():
+    for name, runs in sides.items():
         share, (low, high) = median_and_spread([100 * wait for _, wait in runs])
         rate = median_and_spread([options.gpus * options.steps / taken for taken, _ in runs])[0]
-        name = "the cache" if cached else "memory"
         waits.append([name, f"{share:.3f}%", f"{low:.3f}% to {high:.3f}%", f"{rate:.2f}"])
     private, shared = (
         median_and_spread([found[part] / 2**20 for found in worker_bytes]) for part in (0, 1)
@@ -315,7 +337,7 @@ def report(
             "target": TARGET_CLIPS_PER_S if options.form == "gram_flow" else None,
             "spread": [round(rate, 1) for rate in spread],
             "ratio_to_zarr": round(ratio, 2),
-            "wait_share": round(median_and_spread([wait for _, wait in sides[True]])[0], 5),
+            "wait_share": round(median_and_spread([wait for _, wait in sides[TAKEN_AHEAD]])[0], 5),
             "target_wait_share": TARGET_WAIT,
             "worker_private_mib": round(private[0]),
             "machine": machine(torch.device("cpu")),
