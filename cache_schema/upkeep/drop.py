@@ -110,7 +110,7 @@ def _drop_from(
         record = read_commit(layout, settings, shard)
         keep = [clip for clip in record.clips if clip.key not in keys]
         otherwise = [clip for clip in record.skipped if _is_dropped(clip) and clip.reason != reason]
-        of_shard = [clip.key for clip in (*record.clips, *otherwise)]
+        of_shard = [clip.key for clip in record.clips] + [clip.key for clip in otherwise]
         gone = [key for key in dict.fromkeys(of_shard) if key in keys]
         if gone:
             skipped = [c for c in record.skipped if not (_is_dropped(c) and c.key in gone)]

@@ -1,12 +1,14 @@
 """A store of the Gram flow from a store of features, without SAM2; `cache derive` calls it.
 
 The store is the one that extraction would have written: shard by shard with the same names,
-sources, clips, attributes and skipped clips. Several processes may share the work: whoever holds a
+sources, clips, attributes and skipped clips. Clips that it has lost since, by a repair, go into
+retry shards, as extraction would do it. Several processes may share the work: whoever holds a
 shard's lock writes it.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +25,11 @@ from cache_schema import (
     StoreReader,
     StoreWriter,
 )
-from cache_schema.layout import StoreLayout
-from cache_schema.manifest import CommitRecord, read_commit
+from cache_schema.layout import StoreLayout, retry_number
+from cache_schema.manifest import read_commit
+from cache_schema.upkeep.drop import REDO
+from cache_schema.upkeep.repair import DAMAGED
+from stages.clips import retry_shard_name
 from stages.progress import Progress, Task
 from stages.teacher_forms.config import GramFlowConfig
 from stages.teacher_forms.flow_maker import FlowMaker
@@ -40,7 +45,7 @@ class DeriveSummary:
     clips_already_there: int
     """By earlier runs, or by processes beside this one; in finished shards."""
     skipped: tuple[SkippedClip, ...]
-    """That the features' store left out."""
+    """That are in the features' store's list, or were taken out of this one."""
     busy_shards: tuple[str, ...]
     """Left alone because another process was writing them."""
     seconds: float
@@ -83,6 +88,7 @@ def derive_gram_flow(
         left = list(reader.shards)
         for _ in range(2):  # what others are at is looked at once more at the end
             left = [shard for shard in left if not work.derive(shard)]
+        left += work.derive_lost(set(left))
     writer.write_index()
     made = StoreReader(writer.path)
     return DeriveSummary(
@@ -122,36 +128,75 @@ class _Derivation:
         if self._is_finished(shard, facts.source):
             self._task.advance(facts.num_clips)
             return True
+        # The record itself: a reader leaves out the skipped clips that a retry brought in.
+        record = read_commit(self._layout, self._reader.settings, shard)
         try:
-            # The record itself: a reader leaves out the skipped clips that a retry brought in.
-            self._write(read_commit(self._layout, self._reader.settings, shard))
+            self._write(shard, record.source, record.clips, record.skipped)
         except ShardBusy:
             return False
         except AlreadyCommitted:  # in the moment since it was asked
             self._task.advance(facts.num_clips)
         return True
 
+    def derive_lost(self, busy: Collection[str]) -> list[str]:
+        """Make again what finished shards have lost; the shards that another process is at."""
+        lost: dict[str, list[ClipEntry]] = defaultdict(list)
+        for key in self._lost_keys():
+            entry = self._reader.record(key)
+            if entry.shard not in busy:
+                lost[_without_retry(entry.shard)].append(entry)
+        left = []
+        for shard, clips in sorted(lost.items()):
+            attempt = 1
+            while self._writer.is_committed(retry_shard_name(shard, attempt)):
+                attempt += 1
+            name = retry_shard_name(shard, attempt)
+            origin = self._reader.shards[shard].source if shard in self._reader.shards else shard
+            try:
+                self._write(name, f"{origin}, retry {attempt}", clips, ())
+            except ShardBusy:
+                left.append(name)
+            except AlreadyCommitted:  # in the moment since it was asked
+                continue
+        return left
+
+    def _lost_keys(self) -> Iterator[str]:
+        """Clips of the features that the store lacks, and not because they were dropped."""
+        made = StoreReader(self._writer.path)
+        reasons = {clip.key: clip.reason for clip in made.skipped}
+        for key in self._reader.keys:
+            if key not in made and reasons.get(key, REDO) in (REDO, DAMAGED):
+                yield key
+
     def _is_finished(self, shard: str, source: str) -> bool:
         if shard in self._finished and self._finished[shard].source == source:
             return True
         return self._writer.is_committed(shard, source=source)
 
-    def _write(self, record: CommitRecord) -> None:
-        with self._writer.shard(record.shard, source=record.source) as out:
+    def _write(
+        self, shard: str, source: str, clips: Sequence[ClipEntry], skipped: Sequence[SkippedClip]
+    ) -> None:
+        with self._writer.shard(shard, source=source) as out:
             # Another shard may hold it: a retry that the features' store has put elsewhere.
             missing = [
                 clip
-                for clip in record.clips
+                for clip in clips
                 if not out.has(clip.key) and out.shard_holding(clip.key) is None
             ]
-            self._task.advance(len(record.clips) - len(missing))
+            self._task.advance(len(clips) - len(missing))
             for clip, arrays in _read_ahead(self._reader, missing):
                 out.add(clip.key, self._maker(arrays, self._device), clip.attributes)
                 self.clips_written += 1
                 self._task.advance(1)
-            for skipped in record.skipped:
-                out.skip(skipped.key, skipped.reason, skipped.detail)
+            for clip_left_out in skipped:
+                out.skip(clip_left_out.key, clip_left_out.reason, clip_left_out.detail)
             out.commit()
+
+
+def _without_retry(shard: str) -> str:
+    """The shard that a retry is of; itself where it is none."""
+    attempt = retry_number(shard)
+    return shard.removesuffix(f"-retry{attempt}") if attempt else shard
 
 
 def _read_ahead(

@@ -18,6 +18,8 @@ from cache_schema import (
     StoreReader,
     StoreWriter,
 )
+from cache_schema.upkeep.drop import drop_clips
+from cache_schema.upkeep.repair import repair_store
 from stages.local_gram_flow import regrid_fused
 from stages.progress import SilentProgress
 from stages.teacher_forms.config import FeatureDtype, FlowDtype, GramFlowConfig
@@ -269,3 +271,46 @@ def test_settings_name_what_the_flow_was_computed_from() -> None:
     assert flow.values.items() >= {"checkpoint_sha256": "ab" * 32, "grid": [3, 4]}.items()
     assert flow.arrays["gram_flow"].shape == (4, 3, 4, 25)
     assert flow.arrays["valid"].shape == (5,)
+
+
+def test_what_a_repair_took_out_is_derived_again_and_what_was_dropped_is_not(
+    write_teacher: Callable[..., Path], tmp_path: Path
+) -> None:
+    teacher = write_teacher("float16")
+    made = derive(teacher, tmp_path).store
+    before = {key: read(made, key)["gram_flow"] for key in ALL_KEYS}
+    shard = StoreReader(made).shard_of(ALL_KEYS[0])
+    damaged = StoreReader(made).records(shard)[0]
+    (made / "shards" / shard / damaged.arrays["gram_flow"].path).write_bytes(b"")
+    repair_store(made)
+    dropped, redone = [key for key in ALL_KEYS if key not in {damaged.key}][-2:]
+    drop_clips(made, [dropped], detail="a cut")
+    drop_clips(made, [redone], detail="to see", reason="redo")
+    summary = derive(teacher, tmp_path)
+    assert (summary.clips_written, summary.busy_shards) == (2, ())
+    after = StoreReader(made)
+    assert list(after.keys) == [key for key in ALL_KEYS if key != dropped]
+    assert after.shard_of(damaged.key) == f"{shard}-retry1"
+    for key in after.keys:
+        assert torch.equal(read(made, key)["gram_flow"], before[key])
+    assert derive(teacher, tmp_path).clips_written == 0
+
+
+def test_a_retry_of_the_features_is_followed_where_that_name_is_taken(
+    write_teacher: Callable[..., Path], tmp_path: Path
+) -> None:
+    teacher = write_teacher("float16")
+    made = derive(teacher, tmp_path).store
+    shard = StoreReader(made).shard_of(ALL_KEYS[0])
+    drop_clips(made, ALL_KEYS[:1], detail="", reason="redo")
+    derive(teacher, tmp_path)  # makes <shard>-retry1 here
+    source = StoreReader(teacher)
+    late, arrays = "late/0000", source.read(ALL_KEYS[0])
+    writer = StoreWriter.open(teacher.parent, source.settings, provenance={})
+    of_shard = source.shards[shard].source
+    with writer.shard(f"{shard}-retry1", source=f"{of_shard}, retry 1") as out:
+        out.add(late, arrays)
+        out.commit()
+    assert derive(teacher, tmp_path).clips_written == 1
+    assert StoreReader(made).shard_of(late) == f"{shard}-retry2"
+    assert torch.equal(read(made, late)["gram_flow"], read(made, ALL_KEYS[0])["gram_flow"])
