@@ -10,6 +10,8 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
 
 
 class YamlError(ValueError):
@@ -21,6 +23,17 @@ class _Constructor(SafeConstructor):
 
 
 _Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
+
+
+class _Representer(SafeRepresenter):
+    """Text that opens with a colon is quoted: the library does not read its own `{key: :text}`."""
+
+    def represent_str(self, data: str) -> ScalarNode:
+        style = '"' if data.startswith(":") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Representer.add_representer(str, _Representer.represent_str)
 
 
 def parse_yaml(text: str) -> Any:
@@ -43,6 +56,7 @@ def parse_yaml(text: str) -> Any:
 def dump_value(value: Any) -> str:
     """Write one value on one line, so that `parse_yaml` returns it unchanged."""
     yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
     yaml.default_flow_style = True
     yaml.allow_unicode = True
     yaml.width = 10**6

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.strict_yaml import YamlError, dump_value, parse_yaml
@@ -18,6 +18,7 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
+@example({"a": ":b"})
 def test_what_is_written_is_read_back_unchanged(value):
     assert parse_yaml(f"key: {dump_value(value)}\n") == {"key": value}
 

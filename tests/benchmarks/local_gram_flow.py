@@ -1,0 +1,170 @@
+"""The Gram flow's similarities, forward and backward, against the usual form by `F.unfold`.
+
+    python tests/benchmarks/local_gram_flow.py
+
+Unfold copies each map once for every neighbour and multiplies; here one matrix product per row of
+the window does it. Times are of both sides in turn, in one process. Memory is what each side adds,
+at most, to inputs that are there already, in a process of its own: on a GPU memory allocated on it,
+otherwise resident memory. Values and gradients are compared with the unfold form in float64.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from report import finish, machine, median_and_spread, now, table
+from torch import Tensor
+
+from stages.local_gram_flow import local_gram_flow
+
+# Legend: B clip, T frame, N = B * (T-1), H W token grid, C channel, K neighbour.
+
+TARGETS = {"time": 20.0, "memory": 10.0}
+TARGET_ERROR = 1e-6
+OURS, UNFOLD = "ours", "unfold"
+
+
+def by_unfold(features_BTHWC: Tensor, radius: int) -> Tensor:
+    """The same similarities from a copy of the features per neighbour."""
+    unit_BTHWC = F.normalize(features_BTHWC, dim=-1)
+    current_NHWC, next_NHWC = (x.flatten(0, 1) for x in (unit_BTHWC[:, :-1], unit_BTHWC[:, 1:]))
+    N, H, W, C = current_NHWC.shape
+    K = (2 * radius + 1) ** 2
+    columns = F.unfold(next_NHWC.permute(0, 3, 1, 2), 2 * radius + 1, padding=radius)
+    neighbours_NHWKC = columns.view(N, C, K, H, W).permute(0, 3, 4, 2, 1)
+    flow_NHWK = torch.einsum("nhwc,nhwkc->nhwk", current_NHWC, neighbours_NHWKC)
+    return flow_NHWK.unflatten(0, features_BTHWC[:, 1:].shape[:2])
+
+
+SIDES: dict[str, Callable[[Tensor, int], Tensor]] = {OURS: local_gram_flow, UNFOLD: by_unfold}
+
+
+def inputs(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Features, and the gradient that comes back to the similarities."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, options.frames, options.height, options.width, options.channels)
+    neighbours = (2 * options.radius + 1) ** 2
+    features = torch.randn(shape, generator=generator)
+    upstream = torch.randn(1, shape[1] - 1, *shape[2:4], neighbours, generator=generator)
+    return features.to(options.device), upstream.to(options.device)
+
+
+def both_ways(
+    side: Callable[[Tensor, int], Tensor], features: Tensor, upstream: Tensor, radius: int
+) -> tuple[Tensor, Tensor]:
+    """Similarities, and the gradient of the features."""
+    leaf = features.clone().requires_grad_(True)
+    flow = side(leaf, radius)
+    flow.backward(upstream)
+    assert leaf.grad is not None
+    return flow.detach(), leaf.grad
+
+
+def largest_error(features: Tensor, upstream: Tensor, radius: int) -> float:
+    """Of values, and of the gradient as a share of its largest, frame pair by frame pair."""
+    worst = 0.0
+    for first in range(features.shape[1] - 1):
+        pair, back = features[:, first : first + 2], upstream[:, first : first + 1]
+        found = both_ways(local_gram_flow, pair, back, radius)
+        exact = both_ways(by_unfold, pair.double(), back.double(), radius)
+        for ours, truth in zip(found, exact, strict=True):
+            scale = max(1.0, float(truth.abs().max()))
+            worst = max(worst, float((ours.double() - truth).abs().max()) / scale)
+    return worst
+
+
+def peak_bytes(side: str, options: argparse.Namespace) -> int:
+    """What one side adds to its inputs at most, in this process."""
+    features, upstream = inputs(options)
+    small = argparse.Namespace(**vars(options) | {"frames": 2, "height": 8, "width": 8})
+    both_ways(SIDES[side], *inputs(small), options.radius)  # libraries and thread pools
+    if features.is_cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        both_ways(SIDES[side], features, upstream, options.radius)
+        return torch.cuda.max_memory_allocated() - before
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    both_ways(SIDES[side], features, upstream, options.radius)
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+def main() -> None:
+    """Measure and print; the last line is one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--frames", type=int, default=13)
+    parser.add_argument("--height", type=int, default=30)
+    parser.add_argument("--width", type=int, default=45)
+    parser.add_argument("--channels", type=int, default=256)
+    parser.add_argument("--radius", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--write", type=Path, help="add the report to this Markdown file")
+    parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        print(json.dumps(peak_bytes(options.side, options)))
+        return
+    device = torch.device(options.device)
+    features, upstream = inputs(options)
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    memory: dict[str, list[float]] = {side: [] for side in SIDES}
+    for _ in range(options.repeats):
+        for name, side in SIDES.items():
+            started = now(device)
+            both_ways(side, features, upstream, options.radius)
+            seconds[name].append(now(device) - started)
+            answer = subprocess.run(
+                [sys.executable, __file__, *sys.argv[1:], f"--side={name}"],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            memory[name].append(int(answer.stdout) / 2**20)
+    ratios = {
+        "time": [b / a for a, b in zip(seconds[OURS], seconds[UNFOLD], strict=True)],
+        "memory": [b / a for a, b in zip(memory[OURS], memory[UNFOLD], strict=True)],
+    }
+    rows = [
+        [name, *(f"{value:.3f} ({low:.3f} to {high:.3f})" for value, (low, high) in told)]
+        for name in SIDES
+        for told in [[median_and_spread(seconds[name]), median_and_spread(memory[name])]]
+    ]
+    spreads = {name: median_and_spread(found) for name, found in ratios.items()}
+    error = largest_error(features, upstream, options.radius)
+    finish(
+        "local_gram_flow",
+        table(["side", "seconds", "added at most, MiB"], rows)
+        + f"\n\nLargest difference from float64, of values and gradients: {error:.1e}.",
+        {
+            "ratio": round(spreads["time"][0], 1),
+            "target": TARGETS["time"],
+            "spread": [round(value, 1) for value in spreads["time"][1]],
+            "ratio_memory": round(spreads["memory"][0], 1),
+            "target_memory": TARGETS["memory"],
+            "largest_error": error,
+            "target_error": TARGET_ERROR,
+            "machine": machine(device),
+            "settings": {
+                name: str(value)
+                for name, value in vars(options).items()
+                if name not in ("write", "side", "device")
+            },
+        },
+        options.write,
+    )
+
+
+if __name__ == "__main__":
+    main()
