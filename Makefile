@@ -11,6 +11,8 @@ ARGS   ?=
 PROMPT ?=
 OUT    ?=
 NAME   ?=
+# How many the tests are shared by; each takes up to a core and 1.5 GB.
+PROCESSES ?= 2
 
 TORCH       := torch==2.13.0
 TORCHVISION := torchvision==0.28.0
@@ -56,8 +58,8 @@ sample: install  ## a video: make sample PROMPT="…" [OUT=video.mp4]
 	@test -n "$(PROMPT)" || { echo 'say what to draw: make sample PROMPT="a quadruped walks to the left"'; exit 2; }
 	$(RUN) sample --config $(CONFIG) --prompt "$(PROMPT)" $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-test: install  ## the default tests: CPU only, offline
-	$(BIN)/python -m pytest
+test: install  ## the default tests: CPU only, offline (PROCESSES=2)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 
 test-faults: install  ## the cache under every fault: kills, full disks, 1,000 changed bytes, races
 	$(BIN)/python -m pytest tests/cache_schema/faults --full-faults -q
