@@ -1,14 +1,19 @@
 """Local Gram Flow: how alike each token is to its neighbourhood in the next frame.
 
-Legend: B clip, T frame, P frame pair (T-1), H W token grid, C channel, K neighbour, N = B * P.
+Legend: B clip, T frame, P frame pair (T-1), H W token grid, C channel, K neighbour.
 A window of radius r holds K = (2r+1)^2 neighbours, row-major: (dy, dx) from (-r, -r) to (r, r).
 """
 
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_SMALLEST_NORM = 1e-12
 
 
 def local_gram_flow(features_BTHWC: Tensor, radius: int) -> Tensor:
@@ -38,12 +43,8 @@ def local_gram_flow(features_BTHWC: Tensor, radius: int) -> Tensor:
         raise ValueError(f"radius must be >= 1, got {radius}; 3 gives the paper's 7x7 window")
     if features_BTHWC.dtype != torch.float64:
         features_BTHWC = features_BTHWC.float()
-    unit_BTHWC = F.normalize(features_BTHWC, dim=-1)
-    B, T, H, W, C = unit_BTHWC.shape
-    current_NHWC = unit_BTHWC[:, :-1].reshape(B * (T - 1), H, W, C)
-    following_NHWC = unit_BTHWC[:, 1:].reshape(B * (T - 1), H, W, C)
-    similarities_NHWK = _WindowProducts.apply(current_NHWC, following_NHWC, radius)
-    return similarities_NHWK.view(B, T - 1, H, W, (2 * radius + 1) ** 2)
+    similarities: Tensor = _WindowCosines.apply(features_BTHWC, radius)
+    return similarities
 
 
 def neighbour_offsets(radius: int, device: torch.device | None = None) -> Tensor:
@@ -77,58 +78,81 @@ def radius_of_window(num_neighbours: int) -> int:
     return side // 2
 
 
-class _WindowProducts(torch.autograd.Function):
-    """Dot products of each token with a window of another map, one matrix product per window row.
+class _WindowCosines(torch.autograd.Function):
+    """Cosines of each token with a window of the next map, one matrix product per window row.
 
-    A row of tokens times the padded row of keys gives every pair in two rows, of which the window
-    is a band: W + 2r products per token instead of a (2r+1)-fold copy of the features. The backward
-    pass writes the gradient into the same band and multiplies again, so that nothing but the inputs
-    is kept in between.
+    A row of tokens times the row of keys below or above it, padded at both ends, gives every pair
+    of the two rows, of which the window is a band: W + 2r products per token instead of a
+    (2r+1)-fold copy of the features. The backward pass writes the gradient into the same band and
+    multiplies again. Pair by pair, every operand is a view, and what is kept in between is the unit
+    tokens and their norms.
     """
 
     @staticmethod
-    def forward(ctx: Any, queries_NHWC: Tensor, keys_NHWC: Tensor, radius: int) -> Tensor:
-        ctx.save_for_backward(queries_NHWC, keys_NHWC)
+    def forward(ctx: Any, features_BTHWC: Tensor, radius: int) -> Tensor:
+        # As F.normalize: a token of zeros stays zero.
+        norm_BTHW1 = features_BTHWC.norm(dim=-1, keepdim=True).clamp_min_(_SMALLEST_NORM)
+        unit_BTHWC = features_BTHWC / norm_BTHW1
+        ctx.save_for_backward(unit_BTHWC, norm_BTHW1)
         ctx.radius = radius
-        N, H, W, _ = queries_NHWC.shape
+        B, T, H, W, _ = unit_BTHWC.shape
         side = 2 * radius + 1
-        keys_padded = _pad(keys_NHWC, radius)
-        out = queries_NHWC.new_empty(N, H, W, side, side)
-        with torch.autocast(queries_NHWC.device.type, enabled=False):
-            for row in range(side):
-                # [N, H, W, C] x [N, H, C, W + 2r]
-                pairs = torch.matmul(queries_NHWC, keys_padded[:, row : row + H].transpose(-1, -2))
-                out[..., row, :] = _band(pairs, side)
-        return out.view(N, H, W, side * side)
+        out = unit_BTHWC.new_zeros(B, T - 1, H, W, side, side)
+        with torch.autocast(features_BTHWC.device.type, enabled=False):
+            for b, t in product(range(B), range(T - 1)):
+                keys_HVC = _pad_sides(unit_BTHWC[b, t + 1], radius)  # V = W + 2r
+                for row, here, there in _rows(H, radius):
+                    pairs = torch.matmul(unit_BTHWC[b, t, here], keys_HVC[there].mT)
+                    out[b, t, here, :, row] = _band(pairs, side)
+        return out.flatten(-2)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        queries_NHWC, keys_NHWC = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx: Any, gradient_BPHWK: Tensor) -> tuple[Tensor, None]:
+        unit_BTHWC, norm_BTHW1 = ctx.saved_tensors
         radius = ctx.radius
-        N, H, W, _ = queries_NHWC.shape
+        B, T, H, W, _ = unit_BTHWC.shape
         side = 2 * radius + 1
-        gradient = gradients[0].reshape(N, H, W, side, side)
-        keys_padded = _pad(keys_NHWC, radius)
-        queries_gradient = torch.zeros_like(queries_NHWC)
-        keys_gradient = torch.zeros_like(keys_padded)
-        pairs = queries_NHWC.new_zeros(N, H, W, W + 2 * radius)
-        band = _band(pairs, side)
-        with torch.autocast(queries_NHWC.device.type, enabled=False):
-            for row in range(side):
-                band.copy_(gradient[..., row, :])  # the rest of `pairs` stays zero
-                queries_gradient += torch.matmul(pairs, keys_padded[:, row : row + H])
-                keys_gradient[:, row : row + H] += torch.matmul(
-                    pairs.transpose(-1, -2), queries_NHWC
-                )
-        inner = slice(radius, -radius)
-        return queries_gradient, keys_gradient[:, inner, inner], None
+        gradient = gradient_BPHWK.unflatten(-1, (side, side))
+        of_unit_BTHWC = torch.zeros_like(unit_BTHWC)
+        with torch.autocast(unit_BTHWC.device.type, enabled=False):
+            for b, t in product(range(B), range(T - 1)):
+                keys_HVC = _pad_sides(unit_BTHWC[b, t + 1], radius)
+                of_keys_HVC = torch.zeros_like(keys_HVC)
+                for row, here, there in _rows(H, radius):
+                    tokens = unit_BTHWC[b, t, here]
+                    pairs = tokens.new_zeros(len(tokens), W, W + 2 * radius)
+                    _band(pairs, side).copy_(gradient[b, t, here, :, row])
+                    of_unit_BTHWC[b, t, here] += torch.matmul(pairs, keys_HVC[there])
+                    of_keys_HVC[there] += torch.matmul(pairs.mT, tokens)
+                of_unit_BTHWC[b, t + 1] += of_keys_HVC[:, radius:-radius]
+                # Token t has its whole gradient now; through the norm: (g - u <u, g>) / norm.
+                _through_norm(of_unit_BTHWC[b, t], unit_BTHWC[b, t], norm_BTHW1[b, t])
+            for b in range(B):
+                _through_norm(of_unit_BTHWC[b, -1], unit_BTHWC[b, -1], norm_BTHW1[b, -1])
+        return of_unit_BTHWC, None
 
 
-def _pad(keys_NHWC: Tensor, radius: int) -> Tensor:
-    return F.pad(keys_NHWC, (0, 0, radius, radius, radius, radius))
+def _through_norm(gradient_HWC: Tensor, unit_HWC: Tensor, norm_HW1: Tensor) -> None:
+    """Turn the gradient of unit tokens into that of the tokens, in place."""
+    along_HW1 = torch.linalg.vecdot(gradient_HWC, unit_HWC)[..., None]
+    gradient_HWC.addcmul_(unit_HWC, along_HW1, value=-1).div_(norm_HW1)
+
+
+def _rows(height: int, radius: int) -> Iterator[tuple[int, slice, slice]]:
+    """Each row of the window: its number, the tokens' rows that have it, and the keys' rows."""
+    for row in range(2 * radius + 1):
+        dy = row - radius
+        first, last = max(0, -dy), min(height, height - dy)
+        if first < last:
+            yield row, slice(first, last), slice(first + dy, last + dy)
+
+
+def _pad_sides(keys_HWC: Tensor, radius: int) -> Tensor:
+    return F.pad(keys_HWC, (0, 0, radius, radius))
 
 
 def _band(pairs: Tensor, side: int) -> Tensor:
-    """View of columns w .. w + side - 1 of each row w: [N, H, W, side] of [N, H, W, W + 2r]."""
-    N, H, W, padded = pairs.shape
-    return pairs.as_strided((N, H, W, side), (H * W * padded, W * padded, padded + 1, 1))
+    """View of columns w .. w + side - 1 of each row w: [H, W, side] of [H, W, W + 2r]."""
+    H, W, padded = pairs.shape
+    return pairs.as_strided((H, W, side), (W * padded, padded + 1, 1))

@@ -81,8 +81,7 @@ def largest_error(features: Tensor, upstream: Tensor, radius: int) -> float:
 def peak_bytes(side: str, options: argparse.Namespace) -> int:
     """What one side adds to its inputs at most, in this process."""
     features, upstream = inputs(options)
-    small = argparse.Namespace(**vars(options) | {"frames": 2, "height": 8, "width": 8})
-    both_ways(SIDES[side], *inputs(small), options.radius)  # libraries and thread pools
+    warm_up(side, options)
     if features.is_cuda:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -92,6 +91,12 @@ def peak_bytes(side: str, options: argparse.Namespace) -> int:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     both_ways(SIDES[side], features, upstream, options.radius)
     return _status("VmHWM") - before
+
+
+def warm_up(side: str, options: argparse.Namespace) -> None:
+    """Bring in libraries and thread pools."""
+    small = argparse.Namespace(**vars(options) | {"frames": 2, "height": 8, "width": 8})
+    both_ways(SIDES[side], *inputs(small), options.radius)
 
 
 def _status(name: str) -> int:
@@ -118,6 +123,8 @@ def main() -> None:
         return
     device = torch.device(options.device)
     features, upstream = inputs(options)
+    for name in SIDES:
+        warm_up(name, options)
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     memory: dict[str, list[float]] = {side: [] for side in SIDES}
     for _ in range(options.repeats):

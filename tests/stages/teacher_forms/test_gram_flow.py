@@ -166,7 +166,7 @@ def test_arrays_are_as_specified_and_decode_in_batches_and_in_part(dtype: str) -
 def test_a_narrowed_window_equals_the_flow_of_the_smaller_radius(stored: int, wanted: int) -> None:
     features = drawn((2, 3, 4, 6, 8), 8)
     narrowed = narrow_window(local_gram_flow(features, stored), stored, wanted)
-    torch.testing.assert_close(narrowed, local_gram_flow(features, wanted), atol=1e-7, rtol=0)
+    torch.testing.assert_close(narrowed, local_gram_flow(features, wanted), atol=5e-7, rtol=0)
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [(2, 3), (2, 0), (3, 2)])
