@@ -166,8 +166,8 @@ def _pictures(
         out_dir=out,
         clips=config.data,
         dataset=dataset,
-        radius=config.train.objective.radius,
-        temperature=config.train.objective.temperature,
+        radius=config.train.lgf.radius,
+        temperature=config.train.lgf.temperature,
         progress=progress,
     )
     return list(drawings)

@@ -1,11 +1,18 @@
 """Settings of stage two."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from stages.config import Section
+from stages.train_student.objective_config import (
+    LgfConfig,
+    MaskConfig,
+    ObjectiveName,
+    RepaConfig,
+    TokenRelationConfig,
+)
 
 TeacherForm = Literal["features", "gram_flow"]
 """What is stored of the teacher: its features, or their similarities to each neighbourhood."""
@@ -17,25 +24,6 @@ WorkerStart = Literal["fork", "spawn"]
 """How a process that reads the cache is started."""
 
 
-class ObjectiveConfig(Section):
-    """The auxiliary loss beside the diffusion loss."""
-
-    name: Literal["lgf", "none"] = "lgf"
-    """lgf is Local Gram Flow; none is plain fine-tuning (the baseline)."""
-    weight: float = Field(default=0.5, ge=0.0)
-    """Lambda: total = diffusion + weight * auxiliary; 0.5 is usual."""
-    block: int = Field(default=25, ge=0)
-    """Index of the transformer block whose output is taught; 25 of the 5B model's 42."""
-    radius: int = Field(default=3, ge=1)
-    """Half the window; 3 gives the paper's 7x7 window."""
-    temperature: float = Field(default=0.1, gt=0.0)
-    """Temperature of the softmax over neighbours; 0.1 is usual."""
-    divergence: Literal["kl", "l2"] = "kl"
-    """KL of the distributions (the paper), or squared error of the similarities (ablation)."""
-    projector_widths: tuple[int, int, int] = (512, 256, 256)
-    """Widths of the projector's layers."""
-
-
 class LoraSettings(Section):
     """Low-rank adapters; as peft names them."""
 
@@ -45,11 +33,25 @@ class LoraSettings(Section):
     """The update is scaled by alpha / rank; 64 is usual at rank 128."""
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Modules that get an adapter."""
+    dora: bool = False
+    """Also learn the length of each weight's rows apart from their direction (DoRA)."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA), so that a larger rank does not learn slower."""
+
+
+class EmaConfig(Section):
+    """A running average of the trained weights, which is what is exported where it is kept."""
+
+    decay: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """What stays of the average at each step; 0.999 for some thousands of steps is usual, null
+    keeps no average."""
 
 
 class OptimizerConfig(Section):
     """AdamW with linear warm-up, then constant or cosine."""
 
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit keeps the moments in 8 bits, a quarter of the memory."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak rate; 1e-4 for LoRA, 2e-6 for full tuning. Not scaled by the number of GPUs."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -64,6 +66,10 @@ class OptimizerConfig(Section):
     """Largest norm of the gradient; 1.0 is usual."""
 
 
+Offload = Literal["none", "cpu", "nvme"]
+"""Where what is not needed at the moment waits: on the GPU, in host memory, on a disk."""
+
+
 class DeepSpeedConfig(Section):
     """How the engine shares the work."""
 
@@ -71,8 +77,41 @@ class DeepSpeedConfig(Section):
     """0 replicates; 1 shards optimizer states, 2 gradients too, 3 parameters too."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Format of the weights in the forward and backward pass; fp32 on a CPU."""
-    offload_optimizer: bool = False
-    """Keep optimizer states in host memory."""
+    offload_optimizer: Offload = "none"
+    """Where optimizer states wait between steps; cpu and nvme need zero_stage 1 or more."""
+    offload_parameters: Offload = "none"
+    """Where the shards of the weights wait until they are used; cpu and nvme need zero_stage 3."""
+    nvme_path: Path | None = None
+    """Folder on a fast local disk for what is offloaded to nvme."""
+
+
+class ValidationConfig(Section):
+    """Losses on clips that are never trained on, at fixed timesteps and with fixed noise."""
+
+    clips: int = Field(default=0, ge=0)
+    """How many clips are held out of training, chosen by their keys' hash; 32 is usual, 0 validates
+    nothing."""
+    every: int = Field(default=250, ge=1)
+    """Steps between validations; the last step always makes one; 250 is usual."""
+    timesteps: tuple[int, ...] = (100, 300, 500, 700, 900)
+    """At which noise each clip is seen."""
+
+
+class TrainingSamplesConfig(Section):
+    """Videos drawn with the weights as they are, by all ranks together."""
+
+    prompts: tuple[str, ...] = ()
+    """What is drawn each time; none draws nothing."""
+    images: tuple[Path, ...] = ()
+    """The first frame for each prompt, for image-to-video models."""
+    every: int = Field(default=500, ge=1)
+    """Steps between drawings; the last step always makes one; 500 is usual."""
+    steps: int = Field(default=50, ge=1)
+    """Denoising steps; 50 is usual."""
+    guidance: float = Field(default=6.0, ge=1.0)
+    """Classifier-free guidance scale; 6 is usual, 1 turns it off."""
+    seed: int = 0
+    """Seeds the initial noise, the same at every drawing."""
 
 
 class TrainConfig(Section):
@@ -111,7 +150,40 @@ class TrainConfig(Section):
     leave_out: Path | None = None
     """JSON lines that each name a clip (`key`) to leave out, such as the cache's failures.jsonl;
     null leaves out none but those that some store lacks."""
-    objective: ObjectiveConfig = ObjectiveConfig()
+    max_damaged: float = Field(default=0.01, ge=0.0, le=1.0)
+    """Largest share of the clips that may turn out damaged or gone; each costs a warning, and
+    another clip takes its place. 0.01 is usual."""
+    max_skipped_steps: int = Field(default=10, ge=0)
+    """How many steps in a row may be skipped for a loss or gradient that is no number; 10 is
+    usual."""
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Where curves and videos go, beside losses.jsonl and the run's own page."""
+    wandb_project: str = Field(default="sam2videox", min_length=1)
+    """Project of Weights & Biases; sam2videox is usual."""
+    objectives: tuple[ObjectiveName, ...] = ("lgf",)
+    """The auxiliary losses; several add up. [] or none is plain fine-tuning."""
+    block: int = Field(default=25, ge=0)
+    """Index of the transformer block whose output is taught; 25 of the 5B model's 42."""
+    lgf: LgfConfig = LgfConfig()
+    repa: RepaConfig = RepaConfig()
+    token_relation: TokenRelationConfig = TokenRelationConfig()
+    mask: MaskConfig = MaskConfig()
     lora: LoraSettings = LoraSettings()
+    ema: EmaConfig = EmaConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    validation: ValidationConfig = ValidationConfig()
+    samples: TrainingSamplesConfig = TrainingSamplesConfig()
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _none_is_empty(cls, value: Any) -> Any:
+        return () if value in ("none", ["none"], ("none",)) else value
+
+    @model_validator(mode="after")
+    def _objectives_once(self) -> "TrainConfig":
+        if len(set(self.objectives)) < len(self.objectives):
+            raise ValueError(
+                f"train.objectives must name each loss once, got {', '.join(self.objectives)}"
+            )
+        return self

@@ -36,7 +36,7 @@ def check_engine_settings(config: TrainConfig, world_size: int) -> None:
             "train.deepspeed.zero_stage 0 keeps no float32 copy of bf16 weights, which small "
             "updates need; set zero_stage to 1 or more, or precision to fp32"
         )
-    if deepspeed.zero_stage == 0 and deepspeed.offload_optimizer:
+    if deepspeed.zero_stage == 0 and deepspeed.offload_optimizer != "none":
         raise ValueError(
             "train.deepspeed.offload_optimizer needs zero_stage 1 or more, got 0; 2 is usual"
         )
@@ -106,7 +106,7 @@ def deepspeed_engine(student: Student, config: TrainConfig, world: World) -> Ite
 def deepspeed_settings(config: TrainConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration, in its own words."""
     zero: dict[str, Any] = {"stage": config.deepspeed.zero_stage}
-    if config.deepspeed.offload_optimizer:
+    if config.deepspeed.offload_optimizer != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     settings: dict[str, Any] = {
         "train_batch_size": config.batch_size,

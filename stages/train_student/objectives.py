@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from stages.local_gram_flow import Divergence, gram_flow_loss, local_gram_flow
-from stages.train_student.config import ObjectiveConfig
+from stages.train_student.config import TrainConfig
 from stages.train_student.teacher import Teacher
 
 
@@ -49,10 +49,9 @@ class LocalGramFlow:
         )
 
 
-def build_objective(config: ObjectiveConfig) -> Objective | None:
+def build_objective(config: TrainConfig) -> Objective | None:
     """The objective that `config` names; None for plain fine-tuning."""
-    if config.name == "none":
+    if "lgf" not in config.objectives:
         return None
-    return LocalGramFlow(
-        radius=config.radius, temperature=config.temperature, divergence=config.divergence
-    )
+    lgf = config.lgf
+    return LocalGramFlow(radius=lgf.radius, temperature=lgf.temperature, divergence=lgf.divergence)

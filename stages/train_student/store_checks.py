@@ -88,8 +88,8 @@ def _check_gram_flow(
     _check_maps(teacher, pairs + 1, clips)
     if stored < radius:
         raise ValueError(
-            f"{teacher.path} holds windows of radius {stored}; train.objective.radius={radius} "
-            f"needs {radius} or more: train with train.objective.radius={stored}, or make a store "
+            f"{teacher.path} holds windows of radius {stored}; train.lgf.radius={radius} "
+            f"needs {radius} or more: train with train.lgf.radius={stored}, or make a store "
             f"with extract.gram_flow.radius={radius}, by sam2vx-pipeline cache derive gram-flow or "
             "by extract-features"
         )

@@ -42,7 +42,7 @@ class Student(nn.Module):
         if projector is not None:
             if block is None or not 0 <= block < len(transformer.transformer_blocks):
                 raise ValueError(
-                    f"train.objective.block must be under {len(transformer.transformer_blocks)}, "
+                    f"train.block must be under {len(transformer.transformer_blocks)}, "
                     f"the transformer's number of blocks, got {block}"
                 )
             transformer.transformer_blocks[block].register_forward_hook(self._tap)
@@ -138,7 +138,7 @@ def build_student(
         return Student(transformer)
     projector = Projector(
         facts.transformer["num_attention_heads"] * facts.transformer["attention_head_dim"],
-        config.objective.projector_widths,
+        config.lgf.projector_widths,
         time_weights(teacher_maps, num_frames, patch_size_t=facts.patch_size_t),
     )
-    return Student(transformer, projector.to(dtype), config.objective.block)
+    return Student(transformer, projector.to(dtype), config.block)

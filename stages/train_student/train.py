@@ -98,15 +98,14 @@ def train_student(
     if not world.is_first:
         progress = SilentProgress()
     check_engine_settings(config, world.size)
-    objective = config.objective
     facts = read_base_facts(resolve_base_model(model, _CONFIGURATIONS))
     stores = join_stores(
         cache_root,
         config.stores,
-        teacher_form=None if objective.name == "none" else config.teacher_form,
+        teacher_form=config.teacher_form if config.objectives else None,
         leave_out=config.leave_out,
     )
-    check_stores(stores, facts, clips, radius=objective.radius)
+    check_stores(stores, facts, clips, radius=config.lgf.radius)
     _check_block(config, facts)
     run = _Run(
         config=config,
@@ -129,10 +128,10 @@ def train_student(
 
 def _check_block(config: TrainConfig, facts: BaseFacts) -> None:
     blocks = facts.transformer["num_layers"]
-    if config.objective.name != "none" and config.objective.block >= blocks:
+    if config.objectives and config.block >= blocks:
         raise ValueError(
-            f"train.objective.block must be under {blocks}, the base model's number of blocks, got "
-            f"{config.objective.block}; about 0.6 of the depth, {int(0.6 * blocks)}, is usual"
+            f"train.block must be under {blocks}, the base model's number of blocks, got "
+            f"{config.block}; about 0.6 of the depth, {int(0.6 * blocks)}, is usual"
         )
 
 
@@ -214,13 +213,13 @@ def _open_record(run: _Run, done: int) -> LossRecord:
         run.config.run_dir,
         done,
         log_every=run.config.log_every,
-        auxiliary=run.config.objective.name,
+        auxiliary="lgf",
         progress=run.progress,
     )
 
 
 def _training_step(run: _Run, dtype: torch.dtype) -> TrainingStep:
-    clips, objective = run.clips, run.config.objective
+    clips, config = run.clips, run.config
     return TrainingStep(
         run.facts,
         (
@@ -228,8 +227,8 @@ def _training_step(run: _Run, dtype: torch.dtype) -> TrainingStep:
             clips.height // VAE_SPATIAL_COMPRESSION,
             clips.width // VAE_SPATIAL_COMPRESSION,
         ),
-        build_objective(objective),
-        objective.weight,
+        build_objective(config),
+        config.lgf.weight,
         native_parts=run.stores.native_parts,
         device=run.world.device,
         dtype=dtype,

@@ -293,7 +293,7 @@ def test_config_show_prints_yaml_that_is_a_configuration(tmp_path):
 def test_config_show_as_json_is_the_same_configuration():
     shown = json.loads(invoke("config", "show", "--json", "train.steps=3").stdout)
     assert shown["train"]["steps"] == 3
-    assert shown["train"]["objective"]["temperature"] == 0.1
+    assert shown["train"]["lgf"]["temperature"] == 0.1
 
 
 class TestDemo:

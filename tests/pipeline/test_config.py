@@ -113,15 +113,15 @@ def test_a_configuration_is_frozen(minimal):
          "train.optimizer.learning_rate?"),
         ("trian.steps=1", "unknown key trian.steps; did you mean train.steps?"),
         ("learning_rate=1", "did you mean train.optimizer.learning_rate?"),
-        ("train.objective.raduis=1", "did you mean train.objective.radius?"),
+        ("train.lgf.raduis=1", "did you mean train.lgf.radius?"),
         ("train.foo=1", "unknown key train.foo; train has run_dir, steps,"),
         ("train.steps.x=1", "unknown key train.steps.x; train has"),
         ("train.steps", "'train.steps' sets nothing; overrides look like train.steps=20"),
         ("=1", "sets nothing"),
         ("train.steps=[1", "train.steps: cannot read the value '[1'"),
-        ("train.objective=1", "train.objective is a section; set one of its keys"),
+        ("train.lgf=1", "train.lgf is a section; set one of its keys"),
         ("train=null", "train is a section"),
-        ("train.objective.radius=0", "train.objective.radius must be >= 1, got 0\n"
+        ("train.lgf.radius=0", "train.lgf.radius must be >= 1, got 0\n"
          "    Half the window; 3 gives the paper's 7x7 window."),
         ("train.optimizer.learning_rate=0", "must be > 0, got 0\n    Peak rate;"),
         ("train.optimizer.learning_rate=fast", "must be a number, got 'fast'"),
@@ -223,10 +223,10 @@ class TestExtends:
         return write
 
     def test_a_file_holds_only_what_differs_from_a_preset(self, write):
-        mine = write("mine.yaml", "extends: demo\nname: mine\ntrain: {objective: {radius: 1}}\n")
+        mine = write("mine.yaml", "extends: demo\nname: mine\ntrain: {lgf: {radius: 1}}\n")
         config, demo = load_config(mine, ["train.steps=7"]), load_config("demo")
-        objective = demo.train.objective.model_copy(update={"radius": 1})
-        changes = {"objective": objective, "steps": 7}
+        lgf = demo.train.lgf.model_copy(update={"radius": 1})
+        changes = {"lgf": lgf, "steps": 7}
         train = demo.train.model_copy(update=changes)
         assert config == demo.model_copy(update={"name": "mine", "train": train})
 
@@ -244,12 +244,12 @@ class TestExtends:
             "mine.yaml",
             "extends: demo\ndemo: null\ncache: c\noutputs: o\ndata: {path: x}\nmodel: {path: y}\n"
             "extract: {teacher: {checkpoint: a, config: b}}\n"
-            "train: {run_dir: r, objective: {projector_widths: [1, 2, 3]}}\n",
+            "train: {run_dir: r, lgf: {projector_widths: [1, 2, 3]}}\n",
         )
         config = load_config(mine)
         assert config.demo is None
-        assert config.train.objective.projector_widths == (1, 2, 3)
-        assert config.train.objective.radius == 2
+        assert config.train.lgf.projector_widths == (1, 2, 3)
+        assert config.train.lgf.radius == 2
 
     def test_a_written_out_configuration_extends_nothing(self, write):
         config = load_config(write("mine.yaml", "extends: demo\nname: mine\n"))

@@ -79,7 +79,7 @@ def test_a_preset_for_big_datasets_differs_in_what_is_kept_of_the_teacher(name):
     config, base = load_config(name), load_config(name.removesuffix("-gram-flow"))
     assert config.extract.kinds == ("text", "latents", "gram_flow", "masks")
     assert config.train.teacher_form == "gram_flow"
-    assert config.extract.gram_flow.radius >= config.train.objective.radius
+    assert config.extract.gram_flow.radius >= config.train.lgf.radius
     assert config.train.run_dir != base.train.run_dir
     told, of_base = (one.model_dump(mode="json") for one in (config, base))
     for one in (told, of_base):
@@ -107,4 +107,4 @@ def test_an_official_preset_is_the_published_setting(name):
     assert config.train.deepspeed.precision == "bf16"
     teacher = config.extract.teacher
     assert (teacher.precision, teacher.frames_per_batch, teacher.clips_per_batch) == ("bf16", 8, 4)
-    assert config.train.objective.block == (18 if "2b" in name else 25)
+    assert config.train.block == (18 if "2b" in name else 25)

@@ -24,7 +24,7 @@ def test_cosine_falls_to_zero_over_the_remaining_steps():
     ("deepspeed", "told"),
     [
         ({"zero_stage": 0, "precision": "bf16"}, "zero_stage 0 keeps no float32 copy"),
-        ({"zero_stage": 0, "precision": "fp32", "offload_optimizer": True}, "offload_optimizer"),
+        ({"zero_stage": 0, "precision": "fp32", "offload_optimizer": "cpu"}, "offload_optimizer"),
     ],
 )
 def test_combinations_no_engine_can_do_are_refused(deepspeed, told):

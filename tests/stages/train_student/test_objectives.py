@@ -1,6 +1,6 @@
 import torch
 
-from stages.train_student.config import ObjectiveConfig
+from stages.train_student.config import TrainConfig
 from stages.train_student.objectives import build_objective
 from stages.train_student.teacher import Teacher
 
@@ -23,18 +23,18 @@ def teacher(features_BTHWC, valid_BT=ALL):
 
 
 def test_none_is_plain_fine_tuning():
-    assert build_objective(ObjectiveConfig(name="none")) is None
+    assert build_objective(TrainConfig(objectives=[])) is None
 
 
 def test_loss_is_zero_when_student_equals_teacher():
     for divergence in ("kl", "l2"):
-        objective = build_objective(ObjectiveConfig(radius=1, divergence=divergence))
+        objective = build_objective(TrainConfig(lgf={"radius": 1, "divergence": divergence}))
         assert float(objective(features(0), teacher(features(0)))) < 1e-9
         assert float(objective(features(0), teacher(features(1)))) > 1e-3
 
 
 def test_widths_may_differ_and_gradient_flows_to_the_student_alone():
-    objective = build_objective(ObjectiveConfig(radius=1))
+    objective = build_objective(TrainConfig(lgf={"radius": 1}))
     student, taught = features(0).requires_grad_(), features(1, channels=9).requires_grad_()
     objective(student, teacher(taught)).backward()
     assert student.grad.abs().sum() > 0
@@ -42,14 +42,14 @@ def test_widths_may_differ_and_gradient_flows_to_the_student_alone():
 
 
 def test_half_precision_features_are_compared_in_float32():
-    objective = build_objective(ObjectiveConfig(radius=1))
+    objective = build_objective(TrainConfig(lgf={"radius": 1}))
     loss = objective(features(0).bfloat16(), teacher(features(1).half()))
     assert loss.dtype == torch.float32
 
 
 def test_a_pair_counts_where_both_maps_are_valid():
     """Clip 0 keeps maps 0, 1 and 3: one pair. Clip 1 keeps all."""
-    objective = build_objective(ObjectiveConfig(radius=1))
+    objective = build_objective(TrainConfig(lgf={"radius": 1}))
     valid_BT = torch.tensor([[True, True, False, True], [True, True, True, True]])
     student, taught = features(0), features(1)
     first = objective(student[:1, :2], teacher(taught[:1, :2], ALL[:1, :2]))
@@ -59,7 +59,7 @@ def test_a_pair_counts_where_both_maps_are_valid():
 
 
 def test_a_single_valid_map_makes_no_pair():
-    objective = build_objective(ObjectiveConfig(radius=1))
+    objective = build_objective(TrainConfig(lgf={"radius": 1}))
     valid_BT = torch.zeros(2, 4, dtype=torch.bool)
     valid_BT[:, 2] = True
     student = features(0).requires_grad_()

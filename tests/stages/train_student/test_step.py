@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from stages.base_facts import read_base_facts
-from stages.train_student.config import ObjectiveConfig
+from stages.train_student.config import TrainConfig
 from stages.train_student.dataset import Batch
 from stages.train_student.objectives import build_objective
 from stages.train_student.step import TrainingStep
@@ -45,7 +45,7 @@ def step(tiny, base_model):
         return TrainingStep(
             read_base_facts(base_model),
             (frames, height, width),
-            build_objective(ObjectiveConfig(radius=1, temperature=0.2)),
+            build_objective(TrainConfig(lgf={"radius": 1, "temperature": 0.2})),
             0.5,
             native_parts=native_parts,
             device=torch.device("cpu"),

@@ -100,7 +100,7 @@ def test_a_window_smaller_than_the_objectives_is_refused_with_three_ways_out(
     with pytest.raises(ValueError, match="windows of radius 2") as caught:
         check_stores(stores, facts, tiny.CLIPS, radius=3)
     assert str(stores.teacher.path) in str(caught.value)
-    assert "train.objective.radius=2" in str(caught.value)
+    assert "train.lgf.radius=2" in str(caught.value)
     assert "extract.gram_flow.radius=3" in str(caught.value)
     assert "cache derive gram-flow" in str(caught.value)
 

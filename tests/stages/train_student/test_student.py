@@ -110,7 +110,7 @@ def test_lora_starts_without_effect_and_trains_adapters_and_projector_alone(
 
 
 def test_without_an_objective_there_is_no_projector(tiny, base_model, inputs, tmp_path):
-    config = TrainConfig(**tiny.train_settings(tmp_path, objective={"name": "none"}))
+    config = TrainConfig(**tiny.train_settings(tmp_path, objectives=[]))
     facts = read_base_facts(base_model)
     student = build_student(config, facts, torch.float32, num_frames=9, teacher_maps=None)
     assert student.projector is None

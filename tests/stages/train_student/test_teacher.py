@@ -7,7 +7,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from stages.teacher_forms.features import encode_features
 from stages.teacher_forms.gram_flow import encode_gram_flow, gram_flow_of
-from stages.train_student.config import ObjectiveConfig
+from stages.train_student.config import TrainConfig
 from stages.train_student.objectives import build_objective
 from stages.train_student.teacher import Teacher
 
@@ -93,7 +93,7 @@ def test_loss_and_gradient_are_those_of_features_in_float64(form, dtype, radius)
     arrays = _arrays(form, dtype, teacher_BTHWC)
     teacher = Teacher(arrays=arrays, valid_BT=valid_BT, token_grid=GRID, native_parts=None)
     taken_BTHWC = student_BTHWC.float().requires_grad_()
-    objective = build_objective(ObjectiveConfig(radius=radius, temperature=0.1))
+    objective = build_objective(TrainConfig(lgf={"radius": radius, "temperature": 0.1}))
     loss = objective(taken_BTHWC, teacher)
     loss.backward()
 
