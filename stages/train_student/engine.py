@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from stages.train_student.config import DeepSpeedConfig, OptimizerConfig, TrainConfig
+from stages.train_student.data.order import accumulation_steps
 from stages.train_student.distributed import World
-from stages.train_student.order import accumulation_steps
 from stages.train_student.student import Student
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stages.progress import Task
-from stages.train_student.dataset import Batch
+from stages.train_student.data.dataset import Batch
 from stages.train_student.distributed import World, gather
 from stages.train_student.engine import gradient_norm_before_step
 from stages.train_student.loss_record import LossRecord, LossRow

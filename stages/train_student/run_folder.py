@@ -6,7 +6,7 @@
                                clips left out
         losses.jsonl           one line per step (loss_record.py)
         tensorboard/
-        checkpoints/           (checkpoints.py)
+        checkpoints/           (checkpoints)
         projector.safetensors  the projector's trained weights, kept for more training
         export/                the trained weights in diffusers' format (export.py)
         finished.json          written last
@@ -30,7 +30,7 @@ from stages.base_facts import BaseFacts
 from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.train_student.config import TrainConfig
-from stages.train_student.stores import JoinedStores
+from stages.train_student.data.stores import JoinedStores
 
 FREE_SETTINGS = (
     "run_dir",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stages.base_facts import BaseFacts
-from stages.train_student.dataset import Batch
+from stages.train_student.data.dataset import Batch
 from stages.train_student.diffusion import cumulative_alphas, diffusion_loss, noisy_latents
 from stages.train_student.model_inputs import rotary_positions
 from stages.train_student.objectives import Objective

@@ -16,9 +16,13 @@ from stages.base_model import resolve_base_model
 from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.progress import Progress, SilentProgress
-from stages.train_student.checkpoints import resume, save_checkpoint
+from stages.train_student.checkpoints.resuming import resume
+from stages.train_student.checkpoints.saving import save_checkpoint
 from stages.train_student.config import TrainConfig
-from stages.train_student.dataset import CachedSamples, load_batches
+from stages.train_student.data.dataset import CachedSamples, load_batches
+from stages.train_student.data.order import accumulation_steps, micro_batches
+from stages.train_student.data.store_checks import check_stores
+from stages.train_student.data.stores import JoinedStores, join_stores
 from stages.train_student.distributed import (
     World,
     on_first_rank,
@@ -30,7 +34,6 @@ from stages.train_student.export import EXPORT_FOLDER, export_weights
 from stages.train_student.loop import train_steps
 from stages.train_student.loss_record import LossRecord, read_losses
 from stages.train_student.objectives import build_objective
-from stages.train_student.order import accumulation_steps, micro_batches
 from stages.train_student.run_folder import (
     finished_steps,
     fixed_settings,
@@ -39,9 +42,7 @@ from stages.train_student.run_folder import (
     open_run,
 )
 from stages.train_student.step import TrainingStep
-from stages.train_student.store_checks import check_stores
-from stages.train_student.stores import JoinedStores, join_stores
-from stages.train_student.student import build_student
+from stages.train_student.loading import build_student
 from stages.train_student.summary import TrainSummary, peak_memory_bytes
 
 _CONFIGURATIONS = ("transformer/config.json", "vae/config.json", "scheduler")

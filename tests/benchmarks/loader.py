@@ -32,9 +32,9 @@ from report import finish, machine, median_and_spread, table
 from torch.utils.data import DataLoader, Dataset
 
 from cache_schema import StoreReader
-from stages.train_student.dataset import CachedSamples, load_batches
-from stages.train_student.order import micro_batches
-from stages.train_student.stores import join_stores
+from stages.train_student.data.dataset import CachedSamples, load_batches
+from stages.train_student.data.order import micro_batches
+from stages.train_student.data.stores import join_stores
 
 TARGET_CLIPS_PER_S = 100.0
 TARGET_WAIT = 0.01

@@ -18,7 +18,7 @@ from pipeline.commands.upkeep.stores import (
 )
 from pipeline.console import Answer
 from stages.progress import Progress
-from stages.train_student.left_out import read_keys
+from stages.train_student.data.left_out import read_keys
 
 _SHOWN = 5
 

@@ -8,7 +8,7 @@ from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from PIL import Image
 
 from stages.base_facts import read_base_facts
-from stages.train_student.dataset import Batch
+from stages.train_student.data.dataset import Batch
 from stages.train_student.model_inputs import image_condition, pad_in_front
 from stages.train_student.step import TrainingStep
 from stages.train_student.student import Student

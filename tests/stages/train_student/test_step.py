@@ -7,7 +7,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from stages.base_facts import read_base_facts
 from stages.train_student.config import TrainConfig
-from stages.train_student.dataset import Batch
+from stages.train_student.data.dataset import Batch
 from stages.train_student.objectives import build_objective
 from stages.train_student.step import TrainingStep
 from tests.stages.local_gram_flow.reference import kl_by_loop, similarities_by_loop

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stages.progress import SilentProgress
-from stages.train_student.dataset import CachedSamples
+from stages.train_student.data.dataset import CachedSamples
 from stages.train_student.loop import TrainingDivergedError
 
 
@@ -389,7 +389,7 @@ def test_wrong_settings_are_refused_before_any_weight_is_loaded(train, monkeypat
     def never(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("stages.train_student.student.load_transformer", never)
+    monkeypatch.setattr("stages.train_student.loading.load_transformer", never)
     with pytest.raises(ValueError, match=r"train.block must be under 2"):
         train(tmp_path, block=2)
     with pytest.raises(ValueError, match=r"train.batch_size must be a multiple"):

@@ -6,9 +6,9 @@ import torch
 
 from cache_schema import CorruptClip, StoreReader, StoreWriter
 from stages.base_facts import read_base_facts
-from stages.train_student.dataset import CachedSamples, draw, join_batches, load_batches
-from stages.train_student.order import clip_of_sample
-from stages.train_student.stores import join_stores
+from stages.train_student.data.dataset import CachedSamples, draw, join_batches, load_batches
+from stages.train_student.data.order import clip_of_sample
+from stages.train_student.data.stores import join_stores
 from tests.cache_schema.servers import serving
 
 

@@ -12,7 +12,7 @@ from stages.base_facts import VAE_SPATIAL_COMPRESSION, BaseFacts
 from stages.clips.config import ClipsConfig
 from stages.local_gram_flow import radius_of_window
 from stages.teacher_forms.settings import native_parts
-from stages.train_student.stores import JoinedStores, array_shape
+from stages.train_student.data.stores import JoinedStores, array_shape
 
 
 def check_stores(

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from stages.base_facts import BaseFacts
 from stages.train_student.config import WorkerStart
+from stages.train_student.data.order import clip_of_sample, seed_of_sample
+from stages.train_student.data.stores import JoinedStores
 from stages.train_student.model_inputs import image_condition, pad_in_front
-from stages.train_student.order import clip_of_sample, seed_of_sample
-from stages.train_student.stores import JoinedStores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

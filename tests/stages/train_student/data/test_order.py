@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.train_student.order import (
+from stages.train_student.data.order import (
     accumulation_steps,
     clip_of_sample,
     micro_batches,

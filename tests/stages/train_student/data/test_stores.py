@@ -6,8 +6,8 @@ import pytest
 from cache_schema import ArraySpec, CacheError, StoreNotFound, StoreSettings, StoreWriter
 from stages.base_facts import read_base_facts
 from stages.clips.config import ClipsConfig
-from stages.train_student.store_checks import check_stores
-from stages.train_student.stores import join_stores
+from stages.train_student.data.store_checks import check_stores
+from stages.train_student.data.stores import join_stores
 
 
 @pytest.fixture(scope="module")

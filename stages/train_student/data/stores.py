@@ -13,7 +13,7 @@ from cache_schema import StoreNotFound, StoreReader, find_store, list_stores
 from cache_schema.packed_text import SortedText
 from stages.teacher_forms.settings import native_parts
 from stages.train_student.config import KIND_OF_FORM, TeacherForm
-from stages.train_student.left_out import LeftOut, count_reasons, read_keys
+from stages.train_student.data.left_out import LeftOut, count_reasons, read_keys
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
