@@ -6,8 +6,6 @@ was committed since the index was loaded is read from its records.
 
 from functools import cached_property
 
-import numpy as np
-
 from cache_schema.clip_index import ClipIndex, load_index
 from cache_schema.layout import StoreLayout
 from cache_schema.manifest import committed_shards, read_commit
@@ -50,15 +48,3 @@ class KnownShards:
         if facts := self._index.shards.get(shard):
             return facts.source
         return read_commit(self._layout, self._settings, shard).source
-
-    def counts_of(self, shard: str) -> tuple[int, int]:
-        """Numbers of clips and of skipped clips in a finished shard."""
-        if facts := self._index.shards.get(shard):
-            return facts.num_clips, int(self._num_skipped[self._index.shard_names.index(shard)])
-        record = read_commit(self._layout, self._settings, shard)
-        return len(record.clips), len(record.skipped)
-
-    @cached_property
-    def _num_skipped(self) -> np.ndarray:
-        numbers = self._index.columns["skipped.shard"]
-        return np.bincount(numbers, minlength=len(self._index.shard_names))

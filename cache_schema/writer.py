@@ -87,10 +87,6 @@ class StoreWriter:
                 )
         return True
 
-    def committed_counts(self, shard: str) -> tuple[int, int]:
-        """Numbers of clips and of skipped clips in a finished shard."""
-        return self._known.counts_of(check_shard_name(shard))
-
     def shard(self, name: str, *, source: str) -> ShardWriter:
         """A writer for one shard, to be used in a `with` block.
 
