@@ -8,7 +8,8 @@ from stages.train_student.distributed import process_group, world_from_environme
 from stages.train_student.engine import deepspeed_engine
 from stages.train_student.model_inputs import rotary_positions
 from stages.train_student.projector import Projector
-from stages.train_student.student import Student, build_student
+from stages.train_student.loading import build_student
+from stages.train_student.student import Student
 
 
 class KeepTokens(Projector):
