@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from stages.clips import ClipRecord, ClipsConfig, encode_video, load_clip
-from stages.extract_features.estimates.flops import matmul_flops_per_second
 from stages.extract_features.extraction import DTYPES, to_float16
 from stages.extract_features.tracking.sam2_inputs import resize_for_sam2
 from stages.local_gram_flow import fuse_directions, resample_to_grid
+from stages.metering import matmul_flops_per_second
 
 TOLERANCE = 5e-6
 TARGETS = {"cpu": 1.6, "cuda": 2.5}

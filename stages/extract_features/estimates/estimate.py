@@ -20,13 +20,13 @@ from cache_schema import SkippedClip, StoreReader
 from stages.clips import ClipsConfig, open_dataset
 from stages.config import BaseModelConfig, Precision
 from stages.extract_features.config import ExtractConfig, Kind, PromptSource
-from stages.extract_features.estimates.flops import matmul_flops_per_second
 from stages.extract_features.estimates.model_costs import ModelCost, TrackerCost
 from stages.extract_features.estimates.planned_stores import PlannedPass, planned_passes
 from stages.extract_features.estimates.store_sizes import FormSize, bytes_of, is_compressed
 from stages.extract_features.estimates.survey import MOST_PROBED, ShardSurvey, survey_shards
 from stages.extract_features.extraction import DTYPES
 from stages.extract_features.make_extractions import TRACKED_KINDS, device_named
+from stages.metering import matmul_flops_per_second
 from stages.progress import Progress
 
 USUAL_SHARE: Mapping[str, Mapping[Kind, float]] = {

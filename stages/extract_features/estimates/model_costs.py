@@ -17,13 +17,13 @@ import torch
 from stages.base_facts import BaseFacts
 from stages.clips import ClipsConfig
 from stages.extract_features.config import LatentsConfig, TeacherConfig, TextConfig
-from stages.extract_features.estimates.flops import Meter, weight_bytes
 from stages.extract_features.extraction import DTYPES
 from stages.extract_features.subjects.subject_stores import feature_grid
 from stages.extract_features.tracking.encoded_frames import EncodedFrames
 from stages.extract_features.tracking.sam2_inputs import Sam2Prompt
 from stages.extract_features.tracking.sam2_tracker import build_sam2
 from stages.extract_features.tracking.two_way_tracking import TrackRequest, TwoWayTracker
+from stages.metering import Meter, weight_bytes
 
 _FIRST_STEPS = 2
 """After the prompted one: with one memory in the bank, and with two."""

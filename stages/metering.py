@@ -1,7 +1,7 @@
 """Counts operations and live bytes of code that runs on shapes alone, and measures a device's rate.
 
-`model_costs` runs the models of stage one under a `Meter` on torch's meta device, where tensors
-have shapes and no values; `estimate` divides by the rate.
+The estimates of both stages run models under a `Meter` on torch's meta device, where tensors have
+shapes and no values; stage one's divides by the rate.
 """
 
 import time
@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -29,16 +30,21 @@ class Meter:
     convolutions and attention, which are nearly all of a transformer; the rest is left out.
     Attention counts as one fused kernel, whose table of scores is never in memory. Bytes are those
     of tensors made within the block, without workspaces of libraries and without fragmentation.
+
+    With `training` gradients flow: a backward pass within the block is counted too, and what the
+    forward pass keeps for it is alive until then. What gradient checkpointing runs again counts
+    again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, training: bool = False) -> None:
+        self._training = training
         self._products = FlopCounterMode(display=False)
         self._attention = _FusedAttention()
         self._live = _LiveBytes()
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        self._stack.enter_context(torch.inference_mode())
+        self._stack.enter_context(torch.enable_grad() if self._training else torch.inference_mode())
         for mode in (self._live, self._products, self._attention):
             self._stack.enter_context(mode)
         return self
@@ -78,11 +84,37 @@ class _FusedAttention(TorchFunctionMode):
     ) -> Any:
         if function is not F.scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
-        query, key, value = args[:3]
+        return _Attention.apply(*args[:3], self._count)
+
+    def _count(self, flops: int) -> None:
+        self.flops += flops
+
+
+class _Attention(torch.autograd.Function):
+    """The fused kernel's shapes: what it makes, what it keeps, how many operations it takes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, count: Callable[[int], None]
+    ) -> Tensor:
         # Two products: query with key over its width, the scores with value.
         pairs = query.shape[:-1].numel() * key.shape[-2]
-        self.flops += 2 * pairs * (query.shape[-1] + value.shape[-1])
-        return query.new_empty(*query.shape[:-1], value.shape[-1])
+        count(2 * pairs * (query.shape[-1] + value.shape[-1]))
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        if any(ctx.needs_input_grad):
+            # Of the scores it keeps the logarithm of their sum, float32 for each row.
+            logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
+            ctx.save_for_backward(query, key, value, out, logsumexp)
+            ctx.count = count
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value = ctx.saved_tensors[:3]
+        # Five: the scores again, and the gradients of scores, value, query and key.
+        pairs = query.shape[:-1].numel() * key.shape[-2]
+        ctx.count(2 * pairs * (3 * query.shape[-1] + 2 * value.shape[-1]))
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -123,7 +155,7 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
-    return (leaf.untyped_storage() for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor))
+    return (leaf.untyped_storage() for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
 
 
 def weight_bytes(module: torch.nn.Module) -> int:

@@ -1,0 +1,1 @@
+"""What a training would take: operations, memory of each kind, time; from configurations alone."""
