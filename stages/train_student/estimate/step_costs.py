@@ -1,0 +1,200 @@
+"""What one clip costs a training step: operations and live bytes, from shapes alone.
+
+The student is built from its configuration on torch's meta device and goes through the run's own
+`TrainingStep`, forward and backward, under a `Meter`: no weight is needed and nothing is computed.
+`memory` and `estimate` ask, and the run itself, for its share of the peak rate.
+
+Legend: B clip, F latent frame, C channel, H W latent, L text token, D width, T map of the teacher.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from torch import Tensor, nn
+
+from cache_schema import ArraySpec, StoreSettings
+from stages.base_facts import BaseFacts
+from stages.clips.config import ClipsConfig
+from stages.metering import Meter
+from stages.teacher_forms.settings import native_parts
+from stages.train_student.config import TrainConfig
+from stages.train_student.data.dataset import Batch
+from stages.train_student.engine import weights_dtype
+from stages.train_student.lora import add_adapters
+from stages.train_student.objectives.build import build_heads, build_objectives
+from stages.train_student.step import TrainingStep
+from stages.train_student.student import Student
+
+_META = torch.device("meta")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepCost:
+    """One clip's share of a step, and what one micro-batch keeps in memory meanwhile."""
+
+    flops_per_clip: float
+    """Of the forward and backward pass as they are done: what gradient checkpointing runs again
+    counts again."""
+    model_flops_per_clip: float
+    """Without what is run again: what a share of the peak rate is reckoned by."""
+    activation_bytes: int
+    """The most that is alive beside weights, gradients of weights and the batch itself."""
+    batch_bytes: int
+    """Of one micro-batch on the device."""
+
+
+def step_cost(
+    config: TrainConfig,
+    facts: BaseFacts,
+    size: ClipsConfig,
+    *,
+    teacher: StoreSettings | None = None,
+    masks: StoreSettings | None = None,
+) -> StepCost:
+    """Reckon a step on clips of one size. Takes some seconds for the official models.
+
+    Args:
+        config: the objectives, adapters, micro-batch and format of the weights.
+        facts: the base model's configuration.
+        size: of the clips; its buckets are not looked at.
+        teacher: of the store that `config.teacher_form` names, for clips of this size; None without
+            an auxiliary loss that needs it.
+        masks: of the masks store; None where no objective needs masks.
+
+    Raises:
+        ValueError: the settings do not fit the model.
+    """
+    batch = _meta_batch(config, facts, size, teacher, masks)
+    student = meta_student(config, facts, teacher)
+    flops, activation_bytes = _run(config, facts, student, batch, teacher)
+    model_flops = flops
+    if config.gradient_checkpointing:
+        student.transformer.disable_gradient_checkpointing()
+        model_flops, _ = _run(config, facts, student, batch, teacher)
+    clips = config.micro_batch_size
+    return StepCost(
+        flops_per_clip=flops / clips,
+        model_flops_per_clip=model_flops / clips,
+        activation_bytes=activation_bytes,
+        batch_bytes=sum(t.numel() * t.element_size() for t in _tensors(batch)),
+    )
+
+
+def meta_student(
+    config: TrainConfig, facts: BaseFacts, teacher: StoreSettings | None = None
+) -> Student:
+    """The student as a run would train it, on the meta device.
+
+    Args:
+        teacher: of the store that the run would read; tells the width of features.
+    """
+    dtype = weights_dtype(config.deepspeed)
+    with _META:
+        transformer = CogVideoXTransformer3DModel.from_config(dict(facts.transformer)).train()
+        if config.method == "lora":
+            add_adapters(transformer, config.lora)
+        if config.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        heads: nn.ModuleDict | None = None
+        if config.objectives:
+            width = (
+                facts.transformer["num_attention_heads"] * facts.transformer["attention_head_dim"]
+            )
+            heads = build_heads(config, width, _teacher_channels(teacher))
+    return Student(transformer.to(dtype), None if heads is None else heads.to(dtype), config.block)
+
+
+def _run(
+    config: TrainConfig,
+    facts: BaseFacts,
+    student: Student,
+    batch: Batch,
+    teacher: StoreSettings | None,
+) -> tuple[int, int]:
+    """Operations of one micro-batch, and the most bytes that were alive."""
+    step = TrainingStep(
+        facts,
+        build_objectives(config),
+        native_parts=_native_parts(teacher),
+        device=_META,
+        dtype=weights_dtype(config.deepspeed),
+    )
+    # Each gradient goes as it comes: where it stays is a matter of the ZeRO stage.
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        for parameter in student.parameters()
+        if parameter.requires_grad
+    ]
+    with Meter(training=True) as meter:
+        losses = step(student, batch, 0)
+        losses.total.backward()
+    for hook in hooks:
+        hook.remove()
+    return meter.flops, meter.peak_bytes
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _meta_batch(
+    config: TrainConfig,
+    facts: BaseFacts,
+    size: ClipsConfig,
+    teacher: StoreSettings | None,
+    masks: StoreSettings | None,
+) -> Batch:
+    clips = config.micro_batch_size
+    frames = size.num_latent_frames + facts.padding(size.num_latent_frames)
+    latents_BFCHW = torch.empty(
+        clips, frames, facts.latent_channels, *size.latent_size, device=_META
+    )
+    text = facts.transformer["max_text_seq_length"], facts.transformer["text_embed_dim"]
+    arrays = None if teacher is None else _stored(teacher, clips)
+    return Batch(
+        keys=("",) * clips,
+        clean_BFCHW=latents_BFCHW,
+        noise_BFCHW=torch.empty_like(latents_BFCHW),
+        timestep_B=torch.empty(clips, dtype=torch.int64, device=_META),
+        text_BLD=torch.empty(clips, *text, dtype=torch.float16, device=_META),
+        image_BFCHW=torch.empty_like(latents_BFCHW) if facts.image_to_video else None,
+        teacher=arrays,
+        teacher_valid_BT=None if arrays is None else arrays.pop("valid") != 0,
+        masks=None if masks is None else _stored(masks, clips),
+        num_frames=size.num_frames,
+    )
+
+
+def _stored(settings: StoreSettings, clips: int) -> dict[str, Tensor]:
+    """A batch of a store's arrays."""
+    return {name: _empty(spec, clips) for name, spec in settings.arrays.items()}
+
+
+def _empty(spec: ArraySpec, clips: int) -> Tensor:
+    return torch.empty(clips, *spec.shape, dtype=getattr(torch, spec.dtype), device=_META)
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [
+        tensor for name in batch.__dataclass_fields__ for tensor in _leaves(getattr(batch, name))
+    ]
+
+
+def _leaves(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return list(value.values()) if isinstance(value, dict) else []
+
+
+def _teacher_channels(teacher: StoreSettings | None) -> int | None:
+    """Width of stored features; None where there are none."""
+    if teacher is None or "features" not in teacher.arrays:
+        return None
+    return teacher.arrays["features"].shape[-1]
+
+
+def _native_parts(teacher: StoreSettings | None) -> int | None:
+    if teacher is None or "features" not in teacher.arrays:
+        return None
+    return native_parts(teacher)
