@@ -10,11 +10,13 @@ from stages.local_gram_flow.alignment import (
     time_weights,
 )
 from stages.local_gram_flow.fusion import (
+    Directions,
     Fusion,
     fuse_directions,
     fuse_subjects,
     part_norms,
     regrid_fused,
+    take_directions,
 )
 from stages.local_gram_flow.loss import Divergence, gram_flow_loss, implied_flow
 from stages.local_gram_flow.similarities import (
@@ -25,6 +27,7 @@ from stages.local_gram_flow.similarities import (
 )
 
 __all__ = [
+    "Directions",
     "Divergence",
     "Fusion",
     "frames_to_latents",
@@ -40,5 +43,6 @@ __all__ = [
     "radius_of_window",
     "regrid_fused",
     "resample_to_grid",
+    "take_directions",
     "time_weights",
 ]

@@ -28,11 +28,11 @@ def latent_frame_of_frame(num_frames: int) -> Tensor:
 
 def frames_to_latents(features_THWC: Tensor) -> Tensor:
     """Mean of each latent frame's frames: features_LHWC, L = (T-1)/4 + 1."""
-    latent_T = latent_frame_of_frame(features_THWC.shape[0]).to(features_THWC.device)
-    count_L = torch.bincount(latent_T)
+    latent_T = latent_frame_of_frame(features_THWC.shape[0])
+    count_L = torch.bincount(latent_T)  # on the host: a device would be waited for
     sums_LHWC = features_THWC.new_zeros(len(count_L), *features_THWC.shape[1:])
-    sums_LHWC.index_add_(0, latent_T, features_THWC)
-    return sums_LHWC / count_L[:, None, None, None].to(features_THWC.dtype)
+    sums_LHWC.index_add_(0, latent_T.to(features_THWC.device), features_THWC)
+    return sums_LHWC / count_L[:, None, None, None].to(sums_LHWC)
 
 
 def time_weights(num_maps: int, num_frames: int, *, patch_size_t: int = 1) -> Tensor | None:

@@ -25,8 +25,9 @@ def gram_flow_loss(
     temperature: float,
     divergence: Divergence,
     valid_BP: Tensor | None = None,
+    token_weight_BPHW: Tensor | None = None,
 ) -> Tensor:
-    """How differently student and teacher move, averaged over tokens, frame pairs, then clips.
+    """How differently student and teacher move in each clip, averaged over tokens and frame pairs.
 
     `kl`: KL(P_teacher || P_student) in nats, P = softmax(s / temperature) over the neighbours that
     lie inside the grid. `l2`: mean squared difference of the similarities of those neighbours.
@@ -37,12 +38,15 @@ def gram_flow_loss(
         temperature: of the softmax; used by `kl` alone.
         divergence: `kl` (the paper) or `l2` (ablation).
         valid_BP: bool, the pairs that count; None counts all. A clip's mean is over its own valid
-            pairs, and a clip without one adds 0 to the mean over clips, so that a batch gives the
-            same loss in one piece or in several.
+            pairs, and a clip without one has the loss 0, so that a batch gives the same mean in one
+            piece or in several.
+        token_weight_BPHW: how much each token of a pair's first frame counts, >= 0: the clip's loss
+            is the weighted mean over the tokens of its valid pairs, 0 where all weigh nothing. None
+            counts all alike.
 
     Returns:
-        A scalar >= 0, zero where both move alike; float32, or float64 if given it. What pairs that
-        do not count hold, finite or not, changes neither it nor its gradient.
+        loss_B >= 0, zero where both move alike; float32, or float64 if given it. What pairs that do
+        not count hold, finite or not, changes neither it nor its gradient.
 
     Raises:
         ValueError: shapes differ, the last axis is no window, or `valid_BP` is not boolean.
@@ -59,24 +63,34 @@ def gram_flow_loss(
     dtype = torch.promote_types(student_BPHWK.dtype, torch.float32)
     student_BPHWK = student_BPHWK.to(dtype)
     teacher_BPHWK = teacher_BPHWK.detach().to(dtype)
+    if token_weight_BPHW is not None:
+        _check_weight(token_weight_BPHW, student_BPHWK)
+        token_weight_BPHW = token_weight_BPHW.detach().to(dtype)
     if valid_BP is not None:
         _check_valid(valid_BP, student_BPHWK)
         # Before any arithmetic: a product of 0 and infinity in the backward pass is no number.
-        unused = ~valid_BP[..., None, None, None]
-        student_BPHWK = student_BPHWK.masked_fill(unused, 0.0)
-        teacher_BPHWK = teacher_BPHWK.masked_fill(unused, 0.0)
+        unused = ~valid_BP[..., None, None]
+        student_BPHWK = student_BPHWK.masked_fill(unused[..., None], 0.0)
+        teacher_BPHWK = teacher_BPHWK.masked_fill(unused[..., None], 0.0)
+        if token_weight_BPHW is not None:
+            token_weight_BPHW = token_weight_BPHW.masked_fill(unused, 0.0)
     if divergence == "l2":
         squared = (student_BPHWK - teacher_BPHWK).square().masked_fill(~mask_HWK, 0.0)
-        loss_BP = (squared.sum(-1) / mask_HWK.sum(-1)).mean((2, 3))
+        loss_BPHW = squared.sum(-1) / mask_HWK.sum(-1)
     else:
         log_student = _log_softmax_inside(student_BPHWK, mask_HWK, temperature)
         log_teacher = _log_softmax_inside(teacher_BPHWK, mask_HWK, temperature)
         terms = log_teacher.exp() * (log_teacher - log_student)
-        loss_BP = terms.masked_fill(~mask_HWK, 0.0).sum(-1).mean((2, 3))
+        loss_BPHW = terms.masked_fill(~mask_HWK, 0.0).sum(-1)
+    if token_weight_BPHW is not None:
+        weight_B = token_weight_BPHW.sum((1, 2, 3))
+        total_B = (token_weight_BPHW * loss_BPHW).sum((1, 2, 3))
+        return total_B / weight_B.clamp(min=torch.finfo(dtype).tiny)
+    loss_BP = loss_BPHW.mean((2, 3))
     if valid_BP is None:
-        return loss_BP.mean()
+        return loss_BP.mean(1)
     # Both flows of a pair that does not count are flat by now: it adds 0 to the sum.
-    return (loss_BP.sum(1) / valid_BP.sum(1).clamp(min=1)).mean()
+    return loss_BP.sum(1) / valid_BP.sum(1).clamp(min=1)
 
 
 def _check_valid(valid_BP: Tensor, similarities_BPHWK: Tensor) -> None:
@@ -84,6 +98,14 @@ def _check_valid(valid_BP: Tensor, similarities_BPHWK: Tensor) -> None:
         raise ValueError(
             f"valid_BP must be bool {tuple(similarities_BPHWK.shape[:2])}, one for each clip and "
             f"frame pair, got {valid_BP.dtype} {tuple(valid_BP.shape)}"
+        )
+
+
+def _check_weight(token_weight_BPHW: Tensor, similarities_BPHWK: Tensor) -> None:
+    if token_weight_BPHW.shape != similarities_BPHWK.shape[:4]:
+        raise ValueError(
+            f"token_weight_BPHW must be {tuple(similarities_BPHWK.shape[:4])}, one for each clip, "
+            f"frame pair and token, got {tuple(token_weight_BPHW.shape)}"
         )
 
 

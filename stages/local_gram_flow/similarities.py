@@ -6,17 +6,20 @@ A window of radius r holds K = (2r+1)^2 neighbours, row-major: (dy, dx) from (-r
 
 from collections.abc import Iterator
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+Kernel = Literal["torch", "triton"]
+"""What computes the similarities: matrix products of torch on any device, or one Triton kernel."""
+
 _SMALLEST_NORM = 1e-12
 
 
-def local_gram_flow(features_BTHWC: Tensor, radius: int) -> Tensor:
+def local_gram_flow(features_BTHWC: Tensor, radius: int, *, kernel: Kernel = "torch") -> Tensor:
     """Cosine similarity of every token to its window in the next frame: s_t(p, d).
 
     Tokens are L2-normalised here, and everything is computed in float32 (float64 if given it).
@@ -25,12 +28,15 @@ def local_gram_flow(features_BTHWC: Tensor, radius: int) -> Tensor:
     Args:
         features_BTHWC: features per clip, frame and token; any floating dtype, T >= 2.
         radius: half the window; 3 gives the paper's 7x7.
+        kernel: `torch`, or `triton` for bfloat16 and float32 on CUDA; any other is computed by
+            torch.
 
     Returns:
         similarities_BPHWK in [-1, 1], P = T - 1.
 
     Raises:
         ValueError: fewer than two frames, or a radius under 1.
+        ImportError: `triton` is asked for and not installed.
 
     Source: Structure From Tracking, arXiv 2512.11792.
     """
@@ -41,9 +47,19 @@ def local_gram_flow(features_BTHWC: Tensor, radius: int) -> Tensor:
         )
     if radius < 1:
         raise ValueError(f"radius must be >= 1, got {radius}; 3 gives the paper's 7x7 window")
+    similarities: Tensor
+    if (
+        kernel == "triton"
+        and features_BTHWC.is_cuda
+        and features_BTHWC.dtype in (torch.bfloat16, torch.float32)
+    ):
+        from stages.local_gram_flow.triton_cosines import TritonWindowCosines
+
+        similarities = TritonWindowCosines.apply(features_BTHWC, radius, _SMALLEST_NORM)
+        return similarities
     if features_BTHWC.dtype != torch.float64:
         features_BTHWC = features_BTHWC.float()
-    similarities: Tensor = _WindowCosines.apply(features_BTHWC, radius)
+    similarities = _WindowCosines.apply(features_BTHWC, radius)
     return similarities
 
 
@@ -84,8 +100,9 @@ class _WindowCosines(torch.autograd.Function):
     A row of tokens times the row of keys below or above it, padded at both ends, gives every pair
     of the two rows, of which the window is a band: W + 2r products per token instead of a
     (2r+1)-fold copy of the features. The backward pass writes the gradient into the same band and
-    multiplies again. Pair by pair, every operand is a view, and what is kept in between is the unit
-    tokens and their norms.
+    multiplies again. Every operand is a view, and what is kept in between is the unit tokens and
+    their norms. On a CPU pairs of frames go one by one, which stays in its caches; on a GPU those
+    of a clip go together, which fills it.
     """
 
     @staticmethod
@@ -99,11 +116,11 @@ class _WindowCosines(torch.autograd.Function):
         side = 2 * radius + 1
         out = unit_BTHWC.new_zeros(B, T - 1, H, W, side, side)
         with torch.autocast(features_BTHWC.device.type, enabled=False):
-            for b, t in product(range(B), range(T - 1)):
-                keys_HVC = _pad_sides(unit_BTHWC[b, t + 1], radius)  # V = W + 2r
+            for b, now, after in _groups(unit_BTHWC):
+                keys_PHVC = _pad_sides(unit_BTHWC[b, after], radius)  # V = W + 2r
                 for row, here, there in _rows(H, radius):
-                    pairs = torch.matmul(unit_BTHWC[b, t, here], keys_HVC[there].mT)
-                    out[b, t, here, :, row] = _band(pairs, side)
+                    pairs = torch.matmul(unit_BTHWC[b, now, here], keys_PHVC[:, there].mT)
+                    out[b, now, here, :, row] = _band(pairs, side)
         return out.flatten(-2)
 
     @staticmethod
@@ -111,32 +128,40 @@ class _WindowCosines(torch.autograd.Function):
     def backward(ctx: Any, gradient_BPHWK: Tensor) -> tuple[Tensor, None]:
         unit_BTHWC, norm_BTHW1 = ctx.saved_tensors
         radius = ctx.radius
-        B, T, H, W, _ = unit_BTHWC.shape
+        B, _, H, W, _ = unit_BTHWC.shape
         side = 2 * radius + 1
         gradient = gradient_BPHWK.unflatten(-1, (side, side))
         of_unit_BTHWC = torch.zeros_like(unit_BTHWC)
         with torch.autocast(unit_BTHWC.device.type, enabled=False):
-            for b, t in product(range(B), range(T - 1)):
-                keys_HVC = _pad_sides(unit_BTHWC[b, t + 1], radius)
-                of_keys_HVC = torch.zeros_like(keys_HVC)
+            for b, now, after in _groups(unit_BTHWC):
+                keys_PHVC = _pad_sides(unit_BTHWC[b, after], radius)
+                of_keys_PHVC = torch.zeros_like(keys_PHVC)
                 for row, here, there in _rows(H, radius):
-                    tokens = unit_BTHWC[b, t, here]
-                    pairs = tokens.new_zeros(len(tokens), W, W + 2 * radius)
-                    _band(pairs, side).copy_(gradient[b, t, here, :, row])
-                    of_unit_BTHWC[b, t, here] += torch.matmul(pairs, keys_HVC[there])
-                    of_keys_HVC[there] += torch.matmul(pairs.mT, tokens)
-                of_unit_BTHWC[b, t + 1] += of_keys_HVC[:, radius:-radius]
-                # Token t has its whole gradient now; through the norm: (g - u <u, g>) / norm.
-                _through_norm(of_unit_BTHWC[b, t], unit_BTHWC[b, t], norm_BTHW1[b, t])
+                    tokens = unit_BTHWC[b, now, here]
+                    pairs = tokens.new_zeros(*tokens.shape[:3], W + 2 * radius)
+                    _band(pairs, side).copy_(gradient[b, now, here, :, row])
+                    of_unit_BTHWC[b, now, here] += torch.matmul(pairs, keys_PHVC[:, there])
+                    of_keys_PHVC[:, there] += torch.matmul(pairs.mT, tokens)
+                of_unit_BTHWC[b, after] += of_keys_PHVC[:, :, radius:-radius]
+                # The first frames have their whole gradient now: no later group holds them as keys.
+                _through_norm(of_unit_BTHWC[b, now], unit_BTHWC[b, now], norm_BTHW1[b, now])
             for b in range(B):
                 _through_norm(of_unit_BTHWC[b, -1], unit_BTHWC[b, -1], norm_BTHW1[b, -1])
         return of_unit_BTHWC, None
 
 
-def _through_norm(gradient_HWC: Tensor, unit_HWC: Tensor, norm_HW1: Tensor) -> None:
-    """Turn the gradient of unit tokens into that of the tokens, in place."""
-    along_HW1 = torch.linalg.vecdot(gradient_HWC, unit_HWC)[..., None]
-    gradient_HWC.addcmul_(unit_HWC, along_HW1, value=-1).div_(norm_HW1)
+def _groups(unit_BTHWC: Tensor) -> Iterator[tuple[int, slice, slice]]:
+    """Pairs of frames that are computed together: the clip, their first frames, their second."""
+    B, T = unit_BTHWC.shape[:2]
+    together = T - 1 if unit_BTHWC.is_cuda else 1
+    for b, t in product(range(B), range(0, T - 1, together)):
+        yield b, slice(t, t + together), slice(t + 1, t + together + 1)
+
+
+def _through_norm(gradient: Tensor, unit: Tensor, norm: Tensor) -> None:
+    """Turn the gradient of unit tokens [..., C] into that of the tokens, in place."""
+    along = torch.linalg.vecdot(gradient, unit)[..., None]
+    gradient.addcmul_(unit, along, value=-1).div_(norm)
 
 
 def _rows(height: int, radius: int) -> Iterator[tuple[int, slice, slice]]:
@@ -148,11 +173,11 @@ def _rows(height: int, radius: int) -> Iterator[tuple[int, slice, slice]]:
             yield row, slice(first, last), slice(first + dy, last + dy)
 
 
-def _pad_sides(keys_HWC: Tensor, radius: int) -> Tensor:
-    return F.pad(keys_HWC, (0, 0, radius, radius))
+def _pad_sides(keys_PHWC: Tensor, radius: int) -> Tensor:
+    return F.pad(keys_PHWC, (0, 0, radius, radius))
 
 
 def _band(pairs: Tensor, side: int) -> Tensor:
-    """View of columns w .. w + side - 1 of each row w: [H, W, side] of [H, W, W + 2r]."""
-    H, W, padded = pairs.shape
-    return pairs.as_strided((H, W, side), (W * padded, padded + 1, 1))
+    """View of columns w .. w + side - 1 of each row w: [P, H, W, side] of [P, H, W, W + 2r]."""
+    P, H, W, padded = pairs.shape
+    return pairs.as_strided((P, H, W, side), (H * W * padded, W * padded, padded + 1, 1))

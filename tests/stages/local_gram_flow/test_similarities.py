@@ -1,9 +1,12 @@
+from collections.abc import Iterator
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.local_gram_flow import local_gram_flow, neighbour_mask
+from stages.local_gram_flow import local_gram_flow, neighbour_mask, similarities
 from tests.stages.local_gram_flow.reference import similarities_by_loop
 
 shapes = st.tuples(
@@ -63,3 +66,29 @@ def test_too_few_frames_or_axes_are_refused(shape: tuple[int, ...]) -> None:
 def test_a_radius_under_one_is_refused() -> None:
     with pytest.raises(ValueError, match="radius must be >= 1"):
         local_gram_flow(torch.zeros(1, 2, 3, 3, 4), 0)
+
+
+@pytest.mark.parametrize("together", [2, 4])
+def test_pairs_taken_together_give_what_they_give_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    """As a GPU takes them; five pairs, so that a group of two or four is followed by a smaller."""
+
+    def groups(unit_BTHWC: torch.Tensor) -> Iterator[tuple[int, slice, slice]]:
+        clips, frames = unit_BTHWC.shape[:2]
+        for clip, first in product(range(clips), range(0, frames - 1, together)):
+            last = min(first + together, frames - 1)
+            yield clip, slice(first, last), slice(first + 1, last + 1)
+
+    features = torch.randn(2, 6, 4, 5, 3, generator=torch.Generator().manual_seed(0)).double()
+    upstream = torch.randn(2, 5, 4, 5, 25, generator=torch.Generator().manual_seed(1)).double()
+    found = []
+    for change in (False, True):
+        if change:
+            monkeypatch.setattr(similarities, "_groups", groups)
+        leaf = features.clone().requires_grad_()
+        flow = local_gram_flow(leaf, 2)
+        flow.backward(upstream)
+        found.append((flow.detach(), leaf.grad))
+    for one_by_one, grouped in zip(*found, strict=True):
+        torch.testing.assert_close(grouped, one_by_one)
