@@ -6,6 +6,10 @@ Unfold copies each map once for every neighbour and multiplies; here one matrix 
 the window does it. Times are of both sides in turn, in one process. Memory is what each side adds,
 at most, to inputs that are there already, in a process of its own: on a GPU memory allocated on it,
 otherwise resident memory. Values and gradients are compared with the unfold form in float64.
+
+On a GPU (`--dtype bfloat16` too) two more sides run: the Triton kernel, and what torch.compile
+makes of the matrix products; each side's share of the memory's rate is the bytes of inputs and
+outputs, moved once, over what the side took, as a share of the rate of a copy.
 """
 
 import argparse
@@ -13,7 +17,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -27,11 +33,14 @@ from stages.local_gram_flow import local_gram_flow
 TARGETS = {"time": 20.0, "memory": 10.0}
 TARGET_ERROR = 1e-6
 OURS, UNFOLD = "ours", "unfold"
+SIDES_OF = {"cpu": (OURS, UNFOLD), "cuda": (OURS, "triton", "compiled", UNFOLD)}
+_COPIED_BYTES = 2**28
 
 
 def by_unfold(features_BTHWC: Tensor, radius: int) -> Tensor:
     """The same similarities from a copy of the features per neighbour."""
-    unit_BTHWC = F.normalize(features_BTHWC, dim=-1)
+    dtype = torch.promote_types(features_BTHWC.dtype, torch.float32)
+    unit_BTHWC = F.normalize(features_BTHWC.to(dtype), dim=-1)
     current_NHWC, next_NHWC = (x.flatten(0, 1) for x in (unit_BTHWC[:, :-1], unit_BTHWC[:, 1:]))
     N, H, W, C = current_NHWC.shape
     K = (2 * radius + 1) ** 2
@@ -41,7 +50,12 @@ def by_unfold(features_BTHWC: Tensor, radius: int) -> Tensor:
     return flow_NHWK.unflatten(0, features_BTHWC[:, 1:].shape[:2])
 
 
-SIDES: dict[str, Callable[[Tensor, int], Tensor]] = {OURS: local_gram_flow, UNFOLD: by_unfold}
+SIDES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    OURS: local_gram_flow,
+    "triton": partial(local_gram_flow, kernel="triton"),
+    "compiled": torch.compile(local_gram_flow),
+    UNFOLD: by_unfold,
+}
 
 
 def inputs(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
@@ -49,7 +63,7 @@ def inputs(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     shape = (1, options.frames, options.height, options.width, options.channels)
     neighbours = (2 * options.radius + 1) ** 2
-    features = torch.randn(shape, generator=generator)
+    features = torch.randn(shape, generator=generator).to(getattr(torch, options.dtype))
     upstream = torch.randn(1, shape[1] - 1, *shape[2:4], neighbours, generator=generator)
     return features.to(options.device), upstream.to(options.device)
 
@@ -65,12 +79,12 @@ def both_ways(
     return flow.detach(), leaf.grad
 
 
-def largest_error(features: Tensor, upstream: Tensor, radius: int) -> float:
+def largest_error(side: str, features: Tensor, upstream: Tensor, radius: int) -> float:
     """Of values, and of the gradient as a share of its largest, frame pair by frame pair."""
     worst = 0.0
     for first in range(features.shape[1] - 1):
         pair, back = features[:, first : first + 2], upstream[:, first : first + 1]
-        found = both_ways(local_gram_flow, pair, back, radius)
+        found = both_ways(SIDES[side], pair, back, radius)
         exact = both_ways(by_unfold, pair.double(), back.double(), radius)
         for ours, truth in zip(found, exact, strict=True):
             scale = max(1.0, float(truth.abs().max()))
@@ -93,9 +107,23 @@ def peak_bytes(side: str, options: argparse.Namespace) -> int:
     return _status("VmHWM") - before
 
 
+def share_of_copy(features: Tensor, upstream: Tensor, seconds: float) -> float:
+    """Inputs and outputs, moved once in `seconds`, against what a copy moves in that time."""
+    source = torch.empty(_COPIED_BYTES, dtype=torch.uint8, device=features.device)
+    target = torch.empty_like(source)
+    took = []
+    for _ in range(5):
+        started = now(features.device)
+        target.copy_(source)
+        took.append(now(features.device) - started)
+    moved = 2 * (features.nbytes + upstream.nbytes)
+    return moved / seconds / (2 * _COPIED_BYTES / min(took))
+
+
 def warm_up(side: str, options: argparse.Namespace) -> None:
     """Bring in libraries and thread pools."""
-    small = argparse.Namespace(**vars(options) | {"frames": 2, "height": 8, "width": 8})
+    smaller = {} if options.device.startswith("cuda") else {"frames": 2, "height": 8, "width": 8}
+    small = argparse.Namespace(**vars(options) | smaller)
     both_ways(SIDES[side], *inputs(small), options.radius)
 
 
@@ -114,6 +142,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=256)
     parser.add_argument("--radius", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--write", type=Path, help="add the report to this Markdown file")
     parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
@@ -123,14 +152,15 @@ def main() -> None:
         return
     device = torch.device(options.device)
     features, upstream = inputs(options)
-    for name in SIDES:
+    sides = SIDES_OF[device.type]
+    for name in sides:
         warm_up(name, options)
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    memory: dict[str, list[float]] = {side: [] for side in SIDES}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    memory: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(options.repeats):
-        for name, side in SIDES.items():
+        for name in sides:
             started = now(device)
-            both_ways(side, features, upstream, options.radius)
+            both_ways(SIDES[name], features, upstream, options.radius)
             seconds[name].append(now(device) - started)
             answer = subprocess.run(
                 [sys.executable, __file__, *sys.argv[1:], f"--side={name}"],
@@ -145,11 +175,22 @@ def main() -> None:
     }
     rows = [
         [name, *(f"{value:.3f} ({low:.3f} to {high:.3f})" for value, (low, high) in told)]
-        for name in SIDES
+        for name in sides
         for told in [[median_and_spread(seconds[name]), median_and_spread(memory[name])]]
     ]
     spreads = {name: median_and_spread(found) for name, found in ratios.items()}
-    error = largest_error(features, upstream, options.radius)
+    errors = {
+        side: largest_error(side, features, upstream, options.radius)
+        for side in sides
+        if side != UNFOLD
+    }
+    error = errors[OURS]
+    further: dict[str, Any] = {}
+    if device.type == "cuda":
+        further["errors"] = errors
+        further["share_of_copy"] = {
+            side: round(share_of_copy(features, upstream, min(seconds[side])), 3) for side in sides
+        }
     finish(
         "local_gram_flow",
         table(["side", "seconds", "added at most, MiB"], rows)
@@ -162,6 +203,7 @@ def main() -> None:
             "target_memory": TARGETS["memory"],
             "largest_error": error,
             "target_error": TARGET_ERROR,
+            **further,
             "machine": machine(device),
             "settings": {
                 name: str(value)
