@@ -79,7 +79,7 @@ def velocity(clean_BFCHW: Tensor, noise_BFCHW: Tensor, abar_B: Tensor) -> Tensor
 def diffusion_loss(
     predicted_BFCHW: Tensor, clean_BFCHW: Tensor, noise_BFCHW: Tensor, abar_B: Tensor
 ) -> Tensor:
-    """Mean squared error on v: a scalar, equal to 1 / (1 - abar) times the one on x0.
+    """Mean squared error on v of each clip: loss_B, 1 / (1 - abar) times the one on x0.
 
     Args:
         predicted_BFCHW: the model's velocity, any floating dtype.
@@ -88,7 +88,7 @@ def diffusion_loss(
         abar_B: abar at each clip's timestep, like x0.
     """
     target_BFCHW = velocity(clean_BFCHW, noise_BFCHW, abar_B)
-    return (predicted_BFCHW.to(target_BFCHW.dtype) - target_BFCHW).square().mean()
+    return (predicted_BFCHW.to(target_BFCHW.dtype) - target_BFCHW).square().flatten(1).mean(1)
 
 
 def _per_clip(abar_B: Tensor, like_BFCHW: Tensor) -> Tensor:

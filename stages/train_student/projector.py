@@ -1,58 +1,60 @@
-"""From the student's tokens to features whose Gram flow is compared with the teacher's.
+"""From the student's tokens to what an objective compares with the teacher.
 
-`Student` owns one; its weights are trained with the transformer and saved beside the run.
+`Student` owns one for each objective; they are trained with the transformer and saved beside the
+run.
 
-Legend: B clip, J token in time, T frame or map of the teacher, L latent frame, H W token grid,
-C channel.
+Legend: B clip, J token in time, T map of the objective, H W token grid, C channel.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 
 class Projector(nn.Module):
-    """A small MLP with a residual skip on every token, then the teacher's frame rate.
+    """A small MLP with a residual skip on every token, then the objective's maps in time.
 
-    Tokens are normalised, pass two hidden layers (each with norm and SiLU) and an output layer, and
-    a linear skip is added. Where the teacher has one map per frame, the result is interpolated to
-    frames and passes a depthwise convolution over time.
+    Tokens are normalised, pass the hidden layers (each with norm and SiLU) and an output layer, and
+    a linear skip is added. What is compared frame by frame is interpolated to frames and passes a
+    depthwise convolution over time.
     """
 
-    def __init__(
-        self, width: int, widths: tuple[int, int, int], time_weights_TJ: Tensor | None
-    ) -> None:
+    def __init__(self, width: int, widths: Sequence[int], *, smooth: bool) -> None:
         """Build the layers.
 
         Args:
             width: channels of the transformer's tokens.
-            widths: channels of the two hidden layers and of the output.
-            time_weights_TJ: `local_gram_flow.time_weights`: what each token in time gives to each
-                frame of the teacher; None where tokens and maps correspond one for one.
+            widths: channels of the hidden layers and of the output.
+            smooth: whether a convolution over time follows, as it should where tokens are
+                interpolated to frames.
         """
         super().__init__()
-        first, second, out = widths
+        *hidden, out = widths
         self.norm = nn.LayerNorm(width)
-        self.layers = nn.Sequential(
-            nn.Linear(width, first),
-            nn.LayerNorm(first),
-            nn.SiLU(),
-            nn.Linear(first, second),
-            nn.LayerNorm(second),
-            nn.SiLU(),
-            nn.Linear(second, out),
-        )
+        layers: list[nn.Module] = []
+        before = width
+        for after in hidden:
+            layers += [nn.Linear(before, after), nn.LayerNorm(after), nn.SiLU()]
+            before = after
+        self.layers = nn.Sequential(*layers, nn.Linear(before, out))
         self.skip = nn.Linear(width, out, bias=False)
-        self.register_buffer("time_weights_TJ", time_weights_TJ, persistent=False)
-        self.smooth = None if time_weights_TJ is None else TemporalConvolution(out)
+        self.smooth = TemporalConvolution(out) if smooth else None
 
-    def forward(self, tokens_BJHWC: Tensor) -> Tensor:
-        """Project tokens_BJHWC of the transformer's width: features_BTHWC of the last width."""
+    def forward(self, tokens_BJHWC: Tensor, time_weights_TJ: Tensor | None) -> Tensor:
+        """Project tokens_BJHWC of the transformer's width: features_BTHWC of the last width.
+
+        Args:
+            tokens_BJHWC: of the tapped block.
+            time_weights_TJ: `local_gram_flow.time_weights`: what each token in time gives to each
+                map; None where tokens and maps correspond one for one.
+        """
         normed_BJHWC = self.norm(tokens_BJHWC)
-        features_BJHWC = self.layers(normed_BJHWC) + self.skip(normed_BJHWC)
-        if self.smooth is None:
-            return features_BJHWC
-        features_BTHWC = torch.einsum("tj,bjhwc->bthwc", self.time_weights_TJ, features_BJHWC)
-        return self.smooth(features_BTHWC)
+        features_BTHWC = self.layers(normed_BJHWC) + self.skip(normed_BJHWC)
+        if time_weights_TJ is not None:
+            weights_TJ = time_weights_TJ.to(features_BTHWC.dtype)
+            features_BTHWC = torch.einsum("tj,bjhwc->bthwc", weights_TJ, features_BTHWC)
+        return features_BTHWC if self.smooth is None else self.smooth(features_BTHWC)
 
 
 class TemporalConvolution(nn.Module):

@@ -1,21 +1,20 @@
-"""The student: the CogVideoX transformer that is trained, its projector, and the tap between them.
+"""The student: the CogVideoX transformer that is trained, its heads, and the tap between them.
 
-Legend: B clip, F latent frame, C channel, H W latent or token grid, J token in time, T frame of the
-teacher, N token, L text token, D width.
+Legend: B clip, F latent frame, C channel, H W latent or token grid, J token in time, T map of an
+objective, N token, L text token, D width.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor, nn
 
-from stages.train_student.projector import Projector
-
 BlockOutput = tuple[Tensor, Tensor]
 
 
 class Student(nn.Module):
-    """Transformer and projector under one forward pass, as the engine wants them.
+    """Transformer and heads under one forward pass, as the engine wants them.
 
     A hook on the taught block takes its image tokens. It is armed once per forward pass, so the
     block's second run, which gradient checkpointing makes in the backward pass, is not captured.
@@ -24,16 +23,21 @@ class Student(nn.Module):
     def __init__(
         self,
         transformer: CogVideoXTransformer3DModel,
-        projector: Projector | None = None,
+        heads: nn.ModuleDict | None = None,
         block: int | None = None,
     ) -> None:
-        """Wrap `transformer`; with a `projector`, tap the block of that index."""
+        """Wrap `transformer`; with `heads`, tap the block of that index.
+
+        Args:
+            heads: a `Projector` for each objective, by its name.
+            block: whose image tokens they get.
+        """
         super().__init__()
         self.transformer = transformer
-        self.projector = projector
+        self.heads = nn.ModuleDict() if heads is None else heads
         self._armed = False
         self._tokens_BND: Tensor | None = None
-        if projector is not None:
+        if len(self.heads):
             if block is None or not 0 <= block < len(transformer.transformer_blocks):
                 raise ValueError(
                     f"train.block must be under {len(transformer.transformer_blocks)}, "
@@ -53,8 +57,9 @@ class Student(nn.Module):
         token_grid: tuple[int, int, int],
         rotary: tuple[Tensor, Tensor] | None = None,
         ofs: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Predict the velocity and, if there is a projector, the features to compare.
+        time_weights: Mapping[str, Tensor | None] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Predict the velocity and, for each head, the features to compare.
 
         Args:
             latents_BFCHW: noisy latents, with the first frame's on further channels if the model
@@ -64,11 +69,13 @@ class Student(nn.Module):
             token_grid: tokens in time, height and width.
             rotary: cosines and sines of the positions.
             ofs: offset of CogVideoX 1.5 image-to-video.
+            time_weights: for each head, what each token in time gives to each of its maps
+                (`time_weights_TJ`); None or no entry where they correspond one for one.
 
         Returns:
-            velocity_BFCHW, and features_BTHWC or None.
+            velocity_BFCHW, and features_BTHWC by objective.
         """
-        self._armed = self.projector is not None
+        self._armed = len(self.heads) > 0
         velocity_BFCHW = self.transformer(
             hidden_states=latents_BFCHW,
             encoder_hidden_states=text_BLD,
@@ -77,8 +84,13 @@ class Student(nn.Module):
             image_rotary_emb=rotary,
             return_dict=False,
         )[0]
-        if self.projector is None:
-            return velocity_BFCHW, None
+        if not len(self.heads):
+            return velocity_BFCHW, {}
         tokens_BND, self._tokens_BND = self._tokens_BND, None
         assert tokens_BND is not None, "the tapped block did not run"
-        return velocity_BFCHW, self.projector(tokens_BND.unflatten(1, token_grid))
+        tokens_BJHWC = tokens_BND.unflatten(1, token_grid)
+        weights = time_weights or {}
+        features = {
+            name: head(tokens_BJHWC, weights.get(name)) for name, head in self.heads.items()
+        }
+        return velocity_BFCHW, features

@@ -1,0 +1,100 @@
+"""From the settings to the auxiliary losses and their heads: the only place that knows their names.
+
+`train` calls both before the engine is made.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from stages.train_student.config import TrainConfig
+from stages.train_student.objective_config import AuxiliaryConfig, ObjectiveName
+from stages.train_student.objectives.lgf import LocalGramFlow
+from stages.train_student.objectives.mask import MaskSupervision
+from stages.train_student.objectives.objective import Objective
+from stages.train_student.objectives.repa import Repa
+from stages.train_student.objectives.token_relation import TokenRelation
+from stages.train_student.objectives.weighting import WeightedObjective
+from stages.train_student.projector import Projector
+
+
+def build_objectives(config: TrainConfig) -> tuple[WeightedObjective, ...]:
+    """The objectives that `config` names, in its order; none for plain fine-tuning."""
+    return tuple(
+        WeightedObjective(
+            name=name,
+            objective=_MAKERS[name](config),
+            settings=_settings(config, name),
+            steps=config.steps,
+        )
+        for name in config.objectives
+    )
+
+
+def build_heads(
+    config: TrainConfig, width: int, teacher_channels: int | None, *, frame_rate: bool = True
+) -> nn.ModuleDict:
+    """A projector for each chosen objective, by its name.
+
+    Args:
+        config: which objectives, and the widths of their layers.
+        width: channels of the transformer's tokens.
+        teacher_channels: of the stored features; None where none are read.
+        frame_rate: whether the teacher has one map for each frame, to which tokens are interpolated
+            and smoothed.
+    """
+    return nn.ModuleDict(
+        {
+            name: Projector(width, head.widths, smooth=head.smooth)
+            for name in config.objectives
+            for head in (_head(config, name, teacher_channels, frame_rate),)
+        }
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    widths: Sequence[int]
+    smooth: bool
+
+
+def _head(
+    config: TrainConfig, name: ObjectiveName, teacher_channels: int | None, frame_rate: bool
+) -> _Head:
+    if name == "lgf":
+        return _Head(config.lgf.projector_widths, frame_rate)
+    if name == "repa":
+        assert teacher_channels is not None, "repa reads features"
+        return _Head((*config.repa.projector_widths, teacher_channels), frame_rate)
+    if name == "token-relation":
+        return _Head(config.token_relation.projector_widths, False)
+    return _Head((*config.mask.projector_widths, 1), True)
+
+
+def _lgf(config: TrainConfig) -> Objective:
+    lgf = config.lgf
+    return LocalGramFlow(
+        radius=lgf.radius,
+        temperature=lgf.temperature,
+        divergence=lgf.divergence,
+        directions=lgf.directions,
+        foreground_weight=lgf.foreground_weight,
+    )
+
+
+def _token_relation(config: TrainConfig) -> Objective:
+    return TokenRelation(margin=config.token_relation.margin, pool=config.token_relation.pool)
+
+
+_MAKERS: dict[ObjectiveName, Callable[[TrainConfig], Objective]] = {
+    "lgf": _lgf,
+    "repa": lambda config: Repa(),
+    "token-relation": _token_relation,
+    "mask": lambda config: MaskSupervision(),
+}
+
+
+def _settings(config: TrainConfig, name: ObjectiveName) -> AuxiliaryConfig:
+    settings: AuxiliaryConfig = getattr(config, name.replace("-", "_"))
+    return settings

@@ -1,0 +1,49 @@
+"""REPA: each projected token points where the teacher's features do.
+
+Legend: B clip, T map of the teacher, H W token grid, G fused channel.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from stages.train_student.objectives.objective import mean_over_valid, only_valid
+from stages.train_student.teacher import Teacher
+
+
+def cosine_loss(student_BTHWG: Tensor, teacher_BTHWG: Tensor, valid_BT: Tensor) -> Tensor:
+    """1 - cosine of each token to the teacher's, mean over the tokens of valid maps: loss_B.
+
+    Args:
+        student_BTHWG: any floating dtype, with gradient.
+        teacher_BTHWG: of the same shape; no gradient flows to it.
+        valid_BT: bool, the maps that count.
+
+    Raises:
+        ValueError: shapes differ.
+
+    Source: REPA, arXiv 2410.06940.
+    """
+    if student_BTHWG.shape != teacher_BTHWG.shape:
+        raise ValueError(
+            "student and teacher features must have one shape [clip, map, height, width, channel], "
+            f"got {tuple(student_BTHWG.shape)} and {tuple(teacher_BTHWG.shape)}"
+        )
+    dtype = torch.promote_types(student_BTHWG.dtype, torch.float32)
+    student = F.normalize(only_valid(student_BTHWG, valid_BT).to(dtype), dim=-1)
+    teacher = F.normalize(only_valid(teacher_BTHWG.detach(), valid_BT).to(dtype), dim=-1)
+    return mean_over_valid(1.0 - torch.linalg.vecdot(student, teacher), valid_BT)
+
+
+class Repa:
+    """`cosine_loss` to the teacher's fused features."""
+
+    def num_maps(self, teacher_maps: int | None, num_frames: int) -> int:
+        """As many as the teacher has."""
+        assert teacher_maps is not None, "repa reads a teacher"
+        return teacher_maps
+
+    def __call__(self, student_BTHWC: Tensor, teacher: Teacher) -> Tensor:
+        """loss_B."""
+        assert teacher.valid_BT is not None, "a teacher says which maps are valid"
+        return cosine_loss(student_BTHWC, teacher.features_BTHWG, teacher.valid_BT)

@@ -1,0 +1,96 @@
+"""Token-relation distillation: how alike every two tokens of a clip are, in and across frames.
+
+Legend: B clip, L latent frame, T map of the teacher, H W token grid, C channel, N pooled token of
+a map.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from stages.local_gram_flow import latent_frame_of_frame
+from stages.train_student.objectives.objective import only_valid
+from stages.train_student.teacher import Teacher
+
+
+def token_relation_loss(
+    student_BLHWC: Tensor, teacher_BLHWC: Tensor, valid_BL: Tensor, *, margin: float, pool: int
+) -> Tensor:
+    """Mean of max(0, |S_student - S_teacher| - margin) over all pairs of valid maps' tokens.
+
+    S are cosines of tokens that were averaged over squares first. Of the whole matrix, tokens of
+    the clip times tokens of the clip, one map's rows exist at a time: they are made again in the
+    backward pass.
+
+    Args:
+        student_BLHWC: any floating dtype, with gradient.
+        teacher_BLHWC: the same maps and tokens, of any width; no gradient flows to it.
+        valid_BL: bool, the maps that count: a pair counts where both its maps do.
+        margin: differences up to this are no loss.
+        pool: side of the squares; those at the lower and right edge may be partial.
+
+    Returns:
+        loss_B, 0 for a clip without a valid map.
+
+    Raises:
+        ValueError: the maps or tokens of the two differ.
+
+    Source: VideoREPA, arXiv 2505.23656.
+    """
+    if student_BLHWC.shape[:-1] != teacher_BLHWC.shape[:-1]:
+        raise ValueError(
+            "student and teacher must have the same tokens [clip, map, height, width], got "
+            f"{tuple(student_BLHWC.shape[:-1])} and {tuple(teacher_BLHWC.shape[:-1])}"
+        )
+    student_BLNC = _pooled(only_valid(student_BLHWC, valid_BL), pool)
+    with torch.no_grad():
+        teacher_BLNC = _pooled(only_valid(teacher_BLHWC, valid_BL), pool)
+    total_B = student_BLNC.new_zeros(len(student_BLNC))
+    for place in range(student_BLNC.shape[1]):
+        sums_BL = checkpoint(
+            _excess_of_map, place, student_BLNC, teacher_BLNC, margin, use_reentrant=False
+        )
+        counts_BL = valid_BL & valid_BL[:, place : place + 1]
+        total_B = total_B + (sums_BL * counts_BL).sum(1)
+    tokens_B = valid_BL.sum(1) * student_BLNC.shape[2]
+    return total_B / tokens_B.clamp(min=1).to(total_B).square()
+
+
+def _excess_of_map(place: int, student_BLNC: Tensor, teacher_BLNC: Tensor, margin: float) -> Tensor:
+    """Of one map's tokens to those of every map, summed: sums_BL."""
+    relations = [
+        torch.einsum("bnc,blmc->blnm", tokens_BLNC[:, place], tokens_BLNC)
+        for tokens_BLNC in (student_BLNC, teacher_BLNC)
+    ]
+    return F.relu((relations[0] - relations[1]).abs() - margin).sum((2, 3))
+
+
+def _pooled(tokens_BLHWC: Tensor, pool: int) -> Tensor:
+    """Unit tokens, each the mean over a square: tokens_BLNC, in float32 or more."""
+    dtype = torch.promote_types(tokens_BLHWC.dtype, torch.float32)
+    maps_NCHW = tokens_BLHWC.to(dtype).flatten(0, 1).permute(0, 3, 1, 2)
+    pooled_NCHW = F.avg_pool2d(maps_NCHW, pool, ceil_mode=True, count_include_pad=False)
+    pooled_NMC = pooled_NCHW.flatten(2).transpose(1, 2)
+    return F.normalize(pooled_NMC, dim=-1).unflatten(0, tokens_BLHWC.shape[:2])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenRelation:
+    """`token_relation_loss` to the teacher's fused features, one map for each latent frame."""
+
+    margin: float
+    pool: int
+
+    def num_maps(self, teacher_maps: int | None, num_frames: int) -> int:
+        """One for each latent frame: relations are quadratic in the maps."""
+        return int(latent_frame_of_frame(num_frames)[-1]) + 1
+
+    def __call__(self, student_BTHWC: Tensor, teacher: Teacher) -> Tensor:
+        """loss_B; a teacher with a map for each frame is averaged over each latent's."""
+        teacher_BLHWC, valid_BL = teacher.features_at_latent_rate()
+        return token_relation_loss(
+            student_BTHWC, teacher_BLHWC, valid_BL, margin=self.margin, pool=self.pool
+        )
