@@ -1,88 +1,269 @@
-"""Trained weights in the formats that diffusers loads; the training loop writes them at the end.
+"""Trained weights in the formats that diffusers loads: at the end of a run, or of any checkpoint.
 
-export/pytorch_lora_weights.safetensors   LoRA with its alpha: pipe.load_lora_weights(folder)
-export/transformer/                       full tuning: from_pretrained(folder / "transformer")
+    export/pytorch_lora_weights.safetensors   LoRA with its alpha: pipe.load_lora_weights(folder)
+    export/transformer/                       full tuning: from_pretrained(folder / "transformer")
+    export/export.json                        which step, and whether the average or the last
+
+`train` calls `export_weights`, the `export` command `export_checkpoint`. Where the run keeps an
+average of its weights, that is what is exported, unless the last weights are asked for.
 """
 
+import json
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
-from peft import get_peft_model_state_dict
+from peft import LoraConfig
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from stages.train_student.checkpoint_weights import CheckpointWeights
+from stages.train_student.checkpoints.records import Checkpoint, complete_checkpoints, sync_tree
+from stages.train_student.config import LoraSettings
 from stages.train_student.distributed import World, barrier, on_first_rank
+from stages.train_student.ema import SavedAverage, WeightAverage
 from stages.train_student.engine import gathered
+from stages.train_student.lora import ADAPTER, lora_config
 from stages.train_student.student import Student
+from stages.train_student.weight_files import (
+    HEADS,
+    TRANSFORMER,
+    Weights,
+    write_lora,
+    write_transformer,
+)
 
 EXPORT_FOLDER = "export"
+ABOUT = "export.json"
+Which = Literal["average", "last"]
+"""The running average of the weights, or the weights after the last step."""
+
+_ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
 
-def export_weights(student: Student, run_dir: Path, world: World) -> Path:
-    """Write the export and the projector; every rank must call this, rank 0 writes.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportSummary:
+    """What was exported, and where to."""
 
-    The folder is replaced by one rename. With ZeRO 3 one parameter at a time is made whole.
+    folder: Path
+    method: Literal["lora", "full"]
+    step: int
+    weights: Which
+    parameters: int
+
+
+def export_weights(
+    student: Student, run_dir: Path, world: World, *, step: int, average: WeightAverage | None
+) -> Path:
+    """Write the export and the heads of a run; every rank must call this, rank 0 writes.
+
+    The folder is replaced by one rename. One weight at a time is made whole, and rank 0 holds those
+    of one file.
+
+    Args:
+        student: as it is trained.
+        run_dir: folder of the run; its `heads.safetensors` gets what was trained beside.
+        world: this process among all.
+        step: how many steps were made.
+        average: what is exported in place of the last weights.
 
     Returns:
         The export's folder.
     """
     folder = run_dir / EXPORT_FOLDER
-    trained = _whole_state(student.transformer, world)
-    projector = None if student.projector is None else _whole_state(student.projector, world)
-
-    def write() -> None:
-        partial = run_dir / f".{EXPORT_FOLDER}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        if hasattr(student.transformer, "peft_config"):
-            _write_lora(student.transformer, trained, partial)
-        else:
-            _write_transformer(student.transformer, trained, partial / "transformer")
-        if projector is not None:
-            save_file(projector, run_dir / "projector.safetensors")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-
-    on_first_rank(world, write)
-    barrier(world)
+    which: Which = "last" if average is None else "average"
+    configs: Mapping[str, LoraConfig] = getattr(student.transformer, "peft_config", {})
+    with _live(student, average, run_dir, world) as weights:
+        settings = dict(student.transformer.config)
+        _write(weights, configs.get(ADAPTER), settings, folder, world, step=step, which=which)
+        heads = weights.read_all(HEADS, world)
+        if weights.within(HEADS):
+            on_first_rank(world, lambda: save_file(heads, run_dir / "heads.safetensors"))
     return folder
 
 
-def _whole_state(module: nn.Module, world: World) -> dict[str, Tensor]:
-    """The module's saved state on the CPU of rank 0; of adapters alone, where there are some."""
-    adapters_only = hasattr(module, "peft_config")
-    state: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
-        if adapters_only and not parameter.requires_grad:
-            continue
-        with gathered([parameter]):
-            if world.is_first:
-                state[name] = parameter.detach().cpu().clone()
-    if world.is_first and not adapters_only:
-        parameters = dict(module.named_parameters())
-        for name, value in module.state_dict().items():
-            if name not in parameters:
-                state[name] = value.detach().cpu().clone()
-    return state
+def export_checkpoint(
+    run_dir: Path, step: int | None, out: Path | None, *, which: Which | None = None
+) -> ExportSummary:
+    """Write what `export_weights` would have written after another step; one process does it.
 
+    Args:
+        run_dir: folder of the run, finished or not.
+        step: of a complete checkpoint; None takes the newest.
+        out: folder to write; None takes the run's own export/ for the newest checkpoint, and
+            export-STEP/ for one that is named.
+        which: None takes the average where the run keeps one.
 
-def _write_lora(
-    transformer: CogVideoXTransformer3DModel, state: dict[str, Tensor], folder: Path
-) -> None:
-    CogVideoXPipeline.save_lora_weights(
-        str(folder),
-        transformer_lora_layers=get_peft_model_state_dict(transformer, state_dict=state),
-        # Without it a loader takes alpha = rank, and the adapters act with the wrong strength.
-        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+    Raises:
+        ValueError: there is no such run or complete checkpoint, no average, or `out` holds
+            something else than an export.
+    """
+    settings = _settings(run_dir)
+    checkpoint = _complete(run_dir, step)
+    out = out or run_dir / (EXPORT_FOLDER if step is None else f"{EXPORT_FOLDER}-{step}")
+    which = which or ("last" if settings.get("train.ema.decay") is None else "average")
+    lora = None
+    if settings["train.method"] == "lora":
+        lora = lora_config(LoraSettings(**_section(settings, "train.lora.")))
+    with _stored(checkpoint, settings, which) as weights:
+        transformer = _section(settings, "transformer.")
+        _write(weights, lora, transformer, out, _ALONE, step=checkpoint.step, which=which)
+        parameters = _number_of(weights, lora is not None)
+    return ExportSummary(
+        folder=out,
+        method="full" if lora is None else "lora",
+        step=checkpoint.step,
+        weights=which,
+        parameters=parameters,
     )
 
 
-def _write_transformer(
-    transformer: CogVideoXTransformer3DModel, state: dict[str, Tensor], folder: Path
+def _write(
+    weights: Weights,
+    lora: LoraConfig | None,
+    transformer: Mapping[str, Any],
+    folder: Path,
+    world: World,
+    *,
+    step: int,
+    which: Which,
 ) -> None:
-    with torch.device("meta"):
-        empty = CogVideoXTransformer3DModel.from_config(transformer.config)
-    empty.load_state_dict(state, assign=True)
-    empty.save_pretrained(str(folder))
+    """Replace `folder` by an export of `weights`; it is whole or not there."""
+    partial = folder.with_name(f".{folder.name}.partial")
+
+    def begin() -> None:
+        _refuse_what_is_no_export(folder)
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "transformer" if lora is None else partial).mkdir(parents=True)
+
+    def finish() -> None:
+        about = {"step": step, "weights": which}
+        (partial / ABOUT).write_text(json.dumps(about) + "\n", encoding="utf-8")
+        sync_tree(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+    on_first_rank(world, begin)
+    if lora is None:
+        write_transformer(weights, transformer, partial / "transformer", world)
+    else:
+        write_lora(weights, lora, partial, world)
+    on_first_rank(world, finish)
+    barrier(world)
+
+
+@contextmanager
+def _live(
+    student: Student, average: WeightAverage | None, run_dir: Path, world: World
+) -> Iterator[Weights]:
+    """The trained weights of a student in memory, or their average."""
+    parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    buffers = {}
+    if not hasattr(student.transformer, "peft_config"):
+        trained = dict(student.transformer.named_parameters())
+        state = student.transformer.state_dict()
+        buffers = {TRANSFORMER + name: v for name, v in state.items() if name not in trained}
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
+    shapes |= {name: tuple(value.shape) for name, value in buffers.items()}
+    dtype = next(iter(parameters.values())).dtype
+
+    def read(name: str) -> Tensor | None:
+        if name in buffers:
+            return buffers[name].cpu().clone()
+        parameter = parameters[name]
+        with gathered([parameter]):
+            return parameter.detach().cpu().clone() if world.is_first else None
+
+    weights = Weights(shapes=shapes, dtype=dtype, read=read)
+    if average is None:
+        yield weights
+        return
+    shares = run_dir / ".average.partial"
+    on_first_rank(world, lambda: _make_empty(shares))
+    average.save(shares)
+    barrier(world)
+    try:
+        if world.is_first:
+            with SavedAverage(shares, world.size) as saved:
+                yield _averaged(weights, saved)
+        else:
+            # No other rank is needed to read the average: only what is not in it is walked through.
+            yield Weights(shapes=shapes, dtype=dtype, read=lambda name: None)
+    finally:
+        if world.is_first:
+            shutil.rmtree(shares, ignore_errors=True)
+
+
+@contextmanager
+def _stored(checkpoint: Checkpoint, settings: Mapping[str, Any], which: Which) -> Iterator[Weights]:
+    """The trained weights of a checkpoint, or their average."""
+    bf16 = settings["train.deepspeed.precision"] == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    stored = CheckpointWeights(checkpoint, dtype, weights_needed=which == "last")
+    shapes = {name: stored.shape(name) for name in stored.names}
+    weights = Weights(shapes=shapes, dtype=dtype, read=stored.read)
+    if which == "last":
+        yield weights
+        return
+    with SavedAverage(checkpoint.folder, checkpoint.world_size) as saved:
+        yield _averaged(weights, saved)
+
+
+def _averaged(weights: Weights, saved: SavedAverage) -> Weights:
+    """The average where there is one; buffers, which are not trained, as they are."""
+
+    def read(name: str) -> Tensor | None:
+        if name not in saved:
+            return weights.read(name)
+        shape = weights.shapes[name]
+        return saved.read(name, 0, torch.Size(shape).numel()).view(shape).to(weights.dtype)
+
+    return Weights(shapes=weights.shapes, dtype=weights.dtype, read=read)
+
+
+def _settings(run_dir: Path) -> dict[str, Any]:
+    file = run_dir / "run.json"
+    if not file.is_file():
+        raise ValueError(f"there is no run at {run_dir}; name the folder of one with --run")
+    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["settings"]
+    return settings
+
+
+def _number_of(weights: Weights, adapters_only: bool) -> int:
+    names = weights.within(TRANSFORMER)
+    chosen = [name for name in names if not adapters_only or ".lora_" in name]
+    return sum(torch.Size(weights.shapes[name]).numel() for name in chosen)
+
+
+def _section(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)}
+
+
+def _complete(run_dir: Path, step: int | None) -> Checkpoint:
+    """The checkpoint of a step, or the newest; one that was not written to the end is none."""
+    complete = complete_checkpoints(run_dir / "checkpoints")
+    if not complete:
+        raise ValueError(
+            f"{run_dir} has no complete checkpoint; let the run reach one (train.checkpoint_every)"
+        )
+    for checkpoint in complete:
+        if step in (None, checkpoint.step):
+            return checkpoint
+    steps = ", ".join(str(checkpoint.step) for checkpoint in complete)
+    raise ValueError(
+        f"{run_dir} has no complete checkpoint of step {step}; complete are those of {steps}"
+    )
+
+
+def _refuse_what_is_no_export(folder: Path) -> None:
+    if folder.exists() and not (folder / ABOUT).is_file():
+        raise ValueError(f"{folder} is there already and is no export; name another folder")
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)

@@ -80,7 +80,7 @@ def _refuse_wrong_targets(settings: LoraSettings, transformer: nn.Module) -> Non
         if not fitting:
             raise ValueError(
                 f"train.lora.target_modules: the transformer has no module {target!r}"
-                f"{_did_you_mean(target, modules)}; to_q, to_k, to_v, to_out.0 are usual"
+                f"{_did_you_mean(target, modules)} to_q, to_k, to_v, to_out.0 are usual"
             )
         other = next((name for name in fitting if not isinstance(modules[name], nn.Linear)), None)
         if other is not None:
@@ -96,9 +96,9 @@ def _did_you_mean(target: str, modules: Mapping[str, nn.Module]) -> str:
     for name, module in modules.items():
         if isinstance(module, nn.Linear):
             parts = name.split(".")
-            endings |= {".".join(parts[start:]) for start in range(len(parts))}
+            endings |= {".".join(parts[i:]) for i, part in enumerate(parts) if not part.isdigit()}
     near = difflib.get_close_matches(target, sorted(endings), n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"; did you mean {' or '.join(near)}?" if near else ";"
 
 
 @contextmanager
