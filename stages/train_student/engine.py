@@ -1,15 +1,8 @@
-"""The DeepSpeed engine around the student: its configuration, optimiser and learning rate.
+"""The DeepSpeed engine around the student: what it can do, its configuration, its life.
 
-The only file that imports DeepSpeed, and only when an engine is made: the import takes seconds.
+`train.py` asks it before anything is loaded, then trains through it.
 """
 
-import collections
-import contextlib
-import logging
-import math
-import os
-import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,9 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.train_student.config import DeepSpeedConfig, OptimizerConfig, TrainConfig
+from stages.train_student.config import DeepSpeedConfig, TrainConfig
 from stages.train_student.data.order import accumulation_steps
+from stages.train_student.deepspeed_library import (
+    import_deepspeed,
+    join_group,
+    leave_group,
+    local_rank_in_environment,
+    quiet,
+    why_no_nvme,
+)
 from stages.train_student.distributed import World
+from stages.train_student.optimizers import (
+    build_optimizer,
+    check_optimizer,
+    learning_rate_factor,
+)
 from stages.train_student.student import Student
 
 
@@ -30,6 +36,7 @@ def check_engine_settings(config: TrainConfig, world_size: int) -> None:
         ValueError: naming the fields and what would do.
     """
     accumulation_steps(config.batch_size, config.micro_batch_size, world_size)
+    check_optimizer(config.optimizer)
     deepspeed = config.deepspeed
     if deepspeed.zero_stage == 0 and deepspeed.precision == "bf16":
         raise ValueError(
@@ -40,6 +47,53 @@ def check_engine_settings(config: TrainConfig, world_size: int) -> None:
         raise ValueError(
             "train.deepspeed.offload_optimizer needs zero_stage 1 or more, got 0; 2 is usual"
         )
+    if deepspeed.zero_stage < 3 and deepspeed.offload_parameters != "none":
+        raise ValueError(
+            "train.deepspeed.offload_parameters needs zero_stage 3, which alone shards the "
+            f"weights, got {deepspeed.zero_stage}"
+        )
+    if "nvme" in (deepspeed.offload_optimizer, deepspeed.offload_parameters):
+        _check_nvme(config)
+
+
+def _check_nvme(config: TrainConfig) -> None:
+    deepspeed = config.deepspeed
+    if deepspeed.zero_stage < 3:
+        raise ValueError(
+            "train.deepspeed.offload_optimizer nvme needs zero_stage 3, since DeepSpeed keeps the "
+            f"states in host memory at the others, got {deepspeed.zero_stage}; set it to cpu"
+        )
+    if config.optimizer.name == "adamw8bit" and deepspeed.offload_optimizer == "nvme":
+        raise ValueError(
+            "train.optimizer.name adamw8bit cannot wait on a disk, whose files hold float32 "
+            "moments alone; set train.deepspeed.offload_optimizer to cpu, or the optimizer to adamw"
+        )
+    folder = deepspeed.nvme_path
+    if folder is None:
+        raise ValueError(
+            "train.deepspeed.nvme_path must name a folder on a fast local disk for what is "
+            "offloaded to nvme, got null"
+        )
+    if not folder.is_dir():
+        raise ValueError(f"train.deepspeed.nvme_path {folder} is no folder on this machine")
+    if (reason := why_no_nvme()) is not None:
+        raise ValueError(f"train.deepspeed offloads to nvme, but {reason}; or set it to cpu")
+
+
+def batch_told(config: TrainConfig, world_size: int) -> str:
+    """How a step's clips are shared among the processes, and that the rate stays."""
+    passes = accumulation_steps(config.batch_size, config.micro_batch_size, world_size)
+    clips, processes = config.micro_batch_size, world_size
+    return (
+        f"batch {config.batch_size} = {clips} {_s('clip', clips)} x "
+        f"{processes} {_s('process', processes)} x {passes} {_s('pass', passes)}; learning rate "
+        f"{config.optimizer.learning_rate:g} whatever the number of processes"
+    )
+
+
+def _s(noun: str, number: int) -> str:
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return noun if number == 1 else plural
 
 
 def weights_dtype(config: DeepSpeedConfig) -> torch.dtype:
@@ -47,67 +101,60 @@ def weights_dtype(config: DeepSpeedConfig) -> torch.dtype:
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
-def learning_rate_factor(step: int, config: OptimizerConfig, steps: int) -> float:
-    """Share of the peak rate at `step` (from 0) of `steps`: linear warm-up, then the schedule."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return 1.0
-    share = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
-    return 0.5 * (1.0 + math.cos(math.pi * min(share, 1.0)))
-
-
 @contextmanager
-def deepspeed_engine(student: Student, config: TrainConfig, world: World) -> Iterator[Any]:
+def deepspeed_engine(
+    student: Student, config: TrainConfig, world: World, *, universal: bool = False
+) -> Iterator[Any]:
     """A DeepSpeed engine for the length of the block; the process group ends with it.
 
-    It drives torch's own AdamW: DeepSpeed's would be compiled on first use. Inside the block the
-    standard output goes to the error stream, since DeepSpeed prints to it at any time.
+    Inside the block the standard output goes to the error stream, since DeepSpeed prints to it at
+    any time.
+
+    Args:
+        universal: checkpoints that it loads are universal ones, which fit any number of processes.
     """
-    deepspeed = _import_deepspeed()
     parameters = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.optimizer.learning_rate,
-        betas=config.optimizer.betas,
-        weight_decay=config.optimizer.weight_decay,
-    )
+    in_host_memory = world.device.type != "cpu" and config.deepspeed.offload_optimizer != "none"
+    optimizer = build_optimizer(parameters, config.optimizer, in_host_memory=in_host_memory)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, config.optimizer, config.steps)
     )
-    linear = nn.functional.linear
-    with _local_rank_in_environment(world), _quiet():
-        deepspeed.comm.init_distributed(
-            dist_backend="nccl" if world.device.type == "cuda" else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-        )
+    settings = deepspeed_settings(
+        config, world.size, largest=largest_parameter(student), universal=universal
+    )
+    deepspeed = import_deepspeed()
+    with local_rank_in_environment(world), quiet():
         try:
+            join_group(world)
             engine, *_ = deepspeed.initialize(
                 model=student,
                 model_parameters=parameters,
                 optimizer=optimizer,
                 lr_scheduler=schedule,
-                config=deepspeed_settings(config, world.size),
+                config=settings,
             )
             try:
                 yield engine
             finally:
                 engine.destroy()
         finally:
-            # ZeRO 3 leaves its own in place, which rounds differently: what runs in this process
-            # afterwards must not.
-            nn.functional.linear = linear
-            # DeepSpeed keeps handles on the group: it must end the group itself to drop them.
-            deepspeed.comm.destroy_process_group()
-            deepspeed.comm.comm.cdb = None
+            leave_group()
 
 
-def deepspeed_settings(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration, in its own words."""
-    zero: dict[str, Any] = {"stage": config.deepspeed.zero_stage}
-    if config.deepspeed.offload_optimizer != "none":
-        zero["offload_optimizer"] = {"device": "cpu"}
+def largest_parameter(module: nn.Module) -> int:
+    """Values in the largest parameter, sharded ones counted whole."""
+    return max(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+
+
+def deepspeed_settings(
+    config: TrainConfig, world_size: int, *, largest: int = 0, universal: bool = False
+) -> dict[str, Any]:
+    """DeepSpeed's configuration, in its own words.
+
+    Args:
+        largest: values in the largest parameter, for the buffers between disk and device.
+        universal: see `deepspeed_engine`.
+    """
     settings: dict[str, Any] = {
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
@@ -115,14 +162,33 @@ def deepspeed_settings(config: TrainConfig, world_size: int) -> dict[str, Any]:
             config.batch_size, config.micro_batch_size, world_size
         ),
         "gradient_clipping": config.optimizer.gradient_clipping,
-        "zero_optimization": zero,
+        "zero_optimization": _zero_settings(config.deepspeed, largest),
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": config.optimizer.name != "adamw",
         "steps_per_print": None,
     }
     if config.deepspeed.precision == "bf16":
         settings["bf16"] = {"enabled": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    if universal:
+        settings["checkpoint"] = {"load_universal": True}
     return settings
+
+
+def _zero_settings(config: DeepSpeedConfig, largest: int) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    for name, where in (
+        ("offload_optimizer", config.offload_optimizer),
+        ("offload_param", config.offload_parameters),
+    ):
+        if where != "none":
+            zero[name] = {"device": where}
+        if where == "nvme":
+            zero[name]["nvme_path"] = str(config.nvme_path)
+    if config.offload_parameters == "nvme":
+        # As its default of 1e8 values, five times, is gigabytes of locked host memory.
+        zero["offload_param"]["buffer_size"] = largest
+    return zero
 
 
 def gradient_norm_before_step(engine: Any) -> float | None:
@@ -140,43 +206,5 @@ def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
     if not partitioned:
         yield
         return
-    with _import_deepspeed().zero.GatheredParameters(partitioned, modifier_rank=None):
+    with import_deepspeed().zero.GatheredParameters(partitioned, modifier_rank=None):
         yield
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Send what DeepSpeed prints to the error stream: the standard output is for results."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
-        yield
-
-
-def _import_deepspeed() -> Any:
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with _quiet():
-        import deepspeed
-        import deepspeed.ops
-    for handler in logging.getLogger("DeepSpeed").handlers:
-        if type(handler) is logging.StreamHandler:  # its own, bound to the standard output
-            handler.setStream(sys.stderr)
-    if on_cpu:
-        # Otherwise its compiled CPU operators are built on first use: a minute, or a wait for ever
-        # on the lock of a build that was killed.
-        deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
-    return deepspeed
-
-
-@contextmanager
-def _local_rank_in_environment(world: World) -> Iterator[None]:
-    """DeepSpeed asks the environment for the local rank, also without a launcher."""
-    missing = "LOCAL_RANK" not in os.environ
-    if missing:
-        os.environ["LOCAL_RANK"] = str(world.local_rank)
-    try:
-        yield
-    finally:
-        if missing:
-            del os.environ["LOCAL_RANK"]

@@ -1,16 +1,57 @@
-"""Building the student: its weights read, adapters and projector put on; `train.py` uses it."""
+"""Building the student: its weights read, adapters and heads put on; `train.py` uses it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
-from peft import LoraConfig
+from torch import nn
 
 from stages.base_facts import BaseFacts
-from stages.local_gram_flow import time_weights
-from stages.train_student.config import LoraSettings, TrainConfig
-from stages.train_student.projector import Projector
+from stages.train_student.config import TrainConfig
+from stages.train_student.distributed import World
+from stages.train_student.lora import add_adapters
+from stages.train_student.sharded_loading import load_sharded_transformer
 from stages.train_student.student import Student
+
+
+def build_student(
+    config: TrainConfig,
+    facts: BaseFacts,
+    dtype: torch.dtype,
+    *,
+    heads: Callable[[], nn.ModuleDict | None],
+    world: World,
+    zero_init: bool = True,
+) -> Student:
+    """Load and prepare everything that is trained.
+
+    Under ZeRO 3 the transformer's weights go straight to the ranks' shards, and the process group
+    must be there already; adapters and heads are small, and become shards with the engine. The
+    weights are the same either way, and on every rank.
+
+    Args:
+        heads: makes the objectives' heads, or None, once the random numbers are seeded.
+        zero_init: under ZeRO 3, whether to share out weights as they are read; without it every
+            rank reads them all first.
+    """
+    sharded = zero_init and config.deepspeed.zero_stage == 3
+    if sharded:
+        transformer = load_sharded_transformer(facts.folder, config, dtype, world)
+    else:
+        transformer = load_transformer(facts.folder, dtype)
+    torch.manual_seed(config.seed)
+    if config.method == "lora":
+        add_adapters(transformer, config.lora)
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    made = heads()
+    if made is None or not len(made):
+        student = Student(transformer)
+    else:
+        student = Student(transformer, made.to(dtype), config.block)
+    # Where some weights are shards already, the engine leaves the rest where it is.
+    return student.to(world.device) if sharded else student
 
 
 def load_transformer(folder: Path, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
@@ -19,49 +60,3 @@ def load_transformer(folder: Path, dtype: torch.dtype) -> CogVideoXTransformer3D
         folder, subfolder="transformer", torch_dtype=dtype
     )
     return transformer.train()
-
-
-def add_lora(transformer: CogVideoXTransformer3DModel, settings: LoraSettings) -> None:
-    """Freeze the transformer and add adapters, which start without effect.
-
-    Raises:
-        ValueError: no module matches `target_modules`.
-    """
-    transformer.requires_grad_(False)
-    transformer.add_adapter(
-        LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,
-            target_modules=list(settings.target_modules),
-            init_lora_weights=True,
-        )
-    )
-
-
-def build_student(
-    config: TrainConfig,
-    facts: BaseFacts,
-    dtype: torch.dtype,
-    *,
-    num_frames: int,
-    teacher_maps: int | None,
-) -> Student:
-    """Load and prepare everything that is trained.
-
-    Args:
-        teacher_maps: maps per clip in the teacher's store; None for no auxiliary loss.
-    """
-    torch.manual_seed(config.seed)
-    transformer = load_transformer(facts.folder, dtype)
-    if config.method == "lora":
-        add_lora(transformer, config.lora)
-    if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if teacher_maps is None:
-        return Student(transformer)
-    projector = Projector(
-        facts.transformer["num_attention_heads"] * facts.transformer["attention_head_dim"],
-        config.lgf.projector_widths,
-        time_weights(teacher_maps, num_frames, patch_size_t=facts.patch_size_t),
-    )
-    return Student(transformer, projector.to(dtype), config.block)

@@ -1,7 +1,8 @@
 import pytest
 
 from stages.train_student.config import DeepSpeedConfig, OptimizerConfig, TrainConfig
-from stages.train_student.engine import check_engine_settings, learning_rate_factor
+from stages.train_student.engine import check_engine_settings
+from stages.train_student.optimizers import learning_rate_factor
 
 
 def test_warm_up_is_linear_and_ends_at_the_peak():

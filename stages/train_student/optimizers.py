@@ -1,0 +1,70 @@
+"""The optimiser and the learning rate of each step; the engine uses them."""
+
+import importlib.util
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from stages.train_student.config import OptimizerConfig
+
+INSTALL_8BIT = "pip install 'sam2videox[adamw8bit]'"
+
+
+def check_optimizer(config: OptimizerConfig) -> None:
+    """Refuse an optimiser whose package is missing; imports nothing.
+
+    Raises:
+        ValueError: with the command that installs it.
+    """
+    if config.name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "train.optimizer.name adamw8bit needs bitsandbytes, which is not installed; run "
+            f"{INSTALL_8BIT}, or set train.optimizer.name to adamw"
+        )
+
+
+def build_optimizer(
+    parameters: Sequence[nn.Parameter], config: OptimizerConfig, *, in_host_memory: bool
+) -> torch.optim.Optimizer:
+    """AdamW over `parameters`, with moments in float32 or in 8 bits.
+
+    torch's own, since DeepSpeed's would be compiled on first use. The 8-bit one is bitsandbytes':
+    blocks of 256 values share a scale (Dettmers et al., "8-bit Optimizers via Block-wise
+    Quantization"), tensors under 4096 values keep float32 moments. torchao's falls back to float32
+    wherever a tensor is no multiple of its block, which ZeRO's flat shards rarely are.
+
+    Args:
+        in_host_memory: the optimiser's tensors are on the CPU while the model's are not; the whole
+            update is then made in one pass over memory.
+    """
+    if config.name == "adamw8bit":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it tells of each GPU library that is not here
+            from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(
+            parameters,
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+        )
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=True if in_host_memory else None,
+    )
+
+
+def learning_rate_factor(step: int, config: OptimizerConfig, steps: int) -> float:
+    """Share of the peak rate at `step` (from 0) of `steps`: linear warm-up, then the schedule."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    share = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
+    return 0.5 * (1.0 + math.cos(math.pi * min(share, 1.0)))
