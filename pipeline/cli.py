@@ -6,7 +6,7 @@ Commands and configuration are imported when a command runs, so that `--help` an
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -53,8 +53,9 @@ def _top(local_rank: LocalRank = None) -> None:
     """Teach CogVideoX how structure moves, from SAM2's memory features.
 
     The road: extract-features makes a cache from a folder of clips, train teaches the model from
-    the cache alone, sample draws a video with what was learnt. inspect looks into the cache, cache
-    looks after it; demo walks the whole road on data and models that are made here.
+    the cache alone, sample draws a video with what was learnt. export turns any checkpoint into
+    weights for diffusers. inspect looks into the cache, cache looks after it; demo walks the whole
+    road on data and models that are made here.
     """
 
 
@@ -134,6 +135,45 @@ def train(
 
 
 @app.command()
+def export(
+    run: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="The training run's folder.")
+    ],
+    checkpoint: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEP", help="Which complete checkpoint; by default the one of the most steps."
+        ),
+    ] = None,
+    weights: Annotated[
+        Literal["average", "last"] | None,
+        typer.Option(help="By default the average, where the run keeps one."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False,
+            help="The folder to write; by default RUN/export, or RUN/export-STEP for a checkpoint "
+            "that is named.",
+        ),
+    ] = None,
+    as_json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Write a checkpoint's weights as diffusers loads them: adapters, or a whole transformer.
+
+    A finished run has its export already; this is for other steps, also of a run that goes on.
+    """
+    from pipeline.commands import export as command
+
+    answer = carry_out(
+        lambda p: command.run(p, run_dir=run, checkpoint=checkpoint, weights=weights, out=out),
+        traceback,
+    )
+    finish(answer, as_json)
+
+
+@app.command()
 def sample(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to draw.")],
     overrides: Overrides = None,
@@ -152,7 +192,8 @@ def sample(
         typer.Option(
             exists=True,
             file_okay=False,
-            help="The training run's folder; by default the one that finished last.",
+            help="The training run's folder, or one that export wrote; by default the run that "
+            "finished last.",
         ),
     ] = None,
     base: Annotated[
@@ -171,6 +212,36 @@ def sample(
         ),
         traceback,
     )
+    finish(answer, as_json)
+
+
+@app.command()
+def report(
+    overrides: Overrides = None,
+    config: Config = "demo",
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="The training run's folder; by default train.run_dir.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="The .html to write; by default report.html in the run."),
+    ] = None,
+    as_json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Make one page of a training run: curves, sample videos, settings; it opens without network.
+
+    A run that is still going on can be looked at, too.
+    """
+    from pipeline.commands import report as command
+
+    settings = load_settings(config, overrides, traceback)
+    answer = carry_out(lambda p: command.run(settings, p, run_dir=run, out=out), traceback)
     finish(answer, as_json)
 
 

@@ -52,12 +52,15 @@ def _base_model_of(run_dir: Path) -> str | None:
 def find_export(run_dir: Path) -> Export:
     """Look for the exported weights of a run and check that they can be read.
 
+    Args:
+        run_dir: A run's folder, or one that `sam2vx-pipeline export` wrote.
+
     Raises:
         ValueError: No such run, a run without export, or a damaged one.
     """
     if not run_dir.is_dir():
         raise ValueError(f"there is no run at {run_dir}; train one, or name another with --run")
-    folder = run_dir / "export"
+    folder = run_dir if _is_export(run_dir) else run_dir / "export"
     lora, transformer = folder / LORA_FILE, folder / "transformer"
     if lora.is_file() and transformer.is_dir():
         raise ValueError(f"{folder} holds both adapters and a transformer; delete the stale one")
@@ -65,9 +68,14 @@ def find_export(run_dir: Path) -> Export:
         return Export(method="full", folder=folder, lora_shapes={})
     if not lora.is_file():
         raise ValueError(
-            f"the run {run_dir} has no export/ yet; finish it with sam2vx-pipeline train"
+            f"the run {run_dir} has no export/ yet; finish it with sam2vx-pipeline train, or "
+            f"export its newest checkpoint: sam2vx-pipeline export --run {run_dir}"
         )
     return Export(method="lora", folder=folder, lora_shapes=_shapes(lora))
+
+
+def _is_export(folder: Path) -> bool:
+    return (folder / LORA_FILE).is_file() or (folder / "transformer").is_dir()
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
