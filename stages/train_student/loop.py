@@ -1,118 +1,109 @@
-"""The training loop: optimiser steps, their losses, and stopping when one is no number."""
+"""The training loop: optimiser steps one after the other, and what is known of each."""
 
-import math
-import time
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
-from stages.progress import Task
+from stages.progress import Progress, Task
+from stages.train_student.damaged_clips import DamagedClips
+from stages.train_student.data.damaged import DamagedClip
 from stages.train_student.data.dataset import Batch
-from stages.train_student.distributed import World, gather
-from stages.train_student.engine import gradient_norm_before_step
-from stages.train_student.loss_record import LossRecord, LossRow
-from stages.train_student.step import Losses, TrainingStep
+from stages.train_student.distributed import World
+from stages.train_student.logs.rows import SkippedRow, StepRows
+from stages.train_student.logs.run_log import RunLog
+from stages.train_student.performance import DeviceRate, StepClock
+from stages.train_student.skipped_steps import SkippedInARow, spoiled_if_not_finite, update
+from stages.train_student.step import TrainingStep
+from stages.train_student.step_totals import StepTotals
+from stages.train_student.stop_request import StopRequest
 
 
-class TrainingDivergedError(RuntimeError):
-    """A loss or a gradient is infinite or no number."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loop:
+    """What every step needs."""
 
+    engine: Any
+    training_step: TrainingStep
+    batches: Iterator[Batch]
+    batch_size: int
+    accumulation: int
+    """Forward passes per rank and step."""
+    objectives: tuple[str, ...]
+    timesteps: int
+    """How many the schedule has."""
+    world: World
+    skipped: SkippedInARow
+    damaged: DamagedClips
+    rate: DeviceRate | None
+    """What a batch costs and the device can do; None if not known."""
+    stop: StopRequest
+    log: RunLog | None
+    """On rank 0."""
+    progress: Progress
+    after_update: Callable[[], None]
+    """Called when a step moved the weights."""
+    after_step: Callable[[int, bool], None]
+    """Called after every step with the number of steps done, and whether the run stops after it
+    because it was asked to."""
 
-def train_steps(
-    engine: Any,
-    training_step: TrainingStep,
-    batches: Iterator[Batch],
-    steps: range,
-    *,
-    accumulation: int,
-    world: World,
-    record: LossRecord | None,
-    task: Task,
-    after_step: Callable[[int], None],
-) -> list[float]:
-    """Make the optimiser steps `steps` (from 0) and return the seconds each took.
+    def run(self, steps: range, task: Task) -> list[float]:
+        """Make the optimiser steps `steps` (from 0) and return the seconds each took.
 
-    Args:
-        record: where the losses go, on rank 0; None elsewhere.
-        after_step: called with the number of steps done, after each.
+        Raises:
+            TrainingDivergedError: too many losses or gradients in a row are no number.
+            TooManyDamaged: too many clips cannot be read.
+            KeyboardInterrupt: a process was asked to stop; `after_step` has kept what was done.
+        """
+        durations = []
+        for step in steps:
+            rows, stop = self._step(step)
+            durations.append(rows.performance.seconds)
+            if self.log is not None:
+                self.log.add(rows)
+            self.skipped.add(rows.skipped)
+            self.damaged.add(rows.damaged)
+            task.advance()
+            if rows.losses is not None:
+                task.note(f"loss {rows.losses.loss:.4f}")
+            self.after_step(step + 1, stop)
+            if stop and step + 1 < steps.stop:
+                self.progress.log(f"stopped after step {step + 1}, which is kept")
+                raise KeyboardInterrupt
+        return durations
 
-    Raises:
-        TrainingDivergedError: naming the step and the clips; nothing of that step is recorded.
-    """
-    durations = []
-    for step in steps:
-        start = time.perf_counter()
-        row = _one_step(engine, training_step, batches, step, accumulation, world)
-        seconds = time.perf_counter() - start
-        durations.append(seconds)
-        if record is not None:
-            record.add(row, seconds)
-        task.advance()
-        task.note(f"loss {row.loss:.4f}")
-        after_step(row.step)
-    return durations
-
-
-def _one_step(
-    engine: Any,
-    training_step: TrainingStep,
-    batches: Iterator[Batch],
-    step: int,
-    accumulation: int,
-    world: World,
-) -> LossRow:
-    rate = float(engine.get_lr()[0])
-    parts: list[Tensor] = []
-    keys: list[tuple[str, ...]] = []
-    for number in range(accumulation):
-        batch = next(batches).to(world.device)
-        losses = training_step(engine, batch)
-        engine.backward(losses.total)
-        parts.append(_detached(losses))
-        keys.append(batch.keys)
-        if number < accumulation - 1:
-            engine.step()  # counts the forward pass; the weights move at the last one
-    loss, diffusion, auxiliary = _mean_over_batch(parts, world)
-    if not math.isfinite(loss):
-        bad = [group for part, group in zip(parts, keys, strict=True) if not part.isfinite().all()]
-        _stop(f"the loss is {loss}", step, bad, world)
-    norm = gradient_norm_before_step(engine)
-    engine.step()
-    if norm is None:
-        norm = float(engine.get_global_grad_norm())
-    if not math.isfinite(norm):
-        _stop(f"the gradient's norm is {norm}", step, keys, world)
-    return LossRow(
-        step=step + 1,
-        loss=loss,
-        diffusion=diffusion,
-        auxiliary=None if losses.auxiliary is None else auxiliary,
-        grad_norm=norm,
-        lr=rate,
-    )
-
-
-def _detached(losses: Losses) -> Tensor:
-    auxiliary = losses.auxiliary if losses.auxiliary is not None else losses.total.new_zeros(())
-    return torch.stack([losses.total.detach(), losses.diffusion, auxiliary]).double()
-
-
-def _mean_over_batch(parts: list[Tensor], world: World) -> list[float]:
-    mean_3 = torch.stack(parts).mean(0)
-    if world.size > 1:
-        dist.all_reduce(mean_3)
-        mean_3 /= world.size
-    return mean_3.tolist()
-
-
-def _stop(what: str, step: int, batches: list[tuple[str, ...]], world: World) -> NoReturn:
-    """Every rank comes here at the same step, since loss and norm are the same on all of them."""
-    named = sorted({key for rank in gather(world, batches) for batch in rank for key in batch})
-    raise TrainingDivergedError(
-        f"{what} at step {step + 1}, clips {', '.join(map(repr, named))}; training stopped, and "
-        "the last checkpoint is from before. Look at those clips with sam2vx-pipeline inspect; a "
-        "lower train.optimizer.learning_rate or train.deepspeed.precision fp32 may help"
-    )
+    def _step(self, step: int) -> tuple[StepRows, bool]:
+        rate = float(self.engine.get_lr()[0])
+        clock = StepClock()
+        totals = StepTotals(self.objectives, self.timesteps, self.world.device)
+        damaged: list[DamagedClip] = []
+        for number in range(self.accumulation):
+            batch = clock.next(self.batches).to(self.world.device)
+            losses = self.training_step(self.engine, batch, step)
+            self.engine.backward(spoiled_if_not_finite(losses))
+            totals.add(batch.keys, batch.timestep_B, losses, len(batch.damaged))
+            damaged += batch.damaged
+            if self.rate is not None:
+                clock.add_flops(self.rate.model_flops(batch))
+            if number < self.accumulation - 1:
+                self.engine.step()  # counts the forward pass; the weights move at the last one
+        norm = update(self.engine)
+        if norm is not None:
+            self.after_update()
+        means = totals.over_ranks(self.world)
+        skipped = None
+        if norm is None:
+            what = "gradient" if means.finite else "loss"
+            skipped = SkippedRow(step=step + 1, what=what, clips=totals.clips(self.world))
+        rows = self.damaged.of_all_ranks(step + 1, damaged) if means.damaged else ()
+        performance, stop = clock.row(
+            step + 1,
+            clips=self.batch_size,
+            world=self.world,
+            peak_flops=None if self.rate is None else self.rate.peak_flops,
+            stop=self.stop.made,
+        )
+        losses_row = None if norm is None else means.row(step + 1, norm, rate)
+        return (
+            StepRows(performance=performance, losses=losses_row, skipped=skipped, damaged=rows),
+            stop,
+        )

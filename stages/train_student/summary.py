@@ -1,12 +1,9 @@
 """What a training did; `train` fills it in, the command shows it."""
 
-import resource
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from stages.train_student.loss_record import LossRow
+from stages.train_student.logs.rows import LossRow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,8 +14,13 @@ class TrainSummary:
     steps_done: int
     resumed_from: int | None
     """Steps that were done before; None for a run that started now."""
-    first: LossRow
-    last: LossRow
+    first: LossRow | None
+    """None if every step was skipped."""
+    last: LossRow | None
+    skipped_steps: int
+    """Steps of the whole run that left the weights as they were."""
+    damaged_clips: int
+    """Clips that could not be read at some step of the whole run."""
     seconds_per_step: float | None
     """Median over this process's steps; None if it made none."""
     peak_memory_bytes: int
@@ -30,10 +32,3 @@ class TrainSummary:
     left_out_by_name: int
     """Clips of every kind that `train.leave_out` names."""
     already_finished: bool
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process has used: of the GPU if there is one, otherwise of the host."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

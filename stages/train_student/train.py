@@ -5,65 +5,36 @@
 
 import statistics
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from stages.base_facts import VAE_SPATIAL_COMPRESSION, BaseFacts, read_base_facts
 from stages.base_model import resolve_base_model
 from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.progress import Progress, SilentProgress
-from stages.train_student.checkpoints.resuming import resume
+from stages.train_student.checkpoints.resuming import plan_resume, resume
 from stages.train_student.checkpoints.saving import save_checkpoint
 from stages.train_student.config import TrainConfig
-from stages.train_student.data.dataset import CachedSamples, load_batches
-from stages.train_student.data.order import accumulation_steps, micro_batches
-from stages.train_student.data.store_checks import check_stores
-from stages.train_student.data.stores import JoinedStores, join_stores
+from stages.train_student.damaged_clips import DamagedClips
 from stages.train_student.distributed import (
-    World,
     on_first_rank,
     process_group,
     world_from_environment,
 )
-from stages.train_student.engine import check_engine_settings, deepspeed_engine, weights_dtype
+from stages.train_student.ema import WeightAverage
+from stages.train_student.engine import deepspeed_engine
 from stages.train_student.export import EXPORT_FOLDER, export_weights
-from stages.train_student.loop import train_steps
-from stages.train_student.loss_record import LossRecord, read_losses
-from stages.train_student.objectives import build_objective
-from stages.train_student.run_folder import (
-    finished_steps,
-    fixed_settings,
-    locked,
-    mark_finished,
-    open_run,
-)
-from stages.train_student.step import TrainingStep
 from stages.train_student.loading import build_student
-from stages.train_student.summary import TrainSummary, peak_memory_bytes
-
-_CONFIGURATIONS = ("transformer/config.json", "vae/config.json", "scheduler")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Run:
-    """What the parts of one training share."""
-
-    config: TrainConfig
-    clips: ClipsConfig
-    model: BaseModelConfig
-    facts: BaseFacts
-    stores: JoinedStores
-    world: World
-    progress: Progress
-
-    @property
-    def accumulation(self) -> int:
-        config = self.config
-        return accumulation_steps(config.batch_size, config.micro_batch_size, self.world.size)
+from stages.train_student.logs.row_file import read_rows
+from stages.train_student.logs.rows import DAMAGED_FILE, SKIPPED_FILE, read_losses
+from stages.train_student.loop import Loop
+from stages.train_student.performance import device_rate, peak_memory_bytes
+from stages.train_student.run import CONFIGURATIONS, Run, prepare
+from stages.train_student.run_folder import finished_steps, locked, mark_finished
+from stages.train_student.skipped_steps import SkippedInARow
+from stages.train_student.stop_request import stop_on_signals
+from stages.train_student.student import Student
+from stages.train_student.summary import TrainSummary
 
 
 def train_student(
@@ -92,187 +63,113 @@ def train_student(
     Raises:
         ValueError: settings contradict each other, the stores, the model or an earlier run;
             raised before any weight is loaded.
-        CacheError: a store is missing or damaged.
-        TrainingDivergedError: a loss or gradient is infinite or no number.
+        CacheError: a store is missing, or too much of it damaged.
+        TrainingDivergedError: too many losses or gradients in a row are no number.
+        KeyboardInterrupt: asked to stop by Ctrl-C or SIGTERM; a checkpoint has what was done.
     """
     world = world_from_environment()
     if not world.is_first:
         progress = SilentProgress()
-    check_engine_settings(config, world.size)
-    facts = read_base_facts(resolve_base_model(model, _CONFIGURATIONS))
-    stores = join_stores(
-        cache_root,
-        config.stores,
-        teacher_form=config.teacher_form if config.objectives else None,
-        leave_out=config.leave_out,
-    )
-    check_stores(stores, facts, clips, radius=config.lgf.radius)
-    _check_block(config, facts)
-    run = _Run(
-        config=config,
-        clips=clips,
-        model=model,
-        facts=facts,
-        stores=stores,
-        world=world,
-        progress=progress,
-    )
+    run = prepare(config, clips, model, cache_root, world, progress)
     with process_group(world), ExitStack() as stack:
         on_first_rank(world, lambda: stack.enter_context(locked(config.run_dir)))
-        on_first_rank(world, lambda: _open(run, resolved_config, provenance))
+        on_first_rank(world, lambda: run.open(resolved_config, provenance))
         done = on_first_rank(world, lambda: finished_steps(config.run_dir))
         if done is not None and done >= config.steps:
             return _summary(run, done, resumed_from=done, durations=[], finished=True)
-        _tell_stores(run)
+        progress.log("; ".join(run.stores.told()))
         return _train(run)
 
 
-def _check_block(config: TrainConfig, facts: BaseFacts) -> None:
-    blocks = facts.transformer["num_layers"]
-    if config.objectives and config.block >= blocks:
-        raise ValueError(
-            f"train.block must be under {blocks}, the base model's number of blocks, got "
-            f"{config.block}; about 0.6 of the depth, {int(0.6 * blocks)}, is usual"
-        )
-
-
-def _open(run: _Run, resolved_config: dict[str, Any], provenance: dict[str, Any]) -> None:
-    stores = {
-        kind: {"folder": reader.name, "settings_hash": reader.settings.hash}
-        for kind, reader in run.stores.readers.items()
-    }
-    about = {
-        "provenance": provenance,
-        "processes": run.world.size,
-        "stores": stores,
-        "left_out": run.stores.left_out.as_dict(),
-    }
-    settings = fixed_settings(run.config, run.clips, run.model, run.facts, run.stores)
-    open_run(run.config.run_dir, settings, resolved_config, about)
-
-
-def _tell_stores(run: _Run) -> None:
-    clips = f"training on {len(run.stores.keys)} clips"
-    run.progress.log("; ".join([clips, *run.stores.left_out.told()]))
-
-
-def _train(run: _Run) -> TrainSummary:
+def _train(run: Run) -> TrainSummary:
     config, world = run.config, run.world
-    dtype = weights_dtype(config.deepspeed)
     only_trained = config.method == "lora"
-    checkpoints = config.run_dir / "checkpoints"
-    resolve_base_model(run.model, (*_CONFIGURATIONS, "transformer"))
-    student = build_student(
-        config,
-        run.facts,
-        dtype,
-        num_frames=run.clips.num_frames,
-        teacher_maps=run.stores.teacher_maps,
-    )
+    resolve_base_model(run.model, (*CONFIGURATIONS, "transformer"))
+    nvme = config.deepspeed.offload_optimizer == "nvme"
+    plan = plan_resume(run.checkpoints, world, run.progress, nvme=nvme)
+    universal = plan is not None and plan.universal
+    student = build_student(config, run.facts, run.dtype, heads=run.heads, world=world)
     with ExitStack() as stack:
-        engine = stack.enter_context(deepspeed_engine(student, config, world))
-        done = resume(engine, checkpoints, world, run.progress, strict=not only_trained)
+        engine = stack.enter_context(deepspeed_engine(student, config, world, universal=universal))
+        average = _average(run, student)
+        load = [] if average is None else [average.load]
+        done = resume(engine, plan, world, strict=not only_trained, beside=load)
         if done:
             run.progress.log(f"going on after step {done}")
         steps = range(done, max(done, config.steps))
-        record = stack.enter_context(_open_record(run, done)) if world.is_first else None
+        skipped = SkippedInARow(config.run_dir, done, most=config.max_skipped_steps, world=world)
+        boards = run.boards(done) if world.is_first else None
+        log = None if boards is None else stack.enter_context(run.log(boards, done))
         task = stack.enter_context(
             run.progress.task("train", steps.stop, completed=done, unit="steps")
         )
 
-        def after_step(step: int) -> None:
-            if step % config.checkpoint_every == 0 or step == steps.stop:
-                if record is not None:
-                    record.sync()
+        def after_step(step: int, stopping: bool) -> None:
+            if step % config.checkpoint_every == 0 or step == steps.stop or stopping:
+                if log is not None:
+                    log.sync()
                 save_checkpoint(
                     engine,
-                    checkpoints,
+                    run.checkpoints,
                     step,
                     world,
                     kept=config.checkpoints_kept,
                     only_trained=only_trained,
+                    beside=[] if average is None else [average.save],
                 )
 
-        durations = train_steps(
-            engine,
-            _training_step(run, dtype),
-            _batches(run, steps),
-            steps,
-            accumulation=run.accumulation,
-            world=world,
-            record=record,
-            task=task,
-            after_step=after_step,
-        )
-        export = export_weights(student, config.run_dir, world)
+        with stop_on_signals() as stop:
+            durations = Loop(
+                engine=engine,
+                training_step=run.training_step(),
+                batches=run.batches(steps),
+                batch_size=config.batch_size,
+                accumulation=run.accumulation,
+                objectives=config.objectives,
+                timesteps=run.facts.scheduler["num_train_timesteps"],
+                world=world,
+                skipped=skipped,
+                damaged=DamagedClips(clips=run.num_clips, most=config.max_damaged, world=world),
+                rate=device_rate(config, run.facts, run.sizes, run.progress) if log else None,
+                stop=stop,
+                log=log,
+                progress=run.progress,
+                after_update=(lambda: None) if average is None else average.update,
+                after_step=after_step,
+            ).run(steps, task)
+        export = export_weights(student, config.run_dir, world, step=steps.stop, average=average)
         on_first_rank(world, lambda: mark_finished(config.run_dir, steps.stop, export))
     return _summary(run, steps.stop, resumed_from=done or None, durations=durations, finished=False)
 
 
-def _open_record(run: _Run, done: int) -> LossRecord:
-    return LossRecord(
-        run.config.run_dir,
-        done,
-        log_every=run.config.log_every,
-        auxiliary="lgf",
-        progress=run.progress,
-    )
-
-
-def _training_step(run: _Run, dtype: torch.dtype) -> TrainingStep:
-    clips, config = run.clips, run.config
-    return TrainingStep(
-        run.facts,
-        (
-            clips.num_latent_frames,
-            clips.height // VAE_SPATIAL_COMPRESSION,
-            clips.width // VAE_SPATIAL_COMPRESSION,
-        ),
-        build_objective(config),
-        config.lgf.weight,
-        native_parts=run.stores.native_parts,
-        device=run.world.device,
-        dtype=dtype,
-    )
-
-
-def _batches(run: _Run, steps: range) -> Any:
-    config, world = run.config, run.world
-    numbers = micro_batches(
-        steps,
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size,
-        rank=world.rank,
-        world_size=world.size,
-    )
-    return load_batches(
-        CachedSamples(run.stores, run.facts, config.seed),
-        numbers,
-        workers=config.loader_workers,
-        start=config.loader_start,
-        pin_memory=world.device.type == "cuda",
-    )
+def _average(run: Run, student: Student) -> WeightAverage | None:
+    decay = run.config.ema.decay
+    return None if decay is None else WeightAverage(student, decay, run.world)
 
 
 def _summary(
-    run: _Run, steps: int, *, resumed_from: int | None, durations: list[float], finished: bool
+    run: Run, steps: int, *, resumed_from: int | None, durations: list[float], finished: bool
 ) -> TrainSummary:
-    rows = read_losses(run.config.run_dir)
-    if not rows:
+    run_dir = run.config.run_dir
+    rows = read_losses(run_dir)
+    skipped = read_rows(run_dir / SKIPPED_FILE)
+    if not rows and len(skipped) < steps:
         raise ValueError(
-            f"{run.config.run_dir} has lost its losses.jsonl, though the run made {steps} steps; "
-            "restore it, or choose another train.run_dir"
+            f"{run_dir} has lost its losses.jsonl, though the run made {steps} steps; restore it, "
+            "or choose another train.run_dir"
         )
     return TrainSummary(
-        run_dir=run.config.run_dir,
+        run_dir=run_dir,
         steps_done=steps,
         resumed_from=resumed_from,
-        first=rows[0],
-        last=rows[-1],
+        first=rows[0] if rows else None,
+        last=rows[-1] if rows else None,
+        skipped_steps=len(skipped),
+        damaged_clips=len({row["key"] for row in read_rows(run_dir / DAMAGED_FILE)}),
         seconds_per_step=statistics.median(durations) if durations else None,
         peak_memory_bytes=peak_memory_bytes(),
-        export=run.config.run_dir / EXPORT_FOLDER,
-        clips=len(run.stores.keys),
+        export=run_dir / EXPORT_FOLDER,
+        clips=run.num_clips,
         left_out=run.stores.left_out.not_in_every_store,
         left_out_by_name=run.stores.left_out.named,
         already_finished=finished,

@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, each with its `step`; everything a run writes down is kept so."""
+"""Files of one JSON object a line, each with its `step`: the form of what a run writes down."""
 
 import json
 import os

@@ -19,7 +19,7 @@ class Forbid(MetaPathFinder):
 
 
 def kill_at(step):
-    from stages.train_student.loss_record import LossRecord
+    from stages.train_student.logs.run_log import RunLog
 
     add = LossRecord.add
 

@@ -1,0 +1,221 @@
+"""What the parts of one training share, and how its settings become those parts; `train.py` asks.
+
+Everything here is made before the engine is, or beside it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stages.base_facts import BaseFacts, read_base_facts
+from stages.base_model import resolve_base_model
+from stages.clips.config import ClipsConfig
+from stages.config import BaseModelConfig
+from stages.progress import Progress
+from stages.train_student.config import TrainConfig
+from stages.train_student.data.buckets import Buckets, join_buckets
+from stages.train_student.data.dataset import Batch, CachedSamples, load_batches
+from stages.train_student.data.order import accumulation_steps, micro_batches
+from stages.train_student.data.store_checks import check_stores
+from stages.train_student.data.stores import JoinedStores, array_shape
+from stages.train_student.distributed import World
+from stages.train_student.ema import check_average
+from stages.train_student.engine import check_engine_settings, weights_dtype
+from stages.train_student.logs.boards import Boards, check_boards
+from stages.train_student.logs.run_log import RunLog
+from stages.train_student.objectives.build import build_heads, build_objectives
+from stages.train_student.objectives.needs import check_layout, kinds_needed
+from stages.train_student.run_folder import fixed_settings, open_run
+from stages.train_student.step import TrainingStep
+from stages.train_student.teacher import TeacherLayout
+
+CONFIGURATIONS = ("transformer/config.json", "vae/config.json", "scheduler")
+"""What of the base model is read before anything big is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One training: its settings, what they refer to, and this process's place in it."""
+
+    config: TrainConfig
+    clips: ClipsConfig
+    model: BaseModelConfig
+    facts: BaseFacts
+    stores: Buckets
+    layout: TeacherLayout
+    world: World
+    progress: Progress
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Format of the weights in the forward and backward pass."""
+        return weights_dtype(self.config.deepspeed)
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes per rank and step."""
+        config = self.config
+        return accumulation_steps(config.batch_size, config.micro_batch_size, self.world.size)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.config.run_dir / "checkpoints"
+
+    @property
+    def num_clips(self) -> int:
+        """Clips to train on, of every size together."""
+        return sum(self.stores.clips.values())
+
+    @property
+    def sizes(self) -> list[tuple[ClipsConfig, JoinedStores]]:
+        """The sizes of the clips, and the stores of each."""
+        return list(zip(self.clips.sizes, self.stores.stores, strict=True))
+
+    @property
+    def samples(self) -> CachedSamples:
+        """The clips as they are trained on."""
+        config = self.config
+        return CachedSamples(
+            self.stores.stores, self.facts, seed=config.seed, batch_size=config.batch_size
+        )
+
+    def heads(self) -> nn.ModuleDict:
+        """A projector for each objective, freshly made."""
+        transformer, teacher = self.facts.transformer, self.stores.teacher
+        has_features = teacher is not None and "features" in teacher.settings.arrays
+        return build_heads(
+            self.config,
+            transformer["num_attention_heads"] * transformer["attention_head_dim"],
+            array_shape(teacher, "features")[-1] if teacher and has_features else None,
+            frame_rate=self.stores.frame_rate,
+        )
+
+    def training_step(self) -> TrainingStep:
+        """The forward pass with its losses."""
+        return TrainingStep(
+            self.facts,
+            build_objectives(self.config),
+            layout=self.layout,
+            device=self.world.device,
+            dtype=self.dtype,
+        )
+
+    def batches(self, steps: range) -> Iterator[Batch]:
+        """What this rank sees in those steps."""
+        config, world = self.config, self.world
+        numbers = micro_batches(
+            steps,
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch_size,
+            rank=world.rank,
+            world_size=world.size,
+        )
+        return load_batches(
+            self.samples,
+            numbers,
+            workers=config.loader_workers,
+            start=config.loader_start,
+            pin_memory=world.device.type == "cuda",
+        )
+
+    def log(self, boards: Boards, steps_done: int) -> RunLog:
+        """What is written down of every step, going on after `steps_done` of them."""
+        config = self.config
+        return RunLog(
+            config.run_dir,
+            steps_done,
+            boards,
+            objectives=config.objectives,
+            log_every=config.log_every,
+            progress=self.progress,
+        )
+
+    def boards(self, steps_done: int) -> Boards:
+        """Where curves and videos go besides."""
+        config = self.config
+        return Boards(
+            config.run_dir,
+            config.report_to,
+            steps_done=steps_done,
+            project=config.wandb_project,
+            settings=config.model_dump(mode="json"),
+        )
+
+    def open(self, resolved_config: dict[str, Any], provenance: dict[str, Any]) -> None:
+        """Make the run's folder, or check that it holds this run.
+
+        Raises:
+            ValueError: it holds another run.
+        """
+        stores = {
+            kind: {"folder": reader.name, "settings_hash": reader.settings.hash}
+            for kind, reader in self.stores.readers.items()
+        }
+        about = {
+            "provenance": provenance,
+            "processes": self.world.size,
+            "stores": stores,
+            "clips": self.stores.clips,
+            "left_out": self.stores.left_out.as_dict(),
+            "held_out": list(self.stores.held_out),
+        }
+        settings = fixed_settings(self.config, self.clips, self.model, self.facts, self.stores)
+        open_run(self.config.run_dir, settings, resolved_config, about)
+
+
+def prepare(
+    config: TrainConfig,
+    clips: ClipsConfig,
+    model: BaseModelConfig,
+    cache_root: Path | str,
+    world: World,
+    progress: Progress,
+) -> Run:
+    """Read what is small, and refuse what cannot be trained before anything big is loaded.
+
+    Raises:
+        ValueError: settings contradict each other, the stores, or the model.
+        CacheError: a store is missing or damaged.
+    """
+    check_engine_settings(config, world.size)
+    check_average(config)
+    check_boards(config.report_to)
+    kinds = kinds_needed(config)
+    facts = read_base_facts(resolve_base_model(model, CONFIGURATIONS))
+    _check_block(config, facts)
+    stores = join_buckets(
+        cache_root,
+        clips.sizes,
+        config.stores,
+        kinds=kinds,
+        leave_out=config.leave_out,
+        held_out=config.validation.clips,
+    )
+    for size, of_size in zip(clips.sizes, stores.stores, strict=True):
+        check_stores(of_size, facts, size, radius=config.lgf.radius)
+    layout = TeacherLayout.of(stores.teacher)
+    check_layout(config, layout, stores.teacher)
+    return Run(
+        config=config,
+        clips=clips,
+        model=model,
+        facts=facts,
+        stores=stores,
+        layout=layout,
+        world=world,
+        progress=progress,
+    )
+
+
+def _check_block(config: TrainConfig, facts: BaseFacts) -> None:
+    blocks = facts.transformer["num_layers"]
+    if config.objectives and config.block >= blocks:
+        raise ValueError(
+            f"train.block must be under {blocks}, the base model's number of blocks, got "
+            f"{config.block}; about 0.6 of the depth, {int(0.6 * blocks)}, is usual"
+        )
