@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,8 +76,12 @@ def process_group(world: World) -> Iterator[None]:
                 dist.destroy_process_group()
 
 
-def on_first_rank(world: World, action: Callable[[], T]) -> T:
+def on_first_rank(world: World, action: Callable[[], T], *, patience: timedelta | None = None) -> T:
     """Run `action` on rank 0 and hand its result to every rank; its error is raised on every rank.
+
+    Args:
+        patience: how long the other ranks wait; without it, as long as the group's collectives do,
+            which is ten minutes on GPUs.
 
     Raises:
         Exception: what `action` raised; on other ranks a RuntimeError with its message.
@@ -85,17 +90,31 @@ def on_first_rank(world: World, action: Callable[[], T]) -> T:
         return action()
     told: list[Any] = [None, None]
     error: Exception | None = None
-    if world.is_first:
-        try:
-            told[0] = action()
-        except Exception as caught:
-            error, told[1] = caught, str(caught)
-    dist.broadcast_object_list(told, src=0)
+    with _waiting_group(patience) as group:
+        if world.is_first:
+            try:
+                told[0] = action()
+            except Exception as caught:
+                error, told[1] = caught, str(caught)
+        dist.broadcast_object_list(told, src=0, group=group)
     if error is not None:
         raise error
     if told[1] is not None:
         raise RuntimeError(f"rank 0 failed: {told[1]}")
     return told[0]
+
+
+@contextmanager
+def _waiting_group(patience: timedelta | None) -> Iterator[Any]:
+    """A group whose collectives wait that long; None, the usual one, without."""
+    if patience is None:
+        yield None
+        return
+    group = dist.new_group(backend="gloo", timeout=patience)
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group(group)
 
 
 def gather(world: World, value: T) -> list[T]:

@@ -1,51 +1,131 @@
-"""Going on from the newest complete checkpoint."""
+"""Going on from the newest complete checkpoint, on the same number of processes or on another."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stages.progress import Progress
-from stages.train_student.checkpoints.records import PREFIX, Checkpoint, complete_checkpoints
+from stages.train_student.checkpoints.records import (
+    Checkpoint,
+    newest_complete,
+    record_of,
+    torn_checkpoints,
+)
+from stages.train_student.checkpoints.universal import universal_copy
 from stages.train_student.distributed import World, on_first_rank
 
+_CONVERSION_TIME = timedelta(hours=6)
+"""How long the ranks wait for the universal copy; two copies of all optimizer states are written,
+which for five billion weights is some 130 GB."""
 
-def resume(engine: Any, root: Path, world: World, progress: Progress, *, strict: bool) -> int:
-    """Load the newest complete checkpoint, if any, and return the number of steps done.
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResumePlan:
+    """What a run goes on from; the engine must be made as `universal` says."""
+
+    checkpoint: Checkpoint
+    folder: Path
+    """What DeepSpeed loads: the checkpoint's folder, or its universal copy."""
+
+    @property
+    def universal(self) -> bool:
+        """Whether the engine loads a universal checkpoint."""
+        return self.folder != self.checkpoint.folder
+
+
+def plan_resume(
+    root: Path, world: World, progress: Progress, *, nvme: bool = False
+) -> ResumePlan | None:
+    """Find the newest complete checkpoint, and make its universal copy if that is needed.
+
+    Called by every rank, before the engine is made.
+
+    Args:
+        root: folder of the checkpoints.
+        nvme: whether the run offloads its optimizer states to nvme.
+
+    Raises:
+        ValueError: the checkpoint cannot be loaded as this run is set up; says what would do.
+    """
+
+    def plan() -> ResumePlan | None:
+        newest = _newest(root, progress)
+        if newest is None:
+            return None
+        _check_nvme(newest, world, nvme)
+        if newest.world_size == world.size or newest.zero_stage == 0:
+            return ResumePlan(checkpoint=newest, folder=newest.folder)
+        progress.log(
+            f"{newest.folder} was written by {newest.world_size} processes, now there are "
+            f"{world.size}: sharing it out anew"
+        )
+        return ResumePlan(checkpoint=newest, folder=universal_copy(newest))
+
+    return on_first_rank(world, plan, patience=_CONVERSION_TIME)
+
+
+def resume(
+    engine: Any,
+    plan: ResumePlan | None,
+    world: World,
+    *,
+    strict: bool,
+    beside: Sequence[Callable[[Path, int], None]] = (),
+) -> int:
+    """Load what `plan_resume` found into the engine, and return the number of steps done.
 
     Args:
         strict: whether the checkpoint holds every weight (not only the trained ones).
-
-    Raises:
-        ValueError: it was written by another number of processes.
+        beside: each reads what its twin in `save_checkpoint` wrote; given the checkpoint's folder
+            and the number of processes that wrote it.
     """
-    newest = on_first_rank(world, lambda: _newest(root, progress))
-    if newest is None:
+    if plan is None:
         return 0
-    if newest.world_size != world.size:
-        raise ValueError(
-            f"{newest.folder} was written by {newest.world_size} processes, now there are "
-            f"{world.size}; resume with {newest.world_size}, or choose another train.run_dir"
-        )
     loaded, client_state = engine.load_checkpoint(
-        str(root), tag=newest.folder.name, load_module_strict=strict
+        str(plan.folder.parent), tag=plan.folder.name, load_module_strict=strict
     )
     if loaded is None:
-        raise RuntimeError(f"DeepSpeed could not load {newest.folder}")
-    _set_random_state(client_state["rng"][world.rank])
+        raise RuntimeError(f"DeepSpeed could not load {plan.folder}")
+    for read in beside:
+        read(plan.checkpoint.folder, plan.checkpoint.world_size)
+    _set_random_state(client_state["rng"], world)
     return int(client_state["step"])
 
 
 def _newest(root: Path, progress: Progress) -> Checkpoint | None:
-    complete = complete_checkpoints(root)
-    whole = {checkpoint.folder.name for checkpoint in complete}
-    for folder in sorted(root.glob(f"{PREFIX}*")):
-        if folder.is_dir() and folder.name not in whole:
-            progress.log(f"passing over {folder}: it was not written to the end")
-    return complete[0] if complete else None
+    for folder in torn_checkpoints(root):
+        why = "it was not written to the end"
+        if record_of(folder).exists():
+            why = "its files are not those that its record names"
+        progress.log(f"passing over {folder}: {why}")
+    return newest_complete(root)
 
 
-def _set_random_state(state: dict[str, torch.Tensor]) -> None:
+def _check_nvme(checkpoint: Checkpoint, world: World, nvme: bool) -> None:
+    if checkpoint.on_nvme != nvme:
+        was = "nvme" if checkpoint.on_nvme else "memory"
+        raise ValueError(
+            f"{checkpoint.folder} holds optimizer states as they lay in {was}, which DeepSpeed "
+            f"cannot move; go on with train.deepspeed.offload_optimizer "
+            f"{'nvme' if checkpoint.on_nvme else 'none or cpu'}, or choose another train.run_dir"
+        )
+    if nvme and checkpoint.world_size != world.size:
+        raise ValueError(
+            f"{checkpoint.folder} was written by {checkpoint.world_size} processes, now there are "
+            f"{world.size}; optimizer states on nvme stay with their process. Go on with "
+            f"{checkpoint.world_size} processes, or choose another train.run_dir"
+        )
+
+
+def _set_random_state(states: list[dict[str, torch.Tensor]], world: World) -> None:
+    """Each rank's own; ranks that were not there before go on from another's, moved on."""
+    state = states[world.rank % len(states)]
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
+    if world.rank >= len(states):
+        torch.manual_seed(int(torch.randint(2**62, ())) + world.rank)

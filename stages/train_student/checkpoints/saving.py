@@ -1,25 +1,31 @@
 """Writing a checkpoint on every rank, and its record when all of it lies there."""
 
-import json
-import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cache_schema.durable import sync, write_whole
 from stages.train_student.checkpoints.records import (
-    PREFIX,
+    Checkpoint,
     clear,
-    complete_checkpoints,
-    record_of,
-    sizes,
+    folder_of,
+    keep_newest,
+    sync_tree,
+    write_record,
 )
 from stages.train_student.distributed import World, barrier, gather, on_first_rank
 
 
 def save_checkpoint(
-    engine: Any, root: Path, step: int, world: World, *, kept: int, only_trained: bool
+    engine: Any,
+    root: Path,
+    step: int,
+    world: World,
+    *,
+    kept: int,
+    only_trained: bool,
+    beside: Sequence[Callable[[Path], None]] = (),
 ) -> None:
     """Write the state after `step` steps, record it as complete, drop all but the newest `kept`.
 
@@ -27,9 +33,10 @@ def save_checkpoint(
         engine: the DeepSpeed engine.
         root: folder of the checkpoints.
         only_trained: leave out frozen weights, which the base model has.
+        beside: each writes further files of this rank into the folder it is given, before the
+            checkpoint is recorded; names must differ between ranks.
     """
-    folder = root / f"{PREFIX}{step}"
-    record = record_of(folder)
+    folder = folder_of(root, step)
     on_first_rank(world, lambda: clear(folder))
     client_state = {"step": step, "rng": gather(world, _random_state())}
     engine.save_checkpoint(
@@ -39,27 +46,19 @@ def save_checkpoint(
         save_latest=False,
         exclude_frozen_parameters=only_trained,
     )
+    for write in beside:
+        write(folder)
     barrier(world)
     if world.local_rank == 0:
-        _sync_tree(folder)
-        sync(root)
+        sync_tree(folder)
     barrier(world)
 
     def finish() -> None:
-        content = {"step": step, "world_size": world.size, "files": sizes(folder)}
-        temporary = record.with_name(f".{record.name}.partial")
-        write_whole(record, json.dumps(content, indent=1).encode(), temporary=temporary)
-        for old in complete_checkpoints(root)[kept:]:
-            clear(old.folder)
+        stage = engine.zero_optimization_stage()
+        write_record(Checkpoint(folder=folder, step=step, world_size=world.size, zero_stage=stage))
+        keep_newest(root, kept)
 
     on_first_rank(world, finish)
-
-
-def _sync_tree(folder: Path) -> None:
-    for parent, _, files in os.walk(folder):
-        for name in files:
-            sync(Path(parent) / name)
-        sync(Path(parent))
 
 
 def _random_state() -> dict[str, torch.Tensor]:
