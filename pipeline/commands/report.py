@@ -1,0 +1,42 @@
+"""`report`: a page about a training run."""
+
+from pathlib import Path
+
+from pipeline.config import RunConfig
+from pipeline.console import Answer, in_bytes
+from stages.progress import Progress
+
+
+def run(
+    config: RunConfig, progress: Progress, *, run_dir: Path | None = None, out: Path | None = None
+) -> Answer:
+    """Make the page of a run, which may still be going on.
+
+    Args:
+        config: The whole configuration.
+        progress: Told of the reading.
+        run_dir: The run; None takes `config.train.run_dir`.
+        out: The .html to write; None makes report.html in the run's folder.
+    """
+    from stages.run_report.figures import figures
+    from stages.run_report.records import read_run
+    from stages.run_report.report import write_report
+
+    run_dir = run_dir or config.train.run_dir
+    with progress.task("draw the curves", 1, unit="page") as task:
+        found = figures(read_run(run_dir))
+        page = write_report(run_dir, out)
+        task.advance()
+    size = page.stat().st_size
+    rows = [(one.name, f"{one.value} ({one.note})" if one.note else one.value) for one in found]
+    return Answer(
+        title=f"run {run_dir}",
+        rows=[*rows, ("page", in_bytes(size))],
+        data={
+            "run": str(run_dir),
+            "report": str(page),
+            "bytes": size,
+            "figures": {one.name: {"value": one.value, "note": one.note} for one in found},
+        },
+        notes=[str(page)],
+    )

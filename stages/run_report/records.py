@@ -1,0 +1,141 @@
+"""What a run's folder says, read for its page; a run that is still going on can be read too.
+
+Nothing but `run.json` has to be there. Lines of `*.jsonl` that are not whole yet are passed over.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from stages.train_student.logs.row_file import read_rows
+from stages.train_student.logs.rows import (
+    DAMAGED_FILE,
+    LOSSES_FILE,
+    PERFORMANCE_FILE,
+    SKIPPED_FILE,
+)
+
+Row = dict[str, Any]
+Points = tuple[list[int], list[float]]
+"""Steps, and a value for each."""
+
+VALIDATION_FILE = "validation.jsonl"
+"""A line per validation; `stages.train_student.validation` writes it."""
+
+SAMPLES_RECORD = "samples.json"
+"""Written last into each folder under samples/: without it the drawing is not complete."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawing:
+    """One sample video."""
+
+    step: int
+    prompt: str
+    file: Path
+    drawn: Row
+    """How it was drawn: denoising steps, guidance, seed, frames per second."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRecords:
+    """Everything the page shows."""
+
+    run_dir: Path
+    about: Row
+    """run.json: settings, provenance, stores, clips left out and held out."""
+    config_yaml: str
+    """The settings the run was last started with, as text."""
+    config: Row
+    """The same, read."""
+    losses: list[Row]
+    performance: list[Row]
+    validation: list[Row]
+    skipped: list[Row]
+    damaged: list[Row]
+    drawings: list[Drawing]
+    """From the first step to the last, then as the prompts were given."""
+    checkpoints: list[int]
+    finished: bool
+
+    @property
+    def steps_wanted(self) -> int | None:
+        """`train.steps`, if the settings are there."""
+        steps = (self.config.get("train") or {}).get("steps")
+        return None if steps is None else int(steps)
+
+    @property
+    def steps_done(self) -> int:
+        """The last step whose losses are written."""
+        return int(self.losses[-1]["step"]) if self.losses else 0
+
+
+def read_run(run_dir: Path) -> RunRecords:
+    """Read the folder of a run.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    file = run_dir / "run.json"
+    if not file.is_file():
+        raise ValueError(
+            f"{run_dir} holds no training run (no run.json); name one with --run, or train one "
+            "with sam2vx-pipeline train"
+        )
+    config = run_dir / "config.yaml"
+    config_yaml = config.read_text(encoding="utf-8") if config.is_file() else ""
+    return RunRecords(
+        run_dir=run_dir,
+        about=json.loads(file.read_text(encoding="utf-8")),
+        config_yaml=config_yaml,
+        config=YAML(typ="safe", pure=True).load(config_yaml) or {},
+        losses=read_rows(run_dir / LOSSES_FILE),
+        performance=read_rows(run_dir / PERFORMANCE_FILE),
+        validation=read_rows(run_dir / VALIDATION_FILE),
+        skipped=read_rows(run_dir / SKIPPED_FILE),
+        damaged=read_rows(run_dir / DAMAGED_FILE),
+        drawings=_drawings(run_dir / "samples"),
+        checkpoints=sorted(
+            int(path.name.split(".")[0].removeprefix("checkpoint-"))
+            for path in (run_dir / "checkpoints").glob("checkpoint-*.complete.json")
+        ),
+        finished=(run_dir / "finished.json").is_file(),
+    )
+
+
+def points(rows: Iterable[Row], value: Callable[[Row], Any]) -> Points:
+    """Steps and values of the rows that have a finite one."""
+    steps, values = [], []
+    for row in rows:
+        found = value(row)
+        if found is not None and math.isfinite(found):
+            steps.append(int(row["step"]))
+            values.append(float(found))
+    return steps, values
+
+
+def objectives(rows: Iterable[Row]) -> list[str]:
+    """Names of the auxiliary losses in the rows, as they first appear."""
+    return list(dict.fromkeys(name for row in rows for name in row.get("auxiliary") or {}))
+
+
+def _drawings(folder: Path) -> list[Drawing]:
+    found = []
+    for record in sorted(folder.glob(f"step-*/{SAMPLES_RECORD}")):
+        drawn = json.loads(record.read_text(encoding="utf-8"))
+        prompts = drawn.pop("prompts")
+        found += [
+            Drawing(
+                step=drawn["step"],
+                prompt=prompt,
+                file=record.with_name(f"{number}.mp4"),
+                drawn=drawn,
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+    return sorted(found, key=lambda drawing: drawing.step)
