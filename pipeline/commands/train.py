@@ -1,7 +1,9 @@
 """`train`: stage two."""
 
+from __future__ import annotations
+
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.assets import make_missing_assets
 from pipeline.config import RunConfig
@@ -9,9 +11,13 @@ from pipeline.console import Answer, in_bytes, in_time
 from pipeline.provenance import provenance_of_run
 from stages.progress import Progress
 
+if TYPE_CHECKING:
+    from stages.train_student.logs.rows import LossRow
+
 
 def run(config: RunConfig, progress: Progress) -> Answer:
     """Train, or go on with a run that was stopped."""
+    from stages.train_student.logs.rows import DAMAGED_FILE, SKIPPED_FILE
     from stages.train_student.train import train_student
 
     make_missing_assets(config, progress)
@@ -32,8 +38,10 @@ def run(config: RunConfig, progress: Progress) -> Answer:
         "clips": summary.clips,
         "left_out": summary.left_out,
         "left_out_by_name": summary.left_out_by_name,
-        "first": asdict(summary.first),
-        "last": asdict(summary.last),
+        "skipped_steps": summary.skipped_steps,
+        "damaged_clips": summary.damaged_clips,
+        "first": None if summary.first is None else asdict(summary.first),
+        "last": None if summary.last is None else asdict(summary.last),
         "seconds_per_step": summary.seconds_per_step,
         "peak_memory_bytes": summary.peak_memory_bytes,
         "export": str(summary.export),
@@ -43,15 +51,28 @@ def run(config: RunConfig, progress: Progress) -> Answer:
         ("steps", _steps(data)),
         ("clips", f"{summary.clips}{_left_out(summary.left_out, summary.left_out_by_name)}"),
     ]
-    for name in ("loss", "diffusion", "auxiliary"):
-        first, last = data["first"][name], data["last"][name]
-        if first is not None:
-            rows.append((name, f"{first:.4f} at step {data['first']['step']}, {last:.4f} now"))
+    if summary.first is not None and summary.last is not None:
+        rows += _losses(summary.first, summary.last)
+    if summary.skipped_steps:
+        skipped = f"{summary.skipped_steps}, with a loss or gradient that is no number"
+        rows.append(("skipped steps", f"{skipped}; see {SKIPPED_FILE} in the run's folder"))
+    if summary.damaged_clips:
+        damaged = f"{summary.damaged_clips}, others took their places"
+        rows.append(("damaged clips", f"{damaged}; see {DAMAGED_FILE} in the run's folder"))
     if summary.seconds_per_step is not None:
         rows.append(("time", f"{in_time(summary.seconds_per_step)} a step"))
     rows.append(("peak memory", in_bytes(summary.peak_memory_bytes)))
     rows.append(("weights", str(summary.export)))
     return Answer(title=f"trained with {config.name}", rows=rows, data=data)
+
+
+def _losses(first: LossRow, last: LossRow) -> list[tuple[str, str]]:
+    parts = [("loss", first.loss, last.loss), ("diffusion", first.diffusion, last.diffusion)]
+    parts += [(name, first.auxiliary[name], last.auxiliary[name]) for name in last.auxiliary]
+    return [
+        (name, f"{then:.4f} at step {first.step}, {now:.4f} at step {last.step}")
+        for name, then, now in parts
+    ]
 
 
 def _steps(data: dict[str, Any]) -> str:
