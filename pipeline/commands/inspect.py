@@ -77,7 +77,7 @@ def _open_store(config: RunConfig, store: str) -> StoreReader:
             return StoreReader(folder)
     kinds = get_args(Kind)
     if store in kinds:
-        return StoreReader(find_store(root, store, folder=config.train.stores.get(store)))
+        return StoreReader(find_store(root, store, folder=config.train.folder_of(store)))
     if isinstance(root, str):
         return StoreReader(f"{root.rstrip('/')}/{store}")
     raise ConfigError(

@@ -1,8 +1,9 @@
 """Settings of the video dataset and of the training size; read by every stage."""
 
+import re
 from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.config import Section
 
@@ -34,13 +35,43 @@ class ClipsConfig(Section):
     fps: float | None = Field(default=8.0, gt=0)
     """Frames per second the clip is sampled at; 8 for CogVideoX 1.0. null takes consecutive frames
     as they are stored."""
+    buckets: tuple[str, ...] = ()
+    """Several sizes in place of one, each as frames x height x width: [49x480x720, 49x720x480,
+    81x480x720]. Every clip goes to the one that fits it best; a training step shows clips of one
+    size. [] brings all clips to num_frames, height and width."""
     clips_per_shard: int = Field(default=64, ge=1)
     """How many clips of a metadata folder make one shard (a tar is always one); 64 is usual."""
+
+    @field_validator("buckets")
+    @classmethod
+    def _buckets_are_sizes(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        sizes = [_parse_size(name) for name in names]
+        written = tuple("x".join(map(str, size)) for size in sizes)
+        twice = sorted({name for name in written if written.count(name) > 1})
+        if twice:
+            raise ValueError(f"buckets must name each size once, got {twice[0]} twice")
+        return written
 
     @model_validator(mode="after")
     def _frames_fit_the_vae(self) -> "ClipsConfig":
         check_num_frames(self.num_frames)
         return self
+
+    @property
+    def sizes(self) -> tuple["ClipsConfig", ...]:
+        """These settings for each bucket; without buckets, themselves alone."""
+        if not self.buckets:
+            return (self,)
+        names = ("num_frames", "height", "width")
+        return tuple(
+            self.model_copy(update={**dict(zip(names, _parse_size(name), strict=True))})
+            for name in self.buckets
+        )
+
+    @property
+    def size_name(self) -> str:
+        """Frames, height and width, as `buckets` writes them."""
+        return f"{self.num_frames}x{self.height}x{self.width}"
 
     @property
     def num_latent_frames(self) -> int:
@@ -56,3 +87,23 @@ class ClipsConfig(Section):
     def token_grid(self) -> tuple[int, int]:
         """Height and width of the transformer's token grid (VAE 8x, patch 2)."""
         return self.height // 16, self.width // 16
+
+
+def _parse_size(name: str) -> tuple[int, int, int]:
+    """Frames, height and width of `49x480x720`.
+
+    Raises:
+        ValueError: It is written otherwise, or no size that can be trained at.
+    """
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", name.strip())
+    if found is None:
+        raise ValueError(f"a bucket is frames x height x width, got {name!r}; 49x480x720 is usual")
+    frames, height, width = (int(number) for number in found.groups())
+    if frames < 9 or frames % 8 != 1:
+        raise ValueError(f"the frames of a bucket must be 8N+1, got {name!r}; 49x480x720 is usual")
+    if not height or not width or height % 16 or width % 16:
+        raise ValueError(
+            f"height and width of a bucket must be multiples of 16, got {name!r}; 49x480x720 is "
+            "usual"
+        )
+    return frames, height, width

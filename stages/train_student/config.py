@@ -145,8 +145,9 @@ class TrainConfig(Section):
     teacher_form: TeacherForm = "features"
     """What the teacher is read from: the teacher store's features, or the gram_flow store, which is
     a tenth of the size and teaches the same."""
-    stores: dict[str, str] = Field(default_factory=dict)
-    """Which store of a kind to read when the cache holds several: kind -> folder name."""
+    stores: dict[str, str | tuple[str, ...]] = Field(default_factory=dict)
+    """Which store of a kind to read when the cache holds several that would do: kind -> folder
+    name; with data.buckets a list, of one for each size."""
     leave_out: Path | None = None
     """JSON lines that each name a clip (`key`) to leave out, such as the cache's failures.jsonl;
     null leaves out none but those that some store lacks."""
@@ -179,6 +180,13 @@ class TrainConfig(Section):
     @classmethod
     def _none_is_empty(cls, value: Any) -> Any:
         return () if value in ("none", ["none"], ("none",)) else value
+
+    def folder_of(self, kind: str) -> str | None:
+        """The folder that `stores` names for a kind; None without one, and among several."""
+        named = self.stores.get(kind)
+        if isinstance(named, tuple):
+            return named[0] if len(named) == 1 else None
+        return named
 
     @model_validator(mode="after")
     def _objectives_once(self) -> "TrainConfig":

@@ -7,7 +7,7 @@
         losses.jsonl           one line per step (loss_record.py)
         tensorboard/
         checkpoints/           (checkpoints)
-        projector.safetensors  the projector's trained weights, kept for more training
+        heads.safetensors      the objectives' projectors, kept for more training
         export/                the trained weights in diffusers' format (export.py)
         finished.json          written last
 
@@ -30,7 +30,7 @@ from stages.base_facts import BaseFacts
 from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.train_student.config import TrainConfig
-from stages.train_student.data.stores import JoinedStores
+from stages.train_student.data.buckets import Buckets
 
 FREE_SETTINGS = (
     "run_dir",
@@ -52,17 +52,20 @@ def fixed_settings(
     clips: ClipsConfig,
     model: BaseModelConfig,
     facts: BaseFacts,
-    stores: JoinedStores,
+    stores: Buckets,
 ) -> dict[str, Any]:
     """What decides a run's weights, by dotted name; two runs with equal ones are the same run."""
     nested = {
         "train": config.model_dump(mode="json", exclude=set(FREE_SETTINGS)),
-        "data": {name: getattr(clips, name) for name in ("num_frames", "height", "width")},
+        "data": {"sizes": [size.size_name for size in clips.sizes]},
         "model": model.model_dump(mode="json"),
         "transformer": {k: v for k, v in facts.transformer.items() if not k.startswith("_")},
         "scheduler": {k: v for k, v in facts.scheduler.items() if not k.startswith("_")},
         "stores": {kind: reader.settings.hash for kind, reader in stores.readers.items()},
-        "clips in every store": f"{len(stores.keys)} ({_digest(stores.keys)})",
+        "clips to train on": {
+            of_size.size: f"{len(of_size.keys)} ({_digest(of_size.keys)})"
+            for of_size in stores.stores
+        },
     }
     # Through JSON, so that what was just computed equals what a run read back.
     return dict(_flat(json.loads(json.dumps(nested)), ""))

@@ -32,6 +32,7 @@ from report import finish, machine, median_and_spread, table
 from torch.utils.data import DataLoader, Dataset
 
 from cache_schema import StoreReader
+from stages.train_student.config import KIND_OF_FORM
 from stages.train_student.data.dataset import CachedSamples, load_batches
 from stages.train_student.data.order import micro_batches
 from stages.train_student.data.stores import join_stores
@@ -168,8 +169,8 @@ class Node:
 
     def __init__(self, cache: Path, options: argparse.Namespace) -> None:
         self._options = options
-        stores = join_stores(cache, {}, teacher_form=options.form)
-        self._samples = CachedSamples(stores, facts(), 0)
+        stores = join_stores(cache, {}, kinds=(KIND_OF_FORM[options.form],))
+        self._samples = CachedSamples([stores], facts(), seed=0, batch_size=options.gpus)
         self._in_memory = [self._samples[number] for number in range(2)]
         self.worker_bytes: list[tuple[int, int]] = []
         """Private and proportional memory of every worker seen."""

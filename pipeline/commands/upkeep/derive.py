@@ -19,7 +19,7 @@ def run(config: RunConfig, progress: Progress) -> Answer:
     from stages.extract_features.make_extractions import device_named
     from stages.teacher_forms.derive import derive_gram_flow
 
-    teacher = find_store(config.cache_folder, "teacher", folder=config.train.stores.get("teacher"))
+    teacher = find_store(config.cache_folder, "teacher", folder=config.train.folder_of("teacher"))
     summary = derive_gram_flow(
         config.cache_folder,
         Path(teacher),

@@ -3,21 +3,23 @@
 A sample's number decides its clip, its draw from the VAE's posterior, its noise and its timestep,
 so one run gives the same samples on any number of processes, and after a resume.
 
-Legend: B clip, F latent frame, C channel, H W latent, L text token, D width, T map of the teacher.
+Legend: B clip, F latent frame, C channel, H W latent, L text token, D width, T map of the teacher
+or frame, h w pixels of a stored mask.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from stages.base_facts import BaseFacts
 from stages.train_student.config import WorkerStart
-from stages.train_student.data.order import clip_of_sample, seed_of_sample
+from stages.train_student.data.damaged import DamagedClip, read_or_replace
+from stages.train_student.data.held_out import seed_of_held_out
+from stages.train_student.data.order import SampleOrder, seed_of_sample
 from stages.train_student.data.stores import JoinedStores
 from stages.train_student.model_inputs import image_condition, pad_in_front
 
@@ -41,6 +43,13 @@ class Batch:
     auxiliary loss."""
     teacher_valid_BT: Tensor | None
     """bool, the maps that show the tracked subject; None without an auxiliary loss."""
+    masks: Mapping[str, Tensor] | None = None
+    """The masks store's arrays by name, as stored, with B in front: uint8 `forward` and, of two
+    directions, `backward` [B, T, h, w], `valid` [B, T]; None unless a loss reads them."""
+    num_frames: int
+    """Of the clips, T of one clip; the same for all of a batch."""
+    damaged: tuple[DamagedClip, ...] = ()
+    """Clips that these samples should have shown; others stand in for them."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; the copy overlaps work if the host memory is pinned."""
@@ -62,52 +71,125 @@ class Batch:
 
 
 class CachedSamples(Dataset[Batch]):
-    """Samples by number, as batches of one clip."""
+    """Samples by number, as batches of one clip; and the clips held out, at any timestep."""
 
-    def __init__(self, stores: JoinedStores, facts: BaseFacts, seed: int) -> None:
-        self._stores = stores
+    def __init__(
+        self, buckets: Sequence[JoinedStores], facts: BaseFacts, *, seed: int, batch_size: int
+    ) -> None:
+        """Read from the stores.
+
+        Args:
+            buckets: the stores of each size that is trained at.
+            facts: what the base model asks of its inputs.
+            seed: of the run.
+            batch_size: samples per step over all ranks; all of a step are of one bucket.
+        """
+        self._buckets = tuple(buckets)
         self._facts = facts
         self._seed = seed
+        self._order = SampleOrder(
+            [len(stores.keys) for stores in buckets], batch_size=batch_size, seed=seed
+        )
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """The keys of the clips that are never trained on, in a fixed order."""
+        return tuple(dict.fromkeys(key for stores in self._buckets for key in stores.held_out))
 
     def __getitem__(self, sample: int) -> Batch:
         """Read and draw sample number `sample`.
 
         Raises:
-            CacheError: the clip's data is damaged.
+            CacheError: so many clips are damaged that none could stand in, or the cache cannot be
+                reached.
         """
-        stores, facts = self._stores, self._facts
-        key = stores.keys[clip_of_sample(sample, len(stores.keys), self._seed)]
+        bucket, clip = self._order.place(sample)
+        stores = self._buckets[bucket]
         generator = torch.Generator().manual_seed(seed_of_sample(sample, self._seed))
-        steps = facts.scheduler["num_train_timesteps"]
+        steps = self._facts.scheduler["num_train_timesteps"]
         timestep_1 = torch.randint(0, steps, (1,), generator=generator)
-        arrays = {name: torch.from_numpy(a) for name, a in stores.latents.read(key).items()}
-        clean_FCHW = facts.latent_scale * draw(arrays["mean"], arrays["std"], generator)
+        clip, arrays, damaged = read_or_replace(
+            lambda index: read_clip(stores, stores.keys[index]),
+            lambda index: stores.keys[index],
+            clip,
+            sample=sample,
+            num_clips=len(stores.keys),
+            seed=self._seed,
+        )
+        batch = self._drawn(stores, stores.keys[clip], arrays, timestep_1, generator)
+        return replace(batch, damaged=damaged)
+
+    def held_out_batch(self, key: str, timestep: int) -> Batch:
+        """A held-out clip at a timestep: the same draw and noise whenever it is asked for.
+
+        Raises:
+            ValueError: the clip is not held out.
+            CacheError: its data is damaged, or the cache cannot be reached.
+        """
+        for stores in self._buckets:
+            if key in stores.held_out:
+                break
+        else:
+            raise ValueError(f"clip {key!r} is not among the {len(self.held_out)} held out")
+        generator = torch.Generator().manual_seed(seed_of_held_out(key, timestep))
+        arrays = read_clip(stores, key)
+        return self._drawn(stores, key, arrays, torch.tensor([timestep]), generator)
+
+    def _drawn(
+        self,
+        stores: JoinedStores,
+        key: str,
+        arrays: Mapping[str, Mapping[str, Tensor]],
+        timestep_1: Tensor,
+        generator: torch.Generator,
+    ) -> Batch:
+        """A batch of one clip: its latents drawn, its noise too."""
+        facts, latents = self._facts, arrays["latents"]
+        clean_FCHW = facts.latent_scale * draw(latents["mean"], latents["std"], generator)
         clean_FCHW = pad_in_front(clean_FCHW, facts.padding(len(clean_FCHW)))
         noise_FCHW = torch.randn(clean_FCHW.shape, generator=generator)
         image_FCHW = None
         if facts.image_to_video:
-            image_1CHW = draw(arrays["image_mean"], arrays["image_std"], generator)
+            image_1CHW = draw(latents["image_mean"], latents["image_std"], generator)
             image_FCHW = image_condition(facts.image_latent_scale * image_1CHW, len(clean_FCHW))
-        text_LD = torch.from_numpy(stores.text.read(key)["embeds"])
         teacher = valid_BT = None
-        if stores.teacher is not None:
-            teacher = _one_clip(stores.teacher.read(key))
+        if "teacher" in arrays:
+            teacher = {name: array[None] for name, array in arrays["teacher"].items()}
             valid_BT = teacher.pop("valid") != 0
+        masks = None
+        if "masks" in arrays:
+            masks = {name: array[None] for name, array in arrays["masks"].items()}
         return Batch(
             keys=(key,),
             clean_BFCHW=clean_FCHW[None],
             noise_BFCHW=noise_FCHW[None],
             timestep_B=timestep_1,
-            text_BLD=text_LD[None],
+            text_BLD=arrays["text"]["embeds"][None],
             image_BFCHW=None if image_FCHW is None else image_FCHW[None],
             teacher=teacher,
             teacher_valid_BT=valid_BT,
+            masks=masks,
+            num_frames=stores.num_frames,
         )
 
 
-def _one_clip(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Each array as a batch of one."""
-    return {name: torch.from_numpy(array)[None] for name, array in arrays.items()}
+def read_clip(stores: JoinedStores, key: str) -> dict[str, dict[str, Tensor]]:
+    """A clip's arrays as stored, by name, of text, latents, teacher and masks as they are read.
+
+    Raises:
+        CacheError: the clip is damaged or gone, or the cache cannot be reached.
+    """
+    readers = {
+        "latents": stores.latents,
+        "text": stores.text,
+        "teacher": stores.teacher,
+        "masks": stores.masks,
+    }
+    return {
+        name: {array: torch.from_numpy(values) for array, values in reader.read(key).items()}
+        for name, reader in readers.items()
+        if reader is not None
+    }
 
 
 def draw(mean: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
@@ -128,7 +210,8 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
         elif isinstance(values[0], Mapping):
             tensors[field.name] = {n: torch.cat([v[n] for v in values]) for n in values[0]}
     keys = tuple(key for batch in batches for key in batch.keys)
-    return replace(first, keys=keys, **tensors)
+    damaged = tuple(clip for batch in batches for clip in batch.damaged)
+    return replace(first, keys=keys, damaged=damaged, **tensors)
 
 
 def load_batches(

@@ -5,21 +5,77 @@ them; each number decides its clip, noise and timestep. The dataset and its load
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
 
 
-def clip_of_sample(sample: int, num_clips: int, seed: int) -> int:
-    """Index of the clip that sample shows: every epoch a fresh permutation of all clips."""
+class SampleOrder:
+    """Which bucket and which of its clips each sample shows.
+
+    All samples of a step are of one bucket. In an epoch each bucket has as many steps as its clips
+    fill, rounded, at least one; they follow one another in an order of the epoch's own. Each
+    bucket goes through its clips at its own pace, in permutations that its steps go on with where
+    the one before it stopped.
+    """
+
+    def __init__(self, num_clips: Sequence[int], *, batch_size: int, seed: int) -> None:
+        """Order the clips.
+
+        Args:
+            num_clips: of every bucket.
+            batch_size: samples per step over all ranks.
+            seed: of the run.
+
+        Raises:
+            ValueError: a bucket has no clip.
+        """
+        if not num_clips or min(num_clips) < 1:
+            raise ValueError(f"every bucket needs a clip to train on, got {list(num_clips)}")
+        self._num_clips = tuple(num_clips)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._steps = tuple(
+            max(1, (2 * clips + batch_size) // (2 * batch_size)) for clips in self._num_clips
+        )
+
+    @property
+    def steps_per_epoch(self) -> tuple[int, ...]:
+        """Of every bucket."""
+        return self._steps
+
+    def place(self, sample: int) -> tuple[int, int]:
+        """Bucket of a sample, and the index of its clip in that bucket."""
+        step, position = divmod(sample, self._batch_size)
+        bucket, step_of_bucket = self.step(step)
+        number = step_of_bucket * self._batch_size + position
+        stream = f"/bucket/{bucket}" if len(self._num_clips) > 1 else ""
+        return bucket, clip_of_sample(number, self._num_clips[bucket], self._seed, stream)
+
+    def step(self, step: int) -> tuple[int, int]:
+        """The bucket of a step, and how many steps that bucket had before it."""
+        if len(self._steps) == 1:
+            return 0, step
+        epoch, position = divmod(step, sum(self._steps))
+        buckets, before = _steps_of_epoch(self._steps, self._seed, epoch)
+        bucket = int(buckets[position])
+        return bucket, epoch * self._steps[bucket] + int(before[position])
+
+
+def clip_of_sample(sample: int, num_clips: int, seed: int, stream: str = "") -> int:
+    """Index of the clip that sample shows: every epoch a fresh permutation of all clips.
+
+    Args:
+        stream: sets the permutations apart from those of others.
+    """
     epoch, position = divmod(sample, num_clips)
-    return int(_permutation(num_clips, seed, epoch)[position])
+    return int(_permutation(num_clips, f"{seed}{stream}/epoch/{epoch}")[position])
 
 
 def seed_of_sample(sample: int, seed: int) -> int:
     """Seed of everything random about a sample, in 63 bits."""
-    return _hashed(f"{seed}/sample/{sample}")
+    return hashed(f"{seed}/sample/{sample}")
 
 
 def micro_batches(
@@ -53,11 +109,23 @@ def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) 
     return batch_size // together
 
 
+@lru_cache(maxsize=32)
+def _permutation(num_clips: int, name: str) -> np.ndarray:
+    return np.random.default_rng(hashed(name)).permutation(num_clips)
+
+
 @lru_cache(maxsize=2)
-def _permutation(num_clips: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng(_hashed(f"{seed}/epoch/{epoch}")).permutation(num_clips)
+def _steps_of_epoch(steps: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The bucket of each step of an epoch, and how many of the same came before it in the epoch."""
+    buckets = np.repeat(np.arange(len(steps)), steps)
+    np.random.default_rng(hashed(f"{seed}/buckets/epoch/{epoch}")).shuffle(buckets)
+    before = np.empty_like(buckets)
+    for bucket, count in enumerate(steps):
+        before[buckets == bucket] = np.arange(count)
+    return buckets, before
 
 
-def _hashed(name: str) -> int:
+def hashed(name: str) -> int:
+    """63 bits that follow from the name."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -14,6 +14,8 @@ from stages.local_gram_flow import radius_of_window
 from stages.teacher_forms.settings import native_parts
 from stages.train_student.data.stores import JoinedStores, array_shape
 
+_FRAMES = "frames, height, width"
+
 
 def check_stores(
     stores: JoinedStores, facts: BaseFacts, clips: ClipsConfig, *, radius: int
@@ -47,6 +49,9 @@ def check_stores(
         else:
             _check_gram_flow(stores.teacher, grid, clips, radius)
         _check_one_origin(stores.teacher, stores.latents)
+    if stores.masks is not None:
+        _check_masks(stores.masks, clips)
+        _check_one_origin(stores.masks, stores.latents)
 
 
 def _same(reader: StoreReader, name: str, wanted: tuple[int, ...], axes: str, because: str) -> None:
@@ -95,6 +100,14 @@ def _check_gram_flow(
         )
 
 
+def _check_masks(masks: StoreReader, clips: ClipsConfig) -> None:
+    for name in ("forward", "backward"):
+        if name == "forward" or name in masks.settings.arrays:
+            shape = array_shape(masks, name)
+            _same(masks, name, (clips.num_frames, *shape[1:]), _FRAMES, "data.num_frames")
+    _same(masks, "valid", (clips.num_frames,), "frames", "its masks")
+
+
 def _check_companions(teacher: StoreReader, name: str, companions: Sequence[str]) -> None:
     """What bytes cannot be read without: numbers for each token."""
     for companion in companions:
@@ -122,12 +135,16 @@ def _check_maps(teacher: StoreReader, maps: int, clips: ClipsConfig) -> None:
 
 def _check_learned_positions(facts: BaseFacts, clips: ClipsConfig, height: int, width: int) -> None:
     config = facts.transformer
-    trained = config["sample_height"], config["sample_width"]
-    if config["use_learned_positional_embeddings"] and trained != (height, width):
+    if not config["use_learned_positional_embeddings"]:
+        return
+    # diffusers refuses another height or width, and gives another length positions of its own.
+    frames, *trained = (config[f"sample_{name}"] for name in ("frames", "height", "width"))
+    if (frames, *trained) != (clips.num_frames, height, width):
+        area = "x".join(str(side * VAE_SPATIAL_COMPRESSION) for side in trained)
         raise ValueError(
-            f"the base model has learned positions and runs at one size alone, "
-            f"{trained[0] * VAE_SPATIAL_COMPRESSION}x{trained[1] * VAE_SPATIAL_COMPRESSION}; "
-            f"data.height x data.width is {clips.height}x{clips.width}"
+            f"the base model has learned positions and runs at one size alone, {frames}x{area} "
+            f"(frames x height x width), not at {clips.size_name}; set data.num_frames, "
+            "data.height and data.width to it, and data.buckets to []"
         )
 
 
@@ -144,24 +161,29 @@ def _check_scaling(latents: StoreReader, facts: BaseFacts) -> None:
             )
 
 
-def _check_one_origin(teacher: StoreReader, latents: StoreReader) -> None:
+def _check_one_origin(other: StoreReader, latents: StoreReader) -> None:
     """Stores that say how their clips were cut must say the same."""
-    cuts: list[Any] = [reader.settings.values.get("clips") for reader in (teacher, latents)]
+    cuts: list[Any] = [reader.settings.values.get("clips") for reader in (other, latents)]
     if None in cuts:
         return
-    any_size = teacher.settings.values.get("grid_source") == "native"
+    any_size = other.settings.values.get("grid_source") == "native" or "forward" in (
+        other.settings.arrays
+    )
     if _cut(cuts[0], any_size) != _cut(cuts[1], any_size):
         raise ValueError(
-            f"the teacher's clips were cut as {cuts[0]}, the latents' as {cuts[1]}; training needs "
-            "both from the same frames: choose stores with train.stores, or extract again"
+            f"the clips of {other.path} were cut as {cuts[0]}, those of {latents.path} as "
+            f"{cuts[1]}; training needs both from the same frames: choose stores with "
+            "train.stores, or extract again"
         )
 
 
 def _cut(origin: dict[str, Any], any_size: bool) -> dict[str, Any]:
     """How clips were cut; with `any_size`, the shape of the frame stands for its size.
 
-    SAM2 sees every frame at its own size: of one shape, they show the same picture.
+    SAM2 sees every frame at its own size, and masks are resampled: of one shape, they show the same
+    picture. Which clips there are, `buckets` decides; not how they were cut.
     """
+    origin = {name: value for name, value in origin.items() if name != "buckets"}
     if not any_size or not {"height", "width"} <= origin.keys():
         return origin
     shape = Fraction(origin["height"], origin["width"])

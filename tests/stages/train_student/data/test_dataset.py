@@ -6,6 +6,7 @@ import torch
 
 from cache_schema import CorruptClip, StoreReader, StoreWriter
 from stages.base_facts import read_base_facts
+from stages.train_student.config import KIND_OF_FORM
 from stages.train_student.data.dataset import CachedSamples, draw, join_batches, load_batches
 from stages.train_student.data.order import clip_of_sample
 from stages.train_student.data.stores import join_stores
@@ -19,7 +20,11 @@ def facts(base_model):
 
 @pytest.fixture
 def samples(cache, facts):
-    return CachedSamples(join_stores(cache, {}, teacher_form="features"), facts, seed=3)
+    return from_stores(join_stores(cache, {}, kinds=("teacher",)), facts)
+
+
+def from_stores(stores, facts, seed=3):
+    return CachedSamples([stores], facts, seed=seed, batch_size=1)
 
 
 def same(left, right):
@@ -33,8 +38,8 @@ def same(left, right):
 
 
 def test_a_sample_depends_on_its_number_and_seed_alone(samples, cache, facts):
-    again = CachedSamples(join_stores(cache, {}, teacher_form="features"), facts, seed=3)
-    other = CachedSamples(join_stores(cache, {}, teacher_form="features"), facts, seed=4)
+    again = from_stores(join_stores(cache, {}, kinds=("teacher",)), facts)
+    other = from_stores(join_stores(cache, {}, kinds=("teacher",)), facts, seed=4)
     torch.manual_seed(99)
     assert same(again[7], samples[7])
     assert not torch.equal(samples[7].noise_BFCHW, samples[8].noise_BFCHW)
@@ -42,7 +47,7 @@ def test_a_sample_depends_on_its_number_and_seed_alone(samples, cache, facts):
 
 
 def test_arrays_belong_to_the_key(samples, cache):
-    stores = join_stores(cache, {}, teacher_form="features")
+    stores = join_stores(cache, {}, kinds=("teacher",))
     for number in range(10):
         batch = samples[number]
         key = stores.keys[clip_of_sample(number, 5, 3)]
@@ -62,7 +67,9 @@ def test_valid_maps_are_those_the_store_says(tiny, tmp_path, facts):
     for kind, shapes in (("text", {"embeds": tiny.TEXT}), ("latents", tiny.LATENT_SHAPES)):
         tiny.write_store(tmp_path, kind, shapes)
     tiny.write_store(tmp_path, "teacher", tiny.teacher_shapes(), change=mark)
-    samples = CachedSamples(join_stores(tmp_path, {}, teacher_form="features"), facts, seed=3)
+    samples = CachedSamples(
+        [join_stores(tmp_path, {}, kinds=("teacher",))], facts, seed=3, batch_size=1
+    )
     batch = join_batches([samples[number] for number in range(5)])
     assert batch.teacher_valid_BT.dtype == torch.bool
     for key, valid_T in zip(batch.keys, batch.teacher_valid_BT, strict=True):
@@ -79,7 +86,7 @@ def test_draws_follow_the_posterior():
 
 
 def test_timesteps_cover_the_schedule(cache, facts):
-    samples = CachedSamples(join_stores(cache, {}, teacher_form=None), facts, seed=3)
+    samples = from_stores(join_stores(cache, {}, kinds=()), facts)
     timesteps = [int(samples[number].timestep_B) for number in range(100)]
     assert 0 <= min(timesteps) < 100
     assert 900 < max(timesteps) <= 999
@@ -104,8 +111,8 @@ def test_image_to_video_samples_hold_the_first_frame(tiny, tmp_path):
         vae=tiny.tiny_vae(invert_scale_latents=True),
     )
     cache = tiny.write_cache(tmp_path / "cache", image=True)
-    stores = join_stores(cache, {}, teacher_form=None)
-    batch = CachedSamples(stores, read_base_facts(base), seed=0)[0]
+    stores = join_stores(cache, {}, kinds=())
+    batch = from_stores(stores, read_base_facts(base), seed=0)[0]
     assert batch.clean_BFCHW.shape == batch.image_BFCHW.shape == (1, 4, 4, 4, 6)
     assert torch.equal(batch.clean_BFCHW[:, 0], batch.clean_BFCHW[:, 1])
     assert batch.image_BFCHW[:, 1:].abs().max() == 0
@@ -118,12 +125,12 @@ def test_image_to_video_samples_hold_the_first_frame(tiny, tmp_path):
 
 def test_a_damaged_clip_stops_the_reading(tiny, tmp_path, facts):
     cache = tiny.write_cache(tmp_path)
-    stores = join_stores(cache, {}, teacher_form="features")
+    stores = join_stores(cache, {}, kinds=("teacher",))
     for file in (stores.teacher.path / "shards").rglob("features/c/**/*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(CorruptClip, match="clip/"):
-        CachedSamples(stores, facts, seed=0)[0]
+        from_stores(stores, facts, seed=0)[0]
 
 
 @pytest.mark.parametrize("form", ["features", "gram_flow"])
@@ -132,7 +139,9 @@ def test_the_teachers_arrays_are_handed_on_as_they_are_stored(tiny, tmp_path, fa
         tiny.write_store(tmp_path, kind, shapes)
     write = tiny.write_teacher if form == "features" else tiny.write_gram_flow
     store = StoreReader(write(tmp_path, "int8" if form == "features" else "uint8"))
-    samples = CachedSamples(join_stores(tmp_path, {}, teacher_form=form), facts, seed=3)
+    samples = CachedSamples(
+        [join_stores(tmp_path, {}, kinds=(KIND_OF_FORM[form],))], facts, seed=3, batch_size=1
+    )
     batch = join_batches([samples[number] for number in (0, 1, 2)])
     names = {"features", "scale"} if form == "features" else {"gram_flow", "low", "step"}
     assert batch.teacher.keys() == names
@@ -154,10 +163,12 @@ def test_workers_read_a_cache_behind_a_url(tiny, tmp_path, facts, start):
     for path in stores.values():
         StoreWriter.open(tmp_path, StoreReader(path).settings, provenance={}).write_index()
     chosen = {kind: path.name for kind, path in stores.items()}
-    local = CachedSamples(join_stores(tmp_path, {}, teacher_form="gram_flow"), facts, seed=3)
+    local = CachedSamples(
+        [join_stores(tmp_path, {}, kinds=("gram_flow",))], facts, seed=3, batch_size=1
+    )
     with serving(tmp_path) as server:
-        joined = join_stores(server.url, chosen, teacher_form="gram_flow")
-        samples = CachedSamples(joined, facts, seed=3)
+        joined = join_stores(server.url, chosen, kinds=("gram_flow",))
+        samples = from_stores(joined, facts)
         assert same(samples[0], local[0])
         numbers = [[n, n + 1] for n in range(0, 8, 2)]
         loading = load_batches(samples, numbers, workers=2, start=start, pin_memory=False)
