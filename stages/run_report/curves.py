@@ -19,6 +19,8 @@ _GRID = "#e3e6ea"
 _TEXT = "#4a5260"
 _MOST_POINTS = 300
 _SIZE_INCHES = (6.4, 2.9)
+_AXES = (0.1, 0.155, 0.885, 0.79)
+"""Left, bottom, width and height within the picture."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,8 +70,9 @@ def as_svg(picture: Picture) -> bytes:
     }
     out = io.BytesIO()
     with rc_context(settings):
-        figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
-        axes = figure.add_subplot()
+        figure = Figure(figsize=_SIZE_INCHES)
+        # matplotlib's own layouts would draw every picture twice.
+        axes = figure.add_axes(_AXES)
         for number, curve in enumerate(picture.curves):
             _draw(axes, curve, curve.colour or COLOURS[number % len(COLOURS)])
         _dress(axes, picture)
