@@ -27,6 +27,7 @@ from stages.train_student.ema import check_average
 from stages.train_student.engine import check_engine_settings, weights_dtype
 from stages.train_student.logs.boards import Boards, check_boards
 from stages.train_student.logs.run_log import RunLog
+from stages.train_student.lora import check_targets
 from stages.train_student.objectives.build import build_heads, build_objectives
 from stages.train_student.objectives.needs import check_layout, kinds_needed
 from stages.train_student.run_folder import fixed_settings, open_run
@@ -188,6 +189,8 @@ def prepare(
     kinds = kinds_needed(config)
     facts = read_base_facts(resolve_base_model(model, CONFIGURATIONS))
     _check_block(config, facts)
+    if config.method == "lora":
+        check_targets(config.lora, facts.transformer)
     stores = join_buckets(
         cache_root,
         clips.sizes,
