@@ -43,10 +43,15 @@ def update(engine: Any) -> float | None:
     if engine.zero_optimization_stage() == 0:
         norm = gradient_norm_before_step(engine)
         assert norm is not None, "without ZeRO the gradients lie whole on every rank"
-        if not math.isfinite(norm):
-            engine.zero_grad()  # the optimiser passes over parameters without a gradient
-        engine.step()
-        return norm if math.isfinite(norm) else None
+        if math.isfinite(norm):
+            engine.step()
+            return norm
+        engine.zero_grad()
+        engine.set_gradient_accumulation_boundary(False)
+        engine.step()  # only counts the forward pass
+        engine.set_gradient_accumulation_boundary(None)  # where it is follows from the count again
+        engine.lr_scheduler.step()
+        return None
     engine.step()
     if engine.was_step_applied():
         return float(engine.get_global_grad_norm())
