@@ -35,16 +35,29 @@ from stages.train_student.data.buckets import Buckets
 FREE_SETTINGS = (
     "run_dir",
     "steps",
+    "micro_batch_size",
+    "gradient_checkpointing",
     "log_every",
     "loader_workers",
     "loader_start",
     "checkpoint_every",
     "checkpoints_kept",
+    "max_damaged",
+    "max_skipped_steps",
+    "report_to",
+    "wandb_project",
+    "samples",
+    "validation",
+    "deepspeed.offload_optimizer",
+    "deepspeed.offload_parameters",
+    "deepspeed.nvme_path",
     "stores",
     "leave_out",
 )
-"""Settings of a run that a resume may change; `stores` and `leave_out` are compared by what comes
-of them: what the stores hold, and which clips are left."""
+"""Settings of a run, with all below them, that a resume may change, as may the number of processes.
+They say how the work is done and what is shown of it, not what is learnt: `stores`, `leave_out` and
+`validation.clips` are compared by what comes of them, what the stores hold and which clips are
+left to train on."""
 
 
 def fixed_settings(
@@ -56,7 +69,7 @@ def fixed_settings(
 ) -> dict[str, Any]:
     """What decides a run's weights, by dotted name; two runs with equal ones are the same run."""
     nested = {
-        "train": config.model_dump(mode="json", exclude=set(FREE_SETTINGS)),
+        "train": config.model_dump(mode="json"),
         "data": {"sizes": [size.size_name for size in clips.sizes]},
         "model": model.model_dump(mode="json"),
         "transformer": {k: v for k, v in facts.transformer.items() if not k.startswith("_")},
@@ -68,7 +81,8 @@ def fixed_settings(
         },
     }
     # Through JSON, so that what was just computed equals what a run read back.
-    return dict(_flat(json.loads(json.dumps(nested)), ""))
+    flat = _flat(json.loads(json.dumps(nested)), "")
+    return {name: value for name, value in flat if not _is_free(name)}
 
 
 def open_run(
@@ -148,6 +162,10 @@ def _digest(keys: Iterable[str]) -> str:
     for number, key in enumerate(keys):
         digest.update(f"\n{key}".encode() if number else key.encode())
     return digest.hexdigest()[:12]
+
+
+def _is_free(name: str) -> bool:
+    return f"{name}.".startswith(tuple(f"train.{free}." for free in FREE_SETTINGS))
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
