@@ -71,13 +71,11 @@ def test_prediction_equals_the_pipelines_own_transformer_call(pipeline, tiny, tm
 
     def student(*inputs):
         velocities.append(Student(pipeline.transformer)(*inputs)[0])
-        return velocities[-1], None
+        return velocities[-1], {}
 
     step = TrainingStep(
         facts,
-        (frames, height, width),
-        None,
-        0.0,
+        (),
         device=torch.device("cpu"),
         dtype=torch.float32,
     )
@@ -91,9 +89,10 @@ def test_prediction_equals_the_pipelines_own_transformer_call(pipeline, tiny, tm
         image_BFCHW=image_FCHW[None] if facts.image_to_video else None,
         teacher=None,
         teacher_valid_BT=None,
+        num_frames=tiny.FRAMES,
     )
     with torch.no_grad():
-        step(student, batch)
+        step(student, batch, 0)
     assert len(seen) == 2
     torch.testing.assert_close(velocities[0], seen[0], rtol=0, atol=0)
 

@@ -8,8 +8,9 @@ import torch.nn.functional as F  # noqa: N812
 from stages.base_facts import read_base_facts
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import Batch
-from stages.train_student.objectives import build_objective
+from stages.train_student.objectives.build import build_objectives
 from stages.train_student.step import TrainingStep
+from stages.train_student.teacher import TeacherLayout
 from tests.stages.local_gram_flow.reference import kl_by_loop, similarities_by_loop
 
 WEIGHTS = (0.7, 0.3)
@@ -40,14 +41,11 @@ def _similarities_by_hand(parts_THWC, grid):
 
 @pytest.fixture
 def step(tiny, base_model):
-    def make(native_parts):
-        frames, _, height, width = tiny.LATENT
+    def make(layout=None, **settings):
         return TrainingStep(
             read_base_facts(base_model),
-            (frames, height, width),
-            build_objective(TrainConfig(lgf={"radius": 1, "temperature": 0.2})),
-            0.5,
-            native_parts=native_parts,
+            build_objectives(TrainConfig(**settings)),
+            layout=layout,
             device=torch.device("cpu"),
             dtype=torch.float32,
         )
@@ -66,6 +64,7 @@ def _batch(tiny, teacher_BTHWC, valid_BT):
         image_BFCHW=None,
         teacher={"features": teacher_BTHWC},
         teacher_valid_BT=valid_BT,
+        num_frames=tiny.FRAMES,
     )
 
 
@@ -85,16 +84,17 @@ def test_features_on_sam2s_own_grid_are_compared_on_the_students(tiny, step):
     student_BTHWC = _random(99, 2, LENGTH, *tiny.GRID, 4)
 
     def student(latents_BFCHW, *rest):
-        return latents_BFCHW, student_BTHWC
+        return latents_BFCHW, {"lgf": student_BTHWC}
 
-    found = step(2)(student, _batch(tiny, teacher_BTHWC, valid_BT)).auxiliary
+    made = step(TeacherLayout(native=True, parts=2), lgf={"radius": 1, "temperature": 0.2})
+    found_B = made(student, _batch(tiny, teacher_BTHWC, valid_BT), 0).auxiliary_B["lgf"]
     student_loop, _ = similarities_by_loop(student_BTHWC.double().numpy(), 1)
     expected = []
     for clip, pairs in enumerate((LENGTH - 1, LENGTH - 2)):
         teacher_loop, inside = _similarities_by_hand(parts[clip], tiny.GRID)
         flows = [a[:, :pairs] for a in (student_loop[clip : clip + 1], teacher_loop, inside)]
         expected.append(kl_by_loop(*flows, 0.2))
-    np.testing.assert_allclose(float(found), np.mean(expected), rtol=1e-4)
+    np.testing.assert_allclose(found_B.tolist(), expected, rtol=1e-4)
 
 
 def test_features_on_the_students_grid_are_not_touched(tiny, step):
@@ -102,7 +102,7 @@ def test_features_on_the_students_grid_are_not_touched(tiny, step):
     valid_BT = torch.ones(2, LENGTH, dtype=torch.bool)
 
     def student(latents_BFCHW, *rest):
-        return latents_BFCHW, features_BTHWC
+        return latents_BFCHW, {"lgf": features_BTHWC}
 
-    losses = step(None)(student, _batch(tiny, features_BTHWC.half(), valid_BT))
-    assert float(losses.auxiliary) < 1e-5
+    losses = step(lgf={"radius": 1})(student, _batch(tiny, features_BTHWC.half(), valid_BT), 0)
+    assert losses.auxiliary_B["lgf"].max() < 1e-5

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from stages.teacher_forms.features import encode_features
 from stages.teacher_forms.gram_flow import encode_gram_flow, gram_flow_of
 from stages.train_student.config import TrainConfig
-from stages.train_student.objectives import build_objective
+from stages.train_student.objectives.build import build_objectives
 from stages.train_student.teacher import Teacher
 
 CLIPS, MAPS, GRID, CHANNELS, WIDTH = 2, 5, (7, 9), 64, 12
@@ -63,7 +63,7 @@ def _expected(student_BTHWC, teacher_BTHWC, radius, temperature, valid_BT):
     terms = taught.exp() * (taught.masked_fill(~inside, 0) - learnt.masked_fill(~inside, 0))
     loss_BP = terms.sum(-1).mean((2, 3))
     counted_BP = valid_BT[:, :-1] & valid_BT[:, 1:]
-    return ((loss_BP * counted_BP).sum(1) / counted_BP.sum(1)).mean()
+    return (loss_BP * counted_BP).sum(1) / counted_BP.sum(1)
 
 
 def _arrays(form, dtype, features_BTHWC):
@@ -88,17 +88,17 @@ def test_loss_and_gradient_are_those_of_features_in_float64(form, dtype, radius)
     valid_BT[1, -1] = False
     exact_BTHWC = student_BTHWC.clone().requires_grad_()
     expected = _expected(exact_BTHWC, teacher_BTHWC, radius, 0.1, valid_BT)
-    expected.backward()
+    expected.sum().backward()
 
     arrays = _arrays(form, dtype, teacher_BTHWC)
-    teacher = Teacher(arrays=arrays, valid_BT=valid_BT, token_grid=GRID, native_parts=None)
+    teacher = Teacher(arrays=arrays, valid_BT=valid_BT, num_frames=MAPS, token_grid=GRID)
     taken_BTHWC = student_BTHWC.float().requires_grad_()
-    objective = build_objective(TrainConfig(lgf={"radius": radius, "temperature": 0.1}))
-    loss = objective(taken_BTHWC, teacher)
-    loss.backward()
+    (lgf,) = build_objectives(TrainConfig(lgf={"radius": radius, "temperature": 0.1}))
+    loss = lgf.objective(taken_BTHWC, teacher)
+    loss.sum().backward()
 
     loss_error, gradient_error = ERRORS[form, dtype]
-    assert abs(loss.item() - expected.item()) < loss_error
+    assert (loss.mean() - expected.mean()).abs() < loss_error
     difference = (taken_BTHWC.grad - exact_BTHWC.grad).norm() / exact_BTHWC.grad.norm()
     assert difference.item() < gradient_error
 
@@ -106,6 +106,6 @@ def test_loss_and_gradient_are_those_of_features_in_float64(form, dtype, radius)
 def test_a_stored_window_that_is_too_small_is_refused():
     arrays = _arrays("gram_flow", "float16", _teacher_features())
     valid_BT = torch.ones(CLIPS, MAPS, dtype=torch.bool)
-    teacher = Teacher(arrays=arrays, valid_BT=valid_BT, token_grid=GRID, native_parts=None)
+    teacher = Teacher(arrays=arrays, valid_BT=valid_BT, num_frames=MAPS, token_grid=GRID)
     with pytest.raises(ValueError, match="radius 3 holds the windows of radius 1 to 3, not 4"):
         teacher.gram_flow(4)
