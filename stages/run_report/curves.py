@@ -19,7 +19,7 @@ _GRID = "#e3e6ea"
 _TEXT = "#4a5260"
 _MOST_POINTS = 300
 _SIZE_INCHES = (6.4, 2.9)
-_AXES = (0.1, 0.155, 0.885, 0.79)
+_AXES = (0.115, 0.155, 0.86, 0.79)
 """Left, bottom, width and height within the picture."""
 
 

@@ -1,6 +1,5 @@
 """Draws a video from a base pipeline and a run's weights; used by `sample` and `demo`."""
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,23 +9,26 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from stages.base_model import resolve_base_model
 from stages.clips import ClipsConfig, write_video
-from stages.clips.geometry import cover_and_crop
 from stages.config import BaseModelConfig
 from stages.progress import Progress
 from stages.sample_videos.config import SampleConfig
+from stages.sample_videos.drawing import (
+    PIPELINES,
+    draw,
+    first_frame,
+    fps_of,
+    pipeline_class,
+    to_frames,
+)
 from stages.sample_videos.runs import find_export
 from stages.sample_videos.weights import add_lora, load_full_transformer
 
 _PARTS = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
-_PIPELINES = {"CogVideoXPipeline": False, "CogVideoXImageToVideoPipeline": True}
-"""Classes a base model may be of, and whether they take an image."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_USUAL_FPS = 8.0
-"""CogVideoX 1.0's rate, for a configuration that keeps each clip's own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +51,7 @@ def takes_image(model: BaseModelConfig) -> bool:
     Raises:
         ValueError: It is no CogVideoX pipeline.
     """
-    return _PIPELINES[_pipeline_class(resolve_base_model(model, ()))]
+    return PIPELINES[pipeline_class(resolve_base_model(model, ()))]
 
 
 def sample_video(
@@ -68,7 +70,8 @@ def sample_video(
     Args:
         config: Steps, guidance, seed, length, device.
         model: The base pipeline, of CogVideoXPipeline or CogVideoXImageToVideoPipeline.
-        clips: Height, width, rate and usual length: the model is asked for what it was taught.
+        clips: Height, width, rate and usual length: the model is asked for what it was taught;
+            of several sizes, for the first.
         run_dir: The training run whose export is applied; None draws from the base alone.
         prompt: What to draw.
         image: First frame, scaled and cropped as clips are; image-to-video only.
@@ -82,11 +85,12 @@ def sample_video(
     started = time.monotonic()
     if not prompt.strip():
         raise ValueError("the prompt is empty; say what to draw")
+    clips = clips.sizes[0]
     device = _device(config)
     export = None if run_dir is None else find_export(run_dir)
     base = resolve_base_model(model, _PARTS)
-    class_name = _pipeline_class(base)
-    condition = _condition(_PIPELINES[class_name], image, model, clips)
+    class_name = pipeline_class(base)
+    condition = _condition(PIPELINES[class_name], image, model, clips)
     dtype = _DTYPES[config.precision]
     with progress.task("load the models", 1, unit="pipeline") as task:
         parts: dict[str, Any] = {}
@@ -100,32 +104,26 @@ def sample_video(
             add_lora(pipeline, export)
         _place(pipeline, config, device)
         task.advance()
+    if config.num_frames is not None:
+        clips = clips.model_copy(update={"num_frames": config.num_frames})
     with progress.task("denoise", config.steps, unit="steps") as task:
-
-        def on_step(_: Any, __: int, ___: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            task.advance()
-            return tensors
-
-        video_THWC = pipeline(
+        video_THWC = draw(
+            pipeline,
+            clips,
+            steps=config.steps,
+            guidance=config.guidance,
+            seed=config.seed,
+            on_step=task.advance,
             prompt=prompt,
-            height=clips.height,
-            width=clips.width,
-            num_frames=config.num_frames or clips.num_frames,
-            num_inference_steps=config.steps,
-            guidance_scale=config.guidance,
-            max_sequence_length=pipeline.transformer.config.max_text_seq_length,
-            generator=torch.Generator().manual_seed(config.seed),
-            output_type="np",
-            callback_on_step_end=on_step,
             **condition,
-        ).frames[0]
+        )
     if not np.isfinite(video_THWC).all():
         raise ValueError(
             f"the video holds values that are not finite at sample.precision={config.precision}; "
             "bf16 or fp32 may help, unless training itself diverged"
         )
-    frames_THWC = (video_THWC * 255).round().clip(0, 255).astype(np.uint8)
-    fps = clips.fps or _USUAL_FPS
+    frames_THWC = to_frames(video_THWC)
+    fps = fps_of(clips)
     write_video(out, frames_THWC, fps)
     return SampleSummary(
         out=out,
@@ -139,16 +137,6 @@ def sample_video(
     )
 
 
-def _pipeline_class(base: Path) -> str:
-    index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
-    class_name = index.get("_class_name")
-    if class_name not in _PIPELINES:
-        raise ValueError(
-            f"the base model {base} is a {class_name}; model.path must be one of {list(_PIPELINES)}"
-        )
-    return str(class_name)
-
-
 def _condition(
     wants_image: bool, image: Path | None, model: BaseModelConfig, clips: ClipsConfig
 ) -> dict[str, Image.Image]:
@@ -158,19 +146,7 @@ def _condition(
         return {}
     if image is None:
         raise ValueError(f"{model.path} makes video from an image; name one with --image")
-    try:
-        with Image.open(image) as opened:
-            picture_HWC = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"cannot read the image {image} ({error})") from error
-    geometry = cover_and_crop(
-        *picture_HWC.shape[:2],
-        height=clips.height,
-        width=clips.width,
-        source_fps=clips.fps or _USUAL_FPS,
-        sampling="consecutive",
-    )
-    return {"image": Image.fromarray(geometry.frame(picture_HWC))}
+    return {"image": first_frame(image, clips)}
 
 
 def _device(config: SampleConfig) -> torch.device:
