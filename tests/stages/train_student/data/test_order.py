@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.train_student.data.order import (
+    SampleOrder,
     accumulation_steps,
     clip_of_sample,
     micro_batches,
@@ -60,6 +61,63 @@ def test_ranks_share_each_steps_samples_and_a_resume_goes_on(
         for number, micro_batch in enumerate(every[rank]):
             step = number // accumulation
             assert all(step * batch <= s < (step + 1) * batch for s in micro_batch)
+
+
+BUCKETS = st.lists(st.integers(1, 40), min_size=2, max_size=4)
+
+
+@given(num_clips=st.integers(1, 40), batch=st.integers(1, 9), seed=st.integers(0, 5))
+def test_one_bucket_is_ordered_as_its_clips_alone(num_clips, batch, seed):
+    order = SampleOrder([num_clips], batch_size=batch, seed=seed)
+    for sample in range(3 * num_clips):
+        assert order.place(sample) == (0, clip_of_sample(sample, num_clips, seed))
+
+
+@given(num_clips=BUCKETS, batch=st.integers(1, 7), seed=st.integers(0, 5))
+def test_each_bucket_shows_every_clip_once_before_any_twice(num_clips, batch, seed):
+    order = SampleOrder(num_clips, batch_size=batch, seed=seed)
+    shown = [[] for _ in num_clips]
+    for step in range(3 * sum(order.steps_per_epoch)):
+        places = [order.place(step * batch + position) for position in range(batch)]
+        assert len({bucket for bucket, _ in places}) == 1, "a step is of one size"
+        shown[places[0][0]] += [clip for _, clip in places]
+    for clips, count in zip(shown, num_clips, strict=True):
+        for start in range(0, len(clips) - count + 1, count):
+            assert sorted(clips[start : start + count]) == list(range(count))
+
+
+@given(num_clips=BUCKETS, batch=st.integers(1, 7), epoch=st.integers(0, 3))
+def test_in_an_epoch_each_bucket_has_the_steps_its_clips_fill(num_clips, batch, epoch):
+    order = SampleOrder(num_clips, batch_size=batch, seed=1)
+    steps = sum(order.steps_per_epoch)
+    buckets = [order.step(step)[0] for step in range(epoch * steps, (epoch + 1) * steps)]
+    for bucket, clips in enumerate(num_clips):
+        assert abs(buckets.count(bucket) - clips / batch) <= 0.5 or buckets.count(bucket) == 1
+
+
+@given(num_clips=BUCKETS, seed=st.integers(0, 5), steps=st.lists(st.integers(0, 500), max_size=9))
+def test_any_step_is_found_without_those_before_it(num_clips, seed, steps):
+    order = SampleOrder(num_clips, batch_size=3, seed=seed)
+    walked = [order.step(step) for step in range(501)]
+    seen = [0] * len(num_clips)
+    for bucket, before in walked:
+        assert before == seen[bucket]
+        seen[bucket] += 1
+    later = SampleOrder(num_clips, batch_size=3, seed=seed)
+    assert [later.step(step) for step in steps] == [walked[step] for step in steps]
+
+
+def test_epochs_and_seeds_mix_the_buckets_in_ways_of_their_own():
+    found = set()
+    for seed in range(3):
+        order = SampleOrder([30, 20], batch_size=2, seed=seed)
+        found |= {tuple(order.step(25 * epoch + i)[0] for i in range(25)) for epoch in range(3)}
+    assert len(found) == 9
+
+
+def test_a_bucket_without_clips_is_refused():
+    with pytest.raises(ValueError, match=r"needs a clip to train on, got \[3, 0\]"):
+        SampleOrder([3, 0], batch_size=2, seed=0)
 
 
 def test_seeds_of_samples_differ():
