@@ -6,6 +6,7 @@ update whose gradient's norm is no number, on every rank alike, and drop what wa
 """
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,20 @@ def update(engine: Any) -> float | None:
         engine.set_gradient_accumulation_boundary(False)
         engine.step()  # only counts the forward pass
         engine.set_gradient_accumulation_boundary(None)  # where it is follows from the count again
-        engine.lr_scheduler.step()
+        _move_schedule_on(engine)
         return None
     engine.step()
     if engine.was_step_applied():
         return float(engine.get_global_grad_norm())
-    engine.lr_scheduler.step()  # DeepSpeed holds the schedule back: it takes this for fp16 scaling
+    _move_schedule_on(engine)  # DeepSpeed holds it back: it takes this for fp16's loss scaling
     return None
+
+
+def _move_schedule_on(engine: Any) -> None:
+    with warnings.catch_warnings():
+        # torch warns where the very first step is skipped: the schedule goes before the optimiser.
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        engine.lr_scheduler.step()
 
 
 class SkippedInARow:

@@ -207,6 +207,21 @@ def train_settings(run_dir, **changes):
     return settings
 
 
+class Lines(SilentProgress):
+    """Keeps what would be printed above the bars."""
+
+    def __init__(self):
+        self.lines = []
+
+    def log(self, text):
+        self.lines.append(text)
+
+
+@pytest.fixture
+def lines():
+    return Lines()
+
+
 @pytest.fixture(scope="session")
 def train(base_model, cache):
     """Train in this process: train(run_dir, **changed settings) -> TrainSummary."""
@@ -254,3 +269,38 @@ def train_process(base_model, cache):
         )
 
     return start
+
+
+@pytest.fixture(scope="session")
+def train_ranks(base_model, cache):
+    """Train in forks of one process: train_ranks(run_dir, processes=2, fault=…, …) -> answer.
+
+    The answer has `codes` and `told` of each rank, `errors` and `seconds`; faults/fork_server.py
+    says what may be asked.
+    """
+    script = Path(__file__).with_name("faults") / "fork_server.py"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[3])}
+    with subprocess.Popen(
+        [sys.executable, str(script)],
+        env=environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as server:
+
+        def run(run_dir, *, processes=1, fault=None, look=False, **changes):
+            request = {
+                "train": train_settings(run_dir, **changes),
+                "clips": CLIPS.model_dump(mode="json"),
+                "base": str(base_model),
+                "cache": str(cache),
+                "processes": processes,
+                "fault": fault,
+                "look": look,
+                "timeout_s": 100,
+            }
+            print(json.dumps(request), file=server.stdin, flush=True)
+            return SimpleNamespace(**json.loads(server.stdout.readline()))
+
+        yield run
+        server.stdin.close()

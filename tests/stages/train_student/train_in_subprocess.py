@@ -1,7 +1,8 @@
 """Trains as the JSON in its argument says; the tests start it as a process of its own.
 
-`fault` may hold `no sam2` (importing sam2 or stage one fails) and `kill at STEP` (SIGKILL once the
-line of that step is written).
+`fault` may hold, joined by commas: `no sam2` (importing sam2 or stage one fails), `kill at STEP`
+(SIGKILL once the line of that step is written), `spoil sample NUMBER`, `leave out step INDEX` and
+`ask rank RANK to stop at INDEX` (faulty_steps.py).
 """
 
 import json
@@ -21,14 +22,32 @@ class Forbid(MetaPathFinder):
 def kill_at(step):
     from stages.train_student.logs.run_log import RunLog
 
-    add = LossRecord.add
+    add = RunLog.add
 
-    def add_then_die(self, row, seconds):
-        add(self, row, seconds)
-        if row.step == step:
+    def add_then_die(self, rows):
+        add(self, rows)
+        if rows.performance.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    LossRecord.add = add_then_die
+    RunLog.add = add_then_die
+
+
+def spoil(fault):
+    import faulty_steps
+
+    from stages.train_student.data.dataset import CachedSamples
+    from stages.train_student.loop import Loop
+
+    numbers = [int(word) for word in fault.split() if word.isdigit()]
+    if fault.startswith("spoil sample"):
+        read = CachedSamples.__getitem__
+        CachedSamples.__getitem__ = faulty_steps.spoiled_samples(read, numbers)
+    elif fault.startswith("leave out step"):
+        Loop._step = faulty_steps.step_left_out(Loop._step, *numbers)
+    elif fault.startswith("ask rank"):
+        rank, step = numbers
+        if os.environ.get("RANK", "0") == str(rank):
+            Loop._step = faulty_steps.asked_to_stop(Loop._step, step)
 
 
 def main():
@@ -44,8 +63,10 @@ def main():
     from stages.train_student.config import TrainConfig
     from stages.train_student.train import train_student
 
-    if "kill at " in fault:
-        kill_at(int(fault.rpartition("kill at ")[2]))
+    for one in fault.split(", "):
+        if one.startswith("kill at "):
+            kill_at(int(one.removeprefix("kill at ")))
+        spoil(one)
     summary = train_student(
         TrainConfig(**request["train"]),
         ClipsConfig(**request["clips"]),

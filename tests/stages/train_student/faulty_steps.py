@@ -1,0 +1,66 @@
+"""Ways to spoil a step of a training, and to leave one out; tests and their processes use them.
+
+Each returns what to put in place of the original, by its full name.
+"""
+
+import os
+import signal
+from dataclasses import replace
+
+import torch
+
+
+def spoiled_samples(read, numbers):
+    """`CachedSamples.__getitem__` whose samples of these numbers have an infinite loss."""
+
+    def read_spoiled(self, sample):
+        batch = read(self, sample)
+        return replace(batch, clean_BFCHW=batch.clean_BFCHW / 0) if sample in numbers else batch
+
+    return read_spoiled
+
+
+def spoiled_gradients(call, step_to_spoil):
+    """`TrainingStep.__call__` with a finite loss and a gradient that is not, at one step."""
+
+    def call_spoiled(self, student, batch, step):
+        losses = call(self, student, batch, step)
+        if step == step_to_spoil:
+            losses.total.register_hook(lambda gradient: gradient * torch.nan)
+        return losses
+
+    return call_spoiled
+
+
+def step_left_out(make_step, left_out):
+    """`Loop._step` that does nothing at one step (from 0) but move on in the data and schedule."""
+    from stages.train_student.logs.rows import PerformanceRow, StepRows
+
+    def step_or_nothing(self, step):
+        if step != left_out:
+            return make_step(self, step)
+        for _ in range(self.accumulation):
+            next(self.batches)
+        self.engine.lr_scheduler.step()
+        row = PerformanceRow(
+            step=step + 1,
+            seconds=1.0,
+            wait_seconds=0.0,
+            clips_per_second=1.0,
+            peak_memory_bytes=1,
+            share_of_peak=None,
+        )
+        return StepRows(performance=row, losses=None, skipped=None, damaged=()), False
+
+    return step_or_nothing
+
+
+def asked_to_stop(make_step, step_to_stop, number=signal.SIGTERM):
+    """`Loop._step` in which this process gets a signal at one step (from 0)."""
+
+    def step_and_signal(self, step):
+        if step == step_to_stop:
+            os.kill(os.getpid(), number)
+        return make_step(self, step)
+
+    return step_and_signal

@@ -1,0 +1,168 @@
+"""Trainings that are asked to stop, or whose cache turns out damaged."""
+
+import importlib.util
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stages.train_student.damaged_clips import DamagedClips, TooManyDamaged
+from stages.train_student.data.damaged import DamagedClip
+from stages.train_student.data.dataset import CachedSamples
+from stages.train_student.distributed import World
+from stages.train_student.logs.rows import DamagedRow
+from stages.train_student.loop import Loop
+from stages.train_student.stop_request import stop_on_signals
+
+_spec = importlib.util.spec_from_file_location(
+    "faulty_steps", Path(__file__).with_name("faulty_steps.py")
+)
+faulty = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(faulty)
+
+
+def losses(run_dir):
+    return (run_dir / "losses.jsonl").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_training_that_is_asked_to_stop_keeps_its_last_step(
+    train, lines, monkeypatch, tmp_path, number
+):
+    settings = {"steps": 4, "checkpoint_every": 9}
+    before = [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)]
+    train(tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_step", faulty.asked_to_stop(Loop._step, 1, number))
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "stopped", progress=lines, **settings)
+    assert [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)] == before
+    assert "stopped after step 2" in lines.lines[-1]
+    assert train(tmp_path / "stopped", **settings).resumed_from == 2
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+def test_a_request_at_the_last_step_lets_the_run_finish(train, monkeypatch, tmp_path):
+    monkeypatch.setattr(Loop, "_step", faulty.asked_to_stop(Loop._step, 1))
+    assert train(tmp_path, steps=2).steps_done == 2
+    assert (tmp_path / "finished.json").is_file()
+
+
+@pytest.mark.slow
+def test_all_ranks_stop_when_one_is_asked_to(train_process, tmp_path):
+    settings = {"processes": 2, "steps": 4, "checkpoint_every": 9}
+    for name, fault in (("whole", ""), ("stopped", "ask rank 1 to stop at 1"), ("stopped", "")):
+        process = train_process(tmp_path / name, fault=fault, **settings)
+        output, errors = process.communicate(timeout=250)
+        assert (process.returncode == 0) == (not fault), errors
+    assert json.loads(output.splitlines()[-1]) == {"steps": 4, "resumed_from": 2}
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_stopped_leaves_a_checkpoint(train_process, tmp_path):
+    """SIGTERM to torchrun, as a scheduler sends it, at any moment of the training."""
+    settings = {"processes": 2, "steps": 2000, "checkpoint_every": 5000}
+    process = train_process(tmp_path, **settings)
+    rows = tmp_path / "losses.jsonl"
+    deadline = time.monotonic() + 200
+    while not (rows.is_file() and rows.read_text().count("\n") > 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode != 0
+    (record,) = (tmp_path / "checkpoints").glob("*.complete.json")
+    assert json.loads(record.read_text())["step"] == rows.read_text().count("\n"), errors
+
+
+def test_a_second_ctrl_c_stops_at_once(monkeypatch):
+    seconds = iter([10.0, 10.2, 12.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
+    with stop_on_signals() as stop:
+        assert not stop.made
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.made
+        os.kill(os.getpid(), signal.SIGINT)  # the same one, passed on by the launcher
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_processes_of_the_loader_end_when_they_are_told_to():
+    with stop_on_signals() as stop:
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(1)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+    assert not stop.made
+
+
+def test_another_thread_can_train_too():
+    asked = []
+
+    def ask():
+        with stop_on_signals() as stop:
+            asked.append(stop.made)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert asked == [False]
+
+
+def damaged_at(read, samples):
+    """`CachedSamples.__getitem__` that tells of a damaged clip at these samples."""
+
+    def read_damaged(self, sample):
+        batch = read(self, sample)
+        if sample not in samples:
+            return batch
+        told = DamagedClip(key=samples[sample], message="its checksum differs")
+        return replace(batch, damaged=(told,))
+
+    return read_damaged
+
+
+def test_damaged_clips_are_told_once_and_written_each_time(train, lines, monkeypatch, tmp_path):
+    samples = {0: "clip/9", 1: "clip/9", 4: "clip/9"}
+    read = damaged_at(CachedSamples.__getitem__, samples)
+    monkeypatch.setattr(CachedSamples, "__getitem__", read)
+    summary = train(tmp_path, steps=3, max_damaged=0.2, progress=lines)
+    assert summary.damaged_clips == 1
+    rows = [json.loads(line) for line in (tmp_path / "damaged_clips.jsonl").open()]
+    assert [(row["step"], row["key"]) for row in rows] == [
+        (1, "clip/9"),
+        (1, "clip/9"),
+        (3, "clip/9"),
+    ]
+    told = [line for line in lines.lines if line.startswith("warning")]
+    assert told == [
+        "warning: clip 'clip/9' cannot be read, another takes its place: its checksum differs"
+    ]
+
+
+def test_too_many_damaged_clips_stop_the_run(train, monkeypatch, tmp_path):
+    read = damaged_at(CachedSamples.__getitem__, {2: "clip/8", 3: "clip/9"})
+    monkeypatch.setattr(CachedSamples, "__getitem__", read)
+    with pytest.raises(TooManyDamaged, match=r"2 of 5 clips .*max_damaged=0.3 .*cache verify"):
+        train(tmp_path, steps=4, max_damaged=0.3)
+    assert len(losses(tmp_path).splitlines()) == 2
+    assert not (tmp_path / "finished.json").exists()
+
+
+def test_the_share_of_damaged_clips_counts_each_once():
+    world = World(rank=0, local_rank=0, size=1, device=None)
+    damaged = DamagedClips(clips=100, most=0.02, world=world)
+    for step in range(5):
+        damaged.add((DamagedRow(step=step, key="a", message=""),))
+    damaged.add((DamagedRow(step=6, key="b", message=""),))
+    with pytest.raises(TooManyDamaged, match="3 of 100 clips"):
+        damaged.add((DamagedRow(step=7, key="c", message=""),))
