@@ -5,6 +5,7 @@ A window of radius r holds K = (2r+1)^2 neighbours, row-major: (dy, dx) from (-r
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import product
 from typing import Any, Literal
 
@@ -94,6 +95,13 @@ def radius_of_window(num_neighbours: int) -> int:
     return side // 2
 
 
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products as exact as their operands; there is nothing to turn off on the meta device."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 class _WindowCosines(torch.autograd.Function):
     """Cosines of each token with a window of the next map, one matrix product per window row.
 
@@ -115,7 +123,7 @@ class _WindowCosines(torch.autograd.Function):
         B, T, H, W, _ = unit_BTHWC.shape
         side = 2 * radius + 1
         out = unit_BTHWC.new_zeros(B, T - 1, H, W, side, side)
-        with torch.autocast(features_BTHWC.device.type, enabled=False):
+        with _no_autocast(features_BTHWC.device):
             for b, now, after in _groups(unit_BTHWC):
                 keys_PHVC = _pad_sides(unit_BTHWC[b, after], radius)  # V = W + 2r
                 for row, here, there in _rows(H, radius):
@@ -132,7 +140,7 @@ class _WindowCosines(torch.autograd.Function):
         side = 2 * radius + 1
         gradient = gradient_BPHWK.unflatten(-1, (side, side))
         of_unit_BTHWC = torch.zeros_like(unit_BTHWC)
-        with torch.autocast(unit_BTHWC.device.type, enabled=False):
+        with _no_autocast(unit_BTHWC.device):
             for b, now, after in _groups(unit_BTHWC):
                 keys_PHVC = _pad_sides(unit_BTHWC[b, after], radius)
                 of_keys_PHVC = torch.zeros_like(keys_PHVC)
