@@ -116,3 +116,10 @@ def test_a_ramp_across_the_picture_stays_one_on_the_token_grid() -> None:
     assert found.shape == (1, 30, 45, 1)
     # a shift by half a token (align_corners=True, say) would be 0.011 off
     torch.testing.assert_close(found[0, 15, 2:-2, 0], expected[2:-2], atol=1e-3, rtol=0)
+
+
+def test_the_mean_over_latents_needs_no_values() -> None:
+    """Shapes alone, on the meta device: nothing waits for what a device computes."""
+    found = frames_to_latents(torch.empty(49, 2, 3, 4, device="meta"))
+    assert found.shape == (13, 2, 3, 4)
+    assert found.device.type == "meta"

@@ -4,7 +4,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.local_gram_flow import fuse_directions, fuse_subjects, local_gram_flow, regrid_fused
+from stages.local_gram_flow import (
+    fuse_directions,
+    fuse_subjects,
+    local_gram_flow,
+    regrid_fused,
+    take_directions,
+)
 from tests.stages.local_gram_flow.reference import similarities_by_loop
 
 
@@ -124,3 +130,37 @@ def test_regridding_leaves_zero_frames_zero_and_the_rest_unit(dtype: torch.dtype
 def test_channels_that_do_not_split_into_the_parts_are_refused() -> None:
     with pytest.raises(ValueError, match="24 fused channels do not split into 5"):
         regrid_fused(fused_subjects(), 3, 4, parts=5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31), share=st.floats(0.05, 1), slots=st.integers(1, 3))
+def test_directions_taken_are_those_that_were_fused(seed: int, share: float, slots: int) -> None:
+    """As if each subject's tracks had been fused by `forward` or `average`, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    subjects = [torch.randn(2, 3, 2, 2, 4, generator=generator).double() for _ in range(2)][:slots]
+    fused = fuse_subjects(
+        [fuse_directions(f, b, fusion="gram_flow", forward_weight=share) for f, b in subjects],
+        num_slots=slots,
+    )
+    for directions, fusion in (("forward", "forward"), ("averaged", "average")):
+        alone = [
+            fuse_directions(f, b, fusion=fusion, forward_weight=share)  # type: ignore[arg-type]
+            for f, b in subjects
+        ]
+        expected = fuse_subjects(alone, num_slots=slots)
+        taken = take_directions(fused, 2 * slots, directions, forward_weight=share)  # type: ignore[arg-type]
+        torch.testing.assert_close(taken, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_frames_without_a_visit_stay_zero_in_every_direction() -> None:
+    fused = torch.zeros(1, 2, 2, 8)
+    for directions in ("fused", "forward", "averaged"):
+        taken = take_directions(fused, 2, directions, forward_weight=0.5)  # type: ignore[arg-type]
+        assert not taken.any()
+
+
+def test_directions_of_other_fusions_are_refused() -> None:
+    with pytest.raises(ValueError, match="fusion=gram_flow"):
+        take_directions(torch.zeros(1, 2, 2, 9), 3, "averaged", forward_weight=0.5)
+    with pytest.raises(ValueError, match="forward share of 0"):
+        take_directions(torch.zeros(1, 2, 2, 8), 2, "forward", forward_weight=0.0)

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -181,6 +182,70 @@ def test_a_batch_in_pieces_has_the_mean_of_their_losses() -> None:
     ]
     torch.testing.assert_close(whole, torch.stack([loss for loss, _ in pieces]).mean())
     torch.testing.assert_close(gradient, torch.cat([grad for _, grad in pieces]) / 3)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**31), divergence=st.sampled_from(["kl", "l2"]), data=st.data())
+def test_a_weighted_loss_is_the_weighted_mean_over_the_tokens_of_valid_pairs(
+    seed: int, divergence: str, data: st.DataObject
+) -> None:
+    """Against the loop over each token alone, in float64."""
+    pairs = st.lists(st.booleans(), min_size=2, max_size=2)
+    valid = data.draw(st.lists(pairs, min_size=2, max_size=2))
+    student, teacher = _features(seed, 2, 3, 2, 3, 4), _features(seed + 1, 2, 3, 2, 3, 6)
+    weight = _features(seed + 2, 2, 2, 2, 3).abs()
+    (student_loop, inside), (teacher_loop, _) = (
+        similarities_by_loop(features.numpy(), 1) for features in (student, teacher)
+    )
+    expected = []
+    for b, valid_P in enumerate(valid):
+        total = over = 0.0
+        for p, y, x in np.ndindex(2, 2, 3):
+            place = tuple(slice(i, i + 1) for i in (b, p, y, x))
+            one = [array[place] for array in (student_loop, teacher_loop, inside)]
+            loss = kl_by_loop(*one, 0.3) if divergence == "kl" else l2_by_loop(*one)
+            total += valid_P[p] * float(weight[b, p, y, x]) * loss
+            over += valid_P[p] * float(weight[b, p, y, x])
+        expected.append(total / over if over else 0.0)
+    found = gram_flow_loss(
+        local_gram_flow(student, 1),
+        local_gram_flow(teacher, 1),
+        temperature=0.3,
+        divergence=divergence,  # type: ignore[arg-type]
+        valid_BP=torch.tensor(valid),
+        token_weight_BPHW=weight,
+    )
+    assert found.tolist() == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "l2"])
+@pytest.mark.parametrize("valid", [None, torch.tensor([[True, False, True]] * 2)])
+def test_equal_weights_are_no_weights(divergence: str, valid: torch.Tensor | None) -> None:
+    student, teacher = _features(17, 2, 4, 3, 4, 5), _features(18, 2, 4, 3, 4, 5)
+    weight = torch.full((2, 3, 3, 4), 0.2)
+    weighted = _with_gradient(student, teacher, valid, divergence, weight)
+    plain = _with_gradient(student, teacher, valid, divergence)
+    torch.testing.assert_close(weighted, plain, rtol=1e-6, atol=1e-14)
+
+
+@pytest.mark.parametrize("content", [float("inf"), float("nan")])
+def test_weights_of_invalid_pairs_never_count(content: float) -> None:
+    student, teacher = _features(19, 1, 4, 3, 4, 5), _features(20, 1, 4, 3, 4, 5)
+    valid = torch.tensor([[True, False, True]])
+    weight = _features(21, 1, 3, 3, 4).abs()
+    spoiled = weight.masked_fill(~valid[..., None, None], content)
+    expected = _with_gradient(student, teacher, valid, "kl", weight)
+    found = _with_gradient(student, teacher, valid, "kl", spoiled)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+def test_weights_of_another_shape_are_refused() -> None:
+    flow = torch.zeros(1, 2, 3, 3, 9)
+    with pytest.raises(ValueError, match=r"must be \(1, 2, 3, 3\), one for each"):
+        gram_flow_loss(
+            flow, flow, temperature=1, divergence="kl", token_weight_BPHW=torch.ones(1, 3, 3, 3)
+        )
 
 
 @pytest.mark.parametrize("valid", [torch.ones(1, 2), torch.ones(1, 3, dtype=torch.bool)])
