@@ -33,6 +33,7 @@ from stages.train_student.objectives.needs import check_layout, kinds_needed
 from stages.train_student.run_folder import fixed_settings, open_run
 from stages.train_student.step import TrainingStep
 from stages.train_student.teacher import TeacherLayout
+from stages.train_student.validation.checks import check_validation
 
 CONFIGURATIONS = ("transformer/config.json", "vae/config.json", "scheduler")
 """What of the base model is read before anything big is."""
@@ -203,6 +204,7 @@ def prepare(
         check_stores(of_size, facts, size, radius=config.lgf.radius)
     layout = TeacherLayout.of(stores.teacher)
     check_layout(config, layout, stores.teacher)
+    check_validation(config, facts, model, clips.sizes[0])
     return Run(
         config=config,
         clips=clips,

@@ -35,6 +35,7 @@ from stages.train_student.skipped_steps import SkippedInARow
 from stages.train_student.stop_request import stop_on_signals
 from stages.train_student.student import Student
 from stages.train_student.summary import TrainSummary
+from stages.train_student.validation.build import build_validation, embed_prompts
 
 
 def train_student(
@@ -88,6 +89,7 @@ def _train(run: Run) -> TrainSummary:
     nvme = config.deepspeed.offload_optimizer == "nvme"
     plan = plan_resume(run.checkpoints, world, run.progress, nvme=nvme)
     universal = plan is not None and plan.universal
+    embeds = embed_prompts(run)
     student = build_student(config, run.facts, run.dtype, heads=run.heads, world=world)
     with ExitStack() as stack:
         engine = stack.enter_context(deepspeed_engine(student, config, world, universal=universal))
@@ -104,6 +106,8 @@ def _train(run: Run) -> TrainSummary:
             run.progress.task("train", steps.stop, completed=done, unit="steps")
         )
 
+        validation = build_validation(run, student, embeds, boards=boards, note=task.note)
+
         def after_step(step: int, stopping: bool) -> None:
             if step % config.checkpoint_every == 0 or step == steps.stop or stopping:
                 if log is not None:
@@ -117,7 +121,10 @@ def _train(run: Run) -> TrainSummary:
                     only_trained=only_trained,
                     beside=[] if average is None else [average.save],
                 )
+            if not stopping or step == steps.stop:
+                validation.after_step(step)
 
+        validation.start(done)
         with stop_on_signals() as stop:
             durations = Loop(
                 engine=engine,
