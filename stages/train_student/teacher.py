@@ -7,12 +7,12 @@ h w pixel of the stored masks, G fused channel, K neighbour.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-from cache_schema import StoreReader
+from cache_schema import StoreSettings
 from stages.local_gram_flow import (
     Directions,
     frames_to_latents,
@@ -30,6 +30,14 @@ _MASK_MOST = 255
 """What a stored mask holds where a pixel is the subject's for certain."""
 
 
+class HasSettings(Protocol):
+    """A store, or one that is not there yet."""
+
+    @property
+    def settings(self) -> StoreSettings:
+        """What a store of its kind holds and how it was made."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherLayout:
     """How the channels and tokens of stored features lie; the same for every clip of a store."""
@@ -43,7 +51,7 @@ class TeacherLayout:
     Gram-flow space."""
 
     @classmethod
-    def of(cls, store: StoreReader | None) -> Self:
+    def of(cls, store: HasSettings | None) -> Self:
         """As a teacher store's settings say; no store and a Gram flow have nothing to lay out.
 
         Raises:

@@ -1,4 +1,6 @@
-"""What the training step makes of the teacher's features."""
+"""What the training step makes of a batch: its losses, their weights, and their sum."""
+
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -8,8 +10,10 @@ import torch.nn.functional as F  # noqa: N812
 from stages.base_facts import read_base_facts
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import Batch
-from stages.train_student.objectives.build import build_objectives
+from stages.train_student.diffusion import cumulative_alphas
+from stages.train_student.objectives.build import build_heads, build_objectives
 from stages.train_student.step import TrainingStep
+from stages.train_student.student import Student
 from stages.train_student.teacher import TeacherLayout
 from tests.stages.local_gram_flow.reference import kl_by_loop, similarities_by_loop
 
@@ -106,3 +110,177 @@ def test_features_on_the_students_grid_are_not_touched(tiny, step):
 
     losses = step(lgf={"radius": 1})(student, _batch(tiny, features_BTHWC.half(), valid_BT), 0)
     assert losses.auxiliary_B["lgf"].max() < 1e-5
+
+
+ALL = ("lgf", "repa", "token-relation", "mask")
+TAUGHT = {
+    "lgf": {"radius": 1, "weight": 0.5, "warmup_steps": 4, "projector_widths": (8, 8, 6)},
+    "repa": {"weight": 0.3, "timesteps": (0, 500), "projector_widths": (8, 8)},
+    "token_relation": {"timestep_weighting": "signal", "projector_widths": (8, 8, 6)},
+    "mask": {"schedule": "linear", "final_weight": 0.02, "projector_widths": (8, 4)},
+    "steps": 10,
+    "block": 1,
+}
+
+
+def _full_batch(tiny, frames=9, *, maps=None, size=(4, 6), device="cpu", dtype="float16", pad=0):
+    """Two clips with everything that any objective reads."""
+    generator = torch.Generator().manual_seed(frames)
+    latents = ((frames - 1) // 4 + 1 + pad, tiny.LATENT[1], *size)
+    grid = (size[0] // 2, size[1] // 2)
+    maps = maps or frames
+
+    def random(*shape):
+        return torch.randn(2, *shape, generator=generator).to(device)
+
+    features = torch.nn.functional.normalize(random(maps, *grid, tiny.TEACHER_WIDTH), dim=-1)
+    arrays = {"features": features.half()}
+    if dtype == "int8":
+        scale = features.abs().amax(-1) / 127
+        arrays = {"features": (features / scale[..., None]).round().to(torch.int8)}
+        arrays["scale"] = scale.half()
+    mask = (random(frames, 8 * size[0] // 4, 8 * size[1] // 4) > 0).to(torch.uint8) * 255
+    valid = torch.ones(2, frames, dtype=torch.uint8, device=device)
+    valid[1, -1] = 0
+    return Batch(
+        keys=("a", "b"),
+        clean_BFCHW=random(*latents),
+        noise_BFCHW=random(*latents),
+        timestep_B=torch.tensor([300, 700], device=device),
+        text_BLD=random(*tiny.TEXT),
+        image_BFCHW=None,
+        teacher=arrays,
+        teacher_valid_BT=torch.ones(2, maps, dtype=torch.bool, device=device),
+        masks={"forward": mask, "backward": mask, "valid": valid},
+        num_frames=frames,
+    )
+
+
+def _student(tiny, config, *, frame_rate=True, **changes):
+    transformer = tiny.tiny_transformer(**changes)
+    torch.manual_seed(1)
+    return Student(
+        transformer, build_heads(config, 32, tiny.TEACHER_WIDTH, frame_rate=frame_rate), 1
+    )
+
+
+def test_the_total_is_the_sum_of_the_weighted_means(tiny, step, base_model):
+    config = TrainConfig(objectives=ALL, **TAUGHT)
+    student, batch = _student(tiny, config), _full_batch(tiny)
+    made = step(objectives=ALL, **TAUGHT)
+    abar_B = cumulative_alphas(read_base_facts(base_model).scheduler)[[300, 700]].numpy()
+    by_noise = {
+        "lgf": np.ones(2),
+        "repa": np.array([1.0, 0.0]),
+        "token-relation": abar_B,
+        "mask": np.ones(2),
+    }
+    by_step = {
+        0: {"lgf": 0.0, "repa": 0.3, "token-relation": 0.5, "mask": 0.1},
+        1: {"lgf": 0.125, "repa": 0.3, "token-relation": 0.5, "mask": 0.1 - 0.08 / 9},
+        9: {"lgf": 0.5, "repa": 0.3, "token-relation": 0.5, "mask": 0.02},
+    }
+    seen = []
+    for number, weights in by_step.items():
+        losses = made(student, batch, number)
+        assert losses.auxiliary_B.keys() == set(ALL)
+        assert not losses.diffusion_B.requires_grad
+        parts = {name: loss_B.double().numpy() for name, loss_B in losses.auxiliary_B.items()}
+        expected = losses.diffusion_B.double().mean().item() + sum(
+            weights[name] * (by_noise[name] * parts[name]).mean() for name in ALL
+        )
+        assert losses.total.item() == pytest.approx(expected, rel=1e-5)
+        assert all(part.min() > 0 for part in parts.values())
+        seen.append(parts)
+    for name in ALL:  # what is told is before weighting: no step and no noise changes it
+        np.testing.assert_array_equal(seen[0][name], seen[1][name])
+
+
+def test_the_gradient_is_that_of_the_clips_one_by_one(tiny, step):
+    """Micro-batches change nothing, though the second clip has fewer valid maps and frames."""
+    config = TrainConfig(objectives=ALL, **TAUGHT)
+    made, batch = step(objectives=ALL, **TAUGHT), _full_batch(tiny)
+    batch.teacher_valid_BT[1, 5:] = False
+    gradients = []
+    for pieces in ([slice(0, 2)], [slice(0, 1), slice(1, 2)]):
+        student = _student(tiny, config)
+        for piece in pieces:
+            losses = made(student, _piece(batch, piece), 5)
+            (losses.total / len(pieces)).backward()
+        gradients.append({name: p.grad for name, p in student.named_parameters()})
+    for name, whole in gradients[0].items():
+        assert whole is not None, name
+        torch.testing.assert_close(whole, gradients[1][name], rtol=1e-4, atol=1e-6)
+
+
+def _piece(batch, piece):
+    def cut(value):
+        if isinstance(value, torch.Tensor):
+            return value[piece]
+        return {n: v[piece] for n, v in value.items()} if isinstance(value, dict) else value
+
+    return replace(batch, **{f.name: cut(getattr(batch, f.name)) for f in fields(batch)})
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("rate", ["frame", "latent"])
+@pytest.mark.parametrize("patch_size_t", [None, 2])
+def test_every_rate_and_model_gives_every_loss_at_every_size(
+    tiny, tmp_path, rate, patch_size_t, dtype
+):
+    """One step for batches of several sizes, as buckets give them; 1.5 patches time by two."""
+    changes = {} if patch_size_t is None else {"patch_size_t": 2, "patch_bias": False}
+    config = TrainConfig(objectives=ALL, **TAUGHT)
+    student = _student(tiny, config, frame_rate=rate == "frame", **changes)
+    facts = read_base_facts(tiny.save_pipeline(tmp_path, transformer=student.transformer))
+    made = TrainingStep(
+        facts, build_objectives(config), device=torch.device("cpu"), dtype=torch.float32
+    )
+    first = {}
+    for frames, size in ((9, (4, 6)), (17, (4, 4)), (9, (4, 6))):
+        latents = (frames - 1) // 4 + 1
+        batch = _full_batch(
+            tiny,
+            frames,
+            maps=frames if rate == "frame" else latents,
+            size=size,
+            dtype=dtype,
+            pad=facts.padding(latents),
+        )
+        losses = made(student, batch, 5)
+        assert losses.total.isfinite()
+        found = torch.stack([losses.diffusion_B, *losses.auxiliary_B.values()])
+        assert found.shape == (1 + len(ALL), 2)
+        assert torch.equal(first.setdefault((frames, size), found), found)
+
+
+def test_shapes_alone_go_through_the_meta_device(tiny, base_model):
+    config = TrainConfig(
+        objectives=ALL,
+        **TAUGHT | {"lgf": TAUGHT["lgf"] | {"directions": "averaged", "foreground_weight": 3.0}},
+    )
+    student = _student(tiny, config).to("meta")
+    meta = torch.device("meta")
+    made = TrainingStep(
+        read_base_facts(base_model),
+        build_objectives(config),
+        layout=TeacherLayout(native=True, parts=2, forward_weight=0.5),
+        device=meta,
+        dtype=torch.float32,
+    )
+    losses = made(student, _full_batch(tiny).to(meta), 5)
+    losses.total.backward()
+    assert losses.total.device.type == "meta"
+    assert {name: loss_B.shape for name, loss_B in losses.auxiliary_B.items()} == dict.fromkeys(
+        ALL, (2,)
+    )
+    assert all(parameter.grad is not None for parameter in student.parameters())
+
+
+def test_masks_alone_need_no_teacher(tiny, step):
+    config = TrainConfig(objectives=["mask"], **TAUGHT)
+    student = _student(tiny, config)
+    batch = replace(_full_batch(tiny), teacher=None, teacher_valid_BT=None)
+    losses = step(objectives=["mask"], **TAUGHT)(student, batch, 0)
+    assert losses.auxiliary_B.keys() == {"mask"}
+    assert losses.auxiliary_B["mask"].min() > 0
