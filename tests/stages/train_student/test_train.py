@@ -1,7 +1,6 @@
 """Whole trainings in this process."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from stages.progress import SilentProgress
 from stages.train_student.data.dataset import CachedSamples
-from stages.train_student.loop import TrainingDivergedError
 
 
 class Lines(SilentProgress):
@@ -44,7 +42,9 @@ def test_a_run_leaves_what_it_says(whole):
     assert [row["step"] for row in rows] == list(range(1, 7))
     assert [row["lr"] for row in rows[:3]] == [0.005, 0.01, 0.01]
     for row in rows:
-        assert row["loss"] == pytest.approx(row["diffusion"] + 0.5 * row["auxiliary"], rel=1e-5)
+        assert row["loss"] == pytest.approx(
+            row["diffusion"] + 0.5 * row["auxiliary"]["lgf"], rel=1e-5
+        )
     assert (summary.first.loss, summary.last.loss) == (rows[0]["loss"], rows[-1]["loss"])
     about = json.loads((run_dir / "run.json").read_text())
     assert about["processes"] == 1
@@ -57,7 +57,7 @@ def test_a_run_leaves_what_it_says(whole):
         "named": 0,
     }
     assert json.loads((run_dir / "finished.json").read_text()) == {"steps": 6, "export": "export"}
-    assert load_file(run_dir / "projector.safetensors")["smooth.taps_3C"].shape == (3, 8)
+    assert load_file(run_dir / "heads.safetensors")["lgf.smooth.taps_3C"].shape == (3, 8)
     kept = sorted(path.name for path in (run_dir / "checkpoints").glob("*.complete.json"))
     assert kept == [f"checkpoint-{step}.complete.json" for step in (2, 4, 6)]
     shown = [line.split() for line in lines]
@@ -67,14 +67,14 @@ def test_a_run_leaves_what_it_says(whole):
 def test_the_curves_reach_tensorboard(whole):
     run_dir, _, _ = whole
     board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
-    written = [event.value for event in board.Scalars("train/auxiliary")]
+    written = [event.value for event in board.Scalars("train/lgf")]
     rows = [json.loads(line) for line in losses(run_dir).splitlines()]
-    np.testing.assert_allclose(written, [row["auxiliary"] for row in rows], rtol=1e-6)
+    np.testing.assert_allclose(written, [row["auxiliary"]["lgf"] for row in rows], rtol=1e-6)
 
 
 def test_training_teaches(train, tmp_path):
     summary = train(tmp_path, steps=30, checkpoint_every=30, gradient_checkpointing=False)
-    assert summary.last.auxiliary < 0.5 * summary.first.auxiliary
+    assert summary.last.auxiliary["lgf"] < 0.5 * summary.first.auxiliary["lgf"]
 
 
 def test_a_resumed_run_has_the_same_losses_to_the_last_bit(whole, train, tmp_path):
@@ -196,7 +196,7 @@ def test_other_settings_in_the_same_folder_are_refused_and_named(whole, train):
 
 def test_a_cache_that_has_grown_is_another_run(tiny, whole, train, tmp_path):
     cache = tiny.write_cache(tmp_path, keys=(*tiny.KEYS, "clip/new"))
-    with pytest.raises(ValueError, match=r"clips in every store was '5 .*is '6 "):
+    with pytest.raises(ValueError, match=r"clips to train on.9x32x48 was '5 .*is '6 "):
         train(whole[0], cache_root=cache, steps=7)
 
 
@@ -211,7 +211,8 @@ def test_a_torn_checkpoint_is_never_loaded(whole, train, tmp_path):
     progress = Lines()
     summary = train(run_dir, steps=6, progress=progress)
     assert summary.resumed_from == 2
-    assert sum("not written to the end" in line for line in progress.lines) == 2
+    for why in ("not written to the end", "not those that its record names"):
+        assert sum(why in line for line in progress.lines) == 1
     assert losses(run_dir) == losses(whole[0])
 
 
@@ -267,9 +268,9 @@ def _output_at_the_end(tiny, train, monkeypatch, run_dir, **changes):
     outputs = []
     export = module.export_weights
 
-    def export_and_look(student, *rest):
+    def export_and_look(student, *rest, **named):
         outputs.append(_output(tiny, student.transformer))
-        return export(student, *rest)
+        return export(student, *rest, **named)
 
     monkeypatch.setattr(module, "export_weights", export_and_look)
     train(run_dir, steps=3, **changes)
@@ -289,26 +290,6 @@ def _output(tiny, transformer):
         )[0]
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_clips(
-    train, monkeypatch, tmp_path
-):
-    read = CachedSamples.__getitem__
-
-    def read_spoiled(self, sample):
-        batch = read(self, sample)
-        spoiled = batch.keys == ("clip/3",)
-        return replace(batch, clean_BFCHW=batch.clean_BFCHW / 0) if spoiled else batch
-
-    monkeypatch.setattr(CachedSamples, "__getitem__", read_spoiled)
-    with pytest.raises(TrainingDivergedError, match=r"at step \d, clips 'clip/3'; .*inspect"):
-        train(tmp_path)
-    steps = len(losses(tmp_path).splitlines())
-    assert steps < 3, "every clip is seen within three steps"
-    saved = {path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*.json")}
-    assert saved == ({"checkpoint-2.complete.json"} if steps == 2 else set())
-    assert not (tmp_path / "finished.json").exists()
-
-
 def test_clips_left_out_are_told(tiny, train, tmp_path):
     tiny.write_store(tmp_path, "text", {"embeds": tiny.TEXT}, keys=("a", "b", "c"))
     tiny.write_store(tmp_path, "latents", tiny.LATENT_SHAPES, keys=("a", "b"))
@@ -322,7 +303,7 @@ def test_clips_left_out_are_told(tiny, train, tmp_path):
     )
     assert progress.lines[0] == "training on 2 clips; left out, not in every store: 1 of text"
     assert summary.left_out == {"text": 1, "latents": 0}
-    assert summary.last.auxiliary is None
+    assert summary.last.auxiliary == {}
 
 
 def test_what_invalid_maps_hold_never_matters(tiny, train, tmp_path):
@@ -347,7 +328,7 @@ def test_what_invalid_maps_hold_never_matters(tiny, train, tmp_path):
         train(tmp_path / name, cache_root=tmp_path, steps=2, checkpoint_every=9, stores=stores)
         runs.append(losses(tmp_path / name))
     assert runs[0] == runs[1]
-    assert json.loads(runs[0].splitlines()[0])["auxiliary"] > 0
+    assert json.loads(runs[0].splitlines()[0])["auxiliary"]["lgf"] > 0
 
 
 def test_clips_named_in_a_manifest_are_not_trained_on(tiny, train, monkeypatch, tmp_path):
@@ -381,7 +362,7 @@ def test_clips_named_in_a_manifest_are_not_trained_on(tiny, train, monkeypatch, 
     again = {"leave_out": str(moved), "objectives": []}
     assert train(run_dir, steps=2, **again).already_finished
     moved.write_text('{"key": "clip/1"}\n')
-    with pytest.raises(ValueError, match=r"clips in every store was '3 .*is '4 "):
+    with pytest.raises(ValueError, match=r"clips to train on.9x32x48 was '3 .*is '4 "):
         train(run_dir, steps=3, **again)
 
 

@@ -42,10 +42,12 @@ def test_two_ranks_make_the_steps_of_one(train_process, train, whole, tmp_path):
     assert json.loads(output.splitlines()[-1]) == {"steps": 3, "resumed_from": None}
     rows = [json.loads(line) for line in (tmp_path / "run" / "losses.jsonl").open()]
     expected = [json.loads(line) for line in (whole / "losses.jsonl").open()][:3]
-    for name in ("loss", "diffusion", "auxiliary", "grad_norm"):
-        np.testing.assert_allclose(
-            [row[name] for row in rows], [row[name] for row in expected], rtol=1e-4
-        )
+    for row, one in zip(rows, expected, strict=True):
+        numbers = [
+            [r["loss"], r["diffusion"], r["auxiliary"]["lgf"], r["grad_norm"]] for r in (row, one)
+        ]
+        np.testing.assert_allclose(*numbers, rtol=1e-4)
+        assert row["by_timestep"]["count"] == one["by_timestep"]["count"]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
     with pytest.raises(ValueError, match="written by 2 processes, now there are 1"):
         train(tmp_path / "run", steps=4)
