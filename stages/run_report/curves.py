@@ -7,7 +7,7 @@ over the band from the block's least to its greatest value.
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class Picture:
     caption: str
     curves: Sequence[Curve]
     y_label: str
-    x_label: str = "step"
+    x_label: Literal["step", "timestep"] = "step"
     logarithmic: bool = False
     from_zero: bool = False
     marked: Sequence[int] = field(default_factory=tuple)
@@ -62,6 +62,7 @@ def as_svg(picture: Picture) -> bytes:
         "font.family": "sans-serif",
         "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
         "font.size": 9,
+        "axes.formatter.useoffset": False,
         "text.color": _TEXT,
         "axes.labelcolor": _TEXT,
         "axes.edgecolor": "#b8bec7",
@@ -117,6 +118,8 @@ def _dress(axes: Any, picture: Picture) -> None:
     axes.margins(x=0.01)
     if picture.x_label == "step":
         axes.xaxis.get_major_locator().set_params(integer=True)
+    else:
+        axes.set_xlim(0, 1000)
     if picture.logarithmic and all(min(curve.points[1]) > 0 for curve in picture.curves):
         axes.set_yscale("log")
     elif picture.from_zero:

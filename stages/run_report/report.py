@@ -86,7 +86,8 @@ def _subtitle(run: RunRecords) -> str:
     if "batch_size" in settings:
         words.append(f"batch {settings['batch_size']}")
     if "processes" in run.about:
-        words.append(f"{run.about['processes']} processes")
+        processes = run.about["processes"]
+        words.append("1 process" if processes == 1 else f"{processes} processes")
     return " · ".join(word for word in words if word)
 
 

@@ -146,6 +146,7 @@ def _train(run: Run) -> TrainSummary:
             ).run(steps, task)
         export = export_weights(student, config.run_dir, world, step=steps.stop, average=average)
         on_first_rank(world, lambda: mark_finished(config.run_dir, steps.stop, export))
+        validation.write_page()
     return _summary(run, steps.stop, resumed_from=done or None, durations=durations, finished=False)
 
 

@@ -72,6 +72,17 @@ class Validation:
         """Look at the student if it is time to; every rank calls this after each step."""
         self._look(step, losses=True, samples=True)
 
+    def write_page(self) -> None:
+        """Make the run's page anew, on rank 0; every rank must call this."""
+
+        def write() -> None:
+            try:
+                write_report(self._run_dir)
+            except Exception as error:  # the page can be made at any time, the steps not
+                self._progress.log(f"warning: the run's page could not be made: {error!r}")
+
+        on_first_rank(self._world, write)
+
     def _look(self, step: int, *, losses: bool, samples: bool) -> None:
         """Whether each is still to do; either is done only when it is its time."""
         config, last = self._config, step == self._config.steps
@@ -83,7 +94,7 @@ class Validation:
             self._draw(self._samples, step)
             looked = True
         if looked:
-            on_first_rank(self._world, self._report)
+            self.write_page()
 
     def _validate(self, losses: HeldOutLosses, step: int) -> None:
         row, damaged = losses(self._student, step, self._note)
@@ -116,12 +127,6 @@ class Validation:
                 self._boards.add_video(step, f"samples/{number}", video, prompt)
         warning = f"; {spoiled:.0%} of one is no number, and black" if spoiled else ""
         self._progress.log(f"step {step}, drawn: {_paths(videos)}{warning}")
-
-    def _report(self) -> None:
-        try:
-            write_report(self._run_dir)
-        except (OSError, ValueError) as error:  # the page can be made at any time, the steps not
-            self._progress.log(f"warning: the run's page could not be written: {error}")
 
     @property
     def _run_dir(self) -> Path:

@@ -175,6 +175,16 @@ def tiny():
     return SimpleNamespace(**globals())
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_page():
+    """Curves take seconds: a run's page is made by the tests that look at it alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "stages.train_student.validation.validation.write_report", lambda run_dir: None
+        )
+        yield
+
+
 @pytest.fixture(scope="session")
 def base_model(tmp_path_factory):
     return save_pipeline(tmp_path_factory.mktemp("base"))
