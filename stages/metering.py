@@ -13,10 +13,9 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 _SHORTEST_S = 0.05
 _REPEATS = 4
@@ -38,15 +37,14 @@ class Meter:
 
     def __init__(self, *, training: bool = False) -> None:
         self._training = training
-        self._products = FlopCounterMode(display=False)
+        self._operations = _Operations()
         self._attention = _FusedAttention()
-        self._live = _LiveBytes()
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         self._stack.enter_context(torch.enable_grad() if self._training else torch.inference_mode())
-        for mode in (self._live, self._products, self._attention):
-            self._stack.enter_context(mode)
+        self._stack.enter_context(self._operations)
+        self._stack.enter_context(self._attention)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -55,39 +53,50 @@ class Meter:
     @property
     def flops(self) -> int:
         """Operations so far."""
-        return int(self._products.get_total_flops()) + self._attention.flops
+        return self._operations.flops + self._attention.flops
+
+    @property
+    def scores_again_flops(self) -> int:
+        """Those of them by which the fused kernel makes its scores again in the backward pass."""
+        return self._attention.again
 
     @property
     def live_bytes(self) -> int:
         """Of the tensors that are alive now."""
-        return self._live.live
+        return self._operations.live
 
     @property
     def peak_bytes(self) -> int:
         """The most that `live_bytes` has been."""
-        return self._live.peak
+        return self._operations.peak
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Stands in for the fused kernel: on shapes alone torch would take attention apart."""
+class _FusedAttention:
+    """Stands in for the fused kernel: on shapes alone torch would take attention apart.
+
+    It takes the function's place in its module, not in a torch function mode: torch puts modes
+    aside during a backward pass, where gradient checkpointing runs attention again.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
+        self.flops = self.again = 0
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **(kwargs or {}))
-        return _Attention.apply(*args[:3], self._count)
+    def __enter__(self) -> None:
+        self._original = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = self._attend
 
-    def _count(self, flops: int) -> None:
+    def __exit__(self, *exc: object) -> None:
+        F.scaled_dot_product_attention = self._original
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        out: Tensor = _Attention.apply(query, key, value, self._count)
+        return out
+
+    def _count(self, flops: int, again: int = 0) -> None:
         self.flops += flops
+        self.again += again
 
 
 class _Attention(torch.autograd.Function):
@@ -95,7 +104,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, count: Callable[[int], None]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, count: Callable[..., None]
     ) -> Tensor:
         # Two products: query with key over its width, the scores with value.
         pairs = query.shape[:-1].numel() * key.shape[-2]
@@ -113,27 +122,43 @@ class _Attention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors[:3]
         # Five: the scores again, and the gradients of scores, value, query and key.
         pairs = query.shape[:-1].numel() * key.shape[-2]
-        ctx.count(2 * pairs * (3 * query.shape[-1] + 2 * value.shape[-1]))
+        scores = 2 * pairs * query.shape[-1]
+        ctx.count(3 * scores + 2 * 2 * pairs * value.shape[-1], again=scores)
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations make until nobody holds them."""
+class _Operations(TorchDispatchMode):
+    """Counts each operation, and follows the storages that it makes until nobody holds them.
+
+    Torch's own `FlopCounterMode` has the same table of operations, but its hooks on modules keep
+    alive what gradient checkpointing runs again.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.flops = 0
         self.live = self.peak = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(
         self,
-        function: Callable[..., Any],
+        function: Any,
         types: Sequence[type],
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        kwargs = kwargs or {}
+        count = flop_registry.get(function._overloadpacket)
+        if count is None and torch.is_inference_mode_enabled():
+            # There operations that are made of others come whole.
+            with self:
+                parts = function.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         given = {storage._cdata for storage in _storages((args, kwargs))}
-        result = function(*args, **(kwargs or {}))
+        result = function(*args, **kwargs)
+        if count is not None:
+            self.flops += count(*args, **kwargs, out_val=result)
         for storage in _storages(result):
             # A view of what was there before, such as a transposed weight, is nothing new.
             if storage._cdata not in given:

@@ -85,6 +85,7 @@ def test_attention_costs_five_products_backward_and_keeps_what_the_fused_kernel_
         assert meter.live_bytes == 4 * (attended.numel() + 2 * 3 * 70), "rows' sums of scores"
         attended.backward(torch.empty_like(attended))
     assert meter.flops == 2 * pairs * (16 + 24) + 2 * pairs * (3 * 16 + 2 * 24)
+    assert meter.scores_again_flops == 2 * pairs * 16
     assert [tensor.grad.shape for tensor in inputs] == [tensor.shape for tensor in inputs]
 
 
@@ -106,9 +107,11 @@ def test_gradient_checkpointing_keeps_less_and_runs_the_forward_pass_again():
     layers = torch.nn.Sequential(
         *[m for _ in range(8) for m in (torch.nn.Linear(64, 64, device=META), torch.nn.GELU())]
     )
+    gradient_bytes = 8 * (64 * 64 + 64) * 4
     costs = []
     for again in (False, True):
         rows = torch.empty(500, 64, device=META, requires_grad=True)
+        layers.zero_grad(set_to_none=True)
         with Meter(training=True) as meter:
             hidden = rows
             for pair in range(0, 16, 4):
@@ -116,6 +119,9 @@ def test_gradient_checkpointing_keeps_less_and_runs_the_forward_pass_again():
                 hidden = checkpoint(part, hidden, use_reentrant=False) if again else part(hidden)
             kept = meter.live_bytes
             hidden.sum().backward()
+            del hidden
+            gc.collect()
+            assert meter.live_bytes == rows.grad.numel() * 4 + gradient_bytes
         costs.append((meter.flops, kept))
     forward = 8 * 2 * 500 * 64 * 64
     (flops, kept), (flops_again, kept_again) = costs
@@ -123,6 +129,15 @@ def test_gradient_checkpointing_keeps_less_and_runs_the_forward_pass_again():
     # Running a part again stops at the last activation that the backward pass needs.
     assert 3.4 * forward < flops_again <= 4 * forward
     assert kept_again < kept / 2
+
+
+def test_attention_that_is_run_again_is_the_fused_kernel_again():
+    inputs = [torch.empty(2, 3, 70, 16, device=META, requires_grad=True) for _ in range(3)]
+    with Meter(training=True) as meter:
+        attended = checkpoint(F.scaled_dot_product_attention, *inputs, use_reentrant=False)
+        attended.sum().backward()
+    product = 2 * 2 * 3 * 70 * 70 * 16
+    assert meter.flops == (2 + 2 + 5) * product
 
 
 def test_weights_are_counted_in_their_own_format():

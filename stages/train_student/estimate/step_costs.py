@@ -8,16 +8,16 @@ Legend: B clip, F latent frame, C channel, H W latent, L text token, D width, T 
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor, nn
 
-from cache_schema import ArraySpec, StoreSettings
+from cache_schema import ArraySpec, StoreReader, StoreSettings
 from stages.base_facts import BaseFacts
 from stages.clips.config import ClipsConfig
 from stages.metering import Meter
-from stages.teacher_forms.settings import native_parts
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import Batch
 from stages.train_student.engine import weights_dtype
@@ -25,6 +25,7 @@ from stages.train_student.lora import add_adapters
 from stages.train_student.objectives.build import build_heads, build_objectives
 from stages.train_student.step import TrainingStep
 from stages.train_student.student import Student
+from stages.train_student.teacher import TeacherLayout
 
 _META = torch.device("meta")
 
@@ -34,10 +35,11 @@ class StepCost:
     """One clip's share of a step, and what one micro-batch keeps in memory meanwhile."""
 
     flops_per_clip: float
-    """Of the forward and backward pass as they are done: what gradient checkpointing runs again
-    counts again."""
+    """Of the forward and backward pass as they are done: what gradient checkpointing and fused
+    attention make again counts again."""
     model_flops_per_clip: float
-    """Without what is run again: what a share of the peak rate is reckoned by."""
+    """Without what is run again, attention's scores included: what a share of the peak rate is
+    reckoned by."""
     activation_bytes: int
     """The most that is alive beside weights, gradients of weights and the batch itself."""
     batch_bytes: int
@@ -67,16 +69,15 @@ def step_cost(
     """
     batch = _meta_batch(config, facts, size, teacher, masks)
     student = meta_student(config, facts, teacher)
-    flops, activation_bytes = _run(config, facts, student, batch, teacher)
-    model_flops = flops
+    meter = plain = _run(config, facts, student, batch, teacher)
     if config.gradient_checkpointing:
         student.transformer.disable_gradient_checkpointing()
-        model_flops, _ = _run(config, facts, student, batch, teacher)
+        plain = _run(config, facts, student, batch, teacher)
     clips = config.micro_batch_size
     return StepCost(
-        flops_per_clip=flops / clips,
-        model_flops_per_clip=model_flops / clips,
-        activation_bytes=activation_bytes,
+        flops_per_clip=meter.flops / clips,
+        model_flops_per_clip=(plain.flops - plain.scores_again_flops) / clips,
+        activation_bytes=meter.peak_bytes,
         batch_bytes=sum(t.numel() * t.element_size() for t in _tensors(batch)),
     )
 
@@ -96,12 +97,7 @@ def meta_student(
             add_adapters(transformer, config.lora)
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        heads: nn.ModuleDict | None = None
-        if config.objectives:
-            width = (
-                facts.transformer["num_attention_heads"] * facts.transformer["attention_head_dim"]
-            )
-            heads = build_heads(config, width, _teacher_channels(teacher))
+        heads = _heads(config, facts, teacher) if config.objectives else None
     return Student(transformer.to(dtype), None if heads is None else heads.to(dtype), config.block)
 
 
@@ -111,12 +107,12 @@ def _run(
     student: Student,
     batch: Batch,
     teacher: StoreSettings | None,
-) -> tuple[int, int]:
-    """Operations of one micro-batch, and the most bytes that were alive."""
+) -> Meter:
+    """Of one micro-batch, forward and backward."""
     step = TrainingStep(
         facts,
         build_objectives(config),
-        native_parts=_native_parts(teacher),
+        layout=TeacherLayout.of(None if teacher is None else cast(StoreReader, _Store(teacher))),
         device=_META,
         dtype=weights_dtype(config.deepspeed),
     )
@@ -131,7 +127,14 @@ def _run(
         losses.total.backward()
     for hook in hooks:
         hook.remove()
-    return meter.flops, meter.peak_bytes
+    return meter
+
+
+@dataclass(frozen=True, slots=True)
+class _Store:
+    """A store that may not be there yet: what the layout asks of one."""
+
+    settings: StoreSettings
 
 
 def _drop_gradient(parameter: Tensor) -> None:
@@ -187,14 +190,12 @@ def _leaves(value: object) -> list[Tensor]:
     return list(value.values()) if isinstance(value, dict) else []
 
 
-def _teacher_channels(teacher: StoreSettings | None) -> int | None:
-    """Width of stored features; None where there are none."""
-    if teacher is None or "features" not in teacher.arrays:
-        return None
-    return teacher.arrays["features"].shape[-1]
-
-
-def _native_parts(teacher: StoreSettings | None) -> int | None:
-    if teacher is None or "features" not in teacher.arrays:
-        return None
-    return native_parts(teacher)
+def _heads(config: TrainConfig, facts: BaseFacts, teacher: StoreSettings | None) -> nn.ModuleDict:
+    """As the run makes them: the teacher's width and rate decide about their shapes."""
+    channels, frame_rate = None, True
+    if teacher is not None:
+        frame_rate = teacher.values.get("time_rate", "frame") == "frame"
+        if "features" in teacher.arrays:
+            channels = teacher.arrays["features"].shape[-1]
+    width = facts.transformer["num_attention_heads"] * facts.transformer["attention_head_dim"]
+    return build_heads(config, width, channels, frame_rate=frame_rate)
