@@ -307,7 +307,7 @@ def train_ranks(base_model, cache):
                 "processes": processes,
                 "fault": fault,
                 "look": look,
-                "timeout_s": 100,
+                "timeout_s": 250,
             }
             print(json.dumps(request), file=server.stdin, flush=True)
             return SimpleNamespace(**json.loads(server.stdout.readline()))
