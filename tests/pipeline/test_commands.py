@@ -54,6 +54,7 @@ class TestExtract:
         )
         kind = KindSummary(
             kind="teacher",
+            bucket=None,
             store=Path("cache/teacher-0"),
             clips_written=60,
             clips_already_there=10,
@@ -108,19 +109,28 @@ class TestTrain:
     @pytest.fixture
     def summary(self, config):
         def row(step, loss, auxiliary):
-            from stages.train_student.loss_record import LossRow
+            from stages.train_student.logs.rows import LossRow
 
             return LossRow(
-                step=step, loss=loss, diffusion=0.5, auxiliary=auxiliary, grad_norm=1.0, lr=1e-4
+                step=step,
+                loss=loss,
+                diffusion=0.5,
+                auxiliary=auxiliary,
+                grad_norm=1.0,
+                lr=1e-4,
+                by_timestep={"count": [0] * 10},
             )
 
-        return lambda auxiliary=1.0, **changes: types.SimpleNamespace(
+        lgf = {"lgf": 1.0}
+        return lambda auxiliary=lgf, **changes: types.SimpleNamespace(
             **{
                 "run_dir": config.train.run_dir,
                 "steps_done": 20,
                 "resumed_from": None,
                 "first": row(1, 2.0, auxiliary),
                 "last": row(20, 1.0, auxiliary),
+                "skipped_steps": 0,
+                "damaged_clips": 0,
                 "seconds_per_step": 0.5,
                 "peak_memory_bytes": 10**9,
                 "export": config.train.run_dir / "export",
@@ -152,16 +162,37 @@ class TestTrain:
 
     def test_losses_are_shown_from_first_to_last(self, monkeypatch, config, summary):
         rows = dict(self.answer(monkeypatch, config, summary())[0].rows)
-        assert rows["loss"] == "2.0000 at step 1, 1.0000 now"
+        assert rows["loss"] == "2.0000 at step 1, 1.0000 at step 20"
+        assert rows["lgf"] == "1.0000 at step 1, 1.0000 at step 20"
         assert (
             rows["clips"] == "24; not in every store: 2 of latents; 3 left out by train.leave_out"
         )
         assert rows["time"] == "0.5 s a step"
 
     def test_plain_fine_tuning_has_no_auxiliary_row(self, monkeypatch, config, summary):
-        answer, _ = self.answer(monkeypatch, config, summary(auxiliary=None))
-        assert "auxiliary" not in dict(answer.rows)
-        assert answer.data["last"]["auxiliary"] is None
+        answer, _ = self.answer(monkeypatch, config, summary(auxiliary={}))
+        assert {"lgf", "skipped steps", "damaged clips"}.isdisjoint(dict(answer.rows))
+        assert answer.data["last"]["auxiliary"] == {}
+
+    def test_skipped_steps_and_damaged_clips_are_told(self, monkeypatch, config, summary):
+        answer, _ = self.answer(monkeypatch, config, summary(skipped_steps=2, damaged_clips=1))
+        rows = dict(answer.rows)
+        assert (
+            rows["skipped steps"].startswith("2, ")
+            and "skipped_steps.jsonl" in rows["skipped steps"]
+        )
+        assert (
+            rows["damaged clips"].startswith("1, ")
+            and "damaged_clips.jsonl" in rows["damaged clips"]
+        )
+        assert (answer.data["skipped_steps"], answer.data["damaged_clips"]) == (2, 1)
+
+    def test_a_run_that_skipped_every_step_has_no_losses(self, monkeypatch, config, summary):
+        nothing = summary(first=None, last=None, skipped_steps=20)
+        answer, _ = self.answer(monkeypatch, config, nothing)
+        assert "loss" not in dict(answer.rows)
+        assert answer.data["first"] is None
+        json.dumps(answer.data)
 
     @pytest.mark.parametrize(
         ("changes", "text"),
