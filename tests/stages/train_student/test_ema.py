@@ -196,9 +196,20 @@ def initial_weights(config, base_model, tiny):
 
 
 def float32_weights(folder, zero_stage):
-    """As DeepSpeed's own script reads them."""
+    """As DeepSpeed's own script reads them, where it can."""
+    state = folder / "mp_rank_00_model_states.pt"
     if zero_stage == 0:
-        return torch.load(folder / "mp_rank_00_model_states.pt", weights_only=True)["module"]
+        return torch.load(state, weights_only=True)["module"]
+    if zero_stage == 1:  # it does not know the files of bf16's own optimizer
+        (file,) = folder.glob("*_optim_states.pt")
+        flat = torch.load(file, weights_only=False)["optimizer_state_dict"]
+        (flat,) = flat["single_partition_of_fp32_groups"]
+        (shapes,) = torch.load(state, weights_only=True)["param_shapes"]
+        found, offset = {}, 0
+        for name, shape in shapes.items():
+            found[name] = flat[offset : offset + shape.numel()].view(shape)
+            offset += shape.numel()
+        return found
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     return get_fp32_state_dict_from_zero_checkpoint(
