@@ -118,6 +118,26 @@ def extract_features(
 def train(
     overrides: Overrides = None,
     config: Config = "demo",
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print what the run would take of memory and time, and whether it fits; needs "
+            "neither the cache nor weights.",
+        ),
+    ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="With --dry-run: for this GPU, such as h100 or a100-80gb; by default this "
+            "machine's.",
+        ),
+    ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --dry-run: for so many of them; by default this machine's."),
+    ] = None,
     as_json: Json = False,
     traceback: Traceback = False,
     local_rank: LocalRank = None,
@@ -128,9 +148,17 @@ def train(
     -m pipeline train …
     """
     from pipeline.commands import train as command
+    from pipeline.commands import train_estimate
 
     settings = load_settings(config, overrides, traceback)
-    answer = carry_out(lambda p: command.run(settings, p), traceback, resumable=True)
+    if dry_run:
+        answer = carry_out(lambda p: train_estimate.run(settings, p, gpu=gpu, gpus=gpus), traceback)
+    elif gpu is not None or gpus is not None:
+        raise typer.BadParameter(
+            "--gpu and --gpus go with --dry-run; deepspeed or torchrun start a run on several"
+        )
+    else:
+        answer = carry_out(lambda p: command.run(settings, p), traceback, resumable=True)
     finish(answer, as_json)
 
 

@@ -170,6 +170,15 @@ class _Bar:
         self._bars.update(self._bar, note=text)
 
 
+def in_flop(number: float) -> str:
+    """Write a number of operations for people: 842 TFLOP."""
+    for unit in ("MFLOP", "GFLOP", "TFLOP", "PFLOP"):
+        number /= 1000 if unit != "MFLOP" else 1e6
+        if number < 1000:
+            break
+    return f"{number:.3g} {unit}"
+
+
 def in_bytes(number: float) -> str:
     """Write a number of bytes for people: 67.7 MB."""
     for unit in ("B", "kB", "MB", "GB"):
