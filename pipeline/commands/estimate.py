@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.skipped_notes import counted_reasons, skipped_notes
 from pipeline.config import ConfigError, RunConfig
-from pipeline.console import Answer, in_bytes, in_time
+from pipeline.console import Answer, in_bytes, in_flop, in_time
 from stages.progress import Progress
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def run(config: RunConfig, progress: Progress) -> Answer:
     rows = _dataset_rows(found)
     for one in found.passes:
         for kind in found.kinds:
-            if kind.kind in one.kinds:
+            if kind.kind in one.kinds and kind.bucket == one.bucket:
                 rows += _kind_rows(kind)
         rows += _pass_rows(one)
     rows += _form_rows(found.forms)
@@ -68,7 +68,7 @@ def _dataset_rows(found: Estimate) -> list[tuple[str, str]]:
     sources = ", ".join(f"{count} {source}" for source, count in found.prompts.items())
     rows = [
         ("clips", f"{found.clips} in {found.shards} shards, {in_bytes(found.dataset_bytes)}{read}"),
-        ("frames", f"{found.frames_per_clip} a clip"),
+        ("frames", f"{' or '.join(map(str, sorted(set(found.frames_per_clip))))} a clip"),
     ]
     return [*rows, ("prompts", sources)] if sources else rows
 
@@ -78,7 +78,7 @@ def _kind_rows(kind: KindEstimate) -> list[tuple[str, str]]:
     listed = counted_reasons(kind.skipped_clips)
     rows = [
         (
-            kind.kind,
+            kind.name,
             "not named before its weights are here" if kind.store is None else str(kind.store),
         ),
         ("  clips", f"{kind.clips} to be written{there}"),
@@ -93,13 +93,14 @@ def _form_rows(forms: Sequence[FormEstimate]) -> list[tuple[str, str]]:
     """The teacher's forms side by side, so that one can be chosen."""
     rows = [
         (
-            f"  {form.size.kind} {form.size.dtype}",
+            f"  {form.size.kind} {form.size.dtype}{f' {form.bucket}' if form.bucket else ''}",
             _size(form.bytes, form.size.bytes_per_clip, about=form.size.is_compressed)
             + (", chosen" if form.size.is_chosen else ""),
         )
         for form in forms
     ]
-    return [("forms of the teacher", f"for {forms[0].clips} clips"), *rows] if forms else []
+    clips = sum({form.bucket: form.clips for form in forms}.values())
+    return [("forms of the teacher", f"for {clips} clips"), *rows] if forms else []
 
 
 def _size(total: int, per_clip: int, *, about: bool) -> str:
@@ -115,28 +116,19 @@ def _pass_rows(one: PassEstimate) -> list[tuple[str, str]]:
     parts = f"weights {in_bytes(cost.weight_bytes)}, activations {in_bytes(cost.working_bytes)}"
     if cost.waiting_bytes:
         parts += f", frames and maps {in_bytes(cost.waiting_bytes)}"
-    rate = f"{_in_flop(one.flops_per_second * one.usual_share)}/s"
+    rate = f"{in_flop(one.flops_per_second * one.usual_share)}/s"
     together = [(", ".join(one.kinds), "from one pass")] if len(one.kinds) > 1 else []
     return [
         *together,
         ("  memory", f"{in_bytes(cost.memory_bytes)} ({parts})"),
-        ("  work", f"{_in_flop(one.flops)}, {_in_flop(cost.flops_per_clip)} a clip"),
+        ("  work", f"{in_flop(one.flops)}, {in_flop(cost.flops_per_clip)} a clip"),
         ("  time", f"{in_time(one.seconds)} at {rate}, both estimated"),
     ]
 
 
-def _in_flop(number: float) -> str:
-    """Write a number of operations for people: 842 TFLOP."""
-    for unit in ("MFLOP", "GFLOP", "TFLOP", "PFLOP"):
-        number /= 1000 if unit != "MFLOP" else 1e6
-        if number < 1000:
-            break
-    return f"{number:.3g} {unit}"
-
-
 def _notes(config: RunConfig, found: Estimate) -> list[str]:
     skipped = skipped_notes(
-        ((kind.kind, clip) for kind in found.kinds for clip in kind.skipped_clips), "would skip"
+        ((kind.name, clip) for kind in found.kinds for clip in kind.skipped_clips), "would skip"
     )
     return [*skipped, *found.notes, *_warnings(config, found), _HOW]
 
@@ -154,17 +146,20 @@ def _warnings(config: RunConfig, found: Estimate) -> list[str]:
             f"{in_bytes(found.bytes)} are to be written; set cache to a folder on a larger one"
         )
     for one in found.passes:
+        of_size = f" {one.bucket}" if one.bucket else ""
         if one.cost is not None and one.cost.memory_bytes > found.device_bytes:
             warnings.append(
-                f"warning: {' and '.join(one.kinds)} would take "
+                f"warning: {' and '.join(one.kinds)}{of_size} would take "
                 f"{in_bytes(one.cost.memory_bytes)} of memory, and {found.device} has "
                 f"{in_bytes(found.device_bytes)}"
             )
-    for kind in found.kinds:
-        total = kind.clips + kind.skipped
-        if total and kind.skipped / total > config.extract.max_skipped:
+    for kind in dict.fromkeys(of_size.kind for of_size in found.kinds):
+        of_kind = [of_size for of_size in found.kinds if of_size.kind == kind]
+        skipped = sum(of_size.skipped for of_size in of_kind)
+        total = skipped + sum(of_size.clips for of_size in of_kind)
+        if total and skipped / total > config.extract.max_skipped:
             warnings.append(
-                f"warning: {kind.skipped / total:.0%} of {kind.kind} would be skipped, more than "
+                f"warning: {skipped / total:.0%} of {kind} would be skipped, more than "
                 f"extract.max_skipped={config.extract.max_skipped:g} allows"
             )
     return warnings
@@ -175,7 +170,7 @@ def _data(config: RunConfig, found: Estimate) -> dict[str, Any]:
         "cache": config.cache,
         "clips": found.clips,
         "shards": found.shards,
-        "frames_per_clip": found.frames_per_clip,
+        "frames_per_clip": list(found.frames_per_clip),
         "dataset_bytes": found.dataset_bytes,
         "clips_probed": found.clips_probed,
         "prompts": dict(found.prompts),
@@ -188,13 +183,14 @@ def _data(config: RunConfig, found: Estimate) -> dict[str, Any]:
         "passes": [_pass_data(one) for one in found.passes],
         "forms": [_form_data(form) for form in found.forms],
     }
-    return data | {kind.kind: _kind_data(kind) for kind in found.kinds}
+    return data | {kind.name: _kind_data(kind) for kind in found.kinds}
 
 
 def _pass_data(one: PassEstimate) -> dict[str, Any]:
     cost = one.cost
     return {
         "kinds": list(one.kinds),
+        "bucket": one.bucket,
         "clips": one.clips,
         "flops": one.flops,
         "flops_per_clip": None if cost is None else cost.flops_per_clip,
@@ -212,6 +208,7 @@ def _form_data(form: FormEstimate) -> dict[str, Any]:
     return {
         "kind": form.size.kind,
         "dtype": form.size.dtype,
+        "bucket": form.bucket,
         "chosen": form.size.is_chosen,
         "clips": form.clips,
         "bytes_per_clip": form.size.bytes_per_clip,

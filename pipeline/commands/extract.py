@@ -35,17 +35,17 @@ def run(config: RunConfig, progress: Progress, *, retry_failed: bool = False) ->
         retry_failed=retry_failed,
     )
     rows: list[tuple[str, str]] = []
-    notes = skipped_notes((kind.kind, clip) for kind in summary.kinds for clip in kind.skipped)
+    notes = skipped_notes((kind.name, clip) for kind in summary.kinds for clip in kind.skipped)
     data: dict[str, Any] = {"cache": config.cache, "skipped_share": summary.skipped_share}
     for kind in summary.kinds:
-        rows.append((kind.kind, str(kind.store)))
+        rows.append((kind.name, str(kind.store)))
         there = f", {kind.clips_already_there} already there" if kind.clips_already_there else ""
         busy = f", {len(kind.busy_shards)} shards left to others" if kind.busy_shards else ""
         rows.append(("  clips", f"{kind.clips_written} written{there}{busy}"))
         reasons = f"{len(kind.skipped)} ({counted_reasons(kind.skipped)})"
         rows.append(("  skipped", reasons if kind.skipped else "none"))
         rows.append(("  size, time", f"{in_bytes(kind.bytes)}, {in_time(kind.seconds)}"))
-        data[kind.kind] = {
+        data[kind.name] = {
             "store": str(kind.store),
             "clips_written": kind.clips_written,
             "clips_already_there": kind.clips_already_there,

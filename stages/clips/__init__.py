@@ -1,5 +1,6 @@
 """Video datasets in: shards, folders, decoding, geometry, prompts."""
 
+from stages.clips.bucketing import belongs, bucket_of
 from stages.clips.config import ClipsConfig
 from stages.clips.dataset import (
     ClipDataset,
@@ -27,6 +28,8 @@ __all__ = [
     "InputShard",
     "SubjectPrompt",
     "VideoError",
+    "belongs",
+    "bucket_of",
     "encode_video",
     "input_shard_name",
     "load_clip",

@@ -1,4 +1,5 @@
-"""What a clip's container says of it, nothing decoded; used to estimate stage one's work."""
+"""What a clip's container says of it, nothing decoded; used to estimate stage one's work and to
+choose among sizes."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ class ClipProbe:
     width: int
     """Pixels as stored, before a rotation that the file asks for."""
     height: int
-    fps: float
+    fps: Fraction
     num_frames: int | None
     """Of the source, as far as the headers tell; None when they do not."""
 
@@ -31,24 +32,44 @@ def probe_clip(record: ClipRecord, config: ClipsConfig) -> ClipProbe:
     Raises:
         ClipSkipped: undecodable, fps_too_low or too_short, where the headers already tell.
     """
+    probe = read_headers(record)
+    taken = frames_at(probe, config)
+    if taken is not None and taken < config.num_frames:
+        raise too_short(taken, config)
+    return probe
+
+
+def read_headers(record: ClipRecord) -> ClipProbe:
+    """What a clip's headers say, whatever it is used for.
+
+    Raises:
+        ClipSkipped: undecodable.
+    """
     try:
         with open_stream(record.video) as (container, stream, fps):
-            num_frames = _num_frames(container, stream, fps)
             context = stream.codec_context
-            width, height = context.width, context.height
+            return ClipProbe(
+                width=context.width,
+                height=context.height,
+                fps=fps,
+                num_frames=_num_frames(container, stream, fps),
+            )
     except VideoError as error:
         raise ClipSkipped("undecodable", str(error)) from error
-    consecutive = sampling_of(fps, config) == "consecutive"
-    if num_frames is not None:
-        taken = num_frames if consecutive else _instants(num_frames / fps, config)
-        if taken < config.num_frames:
-            raise too_short(taken, config)
-    return ClipProbe(width=width, height=height, fps=float(fps), num_frames=num_frames)
 
 
-def _instants(duration: Fraction, config: ClipsConfig) -> int:
-    """How many instants k / fps fall into the duration (seconds)."""
+def frames_at(probe: ClipProbe, config: ClipsConfig) -> int | None:
+    """How many frames the video gives at the asked rate; None when its headers do not tell.
+
+    Raises:
+        ClipSkipped: fps_too_low.
+    """
+    consecutive = sampling_of(probe.fps, config) == "consecutive"
+    if probe.num_frames is None or consecutive:
+        return probe.num_frames
+    # As many as instants k / fps fall into its duration.
     assert config.fps is not None
+    duration = probe.num_frames / probe.fps
     return math.ceil(duration * Fraction(config.fps).limit_denominator(1001))
 
 

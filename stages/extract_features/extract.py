@@ -8,7 +8,7 @@ from cache_schema import JSON, StoreReader, StoreWriter
 from stages.clips import ClipDataset, ClipsConfig, input_shard_name, open_dataset
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig, Kind
-from stages.extract_features.extraction import Extraction
+from stages.extract_features.extraction import Extraction, bucket_name
 from stages.extract_features.make_extractions import device_named, make_extractions
 from stages.extract_features.summary import ExtractSummary, KindSummary
 from stages.extract_features.work.failure_manifest import FAILURES_FILE, failures_listed
@@ -33,7 +33,9 @@ def extract_features(
 ) -> ExtractSummary:
     """Write the stores of `config.kinds` for every shard of the dataset.
 
-    One model after the other, so that one big model is loaded at a time. A finished shard is not
+    One model after the other, so that one big model is loaded at a time; with `clips.buckets`, one
+    size after the other, each into stores of its own, and every clip into those of one size. A
+    finished shard is not
     opened again; an unfinished one goes on after the clips that are safely staged. A clip that
     cannot be used is recorded with its reason and skipped; `failures.jsonl` in the cache folder
     lists all of them afterwards, also when an error ended the run.
@@ -77,7 +79,7 @@ def extract_features(
         engine = RayEngine(setup, shards)
     else:
         engine = LocalEngine(shards, device_named(config.device, rank), rank, world_size)
-    extractions = make_extractions(config, clips, model)
+    extractions = make_extractions(config, clips.sizes, model)
     with engine:
         stores = [
             {
@@ -108,13 +110,19 @@ def _fill(
             report = engine.run(extraction, writers, jobs, progress)
         seconds = time.perf_counter() - started
         summaries += [
-            _summary(kind, writer, dataset, report, seconds) for kind, writer in writers.items()
+            _summary(kind, extraction, writer, dataset, report, seconds)
+            for kind, writer in writers.items()
         ]
     return summaries
 
 
 def _summary(
-    kind: Kind, writer: StoreWriter, dataset: ClipDataset, report: EngineReport, seconds: float
+    kind: Kind,
+    extraction: Extraction,
+    writer: StoreWriter,
+    dataset: ClipDataset,
+    report: EngineReport,
+    seconds: float,
 ) -> KindSummary:
     """What the store holds of the dataset, whoever wrote it, and what this process did."""
     writer.write_index()
@@ -127,6 +135,7 @@ def _summary(
     written = report.written[kind]
     return KindSummary(
         kind=kind,
+        bucket=bucket_name(extraction.size),
         store=writer.path,
         clips_written=written,
         clips_already_there=sum(facts.num_clips for facts in of_dataset.values()) - written,

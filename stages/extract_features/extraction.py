@@ -39,6 +39,8 @@ class Extraction(Protocol):
 
     settings: Mapping[Kind, StoreSettings]
     """Of every store it writes, by kind."""
+    size: ClipsConfig | None
+    """Of its clips; None where they are of no size, as text."""
     clips_per_batch: int
     """How many clips `opened`'s result is given at once, at most."""
 
@@ -60,6 +62,7 @@ class Extraction(Protocol):
 
 def clip_settings(clips: ClipsConfig) -> dict[str, JSON]:
     """The settings by which a clip's frames are made; equal ones mean equal frames."""
+    buckets: list[JSON] = [*sorted(clips.buckets)]
     return {
         "num_frames": clips.num_frames,
         "height": clips.height,
@@ -67,7 +70,14 @@ def clip_settings(clips: ClipsConfig) -> dict[str, JSON]:
         "fps": clips.fps,
         "frames": "shown at k / fps; consecutive where the rate is within 2% or fps is null",
         "fit": "bicubic to cover, centre crop",
+        # They decide which clips a store holds; a shard that is finished must not lack some.
+        **({"buckets": buckets} if buckets else {}),
     }
+
+
+def bucket_name(size: ClipsConfig | None) -> str | None:
+    """What a size is called where there are several; None where there is one, or none."""
+    return size.size_name if size is not None and size.buckets else None
 
 
 def to_float16(values: torch.Tensor) -> np.ndarray:

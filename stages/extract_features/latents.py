@@ -52,6 +52,7 @@ class LatentsExtraction:
         self, config: LatentsConfig, clips: ClipsConfig, base: BaseFacts, *, seed: int
     ) -> None:
         self._config = config
+        self.size: ClipsConfig | None = clips
         self._clips = clips
         self._folder: Path = base.folder / "vae"
         self._seed = seed

@@ -1,5 +1,7 @@
 """Which extractions a configuration asks for, checked as they are made; the engines use it."""
 
+from collections.abc import Sequence
+
 import torch
 
 from stages.base_facts import BASE_CONFIGS, read_base_facts
@@ -20,12 +22,17 @@ TRACKED_KINDS: tuple[Kind, ...] = ("teacher", "gram_flow", "masks")
 
 
 def make_extractions(
-    config: ExtractConfig, clips: ClipsConfig, model: BaseModelConfig
+    config: ExtractConfig, sizes: Sequence[ClipsConfig], model: BaseModelConfig
 ) -> list[Extraction]:
-    """One extraction per model that `config.kinds` needs, in the order of the kinds.
+    """One extraction per model that `config.kinds` needs and size, in the order of the kinds.
 
     What SAM2 fills comes from one pass, which stands where the first of these kinds does.
     Everything that can be checked in advance is checked here; no model is loaded.
+
+    Args:
+        config: What is computed.
+        sizes: `ClipsConfig.sizes`, or those of them that are asked for; text has no size.
+        model: The base pipeline.
 
     Raises:
         ValueError: A part of the base model, SAM2's checkpoint or another file that a kind needs is
@@ -39,13 +46,16 @@ def make_extractions(
             # Brings in sam2, which the other kinds do without.
             from stages.extract_features.subjects.subject_extraction import SubjectExtraction
 
-            made.append(
-                SubjectExtraction(config.teacher, clips, gram_flow=config.gram_flow, kinds=kinds)
-            )
+            made += [
+                SubjectExtraction(config.teacher, size, gram_flow=config.gram_flow, kinds=kinds)
+                for size in sizes
+            ]
             continue
         assert base is not None
         if kinds[0] == "latents":
-            made.append(LatentsExtraction(config.latents, clips, base, seed=config.seed))
+            made += [
+                LatentsExtraction(config.latents, size, base, seed=config.seed) for size in sizes
+            ]
         else:
             made.append(TextExtraction(config.text, base))
     return made

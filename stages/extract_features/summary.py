@@ -1,5 +1,6 @@
 """What stage one reports when it is done; the command line prints it."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ class KindSummary:
     """One kind of store: what it holds of the dataset after a run, and what the run did."""
 
     kind: Kind
+    bucket: str | None
+    """The size of its clips, where there are several; None for text too."""
     store: Path
     clips_written: int
     """By this process."""
@@ -27,11 +30,14 @@ class KindSummary:
     """On disk, of the finished shards' clips."""
 
     @property
-    def skipped_share(self) -> float:
-        """Skipped clips over all clips; 0 when there are none."""
-        skipped = len(self.skipped)
-        total = self.clips_written + self.clips_already_there + skipped
-        return skipped / total if total else 0.0
+    def name(self) -> str:
+        """The kind, and the size where there are several."""
+        return self.kind if self.bucket is None else f"{self.kind} {self.bucket}"
+
+    @property
+    def clips(self) -> int:
+        """All clips, skipped ones included."""
+        return self.clips_written + self.clips_already_there + len(self.skipped)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,10 +45,15 @@ class ExtractSummary:
     """All kinds, in the order in which they were written."""
 
     kinds: tuple[KindSummary, ...]
+    """Of each, one for every size."""
     failures: Path | None = None
     """The list of everything that was left out."""
 
     @property
     def skipped_share(self) -> float:
-        """The largest share of skipped clips of any kind."""
-        return max(kind.skipped_share for kind in self.kinds)
+        """The largest share of skipped clips of any kind, its sizes together; 0 without clips."""
+        skipped, clips = Counter[Kind](), Counter[Kind]()
+        for of_size in self.kinds:
+            skipped[of_size.kind] += len(of_size.skipped)
+            clips[of_size.kind] += of_size.clips
+        return max(skipped[kind] / max(clips[kind], 1) for kind in clips)

@@ -10,7 +10,7 @@ import torch
 
 from cache_schema import JSON, ArraySpec, StoreSettings
 from stages.base_facts import BaseFacts
-from stages.clips import ClipRecord, ClipSkipped
+from stages.clips import ClipRecord, ClipsConfig, ClipSkipped
 from stages.extract_features.config import Kind, TextConfig
 from stages.extract_features.content_hash import sha256_of_folder
 from stages.extract_features.extraction import DTYPES, Extracted, Outcome, to_float16
@@ -28,6 +28,7 @@ class TextExtraction:
     """
 
     clips_per_batch = 1
+    size: ClipsConfig | None = None
 
     def __init__(self, config: TextConfig, base: BaseFacts) -> None:
         self._config = config

@@ -29,6 +29,7 @@ COST = ModelCost(
 )
 TEACHER = KindEstimate(
     kind="teacher",
+    bucket=None,
     store=None,
     clips_already_there=10,
     clips=275,
@@ -39,6 +40,7 @@ TEACHER = KindEstimate(
 )
 FORMS = tuple(
     FormEstimate(
+        bucket=None,
         size=FormSize(
             kind=kind,
             dtype=dtype,
@@ -58,13 +60,14 @@ FORMS = tuple(
 FOUND = Estimate(
     shards=5,
     clips=310,
-    frames_per_clip=49,
+    frames_per_clip=(49,),
     dataset_bytes=10**9,
     clips_probed=310,
     prompts={"dataset": 270, "automatic": 5},
     kinds=(TEACHER, replace(TEACHER, kind="masks", skipped_clips=())),
     passes=(
         PassEstimate(
+            bucket=None,
             kinds=("teacher", "masks"),
             clips=275,
             cost=COST,

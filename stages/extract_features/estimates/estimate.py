@@ -43,6 +43,8 @@ class KindEstimate:
     """One kind of store."""
 
     kind: Kind
+    bucket: str | None
+    """The size of its clips, where there are several; None for text too."""
     store: Path | None
     """None when the weights, whose hash names it, are not on this machine."""
     clips_already_there: int
@@ -59,6 +61,11 @@ class KindEstimate:
     """The size is about this."""
 
     @property
+    def name(self) -> str:
+        """The kind, and the size where there are several."""
+        return self.kind if self.bucket is None else f"{self.kind} {self.bucket}"
+
+    @property
     def bytes(self) -> int | None:
         """That the run would add; None when it cannot be known."""
         return None if self.bytes_per_clip is None else self.clips * self.bytes_per_clip
@@ -69,6 +76,8 @@ class PassEstimate:
     """One model's work; teacher, gram_flow and masks come from one pass."""
 
     kinds: tuple[Kind, ...]
+    bucket: str | None
+    """The size of its clips, where there are several; None for text too."""
     clips: int
     """That go through the model."""
     cost: ModelCost | None
@@ -92,6 +101,8 @@ class FormEstimate:
     """One form of the teacher, whether the run writes it or not."""
 
     size: FormSize
+    bucket: str | None
+    """The size of its clips, where there are several."""
     clips: int
     """Of the dataset, without those that would be skipped."""
 
@@ -108,7 +119,8 @@ class Estimate:
     shards: int
     clips: int
     """Of the dataset, bad records included."""
-    frames_per_clip: int
+    frames_per_clip: tuple[int, ...]
+    """Of every size."""
     dataset_bytes: int
     clips_probed: int
     """Whose headers were read; what is said of the others is in proportion."""
@@ -162,24 +174,29 @@ def estimate(
     device = device_named(config.device, 0)
     dataset = open_dataset(clips)
     plans = planned_passes(config, clips, model)
-    surveys = survey_shards(dataset.shards, config, clips, progress, most_probed=most_probed)
+    by_size = survey_shards(dataset.shards, config, clips, progress, most_probed=most_probed)
     kinds: list[KindEstimate] = []
     passes: list[PassEstimate] = []
     forms: list[FormEstimate] = []
     for plan in plans:
+        surveys = by_size[plan.bucket]
         finished = _finished_shards(plan, cache_root)
         kinds += [_kind(kind, plan, surveys, finished[kind], cache_root) for kind in plan.kinds]
         # A shard that one of two stores lacks is gone through again for it.
         in_all = set.intersection(*(set(shards) for shards in finished.values()))
         passes.append(_pass(plan, _Left.of(surveys, in_all), config, device))
         kept = _Left.of(surveys, set()).kept(plan.kinds[0])
-        forms += [FormEstimate(size=size, clips=round(kept)) for size in plan.forms]
+        forms += [
+            FormEstimate(size=size, bucket=plan.bucket, clips=round(kept)) for size in plan.forms
+        ]
+    surveys = by_size[None]
     probed = [survey for survey in surveys if survey.probed]
-    prompts = sum((survey.prompts for survey in probed), Counter[PromptSource]())
+    every = (survey.prompts for of_size in by_size.values() for survey in of_size)
+    prompts = sum(every, Counter[PromptSource]())
     return Estimate(
         shards=len(surveys),
         clips=sum(survey.num_clips for survey in surveys),
-        frames_per_clip=clips.num_frames,
+        frames_per_clip=tuple(size.num_frames for size in clips.sizes),
         dataset_bytes=sum(survey.num_bytes for survey in surveys),
         clips_probed=sum(survey.num_clips for survey in probed),
         prompts=prompts,
@@ -216,8 +233,9 @@ class _Left:
         return counted * self.num_clips / probed if probed else 0.0
 
     def kept(self, kind: Kind) -> float:
-        """Clips that would not be skipped."""
-        return self.num_clips - self.in_all(len(self.skipped(kind)))
+        """Clips of this size that would not be skipped."""
+        elsewhere = sum(survey.elsewhere for survey in self.probed)
+        return self.num_clips - self.in_all(len(self.skipped(kind)) + elsewhere)
 
     def skipped(self, kind: Kind) -> tuple[SkippedClip, ...]:
         return tuple(clip for survey in self.probed for clip in survey.skipped.get(kind, ()))
@@ -246,9 +264,10 @@ def _kind(
     names = {survey.name for survey in surveys}
     return KindEstimate(
         kind=kind,
+        bucket=plan.bucket,
         store=None if plan.folders is None else cache_root / plan.folders[kind],
         clips_already_there=sum(count for name, count in finished.items() if name in names),
-        clips=left.num_clips - num_skipped,
+        clips=round(left.kept(kind)),
         skipped=num_skipped,
         skipped_clips=skipped if left.num_clips else (),
         bytes_per_clip=None if plan.arrays is None else bytes_of(plan.arrays[kind]),
@@ -269,6 +288,7 @@ def _pass(
         flops = num_clips * cost.flops_per_clip
     return PassEstimate(
         kinds=plan.kinds,
+        bucket=plan.bucket,
         clips=round(num_clips),
         cost=cost,
         flops=flops,

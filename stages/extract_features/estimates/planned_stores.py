@@ -4,7 +4,7 @@ configuration files. `estimate` adds up from here.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cache_schema import ArraySpec, StoreSettings
@@ -21,6 +21,7 @@ from stages.extract_features.estimates.model_costs import (
     tracker_cost,
 )
 from stages.extract_features.estimates.store_sizes import FormSize, teacher_form_sizes
+from stages.extract_features.extraction import bucket_name
 from stages.extract_features.latents import LatentsExtraction, latents_arrays
 from stages.extract_features.make_extractions import group_kinds
 from stages.extract_features.subjects.subject_extraction import SubjectExtraction
@@ -38,6 +39,8 @@ class PlannedPass:
     """One model's pass over the clips, and the stores it fills."""
 
     kinds: tuple[Kind, ...]
+    bucket: str | None = None
+    """The size of its clips, where there are several; None for text too."""
     arrays: Mapping[Kind, Mapping[str, ArraySpec]] | None
     """Of every clip, by kind; None when not even the configuration is at hand."""
     folders: Mapping[Kind, str] | None
@@ -62,7 +65,7 @@ def planned_passes(
     passes: list[PlannedPass] = []
     for kinds in group_kinds(config.kinds):
         if kinds[0] not in ("text", "latents"):
-            passes.append(_tracking(config, clips, kinds))
+            passes += [_of(size, _tracking(config, size, kinds)) for size in clips.sizes]
         elif base is None:
             passes.append(
                 PlannedPass(kinds=kinds, arrays=None, folders=None, cost=None, notes=(problem,))
@@ -70,8 +73,12 @@ def planned_passes(
         elif kinds[0] == "text":
             passes.append(_text(config, base))
         else:
-            passes.append(_latents(config, clips, base))
+            passes += [_of(size, _latents(config, size, base)) for size in clips.sizes]
     return passes
+
+
+def _of(size: ClipsConfig, planned: PlannedPass) -> PlannedPass:
+    return replace(planned, bucket=bucket_name(size))
 
 
 def _base_facts(config: ExtractConfig, model: BaseModelConfig) -> tuple[BaseFacts | None, str]:

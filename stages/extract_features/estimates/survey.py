@@ -15,6 +15,7 @@ from stages.clips import (
     ClipsConfig,
     ClipSkipped,
     InputShard,
+    bucket_of,
     probe_clip,
 )
 from stages.extract_features.config import ExtractConfig, Kind, PromptSource, TeacherConfig
@@ -33,7 +34,7 @@ class ShardSurvey:
 
     name: str
     num_clips: int
-    """Records, bad ones included."""
+    """Records of every size, bad ones included."""
     num_bytes: int
     probed: bool = False
     """Whether its clips' headers were read; what follows is empty otherwise."""
@@ -43,6 +44,12 @@ class ShardSurvey:
     """How many clips would be prompted by each source."""
     subjects: int = 0
     """Of the clips that are tracked, over all of them."""
+    elsewhere: int = 0
+    """Clips that go to another size than this survey's."""
+
+
+Surveys = dict[str | None, list[ShardSurvey]]
+"""Of every shard, by size; under None of what has no size, or of everything without buckets."""
 
 
 def survey_shards(
@@ -52,34 +59,60 @@ def survey_shards(
     progress: Progress,
     *,
     most_probed: int = MOST_PROBED,
-) -> list[ShardSurvey]:
+) -> Surveys:
     """Count every shard's clips and read the headers of all of them, or of evenly spread shards.
 
     Args:
         shards: Of the dataset, in order.
         config: Which kinds, and where prompts come from.
-        clips: The length and rate that clips are brought to.
+        clips: The sizes and the rate that clips are brought to.
         progress: Gets a bar for each of the two.
         most_probed: Read the headers of about as many clips, at most; one shard at least.
     """
-    surveys = []
+    counted = []
     with progress.task("count", len(shards), unit="shards") as task:
         for shard in shards:
-            surveys.append(
-                ShardSurvey(
-                    name=shard.name, num_clips=shard.num_clips(), num_bytes=shard.num_bytes()
-                )
-            )
+            counted.append((shard.name, shard.num_clips(), shard.num_bytes()))
             task.advance()
-    chosen = _evenly_spread([survey.num_clips for survey in surveys], most_probed)
-    total = sum(surveys[place].num_clips for place in chosen)
+    chosen = _evenly_spread([num_clips for _, num_clips, _ in counted], most_probed)
+    total = sum(counted[place][1] for place in chosen)
+    surveys: Surveys = {
+        size: [
+            ShardSurvey(name=name, num_clips=num_clips, num_bytes=num_bytes)
+            for name, num_clips, num_bytes in counted
+        ]
+        for size in (None, *clips.buckets)
+    }
+    for of_size in surveys.values():
+        for place in chosen:
+            of_size[place].probed = True
     with progress.task("headers", total, unit="clips") as task:
         for place in chosen:
-            surveys[place].probed = True
+            here = {size: of_size[place] for size, of_size in surveys.items()}
             for record in shards[place].records():
-                _look_at(record, surveys[place], config, clips)
+                _look_at_sizes(record, here, config, clips)
                 task.advance()
     return surveys
+
+
+def _look_at_sizes(
+    record: ClipRecord | BadRecord,
+    surveys: Mapping[str | None, ShardSurvey],
+    config: ExtractConfig,
+    clips: ClipsConfig,
+) -> None:
+    if not clips.buckets:
+        _look_at(record, surveys[None], config, clips)
+        return
+    without_size: tuple[Kind, ...] = tuple(kind for kind in config.kinds if kind == "text")
+    sized = tuple(kind for kind in config.kinds if kind != "text")
+    _look_at(record, surveys[None], config.model_copy(update={"kinds": without_size}), clips)
+    chosen = bucket_of(record, clips)
+    for size, survey in surveys.items():
+        if size == chosen.size_name:
+            _look_at(record, survey, config.model_copy(update={"kinds": sized}), chosen)
+        elif size is not None:
+            survey.elsewhere += 1
 
 
 def _evenly_spread(num_clips: Sequence[int], most_probed: int) -> list[int]:

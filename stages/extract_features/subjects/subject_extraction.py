@@ -81,6 +81,7 @@ class SubjectExtraction:
         self._clips = clips
         self._kinds = tuple(kinds)
         self.clips_per_batch = config.clips_per_batch
+        self.size: ClipsConfig | None = clips
         self._checkpoint = find_checkpoint(config.checkpoint)
         # Checked in advance: a checkpoint that does not fit must not show after hours of work.
         self._facts = check_sam2(config.config, self._checkpoint, image_size=config.image_size)

@@ -16,7 +16,7 @@ import torch
 from cache_schema import ShardBusy, StoreReader, StoreWriter
 from stages.clips import InputShard
 from stages.extract_features.config import Kind
-from stages.extract_features.extraction import Extraction
+from stages.extract_features.extraction import Extraction, bucket_name
 from stages.extract_features.work.jobs import ShardJob, in_turn
 from stages.extract_features.work.shard_work import ShardWorker
 from stages.progress import Progress
@@ -66,7 +66,7 @@ class LocalEngine:
         """Write one extraction's stores. Busy shards are looked at once more at the end."""
         report = EngineReport()
         with (
-            JobsBar(writers, self._shards, jobs, progress) as bar,
+            JobsBar(extraction, writers, self._shards, jobs, progress) as bar,
             ShardWorker(
                 extraction,
                 writers,
@@ -115,6 +115,7 @@ class JobsBar:
 
     def __init__(
         self,
+        extraction: Extraction,
         writers: Mapping[Kind, StoreWriter],
         shards: Mapping[str, InputShard],
         jobs: Sequence[ShardJob],
@@ -126,8 +127,9 @@ class JobsBar:
         self._unfinished = {job.name: (job, job.num_clips(shards)) for job in pending}
         stores = {kind: StoreReader(writer.path).shards for kind, writer in writers.items()}
         completed = sum(stores[next(iter(job.keys))][job.name].num_clips for job in finished)
+        bucket = bucket_name(extraction.size)
         self._opened = progress.task(
-            " and ".join(writers),
+            " and ".join(writers) + (f" {bucket}" if bucket else ""),
             completed + sum(clips for _, clips in self._unfinished.values()),
             completed=completed,
             unit="clips",

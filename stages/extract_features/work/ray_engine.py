@@ -130,11 +130,12 @@ class RayEngine:
             Exception: What stopped a worker; the others are stopped too.
         """
         setup = self._setup.for_stores(
-            {kind: settings.hash for kind, settings in extraction.settings.items()}
+            {kind: settings.hash for kind, settings in extraction.settings.items()},
+            extraction.size,
         )
         report = EngineReport()
         left = [job for job in jobs if job.is_pending(writers)]
-        with JobsBar(writers, self._shards, jobs, progress) as bar:
+        with JobsBar(extraction, writers, self._shards, jobs, progress) as bar:
             crew = _Crew(self._ray, setup, bar, report, progress)
             try:
                 for _ in range(2):

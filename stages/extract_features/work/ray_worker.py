@@ -24,6 +24,7 @@ class WorkerSetup:
 
     config: ExtractConfig
     clips: ClipsConfig
+    """The dataset, and the size of its clips."""
     model: BaseModelConfig
     cache_root: Path
     folder: Path
@@ -31,10 +32,11 @@ class WorkerSetup:
     store_hashes: Mapping[Kind, str] = field(default_factory=dict)
     """The stores of the one extraction, by kind."""
 
-    def for_stores(self, hashes: Mapping[Kind, str]) -> Self:
-        """The same for the stores of one extraction."""
+    def for_stores(self, hashes: Mapping[Kind, str], size: ClipsConfig | None) -> Self:
+        """The same for the stores of one extraction, of which clips have this size."""
         config = self.config.model_copy(update={"kinds": tuple(hashes)})
-        return replace(self, config=config, store_hashes=dict(hashes))
+        clips = self.clips if size is None else size
+        return replace(self, config=config, clips=clips, store_hashes=dict(hashes))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +71,7 @@ class RayWorker:
         with contextlib.suppress(FileNotFoundError):  # absolute paths do without it
             os.chdir(self._setup.folder)
         config, cache_root = self._setup.config, self._setup.cache_root
-        (extraction,) = make_extractions(config, self._setup.clips, self._setup.model)
+        (extraction,) = make_extractions(config, (self._setup.clips,), self._setup.model)
         host = socket.gethostname()
         here = {Path(store).name for store in list_stores(cache_root)}
         for kind, settings in extraction.settings.items():

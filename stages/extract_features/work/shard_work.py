@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from cache_schema import AlreadyCommitted, ShardWriter, StoreWriter
-from stages.clips import BadRecord, ClipRecord, ClipSkipped, InputShard
+from stages.clips import BadRecord, ClipRecord, ClipSkipped, InputShard, belongs
 from stages.extract_features.config import Kind
 from stages.extract_features.extraction import Extracted, Extraction, Outcome, release_memory
 from stages.extract_features.work.jobs import ShardJob
@@ -26,7 +26,7 @@ _PREPARING_THREADS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Clip:
-    """A clip on its way through; `kinds` are the stores that still lack it."""
+    """A clip on its way through; `kinds` are the stores of its size that still lack it."""
 
     key: str
     kinds: tuple[Kind, ...]
@@ -129,12 +129,19 @@ class ShardWorker:
     ) -> Generator[_Clip, None, None]:
         def prepare(record: ClipRecord | BadRecord) -> _Clip:
             kinds = tuple(kind for kind, out in outs.items() if _lacks(out, job, kind, record.key))
+            if kinds and not self._is_of_this_size(record, job):
+                kinds = ()
             prepared = self._prepare(record, job.source) if kinds else None
             return _Clip(key=record.key, kinds=kinds, prepared=prepared)
 
         return prefetch_map(
             prepare, job.records(self._shards), ahead=ahead, threads=_PREPARING_THREADS
         )
+
+    def _is_of_this_size(self, record: ClipRecord | BadRecord, job: ShardJob) -> bool:
+        """Whether these stores are the clip's; what a store has left out, it takes at a retry."""
+        size = self._extraction.size
+        return size is None or job.is_retry or belongs(record, size)
 
     def _prepare(self, record: ClipRecord | BadRecord, source: str) -> Any:
         if isinstance(record, BadRecord):

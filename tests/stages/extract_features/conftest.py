@@ -21,7 +21,7 @@ from cache_schema import ArraySpec, StoreSettings
 from stages.clips import Clip, ClipRecord, ClipsConfig, ClipSkipped, encode_video, load_clip
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig, Kind, TeacherConfig
-from stages.extract_features.extraction import Extracted
+from stages.extract_features.extraction import Extracted, clip_settings
 
 OFFICIAL = "configs/sam2.1/sam2.1_hiera_t.yaml"
 SIZE = 128
@@ -329,10 +329,11 @@ class StubTracking:
     ):
         if config.checkpoint == "nowhere":
             raise ValueError("the checkpoint nowhere does not exist")
-        self._clips = clips
+        self._clips = self.size = clips
         spec = ArraySpec(dtype="float16", shape=(clips.num_frames,), dimension_names=("t",))
+        cut = {"clips": clip_settings(clips)} if clips.buckets else {}
         self.settings = {
-            kind: StoreSettings(kind=kind, arrays={"mean": spec}, values={"stub": kind})
+            kind: StoreSettings(kind=kind, arrays={"mean": spec}, values={"stub": kind, **cut})
             for kind in kinds
         }
 

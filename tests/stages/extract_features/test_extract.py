@@ -484,7 +484,7 @@ def test_kinds_of_one_pass_stand_where_the_first_of_them_does(
     from stages.extract_features.make_extractions import make_extractions
 
     config = extract_config.model_copy(update={"kinds": kinds})
-    made = make_extractions(config, two_shards, tiny_base)
+    made = make_extractions(config, two_shards.sizes, tiny_base)
     assert [kind for extraction in made for kind in extraction.settings] == order
 
 

@@ -49,7 +49,7 @@ def look(config, clips, model, cache, **options):
 
 def survey(config, clips, **options):
     shards = open_dataset(clips).shards
-    return survey_shards(shards, config, clips, SilentProgress(), **options)
+    return survey_shards(shards, config, clips, SilentProgress(), **options)[None]
 
 
 def by_kind(found):

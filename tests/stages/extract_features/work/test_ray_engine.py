@@ -194,7 +194,7 @@ def test_a_shard_that_another_process_writes_is_left_alone(
     tiny_base: BaseModelConfig,
     tmp_path: Path,
 ) -> None:
-    settings = make_extractions(config, two_shards, tiny_base)[0].settings["text"]
+    settings = make_extractions(config, two_shards.sizes, tiny_base)[0].settings["text"]
     other = StoreWriter.open(tmp_path, settings, provenance={})
     with other.shard("00001", source="00001.tar"):
         part = extract(config, two_shards, tiny_base, tmp_path).kinds[0]

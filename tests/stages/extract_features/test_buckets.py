@@ -1,0 +1,136 @@
+"""Several sizes: stores of their own, every clip in those of one, and nobody counts it as lost."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cache_schema import StoreReader
+from stages.clips import ClipsConfig, encode_video, open_dataset
+from stages.config import BaseModelConfig
+from stages.extract_features.config import ExtractConfig
+from stages.extract_features.estimates.survey import survey_shards
+from stages.extract_features.extract import extract_features
+from stages.extract_features.summary import ExtractSummary
+from stages.progress import SilentProgress
+from tests.stages.extract_features.conftest import make_frames
+
+SHAPES = {
+    "wide0": (12, 32, 48),
+    "wide1": (12, 32, 48),
+    "tall0": (12, 48, 32),
+    "long0": (20, 32, 48),
+    "short": (5, 48, 32),
+    "wide2": (12, 32, 48),
+    "broken": None,
+    "tall1": (12, 48, 32),
+}
+BUCKETS = ("17x32x48", "9x32x48", "9x48x32")
+HELD = {
+    "17x32x48": {"0/long0"},
+    "9x32x48": {"0/wide0", "0/wide1", "1/wide2"},
+    "9x48x32": {"0/tall0", "1/tall1"},
+}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> ClipsConfig:
+    folder = tmp_path_factory.mktemp("mixed")
+    for shard, names in (("0", list(SHAPES)[:4]), ("1", list(SHAPES)[4:])):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for name in names:
+                shape = SHAPES[name]
+                video = b"no video"
+                if shape is not None:
+                    video = encode_video(make_frames(*shape, seed=1), 8.0)
+                for suffix, content in (("mp4", video), ("txt", b"a thing moves")):
+                    member = tarfile.TarInfo(f"{name}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return ClipsConfig(path=folder, fps=8.0, buckets=BUCKETS)
+
+
+@pytest.fixture
+def extract(
+    stub_module: Callable[[pytest.MonkeyPatch], Any],
+    extract_config: ExtractConfig,
+    mixed: ClipsConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., ExtractSummary]:
+    stub_module(monkeypatch)
+    config = extract_config.model_copy(update={"kinds": ("teacher", "masks")})
+    base = BaseModelConfig(path="unused")
+
+    def run(cache: Path, **options: Any) -> ExtractSummary:
+        return extract_features(
+            config, mixed, base, cache, provenance={}, progress=SilentProgress(), **options
+        )
+
+    return run
+
+
+def held(summary: ExtractSummary, kind: str) -> dict[str | None, set[str]]:
+    return {
+        one.bucket: set(StoreReader(one.store).keys) for one in summary.kinds if one.kind == kind
+    }
+
+
+def test_every_clip_goes_into_the_stores_of_one_size(extract, tmp_path: Path) -> None:
+    summary = extract(tmp_path)
+    assert held(summary, "teacher") == held(summary, "masks") == HELD
+    assert len(list(tmp_path.glob("teacher-*"))) == 3
+
+
+def test_clips_of_other_sizes_are_no_failures(extract, tmp_path: Path) -> None:
+    summary = extract(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text().splitlines()]
+    assert {(line["key"], line["reason"]) for line in lines} == {
+        ("1/short", "too_short"),
+        ("1/broken", "undecodable"),
+    }
+    assert len(lines) == 4, "of the teacher and of the masks, each once"
+    # Two of eight clips, though half of what the smallest size was given.
+    assert summary.skipped_share == pytest.approx(2 / 8)
+
+
+def test_a_second_run_and_a_second_process_find_nothing_to_do(extract, tmp_path: Path) -> None:
+    first = extract(tmp_path)
+    again = extract(tmp_path, rank=1, world_size=2)
+    assert [one.clips_written for one in again.kinds] == [0] * len(again.kinds)
+    assert held(again, "teacher") == held(first, "teacher")
+    assert again.skipped_share == first.skipped_share
+
+
+def test_a_retry_leaves_the_other_sizes_alone(extract, tmp_path: Path) -> None:
+    before = held(extract(tmp_path), "teacher")
+    assert held(extract(tmp_path, retry_failed=True), "teacher") == before
+
+
+def test_a_run_of_one_size_never_takes_a_part_of_its_clips_for_the_whole(
+    extract, mixed: ClipsConfig
+) -> None:
+    from stages.extract_features.extraction import clip_settings
+
+    (size, *_) = mixed.sizes
+    alone = mixed.model_copy(update={"buckets": (), "num_frames": 17, "height": 32, "width": 48})
+    assert clip_settings(size) != clip_settings(alone)
+    shuffled = mixed.model_copy(update={"buckets": BUCKETS[::-1]})
+    assert clip_settings(shuffled.sizes[-1]) == clip_settings(size)
+
+
+def test_the_survey_counts_each_clip_at_its_size(
+    extract_config: ExtractConfig, mixed: ClipsConfig
+) -> None:
+    config = extract_config.model_copy(update={"kinds": ("text", "latents")})
+    surveys = survey_shards(open_dataset(mixed).shards, config, mixed, SilentProgress())
+    assert list(surveys) == [None, *BUCKETS]
+    for size, keys in HELD.items():
+        of_size = surveys[size]
+        skipped = [clip.key for one in of_size for clip in one.skipped.get("latents", ())]
+        elsewhere = sum(one.elsewhere for one in of_size)
+        assert sum(one.num_clips for one in of_size) - elsewhere - len(skipped) == len(keys)
+    assert not any(one.skipped or one.elsewhere for one in surveys[None])
