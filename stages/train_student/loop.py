@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from stages.progress import Progress, Task
+from stages.progress import Task
 from stages.train_student.damaged_clips import DamagedClips
 from stages.train_student.data.damaged import DamagedClip
 from stages.train_student.data.dataset import Batch
-from stages.train_student.distributed import World
 from stages.train_student.logs.rows import SkippedRow, StepRows
 from stages.train_student.logs.run_log import RunLog
 from stages.train_student.performance import DeviceRate, StepClock
+from stages.train_student.run import Run
 from stages.train_student.skipped_steps import SkippedInARow, spoiled_if_not_finite, update
 from stages.train_student.step import TrainingStep
 from stages.train_student.step_totals import StepTotals
@@ -22,16 +22,11 @@ from stages.train_student.stop_request import StopRequest
 class Loop:
     """What every step needs."""
 
+    run: Run
     engine: Any
     training_step: TrainingStep
     batches: Iterator[Batch]
-    batch_size: int
-    accumulation: int
-    """Forward passes per rank and step."""
-    objectives: tuple[str, ...]
-    timesteps: int
-    """How many the schedule has."""
-    world: World
+    """Of this rank, in order."""
     skipped: SkippedInARow
     damaged: DamagedClips
     rate: DeviceRate | None
@@ -39,14 +34,13 @@ class Loop:
     stop: StopRequest
     log: RunLog | None
     """On rank 0."""
-    progress: Progress
     after_update: Callable[[], None]
     """Called when a step moved the weights."""
     after_step: Callable[[int, bool], None]
     """Called after every step with the number of steps done, and whether the run stops after it
     because it was asked to."""
 
-    def run(self, steps: range, task: Task) -> list[float]:
+    def make(self, steps: range, task: Task) -> list[float]:
         """Make the optimiser steps `steps` (from 0) and return the seconds each took.
 
         Raises:
@@ -67,38 +61,39 @@ class Loop:
                 task.note(f"loss {rows.losses.loss:.4f}")
             self.after_step(step + 1, stop)
             if stop and step + 1 < steps.stop:
-                self.progress.log(f"stopped after step {step + 1}, which is kept")
+                self.run.progress.log(f"stopped after step {step + 1}, which is kept")
                 raise KeyboardInterrupt
         return durations
 
     def _step(self, step: int) -> tuple[StepRows, bool]:
+        run, world = self.run, self.run.world
         rate = float(self.engine.get_lr()[0])
         clock = StepClock()
-        totals = StepTotals(self.objectives, self.timesteps, self.world.device)
+        totals = StepTotals(run.config.objectives, run.timesteps, world.device)
         damaged: list[DamagedClip] = []
-        for number in range(self.accumulation):
-            batch = clock.next(self.batches).to(self.world.device)
+        for number in range(run.accumulation):
+            batch = clock.next(self.batches).to(world.device)
             losses = self.training_step(self.engine, batch, step)
             self.engine.backward(spoiled_if_not_finite(losses))
             totals.add(batch.keys, batch.timestep_B, losses, len(batch.damaged))
             damaged += batch.damaged
             if self.rate is not None:
                 clock.add_flops(self.rate.model_flops(batch))
-            if number < self.accumulation - 1:
+            if number < run.accumulation - 1:
                 self.engine.step()  # counts the forward pass; the weights move at the last one
         norm = update(self.engine)
         if norm is not None:
             self.after_update()
-        means = totals.over_ranks(self.world)
+        means = totals.over_ranks(world)
         skipped = None
         if norm is None:
             what = "gradient" if means.finite else "loss"
-            skipped = SkippedRow(step=step + 1, what=what, clips=totals.clips(self.world))
+            skipped = SkippedRow(step=step + 1, what=what, clips=totals.clips(world))
         rows = self.damaged.of_all_ranks(step + 1, damaged) if means.damaged else ()
         performance, stop = clock.row(
             step + 1,
-            clips=self.batch_size,
-            world=self.world,
+            clips=run.config.batch_size,
+            world=world,
             peak_flops=None if self.rate is None else self.rate.peak_flops,
             stop=self.stop.made,
         )

@@ -64,6 +64,11 @@ class Run:
         return accumulation_steps(config.batch_size, config.micro_batch_size, self.world.size)
 
     @property
+    def timesteps(self) -> int:
+        """How many the base model's schedule has."""
+        return int(self.facts.scheduler["num_train_timesteps"])
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.config.run_dir / "checkpoints"

@@ -22,7 +22,7 @@ from stages.train_student.distributed import (
     world_from_environment,
 )
 from stages.train_student.ema import WeightAverage
-from stages.train_student.engine import deepspeed_engine
+from stages.train_student.engine import batch_told, deepspeed_engine
 from stages.train_student.export import EXPORT_FOLDER, export_weights
 from stages.train_student.loading import build_student
 from stages.train_student.logs.row_file import read_rows
@@ -79,6 +79,7 @@ def train_student(
         if done is not None and done >= config.steps:
             return _summary(run, done, resumed_from=done, durations=[], finished=True)
         progress.log("; ".join(run.stores.told()))
+        progress.log(batch_told(config, world.size))
         return _train(run)
 
 
@@ -105,45 +106,43 @@ def _train(run: Run) -> TrainSummary:
         task = stack.enter_context(
             run.progress.task("train", steps.stop, completed=done, unit="steps")
         )
-
         validation = build_validation(run, student, embeds, boards=boards, note=task.note)
 
+        def save(step: int) -> None:
+            if log is not None:
+                log.sync()
+            save_checkpoint(
+                engine,
+                run.checkpoints,
+                step,
+                world,
+                kept=config.checkpoints_kept,
+                only_trained=only_trained,
+                beside=[] if average is None else [average.save],
+            )
+
         def after_step(step: int, stopping: bool) -> None:
-            if step % config.checkpoint_every == 0 or step == steps.stop or stopping:
-                if log is not None:
-                    log.sync()
-                save_checkpoint(
-                    engine,
-                    run.checkpoints,
-                    step,
-                    world,
-                    kept=config.checkpoints_kept,
-                    only_trained=only_trained,
-                    beside=[] if average is None else [average.save],
-                )
-            if not stopping or step == steps.stop:
+            last = step == steps.stop
+            if last or stopping or step % config.checkpoint_every == 0:
+                save(step)
+            if last or not stopping:
                 validation.after_step(step)
 
         validation.start(done)
         with stop_on_signals() as stop:
             durations = Loop(
+                run=run,
                 engine=engine,
                 training_step=run.training_step(),
                 batches=run.batches(steps),
-                batch_size=config.batch_size,
-                accumulation=run.accumulation,
-                objectives=config.objectives,
-                timesteps=run.facts.scheduler["num_train_timesteps"],
-                world=world,
                 skipped=skipped,
                 damaged=DamagedClips(clips=run.num_clips, most=config.max_damaged, world=world),
                 rate=device_rate(config, run.facts, run.sizes, run.progress) if log else None,
                 stop=stop,
                 log=log,
-                progress=run.progress,
                 after_update=(lambda: None) if average is None else average.update,
                 after_step=after_step,
-            ).run(steps, task)
+            ).make(steps, task)
         export = export_weights(student, config.run_dir, world, step=steps.stop, average=average)
         on_first_rank(world, lambda: mark_finished(config.run_dir, steps.stop, export))
         validation.write_page()

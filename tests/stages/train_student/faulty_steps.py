@@ -39,7 +39,7 @@ def step_left_out(make_step, left_out):
     def step_or_nothing(self, step):
         if step != left_out:
             return make_step(self, step)
-        for _ in range(self.accumulation):
+        for _ in range(self.run.accumulation):
             next(self.batches)
         self.engine.lr_scheduler.step()
         row = PerformanceRow(
