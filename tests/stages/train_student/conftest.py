@@ -256,12 +256,14 @@ def train(base_model, cache):
 def train_process(base_model, cache):
     """Start training in a process of its own: train_process(run_dir, …) -> Popen."""
 
-    def start(run_dir, *, processes=1, fault="", **changes):
+    def start(
+        run_dir, *, processes=1, fault="", base=base_model, cache_root=cache, **changes
+    ):
         request = {
             "train": train_settings(run_dir, **changes),
             "clips": CLIPS.model_dump(mode="json"),
-            "base": str(base_model),
-            "cache": str(cache),
+            "base": str(base),
+            "cache": str(cache_root),
             "fault": fault,
         }
         launcher = [sys.executable]
