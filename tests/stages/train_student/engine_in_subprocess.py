@@ -138,7 +138,13 @@ def train(case, base):
 
 def main():
     request = json.loads(sys.argv[1])
-    results = [train(case, request["base"]) for case in request["cases"]]
+    results = []
+    for case in request["cases"]:
+        if "port" in case:
+            # A second group at the same address would read what the first left there.
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+            os.environ["MASTER_PORT"] = str(case["port"])
+        results.append(train(case, case.get("base", request["base"])))
     rank = os.environ.get("RANK", "0")
     Path(request["out"]).with_suffix(f".{rank}").write_text(json.dumps(results))
 

@@ -1,0 +1,134 @@
+"""Engines in processes of their own, against plain PyTorch in this one."""
+
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stages.base_facts import read_base_facts
+from stages.train_student.loading import load_transformer
+from stages.train_student.student import Student
+
+SCRIPT = Path(__file__).with_name("engine_in_subprocess.py")
+ROOT = Path(__file__).parents[3]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+STEPS = 3
+RATE = 1e-2
+
+
+def settings(stage=2, *, precision="fp32", name="adamw", **deepspeed):
+    return {
+        "method": "full",
+        "optimizer": {"name": name, "warmup_steps": 2, "learning_rate": RATE},
+        "deepspeed": {"zero_stage": stage, "precision": precision, **deepspeed},
+    }
+
+
+def free_ports(number):
+    sockets = [socket.socket() for _ in range(number)]
+    for each in sockets:
+        each.bind(("localhost", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def request_of(cases, base, out):
+    return json.dumps({"base": str(base), "out": str(out), "cases": cases})
+
+
+def environment(**more):
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
+
+
+def wait(*processes):
+    """Wait for all; when one fails, end the rest and show why."""
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=200)
+            assert process.returncode == 0, errors[-4000:]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def start(command, **more):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment(**more), **pipes)
+
+
+def run(cases, base, folder, *, ranks=1, **more):
+    """Each rank's results of the cases, made one after the other by the same processes."""
+    out = folder / "results.json"
+    if ranks > 1:
+        for case, port in zip(cases, free_ports(len(cases)), strict=True):
+            case["port"] = port
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher = [*TORCHRUN, "--standalone", f"--nproc-per-node={ranks}"]
+    wait(start([*launcher, str(SCRIPT), request_of(cases, base, out)], **more))
+    return [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def by_hand(base_model):
+    """Losses and norms of plain PyTorch: whole batches, one process, no engine."""
+    script = runpy.run_path(str(SCRIPT))
+    clips_of, loss_of = script["clips_of"], script["loss_of"]
+    facts = read_base_facts(base_model)
+    transformer = load_transformer(base_model, torch.float32)
+    student = Student(transformer)
+    optimizer = torch.optim.AdamW(
+        transformer.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=1e-4
+    )
+    losses, norms = [], []
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / 2)
+        loss = loss_of(student, facts, clips_of(step), "cpu", torch.float32)
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, norms
+
+
+def test_every_stage_on_two_ranks_makes_the_steps_of_plain_pytorch(base_model, by_hand, tmp_path):
+    cases = [{"steps": STEPS, "train": settings(stage)} for stage in range(4)]
+    whole = {"steps": STEPS, "train": settings(3), "zero_init": False}
+    ranks = run([*cases, whole], base_model, tmp_path, ranks=2)
+    for results in ranks:
+        for result in results:
+            np.testing.assert_allclose(result["losses"], by_hand[0], rtol=2e-6)
+            np.testing.assert_allclose(result["norms"], by_hand[1], rtol=2e-5)
+            assert result["rates"] == [RATE / 2, RATE, RATE], "whatever the number of processes"
+        assert results[-1]["digest"] == results[3]["digest"], "sharing out weights changes none"
+    assert [result["digest"] for result in ranks[0]] == [result["digest"] for result in ranks[1]]
+
+
+def test_zero_3_never_holds_the_model_on_a_rank(tiny, base_model, tmp_path):
+    large = tiny.tiny_transformer(num_attention_heads=8, attention_head_dim=64, num_layers=8)
+    model_bytes = 2 * sum(p.numel() for p in large.parameters())
+    largest = 2 * max(p.numel() for p in large.parameters())
+    assert model_bytes > 8 * largest
+    base = tiny.save_pipeline(tmp_path / "large", transformer=large)
+    # In bf16, since float32 weights would be pages of the file, which count for nobody.
+    lora = settings(3, precision="bf16") | {"method": "lora", "lora": {"rank": 1}}
+    cases = [
+        {"steps": 1, "train": lora},  # so that what is imported on the way is there
+        {"steps": 0, "train": lora, "base": str(base)},
+        {"steps": 0, "train": lora, "base": str(base), "zero_init": False},
+    ]
+    malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    for _, shared, whole in run(cases, base_model, tmp_path, ranks=2, **malloc):
+        assert shared["digest"] == whole["digest"]
+        assert shared["peak"] < 0.5 * model_bytes + 2 * largest + 8e6
+        assert whole["peak"] > model_bytes, "the measure sees a model that is there"
