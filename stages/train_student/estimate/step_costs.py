@@ -7,7 +7,7 @@ The student is built from its configuration on torch's meta device and goes thro
 Legend: B clip, F latent frame, C channel, H W latent, L text token, D width, T map of the teacher.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -28,6 +28,8 @@ from stages.train_student.student import Student
 from stages.train_student.teacher import TeacherLayout
 
 _META = torch.device("meta")
+_SHORT, _LONGER = 2, 4
+"""Blocks of the transformers that stand in for a deep one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +58,9 @@ def step_cost(
 ) -> StepCost:
     """Reckon a step on clips of one size. Takes some seconds for the official models.
 
+    A transformer of a few blocks goes through the step; every further block costs what the last of
+    them did, in operations and in what it keeps.
+
     Args:
         config: the objectives, adapters, micro-batch and format of the weights.
         facts: the base model's configuration.
@@ -67,17 +72,31 @@ def step_cost(
     Raises:
         ValueError: the settings do not fit the model.
     """
+    blocks = int(facts.transformer["num_layers"])
+    short, longer = min(_SHORT, blocks), min(_LONGER, blocks)
+    plain = config.model_copy(update={"objectives": ()})
+    without = plain.model_copy(update={"gradient_checkpointing": False})
     batch = _meta_batch(config, facts, size, teacher, masks)
-    student = meta_student(config, facts, teacher)
-    meter = plain = _run(config, facts, student, batch, teacher)
-    if config.gradient_checkpointing:
-        student.transformer.disable_gradient_checkpointing()
-        plain = _run(config, facts, student, batch, teacher)
+
+    def run(of: TrainConfig, num_blocks: int) -> Meter:
+        return _run(of, facts, num_blocks, batch, teacher)
+
+    few, more = run(plain, short), run(plain, longer)
+    whole = run(config, short) if config.objectives else few
+    again = few.flops - run(without, short).flops if config.gradient_checkpointing else 0
+    further = (blocks - short) / max(longer - short, 1)
+
+    def at_full_depth(of_short: int, of_few: int, of_more: int) -> float:
+        return of_short + further * (of_more - of_few)
+
+    flops = at_full_depth(whole.flops, few.flops, more.flops)
+    scores = blocks / short * few.scores_again_flops
+    peak = at_full_depth(whole.peak_bytes, few.peak_bytes, more.peak_bytes)
     clips = config.micro_batch_size
     return StepCost(
-        flops_per_clip=meter.flops / clips,
-        model_flops_per_clip=(plain.flops - plain.scores_again_flops) / clips,
-        activation_bytes=meter.peak_bytes,
+        flops_per_clip=flops / clips,
+        model_flops_per_clip=(flops - blocks / short * again - scores) / clips,
+        activation_bytes=round(peak),
         batch_bytes=sum(t.numel() * t.element_size() for t in _tensors(batch)),
     )
 
@@ -104,11 +123,16 @@ def meta_student(
 def _run(
     config: TrainConfig,
     facts: BaseFacts,
-    student: Student,
+    num_blocks: int,
     batch: Batch,
     teacher: StoreSettings | None,
 ) -> Meter:
-    """Of one micro-batch, forward and backward."""
+    """Of one micro-batch, forward and backward, through so many blocks."""
+    shallow = replace(facts, transformer=facts.transformer | {"num_layers": num_blocks})
+    # Where blocks follow the taught one, their backward pass finds the objectives' graph alive.
+    last = config.block >= facts.transformer["num_layers"] - 1
+    taught = num_blocks - 1 if last else 0
+    student = meta_student(config.model_copy(update={"block": taught}), shallow, teacher)
     step = TrainingStep(
         facts,
         build_objectives(config),
