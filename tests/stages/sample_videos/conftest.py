@@ -52,12 +52,12 @@ def config():
 def lora_run(bases, tmp_path):
     """Write a run's export with adapters, saved by diffusers and peft alone."""
 
-    def write(name="lora", *, alpha=4.0, rank=2, strength=0.5, modules=("to_q", "to_v")):
+    def write(name="lora", *, alpha=4.0, rank=2, strength=0.5, modules=("to_q", "to_v"), **kinds):
         from diffusers import CogVideoXPipeline
 
         torch.manual_seed(0)
         transformer = CogVideoXTransformer3DModel.from_pretrained(bases / "t2v" / "transformer")
-        settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(modules))
+        settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(modules), **kinds)
         transformer.add_adapter(settings)
         for parameter_name, parameter in transformer.named_parameters():
             if "lora_B" in parameter_name:

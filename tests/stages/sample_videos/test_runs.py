@@ -44,7 +44,7 @@ def test_a_missing_run_is_an_error(tmp_path):
 
 def test_a_run_without_export_is_an_error(tmp_path):
     (tmp_path / "run").mkdir()
-    with pytest.raises(ValueError, match=r"has no export/ yet; finish it"):
+    with pytest.raises(ValueError, match=r"has no export/ yet; finish it .*export --run"):
         find_export(tmp_path / "run")
 
 

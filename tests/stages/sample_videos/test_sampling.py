@@ -54,6 +54,9 @@ def reference(base, config, clips, *, lora=None, lora_scale=1.0):
             )
             update = weights[name.replace("lora_A", "lora_B")] @ weights[name]
             module.weight.data += lora_scale * update
+            length_O = weights.get(name.replace("lora_A.weight", "lora_magnitude_vector"))
+            if length_O is not None:
+                module.weight.data *= (length_O / module.weight.data.norm(dim=1))[:, None]
     video = pipeline(
         prompt="a person walks",
         height=clips.height,
@@ -86,6 +89,26 @@ def test_adapters_act_with_alpha_over_rank(config, base, clips, tmp_path, drawn,
     assert close(drawn[0], reference(base, config, clips, lora=run, lora_scale=2.0))
     assert not close(drawn[0], reference(base, config, clips))
     assert not close(drawn[0], reference(base, config, clips, lora=run, lora_scale=1.0))
+
+
+@pytest.mark.parametrize("kinds", [{"use_dora": True}, {"use_rslora": True}])
+def test_every_kind_of_adapter_arrives(config, base, clips, tmp_path, drawn, lora_run, kinds):
+    """Against the merged weights by hand: alpha over sqrt(rank), rows of the trained length."""
+    run = lora_run(alpha=4.0, rank=4, **kinds)
+    draw(config, base, clips, tmp_path, run=run)
+    scale = 4.0 / (2.0 if "use_rslora" in kinds else 4.0)
+    assert close(drawn[0], reference(base, config, clips, lora=run, lora_scale=scale))
+    assert not close(drawn[0], reference(base, config, clips))
+
+
+def test_a_folder_that_export_wrote_is_drawn_from_directly(
+    config, base, clips, tmp_path, drawn, lora_run, full_run
+):
+    for run in (lora_run(), full_run()):
+        draw(config, base, clips, tmp_path, run=run)
+        moved = (run / "export").rename(tmp_path / f"{run.name}-elsewhere")
+        draw(config, base, clips, tmp_path, run=moved)
+        assert (drawn[-1] == drawn[-2]).all()
 
 
 def test_a_fully_tuned_transformer_takes_the_bases_place(

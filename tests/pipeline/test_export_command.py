@@ -1,0 +1,72 @@
+"""`sam2vx-pipeline export`: what it hands to the stage, and what it answers."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Stand in for the stage; it answers as if the run kept an average of adapters."""
+    made = []
+
+    def export_checkpoint(run_dir, step, out, *, which):
+        made.append((run_dir, step, out, which))
+        return types.SimpleNamespace(
+            folder=out or run_dir / "export",
+            method="lora",
+            step=step or 500,
+            weights=which or "average",
+            parameters=1_234_567,
+        )
+
+    module = types.SimpleNamespace(export_checkpoint=export_checkpoint)
+    monkeypatch.setitem(sys.modules, "stages.train_student.export", module)
+    return made
+
+
+def call(*words):
+    return CliRunner().invoke(app, ["export", *map(str, words)])
+
+
+def test_the_newest_checkpoint_and_its_average_are_the_default(calls, tmp_path):
+    done = call("--run", tmp_path, "--json")
+    assert done.exit_code == 0, done.output
+    assert calls == [(tmp_path, None, None, None)]
+    answer = json.loads(done.stdout)
+    assert answer.pop("seconds") >= 0
+    assert answer == {
+        "export": str(tmp_path / "export"),
+        "run": str(tmp_path),
+        "method": "lora",
+        "step": 500,
+        "weights": "average",
+        "parameters": 1_234_567,
+    }
+
+
+def test_step_weights_and_folder_are_passed_on(calls, tmp_path):
+    out = tmp_path / "out"
+    done = call("--run", tmp_path, "--checkpoint", 20, "--weights", "last", "--out", out)
+    assert done.exit_code == 0, done.output
+    assert calls == [(tmp_path, 20, out, "last")]
+    assert "1,234,567 numbers" in done.stdout
+    assert "load_lora_weights" in done.stdout
+
+
+def test_weights_of_another_name_are_bad_usage(calls, tmp_path):
+    assert call("--run", tmp_path, "--weights", "best").exit_code == 2
+    assert not calls
+
+
+def test_a_folder_without_a_run_fails_in_one_line(tmp_path):
+    done = CliRunner().invoke(app, ["export", "--run", str(tmp_path)])
+    assert done.exit_code == 1
+    assert f"there is no run at {Path(tmp_path)}" in done.stderr
+    assert "Traceback" not in done.stderr
