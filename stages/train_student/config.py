@@ -43,15 +43,15 @@ class EmaConfig(Section):
     """A running average of the trained weights, which is what is exported where it is kept."""
 
     decay: float | None = Field(default=None, gt=0.0, lt=1.0)
-    """What stays of the average at each step; 0.999 for some thousands of steps is usual, null
-    keeps no average."""
+    """What stays of the average at each step, less in the first ones; 0.999 for some thousands of
+    steps is usual, null keeps no average."""
 
 
 class OptimizerConfig(Section):
     """AdamW with linear warm-up, then constant or cosine."""
 
     name: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw8bit keeps the moments in 8 bits, a quarter of the memory."""
+    """adamw8bit keeps the moments in 8 bits, a quarter of the memory; it is an extra to install."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak rate; 1e-4 for LoRA, 2e-6 for full tuning. Not scaled by the number of GPUs."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -78,7 +78,7 @@ class DeepSpeedConfig(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     """Format of the weights in the forward and backward pass; fp32 on a CPU."""
     offload_optimizer: Offload = "none"
-    """Where optimizer states wait between steps; cpu and nvme need zero_stage 1 or more."""
+    """Where optimizer states wait between steps; cpu needs zero_stage 1 or more, nvme 3."""
     offload_parameters: Offload = "none"
     """Where the shards of the weights wait until they are used; cpu and nvme need zero_stage 3."""
     nvme_path: Path | None = None
