@@ -22,6 +22,7 @@ from pipeline.cli_parts import (
     load_settings,
 )
 from pipeline.console import Answer
+from pipeline.launch import take_place_from_slurm
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,6 +46,10 @@ LocalRank = Annotated[
 
 def main() -> None:
     """Run the command line; the entry point of `sam2vx-pipeline` and of `python -m pipeline`."""
+    try:
+        take_place_from_slurm()
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
     app(prog_name="sam2vx-pipeline")
 
 

@@ -1,7 +1,8 @@
 """The processes of a run: who this one is, and how all of them agree; the training loop uses it.
 
-`torchrun` and `deepspeed` tell each process its place through the environment. Without them there
-is one process, and its group meets through a file, so no port is opened.
+`torchrun` and `deepspeed` tell each process its place through the environment, and the command line
+does the same where `srun` alone started it. Without them there is one process, and its group meets
+through a file, so no port is opened.
 """
 
 import os

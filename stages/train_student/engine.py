@@ -3,8 +3,11 @@
 `train.py` asks it before anything is loaded, then trains through it.
 """
 
+import hashlib
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -139,6 +142,7 @@ def deepspeed_engine(
                 engine.destroy()
         finally:
             leave_group()
+            _drop_swapped(config, world)
 
 
 def largest_parameter(module: nn.Module) -> int:
@@ -162,7 +166,7 @@ def deepspeed_settings(
             config.batch_size, config.micro_batch_size, world_size
         ),
         "gradient_clipping": config.optimizer.gradient_clipping,
-        "zero_optimization": _zero_settings(config.deepspeed, largest),
+        "zero_optimization": _zero_settings(config, largest),
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": config.optimizer.name != "adamw",
         "steps_per_print": None,
@@ -175,20 +179,36 @@ def deepspeed_settings(
     return settings
 
 
-def _zero_settings(config: DeepSpeedConfig, largest: int) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": config.zero_stage}
+def _zero_settings(config: TrainConfig, largest: int) -> dict[str, Any]:
+    deepspeed = config.deepspeed
+    zero: dict[str, Any] = {"stage": deepspeed.zero_stage}
     for name, where in (
-        ("offload_optimizer", config.offload_optimizer),
-        ("offload_param", config.offload_parameters),
+        ("offload_optimizer", deepspeed.offload_optimizer),
+        ("offload_param", deepspeed.offload_parameters),
     ):
         if where != "none":
             zero[name] = {"device": where}
         if where == "nvme":
-            zero[name]["nvme_path"] = str(config.nvme_path)
-    if config.offload_parameters == "nvme":
-        # As its default of 1e8 values, five times, is gigabytes of locked host memory.
+            zero[name]["nvme_path"] = str(_nvme_folder(config))
+    if deepspeed.offload_parameters == "nvme":
+        # Its default, five times 1e8 values, is gigabytes of locked host memory.
         zero["offload_param"]["buffer_size"] = largest
     return zero
+
+
+def _nvme_folder(config: TrainConfig) -> Path:
+    """The run's own: DeepSpeed names files by rank alone, and clears them when it starts."""
+    assert config.deepspeed.nvme_path is not None, "check_engine_settings asks for it"
+    run = hashlib.sha256(str(config.run_dir.absolute()).encode()).hexdigest()[:12]
+    return config.deepspeed.nvme_path / f"sam2vx-{run}"
+
+
+def _drop_swapped(config: TrainConfig, world: World) -> None:
+    """Remove what this rank left on the disk; checkpoints hold all of it."""
+    deepspeed = config.deepspeed
+    if "nvme" in (deepspeed.offload_optimizer, deepspeed.offload_parameters):
+        for folder in _nvme_folder(config).glob(f"*/*/rank{world.rank}"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def gradient_norm_before_step(engine: Any) -> float | None:
