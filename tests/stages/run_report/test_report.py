@@ -1,0 +1,154 @@
+"""The page of a run."""
+
+import base64
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+
+from stages.run_report import write_report
+from stages.run_report.figures import figures
+from stages.run_report.records import read_run
+from stages.run_report.videos import embed, first_and_newest
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its elements, and the text outside of styles."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.elements, self.text = [], ""
+        self._style = False
+        self.feed(file.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        self._style = tag == "style"
+
+    def handle_endtag(self, tag):
+        self._style = False
+
+    def handle_data(self, data):
+        self.text += "" if self._style else data
+
+    def attributes(self, tag, name):
+        return [found[name] for element, found in self.elements if element == tag and name in found]
+
+    def svgs(self):
+        head = "data:image/svg+xml;base64,"
+        return [
+            ElementTree.fromstring(base64.b64decode(source.removeprefix(head)))
+            for source in self.attributes("img", "src")
+        ]
+
+
+NO_CURVES = {"steps": 0, "validation": []}
+NASTY = "<script>alert('&')</script>"
+
+
+def test_a_page_carries_everything_within_itself(make_run, draw):
+    folder = make_run()
+    draw(folder, 0, ["a cat", "a dog"])
+    draw(folder, 20, ["a cat", "a dog"])
+    draw(folder, 40, ["a cat", "a dog"])
+    page = Page(write_report(folder))
+    sources = [*page.attributes("img", "src"), *page.attributes("video", "src")]
+    assert sources
+    assert all(source.startswith("data:") for source in sources)
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.elements}
+    assert not page.attributes("a", "href")
+    videos = [base64.b64decode(source.split(",")[1]) for source in page.attributes("video", "src")]
+    assert [video.strip() for video in videos] == [b"0/0", b"40/0", b"0/1", b"40/1"]
+    for svg in page.svgs():
+        linked = [value for e in svg.iter() for name, value in e.items() if name.endswith("href")]
+        assert all(value.startswith("#") for value in linked)
+
+
+def test_every_kind_of_number_has_its_curve(make_run):
+    page = Page(write_report(make_run()))
+    titles = page.attributes("img", "alt")
+    assert [title for title in titles if "timestep" not in title] == [
+        *("Diffusion loss", "Mask"),  # held out; lgf was no number at any time
+        *("Total loss", "Diffusion loss", "Local Gram Flow", "Mask"),
+        *("Norm of the gradient", "Learning rate"),
+        *("Seconds a step", "Share of the step spent waiting for data", "Peak memory"),
+    ]
+    assert len(page.svgs()) == len(titles)
+    assert "25.0%" in page.text, "half a second of two is waited"
+    assert "1.00" in page.text and "at step 0" in page.text
+
+
+def test_text_from_outside_is_shown_as_it_is(make_run, draw):
+    clip = {"key": NASTY, "timestep": 3, "diffusion": "nan", "auxiliary": {NASTY: 0.5}}
+    folder = make_run(
+        **NO_CURVES,
+        name="a&b <b>",
+        skipped_steps=[{"step": 5, "what": "loss", "clips": [clip]}],
+        damaged_clips=[{"step": 6, "key": NASTY, "message": "torn <b>"}],
+    )
+    draw(folder, 0, [NASTY])
+    (folder / "config.yaml").write_text(f'train:\n  note: "{NASTY}"\n')
+    page = Page(write_report(folder))
+    assert not {"script", "b"} & {tag for tag, _ in page.elements}
+    assert page.text.count(NASTY) >= 5
+    assert "diffusion nan" in page.text
+    assert "train <fast>" in page.text
+
+
+def test_what_is_too_large_is_linked_and_the_newest_goes_first(make_run, draw):
+    folder = make_run()
+    for step in (0, 40):
+        draw(folder, step, ["a cat", "a dog"], size=100)
+    chosen = first_and_newest(read_run(folder).drawings)
+    shown = embed(chosen, most_bytes=350)
+    assert [[one.embedded for one in row] for row in shown.values()] == [
+        [True, True],
+        [False, True],
+    ]
+    assert shown["a dog"][0].source == "samples/step-000000/1.mp4"
+    assert (folder / shown["a dog"][0].source).is_file()
+
+
+def test_prompts_that_changed_on_the_way_each_show_their_own(make_run, draw):
+    folder = make_run()
+    draw(folder, 0, ["a cat"])
+    draw(folder, 20, ["a dog", "a cat"])
+    (folder / "samples" / "step-000030").mkdir()  # begun, not complete
+    chosen = first_and_newest(read_run(folder).drawings)
+    steps = {prompt: [drawing.step for drawing in drawn] for prompt, drawn in chosen.items()}
+    assert steps == {"a cat": [0, 20], "a dog": [20]}
+
+
+def test_a_run_that_goes_on_can_be_looked_at(make_run):
+    folder = make_run(steps=12)
+    with (folder / "losses.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')
+    run = read_run(folder)
+    assert (run.steps_done, run.steps_wanted, len(run.losses)) == (12, 40, 12)
+    assert figures(run)[0].note == "of 40"
+    (folder / "finished.json").write_text("{}")
+    assert figures(read_run(folder))[0].note == "finished"
+
+
+def test_a_run_that_has_only_begun_has_a_page(make_run):
+    folder = make_run(**NO_CURVES)
+    page = Page(write_report(folder))
+    assert not page.svgs()
+    assert "some/model" in page.text
+
+
+def test_equal_runs_have_equal_pages(make_run, tmp_path):
+    folder = make_run(steps=3, validation=[], performance=[])
+    first = write_report(folder).read_bytes()
+    assert write_report(folder, tmp_path / "other" / "page.html").read_bytes() == first
+
+
+def test_what_is_no_run_or_damaged_is_refused(make_run, tmp_path):
+    with pytest.raises(ValueError, match=r"no training run .*--run"):
+        write_report(tmp_path)
+    folder = make_run(**NO_CURVES)
+    (folder / "losses.jsonl").write_text("{}}\n")
+    with pytest.raises(ValueError, match=re.escape("losses.jsonl")):
+        write_report(folder)
+    assert not (folder / "report.html").exists()
