@@ -21,7 +21,8 @@ Config = Annotated[
         "-c",
         metavar="NAME_OR_PATH",
         help="A preset (demo, cogvideox-2b-lora, cogvideox-5b-lora, cogvideox-5b-i2v-lora, these "
-        "three also with -gram-flow) or a YAML file.",
+        "three also with -gram-flow; cogvideox-2b-full, cogvideox1.5-5b-lora, "
+        "cogvideox1.5-5b-i2v-lora) or a YAML file.",
     ),
 ]
 Overrides = Annotated[

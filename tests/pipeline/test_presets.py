@@ -23,12 +23,15 @@ def commands_of(name):
 
 def test_the_presets_are_those_that_are_promised():
     assert PRESETS == [
+        "cogvideox-2b-full",
         "cogvideox-2b-lora",
         "cogvideox-2b-lora-gram-flow",
         "cogvideox-5b-i2v-lora",
         "cogvideox-5b-i2v-lora-gram-flow",
         "cogvideox-5b-lora",
         "cogvideox-5b-lora-gram-flow",
+        "cogvideox1.5-5b-i2v-lora",
+        "cogvideox1.5-5b-lora",
         "demo",
     ]
 
@@ -101,10 +104,17 @@ def test_moving_the_demo_moves_all_of_it():
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "demo"])
 def test_an_official_preset_is_the_published_setting(name):
     config = load_config(name)
-    assert (config.data.num_frames, config.data.height, config.data.width) == (49, 480, 720)
-    assert (config.train.steps, config.train.batch_size) == (2000, 32)
-    assert (config.train.lora.rank, config.train.lora.alpha) == (128, 64)
-    assert config.train.deepspeed.precision == "bf16"
+    size = config.data.num_frames, config.data.height, config.data.width, config.data.fps
+    assert size == ((81, 768, 1360, 16.0) if "1.5" in name else (49, 480, 720, 8.0))
+    train = config.train
+    if name.endswith("-full"):
+        assert (train.method, train.steps, train.batch_size) == ("full", 4000, 32)
+        assert train.optimizer.learning_rate == 2e-6
+    else:
+        assert (train.method, train.steps, train.batch_size) == ("lora", 2000, 32)
+        assert train.optimizer.learning_rate == 1e-4
+    assert (train.lora.rank, train.lora.alpha) == (128, 64)
+    assert train.deepspeed.precision == "bf16"
     teacher = config.extract.teacher
     assert (teacher.precision, teacher.frames_per_batch, teacher.clips_per_batch) == ("bf16", 8, 4)
-    assert config.train.block == (18 if "2b" in name else 25)
+    assert train.block == (18 if "2b" in name else 25)
