@@ -18,6 +18,7 @@ from stages.progress import Progress
 from stages.train_student.config import KIND_OF_FORM
 
 if TYPE_CHECKING:
+    from stages.clips.config import ClipsConfig
     from stages.inspect_cache.drawing import Drawing
 
 
@@ -164,13 +165,23 @@ def _pictures(
         reader,
         keys,
         out_dir=out,
-        clips=config.data,
+        clips=_size_of(config, reader),
         dataset=dataset,
         radius=config.train.lgf.radius,
         temperature=config.train.lgf.temperature,
         progress=progress,
     )
     return list(drawings)
+
+
+def _size_of(config: RunConfig, reader: StoreReader) -> ClipsConfig:
+    """The size of the store's clips, of those that `data.buckets` names."""
+    cut = reader.settings.values.get("clips")
+    told = cut if isinstance(cut, dict) else {}
+    for size in config.data.sizes:
+        if all(told.get(name) == getattr(size, name) for name in ("num_frames", "height", "width")):
+            return size
+    return config.data.sizes[0]
 
 
 def _overlays(
@@ -181,7 +192,8 @@ def _overlays(
     from stages.inspect_cache.overlay import draw_overlay
 
     dataset = open_dataset(config.data)
+    clips = _size_of(config, reader)
     drawings = draw_overlay(
-        reader, keys, out_dir=out, clips=config.data, dataset=dataset, progress=progress
+        reader, keys, out_dir=out, clips=clips, dataset=dataset, progress=progress
     )
     return list(drawings)

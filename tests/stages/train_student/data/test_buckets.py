@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 
 import numpy as np
@@ -6,10 +7,14 @@ import pytest
 from cache_schema import ArraySpec, StoreNotFound, StoreReader, StoreSettings, StoreWriter
 from stages.base_facts import read_base_facts
 from stages.clips.config import ClipsConfig
+from stages.config import BaseModelConfig
+from stages.progress import SilentProgress
+from stages.train_student.config import TrainConfig
 from stages.train_student.data.buckets import join_buckets
 from stages.train_student.data.dataset import CachedSamples, load_batches
 from stages.train_student.data.order import micro_batches
 from stages.train_student.data.store_checks import check_stores
+from stages.train_student.train import train_student
 
 SIZES = {"9x32x48": (3, 4, 4, 6), "9x48x32": (3, 4, 6, 4), "17x32x48": (5, 4, 4, 6)}
 """Shapes of the latents."""
@@ -231,3 +236,33 @@ def test_masks_of_other_frames_are_refused(tiny, tmp_path, base_model):
 def test_missing_masks_say_who_needs_them(cache, tiny):
     with pytest.raises(StoreNotFound, match=r"no masks store .*foreground_weight.*extract.kinds"):
         join_buckets(cache, (tiny.CLIPS,), {}, kinds=("masks",))
+
+
+@pytest.mark.parametrize("sized_cache", [True], ids=["settings"], indirect=True)
+def test_a_training_on_several_sizes_goes_on_where_it_was(tiny, sized_cache, base_model, tmp_path):
+    def train(name, **changes):
+        settings = {"batch_size": 2, "validation": {"clips": 2, "every": 100}} | changes
+        train_student(
+            TrainConfig(**tiny.train_settings(tmp_path / name, **settings)),
+            clips(),
+            BaseModelConfig(path=str(base_model)),
+            sized_cache,
+            resolved_config={},
+            provenance={},
+            progress=SilentProgress(),
+        )
+        return [
+            {name: row[name] for name in ("step", "loss", "diffusion", "auxiliary")}
+            for row in map(json.loads, (tmp_path / name / "losses.jsonl").read_text().splitlines())
+        ]
+
+    whole = train("whole", steps=6)
+    about = json.loads((tmp_path / "whole" / "run.json").read_text())
+    assert len(about["held_out"]) == 2
+    assert sum(about["clips"].values()) == 10
+    train("halves", steps=2)
+    assert train("halves", steps=6) == whole
+    together = train("together", steps=6, micro_batch_size=2)
+    assert [row["loss"] for row in together] == pytest.approx(
+        [row["loss"] for row in whole], rel=1e-4
+    )
