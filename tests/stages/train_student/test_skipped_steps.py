@@ -149,6 +149,7 @@ def test_a_run_of_skipped_steps_alone_ends_without_losses(train, monkeypatch, tm
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_what_is_no_number_on_one_of_two_ranks_is_skipped_on_both(
     train_process, tmp_path, zero_stage

@@ -54,6 +54,7 @@ def test_a_request_at_the_last_step_lets_the_run_finish(train, monkeypatch, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_all_ranks_stop_when_one_is_asked_to(train_process, tmp_path):
     settings = {"processes": 2, "steps": 4, "checkpoint_every": 9}
     for name, fault in (("whole", ""), ("stopped", "ask rank 1 to stop at 1"), ("stopped", "")):
@@ -65,6 +66,7 @@ def test_all_ranks_stop_when_one_is_asked_to(train_process, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_launcher_that_is_stopped_leaves_a_checkpoint(train_process, tmp_path):
     """SIGTERM to torchrun, as a scheduler sends it, at any moment of the training."""
     settings = {"processes": 2, "steps": 2000, "checkpoint_every": 5000}
