@@ -92,7 +92,7 @@ class ValidationConfig(Section):
     """How many clips are held out of training, chosen by their keys' hash; 32 is usual, 0 validates
     nothing."""
     every: int = Field(default=250, ge=1)
-    """Steps between validations; the last step always makes one; 250 is usual."""
+    """Steps between validations, the first before training, another at the end; 250 is usual."""
     timesteps: tuple[int, ...] = (100, 300, 500, 700, 900)
     """At which noise each clip is seen."""
 
@@ -105,7 +105,7 @@ class TrainingSamplesConfig(Section):
     images: tuple[Path, ...] = ()
     """The first frame for each prompt, for image-to-video models."""
     every: int = Field(default=500, ge=1)
-    """Steps between drawings; the last step always makes one; 500 is usual."""
+    """Steps between drawings, the first before training, another at the end; 500 is usual."""
     steps: int = Field(default=50, ge=1)
     """Denoising steps; 50 is usual."""
     guidance: float = Field(default=6.0, ge=1.0)
