@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from stages.progress import Progress
+from stages.train_student.checkpoints.eight_bit import is_eight_bit, quantize_moments
 from stages.train_student.checkpoints.records import (
     Checkpoint,
     newest_complete,
@@ -90,6 +91,8 @@ def resume(
     )
     if loaded is None:
         raise RuntimeError(f"DeepSpeed could not load {plan.folder}")
+    if plan.universal and is_eight_bit(engine.optimizer.optimizer):
+        quantize_moments(engine)
     for read in beside:
         read(plan.checkpoint.folder, plan.checkpoint.world_size)
     _set_random_state(client_state["rng"], world)

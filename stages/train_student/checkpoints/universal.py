@@ -12,10 +12,12 @@ with that number, and dropped with the checkpoint. Resuming uses this.
 import contextlib
 import io
 import shutil
+import tempfile
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+from stages.train_student.checkpoints.eight_bit import with_float32_moments
 from stages.train_student.checkpoints.records import (
     UNIVERSAL,
     Checkpoint,
@@ -36,7 +38,8 @@ def universal_copy(checkpoint: Checkpoint) -> Path:
     if copy.is_dir():
         shutil.rmtree(copy)
     copy.mkdir(parents=True)
-    _convert(checkpoint.folder, copy)
+    with tempfile.TemporaryDirectory(dir=copy.parent, prefix=".float32-") as work:
+        _convert(with_float32_moments(checkpoint.folder, Path(work)), copy)
     sync_tree(copy)
     write_record(replace(checkpoint, folder=copy))
     return copy
