@@ -51,7 +51,13 @@ def token_relation_loss(
     total_B = student_BLNC.new_zeros(len(student_BLNC))
     for place in range(student_BLNC.shape[1]):
         sums_BL = checkpoint(
-            _excess_of_map, place, student_BLNC, teacher_BLNC, margin, use_reentrant=False
+            _excess_of_map,
+            place,
+            student_BLNC,
+            teacher_BLNC,
+            margin,
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing is drawn, and asking a GPU for its state waits
         )
         counts_BL = valid_BL & valid_BL[:, place : place + 1]
         total_B = total_B + (sums_BL * counts_BL).sum(1)
