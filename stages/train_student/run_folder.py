@@ -4,8 +4,8 @@
         config.yaml            the resolved configuration
         run.json               what may not change between resumes, provenance, processes, stores,
                                clips left out
-        losses.jsonl           one line per step (loss_record.py)
-        tensorboard/
+        losses.jsonl           one line per step; and further files of lines (logs/run_log.py)
+        tensorboard/, wandb/   as train.report_to says
         checkpoints/           (checkpoints)
         heads.safetensors      the objectives' projectors, kept for more training
         export/                the trained weights in diffusers' format (export.py)
