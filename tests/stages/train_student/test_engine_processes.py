@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from stages.base_facts import read_base_facts
+from stages.train_student.deepspeed_library import why_no_nvme
 from stages.train_student.loading import load_transformer
 from stages.train_student.student import Student
 
@@ -132,3 +133,102 @@ def test_zero_3_never_holds_the_model_on_a_rank(tiny, base_model, tmp_path):
         assert shared["digest"] == whole["digest"]
         assert shared["peak"] < 0.5 * model_bytes + 2 * largest + 8e6
         assert whole["peak"] > model_bytes, "the measure sees a model that is there"
+
+
+def resumed(label, folder, **changes):
+    """A training that saves after two steps of four, and one that goes on from there."""
+    train = settings(**changes)
+    saved = str(folder / label)
+    return [
+        {"steps": 4, "train": train, "save": saved, "save_after": 2},
+        {"steps": 4, "train": train, "load": saved, "start": 2},
+    ]
+
+
+def check_resumed(results, rtol=2e-6, losses=None):
+    """Pairs of `resumed` agree to the last bit, and all of them train as the first does."""
+    for whole, rest in zip(results[::2], results[1::2], strict=True):
+        assert rest["losses"] == whole["losses"][2:]
+        assert rest["digest"] == whole["digest"]
+        np.testing.assert_allclose(whole["losses"][:3], losses, rtol=rtol)
+
+
+def test_8_bit_moments_train_and_resume_to_the_last_bit(base_model, by_hand, tmp_path):
+    cases = [
+        case
+        for stage in range(4)
+        for case in resumed(f"stage{stage}", tmp_path, stage=stage, name="adamw8bit")
+    ]
+    (results,) = run(cases, base_model, tmp_path)
+    check_resumed(results, rtol=2e-3, losses=by_hand[0])
+    assert results[0]["losses"] != by_hand[0], "they are rounded"
+
+
+@pytest.mark.slow
+def test_8_bit_moments_on_two_ranks(base_model, by_hand, tmp_path):
+    cases = [
+        case
+        for stage in (2, 3)
+        for case in resumed(f"stage{stage}", tmp_path, stage=stage, name="adamw8bit")
+    ]
+    for results in run(cases, base_model, tmp_path, ranks=2):
+        check_resumed(results, rtol=2e-3, losses=by_hand[0])
+
+
+@pytest.mark.slow
+def test_what_waits_in_host_memory_trains_and_resumes_the_same(base_model, by_hand, tmp_path):
+    cases = [
+        *resumed("two", tmp_path, stage=2, offload_optimizer="cpu"),
+        *resumed("both", tmp_path, stage=3, offload_optimizer="cpu", offload_parameters="cpu"),
+    ]
+    (results,) = run(cases, base_model, tmp_path)
+    check_resumed(results, losses=by_hand[0])
+
+
+@pytest.mark.slow
+def test_what_waits_on_a_disk_trains_and_resumes_the_same(base_model, by_hand, tmp_path):
+    if (reason := why_no_nvme()) is not None:
+        pytest.skip(reason)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    on_disk = {"stage": 3, "nvme_path": str(disk)}
+    cases = [
+        *resumed("optimizer", tmp_path, offload_optimizer="nvme", **on_disk),
+        *resumed("both", tmp_path, offload_optimizer="nvme", offload_parameters="nvme", **on_disk),
+    ]
+    (results,) = run(cases, base_model, tmp_path)
+    check_resumed(results, losses=by_hand[0])
+    assert not [path for path in disk.rglob("*") if path.is_file()], "nothing stays on the disk"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_two_machines_make_the_steps_of_one(base_model, by_hand, tmp_path, launcher):
+    """Two agents that meet over the network, as on two machines."""
+    out = tmp_path / "results.json"
+    case = {"steps": STEPS, "train": settings(2)}
+    (port,) = free_ports(1)
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node-a slots=1\nnode-b slots=1\n")
+    agents = []
+    for node in range(2):
+        if launcher == "torchrun":
+            command = [
+                *TORCHRUN,
+                "--nnodes",
+                "2",
+                "--nproc-per-node",
+                "1",
+                "--node-rank",
+                str(node),
+            ]
+            command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+        else:
+            command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hosts)]
+            command += ["--no_ssh", "--node_rank", str(node), "--master_addr", "127.0.0.1"]
+            command += ["--master_port", str(port)]
+        agents.append(start([*command, str(SCRIPT), request_of([case], base_model, out)]))
+    wait(*agents)
+    for rank in range(2):
+        (result,) = json.loads(out.with_suffix(f".{rank}").read_text())
+        np.testing.assert_allclose(result["losses"], by_hand[0], rtol=2e-6)
