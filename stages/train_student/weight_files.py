@@ -60,12 +60,14 @@ def write_lora(weights: Weights, settings: LoraConfig, folder: Path, world: Worl
     names = [name for name in weights.within(TRANSFORMER) if ".lora_" in name]
     new_names = {name: exported_name(name.removeprefix(TRANSFORMER)) for name in names}
     layers = _kept(new_names, weights, world)
+    # A set's order differs from process to process; the same weights should make the same file.
+    about = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.to_dict().items()}
     on_first_rank(
         world,
         lambda: CogVideoXPipeline.save_lora_weights(
             str(folder),
             transformer_lora_layers=layers,
-            transformer_lora_adapter_metadata=settings.to_dict(),
+            transformer_lora_adapter_metadata=about,
         ),
     )
 
