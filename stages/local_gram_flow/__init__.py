@@ -20,6 +20,7 @@ from stages.local_gram_flow.fusion import (
 )
 from stages.local_gram_flow.loss import Divergence, gram_flow_loss, implied_flow
 from stages.local_gram_flow.similarities import (
+    Kernel,
     local_gram_flow,
     neighbour_mask,
     neighbour_offsets,
@@ -30,6 +31,7 @@ __all__ = [
     "Directions",
     "Divergence",
     "Fusion",
+    "Kernel",
     "frames_to_latents",
     "fuse_directions",
     "fuse_subjects",

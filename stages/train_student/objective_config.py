@@ -54,6 +54,9 @@ class LgfConfig(AuxiliaryConfig):
     foreground_weight: float = Field(default=1.0, ge=0.0)
     """How much a token of the subject counts against one of the background, by the tracked masks; 1
     counts all alike and reads no masks."""
+    kernel: Literal["torch", "triton"] = "torch"
+    """What computes the student's similarities on a GPU: torch's matrix products, or one Triton
+    kernel, which reads bfloat16 features as they are."""
     projector_widths: tuple[int, int, int] = (512, 256, 256)
     """Widths of the projector's layers."""
 

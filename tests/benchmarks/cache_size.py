@@ -198,7 +198,7 @@ def tracked(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Te
                     device=options.device,
                 )
                 tracker = TwoWayTracker(model, precision="fp32")
-            np.save(file, track(tracker, frames_THWC, prompt).numpy())
+            np.save(file, track(tracker, frames_THWC, prompt).cpu().numpy())
         yield f"clip {name}", torch.from_numpy(np.load(file))
 
 

@@ -75,8 +75,14 @@ def clips(folder: Path | None, count: int) -> Iterator[tuple[str, np.ndarray, Su
 
 
 @torch.inference_mode()
-def track(tracker: TwoWayTracker, frames_THWC: np.ndarray, prompt: SubjectPrompt) -> Tensor:
-    """fused_THWG of a clip tracked both ways, on the host."""
+def track(
+    tracker: TwoWayTracker,
+    frames_THWC: np.ndarray,
+    prompt: SubjectPrompt,
+    *,
+    grid: tuple[int, int] = GRID,
+) -> Tensor:
+    """fused_THWG of a clip tracked both ways, where the tracker is."""
     size = tracker.model.image_size
     started = prompt_for_sam2(
         prompt, height=HEIGHT, width=WIDTH, image_size=size, device=tracker.model.device
@@ -89,7 +95,7 @@ def track(tracker: TwoWayTracker, frames_THWC: np.ndarray, prompt: SubjectPrompt
             request = TrackRequest(encoded=encoded, prompt=started, order=visited)
             for (frame,) in tracker.track([request]):
                 features_1CHW = frame.features["memory_attention"][None]
-                maps[frame.index] = resample_to_grid(features_1CHW, *GRID)[0]
+                maps[frame.index] = resample_to_grid(features_1CHW, *grid)[0]
             started = tracker.prompt_from_logits(frame.mask_logits_HW)
             directions.append(torch.stack([maps[index] for index in order]))
-    return fuse_directions(*directions, fusion="gram_flow", forward_weight=0.5).cpu()
+    return fuse_directions(*directions, fusion="gram_flow", forward_weight=0.5)

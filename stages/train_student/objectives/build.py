@@ -80,6 +80,7 @@ def _lgf(config: TrainConfig) -> Objective:
         divergence=lgf.divergence,
         directions=lgf.directions,
         foreground_weight=lgf.foreground_weight,
+        kernel=lgf.kernel,
     )
 
 

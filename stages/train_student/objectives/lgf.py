@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stages.local_gram_flow import Directions, Divergence, gram_flow_loss, local_gram_flow
+from stages.local_gram_flow import (
+    Directions,
+    Divergence,
+    Kernel,
+    gram_flow_loss,
+    local_gram_flow,
+)
 from stages.train_student.objectives.objective import only_valid
 from stages.train_student.teacher import Teacher
 
@@ -24,6 +30,7 @@ class LocalGramFlow:
     divergence: Divergence
     directions: Directions
     foreground_weight: float
+    kernel: Kernel = "torch"
 
     def num_maps(self, teacher_maps: int | None, num_frames: int) -> int:
         """As many as the teacher has."""
@@ -38,7 +45,7 @@ class LocalGramFlow:
         if self.foreground_weight != 1.0:
             weight_BPHW = teacher.token_weight(self.foreground_weight)[:, :-1]
         return gram_flow_loss(
-            local_gram_flow(only_valid(student_BTHWC, valid_BT), self.radius),
+            local_gram_flow(only_valid(student_BTHWC, valid_BT), self.radius, kernel=self.kernel),
             teacher.gram_flow(self.radius, self.directions),
             temperature=self.temperature,
             divergence=self.divergence,

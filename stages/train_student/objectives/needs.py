@@ -1,5 +1,7 @@
 """Which stores the auxiliary losses read, and whether these can serve them; `train` asks first."""
 
+from importlib.util import find_spec
+
 from cache_schema import StoreReader
 from stages.train_student.config import KIND_OF_FORM, TrainConfig
 from stages.train_student.teacher import TeacherLayout
@@ -9,8 +11,13 @@ def kinds_needed(config: TrainConfig) -> tuple[str, ...]:
     """The kinds of store to read beside text and latents: of the teacher, then masks.
 
     Raises:
-        ValueError: `train.teacher_form` cannot serve an objective.
+        ValueError: `train.teacher_form` cannot serve an objective, or its kernel is not installed.
     """
+    if "lgf" in config.objectives and config.lgf.kernel == "triton" and not find_spec("triton"):
+        raise ValueError(
+            "train.lgf.kernel=triton needs the package triton, which CUDA builds of torch bring; "
+            "install it (pip install triton), or set train.lgf.kernel=torch"
+        )
     chosen = set(config.objectives)
     if config.teacher_form == "gram_flow":
         _check_gram_flow_serves(config)

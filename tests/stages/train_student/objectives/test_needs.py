@@ -111,3 +111,10 @@ def test_each_objective_has_a_head_of_its_own_width():
             "mask": (1, True),
         }
     assert len(build_heads(TrainConfig(objectives=[]), 16, None)) == 0
+
+
+def test_a_kernel_that_is_not_installed_is_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr("stages.train_student.objectives.needs.find_spec", lambda name: None)
+    assert kinds_needed(TrainConfig()) == ("teacher",)
+    with pytest.raises(ValueError, match=r"pip install triton.* train\.lgf\.kernel=torch"):
+        kinds_needed(TrainConfig(lgf={"kernel": "triton"}))
