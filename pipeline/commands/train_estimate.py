@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import ConfigError, RunConfig
@@ -55,8 +55,7 @@ def run(config: RunConfig, progress: Progress, *, gpu: str | None, gpus: int | N
     except ValueError as error:
         notes.append(f"warning: on this machine the run would stop at once: {error}")
     answer = _answer(config, found)
-    answer.notes = [*notes, *answer.notes]
-    return answer
+    return replace(answer, notes=[*notes, *answer.notes])
 
 
 def _processes() -> int:
