@@ -1,9 +1,9 @@
 """Settings of stage two."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from stages.config import Section
 from stages.train_student.objective_config import (
@@ -19,6 +19,12 @@ TeacherForm = Literal["features", "gram_flow"]
 
 KIND_OF_FORM: dict[TeacherForm, str] = {"features": "teacher", "gram_flow": "gram_flow"}
 """The kind of store that holds each form."""
+
+Folders = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,)),
+]
+"""Names of folders; one alone may be written without brackets."""
 
 WorkerStart = Literal["fork", "spawn"]
 """How a process that reads the cache is started."""
@@ -145,7 +151,7 @@ class TrainConfig(Section):
     teacher_form: TeacherForm = "features"
     """What the teacher is read from: the teacher store's features, or the gram_flow store, which is
     a tenth of the size and teaches the same."""
-    stores: dict[str, str | tuple[str, ...]] = Field(default_factory=dict)
+    stores: dict[str, Folders] = Field(default_factory=dict)
     """Which store of a kind to read when the cache holds several that would do: kind -> folder
     name; with data.buckets a list, of one for each size."""
     leave_out: Path | None = None
@@ -183,10 +189,8 @@ class TrainConfig(Section):
 
     def folder_of(self, kind: str) -> str | None:
         """The folder that `stores` names for a kind; None without one, and among several."""
-        named = self.stores.get(kind)
-        if isinstance(named, tuple):
-            return named[0] if len(named) == 1 else None
-        return named
+        named = self.stores.get(kind, ())
+        return named[0] if len(named) == 1 else None
 
     @model_validator(mode="after")
     def _objectives_once(self) -> "TrainConfig":

@@ -31,7 +31,7 @@ VALID = {
     "extract.latents.tiling": st.booleans(),
     "train.steps": st.integers(1, 10**9),
     "train.method": st.sampled_from(["lora", "full"]),
-    "train.stores.teacher": WORDS,
+    "train.stores.teacher": st.lists(WORDS, min_size=1, max_size=3).map(tuple),
     "train.lora.target_modules": st.lists(WORDS, min_size=1, max_size=3).map(tuple),
     "train.optimizer.learning_rate": st.floats(1e-12, 1e3),
     "train.optimizer.betas": st.tuples(number(0, 1), number(0, 1)),
@@ -139,7 +139,7 @@ def test_a_configuration_is_frozen(minimal):
         ("data.num_frames=13", "data: num_frames must be 8N+1, got 13"),
         ("sample.num_frames=13", "sample: num_frames must be 8N+1, got 13"),
         ("data.path=123", "data.path must be a path, got 123; put it in quotes"),
-        ("train.stores.teacher=1", "train.stores.teacher must be text, got 1; put it in quotes"),
+        ("train.stores.teacher=1", "train.stores.teacher.0 must be text, got 1; put it in quotes"),
         ("data.fps=.inf", "data.fps must be finite, got inf"),
         ("data.fps=.nan", "data.fps must be finite, got nan"),
         ("data.path=${demo.rot}/x", "data.path refers to ${demo.rot}: unknown key demo.rot; did "

@@ -26,7 +26,7 @@ def run(config: RunConfig, progress: Progress) -> Answer:
     from stages.teacher_forms.derive import derive_gram_flow
     from stages.train_student.data.finding import find_stores
 
-    folders = config.train.stores.get("teacher")
+    folders = config.train.stores.get("teacher", ())
     sizes = config.data.sizes
     teachers = [find_stores(config.cache_folder, "teacher", folders, size=size) for size in sizes]
     rows: list[tuple[str, str]] = []

@@ -12,7 +12,6 @@ from typing import Any
 from cache_schema import StoreReader
 from stages.clips.config import ClipsConfig
 from stages.train_student.config import TeacherForm
-from stages.train_student.data.finding import Folders
 from stages.train_student.data.held_out import choose_held_out
 from stages.train_student.data.left_out import LeftOut, read_keys
 from stages.train_student.data.stores import (
@@ -88,7 +87,7 @@ class Buckets:
 def join_buckets(
     cache_root: Path | str,
     sizes: Sequence[ClipsConfig],
-    chosen: Mapping[str, Folders],
+    chosen: Mapping[str, Sequence[str]],
     *,
     kinds: Sequence[str],
     leave_out: Path | None = None,

@@ -7,12 +7,9 @@ from typing import Any
 from cache_schema import StoreNotFound, StoreReader, find_store, is_url, list_stores
 from stages.clips.config import ClipsConfig
 
-Folders = str | Sequence[str]
-"""The name of a store's folder, or of several: one for each size of a run."""
-
 
 def find_stores(
-    cache_root: Path | str, kind: str, folders: Folders | None, *, size: ClipsConfig | None
+    cache_root: Path | str, kind: str, folders: Sequence[str], *, size: ClipsConfig | None
 ) -> StoreReader:
     """The store of a kind, opened.
 
@@ -20,15 +17,20 @@ def find_stores(
     that is the only one, or the only one named, is taken as it is: the checks say what is wrong
     with it.
 
+    Args:
+        cache_root: folder of the stores, or its URL.
+        kind: of the store.
+        folders: names of those to choose from; none takes all of the cache.
+        size: of the clips.
+
     Raises:
         StoreNotFound: there is none, or not exactly one of that size.
         CacheError: a store is damaged or cannot be reached.
     """
-    names = [folders] if isinstance(folders, str) else list(folders or ())
-    if len(names) == 1:
-        return StoreReader(_find(cache_root, kind, names[0]), kind=kind)
-    if names:
-        paths = [find_store(cache_root, kind, folder=name) for name in names]
+    if len(folders) == 1:
+        return StoreReader(_find(cache_root, kind, folders[0]), kind=kind)
+    if folders:
+        paths = [find_store(cache_root, kind, folder=name) for name in folders]
     else:
         paths = _of_kind(cache_root, kind)
         if len(paths) < 2 or size is None or kind == "text":

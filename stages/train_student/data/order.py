@@ -70,7 +70,7 @@ def clip_of_sample(sample: int, num_clips: int, seed: int, stream: str = "") -> 
         stream: sets the permutations apart from those of others.
     """
     epoch, position = divmod(sample, num_clips)
-    return int(_permutation(num_clips, f"{seed}{stream}/epoch/{epoch}")[position])
+    return int(_permutations(num_clips, f"{seed}{stream}").of_epoch(epoch)[position])
 
 
 def seed_of_sample(sample: int, seed: int) -> int:
@@ -109,9 +109,27 @@ def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) 
     return batch_size // together
 
 
-@lru_cache(maxsize=32)
-def _permutation(num_clips: int, name: str) -> np.ndarray:
-    return np.random.default_rng(hashed(name)).permutation(num_clips)
+class _Permutations:
+    """The orders of one bucket's clips, epoch by epoch; a million of them take 8 MB each."""
+
+    def __init__(self, num_clips: int, name: str) -> None:
+        self._num_clips = num_clips
+        self._name = name
+        self._kept: dict[int, np.ndarray] = {}
+
+    def of_epoch(self, epoch: int) -> np.ndarray:
+        """Made when it is first needed; only two are kept, as a batch may lie across them."""
+        if epoch not in self._kept:
+            name = f"{self._name}/epoch/{epoch}"
+            while len(self._kept) > 1:
+                del self._kept[next(iter(self._kept))]
+            self._kept[epoch] = np.random.default_rng(hashed(name)).permutation(self._num_clips)
+        return self._kept[epoch]
+
+
+@lru_cache(maxsize=64)
+def _permutations(num_clips: int, name: str) -> _Permutations:
+    return _Permutations(num_clips, name)
 
 
 @lru_cache(maxsize=2)

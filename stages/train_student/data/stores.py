@@ -15,7 +15,7 @@ from cache_schema.packed_text import SortedText
 from stages.clips.config import ClipsConfig
 from stages.teacher_forms.settings import native_parts
 from stages.train_student.config import KIND_OF_FORM, TeacherForm
-from stages.train_student.data.finding import Folders, find_stores
+from stages.train_student.data.finding import find_stores
 from stages.train_student.data.held_out import choose_held_out
 from stages.train_student.data.left_out import LeftOut, count_reasons, read_keys
 
@@ -85,7 +85,7 @@ _KINDS = ("text", "latents", *KIND_OF_FORM.values(), "masks")
 
 def join_stores(
     cache_root: Path | str,
-    chosen: Mapping[str, Folders],
+    chosen: Mapping[str, Sequence[str]],
     *,
     kinds: Sequence[str],
     size: ClipsConfig | None = None,
@@ -118,7 +118,7 @@ def join_stores(
 
 def open_stores(
     cache_root: Path | str,
-    chosen: Mapping[str, Folders],
+    chosen: Mapping[str, Sequence[str]],
     *,
     kinds: Sequence[str],
     size: ClipsConfig | None,
@@ -132,7 +132,7 @@ def open_stores(
     if unknown:
         raise ValueError(f"train.stores names {unknown[0]!r}; kinds are {', '.join(_KINDS)}")
     return {
-        kind: find_stores(cache_root, kind, chosen.get(kind), size=size)
+        kind: find_stores(cache_root, kind, chosen.get(kind, ()), size=size)
         for kind in ("text", "latents", *kinds)
     }
 

@@ -12,6 +12,7 @@ from stages.progress import SilentProgress
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.buckets import join_buckets
 from stages.train_student.data.dataset import CachedSamples, load_batches
+from stages.train_student.data.finding import find_stores
 from stages.train_student.data.order import micro_batches
 from stages.train_student.data.store_checks import check_stores
 from stages.train_student.train import train_student
@@ -124,6 +125,24 @@ def test_a_clip_held_out_at_one_size_is_so_at_every_size(tiny, tmp_path):
         assert stores.held_out == joined.held_out
         assert joined.held_out[0] not in stores.keys
         assert len(stores.keys) == 3
+
+
+def test_features_on_sam2s_own_grid_serve_every_size_of_their_shape(tiny, tmp_path):
+    """The store of the wide clips is taken for a wide size, though it was cut at another one."""
+    made = {}
+    for name in ("9x64x96", "9x48x32"):
+        frames, height, width = (int(part) for part in name.split("x"))
+        cut = {"num_frames": frames, "height": height, "width": width, "fps": 8.0}
+        values = {"clips": cut, "grid": [5, 5], "grid_source": "native", "parts": 2}
+        shapes = tiny.teacher_shapes(grid=(5, 5))
+        made[name] = tiny.write_store(tmp_path, "teacher", shapes, values=values).name
+    for size, store in (("9x32x48", "9x64x96"), ("9x96x64", "9x48x32"), ("9x48x32", "9x48x32")):
+        (wanted,) = clips(size).sizes
+        assert find_stores(tmp_path, "teacher", (), size=wanted).name == made[store]
+    for size in ("9x32x32", "17x32x48"):
+        (wanted,) = clips(size).sizes
+        with pytest.raises(StoreNotFound, match="none of the teacher stores"):
+            find_stores(tmp_path, "teacher", (), size=wanted)
 
 
 def test_of_several_stores_of_a_size_one_of_each_is_named(tiny, tmp_path):

@@ -162,7 +162,7 @@ def test_workers_read_a_cache_behind_a_url(tiny, tmp_path, facts, start):
     }
     for path in stores.values():
         StoreWriter.open(tmp_path, StoreReader(path).settings, provenance={}).write_index()
-    chosen = {kind: path.name for kind, path in stores.items()}
+    chosen = {kind: [path.name] for kind, path in stores.items()}
     local = CachedSamples(
         [join_stores(tmp_path, {}, kinds=("gram_flow",))], facts, seed=3, batch_size=1
     )

@@ -95,10 +95,10 @@ def test_in_an_epoch_each_bucket_has_the_steps_its_clips_fill(num_clips, batch, 
         assert abs(buckets.count(bucket) - clips / batch) <= 0.5 or buckets.count(bucket) == 1
 
 
-@given(num_clips=BUCKETS, seed=st.integers(0, 5), steps=st.lists(st.integers(0, 500), max_size=9))
+@given(num_clips=BUCKETS, seed=st.integers(0, 5), steps=st.lists(st.integers(0, 90), max_size=9))
 def test_any_step_is_found_without_those_before_it(num_clips, seed, steps):
     order = SampleOrder(num_clips, batch_size=3, seed=seed)
-    walked = [order.step(step) for step in range(501)]
+    walked = [order.step(step) for step in range(91)]
     seen = [0] * len(num_clips)
     for bucket, before in walked:
         assert before == seen[bucket]

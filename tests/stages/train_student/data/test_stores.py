@@ -46,10 +46,10 @@ def test_of_several_stores_one_is_chosen_by_name(tiny, tmp_path):
     other = tiny.write_store(tmp_path, "teacher", tiny.teacher_shapes(3))
     with pytest.raises(CacheError, match=r"train.stores.teacher"):
         join_stores(tmp_path, {}, kinds=("teacher",))
-    chosen = join_stores(tmp_path, {"teacher": other.name}, kinds=("teacher",))
+    chosen = join_stores(tmp_path, {"teacher": [other.name]}, kinds=("teacher",))
     assert chosen.teacher_maps == 3
     with pytest.raises(ValueError, match="names 'techer'"):
-        join_stores(tmp_path, {"techer": other.name}, kinds=("teacher",))
+        join_stores(tmp_path, {"techer": [other.name]}, kinds=("teacher",))
 
 
 def test_fitting_stores_pass(tiny, tmp_path, facts):
@@ -172,10 +172,10 @@ def test_of_several_gram_flows_one_is_chosen_by_name(tiny, cache_with):
     cache = cache_with(write)
     with pytest.raises(StoreNotFound, match=r"several gram_flow .* set train.stores.gram_flow"):
         join_stores(cache, {}, kinds=("gram_flow",))
-    chosen = join_stores(cache, {"gram_flow": names[1]}, kinds=("gram_flow",))
+    chosen = join_stores(cache, {"gram_flow": [names[1]]}, kinds=("gram_flow",))
     assert chosen.teacher.settings.arrays["gram_flow"].shape[-1] == 25
     with pytest.raises(StoreNotFound, match="no store 'gram_flow-other'") as caught:
-        join_stores(cache, {"gram_flow": "gram_flow-other"}, kinds=("gram_flow",))
+        join_stores(cache, {"gram_flow": ["gram_flow-other"]}, kinds=("gram_flow",))
     assert "derive" not in str(caught.value)
 
 
@@ -194,13 +194,13 @@ def test_of_several_gram_flows_one_is_chosen_by_name(tiny, cache_with):
 def test_a_store_of_another_size_is_refused(tiny, tmp_path, facts, kind, shapes, told):
     tiny.write_cache(tmp_path)
     wrong = tiny.write_store(tmp_path, kind, shapes, values={"other": True})
-    stores = join_stores(tmp_path, _choose(tmp_path, {kind: wrong.name}), kinds=("teacher",))
+    stores = join_stores(tmp_path, _choose(tmp_path, {kind: [wrong.name]}), kinds=("teacher",))
     with pytest.raises(ValueError, match=told):
         check_stores(stores, facts, tiny.CLIPS, radius=1)
 
 
 def _choose(root, chosen):
-    found = {path.name.split("-")[0]: path.name for path in sorted(root.iterdir())}
+    found = {path.name.split("-")[0]: [path.name] for path in sorted(root.iterdir())}
     return found | chosen
 
 
@@ -274,7 +274,7 @@ def test_a_gram_flow_of_sams_own_grid_fits_any_size_of_the_same_shape(tiny, cach
     assert stores.native_parts is None
     check_stores(stores, facts, tiny.CLIPS, radius=1)
     other = tiny.write_gram_flow(cache, values=values | {"clips": cut | {"fps": 16.0}})
-    stores = join_stores(cache, {"gram_flow": other.name}, kinds=("gram_flow",))
+    stores = join_stores(cache, {"gram_flow": [other.name]}, kinds=("gram_flow",))
     with pytest.raises(ValueError, match="the same frames"):
         check_stores(stores, facts, tiny.CLIPS, radius=1)
 
