@@ -219,15 +219,11 @@ def _changes(
     config: TrainConfig, step: Mapping[str, str | int | bool]
 ) -> dict[str, str | int | bool]:
     """What of a step is not so already; a ZeRO stage is never lowered."""
-    return {
-        name: value
-        for name, value in step.items()
-        if (
-            _value(config, name) < value
-            if isinstance(value, int) and name.endswith("stage")
-            else _value(config, name) != value
-        )
-    }
+    changed = {name: value for name, value in step.items() if _value(config, name) != value}
+    wanted = changed.get("deepspeed.zero_stage")
+    if isinstance(wanted, int) and wanted < config.deepspeed.zero_stage:
+        del changed["deepspeed.zero_stage"]
+    return changed
 
 
 def _joined(steps: Sequence[Mapping[str, str | int | bool]]) -> dict[str, str | int | bool]:
