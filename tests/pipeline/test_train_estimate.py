@@ -45,6 +45,8 @@ def test_options_of_the_dry_run_need_it():
 
 
 def test_an_unknown_gpu_is_refused_with_those_that_are_known():
-    found = CliRunner().invoke(app, ["train", "--dry-run", "--gpu", "h1", "--traceback"])
+    model = f"model.path={CONFIGS / 'cogvideox-2b'}"
+    words = ["train", "--dry-run", "--config", "cogvideox-2b-lora", model, "--gpu", "h1"]
+    found = CliRunner().invoke(app, [*words, "--traceback"])
     assert found.exit_code != 0
-    assert "no GPU is named" in str(found.exception) + found.output
+    assert "no GPU is named 'h1'; there are b200" in str(found.exception)
