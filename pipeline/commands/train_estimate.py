@@ -12,7 +12,6 @@ from pipeline.console import Answer, in_bytes, in_flop, in_time
 from stages.progress import Progress
 
 if TYPE_CHECKING:
-    from stages.base_facts import BaseFacts
     from stages.train_student.estimate.estimate import SizedStores, TrainEstimate
 
 _CHANNELS = {"memory_attention": 256, "memory_encoder": 64}
@@ -42,16 +41,17 @@ def run(config: RunConfig, progress: Progress, *, gpu: str | None, gpus: int | N
     from stages.train_student.engine import check_engine_settings
     from stages.train_student.estimate.estimate import estimate
     from stages.train_student.estimate.gpus import gpu_here, gpu_named
+    from stages.train_student.run import check_block
 
     chosen = gpu_here() if gpu is None else gpu_named(gpu)
     number = _processes() if gpus is None else gpus
     facts = read_base_facts(resolve_base_model(config.model, BASE_CONFIGS))
-    _check_block(config, facts)
+    check_block(config.train, facts)
     progress.log("going through a step on shapes alone")
     found = estimate(config.train, facts, _planned_stores(config), gpu=chosen, gpus=number)
     notes = []
     try:
-        check_engine_settings(config.train, number)
+        check_engine_settings(config.train)
     except ValueError as error:
         notes.append(f"warning: on this machine the run would stop at once: {error}")
     answer = _answer(config, found)
@@ -63,15 +63,6 @@ def _processes() -> int:
 
     launched = os.environ.get("WORLD_SIZE")
     return int(launched) if launched else max(torch.cuda.device_count(), 1)
-
-
-def _check_block(config: RunConfig, facts: BaseFacts) -> None:
-    blocks = facts.transformer["num_layers"]
-    if config.train.objectives and config.train.block >= blocks:
-        raise ValueError(
-            f"train.block must be under {blocks}, the base model's number of blocks, got "
-            f"{config.train.block}; about 0.6 of the depth, {int(0.6 * blocks)}, is usual"
-        )
 
 
 def _planned_stores(config: RunConfig) -> list[SizedStores]:
@@ -153,7 +144,8 @@ def _work_rows(config: RunConfig, found: TrainEstimate) -> list[tuple[str, str]]
     rows = [
         (
             "step",
-            f"{train.batch_size} clips = {train.micro_batch_size} x {found.gpus} "
+            f"{train.batch_size} clips = {train.batch_size // (found.gpus * found.passes)} x "
+            f"{found.gpus} "
             f"{'GPU' if found.gpus == 1 else 'GPUs'} x {found.passes} passes",
         ),
         ("work", f"{in_flop(found.step_flops)} a step, {per_clip} a clip"),

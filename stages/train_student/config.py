@@ -128,9 +128,10 @@ class TrainConfig(Section):
     steps: int = Field(default=2000, ge=1)
     """Optimizer steps; 2000 is usual."""
     batch_size: int = Field(default=32, ge=1)
-    """Clips per optimizer step over all ranks; the micro-batch and accumulation follow from it."""
+    """Clips per optimizer step over all ranks; how many passes make one follows from it."""
     micro_batch_size: int = Field(default=1, ge=1)
-    """Clips per rank and forward pass; 1 at 49x480x720."""
+    """The most clips per rank and forward pass, fewer where these do not go evenly into a rank's
+    share of the batch; 1 at 49x480x720."""
     seed: int = 0
     """Seeds weights, data order, noise and timesteps."""
     method: Literal["lora", "full"] = "lora"

@@ -32,13 +32,12 @@ from stages.train_student.optimizers import (
 from stages.train_student.student import Student
 
 
-def check_engine_settings(config: TrainConfig, world_size: int) -> None:
+def check_engine_settings(config: TrainConfig) -> None:
     """Refuse what no engine can do, before anything is loaded.
 
     Raises:
         ValueError: naming the fields and what would do.
     """
-    accumulation_steps(config.batch_size, config.micro_batch_size, world_size)
     check_optimizer(config.optimizer)
     deepspeed = config.deepspeed
     if deepspeed.zero_stage == 0 and deepspeed.precision == "bf16":

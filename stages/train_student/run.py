@@ -19,7 +19,11 @@ from stages.progress import Progress
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.buckets import Buckets, join_buckets
 from stages.train_student.data.dataset import Batch, CachedSamples, load_batches
-from stages.train_student.data.order import accumulation_steps, micro_batches
+from stages.train_student.data.order import (
+    accumulation_steps,
+    largest_micro_batch,
+    micro_batches,
+)
 from stages.train_student.data.store_checks import check_stores
 from stages.train_student.data.stores import JoinedStores, array_shape
 from stages.train_student.distributed import World
@@ -189,12 +193,14 @@ def prepare(
         ValueError: settings contradict each other, the stores, or the model.
         CacheError: a store is missing or damaged.
     """
-    check_engine_settings(config, world.size)
+    micro_batch = largest_micro_batch(config.batch_size, config.micro_batch_size, world.size)
+    config = config.model_copy(update={"micro_batch_size": micro_batch})
+    check_engine_settings(config)
     check_average(config)
     check_boards(config.report_to)
     kinds = kinds_needed(config)
     facts = read_base_facts(resolve_base_model(model, CONFIGURATIONS))
-    _check_block(config, facts)
+    check_block(config, facts)
     if config.method == "lora":
         check_targets(config.lora, facts.transformer)
     stores = join_buckets(
@@ -222,7 +228,8 @@ def prepare(
     )
 
 
-def _check_block(config: TrainConfig, facts: BaseFacts) -> None:
+def check_block(config: TrainConfig, facts: BaseFacts) -> None:
+    """Refuse a block that the transformer does not have (`ValueError`)."""
     blocks = facts.transformer["num_layers"]
     if config.objectives and config.block >= blocks:
         raise ValueError(

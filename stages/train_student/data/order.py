@@ -93,20 +93,26 @@ def micro_batches(
             yield list(range(first, first + micro_batch_size))
 
 
-def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """Forward passes per rank and step.
+def largest_micro_batch(batch_size: int, most: int, world_size: int) -> int:
+    """Clips per forward pass and rank: as many as go evenly into each rank's share, up to `most`.
 
     Raises:
-        ValueError: the batch cannot be shared evenly.
+        ValueError: the batch cannot be shared evenly among the ranks.
     """
-    together = micro_batch_size * world_size
-    if batch_size % together:
+    if batch_size % world_size:
         raise ValueError(
-            f"train.batch_size must be a multiple of train.micro_batch_size x processes, "
-            f"{micro_batch_size} x {world_size} = {together}, got {batch_size}; "
-            f"{max(batch_size // together, 1) * together} would do"
+            f"train.batch_size must be a multiple of the number of processes, {world_size}, got "
+            f"{batch_size}; {max(batch_size // world_size, 1) * world_size} would do"
         )
-    return batch_size // together
+    share = batch_size // world_size
+    return max(clips for clips in range(1, min(most, share) + 1) if share % clips == 0)
+
+
+def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Forward passes per rank and step, for a micro-batch that `largest_micro_batch` gave."""
+    passes, rest = divmod(batch_size, micro_batch_size * world_size)
+    assert rest == 0, "the micro-batch goes evenly into every rank's share"
+    return passes
 
 
 class _Permutations:

@@ -12,7 +12,7 @@ from cache_schema import StoreSettings
 from stages.base_facts import BaseFacts
 from stages.clips.config import ClipsConfig
 from stages.train_student.config import TrainConfig
-from stages.train_student.data.order import accumulation_steps
+from stages.train_student.data.order import accumulation_steps, largest_micro_batch
 from stages.train_student.estimate.gpus import Gpu
 from stages.train_student.estimate.memory import (
     MemoryEstimate,
@@ -92,6 +92,7 @@ def estimate(
     Raises:
         ValueError: The settings do not fit the model or the number of GPUs, as the run would say.
     """
+    config = _with_micro_batch(config, gpus)
     passes = accumulation_steps(config.batch_size, config.micro_batch_size, gpus)
     reckoning = _Reckoning(facts, stores)
     costs = reckoning.costs(config)
@@ -117,6 +118,11 @@ def estimate(
         fits=fits,
         remedy=_remedy(config, reckoning, gpu, gpus) if gpu is not None and not fits else None,
     )
+
+
+def _with_micro_batch(config: TrainConfig, gpus: int) -> TrainConfig:
+    clips = largest_micro_batch(config.batch_size, config.micro_batch_size, gpus)
+    return config.model_copy(update={"micro_batch_size": clips})
 
 
 class _Reckoning:
@@ -180,9 +186,9 @@ def parameter_counts(
 def _remedy(config: TrainConfig, reckoning: _Reckoning, gpu: Gpu, gpus: int) -> Remedy | None:
     """The first of `_tries` that fits."""
     for settings, number in _tries(config, gpus):
-        changed = changed_config(config, settings)
-        if changed.batch_size % (changed.micro_batch_size * number):
+        if config.batch_size % number:
             continue
+        changed = _with_micro_batch(changed_config(config, settings), number)
         needed = reckoning.memory(changed, number)
         if needed.gpu_bytes <= gpu.memory_bytes:
             return Remedy(settings=settings, gpus=number, memory=needed)

@@ -117,7 +117,9 @@ def meta_student(
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         heads = _heads(config, facts, teacher) if config.objectives else None
-    return Student(transformer.to(dtype), None if heads is None else heads.to(dtype), config.block)
+    # Not diffusers' own `to`, which warns of modules to keep in float32 that are none.
+    nn.Module.to(transformer, dtype)
+    return Student(transformer, None if heads is None else heads.to(dtype), config.block)
 
 
 def _run(

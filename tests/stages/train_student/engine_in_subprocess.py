@@ -1,4 +1,4 @@
-"""Trains a student on made-up clips as the JSON in its argument says; the engine's tests start it.
+"""Trains a student on made-up clips as the JSON file it is given says; the engine's tests start it.
 
 Each case is one training, one after the other. Every rank writes a JSON file with, for each case,
 the losses, the norms, the rates, the digest of the trained weights and its own peak of memory.
@@ -84,7 +84,7 @@ def train(case, base):
     config = TrainConfig(batch_size=CLIPS, **case["train"])
     facts = read_base_facts(Path(base))
     world = world_from_environment()
-    check_engine_settings(config, world.size)
+    check_engine_settings(config)
     dtype = weights_dtype(config.deepspeed)
     result = {"losses": [], "norms": [], "rates": []}
     passes = CLIPS // world.size
@@ -137,7 +137,8 @@ def train(case, base):
 
 
 def main():
-    request = json.loads(sys.argv[1])
+    # deepspeed puts --local_rank before it.
+    request = json.loads(Path(sys.argv[-1]).read_text())
     results = []
     for case in request["cases"]:
         if "port" in case:

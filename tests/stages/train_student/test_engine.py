@@ -41,24 +41,24 @@ NVME = {"zero_stage": 3, "offload_optimizer": "nvme"}
 def test_combinations_no_engine_can_do_are_refused(deepspeed, told):
     config = TrainConfig(deepspeed=DeepSpeedConfig(**deepspeed))
     with pytest.raises(ValueError, match=told):
-        check_engine_settings(config, 1)
+        check_engine_settings(config)
 
 
 def test_a_disk_is_refused_where_its_operator_cannot_be_built(monkeypatch, tmp_path):
     monkeypatch.setattr("stages.train_student.engine.why_no_nvme", lambda: "libaio is missing")
     config = TrainConfig(deepspeed=DeepSpeedConfig(**NVME, nvme_path=tmp_path))
     with pytest.raises(ValueError, match="offloads to nvme, but libaio is missing; or set it to"):
-        check_engine_settings(config, 1)
+        check_engine_settings(config)
 
 
 def test_8_bit_moments_are_refused_without_their_package_and_on_a_disk(monkeypatch, tmp_path):
     optimizer = OptimizerConfig(name="adamw8bit")
     on_disk = DeepSpeedConfig(**NVME, nvme_path=tmp_path)
     with pytest.raises(ValueError, match="cannot wait on a disk"):
-        check_engine_settings(TrainConfig(optimizer=optimizer, deepspeed=on_disk), 1)
+        check_engine_settings(TrainConfig(optimizer=optimizer, deepspeed=on_disk))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'sam2videox\[adamw8bit\]'"):
-        check_engine_settings(TrainConfig(optimizer=optimizer), 1)
+        check_engine_settings(TrainConfig(optimizer=optimizer))
 
 
 def test_the_batch_is_told_with_what_makes_it():

@@ -8,6 +8,7 @@ from stages.train_student.data.order import (
     SampleOrder,
     accumulation_steps,
     clip_of_sample,
+    largest_micro_batch,
     micro_batches,
     seed_of_sample,
 )
@@ -127,6 +128,13 @@ def test_seeds_of_samples_differ():
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_with_one_that_can():
-    assert accumulation_steps(32, 2, 4) == 4
-    with pytest.raises(ValueError, match="2 x 4 = 8, got 30; 24 would do"):
-        accumulation_steps(30, 2, 4)
+    with pytest.raises(ValueError, match="number of processes, 4, got 30; 28 would do"):
+        largest_micro_batch(30, 2, 4)
+
+
+@given(share=st.integers(1, 40), most=st.integers(1, 40), world=st.integers(1, 9))
+def test_the_micro_batch_is_the_largest_that_goes_evenly_into_a_ranks_share(share, most, world):
+    clips = largest_micro_batch(share * world, most, world)
+    assert accumulation_steps(share * world, clips, world) * clips == share
+    assert clips <= most
+    assert all(share % more for more in range(clips + 1, min(most, share) + 1))
