@@ -256,9 +256,7 @@ def train(base_model, cache):
 def train_process(base_model, cache):
     """Start training in a process of its own: train_process(run_dir, …) -> Popen."""
 
-    def start(
-        run_dir, *, processes=1, fault="", base=base_model, cache_root=cache, **changes
-    ):
+    def start(run_dir, *, processes=1, fault="", base=base_model, cache_root=cache, **changes):
         request = {
             "train": train_settings(run_dir, **changes),
             "clips": CLIPS.model_dump(mode="json"),
@@ -300,14 +298,25 @@ def train_ranks(base_model, cache):
         stdout=subprocess.PIPE,
     ) as server:
 
-        def run(run_dir, *, processes=1, fault=None, look=False, **changes):
+        def run(
+            run_dir,
+            *,
+            processes=1,
+            fault=None,
+            spoil="",
+            look=False,
+            base=base_model,
+            cache_root=cache,
+            **changes,
+        ):
             request = {
                 "train": train_settings(run_dir, **changes),
                 "clips": CLIPS.model_dump(mode="json"),
-                "base": str(base_model),
-                "cache": str(cache),
+                "base": str(base),
+                "cache": str(cache_root),
                 "processes": processes,
                 "fault": fault,
+                "spoil": spoil,
                 "look": look,
                 "timeout_s": 250,
             }

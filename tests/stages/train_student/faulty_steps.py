@@ -1,6 +1,6 @@
 """Ways to spoil a step of a training, and to leave one out; tests and their processes use them.
 
-Each returns what to put in place of the original, by its full name.
+Each returns what to put in place of the original, by its full name; `spoil` puts it there.
 """
 
 import os
@@ -64,3 +64,23 @@ def asked_to_stop(make_step, step_to_stop, number=signal.SIGTERM):
         return make_step(self, step)
 
     return step_and_signal
+
+
+def spoil(fault):
+    """Spoil this process's training: `spoil sample NUMBER`, `leave out step INDEX`, or
+    `ask rank RANK to stop at INDEX`.
+    """
+    from stages.train_student.data.dataset import CachedSamples
+    from stages.train_student.loop import Loop
+
+    numbers = [int(word) for word in fault.split() if word.isdigit()]
+    if fault.startswith("spoil sample"):
+        CachedSamples.__getitem__ = spoiled_samples(CachedSamples.__getitem__, numbers)
+    elif fault.startswith("leave out step"):
+        Loop._step = step_left_out(Loop._step, *numbers)
+    elif fault.startswith("ask rank"):
+        rank, step = numbers
+        if os.environ["RANK"] == str(rank):
+            Loop._step = asked_to_stop(Loop._step, step)
+    else:
+        raise ValueError(fault)

@@ -54,14 +54,13 @@ def test_a_request_at_the_last_step_lets_the_run_finish(train, monkeypatch, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_all_ranks_stop_when_one_is_asked_to(train_process, tmp_path):
+@pytest.mark.timeout(600)
+def test_all_ranks_stop_when_one_is_asked_to(train_ranks, tmp_path):
     settings = {"processes": 2, "steps": 4, "checkpoint_every": 9}
     for name, fault in (("whole", ""), ("stopped", "ask rank 1 to stop at 1"), ("stopped", "")):
-        process = train_process(tmp_path / name, fault=fault, **settings)
-        output, errors = process.communicate(timeout=250)
-        assert (process.returncode == 0) == (not fault), errors
-    assert json.loads(output.splitlines()[-1]) == {"steps": 4, "resumed_from": 2}
+        answer = train_ranks(tmp_path / name, spoil=fault, **settings)
+        assert answer.codes == ([1, 1] if fault else [0, 0]), answer.errors
+    assert (answer.told[0]["steps"], answer.told[0]["resumed_from"]) == (4, 2)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
 
 

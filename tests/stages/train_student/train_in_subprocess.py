@@ -1,8 +1,7 @@
 """Trains as the JSON in its argument says; the tests start it as a process of its own.
 
-`fault` may hold, joined by commas: `no sam2` (importing sam2 or stage one fails), `kill at STEP`
-(SIGKILL once the line of that step is written), `spoil sample NUMBER`, `leave out step INDEX` and
-`ask rank RANK to stop at INDEX` (faulty_steps.py).
+`fault` may hold, joined by commas: `no sam2` (importing sam2 or stage one fails) and `kill at STEP`
+(SIGKILL once the line of that step is written).
 """
 
 import json
@@ -32,24 +31,6 @@ def kill_at(step):
     RunLog.add = add_then_die
 
 
-def spoil(fault):
-    import faulty_steps
-
-    from stages.train_student.data.dataset import CachedSamples
-    from stages.train_student.loop import Loop
-
-    numbers = [int(word) for word in fault.split() if word.isdigit()]
-    if fault.startswith("spoil sample"):
-        read = CachedSamples.__getitem__
-        CachedSamples.__getitem__ = faulty_steps.spoiled_samples(read, numbers)
-    elif fault.startswith("leave out step"):
-        Loop._step = faulty_steps.step_left_out(Loop._step, *numbers)
-    elif fault.startswith("ask rank"):
-        rank, step = numbers
-        if os.environ.get("RANK", "0") == str(rank):
-            Loop._step = faulty_steps.asked_to_stop(Loop._step, step)
-
-
 def main():
     request = json.loads(sys.argv[1])
     fault = request["fault"]
@@ -69,7 +50,6 @@ def main():
     for one in fault.split(", "):
         if one.startswith("kill at "):
             kill_at(int(one.removeprefix("kill at ")))
-        spoil(one)
     summary = train_student(
         TrainConfig(**request["train"]),
         ClipsConfig(**request["clips"]),

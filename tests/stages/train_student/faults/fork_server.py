@@ -2,7 +2,7 @@
 
 A line of JSON asks for a run, a line of JSON answers. A rank may be killed at a file operation
 (`kill_points.py`), in a step or at a moment; the other ranks then get what torchrun gives them:
-SIGTERM, and SIGKILL if they do not end.
+SIGTERM, and SIGKILL if they do not end. `spoil` spoils steps of all ranks (`faulty_steps.py`).
 """
 
 import json
@@ -31,6 +31,10 @@ def _import_everything():
 
     import_deepspeed()
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+
+    from stages.train_student.validation import validation
+
+    validation.write_report = lambda run_dir: None  # curves take seconds, and are tested apart
 
 
 def _serve(request):
@@ -97,6 +101,11 @@ def _train(rank, folder, request):
     points = KillPoints(folder, fault.get("operation"))
     if "step" in fault:
         _die_in_step(fault["step"])
+    if request["spoil"]:
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        import faulty_steps
+
+        faulty_steps.spoil(request["spoil"])
     if request["look"]:
         _look_at_states(rank, folder)
     points.watch()
