@@ -43,7 +43,10 @@ def free_ports(number):
 
 
 def request_of(cases, base, out):
-    return json.dumps({"base": str(base), "out": str(out), "cases": cases})
+    """Path of the request; deepspeed's launcher would not keep the quotes of an argument."""
+    path = out.with_name("request.json")
+    path.write_text(json.dumps({"base": str(base), "out": str(out), "cases": cases}))
+    return str(path)
 
 
 def environment(**more):
