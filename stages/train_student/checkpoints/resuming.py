@@ -17,7 +17,7 @@ from stages.train_student.checkpoints.records import (
     torn_checkpoints,
 )
 from stages.train_student.checkpoints.universal import universal_copy
-from stages.train_student.distributed import World, on_first_rank
+from stages.train_student.distributed import World, gather, on_first_rank
 
 _CONVERSION_TIME = timedelta(hours=6)
 """How long the ranks wait for the universal copy; two copies of all optimizer states are written,
@@ -83,9 +83,14 @@ def resume(
         strict: whether the checkpoint holds every weight (not only the trained ones).
         beside: each reads what its twin in `save_checkpoint` wrote; given the checkpoint's folder
             and the number of processes that wrote it.
+
+    Raises:
+        ValueError: there are too many processes for so few weights.
     """
     if plan is None:
         return 0
+    if plan.universal:
+        _check_shares(engine, world)
     loaded, client_state = engine.load_checkpoint(
         str(plan.folder.parent), tag=plan.folder.name, load_module_strict=strict
     )
@@ -121,6 +126,20 @@ def _check_nvme(checkpoint: Checkpoint, world: World, nvme: bool) -> None:
             f"{checkpoint.folder} was written by {checkpoint.world_size} processes, now there are "
             f"{world.size}; optimizer states on nvme stay with their process. Go on with "
             f"{checkpoint.world_size} processes, or choose another train.run_dir"
+        )
+
+
+def _check_shares(engine: Any, world: World) -> None:
+    """With ZeRO 1 and 2 DeepSpeed loads universal checkpoints only where every rank has weights."""
+    if engine.zero_optimization_stage() > 2:
+        return
+    trained = [p for p in engine.module.parameters() if p.requires_grad]
+    holds_some = any(getattr(p, "_hp_mapping", None) is not None for p in trained)
+    if not all(gather(world, holds_some)):
+        raise ValueError(
+            f"{sum(p.numel() for p in trained)} trained weights are too few for {world.size} "
+            "processes, some of which would have none, to go on from a checkpoint of another "
+            "number of them; start fewer processes, or as many as wrote the checkpoint"
         )
 
 

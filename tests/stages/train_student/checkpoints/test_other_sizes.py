@@ -122,3 +122,40 @@ def test_moments_in_eight_bits_are_shared_out_anew(train_ranks, tmp_path, before
         [row["loss"] for row in expected[:3]], rel=1e-4
     )
     assert rows[3]["loss"] == pytest.approx(expected[3]["loss"], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_shares_of_padding_alone_are_no_hindrance_to_zero_3(train_ranks, tmp_path):
+    """Sixteen values are shared by five ranks as 4, 4, 4, 4 and none."""
+    settings = {"deepspeed": {"zero_stage": 3}, "method": "full", "batch_size": 5}
+    settings |= {
+        "checkpoint_every": 9,
+        "ema": {"decay": 0.9},
+        "optimizer": {"schedule": "constant"},
+    }
+    check(train_ranks(tmp_path / "whole", steps=4, **settings))
+    for processes, steps in ((5, 1), (1, 2), (5, 4)):
+        told = check(train_ranks(tmp_path / "run", processes=processes, steps=steps, **settings))
+    assert told["resumed_from"] == 2
+    for found, expected in zip(rows_of(tmp_path / "run"), rows_of(tmp_path / "whole"), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_more_ranks_than_the_weights_are_enough_for_are_refused(tiny, train_ranks, tmp_path):
+    """Thirty-two weights: of five ranks, which take eight each, the last has none."""
+    small = tiny.tiny_transformer(num_attention_heads=1, num_layers=1)
+    settings = {
+        "base": tiny.save_pipeline(tmp_path / "base", transformer=small),
+        "batch_size": 5,
+        "objectives": (),
+        "lora": {"rank": 1, "target_modules": ("to_q",)},
+        "checkpoint_every": 9,
+    }
+    run = tmp_path / "run"
+    check(train_ranks(run, steps=1, **settings))
+    answer = train_ranks(run, processes=5, steps=2, **settings)
+    assert all(answer.codes)
+    assert "too few for 5 processes" in answer.errors
+    check(train_ranks(tmp_path / "five", processes=5, steps=1, **settings))
+    assert check(train_ranks(tmp_path / "five", steps=2, **settings))["resumed_from"] == 1
