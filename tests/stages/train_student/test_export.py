@@ -268,6 +268,17 @@ def test_two_ranks_export_what_one_does(train_ranks, train, tmp_path, changes):
             torch.testing.assert_close(value, one[name], rtol=1e-2, atol=2e-3)
 
 
+@SLOW
+def test_two_ranks_with_moments_in_eight_bits_export_their_weights(train_ranks, tmp_path):
+    """One rank's would differ: its moments are rounded in other blocks."""
+    pytest.importorskip("bitsandbytes")
+    changes = EIGHT_BIT | {"deepspeed": {"zero_stage": 3}, "steps": 2} | QUIET
+    answer = train_ranks(tmp_path / "two", processes=2, **changes)
+    assert not any(answer.codes), answer.errors
+    export_checkpoint(tmp_path / "two", None, tmp_path / "again")
+    same(files_of(tmp_path / "again"), files_of(tmp_path / "two" / "export"))
+
+
 def test_alpha_and_its_kind_are_kept(train, tmp_path):
     lora = {"rank": 4, "alpha": 2.5, "dora": True, "rank_stabilized": True}
     train(tmp_path, steps=1, lora=lora, **QUIET)
