@@ -338,7 +338,7 @@ class TestInspect:
         first, second = store("teacher", features, note=1), store("teacher", features, note=2)
         with pytest.raises(CacheError, match=r"several teacher stores .*train\.stores\.teacher"):
             inspect.run(config, QUIET)
-        section = config.train.model_copy(update={"stores": {"teacher": second.name}})
+        section = config.train.model_copy(update={"stores": {"teacher": (second.name,)}})
         chosen = inspect.run(config.model_copy(update={"train": section}), QUIET)
         assert chosen.data["store"] == str(second) != str(first)
 

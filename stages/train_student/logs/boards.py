@@ -156,7 +156,7 @@ class _WandB:
         self._run.log({"step": step, **values})
 
     def add_video(self, step: int, name: str, video: Path, caption: str) -> None:
-        shown = self._wandb.Video(str(video), caption=caption)
+        shown = self._wandb.Video(str(video), caption=caption, format="mp4")
         self._run.log({"step": step, name: shown})
 
     def flush(self) -> None:

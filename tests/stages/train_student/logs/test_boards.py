@@ -67,7 +67,7 @@ def test_a_resume_goes_on_in_the_same_run_of_wandb_and_nothing_leaves_the_machin
     name = (run_dir / "wandb" / "id").read_text()
     runs = sorted((run_dir / "wandb").glob("offline-run-*"))
     assert len(runs) == 2
-    assert all(run.name.endswith(f"-{name}") for run in runs)
+    assert all(f"-{name}" in run.name for run in runs)  # a number follows within one second
     assert not list((run_dir / "wandb").glob("run-*"))
     for run in runs:
         assert len(list((run / "files" / "media" / "videos" / "samples").glob("*.mp4"))) == 1
