@@ -141,14 +141,17 @@ def mark_finished(run_dir: Path, steps: int, export: Path) -> None:
 def locked(run_dir: Path) -> Iterator[None]:
     """Hold the folder against a second training; the lock dies with the process.
 
+    It is the process's alone: a loader's processes, which outlive a killed rank by seconds, would
+    keep one of `flock`'s.
+
     Raises:
         ValueError: another process trains here.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / ".lock").open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise ValueError(
                 f"another process is training in {run_dir}; wait for it, or choose another "
                 "train.run_dir"

@@ -1,6 +1,8 @@
 """Whole trainings in this process."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -376,8 +378,35 @@ def test_wrong_settings_are_refused_before_any_weight_is_loaded(train, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-def test_one_training_per_folder(train, tmp_path):
+@pytest.fixture
+def die(tmp_path):
+    """Kills a process that holds the folder; its loader's process outlives it."""
     from stages.train_student.run_folder import locked
 
-    with locked(tmp_path), pytest.raises(ValueError, match="another process is training"):
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with locked(tmp_path):
+            loader = os.fork()
+            os.write(writing, str(loader).encode() if loader else b"")
+            signal.pause()
+    loader = int(os.read(reading, 100))
+    alive = [child]
+
+    def kill():
+        os.kill(alive[0], signal.SIGKILL)
+        os.waitpid(alive.pop(), 0)
+
+    yield kill
+    if alive:
+        kill()
+    os.kill(loader, signal.SIGKILL)
+    os.close(reading)
+    os.close(writing)
+
+
+def test_one_training_per_folder_but_a_killed_one_is_followed_at_once(train, die, tmp_path):
+    with pytest.raises(ValueError, match="another process is training"):
         train(tmp_path)
+    die()
+    assert train(tmp_path, steps=1).steps_done == 1
