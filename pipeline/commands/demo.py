@@ -30,14 +30,18 @@ def steps(config: RunConfig) -> Iterator[tuple[str, Step]]:
 
 
 def summary(answers: dict[str, Answer]) -> Answer:
-    """Sum the road up: where its video and its picture lie."""
+    """Sum the road up: where its video, its picture and the training's page lie."""
     video = answers["sample"].data["video"]
     picture = answers["inspect"].data["picture"]
+    page = answers["train"].data["page"]
+    rows = [("sampled video", video), ("picture of the cache", picture)]
+    if page is not None:
+        rows.append(("page of the training", page))
     return Answer(
         title="the demo is done",
-        rows=[("sampled video", video), ("picture of the cache", picture)],
+        rows=rows,
         data={name: answer.data for name, answer in answers.items()},
-        notes=[video, picture],
+        notes=[path for _, path in rows],
     )
 
 

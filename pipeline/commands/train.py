@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 def run(config: RunConfig, progress: Progress) -> Answer:
     """Train, or go on with a run that was stopped."""
+    from stages.run_report.report import REPORT_FILE
     from stages.train_student.logs.rows import DAMAGED_FILE, SKIPPED_FILE
     from stages.train_student.train import train_student
 
@@ -30,6 +31,7 @@ def run(config: RunConfig, progress: Progress) -> Answer:
         provenance=provenance_of_run(),
         progress=progress,
     )
+    page = summary.run_dir / REPORT_FILE
     data: dict[str, Any] = {
         "run_dir": str(summary.run_dir),
         "steps_done": summary.steps_done,
@@ -45,6 +47,7 @@ def run(config: RunConfig, progress: Progress) -> Answer:
         "seconds_per_step": summary.seconds_per_step,
         "peak_memory_bytes": summary.peak_memory_bytes,
         "export": str(summary.export),
+        "page": str(page) if page.is_file() else None,
     }
     rows = [
         ("run", str(summary.run_dir)),
@@ -63,6 +66,8 @@ def run(config: RunConfig, progress: Progress) -> Answer:
         rows.append(("time", f"{in_time(summary.seconds_per_step)} a step"))
     rows.append(("peak memory", in_bytes(summary.peak_memory_bytes)))
     rows.append(("weights", str(summary.export)))
+    if data["page"] is not None:
+        rows.append(("curves, samples", data["page"]))
     return Answer(title=f"trained with {config.name}", rows=rows, data=data)
 
 

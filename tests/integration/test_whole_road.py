@@ -21,6 +21,8 @@ SMALL = (
     "train.steps=2",
     "train.batch_size=2",
     "train.micro_batch_size=1",
+    "train.validation.clips=1",
+    "train.samples.steps=2",
     "sample.steps=2",
     "extract.max_skipped=1",
 )
@@ -66,6 +68,7 @@ def test_demo_walks_the_road_once_and_redoes_nothing(tmp_path: Path) -> None:
     frames_THWC, fps = read_video(Path(first["sample"]["video"]))
     assert (frames_THWC.shape, fps) == ((9, 64, 96, 3), 8)
     assert frames_THWC.std() > 0
+    assert "<video" in Path(first["train"]["page"]).read_text(encoding="utf-8")
     with Image.open(first["inspect"]["picture"]) as picture:
         assert picture.width > 100
     made = files(tmp_path)

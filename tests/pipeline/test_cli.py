@@ -303,7 +303,8 @@ class TestDemo:
     def road(self, monkeypatch):
         order = []
         for name, module in (("extract", extract), ("train", train), ("sample", sample)):
-            answer = Answer(title=name, rows=[(name, "x")], data={"video": "v.mp4"})
+            data = {"video": "v.mp4", "page": "r.html"}
+            answer = Answer(title=name, rows=[(name, "x")], data=data)
             monkeypatch.setattr(
                 module, "run", lambda *_, a=answer, n=name, **__: (order.append(n), a)[1]
             )
@@ -312,11 +313,11 @@ class TestDemo:
         monkeypatch.setattr(demo, "_first_caption", lambda _: "a person walks")
         return order
 
-    def test_walks_the_road_and_ends_with_the_two_paths(self, road):
+    def test_walks_the_road_and_ends_with_what_there_is_to_look_at(self, road):
         result = invoke("demo")
         assert result.exit_code == 0, result.stderr
         assert road == ["extract", "train", "sample", "inspect"]
-        assert result.stdout.splitlines()[-2:] == ["v.mp4", "p.png"]
+        assert result.stdout.splitlines()[-3:] == ["v.mp4", "p.png", "r.html"]
 
     def test_json_is_one_object_with_every_step(self, road):
         answers = json.loads(invoke("demo", "--json").stdout)
