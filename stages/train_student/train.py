@@ -12,6 +12,7 @@ from stages.base_model import resolve_base_model
 from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.progress import Progress, SilentProgress
+from stages.train_student.checkpoints.records import keep_newest
 from stages.train_student.checkpoints.resuming import plan_resume, resume
 from stages.train_student.checkpoints.saving import save_checkpoint
 from stages.train_student.config import TrainConfig
@@ -144,6 +145,8 @@ def _train(run: Run) -> TrainSummary:
                 after_step=after_step,
             ).make(steps, task)
         export = export_weights(student, config.run_dir, world, step=steps.stop, average=average)
+        # What a process left that died once the last checkpoint was complete.
+        on_first_rank(world, lambda: keep_newest(run.checkpoints, config.checkpoints_kept))
         on_first_rank(world, lambda: mark_finished(config.run_dir, steps.stop, export))
         validation.write_page()
     return _summary(run, steps.stop, resumed_from=done or None, durations=durations, finished=False)

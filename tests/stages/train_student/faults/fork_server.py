@@ -14,7 +14,7 @@ import time
 import traceback
 from pathlib import Path
 
-GRACE_S = 5.0
+GRACE_S = 1.5
 
 
 def main():
