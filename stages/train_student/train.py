@@ -80,7 +80,7 @@ def train_student(
         if done is not None and done >= config.steps:
             return _summary(run, done, resumed_from=done, durations=[], finished=True)
         progress.log("; ".join(run.stores.told()))
-        progress.log(batch_told(config, world.size))
+        progress.log(batch_told(run.config, world.size))
         return _train(run)
 
 

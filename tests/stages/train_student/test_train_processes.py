@@ -36,7 +36,8 @@ def test_after_a_kill_the_losses_go_on_to_the_last_bit(killed, whole, train):
 
 
 def test_two_ranks_make_the_steps_of_one(train_process, train, whole, tmp_path):
-    process = train_process(tmp_path / "run", processes=2, steps=3)
+    # Of the two clips of a step each rank has one, so that its micro-batch cannot be two.
+    process = train_process(tmp_path / "run", processes=2, steps=3, micro_batch_size=2)
     output, errors = process.communicate(timeout=250)
     assert process.returncode == 0, errors
     assert json.loads(output.splitlines()[-1]) == {"steps": 3, "resumed_from": None}
