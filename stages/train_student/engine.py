@@ -225,5 +225,5 @@ def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
     if not partitioned:
         yield
         return
-    with import_deepspeed().zero.GatheredParameters(partitioned, modifier_rank=None):
+    with quiet(), import_deepspeed().zero.GatheredParameters(partitioned, modifier_rank=None):
         yield
