@@ -157,6 +157,7 @@ def check_resumed(results, rtol=2e-6, losses=None):
         np.testing.assert_allclose(whole["losses"][:3], losses, rtol=rtol)
 
 
+@pytest.mark.slow
 def test_8_bit_moments_train_and_resume_to_the_last_bit(base_model, by_hand, tmp_path):
     cases = [
         case
