@@ -88,7 +88,8 @@ class DeepSpeedConfig(Section):
     offload_parameters: Offload = "none"
     """Where the shards of the weights wait until they are used; cpu and nvme need zero_stage 3."""
     nvme_path: Path | None = None
-    """Folder on a fast local disk for what is offloaded to nvme."""
+    """Folder on a fast local disk for what is offloaded to nvme; such a run cannot go on once it is
+    stopped."""
 
 
 class ValidationConfig(Section):

@@ -88,7 +88,11 @@ def _train(run: Run) -> TrainSummary:
     config, world = run.config, run.world
     only_trained = config.method == "lora"
     resolve_base_model(run.model, (*CONFIGURATIONS, "transformer"))
-    nvme = config.deepspeed.offload_optimizer == "nvme"
+    nvme = "nvme" in (config.deepspeed.offload_optimizer, config.deepspeed.offload_parameters)
+    if nvme:
+        run.progress.log(
+            "what waits on nvme comes back from no checkpoint: this run cannot go on once stopped"
+        )
     plan = plan_resume(run.checkpoints, world, run.progress, nvme=nvme)
     universal = plan is not None and plan.universal
     embeds = embed_prompts(run)

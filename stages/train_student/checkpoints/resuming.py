@@ -47,7 +47,7 @@ def plan_resume(
 
     Args:
         root: folder of the checkpoints.
-        nvme: whether the run offloads its optimizer states to nvme.
+        nvme: whether the run offloads anything to nvme, which no checkpoint brings back.
 
     Raises:
         ValueError: the checkpoint cannot be loaded as this run is set up; says what would do.
@@ -57,7 +57,7 @@ def plan_resume(
         newest = _newest(root, progress)
         if newest is None:
             return None
-        _check_nvme(newest, world, nvme)
+        _check_nvme(newest, nvme)
         if newest.world_size == world.size or newest.zero_stage == 0:
             return ResumePlan(checkpoint=newest, folder=newest.folder)
         progress.log(
@@ -113,19 +113,14 @@ def _newest(root: Path, progress: Progress) -> Checkpoint | None:
     return newest_complete(root)
 
 
-def _check_nvme(checkpoint: Checkpoint, world: World, nvme: bool) -> None:
-    if checkpoint.on_nvme != nvme:
-        was = "nvme" if checkpoint.on_nvme else "memory"
+def _check_nvme(checkpoint: Checkpoint, nvme: bool) -> None:
+    """DeepSpeed 0.19 saves what waits on a disk, and loads not all of it: losses would differ."""
+    if checkpoint.on_nvme or nvme:
         raise ValueError(
-            f"{checkpoint.folder} holds optimizer states as they lay in {was}, which DeepSpeed "
-            f"cannot move; go on with train.deepspeed.offload_optimizer "
-            f"{'nvme' if checkpoint.on_nvme else 'none or cpu'}, or choose another train.run_dir"
-        )
-    if nvme and checkpoint.world_size != world.size:
-        raise ValueError(
-            f"{checkpoint.folder} was written by {checkpoint.world_size} processes, now there are "
-            f"{world.size}; optimizer states on nvme stay with their process. Go on with "
-            f"{checkpoint.world_size} processes, or choose another train.run_dir"
+            f"{checkpoint.folder} cannot be gone on from: DeepSpeed does not bring back all that "
+            "waits on nvme, and losses would be others. Choose another train.run_dir, with "
+            "train.deepspeed.offload_optimizer and offload_parameters set to cpu for a run that "
+            "can be stopped"
         )
 
 

@@ -191,18 +191,18 @@ def test_what_waits_in_host_memory_trains_and_resumes_the_same(base_model, by_ha
 
 
 @pytest.mark.slow
-def test_what_waits_on_a_disk_trains_and_resumes_the_same(base_model, by_hand, tmp_path):
+def test_what_waits_on_a_disk_trains_the_same(base_model, by_hand, tmp_path):
     if (reason := why_no_nvme()) is not None:
         pytest.skip(reason)
     disk = tmp_path / "disk"
     disk.mkdir()
     on_disk = {"stage": 3, "nvme_path": str(disk)}
-    cases = [
-        *resumed("optimizer", tmp_path, offload_optimizer="nvme", **on_disk),
-        *resumed("both", tmp_path, offload_optimizer="nvme", offload_parameters="nvme", **on_disk),
-    ]
+    optimizer = settings(offload_optimizer="nvme", **on_disk)
+    both = settings(offload_optimizer="nvme", offload_parameters="nvme", **on_disk)
+    cases = [{"steps": STEPS, "train": optimizer}, {"steps": STEPS, "train": both}]
     (results,) = run(cases, base_model, tmp_path)
-    check_resumed(results, losses=by_hand[0])
+    for result in results:
+        np.testing.assert_allclose(result["losses"], by_hand[0], rtol=2e-6)
     assert not [path for path in disk.rglob("*") if path.is_file()], "nothing stays on the disk"
 
 

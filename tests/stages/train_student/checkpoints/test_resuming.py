@@ -93,3 +93,11 @@ def test_what_decides_the_weights_may_not_change(train, tmp_path):
         train(tmp_path, steps=2, deepspeed={"zero_stage": 3})
     with pytest.raises(ValueError, match=r"train.batch_size was 2, is 4"):
         train(tmp_path, steps=2, batch_size=4)
+
+
+def test_what_waited_on_a_disk_is_not_gone_on_from(train, tmp_path):
+    """DeepSpeed would load a part of it and train on, with other losses."""
+    train(tmp_path, steps=1)
+    (tmp_path / "checkpoints" / "checkpoint-1" / "offloaded_tensors").mkdir()
+    with pytest.raises(ValueError, match=r"checkpoint-1 cannot be gone on from: .* set to cpu"):
+        train(tmp_path, steps=2)
