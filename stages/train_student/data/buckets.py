@@ -78,11 +78,6 @@ class Buckets:
         """Whether the teacher has a map for each frame; the same at every size."""
         return self.stores[0].teacher_maps == self.stores[0].num_frames
 
-    @property
-    def native_parts(self) -> int | None:
-        """As `JoinedStores.native_parts`; the same at every size."""
-        return self.stores[0].native_parts
-
 
 def join_buckets(
     cache_root: Path | str,
