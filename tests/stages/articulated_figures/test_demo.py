@@ -56,7 +56,7 @@ def test_the_parts_lie_where_it_says_and_are_made_once(demo):
     assert not list(config.root.rglob(".*.partial"))
 
 
-def test_the_same_settings_make_the_same_bytes_elsewhere(demo, tmp_path):
+def test_equal_settings_make_equal_bytes_in_another_folder(demo, tmp_path):
     config, clips = demo
     ensure_demo(config.model_copy(update={"root": tmp_path}), clips, progress=SilentProgress())
     ours, theirs = checksums(config.root), checksums(tmp_path)

@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -19,6 +24,56 @@ def test_a_written_video_reads_back(tools, tmp_path):
 def test_equal_frames_give_equal_bytes(tools):
     frames = tools.counting_frames(6)
     assert encode_video(frames, 8) == encode_video(frames, 8)
+
+
+HASH_ENCODED_AND_DECODED = """
+import ctypes, hashlib, sys
+from pathlib import Path
+import av
+import numpy as np
+from stages.clips import encode_video, read_video
+
+if len(sys.argv) > 1:
+    (libavutil,) = (Path(av.__file__).parents[1] / "av.libs").glob("libavutil*.so*")
+    ctypes.CDLL(str(libavutil)).av_force_cpu_flags(int(sys.argv[1], 0))
+rng = np.random.default_rng(0)
+for height, width in ((64, 96), (50, 66)):
+    blocks = rng.integers(0, 256, (24, -(-height // 8), -(-width // 8), 3), dtype=np.uint8)
+    frames = blocks.repeat(8, 1).repeat(8, 2)[:, :height, :width]
+    encoded = encode_video(frames, 8)
+    print(hashlib.sha256(encoded).hexdigest(), hashlib.sha256(read_video(encoded)[0]).hexdigest())
+"""
+
+
+def hashes_in_another_process(*arguments, **environment):
+    repository = str(Path(__file__).parents[3])
+    environment = {**os.environ, "PYTHONPATH": repository, **environment}
+    command = [sys.executable, "-c", HASH_ENCODED_AND_DECODED, *arguments]
+    return subprocess.run(
+        command, env=environment, check=True, capture_output=True, text=True
+    ).stdout.split()
+
+
+def test_what_freed_memory_held_changes_no_byte_and_no_pixel():
+    # glibc fills what is allocated and freed with a byte that follows from the value.
+    results = [hashes_in_another_process(MALLOC_PERTURB_=value) for value in ("0", "85", "170")]
+    assert results[0] == results[1] == results[2] and len(results[0]) == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for PyAV's bundled libavutil.so")
+def test_instruction_sets_change_no_byte_and_no_pixel():
+    no_simd, sse2_at_most = "0", "0x1b"
+    expected = hashes_in_another_process()
+    assert hashes_in_another_process(no_simd) == expected
+    assert hashes_in_another_process(sse2_at_most) == expected
+
+
+@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (12, 34, 250), (128, 128, 128)])
+def test_flat_colours_survive_within_the_rounding_of_yuv(colour):
+    frames = np.full((3, 32, 48, 3), colour, np.uint8)
+    back, _ = read_video(encode_video(frames, 8, crf=0))
+    # With Y, U and V each within 1 of BT.601's closed form, blue is within 1.16 + 2.02 + rounding.
+    assert np.abs(back.astype(int) - frames).max() <= 3
 
 
 def test_a_failed_write_leaves_the_old_file(tools, tmp_path):
