@@ -1,6 +1,8 @@
 """What an entry of a dataset says of its clip: caption, subjects, words; for tars and folders."""
 
 import io
+import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,29 @@ MaskReader = Callable[[object], bytes]
 """Reads the PNG that a `mask` field names; ValueError when it cannot."""
 
 _PROMPT_FIELDS = ("mask", "box_xyxy", "points")
+
+
+def parse_object(content: bytes) -> dict[str, Any]:
+    """The JSON object that the bytes hold.
+
+    Raises:
+        ValueError: They hold anything else, or an object with one field twice.
+    """
+    try:
+        fields = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_doubles)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON in UTF-8: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"not a JSON object: {_short(fields)}")
+    return fields
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the field {_short(twice)} is given twice")
+    return fields
 
 
 def caption_from_fields(fields: Mapping[str, Any]) -> str | None:

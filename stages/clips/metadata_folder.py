@@ -12,6 +12,7 @@ from typing import Any
 from stages.clips.fields import (
     caption_from_fields,
     last_frame_from_fields,
+    parse_object,
     phrase_from_fields,
     subjects_from_fields,
 )
@@ -113,17 +114,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, _Loader]]:
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield f"line {number}", partial(_json_object, line)
-
-
-def _json_object(line: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON in UTF-8: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"not a JSON object: {fields!r}")
-    return fields
+            yield f"line {number}", partial(parse_object, line)
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, _Loader]]:

@@ -1,7 +1,8 @@
 """Headers and contents of a tar, grouped into clips and bounded; `stages.clips.tars` reads them.
 
-Members are grouped as webdataset groups them. Its own reader takes a member of any size into
-memory, unpacks compressed tars and loads torch, so tars are read here.
+All headers are read first, seeking from one to the next, so that the members of a clip may lie
+anywhere in the tar. webdataset's own reader groups neighbours alone, takes a member of any size
+into memory, unpacks compressed tars and loads torch, so tars are read here.
 """
 
 import io
@@ -18,25 +19,42 @@ _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _MAX_HEADER_BYTES = 1 << 20
 """Longest extended header (1 MiB); names and attributes are far shorter."""
 
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ": ("xz", "unxz"),
+    b"(\xb5/\xfd": ("zstd", "unzstd"),
+}
 
 _UNREADABLE = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError)
 """What tarfile raises on headers that are cut, damaged or made up."""
 
 
+@dataclass(frozen=True, slots=True)
+class TarMember:
+    """Where a member's content lies; of a hard link, where its target's does."""
+
+    name: str
+    offset: int
+    """Of the content, in bytes."""
+    size: int
+    problem: str | None = None
+    """Why its content cannot be used."""
+
+
 @dataclass(slots=True)
 class MemberGroup:
-    """Consecutive members that share a key."""
+    """All members of a tar that share a key."""
 
     key: str
-    members: dict[str, tarfile.TarInfo] = field(default_factory=dict)
+    members: dict[str, TarMember] = field(default_factory=dict)
     """By suffix, lower case."""
     problem: str | None = None
     """Why they cannot be used together."""
 
 
 class TarReader:
-    """One open tar: its groups in order, and the contents of the current one's members."""
+    """One open tar: its groups, and the contents of their members."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -49,39 +67,48 @@ class TarReader:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def groups(self) -> Iterator[MemberGroup]:
-        """The groups; where the tar cannot be read on, a last one with that problem."""
-        group: MemberGroup | None = None
+    def groups(self) -> list[MemberGroup]:
+        """The groups, in the order of their first members; reads every header, no content.
+
+        Where the tar cannot be read on, the group that was being read has that problem, and so has
+        every group when members of different clips are mixed: each may have lost some.
+        """
+        groups: dict[str, MemberGroup] = {}
+        last: MemberGroup | None = None
+        is_mixed = False
         try:
-            for member in self._members():
-                key, suffix = _split(member.name)
-                if key is None:
-                    continue
-                if group is None or key != group.key:
-                    if group is not None:
-                        yield group
-                    group = MemberGroup(key)
+            for key, suffix, member in self._members():
+                is_new = key not in groups
+                group = groups.setdefault(key, MemberGroup(key))
+                is_mixed |= not is_new and group is not last
                 if suffix in group.members:
                     group.problem = f"the tar holds {key}.{suffix} twice"
                 group.members[suffix] = member
+                last = group
         except _UNREADABLE as error:
-            group = group or MemberGroup("start")
-            group.problem = f"the tar cannot be read on from here: {error}"
-        if group is not None:
-            yield group
+            last = last or groups.setdefault("start", MemberGroup("start"))
+            for group in groups.values() if is_mixed else (last,):
+                group.problem = f"the tar cannot be read on from here: {error}"
+                if group is not last:
+                    group.problem = (
+                        f"the tar cannot be read to its end, where members of this clip may lie: "
+                        f"{error}; `tar --sort=name` keeps them together"
+                    )
+        return list(groups.values())
 
-    def content(self, member: tarfile.TarInfo, limit: int) -> bytes:
-        """The bytes of a member of the group that `groups` gave last.
+    def content(self, member: TarMember, limit: int) -> bytes:
+        """The bytes of a member.
 
         Raises:
-            ValueError: It is over the limit, sparse, cut off, or cannot be read.
+            ValueError: It is over the limit, sparse, a link that leads nowhere, cut off, or cannot
+                be read.
         """
         if member.size > limit:
             raise ValueError(f"{_shown(member)} has {member.size:,} bytes, at most {limit:,} fit")
-        if member.issparse():
-            raise ValueError(f"{_shown(member)} is a sparse member; write the tar without --sparse")
+        if member.problem:
+            raise ValueError(f"{_shown(member)} {member.problem}")
         assert self._file is not None
-        self._file.seek(member.offset_data)
+        self._file.seek(member.offset)
         try:
             content = self._file.read(member.size, limit=limit)
         except OSError as error:
@@ -90,22 +117,45 @@ class TarReader:
             raise ValueError(f"{_shown(member)} is cut off after {len(content):,} bytes")
         return content
 
-    def _members(self) -> Iterator[tarfile.TarInfo]:
+    def _members(self) -> Iterator[tuple[str, str, TarMember]]:
+        """Key, suffix and place of each file that could be part of a clip."""
         self._file = self._stack.enter_context(_BoundedFile(io.FileIO(self._path)))
         _refuse_compression(self._file)
+        places: dict[str, TarMember] = {}
         with tarfile.open(fileobj=self._file, mode="r:") as tar:
             reached = -1
-            while (member := tar.next()) is not None:
+            while (header := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
-                if member.size < 0 or member.offset <= reached:
-                    raise ValueError(f"the header of {_shown(member)} gives an impossible size")
-                reached = member.offset
-                if member.isreg():
-                    yield member
+                if header.size < 0 or header.offset <= reached:
+                    raise ValueError(f"the header of {_shown(header)} gives an impossible size")
+                reached = header.offset
+                if not (header.isreg() or header.islnk() or header.issym()):
+                    continue
+                member = _located(header, places)
+                if header.isreg():
+                    places[header.name] = member
+                key, suffix = _split(header.name)
+                if key is not None:
+                    yield key, suffix, member
             # tarfile takes a header it cannot read for the end, which is a block of zeros.
             self._file.seek(tar.offset)
             if self._file.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise ValueError(f"the header at byte {tar.offset} is damaged")
+
+
+def _located(header: tarfile.TarInfo, earlier: dict[str, TarMember]) -> TarMember:
+    """A member's place; `earlier` are the files before it, among which a hard link's target is."""
+    if header.issym():
+        problem = "is a symbolic link; write the tar with --dereference"
+        return TarMember(header.name, offset=0, size=0, problem=problem)
+    if header.islnk():
+        target = earlier.get(header.linkname)
+        if target is None:
+            problem = f"is a hard link to {header.linkname[:80]!r}, which the tar lacks before it"
+            return TarMember(header.name, offset=0, size=0, problem=problem)
+        return TarMember(header.name, target.offset, target.size, target.problem)
+    sparse = "is a sparse member; write the tar without --sparse" if header.issparse() else None
+    return TarMember(header.name, header.offset_data, header.size, problem=sparse)
 
 
 class _BoundedFile(io.BufferedReader):
@@ -124,18 +174,22 @@ class _BoundedFile(io.BufferedReader):
 
 def _refuse_compression(file: _BoundedFile) -> None:
     start = file.peek(8)[:8]
-    for magic, name in _COMPRESSED.items():
+    for magic, (name, command) in _COMPRESSED.items():
         if start.startswith(magic):
             raise ValueError(
                 f"it is compressed with {name}; videos gain nothing by it, and what it unpacks to "
-                "has no bounds: write it uncompressed"
+                f"has no bounds: unpack it with {command}"
             )
 
 
 def _split(name: str) -> tuple[str | None, str]:
-    found = _NAME.fullmatch(name.removeprefix("./"))
+    """Key and suffix; no key for hidden files (`.DS_Store`, `._lion.mp4`) and for `__MACOSX/`."""
+    *folders, base = name.removeprefix("./").split("/")
+    if base.startswith(".") or "__MACOSX" in folders:
+        return None, ""
+    found = _NAME.fullmatch("/".join([*folders, base]))
     return (found[1], found[2].lower()) if found else (None, "")
 
 
-def _shown(member: tarfile.TarInfo) -> str:
+def _shown(member: TarMember | tarfile.TarInfo) -> str:
     return repr(member.name if len(member.name) <= 80 else f"{member.name[:79]}…")

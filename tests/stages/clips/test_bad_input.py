@@ -131,6 +131,12 @@ def hole(name: str, size: int) -> Member:
     return member, b""
 
 
+def link(kind: bytes, name: str, target: str) -> Member:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member, b""
+
+
 def old_sparse(name: str, size: int) -> Member:
     """GNU's sparse member: a few bytes that unpack to `size`."""
     member = tarfile.TarInfo(name)
@@ -282,8 +288,64 @@ CASES = {
             ("other.mp4", t.encode(t.counting_frames(9))),
             ("first.mp4", t.encode(t.counting_frames(9))),
         ],
-        outcomes={"first": GOOD, "other": GOOD, "first (2)": "bad_record"},
-        words="second entry",
+        outcomes={"first": "bad_record", "other": GOOD},
+        words="holds first.mp4 twice",
+    ),
+    "a hard link to a member": Case(
+        members=lambda t: [
+            ("first.mp4", t.encode(t.counting_frames(9))),
+            ("first.txt", b"a dog"),
+            link(tarfile.LNKTYPE, "bad.mp4", "first.mp4"),
+            link(tarfile.LNKTYPE, "bad.txt", "first.txt"),
+        ],
+        outcomes={"first": GOOD, "bad": GOOD},
+    ),
+    "a hard link to what the tar lacks": Case(
+        members=lambda t: [
+            ("bad.mp4", t.encode(t.counting_frames(9))),
+            link(tarfile.LNKTYPE, "bad.txt", "captions/bad.txt"),
+        ],
+        outcomes={"bad": "bad_record"},
+        words="hard link to 'captions/bad.txt', which the tar lacks",
+    ),
+    "a symbolic link": Case(
+        members=lambda t: [
+            ("bad.mp4", t.encode(t.counting_frames(9))),
+            link(tarfile.SYMTYPE, "bad.txt", "before.txt"),
+        ],
+        outcomes={"bad": "bad_record"},
+        words="--dereference",
+    ),
+    "a field given twice": Case(
+        members=lambda t: [
+            ("bad.mp4", t.encode(t.counting_frames(9))),
+            ("bad.json", b'{"caption": "a dog", "caption": "a cat"}'),
+        ],
+        outcomes={"bad": "bad_record"},
+        words="'caption' is given twice",
+    ),
+    "a name with a dot before the suffix": Case(
+        members=lambda t: [("bad.v2.mp4", t.encode(t.counting_frames(9)))],
+        outcomes={"bad": "bad_record"},
+        words="named up to the first dot",
+    ),
+    "two masks of one number": Case(
+        members=lambda t: [
+            ("bad.mp4", t.encode(t.counting_frames(9))),
+            ("bad.mask.1.png", png(32, 48)),
+            ("bad.mask.01.png", png(32, 48)),
+        ],
+        outcomes={"bad": "bad_prompt"},
+        words="two masks have one number",
+    ),
+    "masks of the last frame under other numbers": Case(
+        members=lambda t: [
+            ("bad.mp4", t.encode(t.counting_frames(9))),
+            *((f"bad.{name}.png", png(32, 48)) for name in ("mask.0", "mask.2")),
+            *((f"bad.{name}.png", png(32, 48)) for name in ("last.mask.0", "last.mask.1")),
+        ],
+        outcomes={"bad": "bad_prompt"},
+        words="mask.0.png, mask.2.png, last.mask.0.png, last.mask.1.png",
     ),
     "a member over the limit": Case(
         members=lambda t: [hole("bad.mp4", 2 << 30)],
