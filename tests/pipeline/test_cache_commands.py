@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from cache_schema import ArraySpec, StoreReader, StoreSettings, StoreWriter
 from pipeline.cli import app
 from pipeline.commands.upkeep import copying, drop, merge, migrate, repair, verify
+from stages.teacher_forms.derive import DeriveSummary
 
 SHAPES = {"teacher": (4, 2, 3, 5), "text": (3, 8)}
 STORES_V1 = Path(__file__).parents[1] / "cache_schema" / "stores_v1"
@@ -458,7 +459,7 @@ class TestDeriveGramFlow:
 
         def derive(root, teacher, **options):
             calls.append((root, teacher, options))
-            return types.SimpleNamespace(
+            return DeriveSummary(
                 store=cache / "gram_flow-0",
                 clips_written=2,
                 clips_already_there=1,

@@ -19,7 +19,11 @@ from cache_schema import (
 from pipeline.commands import assets, extract, inspect, sample, train
 from pipeline.config import ConfigError, load_config
 from stages.extract_features.summary import ExtractSummary, KindSummary
+from stages.inspect_cache.drawing import Drawing
 from stages.progress import SilentProgress
+from stages.sample_videos.sampling import SampleSummary
+from stages.train_student.logs.rows import LossRow
+from stages.train_student.summary import TrainSummary
 
 QUIET = SilentProgress()
 
@@ -109,8 +113,6 @@ class TestTrain:
     @pytest.fixture
     def summary(self, config):
         def row(step, loss, auxiliary):
-            from stages.train_student.logs.rows import LossRow
-
             return LossRow(
                 step=step,
                 loss=loss,
@@ -122,7 +124,7 @@ class TestTrain:
             )
 
         lgf = {"lgf": 1.0}
-        return lambda auxiliary=lgf, **changes: types.SimpleNamespace(
+        return lambda auxiliary=lgf, **changes: TrainSummary(
             **{
                 "run_dir": config.train.run_dir,
                 "steps_done": 20,
@@ -215,8 +217,9 @@ class TestSample:
         def stage(*sections, **options):
             calls.append(options)
             options["out"].parent.mkdir(parents=True, exist_ok=True)
-            return types.SimpleNamespace(
+            return SampleSummary(
                 out=options["out"],
+                run_dir=options["run_dir"],
                 weights="base" if options["run_dir"] is None else "lora",
                 num_frames=9,
                 height=32,
@@ -359,7 +362,7 @@ class TestInspect:
         def draw(reader, keys, **options):
             calls.append((reader.path, keys, options))
             for key in keys:
-                yield types.SimpleNamespace(
+                yield Drawing(
                     key=key, picture=tmp_path / "a.png", video=tmp_path / "a.mp4", notes=("dim",)
                 )
 

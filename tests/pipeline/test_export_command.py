@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli import app
+from stages.train_student.export import ExportSummary
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def calls(monkeypatch):
 
     def export_checkpoint(run_dir, step, out, *, which):
         made.append((run_dir, step, out, which))
-        return types.SimpleNamespace(
+        return ExportSummary(
             folder=out or run_dir / "export",
             method="lora",
             step=step or 500,

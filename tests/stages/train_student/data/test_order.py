@@ -1,3 +1,4 @@
+import tracemalloc
 from itertools import chain
 
 import pytest
@@ -19,6 +20,18 @@ def test_every_epoch_shows_every_clip_once(num_clips, seed, epoch):
     samples = range(epoch * num_clips, (epoch + 1) * num_clips)
     clips = [clip_of_sample(sample, num_clips, seed) for sample in samples]
     assert sorted(clips) == list(range(num_clips))
+
+
+def test_the_orders_of_past_epochs_are_not_kept():
+    num_clips, order_bytes = 20_000, 160_000
+    tracemalloc.start()
+    try:
+        for epoch in range(30):
+            clip_of_sample(epoch * num_clips, num_clips, seed=7)
+        kept_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept_bytes < 3 * order_bytes  # two are kept: a batch may lie across two epochs
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():

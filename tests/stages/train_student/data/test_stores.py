@@ -52,10 +52,15 @@ def test_of_several_stores_one_is_chosen_by_name(tiny, tmp_path):
         join_stores(tmp_path, {"techer": [other.name]}, kinds=("teacher",))
 
 
-def test_fitting_stores_pass(tiny, tmp_path, facts):
+def test_stores_pass_until_the_training_size_is_another(tiny, tmp_path, facts):
     for maps in (9, 3):
         cache = tiny.write_cache(tmp_path / str(maps), maps=maps)
-        check_stores(join_stores(cache, {}, kinds=("teacher",)), facts, tiny.CLIPS, radius=1)
+        stores = join_stores(cache, {}, kinds=("teacher",))
+        check_stores(stores, facts, tiny.CLIPS, radius=1)
+        assert stores.teacher_maps == maps
+        wider = tiny.CLIPS.model_copy(update={"width": tiny.CLIPS.width + 16})
+        with pytest.raises(ValueError, match=r"data\.width need"):
+            check_stores(stores, facts, wider, radius=1)
 
 
 @pytest.mark.parametrize("maps", [9, 3])
