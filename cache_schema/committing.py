@@ -31,8 +31,8 @@ def commit_group(
     The caller holds the shard's lock, and `group` lies in the shard's staging.
     """
     target = layout.group(record.shard, record.generation)
-    make_directories(layout.shards, layout.root)
-    make_directories(layout.commits, layout.root)
+    make_directories(layout.shards)
+    make_directories(layout.commits)
     if target.exists():  # by a process that was killed here; no record names it
         shutil.rmtree(target)
     group.rename(target)

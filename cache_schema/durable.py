@@ -55,8 +55,10 @@ def write_whole(path: Path, data: bytes, *, temporary: Path) -> None:
     sync(path.parent)
 
 
-def make_directories(path: Path, root: Path) -> None:
-    """Create `path` with its parents below the existing `root`, durably."""
-    if not path.is_dir():
-        path.mkdir(parents=True, exist_ok=True)
-        sync_upwards(path, root)
+def make_directories(path: Path) -> None:
+    """Create the directory `path` and whatever is missing above it, durably."""
+    if path.is_dir():
+        return
+    existing = next(folder for folder in path.parents if folder.is_dir())
+    path.mkdir(parents=True, exist_ok=True)
+    sync_upwards(path, existing)

@@ -52,8 +52,8 @@ class Staging:
         self.clips: list[ClipEntry] = []
         self.skipped: list[SkippedClip] = []
         _take_back(layout, shard)
-        make_directories(self._records, layout.staging)
-        make_directories(self._group, layout.staging)
+        make_directories(self._records)
+        make_directories(self._group)
         self._adopt()
 
     def add(self, key: str, arrays: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ class StoreWriter:
         """
         plain_provenance = plain_mapping(provenance, "provenance")
         layout = StoreLayout(Path(cache_root) / settings.folder_name)
-        layout.staging.mkdir(parents=True, exist_ok=True)
+        make_directories(layout.staging)
         with FileLock(layout.store_lock, wait=True, what=f"store {layout.root}"):
             if not layout.store_file.exists():
                 manifest = StoreManifest(_as_stored(layout, settings), plain_provenance)
@@ -65,8 +65,8 @@ class StoreWriter:
                 f"({', '.join(differing_settings(found, settings))}); move it away, or set another "
                 "cache folder"
             )
-        make_directories(layout.shards, layout.root)
-        make_directories(layout.commits, layout.root)
+        make_directories(layout.shards)
+        make_directories(layout.commits)
         sweep_store(layout, found)
         return cls(layout.root, found)
 

@@ -135,7 +135,7 @@ def _target_layout(target: Path, manifest: StoreManifest) -> StoreLayout:
             f"there is no store in {target}; a new one of these settings must be called {wanted}, "
             f"such as {target / wanted}"
         )
-    layout.staging.mkdir(parents=True, exist_ok=True)
+    make_directories(layout.staging)
     with FileLock(layout.store_lock, wait=True, what=f"store {target}"):
         if not layout.store_file.exists():
             write_whole(
@@ -144,8 +144,8 @@ def _target_layout(target: Path, manifest: StoreManifest) -> StoreLayout:
                 temporary=layout.staging / ".store.json",
             )
             sync(target.parent)
-    make_directories(layout.shards, target)
-    make_directories(layout.commits, target)
+    make_directories(layout.shards)
+    make_directories(layout.commits)
     return layout
 
 
@@ -238,13 +238,13 @@ def _bring(
         # A folder of its own: a writer of that shard must not take its files for its own.
         incoming = target.staged(name) / "incoming"
         group = target.group(name, 0)
-        make_directories(target.staged(name), target.staging)
+        make_directories(target.staged(name))
         if group.exists():  # published without a commit record, perhaps by a merge killed there
             if incoming.exists():
                 shutil.rmtree(group)
             else:
                 group.rename(incoming)
-        make_directories(incoming, target.staging)
+        make_directories(incoming)
         files = group_files(record, settings)
         linked = 0
         for file in files:

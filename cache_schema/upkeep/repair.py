@@ -117,7 +117,7 @@ class _Quarantine:
     def take(self, path: Path) -> None:
         """Move a file or folder of the store to the same place in the quarantine."""
         target = self.made() / path.relative_to(self._layout.root)
-        make_directories(target.parent, self.made())
+        make_directories(target.parent)
         path.rename(target)
         sync(target.parent)
         sync(path.parent)
@@ -125,7 +125,7 @@ class _Quarantine:
     def made(self) -> Path:
         """The folder, which is there after this."""
         if self.folder is None:
-            make_directories(self._layout.quarantine, self._layout.root)
+            make_directories(self._layout.quarantine)
             numbers = [
                 int(path.name) for path in self._layout.quarantine.iterdir() if path.name.isdigit()
             ]

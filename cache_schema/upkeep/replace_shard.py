@@ -48,7 +48,7 @@ def keep_clips(
     shard = record.shard
     old, group = layout.group(shard, record.generation), layout.staged_group(shard)
     sweep_committed(layout, shard)
-    make_directories(group, layout.staging)
+    make_directories(group)
     clips = tuple(
         _take_over(clip, index, old, group, layout, settings) for index, clip in enumerate(keep)
     )
@@ -59,7 +59,7 @@ def keep_clips(
     new = CommitRecord(shard, generation, record.source, clips, tuple(skipped), files)
     commit_group(layout, settings, group, new)
     if quarantine is not None and old.exists():
-        make_directories(quarantine, layout.root)
+        make_directories(quarantine)
         old.rename(quarantine / old.name)
         sync(quarantine)
         sync(layout.shards)

@@ -47,9 +47,9 @@ class FolderTarget(LocalPlace):
     def put(self, path: str, data: bytes) -> None:
         """Write a file by way of a temporary one."""
         copying = self.folder / COPYING
-        copying.mkdir(parents=True, exist_ok=True)
+        make_directories(copying)
         file = self.folder / path
-        make_directories(file.parent, self.folder)
+        make_directories(file.parent)
         write_whole(file, data, temporary=copying / f".{threading.get_ident()}")
 
     def sizes(self, folder: str) -> dict[str, int]:
