@@ -70,7 +70,7 @@ def _planned_stores(config: RunConfig) -> list[SizedStores]:
     from stages.extract_features.subjects.subject_stores import subject_settings
     from stages.train_student.config import KIND_OF_FORM
     from stages.train_student.estimate.estimate import SizedStores
-    from stages.train_student.objectives.needs import kinds_needed
+    from stages.train_student.objectives.needs import check_teacher, kinds_needed
 
     needed = kinds_needed(config.train)
     form = KIND_OF_FORM[config.train.teacher_form]
@@ -81,10 +81,12 @@ def _planned_stores(config: RunConfig) -> list[SizedStores]:
         planned: Mapping[Any, Any] = subject_settings(
             extract.teacher, size, {}, gram_flow=extract.gram_flow, channels=channels
         )
+        teacher = planned[form] if form in needed else None
+        check_teacher(config.train, teacher, f"the {form} store that extract asks for")
         stores.append(
             SizedStores(
                 size=size,
-                teacher=planned[form] if form in needed else None,
+                teacher=teacher,
                 masks=planned["masks"] if "masks" in needed else None,
             )
         )

@@ -60,11 +60,16 @@ def read_clip(
         stored_PHWK = decode_gram_flow(tensors)
         stored = radius_of_window(stored_PHWK.shape[-1])
         shown_PHWK = narrow_window(stored_PHWK, stored, min(radius, stored))
+        about = [f"the flow of radius {stored}, all that is stored"] if radius > stored else []
+        if reader.settings.values.get("pairs") == "crossed":
+            about.append(
+                "the flow of the backward track; that of the forward one runs back in time"
+            )
         return StoredClip(
             features_THWC=None,
             flow_PHW2=flow_of_similarities(shown_PHWK, temperature),
             valid_T=valid_T,
-            notes=() if radius <= stored else (f"the flow of radius {stored}, all that is stored",),
+            notes=tuple(about),
         )
     features_THWC, notes = _on_the_grid(decode_features(tensors), reader, clips)
     return StoredClip(

@@ -21,10 +21,12 @@ from stages.local_gram_flow.fusion import (
 from stages.local_gram_flow.loss import Divergence, gram_flow_loss, implied_flow
 from stages.local_gram_flow.similarities import (
     Kernel,
+    Pairs,
     local_gram_flow,
     neighbour_mask,
     neighbour_offsets,
     radius_of_window,
+    reverse_pairs,
 )
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "Divergence",
     "Fusion",
     "Kernel",
+    "Pairs",
     "frames_to_latents",
     "fuse_directions",
     "fuse_subjects",
@@ -45,6 +48,7 @@ __all__ = [
     "radius_of_window",
     "regrid_fused",
     "resample_to_grid",
+    "reverse_pairs",
     "take_directions",
     "time_weights",
 ]

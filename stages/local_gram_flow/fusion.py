@@ -17,7 +17,7 @@ from stages.local_gram_flow.alignment import resample_to_grid
 
 Fusion = Literal["gram_flow", "average", "forward"]
 
-Directions = Literal["fused", "forward", "averaged"]
+Directions = Literal["fused", "forward", "backward", "averaged"]
 """What is taken of tokens that were fused in Gram-flow space; see `take_directions`."""
 
 
@@ -90,11 +90,12 @@ def fuse_subjects(fused_THWG: Sequence[Tensor], *, num_slots: int) -> Tensor:
 def take_directions(
     fused_THWG: Tensor, parts: int, directions: Directions, *, forward_weight: float
 ) -> Tensor:
-    """What the fusion `forward` or `average` would have made, out of what `gram_flow` made.
+    """One track alone, or the average of both, out of what the fusion `gram_flow` made.
 
     The parts are each subject's forward and backward tokens, sqrt(a) f and sqrt(1-a) b, which
-    renormalised are f and b again. `forward` is f, `averaged` a f + (1-a) b, each renormalised for
-    each subject; slots without a subject stay empty, and what was never visited stays zero.
+    renormalised are f and b again. `forward` is f, `backward` b, `averaged` a f + (1-a) b, each
+    renormalised for each subject, as the fusions `forward` and `average` make them; slots without
+    a subject stay empty, and what was never visited stays zero.
 
     Args:
         fused_THWG: with any leading axes; fused by `fuse_directions` with `gram_flow`, then by
@@ -107,7 +108,7 @@ def take_directions(
         Unit tokens of half the channels and P / 2 parts, float32 (float64 if given it).
 
     Raises:
-        ValueError: the parts are no pairs, or `forward` is asked for and has no share.
+        ValueError: the parts are no pairs, or the one direction that is asked for has no share.
     """
     if directions == "fused":
         return fused_THWG
@@ -116,14 +117,14 @@ def take_directions(
             f"tokens of {parts} parts were not fused in Gram-flow space of a forward and a "
             "backward direction each; extract the teacher with extract.teacher.fusion=gram_flow"
         )
-    if directions == "forward" and forward_weight == 0.0:
+    if {"forward": forward_weight, "backward": 1.0 - forward_weight}.get(directions) == 0.0:
         raise ValueError(
-            "nothing of the forward direction is in tokens fused with a forward share of 0; "
-            "extract the teacher with another extract.teacher.forward_weight, 0.5 is usual"
+            f"nothing of the {directions} direction is in tokens fused with a forward share of "
+            f"{forward_weight:g}; extract the teacher with extract.teacher.forward_weight=0.5"
         )
     parts_THWPD = F.normalize(_in_parts(fused_THWG, parts), dim=-1)
     forward_THWSD, backward_THWSD = parts_THWPD[..., 0::2, :], parts_THWPD[..., 1::2, :]
-    taken_THWSD = forward_THWSD
+    taken_THWSD = backward_THWSD if directions == "backward" else forward_THWSD
     if directions == "averaged":
         taken_THWSD = forward_weight * forward_THWSD + (1 - forward_weight) * backward_THWSD
     return F.normalize(F.normalize(taken_THWSD, dim=-1).flatten(-2), dim=-1)

@@ -40,9 +40,9 @@ def gram_flow_loss(
         valid_BP: bool, the pairs that count; None counts all. A clip's mean is over its own valid
             pairs, and a clip without one has the loss 0, so that a batch gives the same mean in one
             piece or in several.
-        token_weight_BPHW: how much each token of a pair's first frame counts, >= 0: the clip's loss
-            is the weighted mean over the tokens of its valid pairs, 0 where all weigh nothing. None
-            counts all alike.
+        token_weight_BPHW: how much each token whose window is compared counts, >= 0: the clip's
+            loss is the weighted mean over the tokens of its valid pairs, 0 where all weigh nothing.
+            None counts all alike.
 
     Returns:
         loss_B >= 0, zero where both move alike; float32, or float64 if given it. What pairs that do

@@ -17,6 +17,10 @@ from torch.autograd.function import once_differentiable
 Kernel = Literal["torch", "triton"]
 """What computes the similarities: matrix products of torch on any device, or one Triton kernel."""
 
+Pairs = Literal["forward", "backward", "both", "crossed"]
+"""Which neighbouring frames are compared: t -> t+1, t+1 -> t, or both ways; `crossed` is both ways,
+each from the track that runs the other way."""
+
 _SMALLEST_NORM = 1e-12
 
 
@@ -62,6 +66,26 @@ def local_gram_flow(features_BTHWC: Tensor, radius: int, *, kernel: Kernel = "to
         features_BTHWC = features_BTHWC.float()
     similarities = _WindowCosines.apply(features_BTHWC, radius)
     return similarities
+
+
+def reverse_pairs(similarities_BPHWK: Tensor) -> Tensor:
+    """The same pairs of frames from the other side: t+1 -> t of t -> t+1, and back.
+
+    <g_{t+1}(p), g_t(p+d)> is s_t(p+d, -d): every value is there already, at another token, and no
+    product is computed again. Gradient flows.
+
+    Args:
+        similarities_BPHWK: what `local_gram_flow` returns.
+
+    Returns:
+        similarities_BPHWK of each token of a pair's second frame to its window in the first;
+        neighbours outside the grid hold 0.
+
+    Raises:
+        ValueError: the last axis is no window.
+    """
+    reversed_BPHWK: Tensor = _ReversedPairs.apply(similarities_BPHWK)
+    return reversed_BPHWK
 
 
 def neighbour_offsets(radius: int, device: torch.device | None = None) -> Tensor:
@@ -189,3 +213,31 @@ def _band(pairs: Tensor, side: int) -> Tensor:
     """View of columns w .. w + side - 1 of each row w: [P, H, W, side] of [P, H, W, W + 2r]."""
     P, H, W, padded = pairs.shape
     return pairs.as_strided((P, H, W, side), (H * W * padded, W * padded, padded + 1, 1))
+
+
+class _ReversedPairs(torch.autograd.Function):
+    """`reverse_pairs`; as a matrix it is symmetric, so that the gradient is reversed alike."""
+
+    @staticmethod
+    def forward(ctx: Any, similarities_BPHWK: Tensor) -> Tensor:
+        return _reversed(similarities_BPHWK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_BPHWK: Tensor) -> Tensor:
+        return _reversed(gradient_BPHWK)
+
+
+def _reversed(similarities_BPHWK: Tensor) -> Tensor:
+    """Of token (y, x) and window row and column (i, j): the value at (y+i-r, x+j-r), K-1-k."""
+    B, P, H, W, K = similarities_BPHWK.shape
+    radius = radius_of_window(K)
+    side = 2 * radius + 1
+    padded = F.pad(similarities_BPHWK, (0, 0, *[radius] * 4)).contiguous()
+    of_clip, of_pair, of_row, of_token, _ = padded.stride()
+    window = padded.as_strided(
+        (B, P, H, W, side, side),
+        (of_clip, of_pair, of_row, of_token, of_row - side, of_token - 1),
+        padded.storage_offset() + K - 1,
+    )
+    return window.flatten(-2)

@@ -14,12 +14,20 @@ FlowDtype = Literal["float16", "uint8"]
 token's window."""
 
 
+StoredPairs = Literal["forward", "crossed"]
+"""Which similarities a store holds; `GramFlowConfig.pairs`."""
+
+
 class GramFlowConfig(Section):
     """The Gram flow of the teacher's features: a fraction of their size, for one window."""
 
     radius: int = Field(default=3, ge=1)
     """Half the window that is stored; training may use this one or a smaller one. 3 is the paper's
     7x7."""
+    pairs: StoredPairs = "forward"
+    """forward: each map to the next, from fused features, which serves train.lgf.pairs=forward,
+    backward and both. crossed, of twice the size: each map to the next from the backward track and
+    to the one before from the forward track, for train.lgf.pairs=crossed."""
     dtype: FlowDtype = "float16"
     """float16, compressed and exact to 2^-11: 2 to 4 MB a clip of 49 frames and 30x45 tokens, for
     temperatures of 0.07 and more. Or uint8, 3.4 MB: faster to read, and less exact where a window's

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from cache_schema import StoreSettings
-from stages.local_gram_flow import part_norms
+from stages.local_gram_flow import Directions, part_norms, reverse_pairs, take_directions
 from stages.teacher_forms.config import GramFlowConfig
 from stages.teacher_forms.features import decode_features
-from stages.teacher_forms.gram_flow import encode_gram_flow, gram_flow_of
-from stages.teacher_forms.settings import gram_flow_settings, native_parts
+from stages.teacher_forms.gram_flow import back_named, encode_gram_flow, gram_flow_of
+from stages.teacher_forms.settings import forward_share, gram_flow_settings, native_parts
 
 _PAIRS_AT_ONCE = 8
 """Pairs of maps that are on the device together: its memory does not grow with a clip's length."""
@@ -27,9 +27,9 @@ class FlowMaker:
 
     Args:
         settings: of the Gram flow's store.
-        config: the window and how it is stored.
+        config: which pairs, the window, and how it is stored.
         token_grid: of the student.
-        native_parts: of features on SAM2's own grid; None for the student's.
+        teacher: settings of the teacher store.
     """
 
     def __init__(
@@ -37,12 +37,13 @@ class FlowMaker:
         settings: StoreSettings,
         config: GramFlowConfig,
         token_grid: tuple[int, int],
-        native_parts: int | None,
+        teacher: StoreSettings,
     ) -> None:
         self.settings = settings
         self._config = config
         self._token_grid = token_grid
-        self._native_parts = native_parts
+        self._native_parts = native_parts(teacher)
+        self._teacher = teacher
 
     @classmethod
     def of(
@@ -54,9 +55,13 @@ class FlowMaker:
             ValueError: What `gram_flow_settings` raises.
         """
         settings = gram_flow_settings(
-            teacher, radius=config.radius, dtype=config.dtype, token_grid=token_grid
+            teacher,
+            radius=config.radius,
+            dtype=config.dtype,
+            token_grid=token_grid,
+            pairs=config.pairs,
         )
-        return cls(settings, config, token_grid, native_parts(teacher))
+        return cls(settings, config, token_grid, teacher)
 
     def __call__(
         self, teacher_arrays: Mapping[str, np.ndarray], device: torch.device
@@ -65,33 +70,54 @@ class FlowMaker:
 
         The same arrays give the same bytes on the same device and number of threads.
         """
-        maps = len(teacher_arrays["valid"])
-        norm_P = None
-        if self._native_parts is not None:
-            pieces = (
-                _features(teacher_arrays, slice(start, start + _PAIRS_AT_ONCE), device)
-                for start in range(0, maps, _PAIRS_AT_ONCE)
-            )
-            norm_P = part_norms(pieces, self._native_parts)
-        encoded = [
-            self._encoded(
-                _features(teacher_arrays, slice(start, start + _PAIRS_AT_ONCE + 1), device), norm_P
-            )
-            for start in range(0, maps - 1, _PAIRS_AT_ONCE)
-        ]
-        arrays = {name: np.concatenate([one[name] for one in encoded]) for name in encoded[0]}
+        if self._config.pairs == "crossed":
+            arrays = self._flow(teacher_arrays, device, "backward")
+            arrays |= back_named(self._flow(teacher_arrays, device, "forward", reverse=True))
+        else:
+            arrays = self._flow(teacher_arrays, device, "fused")
         return arrays | {"valid": teacher_arrays["valid"]}
 
-    def _encoded(self, features_THWG: Tensor, norm_P: Tensor | None) -> dict[str, np.ndarray]:
-        """Of some neighbouring maps."""
-        flow_PHWK = gram_flow_of(
-            features_THWG,
-            radius=self._config.radius,
-            token_grid=self._token_grid,
-            native_parts=self._native_parts,
-            norm_P=norm_P,
-        )
-        return encode_gram_flow(flow_PHWK, self._config.dtype)
+    def _flow(
+        self,
+        teacher_arrays: Mapping[str, np.ndarray],
+        device: torch.device,
+        directions: Directions,
+        *,
+        reverse: bool = False,
+    ) -> dict[str, np.ndarray]:
+        """Of those tracks, each map to the next; or the next to it."""
+
+        def features(start: int, stop: int) -> Tensor:
+            return self._taken(_features(teacher_arrays, slice(start, stop), device), directions)
+
+        maps = len(teacher_arrays["valid"])
+        parts = self._native_parts
+        if parts is not None and directions != "fused":
+            parts //= 2
+        norm_P = None
+        if parts is not None:
+            starts = range(0, maps, _PAIRS_AT_ONCE)
+            norm_P = part_norms((features(s, s + _PAIRS_AT_ONCE) for s in starts), parts)
+        encoded = []
+        for start in range(0, maps - 1, _PAIRS_AT_ONCE):
+            flow_PHWK = gram_flow_of(
+                features(start, start + _PAIRS_AT_ONCE + 1),
+                radius=self._config.radius,
+                token_grid=self._token_grid,
+                native_parts=parts,
+                norm_P=norm_P,
+            )
+            if reverse:
+                flow_PHWK = reverse_pairs(flow_PHWK[None])[0]
+            encoded.append(encode_gram_flow(flow_PHWK, self._config.dtype))
+        return {name: np.concatenate([one[name] for one in encoded]) for name in encoded[0]}
+
+    def _taken(self, fused_THWG: Tensor, directions: Directions) -> Tensor:
+        if directions == "fused":
+            return fused_THWG
+        share, parts = forward_share(self._teacher), self._teacher.values["parts"]
+        assert share is not None and isinstance(parts, int), "checked with the settings"
+        return take_directions(fused_THWG, parts, directions, forward_weight=share)
 
 
 def _features(

@@ -5,6 +5,7 @@ Everything that takes a flow takes it with any leading axes.
 """
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from stages.local_gram_flow import (
     regrid_fused,
 )
 from stages.teacher_forms.config import FlowDtype as FlowDtype
+from stages.teacher_forms.config import StoredPairs
 from stages.teacher_forms.half_bounds import half_at_least, half_at_most
 
 FLOAT16_STEP = 2.0**-10
@@ -27,16 +29,45 @@ At temperature tau this adds step^2 / (24 tau^2) nats to the KL divergence, to s
 0.1, whatever the similarities are. float16's own steps are finer where similarities are small,
 which no softmax sees, and which would not compress."""
 _MOST = 255
+Value = TypeVar("Value")
+
+_BACK = "_back"
+"""Ends the names of the arrays of a crossed flow's second half."""
 
 
 def flow_arrays_spec(
-    pairs: int, height: int, width: int, radius: int, dtype: FlowDtype
+    pairs: int,
+    height: int,
+    width: int,
+    radius: int,
+    dtype: FlowDtype,
+    *,
+    stored: StoredPairs = "forward",
 ) -> dict[str, ArraySpec]:
     """What a store holds of each clip's Gram flow.
 
     float16: `gram_flow`, compressed. uint8: `gram_flow`, and `low` and `step`, float16 for each
-    token. `valid` is the store's own.
+    token. Crossed: the same once more, the names ending in `_back`. `valid` is the store's own.
     """
+    one_way = _one_way_spec(pairs, height, width, radius, dtype)
+    return one_way if stored == "forward" else one_way | back_named(one_way)
+
+
+def back_named(arrays: Mapping[str, Value]) -> dict[str, Value]:
+    """The names that a crossed flow's arrays from each map to the one before are stored under."""
+    return {name + _BACK: value for name, value in arrays.items()}
+
+
+def back_arrays(arrays: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Those arrays under their plain names, as `decode_gram_flow` takes them; None of a flow that
+    is not crossed."""
+    found = {name.removesuffix(_BACK): a for name, a in arrays.items() if name.endswith(_BACK)}
+    return found or None
+
+
+def _one_way_spec(
+    pairs: int, height: int, width: int, radius: int, dtype: FlowDtype
+) -> dict[str, ArraySpec]:
     axes = ("p", "h", "w", "k")
     shape = (pairs, height, width, (2 * radius + 1) ** 2)
     if dtype == "float16":

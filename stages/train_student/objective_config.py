@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from stages.config import Section
+from stages.local_gram_flow import Pairs
 
 ObjectiveName = Literal["lgf", "repa", "token-relation", "mask"]
 """Local Gram Flow; cosine to the features (REPA); relations among all tokens (VideoREPA); the
@@ -49,8 +50,12 @@ class LgfConfig(AuxiliaryConfig):
     divergence: Literal["kl", "l2"] = "kl"
     """KL of the distributions (the paper), or squared error of the similarities (ablation)."""
     directions: Literal["fused", "forward", "averaged"] = "fused"
-    """What of the teacher is compared: both directions' similarities fused (the paper); the forward
-    ones alone, or those of averaged features (ablations, from stored features only)."""
+    """What of the teacher is compared: both tracks' similarities fused (the paper); the forward
+    track's alone, or those of averaged features (ablations, from stored features only)."""
+    pairs: Pairs = "forward"
+    """Which neighbouring frames are compared: forward, t -> t+1; backward, t+1 -> t; both, the mean
+    of the two losses; or crossed, both ways, t -> t+1 from the backward track alone and t+1 -> t
+    from the forward track alone, as the paper's figure draws it."""
     foreground_weight: float = Field(default=1.0, ge=0.0)
     """How much a token of the subject counts against one of the background, by the tracked masks; 1
     counts all alike and reads no masks."""
@@ -59,6 +64,15 @@ class LgfConfig(AuxiliaryConfig):
     kernel, which reads bfloat16 features as they are."""
     projector_widths: tuple[int, int, int] = (512, 256, 256)
     """Widths of the projector's layers."""
+
+    @model_validator(mode="after")
+    def _crossed_pairs_take_both_tracks(self) -> "LgfConfig":
+        if self.pairs == "crossed" and self.directions != "fused":
+            raise ValueError(
+                "train.lgf.pairs=crossed takes each direction from a track of its own; it goes "
+                f"with train.lgf.directions=fused, not {self.directions}"
+            )
+        return self
 
 
 class RepaConfig(AuxiliaryConfig):

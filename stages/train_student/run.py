@@ -33,7 +33,7 @@ from stages.train_student.logs.boards import Boards, check_boards
 from stages.train_student.logs.run_log import RunLog
 from stages.train_student.lora import check_targets
 from stages.train_student.objectives.build import build_heads, build_objectives
-from stages.train_student.objectives.needs import check_layout, kinds_needed
+from stages.train_student.objectives.needs import check_teacher, kinds_needed
 from stages.train_student.run_folder import fixed_settings, open_run
 from stages.train_student.step import TrainingStep
 from stages.train_student.teacher import TeacherLayout
@@ -213,8 +213,9 @@ def prepare(
     )
     for size, of_size in zip(clips.sizes, stores.stores, strict=True):
         check_stores(of_size, facts, size, radius=config.lgf.radius)
-    layout = TeacherLayout.of(stores.teacher)
-    check_layout(config, layout, stores.teacher)
+    for of_size in stores.stores:
+        if of_size.teacher is not None:
+            check_teacher(config, of_size.teacher.settings, str(of_size.teacher.path))
     check_validation(config, facts, model, clips.sizes[0])
     return Run(
         config=config,
@@ -222,7 +223,7 @@ def prepare(
         model=model,
         facts=facts,
         stores=stores,
-        layout=layout,
+        layout=TeacherLayout.of(stores.teacher),
         world=world,
         progress=progress,
     )

@@ -7,7 +7,7 @@ h w pixel of the stored masks, G fused channel, K neighbour.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -15,16 +15,21 @@ from torch import Tensor
 from cache_schema import StoreSettings
 from stages.local_gram_flow import (
     Directions,
+    Pairs,
     frames_to_latents,
     local_gram_flow,
     radius_of_window,
     regrid_fused,
     resample_to_grid,
+    reverse_pairs,
     take_directions,
 )
 from stages.teacher_forms.features import decode_features
-from stages.teacher_forms.gram_flow import decode_gram_flow, narrow_window
-from stages.teacher_forms.settings import native_parts
+from stages.teacher_forms.gram_flow import back_arrays, decode_gram_flow, narrow_window
+from stages.teacher_forms.settings import forward_share, native_parts
+
+PairDirection = Literal["forward", "backward"]
+"""Which map of a pair the tokens lie in whose windows are compared: the first, or the second."""
 
 _MASK_MOST = 255
 """What a stored mask holds where a pixel is the subject's for certain."""
@@ -59,14 +64,11 @@ class TeacherLayout:
         """
         if store is None or "features" not in store.settings.arrays:
             return cls()
-        values = store.settings.values
-        parts, share = values.get("parts"), values.get("forward_weight")
+        parts = store.settings.values.get("parts")
         return cls(
             native=native_parts(store.settings) is not None,
             parts=parts if isinstance(parts, int) else 1,
-            forward_weight=share
-            if values.get("fusion") == "gram_flow" and isinstance(share, int | float)
-            else None,
+            forward_weight=forward_share(store.settings),
         )
 
 
@@ -88,25 +90,50 @@ class Teacher:
     layout: TeacherLayout = TeacherLayout()
 
     @torch.no_grad()
-    def gram_flow(self, radius: int, directions: Directions = "fused") -> Tensor:
-        """The similarities of each token to its window in the next map: flow_BPHWK.
+    def gram_flows(
+        self, radius: int, pairs: Pairs = "forward", directions: Directions = "fused"
+    ) -> dict[PairDirection, Tensor]:
+        """The similarities of each token to its window in the map beside it: flow_BPHWK for each
+        direction that `pairs` names.
 
         Computed from features, in float32; or read, the middle of a window that may be larger.
 
         Args:
             radius: half the window.
-            directions: other than `fused` only from features that were fused in Gram-flow space.
+            pairs: `crossed` is `forward` of the backward track and `backward` of the forward one.
+            directions: of the other pairs; other than `fused` only from features that were fused in
+                Gram-flow space.
+
+        Returns:
+            `forward`, of each map's tokens in the next map, and `backward`, of each next map's in
+            the one before.
 
         Raises:
-            ValueError: the stored window is smaller, or the directions are not to be told apart.
+            ValueError: what is stored has a smaller window, other pairs, or no separate tracks.
         """
         assert self.arrays is not None, "an objective that compares features needs a teacher"
-        if "gram_flow" not in self.arrays:
-            return local_gram_flow(self._features(directions), radius)
-        assert directions == "fused", "checked before training"
-        stored_BPHWK = self.arrays["gram_flow"]
-        narrow = narrow_window(stored_BPHWK, radius_of_window(stored_BPHWK.shape[-1]), radius)
-        return decode_gram_flow({**self.arrays, "gram_flow": narrow})
+        if "gram_flow" in self.arrays:
+            assert directions == "fused", "checked before training"
+            back = back_arrays(self.arrays)
+            if (back is not None) != (pairs == "crossed"):
+                held = "forward" if back is None else "crossed"
+                raise ValueError(f"a Gram flow with pairs {held} does not hold pairs {pairs}")
+            forward_BPHWK = _stored_flow(self.arrays, radius)
+            if back is not None:
+                return {"forward": forward_BPHWK, "backward": _stored_flow(back, radius)}
+        elif pairs == "crossed":
+            ahead, behind = (
+                local_gram_flow(self._features(track), radius) for track in ("backward", "forward")
+            )
+            return {"forward": ahead, "backward": reverse_pairs(behind)}
+        else:
+            forward_BPHWK = local_gram_flow(self._features(directions), radius)
+        flows: dict[PairDirection, Tensor] = {}
+        if pairs != "backward":
+            flows["forward"] = forward_BPHWK
+        if pairs != "forward":
+            flows["backward"] = reverse_pairs(forward_BPHWK)
+        return flows
 
     @cached_property
     def features_BTHWG(self) -> Tensor:
@@ -185,3 +212,9 @@ class Teacher:
             regrid_fused(fused_THWG, *self.token_grid, parts) for fused_THWG in fused_BTHWG
         ]
         return torch.stack(regridded)
+
+
+def _stored_flow(arrays: Mapping[str, Tensor], radius: int) -> Tensor:
+    stored_BPHWK = arrays["gram_flow"]
+    narrow = narrow_window(stored_BPHWK, radius_of_window(stored_BPHWK.shape[-1]), radius)
+    return decode_gram_flow({**arrays, "gram_flow": narrow})

@@ -15,6 +15,8 @@ pytestmark = [
 CLIPS, FRAMES, GRID, PARTS, WIDTH = 2, 9, (6, 9), 2, 8
 SETTINGS: dict[str, dict[str, object]] = {
     "lgf": {"radius": 2, "directions": "averaged", "foreground_weight": 3.0},
+    "lgf crossed": {"radius": 2, "pairs": "crossed", "foreground_weight": 3.0},
+    "lgf both, by Triton": {"radius": 2, "pairs": "both", "kernel": "triton"},
     "repa": {},
     "token-relation": {},
     "mask": {},
@@ -40,9 +42,10 @@ def _teacher(native: bool, device: str, dtype: torch.dtype) -> Teacher:
 
 
 @pytest.mark.parametrize("native", [False, True])
-@pytest.mark.parametrize("name", SETTINGS)
-def test_losses_and_gradients_equal_the_cpus_in_float64(name: str, native: bool) -> None:
-    section = {name.replace("-", "_"): SETTINGS[name]}
+@pytest.mark.parametrize("which", SETTINGS)
+def test_losses_and_gradients_equal_the_cpus_in_float64(which: str, native: bool) -> None:
+    name = which.split()[0]
+    section = {name.replace("-", "_"): SETTINGS[which]}
     config = TrainConfig.model_validate({"objectives": [name], **section})
     (weighted,) = build_objectives(config)
     maps = weighted.objective.num_maps(FRAMES, FRAMES)

@@ -97,7 +97,11 @@ def subject_settings(
     """
     teacher = teacher_settings(config, clips, tracking, channels=channels)
     flow = gram_flow_settings(
-        teacher, radius=gram_flow.radius, dtype=gram_flow.dtype, token_grid=clips.token_grid
+        teacher,
+        radius=gram_flow.radius,
+        dtype=gram_flow.dtype,
+        token_grid=clips.token_grid,
+        pairs=gram_flow.pairs,
     )
     return {
         "teacher": teacher,

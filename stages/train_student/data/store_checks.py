@@ -15,6 +15,7 @@ from stages.teacher_forms.settings import native_parts
 from stages.train_student.data.stores import JoinedStores, array_shape
 
 _FRAMES = "frames, height, width"
+_PAIRS = "pairs, rows, columns, neighbours"
 
 
 def check_stores(
@@ -88,6 +89,11 @@ def _check_gram_flow(
         raise ValueError(f"{teacher.path} holds a Gram flow of {dtype}, not of float16 or uint8")
     stored = radius_of_window(neighbours)
     _check_companions(teacher, "gram_flow", ["low", "step"] if dtype == "uint8" else [])
+    if teacher.settings.values.get("pairs") == "crossed":
+        _same(teacher, "gram_flow_back", array_shape(teacher, "gram_flow"), _PAIRS, "its gram_flow")
+        _check_companions(
+            teacher, "gram_flow_back", ["low_back", "step_back"] if dtype == "uint8" else []
+        )
     _same(teacher, "valid", (pairs + 1,), "maps", "its gram_flow")
     _check_grid(teacher, (rows, columns), grid)
     _check_maps(teacher, pairs + 1, clips)

@@ -78,6 +78,7 @@ def _lgf(config: TrainConfig) -> Objective:
         radius=lgf.radius,
         temperature=lgf.temperature,
         divergence=lgf.divergence,
+        pairs=lgf.pairs,
         directions=lgf.directions,
         foreground_weight=lgf.foreground_weight,
         kernel=lgf.kernel,

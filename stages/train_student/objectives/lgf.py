@@ -1,18 +1,21 @@
-"""Local Gram Flow: how each token relates to its window in the next frame.
+"""Local Gram Flow: how each token relates to its window in the frame beside it.
 
 Legend: B clip, T map of the teacher, P pair of maps, H W token grid, C channel, K neighbour.
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from stages.local_gram_flow import (
     Directions,
     Divergence,
     Kernel,
+    Pairs,
     gram_flow_loss,
     local_gram_flow,
+    reverse_pairs,
 )
 from stages.train_student.objectives.objective import only_valid
 from stages.train_student.teacher import Teacher
@@ -28,6 +31,7 @@ class LocalGramFlow:
     radius: int
     temperature: float
     divergence: Divergence
+    pairs: Pairs
     directions: Directions
     foreground_weight: float
     kernel: Kernel = "torch"
@@ -38,17 +42,32 @@ class LocalGramFlow:
         return teacher_maps
 
     def __call__(self, student_BTHWC: Tensor, teacher: Teacher) -> Tensor:
-        """loss_B; a pair of maps counts if both are valid."""
+        """loss_B, the mean of the directions that `pairs` names.
+
+        A pair of maps counts if both are valid, in either direction. A token's weight is that of
+        the map whose tokens look for their window: the first of a pair, or the second.
+        """
         valid_BT = teacher.valid_BT
         assert valid_BT is not None, "a teacher says which maps are valid"
-        weight_BPHW = None
+        weight_BTHW = None
         if self.foreground_weight != 1.0:
-            weight_BPHW = teacher.token_weight(self.foreground_weight)[:, :-1]
-        return gram_flow_loss(
-            local_gram_flow(only_valid(student_BTHWC, valid_BT), self.radius, kernel=self.kernel),
-            teacher.gram_flow(self.radius, self.directions),
-            temperature=self.temperature,
-            divergence=self.divergence,
-            valid_BP=valid_BT[:, :-1] & valid_BT[:, 1:],
-            token_weight_BPHW=weight_BPHW,
+            weight_BTHW = teacher.token_weight(self.foreground_weight)
+        student_BPHWK = local_gram_flow(
+            only_valid(student_BTHWC, valid_BT), self.radius, kernel=self.kernel
         )
+        losses = []
+        for direction, teacher_BPHWK in teacher.gram_flows(
+            self.radius, self.pairs, self.directions
+        ).items():
+            ahead = direction == "forward"
+            tokens = slice(None, -1) if ahead else slice(1, None)
+            loss_B = gram_flow_loss(
+                student_BPHWK if ahead else reverse_pairs(student_BPHWK),
+                teacher_BPHWK,
+                temperature=self.temperature,
+                divergence=self.divergence,
+                valid_BP=valid_BT[:, :-1] & valid_BT[:, 1:],
+                token_weight_BPHW=None if weight_BTHW is None else weight_BTHW[:, tokens],
+            )
+            losses.append(loss_B)
+        return torch.stack(losses).mean(0)

@@ -2,9 +2,9 @@
 
 from importlib.util import find_spec
 
-from cache_schema import StoreReader
+from cache_schema import StoreSettings
+from stages.teacher_forms.settings import check_both_tracks, forward_share
 from stages.train_student.config import KIND_OF_FORM, TrainConfig
-from stages.train_student.teacher import TeacherLayout
 
 
 def kinds_needed(config: TrainConfig) -> tuple[str, ...]:
@@ -27,29 +27,51 @@ def kinds_needed(config: TrainConfig) -> tuple[str, ...]:
     return tuple(kinds)
 
 
-def check_layout(config: TrainConfig, layout: TeacherLayout, store: StoreReader | None) -> None:
-    """Refuse a teacher whose directions cannot be told apart where `lgf.directions` needs it.
+def check_teacher(config: TrainConfig, teacher: StoreSettings | None, name: str) -> None:
+    """Refuse a teacher that does not hold the tracks, or the pairs, that `train.lgf` compares.
 
     Args:
-        layout: of the teacher store.
-        store: it, for the message.
+        config: which objectives, and what of the teacher they compare.
+        teacher: settings of the store that `train.teacher_form` names, there or planned; None where
+            no objective reads one.
+        name: of the store, for the message.
 
     Raises:
         ValueError: naming the store and what it lacks.
     """
-    directions = config.lgf.directions
-    if store is None or "lgf" not in config.objectives or directions == "fused":
+    if teacher is None or "lgf" not in config.objectives:
         return
-    if layout.forward_weight is None or layout.parts % 2:
+    if teacher.kind == "gram_flow":
+        _check_pairs(config, teacher, name)
+        return
+    if config.lgf.pairs == "crossed":
+        check_both_tracks(teacher, name, wanted_by="train.lgf.pairs=crossed")
+    directions, share = config.lgf.directions, forward_share(teacher)
+    if directions == "fused":
+        return
+    if share is None:
         raise ValueError(
             f"train.lgf.directions={directions} needs features fused in Gram-flow space, of which "
-            f"both directions can be had again; those of {store.path} are not: extract with "
+            f"both directions can be had again; those of {name} are not: extract with "
             "extract.teacher.fusion=gram_flow, or train with train.lgf.directions=fused"
         )
-    if directions == "forward" and layout.forward_weight == 0.0:
+    if directions == "forward" and share == 0.0:
         raise ValueError(
-            f"train.lgf.directions=forward finds nothing in {store.path}, whose forward direction "
-            "has a share of 0; extract with extract.teacher.forward_weight=0.5, which is usual"
+            f"train.lgf.directions=forward finds nothing in {name}, whose forward direction "
+            "has a share of 0; extract with extract.teacher.forward_weight=0.5"
+        )
+
+
+def _check_pairs(config: TrainConfig, flow: StoreSettings, name: str) -> None:
+    """Similarities of fused features can be reversed; those of each track serve `crossed` alone."""
+    pairs, held = config.lgf.pairs, flow.values.get("pairs")
+    needed = "crossed" if pairs == "crossed" else "forward"
+    if held != needed:
+        raise ValueError(
+            f"{name} holds a Gram flow with pairs {held}; train.lgf.pairs={pairs} needs pairs "
+            f"{needed}: make it with sam2vx-pipeline cache derive gram-flow "
+            f"extract.gram_flow.pairs={needed} or with extract-features, and name it in "
+            "train.stores.gram_flow; or train with train.teacher_form=features"
         )
 
 

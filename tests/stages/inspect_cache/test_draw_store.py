@@ -216,6 +216,8 @@ def test_a_smaller_window_than_is_stored_is_shown_on_request(
     assert len(wide.notes) == len(narrow.notes) + 1
     assert (pixels(wide) == pixels(stored)).all()
     assert (pixels(narrow) != pixels(stored)).any()
+    crossed = draw(write_flow(features_THWC, settings={"pairs": "crossed"}), clips, tmp_path / "x")
+    assert any("of the backward track" in note for note in crossed.notes)
 
 
 def test_features_of_int8_show_what_float16_shows(moving_features, write_store, clips, tmp_path):

@@ -6,18 +6,24 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
-def similarities_by_loop(features_BTHWC: Array, radius: int) -> tuple[Array, NDArray[np.bool_]]:
-    """Similarities [B, T-1, H, W, K] and which of them lie inside the grid, one pair at a time."""
+def similarities_by_loop(
+    features_BTHWC: Array, radius: int, *, backward: bool = False
+) -> tuple[Array, NDArray[np.bool_]]:
+    """Similarities [B, T-1, H, W, K] and which of them lie inside the grid, one pair at a time.
+
+    `backward`: of the second frame's tokens to windows in the first.
+    """
     B, T, H, W, _ = features_BTHWC.shape
     side = 2 * radius + 1
     values = np.zeros((B, T - 1, H, W, side * side))
     inside = np.zeros(values.shape, dtype=bool)
     for b, t, y, x in np.ndindex(B, T - 1, H, W):
-        token = features_BTHWC[b, t, y, x]
+        first, second = (t + 1, t) if backward else (t, t + 1)
+        token = features_BTHWC[b, first, y, x]
         for k, (row, column) in enumerate(np.ndindex(side, side)):
             ny, nx = y + row - radius, x + column - radius
             if 0 <= ny < H and 0 <= nx < W:
-                other = features_BTHWC[b, t + 1, ny, nx]
+                other = features_BTHWC[b, second, ny, nx]
                 norm = np.linalg.norm(token) * np.linalg.norm(other)
                 values[b, t, y, x, k] = token @ other / norm
                 inside[b, t, y, x, k] = True

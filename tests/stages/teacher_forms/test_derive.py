@@ -1,5 +1,6 @@
 """A Gram flow derived from stored features: its values, and what becomes of interrupted work."""
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -268,6 +269,20 @@ def test_settings_name_what_the_flow_was_computed_from() -> None:
         gram_flow_settings(native, radius=2, dtype="float16", token_grid=(4, 4)).hash,
     }
     assert len(hashes) == 6
+    both = dataclasses.replace(
+        features, values=features.values | {"fusion": "gram_flow", "forward_weight": 0.5}
+    )
+    crossed, forward = (
+        gram_flow_settings(both, radius=2, dtype="uint8", token_grid=(3, 4), pairs=pairs)
+        for pairs in ("crossed", "forward")
+    )
+    assert (crossed.values["pairs"], forward.values["pairs"]) == ("crossed", "forward")
+    assert crossed.hash != forward.hash
+    assert crossed.arrays.keys() - forward.arrays.keys() == {
+        "gram_flow_back",
+        "low_back",
+        "step_back",
+    }
     assert flow.values.items() >= {"checkpoint_sha256": "ab" * 32, "grid": [3, 4]}.items()
     assert flow.arrays["gram_flow"].shape == (4, 3, 4, 25)
     assert flow.arrays["valid"].shape == (5,)

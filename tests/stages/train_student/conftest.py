@@ -138,6 +138,7 @@ def write_gram_flow(root, dtype="float16", *, radius=1, keys=KEYS, maps=FRAMES, 
         rounded = features_of(key, maps).half()
         flow_PHWK = gram_flow_of(rounded, radius=radius, token_grid=GRID)
         made[key] = encode_gram_flow(flow_PHWK, dtype)
+    values = {"pairs": "forward"} | (values or {})
     return _write_forms(root, "gram_flow", specs, made, maps, values)
 
 

@@ -108,4 +108,4 @@ def test_a_stored_window_that_is_too_small_is_refused():
     valid_BT = torch.ones(CLIPS, MAPS, dtype=torch.bool)
     teacher = Teacher(arrays=arrays, valid_BT=valid_BT, num_frames=MAPS, token_grid=GRID)
     with pytest.raises(ValueError, match="radius 3 holds the windows of radius 1 to 3, not 4"):
-        teacher.gram_flow(4)
+        teacher.gram_flows(4)

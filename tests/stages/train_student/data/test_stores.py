@@ -111,6 +111,15 @@ def test_a_window_smaller_than_the_objectives_is_refused_with_three_ways_out(
     assert "cache derive gram-flow" in str(caught.value)
 
 
+def test_a_crossed_gram_flow_without_its_second_half_is_refused(tiny, cache_with, facts):
+    shapes = {"gram_flow": (8, *tiny.GRID, 9), "valid": (9,)}
+    values = {"pairs": "crossed"}
+    cache = cache_with(lambda root: tiny.write_store(root, "gram_flow", shapes, values=values))
+    stores = join_stores(cache, {}, kinds=("gram_flow",))
+    with pytest.raises(ValueError, match="no array 'gram_flow_back'"):
+        check_stores(stores, facts, tiny.CLIPS, radius=1)
+
+
 @pytest.mark.parametrize(
     ("shapes", "told"),
     [

@@ -3,7 +3,7 @@ import pytest
 from cache_schema import StoreReader
 from stages.train_student.config import TrainConfig
 from stages.train_student.objectives.build import build_heads
-from stages.train_student.objectives.needs import check_layout, kinds_needed
+from stages.train_student.objectives.needs import check_teacher, kinds_needed
 from stages.train_student.teacher import TeacherLayout
 
 
@@ -77,18 +77,56 @@ def test_directions_need_features_fused_in_gram_flow_space(tiny, tmp_path, fusio
             " fusion", ".*fusion"
         ),
     ):
-        check_layout(config, TeacherLayout.of(store), store)
-    check_layout(TrainConfig(), TeacherLayout.of(store), store)
+        check_teacher(config, store.settings, store.name)
+    check_teacher(TrainConfig(), store.settings, store.name)
     without = TrainConfig(objectives=["repa"], lgf={"directions": directions})
-    check_layout(without, TeacherLayout.of(store), store)
+    check_teacher(without, store.settings, store.name)
 
 
 def test_a_forward_direction_without_a_share_is_refused(tiny, tmp_path):
     store = stored(tiny, tmp_path, fusion="gram_flow", forward_weight=0.0, parts=2)
-    layout = TeacherLayout.of(store)
-    check_layout(TrainConfig(lgf={"directions": "averaged"}), layout, store)
+    check_teacher(TrainConfig(lgf={"directions": "averaged"}), store.settings, store.name)
     with pytest.raises(ValueError, match="has a share of 0"):
-        check_layout(TrainConfig(lgf={"directions": "forward"}), layout, store)
+        check_teacher(TrainConfig(lgf={"directions": "forward"}), store.settings, store.name)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"fusion": "average", "forward_weight": 0.5, "parts": 1}, "the fusion average"),
+        ({"fusion": "gram_flow", "forward_weight": 1.0, "parts": 2}, "a forward share of 1,"),
+        ({}, "the fusion None"),
+    ],
+)
+def test_crossed_pairs_need_both_tracks(tiny, tmp_path, values, told):
+    store = stored(tiny, tmp_path, **values)
+    config = TrainConfig(lgf={"pairs": "crossed"})
+    with pytest.raises(ValueError, match=rf"train.lgf.pairs=crossed .*{store.name} has {told}"):
+        check_teacher(config, store.settings, store.name)
+    for pairs in ("forward", "backward", "both"):
+        check_teacher(TrainConfig(lgf={"pairs": pairs}), store.settings, store.name)
+    without = TrainConfig(objectives=["repa"], lgf={"pairs": "crossed"})
+    check_teacher(without, store.settings, store.name)
+
+
+@pytest.mark.parametrize(
+    ("held", "served"),
+    [("forward", ("forward", "backward", "both")), ("crossed", ("crossed",)), (None, ())],
+)
+def test_a_stored_gram_flow_serves_the_pairs_it_was_made_for(tiny, tmp_path, held, served):
+    store = StoreReader(tiny.write_gram_flow(tmp_path, values={"pairs": held}))
+    for pairs in ("forward", "backward", "both", "crossed"):
+        config = TrainConfig(teacher_form="gram_flow", lgf={"pairs": pairs})
+        if pairs in served:
+            check_teacher(config, store.settings, store.name)
+            continue
+        needed = "crossed" if pairs == "crossed" else "forward"
+        told = rf"{store.name} .*with pairs {held}; train.lgf.pairs={pairs}.*"
+        made_by = rf"cache derive gram-flow extract.gram_flow.pairs={needed}"
+        with pytest.raises(ValueError, match=told + made_by):
+            check_teacher(config, store.settings, store.name)
+        masks_alone = TrainConfig(objectives=["mask"], lgf={"pairs": pairs})
+        check_teacher(masks_alone, store.settings, store.name)
 
 
 def test_each_objective_has_a_head_of_its_own_width():

@@ -10,6 +10,9 @@ from safetensors.torch import load_file
 
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from stages.local_gram_flow import fuse_directions
+from stages.progress import SilentProgress
+from stages.teacher_forms.config import GramFlowConfig
+from stages.teacher_forms.derive import derive_gram_flow
 from stages.teacher_forms.features import encode_features, feature_arrays_spec
 
 FUSED = {"fusion": "gram_flow", "forward_weight": 0.5, "parts": 2}
@@ -111,6 +114,7 @@ EVERY = {
         {"lgf": {"directions": "forward", "foreground_weight": 4.0}},
     ),
     "averaged": ("int8", {"lgf": {"directions": "averaged", "divergence": "l2"}}),
+    "crossed pairs": ("native", {"lgf": {"pairs": "crossed", "foreground_weight": 4.0}}),
     "a Gram flow and masks": (
         "gram_flow",
         {"objectives": ["lgf", "mask"], "lgf": {"foreground_weight": 4.0}},
@@ -141,6 +145,27 @@ def test_every_combination_trains_and_resumes_to_the_last_bit(run, tmp_path, nam
     assert {key.split(".")[0] for key in heads} == set(names)
 
 
+@pytest.mark.parametrize("pairs", ["crossed", pytest.param("both", marks=pytest.mark.slow)])
+def test_a_derived_gram_flow_trains_as_its_features_do(tiny, forms, run, tmp_path, pairs):
+    root, names = forms
+    for kind, shapes in (("text", {"embeds": tiny.TEXT}), ("latents", tiny.LATENT_SHAPES)):
+        tiny.write_store(tmp_path, kind, shapes)
+    stored = "crossed" if pairs == "crossed" else "forward"
+    derive_gram_flow(
+        tmp_path,
+        root / names["float16"],
+        config=GramFlowConfig(radius=2, pairs=stored),
+        token_grid=tiny.GRID,
+        device=torch.device("cpu"),
+        provenance={},
+        progress=SilentProgress(),
+    )
+    changes = {"steps": 1, "lgf": {"radius": 1, "pairs": pairs, "projector_widths": (8, 8, 8)}}
+    (by_features,) = rows(run(tmp_path / "features", **changes))
+    (by_flow,) = rows(run(tmp_path / "flow", "gram_flow", cache_root=tmp_path, **changes))
+    assert by_flow["auxiliary"]["lgf"] == pytest.approx(by_features["auxiliary"]["lgf"], rel=1e-3)
+
+
 @pytest.mark.slow
 def test_the_weight_follows_its_schedule_and_micro_batches_change_nothing(run, tmp_path):
     changes = {
@@ -166,6 +191,8 @@ def test_a_teacher_that_cannot_serve_is_refused_before_anything_is_loaded(
     monkeypatch.setattr("stages.train_student.loading.load_transformer", never)
     with pytest.raises(ValueError, match=r"train.objectives=repa cannot"):
         run(tmp_path / "a", "gram_flow", objectives=["repa"])
+    with pytest.raises(ValueError, match=r"gram_flow-.* with pairs forward; train.lgf.pairs=cross"):
+        run(tmp_path / "a", "gram_flow", lgf={"pairs": "crossed"})
     root = tmp_path / "plain"
     tiny.write_cache(root)
     with pytest.raises(ValueError, match=r"directions=forward needs features fused"):
