@@ -190,17 +190,28 @@ def export(
             "that is named.",
         ),
     ] = None,
+    form: Annotated[
+        Literal["diffusers", "comfyui", "kohya"],
+        typer.Option(
+            "--format",
+            help="Key form of adapters: diffusers (also for ComfyUI-CogVideoXWrapper and this "
+            "program), comfyui (ComfyUI's own CogVideoX), or kohya (VideoX-Fun).",
+        ),
+    ] = "diffusers",
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     """Write a checkpoint's weights as diffusers loads them: adapters, or a whole transformer.
 
-    A finished run has its export already; this is for other steps, also of a run that goes on.
+    A finished run has its export already; this is for other steps, also of a run that goes on, and
+    for other programs.
     """
     from pipeline.commands import export as command
 
     answer = carry_out(
-        lambda p: command.run(p, run_dir=run, checkpoint=checkpoint, weights=weights, out=out),
+        lambda p: command.run(
+            p, run_dir=run, checkpoint=checkpoint, weights=weights, out=out, form=form
+        ),
         traceback,
     )
     finish(answer, as_json)

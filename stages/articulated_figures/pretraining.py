@@ -26,6 +26,7 @@ from stages.articulated_figures.config import DemoConfig
 from stages.articulated_figures.scenes import draw_clip
 from stages.articulated_figures.tiny_cogvideox import MAX_TEXT_TOKENS, build_tiny_cogvideox
 from stages.articulated_figures.tiny_vae import build_tiny_vae, fit_tiny_vae
+from stages.safetensors_io import usual_modes
 from stages.train_student.diffusion import cumulative_alphas, diffusion_loss, noisy_latents
 
 _NUM_FRAMES, _HEIGHT, _WIDTH, _FPS = 17, 128, 192, 8.0
@@ -73,7 +74,8 @@ def pretrain(out: Path, *, vae_steps: int, minutes: float, tell: Callable[[str],
     )
     pipeline = CogVideoXPipeline.from_pretrained(out)
     pipeline.transformer = _train(pipeline, frames_NTHWC, captions, minutes * 60, config.seed, tell)
-    pipeline.to(torch.float16).save_pretrained(out)
+    with usual_modes(out):
+        pipeline.to(torch.float16).save_pretrained(out)
     for file in out.rglob("*.json"):  # diffusers notes where it loaded each part from
         content = json.loads(file.read_text(encoding="utf-8"))
         if content.pop("_name_or_path", None) is not None:

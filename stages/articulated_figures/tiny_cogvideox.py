@@ -20,6 +20,7 @@ from diffusers import (
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from stages.articulated_figures.tiny_vae import build_tiny_vae
+from stages.safetensors_io import usual_modes
 
 MAX_TEXT_TOKENS = 32
 """Caption length in tokens (226 in the official models)."""
@@ -99,7 +100,8 @@ def build_tiny_cogvideox(
         transformer=transformer.eval(),
         scheduler=_scheduler(),
     )
-    pipeline.save_pretrained(out)
+    with usual_modes(out):
+        pipeline.save_pretrained(out)
 
 
 def _scheduler() -> CogVideoXDPMScheduler:

@@ -4,9 +4,8 @@ Used by `stages.clips.loading` and `probing`, the demo's generator, and whatever
 """
 
 import io
-import os
+import secrets
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -152,14 +151,12 @@ def write_video(path: Path, frames_THWC: np.ndarray, fps: float, *, crf: int = 1
         raise ValueError(f"videos are written as .mp4, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     encoded = encode_video(frames_THWC, fps, crf=crf)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-")
+    temporary = path.with_name(f".{path.stem[:40]}-{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(encoded)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        temporary.write_bytes(encoded)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

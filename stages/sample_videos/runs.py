@@ -1,6 +1,7 @@
 """Finds what a training run exported, before anything big is loaded; used by `sampling`."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,9 +12,17 @@ from safetensors import SafetensorError, safe_open
 
 from stages.config import BaseModelConfig
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+LoraFormat = Literal["diffusers", "comfyui", "kohya"]
+"""Key forms of exported adapters; this project reads diffusers' alone."""
+
+LORA_FILES: Mapping[LoraFormat, str] = {
+    "diffusers": "pytorch_lora_weights.safetensors",
+    "comfyui": "comfyui_lora.safetensors",
+    "kohya": "kohya_lora.safetensors",
+}
+LORA_FILE = LORA_FILES["diffusers"]
 _METADATA_KEY = "lora_adapter_metadata"
-"""Where diffusers keeps alpha; without it adapters are applied at alpha = rank."""
+"""Where diffusers keeps alpha."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +75,12 @@ def find_export(run_dir: Path) -> Export:
         raise ValueError(f"{folder} holds both adapters and a transformer; delete the stale one")
     if transformer.is_dir():
         return Export(method="full", folder=folder, lora_shapes={})
+    for form, name in LORA_FILES.items():
+        if form != "diffusers" and (run_dir / name).is_file():
+            raise ValueError(
+                f"{run_dir} holds adapters in {form}'s form, which is not read here; export them "
+                "for diffusers: sam2vx-pipeline export without --format"
+            )
     if not lora.is_file():
         raise ValueError(
             f"the run {run_dir} has no export/ yet; finish it with sam2vx-pipeline train, or "

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from stages.safetensors_io import save_tensors
 from stages.train_student.config import TrainConfig
 from stages.train_student.distributed import World
 
@@ -109,7 +109,7 @@ class WeightAverage:
             for piece, average in zip(self._pieces, self._averages, strict=True)
         }
         metadata = {"format": "pt", _ABOUT: json.dumps(about)}
-        save_file(tensors, folder / _FILE.format(self._world.rank), metadata)
+        save_tensors(tensors, folder / _FILE.format(self._world.rank), metadata)
 
     def load(self, folder: Path, world_size_of_checkpoint: int) -> None:
         """Go on from what as many ranks as that have saved.

@@ -1,6 +1,6 @@
 """Trained weights in the formats that diffusers loads: at the end of a run, or of any checkpoint.
 
-    export/pytorch_lora_weights.safetensors   LoRA with its alpha: pipe.load_lora_weights(folder)
+    export/pytorch_lora_weights.safetensors   LoRA, alpha = rank: pipe.load_lora_weights(folder)
     export/transformer/                       full tuning: from_pretrained(folder / "transformer")
     export/export.json                        which step, and whether the average or the last
 
@@ -18,9 +18,10 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
 from torch import Tensor
 
+from stages.safetensors_io import save_tensors
+from stages.sample_videos.runs import LoraFormat
 from stages.train_student.checkpoint_weights import CheckpointWeights
 from stages.train_student.checkpoints.records import Checkpoint, complete_checkpoints, sync_tree
 from stages.train_student.config import LoraSettings
@@ -28,6 +29,7 @@ from stages.train_student.distributed import World, barrier, on_first_rank
 from stages.train_student.ema import SavedAverage, WeightAverage
 from stages.train_student.engine import gathered
 from stages.train_student.lora import ADAPTER, lora_config
+from stages.train_student.lora_formats import check_format
 from stages.train_student.student import Student
 from stages.train_student.weight_files import (
     HEADS,
@@ -53,6 +55,7 @@ class ExportSummary:
     method: Literal["lora", "full"]
     step: int
     weights: Which
+    form: LoraFormat
     parameters: int
 
 
@@ -82,12 +85,17 @@ def export_weights(
         _write(weights, configs.get(ADAPTER), settings, folder, world, step=step, which=which)
         heads = weights.read_all(HEADS, world)
         if weights.within(HEADS):
-            on_first_rank(world, lambda: save_file(heads, run_dir / "heads.safetensors"))
+            on_first_rank(world, lambda: save_tensors(heads, run_dir / "heads.safetensors"))
     return folder
 
 
 def export_checkpoint(
-    run_dir: Path, step: int | None, out: Path | None, *, which: Which | None = None
+    run_dir: Path,
+    step: int | None,
+    out: Path | None,
+    *,
+    which: Which | None = None,
+    form: LoraFormat = "diffusers",
 ) -> ExportSummary:
     """Write what `export_weights` would have written after another step; one process does it.
 
@@ -95,29 +103,46 @@ def export_checkpoint(
         run_dir: folder of the run, finished or not.
         step: of a complete checkpoint; None takes the newest.
         out: folder to write; None takes the run's own export/ for the newest checkpoint, and
-            export-STEP/ for one that is named.
+            export-STEP/ for one that is named; -FORM is appended for another form than diffusers'.
         which: None takes the average where the run keeps one.
+        form: key form of adapters.
 
     Raises:
-        ValueError: there is no such run or complete checkpoint, no average, or `out` holds
-            something else than an export.
+        ValueError: there is no such run or complete checkpoint, no average, a form that cannot
+            hold what was trained, or `out` holds something else than an export.
     """
     settings = _settings(run_dir)
     checkpoint = _complete(run_dir, step)
-    out = out or run_dir / (EXPORT_FOLDER if step is None else f"{EXPORT_FOLDER}-{step}")
+    out = out or run_dir / _folder_name(step, form)
     which = which or ("last" if settings.get("train.ema.decay") is None else "average")
     lora = None
     if settings["train.method"] == "lora":
         lora = lora_config(LoraSettings(**_section(settings, "train.lora.")))
+        check_format(form, dora=lora.use_dora)
+    elif form != "diffusers":
+        raise ValueError(
+            f"{run_dir} tuned the whole transformer, and --format {form} is a form of adapters; a "
+            "whole transformer is exported for diffusers alone"
+        )
     with _stored(checkpoint, settings, which) as weights:
         transformer = _section(settings, "transformer.")
-        _write(weights, lora, transformer, out, _ALONE, step=checkpoint.step, which=which)
+        _write(
+            weights,
+            lora,
+            transformer,
+            out,
+            _ALONE,
+            step=checkpoint.step,
+            which=which,
+            form=form,
+        )
         parameters = _number_of(weights, lora is not None)
     return ExportSummary(
         folder=out,
         method="full" if lora is None else "lora",
         step=checkpoint.step,
         weights=which,
+        form=form,
         parameters=parameters,
     )
 
@@ -131,6 +156,7 @@ def _write(
     *,
     step: int,
     which: Which,
+    form: LoraFormat = "diffusers",
 ) -> None:
     """Replace `folder` by an export of `weights`; it is whole or not there."""
     partial = folder.with_name(f".{folder.name}.partial")
@@ -151,7 +177,7 @@ def _write(
     if lora is None:
         write_transformer(weights, transformer, partial / "transformer", world)
     else:
-        write_lora(weights, lora, partial, world)
+        write_lora(weights, lora, partial, world, form)
     on_first_rank(world, finish)
     barrier(world)
 
@@ -231,6 +257,12 @@ def _settings(run_dir: Path) -> dict[str, Any]:
         raise ValueError(f"there is no run at {run_dir}; name the folder of one with --run")
     settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["settings"]
     return settings
+
+
+def _folder_name(step: int | None, form: LoraFormat) -> str:
+    name = EXPORT_FOLDER if step is None else f"{EXPORT_FOLDER}-{step}"
+    # The run's own export is what `sample` reads.
+    return name if form == "diffusers" else f"{name}-{form}"
 
 
 def _number_of(weights: Weights, adapters_only: bool) -> int:

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft import LoraConfig
-from safetensors.torch import save_file
 from torch import Tensor
 
+from stages.safetensors_io import save_tensors
+from stages.sample_videos.runs import LoraFormat
 from stages.train_student.distributed import World, on_first_rank
 from stages.train_student.lora import exported_name
+from stages.train_student.lora_formats import write_adapters
 
 TRANSFORMER = "transformer."
 """What the names of the transformer's weights begin with in the student."""
@@ -51,25 +53,14 @@ class Weights:
         return _kept({name: name.removeprefix(prefix) for name in self.within(prefix)}, self, world)
 
 
-def write_lora(weights: Weights, settings: LoraConfig, folder: Path, world: World) -> None:
-    """Write adapters for `load_lora_weights`; every rank must call this.
-
-    Their settings are in the metadata: without them a loader takes alpha = rank, and the adapters
-    act with the wrong strength.
-    """
+def write_lora(
+    weights: Weights, settings: LoraConfig, folder: Path, world: World, form: LoraFormat
+) -> None:
+    """Write adapters in a key form; every rank must call this."""
     names = [name for name in weights.within(TRANSFORMER) if ".lora_" in name]
     new_names = {name: exported_name(name.removeprefix(TRANSFORMER)) for name in names}
     layers = _kept(new_names, weights, world)
-    # A set's order differs from process to process; the same weights should make the same file.
-    about = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.to_dict().items()}
-    on_first_rank(
-        world,
-        lambda: CogVideoXPipeline.save_lora_weights(
-            str(folder),
-            transformer_lora_layers=layers,
-            transformer_lora_adapter_metadata=about,
-        ),
-    )
+    on_first_rank(world, lambda: write_adapters(layers, settings, folder, form))
 
 
 def write_transformer(
@@ -108,7 +99,7 @@ def write_transformer(
 
 def _write_file(weights: Weights, names: list[str], path: Path, world: World) -> None:
     part = _kept({TRANSFORMER + name: name for name in names}, weights, world)
-    on_first_rank(world, lambda: save_file(part, path, {"format": "pt"}))
+    on_first_rank(world, lambda: save_tensors(part, path, {"format": "pt"}))
 
 
 def _refuse_other_weights(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -17,13 +17,14 @@ def calls(monkeypatch):
     """Stand in for the stage; it answers as if the run kept an average of adapters."""
     made = []
 
-    def export_checkpoint(run_dir, step, out, *, which):
-        made.append((run_dir, step, out, which))
+    def export_checkpoint(run_dir, step, out, *, which, form):
+        made.append((run_dir, step, out, which, form))
         return ExportSummary(
             folder=out or run_dir / "export",
             method="lora",
             step=step or 500,
             weights=which or "average",
+            form=form,
             parameters=1_234_567,
         )
 
@@ -39,7 +40,7 @@ def call(*words):
 def test_the_newest_checkpoint_and_its_average_are_the_default(calls, tmp_path):
     done = call("--run", tmp_path, "--json")
     assert done.exit_code == 0, done.output
-    assert calls == [(tmp_path, None, None, None)]
+    assert calls == [(tmp_path, None, None, None, "diffusers")]
     answer = json.loads(done.stdout)
     assert answer.pop("seconds") >= 0
     assert answer == {
@@ -48,6 +49,7 @@ def test_the_newest_checkpoint_and_its_average_are_the_default(calls, tmp_path):
         "method": "lora",
         "step": 500,
         "weights": "average",
+        "format": "diffusers",
         "parameters": 1_234_567,
     }
 
@@ -56,9 +58,20 @@ def test_step_weights_and_folder_are_passed_on(calls, tmp_path):
     out = tmp_path / "out"
     done = call("--run", tmp_path, "--checkpoint", 20, "--weights", "last", "--out", out)
     assert done.exit_code == 0, done.output
-    assert calls == [(tmp_path, 20, out, "last")]
+    assert calls == [(tmp_path, 20, out, "last", "diffusers")]
     assert "1,234,567 numbers" in done.stdout
     assert "load_lora_weights" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("form", "reader"), [("comfyui", "in ComfyUI"), ("kohya", "in VideoX-Fun")]
+)
+def test_another_form_names_the_program_that_reads_it(calls, tmp_path, form, reader):
+    done = call("--run", tmp_path, "--format", form)
+    assert done.exit_code == 0, done.output
+    assert calls[0][-1] == form
+    assert reader in done.stdout
+    assert "sam2vx-pipeline sample" not in done.stdout
 
 
 def test_weights_of_another_name_are_bad_usage(calls, tmp_path):

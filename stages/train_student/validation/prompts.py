@@ -16,12 +16,12 @@ import diffusers
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from stages.base_model import resolve_base_model
 from stages.config import BaseModelConfig
 from stages.progress import Progress
+from stages.safetensors_io import save_tensors
 from stages.sample_videos.drawing import pipeline_class
 from stages.train_student.distributed import World, on_first_rank
 
@@ -130,5 +130,5 @@ def _write(kept: Path, key: str, embeds: Sequence[Tensor]) -> None:
     kept.parent.mkdir(parents=True, exist_ok=True)
     temporary = kept.with_name(f".{kept.name}.partial")
     tensors = {str(number): tensor.contiguous() for number, tensor in enumerate(embeds)}
-    save_file(tensors, temporary, metadata={"key": key})
+    save_tensors(tensors, temporary, metadata={"key": key})
     temporary.rename(kept)

@@ -27,6 +27,8 @@ def pipeline(request, tmp_path_factory) -> DiffusionPipeline:
     build_tiny_cogvideox(
         folder, captions=_CAPTIONS, seed=0, image_to_video=request.param, num_layers=2, **_SIZE
     )
+    modes = {file.stat().st_mode & 0o777 for file in folder.rglob("*") if file.is_file()}
+    assert len(modes) == 1, "the weights have the mode of the other files"
     loaded = DiffusionPipeline.from_pretrained(folder)
     expected = CogVideoXImageToVideoPipeline if request.param else CogVideoXPipeline
     assert type(loaded) is expected

@@ -101,6 +101,16 @@ def test_what_cannot_be_written_is_refused(frames, fps, name, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_a_written_video_has_the_mode_of_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_video(tmp_path / "a.mp4", np.zeros((2, 32, 48, 3), np.uint8), 8)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.mp4").stat().st_mode & 0o777 == mode
+
+
 def test_what_cannot_be_read_is_a_value_error(tmp_path):
     with pytest.raises(VideoError):
         read_video(b"nothing")

@@ -1,6 +1,7 @@
 """What is exported, against the weights in memory: the same video, the same numbers."""
 
 import json
+import os
 
 import diffusers
 import numpy as np
@@ -15,6 +16,7 @@ from stages.config import BaseModelConfig
 from stages.progress import SilentProgress
 from stages.sample_videos import sampling
 from stages.sample_videos.config import SampleConfig
+from stages.sample_videos.runs import LORA_FILES
 from stages.train_student import weight_files
 from stages.train_student.ema import SavedAverage
 from stages.train_student.export import ExportSummary, export_checkpoint
@@ -214,7 +216,12 @@ def test_a_checkpoint_gives_what_the_run_exported(train, tmp_path, changes):
     folder = tmp_path / "export-2"
     numbers = sum(v.numel() for n, v in at_the_end.items() if n[1] != "metadata")
     assert summary == ExportSummary(
-        folder=folder, method=method, step=2, weights="average", parameters=numbers
+        folder=folder,
+        method=method,
+        step=2,
+        weights="average",
+        form="diffusers",
+        parameters=numbers,
     )
     same(files_of(folder), at_the_end)
     assert json.loads((folder / "export.json").read_text()) == {"step": 2, "weights": "average"}
@@ -227,6 +234,8 @@ def test_a_checkpoint_gives_what_the_run_exported(train, tmp_path, changes):
     with SavedAverage(tmp_path / "checkpoints" / "checkpoint-2", 1) as saved:
         for name, value in _by_parameter(at_the_end, method).items():
             average = saved.read(name, 0, value.numel()).view(value.shape)
+            if ".lora_B." in name:
+                average *= 2 / 4  # alpha / rank, which the export holds in this factor
             assert torch.equal(value, average.to(value.dtype)), name
 
 
@@ -279,14 +288,39 @@ def test_two_ranks_with_moments_in_eight_bits_export_their_weights(train_ranks, 
     same(files_of(tmp_path / "again"), files_of(tmp_path / "two" / "export"))
 
 
-def test_alpha_and_its_kind_are_kept(train, tmp_path):
-    lora = {"rank": 4, "alpha": 2.5, "dora": True, "rank_stabilized": True}
-    train(tmp_path, steps=1, lora=lora, **QUIET)
-    (file,) = (tmp_path / "export").glob("*.safetensors")
-    with safe_open(file, "pt") as opened:
-        kept = json.loads(opened.metadata()["lora_adapter_metadata"])
-    names = ("r", "lora_alpha", "use_dora", "use_rslora")
-    assert [kept[f"transformer.{name}"] for name in names] == [4, 2.5, True, True]
+@pytest.mark.parametrize("form", ["comfyui", "kohya"])
+def test_adapters_are_exported_for_other_programs(train, tmp_path, form):
+    """Beside the run's own export, which `sample` reads; the values are the same."""
+    train(tmp_path, steps=2, lora={"alpha": 2.5}, **QUIET)
+    summary = export_checkpoint(tmp_path, None, None, form=form)
+    assert (summary.folder, summary.form) == (tmp_path / f"export-{form}", form)
+    assert export_checkpoint(tmp_path, 2, None, form=form).folder.name == f"export-2-{form}"
+    one = load_file(tmp_path / "export" / LORA_FILES["diffusers"])
+    other = load_file(summary.folder / LORA_FILES[form])
+    factors = [v for name, v in other.items() if not name.endswith(".alpha")]
+    assert len(one) == len(factors)
+    totals = [sorted(v.double().abs().sum().item() for v in vs) for vs in (one.values(), factors)]
+    assert totals[0] == totals[1]
+
+
+def test_a_whole_transformer_is_exported_for_diffusers_alone(train, tmp_path):
+    train(tmp_path, steps=1, method="full", **QUIET)
+    with pytest.raises(ValueError, match=r"--format kohya is a form of adapters"):
+        export_checkpoint(tmp_path, None, None, form="kohya")
+
+
+def test_files_of_a_run_have_the_mode_of_the_umask(train, tmp_path):
+    before = os.umask(0o027)
+    try:
+        for method in ("lora", "full"):
+            train(tmp_path / method, steps=2, method=method, ema={"decay": 0.5}, **QUIET)
+    finally:
+        os.umask(before)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len([file for file in files if file.suffix == ".safetensors"]) >= 5
+    # DeepSpeed leaves a script of its own among them.
+    modes = {file.stat().st_mode & 0o777 for file in files if file.suffix != ".py"}
+    assert modes == {0o640}
 
 
 def test_the_heads_stay_with_the_run(train, tmp_path):
@@ -301,14 +335,14 @@ def test_a_large_transformer_is_written_in_several_files(train, monkeypatch, tmp
     train(tmp_path, steps=1, method="full", **QUIET)
     whole = load_file(tmp_path / "export/transformer/diffusion_pytorch_model.safetensors")
     written = []
-    save = weight_files.save_file
+    save = weight_files.save_tensors
 
     def save_and_note(tensors, path, metadata):
         written.append(sum(value.nbytes for value in tensors.values()))
         save(tensors, path, metadata)
 
     monkeypatch.setattr(weight_files, "LARGEST_FILE", "40KB")
-    monkeypatch.setattr(weight_files, "save_file", save_and_note)
+    monkeypatch.setattr(weight_files, "save_tensors", save_and_note)
     export_checkpoint(tmp_path, None, tmp_path / "parts")
     assert len(written) > 3
     assert max(written) <= 40_000
