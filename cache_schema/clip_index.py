@@ -126,10 +126,12 @@ class ClipIndex:
             for name in ("key", "reason", "detail")
         )
         names = list(self.shard_names)
-        for key, reason, detail, shard in zip(
-            *texts, self.columns["skipped.shard"].tolist(), strict=True
+        fingerprints = self.columns["skipped.fingerprint"].tolist()
+        shards = self.columns["skipped.shard"].tolist()
+        for key, reason, detail, fingerprint, shard in zip(
+            *texts, fingerprints, shards, strict=True
         ):
-            yield SkippedClip(key, reason, detail, names[shard])
+            yield SkippedClip(key, reason, detail, fingerprint.decode("ascii"), names[shard])
 
 
 def read_index(place: Place, settings: StoreSettings) -> ClipIndex:

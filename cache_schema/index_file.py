@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from cache_schema.layout import SCHEMA_VERSION
+from cache_schema.layout import FINGERPRINT_DIGITS, SCHEMA_VERSION
 from cache_schema.settings import StoreSettings
 
 COLUMNS = {
@@ -20,6 +20,7 @@ COLUMNS = {
     "keys.ends": "<u8",
     "clips.shard": "<u4",
     "clips.index": "<u4",
+    "clips.fingerprint": f"S{FINGERPRINT_DIGITS}",
     "shards.name.text": "u1",
     "shards.name.ends": "<u8",
     "shards.source.text": "u1",
@@ -32,14 +33,15 @@ COLUMNS = {
     "skipped.reason.ends": "<u8",
     "skipped.detail.text": "u1",
     "skipped.detail.ends": "<u8",
+    "skipped.fingerprint": f"S{FINGERPRINT_DIGITS}",
     "skipped.shard": "<u4",
 }
 """Type of every column but those of the arrays.
 
-Per clip, in ascending order of keys: `clips.shard`, the row of its shard, and `clips.index`, its
-index there. Per shard, in ascending order of names: what its commit record says, and the checksum
-that the record opens with. Per skipped clip, shard by shard: what the record says. Texts are UTF-8
-one after the other (`text`), and where each one ends (`ends`).
+Per clip, in ascending order of keys: `clips.shard`, the row of its shard, `clips.index`, its
+index there, and what it was made from. Per shard, in ascending order of names: what its commit
+record says, and the checksum that the record opens with. Per skipped clip, shard by shard: what
+the record says. Texts are UTF-8 one after the other (`text`), and where each one ends (`ends`).
 """
 
 ARRAY_COLUMNS = {"bytes": "<u8", "crc32c": "<u4"}

@@ -5,10 +5,13 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from cache_schema.index_file import COLUMNS
 from cache_schema.manifest import CommitRecord
 from cache_schema.packed_text import PackedText, SortedText
 
 Columns = dict[str, np.ndarray]
+
+_FINGERPRINT = COLUMNS["clips.fingerprint"]
 
 
 class DuplicateKey(ValueError):  # noqa: N818 (says what was found, like the other errors)
@@ -29,6 +32,7 @@ def columns_of_records(
     keys: list[bytes] = []
     shards: list[tuple[str, str, int, int]] = []
     skipped: list[tuple[str, str, str]] = []
+    fingerprints, skipped_fingerprints = bytearray(), bytearray()
     clip_shard, clip_index, skipped_shard = array("I"), array("I"), array("I")
     sizes = {name: array("Q") for name in names}
     checksums = {name: array("I") for name in names}
@@ -38,17 +42,20 @@ def columns_of_records(
             keys.append(clip.key.encode("utf-8"))
             clip_shard.append(number)
             clip_index.append(clip.index)
+            fingerprints += clip.fingerprint.encode("ascii")
             for name in names:
                 sizes[name].append(clip.arrays[name].bytes)
                 checksums[name].append(int(clip.arrays[name].crc32c, 16))
         for left_out in record.skipped:
             skipped.append((left_out.key, left_out.reason, left_out.detail))
+            skipped_fingerprints += left_out.fingerprint.encode("ascii")
             skipped_shard.append(number)
     order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
     found: Columns = {
         **_text("keys", SortedText.from_utf8(keys[row] for row in order.tolist())),
         "clips.shard": np.frombuffer(clip_shard, np.uint32)[order],
         "clips.index": np.frombuffer(clip_index, np.uint32)[order],
+        "clips.fingerprint": np.frombuffer(fingerprints, _FINGERPRINT)[order],
         **_text("shards.name", PackedText.from_strings(shard[0] for shard in shards)),
         **_text("shards.source", PackedText.from_strings(shard[1] for shard in shards)),
         "shards.generation": np.array([shard[2] for shard in shards], np.uint32),
@@ -56,6 +63,7 @@ def columns_of_records(
         **_text("skipped.key", PackedText.from_strings(clip[0] for clip in skipped)),
         **_text("skipped.reason", PackedText.from_strings(clip[1] for clip in skipped)),
         **_text("skipped.detail", PackedText.from_strings(clip[2] for clip in skipped)),
+        "skipped.fingerprint": np.frombuffer(skipped_fingerprints, _FINGERPRINT),
         "skipped.shard": np.frombuffer(skipped_shard, np.uint32),
     }
     for name in names:
@@ -98,8 +106,10 @@ def merged_columns(old: Columns, kept: np.ndarray, new: Columns) -> Columns:
         found |= _text(name[:-5], text)
     for name in old:
         if not name.endswith((".text", ".ends")):
-            shift = num_shards if name in ("clips.shard", "skipped.shard") else 0
-            found[name] = np.concatenate([old[name], new[name] + new[name].dtype.type(shift)])
+            added = new[name]
+            if name in ("clips.shard", "skipped.shard"):
+                added = added + added.dtype.type(num_shards)
+            found[name] = np.concatenate([old[name], added])
     order = np.insert(np.arange(len(old_keys)), places, np.arange(len(new_keys)) + len(old_keys))
     found = _with_clips(found, order)
     names = list(PackedText(found["shards.name.text"], found["shards.name.ends"]))

@@ -4,7 +4,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of everything README.md describes; a reader refuses every other."""
 
 MAX_KEY_BYTES = 1024
@@ -12,6 +12,10 @@ MAX_KEY_BYTES = 1024
 
 STORE_FILE = "store.json"
 INDEX_FILE = "index.npz"
+FINGERPRINT_DIGITS = 32
+"""Length of every fingerprint, in hexadecimal digits."""
+
+_FINGERPRINT = re.compile(rf"[0-9a-f]{{{FINGERPRINT_DIGITS}}}", re.ASCII)
 _IDENTIFIER = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
 _RETRY = re.compile(r".+-retry([0-9]{1,9})", re.ASCII)
 _GROUP = re.compile(r"([^~]+)(?:~([1-9][0-9]{0,8}))?", re.ASCII)
@@ -68,6 +72,16 @@ def check_key(key: object) -> str:
     if any(unicodedata.category(character) == "Cc" for character in key):
         raise ValueError(f"clip key {key!r} contains a control character; rename the clip")
     return key
+
+
+def check_fingerprint(fingerprint: object) -> str:
+    """`fingerprint` if it is one: lower-case hexadecimal digits of the one length."""
+    if not isinstance(fingerprint, str) or not _FINGERPRINT.fullmatch(fingerprint):
+        raise ValueError(
+            f"fingerprint is {fingerprint!r:.80}; it must be {FINGERPRINT_DIGITS} lower-case "
+            "hexadecimal digits"
+        )
+    return fingerprint
 
 
 def group_name(shard: str, generation: int) -> str:

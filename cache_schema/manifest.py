@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_schema.errors import CorruptRecord, StoreNotFound
-from cache_schema.layout import StoreLayout, check_key, is_shard_name
+from cache_schema.layout import StoreLayout, check_fingerprint, check_key, is_shard_name
 from cache_schema.sealed_json import JSON, plain_mapping, unseal
 from cache_schema.settings import StoreSettings
 from cache_schema.zarr_group import chunk_path, metadata_paths
@@ -46,6 +46,8 @@ class ClipEntry:
     """Position on the clip axis of the shard's arrays."""
     source: str
     """The input the shard was made from, such as the name of a tar."""
+    fingerprint: str
+    """What the clip was made from; another one means that it must be made again."""
     attributes: dict[str, JSON]
     arrays: dict[str, StoredArray]
 
@@ -54,6 +56,7 @@ class ClipEntry:
         return {
             "key": self.key,
             "index": self.index,
+            "fingerprint": self.fingerprint,
             "attributes": self.attributes,
             "arrays": {name: array.as_dict() for name, array in self.arrays.items()},
         }
@@ -68,11 +71,18 @@ class SkippedClip:
     """A word for counting, such as `too_short`."""
     detail: str
     """A sentence for people."""
+    fingerprint: str
+    """What there was of the clip, as in `ClipEntry`."""
     shard: str
 
     def as_dict(self) -> dict[str, JSON]:
         """The entry as it is written in a record."""
-        return {"key": self.key, "reason": self.reason, "detail": self.detail}
+        return {
+            "key": self.key,
+            "reason": self.reason,
+            "detail": self.detail,
+            "fingerprint": self.fingerprint,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,14 +266,19 @@ def parse_clip(
             raise ValueError(f"clip {key!r} points at {array['path']!r} instead of {expected!r}")
         size, crc32c = _size_and_crc(array)
         arrays[name] = StoredArray(expected, size, crc32c)
+    fingerprint = check_fingerprint(found["fingerprint"])
     attributes = plain_mapping(found["attributes"], "attributes")
-    return ClipEntry(key, shard, index, source, attributes, arrays)
+    return ClipEntry(key, shard, index, source, fingerprint, attributes, arrays)
 
 
 def parse_skipped(found: Mapping[str, Any], shard: str) -> SkippedClip:
     """A skipped clip's entry."""
     return SkippedClip(
-        check_key(found["key"]), _text(found["reason"]), _text(found["detail"]), shard
+        check_key(found["key"]),
+        _text(found["reason"]),
+        _text(found["detail"]),
+        check_fingerprint(found["fingerprint"]),
+        shard,
     )
 
 

@@ -115,6 +115,11 @@ class StoreReader:
         )
 
     @property
+    def fingerprints(self) -> np.ndarray:
+        """What each clip was made from, in the order of `keys`: 32 ASCII digits, dtype S32."""
+        return self._index.columns["clips.fingerprint"]
+
+    @property
     def shards(self) -> Mapping[str, ShardFacts]:
         """The finished shards by name, sorted."""
         return self._index.shards

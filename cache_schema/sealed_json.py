@@ -6,7 +6,6 @@ file, computed with that member's eight digits set to `00000000`.
 
 import json
 import re
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,16 +77,21 @@ def seal(record: Mapping[str, JSON]) -> bytes:
     return data.replace(_UNSEALED, crc32c_hex(data).encode(), 1)
 
 
-def unseal(
-    data: bytes, where: str, *, store: Path | str, version: int = SCHEMA_VERSION
-) -> dict[str, Any]:
+def is_sealed(data: bytes) -> bool:
+    """Whether the bytes open with their own checksum, whatever else they hold."""
+    match = _SEALED.match(data)
+    start = len(_HEAD)
+    blank = data[:start] + _UNSEALED + data[start + len(_UNSEALED) :]
+    return match is not None and match.group(1).decode() == crc32c_hex(blank)
+
+
+def unseal(data: bytes, where: str, *, store: Path | str) -> dict[str, Any]:
     """The record of a sealed file.
 
     Args:
         data: the file's bytes.
         where: names the file in errors.
-        store: the folder or URL of its store, for the command that an error names.
-        version: the schema version to read; the migration reads an older one.
+        store: the folder or URL of its store, which an error names.
 
     Raises `UnknownSchemaVersion` for another layout's record, `CorruptRecord` for a damaged one.
     """
@@ -98,22 +102,20 @@ def unseal(
     if not isinstance(record, dict) or "schema_version" not in record:
         raise CorruptRecord(f"{where} is not a record of a feature store: no schema_version")
     found = record["schema_version"]
-    older = type(found) is int and 1 <= found < version
-    if not older and (found != version or type(found) is not int):
+    older = type(found) is int and 1 <= found < SCHEMA_VERSION
+    if not older and (found != SCHEMA_VERSION or type(found) is not int):
         # Another layout may be sealed in another way, so its checksum says nothing here.
         raise UnknownSchemaVersion(
             f"{where} has schema version {found!r}, and this version of the package reads "
-            f"{version}; update this package to read the store"
+            f"{SCHEMA_VERSION}; update this package to read the store"
         )
-    match = _SEALED.match(data)
-    start = len(_HEAD)
-    blank = data[:start] + _UNSEALED + data[start + len(_UNSEALED) :]
-    if match is None or match.group(1).decode() != crc32c_hex(blank):
+    if not is_sealed(data):
         raise CorruptRecord(f"{where} is damaged: its contents do not match their checksum")
     if older:
         raise UnknownSchemaVersion(
-            f"{where} has schema version {found}, and this version of the package reads {version}; "
-            f"run sam2vx-pipeline cache migrate {shlex.quote(str(store))}"
+            f"{where} has schema version {found}, and this version of the package reads "
+            f"{SCHEMA_VERSION}; its clips must be extracted again: set another cache folder, or "
+            f"remove {store}, and run sam2vx-pipeline extract-features"
         )
     del record["crc32c"], record["schema_version"]
     return record

@@ -12,7 +12,13 @@ import numpy as np
 from cache_schema.committing import commit_group
 from cache_schema.errors import AlreadyCommitted
 from cache_schema.known_shards import KnownShards
-from cache_schema.layout import StoreLayout, check_identifier, check_key, check_shard_name
+from cache_schema.layout import (
+    StoreLayout,
+    check_fingerprint,
+    check_identifier,
+    check_key,
+    check_shard_name,
+)
 from cache_schema.lock import FileLock
 from cache_schema.manifest import CommitRecord
 from cache_schema.sealed_json import plain_mapping
@@ -90,6 +96,8 @@ class ShardWriter:
         key: str,
         arrays: Mapping[str, np.ndarray],
         attributes: Mapping[str, Any] | None = None,
+        *,
+        fingerprint: str,
     ) -> None:
         """Stage one clip; durable when this returns, visible to readers after `commit`.
 
@@ -97,13 +105,15 @@ class ShardWriter:
             key: the clip's name, unique in the store.
             arrays: every array of the settings, of exactly its type and shape.
             attributes: JSON facts about this clip.
+            fingerprint: what the clip was made from, in 32 lower-case hexadecimal digits.
 
         Raises:
-            ValueError: a key, array or attribute that does not belong in this store; nothing is
-                written then.
+            ValueError: a key, array, attribute or fingerprint that does not belong in this store;
+                nothing is written then.
         """
         staging = self._open_staging()
         check_key(key)
+        check_fingerprint(fingerprint)
         if self.has(key):
             raise ValueError(
                 f"clip {key!r} is already in shard {self.name!r} of {self._layout.root}; keys must "
@@ -118,10 +128,10 @@ class ShardWriter:
             )
         where = f"clip {key!r} for {self._layout.root}"
         plain = plain_mapping(attributes or {}, f"attributes of {where}")
-        staging.add(key, self._checked(arrays, where), plain)
+        staging.add(key, self._checked(arrays, where), plain, fingerprint)
         self._clip_keys.add(key)
 
-    def skip(self, key: str, reason: str, detail: str) -> None:
+    def skip(self, key: str, reason: str, detail: str, *, fingerprint: str) -> None:
         """Record that a clip is left out, and why; saying the same again changes nothing.
 
         Args:
@@ -129,9 +139,11 @@ class ShardWriter:
                 what is skipped.
             reason: a word for counting, such as `too_short`.
             detail: a sentence for people.
+            fingerprint: what there was of the clip, as in `add`.
         """
         staging = self._open_staging()
         check_key(key)
+        check_fingerprint(fingerprint)
         check_identifier(reason, f"reason for skipping clip {key!r}")
         detail = detail.encode("utf-8", "backslashreplace").decode("utf-8")
         said = any(
@@ -139,7 +151,7 @@ class ShardWriter:
             for clip in staging.skipped
         )
         if not said:
-            staging.skip(key, reason, detail)
+            staging.skip(key, reason, detail, fingerprint)
             self._skipped_keys.add(key)
 
     def commit(self) -> None:

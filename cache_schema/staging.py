@@ -56,7 +56,13 @@ class Staging:
         make_directories(self._group)
         self._adopt()
 
-    def add(self, key: str, arrays: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
+    def add(
+        self,
+        key: str,
+        arrays: dict[str, np.ndarray],
+        attributes: dict[str, Any],
+        fingerprint: str,
+    ) -> None:
         """Stage one checked clip; when this returns, a restart will find it."""
         index = len(self.clips)
         stored = {}
@@ -67,13 +73,13 @@ class Staging:
             sync(file)
             sync_upwards(file.parent, self._group)
             stored[name] = StoredArray(path, file.stat().st_size, content_crc32c(values))
-        clip = ClipEntry(key, self._shard, index, self._source, attributes, stored)
+        clip = ClipEntry(key, self._shard, index, self._source, fingerprint, attributes, stored)
         self._write_record({"clip": clip.as_dict()})
         self.clips.append(clip)
 
-    def skip(self, key: str, reason: str, detail: str) -> None:
+    def skip(self, key: str, reason: str, detail: str, fingerprint: str) -> None:
         """Stage the fact that a clip is left out."""
-        skipped = SkippedClip(key, reason, detail, self._shard)
+        skipped = SkippedClip(key, reason, detail, fingerprint, self._shard)
         self._write_record({"skipped": skipped.as_dict()})
         self.skipped.append(skipped)
 

@@ -106,17 +106,6 @@ def repair(cache: Writable, as_json: Json = False, traceback: Traceback = False)
 
 
 @cache_app.command()
-def migrate(cache: Writable, as_json: Json = False, traceback: Traceback = False) -> None:
-    """Bring stores of an older schema version to this one, in place; no clip is made again.
-
-    sam2vx-pipeline cache migrate cache
-    """
-    from pipeline.commands.upkeep import migrate as command
-
-    finish(carry_out(lambda p: command.run(cache, p), traceback, resumable=True), as_json)
-
-
-@cache_app.command()
 def drop(
     cache: Writable,
     keys: Annotated[

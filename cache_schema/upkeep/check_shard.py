@@ -10,11 +10,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from cache_schema.clip_file import DamagedFile, read_clip
-from cache_schema.errors import CacheError, CorruptRecord, UnknownSchemaVersion
+from cache_schema.errors import CorruptRecord, UnknownSchemaVersion
 from cache_schema.layout import StoreLayout, group_name
 from cache_schema.manifest import CommitRecord, parse_commit
 from cache_schema.places import Place
-from cache_schema.sealed_json import crc32c_hex, unseal
+from cache_schema.sealed_json import crc32c_hex, is_sealed
 from cache_schema.settings import StoreSettings
 from cache_schema.upkeep.intact import GroupFile, group_files
 from cache_schema.zarr_group import METADATA_FILE, content_crc32c
@@ -57,21 +57,14 @@ def read_record(place: Place, settings: StoreSettings, shard: str) -> tuple[Comm
         record = parse_commit(data, settings, shard, where=where, store=place.where)
         return record, int(data[_CRC32C], 16)
     except UnknownSchemaVersion as error:
-        if is_intact_of_its_version(data, where, place.where):
+        if is_intact_of_its_version(data):
             raise
         raise CorruptRecord(f"{where} is damaged ({error})") from error
 
 
-def is_intact_of_its_version(data: bytes, where: str, store: str) -> bool:
+def is_intact_of_its_version(data: bytes) -> bool:
     """Whether a record of another schema version is sealed, and not just its number damaged."""
-    version = json.loads(data)["schema_version"]
-    if type(version) is not int:
-        return False
-    try:
-        unseal(data, where, store=store, version=version)
-    except CacheError:
-        return False
-    return True
+    return type(json.loads(data)["schema_version"]) is int and is_sealed(data)
 
 
 def read_file(place: Place, path: str) -> bytes | None:

@@ -114,7 +114,9 @@ def _drop_from(
         gone = [key for key in dict.fromkeys(of_shard) if key in keys]
         if gone:
             skipped = [c for c in record.skipped if not (_is_dropped(c) and c.key in gone)]
-            skipped += [SkippedClip(key, reason, detail, shard) for key in gone]
+            fingerprints = {c.key: c.fingerprint for c in otherwise}
+            fingerprints |= {c.key: c.fingerprint for c in record.clips}
+            skipped += [SkippedClip(key, reason, detail, fingerprints[key], shard) for key in gone]
             keep_clips(layout, settings, record, keep, skipped, quarantine=None)
         return len(gone)
 

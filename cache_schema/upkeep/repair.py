@@ -205,11 +205,14 @@ class _Repair:
             fast=False,
             advance=lambda _: None,
         )
-        out = {key: SkippedClip(key, DAMAGED, what, shard) for key, what in damage.clips.items()}
+        made_from = {clip.key: clip.fingerprint for clip in record.clips}
+        out = {
+            key: SkippedClip(key, DAMAGED, what, made_from[key], shard)
+            for key, what in damage.clips.items()
+        }
         for key, other in self._held_elsewhere(record).items():
-            out.setdefault(
-                key, SkippedClip(key, DUPLICATE, f"shard {other!r} holds that key", shard)
-            )
+            told = f"shard {other!r} holds that key"
+            out.setdefault(key, SkippedClip(key, DUPLICATE, told, made_from[key], shard))
         if damage or out:
             keep_clips(
                 self.layout,

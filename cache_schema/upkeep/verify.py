@@ -107,7 +107,7 @@ def read_settings(place: Place) -> StoreSettings:
     try:
         return parse_manifest(data, where=where, store=place.where).settings
     except UnknownSchemaVersion as error:
-        if is_intact_of_its_version(data, where, place.where):
+        if is_intact_of_its_version(data):
             raise
         raise CorruptRecord(f"{where} is damaged ({error})") from error
 

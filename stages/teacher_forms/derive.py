@@ -190,11 +190,17 @@ class _Derivation:
             ]
             self._task.advance(len(clips) - len(missing))
             for clip, arrays in _read_ahead(self._reader, missing):
-                out.add(clip.key, self._maker(arrays, self._device), clip.attributes)
+                made = self._maker(arrays, self._device)
+                out.add(clip.key, made, clip.attributes, fingerprint=clip.fingerprint)
                 self.clips_written += 1
                 self._task.advance(1)
-            for clip_left_out in skipped:
-                out.skip(clip_left_out.key, clip_left_out.reason, clip_left_out.detail)
+            for left_out in skipped:
+                out.skip(
+                    left_out.key,
+                    left_out.reason,
+                    left_out.detail,
+                    fingerprint=left_out.fingerprint,
+                )
             out.commit()
 
 

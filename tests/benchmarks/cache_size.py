@@ -34,6 +34,7 @@ from stages.teacher_forms.gram_flow import (
     flow_arrays_spec,
     gram_flow_of,
 )
+from tests.fingerprints import fingerprint_of
 
 # Legend: T frame, H W token grid, G fused channel, P frame pair, K neighbour.
 
@@ -149,7 +150,11 @@ def measure(form: Form, case: Case, folder: Path, options: argparse.Namespace) -
     with writer.shard("00000", source="benchmark") as shard:
         for repeat in range(options.repeats):
             encoding, arrays = timed(lambda: form.encode(values))
-            writing, _ = timed(lambda number=repeat, a=arrays: shard.add(f"clip-{number}", a))
+            writing, _ = timed(
+                lambda number=repeat, a=arrays: shard.add(
+                    f"clip-{number}", a, fingerprint=fingerprint_of(f"clip-{number}")
+                )
+            )
             seconds["encode"].append(encoding)
             seconds["write"].append(writing)
         shard.commit()

@@ -19,6 +19,7 @@ from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from stages.base_facts import BaseFacts
 from stages.teacher_forms.features import encode_features, feature_arrays_spec
 from stages.teacher_forms.gram_flow import encode_gram_flow, flow_arrays_spec, gram_flow_of
+from tests.fingerprints import fingerprint_of
 
 MAPS, GRID, CHANNELS, RADIUS = 49, (30, 45), 512, 3
 TEXT = (226, 4096)
@@ -95,7 +96,11 @@ def _write(
     for start in range(0, num_clips, CLIPS_PER_SHARD):
         with writer.shard(f"{start // CLIPS_PER_SHARD:05d}", source="benchmark") as shard:
             for number in range(start, min(start + CLIPS_PER_SHARD, num_clips)):
-                shard.add(f"clip/{number:05d}", clips[number % len(clips)])
+                shard.add(
+                    f"clip/{number:05d}",
+                    clips[number % len(clips)],
+                    fingerprint=fingerprint_of(f"clip/{number:05d}"),
+                )
             shard.commit()
     writer.write_index()
     return writer.path

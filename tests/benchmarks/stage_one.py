@@ -26,6 +26,7 @@ from stages.extract_features.extraction import DTYPES, to_float16
 from stages.extract_features.tracking.sam2_inputs import resize_for_sam2
 from stages.local_gram_flow import fuse_directions, resample_to_grid
 from stages.metering import matmul_flops_per_second
+from tests.fingerprints import fingerprint_of
 
 TOLERANCE = 5e-6
 TARGETS = {"cpu": 1.6, "cuda": 2.5}
@@ -92,7 +93,7 @@ def time_fusing_and_writing(features: list[torch.Tensor], folder: Path) -> tuple
     settings = StoreSettings(kind="teacher", arrays={"features": spec}, values={})
     writer = StoreWriter.open(folder / "cache", settings, provenance={})
     with writer.shard("00000", source="benchmark") as shard:
-        shard.add("clip", {"features": fused_THWG})
+        shard.add("clip", {"features": fused_THWG}, fingerprint=fingerprint_of("clip"))
         shard.commit()
     return fused - started, now(device) - fused
 

@@ -38,6 +38,7 @@ from stages.train_student.objectives.build import build_heads, build_objectives
 from stages.train_student.objectives.needs import kinds_needed
 from stages.train_student.step import TrainingStep
 from stages.train_student.student import Student
+from tests.fingerprints import fingerprint_of
 
 OFFICIAL = Path(__file__).parents[1] / "official_configs" / "cogvideox-5b"
 NONE, CACHED, ONLINE = "none", "cached", "online"
@@ -122,7 +123,9 @@ def make_cache(folder: Path, facts: BaseFacts, options: argparse.Namespace) -> N
         writer = StoreWriter.open(folder, store, provenance={})
         with writer.shard("00000", source="benchmark") as shard:
             for number in range(NUM_CLIPS):
-                shard.add(f"clip/{number}", clip(kind))
+                shard.add(
+                    f"clip/{number}", clip(kind), fingerprint=fingerprint_of(f"clip/{number}")
+                )
             shard.commit()
 
 

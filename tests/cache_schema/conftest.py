@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
+from tests.fingerprints import fingerprint_of
 
 Arrays = dict[str, np.ndarray]
 
@@ -52,9 +53,16 @@ def write_shard(clip_of: Callable[[str], Arrays]) -> Callable[..., None]:
         with writer.shard(name, source=f"{name}.tar") as shard:
             for key in keys:
                 if not shard.has(key):
-                    shard.add(key, clip_of(key), {"source_fps": 29.97, "name": key})
+                    shard.add(
+                        key,
+                        clip_of(key),
+                        {"source_fps": 29.97, "name": key},
+                        fingerprint=fingerprint_of(key),
+                    )
             if skip and not shard.has(skip):
-                shard.skip(skip, "too_short", "12 frames, 49 needed")
+                shard.skip(
+                    skip, "too_short", "12 frames, 49 needed", fingerprint=fingerprint_of(skip)
+                )
             shard.commit()
 
     return write

@@ -44,7 +44,7 @@ def unseal(data: bytes) -> dict[str, Any]:
     assert data[14:22] == f"{crc32c(blank):08x}".encode(), "the record fails its checksum"
     record = json.loads(data)
     assert list(record)[:2] == ["crc32c", "schema_version"]
-    assert record["schema_version"] == 2
+    assert record["schema_version"] == 3
     return record
 
 
@@ -162,9 +162,10 @@ def read_index(path: Path) -> dict[str, np.ndarray]:
 
 def clips_of_index(
     columns: dict[str, np.ndarray], arrays: dict[str, Any]
-) -> dict[str, tuple[str, int, dict[str, tuple[int, str]]]]:
-    """By key: the group's folder, the clip's index in it, size and checksum of each array."""
-    assert columns["schema_version"].tolist() == [2]
+) -> dict[str, tuple[str, int, str, dict[str, tuple[int, str]]]]:
+    """By key: the group's folder, the clip's index in it, fingerprint, size and checksum of each
+    array."""
+    assert columns["schema_version"].tolist() == [3]
     names, keys = _texts(columns, "shards.name"), _texts(columns, "keys")
     assert (names, keys) == (sorted(names), sorted(keys))
     clips = {}
@@ -179,7 +180,8 @@ def clips_of_index(
             )
             for name in arrays
         }
-        clips[key] = (folder, int(columns["clips.index"][row]), stored)
+        fingerprint = columns["clips.fingerprint"][row].decode("ascii")
+        clips[key] = (folder, int(columns["clips.index"][row]), fingerprint, stored)
     return clips
 
 
@@ -194,9 +196,10 @@ def shards_of_index(columns: dict[str, np.ndarray]) -> dict[str, tuple[str, int,
     return dict(zip(_texts(columns, "shards.name"), facts, strict=True))
 
 
-def skipped_of_index(columns: dict[str, np.ndarray]) -> list[tuple[str, str, str, str]]:
-    """Shard, key, reason and detail of every skipped clip."""
+def skipped_of_index(columns: dict[str, np.ndarray]) -> list[tuple[str, str, str, str, str]]:
+    """Shard, key, reason, detail and fingerprint of every skipped clip."""
     names = _texts(columns, "shards.name")
     shards = [names[row] for row in columns["skipped.shard"].tolist()]
     words = (_texts(columns, f"skipped.{name}") for name in ("key", "reason", "detail"))
-    return list(zip(shards, *words, strict=True))
+    fingerprints = (found.decode("ascii") for found in columns["skipped.fingerprint"].tolist())
+    return list(zip(shards, *words, fingerprints, strict=True))

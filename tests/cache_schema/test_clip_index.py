@@ -29,6 +29,7 @@ from cache_schema.layout import StoreLayout
 from cache_schema.manifest import CommitRecord, committed_shards
 from cache_schema.places import LocalPlace
 from cache_schema.upkeep.drop import drop_clips
+from tests.fingerprints import fingerprint_of
 
 Arrays = dict[str, np.ndarray]
 ClipOf = Callable[[str], Arrays]
@@ -43,8 +44,11 @@ def _record(shard: str, keys: list[str], generation: int, skipped: list[str]) ->
             "a": StoredArray("", size, f"{crc32(key.encode()):08x}"),
             "b": StoredArray("", size + 1, f"{generation:08x}"),
         }
-        clips.append(ClipEntry(key, shard, index, f"{shard}.tar", {}, arrays))
-    left_out = tuple(SkippedClip(key, "too_short", f"{key}!", shard) for key in skipped)
+        made_from = fingerprint_of(f"{key} {generation}")
+        clips.append(ClipEntry(key, shard, index, f"{shard}.tar", made_from, {}, arrays))
+    left_out = tuple(
+        SkippedClip(key, "too_short", f"{key}!", fingerprint_of(key), shard) for key in skipped
+    )
     return CommitRecord(shard, generation, f"{shard}.tar", tuple(clips), left_out, {})
 
 
@@ -196,7 +200,7 @@ def test_an_index_of_another_store_is_not_taken(
     other = StoreSettings(kind="teacher", arrays=settings.arrays, values={"other": 1})
     writer = StoreWriter.open(tmp_path / "other", other, provenance={})
     with writer.shard("00000", source="s") as shard:
-        shard.add("wrong", clip_of("wrong"))
+        shard.add("wrong", clip_of("wrong"), fingerprint=fingerprint_of("wrong"))
         shard.commit()
     writer.write_index()
     (indexed / "index.npz").write_bytes((writer.path / "index.npz").read_bytes())
@@ -232,7 +236,7 @@ def test_a_key_in_two_shards_of_a_store_is_refused(
     writers = [StoreWriter.open(indexed.parent, settings, provenance={}) for _ in range(2)]
     with writers[0].shard("x", source="x") as x, writers[1].shard("y", source="y") as y:
         for shard in (x, y):  # neither is committed when the other looks
-            shard.add("twin", clip_of("twin"))
+            shard.add("twin", clip_of("twin"), fingerprint=fingerprint_of("twin"))
             shard.commit()
     with pytest.raises(CorruptRecord, match=r"'twin' is in shards 'x' and 'y' of .*unique"):
         assert StoreReader(indexed).keys

@@ -11,6 +11,7 @@ import pytest
 import zarr
 
 from cache_schema import ArraySpec, StoreReader, StoreSettings, StoreWriter
+from tests.fingerprints import fingerprint_of
 
 FilesOf = Callable[[Path], dict[str, bytes]]
 
@@ -45,7 +46,7 @@ def _write(root: Path, settings: StoreSettings, shard: str = "00000") -> Path:
     writer = StoreWriter.open(root, settings, provenance={})
     with writer.shard(shard, source="x.tar") as out:
         for i in range(3):
-            out.add(f"{shard}/{i}", _smooth(i))
+            out.add(f"{shard}/{i}", _smooth(i), fingerprint=fingerprint_of(f"{shard}/{i}"))
         out.commit()
     return writer.path
 
@@ -131,16 +132,16 @@ def test_staged_clips_that_are_compressed_are_adopted(tmp_path: Path, files_of: 
     whole = _write(tmp_path / "whole", PACKED)
     writer = StoreWriter.open(tmp_path / "killed", PACKED, provenance={})
     with writer.shard("00000", source="x.tar") as out:
-        out.add("00000/0", _smooth(0))
-        out.add("00000/1", _smooth(1))
+        out.add("00000/0", _smooth(0), fingerprint=fingerprint_of("00000/0"))
+        out.add("00000/1", _smooth(1), fingerprint=fingerprint_of("00000/1"))
     chunk = writer.path / ".staging/00000/shard/gram_flow/c/1/0/0/0/0"
     data = bytearray(chunk.read_bytes())
     data[1000] ^= 1
     chunk.write_bytes(data)
     with writer.shard("00000", source="x.tar") as out:
         assert [out.has(f"00000/{i}") for i in range(3)] == [True, False, False]
-        out.add("00000/1", _smooth(1))
-        out.add("00000/2", _smooth(2))
+        out.add("00000/1", _smooth(1), fingerprint=fingerprint_of("00000/1"))
+        out.add("00000/2", _smooth(2), fingerprint=fingerprint_of("00000/2"))
         out.commit()
     assert files_of(writer.path) == files_of(whole)
 

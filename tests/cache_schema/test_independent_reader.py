@@ -17,6 +17,7 @@ from tests.cache_schema.independent_reader import (
     shards_of_index,
     skipped_of_index,
 )
+from tests.fingerprints import fingerprint_of
 
 SHARDS = {
     "00000": ["walk/0000", "läuft", "ｅｎｄ\U0001f40e", "walk/0001"],
@@ -72,9 +73,16 @@ def written(settings: StoreSettings, tmp_path_factory: pytest.TempPathFactory) -
     for name, keys in SHARDS.items():
         with writer.shard(name, source=f"{name}.tar") as shard:
             for key in keys:
-                shard.add(key, _arrays(seed, settings), {"seed": seed})
+                shard.add(
+                    key, _arrays(seed, settings), {"seed": seed}, fingerprint=fingerprint_of(key)
+                )
                 seed += 1
-            shard.skip(f"{name} skipped", "too_short", "12 frames, 49 needed")
+            shard.skip(
+                f"{name} skipped",
+                "too_short",
+                "12 frames, 49 needed",
+                fingerprint=fingerprint_of(f"{name} skipped"),
+            )
             shard.commit()
     drop_clips(writer.path, ["läuft"], detail="unscharf")
     return writer.path
@@ -102,6 +110,7 @@ def test_it_finds_every_clip_as_it_was_written(written: Path, settings: StoreSet
     for key in expected:
         shard, clip = found.clips[key]
         assert clip["attributes"] == reader.record(key).attributes
+        assert clip["fingerprint"] == reader.record(key).fingerprint == fingerprint_of(key)
         wanted = _arrays(clip["attributes"]["seed"], settings)
         theirs = reader.read(key)
         for name, values in found.read(key).items():
@@ -114,6 +123,7 @@ def test_it_finds_every_clip_as_it_was_written(written: Path, settings: StoreSet
         "key": "läuft",
         "reason": "dropped",
         "detail": "unscharf",
+        "fingerprint": fingerprint_of("läuft"),
     }
 
 
@@ -125,6 +135,7 @@ def test_the_index_says_what_the_commit_records_say(written: Path) -> None:
         key: (
             found.group(shard).name,
             clip["index"],
+            clip["fingerprint"],
             {name: (array["bytes"], array["crc32c"]) for name, array in clip["arrays"].items()},
         )
         for key, (shard, clip) in found.clips.items()
@@ -134,7 +145,7 @@ def test_the_index_says_what_the_commit_records_say(written: Path) -> None:
         for shard, record in found.records.items()
     }
     assert skipped_of_index(columns) == [
-        (shard, clip["key"], clip["reason"], clip["detail"])
+        (shard, clip["key"], clip["reason"], clip["detail"], clip["fingerprint"])
         for shard, record in sorted(found.records.items())
         for clip in record["skipped"]
     ]

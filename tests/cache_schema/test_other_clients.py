@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from cache_schema import ArraySpec, CorruptClip, StoreReader, StoreSettings, StoreWriter
+from tests.fingerprints import fingerprint_of
 
 xarray = pytest.importorskip("xarray")
 tensorstore = pytest.importorskip("tensorstore")
@@ -56,9 +57,9 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     writer = StoreWriter.open(tmp_path_factory.mktemp("cache"), settings, provenance={})
     with writer.shard("00000", source="00000.tar") as shard:
         for seed, key in enumerate(KEYS[:-1]):
-            shard.add(key, _clip(settings, seed))
+            shard.add(key, _clip(settings, seed), fingerprint=fingerprint_of(key))
         zero = {name: np.zeros_like(values) for name, values in _clip(settings, 0).items()}
-        shard.add(KEYS[-1], zero)
+        shard.add(KEYS[-1], zero, fingerprint=fingerprint_of(KEYS[-1]))
         shard.commit()
     return writer.path
 

@@ -15,6 +15,7 @@ from cache_schema import StoreReader, StoreWriter
 from cache_schema.upkeep.copy import copy_store
 from cache_schema.upkeep.drop import drop_clips
 from cache_schema.upkeep.merge import merge_stores
+from tests.fingerprints import fingerprint_of
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/fd").is_dir(), reason="reads what a descriptor holds through /proc"
@@ -102,8 +103,8 @@ def written(tmp_path, disk, settings, write_shard):
 def test_a_clip_is_on_the_disk_when_it_is_staged(tmp_path, disk, settings, clip_of):
     writer = StoreWriter.open(tmp_path / "cache", settings, provenance={})
     with writer.shard("00000", source="a.tar") as shard:
-        shard.add("a0", clip_of("a0"))
-        shard.skip("a1", "too_short", "3 frames")
+        shard.add("a0", clip_of("a0"), fingerprint=fingerprint_of("a0"))
+        shard.skip("a1", "too_short", "3 frames", fingerprint=fingerprint_of("a1"))
         staged = writer.path / ".staging" / "00000"
         records = sorted((staged / "records").glob("*.json"))
         assert len(records) == 2

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cache_schema import ShardBusy, StoreReader, StoreSettings, StoreWriter, verify_store
+from tests.fingerprints import fingerprint_of
 
 Arrays = dict[str, np.ndarray]
 ClipOf = Callable[[str], Arrays]
@@ -28,9 +29,9 @@ def test_a_shard_has_one_writer_even_in_one_process(
         ):
             pass
         with second.shard("1", source="1") as other:
-            other.add("b", clip_of("b"))
+            other.add("b", clip_of("b"), fingerprint=fingerprint_of("b"))
             other.commit()
-        shard.add("a", clip_of("a"))
+        shard.add("a", clip_of("a"), fingerprint=fingerprint_of("a"))
         shard.commit()
     assert StoreReader(first.path).keys == ("a", "b")
 
@@ -49,7 +50,11 @@ def test_of_writers_racing_for_shards_each_shard_is_written_by_one(
                 try:
                     with writer.shard(name, source=name) as shard:
                         for j in range(2):
-                            shard.add(f"{name}/{j}", clip_of(f"{name}/{j}"))
+                            shard.add(
+                                f"{name}/{j}",
+                                clip_of(f"{name}/{j}"),
+                                fingerprint=fingerprint_of(f"{name}/{j}"),
+                            )
                         shard.commit()
                     outcomes.send(("written", name))
                 except ShardBusy:
@@ -86,7 +91,7 @@ def test_a_lock_dies_with_its_process(
 
     def hold() -> None:
         with writer.shard("0", source="0") as shard:
-            shard.add("a", clip_of("a"))
+            shard.add("a", clip_of("a"), fingerprint=fingerprint_of("a"))
             send.send("staged")
             time.sleep(60)
 

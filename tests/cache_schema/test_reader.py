@@ -23,6 +23,7 @@ from cache_schema import (
     StoreWriter,
 )
 from cache_schema.upkeep.drop import drop_clips
+from tests.fingerprints import fingerprint_of
 
 Arrays = dict[str, np.ndarray]
 ClipOf = Callable[[str], Arrays]
@@ -48,7 +49,9 @@ def test_records_say_where_a_clip_came_from(store: Path) -> None:
     assert entry.attributes == {"source_fps": 29.97, "name": "b1"}
     assert [clip.key for clip in reader.records("00000")] == ["a0", "a1", "a2"]
     assert reader.provenance == {"version": "1.2.3"}
-    assert reader.skipped == (SkippedClip("a3", "too_short", "12 frames, 49 needed", "00000"),)
+    assert reader.skipped == (
+        SkippedClip("a3", "too_short", "12 frames, 49 needed", fingerprint_of("a3"), "00000"),
+    )
     assert reader.name == store.name
     with pytest.raises(KeyError):
         reader.records("00002")
@@ -116,7 +119,7 @@ def test_parts_equal_slices_of_the_whole(tmp_path: Path, compression: Any) -> No
     values = np.random.default_rng(0).normal(size=spec.shape).astype("float32")
     writer = StoreWriter.open(tmp_path, settings, provenance={})
     with writer.shard("s", source="s") as shard:
-        shard.add("k", {"frames": values})
+        shard.add("k", {"frames": values}, fingerprint=fingerprint_of("k"))
         shard.commit()
     reader = StoreReader(writer.path)
     for start in range(6):

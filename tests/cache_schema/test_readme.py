@@ -11,6 +11,7 @@ import pytest
 import cache_schema
 from cache_schema import ArraySpec, StoreReader, StoreSettings, StoreWriter, errors
 from cache_schema.upkeep.repair import repair_store
+from tests.fingerprints import fingerprint_of
 
 README = Path(cache_schema.__file__).with_name("README.md").read_text("utf-8")
 
@@ -31,18 +32,48 @@ def example(tmp_path: Path) -> Path:
     values = (np.arange(np.prod(spec.shape)) % 7).reshape(spec.shape).astype("float16")
     writer = StoreWriter.open(tmp_path, settings, provenance={"sam2videox": "0.1.0"})
     with writer.shard("00000", source="00000.tar") as shard:
-        shard.add("walk/0000", {"features": values}, {"num_frames": 49, "quality": 0.93})
-        shard.add("walk/0001", {"features": -values}, {"num_frames": 49, "quality": 0.88})
-        shard.skip("walk/0002", "too_short", "has 12 frames, needs 49")
+        shard.add(
+            "walk/0000",
+            {"features": values},
+            {"num_frames": 49, "quality": 0.93},
+            fingerprint=fingerprint_of("walk/0000"),
+        )
+        shard.add(
+            "walk/0001",
+            {"features": -values},
+            {"num_frames": 49, "quality": 0.88},
+            fingerprint=fingerprint_of("walk/0001"),
+        )
+        shard.skip(
+            "walk/0002",
+            "too_short",
+            "has 12 frames, needs 49",
+            fingerprint=fingerprint_of("walk/0002"),
+        )
         shard.commit()
     with writer.shard("00001", source="00001.tar") as shard:
-        shard.add("run/0000", {"features": values}, {"num_frames": 49, "quality": 0.91})
-        shard.add("run/0001", {"features": values}, {"num_frames": 49, "quality": 0.9})
+        shard.add(
+            "run/0000",
+            {"features": values},
+            {"num_frames": 49, "quality": 0.91},
+            fingerprint=fingerprint_of("run/0000"),
+        )
+        shard.add(
+            "run/0001",
+            {"features": values},
+            {"num_frames": 49, "quality": 0.9},
+            fingerprint=fingerprint_of("run/0001"),
+        )
         shard.commit()
     (writer.path / "shards/00001/features/c/1/0/0/0/0").write_bytes(b"damaged")
     repair_store(writer.path)
     with writer.shard("00002", source="00002.tar") as shard:
-        shard.add("jump/0000", {"features": values}, {"num_frames": 49, "quality": 0.95})
+        shard.add(
+            "jump/0000",
+            {"features": values},
+            {"num_frames": 49, "quality": 0.95},
+            fingerprint=fingerprint_of("jump/0000"),
+        )
     return writer.path
 
 
@@ -73,7 +104,7 @@ def test_the_tree_shown_is_the_tree_written(
 
 
 def test_the_index_has_the_columns_listed(example: Path) -> None:
-    listed = dict(re.findall(r"^\| `([a-z.<>_0-9]+)` \| `([<a-z0-9]+)` \|", README, flags=re.M))
+    listed = dict(re.findall(r"^\| `([a-z.<>_0-9]+)` \| `([<a-zA-Z0-9]+)` \|", README, flags=re.M))
     expected = {name.replace("<array>", "features"): dtype for name, dtype in listed.items()}
     with np.load(example / "index.npz", allow_pickle=False) as index:
         found = {name: index[name].dtype.str.lstrip("|") for name in index.files}
@@ -110,7 +141,8 @@ def test_the_python_shown_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     features = np.zeros((49, 8, 12, 16), "float16")
-    names = {"clips": [("walk/0000", features), ("walk/0001", features)]}
+    keys = ("walk/0000", "walk/0001")
+    names = {"clips": [(key, features, fingerprint_of(key)) for key in keys]}
     exec(code, names)
     assert isinstance(names["reader"], StoreReader)
     assert list(names["reader"].keys) == ["walk/0000", "walk/0001"]

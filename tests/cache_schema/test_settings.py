@@ -59,7 +59,7 @@ def test_settings_survive_a_sealed_file(settings: StoreSettings) -> None:
 
 
 def test_a_changed_version_is_damage_and_not_an_older_store() -> None:
-    data = seal({"a": 1}).replace(b'"schema_version": 2', b'"schema_version": 1')
+    data = seal({"a": 1}).replace(b'"schema_version": 3', b'"schema_version": 2')
     with pytest.raises(CorruptRecord, match="checksum"):
         unseal(data, "test", store="s")
 

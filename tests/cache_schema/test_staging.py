@@ -11,6 +11,7 @@ import pytest
 
 from cache_schema import CacheError, StoreReader, StoreSettings, StoreWriter
 from cache_schema.upkeep.verify import verify_store
+from tests.fingerprints import fingerprint_of
 
 Arrays = dict[str, np.ndarray]
 ClipOf = Callable[[str], Arrays]
@@ -20,8 +21,8 @@ FilesOf = Callable[[Path], dict[str, bytes]]
 def _stage(writer: StoreWriter, keys: list[str], clip_of: ClipOf) -> None:
     with writer.shard("0", source="0.tar") as shard:
         for key in keys:
-            shard.add(key, clip_of(key))
-        shard.skip("bad", "undecodable", "no video stream")
+            shard.add(key, clip_of(key), fingerprint=fingerprint_of(key))
+        shard.skip("bad", "undecodable", "no video stream", fingerprint=fingerprint_of("bad"))
 
 
 def _staged(writer: StoreWriter, keys: list[str], source: str = "0.tar") -> list[str]:
@@ -64,8 +65,8 @@ def test_damaged_staged_clips_are_made_again(
     with writer.shard("0", source="0.tar") as shard:
         assert [key for key in ("a", "b", "c", "bad") if shard.has(key)] == ["a"]
         for key in ("b", "c"):
-            shard.add(key, clip_of(key))
-        shard.skip("bad", "undecodable", "no video stream")
+            shard.add(key, clip_of(key), fingerprint=fingerprint_of(key))
+        shard.skip("bad", "undecodable", "no video stream", fingerprint=fingerprint_of("bad"))
         shard.commit()
     assert files_of(writer.path) == files_of(whole.path)
 
@@ -89,13 +90,13 @@ def test_a_writer_knows_the_clips_of_shards_finished_before_and_since(
     with first.shard("2", source="2") as shard:
         assert [shard.shard_holding(key) for key in ("a0", "b1", "c")] == ["00000", "00001", None]
     with second.shard("3", source="3") as shard:
-        shard.add("c", clip_of("c"))
+        shard.add("c", clip_of("c"), fingerprint=fingerprint_of("c"))
         shard.commit()
     with first.shard("2", source="2") as shard:
         assert shard.shard_holding("c") == "3"
         for key, holder in (("c", "3"), ("a1", "00000")):
             with pytest.raises(ValueError, match=f"already in shard '{holder}'"):
-                shard.add(key, clip_of(key))
+                shard.add(key, clip_of(key), fingerprint=fingerprint_of(key))
 
 
 def test_a_failed_write_can_be_tried_again(
@@ -110,17 +111,17 @@ def test_a_failed_write_can_be_tried_again(
 
     writer = StoreWriter.open(tmp_path / "full", settings, provenance={})
     with writer.shard("0", source="0") as shard:
-        shard.add("a", clip_of("a"))
+        shard.add("a", clip_of("a"), fingerprint=fingerprint_of("a"))
         with monkeypatch.context() as patch:
             patch.setattr("cache_schema.staging.write_whole", fail)
             with pytest.raises(OSError, match="No space left"):
-                shard.add("never", clip_of("never"))
+                shard.add("never", clip_of("never"), fingerprint=fingerprint_of("never"))
         assert not shard.has("never")
         shard.commit()
     assert StoreReader(writer.path).keys == ("a",)
     other = StoreWriter.open(tmp_path / "roomy", settings, provenance={})
     with other.shard("0", source="0") as shard:
-        shard.add("a", clip_of("a"))
+        shard.add("a", clip_of("a"), fingerprint=fingerprint_of("a"))
         shard.commit()
     assert files_of(writer.path) == files_of(other.path)
 
@@ -130,7 +131,7 @@ def test_an_exception_keeps_what_is_staged_and_lets_go_of_the_shard(
 ) -> None:
     writer = StoreWriter.open(tmp_path, settings, provenance={})
     with pytest.raises(CacheError, match="out of memory"), writer.shard("0", source="0") as shard:
-        shard.add("a", clip_of("a"))
+        shard.add("a", clip_of("a"), fingerprint=fingerprint_of("a"))
         raise CacheError("out of memory")
     assert _staged(writer, ["a"], source="0") == ["a"]
 

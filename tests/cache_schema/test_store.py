@@ -25,6 +25,7 @@ from cache_schema import (
     StoreWriter,
     verify_store,
 )
+from tests.fingerprints import fingerprint_of
 
 Arrays = dict[str, np.ndarray]
 ClipOf = Callable[[str], Arrays]
@@ -67,7 +68,7 @@ def test_frames_larger_than_a_shared_chunk_are_stored_one_by_one(tmp_path: Path)
     values = np.arange(600_000, dtype="float32").reshape(spec.shape)
     writer = StoreWriter.open(tmp_path, settings, provenance={})
     with writer.shard("s", source="s") as shard:
-        shard.add("k", {"frames": values})
+        shard.add("k", {"frames": values}, fingerprint=fingerprint_of("k"))
         shard.commit()
     np.testing.assert_array_equal(StoreReader(writer.path).read("k")["frames"], values)
     array: Any = zarr.open_array(str(writer.path / "shards" / "s"), path="frames", mode="r")
@@ -79,8 +80,8 @@ def test_clips_of_nothing_but_fill_values_survive(tmp_path: Path, settings: Stor
     zeros = {n: np.zeros(s.shape, s.dtype) for n, s in settings.arrays.items()}
     writer = StoreWriter.open(tmp_path, settings, provenance={})
     with writer.shard("0", source="0") as shard:
-        shard.add("zero", zeros)
-        shard.add("zero again", zeros)
+        shard.add("zero", zeros, fingerprint=fingerprint_of("zero"))
+        shard.add("zero again", zeros, fingerprint=fingerprint_of("zero again"))
         shard.commit()
     for array in StoreReader(writer.path).read("zero again").values():
         assert not array.any()
@@ -92,7 +93,7 @@ def test_a_shard_of_skipped_clips_only_is_committed(
 ) -> None:
     writer = StoreWriter.open(tmp_path, settings, provenance={})
     with writer.shard("0", source="0") as shard:
-        shard.skip("k", "undecodable", "moov atom not found")
+        shard.skip("k", "undecodable", "moov atom not found", fingerprint=fingerprint_of("k"))
         shard.commit()
     assert writer.is_committed("0")
     reader = StoreReader(writer.path)
@@ -112,9 +113,9 @@ def test_saying_twice_that_a_clip_is_skipped_records_it_once(
 ) -> None:
     writer = StoreWriter.open(tmp_path, settings, provenance={})
     with writer.shard("0", source="0") as shard:
-        shard.add("k", clip_of("k"))
+        shard.add("k", clip_of("k"), fingerprint=fingerprint_of("k"))
         for _ in range(2):
-            shard.skip("k", "duplicate_key", "a second k.mp4")
+            shard.skip("k", "duplicate_key", "a second k.mp4", fingerprint=fingerprint_of("k"))
         shard.commit()
     reader = StoreReader(writer.path)
     assert [clip.reason for clip in reader.skipped] == ["duplicate_key"]
@@ -129,9 +130,9 @@ def test_what_a_retry_found_counts_and_what_it_brought_in_is_no_longer_skipped(
     def write(name: str, clips: str, skipped: dict[str, str]) -> None:
         with writer.shard(name, source=f"source of {name}") as shard:
             for key in clips:
-                shard.add(key, clip_of(key))
+                shard.add(key, clip_of(key), fingerprint=fingerprint_of(key))
             for key, reason in skipped.items():
-                shard.skip(key, reason, f"as {name} says")
+                shard.skip(key, reason, f"as {name} says", fingerprint=fingerprint_of(key))
             shard.commit()
 
     write("0", "a", {"b": "undecodable", "c": "too_short", "d": "no_prompt"})
@@ -182,11 +183,11 @@ def test_arrays_that_do_not_fit_are_refused_and_nothing_is_staged(
     change(arrays)
     with writer.shard("0", source="0") as shard:
         with pytest.raises(ValueError, match=message) as error:
-            shard.add("k", arrays)
+            shard.add("k", arrays, fingerprint=fingerprint_of("k"))
         assert "clip 'k'" in str(error.value)
         assert str(writer.path) in str(error.value)
         assert not shard.has("k")
-        shard.add("k", clip_of("k"))
+        shard.add("k", clip_of("k"), fingerprint=fingerprint_of("k"))
         shard.commit()
     assert StoreReader(writer.path).keys == ("k",)
 
@@ -197,7 +198,7 @@ def test_non_contiguous_arrays_are_stored_by_value(tmp_path: Path) -> None:
     values = np.arange(24, dtype="float32").reshape(4, 6).T[::2]
     writer = StoreWriter.open(tmp_path, settings, provenance={})
     with writer.shard("0", source="0") as shard:
-        shard.add("k", {"v": values})
+        shard.add("k", {"v": values}, fingerprint=fingerprint_of("k"))
         shard.commit()
     np.testing.assert_array_equal(StoreReader(writer.path).read("k")["v"], values)
 
@@ -211,7 +212,7 @@ def test_attributes_that_are_not_json_are_refused(
         writer.shard("0", source="0") as shard,
         pytest.raises(ValueError, match="attributes of clip 'k'"),
     ):
-        shard.add("k", clip_of("k"), attributes)
+        shard.add("k", clip_of("k"), attributes, fingerprint=fingerprint_of("k"))
 
 
 def test_a_key_is_written_once_in_a_shard(
@@ -219,9 +220,9 @@ def test_a_key_is_written_once_in_a_shard(
 ) -> None:
     writer = StoreWriter.open(tmp_path, settings, provenance={})
     with writer.shard("0", source="0") as shard:
-        shard.add("k", clip_of("k"))
+        shard.add("k", clip_of("k"), fingerprint=fingerprint_of("k"))
         with pytest.raises(ValueError, match="already in shard '0'"):
-            shard.add("k", clip_of("k"))
+            shard.add("k", clip_of("k"), fingerprint=fingerprint_of("k"))
 
 
 def test_a_key_of_another_finished_shard_is_refused(
@@ -233,7 +234,7 @@ def test_a_key_of_another_finished_shard_is_refused(
         writer.shard("1", source="1") as shard,
         pytest.raises(ValueError, match="'k' of shard '1' is already in shard '0'"),
     ):
-        shard.add("k", clip_of("k"))
+        shard.add("k", clip_of("k"), fingerprint=fingerprint_of("k"))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_keys_without_a_safe_text_are_refused(
         writer.shard("0", source="0") as shard,
         pytest.raises(ValueError, match="clip key"),
     ):
-        shard.add(key, clip_of("k"))
+        shard.add(key, clip_of("k"), fingerprint=fingerprint_of("k"))
 
 
 any_key = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=40)
@@ -323,11 +324,11 @@ def test_a_shard_writer_is_used_inside_its_with_block(
     writer = StoreWriter.open(tmp_path, settings, provenance={})
     shard = writer.shard("0", source="0")
     with pytest.raises(ValueError, match="with"):
-        shard.add("k", clip_of("k"))
+        shard.add("k", clip_of("k"), fingerprint=fingerprint_of("k"))
     with shard:
         shard.commit()
         with pytest.raises(ValueError, match="not after commit"):
-            shard.add("k", clip_of("k"))
+            shard.add("k", clip_of("k"), fingerprint=fingerprint_of("k"))
 
 
 def test_reopening_keeps_the_first_provenance(

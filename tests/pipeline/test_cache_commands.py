@@ -1,7 +1,6 @@
 """The cache commands from their arguments to stdout and exit code, on small real stores."""
 
 import json
-import shutil
 import sys
 import threading
 import types
@@ -13,13 +12,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from cache_schema import ArraySpec, StoreReader, StoreSettings, StoreWriter
+from cache_schema import ArraySpec, StoreReader, StoreSettings, StoreWriter, sealed_json
 from pipeline.cli import app
-from pipeline.commands.upkeep import copying, drop, merge, migrate, repair, verify
+from pipeline.commands.upkeep import copying, drop, merge, repair, verify
 from stages.teacher_forms.derive import DeriveSummary
+from tests.fingerprints import fingerprint_of
 
 SHAPES = {"teacher": (4, 2, 3, 5), "text": (3, 8)}
-STORES_V1 = Path(__file__).parents[1] / "cache_schema" / "stores_v1"
 PROVENANCE = {"sam2videox": "9.8.7", "commit": "0123456789abcdef", "uncommitted_changes": True}
 
 
@@ -40,9 +39,9 @@ def write_store(cache, kind, shards, *, skipped=(), precision="fp32"):
     for name, keys in shards.items():
         with writer.shard(name, source=f"{name}.tar") as shard:
             for key in keys:
-                shard.add(key, {"values": value(kind, key)}, {})
+                shard.add(key, {"values": value(kind, key)}, {}, fingerprint=fingerprint_of(key))
             for key in skipped if name == min(shards) else ():
-                shard.skip(key, "too_short", "has 3 frames")
+                shard.skip(key, "too_short", "has 3 frames", fingerprint=fingerprint_of(key))
             shard.commit()
     writer.write_index()
     return writer.path
@@ -103,7 +102,7 @@ def answer(*words, exit_code=0):
 
 @pytest.mark.parametrize(
     "words",
-    ["", "list", "verify", "repair", "migrate", "drop", "merge", "copy", "derive gram-flow"],
+    ["", "list", "verify", "repair", "drop", "merge", "copy", "derive gram-flow"],
 )
 def test_every_command_has_help_with_an_example(words):
     result = invoke(*words.split(), "--help")
@@ -118,7 +117,7 @@ def test_every_command_has_help_with_an_example(words):
         ["list"],
         ["list", ".", "more"],
         ["repair", "/nowhere"],
-        ["migrate", "s3://bucket/cache"],
+        ["repair", "s3://bucket/cache"],
         ["merge", "s3://bucket/cache", "."],
         ["drop", "."],
         ["drop", ".", "--from", "/nowhere.jsonl"],
@@ -132,7 +131,7 @@ def test_bad_usage_exits_with_2(words):
     assert invoke(*words).exit_code == 2
 
 
-@pytest.mark.parametrize("words", ["list", "verify", "repair", "migrate", "drop", "copy"])
+@pytest.mark.parametrize("words", ["list", "verify", "repair", "drop", "copy"])
 def test_a_folder_without_stores_is_an_error_that_says_where_stores_come_from(tmp_path, words):
     more = {"drop": ["walk/0"], "copy": [tmp_path / "target"]}.get(words, [])
     result = invoke(words, tmp_path, *more)
@@ -163,7 +162,7 @@ class TestList:
         assert teacher["kind"] == "teacher"
         assert (teacher["clips"], teacher["skipped"], teacher["shards"]) == (3, 1, 2)
         assert teacher["bytes"] == size
-        assert teacher["schema_version"] == 2
+        assert teacher["schema_version"] == 3
         assert teacher["settings_hash"] == settings_of("teacher").hash
         assert teacher["made_with"] == PROVENANCE
         assert teacher["made"].startswith("20")
@@ -179,15 +178,19 @@ class TestList:
     def test_one_store_can_be_named(self, cache):
         assert list(answer("list", store(cache, "text"))) == ["text"]
 
-    def test_an_old_store_is_listed_with_the_command_that_migrates_it(self, cache):
-        shutil.copytree(STORES_V1 / "teacher-848ee747cab8", cache / "teacher-848ee747cab8")
-        result = invoke("list", cache, "--json")
-        assert result.exit_code == 0
-        told = json.loads(result.stdout)["stores"]
-        (old,) = (one for one in told if one["schema_version"] == 1)
-        assert old["settings_hash"].startswith("848ee747cab8")
-        assert f"sam2vx-pipeline cache migrate {cache}/teacher-848ee747cab8" in old["remedy"]
-        assert f"sam2vx-pipeline cache migrate {cache}" in invoke("list", cache).stdout
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_an_old_store_is_listed_with_what_to_do(self, cache, version, monkeypatch):
+        monkeypatch.setattr(sealed_json, "SCHEMA_VERSION", version)
+        text = store(cache, "text")
+        record = json.loads((text / "store.json").read_bytes())
+        del record["crc32c"], record["schema_version"]
+        (text / "store.json").write_bytes(sealed_json.seal(record))
+        monkeypatch.undo()
+        old = answer("list", cache)["text"]
+        assert old["schema_version"] == version
+        assert old["settings_hash"] == record["settings_hash"]
+        assert f"another cache folder, or remove {text}," in old["remedy"]
+        assert "run sam2vx-pipeline extract-features" in invoke("list", cache).stdout
 
     def test_a_damaged_store_is_told_and_the_others_are_listed(self, cache):
         flip_a_byte(store(cache, "teacher") / "store.json")
@@ -274,15 +277,6 @@ class TestRepair:
         flip_a_byte(store(cache, "teacher") / "store.json")
         found = answer("repair", cache, exit_code=1)["teacher"]
         assert "extract-features" in found["left"][0]["what"]
-
-
-class TestMigrate:
-    def test_an_old_store_can_be_read_afterwards(self, tmp_path):
-        shutil.copytree(STORES_V1, tmp_path / "cache")
-        assert answer("migrate", tmp_path / "cache")["teacher"]["records_rewritten"] > 0
-        assert answer("list", tmp_path / "cache")["teacher"]["schema_version"] == 2
-        answer("verify", tmp_path / "cache")
-        assert "nothing to do" in invoke("migrate", tmp_path / "cache").stdout
 
 
 class TestDrop:
@@ -418,7 +412,6 @@ class TestInterrupted:
         ("module", "function", "words"),
         [
             (repair, "repair_store", ["repair"]),
-            (migrate, "migrate_store", ["migrate"]),
             (drop, "drop_clips", ["drop", "walk/0"]),
             (merge, "merge_stores", ["merge"]),
             (copying, "copy_store", ["copy", "target"]),

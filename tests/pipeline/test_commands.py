@@ -24,6 +24,7 @@ from stages.progress import SilentProgress
 from stages.sample_videos.sampling import SampleSummary
 from stages.train_student.logs.rows import LossRow
 from stages.train_student.summary import TrainSummary
+from tests.fingerprints import fingerprint_of
 
 QUIET = SilentProgress()
 
@@ -53,7 +54,13 @@ class TestExtract:
     def calls(self, monkeypatch):
         calls = []
         skipped = tuple(
-            SkippedClip(key=f"clip/{n}", reason="too_short", detail="3 frames", shard="00000")
+            SkippedClip(
+                key=f"clip/{n}",
+                reason="too_short",
+                detail="3 frames",
+                fingerprint="0" * 32,
+                shard="00000",
+            )
             for n in range(30)
         )
         kind = KindSummary(
@@ -305,8 +312,15 @@ class TestInspect:
             with writer.shard("00000", source="00000.tar") as shard:
                 for key in keys:
                     seen = np.ones(len(values), np.uint8)
-                    shard.add(key, {name: values, "valid": seen}, {"fps": 8})
-                shard.skip("walk/[8]", "too_short", "3 frames")
+                    shard.add(
+                        key,
+                        {name: values, "valid": seen},
+                        {"fps": 8},
+                        fingerprint=fingerprint_of(key),
+                    )
+                shard.skip(
+                    "walk/[8]", "too_short", "3 frames", fingerprint=fingerprint_of("walk/[8]")
+                )
                 shard.commit()
             return writer.path
 
@@ -388,7 +402,11 @@ class TestInspect:
         settings = StoreSettings(kind="gram_flow", arrays=arrays, values={})
         writer = StoreWriter.open(config.cache_folder, settings, provenance={})
         with writer.shard("00000", source="00000.tar") as shard:
-            shard.add("walk/7", {"gram_flow": flow, "valid": np.ones(9, np.uint8)})
+            shard.add(
+                "walk/7",
+                {"gram_flow": flow, "valid": np.ones(9, np.uint8)},
+                fingerprint=fingerprint_of("walk/7"),
+            )
             shard.commit()
         answer = inspect.run(config, QUIET, store="gram_flow")
         told = "float16 [p 8, h 2, w 3, k 9], blosc-zstd-shuffle"

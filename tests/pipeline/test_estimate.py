@@ -21,7 +21,9 @@ from stages.progress import SilentProgress
 
 QUIET = SilentProgress()
 SKIPPED = tuple(
-    SkippedClip(key=f"clip/{n}", reason="too_short", detail="3 frames", shard="00000")
+    SkippedClip(
+        key=f"clip/{n}", reason="too_short", detail="3 frames", fingerprint="0" * 32, shard="00000"
+    )
     for n in range(25)
 )
 COST = ModelCost(

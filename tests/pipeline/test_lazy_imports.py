@@ -50,7 +50,7 @@ def test_training_sampling_and_inspecting_load_nothing_of_the_tracker():
 
 
 def test_looking_after_stores_loads_nothing_that_computes():
-    names = ("listing", "verify", "repair", "migrate", "drop", "merge", "copying")
+    names = ("listing", "verify", "repair", "drop", "merge", "copying")
     modules = ", ".join(f"pipeline.commands.upkeep.{name}" for name in names)
     loaded = modules_after(f"import pipeline.cli, {modules}")
     assert loaded.isdisjoint({"torch", "diffusers", "transformers", "deepspeed", "sam2"})

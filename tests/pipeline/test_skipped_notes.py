@@ -5,7 +5,7 @@ from pipeline.commands.skipped_notes import skipped_notes
 
 
 def clip(key, reason="too_short", detail="3 frames"):
-    return SkippedClip(key=key, reason=reason, detail=detail, shard="00000")
+    return SkippedClip(key=key, reason=reason, detail=detail, fingerprint="0" * 32, shard="00000")
 
 
 def test_what_several_kinds_say_of_a_clip_is_one_line():

@@ -11,12 +11,11 @@ from typing import Any
 
 from cache_schema import SCHEMA_VERSION, StoreReader, UnknownSchemaVersion
 from cache_schema.layout import STORE_FILE, StoreLayout
-from cache_schema.places import is_url, open_place
+from cache_schema.places import open_place
 from pipeline.commands.skipped_notes import counted_reasons
 from pipeline.commands.upkeep.stores import (
     Outcome,
     Where,
-    command,
     counted,
     each_store,
     indented,
@@ -33,12 +32,10 @@ def run(where: str, progress: Progress) -> Answer:
     cache = place_of(where)
     answer = each_store(stores_at(cache), _look, title=lambda found: _title(found, cache))
     old = sum("remedy" in store for store in answer.data["stores"])
-    if old and is_url(cache):
-        answer.notes.append("migrate the stores that these were copied from, and copy them again")
-    elif old:
+    if old:
         answer.notes.append(
-            f"{counted(old, 'store')} of an older schema version: run "
-            f"{command('cache', 'migrate', cache)}"
+            f"{counted(old, 'store')} of an older schema version, which cannot be read: set "
+            "another cache folder, or remove them, and run sam2vx-pipeline extract-features"
         )
     return answer
 
@@ -82,7 +79,7 @@ def _look(store: Where) -> Outcome:
 
 
 def _of_another_version(store: Where, error: UnknownSchemaVersion) -> Outcome:
-    """What can be said of a store that must be migrated first, or is newer than this package."""
+    """What can be said of a store that is older or newer than this package."""
     record = json.loads(open_place(store).read(STORE_FILE))
     found, made_with = record["schema_version"], record.get("provenance") or {}
     written = _written(store, made_with)
@@ -112,7 +109,7 @@ def _of_another_version(store: Where, error: UnknownSchemaVersion) -> Outcome:
 def _written(store: Where, made_with: Mapping[str, Any]) -> datetime | None:
     """When the store was begun; where it does not say, the date of the oldest file written once.
 
-    A migration writes store.json again, dropping clips a shard's group.
+    Repairing can have store.json written again, dropping clips a shard's group.
     """
     with suppress(ValueError):
         return datetime.fromisoformat(str(made_with.get("date"))).astimezone()

@@ -131,7 +131,11 @@ def _look_at(
     for kind, problem in problems.items():
         survey.skipped.setdefault(kind, []).append(
             SkippedClip(
-                key=record.key, reason=problem.reason, detail=problem.detail, shard=survey.name
+                key=record.key,
+                reason=problem.reason,
+                detail=problem.detail,
+                fingerprint="",
+                shard=survey.name,
             )
         )
     tracked = [kind for kind in config.kinds if kind in TRACKED_KINDS]

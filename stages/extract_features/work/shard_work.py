@@ -23,6 +23,8 @@ from stages.extract_features.work.write_behind import WriteBehind
 
 _PREPARING_THREADS = 2
 
+_NO_FINGERPRINT = "0" * 32
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Clip:
@@ -228,10 +230,12 @@ class _Book:
             detail = "NaN or values beyond float16; fp32 precision may help"
             self._skip(key, (kind,), ClipSkipped("not_finite", detail))
             return
-        self._outs[kind].add(key, extracted.arrays, extracted.attributes)
+        self._outs[kind].add(
+            key, extracted.arrays, extracted.attributes, fingerprint=_NO_FINGERPRINT
+        )
         self.written[kind] += 1
 
     def _skip(self, key: str, kinds: tuple[Kind, ...], skipped: ClipSkipped) -> None:
         for kind in kinds:
-            self._outs[kind].skip(key, skipped.reason, skipped.detail)
+            self._outs[kind].skip(key, skipped.reason, skipped.detail, fingerprint=_NO_FINGERPRINT)
         self._log(f"{', '.join(kinds)}: skipped {key}, {skipped.reason}: {skipped.detail}")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from cache_schema import ArraySpec, StoreNotFound, StoreReader, StoreSettings, StoreWriter
+from tests.fingerprints import fingerprint_of
 
 SETTINGS = StoreSettings(
     kind="teacher",
@@ -58,10 +59,12 @@ def write_shard(writer: StoreWriter, name: str) -> None:
     with writer.shard(name, source=f"{name}.tar") as shard:
         for key in SHARDS[name]:
             if not shard.has(key):
-                shard.add(key, clip_of(key), {"source_fps": 29.97})
+                shard.add(key, clip_of(key), {"source_fps": 29.97}, fingerprint=fingerprint_of(key))
         for key in SKIPPED[name]:
             if not shard.has(key):
-                shard.skip(key, "too_short", "12 frames, 49 needed")
+                shard.skip(
+                    key, "too_short", "12 frames, 49 needed", fingerprint=fingerprint_of(key)
+                )
         shard.commit()
 
 
@@ -75,7 +78,9 @@ def write_again(store: Path) -> None:
             number = 1 + sum(name.startswith(f"{name}-retry") for name in committed(store))
             with writer.shard(f"{name}-retry{number}", source=f"{name}.tar, retry") as shard:
                 for key in again:
-                    shard.add(key, clip_of(key), {"source_fps": 29.97})
+                    shard.add(
+                        key, clip_of(key), {"source_fps": 29.97}, fingerprint=fingerprint_of(key)
+                    )
                 shard.commit()
     writer.write_index()
 

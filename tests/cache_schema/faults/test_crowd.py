@@ -18,6 +18,7 @@ from tests.cache_schema.faults.small_store import (
     write_all,
     write_shard,
 )
+from tests.fingerprints import fingerprint_of
 
 FilesOf = Callable[[Path], dict[str, bytes]]
 
@@ -30,7 +31,7 @@ def _race(root: Path, start: Barrier, outcomes: Connection) -> None:
     try:
         with writer.shard("00001", source="00001.tar") as shard:
             for key in SHARDS["00001"]:
-                shard.add(key, clip_of(key), {"source_fps": 29.97})
+                shard.add(key, clip_of(key), {"source_fps": 29.97}, fingerprint=fingerprint_of(key))
             shard.commit()
         outcomes.send("written")
     except (ShardBusy, AlreadyCommitted) as error:

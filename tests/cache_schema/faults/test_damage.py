@@ -20,6 +20,7 @@ from cache_schema import (
     UnknownSchemaVersion,
     verify_store,
 )
+from tests.fingerprints import fingerprint_of
 
 Arrays = dict[str, np.ndarray]
 CHUNK = "shards/00000/features/c/1/0/0/0/0"
@@ -248,7 +249,7 @@ def test_a_key_in_two_shards_is_refused_and_reported(
     writers = [StoreWriter.open(store.parent, settings, provenance={}) for _ in range(2)]
     with writers[0].shard("x", source="x") as x, writers[1].shard("y", source="y") as y:
         for shard in (x, y):  # neither is committed when the other looks
-            shard.add("twin", clip_of("twin"))
+            shard.add("twin", clip_of("twin"), fingerprint=fingerprint_of("twin"))
             shard.commit()
     with pytest.raises(CorruptRecord, match="'twin' is in shards 'x' and 'y'"):
         assert StoreReader(store).keys
@@ -256,7 +257,7 @@ def test_a_key_in_two_shards_is_refused_and_reported(
     assert (problem.shard, problem.key) == ("y", "twin")
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, "2", None, True, 2.0])
+@pytest.mark.parametrize("version", [0, 1, 2, 4, "3", None, True, 3.0])
 @pytest.mark.parametrize("name", ["store.json", "commits/00000.json"])
 def test_other_schema_versions_are_refused_with_a_way_out(
     store: Path, settings: StoreSettings, version: Any, name: str
@@ -265,10 +266,10 @@ def test_other_schema_versions_are_refused_with_a_way_out(
     with pytest.raises(UnknownSchemaVersion) as error:
         assert StoreReader(store).keys
     message = str(error.value)
-    assert f"schema version {version!r}, and this version of the package reads 2" in message
-    migrate = f"run sam2vx-pipeline cache migrate {store}"
-    assert (migrate in message) == (version == 1 and type(version) is int)
-    assert ("update this package" in message) == (migrate not in message)
+    assert f"schema version {version!r}, and this version of the package reads 3" in message
+    again = f"set another cache folder, or remove {store}, and run sam2vx-pipeline extract-features"
+    assert (again in message) == (version in (1, 2) and type(version) is int)
+    assert ("update this package" in message) == (again not in message)
     if name == "store.json":
         with pytest.raises(UnknownSchemaVersion):
             StoreWriter.open(store.parent, settings, provenance={})
@@ -278,4 +279,4 @@ def test_other_schema_versions_are_refused_with_a_way_out(
         (problem,) = verify_store(store).problems
         assert problem.shard == "00000"
         # Sealed like this, it is whole and not for this version; otherwise its number is damaged.
-        assert problem.mend == ("by hand" if type(version) is int and version != 2 else "repair")
+        assert problem.mend == ("by hand" if type(version) is int else "repair")

@@ -31,6 +31,7 @@ from tests.cache_schema.faults.small_store import (
     write_again,
     write_all,
 )
+from tests.fingerprints import fingerprint_of
 
 FilesOf = Callable[[Path], dict[str, bytes]]
 
@@ -115,7 +116,11 @@ def _write_large(root: Path) -> Path:
             with writer.shard(name, source=name) as shard:
                 for i in range(3):
                     if not shard.has(f"{name}{i}"):
-                        shard.add(f"{name}{i}", {"frames": np.full(LARGE.shape, i, "float32")})
+                        shard.add(
+                            f"{name}{i}",
+                            {"frames": np.full(LARGE.shape, i, "float32")},
+                            fingerprint=fingerprint_of(f"{name}{i}"),
+                        )
                 shard.commit()
     return writer.path
 

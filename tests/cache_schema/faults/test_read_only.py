@@ -20,6 +20,7 @@ from tests.cache_schema.faults.small_store import (
     write_all,
     write_shard,
 )
+from tests.fingerprints import fingerprint_of
 
 FilesOf = Callable[[Path], dict[str, bytes]]
 
@@ -108,7 +109,7 @@ def test_a_folder_that_becomes_read_only_in_mid_shard_loses_nothing(
     writer = StoreWriter.open(cache.path, SETTINGS, provenance={"version": "1.2.3"})
     write_shard(writer, "00000")
     with writer.shard("00001", source="00001.tar") as shard:
-        shard.add("b0", clip_of("b0"), {"source_fps": 29.97})
+        shard.add("b0", clip_of("b0"), {"source_fps": 29.97}, fingerprint=fingerprint_of("b0"))
     finished = finished_files(writer.path)
     cache.set_read_only(True)
     with pytest.raises(OSError) as error, writer.shard("00001", source="00001.tar"):

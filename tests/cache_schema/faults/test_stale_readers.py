@@ -13,6 +13,7 @@ from tests.cache_schema.faults.small_store import (
     clip_of,
     write_all,
 )
+from tests.fingerprints import fingerprint_of
 
 
 def _open_and_read(store: Path) -> StoreReader:
@@ -43,8 +44,13 @@ def test_a_shard_made_again_with_other_clips_is_never_misread(tmp_path: Path) ->
     writer = StoreWriter.open(tmp_path, SETTINGS, provenance={})
     with writer.shard("00000", source="00000.tar") as shard:
         for key in SHARDS["00000"][1:]:
-            shard.add(key, clip_of(key))
-        shard.skip(SHARDS["00000"][0], "undecodable", "it no longer decodes")
+            shard.add(key, clip_of(key), fingerprint=fingerprint_of(key))
+        shard.skip(
+            SHARDS["00000"][0],
+            "undecodable",
+            "it no longer decodes",
+            fingerprint=fingerprint_of(SHARDS["00000"][0]),
+        )
         shard.commit()
     for key in SHARDS["00000"]:
         try:

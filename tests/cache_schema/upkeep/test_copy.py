@@ -28,6 +28,7 @@ from cache_schema import (
 from cache_schema.upkeep.copy import copy_store
 from cache_schema.upkeep.drop import drop_clips
 from tests.cache_schema.faults.operations import run_and_kill
+from tests.fingerprints import fingerprint_of
 
 Arrays = dict[str, np.ndarray]
 ClipOf = Callable[[str], Arrays]
@@ -315,7 +316,9 @@ def test_files_sent_for_another_shard_are_not_taken_for_this_ones(
             for key in ("a0", "a1"):
                 arrays = clip_of(key)
                 shard.add(
-                    key, arrays if not negative else arrays | {"features": -arrays["features"]}
+                    key,
+                    arrays if not negative else arrays | {"features": -arrays["features"]},
+                    fingerprint=fingerprint_of(key),
                 )
             shard.commit()
         return writer.path

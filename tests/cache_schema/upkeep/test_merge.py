@@ -23,6 +23,7 @@ from cache_schema import (
 )
 from cache_schema.upkeep.merge import merge_stores
 from tests.cache_schema.faults.operations import run_and_kill
+from tests.fingerprints import fingerprint_of
 
 Arrays = dict[str, np.ndarray]
 ClipOf = Callable[[str], Arrays]
@@ -179,7 +180,7 @@ def test_compressed_arrays_are_merged_and_checked(tmp_path: Path) -> None:
     writer = StoreWriter.open(tmp_path / "source", settings, provenance={})
     values = np.linspace(0, 1, 200, dtype="float32").reshape(4, 50)
     with writer.shard("00000", source="0") as shard:
-        shard.add("a", {"gram_flow": values})
+        shard.add("a", {"gram_flow": values}, fingerprint=fingerprint_of("a"))
         shard.commit()
     target = tmp_path / "new" / writer.path.name
     merge_stores(target, [writer.path])
@@ -228,15 +229,15 @@ def test_a_shard_that_a_writer_has_begun(
     source = make_store("source", {"00001": ["b0", "b1"]})
     writer = StoreWriter.open(target.parent, settings, provenance={})
     with writer.shard("00001", source="00001.tar") as shard:
-        shard.add("b0", clip_of("b0"))
+        shard.add("b0", clip_of("b0"), fingerprint=fingerprint_of("b0"))
         with pytest.raises(ShardBusy, match="00001"):
             merge_stores(target, [source])
     with writer.shard("00001", source="elsewhere.tar") as shard:
-        shard.add("x0", clip_of("x0"))
+        shard.add("x0", clip_of("x0"), fingerprint=fingerprint_of("x0"))
     with pytest.raises(ValueError, match="--prefix"):
         merge_stores(target, [source])
     with writer.shard("00001", source="00001.tar") as shard:  # sweeps the other input's clips
-        shard.add("b0", clip_of("b0"))
+        shard.add("b0", clip_of("b0"), fingerprint=fingerprint_of("b0"))
     assert merge_stores(target, [source]).shards == ("00001",)
     _assert_whole(target, ["a0", "b0", "b1"], clip_of)
     assert list((target / ".staging").iterdir()) == []

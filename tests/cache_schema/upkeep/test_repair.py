@@ -13,10 +13,12 @@ from cache_schema import (
     StoreSettings,
     StoreWriter,
     UnknownSchemaVersion,
+    sealed_json,
     verify_store,
 )
 from cache_schema.lock import FileLock
 from cache_schema.upkeep.repair import repair_store
+from tests.fingerprints import fingerprint_of
 
 Arrays = dict[str, np.ndarray]
 ClipOf = Callable[[str], Arrays]
@@ -167,7 +169,12 @@ def twins(indexed: Path, settings: StoreSettings, clip_of: ClipOf) -> Path:
     writers = [StoreWriter.open(indexed.parent, settings, provenance={}) for _ in range(2)]
     with writers[0].shard("x", source="x") as x, writers[1].shard("y", source="y") as y:
         for shard in (x, y):  # neither is committed when the other looks
-            shard.add("twin", clip_of("twin"), {"source_fps": 29.97, "name": "twin"})
+            shard.add(
+                "twin",
+                clip_of("twin"),
+                {"source_fps": 29.97, "name": "twin"},
+                fingerprint=fingerprint_of("twin"),
+            )
             shard.commit()
     return indexed
 
@@ -205,10 +212,16 @@ def test_a_damaged_store_file_goes_and_extraction_writes_it_again(
     _assert_holds(indexed, ["a0", "a1", "a2", "b0", "b1"], clip_of)
 
 
-def test_a_store_of_another_version_is_not_touched(files_of: FilesOf) -> None:
-    (store,) = (Path(__file__).parents[1] / "stores_v1").glob("teacher-*")
+def test_a_store_of_another_version_is_not_touched(
+    store: Path, files_of: FilesOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sealed_json, "SCHEMA_VERSION", 2)
+    record = json.loads((store / "store.json").read_bytes())
+    del record["crc32c"], record["schema_version"]
+    (store / "store.json").write_bytes(sealed_json.seal(record))
+    monkeypatch.undo()
     before = files_of(store)
-    with pytest.raises(UnknownSchemaVersion, match="cache migrate"):
+    with pytest.raises(UnknownSchemaVersion, match="extracted again"):
         repair_store(store)
     assert files_of(store) == before
 

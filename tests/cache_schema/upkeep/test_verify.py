@@ -20,6 +20,7 @@ from cache_schema import (
 from cache_schema.upkeep import verify as verify_module
 from cache_schema.upkeep.drop import drop_clips
 from cache_schema.upkeep.verify import MENDS
+from tests.fingerprints import fingerprint_of
 
 Arrays = dict[str, np.ndarray]
 ClipOf = Callable[[str], Arrays]
@@ -130,7 +131,7 @@ def test_a_key_in_two_shards_is_found(
     writers = [StoreWriter.open(indexed.parent, settings, provenance={}) for _ in range(2)]
     with writers[0].shard("x", source="x") as x, writers[1].shard("y", source="y") as y:
         for shard in (x, y):  # neither is committed when the other looks
-            shard.add("twin", clip_of("twin"))
+            shard.add("twin", clip_of("twin"), fingerprint=fingerprint_of("twin"))
             shard.commit()
     assert ("y", "twin", "repair") in _mends(indexed)
 

@@ -204,7 +204,8 @@ def test_a_clip_staged_in_one_store_goes_into_the_other_alone(
     writer = StoreWriter.open(tmp_path, done.settings, provenance={})
     key = "00000/clip000"
     with writer.shard("00000", source="00000.tar") as out:
-        out.add(key, done.read(key), done.record(key).attributes)
+        entry = done.record(key)
+        out.add(key, done.read(key), entry.attributes, fingerprint=entry.fingerprint)
     teacher, masks = extract(tracked, two_shards, tiny_base, tmp_path).kinds
     assert (teacher.clips_written, masks.clips_written) == (4, 5)
     for kind in whole.kinds[2:]:

@@ -3,6 +3,7 @@ import pytest
 
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from stages.clips import ClipDataset, ClipRecord, ClipsConfig, encode_video
+from tests.fingerprints import fingerprint_of
 
 FRAMES, GRID = 9, (6, 8)
 
@@ -68,8 +69,13 @@ def write_store(tmp_path):
         writer = StoreWriter.open(tmp_path / "cache", made, provenance={})
         with writer.shard(shard, source=f"{shard}.tar") as out:
             for key in keys:
-                out.add(key, arrays, more.get("attributes", {"frames": len(values)}))
-            out.skip("walk/0008", "too_short", "3 frames")
+                out.add(
+                    key,
+                    arrays,
+                    more.get("attributes", {"frames": len(values)}),
+                    fingerprint=fingerprint_of(key),
+                )
+            out.skip("walk/0008", "too_short", "3 frames", fingerprint=fingerprint_of("walk/0008"))
             out.commit()
         return writer.path
 

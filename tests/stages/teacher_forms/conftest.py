@@ -12,6 +12,7 @@ from cache_schema import StoreSettings, StoreWriter
 from stages.teacher_forms.config import FeatureDtype
 from stages.teacher_forms.features import encode_features, feature_arrays_spec
 from stages.teacher_forms.settings import valid_spec
+from tests.fingerprints import fingerprint_of
 
 MAPS, WIDTH = 5, 12
 SHARDS = {
@@ -63,9 +64,16 @@ def write_teacher(tmp_path: Path) -> Callable[..., Path]:
                 for key in keys:
                     valid = np.array([1, 1, 1, 0, 1], np.uint8)
                     arrays = encode_features(fused_of(key, grid), dtype)
-                    out.add(key, arrays | {"valid": valid}, {"name": key, "quality": 0.9})
+                    out.add(
+                        key,
+                        arrays | {"valid": valid},
+                        {"name": key, "quality": 0.9},
+                        fingerprint=fingerprint_of(key),
+                    )
                 for key in SKIPPED.get(shard, []):
-                    out.skip(key, "too_short", f"{key} has 3 frames")
+                    out.skip(
+                        key, "too_short", f"{key} has 3 frames", fingerprint=fingerprint_of(key)
+                    )
                 out.commit()
         return writer.path
 

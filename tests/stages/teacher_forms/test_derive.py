@@ -28,6 +28,7 @@ from stages.teacher_forms.derive import DeriveSummary, derive_gram_flow
 from stages.teacher_forms.features import decode_features
 from stages.teacher_forms.gram_flow import decode_gram_flow
 from stages.teacher_forms.settings import gram_flow_settings
+from tests.fingerprints import fingerprint_of
 from tests.stages.local_gram_flow.reference import similarities_by_loop
 from tests.stages.teacher_forms.conftest import SHARDS, SKIPPED, teacher_settings
 
@@ -324,7 +325,7 @@ def test_a_retry_of_the_features_is_followed_where_that_name_is_taken(
     writer = StoreWriter.open(teacher.parent, source.settings, provenance={})
     of_shard = source.shards[shard].source
     with writer.shard(f"{shard}-retry1", source=f"{of_shard}, retry 1") as out:
-        out.add(late, arrays)
+        out.add(late, arrays, fingerprint=fingerprint_of(late))
         out.commit()
     assert derive(teacher, tmp_path).clips_written == 1
     assert StoreReader(made).shard_of(late) == f"{shard}-retry2"

@@ -20,6 +20,7 @@ from stages.progress import SilentProgress
 from stages.teacher_forms.features import encode_features, feature_arrays_spec
 from stages.teacher_forms.gram_flow import encode_gram_flow, flow_arrays_spec, gram_flow_of
 from stages.train_student.config import TrainConfig
+from tests.fingerprints import fingerprint_of
 
 FRAMES, HEIGHT, WIDTH = 9, 32, 48
 LATENT = (3, 4, 4, 6)  # frames, channels, height, width
@@ -101,9 +102,13 @@ def write_store(root, kind, shapes, keys=KEYS, values=None, change=None, skipped
             digest = hashlib.sha256(f"{kind}/{key}".encode()).digest()
             numbers = np.random.default_rng(list(digest))
             arrays = {name: _values(name, shape, numbers) for name, shape in shapes.items()}
-            shard.add(key, arrays if change is None else change(key, arrays))
+            shard.add(
+                key,
+                arrays if change is None else change(key, arrays),
+                fingerprint=fingerprint_of(key),
+            )
         for key, reason in (skipped or {}).items():
-            shard.skip(key, reason, "made up")
+            shard.skip(key, reason, "made up", fingerprint=fingerprint_of(key))
         shard.commit()
     return writer.path
 
@@ -158,7 +163,9 @@ def _write_forms(root, kind, specs, made, maps, values):
     writer = StoreWriter.open(root, settings, provenance={})
     with writer.shard("00000", source="made up") as shard:
         for key, arrays in made.items():
-            shard.add(key, arrays | {"valid": np.ones(maps, np.uint8)})
+            shard.add(
+                key, arrays | {"valid": np.ones(maps, np.uint8)}, fingerprint=fingerprint_of(key)
+            )
         shard.commit()
     return writer.path
 

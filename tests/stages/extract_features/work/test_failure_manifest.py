@@ -9,6 +9,7 @@ import pytest
 
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from stages.extract_features.work.failure_manifest import failures_listed, write_failure_manifest
+from tests.fingerprints import fingerprint_of
 
 VALUES = {"v": np.zeros(2, "uint8")}
 
@@ -22,9 +23,9 @@ def store(root: Path, kind: str) -> StoreWriter:
 def write(writer: StoreWriter, name: str, clips: str, skipped: str) -> None:
     with writer.shard(name, source=f"{name}.tar") as shard:
         for key in clips:
-            shard.add(key, VALUES)
+            shard.add(key, VALUES, fingerprint=fingerprint_of(key))
         for key in skipped:
-            shard.skip(key, "too_short", f"{key} — 12 Bilder")
+            shard.skip(key, "too_short", f"{key} — 12 Bilder", fingerprint=fingerprint_of(key))
         shard.commit()
 
 

@@ -16,6 +16,7 @@ from stages.train_student.data.finding import find_stores
 from stages.train_student.data.order import micro_batches
 from stages.train_student.data.store_checks import check_stores
 from stages.train_student.train import train_student
+from tests.fingerprints import fingerprint_of
 
 SIZES = {"9x32x48": (3, 4, 4, 6), "9x48x32": (3, 4, 6, 4), "17x32x48": (5, 4, 4, 6)}
 """Shapes of the latents."""
@@ -220,7 +221,9 @@ def write_masks(root, keys, frames=9, area=(32, 48), backward=True):
     with writer.shard("00000", source="made up") as shard:
         for number, key in enumerate(keys):
             made = {name: np.full(spec.shape, number, np.uint8) for name in names}
-            shard.add(key, made | {"valid": np.ones(frames, np.uint8)})
+            shard.add(
+                key, made | {"valid": np.ones(frames, np.uint8)}, fingerprint=fingerprint_of(key)
+            )
         shard.commit()
     return writer.path
 

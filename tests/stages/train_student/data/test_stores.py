@@ -9,6 +9,7 @@ from stages.clips.config import ClipsConfig
 from stages.train_student.config import KIND_OF_FORM
 from stages.train_student.data.store_checks import check_stores
 from stages.train_student.data.stores import join_stores
+from tests.fingerprints import fingerprint_of
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,11 @@ def test_bytes_without_their_scale_and_other_formats_are_refused(
     def write(root):
         made = StoreSettings(kind=kind, arrays=arrays, values={})
         with StoreWriter.open(root, made, provenance={}).shard("00000", source="x") as shard:
-            shard.add("clip/0", {n: np.zeros(s.shape, s.dtype) for n, s in arrays.items()})
+            shard.add(
+                "clip/0",
+                {n: np.zeros(s.shape, s.dtype) for n, s in arrays.items()},
+                fingerprint=fingerprint_of("clip/0"),
+            )
             shard.commit()
 
     form = "features" if kind == "teacher" else "gram_flow"

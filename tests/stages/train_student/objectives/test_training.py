@@ -14,6 +14,7 @@ from stages.progress import SilentProgress
 from stages.teacher_forms.config import GramFlowConfig
 from stages.teacher_forms.derive import derive_gram_flow
 from stages.teacher_forms.features import encode_features, feature_arrays_spec
+from tests.fingerprints import fingerprint_of
 
 FUSED = {"fusion": "gram_flow", "forward_weight": 0.5, "parts": 2}
 NATIVE = {"grid_source": "native", **FUSED}
@@ -25,7 +26,7 @@ def _write(root, kind, specs, made, values):
     )
     with writer.shard("00000", source="made up") as shard:
         for key, arrays in made.items():
-            shard.add(key, arrays)
+            shard.add(key, arrays, fingerprint=fingerprint_of(key))
         shard.commit()
     return writer.path
 

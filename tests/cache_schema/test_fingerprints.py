@@ -1,0 +1,96 @@
+"""A clip's fingerprint: written with it, read from the index, kept by all that moves the clip."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache_schema import StoreReader, StoreSettings, StoreWriter, verify_store
+from cache_schema.upkeep.copy import copy_store
+from cache_schema.upkeep.drop import drop_clips
+from cache_schema.upkeep.merge import merge_stores
+from cache_schema.upkeep.repair import repair_store
+from tests.fingerprints import fingerprint_of
+
+Arrays = dict[str, np.ndarray]
+ClipOf = Callable[[str], Arrays]
+
+
+def _assert_kept(store: Path) -> None:
+    """Every clip has its own, in the index, in the records, and without an index."""
+    for _ in range(2):
+        reader = StoreReader(store)
+        wanted = [fingerprint_of(key).encode() for key in reader.keys]
+        assert reader.fingerprints.dtype == np.dtype("S32")
+        assert reader.fingerprints.tolist() == wanted
+        assert [reader.record(key).fingerprint.encode() for key in reader.keys] == wanted
+        for clip in reader.skipped:
+            assert clip.fingerprint == fingerprint_of(clip.key)
+        (store / "index.npz").unlink(missing_ok=True)
+    assert verify_store(store).problems == ()
+
+
+@pytest.fixture
+def indexed(store: Path, settings: StoreSettings) -> Path:
+    StoreWriter.open(store.parent, settings, provenance={}).write_index()
+    return store
+
+
+def test_it_is_written_with_the_clip(indexed: Path) -> None:
+    _assert_kept(indexed)
+
+
+def test_a_dropped_clip_keeps_it(indexed: Path) -> None:
+    drop_clips(indexed, ["a1"], detail="blurred")
+    (dropped,) = (clip for clip in StoreReader(indexed).skipped if clip.reason == "dropped")
+    assert dropped.fingerprint == fingerprint_of("a1")
+    drop_clips(indexed, ["a1"], detail="again", reason="redo")
+    _assert_kept(indexed)
+
+
+def test_a_damaged_clip_keeps_it(indexed: Path) -> None:
+    (indexed / "shards/00000/features/c/1/0/0/0/0").write_bytes(b"damaged")
+    (damaged,) = repair_store(indexed).clips
+    assert damaged.fingerprint == fingerprint_of("a1")
+    _assert_kept(indexed)
+
+
+def test_a_merged_clip_keeps_it(indexed: Path, tmp_path: Path) -> None:
+    merge_stores(tmp_path / "merged" / indexed.name, [indexed])
+    _assert_kept(tmp_path / "merged" / indexed.name)
+
+
+def test_a_copied_clip_keeps_it(indexed: Path, tmp_path: Path) -> None:
+    copy_store(indexed, tmp_path / "copied" / indexed.name)
+    _assert_kept(tmp_path / "copied" / indexed.name)
+
+
+def test_shards_with_other_fingerprints_are_not_the_same_shard(
+    indexed: Path, tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
+) -> None:
+    other = StoreWriter.open(tmp_path / "other", settings, provenance={})
+    with other.shard("00001", source="00001.tar") as shard:
+        for key in ("b0", "b1"):
+            named = {"source_fps": 29.97, "name": key}
+            shard.add(key, clip_of(key), named, fingerprint=fingerprint_of(f"another {key}"))
+        shard.commit()
+    target = shutil.copytree(indexed, tmp_path / "target" / indexed.name)
+    with pytest.raises(ValueError, match="other shards of the same names"):
+        merge_stores(target, [other.path])
+
+
+@pytest.mark.parametrize(
+    "wrong", ["", "ab", "AB" * 16, "g0" * 16, "ab" * 16 + "\n", "ab" * 17, None, 7, b"ab" * 16]
+)
+def test_nothing_else_is_taken_for_one(
+    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf, wrong: object
+) -> None:
+    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    with writer.shard("0", source="0.tar") as shard:
+        with pytest.raises(ValueError, match="32 lower-case hexadecimal digits"):
+            shard.add("a", clip_of("a"), fingerprint=wrong)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="32 lower-case hexadecimal digits"):
+            shard.skip("a", "too_short", "", fingerprint=wrong)  # type: ignore[arg-type]
+        assert not shard.has("a")
