@@ -16,8 +16,8 @@ class Projector(nn.Module):
     """A small MLP with a residual skip on every token, then the objective's maps in time.
 
     Tokens are normalised, pass the hidden layers (each with norm and SiLU) and an output layer, and
-    a linear skip is added. What is compared frame by frame is interpolated to frames and passes a
-    depthwise convolution over time.
+    a linear skip is added. Where maps are interpolated between tokens (one for each frame, or with
+    CogVideoX 1.5 for each latent frame) they pass a depthwise convolution over time.
     """
 
     def __init__(self, width: int, widths: Sequence[int], *, smooth: bool) -> None:
@@ -26,8 +26,8 @@ class Projector(nn.Module):
         Args:
             width: channels of the transformer's tokens.
             widths: channels of the hidden layers and of the output.
-            smooth: whether a convolution over time follows, as it should where tokens are
-                interpolated to frames.
+            smooth: whether a convolution over time follows, as it should where maps are
+                interpolated between tokens.
         """
         super().__init__()
         *hidden, out = widths

@@ -104,6 +104,7 @@ class Run:
             transformer["num_attention_heads"] * transformer["attention_head_dim"],
             array_shape(teacher, "features")[-1] if teacher and has_features else None,
             frame_rate=self.stores.frame_rate,
+            patch_size_t=self.facts.patch_size_t,
         )
 
     def training_step(self) -> TrainingStep:

@@ -224,4 +224,6 @@ def _heads(config: TrainConfig, facts: BaseFacts, teacher: StoreSettings | None)
         if "features" in teacher.arrays:
             channels = teacher.arrays["features"].shape[-1]
     width = facts.transformer["num_attention_heads"] * facts.transformer["attention_head_dim"]
-    return build_heads(config, width, channels, frame_rate=frame_rate)
+    return build_heads(
+        config, width, channels, frame_rate=frame_rate, patch_size_t=facts.patch_size_t
+    )

@@ -33,7 +33,12 @@ def build_objectives(config: TrainConfig) -> tuple[WeightedObjective, ...]:
 
 
 def build_heads(
-    config: TrainConfig, width: int, teacher_channels: int | None, *, frame_rate: bool = True
+    config: TrainConfig,
+    width: int,
+    teacher_channels: int | None,
+    *,
+    patch_size_t: int,
+    frame_rate: bool = True,
 ) -> nn.ModuleDict:
     """A projector for each chosen objective, by its name.
 
@@ -41,14 +46,17 @@ def build_heads(
         config: which objectives, and the widths of their layers.
         width: channels of the transformer's tokens.
         teacher_channels: of the stored features; None where none are read.
+        patch_size_t: latent frames per token; from more than one (CogVideoX 1.5) tokens are
+            interpolated, and smoothed, at the latent rate too.
         frame_rate: whether the teacher has one map for each frame, to which tokens are interpolated
             and smoothed.
     """
+    at_latents = patch_size_t > 1
     return nn.ModuleDict(
         {
             name: Projector(width, head.widths, smooth=head.smooth)
             for name in config.objectives
-            for head in (_head(config, name, teacher_channels, frame_rate),)
+            for head in (_head(config, name, teacher_channels, frame_rate, at_latents),)
         }
     )
 
@@ -60,15 +68,21 @@ class _Head:
 
 
 def _head(
-    config: TrainConfig, name: ObjectiveName, teacher_channels: int | None, frame_rate: bool
+    config: TrainConfig,
+    name: ObjectiveName,
+    teacher_channels: int | None,
+    frame_rate: bool,
+    at_latents: bool,
 ) -> _Head:
+    """`at_latents`: tokens are interpolated to latent frames as well."""
+    as_teacher = frame_rate or at_latents
     if name == "lgf":
-        return _Head(config.lgf.projector_widths, frame_rate)
+        return _Head(config.lgf.projector_widths, as_teacher)
     if name == "repa":
         assert teacher_channels is not None, "repa reads features"
-        return _Head((*config.repa.projector_widths, teacher_channels), frame_rate)
+        return _Head((*config.repa.projector_widths, teacher_channels), as_teacher)
     if name == "token-relation":
-        return _Head(config.token_relation.projector_widths, False)
+        return _Head(config.token_relation.projector_widths, at_latents)
     return _Head((*config.mask.projector_widths, 1), True)
 
 

@@ -160,9 +160,14 @@ def _full_batch(tiny, frames=9, *, maps=None, size=(4, 6), device="cpu", dtype="
 def _student(tiny, config, *, frame_rate=True, **changes):
     transformer = tiny.tiny_transformer(**changes)
     torch.manual_seed(1)
-    return Student(
-        transformer, build_heads(config, 32, tiny.TEACHER_WIDTH, frame_rate=frame_rate), 1
+    heads = build_heads(
+        config,
+        32,
+        tiny.TEACHER_WIDTH,
+        patch_size_t=changes.get("patch_size_t", 1),
+        frame_rate=frame_rate,
     )
+    return Student(transformer, heads, 1)
 
 
 def test_the_total_is_the_sum_of_the_weighted_means(tiny, step, base_model):
@@ -258,7 +263,11 @@ def test_every_rate_and_model_gives_every_loss_at_every_size(
 def test_shapes_alone_go_through_the_meta_device(tiny, base_model):
     config = TrainConfig(
         objectives=ALL,
-        **TAUGHT | {"lgf": TAUGHT["lgf"] | {"directions": "averaged", "foreground_weight": 3.0}},
+        **TAUGHT
+        | {
+            "lgf": TAUGHT["lgf"]
+            | {"directions": "averaged", "pairs": "both", "foreground_weight": 3.0}
+        },
     )
     student = _student(tiny, config).to("meta")
     meta = torch.device("meta")

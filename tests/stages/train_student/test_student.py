@@ -48,7 +48,7 @@ def build(config, facts, **changes):
         config,
         facts,
         torch.float32,
-        heads=lambda: build_heads(config, width, None),
+        heads=lambda: build_heads(config, width, None, patch_size_t=1),
         world=world_from_environment(),
         **changes,
     )

@@ -1,8 +1,9 @@
 import pytest
 
 from cache_schema import StoreReader
+from stages.local_gram_flow import time_weights
 from stages.train_student.config import TrainConfig
-from stages.train_student.objectives.build import build_heads
+from stages.train_student.objectives.build import build_heads, build_objectives
 from stages.train_student.objectives.needs import check_teacher, kinds_needed
 from stages.train_student.teacher import TeacherLayout
 
@@ -138,7 +139,7 @@ def test_each_objective_has_a_head_of_its_own_width():
         mask={"projector_widths": (4, 2)},
     )
     for frame_rate in (True, False):
-        heads = build_heads(config, 16, 24, frame_rate=frame_rate)
+        heads = build_heads(config, 16, 24, patch_size_t=1, frame_rate=frame_rate)
         found = {
             name: (head.skip.out_features, head.smooth is not None) for name, head in heads.items()
         }
@@ -148,7 +149,19 @@ def test_each_objective_has_a_head_of_its_own_width():
             "token-relation": (3, False),
             "mask": (1, True),
         }
-    assert len(build_heads(TrainConfig(objectives=[]), 16, None)) == 0
+    assert len(build_heads(TrainConfig(objectives=[]), 16, None, patch_size_t=1)) == 0
+
+
+@pytest.mark.parametrize("patch_size_t", [1, 2])
+@pytest.mark.parametrize("frame_rate", [True, False])
+def test_a_head_smooths_where_its_maps_are_interpolated(patch_size_t, frame_rate):
+    """CogVideoX 1.5 has a token for two latent frames: interpolated at the latent rate too."""
+    config = TrainConfig(objectives=["lgf", "repa", "token-relation", "mask"])
+    heads = build_heads(config, 16, 24, frame_rate=frame_rate, patch_size_t=patch_size_t)
+    for weighted in build_objectives(config):
+        maps = weighted.objective.num_maps(81 if frame_rate else 21, 81)
+        interpolated = time_weights(maps, 81, patch_size_t=patch_size_t) is not None
+        assert (heads[weighted.name].smooth is not None) == interpolated, weighted.name
 
 
 def test_a_kernel_that_is_not_installed_is_refused_before_any_work(monkeypatch):
