@@ -67,6 +67,7 @@ def _dataset_rows(found: Estimate) -> list[tuple[str, str]]:
     read = "" if found.clips_probed == found.clips else f", headers of {found.clips_probed} read"
     sources = ", ".join(f"{count} {source}" for source, count in found.prompts.items())
     rows = [
+        ("dataset", found.dataset),
         ("clips", f"{found.clips} in {found.shards} shards, {in_bytes(found.dataset_bytes)}{read}"),
         ("frames", f"{' or '.join(map(str, sorted(set(found.frames_per_clip))))} a clip"),
     ]

@@ -34,9 +34,13 @@ def run(config: RunConfig, progress: Progress, *, retry_failed: bool = False) ->
         world_size=world_size(),
         retry_failed=retry_failed,
     )
-    rows: list[tuple[str, str]] = []
+    rows: list[tuple[str, str]] = [("dataset", summary.dataset)]
     notes = skipped_notes((kind.name, clip) for kind in summary.kinds for clip in kind.skipped)
-    data: dict[str, Any] = {"cache": config.cache, "skipped_share": summary.skipped_share}
+    data: dict[str, Any] = {
+        "dataset": summary.dataset,
+        "cache": config.cache,
+        "skipped_share": summary.skipped_share,
+    }
     for kind in summary.kinds:
         rows.append((kind.name, str(kind.store)))
         there = f", {kind.clips_already_there} already there" if kind.clips_already_there else ""
@@ -44,6 +48,11 @@ def run(config: RunConfig, progress: Progress, *, retry_failed: bool = False) ->
         rows.append(("  clips", f"{kind.clips_written} written{there}{busy}"))
         reasons = f"{len(kind.skipped)} ({counted_reasons(kind.skipped)})"
         rows.append(("  skipped", reasons if kind.skipped else "none"))
+        if kind.captions_cut:
+            notes.append(
+                f"{kind.captions_cut} captions are longer than the text encoder reads; their ends "
+                "were cut off (tokens_cut in each clip's attributes)"
+            )
         rows.append(("  size, time", f"{in_bytes(kind.bytes)}, {in_time(kind.seconds)}"))
         data[kind.name] = {
             "store": str(kind.store),
@@ -53,6 +62,7 @@ def run(config: RunConfig, progress: Progress, *, retry_failed: bool = False) ->
             "skipped": [
                 {"key": s.key, "reason": s.reason, "detail": s.detail} for s in kind.skipped
             ],
+            "captions_cut": kind.captions_cut,
             "bytes": kind.bytes,
             "seconds": round(kind.seconds, 3),
         }

@@ -11,6 +11,7 @@ from typing import Any
 from stages.clips.fields import (
     caption_from_fields,
     last_frame_from_fields,
+    name_of_caption,
     parse_object,
     phrase_from_fields,
     subjects_from_fields,
@@ -48,7 +49,7 @@ def record_of_members(
     try:
         fields = _json_file(read) if "json" in suffixes else {}
         text = _text_file(read) if "txt" in suffixes else None
-        caption = text or caption_from_fields(fields)
+        caption = text or caption_from_fields(fields, name_of_caption(fields))
         found = video(videos[0])
     except ValueError as error:
         return BadRecord(key=key, reason="bad_record", detail=str(error))

@@ -25,7 +25,8 @@ class ClipsConfig(Section):
     """Which clips, and the size, length and rate they are brought to."""
 
     path: Path
-    """Folder of webdataset tars, one tar, or a folder with metadata.jsonl or metadata.csv."""
+    """Folder, file or pattern: webdataset tars ('clips/{00000..00003}.tar'); metadata.jsonl or
+    metadata.csv; prompts.txt and videos.txt; or videos with captions beside them."""
     num_frames: int = Field(default=49, ge=9)
     """Frames per clip, 8N+1 (9, 17, 25, 33, …); 49 for CogVideoX 1.0."""
     height: int = Field(default=480, ge=16, multiple_of=16)
@@ -40,7 +41,8 @@ class ClipsConfig(Section):
     81x480x720]. Every clip goes to the one that fits it best; a training step shows clips of one
     size. [] brings all clips to num_frames, height and width."""
     clips_per_shard: int = Field(default=64, ge=1)
-    """How many clips of a metadata folder make one shard (a tar is always one); 64 is usual."""
+    """How many clips make one shard where they do not lie in tars (a tar is always one); 64 is
+    usual."""
 
     @field_validator("buckets")
     @classmethod

@@ -1,4 +1,4 @@
-"""Which shards a dataset has; `open_dataset` is the door to it for every stage."""
+"""A dataset as shards, whatever its layout."""
 
 import hashlib
 import re
@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Protocol
 
 from stages.clips.config import ClipsConfig
+from stages.clips.layout_hints import how_to_convert, what_else_is_there
+from stages.clips.layouts import LAYOUTS, Layout, find_layout
+from stages.clips.line_lists import CAPTION_LISTS, VIDEO_LISTS, open_line_lists
 from stages.clips.metadata_folder import MetadataFile
 from stages.clips.records import BadRecord, ClipRecord
 from stages.clips.tars import count_records, tar_records
+from stages.clips.video_files import VideoFiles
 
-_METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 _RETRY_NAME = re.compile(r"(.+)-retry[0-9]+")
-_LAYOUTS = (
-    "expected a folder of webdataset tars (00000.tar holding key.mp4 with key.txt or key.json, and "
-    "key.mask.png), one tar, or a folder with metadata.jsonl or metadata.csv (file_name, caption, "
-    "box_xyxy, points, point_labels, mask, subjects, last_frame, subject)"
-)
 
 
 class InputShard(Protocol):
@@ -49,6 +47,8 @@ class ClipDataset:
     """The shards of a dataset, in a fixed order."""
 
     shards: tuple[InputShard, ...]
+    layout: str
+    """Which layout was recognised, in a line for people, with what it leaves out."""
 
 
 def retry_shard_name(name: str, attempt: int) -> str:
@@ -65,14 +65,25 @@ def input_shard_name(store_shard: str, dataset: ClipDataset) -> str | None:
     return retry[1] if retry and retry[1] in names else None
 
 
+class _ClipList(Protocol):
+    """Clips in a fixed order, of which ranges are read."""
+
+    @property
+    def name(self) -> str:
+        """What the shards' sources call it."""
+
+    def __len__(self) -> int: ...
+
+    def records(self, start: int, stop: int) -> Iterator[ClipRecord | BadRecord]: ...
+
+    def num_bytes(self, start: int, stop: int) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class _TarShard:
     name: str
+    source: str
     path: Path
-
-    @property
-    def source(self) -> str:
-        return self.path.name
 
     def num_clips(self) -> int:
         return count_records(self.path)
@@ -87,78 +98,120 @@ class _TarShard:
 @dataclass(frozen=True, slots=True)
 class _RowsShard:
     name: str
-    metadata: MetadataFile
+    clips: _ClipList
     start: int
     stop: int
 
     @property
     def source(self) -> str:
-        return f"{self.metadata.path.name} entries {self.start} to {self.stop - 1}"
+        return f"{self.clips.name} entries {self.start} to {self.stop - 1}"
 
     def num_clips(self) -> int:
         return self.stop - self.start
 
     def num_bytes(self) -> int:
-        return self.metadata.num_bytes(self.start, self.stop)
+        return self.clips.num_bytes(self.start, self.stop)
 
     def records(self) -> Iterator[ClipRecord | BadRecord]:
-        return self.metadata.records(self.start, self.stop)
+        return self.clips.records(self.start, self.stop)
 
 
 def open_dataset(config: ClipsConfig) -> ClipDataset:
-    """List the shards at `config.path`; no tar and no video is opened.
+    """List the shards of what lies at `config.path`; no tar and no video is opened.
 
     A tar is one shard named after its stem; its clips' keys are "<shard>/<member key>", so that
-    tars may number their clips alike. `config.clips_per_shard` entries of a metadata file are one
+    tars may number their clips alike. Of every other layout `config.clips_per_shard` clips are one
     shard named by its number; keys are file names without the video suffix.
 
     Raises:
-        ValueError: There is no dataset at the path, or two kinds of them.
+        ValueError: There is no dataset at the path, or several; or it is malformed as a whole.
     """
-    path = config.path.expanduser()
-    if path.is_file() and path.suffix == ".tar":
-        return _tar_dataset([path])
-    if not path.is_dir():
-        raise ValueError(f"no dataset at data.path {config.path}: {_LAYOUTS}")
-    tars = sorted(entry for entry in path.glob("*.tar") if entry.is_file())
-    metadata = [path / name for name in _METADATA_NAMES if (path / name).is_file()]
-    if len(metadata) + bool(tars) > 1:
-        found = [entry.name for entry in metadata + tars[:1]]
-        raise ValueError(
-            f"data.path {config.path} holds several datasets ({', '.join(found)}); keep one"
-        )
-    if tars:
-        return _tar_dataset(tars)
-    if metadata:
-        return _metadata_dataset(metadata[0], config.clips_per_shard)
-    raise ValueError(f"no dataset in data.path {config.path}: {_LAYOUTS}")
+    layout = find_layout(config.path)
+    if layout.kind == "tars":
+        return _tar_dataset(layout)
+    clips, words = _clip_list(layout)
+    if len(clips) == 0:
+        raise ValueError(f"{layout.named} lists no clip")
+    starts = range(0, len(clips), config.clips_per_shard)
+    shards = [
+        _RowsShard(f"{number:05d}", clips, start, min(start + config.clips_per_shard, len(clips)))
+        for number, start in enumerate(starts)
+    ]
+    return ClipDataset(tuple(shards), layout=words)
 
 
-def _tar_dataset(tars: list[Path]) -> ClipDataset:
-    taken = Counter(tar.stem.lower() for tar in tars)
-    return ClipDataset(
-        tuple(_TarShard(_shard_name(tar, unique=taken[tar.stem.lower()] == 1), tar) for tar in tars)
-    )
+def _tar_dataset(layout: Layout) -> ClipDataset:
+    taken = Counter(tar.stem.lower() for tar in layout.files)
+    shards = []
+    for tar in layout.files:
+        name = _shard_name(tar, layout.root, unique=taken[tar.stem.lower()] == 1)
+        shards.append(_TarShard(name, tar.relative_to(layout.root).as_posix(), tar))
+    return ClipDataset(tuple(shards), layout=f"webdataset, {layout.shown}")
 
 
-def _shard_name(tar: Path, *, unique: bool) -> str:
+def _shard_name(tar: Path, root: Path, *, unique: bool) -> str:
     # A tar named like a retry would claim the name of another's.
     if unique and _SAFE_NAME.fullmatch(tar.stem) and not _RETRY_NAME.fullmatch(tar.stem):
         return tar.stem
     readable = re.sub(r"[^A-Za-z0-9_-]+", "-", tar.stem).strip("-_")[:60]
-    digest = hashlib.sha256(tar.name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    identity = tar.relative_to(root).as_posix()
+    digest = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:12]
     return f"{readable or 'shard'}-{digest}"
 
 
-def _metadata_dataset(path: Path, clips_per_shard: int) -> ClipDataset:
-    metadata = MetadataFile.open(path)
-    num_entries = len(metadata)
-    if num_entries == 0:
-        raise ValueError(f"{path} lists no clip: {_LAYOUTS}")
-    starts = range(0, num_entries, clips_per_shard)
-    return ClipDataset(
-        tuple(
-            _RowsShard(f"{number:05d}", metadata, start, min(start + clips_per_shard, num_entries))
-            for number, start in enumerate(starts)
+def _clip_list(layout: Layout) -> tuple[_ClipList, str]:
+    """The clips of a layout that is no tar, and what it is in words."""
+    if layout.kind == "videos":
+        return _videos(layout)
+    if layout.kind == "line lists":
+        lists = open_line_lists(*layout.files)
+        return lists, f"{layout.shown}, line by line"
+    metadata = MetadataFile.open(layout.files[0])
+    words = [metadata.name]
+    if metadata.caption_field != "caption":
+        words.append(f"captions from its {metadata.caption_field}")
+    if metadata.unread_fields:
+        shown = ", ".join(metadata.unread_fields[:8])
+        more = f" and {len(metadata.unread_fields) - 8} more" if metadata.unread_fields[8:] else ""
+        words.append(f"fields that mean nothing here: {shown}{more}")
+    return metadata, "; ".join(words)
+
+
+def _videos(layout: Layout) -> tuple[VideoFiles, str]:
+    found = (
+        VideoFiles.of_videos(layout.root, layout.files)
+        if layout.files
+        else VideoFiles.in_folder(layout.root)
+    )
+    if len(found) == 0:
+        raise ValueError(
+            f"no dataset at data.path {layout.root}{what_else_is_there(layout.root)}. Expected "
+            f"{LAYOUTS}"
         )
+    without = len(found) - found.num_with_caption
+    if without == len(found):
+        raise ValueError(_no_captions(found, layout))
+    words = f"{len(found)} video{'s' if len(found) > 1 else ''} with captions beside them"
+    if without:
+        words += f", {without} without"
+    if found.captions_alone:
+        shown = ", ".join(found.captions_alone[:3])
+        words += f"; {len(found.captions_alone)} .txt beside no video of their name: {shown}"
+    return found, words
+
+
+def _no_captions(found: VideoFiles, layout: Layout) -> str:
+    first = found.clips[0]
+    lists = [name for name in CAPTION_LISTS if (layout.root / name).is_file()]
+    paired = (
+        f"; or beside {lists[0]} a {VIDEO_LISTS[0]} that names the video of each of its lines"
+        if lists
+        else ""
+    )
+    elsewhere = "" if layout.files else how_to_convert(layout.root)
+    return (
+        f"{layout.named} has {len(found)} video{'s' if len(found) > 1 else ''} and no caption. "
+        f"{elsewhere}{'. ' if elsewhere else ''}"
+        f"Expected {first.key}.txt beside {first.video_name}{paired}; or a metadata.jsonl with a "
+        f'line per video, such as {{"file_name": "{first.video_name}", "caption": "…"}}'
     )

@@ -3,7 +3,7 @@
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,15 @@ MaskReader = Callable[[object], bytes]
 """Reads the PNG that a `mask` field names; ValueError when it cannot."""
 
 _PROMPT_FIELDS = ("mask", "box_xyxy", "points")
+
+KNOWN_FIELDS = (
+    *("caption", "subject", "subjects", "last_frame"),
+    *(*_PROMPT_FIELDS, "mask_ids", "point_labels"),
+)
+"""What an entry may say of its clip; other fields mean nothing."""
+
+_OTHER_CAPTIONS = ("text", "prompt")
+"""Fields that hold the caption where there is no field of that name."""
 
 
 def parse_object(content: bytes) -> dict[str, Any]:
@@ -43,13 +52,31 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def caption_from_fields(fields: Mapping[str, Any]) -> str | None:
+def name_of_caption(fields: Collection[str]) -> str:
+    """Which of the fields holds the caption: caption, else text or prompt.
+
+    Raises:
+        ValueError: Both text and prompt might.
+    """
+    others = [name for name in _OTHER_CAPTIONS if name in fields]
+    if "caption" in fields or not others:
+        return "caption"
+    if len(others) > 1:
+        raise ValueError(f"no caption, but {' and '.join(others)}; call the one meant caption")
+    return others[0]
+
+
+def caption_from_fields(fields: Mapping[str, Any], name: str = "caption") -> str | None:
     """The caption among a record's fields; None when missing or blank.
+
+    Args:
+        fields: The record's.
+        name: Of the field that holds it.
 
     Raises:
         ValueError: It is something other than text, or longer than MAX_TEXT_BYTES.
     """
-    return _text(fields, "caption")
+    return _text(fields, name)
 
 
 def phrase_from_fields(fields: Mapping[str, Any]) -> str | None:

@@ -9,6 +9,12 @@ MAX_KEY_BYTES = 1024
 """Longest key a store accepts, in UTF-8."""
 
 
+def has_video_suffix(name: str) -> bool:
+    """Whether a file's name ends in a dot and one of `VIDEO_SUFFIXES`, in any case."""
+    _, dot, suffix = name.rpartition(".")
+    return bool(dot) and suffix.lower() in VIDEO_SUFFIXES
+
+
 class KeyBook:
     """Hands out every key once.
 

@@ -1,7 +1,6 @@
-"""How much of a dataset's entry is read: bounds on what bad or hostile input can make us hold.
+"""How much of a dataset's entry is read: bounds on what bad or hostile input can make us hold."""
 
-Used by every reader of `stages.clips`; what exceeds one is recorded with its number.
-"""
+from pathlib import Path
 
 MAX_VIDEO_BYTES = 1 << 30
 """Largest video inside a tar (1 GiB): it is held in memory."""
@@ -26,3 +25,25 @@ MAX_POINTS = 1024
 
 MAX_DECODED_FRAMES = 100_000
 """Most frames decoded to make one clip: 49 frames at 8/s of a source with 16,000 frames/s."""
+
+
+def read_at_most(path: Path, limit: int, shown: str) -> bytes:
+    """A file's content.
+
+    Args:
+        path: The file.
+        limit: Most bytes it may have.
+        shown: What messages call it.
+
+    Raises:
+        ValueError: It is missing, no regular file, larger, or cannot be read.
+    """
+    try:
+        # A pipe or a device would be read for ever.
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{shown} is no file")
+        if path.stat().st_size > limit:
+            raise ValueError(f"{shown} has {path.stat().st_size:,} bytes, at most {limit:,} fit")
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{shown} cannot be read: {error.strerror}") from error

@@ -1,27 +1,32 @@
-"""A folder of videos listed in metadata.jsonl or metadata.csv."""
+"""Videos that a metadata.jsonl or metadata.csv lists."""
 
-import csv
-import io
 import json
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from stages.clips.csv_rows import Row, read_csv
 from stages.clips.fields import (
+    KNOWN_FIELDS,
     caption_from_fields,
     last_frame_from_fields,
+    name_of_caption,
     parse_object,
     phrase_from_fields,
     subjects_from_fields,
 )
-from stages.clips.keys import VIDEO_SUFFIXES, KeyBook
-from stages.clips.limits import MAX_MASK_BYTES
+from stages.clips.keys import KeyBook, has_video_suffix
+from stages.clips.limits import MAX_MASK_BYTES, read_at_most
 from stages.clips.records import BadRecord, ClipRecord
 
-_JSON_CELLS = ("box_xyxy", "points", "point_labels", "subjects", "last_frame")
+_JSON_CELLS = ("mask_ids", "box_xyxy", "points", "point_labels", "subjects", "last_frame")
 """CSV columns whose cells hold JSON."""
+
+
+FieldsOf = Callable[[], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +37,20 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class MetadataFile:
-    """The entries of one metadata file, in order, each under a key of its own.
+    """The clips that a metadata file lists, in order, each under a key of its own.
 
-    Fields: file_name (relative to the folder, inside it), caption, subject (words for grounding),
-    and where the subject is on the first frame: mask (the file name of a PNG), else box_xyxy, else
-    points (+ point_labels); or subjects, a list of objects with those fields. last_frame is an
-    object with the same fields for the last training frame. Unknown fields are ignored.
+    Fields: file_name (relative to the folder, inside it), caption (or text, or prompt, in a file
+    without captions), subject (words for grounding), and where the subject is on the first frame:
+    mask (the file name of a PNG; mask_ids for some of its values), else box_xyxy, else points
+    (+ point_labels); or subjects, a list of objects with those fields. last_frame is an object with
+    the same fields for the last training frame.
     """
 
     path: Path
+    caption_field: str
+    """Which field holds the captions."""
+    unread_fields: tuple[str, ...]
+    """Of any entry, that mean nothing here."""
     _entries: tuple[_Entry | BadRecord, ...]
 
     @classmethod
@@ -48,11 +58,37 @@ class MetadataFile:
         """Read the file; the videos and masks it names are not touched.
 
         Raises:
-            ValueError: A CSV without a file_name column.
+            ValueError: A CSV without a file_name column, or with other delimiters; JSON that is no
+                JSON lines; or both text and prompt, and no caption.
         """
-        read = _read_jsonl if path.suffix == ".jsonl" else _read_csv
+        return cls.of_rows(path, (_read_csv if path.suffix == ".csv" else _read_jsonl)(path))
+
+    @classmethod
+    def of_rows(cls, path: Path, rows: Iterable[tuple[str, FieldsOf]]) -> "MetadataFile":
+        """The same of rows that were read elsewhere.
+
+        Args:
+            path: The file that names the videos; their names are relative to its folder.
+            rows: Each one's place in the file, and a function that gives its fields or raises
+                ValueError.
+
+        Raises:
+            ValueError: There are both text and prompt, and no caption.
+        """
         book = KeyBook()
-        return cls(path, tuple(_entry(where, load, book) for where, load in read(path)))
+        entries = tuple(_entry(where, load, book) for where, load in rows)
+        names = {name: 0 for entry in entries if isinstance(entry, _Entry) for name in entry.fields}
+        try:
+            caption_field = name_of_caption(names)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        known = {*KNOWN_FIELDS, "file_name", caption_field}
+        return cls(path, caption_field, tuple(name for name in names if name not in known), entries)
+
+    @property
+    def name(self) -> str:
+        """The file's, without its folder."""
+        return self.path.name
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -64,7 +100,7 @@ class MetadataFile:
 
     def _record(self, entry: _Entry) -> ClipRecord | BadRecord:
         try:
-            caption = caption_from_fields(entry.fields)
+            caption = caption_from_fields(entry.fields, self.caption_field)
         except ValueError as error:
             return BadRecord(key=entry.key, reason="bad_record", detail=str(error))
         try:
@@ -92,45 +128,35 @@ class MetadataFile:
         return total
 
     def _read_mask(self, name: object) -> bytes:
-        path = self._inside(name, "mask")
-        try:
-            # A pipe or a device would be read for ever.
-            if path.exists() and not path.is_file():
-                raise ValueError(f"the mask {name!r} is no file")
-            if path.stat().st_size > MAX_MASK_BYTES:
-                raise ValueError(f"the mask {name!r} is over {MAX_MASK_BYTES:,} bytes")
-            return path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"the mask {name!r} cannot be read: {error.strerror}") from error
+        return read_at_most(self._inside(name, "mask"), MAX_MASK_BYTES, f"the mask {name!r}")
 
     def _inside(self, name: object, field: str) -> Path:
         return self.path.parent / _relative_name(name, field)
 
 
-_Loader = Callable[[], dict[str, Any]]
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, _Loader]]:
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+def _read_jsonl(path: Path) -> Iterator[tuple[str, FieldsOf]]:
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if content.lstrip().startswith(b"[") and content.rstrip().endswith(b"]"):
+        lines_of = "import json, sys; [print(json.dumps(entry)) for entry in json.load(sys.stdin)]"
+        anew = path.with_name(f"{path.stem}-lines.jsonl")
+        raise ValueError(
+            f"{path} is one JSON list; write a line per clip: "
+            f'python -c "{lines_of}" < {shlex.quote(str(path))} > {shlex.quote(str(anew))}'
+            f" and set data.path={anew}"
+        )
+    lines = content.split(b"\n")
     for number, line in enumerate(lines, start=1):
         if line.strip():
             yield f"line {number}", partial(parse_object, line)
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, _Loader]]:
-    # Bytes that are not UTF-8 survive as surrogates, so that only their own row is bad.
-    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-    rows = csv.DictReader(io.StringIO(text, newline=""))
-    if "file_name" not in (rows.fieldnames or ()):
-        raise ValueError(f"{path} has no column file_name; its header is {rows.fieldnames}")
-    for row in rows:
-        yield f"line {rows.line_num}", partial(_csv_fields, row)
+def _read_csv(path: Path) -> Iterator[tuple[str, FieldsOf]]:
+    for number, row in read_csv(path)[1]:
+        yield f"line {number}", partial(_csv_fields, row)
 
 
-def _csv_fields(row: dict[str | None, Any]) -> dict[str, Any]:
-    if None in row:
-        raise ValueError("the row has more cells than the header")
-    fields = {name: cell for name, cell in row.items() if name is not None and cell}
+def _csv_fields(row: Callable[[], Row]) -> dict[str, Any]:
+    fields: dict[str, Any] = {**row()}
     for name in _JSON_CELLS:
         if name in fields:
             try:
@@ -140,7 +166,7 @@ def _csv_fields(row: dict[str | None, Any]) -> dict[str, Any]:
     return fields
 
 
-def _entry(where: str, load: _Loader, book: KeyBook) -> _Entry | BadRecord:
+def _entry(where: str, load: FieldsOf, book: KeyBook) -> _Entry | BadRecord:
     key = where
     try:
         fields = load()
@@ -168,5 +194,4 @@ def _relative_name(name: object, field: str) -> str:
 
 
 def _key(name: str) -> str:
-    stem, dot, suffix = name.rpartition(".")
-    return stem if dot and suffix.lower() in VIDEO_SUFFIXES else name
+    return name.rpartition(".")[0] if has_video_suffix(name) else name

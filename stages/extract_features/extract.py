@@ -66,6 +66,7 @@ def extract_features(
             "processes; run it without torchrun, or with extract.engine=local"
         )
     dataset = open_dataset(clips)
+    progress.log(f"dataset: {dataset.layout}")
     shards = {shard.name: shard for shard in dataset.shards}
     engine: RayEngine | LocalEngine
     if config.engine == "ray":
@@ -90,7 +91,9 @@ def extract_features(
         ]
         with failures_listed(cache_root, progress.log):
             summaries = _fill(engine, dataset, extractions, stores, progress, retry_failed)
-    return ExtractSummary(kinds=tuple(summaries), failures=cache_root / FAILURES_FILE)
+    return ExtractSummary(
+        kinds=tuple(summaries), dataset=dataset.layout, failures=cache_root / FAILURES_FILE
+    )
 
 
 def _fill(
@@ -143,4 +146,5 @@ def _summary(
         busy_shards=report.busy,
         seconds=seconds,
         bytes=sum(facts.num_bytes for facts in of_dataset.values()),
+        captions_cut=report.captions_cut,
     )

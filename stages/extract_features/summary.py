@@ -28,6 +28,8 @@ class KindSummary:
     """Wall-clock time of this run."""
     bytes: int
     """On disk, of the finished shards' clips."""
+    captions_cut: int = 0
+    """Captions of this run that were longer than the text encoder reads."""
 
     @property
     def name(self) -> str:
@@ -46,6 +48,8 @@ class ExtractSummary:
 
     kinds: tuple[KindSummary, ...]
     """Of each, one for every size."""
+    dataset: str
+    """Which layout was recognised."""
     failures: Path | None = None
     """The list of everything that was left out."""
 

@@ -15,6 +15,9 @@ from stages.extract_features.config import Kind, TextConfig
 from stages.extract_features.content_hash import sha256_of_folder
 from stages.extract_features.extraction import DTYPES, Extracted, Outcome, to_float16
 
+TOKENS_CUT = "tokens_cut"
+"""Attribute of a clip: how many of its caption's tokens are beyond what the text encoder reads."""
+
 
 class TextExtraction:
     """Encodes captions as CogVideoXPipeline does: padded to the full length, no attention mask.
@@ -97,7 +100,7 @@ class TextExtraction:
             arrays={"embeds": to_float16(embeds_LD)},
             attributes={
                 "caption": caption,
-                "tokens_cut": max(0, len(whole) - self._length),
+                TOKENS_CUT: max(0, len(whole) - self._length),
             },
         )
 

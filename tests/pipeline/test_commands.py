@@ -73,11 +73,14 @@ class TestExtract:
             busy_shards=(),
             seconds=90.0,
             bytes=67_700_000,
+            captions_cut=2,
         )
 
         def stage(*sections, **options):
             calls.append((sections, options))
-            return ExtractSummary(kinds=(kind,), failures=Path("cache/failures.jsonl"))
+            return ExtractSummary(
+                kinds=(kind,), dataset="one", failures=Path("cache/failures.jsonl")
+            )
 
         replace_stage(monkeypatch, "stages.extract_features.extract", extract_features=stage)
         return calls
@@ -103,7 +106,8 @@ class TestExtract:
         assert rows["  skipped"] == "30 (30 too_short)"
         assert answer.notes[0] == "teacher skipped clip/0: too_short (3 frames)"
         assert "and 10 more" in answer.notes[20]
-        assert answer.notes[21] == "all that was left out, one per line: cache/failures.jsonl"
+        assert answer.notes[22] == "all that was left out, one per line: cache/failures.jsonl"
+        assert answer.notes[21].startswith("2 captions are longer than the text encoder reads")
         assert answer.data["failures"] == "cache/failures.jsonl"
         assert len(answer.data["teacher"]["skipped"]) == 30
         json.dumps(answer.data)

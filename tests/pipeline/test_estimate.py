@@ -60,6 +60,7 @@ FORMS = tuple(
     )
 )
 FOUND = Estimate(
+    dataset="webdataset, 5 tars",
     shards=5,
     clips=310,
     frames_per_clip=(49,),

@@ -116,6 +116,8 @@ class FormEstimate:
 class Estimate:
     """The whole run."""
 
+    dataset: str
+    """Which layout was recognised."""
     shards: int
     clips: int
     """Of the dataset, bad records included."""
@@ -194,6 +196,7 @@ def estimate(
     every = (survey.prompts for of_size in by_size.values() for survey in of_size)
     prompts = sum(every, Counter[PromptSource]())
     return Estimate(
+        dataset=dataset.layout,
         shards=len(surveys),
         clips=sum(survey.num_clips for survey in surveys),
         frames_per_clip=tuple(size.num_frames for size in clips.sizes),

@@ -30,6 +30,8 @@ class EngineReport:
     """Clips added to each store."""
     busy: tuple[str, ...] = ()
     """Shards that another process was still writing at the end."""
+    captions_cut: int = 0
+    """Captions that were longer than the text encoder reads."""
 
 
 class LocalEngine:
@@ -79,6 +81,7 @@ class LocalEngine:
             left = in_turn(jobs, self._rank, self._world_size)
             for _ in range(2):
                 left = _work_through(left, worker, writers, bar, report, progress)
+            report.captions_cut = worker.captions_cut
         report.busy = tuple(sorted(job.name for job in left))
         return report
 

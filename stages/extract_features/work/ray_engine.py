@@ -226,6 +226,7 @@ class _Crew:
                 busy.append(job)
             else:
                 self._report.written += answer.written
+                self._report.captions_cut += answer.captions_cut
                 self._bar.done(job)
         member.job = waiting.popleft() if waiting else None
         if member.job is None:

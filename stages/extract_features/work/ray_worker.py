@@ -50,6 +50,8 @@ class WorkReport:
     """To be shown."""
     written: Counter[Kind] | None = None
     """Clips added to each store; None where another process has the shard, or work goes on."""
+    captions_cut: int = 0
+    """Of the clips written."""
 
 
 class RayWorker:
@@ -100,12 +102,14 @@ class RayWorker:
     def work(self, job: ShardJob) -> WorkReport:
         """Write and commit a shard, or find that another process has it."""
         self._job, self._clips = job.name, 0
+        cut_before = self._worker.captions_cut
         try:
             written = self._worker.work(job)
         except ShardBusy as busy:
             self._lines.append(f"{' and '.join(job.keys)}: left alone for now, {busy}")
             return self.report()
-        return replace(self.report(), written=written)
+        cut = self._worker.captions_cut - cut_before
+        return replace(self.report(), written=written, captions_cut=cut)
 
     def report(self) -> WorkReport:
         """How far this is, and the lines since the last report."""

@@ -17,6 +17,7 @@ from cache_schema import AlreadyCommitted, ShardWriter, StoreWriter
 from stages.clips import BadRecord, ClipRecord, ClipSkipped, InputShard, belongs
 from stages.extract_features.config import Kind
 from stages.extract_features.extraction import Extracted, Extraction, Outcome, release_memory
+from stages.extract_features.text import TOKENS_CUT
 from stages.extract_features.work.jobs import ShardJob
 from stages.extract_features.work.prefetch import prefetch_map
 from stages.extract_features.work.write_behind import WriteBehind
@@ -70,6 +71,8 @@ class ShardWorker:
         self._log = log
         self._model = ExitStack()
         self._extract: Callable[[Sequence[Any]], Sequence[Outcome]] | None = None
+        self.captions_cut = 0
+        """Captions of which the text encoder read a part, over all jobs."""
 
     def __enter__(self) -> Self:
         return self
@@ -124,6 +127,7 @@ class ShardWorker:
             behind.drain()
             for out in outs.values():
                 out.commit()
+        self.captions_cut += book.captions_cut
         return book.written
 
     def _prepared(
@@ -208,6 +212,7 @@ class _Book:
         self, outs: Mapping[Kind, ShardWriter], source: str, log: Callable[[str], None]
     ) -> None:
         self.written: Counter[Kind] = Counter()
+        self.captions_cut = 0
         self._outs = outs
         self._source = source
         self._log = log
@@ -234,6 +239,7 @@ class _Book:
             key, extracted.arrays, extracted.attributes, fingerprint=_NO_FINGERPRINT
         )
         self.written[kind] += 1
+        self.captions_cut += bool(extracted.attributes.get(TOKENS_CUT))
 
     def _skip(self, key: str, kinds: tuple[Kind, ...], skipped: ClipSkipped) -> None:
         for kind in kinds:

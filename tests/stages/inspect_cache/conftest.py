@@ -107,6 +107,7 @@ def dataset():
         levels = 20 * np.arange(num_frames, dtype=np.uint8)
         frames_THWC = np.broadcast_to(levels[:, None, None, None], shape)
         video = encode_video(frames_THWC, 8.0)
-        return ClipDataset((Shard(ClipRecord(key=key, video=video, **given), name),))
+        shard = Shard(ClipRecord(key=key, video=video, **given), name)
+        return ClipDataset((shard,), layout="one clip")
 
     return make
