@@ -5,7 +5,6 @@ The same in a tar and in a folder: `lion.mp4`, `lion.txt`, `lion.mask.png` are o
 
 import re
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Any
 
 from stages.clips.fields import (
@@ -19,6 +18,7 @@ from stages.clips.fields import (
 from stages.clips.keys import VIDEO_SUFFIXES
 from stages.clips.limits import MAX_JSON_BYTES, MAX_MASK_BYTES, MAX_SUBJECTS, MAX_TEXT_BYTES
 from stages.clips.records import BadRecord, ClipRecord
+from stages.clips.video_source import VideoSource
 
 _FIRST_MASK = re.compile(r"mask(?:\.([0-9]+))?\.png")
 _LAST_MASK = re.compile(r"last\.mask(?:\.([0-9]+))?\.png")
@@ -28,7 +28,7 @@ Read = Callable[[str, int], bytes]
 
 
 def record_of_members(
-    key: str, suffixes: Collection[str], *, read: Read, video: Callable[[str], bytes | Path]
+    key: str, suffixes: Collection[str], *, read: Read, video: Callable[[str], VideoSource]
 ) -> ClipRecord | BadRecord:
     """The record of the files that share a key.
 
@@ -41,7 +41,7 @@ def record_of_members(
         key: The clip's.
         suffixes: Of its files, lower case.
         read: Reads captions, JSON and masks.
-        video: The video, or where it lies, by its suffix; ValueError when it cannot be read.
+        video: Where the video lies, by its suffix; ValueError when it cannot be read.
     """
     videos = [suffix for suffix in VIDEO_SUFFIXES if suffix in suffixes]
     if len(videos) != 1:

@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-MAX_VIDEO_BYTES = 1 << 30
-"""Largest video inside a tar (1 GiB): it is held in memory."""
-
 MAX_MASK_BYTES = 64 << 20
 """Largest mask image (64 MiB)."""
 

@@ -1,12 +1,12 @@
 """What a dataset holds and what loading makes of it; the vocabulary of `stages.clips`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from stages.clips.geometry import FrameGeometry
 from stages.clips.prompts import SubjectPrompt
+from stages.clips.video_source import VideoSource
 
 # Legend: T frame, H W pixels, C colour (RGB).
 
@@ -17,8 +17,7 @@ class ClipRecord:
 
     key: str
     """Unique in the dataset; never used as a path."""
-    video: bytes | Path
-    """The encoded file, or where it lies."""
+    video: VideoSource
     caption: str | None = None
     prompts: tuple[SubjectPrompt, ...] = ()
     """The subjects on frame 0, one prompt each."""

@@ -13,6 +13,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from stages.clips.video_source import FilePart
+
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 """Key up to the first dot of the file name, and suffix after it: webdataset's rule."""
 
@@ -116,6 +118,19 @@ class TarReader:
         if len(content) != member.size:
             raise ValueError(f"{_shown(member)} is cut off after {len(content):,} bytes")
         return content
+
+    def part(self, member: TarMember) -> FilePart:
+        """Where a member's bytes lie; none of them is read.
+
+        Raises:
+            ValueError: It is sparse, a link that leads nowhere, or cut off.
+        """
+        if member.problem:
+            raise ValueError(f"{_shown(member)} {member.problem}")
+        there = self._path.stat().st_size - member.offset
+        if there < member.size:
+            raise ValueError(f"{_shown(member)} is cut off after {max(0, there):,} bytes")
+        return FilePart(self._path, member.offset, member.size)
 
     def _members(self) -> Iterator[tuple[str, str, TarMember]]:
         """Key, suffix and place of each file that could be part of a clip."""

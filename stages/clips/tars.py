@@ -6,9 +6,9 @@ from pathlib import Path
 
 from stages.clips.clip_members import record_of_members
 from stages.clips.keys import KeyBook
-from stages.clips.limits import MAX_VIDEO_BYTES
 from stages.clips.records import BadRecord, ClipRecord
 from stages.clips.tar_reading import MemberGroup, TarReader
+from stages.clips.video_source import FilePart
 
 
 def tar_records(path: Path, *, key_prefix: str) -> Iterator[ClipRecord | BadRecord]:
@@ -30,9 +30,11 @@ def tar_records(path: Path, *, key_prefix: str) -> Iterator[ClipRecord | BadReco
             elif group.problem:
                 yield BadRecord(key=key, reason="bad_record", detail=group.problem)
             else:
-                read = partial(_content, reader, group)
                 yield record_of_members(
-                    key, group.members, read=read, video=partial(read, limit=MAX_VIDEO_BYTES)
+                    key,
+                    group.members,
+                    read=partial(_content, reader, group),
+                    video=partial(_part, reader, group),
                 )
 
 
@@ -44,3 +46,7 @@ def count_records(path: Path) -> int:
 
 def _content(reader: TarReader, group: MemberGroup, suffix: str, limit: int) -> bytes:
     return reader.content(group.members[suffix], limit)
+
+
+def _part(reader: TarReader, group: MemberGroup, suffix: str) -> FilePart:
+    return reader.part(group.members[suffix])

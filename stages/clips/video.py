@@ -5,19 +5,19 @@ Used by `stages.clips.loading` and `probing`, the demo's generator, and whatever
 
 import io
 import secrets
-import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import av
 import numpy as np
 from av.video.reformatter import Interpolation
 
 from stages.clips.limits import MAX_FRAME_PIXELS
+from stages.clips.video_source import VideoSource, open_source
 
 # Legend: T frame, H W pixels, C colour (RGB).
 
@@ -60,7 +60,7 @@ class VideoInfo:
 
 
 @contextmanager
-def open_stream(source: bytes | Path) -> Iterator[tuple[Any, Any, Fraction]]:
+def open_stream(source: VideoSource) -> Iterator[tuple[Any, Any, Fraction]]:
     """Open a video without decoding: the container, its first real video stream, frames/s.
 
     Raises:
@@ -68,8 +68,7 @@ def open_stream(source: bytes | Path) -> Iterator[tuple[Any, Any, Fraction]]:
     """
     with ExitStack() as stack:
         try:
-            stream_in = io.BytesIO(source) if isinstance(source, bytes) else _open_file(source)
-            stack.enter_context(stream_in)
+            stream_in = stack.enter_context(open_source(source))
             container = stack.enter_context(
                 av.open(
                     stream_in,
@@ -99,7 +98,7 @@ def open_stream(source: bytes | Path) -> Iterator[tuple[Any, Any, Fraction]]:
 
 
 @contextmanager
-def open_video(source: bytes | Path) -> Iterator[tuple[VideoInfo, Iterator[Frame]]]:
+def open_video(source: VideoSource) -> Iterator[tuple[VideoInfo, Iterator[Frame]]]:
     """Open a video; frames are decoded as they are asked for, in the order they are shown.
 
     Raises:
@@ -122,7 +121,7 @@ def open_video(source: bytes | Path) -> Iterator[tuple[VideoInfo, Iterator[Frame
         yield info, _chain(first, frames)
 
 
-def read_video(source: bytes | Path) -> tuple[np.ndarray, float]:
+def read_video(source: VideoSource) -> tuple[np.ndarray, float]:
     """Decode a whole video.
 
     Returns:
@@ -192,13 +191,6 @@ def encode_video(frames_THWC: np.ndarray, fps: float, *, crf: int = 17) -> bytes
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return out.getvalue()
-
-
-def _open_file(path: Path) -> IO[bytes]:
-    # A pipe or a device would be waited for, or read for ever.
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError("it is no file")
-    return path.open("rb")
 
 
 def _first_video_stream(container: Any) -> Any:
