@@ -25,7 +25,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from cache_schema.durable import write_whole
+from cache_schema.durable import make_directories, write_whole
 from stages.base_facts import BaseFacts
 from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig
@@ -114,13 +114,13 @@ def open_run(
                 f"{run_dir} holds a run with other settings: {told}. Choose another train.run_dir, "
                 "or the settings it was started with"
             )
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_directories(run_dir)
     text = io.StringIO()
     YAML().dump(resolved_config, text)
     _write(run_dir / "config.yaml", text.getvalue())
     if not file.is_file():
         _write(file, json.dumps({"settings": settings, **about}, indent=1))
-    (run_dir / "checkpoints").mkdir(exist_ok=True)
+    make_directories(run_dir / "checkpoints")
 
 
 def finished_steps(run_dir: Path) -> int | None:
@@ -147,7 +147,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     Raises:
         ValueError: another process trains here.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_directories(run_dir)
     with (run_dir / ".lock").open("a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

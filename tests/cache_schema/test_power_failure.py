@@ -1,7 +1,6 @@
 """What a power failure would leave: everything that is published was synced before.
 
-The page cache outlives a killed process, so kills cannot show this. Here every `fsync` is recorded
-with what the file or folder held at that moment, and only that counts as being on the disk.
+The page cache outlives a killed process, so kills cannot show this.
 """
 
 import os
@@ -10,84 +9,38 @@ from pathlib import Path
 
 import pytest
 
-import cache_schema.durable
 from cache_schema import StoreReader, StoreWriter
 from cache_schema.upkeep.copy import copy_store
 from cache_schema.upkeep.drop import drop_clips
 from cache_schema.upkeep.merge import merge_stores
 from tests.fingerprints import fingerprint_of
+from tests.synced_disk import SyncedDisk
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/fd").is_dir(), reason="reads what a descriptor holds through /proc"
 )
 
 
-class Disk:
-    """What was synced, by inode: a file's bytes, or the inodes a folder lists by name."""
+class StoreDisk(SyncedDisk):
+    """Checks a shard before its commit record is published."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.synced: dict[int, bytes | dict[str, int]] = {}
-        self.not_synced: list[str] = []
-        self._fsync, self._rename = os.fsync, os.rename
-
-    def fsync(self, descriptor: int) -> None:
-        self._fsync(descriptor)
-        status = os.fstat(descriptor)
-        path = Path(f"/proc/self/fd/{descriptor}")
-        self.synced[status.st_ino] = (
-            self._listing(path) if stat.S_ISDIR(status.st_mode) else path.read_bytes()
-        )
-
-    def rename(self, source, target, **options) -> None:
-        source, target = Path(source), Path(target)
-        # Zarr too renames its files; those lie in the staged group and are checked with the shard.
-        if source.is_file() and ".staging" not in target.parts:
-            self._check_content(source, f"renamed to {target}")
-        if target.parent.name == "commits":
-            self.check_shard(target.stem, f"recorded by {target.name}")
-        self._rename(source, target, **options)
-
-    def check_shard(self, shard: str, when: str) -> None:
-        """Note every file of a shard's newest group that a power failure could take away."""
-        store = next(path.parent for path in self.root.rglob("store.json") if path.is_file())
-        groups = sorted((store / "shards").glob(f"{shard}*"), key=lambda path: path.stat().st_mtime)
-        for file in groups[-1].rglob("*"):
-            if file.is_file():
-                self.check_file(file, when)
-
-    def check_file(self, file: Path, when: str) -> None:
-        """Note the file if its bytes, or its name in a folder above it, are not on the disk."""
-        self._check_content(file, when)
-        while file != self.root:
-            listed = self.synced.get(file.parent.stat().st_ino, {})
-            if not isinstance(listed, dict) or listed.get(file.name) != file.stat().st_ino:
-                self.not_synced.append(f"{file.parent} lists {file.name}, {when}")
-            file = file.parent
+    def before_publishing(self, target: Path) -> None:
+        if target.parent.name != "commits":
+            return
+        groups = (target.parents[1] / "shards").glob(f"{target.stem}*")
+        newest = max(groups, key=lambda path: path.stat().st_mtime_ns)
+        self.check_tree(newest, f"recorded by {target.name}")
 
     def check_store(self, store: Path) -> None:
         """Note whatever of a finished store could be lost."""
-        for file in [store / "store.json", *store.glob("commits/*"), *store.glob("shards/**/*")]:
-            if file.is_file():
-                self.check_file(file, "at the end")
-
-    def _check_content(self, file: Path, when: str) -> None:
-        if self.synced.get(file.stat().st_ino) != file.read_bytes():
-            self.not_synced.append(f"bytes of {file}, {when}")
-
-    @staticmethod
-    def _listing(folder: Path) -> dict[str, int]:
-        return {entry.name: entry.inode() for entry in os.scandir(folder)}
+        for part in ("store.json", "commits", "shards"):
+            self.check_tree(store / part, "at the end")
 
 
 @pytest.fixture
 def disk(tmp_path, monkeypatch):
-    made = Disk(tmp_path)
-    monkeypatch.setattr(os, "fsync", made.fsync)
-    monkeypatch.setattr(os, "rename", made.rename)
-    monkeypatch.setattr(os, "replace", made.rename)
-    # One call for a whole file system, which is not seen here; without it every folder is synced.
-    monkeypatch.setattr(cache_schema.durable, "_sync_file_system", lambda path: False)
+    made = StoreDisk(tmp_path)
+    made.watch(monkeypatch)
     return made
 
 
@@ -136,13 +89,13 @@ def test_merged_and_copied_stores_are_on_the_disk(written, disk, tmp_path):
 
 @pytest.mark.parametrize("what", ["files", "folders"])
 def test_a_sync_that_does_nothing_is_found_out(tmp_path, settings, write_shard, monkeypatch, what):
-    disk = Disk(tmp_path)
+    disk = StoreDisk(tmp_path)
 
     def fsync(descriptor):
         if stat.S_ISDIR(os.fstat(descriptor).st_mode) == (what == "files"):
             disk.fsync(descriptor)
 
+    disk.watch(monkeypatch)
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "rename", disk.rename)
     write_shard(StoreWriter.open(tmp_path, settings, provenance={}), "00000", ["a0"])
     assert disk.not_synced

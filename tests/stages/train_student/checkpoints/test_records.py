@@ -17,6 +17,7 @@ from stages.train_student.checkpoints.records import (
     torn_checkpoints,
     write_record,
 )
+from tests.synced_disk import SyncedDisk
 
 FILES = {"mp_rank_00_model_states.pt": b"weights", "zero/rank_0.pt": b"", "rank_1.pt": b"moments"}
 
@@ -117,3 +118,20 @@ def test_what_dies_while_a_checkpoint_is_removed_never_leaves_a_record(
     assert record_of(old.folder).exists() == (kill_at == 1)
     keep_newest(tmp_path, 1)
     assert sorted(tmp_path.glob("*/")) == [new.folder]
+
+
+class CheckpointDisk(SyncedDisk):
+    """Checks a checkpoint before its completion record is published."""
+
+    def before_publishing(self, target):
+        if target.name.endswith(".complete.json"):
+            self.check_tree(target.with_name(target.name.removesuffix(".complete.json")), "then")
+
+
+def test_a_checkpoint_is_on_the_disk_before_its_record(train, tmp_path, monkeypatch):
+    disk = CheckpointDisk(tmp_path)
+    disk.watch(monkeypatch)
+    train(tmp_path / "run", steps=2, checkpoint_every=1, checkpoints_kept=1)
+    (newest,) = complete_checkpoints(tmp_path / "run" / "checkpoints")
+    disk.check_tree(record_of(newest.folder), "at the end")
+    assert disk.not_synced == []
