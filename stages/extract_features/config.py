@@ -71,7 +71,8 @@ class TeacherConfig(Section):
     """How the two directions become one: exact in Gram-flow space (the paper), averaged (ablation),
     or the forward pass alone (ablation)."""
     forward_weight: float = Field(default=0.5, ge=0.0, le=1.0)
-    """Share a of the forward direction: S = a S_fwd + (1-a) S_bwd; 0.5 is usual."""
+    """Share a of the forward direction: S = a S_fwd + (1-a) S_bwd; 0.5 is a public
+    re-implementation's."""
     time_rate: Literal["frame", "latent"] = "frame"
     """One feature map per frame, or the mean over each latent frame's frames."""
     grid: Literal["student", "native"] = "student"

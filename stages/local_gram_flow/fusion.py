@@ -29,7 +29,7 @@ def fuse_directions(
     `gram_flow`: with unit tokens f and b and share a, g = concat(sqrt(a) f, sqrt(1-a) b) has
     <g_p, g_q> = a <f_p, f_q> + (1-a) <b_p, b_q> for every pair of tokens: fusion in Gram-flow
     space, exactly, in one stored array. `average`: a f + (1-a) b, renormalised; its products hold
-    the cross terms <f, b> that the paper found harmful (ablation). `forward`: f alone (ablation).
+    the cross terms <f, b>, which Gram-flow space has not (ablation). `forward`: f alone (ablation).
 
     Args:
         forward_THWC: features of the forward track; need not be normalised.
@@ -53,7 +53,9 @@ def fuse_directions(
             f"{tuple(forward_THWC.shape)}, got {found}"
         )
     if not 0.0 <= forward_weight <= 1.0:
-        raise ValueError(f"forward_weight must be in 0..1, got {forward_weight}; 0.5 is usual")
+        raise ValueError(
+            f"forward_weight must be in 0..1, got {forward_weight}; 0.5 counts both alike"
+        )
     forward_THWC, backward_THWC = _unit_tokens(forward_THWC), _unit_tokens(backward_THWC)
     if fusion == "average":
         return _unit_tokens(forward_weight * forward_THWC + (1 - forward_weight) * backward_THWC)

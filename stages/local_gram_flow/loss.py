@@ -36,7 +36,7 @@ def gram_flow_loss(
         student_BPHWK: similarities of the student (`local_gram_flow`), with gradient.
         teacher_BPHWK: similarities of the teacher, before the softmax; no gradient flows to them.
         temperature: of the softmax; used by `kl` alone.
-        divergence: `kl` (the paper) or `l2` (ablation).
+        divergence: `kl` or `l2` (ablation).
         valid_BP: bool, the pairs that count; None counts all. A clip's mean is over its own valid
             pairs, and a clip without one has the loss 0, so that a batch gives the same mean in one
             piece or in several.

@@ -32,7 +32,7 @@ def local_gram_flow(features_BTHWC: Tensor, radius: int, *, kernel: Kernel = "to
 
     Args:
         features_BTHWC: features per clip, frame and token; any floating dtype, T >= 2.
-        radius: half the window; 3 gives the paper's 7x7.
+        radius: half the window; 3 gives 7x7 tokens.
         kernel: `torch`, or `triton` for bfloat16 and float32 on CUDA; any other is computed by
             torch.
 
@@ -51,7 +51,7 @@ def local_gram_flow(features_BTHWC: Tensor, radius: int, *, kernel: Kernel = "to
             f"{tuple(features_BTHWC.shape)}"
         )
     if radius < 1:
-        raise ValueError(f"radius must be >= 1, got {radius}; 3 gives the paper's 7x7 window")
+        raise ValueError(f"radius must be >= 1, got {radius}; 3 gives a 7x7 window")
     similarities: Tensor
     if (
         kernel == "triton"

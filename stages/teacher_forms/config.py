@@ -22,8 +22,8 @@ class GramFlowConfig(Section):
     """The Gram flow of the teacher's features: a fraction of their size, for one window."""
 
     radius: int = Field(default=3, ge=1)
-    """Half the window that is stored; training may use this one or a smaller one. 3 is the paper's
-    7x7."""
+    """Half the window that is stored; training may use this one or a smaller one. 3 gives
+    7x7 tokens."""
     pairs: StoredPairs = "forward"
     """forward: each map to the next, from fused features, which serves train.lgf.pairs=forward,
     backward and both. crossed, of twice the size: each map to the next from the backward track and

@@ -172,7 +172,8 @@ class TrainConfig(Section):
     objectives: tuple[ObjectiveName, ...] = ("lgf",)
     """The auxiliary losses; several add up. [] or none is plain fine-tuning."""
     block: int = Field(default=25, ge=0)
-    """Index of the transformer block whose output is taught; 25 of the 5B model's 42."""
+    """Index of the transformer block whose output is taught, counted from 0; 25 of the 5B model's
+    42 is a public re-implementation's. REPA and VideoREPA count from 1: their 18 is 17 here."""
     lgf: LgfConfig = LgfConfig()
     repa: RepaConfig = RepaConfig()
     token_relation: TokenRelationConfig = TokenRelationConfig()

@@ -16,7 +16,8 @@ class AuxiliaryConfig(Section):
     """What every auxiliary loss has: how much it counts, when, and at which noise."""
 
     weight: float = Field(default=0.5, ge=0.0)
-    """Lambda: total = diffusion + weight * auxiliary; 0.5 is usual."""
+    """Lambda: total = diffusion + weight * auxiliary; 0.5 is REPA's and VideoREPA's, and for lgf a
+    public re-implementation's."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the weight rises from zero; 0 is usual."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -44,11 +45,12 @@ class LgfConfig(AuxiliaryConfig):
     """Local Gram Flow: how each token relates to its window in the next frame."""
 
     radius: int = Field(default=3, ge=1)
-    """Half the window; 3 gives the paper's 7x7 window."""
+    """Half the window; 3 gives the 7x7 window of a public re-implementation."""
     temperature: float = Field(default=0.1, gt=0.0)
-    """Temperature of the softmax over neighbours; 0.1 is usual."""
+    """Temperature of the softmax over neighbours; 0.1 is a public re-implementation's."""
     divergence: Literal["kl", "l2"] = "kl"
-    """KL of the distributions (the paper), or squared error of the similarities (ablation)."""
+    """KL of the distributions, from teacher to student as in a public re-implementation; or squared
+    error of the similarities (ablation)."""
     directions: Literal["fused", "forward", "averaged"] = "fused"
     """What of the teacher is compared: both tracks' similarities fused (the paper); the forward
     track's alone, or those of averaged features (ablations, from stored features only)."""
@@ -63,7 +65,7 @@ class LgfConfig(AuxiliaryConfig):
     """What computes the student's similarities on a GPU: torch's matrix products, or one Triton
     kernel, which reads bfloat16 features as they are."""
     projector_widths: tuple[int, int, int] = (512, 256, 256)
-    """Widths of the projector's layers."""
+    """Widths of the projector's layers; these are a public re-implementation's."""
 
     @model_validator(mode="after")
     def _crossed_pairs_take_both_tracks(self) -> "LgfConfig":
@@ -79,26 +81,27 @@ class RepaConfig(AuxiliaryConfig):
     """REPA: cosine of each projected token to the teacher's features."""
 
     projector_widths: tuple[int, int] = (512, 256)
-    """Widths of the projector's hidden layers; its output is as wide as the teacher."""
+    """Widths of the projector's hidden layers; its output is as wide as the teacher. REPA's are
+    2048 and 2048."""
 
 
 class TokenRelationConfig(AuxiliaryConfig):
-    """Token-relation distillation, VideoREPA's idea: similarities of all tokens, in and across
+    """Token-relation distillation, after VideoREPA: similarities of all tokens, in and across
     frames."""
 
     margin: float = Field(default=0.1, ge=0.0)
-    """Differences of similarity up to this do not count; 0.1 is usual."""
+    """Differences of similarity up to this do not count; 0.1 is VideoREPA's."""
     pool: int = Field(default=2, ge=1)
-    """Tokens are averaged over squares of this side first: relations are quadratic in them; 2 is
-    usual."""
+    """Tokens are averaged over squares of this side first: relations are quadratic in them; 3
+    leaves VideoREPA's 10x15 of 30x45."""
     projector_widths: tuple[int, int, int] = (512, 256, 256)
-    """Widths of the projector's layers."""
+    """Widths of the projector's layers; VideoREPA's are 2048, 2048 and 768."""
 
 
 class MaskConfig(AuxiliaryConfig):
     """Mask supervision: predict where the subject is, from the block's tokens."""
 
     weight: float = Field(default=0.1, ge=0.0)
-    """Lambda: total = diffusion + weight * auxiliary; 0.1 is usual."""
+    """Lambda: total = diffusion + weight * auxiliary; 0.1 is this project's."""
     projector_widths: tuple[int, int] = (256, 128)
     """Widths of the projector's hidden layers; its output is one logit a token."""

@@ -236,5 +236,6 @@ def check_block(config: TrainConfig, facts: BaseFacts) -> None:
     if config.objectives and config.block >= blocks:
         raise ValueError(
             f"train.block must be under {blocks}, the base model's number of blocks, got "
-            f"{config.block}; about 0.6 of the depth, {int(0.6 * blocks)}, is usual"
+            f"{config.block}; it counts from 0, and the presets teach about 0.6 of the depth, "
+            f"{int(0.6 * blocks)}"
         )

@@ -122,7 +122,7 @@ def test_a_configuration_is_frozen(minimal):
         ("train.lgf=1", "train.lgf is a section; set one of its keys"),
         ("train=null", "train is a section"),
         ("train.lgf.radius=0", "train.lgf.radius must be >= 1, got 0\n"
-         "    Half the window; 3 gives the paper's 7x7 window."),
+         "    Half the window; 3 gives the 7x7 window of a public re-implementation."),
         ("train.optimizer.learning_rate=0", "must be > 0, got 0\n    Peak rate;"),
         ("train.optimizer.learning_rate=fast", "must be a number, got 'fast'"),
         ("extract.max_skipped=2", "must be <= 1, got 2"),

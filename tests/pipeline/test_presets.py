@@ -8,6 +8,7 @@ import typer
 from pipeline.cli import app
 from pipeline.config import load_config, preset_names
 from pipeline.strict_yaml import parse_yaml
+from stages.train_student.objectives.needs import kinds_needed
 
 PRESETS = preset_names()
 COMMAND = re.compile(r"#\s+((?:sam2vx-pipeline|deepspeed --module pipeline)\s.*)")
@@ -24,12 +25,17 @@ def commands_of(name):
 def test_the_presets_are_those_that_are_promised():
     assert PRESETS == [
         "cogvideox-2b-full",
+        "cogvideox-2b-full-token-relation",
         "cogvideox-2b-lora",
         "cogvideox-2b-lora-gram-flow",
         "cogvideox-5b-i2v-lora",
         "cogvideox-5b-i2v-lora-gram-flow",
+        "cogvideox-5b-i2v-lora-mask",
+        "cogvideox-5b-i2v-lora-plain",
         "cogvideox-5b-lora",
         "cogvideox-5b-lora-gram-flow",
+        "cogvideox-5b-lora-repa",
+        "cogvideox-5b-lora-token-relation",
         "cogvideox1.5-5b-i2v-lora",
         "cogvideox1.5-5b-lora",
         "demo",
@@ -102,12 +108,12 @@ def test_moving_the_demo_moves_all_of_it():
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "demo"])
-def test_an_official_preset_is_the_published_setting(name):
+def test_an_official_preset_has_the_size_batch_and_rate_of_published_training(name):
     config = load_config(name)
     size = config.data.num_frames, config.data.height, config.data.width, config.data.fps
     assert size == ((81, 768, 1360, 16.0) if "1.5" in name else (49, 480, 720, 8.0))
     train = config.train
-    if name.endswith("-full"):
+    if "-full" in name:
         assert (train.method, train.steps, train.batch_size) == ("full", 4000, 32)
         assert train.optimizer.learning_rate == 2e-6
     else:
@@ -117,4 +123,21 @@ def test_an_official_preset_is_the_published_setting(name):
     assert train.deepspeed.precision == "bf16"
     teacher = config.extract.teacher
     assert (teacher.precision, teacher.frames_per_batch, teacher.clips_per_batch) == ("bf16", 8, 4)
-    assert train.block == (18 if "2b" in name else 25)
+    as_videorepa = name.endswith(("-repa", "-token-relation"))
+    assert train.block == (17 if as_videorepa else 18 if "2b" in name else 25)
+
+
+@pytest.mark.parametrize(
+    ("name", "objectives"),
+    [
+        ("cogvideox-5b-i2v-lora-plain", ()),
+        ("cogvideox-5b-i2v-lora-mask", ("mask",)),
+        ("cogvideox-5b-lora-repa", ("repa",)),
+        ("cogvideox-5b-lora-token-relation", ("token-relation",)),
+        ("cogvideox-2b-full-token-relation", ("token-relation",)),
+    ],
+)
+def test_a_preset_to_compare_with_extracts_what_its_loss_reads(name, objectives):
+    config = load_config(name)
+    assert config.train.objectives == objectives
+    assert {"text", "latents", *kinds_needed(config.train)} <= set(config.extract.kinds)

@@ -1,4 +1,4 @@
-"""The Local Gram Flow as float64 loops over numpy arrays, written from the paper's definition."""
+"""The Local Gram Flow as float64 loops over numpy arrays, written from its definition."""
 
 import numpy as np
 from numpy.typing import NDArray
