@@ -71,7 +71,9 @@ def _dataset_rows(found: Estimate) -> list[tuple[str, str]]:
         ("clips", f"{found.clips} in {found.shards} shards, {in_bytes(found.dataset_bytes)}{read}"),
         ("frames", f"{' or '.join(map(str, sorted(set(found.frames_per_clip))))} a clip"),
     ]
-    return [*rows, ("prompts", sources)] if sources else rows
+    rows += [("prompts", sources)] if sources else []
+    converted = ", ".join(f"{count} {what}" for what, count in found.conversions.items())
+    return [*rows, ("source videos", converted)] if converted else rows
 
 
 def _kind_rows(kind: KindEstimate) -> list[tuple[str, str]]:
@@ -175,6 +177,7 @@ def _data(config: RunConfig, found: Estimate) -> dict[str, Any]:
         "dataset_bytes": found.dataset_bytes,
         "clips_probed": found.clips_probed,
         "prompts": dict(found.prompts),
+        "conversions": dict(found.conversions),
         "bytes": found.bytes,
         "free_bytes": found.free_bytes,
         "seconds": found.seconds,

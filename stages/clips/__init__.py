@@ -9,12 +9,13 @@ from stages.clips.dataset import (
     open_dataset,
     retry_shard_name,
 )
+from stages.clips.decoding import VideoError
 from stages.clips.geometry import FrameGeometry
 from stages.clips.loading import load_clip
 from stages.clips.probing import ClipProbe, probe_clip
 from stages.clips.prompts import SubjectPrompt
 from stages.clips.records import BadRecord, Clip, ClipRecord, ClipSkipped
-from stages.clips.video import VideoError, encode_video, read_video, write_video
+from stages.clips.video import encode_video, read_video, write_video
 
 __all__ = [
     "BadRecord",

@@ -1,4 +1,4 @@
-"""Which of several sizes a clip is brought to, from its headers and its first frame.
+"""Which of several sizes a clip is brought to, from its frames' times and its first frame.
 
 Used by stage one; every clip goes to exactly one size, whoever asks and in whatever order they are
 given.
@@ -6,11 +6,15 @@ given.
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 from stages.clips.config import ClipsConfig
-from stages.clips.probing import frames_at, read_headers
+from stages.clips.decoding import VideoError, open_video
+from stages.clips.limits import MAX_DECODED_FRAMES
+from stages.clips.loading import rate_of
 from stages.clips.records import BadRecord, ClipRecord, ClipSkipped
-from stages.clips.video import VideoError, open_video
+from stages.clips.timeline import decode_timeline, read_timeline
+from stages.clips.timing import Timeline, choose_frames
 
 _EQUAL_SHAPES = 0.03
 """Sizes are multiples of 16: ratios of one shape, such as 480x848 and 720x1280, differ by some
@@ -25,8 +29,8 @@ class _Source:
     """Of the upright frame."""
     width: float
     """In pixels as high as wide."""
-    num_frames: int | None
-    """At the asked rate; None where the headers do not tell, or the rate cannot be had."""
+    lengths: frozenset[int]
+    """Of the sizes' lengths, those that it has at the asked rate."""
 
 
 def belongs(record: ClipRecord | BadRecord, size: ClipsConfig) -> bool:
@@ -47,7 +51,7 @@ def bucket_of(record: ClipRecord | BadRecord, config: ClipsConfig) -> ClipsConfi
         return sizes[0]
     try:
         source = _source(record, config) if isinstance(record, ClipRecord) else None
-    except (ClipSkipped, VideoError):
+    except VideoError:
         source = None
     if source is None:
         return min(sizes, key=lambda size: size.num_frames)
@@ -55,23 +59,38 @@ def bucket_of(record: ClipRecord | BadRecord, config: ClipsConfig) -> ClipsConfi
     limit = min(far.values()) + _EQUAL_SHAPES
     near = [size for size in sizes if far[size.size_name] <= limit]
     lengths = [size.num_frames for size in near]
-    enough = [length for length in lengths if length <= (source.num_frames or 0)]
-    length = max(enough, default=min(lengths))
+    length = max(source.lengths & set(lengths), default=min(lengths))
     of_length = [size for size in near if size.num_frames == length]
     covered = [size for size in of_length if _is_covered(source, size)]
     return covered[-1] if covered else of_length[0]
 
 
 def _source(record: ClipRecord, config: ClipsConfig) -> _Source:
-    headers = read_headers(record)
-    try:
-        num_frames = frames_at(headers, config)
-    except ClipSkipped:  # its rate is too low, at every size
-        num_frames = None
     # Only a decoded frame tells how the file wants it turned.
     with open_video(record.video) as (info, frames):
-        height, width, _ = next(frames).image_HWC.shape
-    return _Source(height=height, width=width * info.pixel_aspect, num_frames=num_frames)
+        height, width = next(frames).shape
+    return _Source(height=height, width=width * info.pixel_aspect, lengths=_lengths(record, config))
+
+
+def _lengths(record: ClipRecord, config: ClipsConfig) -> frozenset[int]:
+    lengths = {size.num_frames for size in config.sizes}
+    fps, most = rate_of(config), max(lengths)
+    seconds = Fraction(0) if fps is None else most / fps
+    timeline: Timeline | None = None
+    for read in (read_timeline, decode_timeline):
+        timeline = timeline or read(
+            record.video, num_frames=most, seconds=seconds, limit=MAX_DECODED_FRAMES
+        )
+    assert timeline is not None  # a decoder always tells
+    found = set()
+    for length in lengths:
+        try:
+            choice = choose_frames(timeline, num_frames=length, fps=fps)
+        except ClipSkipped:  # its rate is too low
+            continue
+        if len(choice.indices) == length:
+            found.add(length)
+    return frozenset(found)
 
 
 def _distance(source: _Source, size: ClipsConfig) -> float:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -36,6 +37,11 @@ class ClipsConfig(Section):
     fps: float | None = Field(default=8.0, gt=0)
     """Frames per second the clip is sampled at; 8 for CogVideoX 1.0. null takes consecutive frames
     as they are stored."""
+    hdr: Literal["tone_map", "skip"] = "tone_map"
+    """What becomes of HDR videos (PQ, HLG): tone_map brings them to SDR, skip leaves them out."""
+    interlaced: Literal["deinterlace", "skip"] = "deinterlace"
+    """What becomes of interlaced videos: deinterlace makes whole frames (FFmpeg's bwdif), skip
+    leaves them out."""
     buckets: tuple[str, ...] = ()
     """Several sizes in place of one, each as frames x height x width: [49x480x720, 49x720x480,
     81x480x720]. Every clip goes to the one that fits it best; a training step shows clips of one

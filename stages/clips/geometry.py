@@ -4,15 +4,20 @@ Used by `stages.clips.loading`; the same transform is applied to prompts.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+
+from stages.clips.orientation import Orientation
 
 # Legend: T frame, H W pixels, C colour, N points, 4 box corners x0 y0 x1 y1.
 
 Sampling = Literal["time", "consecutive"]
 """Which frames were taken: the one shown at each instant k / fps, or one after the other."""
+
+
+_AS_STORED = Orientation()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +29,7 @@ class FrameGeometry:
     """
 
     source_height: int
-    """Pixels, after the file's rotation."""
+    """Pixels, of the frame as it is shown."""
     source_width: int
     height: int
     """Training size."""
@@ -38,12 +43,18 @@ class FrameGeometry:
     """Source pixels cropped away on the left (and on the right)."""
     rotation: int
     """Degrees counter-clockwise by which the file asked its frames to be turned."""
+    mirrored: bool
+    """Whether it asked for left and right to be swapped, before the rotation."""
     source_fps: float
+    """Frames per second between the first and the last frame taken."""
     sampling: Sampling
+    conversions: tuple[str, ...]
+    """What else was done to the source's frames: deinterlaced, PQ to SDR, …; which of several video
+    streams they are."""
 
-    def as_dict(self) -> dict[str, int | float | str]:
+    def as_dict(self) -> dict[str, Any]:
         """The fields as JSON values, for a clip's attributes in a store."""
-        return asdict(self)
+        return asdict(self) | {"conversions": list(self.conversions)}
 
     @property
     def is_identity(self) -> bool:
@@ -98,21 +109,23 @@ def cover_and_crop(
     height: int,
     width: int,
     pixel_aspect: float = 1.0,
-    rotation: int = 0,
+    orientation: Orientation = _AS_STORED,
     source_fps: float,
     sampling: Sampling,
+    conversions: tuple[str, ...] = (),
 ) -> FrameGeometry:
     """The smallest scale at which the source covers the training frame, centred.
 
     Args:
-        source_height: Source pixels, after rotation.
-        source_width: Source pixels, after rotation.
+        source_height: Source pixels, of the frame as it is shown.
+        source_width: Source pixels, of the frame as it is shown.
         height: Training pixels.
         width: Training pixels.
         pixel_aspect: Width of a source pixel over its height.
-        rotation: As told by the file, kept for the record.
-        source_fps: As told by the file, kept for the record.
+        orientation: As told by the file, kept for the record.
+        source_fps: Between the frames taken, kept for the record.
         sampling: Which frames were taken, kept for the record.
+        conversions: What else was done to them, kept for the record.
     """
     scale = max(height / source_height, width / (source_width * pixel_aspect))
     scale_y, scale_x = scale, scale * pixel_aspect
@@ -125,7 +138,9 @@ def cover_and_crop(
         scale_x=scale_x,
         top=max(0.0, (source_height - height / scale_y) / 2),
         left=max(0.0, (source_width - width / scale_x) / 2),
-        rotation=rotation,
+        rotation=orientation.rotation,
+        mirrored=orientation.mirrored,
         source_fps=source_fps,
         sampling=sampling,
+        conversions=conversions,
     )

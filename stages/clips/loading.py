@@ -1,72 +1,136 @@
 """A record of the dataset to a clip at the training size; used by stage one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
+from itertools import islice
 
 import numpy as np
 
 from stages.clips.config import ClipsConfig
-from stages.clips.geometry import FrameGeometry, Sampling, cover_and_crop
+from stages.clips.decoding import Frame, VideoError, VideoInfo, open_stream, open_video
+from stages.clips.geometry import FrameGeometry, cover_and_crop
 from stages.clips.limits import MAX_DECODED_FRAMES
 from stages.clips.prompts import SubjectPrompt
 from stages.clips.records import Clip, ClipRecord, ClipSkipped
-from stages.clips.video import Frame, VideoError, VideoInfo, open_video
+from stages.clips.timeline import decode_timeline, read_timeline
+from stages.clips.timing import FrameChoice, Timeline, choose_frames
 
-_RATE_TOLERANCE = Fraction(2, 100)
-"""A source within 2% of the asked rate is taken frame by frame: sampling it by time would now and
-then show one frame twice."""
+TimelineReader = Callable[..., Timeline | None]
+"""`read_timeline` or `decode_timeline`."""
 
 
 def load_clip(record: ClipRecord, config: ClipsConfig) -> Clip:
-    """Decode the first `config.num_frames` frames of a clip at the asked rate and size.
+    """Decode a clip's frames at the asked rate, length and size, from the video's first frame on.
 
-    Frames: the one shown at each instant k / fps after the first frame; consecutive frames where
-    the source's rate is within 2% of the asked one or `config.fps` is null. Never the same source
-    frame twice. Size: see `geometry.cover_and_crop`. Subjects that the crop cut away are dropped;
-    `Clip.prompt_problem` says so when none of frame 0's is left.
+    Frames: see `timing.choose_frames`; never the same source frame twice. Pixels: upright, whole
+    (interlaced ones deinterlaced), standard range (HDR and wide gamut converted). Size: see
+    `geometry.cover_and_crop`. Subjects that the crop cut away are dropped; `Clip.prompt_problem`
+    says so when none of frame 0's is left.
 
     Raises:
-        ClipSkipped: undecodable, too_short, or fps_too_low.
+        ClipSkipped: undecodable, too_short, fps_too_low, or, where the settings ask for it, hdr or
+            interlaced.
     """
     try:
-        with open_video(record.video) as (info, frames):
-            return _load(record, config, info, frames)
+        for read in (read_timeline, decode_timeline):
+            planned = plan_clip(record, config, read)
+            clip = planned and _load(record, config, *planned)
+            if clip:
+                return clip
     except VideoError as error:
         raise ClipSkipped("undecodable", str(error)) from error
+    raise ClipSkipped("undecodable", "its frames come out at other times when decoded again")
+
+
+def plan_clip(
+    record: ClipRecord, config: ClipsConfig, read: TimelineReader
+) -> tuple[Timeline, FrameChoice] | None:
+    """When a video's frames are shown, and which of them make the clip, as many as asked for.
+
+    Args:
+        record: The clip.
+        config: Its length and rate.
+        read: `read_timeline` or `decode_timeline`.
+
+    Returns:
+        None where the former does not tell.
+
+    Raises:
+        ClipSkipped: too_short or fps_too_low.
+        VideoError: What `read` raises; also a clip beyond `MAX_DECODED_FRAMES`.
+    """
+    fps = rate_of(config)
+    seconds = Fraction(0) if fps is None else config.num_frames / fps
+    timeline = read(
+        record.video, num_frames=config.num_frames, seconds=seconds, limit=MAX_DECODED_FRAMES
+    )
+    if timeline is None:
+        return None
+    choice = choose_frames(timeline, num_frames=config.num_frames, fps=fps)
+    complete = len(choice.indices) == config.num_frames
+    if (not complete and timeline.end is None) or choice.indices[-1] >= MAX_DECODED_FRAMES:
+        raise VideoError(f"of its first {MAX_DECODED_FRAMES:,} frames no clip can be made")
+    if not complete:
+        raise too_short(record, choice, config)
+    return timeline, choice
+
+
+def rate_of(config: ClipsConfig) -> Fraction | None:
+    """Frames per second that were asked for; None for frames as stored."""
+    return None if config.fps is None else Fraction(config.fps).limit_denominator(1001)
 
 
 def _load(
-    record: ClipRecord, config: ClipsConfig, info: VideoInfo, frames: Iterator[Frame]
-) -> Clip:
-    sampling = sampling_of(info.fps, config)
-    frames = _bounded(frames)
-    chosen = (
-        frames
-        if config.fps is None or sampling == "consecutive"
-        else _shown_at(frames, Fraction(config.fps).limit_denominator(1001), info)
-    )
+    record: ClipRecord, config: ClipsConfig, timeline: Timeline, choice: FrameChoice
+) -> Clip | None:
+    """The clip; None where decoding gives other frames than the timeline has."""
     geometry: FrameGeometry | None = None
     images_HWC: list[np.ndarray] = []
-    for frame in chosen:
-        if geometry is None:
-            geometry = _geometry(frame, info, config, sampling)
-        images_HWC.append(geometry.frame(frame.image_HWC))
-        if len(images_HWC) == config.num_frames:
-            break
+    conversions: dict[str, None] = {}
+    wanted = set(choice.indices)
+    with open_video(record.video) as (info, frames):
+        for index, frame in enumerate(islice(frames, choice.indices[-1] + 1)):
+            if index >= len(timeline.times) or frame.time != timeline.times[index]:
+                return None
+            _refuse_unwanted(frame, config)
+            if index not in wanted:
+                continue
+            image_HWC = frame.image()
+            geometry = geometry or _geometry(image_HWC, info, config, choice)
+            images_HWC.append(geometry.frame(image_HWC))
+            conversions |= dict.fromkeys(frame.conversions)
     if geometry is None or len(images_HWC) < config.num_frames:
-        promised = info.stated_frames if sampling == "consecutive" else 0
-        raise too_short(len(images_HWC), config, promised=promised)
+        return None
+    stream = () if info.stream is None else (info.stream,)
     prompts, problem = _on_training_frame(record.prompts, geometry)
     return Clip(
         key=record.key,
         frames_THWC=np.stack(images_HWC),
-        geometry=geometry,
+        geometry=replace(geometry, conversions=(*stream, *conversions)),
         caption=record.caption,
         prompts=prompts,
         last_frame_prompts=_on_training_frame(record.last_frame_prompts, geometry)[0],
         phrase=record.phrase,
         prompt_problem=problem,
     )
+
+
+def _refuse_unwanted(frame: Frame, config: ClipsConfig) -> None:
+    if config.hdr == "skip" and frame.colour.hdr:
+        raise hdr_unwanted(frame.colour.hdr)
+    if config.interlaced == "skip" and frame.interlaced:
+        raise interlaced_unwanted()
+
+
+def hdr_unwanted(transfer: str) -> ClipSkipped:
+    """The outcome of an HDR clip where the settings ask to skip it."""
+    return ClipSkipped("hdr", f"its frames are HDR ({transfer}), and data.hdr is skip")
+
+
+def interlaced_unwanted() -> ClipSkipped:
+    """The outcome of an interlaced clip where the settings ask to skip it."""
+    return ClipSkipped("interlaced", "its frames are interlaced, and data.interlaced is skip")
 
 
 def _on_training_frame(
@@ -84,79 +148,30 @@ def _on_training_frame(
     return (), f"the subject ({kinds}) lies outside the centre crop, or vanishes at its size"
 
 
-def sampling_of(source_fps: Fraction, config: ClipsConfig) -> Sampling:
-    """How frames are taken from a source of this rate.
-
-    Raises:
-        ClipSkipped: fps_too_low.
-    """
-    if config.fps is None:
-        return "consecutive"
-    ratio = source_fps / Fraction(config.fps)
-    if ratio < 1 - _RATE_TOLERANCE:
-        raise ClipSkipped(
-            "fps_too_low",
-            f"the video has {float(source_fps):.3f} frames/s, {config.fps:g} were asked for; "
-            f"frames are never repeated",
-        )
-    return "consecutive" if ratio <= 1 + _RATE_TOLERANCE else "time"
-
-
-def too_short(num_frames: int, config: ClipsConfig, *, promised: int = 0) -> ClipSkipped:
+def too_short(record: ClipRecord, choice: FrameChoice, config: ClipsConfig) -> ClipSkipped:
     """The outcome of a clip that gives fewer frames than asked for, or than its headers promise."""
     rate = "" if config.fps is None else f" at {config.fps:g} frames/s"
-    detail = f"{num_frames} frames{rate}, needs {config.num_frames}"
-    if promised >= config.num_frames:
+    detail = f"{len(choice.indices)} frames{rate}, needs {config.num_frames}"
+    if choice.held_from is not None:
+        detail += f"; its last frame stands still from {float(choice.held_from):.3f} s on"
+    with open_stream(record.video) as (_, stream, _):
+        promised = stream.frames
+    if choice.sampling == "consecutive" and promised >= config.num_frames:
         detail += f"; the file promises {promised}, so it is cut off or damaged"
     return ClipSkipped("too_short", detail)
 
 
-def _bounded(frames: Iterator[Frame]) -> Iterator[Frame]:
-    for number, frame in enumerate(frames):
-        if number == MAX_DECODED_FRAMES:
-            raise VideoError(
-                f"{MAX_DECODED_FRAMES:,} frames were decoded and the clip is not complete"
-            )
-        yield frame
-
-
 def _geometry(
-    frame: Frame, info: VideoInfo, config: ClipsConfig, sampling: Sampling
+    image_HWC: np.ndarray, info: VideoInfo, config: ClipsConfig, choice: FrameChoice
 ) -> FrameGeometry:
-    source_height, source_width, _ = frame.image_HWC.shape
+    source_height, source_width, _ = image_HWC.shape
     return cover_and_crop(
         source_height,
         source_width,
         height=config.height,
         width=config.width,
         pixel_aspect=info.pixel_aspect,
-        rotation=info.rotation,
-        source_fps=float(info.fps),
-        sampling=sampling,
+        orientation=info.orientation,
+        source_fps=float(choice.fps),
+        sampling=choice.sampling,
     )
-
-
-def _shown_at(frames: Iterator[Frame], fps: Fraction, info: VideoInfo) -> Iterator[Frame]:
-    """The frame shown at each instant k / fps; ends where the video does.
-
-    Raises:
-        ClipSkipped: fps_too_low, where the source pauses so long that a frame would be repeated.
-    """
-    # Times in a file are rounded to its tick; a frame due at the instant itself must count.
-    slack = min(info.time_tick, 1 / (4 * info.fps))
-    shown = next(frames)
-    start, instant, fresh = shown.time, 0, True
-    for upcoming in frames:
-        while upcoming.time > start + Fraction(instant) / fps + slack:
-            if not fresh:
-                raise ClipSkipped(
-                    "fps_too_low",
-                    f"no new frame between {float(shown.time - start):.3f} s and "
-                    f"{float(upcoming.time - start):.3f} s; frames are never repeated",
-                )
-            yield shown
-            fresh, instant = False, instant + 1
-        shown, fresh = upcoming, True
-    shown_until = shown.time + 1 / info.fps
-    if fresh and start + Fraction(instant) / fps + slack < shown_until:
-        yield shown

@@ -1,15 +1,16 @@
-"""What a clip's container says of it, nothing decoded; used to estimate stage one's work and to
-choose among sizes."""
+"""What a clip's container says of it, nothing decoded; used to estimate stage one's work."""
 
 import math
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from stages.clips.colour import colour_of
 from stages.clips.config import ClipsConfig
-from stages.clips.loading import sampling_of, too_short
+from stages.clips.decoding import VideoError, interlaced_in_headers, open_stream, stream_name
+from stages.clips.loading import hdr_unwanted, interlaced_unwanted, plan_clip, rate_of
 from stages.clips.records import ClipRecord, ClipSkipped
-from stages.clips.video import VideoError, open_stream
+from stages.clips.timeline import read_timeline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,57 +21,63 @@ class ClipProbe:
     """Pixels as stored, before a rotation that the file asks for."""
     height: int
     fps: Fraction
+    """An average over the whole file, or a guess."""
     num_frames: int | None
     """Of the source, as far as the headers tell; None when they do not."""
+    conversions: tuple[str, ...] = ()
+    """As `FrameGeometry.conversions`."""
 
 
 def probe_clip(record: ClipRecord, config: ClipsConfig) -> ClipProbe:
-    """Read a clip's headers.
+    """Read a clip's headers; where by them it would be too slow or too short, its packets' times.
 
     They can be wrong: `load_clip`, which decodes, has the last word.
 
     Raises:
-        ClipSkipped: undecodable, fps_too_low or too_short, where the headers already tell.
+        ClipSkipped: undecodable, hdr, interlaced, fps_too_low or too_short, where they tell.
     """
-    probe = read_headers(record)
-    taken = frames_at(probe, config)
-    if taken is not None and taken < config.num_frames:
-        raise too_short(taken, config)
+    try:
+        probe = _read_headers(record, config)
+        if _in_doubt(probe, config):
+            plan_clip(record, config, read_timeline)
+    except VideoError as error:
+        raise ClipSkipped("undecodable", str(error)) from error
     return probe
 
 
-def read_headers(record: ClipRecord) -> ClipProbe:
-    """What a clip's headers say, whatever it is used for.
+def _read_headers(record: ClipRecord, config: ClipsConfig) -> ClipProbe:
+    with open_stream(record.video) as (container, stream, fps):
+        context = stream.codec_context
+        colour, interlaced = colour_of(context), interlaced_in_headers(stream)
+        if colour.problem:
+            raise VideoError(colour.problem)
+        if config.hdr == "skip" and colour.hdr:
+            raise hdr_unwanted(colour.hdr)
+        if config.interlaced == "skip" and interlaced:
+            raise interlaced_unwanted()
+        name = stream_name(container, stream)
+        return ClipProbe(
+            width=context.width,
+            height=context.height,
+            fps=fps,
+            num_frames=_num_frames(container, stream, fps),
+            conversions=(
+                *((name,) if name else ()),
+                *(("deinterlaced",) if interlaced else ()),
+                *colour.conversions,
+            ),
+        )
 
-    Raises:
-        ClipSkipped: undecodable.
-    """
-    try:
-        with open_stream(record.video) as (container, stream, fps):
-            context = stream.codec_context
-            return ClipProbe(
-                width=context.width,
-                height=context.height,
-                fps=fps,
-                num_frames=_num_frames(container, stream, fps),
-            )
-    except VideoError as error:
-        raise ClipSkipped("undecodable", str(error)) from error
 
-
-def frames_at(probe: ClipProbe, config: ClipsConfig) -> int | None:
-    """How many frames the video gives at the asked rate; None when its headers do not tell.
-
-    Raises:
-        ClipSkipped: fps_too_low.
-    """
-    consecutive = sampling_of(probe.fps, config) == "consecutive"
-    if probe.num_frames is None or consecutive:
-        return probe.num_frames
-    # As many as instants k / fps fall into its duration.
-    assert config.fps is not None
-    duration = probe.num_frames / probe.fps
-    return math.ceil(duration * Fraction(config.fps).limit_denominator(1001))
+def _in_doubt(probe: ClipProbe, config: ClipsConfig) -> bool:
+    """Whether the headers, if they were right of every part of the video, ask for a skip."""
+    fps = rate_of(config)
+    if fps is not None and probe.fps < fps:
+        return True
+    if probe.num_frames is None:
+        return False
+    taken = probe.num_frames if fps is None else math.ceil(probe.num_frames / probe.fps * fps)
+    return taken <= config.num_frames
 
 
 def _num_frames(container: Any, stream: Any, fps: Fraction) -> int | None:

@@ -68,7 +68,11 @@ def clip_settings(clips: ClipsConfig) -> dict[str, JSON]:
         "height": clips.height,
         "width": clips.width,
         "fps": clips.fps,
-        "frames": "shown at k / fps; consecutive where the rate is within 2% or fps is null",
+        "frames": "last shown at k / fps, or the next within 1 / (4 fps) where that is taken; "
+        "consecutive where all intervals are within 2% of 1 / fps, or fps is null",
+        "pixels": "upright; HDR and wide gamut to BT.709, interlaced by bwdif",
+        "hdr": clips.hdr,
+        "interlaced": clips.interlaced,
         "fit": "bicubic to cover, centre crop",
         # They decide which clips a store holds; a shard that is finished must not lack some.
         **({"buckets": buckets} if buckets else {}),

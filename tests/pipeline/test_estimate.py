@@ -67,6 +67,7 @@ FOUND = Estimate(
     dataset_bytes=10**9,
     clips_probed=310,
     prompts={"dataset": 270, "automatic": 5},
+    conversions={"deinterlaced": 3, "PQ to SDR": 2},
     kinds=(TEACHER, replace(TEACHER, kind="masks", skipped_clips=())),
     passes=(
         PassEstimate(
@@ -100,6 +101,7 @@ def test_the_table_tells_clips_disk_memory_and_time(answer):
     rows = answer().rows
     assert ("clips", "310 in 5 shards, 1.0 GB") in rows
     assert ("prompts", "270 dataset, 5 automatic") in rows
+    assert ("source videos", "3 deinterlaced, 2 PQ to SDR") in rows
     assert ("  clips", "275 to be written, 10 already there") in rows
     assert ("  skipped", "25 (25 too_short)") in rows
     assert ("  disk", "2.8 GB, 10.0 MB a clip") in rows

@@ -128,6 +128,8 @@ class Estimate:
     """Whose headers were read; what is said of the others is in proportion."""
     prompts: Mapping[PromptSource, int]
     """How many of the clips probed are prompted by which source."""
+    conversions: Mapping[str, int]
+    """How many of the clips probed have frames that are deinterlaced, tone-mapped, …."""
     kinds: tuple[KindEstimate, ...]
     passes: tuple[PassEstimate, ...]
     forms: tuple[FormEstimate, ...]
@@ -193,8 +195,8 @@ def estimate(
         ]
     surveys = by_size[None]
     probed = [survey for survey in surveys if survey.probed]
-    every = (survey.prompts for of_size in by_size.values() for survey in of_size)
-    prompts = sum(every, Counter[PromptSource]())
+    every = [survey for of_size in by_size.values() for survey in of_size]
+    prompts = sum((survey.prompts for survey in every), Counter[PromptSource]())
     return Estimate(
         dataset=dataset.layout,
         shards=len(surveys),
@@ -203,6 +205,7 @@ def estimate(
         dataset_bytes=sum(survey.num_bytes for survey in surveys),
         clips_probed=sum(survey.num_clips for survey in probed),
         prompts=prompts,
+        conversions=sum((survey.conversions for survey in every), Counter[str]()),
         kinds=tuple(kinds),
         passes=tuple(passes),
         forms=tuple(forms),

@@ -42,6 +42,9 @@ class ShardSurvey:
     """By kind: the clips that would be left out."""
     prompts: Counter[PromptSource] = field(default_factory=Counter)
     """How many clips would be prompted by each source."""
+    conversions: Counter[str] = field(default_factory=Counter)
+    """How many clips' frames would be deinterlaced, tone-mapped, …; or come from one of several
+    video streams."""
     subjects: int = 0
     """Of the clips that are tracked, over all of them."""
     elsewhere: int = 0
@@ -127,7 +130,8 @@ def _evenly_spread(num_clips: Sequence[int], most_probed: int) -> list[int]:
 def _look_at(
     record: ClipRecord | BadRecord, survey: ShardSurvey, config: ExtractConfig, clips: ClipsConfig
 ) -> None:
-    problems = problems_of(record, config, clips)
+    problems, conversions = problems_of(record, config, clips)
+    survey.conversions.update(conversions)
     for kind, problem in problems.items():
         survey.skipped.setdefault(kind, []).append(
             SkippedClip(
@@ -148,10 +152,13 @@ def _look_at(
 
 def problems_of(
     record: ClipRecord | BadRecord, config: ExtractConfig, clips: ClipsConfig
-) -> Mapping[Kind, ClipSkipped]:
-    """Why each kind would leave a clip out; nothing for the kinds that take it."""
+) -> tuple[Mapping[Kind, ClipSkipped], Sequence[str]]:
+    """Why each kind would leave a clip out, and what would be done to its frames.
+
+    The former has nothing for the kinds that take it; the latter is `ClipProbe.conversions`.
+    """
     if isinstance(record, BadRecord):
-        return {kind: ClipSkipped(record.reason, record.detail) for kind in config.kinds}
+        return {kind: ClipSkipped(record.reason, record.detail) for kind in config.kinds}, ()
     problems: dict[Kind, ClipSkipped] = {}
     if "text" in config.kinds and record.caption is None:
         problems["text"] = ClipSkipped("no_caption", "the dataset gives no caption for this clip")
@@ -162,15 +169,16 @@ def problems_of(
     except ClipSkipped as skipped:
         problems |= dict.fromkeys(tracked, skipped)
     decoded = [kind for kind in config.kinds if kind != "text" and kind not in problems]
+    conversions: Sequence[str] = ()
     try:
         if decoded:
-            probe_clip(record, clips)
+            conversions = probe_clip(record, clips).conversions
     except ClipSkipped as skipped:
         problems |= dict.fromkeys(decoded, skipped)
     too_many = _too_many_subjects(record, config.teacher)
     if too_many is not None:
         problems |= {kind: too_many for kind in tracked if kind not in problems}
-    return problems
+    return problems, conversions
 
 
 def _too_many_subjects(record: ClipRecord, config: TeacherConfig) -> ClipSkipped | None:

@@ -23,11 +23,13 @@ def encode(
     pix_fmt: str = "yuv444p",
     container: str = "mp4",
     rotation: int = 0,
+    display_matrix: list[int] | None = None,
     pixel_aspect: Fraction | None = None,
     times: list[int] | None = None,
+    tick: Fraction = Fraction(1, 1000),
     options: Mapping[str, str] | None = None,
 ) -> bytes:
-    """Encode near-losslessly, with PyAV alone; `times` are presentation times in 1/1000 s."""
+    """Encode near-losslessly, with PyAV alone; `times` are presentation times in ticks."""
     out = io.BytesIO()
     with av.open(out, "w", format=container) as muxer:
         stream: Any = muxer.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
@@ -41,12 +43,14 @@ def encode(
             stream.codec_context.color_range = av.video.reformatter.ColorRange.JPEG
         if rotation:
             stream.set_display_rotation(rotation)
+        if display_matrix is not None:
+            stream.set_display_matrix(display_matrix)
         if times is not None:
-            stream.codec_context.time_base = Fraction(1, 1000)
+            stream.codec_context.time_base = tick
         for index, image in enumerate(frames_THWC):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             if times is not None:
-                frame.pts, frame.time_base = times[index], Fraction(1, 1000)
+                frame.pts, frame.time_base = times[index], tick
             muxer.mux(stream.encode(frame))
         muxer.mux(stream.encode())
     return out.getvalue()

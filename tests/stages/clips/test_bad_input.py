@@ -472,7 +472,7 @@ def test_bad_input_is_recorded_and_its_neighbours_are_read(name, tools, config, 
 
 
 def test_frames_that_grow_over_the_limit_are_refused_by_the_decoder(tools, config, monkeypatch):
-    monkeypatch.setattr("stages.clips.video.MAX_FRAME_PIXELS", 32 * 48)
+    monkeypatch.setattr("stages.clips.decoding.MAX_FRAME_PIXELS", 32 * 48)
     with pytest.raises(ClipSkipped, match="decoding failed") as caught:
         load_clip(tools.record_of(changing_size(tools)), config(fps=None))
     assert caught.value.reason == "undecodable"
@@ -481,7 +481,7 @@ def test_frames_that_grow_over_the_limit_are_refused_by_the_decoder(tools, confi
 def test_a_source_without_end_is_given_up(tools, config, monkeypatch):
     monkeypatch.setattr("stages.clips.loading.MAX_DECODED_FRAMES", 20)
     video = tools.encode(tools.counting_frames(40), fps=24)
-    with pytest.raises(ClipSkipped, match="20 frames were decoded") as caught:
+    with pytest.raises(ClipSkipped, match="first 20 frames") as caught:
         load_clip(tools.record_of(video), config())
     assert caught.value.reason == "undecodable"
     assert len(load_clip(tools.record_of(video), config(fps=12)).frames_THWC) == 9

@@ -1,0 +1,114 @@
+"""A video's times, read from its packets (nothing decoded) or, where these mislead, its frames."""
+
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any
+
+import av
+
+from stages.clips.decoding import lacks_times, open_stream, open_video
+from stages.clips.timing import Timeline
+from stages.clips.video_source import VideoSource
+
+
+def read_timeline(
+    source: VideoSource, *, num_frames: int, seconds: Fraction, limit: int
+) -> Timeline | None:
+    """The times of a video's frames as its packets have them.
+
+    Packets may be shown never, or not be decodable; who decodes sees, and `decode_timeline` tells.
+
+    Args:
+        source: The encoded file, or where it lies.
+        num_frames: At least as many frames are covered, if there are as many.
+        seconds: At least as long a part from the first frame on is covered.
+        limit: Of frames; what lies beyond is not read.
+
+    Returns:
+        None when the packets do not tell.
+
+    Raises:
+        VideoError: As `open_stream`.
+    """
+    with open_stream(source) as (container, stream, rate):
+        tick = Fraction(stream.time_base or 0)
+        unordered = lacks_times(container)
+        shown: list[tuple[Fraction, Fraction]] = []
+        known_until: Fraction | None = None
+        try:
+            for packet in container.demux(stream):
+                if not packet.size or packet.is_discard:
+                    continue
+                stamp = packet.dts if unordered else packet.pts
+                if stamp is None:
+                    return None
+                shown.append((stamp * tick, (packet.duration or 0) * tick))
+                # No packet is shown before it is decoded: those to come are shown later.
+                known_until = None if packet.dts is None else packet.dts * tick
+                if len(shown) > limit:
+                    break
+                if known_until is not None and len(shown) > num_frames:
+                    first = min(shown)[0]
+                    known = sum(time <= known_until for time, _ in shown)
+                    if known > num_frames and known_until - first >= seconds:
+                        break
+            else:
+                known_until = None
+        except (av.error.FFmpegError, OSError, MemoryError):
+            return None
+        return _timeline(shown, known_until, tick, _rates(stream, rate))
+
+
+def decode_timeline(
+    source: VideoSource, *, num_frames: int, seconds: Fraction, limit: int
+) -> Timeline:
+    """As `read_timeline`, from the frames that come out of the decoder.
+
+    Raises:
+        VideoError: As `open_video`.
+    """
+    with open_stream(source) as (_, stream, rate):
+        tick, rates = Fraction(stream.time_base or 0), _rates(stream, rate)
+    shown: list[tuple[Fraction, Fraction]] = []
+    known_until: Fraction | None = None
+    with open_video(source) as (_, frames):
+        for frame in frames:
+            shown.append((frame.time, frame.duration))
+            covered = len(shown) > num_frames and frame.time - shown[0][0] >= seconds
+            if covered or len(shown) > limit:
+                known_until = frame.time
+                break
+    timeline = _timeline(shown, known_until, tick, rates)
+    assert timeline is not None  # a decoder's times rise
+    return timeline
+
+
+def _timeline(
+    shown: list[tuple[Fraction, Fraction]],
+    known_until: Fraction | None,
+    tick: Fraction,
+    rates: tuple[Fraction, ...],
+) -> Timeline | None:
+    """Of frames' times and durations; None where two are shown at once, or there is none.
+
+    Args:
+        shown: In any order.
+        known_until: Time up to which every frame is among them; None where all are.
+        tick: Seconds.
+        rates: As the headers state them.
+    """
+    shown = sorted(shown)
+    times = tuple(time for time, _ in shown if known_until is None or time <= known_until)
+    if not times or any(after <= before for before, after in pairwise(times)):
+        return None
+    if known_until is not None:
+        return Timeline(times=times, end=None, tick=tick, stated_rates=rates)
+    usual = times[-1] - times[-2] if len(times) > 1 else 1 / rates[0]
+    return Timeline(
+        times=times, end=times[-1] + (shown[-1][1] or usual), tick=tick, stated_rates=rates
+    )
+
+
+def _rates(stream: Any, stated: Fraction) -> tuple[Fraction, ...]:
+    others = (stream.guessed_rate, stream.base_rate)
+    return (stated, *(Fraction(rate) for rate in others if rate))
