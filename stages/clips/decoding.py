@@ -26,6 +26,9 @@ _FORMATS = (
 # FFmpeg guesses the container from the content; a playlist named .mp4 could otherwise make it open
 # other files or addresses.
 
+_RATELESS = ("h264", "hevc", "m4v", "mpegvideo", "dv")
+"""Formats for which FFmpeg names a rate of its own making; the codec knows better."""
+
 _INTERLACED_ORDERS = (2, 3, 4, 5)
 """FFmpeg's AVFieldOrder: TT, BB, TB, BT."""
 
@@ -119,7 +122,10 @@ def open_stream(source: VideoSource) -> Iterator[tuple[Any, Any, Fraction]]:
         # The size can change later on; FFmpeg then refuses before it takes the memory.
         context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
         stream.thread_type = "AUTO"
-        rate = stream.average_rate or stream.guessed_rate
+        rates = (stream.average_rate, stream.guessed_rate)
+        rate = next(
+            filter(None, rates[::-1] if container.format.name in _RATELESS else rates), None
+        )
         if not rate or rate < 0:
             raise VideoError("the file does not say how many frames it has per second")
         yield container, stream, Fraction(rate)

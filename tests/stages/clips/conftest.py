@@ -14,6 +14,12 @@ import pytest
 
 from stages.clips import ClipRecord, ClipsConfig, SubjectPrompt
 
+_FINEST = {
+    "libx264": {"crf": "1", "threads": "1"},
+    "mpeg4": {"qmin": "1", "qmax": "1"},
+    "mpeg2video": {"qmin": "1", "qmax": "1"},
+}
+
 
 def encode(
     frames_THWC: np.ndarray,
@@ -35,8 +41,7 @@ def encode(
         stream: Any = muxer.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames_THWC.shape[1:3]
         stream.pix_fmt = pix_fmt
-        if codec == "libx264":
-            stream.options = {"crf": "1", "threads": "1", **(options or {})}
+        stream.options = {**_FINEST.get(codec, {}), **(options or {})}
         if pixel_aspect is not None:
             stream.codec_context.sample_aspect_ratio = pixel_aspect
         if pix_fmt == "gray":
