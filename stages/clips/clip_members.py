@@ -15,7 +15,7 @@ from stages.clips.fields import (
     phrase_from_fields,
     subjects_from_fields,
 )
-from stages.clips.keys import VIDEO_SUFFIXES
+from stages.clips.keys import UNREAD_SUFFIXES, VIDEO_SUFFIXES, videos_among
 from stages.clips.limits import MAX_JSON_BYTES, MAX_MASK_BYTES, MAX_SUBJECTS, MAX_TEXT_BYTES
 from stages.clips.records import BadRecord, ClipRecord
 from stages.clips.video_source import VideoSource
@@ -43,7 +43,7 @@ def record_of_members(
         read: Reads captions, JSON and masks.
         video: Where the video lies, by its suffix; ValueError when it cannot be read.
     """
-    videos = [suffix for suffix in VIDEO_SUFFIXES if suffix in suffixes]
+    videos = videos_among(suffixes)
     if len(videos) != 1:
         return BadRecord(key=key, reason="bad_record", detail=_not_one_video(suffixes))
     try:
@@ -77,6 +77,9 @@ def _not_one_video(suffixes: Collection[str]) -> str:
     detail = f"expected one video beside its caption, found {found}"
     if any(suffix.endswith(tuple(f".{known}" for known in VIDEO_SUFFIXES)) for suffix in suffixes):
         detail += "; a tar's clips are named up to the first dot: rename it with none before .mp4"
+    unread = [suffix for suffix in UNREAD_SUFFIXES if suffix in suffixes]
+    if unread and not videos_among(suffixes):
+        detail += f"; {unread[0]} is not decoded: convert it to mp4"
     return detail
 
 

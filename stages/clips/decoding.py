@@ -167,7 +167,8 @@ def stream_name(container: Any, stream: Any) -> str | None:
 
 def interlaced_in_headers(stream: Any) -> bool:
     """Whether a stream's headers say that its frames are interlaced."""
-    return stream.codec_context.field_order in _INTERLACED_ORDERS
+    context = stream.codec_context
+    return context.field_order in _INTERLACED_ORDERS or context.name == "dvvideo"
 
 
 def lacks_times(container: Any) -> bool:

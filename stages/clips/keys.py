@@ -1,9 +1,16 @@
 """Clip keys: the names that join a clip's entries across stores; used by both dataset forms."""
 
 import hashlib
+from collections.abc import Collection
 
-VIDEO_SUFFIXES = ("mp4", "mov", "m4v", "mkv", "webm", "avi", "mpg", "mpeg")
+VIDEO_SUFFIXES = (
+    *("mp4", "mov", "m4v", "mkv", "webm", "avi", "mpg", "mpeg", "3gp", "asf", "wmv", "flv", "ogv"),
+    *("ts", "mts", "m2ts", "m2v", "vob", "mxf", "dv", "y4m", "gif"),
+)
 """File suffixes taken for videos, lower case."""
+
+UNREAD_SUFFIXES = ("webp", "apng", "rm", "rmvb", "swf", "wtv", "r3d", "braw")
+"""Suffixes of videos and animations that are not decoded."""
 
 MAX_KEY_BYTES = 1024
 """Longest key a store accepts, in UTF-8."""
@@ -13,6 +20,12 @@ def has_video_suffix(name: str) -> bool:
     """Whether a file's name ends in a dot and one of `VIDEO_SUFFIXES`, in any case."""
     _, dot, suffix = name.rpartition(".")
     return bool(dot) and suffix.lower() in VIDEO_SUFFIXES
+
+
+def videos_among(suffixes: Collection[str]) -> list[str]:
+    """Those of one clip's suffixes that are videos'; a gif beside another is its preview."""
+    found = [suffix for suffix in VIDEO_SUFFIXES if suffix in suffixes]
+    return [suffix for suffix in found if suffix != "gif"] or found
 
 
 class KeyBook:

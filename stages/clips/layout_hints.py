@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from stages.clips.keys import has_video_suffix
+from stages.clips.keys import UNREAD_SUFFIXES, has_video_suffix
 
 _UNPACK = {
     (".tar.gz", ".tgz"): "gunzip --keep",
@@ -59,6 +59,9 @@ def _of_names(folder: Path, names: Sequence[str]) -> list[str]:
             f"{_counted(tables)} parquet, which is not read. If it has the columns file_name and "
             f'caption: python -c "{script}" {_quoted(folder, tables)}'
         )
+    unread = [name for name in names if name.lower().rpartition(".")[2] in UNREAD_SUFFIXES]
+    if unread:
+        found.append(f"{_counted(unread)} of a kind that is not decoded: convert to mp4")
     lists = [name for name in names if name.lower().endswith((".jsonl", ".csv", ".json"))]
     if lists and len(names) > 1:
         found.append(

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from stages.clips.clip_members import record_of_members
-from stages.clips.keys import KeyBook, has_video_suffix
+from stages.clips.keys import KeyBook, has_video_suffix, videos_among
 from stages.clips.limits import read_at_most
 from stages.clips.records import BadRecord, ClipRecord
 
@@ -35,9 +35,8 @@ class VideoWithFiles:
     @property
     def video_name(self) -> str:
         """Of its first file that is a video, relative to the root."""
-        folder = Path(self.key).parent
-        videos = [path.name for path in self.files.values() if has_video_suffix(path.name)]
-        return (folder / videos[0]).as_posix()
+        video = self.files[videos_among(self.files)[0]]
+        return (Path(self.key).parent / video.name).as_posix()
 
     @property
     def has_caption(self) -> bool:

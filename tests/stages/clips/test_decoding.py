@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from av.filter import Graph
 
-from stages.clips import ClipSkipped, load_clip, probe_clip, read_video
+from stages.clips import ClipSkipped, load_clip, open_dataset, probe_clip, read_video
 from stages.clips.decoding import open_video
+from stages.clips.keys import VIDEO_SUFFIXES
 
 
 @pytest.mark.parametrize(
@@ -156,3 +157,55 @@ def test_a_webp_animation_is_named(tools, config):
     record = tools.record_of(b"RIFF\x10\x00\x00\x00WEBPVP8X" + bytes(16))
     with pytest.raises(ClipSkipped, match="WebP animations are not decoded; convert"):
         load_clip(record, config())
+
+
+CONTAINERS = {
+    "mp4": ("mp4", "libx264"), "mov": ("mov", "libx264"), "m4v": ("mp4", "libx264"),
+    "mkv": ("matroska", "libx264"), "webm": ("webm", "libvpx-vp9"), "avi": ("avi", "mpeg4"),
+    "mpg": ("mpeg", "mpeg2video"), "mpeg": ("mpeg", "mpeg1video"), "3gp": ("3gp", "mpeg4"),
+    "asf": ("asf", "mpeg4"), "wmv": ("asf", "wmv2"), "flv": ("flv", "libx264"),
+    "ogv": ("ogg", "libvpx"), "ts": ("mpegts", "libx264"), "mts": ("mpegts", "libx264"),
+    "m2ts": ("mpegts", "libx264"), "m2v": ("mpeg2video", "mpeg2video"),
+    "vob": ("vob", "mpeg2video"), "mxf": ("mxf", "mpeg2video"), "dv": ("dv", "dvvideo"),
+    "y4m": ("yuv4mpegpipe", "rawvideo"), "gif": ("gif", "gif"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", VIDEO_SUFFIXES)
+def test_every_suffix_taken_for_a_video_is_decoded(suffix, tools, config, tmp_path):
+    container, codec = CONTAINERS[suffix]
+    height, width = (576, 720) if suffix == "dv" else (32, 48)
+    video = tools.encode(
+        tools.counting_frames(30, height, width),
+        fps=25,
+        container=container,
+        codec=codec,
+        pix_fmt="rgb8" if suffix == "gif" else "yuv420p",
+    )
+    tools.write_tar(tmp_path / "0.tar", [(f"a.{suffix}", video), ("a.txt", b"x")])
+    (record,) = open_dataset(config(path=tmp_path / "0.tar")).shards[0].records()
+    clip = load_clip(record, config())
+    frames = [index * 25 // 8 for index in range(9)]
+    # A gif of 256 colours has 8 greys; the others may be off by half a step.
+    tolerance = 20 if suffix == "gif" else 2
+    means = clip.frames_THWC.mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(means, np.multiply(frames, 4), atol=tolerance)
+    assert probe_clip(record, config()).conversions == clip.geometry.conversions
+
+
+def test_a_gif_beside_another_video_is_its_preview(tools, config, tmp_path):
+    video = tools.encode(tools.counting_frames(9))
+    tools.write_tar(tmp_path / "0.tar", [("a.gif", b"GIF89a"), ("a.mp4", video)])
+    (record,) = open_dataset(config(path=tmp_path / "0.tar")).shards[0].records()
+    assert len(load_clip(record, config()).frames_THWC) == 9
+
+
+@pytest.mark.parametrize("suffix", ["webp", "rmvb"])
+def test_suffixes_that_are_not_decoded_are_named(suffix, tools, config, tmp_path):
+    tools.write_tar(tmp_path / "0.tar", [(f"a.{suffix}", b"x"), ("a.txt", b"a dog")])
+    (record,) = open_dataset(config(path=tmp_path / "0.tar")).shards[0].records()
+    assert f"{suffix} is not decoded: convert it to mp4" in record.detail
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / f"a.{suffix}").write_bytes(b"x")
+    with pytest.raises(ValueError, match=f"a.{suffix} is of a kind that is not decoded"):
+        open_dataset(config(path=tmp_path / "folder"))

@@ -350,7 +350,7 @@ def test_folders_of_frames_come_with_the_command_that_encodes_them(name, fill, c
     ("files", "words"),
     [
         ({}, "it is empty"),
-        ({"a.wmv": "x", "b.wmv": "x"}, r"it holds 2 \.wmv"),
+        ({"a.xyz": "x", "b.xyz": "x"}, r"it holds 2 \.xyz"),
         ({"train.jsonl": "{}", "x.bin": "x"}, r"name it: data\.path=.*train\.jsonl"),
         ({"train-0.parquet": "x"}, r"parquet, .*to_json\('.*metadata\.jsonl'"),
         ({"inner/metadata.jsonl": "{}"}, r"datasets in folders of it: data\.path=.*inner"),
