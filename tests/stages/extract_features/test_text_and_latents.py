@@ -1,5 +1,6 @@
 """Text embeddings against CogVideoXPipeline, latents against the VAE, image noise on its own."""
 
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -201,3 +202,18 @@ def test_a_base_model_that_is_nowhere_says_so(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="is not a folder here, and it could not be downloaded"):
         resolve_base_model(BaseModelConfig(path="not//an id"), ("vae",))
+
+
+def test_a_caption_that_is_too_long_is_counted_without_a_warning_of_indexing_errors(
+    tiny_base: BaseModelConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    of_library = logging.getLogger("transformers")
+    of_library.addHandler(caplog.handler)
+    try:
+        extraction = TextExtraction(TextConfig(), facts(tiny_base))
+        with extraction.opened(CPU) as extract:
+            (outcome,) = extract([LONG])
+    finally:
+        of_library.removeHandler(caplog.handler)
+    assert outcome["text"].attributes["tokens_cut"] > 0
+    assert not caplog.records
