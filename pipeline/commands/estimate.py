@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipeline.commands.assets import is_of_demo
 from pipeline.commands.skipped_notes import counted_reasons, skipped_notes
 from pipeline.config import ConfigError, RunConfig
 from pipeline.console import Answer, in_bytes, in_flop, in_time
@@ -31,7 +32,7 @@ def run(config: RunConfig, progress: Progress) -> Answer:
     Raises:
         ConfigError: The demo's clips are not drawn yet.
     """
-    if config.demo is not None and not config.data.path.exists():
+    if is_of_demo(config, "clips") and not config.data.path.exists():
         raise ConfigError(
             f"there is no {config.data.path} yet: the demo's clips are drawn by the first command "
             "that works on them, such as extract-features without --dry-run"

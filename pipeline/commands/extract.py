@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.commands.assets import make_missing_assets
+from pipeline.commands.assets import PARTS_OF_KIND, make_missing_assets
 from pipeline.commands.skipped_notes import counted_reasons, skipped_notes
 from pipeline.config import RunConfig
 from pipeline.console import Answer, in_bytes, in_time
@@ -22,7 +22,8 @@ def run(config: RunConfig, progress: Progress, *, retry_failed: bool = False) ->
     """
     from stages.extract_features.extract import extract_features
 
-    make_missing_assets(config, progress)
+    models = {PARTS_OF_KIND[kind] for kind in config.extract.kinds}
+    make_missing_assets(config, progress, reads=("clips", *sorted(models)))
     summary = extract_features(
         config.extract,
         config.data,

@@ -21,7 +21,7 @@ def run(config: RunConfig, progress: Progress) -> Answer:
     from stages.train_student.logs.rows import DAMAGED_FILE, SKIPPED_FILE
     from stages.train_student.train import train_student
 
-    make_missing_assets(config, progress)
+    make_missing_assets(config, progress, reads=("cogvideox",))
     summary = train_student(
         config.train,
         config.data,

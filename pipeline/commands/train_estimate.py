@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from pipeline.commands.assets import is_of_demo
 from pipeline.config import ConfigError, RunConfig
 from pipeline.console import Answer, in_bytes, in_flop, in_time
 from stages.progress import Progress
@@ -31,7 +32,7 @@ def run(config: RunConfig, progress: Progress, *, gpu: str | None, gpus: int | N
         ConfigError: the demo's models are not made yet.
         ValueError: a setting does not fit, as the run would say; or no GPU has that name.
     """
-    if config.demo is not None and not config.model.is_local:
+    if is_of_demo(config, "cogvideox") and not config.model.is_local:
         raise ConfigError(
             f"there is no {config.model.path} yet: the demo's models are made by the first command "
             "that works with them, such as train without --dry-run"

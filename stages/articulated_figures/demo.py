@@ -1,16 +1,16 @@
 """Makes what the built-in demo needs and lacks: clips, a tiny CogVideoX, a tiny SAM2.
 
-Every command of a configuration with a `demo` section calls `ensure_demo` first.
+A command of a configuration with a `demo` section calls `ensure_demo` for what it reads.
 """
 
 import fcntl
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from stages.articulated_figures.clip_tars import write_clip_tars
 from stages.articulated_figures.config import DemoConfig
@@ -19,6 +19,7 @@ from stages.progress import Progress
 
 _PRETRAINED = Path(__file__).parent / "pretrained"
 """The pipeline that the package carries; `pretraining` trains one like it."""
+DemoPart = Literal["clips", "sam2", "cogvideox"]
 _RECIPE = "made_with.json"
 _FPS = 8.0
 """Rate of the drawn clips where the configuration asks for frames as they are stored."""
@@ -47,7 +48,13 @@ def demo_paths(root: Path) -> DemoPaths:
     )
 
 
-def ensure_demo(config: DemoConfig, clips: ClipsConfig, *, progress: Progress) -> DemoPaths:
+def ensure_demo(
+    config: DemoConfig,
+    clips: ClipsConfig,
+    *,
+    progress: Progress,
+    parts: Collection[DemoPart] = get_args(DemoPart),
+) -> DemoPaths:
     """Make the missing parts of the demo; one that exists is left as it is.
 
     A part appears whole, by one rename, or not at all. Several processes may call this at once:
@@ -57,9 +64,11 @@ def ensure_demo(config: DemoConfig, clips: ClipsConfig, *, progress: Progress) -
         config: What to make.
         clips: Size, length and rate of the clips; its `path` is not read.
         progress: Gets a bar per part that is made.
+        parts: Those that are wanted. An image-to-video pipeline that is made needs the clips, too:
+            its tokenizer is trained on their captions.
 
     Raises:
-        ValueError: A part exists that was made with other settings.
+        ValueError: A part that is wanted exists that was made with other settings.
     """
     root = config.root.expanduser()
     paths = demo_paths(root)
@@ -78,9 +87,13 @@ def ensure_demo(config: DemoConfig, clips: ClipsConfig, *, progress: Progress) -
         model |= drawn
     local_clips = clips.model_copy(update={"path": paths.clips})
     with _only_one(root / ".lock"):
-        _ensure(paths.clips, drawn, lambda out: _draw(out, config, clips, progress))
-        _ensure(paths.sam2_config.parent, {"seed": config.seed}, lambda out: _sam2(out, config))
-        _ensure(paths.base_model, model, lambda out: _cogvideox(out, config, local_clips))
+        needs_captions = config.image_to_video and not paths.base_model.exists()
+        if "clips" in parts or ("cogvideox" in parts and needs_captions):
+            _ensure(paths.clips, drawn, lambda out: _draw(out, config, clips, progress))
+        if "sam2" in parts:
+            _ensure(paths.sam2_config.parent, {"seed": config.seed}, lambda out: _sam2(out, config))
+        if "cogvideox" in parts:
+            _ensure(paths.base_model, model, lambda out: _cogvideox(out, config, local_clips))
     return paths
 
 
