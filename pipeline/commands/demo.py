@@ -23,7 +23,7 @@ def steps(config: RunConfig) -> Iterator[tuple[str, Step]]:
     yield (
         "sample",
         lambda progress: sample.run(
-            config, progress, prompt=_first_caption(config), run_dir=config.train.run_dir
+            config, progress, prompts=[_first_caption(config)], run_dir=config.train.run_dir
         ),
     )
     yield "inspect", lambda progress: inspect.run(config, progress)

@@ -1,71 +1,142 @@
-"""`sample`: a video from the base pipeline and a run's weights."""
+"""`sample`: videos from the base pipeline and a run's weights."""
+
+from __future__ import annotations
 
 import json
-import re
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.assets import make_missing_assets
+from pipeline.commands.sample_files import file_stem, named_file, new_file
 from pipeline.config import ConfigError, RunConfig
 from pipeline.console import Answer, in_time
 from pipeline.provenance import provenance
 from stages.progress import Progress
+
+if TYPE_CHECKING:
+    from stages.sample_videos.sampling import SampleSummary
 
 
 def run(
     config: RunConfig,
     progress: Progress,
     *,
-    prompt: str,
+    prompts: Sequence[str],
     image: Path | None = None,
     out: Path | None = None,
+    overwrite: bool = False,
     run_dir: Path | None = None,
     base_only: bool = False,
 ) -> Answer:
-    """Draw a video; beside it a JSON file says how.
+    """Draw a video of each prompt; beside it a JSON file says how.
+
+    Where a video goes is settled, and made sure to be writable, before any model is loaded.
 
     Args:
         config: The whole configuration.
         progress: Told of the steps.
-        prompt: What to draw.
+        prompts: What to draw; `@file` stands for the lines of a text file.
         image: The first frame, for image-to-video.
-        out: The mp4; None makes a name from run, prompt and seed in `config.outputs`.
+        out: The mp4 of a single prompt; None makes a name from run, prompt and seed in
+            `config.outputs`, with a number where that one is taken.
+        overwrite: Let `out` take the place of what is there.
         run_dir: The run; None takes the one that finished last, of this base model, beside
             `config.train.run_dir`.
         base_only: Draw without any run's weights.
     """
-    if base_only and run_dir is not None:
-        raise ConfigError("--base draws without a run; leave --run out")
-    if out is not None and out.suffix != ".mp4":
-        raise ConfigError(f"--out must end in .mp4, got {out}")
-    from stages.sample_videos.sampling import sample_video, takes_image
+    prompts = _read_prompts(prompts)
+    _check_options(len(prompts), out, overwrite, run_dir, base_only)
+    from stages.sample_videos.sampling import sample_videos, takes_image
 
-    make_missing_assets(config, progress)
+    make_missing_assets(config, progress, reads=("cogvideox",))
     if takes_image(config.model) and image is None:
         raise ConfigError(f"{config.model.path} makes video from an image; name one with --image")
     if not takes_image(config.model) and image is not None:
         raise ConfigError(f"{config.model.path} makes video from text alone; leave --image out")
     if not base_only and run_dir is None:
         run_dir = _newest_run(config)
-    if out is None:
-        words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "video"
-        source = run_dir.name if run_dir else "base"
-        out = config.outputs / f"{source}-{words}-seed{config.sample.seed}.mp4"
-    summary = sample_video(
-        config.sample,
-        config.model,
-        config.data,
-        run_dir=run_dir,
-        prompt=prompt,
-        image=image,
-        out=out,
-        progress=progress,
-    )
-    data: dict[str, Any] = {
+    source = run_dir.name if run_dir else "base"
+    with ExitStack() as claims:
+        outs = [
+            claims.enter_context(
+                new_file(config.outputs, file_stem(source, prompt, config.sample.seed))
+                if out is None
+                else named_file(out, overwrite=overwrite)
+            )
+            for prompt in prompts
+        ]
+        drawn = []
+        for summary in sample_videos(
+            config.sample,
+            config.model,
+            config.data,
+            run_dir=run_dir,
+            prompts=prompts,
+            image=image,
+            outs=outs,
+            progress=progress,
+        ):
+            drawn.append(summary)
+            _tell_how(config, summary, image)
+    return _answer(config, drawn, image)
+
+
+def _read_prompts(given: Sequence[str]) -> list[str]:
+    """The prompts, with `@file` replaced by the file's lines."""
+    prompts: list[str] = []
+    for text in given:
+        if text.startswith("@"):
+            prompts += _lines_of(text[1:])
+        elif os.path.isfile(text):  # noqa: PTH113  a long prompt is no path, and no error
+            raise ConfigError(
+                f"--prompt {text} is a file; --prompt @{text} draws a video for each of its lines"
+            )
+        else:
+            prompts.append(text)
+    return prompts
+
+
+def _lines_of(file: str) -> list[str]:
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the prompts of --prompt @{file}: {error}") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ConfigError(f"--prompt @{file}: the file holds no prompt; write one a line")
+    return lines
+
+
+def _check_options(
+    num_prompts: int, out: Path | None, overwrite: bool, run_dir: Path | None, base_only: bool
+) -> None:
+    if base_only and run_dir is not None:
+        raise ConfigError("--base draws without a run; leave --run out")
+    if out is not None and out.suffix != ".mp4":
+        raise ConfigError(f"--out must end in .mp4, got {out}")
+    if out is not None and num_prompts > 1:
+        raise ConfigError(
+            f"--out names one video, and there are {num_prompts} prompts; leave it out, and set "
+            "outputs=folder"
+        )
+    if overwrite and out is None:
+        raise ConfigError("--overwrite goes with --out; names that are made here are new ones")
+
+
+def _tell_how(config: RunConfig, summary: SampleSummary, image: Path | None) -> None:
+    text = json.dumps(_data(config, summary, image) | {"made_with": provenance()}, indent=1)
+    summary.out.with_suffix(".json").write_text(text + "\n", "utf-8")
+
+
+def _data(config: RunConfig, summary: SampleSummary, image: Path | None) -> dict[str, Any]:
+    return {
         "video": str(summary.out),
-        "prompt": prompt,
+        "prompt": summary.prompt,
         "image": None if image is None else str(image),
-        "run": None if run_dir is None else str(run_dir),
+        "run": None if summary.run_dir is None else str(summary.run_dir),
         "weights": summary.weights,
         "model": config.model.path,
         "num_frames": summary.num_frames,
@@ -75,21 +146,25 @@ def run(
         "sample": config.sample.model_dump(mode="json"),
         "seconds": round(summary.seconds, 3),
     }
-    beside = out.with_suffix(".json")
-    beside.write_text(json.dumps(data | {"made_with": provenance()}, indent=1) + "\n", "utf-8")
-    size = f"{summary.num_frames} frames of {summary.width}x{summary.height}"
+
+
+def _answer(config: RunConfig, drawn: Sequence[SampleSummary], image: Path | None) -> Answer:
+    first = drawn[0]
+    size = f"{first.num_frames} frames of {first.width}x{first.height}"
+    rows = [("prompt", summary.prompt) for summary in drawn]
+    rows += [
+        ("weights", str(first.run_dir) if first.run_dir else "the base model's own"),
+        ("video" if len(drawn) == 1 else "videos", f"{size} at {first.fps:g} frames/s"),
+        ("steps, guidance", f"{config.sample.steps}, {config.sample.guidance:g}"),
+        ("seed", str(config.sample.seed)),
+        ("time", in_time(sum(summary.seconds for summary in drawn))),
+    ]
+    data = [_data(config, summary, image) for summary in drawn]
     return Answer(
         title=f"sampled with {config.name}",
-        rows=[
-            ("prompt", prompt),
-            ("weights", str(run_dir) if run_dir else "the base model's own"),
-            ("video", f"{size} at {summary.fps:g} frames/s"),
-            ("steps, guidance", f"{config.sample.steps}, {config.sample.guidance:g}"),
-            ("seed", str(config.sample.seed)),
-            ("time", in_time(summary.seconds)),
-        ],
-        data=data,
-        notes=[str(summary.out)],
+        rows=rows,
+        data=data[0] if len(data) == 1 else {"videos": data},
+        notes=[str(summary.out) for summary in drawn],
     )
 
 

@@ -1,6 +1,7 @@
-"""Draws a video from a base pipeline and a run's weights; used by `sample` and `demo`."""
+"""Draws videos from a base pipeline and a run's weights; used by `sample` and `demo`."""
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,7 @@ class SampleSummary:
     """A drawn video, and what it was drawn with."""
 
     out: Path
+    prompt: str
     run_dir: Path | None
     weights: Literal["lora", "full", "base"]
     num_frames: int
@@ -43,6 +45,7 @@ class SampleSummary:
     width: int
     fps: float
     seconds: float
+    """Of drawing and writing; the first video's hold loading the models, too."""
 
 
 def takes_image(model: BaseModelConfig) -> bool:
@@ -54,28 +57,28 @@ def takes_image(model: BaseModelConfig) -> bool:
     return PIPELINES[pipeline_class(resolve_base_model(model, ()))]
 
 
-def sample_video(
+def sample_videos(
     config: SampleConfig,
     model: BaseModelConfig,
     clips: ClipsConfig,
     *,
     run_dir: Path | None,
-    prompt: str,
+    prompts: Sequence[str],
     image: Path | None,
-    out: Path,
+    outs: Sequence[Path],
     progress: Progress,
-) -> SampleSummary:
-    """Draw one video and write it as mp4.
+) -> Iterator[SampleSummary]:
+    """Draw a video of each prompt and write it as mp4; the models are loaded once.
 
     Args:
-        config: Steps, guidance, seed, length, device.
+        config: Steps, guidance, seed (each video's), length, device.
         model: The base pipeline, of CogVideoXPipeline or CogVideoXImageToVideoPipeline.
         clips: Height, width, rate and usual length: the model is asked for what it was taught;
             of several sizes, for the first.
         run_dir: The training run whose export is applied; None draws from the base alone.
-        prompt: What to draw.
+        prompts: What to draw.
         image: First frame, scaled and cropped as clips are; image-to-video only.
-        out: The file to write; ends in .mp4.
+        outs: The file to write for each prompt; ends in .mp4.
         progress: Told of loading and of each denoising step.
 
     Raises:
@@ -83,7 +86,7 @@ def sample_video(
             (or none where there must be one).
     """
     started = time.monotonic()
-    if not prompt.strip():
+    if not all(prompt.strip() for prompt in prompts):
         raise ValueError("the prompt is empty; say what to draw")
     clips = clips.sizes[0]
     device = _device(config)
@@ -106,6 +109,28 @@ def sample_video(
         task.advance()
     if config.num_frames is not None:
         clips = clips.model_copy(update={"num_frames": config.num_frames})
+    fps = fps_of(clips)
+    for prompt, out in zip(prompts, outs, strict=True):
+        frames_THWC = _draw(pipeline, clips, config, progress, prompt=prompt, **condition)
+        write_video(out, frames_THWC, fps)
+        yield SampleSummary(
+            out=out,
+            prompt=prompt,
+            run_dir=run_dir,
+            weights="base" if export is None else export.method,
+            num_frames=len(frames_THWC),
+            height=frames_THWC.shape[1],
+            width=frames_THWC.shape[2],
+            fps=fps,
+            seconds=time.monotonic() - started,
+        )
+        started = time.monotonic()
+
+
+def _draw(
+    pipeline: Any, clips: ClipsConfig, config: SampleConfig, progress: Progress, **inputs: Any
+) -> np.ndarray:
+    """The frames of one video: uint8 [T, H, W, 3]."""
     with progress.task("denoise", config.steps, unit="steps") as task:
         video_THWC = draw(
             pipeline,
@@ -114,27 +139,14 @@ def sample_video(
             guidance=config.guidance,
             seed=config.seed,
             on_step=task.advance,
-            prompt=prompt,
-            **condition,
+            **inputs,
         )
     if not np.isfinite(video_THWC).all():
         raise ValueError(
             f"the video holds values that are not finite at sample.precision={config.precision}; "
             "bf16 or fp32 may help, unless training itself diverged"
         )
-    frames_THWC = to_frames(video_THWC)
-    fps = fps_of(clips)
-    write_video(out, frames_THWC, fps)
-    return SampleSummary(
-        out=out,
-        run_dir=run_dir,
-        weights="base" if export is None else export.method,
-        num_frames=len(frames_THWC),
-        height=frames_THWC.shape[1],
-        width=frames_THWC.shape[2],
-        fps=fps,
-        seconds=time.monotonic() - started,
-    )
+    return to_frames(video_THWC)
 
 
 def _condition(

@@ -16,12 +16,11 @@ from cache_schema import (
     StoreSettings,
     StoreWriter,
 )
-from pipeline.commands import assets, extract, inspect, sample, train
+from pipeline.commands import extract, inspect, train
 from pipeline.config import ConfigError, load_config
 from stages.extract_features.summary import ExtractSummary, KindSummary
 from stages.inspect_cache.drawing import Drawing
 from stages.progress import SilentProgress
-from stages.sample_videos.sampling import SampleSummary
 from stages.train_student.logs.rows import LossRow
 from stages.train_student.summary import TrainSummary
 from tests.fingerprints import fingerprint_of
@@ -220,88 +219,6 @@ class TestTrain:
         json.dumps(answer.data)
 
 
-class TestSample:
-    @pytest.fixture
-    def calls(self, monkeypatch):
-        calls = []
-
-        def stage(*sections, **options):
-            calls.append(options)
-            options["out"].parent.mkdir(parents=True, exist_ok=True)
-            return SampleSummary(
-                out=options["out"],
-                run_dir=options["run_dir"],
-                weights="base" if options["run_dir"] is None else "lora",
-                num_frames=9,
-                height=32,
-                width=48,
-                fps=8.0,
-                seconds=1.0,
-            )
-
-        self.wants_image = False
-        replace_stage(
-            monkeypatch,
-            "stages.sample_videos.sampling",
-            sample_video=stage,
-            takes_image=lambda _: self.wants_image,
-        )
-        return calls
-
-    def finish(self, config, name="one"):
-        run = config.train.run_dir.parent / name
-        run.mkdir(parents=True)
-        (run / "finished.json").touch()
-        (run / "config.yaml").write_text(f"model: {{path: {config.model.path}}}\n")
-        return run
-
-    def test_the_newest_finished_run_is_the_default(self, config, calls):
-        run = self.finish(config)
-        answer = sample.run(config, QUIET, prompt="A dog, [running]!")
-        assert calls[0]["run_dir"] == run
-        assert calls[0]["out"] == config.outputs / "one-a-dog-running-seed0.mp4"
-        assert answer.notes == [str(calls[0]["out"])]
-
-    def test_beside_the_video_lies_how_it_was_made(self, config, calls, tmp_path):
-        self.finish(config)
-        sample.run(config, QUIET, prompt="a dog", out=tmp_path / "dog.mp4")
-        told = json.loads((tmp_path / "dog.json").read_text())
-        assert told["prompt"] == "a dog"
-        assert told["sample"]["seed"] == 0
-        assert told["made_with"]["python"]
-
-    def test_the_base_alone_needs_no_run(self, config, calls):
-        sample.run(config, QUIET, prompt="a dog", base_only=True)
-        assert calls[0]["run_dir"] is None
-
-    def test_a_prompt_without_a_letter_still_names_a_file(self, config, calls):
-        sample.run(config, QUIET, prompt="?!", base_only=True)
-        assert calls[0]["out"].name == "base-video-seed0.mp4"
-
-    def test_without_a_finished_run_the_remedies_are_named(self, config, calls):
-        with pytest.raises(ValueError, match=r"no finished run of base in .*--base"):
-            sample.run(config, QUIET, prompt="a dog")
-        assert not calls
-
-    @pytest.mark.parametrize(
-        ("wants_image", "options", "message"),
-        [
-            (True, {}, "makes video from an image"),
-            (False, {"image": Path("dog.png")}, "from text alone"),
-            (False, {"out": Path("dog.avi")}, r"must end in \.mp4"),
-            (False, {"run_dir": Path("run"), "base_only": True}, "leave --run out"),
-        ],
-    )
-    def test_what_does_not_go_together_is_bad_usage(
-        self, config, calls, wants_image, options, message
-    ):
-        self.finish(config)
-        self.wants_image = wants_image
-        with pytest.raises(ConfigError, match=message):
-            sample.run(config, QUIET, prompt="a dog", **options)
-        assert not calls
-
-
 class TestInspect:
     @pytest.fixture
     def store(self, config):
@@ -458,26 +375,3 @@ class TestInspect:
     def test_a_kind_that_was_not_extracted_names_the_command(self, config):
         with pytest.raises(CacheError, match="run sam2vx-pipeline extract-features"):
             inspect.run(config, QUIET)
-
-
-class TestAssets:
-    @pytest.fixture
-    def made(self, monkeypatch):
-        made = []
-        replace_stage(
-            monkeypatch,
-            "stages.articulated_figures.demo",
-            ensure_demo=lambda demo, clips, *, progress: made.append((demo, clips)),
-        )
-        return made
-
-    def test_are_made_where_the_configuration_has_a_demo(self, made, tmp_path):
-        config = load_config("demo", [f"demo.root={tmp_path}/demo"])
-        assets.make_missing_assets(config, QUIET)
-        assert made == [(config.demo, config.data)]
-
-    def test_are_not_made_for_real_data(self, made, tmp_path, config, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        assets.make_missing_assets(config, QUIET)
-        assert not made
-        assert not (tmp_path / "demo").exists()

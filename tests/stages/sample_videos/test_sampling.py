@@ -12,7 +12,7 @@ from stages.config import BaseModelConfig
 from stages.progress import SilentProgress
 from stages.sample_videos import sampling
 from stages.sample_videos.runs import LORA_FILE
-from stages.sample_videos.sampling import sample_video, takes_image
+from stages.sample_videos.sampling import sample_videos, takes_image
 
 
 @pytest.fixture
@@ -30,16 +30,17 @@ def drawn(monkeypatch):
 
 
 def draw(config, base, clips, tmp_path, *, run=None, prompt="a person walks", image=None, **update):
-    return sample_video(
+    (summary,) = sample_videos(
         config.model_copy(update=update),
         base,
         clips,
         run_dir=run,
-        prompt=prompt,
+        prompts=[prompt],
         image=image,
-        out=tmp_path / "video.mp4",
+        outs=[tmp_path / "video.mp4"],
         progress=SilentProgress(),
     )
+    return summary
 
 
 def reference(base, config, clips, *, lora=None, lora_scale=1.0):
@@ -151,14 +152,14 @@ def test_progress_has_one_step_per_denoising_step(config, base, clips, tmp_path,
                 )
                 yield task
 
-    sample_video(
+    (_,) = sample_videos(
         config,
         base,
         clips,
         run_dir=None,
-        prompt="x",
+        prompts=["x"],
         image=None,
-        out=tmp_path / "v.mp4",
+        outs=[tmp_path / "v.mp4"],
         progress=Counting(),
     )
     assert counts["denoise"] == [2, 2]

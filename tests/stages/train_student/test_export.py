@@ -106,14 +106,14 @@ def draw(whole_base, tiny, monkeypatch, tmp_path):
     )
 
     def run(run_dir, precision="fp32"):
-        sampling.sample_video(
+        (_,) = sampling.sample_videos(
             SampleConfig(steps=2, guidance=3.0, seed=7, precision=precision, device="cpu"),
             BaseModelConfig(path=str(whole_base / "base")),
             tiny.CLIPS,
             run_dir=run_dir,
-            prompt=PROMPT,
+            prompts=[PROMPT],
             image=None,
-            out=tmp_path / "video.mp4",
+            outs=[tmp_path / "video.mp4"],
             progress=SilentProgress(),
         )
         return kept[-1]

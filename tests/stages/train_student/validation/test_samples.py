@@ -13,7 +13,7 @@ from stages.config import BaseModelConfig
 from stages.progress import SilentProgress
 from stages.sample_videos.config import SampleConfig
 from stages.sample_videos.runs import LORA_FILE
-from stages.sample_videos.sampling import sample_video
+from stages.sample_videos.sampling import sample_videos
 
 SAMPLES = {"prompts": ["a person walks to the right", "a cat"], "steps": 2, "every": 2}
 ONE = {"prompts": ["a cat"], "steps": 1}
@@ -28,14 +28,14 @@ def bytes_of(run_dir, step):
 
 def sampled(run_dir, base, tiny, out, prompt, image=None):
     """The bytes that `sample` writes with the export of the run."""
-    sample_video(
+    (_,) = sample_videos(
         SampleConfig(steps=2, precision="fp32", device="cpu"),
         BaseModelConfig(path=str(base)),
         tiny.CLIPS,
         run_dir=run_dir,
-        prompt=prompt,
+        prompts=[prompt],
         image=image,
-        out=out,
+        outs=[out],
         progress=SilentProgress(),
     )
     return out.read_bytes()
