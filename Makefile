@@ -1,4 +1,5 @@
 # Every target makes the environment by itself when it is missing or older than the lock file.
+# CONFIG is a preset or a YAML file; without it, extract-features, train and sample work on the demo.
 #   make demo                                   the whole road on the built-in demo
 #   make extract-features CONFIG=my.yaml ARGS="extract.device=cuda:1"
 #   make train CONFIG=cogvideox-5b-lora

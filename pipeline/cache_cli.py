@@ -223,7 +223,7 @@ def copy(
 @derive_app.command("gram-flow")
 def derive_gram_flow(
     overrides: Overrides = None,
-    config: Config = "demo",
+    config: Config = None,
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
@@ -235,5 +235,5 @@ def derive_gram_flow(
     """
     from pipeline.commands.upkeep import derive as command
 
-    settings = load_settings(config, overrides, traceback)
+    settings = load_settings(config, overrides, traceback, needed=())
     finish(carry_out(lambda p: command.run(settings, p), traceback, resumable=True), as_json)

@@ -20,8 +20,9 @@ from pipeline.cli_parts import (
     carry_out,
     finish,
     load_settings,
+    settings_of_run,
 )
-from pipeline.console import Answer
+from pipeline.console import Answer, print_file, print_json, write_any_text
 from pipeline.launch import take_place_from_slurm
 
 app = typer.Typer(
@@ -46,6 +47,7 @@ LocalRank = Annotated[
 
 def main() -> None:
     """Run the command line; the entry point of `sam2vx-pipeline` and of `python -m pipeline`."""
+    write_any_text()
     try:
         take_place_from_slurm()
     except ValueError as error:
@@ -53,8 +55,28 @@ def main() -> None:
     app(prog_name="sam2vx-pipeline")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib import metadata
+
+        print(f"sam2vx-pipeline {metadata.version('sam2videox')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _top(local_rank: LocalRank = None) -> None:
+def _top(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and exit.",
+            is_eager=True,
+            expose_value=False,
+            callback=_print_version,
+        ),
+    ] = False,
+    local_rank: LocalRank = None,
+) -> None:
     """Teach CogVideoX how structure moves, from SAM2's memory features.
 
     The road: extract-features makes a cache from a folder of clips, train teaches the model from
@@ -67,7 +89,7 @@ def _top(local_rank: LocalRank = None) -> None:
 @app.command("extract-features")
 def extract_features(
     overrides: Overrides = None,
-    config: Config = "demo",
+    config: Config = None,
     kinds: Annotated[
         str | None,
         typer.Option(
@@ -122,7 +144,7 @@ def extract_features(
 @app.command()
 def train(
     overrides: Overrides = None,
-    config: Config = "demo",
+    config: Config = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -155,7 +177,7 @@ def train(
     from pipeline.commands import train as command
     from pipeline.commands import train_estimate
 
-    settings = load_settings(config, overrides, traceback)
+    settings = load_settings(config, overrides, traceback, needed=("model.path",))
     if dry_run:
         answer = carry_out(lambda p: train_estimate.run(settings, p, gpu=gpu, gpus=gpus), traceback)
     elif gpu is not None or gpus is not None:
@@ -219,9 +241,19 @@ def export(
 
 @app.command()
 def sample(
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to draw.")],
+    prompt: Annotated[
+        list[str],
+        typer.Option(
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            help="What to draw; given several times, a video each. @prompts.txt stands for the "
+            "lines of that file.",
+            show_default=False,
+        ),
+    ],
     overrides: Overrides = None,
-    config: Config = "demo",
+    config: Config = None,
     image: Annotated[
         Path | None,
         typer.Option(
@@ -231,6 +263,9 @@ def sample(
     out: Annotated[
         Path | None, typer.Option(help="The .mp4 to write; by default a new name in outputs.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Let --out replace a video that is there.")
+    ] = False,
     run: Annotated[
         Path | None,
         typer.Option(
@@ -246,13 +281,24 @@ def sample(
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Draw a video with the model that was trained."""
+    """Draw a video with the model that was trained.
+
+    Without --config, the settings that the run of --run was trained with.
+    """
     from pipeline.commands import sample as command
 
-    settings = load_settings(config, overrides, traceback)
+    config = config or settings_of_run(run)
+    settings = load_settings(config, overrides, traceback, needed=("model.path",))
     answer = carry_out(
         lambda p: command.run(
-            settings, p, prompt=prompt, image=image, out=out, run_dir=run, base_only=base
+            settings,
+            p,
+            prompts=prompt,
+            image=image,
+            out=out,
+            overwrite=overwrite,
+            run_dir=run,
+            base_only=base,
         ),
         traceback,
     )
@@ -262,7 +308,7 @@ def sample(
 @app.command()
 def report(
     overrides: Overrides = None,
-    config: Config = "demo",
+    config: Config = None,
     run: Annotated[
         Path | None,
         typer.Option(
@@ -284,7 +330,7 @@ def report(
     """
     from pipeline.commands import report as command
 
-    settings = load_settings(config, overrides, traceback)
+    settings = load_settings(config, overrides, traceback, needed=())
     answer = carry_out(lambda p: command.run(settings, p, run_dir=run, out=out), traceback)
     finish(answer, as_json)
 
@@ -301,7 +347,7 @@ def inspect(
             show_default=False,
         ),
     ] = None,
-    config: Config = "demo",
+    config: Config = None,
     clip: Annotated[
         str | None, typer.Option("--clip", help="The clip's key; by default the store's first.")
     ] = None,
@@ -324,7 +370,7 @@ def inspect(
         store = overrides.pop(0)
     if clip is not None and every_clip:
         raise typer.BadParameter("--all draws every clip; leave --clip out")
-    settings = load_settings(config, overrides, traceback)
+    settings = load_settings(config, overrides, traceback, needed=())
     answer = carry_out(
         lambda p: command.run(
             settings, p, store=store, clip=clip, every_clip=every_clip, overlay=overlay, out=out
@@ -357,17 +403,15 @@ def demo(
 @config_app.command("show")
 def config_show(
     overrides: Overrides = None,
-    config: Config = "demo",
+    config: Config = None,
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     """Print the configuration with every default filled in, as YAML that can be edited and used."""
-    import json
-
     from pipeline.config_text import commented_yaml
 
     settings = load_settings(config, overrides, traceback)
     if as_json:
-        print(json.dumps(settings.model_dump(mode="json"), ensure_ascii=False))
+        print_json(settings.model_dump(mode="json"))
     else:
-        print(commented_yaml(settings), end="")
+        print_file(commented_yaml(settings))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,17 +15,17 @@ from stages.progress import Progress
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
 
-Config = Annotated[
-    str,
-    typer.Option(
-        "--config",
-        "-c",
-        metavar="NAME_OR_PATH",
-        help="A preset (demo, cogvideox-2b-lora, cogvideox-5b-lora, cogvideox-5b-i2v-lora, these "
-        "three also with -gram-flow; cogvideox-2b-full, cogvideox1.5-5b-lora, "
-        "cogvideox1.5-5b-i2v-lora) or a YAML file.",
-    ),
-]
+_CONFIG = typer.Option(
+    "--config",
+    "-c",
+    metavar="NAME_OR_PATH",
+    help="A preset (demo, cogvideox-2b-lora, cogvideox-5b-lora, cogvideox-5b-i2v-lora, these "
+    "three also with -gram-flow; cogvideox-2b-full, cogvideox1.5-5b-lora, "
+    "cogvideox1.5-5b-i2v-lora) or a YAML file; without it, the settings given here. Relative paths "
+    "of settings start from the current folder, that of `extends:` from the file it stands in.",
+    show_default=False,
+)
+Config = Annotated[str | None, _CONFIG]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -40,12 +41,33 @@ Traceback = Annotated[
 ]
 
 
-def load_settings(config: str, overrides: list[str] | None, traceback: bool) -> RunConfig:
-    """Read the configuration a command was given; what is wrong with it is bad usage."""
-    from pipeline.config import load_config
+def load_settings(
+    config: str | None,
+    overrides: list[str] | None,
+    traceback: bool,
+    *,
+    needed: Sequence[str] | None = None,
+) -> RunConfig:
+    """Read the configuration a command was given; what is wrong with it is bad usage.
+
+    Args:
+        config: a preset or file; None where only `overrides` are given.
+        overrides: as they were given.
+        traceback: let errors through.
+        needed: those settings without a default that the command reads; None is all of them.
+    """
+    from pipeline.config import NEEDED, load_config
 
     with failures.failures(traceback=traceback):
-        return load_config(config, overrides or [])
+        return load_config(config, overrides or [], needed=NEEDED if needed is None else needed)
+
+
+def settings_of_run(run: Path | None) -> str | None:
+    """The configuration that a training run keeps in its folder; None if it has none."""
+    from stages.train_student.logs.rows import CONFIG_FILE
+
+    file = None if run is None else run / CONFIG_FILE
+    return str(file) if file is not None and file.is_file() else None
 
 
 def carry_out(

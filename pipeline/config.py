@@ -77,28 +77,68 @@ SETTINGS = {setting.path: setting for setting in settings_of(RunConfig)}
 """Every key of the configuration by its dotted path."""
 
 
-def load_config(preset_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
+NEEDED = ("data.path", "model.path")
+"""The settings without a default."""
+
+_NOT_GIVEN = "(not given)"
+
+
+def load_config(
+    preset_or_path: str | None,
+    overrides: Sequence[str] = (),
+    *,
+    needed: Sequence[str] = NEEDED,
+) -> RunConfig:
     """Read a configuration, apply `key.key=value` overrides in order, fill in and check it.
 
     A file may extend another (`config_files`). Values of overrides are YAML (`true`, `1e-4`,
     `null`, `[a, b]`). `${key.key}` within a text stands for another setting's value, after the
     overrides. A leading `~/` is the home folder.
 
+    Args:
+        preset_or_path: None takes the overrides alone.
+        overrides: as `key.key=value`.
+        needed: those of `NEEDED` that the command reads; without a preset or file it does without
+            the others.
+
     Raises:
-        ConfigError: no such preset or file; not YAML, or a key twice; files that extend each other;
-            an unknown key, with the closest known one; a value out of range, with the range and
-            the field's help.
+        ConfigError: no such preset or file, or none where one is needed; not YAML, or a key twice;
+            files that extend each other; an unknown key, with the closest known one; a value out
+            of range, with the range and the field's help.
     """
-    tree = read_config(preset_or_path)
+    tree = _from_nothing(needed) if preset_or_path is None else read_config(preset_or_path)
     for override in overrides:
         _apply(tree, override)
     tree = _resolve(tree, tree, "")
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
+        if preset_or_path is None:
+            _ask_for_a_configuration(error)
         raise ConfigError("\n".join(explain(error, SETTINGS))) from error
     _refuse_true_for_one(tree, config, "")
     return config
+
+
+def _from_nothing(needed: Sequence[str]) -> dict[str, Any]:
+    """The tree that overrides alone are laid over."""
+    tree: dict[str, Any] = {"name": "settings"}
+    for key in NEEDED:
+        section, _, leaf = key.partition(".")
+        tree[section] = {} if key in needed else {leaf: _NOT_GIVEN}
+    return tree
+
+
+def _ask_for_a_configuration(error: ValidationError) -> None:
+    """Raise where nothing but settings without a default is missing."""
+    missing = {".".join(map(str, problem["loc"])) for problem in error.errors()}
+    lacking = [key for key in NEEDED if key in missing]
+    if lacking and all(problem["type"] == "missing" for problem in error.errors()):
+        raise ConfigError(
+            "which configuration? Name a preset or a file with --config, such as --config "
+            f"cogvideox-5b-lora or --config mine.yaml (--config demo is the built-in demo), or set "
+            f"{' and '.join(f'{key}=…' for key in lacking)}"
+        ) from error
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -108,6 +148,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r} sets nothing; overrides look like train.steps=20")
     if path == EXTENDS:
         raise ConfigError(f"{EXTENDS} belongs into a file; give {text} itself as --config")
+    if _NOT_UTF_8.search(override):
+        raise ConfigError(
+            f"{path}: {text!r} is not UTF-8, and could not be kept with what is made; rename the "
+            "file or folder, or make a link to it under another name"
+        )
     try:
         value = parse_yaml(text)
     except YamlError as error:
@@ -126,6 +171,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         node[parent] = node = dict(inner) if isinstance(inner, Mapping) else {}
     node[leaf] = value
 
+
+_NOT_UTF_8 = re.compile("[\udc80-\udcff]")
+"""How Python reads the bytes of an argument that are not UTF-8."""
 
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
 

@@ -4,6 +4,8 @@ A file holds what differs; `extends: preset-or-path` names the one that holds th
 `pipeline.config`.
 """
 
+import difflib
+import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -62,7 +64,7 @@ def _text_of(name: str, folder: Path, sources: list[str]) -> tuple[str, str, Pat
     if not path.is_file():
         asked = f"{sources[-1]} extends {name!r}, but there is " if sources else ""
         raise ConfigError(
-            f"{asked}no preset and no file called {str(path)!r}; presets are "
+            f"{asked}no preset and no file called {str(path)!r}{_meant(path)}; presets are "
             f"{', '.join(preset_names())}"
         )
     try:
@@ -71,13 +73,32 @@ def _text_of(name: str, folder: Path, sources: list[str]) -> tuple[str, str, Pat
         raise ConfigError(f"{path} is not UTF-8 text ({error})") from error
 
 
+def _meant(path: Path) -> str:
+    """The preset, or the YAML file in the same folder, that was probably meant."""
+    plain = {_plain(preset): preset for preset in preset_names()}
+    files = [*path.parent.glob("*.yaml"), *path.parent.glob("*.yml")]
+    plain |= {_plain(file.name): str(file) for file in files}
+    wanted = _plain(path.name)
+    alike = difflib.get_close_matches(wanted, plain, n=1, cutoff=0.75)
+    parts = [one for one in plain if wanted and wanted in one]
+    meant = alike or (parts if len(parts) == 1 else [])
+    return f"; did you mean {plain[meant[0]]}?" if meant else ""
+
+
+def _plain(name: str) -> str:
+    """A name without its suffix, and without what people write in several ways."""
+    return re.sub(r"[-_. ]", "", re.sub(r"\.ya?ml$", "", name.lower()))
+
+
 def _parse(text: str, source: str) -> dict[str, Any]:
     try:
         tree = parse_yaml(text)
     except YamlError as error:
         raise ConfigError(f"{source}: {error}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{source} holds no settings; `sam2vx-pipeline config show` prints some")
+        raise ConfigError(
+            f"{source} holds no settings; `sam2vx-pipeline config show --config demo` prints some"
+        )
     return tree
 
 

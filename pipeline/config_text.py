@@ -6,11 +6,16 @@ from typing import Any
 from pipeline.config import SETTINGS, RunConfig
 from pipeline.strict_yaml import dump_value
 
+_WHERE = (
+    "# Relative paths start from the folder in which a command runs; that of `extends:` from the",
+    "# folder of the file it stands in.",
+)
+
 
 def commented_yaml(config: RunConfig) -> str:
     """Return YAML that `load_config` reads back as an equal configuration."""
     values: Any = config.model_dump(mode="json")
-    lines: list[str] = []
+    lines = list(_WHERE)
     for path, setting in SETTINGS.items():
         holder: Any = values
         *parents, leaf = path.split(".")

@@ -5,6 +5,7 @@ from the user's files is never read as rich's markup.
 """
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -43,17 +44,50 @@ def present(answer: Answer, *, as_json: bool) -> None:
     if rank() != 0:
         return
     if as_json:
-        print(json.dumps(answer.data, ensure_ascii=False))
+        print_json(answer.data)
         return
-    table = Table(title=Text(answer.title), show_header=False, title_justify="left")
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in answer.rows:
-        table.add_row(Text(name), Text(value))
     console = Console()
-    console.print(table)
+    if console.width < _NARROWEST_TABLE:
+        lines = [answer.title, *(f"{name}: {value}" for name, value in answer.rows)]
+        console.print(Text("\n".join(lines)), soft_wrap=True)
+    else:
+        table = Table(title=Text(answer.title), show_header=False, title_justify="left")
+        # Folded, never cut: an ellipsis would lose part of a name, and is no ASCII.
+        table.add_column(style="bold", overflow="fold")
+        table.add_column(overflow="fold")
+        for name, value in answer.rows:
+            table.add_row(Text(name), Text(value))
+        console.print(table)
     for note in answer.notes:
         console.print(Text(note), soft_wrap=True)
+
+
+_NARROWEST_TABLE = 40
+"""Columns of the terminal; a narrower one gets a line per row."""
+
+
+def print_json(data: Any) -> None:
+    """Print one JSON object to stdout, in ASCII where stdout's encoding lacks a character."""
+    text = json.dumps(data, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        text = json.dumps(data)
+    print(text)
+
+
+def print_file(text: str) -> None:
+    """Print what is going to be kept in a file: as UTF-8 in any locale, for it is read as that."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    print(text, end="")
+
+
+def write_any_text() -> None:
+    """Have stdout and stderr escape what their encoding lacks, and file names that are no text."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def complain(text: str) -> None:

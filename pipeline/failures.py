@@ -4,6 +4,8 @@
 more clips were skipped than `extract.max_skipped` allows; 130 stopped with Ctrl-C.
 """
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -56,9 +58,35 @@ def _told(error: Exception) -> tuple[str, int] | None:
     if not isinstance(error, ValueError | OSError | CacheError) and name not in _BY_NAME:
         return None
     remedy = [_LESS_MEMORY] if name == "OutOfMemoryError" else []
-    words = [f"error: {str(error) or name}", *getattr(error, "__notes__", []), *remedy]
-    return "\n".join(words), FAILED
+    words = _words_of_the_system(error) if isinstance(error, OSError) else str(error)
+    notes = getattr(error, "__notes__", [])
+    return "\n".join([f"error: {words or name}", *notes, *remedy]), FAILED
 
+
+def _words_of_the_system(error: OSError) -> str:
+    """A sentence with path and remedy in place of Python's `[Errno 13] Permission denied: 'a'`."""
+    if error.strerror is None:
+        return str(error)
+    names = (error.filename, error.filename2)
+    where = " -> ".join(os.fsdecode(name) for name in names if isinstance(name, str | bytes))
+    words = f"{where}: {error.strerror}" if where else error.strerror
+    return words + _REMEDIES.get(error.errno or 0, "")
+
+
+_PLACES = "cache=…, outputs=…, train.run_dir=…, demo.root=… or --out"
+"""What says where things are written."""
+
+_REMEDIES = {
+    errno.EPERM: f"; this user may not write there: choose another folder with {_PLACES}",
+    errno.EACCES: "; this user may not read or write there: mend the permissions, or choose "
+    f"another place with data.path=…, {_PLACES}",
+    errno.EROFS: f"; that disk is read-only: choose a folder on another one with {_PLACES}",
+    errno.ENOSPC: f"; free some space, or choose a folder on another disk with {_PLACES}",
+    errno.EDQUOT: "; this user's quota is used up: free some space, or choose a folder on another "
+    f"disk with {_PLACES}",
+    errno.ENAMETOOLONG: "; choose a shorter name",
+    errno.EMFILE: "; allow more open files: ulimit -n 4096",
+}
 
 _BY_NAME = ("OutOfMemoryError", "TrainingDivergedError")
 

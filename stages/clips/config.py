@@ -27,7 +27,8 @@ class ClipsConfig(Section):
 
     path: Path
     """Folder, file or pattern: webdataset tars ('clips/{00000..00003}.tar'); metadata.jsonl or
-    metadata.csv; prompts.txt and videos.txt; or videos with captions beside them."""
+    metadata.csv; prompts.txt and videos.txt; or videos with captions beside them. A relative path
+    starts from the folder in which the command runs."""
     num_frames: int = Field(default=49, ge=9)
     """Frames per clip, 8N+1 (9, 17, 25, 33, …); 49 for CogVideoX 1.0."""
     height: int = Field(default=480, ge=16, multiple_of=16)

@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 
 from stages.train_student.logs.row_file import read_rows
 from stages.train_student.logs.rows import (
+    CONFIG_FILE,
     DAMAGED_FILE,
     LOSSES_FILE,
     PERFORMANCE_FILE,
@@ -87,7 +88,7 @@ def read_run(run_dir: Path) -> RunRecords:
             f"{run_dir} holds no training run (no run.json); name one with --run, or train one "
             "with sam2vx-pipeline train"
         )
-    config = run_dir / "config.yaml"
+    config = run_dir / CONFIG_FILE
     config_yaml = config.read_text(encoding="utf-8") if config.is_file() else ""
     return RunRecords(
         run_dir=run_dir,

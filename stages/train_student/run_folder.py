@@ -31,6 +31,7 @@ from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.buckets import Buckets
+from stages.train_student.logs.rows import CONFIG_FILE
 
 FREE_SETTINGS = (
     "run_dir",
@@ -117,7 +118,7 @@ def open_run(
     make_directories(run_dir)
     text = io.StringIO()
     YAML().dump(resolved_config, text)
-    _write(run_dir / "config.yaml", text.getvalue())
+    _write(run_dir / CONFIG_FILE, text.getvalue())
     if not file.is_file():
         _write(file, json.dumps({"settings": settings, **about}, indent=1))
     make_directories(run_dir / "checkpoints")

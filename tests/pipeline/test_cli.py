@@ -1,6 +1,7 @@
 """Arguments, exit codes and streams of the command line, with the stages left out."""
 
 import json
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ from pipeline.commands import demo, estimate, extract, inspect, sample, train
 from pipeline.console import Answer
 
 DONE = Answer(title="done", rows=[("key", "value")], data={"key": "value"})
+DEMO = ("--config", "demo")
 WORKING = [
-    (extract, ["extract-features"]),
-    (train, ["train"]),
-    (sample, ["sample", "--prompt", "a dog"]),
-    (inspect, ["inspect"]),
+    (extract, ["extract-features", *DEMO]),
+    (train, ["train", *DEMO]),
+    (sample, ["sample", *DEMO, "--prompt", "a dog"]),
+    (inspect, ["inspect", *DEMO]),
 ]
 
 
@@ -64,10 +66,60 @@ def test_json_is_all_there_is_on_stdout(monkeypatch, module, arguments):
     assert json.loads(invoke(*arguments, "--json").stdout) == {"key": "value"}
 
 
-def test_demo_is_the_default_configuration(monkeypatch):
-    calls = stub(monkeypatch, train)
-    invoke("train")
-    assert calls[0][0].name == "demo"
+class TestWithoutConfig:
+    """Settings on the line decide; what they leave open is asked for."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "missing"),
+        [
+            (["extract-features"], "set data.path=… and model.path=…"),
+            (["extract-features", "data.path=clips"], "set model.path=…"),
+            (["extract-features", "data.num_frames=9"], "set data.path=… and model.path=…"),
+            (["train"], "set model.path=…"),
+            (["sample", "--prompt", "a dog"], "set model.path=…"),
+            (["config", "show"], "set data.path=… and model.path=…"),
+        ],
+    )
+    def test_a_configuration_is_asked_for(self, monkeypatch, tmp_path, arguments, missing):
+        monkeypatch.chdir(tmp_path)
+        result = invoke(*arguments)
+        assert result.exit_code == 2
+        assert result.stderr.count("\n") == 1
+        assert "--config cogvideox-5b-lora" in result.stderr
+        assert missing in result.stderr
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        ("module", "arguments"),
+        [
+            (extract, ["extract-features", "data.path=clips", "model.path=base"]),
+            (train, ["train", "model.path=base"]),
+            (sample, ["sample", "-p", "a dog", "model.path=base"]),
+            (inspect, ["inspect"]),
+        ],
+    )
+    def test_settings_on_the_line_are_enough(self, monkeypatch, module, arguments):
+        calls = stub(monkeypatch, module)
+        result = invoke(*arguments)
+        assert result.exit_code == 0, result.stderr
+        config = calls[0][0]
+        assert config.demo is None
+        assert (config.data.num_frames, config.train.steps) == (49, 2000)
+
+    def test_a_wrong_value_is_told_beside_what_is_missing(self):
+        result = invoke("extract-features", "extract.max_skipped=2", "model.path=base")
+        assert result.exit_code == 2
+        assert "extract.max_skipped must be <= 1, got 2" in result.stderr
+        assert "data.path is missing" in result.stderr
+
+    def test_sampling_takes_the_settings_of_the_run(self, monkeypatch, tmp_path):
+        shown = invoke("config", "show", *DEMO, "train.steps=7")
+        (tmp_path / "config.yaml").write_text(shown.stdout)
+        calls = stub(monkeypatch, sample)
+        result = invoke("sample", "-p", "a dog", "--run", str(tmp_path), "sample.seed=3")
+        assert result.exit_code == 0, result.stderr
+        config = calls[0][0]
+        assert (config.name, config.train.steps, config.sample.seed) == ("demo", 7, 3)
 
 
 @pytest.mark.parametrize(("module", "arguments"), WORKING)
@@ -110,7 +162,7 @@ def test_bad_usage_exits_with_2(arguments):
 )
 def test_an_expected_failure_is_one_message_and_exit_code_1(monkeypatch, error):
     stub(monkeypatch, train, error)
-    result = invoke("train")
+    result = invoke("train", *DEMO)
     assert result.exit_code == 1
     assert "what, where and what to do" in result.stderr
     assert "Traceback" not in result.stderr
@@ -119,14 +171,14 @@ def test_an_expected_failure_is_one_message_and_exit_code_1(monkeypatch, error):
 
 def test_running_out_of_memory_names_the_settings_that_help(monkeypatch):
     stub(monkeypatch, train, type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"))
-    assert "train.micro_batch_size=1" in invoke("train").stderr
+    assert "train.micro_batch_size=1" in invoke("train", *DEMO).stderr
 
 
 def test_notes_on_an_error_are_shown(monkeypatch):
     error = ValueError("broken")
     error.add_note("while extracting clip 'walk/1'")
     stub(monkeypatch, extract, error)
-    assert "while extracting clip 'walk/1'" in invoke("extract-features").stderr
+    assert "while extracting clip 'walk/1'" in invoke("extract-features", *DEMO).stderr
 
 
 @pytest.mark.parametrize(
@@ -135,7 +187,7 @@ def test_notes_on_an_error_are_shown(monkeypatch):
 def test_the_traceback_is_there_for_the_asking(monkeypatch, arguments, env):
     error = ValueError("boom")
     stub(monkeypatch, train, error)
-    result = invoke("train", *arguments, env=env)
+    result = invoke("train", *DEMO, *arguments, env=env)
     assert result.exception is error
     assert result.exit_code == 1
 
@@ -143,7 +195,58 @@ def test_the_traceback_is_there_for_the_asking(monkeypatch, arguments, env):
 def test_an_unexpected_failure_keeps_its_traceback(monkeypatch):
     error = AttributeError("a bug")
     stub(monkeypatch, train, error)
-    assert invoke("train").exception is error
+    assert invoke("train", *DEMO).exception is error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (PermissionError(1, "Operation not permitted", "a/b"), "a/b: Operation not permitted; "),
+        (PermissionError(13, "Permission denied", b"a/b"), "a/b: Permission denied; "),
+        (OSError(30, "Read-only file system", "a/b"), "a/b: Read-only file system; "),
+        (OSError(28, "No space left on device"), "No space left on device; "),
+        (OSError(28, "No space left on device", "a", None, "b"), "a -> b: No space left on "),
+    ],
+)
+def test_what_the_system_refuses_is_a_sentence_with_path_and_remedy(monkeypatch, error, words):
+    stub(monkeypatch, train, error)
+    said = invoke("train", *DEMO).stderr
+    assert f"\nerror: {words}" in said
+    assert "Errno" not in said
+    assert "outputs=…, train.run_dir=…" in said
+
+
+def test_the_version_is_that_of_the_distribution():
+    result = invoke("--version")
+    assert result.exit_code == 0
+    assert result.stdout == f"sam2vx-pipeline {metadata.version('sam2videox')}\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("cogvideox-5b-lroa", "cogvideox-5b-lora"),
+        ("CogVideoX_5B_LoRA", "cogvideox-5b-lora"),
+        ("cogvideox-1.5-5b-lora", "cogvideox1.5-5b-lora"),
+        ("2b-full", "cogvideox-2b-full"),
+        ("mine.yml", "mine.yaml"),
+        ("minne.yaml", "mine.yaml"),
+    ],
+)
+def test_a_misspelt_configuration_suggests_the_nearest(monkeypatch, tmp_path, given, meant):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("extends: demo\n")
+    result = invoke("train", "--config", given)
+    assert result.exit_code == 2
+    assert f"did you mean {meant}?" in result.stderr
+
+
+@pytest.mark.parametrize("given", ["lora", "no-such-preset", "x", ".", ""])
+def test_nothing_is_suggested_where_nothing_is_near(monkeypatch, tmp_path, given):
+    monkeypatch.chdir(tmp_path)
+    result = invoke("train", "--config", given)
+    assert result.exit_code == 2
+    assert "did you mean" not in result.stderr
 
 
 @pytest.mark.parametrize(("module", "arguments"), WORKING)
@@ -158,7 +261,7 @@ def test_ctrl_c_exits_with_130(monkeypatch, module, arguments):
 
 def test_too_many_skipped_clips_exit_with_3_after_the_table(monkeypatch):
     stub(monkeypatch, extract, Answer(title="t", rows=[("a", "b")], data={}, exit_code=3))
-    result = invoke("extract-features")
+    result = invoke("extract-features", *DEMO)
     assert result.exit_code == 3
     assert "a" in result.stdout
 
@@ -167,7 +270,7 @@ def test_too_many_skipped_clips_exit_with_3_after_the_table(monkeypatch):
 @pytest.mark.parametrize("before", [True, False])
 def test_the_launchers_option_is_accepted_before_and_after_the_command(monkeypatch, option, before):
     calls = stub(monkeypatch, train)
-    arguments = [option, "train"] if before else ["train", option]
+    arguments = [option, "train", *DEMO] if before else ["train", *DEMO, option]
     assert invoke(*arguments, "train.steps=2").exit_code == 0
     assert calls[0][0].train.steps == 2
     assert "local" not in invoke("train", "--help").stdout.lower()
@@ -176,8 +279,8 @@ def test_the_launchers_option_is_accepted_before_and_after_the_command(monkeypat
 def test_other_processes_than_the_first_print_nothing(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     stub(monkeypatch, train)
-    assert invoke("train").stdout == ""
-    assert invoke("train", "--json").stdout == ""
+    assert invoke("train", *DEMO).stdout == ""
+    assert invoke("train", *DEMO, "--json").stdout == ""
 
 
 @pytest.mark.parametrize(
@@ -238,7 +341,7 @@ class TestExtractFeatures:
     )
     def test_kinds_and_engine_are_settings(self, monkeypatch, arguments, kinds, engine):
         calls = stub(monkeypatch, extract)
-        result = invoke("extract-features", *arguments)
+        result = invoke("extract-features", *DEMO, *arguments)
         assert result.exit_code == 0, result.stderr
         ((config, options),) = calls
         assert (config.extract.kinds, config.extract.engine) == (kinds, engine)
@@ -256,19 +359,19 @@ class TestExtractFeatures:
     )
     def test_what_they_do_not_know_is_bad_usage(self, monkeypatch, arguments, message):
         calls = stub(monkeypatch, extract) + stub(monkeypatch, estimate)
-        result = invoke("extract-features", *arguments)
+        result = invoke("extract-features", *DEMO, *arguments)
         assert result.exit_code == 2
         assert message in result.stderr
         assert not calls
 
     def test_failed_clips_are_tried_again_when_asked_for(self, monkeypatch):
         calls = stub(monkeypatch, extract)
-        invoke("extract-features", "--retry-failed")
+        invoke("extract-features", *DEMO, "--retry-failed")
         assert calls[0][1] == {"retry_failed": True}
 
     def test_a_dry_run_estimates_and_extracts_nothing(self, monkeypatch):
         extracted, estimated = stub(monkeypatch, extract), stub(monkeypatch, estimate)
-        result = invoke("extract-features", "--dry-run", "--kinds", "text", "--json")
+        result = invoke("extract-features", *DEMO, "--dry-run", "--kinds", "text", "--json")
         assert json.loads(result.stdout) == {"key": "value"}
         assert estimated[0][0].extract.kinds == ("text",)
         assert not extracted
@@ -291,7 +394,7 @@ def test_config_show_prints_yaml_that_is_a_configuration(tmp_path):
 
 
 def test_config_show_as_json_is_the_same_configuration():
-    shown = json.loads(invoke("config", "show", "--json", "train.steps=3").stdout)
+    shown = json.loads(invoke("config", "show", *DEMO, "--json", "train.steps=3").stdout)
     assert shown["train"]["steps"] == 3
     assert shown["train"]["lgf"]["temperature"] == 0.1
 

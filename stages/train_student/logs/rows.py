@@ -6,6 +6,8 @@ from typing import Any
 
 from stages.train_student.logs.row_file import read_rows
 
+CONFIG_FILE = "config.yaml"
+"""The settings a run was last started with."""
 LOSSES_FILE = "losses.jsonl"
 PERFORMANCE_FILE = "performance.jsonl"
 SKIPPED_FILE = "skipped_steps.jsonl"
