@@ -109,7 +109,7 @@ def test_a_store_with_a_key_in_another_alphabet(run, tmp_path):
         shard.add("走/1", {"a": np.zeros(2, np.uint8)}, {})
         shard.commit()
     for words in (["cache", "list"], ["cache", "verify"], ["inspect"]):
-        code, out, err = run(*words, str(writer.path))
+        code, _, err = run(*words, str(writer.path))
         assert code == 0, err
         assert "Traceback" not in err
 
