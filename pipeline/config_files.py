@@ -64,7 +64,7 @@ def _text_of(name: str, folder: Path, sources: list[str]) -> tuple[str, str, Pat
     if not path.is_file():
         asked = f"{sources[-1]} extends {name!r}, but there is " if sources else ""
         raise ConfigError(
-            f"{asked}no preset and no file called {str(path)!r}{_meant(path)}; presets are "
+            f"{asked}no preset and no file called {str(path)!r}{_meant(path)} presets are "
             f"{', '.join(preset_names())}"
         )
     try:
@@ -74,7 +74,7 @@ def _text_of(name: str, folder: Path, sources: list[str]) -> tuple[str, str, Pat
 
 
 def _meant(path: Path) -> str:
-    """The preset, or the YAML file in the same folder, that was probably meant."""
+    """The end of a sentence: the preset, or the file beside `path`, that was probably meant."""
     plain = {_plain(preset): preset for preset in preset_names()}
     files = [*path.parent.glob("*.yaml"), *path.parent.glob("*.yml")]
     plain |= {_plain(file.name): str(file) for file in files}
@@ -82,7 +82,7 @@ def _meant(path: Path) -> str:
     alike = difflib.get_close_matches(wanted, plain, n=1, cutoff=0.75)
     parts = [one for one in plain if wanted and wanted in one]
     meant = alike or (parts if len(parts) == 1 else [])
-    return f"; did you mean {plain[meant[0]]}?" if meant else ""
+    return f"; did you mean {plain[meant[0]]}?" if meant else ";"
 
 
 def _plain(name: str) -> str:

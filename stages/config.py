@@ -8,6 +8,10 @@ from pydantic import BaseModel, ConfigDict
 Precision = Literal["fp32", "bf16", "fp16"]
 """Names of floating-point formats as they are written in a configuration."""
 
+Pairs = Literal["forward", "backward", "both", "crossed"]
+"""Which neighbouring frames are compared: t -> t+1, t+1 -> t, or both ways; `crossed` is both ways,
+each from the track that runs the other way."""
+
 
 class Section(BaseModel):
     """One section of the configuration: typed, frozen, with no key that nobody reads.

@@ -21,7 +21,6 @@ from stages.local_gram_flow.fusion import (
 from stages.local_gram_flow.loss import Divergence, gram_flow_loss, implied_flow
 from stages.local_gram_flow.similarities import (
     Kernel,
-    Pairs,
     local_gram_flow,
     neighbour_mask,
     neighbour_offsets,
@@ -34,7 +33,6 @@ __all__ = [
     "Divergence",
     "Fusion",
     "Kernel",
-    "Pairs",
     "frames_to_latents",
     "fuse_directions",
     "fuse_subjects",

@@ -17,10 +17,6 @@ from torch.autograd.function import once_differentiable
 Kernel = Literal["torch", "triton"]
 """What computes the similarities: matrix products of torch on any device, or one Triton kernel."""
 
-Pairs = Literal["forward", "backward", "both", "crossed"]
-"""Which neighbouring frames are compared: t -> t+1, t+1 -> t, or both ways; `crossed` is both ways,
-each from the track that runs the other way."""
-
 _SMALLEST_NORM = 1e-12
 
 

@@ -4,8 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from stages.config import Section
-from stages.local_gram_flow import Pairs
+from stages.config import Pairs, Section
 
 ObjectiveName = Literal["lgf", "repa", "token-relation", "mask"]
 """Local Gram Flow; cosine to the features (REPA); relations among all tokens (VideoREPA); the

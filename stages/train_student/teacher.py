@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from cache_schema import StoreSettings
+from stages.config import Pairs
 from stages.local_gram_flow import (
     Directions,
-    Pairs,
     frames_to_latents,
     local_gram_flow,
     radius_of_window,

@@ -14,6 +14,7 @@ from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from pipeline import cli, console
 from pipeline.commands import train
 from pipeline.console import Answer
+from tests.fingerprints import fingerprint_of
 
 TERMINALS = [
     {"encoding": "ascii", "COLUMNS": "20"},
@@ -106,7 +107,7 @@ def test_a_store_with_a_key_in_another_alphabet(run, tmp_path):
     settings = StoreSettings(kind="text", arrays={"a": spec}, values={"note": "été"})
     writer = StoreWriter.open(tmp_path / "cache", settings, provenance={"by": "走"})
     with writer.shard("00000", source="走.tar") as shard:
-        shard.add("走/1", {"a": np.zeros(2, np.uint8)}, {})
+        shard.add("走/1", {"a": np.zeros(2, np.uint8)}, {}, fingerprint=fingerprint_of("走/1"))
         shard.commit()
     for words in (["cache", "list"], ["cache", "verify"], ["inspect"]):
         code, _, err = run(*words, str(writer.path))

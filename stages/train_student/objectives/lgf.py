@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.config import Pairs
 from stages.local_gram_flow import (
     Directions,
     Divergence,
     Kernel,
-    Pairs,
     gram_flow_loss,
     local_gram_flow,
     reverse_pairs,
