@@ -80,8 +80,8 @@ def _meant(path: Path) -> str:
     plain |= {_plain(file.name): str(file) for file in files}
     wanted = _plain(path.name)
     alike = difflib.get_close_matches(wanted, plain, n=1, cutoff=0.75)
-    parts = [one for one in plain if wanted and wanted in one]
-    meant = alike or (parts if len(parts) == 1 else [])
+    ends = [one for one in plain if wanted and one.endswith(wanted)]
+    meant = alike or (ends if len(ends) == 1 else [])
     return f"; did you mean {plain[meant[0]]}?" if meant else ";"
 
 
