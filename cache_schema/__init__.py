@@ -11,6 +11,7 @@ from cache_schema.errors import (
     ShardBusy,
     StoreNotFound,
     StoreUnreachable,
+    SymlinkInStore,
     UnknownSchemaVersion,
 )
 from cache_schema.find import find_store, list_stores
@@ -50,6 +51,7 @@ __all__ = [
     "StoreUnreachable",
     "StoreWriter",
     "StoredArray",
+    "SymlinkInStore",
     "UnknownSchemaVersion",
     "VerifyReport",
     "find_store",

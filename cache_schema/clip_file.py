@@ -81,8 +81,15 @@ def read_part(
     return values[start - origin : stop - origin]
 
 
+def file_bytes_range(spec: ArraySpec) -> tuple[int, int]:
+    """Least and most bytes that the file of a clip can have, however it is compressed."""
+    around = _CRC_BYTES * spec.num_chunks + _footer_bytes(spec)
+    headers = _BLOSC_HEADER.size * spec.num_chunks
+    return around + min(headers, spec.num_bytes), around + headers + spec.num_bytes
+
+
 def _footer_bytes(spec: ArraySpec) -> int:
-    return _ENTRY_BYTES * (spec.shape[0] // spec.chunk_length) + _CRC_BYTES
+    return _ENTRY_BYTES * spec.num_chunks + _CRC_BYTES
 
 
 def _chunk_places(file: OpenFile, size: int, spec: ArraySpec) -> list[tuple[int, int]]:

@@ -6,18 +6,27 @@ cannot be listed. Used by the reader, written by the writer and by the upkeep of
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
-from cache_schema.durable import sync
+from cache_schema.durable import open_for_writing, sync
 from cache_schema.errors import CorruptRecord
+from cache_schema.index_checks import check_columns
 from cache_schema.index_file import DamagedIndex, column_types, read_columns, write_columns
 from cache_schema.index_rows import DuplicateKey, columns_of_records, merged_columns
-from cache_schema.layout import INDEX_FILE, StoreLayout, is_shard_name
-from cache_schema.manifest import CommitRecord, SkippedClip, mend_hint, parse_commit
+from cache_schema.layout import INDEX_FILE, MAX_INDEX_BYTES, StoreLayout, is_shard_name
+from cache_schema.manifest import (
+    CommitRecord,
+    SkippedClip,
+    mend_hint,
+    parse_commit,
+    read_record_file,
+)
 from cache_schema.packed_text import PackedText, SortedText
 from cache_schema.places import LocalPlace, Place
 from cache_schema.settings import StoreSettings
@@ -137,23 +146,31 @@ class ClipIndex:
 def read_index(place: Place, settings: StoreSettings) -> ClipIndex:
     """`index.npz` as it is; `DamagedIndex`, or `FileNotFoundError` where there is none."""
     local = place.folder / INDEX_FILE if isinstance(place, LocalPlace) else None
-    source = local or place.read(INDEX_FILE)
+    source = local or place.read(INDEX_FILE, MAX_INDEX_BYTES)
+    return parse_index(source, settings)
+
+
+def parse_index(source: bytes | Path, settings: StoreSettings) -> ClipIndex:
+    """The index in an archive, checked as if a stranger had written it; raises `DamagedIndex`."""
+    columns = read_columns(source, settings)
     try:
-        return ClipIndex(read_columns(source, settings), settings.arrays)
-    except DamagedIndex:
-        raise
+        index = ClipIndex(columns, settings.arrays)
+        check_columns(columns, settings)
     except ValueError as error:
         raise DamagedIndex(f"it contradicts itself ({error})") from error
+    return index
 
 
 def load_index(place: Place, settings: StoreSettings) -> ClipIndex:
     """The clips of a store as of now.
 
-    In a local folder commit records decide: what `index.npz` does not have of them, or has
-    otherwise, is read from them, and without the file all of it is. Elsewhere `index.npz` decides.
+    In a local folder commit records decide: what `index.npz` does not have of them, or has of an
+    older generation, is read from them, and without the file all of it is. Elsewhere `index.npz`
+    decides.
 
     Raises:
-        CorruptRecord: a commit record is damaged or contradicts another; elsewhere, the index.
+        CorruptRecord: a commit record is damaged, contradicts another, or is lost: `index.npz`
+            lists it and it is not there; elsewhere, the index is damaged.
         StoreUnreachable: a network place did not answer.
     """
     if isinstance(place, LocalPlace):
@@ -181,7 +198,7 @@ def write_index(layout: StoreLayout, settings: StoreSettings) -> None:
         pass
     layout.staging.mkdir(exist_ok=True)
     temporary = layout.staging / f".{INDEX_FILE}"
-    with temporary.open("wb") as file:
+    with open_for_writing(temporary) as file:
         write_columns(file, index.columns, settings)
         file.flush()
         os.fsync(file.fileno())
@@ -211,11 +228,13 @@ def commit_path(shard: str) -> str:
 
 
 def _current_index(place: LocalPlace, settings: StoreSettings) -> ClipIndex:
+    # The index before the records: what it lists has been committed when they are looked for.
+    index: ClipIndex | None = None
+    with suppress(FileNotFoundError, DamagedIndex):
+        index = read_index(place, settings)
     files = (name for name in place.list_folder("commits") if name.endswith(".json"))
     shards = [name for file in files if is_shard_name(name := file.removesuffix(".json"))]
-    try:
-        index = read_index(place, settings)
-    except (FileNotFoundError, DamagedIndex):
+    if index is None:
         return index_of_records(place, settings, shards)
     written = dict(zip(index.shard_names, index.columns["shards.crc32c"].tolist(), strict=True))
     kept = {shard for shard in shards if shard in written and _opens_with(place, shard, written)}
@@ -223,6 +242,7 @@ def _current_index(place: LocalPlace, settings: StoreSettings) -> ClipIndex:
     if not changed and len(kept) == len(written):
         return index
     newer = index_of_records(place, settings, changed)
+    _refuse_lost_records(place, index, newer, kept)
     mask = np.array([name in kept for name in written], bool)
     try:
         columns = merged_columns(index.columns, mask, newer.columns)
@@ -231,10 +251,41 @@ def _current_index(place: LocalPlace, settings: StoreSettings) -> ClipIndex:
     return ClipIndex(columns, settings.arrays)
 
 
+def _refuse_lost_records(
+    place: Place, index: ClipIndex, newer: ClipIndex, kept: Collection[str]
+) -> None:
+    """`CorruptRecord` where the index knows of a record that is not there any more."""
+    for shard, known in index.shards.items():
+        if shard in kept:
+            continue
+        found = newer.shards.get(shard)
+        if found is None or found.generation <= known.generation:
+            raise CorruptRecord(
+                f"{place.where}/{commit_path(shard)} {lost_record(known, found)}; "
+                f"{mend_hint(place.where)}"
+            )
+
+
+def lost_record(known: ShardFacts, found: ShardFacts | None) -> str:
+    """What is wrong with a shard whose commit record is not the one that the index lists.
+
+    `found` is of an older generation than `known`, or of the same; None where there is none. A
+    newer one is in order: the index is written after the records.
+    """
+    if found is None:
+        return f"cannot be found, and {INDEX_FILE} lists {known.num_clips} clips of it"
+    if found.generation < known.generation:
+        return (
+            f"is of generation {found.generation}, and {INDEX_FILE} lists generation "
+            f"{known.generation}: an older state was put back"
+        )
+    return f"is not the one that {INDEX_FILE} lists: it was changed, or another was put there"
+
+
 def _opens_with(place: LocalPlace, shard: str, written: Mapping[str, int]) -> bool:
     try:
         return record_head(place, shard) == b"%08x" % written[shard]
-    except FileNotFoundError:  # dropped just now
+    except OSError:  # whatever it is, it is read once more as a whole
         return False
 
 
@@ -244,8 +295,8 @@ def _read_records(
     for shard in shards:
         path = commit_path(shard)
         try:
-            data = place.read(path)
-        except FileNotFoundError:  # dropped just now
+            data = read_record_file(place, path)
+        except FileNotFoundError:  # taken out just now
             continue
         record = parse_commit(
             data, settings, shard, where=f"{place.where}/{path}", store=place.where

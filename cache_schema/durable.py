@@ -3,6 +3,7 @@
 import ctypes
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 
 def sync(path: Path) -> None:
@@ -42,12 +43,18 @@ def _sync_file_system(path: Path) -> bool:
         os.close(descriptor)
 
 
+def open_for_writing(path: Path) -> BinaryIO:
+    """An empty file at `path`, open for writing; `OSError` where a symbolic link lies there."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, 0o666), "wb")
+
+
 def write_whole(path: Path, data: bytes, *, temporary: Path) -> None:
     """Write `data` to `path` by way of `temporary`, so that `path` is never seen half-written.
 
     `temporary` lies on the same file system, and nobody else writes it at the same time.
     """
-    with temporary.open("wb") as file:
+    with open_for_writing(temporary) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -38,6 +38,10 @@ class SettingsMismatch(CacheError):
     """The store on disk was made with other settings than the ones asked for."""
 
 
+class SymlinkInStore(CacheError):
+    """A store that is to be changed has a symbolic link where only its own files may be."""
+
+
 class StoreUnreachable(CacheError):
     """A place behind a network did not answer; nothing is known about the store's bytes."""
 

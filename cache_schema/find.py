@@ -76,7 +76,9 @@ def _listed(cache_root: Path | str) -> list[Path | str] | None:
         folders = (place.folder / name for name in names)
         return [folder for folder in folders if (folder / STORE_FILE).is_file()]
     return [
-        f"{place.where}/{name}" for name in names if STORE_FILE in (place.list_folder(name) or ())
+        f"{place.where}/{name}"
+        for name in names
+        if name not in ("", ".", "..") and STORE_FILE in (place.list_folder(name) or ())
     ]
 
 

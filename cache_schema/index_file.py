@@ -1,10 +1,12 @@
 """`index.npz`: named columns in one file; used by `clip_index`, which says what they mean.
 
 An ordinary NumPy archive, uncompressed and without pickled objects. Its checksums are those of zip:
-every member is read to its end, which is where zip checks it.
+every member is read to its end, which is where zip checks it. Nothing larger than the file is
+allocated for it.
 """
 
 import io
+import os
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +14,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from cache_schema.layout import FINGERPRINT_DIGITS, SCHEMA_VERSION
+from cache_schema.layout import FINGERPRINT_DIGITS, MAX_INDEX_BYTES, SCHEMA_VERSION
+from cache_schema.places import open_regular
 from cache_schema.settings import StoreSettings
 
 COLUMNS = {
@@ -84,7 +87,8 @@ def read_columns(source: bytes | Path, settings: StoreSettings) -> dict[str, np.
     Raises `DamagedIndex`, or `FileNotFoundError` for a path that is not there.
     """
     try:
-        with zipfile.ZipFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+        with _opened(source) as opened, zipfile.ZipFile(opened) as file:
+            _refuse_bombs(file, opened)
             (version,) = _column(file, _VERSION, "<u4").tolist()
             if version != SCHEMA_VERSION:
                 raise DamagedIndex(f"it has schema version {version}, not {SCHEMA_VERSION}")
@@ -96,6 +100,24 @@ def read_columns(source: bytes | Path, settings: StoreSettings) -> dict[str, np.
         raise
     except Exception as error:  # whatever damaged bytes make zipfile and NumPy raise
         raise DamagedIndex(f"it cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _opened(source: bytes | Path) -> BinaryIO:
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    return os.fdopen(open_regular(str(source)), "rb")
+
+
+def _refuse_bombs(file: zipfile.ZipFile, opened: BinaryIO) -> None:
+    """Members must be stored as they are, and be no more than the archive all together."""
+    size = opened.seek(0, os.SEEK_END)
+    if size > MAX_INDEX_BYTES:
+        raise DamagedIndex(f"it has {size} bytes, more than {MAX_INDEX_BYTES}")
+    members = file.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise DamagedIndex("a column is compressed")
+    if sum(member.file_size for member in members) > size:
+        raise DamagedIndex("its columns are larger than the file")
 
 
 def _column(file: zipfile.ZipFile, name: str, dtype: str) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Where everything of a store lies, and which names are safe there; used by every other module."""
 
+import os
 import re
 import unicodedata
 from pathlib import Path
@@ -9,6 +10,14 @@ SCHEMA_VERSION = 3
 
 MAX_KEY_BYTES = 1024
 """Longest clip key, in bytes of UTF-8."""
+
+MAX_RECORD_BYTES = 2**28
+"""Largest record that is read or written; a commit record of 100,000 clips has about half of it."""
+
+MAX_INDEX_BYTES = 2**34
+"""Largest index that is read; one of 100 million clips has about half of it."""
+
+MAX_GENERATION = 10**9 - 1
 
 STORE_FILE = "store.json"
 INDEX_FILE = "index.npz"
@@ -58,7 +67,11 @@ def retry_number(shard: str) -> int:
 
 
 def check_key(key: object) -> str:
-    """`key` if it can be a clip's key: Unicode text without control characters, never a path."""
+    """`key` if it can be a clip's key: Unicode text without control characters.
+
+    The store never uses it as a path. Tools that name files by it may: so it neither starts with
+    '/' nor has '..' between slashes.
+    """
     if not isinstance(key, str) or not key:
         raise ValueError(f"clip key is {key!r}; it must be non-empty text")
     try:
@@ -71,6 +84,11 @@ def check_key(key: object) -> str:
         )
     if any(unicodedata.category(character) == "Cc" for character in key):
         raise ValueError(f"clip key {key!r} contains a control character; rename the clip")
+    if key.startswith("/") or ".." in key.split("/"):
+        raise ValueError(
+            f"clip key {key!r} leaves its folder; it must not start with '/' nor have '..' between "
+            "slashes: rename the clip"
+        )
     return key
 
 
@@ -82,6 +100,11 @@ def check_fingerprint(fingerprint: object) -> str:
             "hexadecimal digits"
         )
     return fingerprint
+
+
+def printable(name: str) -> str:
+    """A name that lies on disk, with bytes that are no UTF-8 written as escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def group_name(shard: str, generation: int) -> str:

@@ -7,6 +7,8 @@ from types import TracebackType
 
 from cache_schema.errors import ShardBusy
 
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+
 
 class FileLock:
     """Exclusive `flock` on a file that exists only while somebody writes.
@@ -30,7 +32,7 @@ class FileLock:
 
     def __enter__(self) -> "FileLock":
         while self._descriptor is None:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(self._path, _FLAGS, 0o644)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if self._wait else fcntl.LOCK_NB))
             except BlockingIOError:

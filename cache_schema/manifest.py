@@ -11,13 +11,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cache_schema.clip_file import file_bytes_range
 from cache_schema.errors import CorruptRecord, StoreNotFound
-from cache_schema.layout import StoreLayout, check_fingerprint, check_key, is_shard_name
+from cache_schema.layout import (
+    MAX_GENERATION,
+    StoreLayout,
+    check_fingerprint,
+    check_identifier,
+    check_key,
+    is_shard_name,
+)
+from cache_schema.places import UNREADABLE, LocalPlace, Place
 from cache_schema.sealed_json import JSON, plain_mapping, unseal
 from cache_schema.settings import StoreSettings
 from cache_schema.zarr_group import chunk_path, metadata_paths
 
+_MAX_METADATA_BYTES = 2**20
+"""Of a file that Zarr describes an array in."""
+
 _CRC32C = re.compile(r"[0-9a-f]{8}")
+
+
+class OtherSettings(CorruptRecord):
+    """A commit record is whole, and of a store with other settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +155,27 @@ class StoreManifest:
         }
 
 
+def read_record_file(place: Place, path: str) -> bytes:
+    """The bytes of a record.
+
+    Raises `CorruptRecord` where something else lies at its path, such as a folder, a device or a
+    file that is too large, or where the disk cannot give it back.
+    """
+    try:
+        return place.read(path)
+    except OSError as error:
+        if error.errno not in UNREADABLE:
+            raise
+        raise CorruptRecord(
+            f"{place.where}/{path} cannot be read ({error.strerror}); {mend_hint(place.where)}"
+        ) from error
+
+
 def read_manifest(layout: StoreLayout) -> StoreManifest:
     """The store's own record; `StoreNotFound` if the folder holds no store."""
     path = layout.store_file
     try:
-        data = path.read_bytes()
+        data = read_record_file(LocalPlace(layout.root), path.name)
     except (FileNotFoundError, NotADirectoryError):
         raise StoreNotFound(
             f"{layout.root} is not a feature store: it has no {path.name}; run "
@@ -191,7 +223,7 @@ def read_commit(layout: StoreLayout, settings: StoreSettings, shard: str) -> Com
     """
     path = layout.commit(shard)
     try:
-        data = path.read_bytes()
+        data = read_record_file(LocalPlace(layout.root), f"{path.parent.name}/{path.name}")
     except FileNotFoundError:
         raise CorruptRecord(f"shard {shard!r} of {layout.root} is not committed") from None
     return parse_commit(data, settings, shard, where=str(path), store=layout.root)
@@ -205,6 +237,11 @@ def parse_commit(
         found = unseal(data, f"commit record {where}", store=store)
     except CorruptRecord as error:
         raise CorruptRecord(f"{error}; {mend_hint(store)}") from error
+    if found.get("settings_hash") != settings.hash:
+        raise OtherSettings(
+            f"commit record {where} cannot be trusted (it belongs to a store with other "
+            f"settings); {mend_hint(store)}"
+        )
     try:
         return commit_from_dict(found, settings, shard)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -228,7 +265,7 @@ def commit_from_dict(found: Mapping[str, Any], settings: StoreSettings, shard: s
     if found["shard"] != shard:
         raise ValueError(f"it names shard {found['shard']!r}, its file name {shard!r}")
     generation = found["generation"]
-    if type(generation) is not int or not 0 <= generation < 10**9:
+    if type(generation) is not int or not 0 <= generation <= MAX_GENERATION:
         raise ValueError(f"it has the generation {generation!r}")
     source = _text(found["source"])
     clips = tuple(
@@ -264,7 +301,7 @@ def parse_clip(
         expected = chunk_path(name, settings.arrays[name], index)
         if array["path"] != expected:
             raise ValueError(f"clip {key!r} points at {array['path']!r} instead of {expected!r}")
-        size, crc32c = _size_and_crc(array)
+        size, crc32c = _size_and_crc(array, *file_bytes_range(settings.arrays[name]))
         arrays[name] = StoredArray(expected, size, crc32c)
     fingerprint = check_fingerprint(found["fingerprint"])
     attributes = plain_mapping(found["attributes"], "attributes")
@@ -275,7 +312,7 @@ def parse_skipped(found: Mapping[str, Any], shard: str) -> SkippedClip:
     """A skipped clip's entry."""
     return SkippedClip(
         check_key(found["key"]),
-        _text(found["reason"]),
+        check_identifier(found["reason"], "reason for skipping a clip"),
         _text(found["detail"]),
         check_fingerprint(found["fingerprint"]),
         shard,
@@ -283,17 +320,18 @@ def parse_skipped(found: Mapping[str, Any], shard: str) -> SkippedClip:
 
 
 def _file(found: Mapping[str, Any]) -> StoredFile:
-    return StoredFile(*_size_and_crc(found))
+    return StoredFile(*_size_and_crc(found, 1, _MAX_METADATA_BYTES))
 
 
-def _size_and_crc(found: Mapping[str, Any]) -> tuple[int, str]:
+def _size_and_crc(found: Mapping[str, Any], least: int, most: int) -> tuple[int, str]:
     size, crc32c = found["bytes"], found["crc32c"]
-    if type(size) is not int or size < 1 or not _CRC32C.fullmatch(crc32c):
-        raise ValueError(f"{found!r} is not a size and a checksum")
+    if type(size) is not int or not least <= size <= most or not _CRC32C.fullmatch(crc32c):
+        raise ValueError(f"{found!r} is not the size and checksum of such a file")
     return size, crc32c
 
 
 def _text(found: object) -> str:
     if not isinstance(found, str):
         raise ValueError(f"{found!r} is not text")
+    found.encode("utf-8")  # no unpaired surrogates
     return found

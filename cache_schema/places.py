@@ -4,7 +4,9 @@ Used by the reader and by whatever checks or copies stores. A place either gives
 bytes or raises; it never stands in for bytes that did not come.
 """
 
+import errno
 import os
+import stat
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -15,9 +17,13 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from cache_schema.errors import StoreUnreachable
+from cache_schema.layout import MAX_RECORD_BYTES
 
 RETRY_DELAYS_S = (0.2, 1.0, 4.0)
 """Pauses before a network place is asked once more."""
+
+UNREADABLE = (errno.EIO, errno.EFBIG, errno.EISDIR, errno.ELOOP, errno.ENXIO)
+"""Numbers of an `OSError`: the disk cannot give a file back, or it is no file of a store."""
 
 _Answer = TypeVar("_Answer")
 
@@ -43,12 +49,13 @@ class Place(Protocol):
 
     where: str
 
-    def read(self, path: str) -> bytes:
-        """A whole file.
+    def read(self, path: str, limit: int = MAX_RECORD_BYTES) -> bytes:
+        """A whole file of at most `limit` bytes.
 
         Raises:
             FileNotFoundError: the place has answered that there is no such file.
-            StoreUnreachable: it has not answered properly, repeatedly.
+            OSError: what is there is larger (EFBIG), or is not a regular file (EIO).
+            StoreUnreachable: the place has not answered properly, repeatedly.
         """
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
@@ -73,6 +80,26 @@ def open_place(where: Path | str) -> Place:
     return LocalPlace(Path(where))
 
 
+def open_regular(path: str) -> int:
+    """Descriptor of a regular file, for reading; a FIFO or device never blocks or feeds a reader.
+
+    Raises `FileNotFoundError`, `IsADirectoryError`, or `OSError` (EIO) for what is no file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    raise OSError(errno.EIO, "it is not a regular file", path)
+
+
+def _refuse_larger(size: int, limit: int, path: str) -> None:
+    if size > limit:
+        raise OSError(errno.EFBIG, f"it has {size} bytes, more than {limit}", path)
+
+
 class LocalPlace:
     """A local folder."""
 
@@ -81,13 +108,17 @@ class LocalPlace:
         self.folder = Path(folder)
         self.where = str(folder)
 
-    def read(self, path: str) -> bytes:
-        """A whole file."""
-        return (self.folder / path).read_bytes()
+    def read(self, path: str, limit: int = MAX_RECORD_BYTES) -> bytes:
+        """A whole file of at most `limit` bytes."""
+        full = f"{self.where}/{path}"
+        with open(open_regular(full), "rb", buffering=0) as file:
+            _refuse_larger(os.fstat(file.fileno()).st_size, limit, full)
+            return file.readall()
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         """Some bytes of a file; fewer only where the file ends before `stop`."""
-        with (self.folder / path).open("rb", buffering=0) as file:
+        descriptor = open_regular(f"{self.where}/{path}")
+        with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123
             file.seek(start)
             return file.read(stop - start)
 
@@ -107,8 +138,8 @@ class LocalFile(AbstractContextManager["LocalFile"]):
     """An open local file."""
 
     def __init__(self, path: str) -> None:
-        """`FileNotFoundError` if it is not there."""
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        """`FileNotFoundError` if it is not there, `OSError` if it is not a regular file."""
+        self._descriptor = open_regular(path)
         self.size: int | None = os.fstat(self._descriptor).st_size
 
     def fill(self, offset: int, buffers: Sequence[Any]) -> int:
@@ -169,9 +200,11 @@ class FsspecPlace:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_connected": None}
 
-    def read(self, path: str) -> bytes:
-        """A whole file."""
-        return self._ask(path, lambda fs, full: fs.cat_file(full))
+    def read(self, path: str, limit: int = MAX_RECORD_BYTES) -> bytes:
+        """A whole file of at most `limit` bytes."""
+        data: bytes = self._ask(path, lambda fs, full: fs.cat_file(full))
+        _refuse_larger(len(data), limit, f"{self.where}/{path}")
+        return data
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         """Some bytes of a file; fewer only where the file ends before `stop`."""
@@ -184,7 +217,7 @@ class FsspecPlace:
     def open(self, path: str, start: int = 0, stop: int | None = None) -> FetchedFile:
         """A file, or some bytes of it, fetched in one request."""
         if stop is None:
-            return FetchedFile(self.read(path))
+            return FetchedFile(self._ask(path, lambda fs, full: fs.cat_file(full)))
         return FetchedFile(self.read_range(path, start, stop), offset=start, whole=False)
 
     def list_folder(self, path: str) -> list[str] | None:

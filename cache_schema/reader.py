@@ -23,7 +23,14 @@ from cache_schema.errors import (
     StoreNotFound,
 )
 from cache_schema.layout import STORE_FILE, group_name, retry_number
-from cache_schema.manifest import ClipEntry, SkippedClip, mend_hint, parse_commit, parse_manifest
+from cache_schema.manifest import (
+    ClipEntry,
+    SkippedClip,
+    mend_hint,
+    parse_commit,
+    parse_manifest,
+    read_record_file,
+)
 from cache_schema.packed_text import SortedText
 from cache_schema.places import LocalPlace, is_url, open_place
 from cache_schema.sealed_json import JSON
@@ -61,7 +68,7 @@ class StoreReader:
         self._place = open_place(self.path)
         file = f"{self.path}/{STORE_FILE}"
         try:
-            data = self._place.read(STORE_FILE)
+            data = read_record_file(self._place, STORE_FILE)
         except (FileNotFoundError, NotADirectoryError):
             raise StoreNotFound(
                 f"{self.path} is not a feature store: it has no {STORE_FILE}; run "
@@ -158,7 +165,7 @@ class StoreReader:
         _ = self.shards[shard]
         path = commit_path(shard)
         try:
-            data = self._place.read(path)
+            data = read_record_file(self._place, path)
         except FileNotFoundError:
             self._changed(shard)
         where = f"{self.path}/{path}"

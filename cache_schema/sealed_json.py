@@ -14,9 +14,12 @@ import google_crc32c
 import numpy as np
 
 from cache_schema.errors import CorruptRecord, UnknownSchemaVersion
-from cache_schema.layout import SCHEMA_VERSION
+from cache_schema.layout import MAX_RECORD_BYTES, SCHEMA_VERSION
 
 JSON = bool | int | float | str | None | list["JSON"] | dict[str, "JSON"]
+
+MAX_DEPTH = 64
+"""How deep lists and mappings of a record are nested at most."""
 
 _HEAD = b'{\n "crc32c": "'
 _UNSEALED = b"00000000"
@@ -28,12 +31,15 @@ def crc32c_hex(data: bytes | np.ndarray) -> str:
     return f"{google_crc32c.value(data):08x}"
 
 
-def plain_json(value: Any, where: str) -> JSON:
+def plain_json(value: Any, where: str, *, depth: int = MAX_DEPTH) -> JSON:
     """Copy of `value` in JSON's own types; tuples become lists.
 
     Raises `ValueError`, naming the place inside `where`, for anything that JSON cannot hold
-    exactly: other types (numpy scalars and paths included), NaN, infinities, unpaired surrogates.
+    exactly: other types (numpy scalars and paths included), NaN, infinities, unpaired surrogates;
+    and for more than `depth` lists and mappings inside each other.
     """
+    if depth < 0:
+        raise ValueError(f"{where} is nested more than {MAX_DEPTH} levels deep")
     if value is None or isinstance(value, bool):
         return value
     if type(value) is int:
@@ -45,21 +51,23 @@ def plain_json(value: Any, where: str) -> JSON:
     if type(value) is str:
         return _plain_text(value, where)
     if isinstance(value, list | tuple):
-        return [plain_json(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [plain_json(item, f"{where}[{i}]", depth=depth - 1) for i, item in enumerate(value)]
     if isinstance(value, Mapping):
-        return plain_mapping(value, where)
+        return plain_mapping(value, where, depth=depth)
     raise ValueError(
         f"{where} is a {type(value).__name__}; convert it to a bool, int, float, str, list or dict"
     )
 
 
-def plain_mapping(value: Mapping[str, Any], where: str) -> dict[str, JSON]:
+def plain_mapping(
+    value: Mapping[str, Any], where: str, *, depth: int = MAX_DEPTH
+) -> dict[str, JSON]:
     """`plain_json` for a mapping, whose keys must be text."""
     for key in value:
         if type(key) is not str:
             raise ValueError(f"{where} has the key {key!r}; keys must be text")
         _plain_text(key, f"a key of {where}")
-    return {key: plain_json(item, f"{where}.{key}") for key, item in value.items()}
+    return {key: plain_json(item, f"{where}.{key}", depth=depth - 1) for key, item in value.items()}
 
 
 def _plain_text(text: str, where: str) -> str:
@@ -74,6 +82,11 @@ def seal(record: Mapping[str, JSON]) -> bytes:
     """The bytes of a sealed file. `record` has no `crc32c` of its own."""
     sealed = {"crc32c": _UNSEALED.decode(), "schema_version": SCHEMA_VERSION, **record}
     data = (json.dumps(sealed, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    if len(data) > MAX_RECORD_BYTES:
+        raise ValueError(
+            f"a record of {len(data)} bytes cannot be written, at most {MAX_RECORD_BYTES} fit; "
+            "make shards of fewer clips"
+        )
     return data.replace(_UNSEALED, crc32c_hex(data).encode(), 1)
 
 
@@ -97,7 +110,7 @@ def unseal(data: bytes, where: str, *, store: Path | str) -> dict[str, Any]:
     """
     try:
         record = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptRecord(f"{where} is not JSON ({error})") from error
     if not isinstance(record, dict) or "schema_version" not in record:
         raise CorruptRecord(f"{where} is not a record of a feature store: no schema_version")

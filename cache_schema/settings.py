@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
@@ -36,6 +37,15 @@ Compression = Literal["none", "blosc-zstd-shuffle"]
 """How inner chunks are packed; the second is Zstandard level 1 behind Blosc's byte shuffle."""
 
 MAX_SHARED_CHUNK_BYTES = 2**20
+
+MAX_ARRAY_BYTES = 2**33
+"""Largest array of a clip. Whoever reads a store makes room for what its `store.json` says."""
+
+MAX_CHUNKS = 2**16
+"""Most inner chunks of an array of a clip."""
+
+_MAX_ARRAYS = 64
+_MAX_AXES = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +83,16 @@ class ArraySpec:
             )
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "dimension_names", names)
+        if len(shape) > _MAX_AXES or self.num_bytes > MAX_ARRAY_BYTES:
+            raise ValueError(
+                f"shape is {shape} of {self.dtype}; at most {_MAX_AXES} axes and "
+                f"{MAX_ARRAY_BYTES / 2**30:g} GiB a clip can be stored"
+            )
+        if self.num_chunks > MAX_CHUNKS:
+            raise ValueError(
+                f"shape is {shape} of {self.dtype}, which takes {self.num_chunks} inner chunks; at "
+                f"most {MAX_CHUNKS} can be stored: make the leading axis shorter"
+            )
 
     @property
     def chunk_length(self) -> int:
@@ -82,13 +102,17 @@ class ArraySpec:
         Smaller entries go together, as many as divide the axis evenly and stay within
         `MAX_SHARED_CHUNK_BYTES`: every inner chunk costs time whatever its size.
         """
-        length = self.shape[0]
-        entry_bytes = math.prod(self.shape[1:]) * self.numpy_dtype.itemsize
-        return max(
-            count
-            for count in range(1, length + 1)
-            if length % count == 0 and (count == 1 or count * entry_bytes <= MAX_SHARED_CHUNK_BYTES)
-        )
+        return _chunk_length(self.shape[0], self.num_bytes // self.shape[0])
+
+    @property
+    def num_chunks(self) -> int:
+        """Inner chunks of one clip."""
+        return self.shape[0] // self.chunk_length
+
+    @property
+    def num_bytes(self) -> int:
+        """Of one clip's values, not compressed."""
+        return math.prod(self.shape) * self.numpy_dtype.itemsize
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
@@ -106,6 +130,12 @@ class ArraySpec:
             "shape": list(self.shape),
             "dimension_names": list(self.dimension_names),
         }
+
+
+@lru_cache(maxsize=64)
+def _chunk_length(length: int, entry_bytes: int) -> int:
+    most = max(1, min(length, MAX_SHARED_CHUNK_BYTES // entry_bytes))
+    return next(count for count in range(most, 0, -1) if length % count == 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,6 +157,8 @@ class StoreSettings:
         check_identifier(self.kind, "kind")
         if not self.arrays:
             raise ValueError(f"settings of kind {self.kind!r} have no arrays; name at least one")
+        if len(self.arrays) > _MAX_ARRAYS:
+            raise ValueError(f"a store holds at most {_MAX_ARRAYS} arrays, not {len(self.arrays)}")
         for name, spec in self.arrays.items():
             check_identifier(name, "array name")
             if not isinstance(spec, ArraySpec):

@@ -27,6 +27,7 @@ from cache_schema.manifest import (
 )
 from cache_schema.sealed_json import seal, unseal
 from cache_schema.settings import StoreSettings
+from cache_schema.symlinks import refuse_links_below
 from cache_schema.zarr_group import (
     ClipArray,
     chunk_path,
@@ -51,6 +52,7 @@ class Staging:
         self._records = layout.staged_records(shard)
         self.clips: list[ClipEntry] = []
         self.skipped: list[SkippedClip] = []
+        refuse_links_below(self._folder)
         _take_back(layout, shard)
         make_directories(self._records)
         make_directories(self._group)

@@ -16,6 +16,7 @@ from cache_schema.sealed_json import plain_mapping, seal
 from cache_schema.settings import Compression, StoreSettings, differing_settings
 from cache_schema.shard_writer import ShardWriter
 from cache_schema.sweeping import sweep_store
+from cache_schema.symlinks import refuse_links
 from cache_schema.zarr_group import found_compression
 
 
@@ -45,9 +46,11 @@ class StoreWriter:
             UnknownSchemaVersion: the store is there in another layout.
             SettingsMismatch: the folder of that name holds other settings.
             CorruptRecord: its `store.json` is damaged.
+            SymlinkInStore: it has a symbolic link where only its own files may be.
         """
         plain_provenance = plain_mapping(provenance, "provenance")
         layout = StoreLayout(Path(cache_root) / settings.folder_name)
+        refuse_links(layout)
         make_directories(layout.staging)
         with FileLock(layout.store_lock, wait=True, what=f"store {layout.root}"):
             if not layout.store_file.exists():

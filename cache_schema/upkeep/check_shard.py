@@ -1,6 +1,5 @@
 """Comparing one shard with its commit record; used by `verify` and `repair`."""
 
-import errno
 import json
 import os
 from collections.abc import Callable
@@ -11,9 +10,9 @@ import numpy as np
 
 from cache_schema.clip_file import DamagedFile, read_clip
 from cache_schema.errors import CorruptRecord, UnknownSchemaVersion
-from cache_schema.layout import StoreLayout, group_name
+from cache_schema.layout import MAX_RECORD_BYTES, group_name
 from cache_schema.manifest import CommitRecord, parse_commit
-from cache_schema.places import Place
+from cache_schema.places import UNREADABLE, LocalPlace, Place
 from cache_schema.sealed_json import crc32c_hex, is_sealed
 from cache_schema.settings import StoreSettings
 from cache_schema.upkeep.intact import GroupFile, group_files
@@ -35,6 +34,9 @@ class Damage:
     """What is wrong with each damaged clip, by key."""
     metadata: tuple[str, ...]
     """What is wrong with Zarr's own files."""
+    foreign: tuple[str, ...] = ()
+    """What lies in the shard's folder and does not belong there, relative to it; by itself it
+    harms nobody, and symbolic links are damage to what lies behind them."""
 
     def __bool__(self) -> bool:
         return bool(self.clips or self.metadata)
@@ -67,18 +69,18 @@ def is_intact_of_its_version(data: bytes) -> bool:
     return type(json.loads(data)["schema_version"]) is int and is_sealed(data)
 
 
-def read_file(place: Place, path: str) -> bytes | None:
-    """A file's bytes; None where the disk holds it and cannot give it back.
+def read_file(place: Place, path: str, limit: int = MAX_RECORD_BYTES) -> bytes | None:
+    """A file's bytes; None where the disk cannot give it back, or it is no file of a store.
 
     Raises `FileNotFoundError` if there is no such file, and whatever else keeps a file that may be
     in order from being read, such as `PermissionError` or `StoreUnreachable`.
     """
     try:
-        return place.read(path)
-    except (NotADirectoryError, IsADirectoryError) as error:
+        return place.read(path, limit)
+    except NotADirectoryError as error:
         raise FileNotFoundError(error.errno, error.strerror, path) from error
     except OSError as error:
-        if error.errno == errno.EIO:
+        if error.errno in UNREADABLE:
             return None
         raise
 
@@ -116,14 +118,21 @@ def check_shard(
     group = f"shards/{group_name(record.shard, record.generation)}"
     clips: dict[str, str] = {}
     metadata: list[str] = []
+    foreign: list[str] = []
+    links: list[str] = []
+    if isinstance(place, LocalPlace):
+        foreign = _foreign_entries(place.folder / group, settings, record)
+        links = [path for path in foreign if (place.folder / group / path).is_symlink()]
     for file in group_files(record, settings):
         try:
             check = _check_size if fast else _check_content
             what = check(place, f"{group}/{file.path}", file)
+            if any(link in (".", file.path) or file.path.startswith(f"{link}/") for link in links):
+                what = "is, or lies behind, a symbolic link"
         except _ABSENT:
             what = "cannot be found"
         except OSError as error:
-            if error.errno != errno.EIO:
+            if error.errno not in UNREADABLE:
                 raise
             what = f"cannot be read ({error.strerror})"
         if what and file.key is None:
@@ -131,7 +140,7 @@ def check_shard(
         elif what and file.key is not None:
             clips.setdefault(file.key, f"file {file.path} {what}")
         advance(file.recorded.bytes)
-    return Damage(clips, tuple(metadata))
+    return Damage(clips, tuple(metadata), tuple(foreign))
 
 
 def _check_size(place: Place, path: str, file: GroupFile) -> str:
@@ -159,21 +168,20 @@ def _check_content(place: Place, path: str, file: GroupFile) -> str:
     return "" if content_crc32c(values) == file.recorded.crc32c else "fails its checksum"
 
 
-def foreign_entries(
-    layout: StoreLayout, settings: StoreSettings, record: CommitRecord
-) -> list[str]:
-    """Files and folders in a shard's group that do not belong there, relative to it."""
+def _foreign_entries(root: Path, settings: StoreSettings, record: CommitRecord) -> list[str]:
+    """What is in a shard's group and does not belong there, relative to it; symbolic links too."""
+    if root.is_symlink():
+        return ["."]
     files = {file.path for file in group_files(record, settings)}
     folders = {str(folder) for path in files for folder in PurePosixPath(path).parents}
-    root = layout.group(record.shard, record.generation)
     found: list[str] = []
     pending = [root] if root.is_dir() else []
     while pending:
         with os.scandir(pending.pop()) as entries:
             for entry in entries:
                 path = Path(entry.path).relative_to(root).as_posix()
-                if path in folders and entry.is_dir():
+                if path in folders and entry.is_dir(follow_symlinks=False):
                     pending.append(Path(entry.path))
-                elif path not in files:
+                elif path not in files or entry.is_symlink():
                     found.append(path)
     return sorted(found)

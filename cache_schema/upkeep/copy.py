@@ -15,16 +15,27 @@ from pathlib import Path
 from cache_schema.clip_index import ClipIndex, commit_path, load_index, record_head
 from cache_schema.errors import CacheError, SettingsMismatch, StoreNotFound
 from cache_schema.index_file import write_columns
-from cache_schema.layout import INDEX_FILE, STORE_FILE, group_name, is_shard_name, parse_group_name
+from cache_schema.layout import (
+    INDEX_FILE,
+    MAX_INDEX_BYTES,
+    MAX_RECORD_BYTES,
+    STORE_FILE,
+    StoreLayout,
+    group_name,
+    is_shard_name,
+    parse_group_name,
+)
 from cache_schema.manifest import (
     CommitRecord,
     StoredArray,
     StoreManifest,
     parse_commit,
     parse_manifest,
+    read_record_file,
 )
 from cache_schema.places import LocalPlace, Place, open_place
 from cache_schema.settings import StoreSettings, differing_settings
+from cache_schema.symlinks import refuse_links
 from cache_schema.upkeep.intact import GroupFile, group_files, read_intact
 from cache_schema.upkeep.targets import COPYING, FolderTarget, Target, open_target
 
@@ -71,9 +82,12 @@ def copy_store(
             Nothing was done.
         StoreNotFound, UnknownSchemaVersion, CorruptRecord, CorruptClip: from the source; what is
             damaged is not sent.
+        SymlinkInStore: the target has a symbolic link where only its own files may be.
         StoreUnreachable: a network place did not answer.
     """
     here, there = open_place(source), open_target(target)
+    if isinstance(there, FolderTarget):
+        refuse_links(StoreLayout(there.folder))
     data = _read_or_none(here, STORE_FILE)
     if data is None:
         raise StoreNotFound(f"{here.where} is not a feature store: it has no {STORE_FILE}")
@@ -179,7 +193,8 @@ class _Copy:
     def _record(self, place: Place, shard: str) -> CommitRecord:
         path = commit_path(shard)
         where = f"{place.where}/{path}"
-        return parse_commit(place.read(path), self.settings, shard, where=where, store=place.where)
+        data = read_record_file(place, path)
+        return parse_commit(data, self.settings, shard, where=where, store=place.where)
 
     def _source_record(self, shard: str) -> CommitRecord:
         if record_head(self.source, shard) != b"%08x" % self.index.record_crc32c(shard):
@@ -194,7 +209,7 @@ class _Copy:
         committed = set(self.target.list_folder("commits") or [])
         for shard in self.index.shards:
             record = self._source_record(shard)
-            data = self.source.read(commit_path(shard))
+            data = read_record_file(self.source, commit_path(shard))
             done = f"{shard}.json" in committed and self._is_same(shard)
             marker = f"{COPYING}/{shard}.json"
             group = f"shards/{group_name(shard, record.generation)}"
@@ -233,7 +248,7 @@ class _Copy:
         file = io.BytesIO()
         write_columns(file, self.index.columns, self.settings)
         data = file.getvalue()
-        if _read_or_none(self.target, INDEX_FILE) != data:
+        if _read_or_none(self.target, INDEX_FILE, MAX_INDEX_BYTES) != data:
             self.target.put(INDEX_FILE, data)
 
     def clean_up(self) -> None:
@@ -247,9 +262,9 @@ class _Copy:
         self.target.remove(COPYING)
 
 
-def _read_or_none(place: Place, path: str) -> bytes | None:
+def _read_or_none(place: Place, path: str, limit: int = MAX_RECORD_BYTES) -> bytes | None:
     try:
-        return place.read(path)
+        return place.read(path, limit)
     except FileNotFoundError:
         return None
 

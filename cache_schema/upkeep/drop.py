@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cache_schema.clip_index import load_index
 from cache_schema.layout import StoreLayout
 from cache_schema.lock import FileLock
 from cache_schema.manifest import SkippedClip, committed_shards, read_commit, read_manifest
+from cache_schema.places import LocalPlace
 from cache_schema.settings import StoreSettings
 from cache_schema.sweeping import sweep_store
+from cache_schema.symlinks import refuse_links
 from cache_schema.upkeep.replace_shard import keep_clips
 from cache_schema.writer import StoreWriter
 
@@ -55,9 +58,12 @@ def drop_clips(
         ShardBusy: another process is changing one of the shards. Those before it are done.
         CorruptClip: a clip that is kept lacks its file. Shards before that one are done.
         StoreNotFound, UnknownSchemaVersion, CorruptRecord: from the store's records.
+        SymlinkInStore: the store has a symbolic link where only its own files may be.
     """
     layout = StoreLayout(Path(store))
+    refuse_links(layout)
     settings = read_manifest(layout).settings
+    load_index(LocalPlace(layout.root), settings)  # a lost record must not be covered up
     wanted = set(keys)
     shards, dropped = _find(layout, settings, wanted, reason)
     unknown = sorted(wanted.difference(dropped, *shards.values()))

@@ -61,7 +61,8 @@ def read_intact(place: Place, record: CommitRecord, file: GroupFile) -> bytes:
     """
     path = f"shards/{group_name(record.shard, record.generation)}/{file.path}"
     try:
-        data = place.read(path)
+        # One byte more than there should be: never all of a file that is something else.
+        data = place.read_range(path, 0, file.recorded.bytes + 1)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise CorruptClip(
             f"{_subject(record, file, place.where)} cannot be found; if the store has changed "

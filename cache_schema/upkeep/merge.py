@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cache_schema.clip_index import load_index
 from cache_schema.committing import commit_group
 from cache_schema.durable import make_directories, sync, sync_folders, write_whole
 from cache_schema.errors import CacheError, SettingsMismatch
@@ -27,6 +28,7 @@ from cache_schema.places import LocalPlace
 from cache_schema.sealed_json import seal, unseal
 from cache_schema.settings import StoreSettings, differing_settings
 from cache_schema.sweeping import sweep_committed, sweep_store
+from cache_schema.symlinks import refuse_links, refuse_links_below
 from cache_schema.upkeep.intact import GroupFile, group_files, num_bytes, read_intact
 from cache_schema.writer import StoreWriter
 
@@ -85,7 +87,9 @@ def merge_stores(
         SettingsMismatch: the stores hold different things, or the same packed differently.
         ValueError: two shards of one name differ, a clip's key is in two shards, or the target's
             folder has not the name of such a store. Nothing was done.
-        CorruptClip, CorruptRecord: a source is damaged. Shards before that one are merged.
+        CorruptRecord: a record of a store is damaged or lost. Nothing was done.
+        CorruptClip: a source is damaged. Shards before that one are merged.
+        SymlinkInStore: a store has a symbolic link where only its own files may be.
         ShardBusy: another process writes one of the shards.
     """
     target = Path(target)
@@ -94,6 +98,10 @@ def merge_stores(
         raise ValueError("name at least one store to merge")
     manifest = _common_manifest(StoreLayout(target), layouts)
     settings = manifest.settings
+    for each in (StoreLayout(target), *layouts):
+        refuse_links(each)
+        if each.store_file.exists():
+            load_index(LocalPlace(each.root), settings)  # a lost record must not be covered up
     arrivals = _plan(StoreLayout(target), layouts, settings, prefix or "")
     layout = _target_layout(target, manifest)
     tell = advance or (lambda _: None)
@@ -238,6 +246,7 @@ def _bring(
         # A folder of its own: a writer of that shard must not take its files for its own.
         incoming = target.staged(name) / "incoming"
         group = target.group(name, 0)
+        refuse_links_below(target.staged(name))
         make_directories(target.staged(name))
         if group.exists():  # published without a commit record, perhaps by a merge killed there
             if incoming.exists():
@@ -275,7 +284,7 @@ def _take(
     if copy.exists():
         return True
     try:
-        copy.hardlink_to(original)
+        copy.hardlink_to(original.resolve())  # of a symbolic link, what it points to
     except OSError:  # another file system, or one without links
         write_whole(copy, data, temporary=incoming / ".incomplete")
         return False

@@ -20,7 +20,8 @@ from cache_schema.manifest import CommitRecord, SkippedClip
 from cache_schema.places import LocalPlace, is_url
 from cache_schema.settings import StoreSettings
 from cache_schema.sweeping import sweep_store
-from cache_schema.upkeep.check_shard import check_shard, foreign_entries, read_record
+from cache_schema.symlinks import refuse_links
+from cache_schema.upkeep.check_shard import check_shard, read_record
 from cache_schema.upkeep.replace_shard import keep_clips
 from cache_schema.upkeep.verify import Problem, Survey, read_settings
 
@@ -63,6 +64,7 @@ def repair_store(store: Path, *, advance: Callable[[int], None] | None = None) -
 
     Raises:
         StoreNotFound, UnknownSchemaVersion: from `store.json`.
+        SymlinkInStore: it has a symbolic link where only its own files may be.
         ValueError: `store` is a URL; repair the store it was copied from, and copy again.
         OSError: files that may be in order cannot be read, or nothing can be written.
     """
@@ -77,14 +79,25 @@ def repair_store(store: Path, *, advance: Callable[[int], None] | None = None) -
         settings = read_settings(place)
     except CorruptRecord as error:
         return _take_out_store_file(layout, str(error))
+    refuse_links(layout)
     survey = Survey(place, settings, fast=False, advance=advance or (lambda _: None))
     survey.look()
+    if survey.settings_are_foreign:
+        return _take_out_store_file(layout, survey.problems[0].what)
     layout.staging.mkdir(exist_ok=True)
     repair = _Repair(layout, settings, survey, _Quarantine(layout, survey.problems))
     repair.run()
+    again = Survey(place, settings, fast=True, advance=lambda _: None)
+    if any(problem.mend == "repair" for problem in survey.problems):
+        again.look()
+    left = repair.left + [
+        problem
+        for problem in again.problems
+        if problem.mend != "extract" and problem not in repair.left
+    ]
     return RepairReport(
         tuple(survey.problems),
-        tuple(repair.left),
+        tuple(left),
         repair.quarantine.folder,
         tuple(repair.clips),
         tuple(repair.shards),
@@ -126,16 +139,15 @@ class _Quarantine:
         """The folder, which is there after this."""
         if self.folder is None:
             make_directories(self._layout.quarantine)
-            numbers = [
-                int(path.name) for path in self._layout.quarantine.iterdir() if path.name.isdigit()
-            ]
+            names = [path.name for path in self._layout.quarantine.iterdir()]
+            numbers = [int(name) for name in names if name.isascii() and name.isdigit()]
             folder = self._layout.quarantine / str(max(numbers, default=0) + 1)
             folder.mkdir()
             found = [
                 {"shard": problem.shard, "key": problem.key, "what": problem.what}
                 for problem in self._found
             ]
-            text = json.dumps(found, indent=1, ensure_ascii=False)
+            text = json.dumps(found, indent=1)
             (folder / FINDINGS_FILE).write_text(text, encoding="utf-8")
             sync(self._layout.quarantine)
             self.folder = folder
@@ -172,7 +184,8 @@ class _Repair:
                 self.left += [problem for problem in mendable if problem.shard == shard]
         for path in self._foreign():
             self.quarantine.take(path)
-        if self.survey.index_is_damaged:
+        # One that lists a shard that is taken out would say that its record is lost.
+        if (self.survey.index_is_damaged or self.shards) and self.layout.index.exists():
             self.quarantine.take(self.layout.index)
         if not by_hand:
             sweep_store(self.layout, self.settings)  # lock files and staging of killed processes
@@ -189,8 +202,11 @@ class _Repair:
         except UnknownSchemaVersion:
             return
         except FileNotFoundError:
-            # Groups of later generations whose record is gone; a writer takes back only the first.
-            self._take_groups(shard, but=0)
+            # A writer takes back the first generation that it has left itself, and no other one.
+            is_lost = shard in self.survey.lost
+            self._take_groups(shard, but=None if is_lost else 0)
+            if is_lost:
+                self.shards.append(shard)
             return
         except CorruptRecord:
             self._take_groups(shard, but=None)
@@ -225,7 +241,7 @@ class _Repair:
             self.clips += out.values()
             return
         group = self.layout.group(shard, record.generation)
-        for path in foreign_entries(self.layout, self.settings, record):
+        for path in damage.foreign:
             self.quarantine.take(group / path)
 
     def _held_elsewhere(self, record: CommitRecord) -> dict[str, str]:

@@ -8,9 +8,15 @@ from typing import Any, Protocol
 
 from cache_schema.durable import make_directories, sync, write_whole
 from cache_schema.places import FsspecPlace, LocalPlace, Place, is_url
+from cache_schema.symlinks import refuse_links_on_the_way
 
 COPYING = ".staging/.copy"
 """What a copy keeps in its target until it is done; no shard can have that name."""
+
+
+def is_inside(path: str) -> bool:
+    """Whether a path that a listing gave stays inside the folder it is relative to."""
+    return not path.startswith("/") and not {"", ".", ".."} & set(path.split("/"))
 
 
 class Target(Place, Protocol):
@@ -46,6 +52,8 @@ class FolderTarget(LocalPlace):
 
     def put(self, path: str, data: bytes) -> None:
         """Write a file by way of a temporary one."""
+        refuse_links_on_the_way(self.folder, path)
+        refuse_links_on_the_way(self.folder, COPYING)
         copying = self.folder / COPYING
         make_directories(copying)
         file = self.folder / path
@@ -54,12 +62,14 @@ class FolderTarget(LocalPlace):
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Size of every file below a folder."""
+        refuse_links_on_the_way(self.folder, folder)
         root = self.folder / folder
         files = (Path(at) / name for at, _, names in os.walk(root) for name in names)
         return {file.relative_to(root).as_posix(): file.lstat().st_size for file in files}
 
     def remove(self, path: str) -> None:
         """Remove a file, or a folder with all it holds, if it is there."""
+        refuse_links_on_the_way(self.folder, path)
         found = self.folder / path
         if found.is_dir() and not found.is_symlink():
             shutil.rmtree(found)
@@ -88,7 +98,8 @@ class UrlTarget(FsspecPlace):
             fs.invalidate_cache()
             found = fs.find(full, detail=True)
             root = f"{fs._strip_protocol(full)}/"
-            return {name.removeprefix(root): info["size"] for name, info in found.items()}
+            paths = {name.removeprefix(root): info["size"] for name, info in found.items()}
+            return {path: size for path, size in paths.items() if is_inside(path)}
 
         try:
             return self._ask(folder, find)

@@ -6,29 +6,30 @@ replaced is looked at again.
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from cache_schema.clip_index import ClipIndex, index_of_records
+from cache_schema.clip_index import ClipIndex, index_of_records, lost_record, parse_index
 from cache_schema.errors import CorruptRecord, StoreNotFound, UnknownSchemaVersion
-from cache_schema.index_file import read_columns, write_columns
+from cache_schema.index_file import write_columns
 from cache_schema.layout import (
     INDEX_FILE,
+    MAX_INDEX_BYTES,
     STORE_FILE,
     StoreLayout,
     group_name,
     is_shard_name,
     parse_group_name,
+    printable,
 )
-from cache_schema.manifest import CommitRecord, parse_manifest
+from cache_schema.manifest import CommitRecord, OtherSettings, parse_manifest
 from cache_schema.places import LocalPlace, Place, open_place
 from cache_schema.settings import StoreSettings
 from cache_schema.upkeep.check_shard import (
     Damage,
     check_shard,
     contradiction,
-    foreign_entries,
     is_intact_of_its_version,
     read_file,
     read_record,
@@ -126,6 +127,13 @@ class Survey:
     twins: dict[str, list[str]] = field(default_factory=dict)
     """The shards of every key that is in several."""
     index_is_damaged: bool = False
+    """Or contradicts the records."""
+    lost: set[str] = field(default_factory=set)
+    """Shards whose commit record is gone, by the index or by a folder that no writer left."""
+    settings_are_foreign: bool = False
+    """Whether `store.json` is that of another store than all records."""
+    _other_settings: set[str] = field(default_factory=set)
+    """Shards whose record is sealed, and belongs to a store with other settings."""
     _shard_of_key: dict[str, str] = field(default_factory=dict)
     _generations: dict[str, int | None] = field(default_factory=dict)
     """Of the committed shards; None where the record is of no use."""
@@ -141,6 +149,14 @@ class Survey:
         groups = self.place.list_folder("shards") if is_local else None
         for shard in self._committed_shards(index):
             self._look_at_shard(shard)
+        if self._other_settings and not self._crc32cs:
+            self.settings_are_foreign = True
+            self.problems = []
+            self._report(
+                f"{STORE_FILE} is that of a store with other settings than the commit records, "
+                f"such as commits/{min(self._other_settings)}.json"
+            )
+            return
         if index is not None:
             self._look_at_index(index)
         if isinstance(self.place, LocalPlace):
@@ -155,7 +171,7 @@ class Survey:
 
     def _read_index(self) -> ClipIndex | None:
         try:
-            self._index_bytes = read_file(self.place, INDEX_FILE)
+            self._index_bytes = read_file(self.place, INDEX_FILE, MAX_INDEX_BYTES)
         except FileNotFoundError:
             if not isinstance(self.place, LocalPlace):
                 self._report(f"{INDEX_FILE} cannot be found; nothing can be read without it")
@@ -163,8 +179,7 @@ class Survey:
         try:
             if self._index_bytes is None:
                 raise ValueError("the disk cannot give it back")
-            columns = read_columns(self._index_bytes, self.settings)
-            return ClipIndex(columns, self.settings.arrays)
+            return parse_index(self._index_bytes, self.settings)
         except ValueError as error:
             self._report_index(f"is damaged: {error}")
             return None
@@ -179,16 +194,14 @@ class Survey:
             if name.endswith(".json") and is_shard_name(shard):
                 shards.append(shard)
             else:
-                self._report(f"commits/{name} is not a commit record")
-        return shards
+                self._report(f"commits/{printable(name)} is not a commit record")
+        return sorted(shards)  # of files, '00000-retry1.json' is before '00000.json'
 
     def _look_at_shard(self, shard: str) -> None:
         try:
             seen = self._settled(shard)
         except FileNotFoundError:
-            if not isinstance(self.place, LocalPlace):  # the index lists it
-                self._report(f"commits/{shard}.json cannot be found", shard=shard)
-            return  # it has been taken out since it was listed
+            return  # it has been taken out since it was listed, or the index alone lists it
         except UnknownSchemaVersion as error:
             self._generations[shard] = None
             self._report(str(error), shard=shard, mend="by hand")
@@ -196,6 +209,8 @@ class Survey:
         except CorruptRecord as error:
             self._generations[shard] = None
             self._report(str(error), shard=shard)
+            if isinstance(error, OtherSettings):
+                self._other_settings.add(shard)
             return
         record, self._crc32cs[shard], damage = seen
         self._generations[shard] = record.generation
@@ -215,10 +230,8 @@ class Survey:
             if other != shard:
                 self.twins.setdefault(clip.key, [other]).append(shard)
                 self._report(f"the key is in shard {other!r} too", shard=shard, key=clip.key)
-        if isinstance(self.place, LocalPlace):
-            layout = StoreLayout(self.place.folder)
-            for path in foreign_entries(layout, self.settings, record):
-                self._report(f"file {path} does not belong to the shard", shard=shard)
+        for path in damage.foreign:
+            self._report(f"file {printable(path)} does not belong to the shard", shard=shard)
 
     def _settled(self, shard: str) -> tuple[CommitRecord, int, Damage]:
         """Record, its checksum, and damage of a shard that was not replaced meanwhile."""
@@ -240,13 +253,23 @@ class Survey:
         indexed = dict(zip(index.shard_names, crc32cs, strict=True))
         unusable = {shard for shard, found in self._generations.items() if found is None}
         changed = {name for name, _ in indexed.items() ^ self._crc32cs.items()} - unusable
+        for shard in sorted(changed & indexed.keys()):
+            known, found = index.shards[shard], self._generations.get(shard)
+            if found is not None and found > known.generation:
+                continue
+            record = None if found is None else replace(known, generation=found)
+            self._report(f"commits/{shard}.json {lost_record(known, record)}", shard=shard)
+            self.index_is_damaged = True
+            changed.remove(shard)
+            if record is None:
+                self.lost.add(shard)
         if changed:
             self._report(
                 f"{INDEX_FILE} is not up to date with {len(changed)} shards, such as "
                 f"{min(changed)!r}",
                 mend="extract" if isinstance(self.place, LocalPlace) else "copy",
             )
-        elif self.fast or unusable or self.twins:
+        elif self.fast or unusable or self.twins or self.index_is_damaged:
             return  # it cannot be made from the records to compare
         else:
             self._compare_index()
@@ -268,15 +291,29 @@ class Survey:
         self.index_is_damaged = True
         self._report(f"{INDEX_FILE} {what}")
 
+    def _look_at_unrecorded(self, layout: StoreLayout, shard: str) -> None:
+        """A group without a commit record: of a writer that is at it or was killed, or damage."""
+        if shard in self.lost:
+            return
+        if layout.staged(shard).exists():
+            self._report(f"shards/{shard} has no commit record", shard=shard, mend="extract")
+        elif not layout.commit(shard).exists():  # or it has been committed just now
+            self.lost.add(shard)
+            self._report(
+                f"shards/{shard} has no commit record, and no writer left it so: the record is "
+                "lost",
+                shard=shard,
+            )
+
     def _look_beside_shards(self, layout: StoreLayout, groups: list[str]) -> None:
         for name in groups:
             group = parse_group_name(name)
             if group is None:
-                self._report(f"shards/{name} is not a shard's folder")
+                self._report(f"shards/{printable(name)} is not a shard's folder")
                 continue
             shard, generation = group
             if shard not in self._generations and generation == 0:
-                self._report(f"shards/{name} has no commit record", shard=shard, mend="extract")
+                self._look_at_unrecorded(layout, shard)
             elif shard not in self._generations:
                 self._report(f"shards/{name} is left over, without a commit record", shard=shard)
             elif self._generations[shard] not in (None, generation) and (

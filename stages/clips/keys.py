@@ -49,6 +49,8 @@ class KeyBook:
     def stand_in(self, key: str) -> str:
         """A usable free key that resembles `key`, taken at once."""
         readable = key if key_problem(key) is None else _printable(key)
+        if _leaves_folder(readable):
+            readable = readable.replace("/", "\\x2f")
         number = 2
         while (candidate := f"{readable} ({number})") in self._taken:
             number += 1
@@ -68,7 +70,13 @@ def key_problem(key: str) -> str | None:
         return f"the key has {size} bytes, at most {MAX_KEY_BYTES - 16} fit"
     if not key.isprintable():
         return f"the key {_printable(key)!r} holds control characters"
+    if _leaves_folder(key):
+        return f"the key {key!r} starts with '/' or has '..' between slashes"
     return None
+
+
+def _leaves_folder(key: str) -> bool:
+    return key.startswith("/") or ".." in key.split("/")
 
 
 def _printable(key: str) -> str:

@@ -159,9 +159,6 @@ def test_a_stale_index_is_harmless(
     (indexed / "index.npz").write_bytes(stale)
     _assert_reads_the_same(indexed, settings, clip_of)
     assert StoreReader(indexed).keys == ("a0", "a2", "a9", "b0", "b1")
-    (indexed / "commits" / "00001.json").unlink()
-    _assert_reads_the_same(indexed, settings, clip_of)
-    assert StoreReader(indexed).keys == ("a0", "a2", "a9")
 
 
 def test_a_missing_index_is_harmless(

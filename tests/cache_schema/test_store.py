@@ -238,7 +238,23 @@ def test_a_key_of_another_finished_shard_is_refused(
 
 
 @pytest.mark.parametrize(
-    "key", ["", "a\nb", "tab\t", "nul\0", "\x7f", "\x85", "\ud800", "k" * 1025, "é" * 513, 7]
+    "key",
+    [
+        "",
+        "a\nb",
+        "tab\t",
+        "nul\0",
+        "\x7f",
+        "\x85",
+        "\ud800",
+        "k" * 1025,
+        "é" * 513,
+        7,
+        "../x",
+        "/x",
+        "a/../b",
+        "..",
+    ],
 )
 def test_keys_without_a_safe_text_are_refused(
     tmp_path: Path, settings: StoreSettings, clip_of: ClipOf, key: Any
@@ -263,7 +279,8 @@ def test_any_other_text_is_a_key_and_never_a_path(
     clip_of: ClipOf,
     keys: list[str],
 ) -> None:
-    keys = [*keys, "../../../etc/passwd" + keys[0], "/" + "k" * 1022]
+    keys = [key.lstrip("/").replace("..", ".") or "k" for key in keys]
+    keys = [*dict.fromkeys(keys), "etc/..passwd../" + keys[0], "k/" * 512]
     root = tmp_path_factory.mktemp("keys")
     writer = StoreWriter.open(root / "cache", settings, provenance={})
     write_shard(writer, "0", keys)

@@ -1,12 +1,10 @@
 """Damage to finished shards, kind by kind: found by the reader and by verify_store."""
 
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import pytest
 
@@ -20,23 +18,11 @@ from cache_schema import (
     UnknownSchemaVersion,
     verify_store,
 )
+from tests.cache_schema.tampering import tamper
 from tests.fingerprints import fingerprint_of
 
 Arrays = dict[str, np.ndarray]
 CHUNK = "shards/00000/features/c/1/0/0/0/0"
-
-
-def _seal(record: dict[str, Any]) -> bytes:
-    """A record with a fitting checksum, as somebody who tampers with it would write it."""
-    record = {"crc32c": "00000000", **{k: v for k, v in record.items() if k != "crc32c"}}
-    data = (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
-    return data.replace(b"00000000", f"{google_crc32c.value(data):08x}".encode(), 1)
-
-
-def _tamper(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    record = json.loads(path.read_bytes())
-    change(record)
-    path.write_bytes(_seal(record))
 
 
 def _assert_found(store: Path, *, by_size: bool) -> None:
@@ -208,7 +194,7 @@ def test_a_record_that_points_elsewhere_is_refused(store: Path, escape: str) -> 
     def point(record: dict[str, Any]) -> None:
         record["clips"][1]["arrays"]["features"]["path"] = escape
 
-    _tamper(store / "commits" / "00000.json", point)
+    tamper(store / "commits" / "00000.json", point)
     with pytest.raises(CorruptRecord, match="points at"):
         assert StoreReader(store).keys
     assert [p.shard for p in verify_store(store).problems] == ["00000"]
@@ -238,7 +224,7 @@ def test_a_record_that_points_elsewhere_is_refused(store: Path, escape: str) -> 
 def test_records_that_contradict_the_store_are_refused(
     store: Path, change: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
-    _tamper(store / "commits" / "00000.json", change)
+    tamper(store / "commits" / "00000.json", change)
     with pytest.raises(CorruptRecord, match=message):
         assert StoreReader(store).keys
 
@@ -262,7 +248,7 @@ def test_a_key_in_two_shards_is_refused_and_reported(
 def test_other_schema_versions_are_refused_with_a_way_out(
     store: Path, settings: StoreSettings, version: Any, name: str
 ) -> None:
-    _tamper(store / name, lambda record: record.update(schema_version=version))
+    tamper(store / name, lambda record: record.update(schema_version=version))
     with pytest.raises(UnknownSchemaVersion) as error:
         assert StoreReader(store).keys
     message = str(error.value)

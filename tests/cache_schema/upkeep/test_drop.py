@@ -20,6 +20,7 @@ from cache_schema import (
 from cache_schema.layout import StoreLayout
 from cache_schema.lock import FileLock
 from cache_schema.upkeep.drop import DropReport, drop_clips
+from cache_schema.upkeep.repair import repair_store
 from tests.cache_schema.faults.operations import run_and_kill
 
 Arrays = dict[str, np.ndarray]
@@ -236,6 +237,7 @@ def test_a_replaced_shard_that_lost_its_record_is_written_anew(
 ) -> None:
     drop_clips(store, ["b0"], detail="")
     (store / "commits/00001.json").unlink()
+    assert repair_store(store).shards == ("00001",)
     writer = StoreWriter.open(store.parent, settings, provenance={})
     write_shard(writer, "00001", ["b0", "b1"])
     assert sorted(path.name for path in (store / "shards").iterdir()) == ["00000", "00001"]

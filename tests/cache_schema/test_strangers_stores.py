@@ -1,0 +1,352 @@
+"""Stores that a stranger made: nothing they say leads outside, blocks, or fills the memory."""
+
+import io
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cache_schema import (
+    ArraySpec,
+    CacheError,
+    CorruptClip,
+    CorruptRecord,
+    StoreReader,
+    StoreSettings,
+    StoreWriter,
+    SymlinkInStore,
+    find_store,
+    verify_store,
+)
+from cache_schema.index_file import DamagedIndex, read_columns
+from cache_schema.layout import MAX_RECORD_BYTES
+from cache_schema.upkeep.copy import copy_store
+from cache_schema.upkeep.drop import drop_clips
+from cache_schema.upkeep.merge import merge_stores
+from cache_schema.upkeep.repair import repair_store
+from tests.cache_schema.servers import serving
+from tests.cache_schema.tampering import tamper, tamper_index
+
+FilesOf = Callable[[Path], dict[str, bytes]]
+WriteShard = Callable[..., None]
+
+
+@pytest.fixture
+def indexed(store: Path, settings: StoreSettings) -> Path:
+    StoreWriter.open(store.parent, settings, provenance={}).write_index()
+    return store
+
+
+def test_a_copy_from_a_web_server_writes_and_removes_nothing_outside_its_target(
+    indexed: Path, tmp_path: Path, files_of: FilesOf
+) -> None:
+    tamper_index(indexed, shards__name=["../../home", "00001"])
+    target = tmp_path / "target" / indexed.name
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter").write_text("dear")
+    before = files_of(tmp_path)
+    with serving(indexed.parent) as server, pytest.raises(CorruptRecord, match="home"):
+        copy_store(f"{server.url}/{indexed.name}", target)
+    assert files_of(tmp_path) == before
+
+
+def test_a_store_that_a_listing_calls_dots_is_not_one(store: Path) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    root = MemoryFileSystem()
+    root.pipe_file("/dots/../store.json", (store / "store.json").read_bytes())
+    with pytest.raises(CacheError, match="no teacher store"):
+        find_store("memory://dots", "teacher")
+    root.rm("/dots", recursive=True)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"shards__name": ["../x", "00001"]},
+        {"shards__name": ["/etc", "00001"]},
+        {"shards__name": ["00001", "00000"]},
+        {"shards__name": ["00000", "00000"]},
+        {"shards__generation": [2**31, 0]},
+        {"keys": ["../x", "a1", "a2", "b0", "b1"]},
+        {"keys": ["a0", "a1", "a2", "b/../../0", "b1"]},
+        {"keys": ["/a0", "a1", "a2", "b0", "b1"]},
+        {"keys": ["", "a1", "a2", "b0", "b1"]},
+        {"keys": ["a0", "a1", "a2", "b\n", "b1"]},
+        {"keys": ["a0", "a1", "a2", "b\x85", "b1"]},
+        {"keys": ["a0", "a1", "a2", "b0", "b" * 1025]},
+        {"keys": ["a0", "a1", "a2", "b0", b"b\xff"]},
+        {"keys": ["a0", "a1", "a2", b"b\xc3", b"\xa4b"]},
+        {"keys": ["a1", "a0", "a2", "b0", "b1"]},
+        {"keys": ["a0", "a0", "a2", "b0", "b1"]},
+        {"clips__index": [0, 1, 3, 0, 1]},
+        {"clips__shard": [0, 0, 0, 1, 2]},
+        {"clips__fingerprint": ["x" * 32] * 5},
+        {"arrays__features__bytes": [10**12] * 5},
+        {"arrays__features__bytes": [0] * 5},
+        {"skipped__reason": ["\x1b[2J"]},
+        {"skipped__key": ["../a3"]},
+        {"skipped__detail": [b"\xff"]},
+    ],
+)
+def test_an_index_that_no_records_give_is_refused_behind_an_address(
+    indexed: Path, changed: dict[str, Any]
+) -> None:
+    tamper_index(indexed, **changed)
+    with serving(indexed.parent) as server, pytest.raises(CorruptRecord, match=r"index\.npz"):
+        assert StoreReader(f"{server.url}/{indexed.name}").keys
+    assert StoreReader(indexed).keys == ("a0", "a1", "a2", "b0", "b1")  # of the records
+    assert any(problem.mend == "repair" for problem in verify_store(indexed).problems)
+
+
+def test_packed_keys_of_many_scripts_are_accepted(
+    tmp_path: Path, settings: StoreSettings, write_shard: WriteShard
+) -> None:
+    keys = ["..a/b..", "a/.../b", "x..y", "é" * 512, "ключ/01", "日本 語", "\u00a0"]
+    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    write_shard(writer, "0", keys)
+    writer.write_index()
+    with serving(tmp_path) as server:
+        assert StoreReader(f"{server.url}/{writer.path.name}").keys == sorted(keys)
+
+
+def test_an_index_is_never_inflated(settings: StoreSettings) -> None:
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("keys.text.npy", bytes(2**24))
+    with pytest.raises(DamagedIndex, match="compressed"):
+        read_columns(bomb.getvalue(), settings)
+
+
+def test_an_index_does_not_hold_more_than_its_bytes(indexed: Path, settings: StoreSettings) -> None:
+    data = (indexed / "index.npz").read_bytes()
+    directory = data.rindex(b"PK\x01\x02")
+    large = data[: directory + 20] + b"\xff\xff\xff\x7f" * 2 + data[directory + 28 :]
+    with pytest.raises(DamagedIndex, match="larger than the file"):
+        read_columns(large, settings)
+
+
+def _nested(record: dict[str, Any]) -> None:
+    for _ in range(100):
+        record["provenance"] = {"more": record["provenance"]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r["clips"][0].update(key="../x"),
+        lambda r: r["clips"][0].update(key="/x"),
+        lambda r: r["skipped"][0].update(key="../x"),
+        lambda r: r["skipped"][0].update(reason="\x1b[2J"),
+        lambda r: r["skipped"][0].update(detail="\ud800"),
+        lambda r: r["clips"][0]["arrays"]["features"].update(bytes=10**12),
+        lambda r: r["clips"][0]["arrays"]["features"].update(bytes=10**30),
+        lambda r: r["clips"][0]["arrays"]["features"].update(bytes=2),
+        lambda r: r["files"]["zarr.json"].update(bytes=10**9),
+        lambda r: r.update(generation=10**30),
+        lambda r: r.update(source="\ud800"),
+    ],
+)
+def test_a_commit_record_that_no_writer_wrote_is_refused(
+    store: Path, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    tamper(store / "commits" / "00000.json", change)
+    with pytest.raises(CorruptRecord, match=r"00000\.json"):
+        assert StoreReader(store).keys
+    assert [problem.shard for problem in verify_store(store).problems] == ["00000"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r["arrays"]["features"].update(shape=[10**12, 64]),
+        lambda r: r["arrays"]["features"].update(shape=[10**12, 2, 3, 4]),
+        lambda r: r["arrays"]["features"].update(shape=[2**21 + 1, 2, 3, 4]),
+        lambda r: r["arrays"]["features"].update(shape=[10**30, 2, 3, 4]),
+        lambda r: r["arrays"]["features"].update(
+            shape=[1] * 40, dimension_names=[f"d{number}" for number in range(40)]
+        ),
+        lambda r: r.update(arrays={f"a{n}": r["arrays"]["mask"] for n in range(65)}),
+        _nested,
+    ],
+)
+def test_a_store_file_that_asks_for_the_impossible_is_refused(
+    store: Path, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    tamper(store / "store.json", change)
+    with pytest.raises(CorruptRecord, match=r"store\.json"):
+        StoreReader(store)
+
+
+@pytest.mark.parametrize("name", ["store.json", "commits/00000.json"])
+def test_json_nested_without_end_is_refused(store: Path, name: str) -> None:
+    (store / name).write_bytes(b"[" * 10**6)
+    with pytest.raises(CorruptRecord, match="not JSON"):
+        assert StoreReader(store).keys
+
+
+@pytest.mark.parametrize(
+    "spec", [{"shape": (2**33, 2)}, {"shape": (1,) * 17}, {"shape": (2**20 + 7, 2**8)}]
+)
+def test_an_array_too_large_for_a_clip_is_refused(spec: dict[str, Any]) -> None:
+    names = tuple(f"d{number}" for number in range(len(spec["shape"])))
+    with pytest.raises(ValueError, match="at most"):
+        ArraySpec(dtype="uint8", dimension_names=names, **spec)
+
+
+def _fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def _sparse(path: Path) -> None:
+    path.touch()
+    os.truncate(path, MAX_RECORD_BYTES + 1)
+
+
+def _folder(path: Path) -> None:
+    path.mkdir()
+
+
+ODD_FILES = [_fifo, _endless, _folder]
+
+
+@pytest.mark.parametrize("make", [*ODD_FILES, _sparse])
+@pytest.mark.parametrize("name", ["store.json", "commits/00000.json"])
+def test_what_is_no_file_of_a_store_is_no_record(
+    store: Path, name: str, make: Callable[[Path], None]
+) -> None:
+    (store / name).unlink()
+    make(store / name)
+    with pytest.raises(CorruptRecord, match="cannot be read"):
+        assert StoreReader(store).keys
+    if name == "store.json":
+        with pytest.raises(CorruptRecord, match="cannot be read"):
+            verify_store(store)
+    else:
+        assert [problem.shard for problem in verify_store(store).problems] == ["00000"]
+
+
+@pytest.mark.parametrize("make", ODD_FILES)
+def test_what_is_no_file_of_a_store_is_no_clip_and_no_index(
+    indexed: Path, make: Callable[[Path], None]
+) -> None:
+    for path in ("index.npz", "shards/00000/features/c/1/0/0/0/0", "shards/00000/mask/zarr.json"):
+        (indexed / path).unlink()
+        make(indexed / path)
+    reader = StoreReader(indexed)
+    assert len(reader) == 5
+    with pytest.raises(CorruptClip):
+        reader.read("a1")
+    with pytest.raises(CorruptClip):
+        reader.read_part("a1", "features", 0, 1)
+    for fast in (False, True):
+        found = {(p.shard, p.key) for p in verify_store(indexed, fast=fast).problems}
+        assert found == {(None, None), ("00000", None), ("00000", "a1")}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A folder that is nobody's business."""
+    folder = tmp_path / "home"
+    (folder / "features" / "c").mkdir(parents=True)
+    (folder / "zarr.json").write_text("mine")
+    (folder / "features" / "zarr.json").write_text("mine")
+    (folder / "00000.json").write_text("mine")
+    return folder
+
+
+@pytest.mark.parametrize("command", ["extract", "repair", "drop", "merge", "copy"])
+def test_no_command_changes_anything_behind_a_link(
+    indexed: Path,
+    settings: StoreSettings,
+    home: Path,
+    tmp_path: Path,
+    files_of: FilesOf,
+    command: str,
+) -> None:
+    source = tmp_path / "source" / indexed.name
+    copy_store(indexed, source)
+    commands: dict[str, Callable[[], object]] = {
+        "extract": lambda: StoreWriter.open(indexed.parent, settings, provenance={}),
+        "repair": lambda: repair_store(indexed),
+        "drop": lambda: drop_clips(indexed, ["a0"], detail=""),
+        "merge": lambda: merge_stores(indexed, [source]),
+        "copy": lambda: copy_store(source, indexed),
+    }
+    before = files_of(home)
+    (indexed / "quarantine").mkdir()
+    (indexed / ".staging" / "00000").mkdir(exist_ok=True)
+    for link in ("shards", "commits", ".staging", "quarantine", "shards/00000", ".staging/00000"):
+        place, away = indexed / link, tmp_path / "away"
+        place.rename(away)
+        place.symlink_to(home)
+        with pytest.raises(SymlinkInStore, match="symbolic link"):
+            commands[command]()
+        assert files_of(home) == before
+        place.unlink()
+        away.rename(place)
+
+
+def test_a_repair_takes_out_clips_behind_a_link_and_nothing_of_what_it_points_to(
+    indexed: Path, home: Path, files_of: FilesOf
+) -> None:
+    features = indexed / "shards" / "00000" / "features"
+    features.rename(home / "taken")
+    features.symlink_to(home / "taken")
+    before = files_of(home)
+    problems = verify_store(indexed).problems
+    assert {problem.key for problem in problems} == {None, "a0", "a1", "a2"}
+    report = repair_store(indexed)
+    assert [clip.key for clip in report.clips] == ["a0", "a1", "a2"]
+    assert report.left == ()
+    assert verify_store(indexed).problems == ()
+    assert files_of(home) == before
+
+
+def test_a_killed_writers_staging_is_not_taken_over_through_a_link(
+    store: Path, settings: StoreSettings, home: Path, files_of: FilesOf
+) -> None:
+    staged = store / ".staging" / "00002"
+    (staged / "records").mkdir(parents=True)
+    (staged / "shard").symlink_to(home)
+    before = files_of(home)
+    writer = StoreWriter.open(store.parent, settings, provenance={})
+    with pytest.raises(SymlinkInStore), writer.shard("00002", source="00002.tar"):
+        pass
+    assert files_of(home) == before
+
+
+@pytest.mark.parametrize("name", [".store.lock", ".index.npz", "00000.lock"])
+def test_temporary_files_are_not_written_through_a_link(
+    store: Path, settings: StoreSettings, home: Path, files_of: FilesOf, name: str
+) -> None:
+    (store / ".staging").mkdir(exist_ok=True)
+    (store / ".staging" / name).symlink_to(home / "zarr.json")
+    before = files_of(home)
+    with pytest.raises(SymlinkInStore):
+        StoreWriter.open(store.parent, settings, provenance={}).write_index()
+    with pytest.raises(SymlinkInStore):
+        repair_store(store)
+    assert files_of(home) == before
+
+
+def test_a_merged_clip_is_a_file_and_no_link(indexed: Path, tmp_path: Path, home: Path) -> None:
+    chunk = indexed / "shards" / "00000" / "mask" / "c" / "0" / "0" / "0"
+    chunk.rename(home / "chunk")
+    chunk.symlink_to(home / "chunk")
+    target = tmp_path / "target" / indexed.name
+    merge_stores(target, [indexed])
+    merged = target / chunk.relative_to(indexed)
+    assert merged.is_file()
+    assert not merged.is_symlink()
+    np.testing.assert_array_equal(
+        StoreReader(target).read("a0")["mask"], StoreReader(indexed).read("a0")["mask"]
+    )
