@@ -5,8 +5,13 @@ bit wherever they are compared, and processes do not wait for each other's threa
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported
+
+# Hypothesis otherwise fails an example that takes over 200 ms, as one does on a busy machine.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -69,7 +69,7 @@ def specs(draw: st.DrawFn) -> ArraySpec:
     )
 
 
-@hypothesis_settings(max_examples=60, deadline=None)
+@hypothesis_settings(max_examples=60)
 @given(
     spec=specs(),
     chunk_bytes=st.sampled_from([1, 40, 200, 2**20]),

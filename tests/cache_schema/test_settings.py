@@ -49,7 +49,7 @@ all_settings = st.builds(
 )
 
 
-@hypothesis_settings(max_examples=40, deadline=None)
+@hypothesis_settings(max_examples=40)
 @given(all_settings)
 def test_settings_survive_a_sealed_file(settings: StoreSettings) -> None:
     back = StoreSettings.from_dict(unseal(seal(settings.as_dict()), "test", store="s"))
@@ -64,7 +64,7 @@ def test_a_changed_version_is_damage_and_not_an_older_store() -> None:
         unseal(data, "test", store="s")
 
 
-@hypothesis_settings(max_examples=40, deadline=None)
+@hypothesis_settings(max_examples=40)
 @given(all_settings)
 def test_hash_is_sha256_of_the_documented_canonical_json(settings: StoreSettings) -> None:
     canonical = json.dumps(

@@ -270,7 +270,7 @@ def test_keys_without_a_safe_text_are_refused(
 any_key = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=40)
 
 
-@hypothesis_settings(max_examples=12, deadline=None)
+@hypothesis_settings(max_examples=12)
 @given(keys=st.lists(any_key, min_size=1, max_size=4, unique=True))
 def test_any_other_text_is_a_key_and_never_a_path(
     tmp_path_factory: pytest.TempPathFactory,

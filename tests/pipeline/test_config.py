@@ -61,9 +61,7 @@ def at(config, path):
     return value
 
 
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 @given(override=OVERRIDES)
 def test_a_valid_override_arrives_and_survives_being_written_out(minimal, tmp_path, override):
     path, value = override

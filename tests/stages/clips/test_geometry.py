@@ -43,7 +43,7 @@ def test_shrinking_is_antialiased():
     assert np.abs(small[:, 2:-2].astype(int) - 127).max() <= 8
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     source=st.tuples(st.integers(8, 2000), st.integers(8, 2000)),
     target=st.tuples(st.sampled_from([16, 128, 480]), st.sampled_from([16, 192, 720])),

@@ -68,7 +68,7 @@ def test_ticks_that_are_the_frames_own_intervals_are_exact(rate):
     assert choice == shown_at(true, instants_of(49, 8))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     gaps=st.lists(st.integers(1, 120), min_size=60, max_size=90),
     unit=st.sampled_from([MS, Fraction(1, 120), Fraction(1, 30)]),

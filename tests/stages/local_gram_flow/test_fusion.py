@@ -14,7 +14,7 @@ from stages.local_gram_flow import (
 from tests.stages.local_gram_flow.reference import similarities_by_loop
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**31), share=st.floats(0, 1))
 def test_gram_flow_of_the_fusion_is_the_weighted_sum_of_both_gram_flows(
     seed: int, share: float
@@ -132,7 +132,7 @@ def test_channels_that_do_not_split_into_the_parts_are_refused() -> None:
         regrid_fused(fused_subjects(), 3, 4, parts=5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**31), share=st.floats(0.05, 1), slots=st.integers(1, 3))
 def test_directions_taken_are_those_that_were_fused(seed: int, share: float, slots: int) -> None:
     """As if each subject's tracks had been fused by `forward` or `average`, in float64."""

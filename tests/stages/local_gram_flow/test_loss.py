@@ -17,7 +17,7 @@ def _features(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**31),
     height=st.integers(2, 4),
@@ -95,7 +95,7 @@ def test_the_teacher_gets_no_gradient() -> None:
     assert teacher.grad is None
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**31), divergence=st.sampled_from(["kl", "l2"]), data=st.data())
 def test_only_valid_pairs_count_each_clip_alike(
     seed: int, divergence: str, data: st.DataObject
@@ -184,7 +184,7 @@ def test_a_batch_in_pieces_has_the_mean_of_their_losses() -> None:
     torch.testing.assert_close(gradient, torch.cat([grad for _, grad in pieces]) / 3)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**31), divergence=st.sampled_from(["kl", "l2"]), data=st.data())
 def test_a_weighted_loss_is_the_weighted_mean_over_the_tokens_of_valid_pairs(
     seed: int, divergence: str, data: st.DataObject

@@ -17,7 +17,7 @@ def features_of(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=shapes, radius=st.integers(1, 3), seed=st.integers(0, 2**31))
 def test_it_is_the_second_frames_tokens_in_the_first_by_a_float64_loop(
     shape: tuple[int, ...], radius: int, seed: int
@@ -28,7 +28,7 @@ def test_it_is_the_second_frames_tokens_in_the_first_by_a_float64_loop(
     torch.testing.assert_close(found, torch.from_numpy(expected), atol=1e-12, rtol=0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(shape=shapes, radius=st.integers(1, 3), seed=st.integers(0, 2**31))
 def test_it_is_the_flow_of_the_reversed_clip_read_from_its_end(
     shape: tuple[int, ...], radius: int, seed: int

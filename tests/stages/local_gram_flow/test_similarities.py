@@ -14,7 +14,7 @@ shapes = st.tuples(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=shapes, radius=st.integers(1, 3), seed=st.integers(0, 2**31))
 def test_similarities_equal_a_float64_loop(shape: tuple[int, ...], radius: int, seed: int) -> None:
     features = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()

@@ -19,7 +19,7 @@ def as_tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shape=shapes, seed=st.integers(0, 2**31), exponent=st.integers(-30, 12))
 def test_int8_codes_and_scales_equal_a_float64_loop(
     shape: tuple[int, int, int, int], seed: int, exponent: int

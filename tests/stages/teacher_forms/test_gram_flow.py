@@ -29,7 +29,7 @@ def as_tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=shapes, radius=st.integers(1, 3), seed=st.integers(0, 2**31))
 def test_the_flow_of_features_equals_a_float64_loop(
     shape: tuple[int, int, int, int], radius: int, seed: int
@@ -75,7 +75,7 @@ def test_features_on_another_grid_are_refused() -> None:
         gram_flow_of(drawn((1, 3, 5, 6), 3), radius=1, token_grid=(3, 5))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=shapes, radius=st.integers(1, 3), seed=st.integers(0, 2**31))
 def test_uint8_codes_equal_a_float64_loop(
     shape: tuple[int, int, int, int], radius: int, seed: int
@@ -120,7 +120,7 @@ def test_uint8_windows_of_one_value_are_kept_within_half_a_step(value: float) ->
         assert torch.equal(decoded, flow)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=shapes, radius=st.integers(1, 3), seed=st.integers(0, 2**31))
 def test_float16_holds_the_nearest_multiple_of_its_step(
     shape: tuple[int, int, int, int], radius: int, seed: int

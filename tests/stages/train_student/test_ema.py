@@ -72,7 +72,7 @@ MADE = {"whole": lambda sizes, rank, ranks: Weights(sizes), "2": as_zero_2, "3":
 SIZES = st.lists(st.integers(1, 9), min_size=2, max_size=6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(sizes=SIZES, wrote=st.integers(1, 4), reads=st.integers(1, 4), kinds=st.data())
 def test_any_number_of_ranks_reads_what_any_other_wrote(
     tmp_path_factory, sizes, wrote, reads, kinds

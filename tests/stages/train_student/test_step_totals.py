@@ -43,7 +43,7 @@ def of_passes(passes, names=NAMES):
     return totals
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(clips, min_size=1, max_size=4))
 def test_means_and_bins_are_those_of_a_loop(passes):
     row = of_passes(passes).over_ranks(ALONE).row(3, 1.5, 1e-4)

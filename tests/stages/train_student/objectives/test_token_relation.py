@@ -38,7 +38,7 @@ def by_matrix(student, teacher, valid, margin, pool):
     return losses
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**31),
     grid=st.tuples(st.integers(1, 5), st.integers(1, 5)),
