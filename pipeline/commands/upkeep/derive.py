@@ -43,12 +43,14 @@ def run(config: RunConfig, progress: Progress) -> Answer:
         )
         rows += _rows(summary, f" {size.size_name}" if len(sizes) > 1 else "")
         data.append({"teacher": str(teacher.path), **_data(summary)})
+    crossed = config.extract.gram_flow.pairs == "crossed"
+    pairs = " with train.lgf.pairs=crossed" if crossed else ""
     list_failures_again([Path(one["store"]) for one in data], progress)
     return Answer(
         title=f"derived from {', '.join(teacher.name for teacher in teachers)}",
         rows=rows,
         data={"derived": data},
-        notes=["train.teacher_form=gram_flow trains from it"],
+        notes=[f"train.teacher_form=gram_flow{pairs} trains from it"],
     )
 
 
