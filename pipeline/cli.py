@@ -32,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 too many clips skipped, "
-    "130 stopped with Ctrl-C.",
+    "130 stopped with Ctrl-C or SIGTERM.",
 )
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(config_app, name="config", help="Look at configurations.")
@@ -46,7 +46,7 @@ LocalRank = Annotated[
 
 
 def main() -> None:
-    """Run the command line; the entry point of `sam2vx-pipeline` and of `python -m pipeline`."""
+    """Run the command line; `pipeline.__main__` takes signals for it."""
     write_any_text()
     try:
         take_place_from_slurm()

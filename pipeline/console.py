@@ -24,6 +24,7 @@ from rich.text import Text
 
 from pipeline.launch import rank
 from stages.progress import Progress, SilentProgress, Task
+from stages.stop_request import check_stop
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,6 +171,7 @@ class _Bars:
         self, description: str, total: int | None, *, completed: int = 0, unit: str = "it"
     ) -> Iterator[Task]:
         """Open a bar; it stays, stopped, when the block ends."""
+        check_stop()
         bar = self._bars.add_task(description, total=total, completed=completed, unit=unit, note="")
         try:
             yield _Bar(self._bars, bar)
@@ -179,6 +181,7 @@ class _Bars:
     def log(self, text: str) -> None:
         """Print a line above the bars."""
         self._bars.console.print(Text(text), soft_wrap=True)
+        check_stop()
 
 
 _SECONDS_BETWEEN_LINES = 30.0
@@ -199,9 +202,11 @@ class _Bar:
             (task,) = (task for task in self._bars.tasks if task.id == self._bar)
             words = (task.description, _Count().render(task), _Rate().render(task))
             self._bars.console.print(Text(" ".join(map(str, words))), soft_wrap=True)
+        check_stop()
 
     def note(self, text: str) -> None:
         self._bars.update(self._bar, note=text)
+        check_stop()
 
 
 def in_flop(number: float) -> str:

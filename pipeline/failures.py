@@ -1,7 +1,7 @@
 """Errors to exit codes: what a person must know on one line, the traceback on request.
 
 0 done; 1 a failure while working; 2 bad usage or configuration, before any work; 3 finished, but
-more clips were skipped than `extract.max_skipped` allows; 130 stopped with Ctrl-C.
+more clips were skipped than `extract.max_skipped` allows; 130 stopped with Ctrl-C or SIGTERM.
 """
 
 import errno
@@ -13,11 +13,12 @@ import typer
 
 from pipeline.config_schema import ConfigError
 from pipeline.console import complain
+from stages.stop_request import ENDED_BY_SIGNAL, check_stop
 
 FAILED = 1
 BAD_USAGE = 2
 TOO_MANY_SKIPPED = 3
-INTERRUPTED = 130
+INTERRUPTED = ENDED_BY_SIGNAL
 
 
 @contextmanager
@@ -29,6 +30,7 @@ def failures(*, traceback: bool, resumable: bool = False) -> Iterator[None]:
         resumable: Whether running the same command again goes on where it was stopped.
     """
     try:
+        check_stop()
         yield
     except KeyboardInterrupt:
         again = "; run the same command again and it goes on from there" if resumable else ""

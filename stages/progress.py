@@ -1,8 +1,13 @@
-"""How a stage tells of its progress without knowing a console; `pipeline.console` draws it."""
+"""How a stage tells of its progress without knowing a console; `pipeline.console` draws it.
+
+Whoever draws calls `check_stop` each time, so that a request to stop is met wherever work advances.
+"""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
+
+from stages.stop_request import check_stop
 
 
 class Task(Protocol):
@@ -32,10 +37,10 @@ class Progress(Protocol):
 
 class _SilentTask:
     def advance(self, amount: int = 1) -> None:
-        pass
+        check_stop()
 
     def note(self, text: str) -> None:
-        pass
+        check_stop()
 
 
 class SilentProgress:
@@ -46,7 +51,9 @@ class SilentProgress:
         self, description: str, total: int | None, *, completed: int = 0, unit: str = "it"
     ) -> Iterator[Task]:
         """Open a bar nobody sees."""
+        check_stop()
         yield _SilentTask()
 
     def log(self, text: str) -> None:
         """Drop the line."""
+        check_stop()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.progress import Task
+from stages.stop_request import StopRequest
 from stages.train_student.damaged_clips import DamagedClips
 from stages.train_student.data.damaged import DamagedClip
 from stages.train_student.data.dataset import Batch
@@ -15,7 +16,6 @@ from stages.train_student.run import Run
 from stages.train_student.skipped_steps import SkippedInARow, spoiled_if_not_finite, update
 from stages.train_student.step import TrainingStep
 from stages.train_student.step_totals import StepTotals
-from stages.train_student.stop_request import StopRequest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +62,7 @@ class Loop:
             self.after_step(step + 1, stop)
             if stop and step + 1 < steps.stop:
                 self.run.progress.log(f"stopped after step {step + 1}, which is kept")
+                self.stop.fulfil()
                 raise KeyboardInterrupt
         return durations
 

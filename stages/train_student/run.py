@@ -3,7 +3,6 @@
 Everything here is made before the engine is, or beside it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from stages.config import BaseModelConfig
 from stages.progress import Progress
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.buckets import Buckets, join_buckets
-from stages.train_student.data.dataset import Batch, CachedSamples, load_batches
+from stages.train_student.data.dataset import CachedSamples
+from stages.train_student.data.loader import BatchLoader
 from stages.train_student.data.order import (
     accumulation_steps,
     largest_micro_batch,
@@ -117,7 +117,7 @@ class Run:
             dtype=self.dtype,
         )
 
-    def batches(self, steps: range) -> Iterator[Batch]:
+    def batches(self, steps: range) -> BatchLoader:
         """What this rank sees in those steps."""
         config, world = self.config, self.world
         numbers = micro_batches(
@@ -127,7 +127,7 @@ class Run:
             rank=world.rank,
             world_size=world.size,
         )
-        return load_batches(
+        return BatchLoader(
             self.samples,
             numbers,
             workers=config.loader_workers,

@@ -12,6 +12,7 @@ from stages.base_model import resolve_base_model
 from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.progress import Progress, SilentProgress
+from stages.stop_request import stop_on_signals
 from stages.train_student.checkpoints.records import keep_newest
 from stages.train_student.checkpoints.resuming import plan_resume, resume
 from stages.train_student.checkpoints.saving import save_checkpoint
@@ -33,7 +34,6 @@ from stages.train_student.performance import device_rate, peak_memory_bytes
 from stages.train_student.run import CONFIGURATIONS, Run, prepare
 from stages.train_student.run_folder import finished_steps, locked, mark_finished
 from stages.train_student.skipped_steps import SkippedInARow
-from stages.train_student.stop_request import stop_on_signals
 from stages.train_student.student import Student
 from stages.train_student.summary import TrainSummary
 from stages.train_student.validation.build import build_validation, embed_prompts
@@ -134,12 +134,16 @@ def _train(run: Run) -> TrainSummary:
                 validation.after_step(step)
 
         validation.start(done)
-        with stop_on_signals() as stop:
+        with (
+            stop_on_signals() as stop,
+            stop.deferred("stopping after this step, which is kept"),
+            run.batches(steps) as batches,
+        ):
             durations = Loop(
                 run=run,
                 engine=engine,
                 training_step=run.training_step(),
-                batches=run.batches(steps),
+                batches=batches,
                 skipped=skipped,
                 damaged=DamagedClips(clips=run.num_clips, most=config.max_damaged, world=world),
                 rate=device_rate(config, run.facts, run.sizes, run.progress) if log else None,
@@ -148,6 +152,7 @@ def _train(run: Run) -> TrainSummary:
                 after_update=(lambda: None) if average is None else average.update,
                 after_step=after_step,
             ).make(steps, task)
+            stop.fulfil()  # it came at the last step: what is left is done in any case
         export = export_weights(student, config.run_dir, world, step=steps.stop, average=average)
         # What a process left that died once the last checkpoint was complete.
         on_first_rank(world, lambda: keep_newest(run.checkpoints, config.checkpoints_kept))

@@ -33,7 +33,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from cache_schema import StoreReader
 from stages.train_student.config import KIND_OF_FORM
-from stages.train_student.data.dataset import CachedSamples, load_batches
+from stages.train_student.data.dataset import CachedSamples
+from stages.train_student.data.loader import BatchLoader
 from stages.train_student.data.order import micro_batches
 from stages.train_student.data.stores import join_stores
 
@@ -219,7 +220,7 @@ class Node:
             rank=rank,
             world_size=options.gpus,
         )
-        batches = load_batches(
+        batches = BatchLoader(
             self._samples,
             numbers,
             workers=options.loader_workers,

@@ -31,7 +31,8 @@ from stages.base_facts import BaseFacts, read_base_facts
 from stages.clips import ClipsConfig
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.buckets import join_buckets
-from stages.train_student.data.dataset import Batch, CachedSamples, load_batches
+from stages.train_student.data.dataset import Batch, CachedSamples
+from stages.train_student.data.loader import BatchLoader
 from stages.train_student.data.order import micro_batches
 from stages.train_student.lora import add_adapters
 from stages.train_student.objectives.build import build_heads, build_objectives
@@ -203,7 +204,7 @@ class Side:
             range(10**6), batch_size=1, micro_batch_size=1, rank=0, world_size=1
         )
         pin = self._device.type == "cuda"
-        return load_batches(samples, numbers, workers=1, pin_memory=pin)
+        return BatchLoader(samples, numbers, workers=1, pin_memory=pin)
 
     def step(self) -> None:
         """From asking for the batch to the changed weights."""

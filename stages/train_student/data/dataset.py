@@ -7,16 +7,14 @@ Legend: B clip, F latent frame, C channel, H W latent, L text token, D width, T 
 or frame, h w pixels of a stored mask.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from stages.base_facts import BaseFacts
-from stages.train_student.config import WorkerStart
 from stages.train_student.data.damaged import DamagedClip, read_or_replace
 from stages.train_student.data.held_out import seed_of_held_out
 from stages.train_student.data.order import SampleOrder, seed_of_sample
@@ -56,7 +54,7 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory; `DataLoader` calls this."""
+        """The same batch in page-locked memory."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
@@ -70,7 +68,7 @@ class Batch:
         return replace(self, **changed)
 
 
-class CachedSamples(Dataset[Batch]):
+class CachedSamples:
     """Samples by number, as batches of one clip; and the clips held out, at any timestep."""
 
     def __init__(
@@ -212,30 +210,3 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
     keys = tuple(key for batch in batches for key in batch.keys)
     damaged = tuple(clip for batch in batches for clip in batch.damaged)
     return replace(first, keys=keys, damaged=damaged, **tensors)
-
-
-def load_batches(
-    samples: CachedSamples,
-    numbers: Iterable[list[int]],
-    *,
-    workers: int,
-    start: WorkerStart = "fork",
-    pin_memory: bool,
-) -> Iterator[Batch]:
-    """Batches of those samples, in order, read by `workers` processes (0: by this one).
-
-    Args:
-        start: how the processes are started.
-        pin_memory: put what they read into page-locked memory, whence it is copied faster.
-    """
-    loader: DataLoader[Batch] = DataLoader(
-        samples,
-        batch_sampler=numbers,
-        num_workers=workers,
-        multiprocessing_context=start if workers else None,
-        collate_fn=join_batches,
-        pin_memory=pin_memory,
-        # Workers' seeds come from here: the global generator stays as a checkpoint restored it.
-        generator=torch.Generator(),
-    )
-    return iter(loader)

@@ -2,9 +2,7 @@
 
 import importlib.util
 import json
-import os
 import signal
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +15,6 @@ from stages.train_student.data.dataset import CachedSamples
 from stages.train_student.distributed import World
 from stages.train_student.logs.rows import DamagedRow
 from stages.train_student.loop import Loop
-from stages.train_student.stop_request import stop_on_signals
 
 _spec = importlib.util.spec_from_file_location(
     "faulty_steps", Path(__file__).with_name("faulty_steps.py")
@@ -80,43 +77,6 @@ def test_a_launcher_that_is_stopped_leaves_a_checkpoint(train_process, tmp_path)
     assert process.returncode != 0
     (record,) = (tmp_path / "checkpoints").glob("*.complete.json")
     assert json.loads(record.read_text())["step"] == rows.read_text().count("\n"), errors
-
-
-def test_a_second_ctrl_c_stops_at_once(monkeypatch):
-    seconds = iter([10.0, 10.2, 12.0])
-    monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
-    with stop_on_signals() as stop:
-        assert not stop.made
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.made
-        os.kill(os.getpid(), signal.SIGINT)  # the same one, passed on by the launcher
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_the_processes_of_the_loader_end_when_they_are_told_to():
-    with stop_on_signals() as stop:
-        child = os.fork()
-        if child == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGTERM)
-            os._exit(1)
-        _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
-    assert not stop.made
-
-
-def test_another_thread_can_train_too():
-    asked = []
-
-    def ask():
-        with stop_on_signals() as stop:
-            asked.append(stop.made)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    thread.join()
-    assert asked == [False]
 
 
 def damaged_at(read, samples):

@@ -11,8 +11,9 @@ from stages.config import BaseModelConfig
 from stages.progress import SilentProgress
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.buckets import join_buckets
-from stages.train_student.data.dataset import CachedSamples, load_batches
+from stages.train_student.data.dataset import CachedSamples
 from stages.train_student.data.finding import find_stores
+from stages.train_student.data.loader import BatchLoader
 from stages.train_student.data.order import micro_batches
 from stages.train_student.data.store_checks import check_stores
 from stages.train_student.train import train_student
@@ -95,7 +96,7 @@ def test_a_steps_clips_are_of_one_size_whoever_reads_them(sized_cache, base_mode
             range(steps), batch_size=4, micro_batch_size=micro, rank=rank, world_size=world
         )
         passes = 4 // (world * micro)
-        loaded = load_batches(samples, numbers, workers=0, pin_memory=False)
+        loaded = BatchLoader(samples, numbers, workers=0, pin_memory=False)
         for number, batch in enumerate(loaded):
             assert batch.teacher_valid_BT.shape[1] == batch.num_frames
             keys[number // passes] += batch.keys

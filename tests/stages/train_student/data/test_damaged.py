@@ -4,7 +4,8 @@ import torch
 from cache_schema import CacheError, CorruptClip, StoreReader, StoreUnreachable
 from stages.base_facts import read_base_facts
 from stages.train_student.data.damaged import ATTEMPTS, read_or_replace
-from stages.train_student.data.dataset import CachedSamples, join_batches, load_batches
+from stages.train_student.data.dataset import CachedSamples, join_batches
+from stages.train_student.data.loader import BatchLoader
 from stages.train_student.data.order import clip_of_sample
 from stages.train_student.data.stores import join_stores
 
@@ -54,7 +55,7 @@ def test_another_clip_stands_in_and_the_rest_of_the_sample_stays(damaged_cache, 
 def test_the_same_clip_stands_in_whoever_reads_and_whenever(damaged_cache, base_model):
     numbers = [[0, 1], [2, 3], [4, 5]]
     first, again = samples_of(damaged_cache, base_model), samples_of(damaged_cache, base_model)
-    loaded = list(load_batches(again, iter(numbers), workers=1, pin_memory=False))
+    loaded = list(BatchLoader(again, iter(numbers), workers=1, pin_memory=False))
     for batch, group in zip(loaded, numbers, strict=True):
         expected = join_batches([first[number] for number in group])
         assert (batch.keys, batch.damaged) == (expected.keys, expected.damaged)

@@ -7,7 +7,8 @@ import torch
 from cache_schema import CorruptClip, StoreReader, StoreWriter
 from stages.base_facts import read_base_facts
 from stages.train_student.config import KIND_OF_FORM
-from stages.train_student.data.dataset import CachedSamples, draw, join_batches, load_batches
+from stages.train_student.data.dataset import CachedSamples, draw, join_batches
+from stages.train_student.data.loader import BatchLoader
 from stages.train_student.data.order import clip_of_sample
 from stages.train_student.data.stores import join_stores
 from tests.cache_schema.servers import serving
@@ -97,7 +98,7 @@ def test_timesteps_cover_the_schedule(cache, facts):
 )
 def test_loading_keeps_the_order_and_joins_micro_batches(samples, workers, start):
     numbers = [[4, 5], [0, 9], [3]]
-    loading = load_batches(samples, iter(numbers), workers=workers, start=start, pin_memory=False)
+    loading = BatchLoader(samples, iter(numbers), workers=workers, start=start, pin_memory=False)
     loaded = list(loading)
     assert len(loaded) == len(numbers)
     for batch, group in zip(loaded, numbers, strict=True):
@@ -171,7 +172,7 @@ def test_workers_read_a_cache_behind_a_url(tiny, tmp_path, facts, start):
         samples = from_stores(joined, facts)
         assert same(samples[0], local[0])
         numbers = [[n, n + 1] for n in range(0, 8, 2)]
-        loading = load_batches(samples, numbers, workers=2, start=start, pin_memory=False)
+        loading = BatchLoader(samples, numbers, workers=2, start=start, pin_memory=False)
         for batch, group in zip(loading, numbers, strict=True):
             assert same(batch, join_batches([local[number] for number in group]))
 
@@ -186,5 +187,5 @@ def test_with_workers_nothing_is_read_in_the_training_process(samples, monkeypat
         return read(self, *arguments)
 
     monkeypatch.setattr(StoreReader, "read", guarded)
-    loading = load_batches(samples, [[0], [1]], workers=1, start=start, pin_memory=False)
+    loading = BatchLoader(samples, [[0], [1]], workers=1, start=start, pin_memory=False)
     assert len(list(loading)) == 2
