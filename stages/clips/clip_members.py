@@ -55,17 +55,15 @@ def record_of_members(
         return BadRecord(key=key, reason="bad_record", detail=str(error))
     try:
         first, last = (_numbered(suffixes, pattern) for pattern in (_FIRST_MASK, _LAST_MASK))
-        if len(first) > 1 and len(first) == len(last) and list(first) != list(last):
-            raise ValueError(
-                f"masks of the last frame must bear the numbers of the first frame's, found "
-                f"{', '.join([*first.values(), *last.values()])}"
-            )
+        prompts = subjects_from_fields(fields, mask_pngs=_read_all(first, read))
         return ClipRecord(
             key=key,
             video=found,
             caption=caption,
-            prompts=subjects_from_fields(fields, mask_pngs=_read_all(first, read)),
-            last_frame_prompts=last_frame_from_fields(fields, mask_pngs=_read_all(last, read)),
+            prompts=prompts,
+            last_frame_prompts=last_frame_from_fields(
+                fields, first=prompts, mask_pngs=_read_all(last, read)
+            ),
             phrase=phrase_from_fields(fields),
         )
     except ValueError as error:
@@ -83,8 +81,8 @@ def _not_one_video(suffixes: Collection[str]) -> str:
     return detail
 
 
-def _numbered(suffixes: Collection[str], pattern: re.Pattern[str]) -> dict[int | None, str]:
-    """Suffixes of one frame's mask images by number, in order; an unnumbered one stands alone."""
+def _numbered(suffixes: Collection[str], pattern: re.Pattern[str]) -> dict[int, str]:
+    """Suffixes of one frame's mask images by number, in order; an unnumbered one is 0, alone."""
     matches = [match for suffix in suffixes if (match := pattern.fullmatch(suffix))]
     if len(matches) > MAX_SUBJECTS:
         raise ValueError(f"{len(matches)} masks are given, at most {MAX_SUBJECTS} are read")
@@ -95,11 +93,11 @@ def _numbered(suffixes: Collection[str], pattern: re.Pattern[str]) -> dict[int |
     if len(numbers) < len(matches):
         raise ValueError(f"two masks have one number: {', '.join(names)}")
     in_order = sorted(matches, key=lambda match: int(match[1] or 0))
-    return {None if match[1] is None else int(match[1]): match[0] for match in in_order}
+    return {int(match[1] or 0): match[0] for match in in_order}
 
 
-def _read_all(masks: dict[int | None, str], read: Read) -> list[bytes]:
-    return [read(suffix, MAX_MASK_BYTES) for suffix in masks.values()]
+def _read_all(masks: dict[int, str], read: Read) -> dict[int, bytes]:
+    return {number: read(suffix, MAX_MASK_BYTES) for number, suffix in masks.items()}
 
 
 def _json_file(read: Read) -> dict[str, Any]:

@@ -1,15 +1,15 @@
 """What an entry of a dataset says of its clip: caption, subjects, words; for tars and folders."""
 
-import io
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from stages.clips.limits import MAX_FRAME_PIXELS, MAX_POINTS, MAX_SUBJECTS, MAX_TEXT_BYTES
+from stages.clips.limits import MAX_POINTS, MAX_SUBJECTS, MAX_TEXT_BYTES
+from stages.clips.masks import decode_mask
 from stages.clips.prompts import SubjectPrompt
 
 # Legend: H W pixels, N points.
@@ -91,29 +91,37 @@ def phrase_from_fields(fields: Mapping[str, Any]) -> str | None:
 def subjects_from_fields(
     fields: Mapping[str, Any],
     *,
-    mask_pngs: Sequence[bytes] = (),
+    mask_pngs: Mapping[int, bytes] | None = None,
     read_mask: MaskReader | None = None,
 ) -> tuple[SubjectPrompt, ...]:
     """The subjects that a dataset gives for one frame, () when it gives none.
 
     Args:
         fields: One subject's fields (`mask`, else `box_xyxy`, else `points` + `point_labels`), or
-            `subjects`, a list of objects with such fields.
-        mask_pngs: Masks that lie beside the fields, one per subject; they go before a box and
-            points.
+            `subjects`, a list of objects with such fields. `mask_ids` names the values of a mask
+            that are the subject.
+        mask_pngs: Masks that lie beside the fields, by the subject's number; they go before a box
+            and points.
         read_mask: Reads what `mask` names; None where masks lie beside, and `mask` means nothing.
 
     Raises:
         ValueError: What is given is malformed, given twice, unreadable, or more than MAX_SUBJECTS.
     """
+    mask_pngs = mask_pngs or {}
     names = _PROMPT_FIELDS if read_mask else _PROMPT_FIELDS[1:]
     listed = fields.get("subjects")
+    ids = _ids(fields)
     if listed is None:
-        if not mask_pngs:
-            prompt = _prompt(fields, read_mask)
-            return () if prompt is None else (prompt,)
         _check_count(len(mask_pngs))
-        return tuple(SubjectPrompt(mask_HW=decode_mask(png)) for png in mask_pngs)
+        if mask_pngs:
+            return tuple(
+                SubjectPrompt(mask_HW=decode_mask(png, ids), number=number)
+                for number, png in mask_pngs.items()
+            )
+        prompt = _prompt(fields, read_mask, ids)
+        if ids is not None and (prompt is None or prompt.kind != "mask"):
+            raise ValueError("mask_ids are given, and no mask that they could be values of")
+        return () if prompt is None else (prompt,)
     beside = [name for name in names if fields.get(name) is not None]
     if beside or mask_pngs:
         found = ", ".join(beside) or "mask images"
@@ -121,69 +129,107 @@ def subjects_from_fields(
     if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
         raise ValueError(f"subjects must be a list of objects, got {_short(listed)}")
     _check_count(len(listed))
-    prompts = [_prompt(entry, read_mask) for entry in listed]
-    if None in prompts:
-        raise ValueError(f"subject {prompts.index(None)} has none of {', '.join(names)}")
-    return tuple(prompt for prompt in prompts if prompt is not None)
+    prompts = []
+    for number, entry in enumerate(listed):
+        prompt = _prompt(entry, read_mask, _ids(entry, ids), number)
+        if prompt is None:
+            raise ValueError(f"subject {number} has none of {', '.join(names)}")
+        prompts.append(prompt)
+    return tuple(prompts)
 
 
 def last_frame_from_fields(
     fields: Mapping[str, Any],
     *,
-    mask_pngs: Sequence[bytes] = (),
+    first: Sequence[SubjectPrompt] = (),
+    mask_pngs: Mapping[int, bytes] | None = None,
     read_mask: MaskReader | None = None,
 ) -> tuple[SubjectPrompt, ...]:
-    """The subjects on the last training frame, from the object `last_frame`; else as above."""
+    """The subjects on the last training frame, from the object `last_frame`; else as above.
+
+    `mask_ids` of the first frame hold for it too, unless it has its own. Masks that lie beside are
+    the subjects of their numbers; those of a list are the first frame's in their order, where there
+    are as many.
+
+    Args:
+        fields: As above.
+        first: The subjects on the first frame.
+        mask_pngs: As above.
+        read_mask: As above.
+
+    Raises:
+        ValueError: As above.
+    """
     last_frame = fields.get("last_frame")
     if last_frame is not None and not isinstance(last_frame, dict):
         raise ValueError(f"last_frame must be an object, got {_short(last_frame)}")
+    of_last = dict(last_frame or {})
+    gives_mask = mask_pngs or (read_mask and of_last.get("mask") is not None)
+    if (gives_mask or of_last.get("subjects")) and fields.get("mask_ids") is not None:
+        of_last.setdefault("mask_ids", fields["mask_ids"])
     try:
-        return subjects_from_fields(last_frame or {}, mask_pngs=mask_pngs, read_mask=read_mask)
+        last = subjects_from_fields(of_last, mask_pngs=mask_pngs, read_mask=read_mask)
     except ValueError as error:
         raise ValueError(f"last_frame: {error}") from error
+    if len(first) == len(last) == 1:
+        return (replace(last[0], number=first[0].number),)
+    if not mask_pngs and len(first) != len(last):
+        return tuple(replace(prompt, number=None) for prompt in last)
+    return last
 
 
-def decode_mask(png: bytes) -> np.ndarray:
-    """The bool [H, W] mask in a PNG; an alpha channel is ignored.
-
-    A pixel above half of full scale (above 0 in an image that only holds 0 and 1) is in the mask.
-
-    Raises:
-        ValueError: The bytes are no PNG that Pillow opens, or it has over MAX_FRAME_PIXELS.
-    """
-    try:
-        with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
-            if image.width * image.height > MAX_FRAME_PIXELS:
-                raise ValueError(
-                    f"the mask is {image.width}x{image.height}; at most {MAX_FRAME_PIXELS:,} "
-                    "pixels are read"
-                )
-            grey_HW = np.asarray(image.convert("RGB").convert("L"))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-        raise ValueError(f"the mask is no readable PNG: {error}") from error
-    return grey_HW > (127 if grey_HW.max(initial=0) > 1 else 0)
-
-
-def _prompt(fields: Mapping[str, Any], read_mask: MaskReader | None) -> SubjectPrompt | None:
+def _prompt(
+    fields: Mapping[str, Any],
+    read_mask: MaskReader | None,
+    ids: Sequence[int] | None,
+    number: int = 0,
+) -> SubjectPrompt | None:
     if read_mask is not None and fields.get("mask") is not None:
-        return SubjectPrompt(mask_HW=decode_mask(read_mask(fields["mask"])))
+        mask_HW = decode_mask(read_mask(fields["mask"]), ids)
+        return SubjectPrompt(mask_HW=mask_HW, number=number)
     if fields.get("box_xyxy") is not None:
         box = _numbers(fields["box_xyxy"], "box_xyxy")
         if box.shape != (4,):
             raise ValueError(
                 f"box_xyxy must be four numbers x0 y0 x1 y1, got {_short(fields['box_xyxy'])}"
             )
+        _refuse_shares(box, "box_xyxy")
         x0, y0, x1, y1 = box.tolist()
-        return SubjectPrompt(box_xyxy=(x0, y0, x1, y1))
+        return SubjectPrompt(box_xyxy=(x0, y0, x1, y1), number=number)
     if fields.get("points") is not None:
         points_xy = _numbers(fields["points"], "points")
         if len(np.atleast_1d(points_xy)) > MAX_POINTS:
             raise ValueError(f"{len(points_xy)} points are given, at most {MAX_POINTS} are read")
+        _refuse_shares(points_xy, "points")
         labels = _numbers(fields.get("point_labels", np.ones(points_xy.shape[:1])), "point_labels")
         if (labels % 1).any():
             raise ValueError(f"point_labels must be 0 or 1, got {_short(fields['point_labels'])}")
-        return SubjectPrompt(points_xy=points_xy, point_labels=labels.astype(np.int64))
+        return SubjectPrompt(
+            points_xy=points_xy, point_labels=labels.astype(np.int64), number=number
+        )
     return None
+
+
+def _refuse_shares(coordinates: np.ndarray, name: str) -> None:
+    """Refuse what would lie within a pixel of the corner: shares of the frame's size."""
+    # Detectors go over the edge by a little.
+    if coordinates.size and np.abs(coordinates).max() <= 1.5:
+        raise ValueError(
+            f"{name} {_short(coordinates.tolist())} lies within a pixel of the corner; coordinates "
+            "are pixels of the video, not shares of its size: multiply x by its width and y by its "
+            "height"
+        )
+
+
+def _ids(fields: Mapping[str, Any], otherwise: Sequence[int] | None = None) -> Sequence[int] | None:
+    """The values of a mask that are the subject, of `mask_ids`: a number or a list of them."""
+    given = fields.get("mask_ids")
+    if given is None:
+        return otherwise
+    ids = given if isinstance(given, list) else [given]
+    if not ids or not all(type(one) is int and 0 <= one <= 65535 for one in ids):
+        raise ValueError(f"mask_ids must be numbers from 0 to 65535, got {_short(given)}")
+    return ids
 
 
 def _check_count(count: int) -> None:

@@ -104,13 +104,17 @@ def _load(
         return None
     stream = () if info.stream is None else (info.stream,)
     prompts, problem = _on_training_frame(record.prompts, geometry)
+    try:
+        last_frame_prompts = _placed(record.last_frame_prompts, geometry)
+    except ValueError as error:
+        prompts, last_frame_prompts, problem = (), (), f"last_frame: {error}"
     return Clip(
         key=record.key,
         frames_THWC=np.stack(images_HWC),
         geometry=replace(geometry, conversions=(*stream, *conversions)),
         caption=record.caption,
         prompts=prompts,
-        last_frame_prompts=_on_training_frame(record.last_frame_prompts, geometry)[0],
+        last_frame_prompts=last_frame_prompts,
         phrase=record.phrase,
         prompt_problem=problem,
     )
@@ -138,14 +142,23 @@ def _on_training_frame(
 ) -> tuple[tuple[SubjectPrompt, ...], str | None]:
     """What the crop leaves of the prompts, and why nothing is left of any."""
     try:
-        placed = [prompt.on_training_frame(geometry) for prompt in prompts]
+        left = _placed(prompts, geometry)
     except ValueError as error:
         return (), str(error)
-    left = tuple(prompt for prompt in placed if prompt is not None)
     if left or not prompts:
         return left, None
     kinds = ", ".join(prompt.kind for prompt in prompts)
     return (), f"the subject ({kinds}) lies outside the centre crop, or vanishes at its size"
+
+
+def _placed(prompts: Sequence[SubjectPrompt], geometry: FrameGeometry) -> tuple[SubjectPrompt, ...]:
+    """Those of the prompts of which the crop leaves something.
+
+    Raises:
+        ValueError: One of them was made on a video of another size.
+    """
+    placed = [prompt.on_training_frame(geometry) for prompt in prompts]
+    return tuple(prompt for prompt in placed if prompt is not None)
 
 
 def too_short(record: ClipRecord, choice: FrameChoice, config: ClipsConfig) -> ClipSkipped:

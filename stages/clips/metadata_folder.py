@@ -105,7 +105,9 @@ class MetadataFile:
             return BadRecord(key=entry.key, reason="bad_record", detail=str(error))
         try:
             prompts = subjects_from_fields(entry.fields, read_mask=self._read_mask)
-            last_frame_prompts = last_frame_from_fields(entry.fields, read_mask=self._read_mask)
+            last_frame_prompts = last_frame_from_fields(
+                entry.fields, first=prompts, read_mask=self._read_mask
+            )
             phrase = phrase_from_fields(entry.fields)
         except ValueError as error:
             return BadRecord(key=entry.key, reason="bad_prompt", detail=str(error))

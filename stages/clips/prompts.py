@@ -1,6 +1,6 @@
-"""Where a subject is on a frame; read from datasets or found, given to the tracker."""
+"""Where a subject is on a frame."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -28,6 +28,9 @@ class SubjectPrompt:
     """float64 [N, 2], N >= 1."""
     point_labels: np.ndarray | None = None
     """int64 [N], 1 on the subject and 0 off it; at least one 1."""
+    number: int | None = None
+    """Which of the clip's subjects it is, on the first frame and on the last; None where that is
+    not known."""
 
     def __post_init__(self) -> None:
         given = [
@@ -61,19 +64,25 @@ class SubjectPrompt:
         Boxes are clipped to the frame; points that the crop cut away are dropped.
 
         Raises:
-            ValueError: The mask has another size than the source.
+            ValueError: The mask has another size than the source; a point, or the middle of the
+                box, lies outside the source.
         """
         if self.mask_HW is not None:
             mask_HW = geometry.mask(self.mask_HW)
-            return SubjectPrompt(mask_HW=mask_HW) if mask_HW.any() else None
+            return replace(self, mask_HW=mask_HW) if mask_HW.any() else None
         if self.box_xyxy is not None:
-            return _crop_box(self.box_xyxy, geometry)
+            x0, y0, x1, y1 = self.box_xyxy
+            _check_inside(np.array([[(x0 + x1) / 2, (y0 + y1) / 2]]), "the middle of box", geometry)
+            box_xyxy = _crop_box(self.box_xyxy, geometry)
+            return None if box_xyxy is None else replace(self, box_xyxy=box_xyxy)
         assert self.points_xy is not None and self.point_labels is not None
+        _check_inside(self.points_xy, "point", geometry)
         points_xy = geometry.points(self.points_xy)
         inside = ((points_xy >= 0) & (points_xy < (geometry.width, geometry.height))).all(axis=1)
         if not (self.point_labels[inside] == 1).any():
             return None
-        return SubjectPrompt(points_xy=points_xy[inside], point_labels=self.point_labels[inside])
+        labels = self.point_labels[inside]
+        return replace(self, points_xy=points_xy[inside], point_labels=labels)
 
 
 def _check_mask(mask_HW: np.ndarray) -> None:
@@ -104,9 +113,20 @@ def _check_points(points_xy: np.ndarray, labels: np.ndarray | None) -> None:
         )
 
 
+def _check_inside(points_xy: np.ndarray, what: str, geometry: FrameGeometry) -> None:
+    """Refuse what was measured on a video of another size."""
+    size = (geometry.source_width, geometry.source_height)
+    outside = ((points_xy < 0) | (points_xy > size)).any(axis=1)
+    if outside.any():
+        x, y = points_xy[outside][0].tolist()
+        raise ValueError(
+            f"{what} ({x:g}, {y:g}) lies outside the video of {size[0]}x{size[1]} pixels (WxH)"
+        )
+
+
 def _crop_box(
     box_xyxy: tuple[float, float, float, float], geometry: FrameGeometry
-) -> SubjectPrompt | None:
+) -> tuple[float, float, float, float] | None:
     corners_22 = geometry.points(np.array(box_xyxy, dtype=np.float64).reshape(2, 2))
     (x0, y0), (x1, y1) = np.clip(corners_22, 0, (geometry.width, geometry.height)).tolist()
-    return SubjectPrompt(box_xyxy=(x0, y0, x1, y1)) if x0 < x1 and y0 < y1 else None
+    return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None

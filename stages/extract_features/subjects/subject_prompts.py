@@ -3,8 +3,6 @@
 Used by `subject_extraction`.
 """
 
-from collections.abc import Sequence
-
 from stages.clips import Clip, ClipSkipped, SubjectPrompt
 from stages.extract_features.config import TeacherConfig
 from stages.extract_features.prompts import ChosenPrompt
@@ -25,8 +23,8 @@ def subjects_to_track(
     """One subject that is the union of all that are prompted, or each by itself.
 
     The dataset's prompts for the last frame are used where `backward_prompt` asks for them and the
-    clip has some. Several subjects are matched with them by order, so that the numbers must agree
-    and the first frame's must be the dataset's too; otherwise the track's own mask is taken.
+    clip has some. Several subjects are matched with them by `SubjectPrompt.number`, so that the
+    first frame's must be the dataset's too; a subject without one takes the track's own mask.
 
     Raises:
         ClipSkipped: too_many_subjects; or bad_prompt, when SAM2 sees nothing where they are.
@@ -35,12 +33,21 @@ def subjects_to_track(
         raise too_many_subjects(len(chosen.subjects), config)
     first = [_sam2_prompt(clip, subject, tracker) for subject in chosen.subjects]
     last = _last_prompts(clip, tracker) if config.backward_prompt == "dataset" else []
+    matched: list[Sam2Prompt | None]
     if config.subjects == "union":
         first = [_union(first, chosen.frame, tracker, encoded)]
-        last = [_union(last, encoded.num_frames - 1, tracker, encoded)] if last else []
-    elif len(first) > 1 and chosen.source != "dataset":
-        last = []
-    matched: Sequence[Sam2Prompt | None] = last if len(last) == len(first) else [None] * len(first)
+        everything = [prompt for _, prompt in last]
+        union = _union(everything, encoded.num_frames - 1, tracker, encoded) if last else None
+        matched = [union]
+    elif chosen.source == "dataset":
+        by_number = dict(last)
+        matched = [
+            None if subject.number is None else by_number.get(subject.number)
+            for subject in chosen.subjects
+        ]
+    else:
+        is_one = len(first) == len(last) == 1
+        matched = [last[0][1]] if is_one else [None] * len(first)
     return tuple(
         Subject(encoded=encoded, frame=chosen.frame, prompt=prompt, last_prompt=last_prompt)
         for prompt, last_prompt in zip(first, matched, strict=True)
@@ -53,12 +60,12 @@ def too_many_subjects(count: int, config: TeacherConfig) -> ClipSkipped:
     return ClipSkipped("too_many_subjects", detail)
 
 
-def _last_prompts(clip: Clip, tracker: TwoWayTracker) -> list[Sam2Prompt]:
-    """Those of the dataset's for the last frame that do not vanish at SAM2's size."""
+def _last_prompts(clip: Clip, tracker: TwoWayTracker) -> list[tuple[int | None, Sam2Prompt]]:
+    """Those of the dataset's for the last frame that do not vanish at SAM2's size, by subject."""
     kept = []
     for subject in clip.last_frame_prompts:
         try:
-            kept.append(_sam2_prompt(clip, subject, tracker))
+            kept.append((subject.number, _sam2_prompt(clip, subject, tracker)))
         except ClipSkipped:  # dropped, as loading drops what lies outside the crop
             continue
     return kept

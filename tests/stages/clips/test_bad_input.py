@@ -338,15 +338,6 @@ CASES = {
         outcomes={"bad": "bad_prompt"},
         words="two masks have one number",
     ),
-    "masks of the last frame under other numbers": Case(
-        members=lambda t: [
-            ("bad.mp4", t.encode(t.counting_frames(9))),
-            *((f"bad.{name}.png", png(32, 48)) for name in ("mask.0", "mask.2")),
-            *((f"bad.{name}.png", png(32, 48)) for name in ("last.mask.0", "last.mask.1")),
-        ],
-        outcomes={"bad": "bad_prompt"},
-        words="mask.0.png, mask.2.png, last.mask.0.png, last.mask.1.png",
-    ),
     "a video of 2 GiB of zeros": Case(
         members=lambda t: [hole("bad.mp4", 2 << 30)],
         outcomes={"bad": "undecodable"},

@@ -95,8 +95,12 @@ def test_a_tar_gives_several_subjects_and_those_of_the_last_frame(tools, config,
     assert rows == [2, 9, 10]
     last = [int(p.mask_HW.any(axis=1).argmax()) for p in records["t/a"].last_frame_prompts]
     assert last == [0, 1] and records["t/a"].phrase is None
+    numbers = [prompt.number for prompt in records["t/a"].prompts]
+    assert numbers == [2, 9, 10]
+    assert [prompt.number for prompt in records["t/a"].last_frame_prompts] == [0, 1]
     assert [prompt.kind for prompt in records["t/b"].prompts] == ["box", "points"]
     assert records["t/b"].last_frame_prompts[0].box_xyxy == (5.0, 5.0, 20.0, 20.0)
+    assert records["t/b"].last_frame_prompts[0].number is None  # which of the two it is
     assert records["t/b"].phrase == "two dogs"
     assert records["t/c"].prompts == ()
     assert [prompt.kind for prompt in records["t/c"].last_frame_prompts] == ["mask"]

@@ -230,3 +230,34 @@ def test_a_mask_of_another_size_is_a_problem_even_beside_a_good_one(tools, confi
     good, other = (SubjectPrompt(mask_HW=np.ones(size, bool)) for size in ((32, 96), (16, 48)))
     clip = load_clip(tools.record_of(video, good, other), config())
     assert clip.prompts == () and "16x48" in clip.prompt_problem
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (SubjectPrompt(mask_HW=np.ones((16, 48), bool)), "16x48"),
+        (
+            SubjectPrompt(points_xy=np.array([[20.0, 9], [48, 33]]), point_labels=np.array([1, 0])),
+            "33",
+        ),
+        (SubjectPrompt(box_xyxy=(40.0, 4.0, 90.0, 20.0)), "middle of box"),
+    ],
+    ids=["mask", "points", "box"],
+)
+def test_prompts_made_on_a_video_of_another_size_are_told(tools, config, prompt, words):
+    good = SubjectPrompt(box_xyxy=(6.0, 4.0, 60.0, 20.0))  # detectors go over the edge
+    record = tools.record_of(tools.encode(tools.counting_frames(9)), good, prompt)
+    clip = load_clip(record, config())
+    assert clip.prompts == () and words in clip.prompt_problem
+    record = replace(record, prompts=(good,), last_frame_prompts=(prompt,))
+    clip = load_clip(record, config())
+    assert clip.prompts == clip.last_frame_prompts == ()
+    assert clip.prompt_problem.startswith("last_frame: ") and words in clip.prompt_problem
+
+
+def test_prompts_keep_their_numbers_when_the_crop_takes_others(tools, config):
+    gone = SubjectPrompt(box_xyxy=(0.0, 0.0, 3.0, 32.0), number=0)
+    left = SubjectPrompt(box_xyxy=(10.0, 4.0, 30.0, 20.0), number=1)
+    record = tools.record_of(tools.encode(tools.counting_frames(9)), gone, left)
+    clip = load_clip(record, config(width=32))
+    assert [prompt.number for prompt in clip.prompts] == [1]

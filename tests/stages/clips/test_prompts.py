@@ -7,7 +7,6 @@ from PIL import Image
 from stages.clips import SubjectPrompt
 from stages.clips.fields import (
     caption_from_fields,
-    decode_mask,
     last_frame_from_fields,
     phrase_from_fields,
     subjects_from_fields,
@@ -27,7 +26,7 @@ def kinds(prompts: tuple[SubjectPrompt, ...]) -> list[str]:
 def test_a_mask_outranks_a_box_and_a_box_points():
     fields = {"box_xyxy": [1, 2, 3, 4], "points": [[5, 6]]}
     mask = png(np.eye(4, dtype=np.uint8) * 255)
-    assert kinds(subjects_from_fields(fields, mask_pngs=[mask])) == ["mask"]
+    assert kinds(subjects_from_fields(fields, mask_pngs={0: mask})) == ["mask"]
     named = fields | {"mask": "m.png"}
     assert kinds(subjects_from_fields(named, read_mask=lambda name: mask)) == ["mask"]
     assert kinds(subjects_from_fields(named)) == ["box"]  # masks lie beside: the name means nothing
@@ -39,11 +38,13 @@ def test_a_mask_outranks_a_box_and_a_box_points():
 
 def test_several_subjects_are_told_apart():
     masks = {"a": png(np.eye(4, dtype=np.uint8)), "b": png(1 - np.eye(4, dtype=np.uint8))}
-    fields = {"subjects": [{"mask": "b"}, {"box_xyxy": [0, 0, 2, 2]}, {"points": [[1, 1]]}]}
+    fields = {"subjects": [{"mask": "b"}, {"box_xyxy": [0, 0, 2, 2]}, {"points": [[5, 6]]}]}
     prompts = subjects_from_fields(fields, read_mask=masks.__getitem__)
     assert kinds(prompts) == ["mask", "box", "points"]
     assert np.array_equal(prompts[0].mask_HW, ~np.eye(4, dtype=bool))
-    beside = subjects_from_fields({"box_xyxy": [0, 0, 2, 2]}, mask_pngs=list(masks.values()))
+    beside = subjects_from_fields(
+        {"box_xyxy": [0, 0, 2, 2]}, mask_pngs=dict(enumerate(masks.values()))
+    )
     assert kinds(beside) == ["mask", "mask"] and beside[0].mask_HW[0, 0]
     assert subjects_from_fields({"subjects": []}) == ()
 
@@ -53,7 +54,7 @@ def test_the_last_frame_has_its_own_subjects():
     box = {"box_xyxy": [0, 0, 2, 2]}
     fields = {"points": [[1, 1]], "last_frame": box}
     assert kinds(last_frame_from_fields(fields)) == ["box"]
-    assert kinds(last_frame_from_fields(fields, mask_pngs=[mask])) == ["mask"]
+    assert kinds(last_frame_from_fields(fields, mask_pngs={0: mask})) == ["mask"]
     assert kinds(last_frame_from_fields({"last_frame": {"subjects": [box, box]}})) == ["box"] * 2
     assert last_frame_from_fields(box) == last_frame_from_fields({"last_frame": {}}) == ()
     for bad in ([1], {"box_xyxy": [3]}):
@@ -64,12 +65,12 @@ def test_the_last_frame_has_its_own_subjects():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"subjects": [{"points": [[1, 1]]}], "box_xyxy": [0, 0, 1, 1]}, "both given"),
-        ({"subjects": [{"points": [[1, 1]]}], "mask": "m.png"}, "both given"),
-        ({"subjects": {"points": [[1, 1]]}}, "list of objects"),
+        ({"subjects": [{"points": [[5, 6]]}], "box_xyxy": [0, 0, 9, 9]}, "both given"),
+        ({"subjects": [{"points": [[5, 6]]}], "mask": "m.png"}, "both given"),
+        ({"subjects": {"points": [[5, 6]]}}, "list of objects"),
         ({"subjects": ["a dog"]}, "list of objects"),
-        ({"subjects": [{"points": [[1, 1]]}, {}]}, "subject 1 has none of mask, box_xyxy, points"),
-        ({"subjects": [{"points": [[1, 1]]}] * 65}, "at most 64"),
+        ({"subjects": [{"points": [[5, 6]]}, {}]}, "subject 1 has none of mask, box_xyxy, points"),
+        ({"subjects": [{"points": [[5, 6]]}] * 65}, "at most 64"),
     ],
 )
 def test_malformed_lists_of_subjects_are_refused(fields, words):
@@ -104,34 +105,75 @@ def test_malformed_prompts_are_refused(fields):
         subjects_from_fields(fields)
 
 
+def test_subjects_of_a_mask_are_chosen_by_their_values():
+    mask = np.zeros((9, 9), np.uint8)
+    mask[:3], mask[3:6] = 1, 2
+    read = {"m.png": png(mask)}.__getitem__
+
+    def rows(prompts: tuple[SubjectPrompt, ...]) -> list[list[int]]:
+        return [np.flatnonzero(prompt.mask_HW.all(axis=1)).tolist() for prompt in prompts]
+
+    first = {"mask": "m.png", "mask_ids": 2}
+    assert rows(subjects_from_fields(first, read_mask=read)) == [[3, 4, 5]]
+    both = {"mask": "m.png", "mask_ids": [1, 2]}
+    assert rows(subjects_from_fields(both, read_mask=read)) == [[0, 1, 2, 3, 4, 5]]
+    beside = subjects_from_fields({"mask_ids": [1]}, mask_pngs={0: png(mask)})
+    assert rows(beside) == [[0, 1, 2]]
+    each = {"subjects": [{"mask": "m.png", "mask_ids": number} for number in (2, 1)]}
+    assert rows(subjects_from_fields(each, read_mask=read)) == [[3, 4, 5], [0, 1, 2]]
+    # The subject is the same on the last frame, unless that says otherwise.
+    last = first | {"last_frame": {"mask": "m.png"}}
+    assert rows(last_frame_from_fields(last, read_mask=read)) == [[3, 4, 5]]
+    assert rows(last_frame_from_fields(first, mask_pngs={0: png(mask)})) == [[3, 4, 5]]
+    other = first | {"last_frame": {"mask": "m.png", "mask_ids": 1}}
+    assert rows(last_frame_from_fields(other, read_mask=read)) == [[0, 1, 2]]
+    assert last_frame_from_fields(first | {"last_frame": {"points": [[5, 6]]}})[0].kind == "points"
+    with pytest.raises(ValueError, match="the values 0, 1, 2, not black and white"):
+        subjects_from_fields({"mask": "m.png"}, read_mask=read)
+    for bad in ([], "1", 1.5, True, [-1], [True], {"a": 1}):
+        with pytest.raises(ValueError, match="mask_ids must be numbers"):
+            subjects_from_fields({"mask": "m.png", "mask_ids": bad}, read_mask=read)
+    with pytest.raises(ValueError, match="no mask that they could be values of"):
+        subjects_from_fields({"mask_ids": [1], "box_xyxy": [1, 2, 30, 40]}, read_mask=read)
+
+
+NORMALISED = [
+    {"box_xyxy": [0.1, 0.2, 0.6, 0.8]},
+    {"box_xyxy": [0, 0, 1, 1]},
+    {"box_xyxy": [-0.02, 0.1, 1.04, 0.9]},
+    {"points": [[0.5, 0.5]]},
+    {"points": [[0.5, 0.5], [0.1, 0.9]], "point_labels": [1, 0]},
+    {"points": [[1, 1]]},
+]
+
+
+@pytest.mark.parametrize("fields", NORMALISED)
+def test_shares_of_the_frame_are_refused(fields):
+    for given in (fields, {"subjects": [{"box_xyxy": [5, 6, 70, 80]}, fields]}):
+        with pytest.raises(
+            ValueError, match="within a pixel of the corner; coordinates are pixels"
+        ):
+            subjects_from_fields(given)
+        with pytest.raises(ValueError, match=r"last_frame: .* coordinates are pixels"):
+            last_frame_from_fields({"last_frame": given})
+
+
 @pytest.mark.parametrize(
-    "image",
-    [
-        np.array([[0, 255], [0, 0]], np.uint8),
-        np.array([[0, 1], [0, 0]], np.uint8),
-        np.array([[False, True], [False, False]]),
-        np.repeat(np.array([[0, 200], [0, 20]], np.uint8)[..., None], 3, axis=2),
-        np.array([[[9, 9, 9, 0], [255, 255, 255, 0]], [[0, 0, 0, 255]] * 2], np.uint8),
-    ],
-    ids=["grey", "indices", "1 bit", "RGB", "RGBA"],
+    "fields", [{"box_xyxy": [0.5, 0.5, 2, 3]}, {"points": [[0.5, 0.5], [20, 0.2]]}]
 )
-def test_masks_of_every_mode_read_alike(image):
-    assert decode_mask(png(image)).tolist() == [[False, True], [False, False]]
+def test_small_coordinates_in_pixels_are_taken(fields):
+    assert len(subjects_from_fields(fields)) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", png(np.eye(4, dtype=np.uint8))[:-30]])
-def test_unreadable_masks_are_refused(content):
-    with pytest.raises(ValueError, match="PNG"):
-        decode_mask(content)
-
-
-def test_a_giant_mask_is_refused_before_it_is_decoded():
-    giant = Image.new("1", (20_000, 4_000))
-    out = io.BytesIO()
-    giant.save(out, format="PNG")
-    assert len(out.getvalue()) < 50_000
-    with pytest.raises(ValueError, match="20000x4000"):
-        decode_mask(out.getvalue())
+def test_the_last_frames_subjects_are_the_firsts_by_number():
+    boxes = [{"box_xyxy": [0, 0, size, size]} for size in (10, 20, 30)]
+    first = subjects_from_fields({"subjects": boxes})
+    for count, numbers in ((3, [0, 1, 2]), (2, [None, None])):
+        fields = {"last_frame": {"subjects": boxes[:count]}}
+        last = last_frame_from_fields(fields, first=first)
+        assert [prompt.number for prompt in last] == numbers
+    one = last_frame_from_fields({"last_frame": boxes[0]}, first=first[2:])
+    assert [prompt.number for prompt in one] == [2]
 
 
 def test_a_prompt_is_exactly_one_thing():
