@@ -9,10 +9,10 @@ from typing import IO, Any
 
 import av
 import numpy as np
-from av.filter import Graph
 from av.sidedata.sidedata import Type as SideData
 
 from stages.clips.colour import Colour, colour_of
+from stages.clips.deinterlacing import Deinterlacer
 from stages.clips.limits import MAX_FRAME_PIXELS
 from stages.clips.orientation import Orientation, orientation_of
 from stages.clips.video_source import VideoSource, open_source
@@ -78,8 +78,6 @@ class VideoInfo:
     """By which decoded frames are turned upright."""
     pixel_aspect: float
     """Width over height of a pixel of the upright frame."""
-    stated_frames: int
-    """How many frames the headers promise; 0 when they do not say."""
     stream: str | None
     """Which of several video streams it is; None where there is one."""
 
@@ -150,7 +148,6 @@ def open_video(source: VideoSource) -> Iterator[tuple[VideoInfo, Iterator[Frame]
                 fps=rate,
                 orientation=first.orientation,
                 pixel_aspect=1 / aspect if first.orientation.rotation % 180 else aspect,
-                stated_frames=stream.frames,
                 stream=stream_name(container, stream),
             ),
             _chain(first, frames),
@@ -204,8 +201,7 @@ def _decode(container: Any, stream: Any, rate: Fraction) -> Iterator[Frame]:
     first: Frame | None = None
     size: tuple[int, int] | None = None
     time: Fraction | None = None
-    waiting: deque[Frame] = deque()
-    deinterlacer: Graph | None = None
+    deinterlacer: Deinterlacer[Frame] | None = None
     try:
         for decoded, stated in _decoded_frames(container, stream):
             if decoded.is_corrupt:
@@ -221,17 +217,15 @@ def _decode(container: Any, stream: Any, rate: Fraction) -> Iterator[Frame]:
             if frame.orientation != first.orientation:
                 raise VideoError("frames change the way in which they are to be turned")
             if frame.interlaced and deinterlacer is None:
-                deinterlacer = _deinterlacer(decoded, stream)
+                deinterlacer = Deinterlacer(decoded)
             if deinterlacer is None:
                 yield frame
                 continue
-            decoded.pts = None  # it may be missing or rise unevenly; frames come out in their order
-            waiting.append(frame)
-            deinterlacer.vpush(decoded)
-            yield from _filled(deinterlacer, waiting)
+            for whole, before in deinterlacer.push(decoded, frame):
+                yield replace(before, decoded=whole)
         if deinterlacer is not None:
-            deinterlacer.vpush(None)
-            yield from _filled(deinterlacer, waiting)
+            for whole, before in deinterlacer.flush():
+                yield replace(before, decoded=whole)
     except (av.error.FFmpegError, OSError, MemoryError) as error:
         raise VideoError(f"decoding failed: {_words(error)}") from error
 
@@ -279,34 +273,6 @@ def _frame(decoded: av.VideoFrame, time: Fraction, stream: Any) -> Frame:
         bool(decoded.interlaced_frame),
         decoded,
     )
-
-
-def _deinterlacer(decoded: av.VideoFrame, stream: Any) -> Graph:
-    """A filter that makes each frame of its first field, and leaves frames that are whole."""
-    graph = Graph()
-    source = graph.add_buffer(
-        width=decoded.width,
-        height=decoded.height,
-        format=decoded.format,
-        time_base=Fraction(stream.time_base or Fraction(1, 1000)),
-    )
-    nodes = (
-        source,
-        graph.add("bwdif", "mode=send_frame:deint=interlaced"),
-        graph.add("buffersink"),
-    )
-    graph.link_nodes(*nodes).configure()
-    return graph
-
-
-def _filled(deinterlacer: Graph, waiting: deque[Frame]) -> Iterator[Frame]:
-    """The frames that are ready, under the names of those that were put in, in order."""
-    while True:
-        try:
-            decoded = deinterlacer.vpull()
-        except (av.error.BlockingIOError, av.error.EOFError):
-            return
-        yield replace(waiting.popleft(), decoded=decoded)
 
 
 def _chain(first: Frame, rest: Iterator[Frame]) -> Iterator[Frame]:

@@ -21,7 +21,7 @@ def read_timeline(
     Args:
         source: The encoded file, or where it lies.
         num_frames: At least as many frames are covered, if there are as many.
-        seconds: At least as long a part from the first frame on is covered.
+        seconds: So long after the first frame, or longer, the last one is shown, if any is.
         limit: Of frames; what lies beyond is not read.
 
     Returns:
@@ -34,6 +34,7 @@ def read_timeline(
         tick = Fraction(stream.time_base or 0)
         unordered = lacks_times(container)
         shown: list[tuple[Fraction, Fraction]] = []
+        first: Fraction | None = None
         known_until: Fraction | None = None
         try:
             for packet in container.demux(stream):
@@ -47,10 +48,10 @@ def read_timeline(
                 known_until = None if packet.dts is None else packet.dts * tick
                 if len(shown) > limit:
                     break
-                if known_until is not None and len(shown) > num_frames:
-                    first = min(shown)[0]
-                    known = sum(time <= known_until for time, _ in shown)
-                    if known > num_frames and known_until - first >= seconds:
+                first = shown[-1][0] if first is None else min(first, shown[-1][0])
+                if known_until is not None and known_until - first >= seconds:
+                    known = [time for time, _ in shown if time <= known_until]
+                    if len(known) > num_frames and max(known) - first >= seconds:
                         break
             else:
                 known_until = None

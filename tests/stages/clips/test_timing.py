@@ -68,7 +68,7 @@ def test_ticks_that_are_the_frames_own_intervals_are_exact(rate):
     assert choice == shown_at(true, instants_of(49, 8))
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(
     gaps=st.lists(st.integers(1, 120), min_size=60, max_size=90),
     unit=st.sampled_from([MS, Fraction(1, 120), Fraction(1, 30)]),
@@ -232,3 +232,37 @@ def test_packets_that_are_never_shown_do_not_shift_the_frames(tools, config, mon
     )
     clip = load_clip(tools.record_of(video), config())
     assert tools.numbers_of(clip.frames_THWC) == [0, 3, 6, 9, 12, 15, 18, 21, 24]
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska", "mpegts"])
+@pytest.mark.parametrize("start", [-500, 0, 100_000])
+def test_times_count_from_the_first_frame_that_is_shown(container, start, tools, config):
+    times = [start + nearest(Fraction(1000 * index, 24)) for index in range(50)]
+    video = tools.encode(
+        tools.counting_frames(50),
+        fps=24,
+        container=container,
+        times=times,
+        options={"bframes": "0"},
+    )
+    clip = load_clip(tools.record_of(video), config())
+    # An mp4's edit list hides what comes before time 0.
+    first = sum(time < 0 for time in times) if container == "mp4" else 0
+    expected = shown_at([Fraction(index, 24) for index in range(50)], instants_of(9, 8))
+    assert tools.numbers_of(clip.frames_THWC) == [first + index for index in expected]
+
+
+def test_a_pause_in_which_the_clip_would_end_is_named(tools, config):
+    times = [*range(0, 1000, 125), *range(3000, 5000, 125)]
+    for num_frames in (17, 24):
+        video = tools.encode(
+            tools.counting_frames(num_frames),
+            container="matroska",
+            times=times[:num_frames],
+            options={"bframes": "0"},
+        )
+        with pytest.raises(ClipSkipped, match=r"no new frame between 0\.875 s and 3\.000 s"):
+            load_clip(tools.record_of(video), config())
+    only = tools.encode(tools.counting_frames(8), container="matroska", times=times[:8])
+    with pytest.raises(ClipSkipped, match="8 frames at 8 frames/s, needs 9"):
+        load_clip(tools.record_of(only), config())

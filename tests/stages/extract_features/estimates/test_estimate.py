@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import av
 import pytest
 
 from cache_schema import StoreReader
@@ -132,6 +133,28 @@ def test_reasons_are_those_of_each_kind(from_the_dataset, bad_folder):
     assert reasons("latents") == both | undecoded
     assert reasons("teacher") == both | undecoded | {"unprompted": "no_prompt"}
     assert reasons("masks") == reasons("teacher")
+
+
+def test_videos_whose_frames_are_converted_are_counted(from_the_dataset, bad_folder, draw_frames):
+    (bad_folder.path / "metadata.jsonl").write_text(
+        "\n".join(
+            json.dumps({"file_name": f"{name}.mp4", "caption": "x", "box_xyxy": BOX})
+            for name in ("a", "hdr", "hdr2")
+        )
+    )
+    for name in ("hdr", "hdr2"):
+        with av.open(bad_folder.path / f"{name}.mp4", "w") as muxer:
+            stream = muxer.add_stream("libx264", rate=8)
+            stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p10le"
+            stream.options = {"x264-params": "transfer=smpte2084:colorprim=bt2020"}
+            for image in draw_frames(12, 64, 96):
+                muxer.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            muxer.mux(stream.encode())
+    (found,) = survey(from_the_dataset, bad_folder)
+    assert found.conversions == {"PQ to SDR": 2, "BT.2020 to BT.709": 2} and not found.skipped
+    (found,) = survey(from_the_dataset, bad_folder.model_copy(update={"hdr": "skip"}))
+    assert [clip.reason for clip in found.skipped["latents"]] == ["hdr", "hdr"]
+    assert not found.conversions
 
 
 @pytest.mark.parametrize(
