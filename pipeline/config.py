@@ -82,6 +82,8 @@ NEEDED = ("data.path", "model.path")
 
 _NOT_GIVEN = "(not given)"
 
+_TAKES_PATTERNS = "data.path"
+
 
 def load_config(
     preset_or_path: str | None,
@@ -102,11 +104,12 @@ def load_config(
             the others.
 
     Raises:
-        ConfigError: no such preset or file, or none where one is needed; not YAML, or a key twice;
-            files that extend each other; an unknown key, with the closest known one; a value out
-            of range, with the range and the field's help.
+        ConfigError: no such preset or file, or none where one is needed; not YAML, or a key twice
+            in a file; files that extend each other; two data.path; an unknown key, with the closest
+            known one; a value out of range, with the range and the field's help.
     """
     tree = _from_nothing(needed) if preset_or_path is None else read_config(preset_or_path)
+    _refuse_expanded_pattern(overrides)
     for override in overrides:
         _apply(tree, override)
     tree = _resolve(tree, tree, "")
@@ -118,6 +121,16 @@ def load_config(
         raise ConfigError("\n".join(explain(error, SETTINGS))) from error
     _refuse_true_for_one(tree, config, "")
     return config
+
+
+def _refuse_expanded_pattern(overrides: Sequence[str]) -> None:
+    """A shell makes four settings of data.path=clips/{00000..00003}.tar; the last would win."""
+    given = [override for override in overrides if override.startswith(f"{_TAKES_PATTERNS}=")]
+    if len(set(given)) > 1:
+        raise ConfigError(
+            f"{given[0]} and {given[-1]} are both given; a pattern such as {{00000..00003}} stands "
+            "in quotes, or the shell expands it"
+        )
 
 
 def _from_nothing(needed: Sequence[str]) -> dict[str, Any]:
@@ -153,12 +166,14 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             f"{path}: {text!r} is not UTF-8, and could not be kept with what is made; rename the "
             "file or folder, or make a link to it under another name"
         )
-    try:
-        value = parse_yaml(text)
-    except YamlError as error:
-        raise ConfigError(f"{path}: cannot read the value {text!r} ({error})") from error
     *parents, leaf = path.split(".")
     setting = SETTINGS.get(path)
+    try:
+        # To YAML *.tar is an alias, and {00000..00003}.tar a mapping.
+        is_pattern = path == _TAKES_PATTERNS and text[:1] in ("*", "{", "[")
+        value = text if is_pattern else parse_yaml(text)
+    except YamlError as error:
+        raise ConfigError(f"{path}: cannot read the value {text!r} ({error})") from error
     holder = SETTINGS.get(".".join(parents))
     if setting is None and not (holder and holder.is_mapping):
         raise ConfigError(unknown_key(path, SETTINGS))

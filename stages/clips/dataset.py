@@ -210,7 +210,7 @@ def _no_captions(found: VideoFiles, layout: Layout) -> str:
     )
     elsewhere = "" if layout.files else how_to_convert(layout.root)
     return (
-        f"{layout.named} has {len(found)} video{'s' if len(found) > 1 else ''} and no caption. "
+        f"{layout.named if layout.files else layout.root} has {len(found)} video{'s' if len(found) > 1 else ''} and no caption. "
         f"{elsewhere}{'. ' if elsewhere else ''}"
         f"Expected {first.key}.txt beside {first.video_name}{paired}; or a metadata.jsonl with a "
         f'line per video, such as {{"file_name": "{first.video_name}", "caption": "…"}}'

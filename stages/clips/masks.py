@@ -83,7 +83,7 @@ def _with_ids(image: Image.Image, ids: Sequence[int]) -> np.ndarray:
     values = np.asarray(image)
     if values.ndim != 2:
         raise ValueError(f"mask_ids are values of a palette or of greys; the mask is {image.mode}")
-    mask_HW = np.isin(values.astype(np.int64), ids)
+    mask_HW = np.isin(values, np.array(ids, np.int64))
     if not mask_HW.any():
         raise ValueError(f"the mask has none of mask_ids {list(ids)}; it holds {_shown(values)}")
     return mask_HW
@@ -126,8 +126,10 @@ def _with_alpha(image_HWC: np.ndarray) -> np.ndarray:
 
 def _of_colours(image_HWC: np.ndarray) -> np.ndarray:
     """Of greys that are stored as colours, or of one colour on black."""
-    brightest = image_HWC.max(axis=2)
-    if np.ptp(image_HWC, axis=2).max() <= _COLOUR_NOISE:
+    red, green, blue = (image_HWC[..., channel] for channel in range(3))
+    brightest = np.maximum(np.maximum(red, green), blue)
+    darkest = np.minimum(np.minimum(red, green), blue)
+    if (brightest - darkest).max() <= _COLOUR_NOISE:
         return _of_greys(brightest)
     bright = image_HWC[brightest > brightest.max() / 2]
     colour = np.median(bright, axis=0)
@@ -145,7 +147,8 @@ def _of_colours(image_HWC: np.ndarray) -> np.ndarray:
 
 def _of_greys(values_HW: np.ndarray) -> np.ndarray:
     """Of black and one other grey, whatever its value."""
-    values_HW = values_HW.astype(np.int64)
+    if values_HW.dtype == np.bool_:
+        values_HW = values_HW.view(np.uint8)
     low, high = int(values_HW.min()), int(values_HW.max())
     if low == high:
         if high in (0, 1, 255, 65535):
@@ -170,15 +173,15 @@ def _of_greys(values_HW: np.ndarray) -> np.ndarray:
             f"{_example(levels)}"
         )
     quarter = (high - low) / 4
-    bright = int((values_HW > high - quarter).sum())
-    grey = int((values_HW > low + quarter).sum()) - bright
+    bright = np.count_nonzero(values_HW > int(high - quarter))
+    grey = np.count_nonzero(values_HW > int(low + quarter)) - bright
     # Of a small or blurred subject the edge may be most.
     if grey > bright and not (areas >= high - noise).any():
         raise ValueError(
             f"the mask is a picture of {len(levels)} greys from {low} to {high}; a mask is white "
             "on the subject and black elsewhere"
         )
-    return values_HW > (low + high) / 2
+    return values_HW > (low + high) // 2
 
 
 def _values_of_areas(values_HW: np.ndarray) -> np.ndarray:

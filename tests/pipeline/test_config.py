@@ -86,6 +86,18 @@ def test_later_overrides_win_and_leave_their_neighbours(minimal):
     assert (config.train.steps, config.train.seed) == (6, 7)
 
 
+@pytest.mark.parametrize("pattern", ["{00000..00003}.tar", "*.tar", "[0-3].tar", "a/{0,1}.tar"])
+def test_patterns_of_tars_are_no_yaml(minimal, pattern):
+    assert load_config(minimal, [f"data.path={pattern}"]).data.path == Path(pattern)
+
+
+def test_a_pattern_that_the_shell_expanded_is_refused(minimal):
+    expanded = [f"data.path=clips/{number:05d}.tar" for number in range(4)]
+    with pytest.raises(ConfigError, match="stands in quotes"):
+        load_config(minimal, expanded)
+    assert load_config(minimal, expanded[:1] * 2).data.path == Path("clips/00000.tar")
+
+
 def test_references_follow_overrides_and_defaults(minimal):
     config = load_config(
         minimal, ["data.path=${demo.root}/clips", "demo.root=elsewhere", "outputs=${cache}-out"]
