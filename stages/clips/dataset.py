@@ -208,9 +208,10 @@ def _no_captions(found: VideoFiles, layout: Layout) -> str:
         if lists
         else ""
     )
+    where = layout.named if layout.files else layout.root
     elsewhere = "" if layout.files else how_to_convert(layout.root)
     return (
-        f"{layout.named if layout.files else layout.root} has {len(found)} video{'s' if len(found) > 1 else ''} and no caption. "
+        f"{where} has {len(found)} video{'s' if len(found) > 1 else ''} and no caption. "
         f"{elsewhere}{'. ' if elsewhere else ''}"
         f"Expected {first.key}.txt beside {first.video_name}{paired}; or a metadata.jsonl with a "
         f'line per video, such as {{"file_name": "{first.video_name}", "caption": "…"}}'
