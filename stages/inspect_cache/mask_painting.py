@@ -29,6 +29,19 @@ def outline(mask_HW: np.ndarray, thickness: int) -> np.ndarray:
     return mask_HW & _grown(~mask_HW, thickness)
 
 
+def checks(shape: tuple[int, int], side: int) -> np.ndarray:
+    """Squares of `side` pixels, half of them true, so that a line in any direction meets both.
+
+    A chessboard whose blocks of two by two are flipped at random, the same way every time: stripes
+    and a plain chessboard are all one along some diagonals.
+    """
+    y_H, x_W = (np.arange(length) // side for length in shape)
+    blocks = (y_H.max() // 2 + 1, x_W.max() // 2 + 1)
+    flipped = np.random.default_rng(0).integers(0, 2, blocks)
+    flipped_HW = flipped[(y_H // 2)[:, None], (x_W // 2)[None]]
+    return (x_W[None] + y_H[:, None] + flipped_HW) % 2 == 0
+
+
 def tinted(
     image_HW3: np.ndarray, region_HW: np.ndarray, colour: Colour, share: float
 ) -> np.ndarray:

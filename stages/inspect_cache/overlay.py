@@ -33,8 +33,8 @@ def draw_overlay(
 ) -> Iterator[Drawing]:
     """Draw clips' tracked masks over their frames.
 
-    The forward mask is tinted and outlined, the backward mask outlined in another colour; frames
-    that are not valid are dimmed and framed; prompts stand on the frame they were given on.
+    Each direction's mask is tinted and outlined in its colour; where both outlines are one, the
+    colours take turns along it. Frames that are not valid are dimmed and framed; prompts stand on the frame they were given on.
 
     Args:
         reader: A masks store.

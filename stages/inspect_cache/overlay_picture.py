@@ -18,7 +18,9 @@ from stages.inspect_cache.lettering import (
     packed,
 )
 from stages.inspect_cache.mask_painting import (
+    checks,
     mask_at_size,
+    outline,
     outlined,
     prompt_painted,
     tinted,
@@ -30,6 +32,8 @@ from stages.inspect_cache.mask_painting import (
 FORWARD: Colour = (255, 40, 200)
 BACKWARD: Colour = (0, 225, 255)
 PROMPT: Colour = (255, 240, 60)
+_BOTH: Colour = (128, 132, 228)
+"""Halfway between the two tracks' colours."""
 _TINT = 0.35
 _DIMMED = 0.55
 _GAP = 8
@@ -106,12 +110,12 @@ def _panel(view: OverlayView, moment: int, size: tuple[int, int]) -> Image.Image
         image_HW3 = tinted(image_HW3, np.ones(image_HW3.shape[:2], bool), INK, _DIMMED)
     thickness = max(2, round(max(size) / 240))
     forward_HW = mask_at_size(view.forward_Thw[moment], size)
-    image_HW3 = tinted(image_HW3, forward_HW, FORWARD, _TINT)
-    # Twice as thick as the backward one: it shows beneath it where both agree.
-    image_HW3 = outlined(image_HW3, forward_HW, FORWARD, 2 * thickness)
-    if view.backward_Thw is not None:
+    if view.backward_Thw is None:
+        image_HW3 = tinted(image_HW3, forward_HW, FORWARD, _TINT)
+        image_HW3 = outlined(image_HW3, forward_HW, FORWARD, thickness)
+    else:
         backward_HW = mask_at_size(view.backward_Thw[moment], size)
-        image_HW3 = outlined(image_HW3, backward_HW, BACKWARD, thickness)
+        image_HW3 = _both_tracks(image_HW3, forward_HW, backward_HW, thickness)
     prompts = view.prompts.get(moment, ())
     scale = size[0] / view.frame_size[0], size[1] / view.frame_size[1]
     for prompt in prompts:
@@ -119,6 +123,22 @@ def _panel(view: OverlayView, moment: int, size: tuple[int, int]) -> Image.Image
     image = Image.fromarray(image_HW3)
     _label(image, moment, valid=valid, prompted=bool(prompts), thickness=2 * thickness)
     return image
+
+
+def _both_tracks(
+    image_HW3: np.ndarray, forward_HW: np.ndarray, backward_HW: np.ndarray, thickness: int
+) -> np.ndarray:
+    """Both masks, neither of which hides the other: where their outlines meet, they take turns."""
+    for region_HW, colour in (
+        (forward_HW & ~backward_HW, FORWARD),
+        (backward_HW & ~forward_HW, BACKWARD),
+        (forward_HW & backward_HW, _BOTH),
+    ):
+        image_HW3 = tinted(image_HW3, region_HW, colour, _TINT)
+    image_HW3 = outlined(image_HW3, forward_HW, FORWARD, thickness)
+    image_HW3 = outlined(image_HW3, backward_HW, BACKWARD, thickness)
+    shared_HW = outline(forward_HW, thickness) & outline(backward_HW, thickness)
+    return tinted(image_HW3, shared_HW & checks(shared_HW.shape, 3 * thickness), FORWARD, 1.0)
 
 
 def _label(image: Image.Image, moment: int, *, valid: bool, prompted: bool, thickness: int) -> None:
@@ -159,7 +179,8 @@ def _framed(view: OverlayView, panels: Sequence[Image.Image], columns: int) -> I
 def _legend(view: OverlayView, width: int) -> Image.Image:
     """What the colours mean, in as many lines as they need."""
     entries = [("forward track", FORWARD)]
-    entries += [("backward track", BACKWARD)] if view.backward_Thw is not None else []
+    if view.backward_Thw is not None:
+        entries += [("backward track", BACKWARD), ("both: outlines take turns", _BOTH)]
     entries += [("prompt", PROMPT)] if view.prompts else []
     entries += [] if view.valid_T.all() else [("not valid: left out of training", WARNING)]
     places: list[tuple[int, int, str, Colour]] = []

@@ -3,6 +3,7 @@ import pytest
 
 from stages.clips import SubjectPrompt
 from stages.inspect_cache.mask_painting import (
+    checks,
     mask_at_size,
     outline,
     outlined,
@@ -90,3 +91,13 @@ def test_a_point_off_the_subject_has_no_colour():
     painted = prompt_painted(image_HW3, prompt, COLOUR, scale=(2.0, 2.0), thickness=1)
     assert (painted[30, 50] == COLOUR).all()
     assert (painted[10, 20] == 0).all()
+
+
+@pytest.mark.parametrize("step", [(0, 1), (1, 0), (1, 1), (1, -1), (1, 2), (2, -1), (3, 1)])
+def test_a_line_in_any_direction_meets_both_kinds_of_checks(step):
+    checked_HW = checks((213, 320), 6)
+    assert abs(checked_HW.mean() - 0.5) < 0.05
+    for start in range(60, 150, 7):
+        x_N = np.clip(start + step[1] * np.arange(60), 0, 319)
+        y_N = np.clip(start + step[0] * np.arange(60), 0, 212)
+        assert 0.2 < checked_HW[y_N, x_N].mean() < 0.8
