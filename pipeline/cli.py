@@ -23,6 +23,7 @@ from pipeline.cli_parts import (
     settings_of_run,
 )
 from pipeline.console import Answer, print_file, print_json, write_any_text
+from pipeline.inspect_cli import inspect
 from pipeline.launch import take_place_from_slurm
 
 app = typer.Typer(
@@ -335,49 +336,7 @@ def report(
     finish(answer, as_json)
 
 
-@app.command()
-def inspect(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="STORE KEY=VALUE",
-            help="The store: teacher or gram_flow (by default the one that train.teacher_form "
-            "names), masks (the default with --overlay), latents, text, or a store's folder; then "
-            "settings to change.",
-            show_default=False,
-        ),
-    ] = None,
-    config: Config = None,
-    clip: Annotated[
-        str | None, typer.Option("--clip", help="The clip's key; by default the store's first.")
-    ] = None,
-    every_clip: Annotated[bool, typer.Option("--all", help="Draw every clip.")] = False,
-    overlay: Annotated[
-        bool,
-        typer.Option("--overlay", help="Draw the tracked masks over the clip's own frames."),
-    ] = False,
-    out: Annotated[
-        Path | None, typer.Option(file_okay=False, help="Folder for the picture and the video.")
-    ] = None,
-    as_json: Json = False,
-    traceback: Traceback = False,
-) -> None:
-    """Print what a store holds, and draw a clip: frames, feature colours, flow, or masks."""
-    from pipeline.commands import inspect as command
-
-    store, overrides = None, list(arguments or [])
-    if overrides and ("=" not in overrides[0] or Path(overrides[0]).exists()):
-        store = overrides.pop(0)
-    if clip is not None and every_clip:
-        raise typer.BadParameter("--all draws every clip; leave --clip out")
-    settings = load_settings(config, overrides, traceback, needed=())
-    answer = carry_out(
-        lambda p: command.run(
-            settings, p, store=store, clip=clip, every_clip=every_clip, overlay=overlay, out=out
-        ),
-        traceback,
-    )
-    finish(answer, as_json)
+app.command()(inspect)
 
 
 @app.command()

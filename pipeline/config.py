@@ -80,7 +80,8 @@ SETTINGS = {setting.path: setting for setting in settings_of(RunConfig)}
 NEEDED = ("data.path", "model.path")
 """The settings without a default."""
 
-_NOT_GIVEN = "(not given)"
+NOT_GIVEN = "(not given)"
+"""Stands in the place of a setting that the command does without."""
 
 _TAKES_PATTERNS = "data.path"
 
@@ -138,7 +139,7 @@ def _from_nothing(needed: Sequence[str]) -> dict[str, Any]:
     tree: dict[str, Any] = {"name": "settings"}
     for key in NEEDED:
         section, _, leaf = key.partition(".")
-        tree[section] = {} if key in needed else {leaf: _NOT_GIVEN}
+        tree[section] = {} if key in needed else {leaf: NOT_GIVEN}
     return tree
 
 

@@ -38,6 +38,8 @@ class Answer:
     notes: list[str] = field(default_factory=list)
     """Lines under the table, such as the paths of what was made."""
     exit_code: int = 0
+    text: str | None = None
+    """Printed as it is in place of title, rows and notes: CSV."""
 
 
 def present(answer: Answer, *, as_json: bool) -> None:
@@ -47,8 +49,11 @@ def present(answer: Answer, *, as_json: bool) -> None:
     if as_json:
         print_json(answer.data)
         return
+    if answer.text is not None:
+        print_file(answer.text)
+        return
     console = Console()
-    if console.width < _NARROWEST_TABLE:
+    if console.width < _NARROWEST_TABLE or not answer.rows:
         lines = [answer.title, *(f"{name}: {value}" for name, value in answer.rows)]
         console.print(Text("\n".join(lines)), soft_wrap=True)
     else:
@@ -158,13 +163,14 @@ class _Bars:
             TextColumn("{task.fields[note]}", markup=False),
             console=Console(stderr=True),
         )
+        self._shown = False
 
     def __enter__(self) -> "_Bars":
-        self._bars.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._bars.stop()
+        if self._shown:  # else there is nothing to end, and rich would print an empty line
+            self._bars.stop()
 
     @contextmanager
     def task(
@@ -172,6 +178,9 @@ class _Bars:
     ) -> Iterator[Task]:
         """Open a bar; it stays, stopped, when the block ends."""
         check_stop()
+        if not self._shown:
+            self._bars.start()
+            self._shown = True
         bar = self._bars.add_task(description, total=total, completed=completed, unit=unit, note="")
         try:
             yield _Bar(self._bars, bar)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from cache_schema import SCHEMA_VERSION, StoreReader, find_store
+from cache_schema import SCHEMA_VERSION, ClipEntry, ClipMissing, StoreReader, find_store
 from cache_schema.layout import STORE_FILE
 from cache_schema.places import is_url
+from pipeline.commands.inspect_facts import clip_facts, nearest_keys, store_facts
 from pipeline.commands.skipped_notes import skipped_notes
-from pipeline.config import ConfigError, RunConfig
+from pipeline.config import NOT_GIVEN, ConfigError, RunConfig
 from pipeline.console import Answer, in_bytes
 from stages.extract_features.config import Kind
 from stages.progress import Progress
@@ -30,9 +31,10 @@ def run(
     clip: str | None = None,
     every_clip: bool = False,
     overlay: bool = False,
+    verbose: bool = False,
     out: Path | None = None,
 ) -> Answer:
-    """Read a store's manifest and draw one clip, or all of them.
+    """Tell what a store holds, and draw one of its clips, or all of them.
 
     Args:
         config: The whole configuration.
@@ -42,25 +44,26 @@ def run(
         clip: The clip's key; None takes the first.
         every_clip: Draw all clips of the store; what is told of one is told of the first.
         overlay: Draw the masks of a masks store over the clip's own frames.
+        verbose: Show every setting of the store and all that is known of the clip.
         out: Folder of the pictures; None takes one named for the store in `config.outputs`.
     """
-    if store is None:
-        store = "masks" if overlay else KIND_OF_FORM[config.train.teacher_form]
-    reader = _open_store(config, store)
+    reader = open_store(config, store, overlay=overlay)
     kind = reader.settings.kind
     if overlay and kind != "masks":
         raise ConfigError(f"--overlay draws a masks store; {reader.name} is a {kind}")
     if clip is None and len(reader):
         clip = reader.keys[0]
-    entry = None if clip is None else reader.record(clip)
+    entry = None if clip is None else _record(reader, clip)
     data = _manifest(reader)
-    rows = _rows(data)
-    notes = skipped_notes((kind, clip) for clip in reader.skipped)
     if entry is not None:
         data["clip"] = {"shard": entry.shard, "source": entry.source, **entry.as_dict()}
-        rows += [("clip", entry.key)] + [
-            (f"  {name}", _inline(value)) for name, value in data["clip"].items() if name != "key"
-        ]
+    if verbose:
+        rows = _all_rows(data)
+        notes = skipped_notes((kind, clip) for clip in reader.skipped)
+    else:
+        rows = [*store_facts(reader), *([] if entry is None else clip_facts(entry))]
+        notes = ["--verbose prints every setting, --list every clip"]
+    if entry is not None:
         keys = reader.keys if every_clip else (entry.key,)
         draw = _overlays if overlay else _pictures
         drawn = draw(config, progress, reader, keys, out or config.outputs / reader.name)
@@ -69,7 +72,15 @@ def run(
     return Answer(title=title, rows=rows, data=data, notes=notes)
 
 
-def _open_store(config: RunConfig, store: str) -> StoreReader:
+def open_store(config: RunConfig, store: str | None, *, overlay: bool = False) -> StoreReader:
+    """Open a store by kind, folder in the cache, path or URL.
+
+    Raises:
+        ConfigError: it is none of them.
+        CacheError: there is no such store, or several.
+    """
+    if store is None:
+        store = "masks" if overlay else KIND_OF_FORM[config.train.teacher_form]
     root = config.cache_root
     if is_url(store):
         return StoreReader(store)
@@ -114,7 +125,17 @@ def _manifest(reader: StoreReader) -> dict[str, Any]:
     }
 
 
-def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
+def _record(reader: StoreReader, clip: str) -> ClipEntry:
+    try:
+        return reader.record(clip)
+    except ClipMissing as error:
+        near = nearest_keys(clip, reader.keys)
+        meant = f"did you mean {' or '.join(near)}? " if near else ""
+        error.add_note(f"{meant}inspect --list prints every clip")
+        raise
+
+
+def _all_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("store", data["store"]),
         ("schema version", str(data["schema_version"])),
@@ -129,6 +150,9 @@ def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("settings", data["settings_hash"]))
     rows += [(f"  {name}", _inline(value)) for name, value in data["values"].items()]
     rows.append(("made with", _inline(data["made_with"])))
+    if clip := data.get("clip"):
+        rows.append(("clip", clip["key"]))
+        rows += [(f"  {name}", _inline(value)) for name, value in clip.items() if name != "key"]
     return rows
 
 
@@ -175,13 +199,13 @@ def _pictures(
 
 
 def _size_of(config: RunConfig, reader: StoreReader) -> ClipsConfig:
-    """The size of the store's clips, of those that `data.buckets` names."""
+    """The dataset, with the length, size and rate that the store's clips were brought to."""
     cut = reader.settings.values.get("clips")
-    told = cut if isinstance(cut, dict) else {}
-    for size in config.data.sizes:
-        if all(told.get(name) == getattr(size, name) for name in ("num_frames", "height", "width")):
-            return size
-    return config.data.sizes[0]
+    told: dict[str, Any] = dict(cut) if isinstance(cut, dict) else {}
+    if not told:
+        return config.data.sizes[0]
+    known = {name: told[name] for name in type(config.data).model_fields if name in told}
+    return config.data.model_copy(update=known | {"buckets": ()})
 
 
 def _overlays(
@@ -191,6 +215,10 @@ def _overlays(
     from stages.clips import open_dataset
     from stages.inspect_cache.overlay import draw_overlay
 
+    if config.data.path == Path(NOT_GIVEN):
+        raise ConfigError(
+            "--overlay draws over the clips' own frames; set data.path=…, or --config"
+        )
     dataset = open_dataset(config.data)
     clips = _size_of(config, reader)
     drawings = draw_overlay(

@@ -8,6 +8,7 @@ import numpy as np
 
 from cache_schema import ClipEntry, StoreReader
 from stages.clips import Clip, ClipDataset, ClipsConfig, SubjectPrompt
+from stages.inspect_cache.clip_facts import facts_of
 from stages.inspect_cache.drawing import USUAL_FPS, Drawing, FileStems, write_drawing
 from stages.inspect_cache.overlay_picture import (
     OverlayView,
@@ -34,7 +35,8 @@ def draw_overlay(
     """Draw clips' tracked masks over their frames.
 
     Each direction's mask is tinted and outlined in its colour; where both outlines are one, the
-    colours take turns along it. Frames that are not valid are dimmed and framed; prompts stand on the frame they were given on.
+    colours take turns along it. Frames that are not valid are dimmed and framed; prompts stand on
+    the frame they were given on.
 
     Args:
         reader: A masks store.
@@ -105,26 +107,6 @@ def _moments(view: OverlayView) -> list[int]:
     """The sheet's frames: among them where prompts are, and where the track is first not valid."""
     invalid = np.flatnonzero(~view.valid_T)[:1].tolist()
     return sheet_moments(len(view.valid_T), _SHEET_FRAMES, [*sorted(view.prompts), *invalid])
-
-
-def facts_of(attributes: Mapping[str, Any], num_frames: int) -> tuple[str, ...]:
-    """What a masks store knows of a clip, in a few words each: the prompt, then the track."""
-    prompt = attributes["prompt"]
-    kinds = "+".join(prompt["kinds"])
-    facts = [f"prompt: {prompt['source']} {kinds} on frame {prompt['frame']}"]
-    if prompt.get("phrase"):
-        facts.append(f"looked for {prompt['phrase']!r}")
-    if "moves" in prompt:
-        speed = f"moves {prompt['tokens_per_frame']:.2f} tokens a frame"
-        facts.append(speed if prompt["moves"] else "stands still")
-    if prompt["confidence"] is not None:
-        facts.append(f"confidence {prompt['confidence']:.2f}")
-    if attributes["quality"] is not None:
-        facts.append(f"cycle consistency {attributes['quality']:.2f}")
-    facts.append(f"{attributes['valid_frames']} of {num_frames} frames valid")
-    if attributes["lost_at"] is not None:
-        facts.append(f"lost at frame {attributes['lost_at']}")
-    return tuple(facts)
 
 
 def prompts_of(

@@ -309,6 +309,7 @@ def test_inspect_passes_the_clip_and_the_folder_on(monkeypatch):
         "clip": "a=b/c",
         "every_clip": False,
         "overlay": False,
+        "verbose": False,
         "out": Path("pictures"),
     }
 

@@ -253,7 +253,7 @@ class TestInspect:
 
     def test_the_manifest_and_the_clip_are_told_and_drawn(self, config, store, features):
         path = store("teacher", features)
-        answer = inspect.run(config, QUIET)
+        answer = inspect.run(config, QUIET, verbose=True)
         rows = dict(answer.rows)
         assert rows["array features"] == "float16 [t 9, h 2, w 3, c 8]"
         assert rows["clips"] == "1, and 1 skipped"
@@ -329,7 +329,7 @@ class TestInspect:
                 fingerprint=fingerprint_of("walk/7"),
             )
             shard.commit()
-        answer = inspect.run(config, QUIET, store="gram_flow")
+        answer = inspect.run(config, QUIET, store="gram_flow", verbose=True)
         told = "float16 [p 8, h 2, w 3, k 9], blosc-zstd-shuffle"
         assert dict(answer.rows)["array gram_flow"] == told
         assert answer.data["arrays"]["gram_flow"]["compression"] == "blosc-zstd-shuffle"

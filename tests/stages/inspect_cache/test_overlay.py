@@ -5,7 +5,8 @@ from PIL import Image
 from cache_schema import ClipMissing, StoreReader
 from stages.clips import Clip, ClipsConfig, SubjectPrompt, read_video
 from stages.clips.geometry import cover_and_crop
-from stages.inspect_cache.overlay import draw_overlay, facts_of, prompts_of
+from stages.inspect_cache.clip_facts import facts_of
+from stages.inspect_cache.overlay import draw_overlay, prompts_of
 from stages.inspect_cache.overlay_picture import BACKWARD, FORWARD, PROMPT, sheet_moments
 from stages.progress import SilentProgress
 

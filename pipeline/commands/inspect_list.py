@@ -1,0 +1,85 @@
+"""`inspect --list`: the clips of a store with their quality, lost frames and prompts."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from cache_schema import StoreReader
+from pipeline.commands.skipped_notes import counted_reasons
+from pipeline.config import ConfigError
+from pipeline.console import Answer
+
+if TYPE_CHECKING:
+    from stages.inspect_cache.clip_facts import ClipLine
+
+
+def list_clips(reader: StoreReader, *, sort: str | None, as_csv: bool) -> Answer:
+    """List the clips of a store.
+
+    Args:
+        reader: the store.
+        sort: a column, ascending, with a dash before it descending; None keeps the store's order.
+            What has no value comes last.
+        as_csv: answer with CSV in place of a table.
+
+    Raises:
+        ConfigError: no such column.
+        CacheError: a record is damaged.
+    """
+    from stages.inspect_cache.clip_facts import COLUMNS, clip_lines
+
+    column = (sort or "").removeprefix("-")
+    if column and column not in COLUMNS:
+        raise ConfigError(
+            f"--sort {sort}: there is no such column; there are {', '.join(COLUMNS)}, and -quality "
+            "begins with the best"
+        )
+    lines = list(clip_lines(reader))
+    if column:
+        lines = _sorted(lines, column, descending=(sort or "").startswith("-"))
+    rows = [asdict(line) for line in lines]
+    shown = [name for name in COLUMNS if any(row[name] is not None for row in rows)]
+    reasons = f": {counted_reasons(reader.skipped)}" if reader.skipped else ""
+    return Answer(
+        title=f"{len(rows)} clips in {reader.name}, and {len(reader.skipped)} skipped{reasons}",
+        rows=[],
+        data={
+            "store": str(reader.path),
+            "kind": reader.settings.kind,
+            "clips": rows,
+            "skipped": [clip.as_dict() | {"shard": clip.shard} for clip in reader.skipped],
+        },
+        notes=_columns(shown, [[_shown(row[name]) for name in shown] for row in rows]),
+        text=_csv(COLUMNS, rows) if as_csv else None,
+    )
+
+
+def _sorted(lines: Sequence[ClipLine], column: str, *, descending: bool) -> list[ClipLine]:
+    known = [line for line in lines if getattr(line, column) is not None]
+    known.sort(key=lambda line: getattr(line, column), reverse=descending)
+    return [*known, *(line for line in lines if getattr(line, column) is None)]
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _columns(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of aligned columns; a long key makes its column wider, and is never cut."""
+    table = [list(names), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
+
+
+def _csv(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
