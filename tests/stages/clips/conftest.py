@@ -21,6 +21,10 @@ _FINEST = {
 }
 
 
+B_FRAMES = {"bf": "3", "x264-params": "b-adapt=0:scenecut=0:keyint=250"}
+"""Options by which x264 makes B-frames of any frames, shown in another order than decoded."""
+
+
 def encode(
     frames_THWC: np.ndarray,
     *,
@@ -119,6 +123,7 @@ def tools() -> Any:
     """The functions of this file: test modules cannot import one another."""
 
     class Tools:
+        B_FRAMES = B_FRAMES
         encode = staticmethod(encode)
         counting_frames = staticmethod(counting_frames)
         numbers_of = staticmethod(numbers_of)

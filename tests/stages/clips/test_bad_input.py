@@ -94,7 +94,7 @@ def uneven(tools: Any, container: str) -> bytes:
     times = [0, 20, 130, 140, 240, 260, 370, 380, 490, 520, 600, 640, 740, 760, 870, 880, 990, 1020]
     return tools.encode(
         tools.counting_frames(18), fps=16, container=container, times=times,
-        options={"bframes": "0"},
+        options={"bf": "0"},
     )  # fmt: skip
 
 

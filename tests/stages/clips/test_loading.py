@@ -53,7 +53,7 @@ def test_uneven_times_are_honoured(tools, config, container):
     times = [0, 20, 130, 140, 240, 260, 370, 380, 490, 520, 600, 640, 740, 760, 870, 880, 990, 1020]
     video = tools.encode(
         tools.counting_frames(18), fps=16, container=container, times=times,
-        options={"bframes": "0"},
+        options={"bf": "0"},
     )  # fmt: skip
     clip = load_clip(tools.record_of(video), config())
     assert tools.numbers_of(clip.frames_THWC) == [0, 1, 4, 6, 8, 10, 12, 14, 16]
@@ -63,7 +63,7 @@ def test_a_pause_is_skipped_rather_than_filled_with_copies(tools, config):
     times = [0, 60, 120, 180, 600, 660, 720, 780, 840, 900, 960]
     video = tools.encode(
         tools.counting_frames(11), fps=16, container="matroska", times=times,
-        options={"bframes": "0"},
+        options={"bf": "0"},
     )  # fmt: skip
     assert reason_of(tools.record_of(video), config()) == "fps_too_low"
 
