@@ -51,8 +51,8 @@ def run(config: RunConfig, progress: Progress, *, retry_failed: bool = False) ->
         rows.append(("  skipped", reasons if kind.skipped else "none"))
         if kind.captions_cut:
             notes.append(
-                f"{kind.captions_cut} captions are longer than the text encoder reads; their ends "
-                "were cut off (tokens_cut in each clip's attributes)"
+                f"captions longer than the text encoder reads, cut at its length: "
+                f"{kind.captions_cut} (tokens_cut in each clip's attributes)"
             )
         rows.append(("  size, time", f"{in_bytes(kind.bytes)}, {in_time(kind.seconds)}"))
         data[kind.name] = {

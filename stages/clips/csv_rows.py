@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from stages.clips.keys import has_video_suffix
+
+_CELL = r'[ ]*+(?:"(?:[^"]|"")*+"|[^",\r\n]*+)'
+_RECORD = re.compile(rf"{_CELL}(?:,{_CELL})*+[\r\n]*+")
+"""RFC 4180: a cell with a quote in it stands in quotes."""
 
 Row = dict[str, str]
 """Cells by column, without those that are empty."""
@@ -93,16 +98,16 @@ def _reader(lines: Sequence[str], start: int) -> Any:
 
 
 def _check_lines(lines: Sequence[str], start: int, stop: int, columns: Sequence[str]) -> None:
-    """Refuse a record that took in a line which reads as a record by itself.
+    """Refuse quotes inside cells without quotes, and a record that took in another one.
 
     A quote that was left open can meet the opening quote of a later record.
     """
+    if not _RECORD.fullmatch("".join(lines[start:stop])):
+        raise ValueError("a quote stands inside a cell that is not in quotes")
     for number in range(start + 1, stop):
-        cells: list[str] = []
-        try:
-            cells = next(_reader(lines[number : number + 1], 0), [])
-        except csv.Error:
+        if not _RECORD.fullmatch(lines[number]):
             continue
+        cells: list[str] = next(_reader(lines[number : number + 1], 0), [])
         place = columns.index("file_name")
         is_whole = place < len(cells) <= len(columns) and len(cells) >= min(2, len(columns))
         if is_whole and has_video_suffix(cells[place].strip()):

@@ -173,7 +173,7 @@ def _clip_list(layout: Layout) -> tuple[_ClipList, str]:
     if metadata.unread_fields:
         shown = ", ".join(metadata.unread_fields[:8])
         more = f" and {len(metadata.unread_fields) - 8} more" if metadata.unread_fields[8:] else ""
-        words.append(f"fields that mean nothing here: {shown}{more}")
+        words.append(f"fields not read: {shown}{more}")
     return metadata, "; ".join(words)
 
 

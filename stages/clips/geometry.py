@@ -80,7 +80,7 @@ class FrameGeometry:
         if mask_HW.shape != (self.source_height, self.source_width):
             raise ValueError(
                 f"mask is {mask_HW.shape[0]}x{mask_HW.shape[1]} (HxW) but the video is "
-                f"{self.source_height}x{self.source_width}; draw it on the video's first frame"
+                f"{self.source_height}x{self.source_width}; draw it at the video's own size"
             )
         if self.is_identity:
             return mask_HW

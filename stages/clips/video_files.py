@@ -54,9 +54,18 @@ class VideoFiles:
 
     @classmethod
     def in_folder(cls, root: Path) -> "VideoFiles":
-        """All videos in a folder and those below it; hidden files and folders are left out."""
-        found = []
-        for folder, below, names in os.walk(root):
+        """All videos in a folder and those below it; hidden files and folders are left out.
+
+        Links to folders are followed; a folder that several lead to is looked through once.
+        """
+        found: list[Path] = []
+        seen: set[str] = set()
+        for folder, below, names in os.walk(root, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in seen:
+                below.clear()
+                continue
+            seen.add(real)
             below[:] = sorted(name for name in below if not _is_hidden(name))
             found += [Path(folder, name) for name in sorted(names) if not _is_hidden(name)]
         return cls.of(root, (path for path in found if has_video_suffix(path.name)), found)

@@ -66,7 +66,8 @@ def extract_features(
             "processes; run it without torchrun, or with extract.engine=local"
         )
     dataset = open_dataset(clips)
-    progress.log(f"dataset: {dataset.layout}")
+    if rank == 0:
+        progress.log(f"dataset: {dataset.layout}")
     shards = {shard.name: shard for shard in dataset.shards}
     engine: RayEngine | LocalEngine
     if config.engine == "ray":

@@ -106,7 +106,7 @@ class TestExtract:
         assert answer.notes[0] == "teacher skipped clip/0: too_short (3 frames)"
         assert "and 10 more" in answer.notes[20]
         assert answer.notes[22] == "all that was left out, one per line: cache/failures.jsonl"
-        assert answer.notes[21].startswith("2 captions are longer than the text encoder reads")
+        assert "cut at its length: 2" in answer.notes[21]
         assert answer.data["failures"] == "cache/failures.jsonl"
         assert len(answer.data["teacher"]["skipped"]) == 30
         json.dumps(answer.data)

@@ -136,6 +136,15 @@ def test_videos_with_captions_beside_them(fill, config, tools):
     )
 
 
+def test_links_to_folders_are_followed_once(fill, config):
+    root = fill({"a.mp4": "", "a.txt": "A"})
+    elsewhere = fill({"b.mp4": "", "b.txt": "B"}, folder="elsewhere")
+    (root / "linked").symlink_to(elsewhere)
+    (root / "linked_again").symlink_to(elsewhere)
+    (root / "circle").symlink_to(root)
+    assert captions(config(path=root)) == {"a": "A", "linked/b": "B"}
+
+
 def test_what_is_there_twice_beside_a_video_is_refused(fill, config):
     root = fill({"a.mp4": "", "a.mov": "", "a.txt": "A", "b.mp4": "", "b.txt": "B", "b.TXT": "C"})
     found = [
@@ -232,7 +241,7 @@ def test_captions_in_another_column(name, column, fill, config):
         text = "\n".join(map(json.dumps, rows))
     root = fill({"a.mp4": "", "b.mp4": "", name: text})
     assert captions(config(path=root)) == {"a": "A dog.", "b": "B"}
-    words = f"{name}; captions from its {column}; fields that mean nothing here: fps"
+    words = f"{name}; captions from its {column}; fields not read: fps"
     assert open_dataset(config(path=root)).layout == words
 
 
