@@ -30,18 +30,24 @@ def steps(config: RunConfig) -> Iterator[tuple[str, Step]]:
 
 
 def summary(answers: dict[str, Answer]) -> Answer:
-    """Sum the road up: where its video, its picture and the training's page lie."""
+    """Sum the road up: what training did to the held-out clips, and where there is what to see."""
     video = answers["sample"].data["video"]
     picture = answers["inspect"].data["picture"]
     page = answers["train"].data["page"]
-    rows = [("sampled video", video), ("picture of the cache", picture)]
+    made = [("sampled video", video), ("picture of the cache", picture)]
     if page is not None:
-        rows.append(("page of the training", page))
+        made.append(("page of the training", page))
+    trained = answers["train"].data["figures"]
+    held_out = [
+        (name, f"{figure['value']} ({figure['note']})")
+        for name, figure in trained.items()
+        if name.startswith("held-out")
+    ]
     return Answer(
         title="the demo is done",
-        rows=rows,
+        rows=[*held_out, *made],
         data={name: answer.data for name, answer in answers.items()},
-        notes=[path for _, path in rows],
+        notes=[path for _, path in made],
     )
 
 

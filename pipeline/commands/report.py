@@ -18,7 +18,7 @@ def run(
         run_dir: The run; None takes `config.train.run_dir`.
         out: The .html to write; None makes report.html in the run's folder.
     """
-    from stages.run_report.figures import figures
+    from stages.run_report.figures import by_name, figures
     from stages.run_report.records import read_run
     from stages.run_report.report import write_report
 
@@ -28,7 +28,7 @@ def run(
         page = write_report(run_dir, out)
         task.advance()
     size = page.stat().st_size
-    rows = [(one.name, f"{one.value} ({one.note})" if one.note else one.value) for one in found]
+    rows = [(one.name, one.told) for one in found]
     return Answer(
         title=f"run {run_dir}",
         rows=[*rows, ("page", in_bytes(size))],
@@ -36,7 +36,7 @@ def run(
             "run": str(run_dir),
             "report": str(page),
             "bytes": size,
-            "figures": {one.name: {"value": one.value, "note": one.note} for one in found},
+            "figures": by_name(found),
         },
         notes=[str(page)],
     )

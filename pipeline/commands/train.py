@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.commands.assets import make_missing_assets
 from pipeline.config import RunConfig
-from pipeline.console import Answer, in_bytes, in_time
+from pipeline.console import Answer, in_bytes
 from pipeline.provenance import provenance_of_run
 from stages.progress import Progress
-
-if TYPE_CHECKING:
-    from stages.train_student.logs.rows import LossRow
 
 
 def run(config: RunConfig, progress: Progress) -> Answer:
     """Train, or go on with a run that was stopped."""
+    from stages.run_report.figures import by_name, loss_figures, speed_figures
+    from stages.run_report.records import read_run
     from stages.run_report.report import REPORT_FILE
     from stages.train_student.logs.rows import DAMAGED_FILE, SKIPPED_FILE
     from stages.train_student.train import train_student
@@ -32,6 +31,8 @@ def run(config: RunConfig, progress: Progress) -> Answer:
         progress=progress,
     )
     page = summary.run_dir / REPORT_FILE
+    records = read_run(summary.run_dir)
+    losses, speed = loss_figures(records), speed_figures(records)
     data: dict[str, Any] = {
         "run_dir": str(summary.run_dir),
         "steps_done": summary.steps_done,
@@ -44,6 +45,7 @@ def run(config: RunConfig, progress: Progress) -> Answer:
         "damaged_clips": summary.damaged_clips,
         "first": None if summary.first is None else asdict(summary.first),
         "last": None if summary.last is None else asdict(summary.last),
+        "figures": by_name([*losses, *speed]),
         "seconds_per_step": summary.seconds_per_step,
         "peak_memory_bytes": summary.peak_memory_bytes,
         "export": str(summary.export),
@@ -54,30 +56,19 @@ def run(config: RunConfig, progress: Progress) -> Answer:
         ("steps", _steps(data)),
         ("clips", f"{summary.clips}{_left_out(summary.left_out, summary.left_out_by_name)}"),
     ]
-    if summary.first is not None and summary.last is not None:
-        rows += _losses(summary.first, summary.last)
+    rows += [(one.name, one.told) for one in losses]
     if summary.skipped_steps:
         skipped = f"{summary.skipped_steps}, with a loss or gradient that is no number"
         rows.append(("skipped steps", f"{skipped}; see {SKIPPED_FILE} in the run's folder"))
     if summary.damaged_clips:
         damaged = f"{summary.damaged_clips}, others took their places"
         rows.append(("damaged clips", f"{damaged}; see {DAMAGED_FILE} in the run's folder"))
-    if summary.seconds_per_step is not None:
-        rows.append(("time", f"{in_time(summary.seconds_per_step)} a step"))
+    rows += [(one.name, one.told) for one in speed]
     rows.append(("peak memory", in_bytes(summary.peak_memory_bytes)))
     rows.append(("weights", str(summary.export)))
     if data["page"] is not None:
         rows.append(("curves, samples", data["page"]))
     return Answer(title=f"trained with {config.name}", rows=rows, data=data)
-
-
-def _losses(first: LossRow, last: LossRow) -> list[tuple[str, str]]:
-    parts = [("loss", first.loss, last.loss), ("diffusion", first.diffusion, last.diffusion)]
-    parts += [(name, first.auxiliary[name], last.auxiliary[name]) for name in last.auxiliary]
-    return [
-        (name, f"{then:.4f} at step {first.step}, {now:.4f} at step {last.step}")
-        for name, then, now in parts
-    ]
 
 
 def _steps(data: dict[str, Any]) -> str:

@@ -1,10 +1,10 @@
 """What a run came to, in a few figures; the page of a run opens with them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from stages.run_report.records import RunRecords, points
+from stages.run_report.records import RunRecords, loss_of, objectives, points
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,6 +14,16 @@ class Figure:
     name: str
     value: str
     note: str = ""
+
+    @property
+    def told(self) -> str:
+        """Value and note, on one line."""
+        return f"{self.value} ({self.note})" if self.note else self.value
+
+
+def by_name(found: Iterable[Figure]) -> dict[str, dict[str, str]]:
+    """As JSON: value and note of each."""
+    return {one.name: {"value": one.value, "note": one.note} for one in found}
 
 
 def figures(run: RunRecords) -> list[Figure]:
@@ -25,8 +35,9 @@ def figures(run: RunRecords) -> list[Figure]:
             value=f"{run.steps_done:,}",
             note="finished" if run.finished else f"of {wanted:,}" if wanted else "going on",
         ),
-        *_losses(run),
-        *_performance(run),
+        *loss_figures(run),
+        *speed_figures(run),
+        *_memory(run),
     ]
     if run.skipped or run.damaged:
         found.append(
@@ -39,7 +50,11 @@ def figures(run: RunRecords) -> list[Figure]:
     return found
 
 
-def _losses(run: RunRecords) -> list[Figure]:
+def loss_figures(run: RunRecords) -> list[Figure]:
+    """Training losses as means over several steps, then every loss on the held-out clips.
+
+    A single step's loss says little: it is of few clips, each at one noise drawn at random.
+    """
     found = []
     _, loss = points(run.losses, lambda row: row.get("loss"))
     if loss:
@@ -48,50 +63,79 @@ def _losses(run: RunRecords) -> list[Figure]:
             Figure(
                 name="training loss",
                 value=_number(_mean(loss[-few:])),
-                note=f"{_number(_mean(loss[:few]))} at the start",
+                note=f"mean of the last {_steps(few)}; {_number(_mean(loss[:few]))} in the first"
+                if len(loss) > 1
+                else "one step",
             )
         )
-    _, held_out = points(run.validation, lambda row: row.get("diffusion"))
-    if held_out:
-        lowest = f", lowest {_number(min(held_out))}" if min(held_out) < held_out[-1] else ""
-        found.append(
-            Figure(
-                name="held-out diffusion loss",
-                value=_number(held_out[-1]),
-                note=f"{_number(held_out[0])} at step {run.validation[0]['step']}{lowest}",
-            )
-        )
+    for name in ("diffusion", *objectives(run.validation)):
+        steps, values = points(run.validation, loss_of(name))
+        if values:
+            note = _since_the_start(steps, values)
+            found.append(Figure(name=f"held-out {name} loss", value=_number(values[-1]), note=note))
     return found
 
 
-def _performance(run: RunRecords) -> list[Figure]:
+def _since_the_start(steps: Sequence[int], values: Sequence[float]) -> str:
+    """What it was at first, and where it was lowest if it has risen since."""
+    first = "before training" if steps[0] == 0 else f"at step {steps[0]}"
+    if len(values) == 1:
+        return first
+    note = f"{_number(values[0])} {first}"
+    lowest = min(values)
+    if lowest < values[-1]:
+        where = steps[values.index(lowest)]
+        best = first if where == steps[0] else f"{_number(lowest)} at step {where}"
+        note += f"; lowest {best}, and risen since"
+    return note
+
+
+def speed_figures(run: RunRecords) -> list[Figure]:
+    """Means over all steps, so that they multiply to the whole: time a step, clips a second.
+
+    A step's time is from the batch asked for to the weights moved; validation, samples and
+    checkpoints lie between steps.
+    """
+    rows = [row for row in run.performance if row.get("seconds")]
+    if not rows:
+        return []
     found = []
-    _, seconds = points(run.performance, lambda row: row.get("seconds"))
-    if seconds:
-        _, waits = points(run.performance, lambda row: row.get("wait_seconds"))
-        found.append(
-            Figure(
-                name="a step",
-                value=in_time(_median(seconds)),
-                note=f"{in_time(sum(seconds))} in all, waiting for data "
-                f"{sum(waits) / sum(seconds):.1%}",
-            )
-        )
-    _, rates = points(run.performance, lambda row: row.get("clips_per_second"))
-    if rates:
-        _, shares = points(run.performance, lambda row: row.get("share_of_peak"))
-        peak = f"{_median(shares):.0%} of the GPUs' peak" if shares else ""
-        found.append(Figure(name="clips a second", value=_number(_median(rates)), note=peak))
-    _, memory = points(run.performance, lambda row: row.get("peak_memory_bytes"))
-    if memory:
-        found.append(Figure(name="peak memory", value=f"{max(memory) / 1e9:.3g} GB"))
+    seconds = sum(row["seconds"] for row in rows)
+    waited = sum(row.get("wait_seconds") or 0.0 for row in rows)
+    median = sorted(row["seconds"] for row in rows)[len(rows) // 2]
+    note = (
+        f"mean; {in_time(seconds)} for {_steps(len(rows))}, waiting for data {waited / seconds:.1%}"
+    )
+    if abs(median - seconds / len(rows)) > 0.1 * median:
+        note += f"; the median is {in_time(median)}"
+    note += "; without validation, samples and checkpoints"
+    found.append(Figure(name="a step", value=in_time(seconds / len(rows)), note=note))
+    clips = sum(row["clips_per_second"] * row["seconds"] for row in rows)
+    shares = [row for row in rows if row.get("share_of_peak") is not None]
+    peak = ""
+    if shares:
+        work = sum(row["share_of_peak"] * row["seconds"] for row in shares)
+        share = work / sum(row["seconds"] for row in shares)
+        peak = f"{share:.0%} of the GPUs' peak"
+    found.append(Figure(name="clips a second", value=_number(clips / seconds), note=peak))
     return found
+
+
+def _memory(run: RunRecords) -> list[Figure]:
+    _, memory = points(run.performance, lambda row: row.get("peak_memory_bytes"))
+    return [Figure(name="peak memory", value=f"{max(memory) / 1e9:.3g} GB")] if memory else []
+
+
+def _steps(count: int) -> str:
+    return f"{count:,} {'step' if count == 1 else 'steps'}"
 
 
 def in_time(seconds: float) -> str:
     """A duration for people: 0.21 s, 3 min 07 s, 2 h 05 min."""
     if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+        if seconds >= 10:
+            return f"{seconds:.0f} s"
+        return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds:.2g} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
@@ -107,7 +151,3 @@ def _number(value: float) -> str:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]

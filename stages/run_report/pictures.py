@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from stages.run_report.curves import COLOURS, Curve, Picture
-from stages.run_report.records import Points, Row, RunRecords, objectives, points
+from stages.run_report.records import Points, Row, RunRecords, loss_of, objectives, points
 
 _TIMESTEPS = 1000
 
@@ -29,7 +29,7 @@ def training_pictures(run: RunRecords) -> list[Picture]:
             _picture(
                 _title(name),
                 "Auxiliary loss, before weighting.",
-                [_curve(run.losses, _loss(name), _title(name), COLOURS[1 + number % 4])],
+                [_curve(run.losses, loss_of(name), _title(name), COLOURS[1 + number % 4])],
                 y_label="loss",
             )
         )
@@ -60,7 +60,7 @@ def validation_pictures(run: RunRecords) -> list[Picture]:
     pictures = []
     named = ("diffusion", *objectives(run.validation))
     for number, name in enumerate(named):
-        curve = _curve(run.validation, _loss(name), _title(name), COLOURS[number % 5], dots=True)
+        curve = _curve(run.validation, loss_of(name), _title(name), COLOURS[number % 5], dots=True)
         pictures.append(
             _picture(_title(name), "On held-out clips, fixed noise.", [curve], y_label="loss")
         )
@@ -193,10 +193,6 @@ def _over_timesteps(row: Row, name: str) -> Points:
 
 def _first_and_last(rows: Sequence[Row]) -> list[Row]:
     return [rows[0], rows[-1]] if len(rows) > 1 else list(rows)
-
-
-def _loss(name: str) -> Callable[[Row], float | None]:
-    return lambda row: row["diffusion"] if name == "diffusion" else row["auxiliary"].get(name)
 
 
 def _wait_percent(row: Row) -> float | None:

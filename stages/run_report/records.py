@@ -125,6 +125,11 @@ def objectives(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.get("auxiliary") or {}))
 
 
+def loss_of(name: str) -> Callable[[Row], float | None]:
+    """Take a loss from a row of losses or validation: `diffusion`, or an objective's."""
+    return lambda row: row["diffusion"] if name == "diffusion" else row["auxiliary"].get(name)
+
+
 def _drawings(folder: Path) -> list[Drawing]:
     found = []
     for record in sorted(folder.glob(f"step-*/{SAMPLES_RECORD}")):

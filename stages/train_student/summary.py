@@ -22,7 +22,7 @@ class TrainSummary:
     damaged_clips: int
     """Clips that could not be read at some step of the whole run."""
     seconds_per_step: float | None
-    """Median over this process's steps; None if it made none."""
+    """Mean over this process's steps, as the page of the run has it; None if it made none."""
     peak_memory_bytes: int
     """Of the GPU if there is one, otherwise of this process."""
     export: Path

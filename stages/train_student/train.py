@@ -185,7 +185,7 @@ def _summary(
         last=rows[-1] if rows else None,
         skipped_steps=len(skipped),
         damaged_clips=len({row["key"] for row in read_rows(run_dir / DAMAGED_FILE)}),
-        seconds_per_step=statistics.median(durations) if durations else None,
+        seconds_per_step=statistics.fmean(durations) if durations else None,
         peak_memory_bytes=peak_memory_bytes(),
         export=run_dir / EXPORT_FOLDER,
         clips=run.num_clips,

@@ -407,7 +407,9 @@ class TestDemo:
     def road(self, monkeypatch):
         order = []
         for name, module in (("extract", extract), ("train", train), ("sample", sample)):
-            data = {"video": "v.mp4", "page": "r.html"}
+            held_out = {"value": "0.1", "note": "0.2 before training"}
+            figures = {"a step": held_out, "held-out lgf loss": held_out}
+            data = {"video": "v.mp4", "page": "r.html", "figures": figures}
             answer = Answer(title=name, rows=[(name, "x")], data=data)
             monkeypatch.setattr(
                 module, "run", lambda *_, a=answer, n=name, **__: (order.append(n), a)[1]
@@ -422,6 +424,8 @@ class TestDemo:
         assert result.exit_code == 0, result.stderr
         assert road == ["extract", "train", "sample", "inspect"]
         assert result.stdout.splitlines()[-3:] == ["v.mp4", "p.png", "r.html"]
+        assert "0.1 (0.2 before training)" in result.stdout
+        assert "a step" not in result.stdout
 
     def test_json_is_one_object_with_every_step(self, road):
         answers = json.loads(invoke("demo", "--json").stdout)

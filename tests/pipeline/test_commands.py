@@ -162,7 +162,14 @@ class TestTrain:
             return summary
 
         replace_stage(monkeypatch, "stages.train_student.train", train_student=stage)
+        config.train.run_dir.mkdir(parents=True, exist_ok=True)
+        (config.train.run_dir / "run.json").write_text("{}")
         return train.run(config, QUIET), calls
+
+    def write(self, config, name, rows):
+        config.train.run_dir.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (config.train.run_dir / f"{name}.jsonl").write_text(lines)
 
     def test_the_stage_gets_its_sections_and_the_resolved_configuration(
         self, monkeypatch, config, summary
@@ -172,14 +179,25 @@ class TestTrain:
         assert type(config).model_validate(options["resolved_config"]) == config
         assert "arguments" in options["provenance"]
 
-    def test_losses_are_shown_from_first_to_last(self, monkeypatch, config, summary):
-        rows = dict(self.answer(monkeypatch, config, summary())[0].rows)
-        assert rows["loss"] == "2.0000 at step 1, 1.0000 at step 20"
-        assert rows["lgf"] == "1.0000 at step 1, 1.0000 at step 20"
+    def test_losses_and_rates_are_those_of_the_runs_page(self, monkeypatch, config, summary):
+        seen = {0: (0.5, 0.4), 10: (0.4, 0.1), 20: (0.3, 0.2)}
+        self.write(
+            config,
+            "validation",
+            [{"step": s, "diffusion": d, "auxiliary": {"lgf": g}} for s, (d, g) in seen.items()],
+        )
+        speeds = [{"step": s, "seconds": t, "clips_per_second": 4 / t} for s, t in ((1, 3), (2, 1))]
+        self.write(config, "performance", speeds)
+        answer, _ = self.answer(monkeypatch, config, summary())
+        rows = dict(answer.rows)
+        assert rows["held-out diffusion loss"] == "0.3000 (0.5000 before training)"
+        assert rows["held-out lgf loss"].endswith("lowest 0.1000 at step 10, and risen since)")
+        assert rows["a step"].startswith("2.00 s (mean; 4.00 s for 2 steps")
+        assert answer.data["figures"]["clips a second"]["value"] == "2.000"
+        assert "loss" not in rows
         assert (
             rows["clips"] == "24; not in every store: 2 of latents; 3 left out by train.leave_out"
         )
-        assert rows["time"] == "0.5 s a step"
 
     def test_plain_fine_tuning_has_no_auxiliary_row(self, monkeypatch, config, summary):
         answer, _ = self.answer(monkeypatch, config, summary(auxiliary={}))
@@ -202,7 +220,7 @@ class TestTrain:
     def test_a_run_that_skipped_every_step_has_no_losses(self, monkeypatch, config, summary):
         nothing = summary(first=None, last=None, skipped_steps=20)
         answer, _ = self.answer(monkeypatch, config, nothing)
-        assert "loss" not in dict(answer.rows)
+        assert not answer.data["figures"]
         assert answer.data["first"] is None
         json.dumps(answer.data)
 

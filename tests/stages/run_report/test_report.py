@@ -76,7 +76,7 @@ def test_every_kind_of_number_has_its_curve(make_run):
     ]
     assert len(page.svgs()) == len(titles)
     assert "25.0%" in page.text, "half a second of two is waited"
-    assert "1.00" in page.text and "at step 0" in page.text
+    assert "1.00" in page.text and "before training" in page.text
 
 
 def test_text_from_outside_is_shown_as_it_is(make_run, draw):
@@ -152,3 +152,73 @@ def test_what_is_no_run_or_damaged_is_refused(make_run, tmp_path):
     with pytest.raises(ValueError, match=re.escape("losses.jsonl")):
         write_report(folder)
     assert not (folder / "report.html").exists()
+
+
+def told(run_dir):
+    return {figure.name: figure for figure in figures(read_run(run_dir))}
+
+
+def performance(*seconds, batch=8):
+    return [
+        {
+            "step": step,
+            "seconds": taken,
+            "wait_seconds": 0.1 * taken,
+            "clips_per_second": batch / taken,
+            "peak_memory_bytes": 1,
+            "share_of_peak": 0.5 / taken,
+        }
+        for step, taken in enumerate(seconds, 1)
+    ]
+
+
+@pytest.mark.parametrize("seconds", [(2.0,), (0.5, 4.0), (9.0, 0.1, 0.1, 0.8), (1.0,) * 7])
+def test_time_rate_and_total_are_of_one_measurement(make_run, seconds):
+    """Whatever the steps took: steps times a step is the total, and clips go with it."""
+    found = told(make_run(steps=len(seconds), performance=performance(*seconds)))
+    mean = sum(seconds) / len(seconds)
+    assert float(found["a step"].value.removesuffix(" s")) == pytest.approx(mean, abs=0.005)
+    assert float(found["clips a second"].value) == pytest.approx(8 / mean, rel=1e-3)
+    assert f" for {len(seconds)} step" in found["a step"].note
+    assert found["clips a second"].note == f"{0.5 / mean:.0%} of the GPUs' peak"
+    assert "without validation, samples and checkpoints" in found["a step"].note
+
+
+def test_the_median_is_told_where_a_few_steps_decide_about_the_mean(make_run):
+    found = told(make_run(performance=performance(1.0, 1.0, 1.0, 9.0)))
+    assert "; the median is 1.00 s;" in found["a step"].note
+    found = told(make_run(name="even", performance=performance(1.0, 1.0, 1.0)))
+    assert "median" not in found["a step"].note
+
+
+@pytest.mark.parametrize(
+    ("values", "value", "note"),
+    [
+        ({0: 0.4, 20: 0.3}, "0.3000", "0.4000 before training"),
+        (
+            {0: 0.4, 20: 0.125, 40: 0.15},
+            "0.1500",
+            "0.4000 before training; lowest 0.1250 at step 20, and risen since",
+        ),
+        (
+            {0: 0.2, 20: 0.3},
+            "0.3000",
+            "0.2000 before training; lowest before training, and risen since",
+        ),
+        ({10: 0.2, 20: None, 30: 0.1}, "0.1000", "0.2000 at step 10"),
+        ({0: 0.2}, "0.2000", "before training"),
+    ],
+)
+def test_held_out_losses_say_where_they_began_and_whether_they_rose(make_run, values, value, note):
+    rows = [
+        {"step": step, "clips": 3, "diffusion": 1.0, "auxiliary": {"lgf": one}}
+        | {"by_timestep": {"timestep": [500], "diffusion": [1.0], "lgf": [one]}}
+        for step, one in values.items()
+    ]
+    found = told(make_run(validation=rows))["held-out lgf loss"]
+    assert (found.value, found.note) == (value, note)
+
+
+def test_the_training_loss_is_a_mean_over_several_steps(make_run):
+    found = told(make_run(steps=40))["training loss"]
+    assert found.note == "mean of the last 2 steps; 1.500 in the first"
