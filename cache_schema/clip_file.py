@@ -1,14 +1,17 @@
 """Decoding one clip's file of one array, from its bytes to values; used by the reader.
 
-The file is a Zarr v3 shard: inner chunks, each with a CRC-32C, and at the end where they lie. It is
-decoded here and not by Zarr, which takes bytes that are not there for fill values, reads a file in
-several steps and copies what it reads. README.md describes the bytes.
+The file is a Zarr v3 shard: inner chunks, each with a CRC-32C; these checksums once more, together;
+and at the end where the chunks lie. It is decoded here and not by Zarr, which takes bytes that are
+not there for fill values, reads a file in several steps and copies what it reads. README.md
+describes the bytes.
 """
 
-import math
+import os
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -22,7 +25,7 @@ from cache_schema.settings import ArraySpec
 blosc.use_threads = False
 
 _CRC_BYTES = 4
-_ENTRY_BYTES = 16
+_PAIR_BYTES = 16
 _BLOSC_HEADER = struct.Struct("<4x3I")
 """Bytes when decoded, bytes of a block, bytes as they are."""
 
@@ -31,104 +34,150 @@ class DamagedFile(ValueError):  # noqa: N818 (says what was found, like the othe
     """The bytes are not a clip's of that specification, or fail a checksum."""
 
 
-def decode_clip(data: bytes | memoryview, spec: ArraySpec) -> np.ndarray:
+class FileFacts(NamedTuple):
+    """What is recorded of the file of a clip's array."""
+
+    bytes: int
+    """Its size."""
+    crc32c: int
+    """CRC-32C of the decoded values, in C order and little-endian."""
+    table_crc32c: int
+    """CRC-32C of the table of its chunks, by which each chunk is known for this clip's."""
+
+
+class _Chunk(NamedTuple):
+    offset: int
+    size: int
+    """With its own checksum behind it."""
+    crc32c: int
+
+
+def decode_clip(data: bytes | memoryview, spec: ArraySpec, facts: FileFacts) -> np.ndarray:
     """The values of a clip, from all bytes of its file; `DamagedFile` unless they are whole."""
-    return read_clip(FetchedFile(data), spec)
+    return read_clip(FetchedFile(data), spec, facts)
 
 
-def read_clip(file: OpenFile, spec: ArraySpec) -> np.ndarray:
-    """The values of a clip, from its open file, whose size is known."""
-    return read_clip_and_crc32c(file, spec)[0]
+def read_clip(file: OpenFile, spec: ArraySpec, facts: FileFacts) -> np.ndarray:
+    """The values of a clip, from its open file, whose size is known.
 
-
-def read_clip_and_crc32c(file: OpenFile, spec: ArraySpec) -> tuple[np.ndarray, int]:
-    """As `read_clip`, with the CRC-32C of the values in C order and little-endian.
-
-    It costs next to nothing: chunks that are not compressed carry theirs, and of others it is
-    computed while they are in the processor's cache.
+    Checking their CRC-32C costs next to nothing: chunks that are not compressed carry theirs, and
+    of others it is computed while they are in the processor's cache.
     """
-    assert file.size is not None
-    return _read_chunks(file, spec, _chunk_places(file, file.size, spec))
+    if file.size != facts.bytes:
+        raise DamagedFile(f"it has {file.size} bytes instead of {facts.bytes}")
+    values, crc32c = _read_chunks(file, spec, _read_table(file, spec, facts))
+    if crc32c != facts.crc32c:
+        raise DamagedFile("its values fail the clip's checksum")
+    return values
 
 
 def read_part(
-    place: Place, path: str, file_bytes: int, spec: ArraySpec, start: int, stop: int
+    place: Place, path: str, spec: ArraySpec, facts: FileFacts, start: int, stop: int
 ) -> np.ndarray:
     """Entries `start` to `stop` of a clip's leading axis.
 
-    Over a network these are two requests: where the chunks lie, and the chunks that are needed.
+    Over a network these are two requests: the table of the chunks, and the chunks that are needed.
 
     Args:
         place: where the file lies.
         path: the file, relative to the place.
-        file_bytes: its size, as its record gives it.
         spec: of the array.
+        facts: what is recorded of the file.
         start: the first entry, from 0.
         stop: the entry after the last one, more than `start`.
     """
     if not 0 <= start < stop <= spec.shape[0]:
         raise ValueError(f"entries {start} to {stop} asked of {spec.shape[0]}")
     first, last = start // spec.chunk_length, -(-stop // spec.chunk_length)
-    with place.open(path, file_bytes - _footer_bytes(spec), file_bytes) as file:
-        if file.size not in (None, file_bytes):
-            raise DamagedFile(f"it has {file.size} bytes instead of {file_bytes}")
-        chunks = _chunk_places(file, file_bytes, spec)[first:last]
-    begin = min(offset for offset, _ in chunks)
-    end = max(offset + size for offset, size in chunks)
-    with place.open(path, begin, end) as file:
-        values, _ = _read_chunks(file, spec, chunks)
+    with place.open(path, facts.bytes - _tail_bytes(spec), facts.bytes) as file:
+        if file.size not in (None, facts.bytes):
+            raise DamagedFile(f"it has {file.size} bytes instead of {facts.bytes}")
+        chunks = _read_table(file, spec, facts)[first:last]
+        values = _read_chunks(file, spec, chunks)[0] if file.size is not None else None
+    if values is None:
+        begin = min(chunk.offset for chunk in chunks)
+        end = max(chunk.offset + chunk.size for chunk in chunks)
+        with place.open(path, begin, end) as file:
+            values, _ = _read_chunks(file, spec, chunks)
     origin = first * spec.chunk_length
     return values[start - origin : stop - origin]
 
 
+def write_chunk_table(path: Path, spec: ArraySpec) -> int:
+    """Put the chunks' checksums before the end of a file that Zarr has written.
+
+    Zarr's own table is at the very end, and says where the chunks lie; what is between them and it
+    Zarr does not look at. Not atomic: the file is nobody's yet. Returns the table's CRC-32C.
+    """
+    pairs_bytes = _PAIR_BYTES * spec.num_chunks
+    with path.open("r+b") as file:
+        end = file.seek(-pairs_bytes - _CRC_BYTES, os.SEEK_END)
+        pairs, pairs_crc = file.read(pairs_bytes), file.read()
+        crcs = bytearray()
+        for offset, size in np.frombuffer(pairs, "<u8").reshape(-1, 2).tolist():
+            file.seek(offset + size - _CRC_BYTES)
+            crcs += file.read(_CRC_BYTES)
+        table = bytes(crcs) + pairs
+        file.seek(end)
+        file.write(table + pairs_crc)
+    found: int = google_crc32c.value(table)
+    return found
+
+
 def file_bytes_range(spec: ArraySpec) -> tuple[int, int]:
     """Least and most bytes that the file of a clip can have, however it is compressed."""
-    around = _CRC_BYTES * spec.num_chunks + _footer_bytes(spec)
+    around = _CRC_BYTES * spec.num_chunks + _tail_bytes(spec)
     headers = _BLOSC_HEADER.size * spec.num_chunks
     return around + min(headers, spec.num_bytes), around + headers + spec.num_bytes
 
 
-def _footer_bytes(spec: ArraySpec) -> int:
-    return _ENTRY_BYTES * spec.num_chunks + _CRC_BYTES
+def _tail_bytes(spec: ArraySpec) -> int:
+    return (_CRC_BYTES + _PAIR_BYTES) * spec.num_chunks + _CRC_BYTES
 
 
-def _chunk_places(file: OpenFile, size: int, spec: ArraySpec) -> list[tuple[int, int]]:
-    """Offset and size of every inner chunk with its checksum, in the order of the leading axis."""
-    footer = np.empty(_footer_bytes(spec), np.uint8)
-    end = size - len(footer)
+def _read_table(file: OpenFile, spec: ArraySpec, facts: FileFacts) -> list[_Chunk]:
+    """The inner chunks in the order of the leading axis, known for those of this clip."""
+    tail = np.empty(_tail_bytes(spec), np.uint8)
+    end = facts.bytes - len(tail)
     if end < 0:
-        raise DamagedFile(f"it has {size} bytes, too few for a clip")
-    _fill(file, end, [footer])
-    _check(footer[:-_CRC_BYTES], footer[-_CRC_BYTES:], "the table of its chunks")
-    places = footer[:-_CRC_BYTES].view("<u8").reshape(-1, 2).tolist()
-    for offset, length in places:
-        if length <= _CRC_BYTES or offset + length > end:
+        raise DamagedFile(f"it has {facts.bytes} bytes, too few for a clip")
+    _fill(file, end, [tail])
+    table, pairs = tail[:-_CRC_BYTES], tail[_CRC_BYTES * spec.num_chunks : -_CRC_BYTES]
+    _check(pairs, tail[-_CRC_BYTES:], "the table of its chunks")
+    # Without the last four bytes: behind its own CRC every text has the same one.
+    if google_crc32c.value(table) != facts.table_crc32c:
+        raise DamagedFile("the table of its chunks is not the clip's")
+    crcs = table[: len(table) - len(pairs)].view("<u4").tolist()
+    places = pairs.view("<u8").tolist()
+    chunks = [_Chunk(*chunk) for chunk in zip(places[::2], places[1::2], crcs, strict=True)]
+    for chunk in chunks:
+        if chunk.size <= _CRC_BYTES or chunk.offset + chunk.size > end:
             raise DamagedFile("the table of its chunks points outside it")
-    return [(offset, length) for offset, length in places]
+    return chunks
 
 
 def _read_chunks(
-    file: OpenFile, spec: ArraySpec, chunks: Sequence[tuple[int, int]]
+    file: OpenFile, spec: ArraySpec, chunks: Sequence[_Chunk]
 ) -> tuple[np.ndarray, int]:
     shape = (len(chunks) * spec.chunk_length, *spec.shape[1:])
     values = np.empty(shape, spec.numpy_dtype.newbyteorder("<"))
     # [chunk, byte]: what a chunk decodes to is written where it belongs.
     decoded = values.reshape(len(chunks), -1).view(np.uint8)
-    chunk_bytes = spec.chunk_length * math.prod(spec.shape[1:]) * spec.numpy_dtype.itemsize
+    chunk_bytes = spec.num_bytes // spec.num_chunks
     crc = np.empty(_CRC_BYTES, np.uint8)
-    packed = np.empty(max(length for _, length in chunks), np.uint8)
+    packed = np.empty(max(chunk.size for chunk in chunks), np.uint8)
     joined = 0
-    for number, (offset, length) in enumerate(chunks):
-        size = length - _CRC_BYTES
+    for number, (offset, whole_size, crc32c) in enumerate(chunks):
+        size = whole_size - _CRC_BYTES
         if spec.compression == "none":
             if size != chunk_bytes:
                 raise DamagedFile(f"chunk {number} has {size} bytes instead of {chunk_bytes}")
             _fill(file, offset, [decoded[number], crc])
-            own = _check(decoded[number], crc, f"chunk {number}")
-            joined = _joined_crc32c(joined, own, chunk_bytes)
+            _check_chunk(decoded[number], crc, crc32c, number)
+            joined = _joined_crc32c(joined, crc32c, chunk_bytes)
         else:
             _fill(file, offset, [packed[:size], crc])
-            _check(packed[:size], crc, f"chunk {number}")
+            _check_chunk(packed[:size], crc, crc32c, number)
             _decompress(packed[:size], decoded[number], number)
             joined = google_crc32c.extend(joined, decoded[number])
     return values.astype(spec.numpy_dtype, copy=False), joined
@@ -146,6 +195,11 @@ def _check(data: np.ndarray, crc: np.ndarray, what: str) -> int:
     if found != int.from_bytes(crc.tobytes(), "little"):
         raise DamagedFile(f"{what} fails its checksum")
     return found
+
+
+def _check_chunk(data: np.ndarray, crc: np.ndarray, crc32c: int, number: int) -> None:
+    if _check(data, crc, f"chunk {number}") != crc32c:
+        raise DamagedFile(f"chunk {number} is not the clip's")
 
 
 def _joined_crc32c(first: int, second: int, second_bytes: int) -> int:

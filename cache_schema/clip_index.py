@@ -14,12 +14,25 @@ from pathlib import Path
 
 import numpy as np
 
+from cache_schema.clip_file import FileFacts
 from cache_schema.durable import open_for_writing, sync
 from cache_schema.errors import CorruptRecord
 from cache_schema.index_checks import check_columns
-from cache_schema.index_file import DamagedIndex, column_types, read_columns, write_columns
+from cache_schema.index_file import (
+    STORE_CRC32C,
+    DamagedIndex,
+    column_types,
+    read_columns,
+    write_columns,
+)
 from cache_schema.index_rows import DuplicateKey, columns_of_records, merged_columns
-from cache_schema.layout import INDEX_FILE, MAX_INDEX_BYTES, StoreLayout, is_shard_name
+from cache_schema.layout import (
+    INDEX_FILE,
+    MAX_INDEX_BYTES,
+    STORE_FILE,
+    StoreLayout,
+    is_shard_name,
+)
 from cache_schema.manifest import (
     CommitRecord,
     SkippedClip,
@@ -59,6 +72,8 @@ class ClipIndex:
         """
         self.arrays = tuple(arrays)
         self.columns = {name: columns[name] for name in column_types(self.arrays)}
+        self.store_crc32c: int | None = None
+        """The checksum that `store.json` opened with when this index was written, if it was."""
         self.keys = SortedText(columns["keys.text"], columns["keys.ends"])
         self.shard_names = SortedText(columns["shards.name.text"], columns["shards.name.ends"])
         self._check()
@@ -119,10 +134,10 @@ class ClipIndex:
         generation = int(self.columns["shards.generation"][shard])
         return self.shard_names[shard], generation, int(self.columns["clips.index"][row])
 
-    def file_of(self, row: int, array: str) -> tuple[int, int]:
-        """Size of a clip's file of an array, and the CRC-32C of its values."""
-        crc32c = int(self.columns[f"arrays.{array}.crc32c"][row])
-        return int(self.columns[f"arrays.{array}.bytes"][row]), crc32c
+    def file_of(self, row: int, array: str) -> FileFacts:
+        """What is recorded of a clip's file of an array."""
+        columns = (self.columns[f"arrays.{array}.{name}"] for name in FileFacts._fields)
+        return FileFacts(*(int(column[row]) for column in columns))
 
     def record_crc32c(self, shard: str) -> int:
         """The checksum that a shard's commit record opens with."""
@@ -156,6 +171,7 @@ def parse_index(source: bytes | Path, settings: StoreSettings) -> ClipIndex:
     try:
         index = ClipIndex(columns, settings.arrays)
         check_columns(columns, settings)
+        (index.store_crc32c,) = columns[STORE_CRC32C].tolist()
     except ValueError as error:
         raise DamagedIndex(f"it contradicts itself ({error})") from error
     return index
@@ -191,15 +207,17 @@ def write_index(layout: StoreLayout, settings: StoreSettings) -> None:
     """Bring `index.npz` up to date with the commit records; the caller holds the store's lock."""
     place = LocalPlace(layout.root)
     index = _current_index(place, settings)
+    store_crc32c = sealed_crc32c(place, STORE_FILE)
     try:
-        if read_index(place, settings) == index:
+        found = read_index(place, settings)
+        if found == index and found.store_crc32c == store_crc32c:
             return
     except (FileNotFoundError, DamagedIndex):
         pass
     layout.staging.mkdir(exist_ok=True)
     temporary = layout.staging / f".{INDEX_FILE}"
     with open_for_writing(temporary) as file:
-        write_columns(file, index.columns, settings)
+        write_columns(file, index.columns, settings, store_crc32c)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(layout.index)
@@ -220,6 +238,11 @@ def index_of_records(place: Place, settings: StoreSettings, shards: Iterable[str
 def record_head(place: Place, shard: str) -> bytes:
     """The checksum a commit record opens with, in hexadecimal digits as a rule."""
     return place.read_range(commit_path(shard), 0, _HEAD_BYTES)[-8:]
+
+
+def sealed_crc32c(place: Place, path: str) -> int:
+    """The checksum that a sealed file, which is in order, opens with."""
+    return int(place.read_range(path, 0, _HEAD_BYTES)[-8:], 16)
 
 
 def commit_path(shard: str) -> str:

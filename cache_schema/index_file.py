@@ -47,8 +47,12 @@ record says, and the checksum that the record opens with. Per skipped clip, shar
 the record says. Texts are UTF-8 one after the other (`text`), and where each one ends (`ends`).
 """
 
-ARRAY_COLUMNS = {"bytes": "<u8", "crc32c": "<u4"}
-"""Per array and clip, as `arrays.<name>.<column>`: size of the file, checksum of the values."""
+ARRAY_COLUMNS = {"bytes": "<u8", "crc32c": "<u4", "table_crc32c": "<u4"}
+"""Per array and clip, as `arrays.<name>.<column>`: size of the file, checksum of the values, and of
+the table of its chunks."""
+
+STORE_CRC32C = "store.crc32c"
+"""The checksum that `store.json` opened with when the index was written: one number."""
 
 _VERSION = "schema_version"
 _SETTINGS = "settings_hash"
@@ -69,10 +73,18 @@ def column_types(arrays: Iterable[str]) -> dict[str, str]:
 
 
 def write_columns(
-    file: BinaryIO, columns: Mapping[str, np.ndarray], settings: StoreSettings
+    file: BinaryIO, columns: Mapping[str, np.ndarray], settings: StoreSettings, store_crc32c: int
 ) -> None:
-    """Write an archive whose bytes follow from the columns and the settings alone."""
+    """Write an archive whose bytes follow from the columns and from `store.json` alone.
+
+    Args:
+        file: open for writing.
+        columns: those of `column_types`.
+        settings: the store's.
+        store_crc32c: the checksum that its `store.json` opens with.
+    """
     head = {
+        STORE_CRC32C: np.array([store_crc32c], "<u4"),
         _VERSION: np.array([SCHEMA_VERSION], "<u4"),
         _SETTINGS: np.frombuffer(settings.hash.encode("ascii"), np.uint8),
     }
@@ -82,7 +94,7 @@ def write_columns(
 
 
 def read_columns(source: bytes | Path, settings: StoreSettings) -> dict[str, np.ndarray]:
-    """The columns of an archive, in memory and not to be changed.
+    """The columns of an archive and its `STORE_CRC32C`, in memory and not to be changed.
 
     Raises `DamagedIndex`, or `FileNotFoundError` for a path that is not there.
     """
@@ -95,7 +107,8 @@ def read_columns(source: bytes | Path, settings: StoreSettings) -> dict[str, np.
             if _column(file, _SETTINGS, "u1").tobytes() != settings.hash.encode("ascii"):
                 raise DamagedIndex("it belongs to a store with other settings")
             types = column_types(settings.arrays)
-            return {name: _column(file, name, dtype) for name, dtype in types.items()}
+            columns = {name: _column(file, name, dtype) for name, dtype in types.items()}
+            return columns | {STORE_CRC32C: _column(file, STORE_CRC32C, "<u4")}
     except (FileNotFoundError, DamagedIndex):
         raise
     except Exception as error:  # whatever damaged bytes make zipfile and NumPy raise

@@ -36,6 +36,7 @@ def columns_of_records(
     clip_shard, clip_index, skipped_shard = array("I"), array("I"), array("I")
     sizes = {name: array("Q") for name in names}
     checksums = {name: array("I") for name in names}
+    tables = {name: array("I") for name in names}
     for number, (record, crc32c) in enumerate(records):
         shards.append((record.shard, record.source, record.generation, crc32c))
         for clip in record.clips:
@@ -44,8 +45,10 @@ def columns_of_records(
             clip_index.append(clip.index)
             fingerprints += clip.fingerprint.encode("ascii")
             for name in names:
-                sizes[name].append(clip.arrays[name].bytes)
-                checksums[name].append(int(clip.arrays[name].crc32c, 16))
+                facts = clip.arrays[name].facts
+                sizes[name].append(facts.bytes)
+                checksums[name].append(facts.crc32c)
+                tables[name].append(facts.table_crc32c)
         for left_out in record.skipped:
             skipped.append((left_out.key, left_out.reason, left_out.detail))
             skipped_fingerprints += left_out.fingerprint.encode("ascii")
@@ -69,6 +72,7 @@ def columns_of_records(
     for name in names:
         found[f"arrays.{name}.bytes"] = np.frombuffer(sizes[name], np.uint64)[order]
         found[f"arrays.{name}.crc32c"] = np.frombuffer(checksums[name], np.uint32)[order]
+        found[f"arrays.{name}.table_crc32c"] = np.frombuffer(tables[name], np.uint32)[order]
     by_name = sorted(range(len(shards)), key=lambda number: shards[number][0])
     found = _with_shards(found, np.array(by_name, np.int64))
     _refuse_duplicates(keys, order, found)

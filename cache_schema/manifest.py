@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_schema.clip_file import file_bytes_range
+from cache_schema.clip_file import FileFacts, file_bytes_range
 from cache_schema.errors import CorruptRecord, StoreNotFound
 from cache_schema.layout import (
     MAX_GENERATION,
@@ -46,10 +46,22 @@ class StoredArray:
     """Size of the file."""
     crc32c: str
     """CRC-32C of the decoded values, in C order and little-endian; eight hexadecimal digits."""
+    table_crc32c: str
+    """CRC-32C of the file's table of chunks, in such digits too."""
+
+    @property
+    def facts(self) -> FileFacts:
+        """What reading the file is checked against."""
+        return FileFacts(self.bytes, int(self.crc32c, 16), int(self.table_crc32c, 16))
 
     def as_dict(self) -> dict[str, JSON]:
         """The entry as it is written in a record."""
-        return {"path": self.path, "bytes": self.bytes, "crc32c": self.crc32c}
+        return {
+            "path": self.path,
+            "bytes": self.bytes,
+            "crc32c": self.crc32c,
+            "table_crc32c": self.table_crc32c,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,7 +314,7 @@ def parse_clip(
         if array["path"] != expected:
             raise ValueError(f"clip {key!r} points at {array['path']!r} instead of {expected!r}")
         size, crc32c = _size_and_crc(array, *file_bytes_range(settings.arrays[name]))
-        arrays[name] = StoredArray(expected, size, crc32c)
+        arrays[name] = StoredArray(expected, size, crc32c, _crc(array["table_crc32c"]))
     fingerprint = check_fingerprint(found["fingerprint"])
     attributes = plain_mapping(found["attributes"], "attributes")
     return ClipEntry(key, shard, index, source, fingerprint, attributes, arrays)
@@ -324,10 +336,16 @@ def _file(found: Mapping[str, Any]) -> StoredFile:
 
 
 def _size_and_crc(found: Mapping[str, Any], least: int, most: int) -> tuple[int, str]:
-    size, crc32c = found["bytes"], found["crc32c"]
-    if type(size) is not int or not least <= size <= most or not _CRC32C.fullmatch(crc32c):
-        raise ValueError(f"{found!r} is not the size and checksum of such a file")
-    return size, crc32c
+    size = found["bytes"]
+    if type(size) is not int or not least <= size <= most:
+        raise ValueError(f"{size!r:.80} is not the size of such a file")
+    return size, _crc(found["crc32c"])
+
+
+def _crc(found: object) -> str:
+    if not isinstance(found, str) or not _CRC32C.fullmatch(found):
+        raise ValueError(f"{found!r:.80} is not a checksum")
+    return found
 
 
 def _text(found: object) -> str:

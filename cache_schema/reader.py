@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from cache_schema.clip_file import DamagedFile, read_clip_and_crc32c, read_part
+from cache_schema.clip_file import DamagedFile, read_clip, read_part
 from cache_schema.clip_index import ClipIndex, ShardFacts, commit_path, load_index, record_head
 from cache_schema.errors import (
     CacheError,
@@ -32,7 +32,7 @@ from cache_schema.manifest import (
     read_record_file,
 )
 from cache_schema.packed_text import SortedText
-from cache_schema.places import LocalPlace, is_url, open_place
+from cache_schema.places import is_url, open_place
 from cache_schema.sealed_json import JSON
 from cache_schema.settings import StoreSettings
 from cache_schema.zarr_group import chunk_path
@@ -48,17 +48,12 @@ class StoreReader:
     processes made by fork or spawn; a copy sees the same clips.
     """
 
-    def __init__(self, path: Path | str, *, kind: str | None = None, check: bool = True) -> None:
+    def __init__(self, path: Path | str, *, kind: str | None = None) -> None:
         """Open the store at `path`.
 
         Args:
             path: the store's folder or URL, as `find_store` returns it.
             kind: refuse a store of another kind with `SettingsMismatch`.
-            check: compare what is read with what this reader saw when it was opened: a clip's
-                values with their checksum, for a part of them in a local folder its shard's record.
-                It costs next to nothing; without it a shard that is made anew meanwhile can be read
-                in place of the old one. Sizes, and the checksums inside the files, are always
-                checked.
 
         Raises:
             StoreNotFound, UnknownSchemaVersion, CorruptRecord: from `store.json`.
@@ -81,7 +76,6 @@ class StoreReader:
             raise SettingsMismatch(
                 f"{self.path} is a store of kind {self.settings.kind!r}, not {kind!r}"
             )
-        self._check = check
         self._forget()
 
     @cached_property
@@ -196,8 +190,8 @@ class StoreReader:
     def read_part(self, key: str, array: str, start: int, stop: int) -> np.ndarray:
         """Entries `start` to `stop` of the leading axis of one array of a clip.
 
-        Only their bytes are read, and checked by the checksums inside the file; the clip's own is
-        of all of them.
+        Only their bytes are read and checked, each inner chunk by itself: the clip's record binds
+        the file's table of checksums, and so each of them, to the clip.
 
         Raises:
             As `read`, and `ValueError` for entries that the array does not have.
@@ -210,16 +204,10 @@ class StoreReader:
                 "not a part of them"
             )
         row = self._row(key)
-        size, _ = self._index.file_of(row, array)
-        values = self._read_file(
-            row, array, lambda path: read_part(self._place, path, size, spec, start, stop)
+        facts = self._index.file_of(row, array)
+        return self._read_file(
+            row, array, lambda path: read_part(self._place, path, spec, facts, start, stop)
         )
-        if self._check and isinstance(self._place, LocalPlace):
-            # Afterwards: whoever makes a shard anew takes its record away first.
-            shard = self._index.place_of(row)[0]
-            if not self._is_as_opened(shard):
-                self._changed(shard)
-        return values
 
     def _know(self, arrays: Sequence[str]) -> None:
         unknown = sorted(set(arrays) - set(self.settings.arrays))
@@ -247,16 +235,11 @@ class StoreReader:
         return None if row is None else self._index.place_of(row)[0]
 
     def _read_array(self, row: int, name: str) -> np.ndarray:
-        size, crc32c = self._index.file_of(row, name)
+        facts = self._index.file_of(row, name)
 
         def decode(path: str) -> np.ndarray:
             with self._place.open(path) as file:
-                if file.size != size:
-                    raise DamagedFile(f"it has {file.size} bytes instead of {size}")
-                values, found = read_clip_and_crc32c(file, self.settings.arrays[name])
-            if self._check and found != crc32c:
-                raise DamagedFile("its values fail the clip's checksum")
-            return values
+                return read_clip(file, self.settings.arrays[name], facts)
 
         return self._read_file(row, name, decode)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cache_schema.clip_file import DamagedFile, read_clip, write_chunk_table
 from cache_schema.committing import safe_metadata
 from cache_schema.durable import make_directories, sync, sync_upwards, write_whole
 from cache_schema.errors import CacheError
@@ -24,12 +25,13 @@ from cache_schema.manifest import (
     StoredFile,
     parse_clip,
     parse_skipped,
+    read_record_file,
 )
+from cache_schema.places import LocalPlace
 from cache_schema.sealed_json import seal, unseal
 from cache_schema.settings import StoreSettings
 from cache_schema.symlinks import refuse_links_below
 from cache_schema.zarr_group import (
-    ClipArray,
     chunk_path,
     content_crc32c,
     create_group,
@@ -72,9 +74,11 @@ class Staging:
             path = chunk_path(name, self._settings.arrays[name], index)
             self._arrays[name].write(index, values)
             file = self._group / path
+            table = write_chunk_table(file, self._settings.arrays[name])
             sync(file)
             sync_upwards(file.parent, self._group)
-            stored[name] = StoredArray(path, file.stat().st_size, content_crc32c(values))
+            size = file.stat().st_size
+            stored[name] = StoredArray(path, size, content_crc32c(values), f"{table:08x}")
         clip = ClipEntry(key, self._shard, index, self._source, fingerprint, attributes, stored)
         self._write_record({"clip": clip.as_dict()})
         self.clips.append(clip)
@@ -107,8 +111,7 @@ class Staging:
         while (entry := self._read_record(entries)) is not None:
             entries.append(entry)
         clips = [entry for entry in entries if isinstance(entry, ClipEntry)]
-        arrays = create_group(self._group, self._settings, len(clips))
-        damaged = next((clip for clip in clips if not self._is_intact(clip, arrays)), None)
+        damaged = next((clip for clip in clips if not self._is_intact(clip)), None)
         if damaged is not None:
             entries = entries[: entries.index(damaged)]
         self.clips = [entry for entry in entries if isinstance(entry, ClipEntry)]
@@ -125,7 +128,8 @@ class Staging:
         """The record after those in `before`; None at the end or where one cannot be used."""
         path = self._record_path(len(before))
         try:
-            found = unseal(path.read_bytes(), str(path), store=self._store)
+            data = read_record_file(LocalPlace(self._records), path.name)
+            found = unseal(data, str(path), store=self._store)
             if found["settings_hash"] != self._settings.hash or found["source"] != self._source:
                 return None
             if "skipped" in found:
@@ -137,16 +141,14 @@ class Staging:
         except (OSError, CacheError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def _is_intact(self, clip: ClipEntry, arrays: dict[str, ClipArray]) -> bool:
-        for name, stored in clip.arrays.items():
-            try:
-                if (self._group / stored.path).stat().st_size != stored.bytes:
-                    return False
-                values = arrays[name].read(clip.index)
-            except Exception:  # whatever a damaged file makes the codecs raise
-                return False
-            if content_crc32c(values) != stored.crc32c:
-                return False
+    def _is_intact(self, clip: ClipEntry) -> bool:
+        place = LocalPlace(self._group)
+        try:
+            for name, stored in clip.arrays.items():
+                with place.open(stored.path) as file:
+                    read_clip(file, self._settings.arrays[name], stored.facts)
+        except (OSError, DamagedFile):
+            return False
         return True
 
     def _lay_out(self) -> None:

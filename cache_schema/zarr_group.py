@@ -1,4 +1,4 @@
-"""A shard's Zarr v3 group: how its arrays are laid out, written and read; the only use of zarr.
+"""A shard's Zarr v3 group: how its arrays are laid out, written; the only use of zarr.
 
 One array per name of the settings, with a leading clip axis. A Zarr shard holds one clip, an inner
 chunk one frame of it or several small ones, each inner chunk with a CRC-32C.
@@ -7,7 +7,7 @@ chunk one frame of it or several small ones, each inner chunk with a CRC-32C.
 import json
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import zarr
@@ -88,13 +88,8 @@ def found_compression(group: Path, name: str) -> Compression | None:
     return "blosc-zstd-shuffle" if "blosc" in names else "none"
 
 
-def open_array(path: Path, name: str) -> "ClipArray":
-    """An array of a finished group, for reading."""
-    return ClipArray(zarr.open_array(str(path), path=name, mode="r", zarr_format=3))
-
-
 class ClipArray:
-    """One array of a group, read and written clip by clip."""
+    """One array of a group, written clip by clip."""
 
     def __init__(self, array: Any) -> None:
         self._array = array
@@ -104,11 +99,6 @@ class ClipArray:
         """Number of clips, then the clip's axes."""
         return tuple(self._array.shape)
 
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of the values."""
-        return np.dtype(self._array.dtype)
-
     def write(self, index: int, values: np.ndarray) -> None:
         """Write one clip in a single assignment, growing the clip axis to hold it.
 
@@ -117,10 +107,6 @@ class ClipArray:
         if self.shape[0] <= index:
             self._array.resize((index + 1, *self.shape[1:]))
         self._array[index : index + 1] = values[np.newaxis]
-
-    def read(self, index: int) -> np.ndarray:
-        """One clip, decoded; raises what zarr raises on damaged bytes."""
-        return cast("np.ndarray", self._array[index])
 
 
 def content_crc32c(values: np.ndarray) -> str:

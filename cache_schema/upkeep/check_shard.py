@@ -11,12 +11,12 @@ import numpy as np
 from cache_schema.clip_file import DamagedFile, read_clip
 from cache_schema.errors import CorruptRecord, UnknownSchemaVersion
 from cache_schema.layout import MAX_RECORD_BYTES, group_name
-from cache_schema.manifest import CommitRecord, parse_commit
+from cache_schema.manifest import CommitRecord, StoredFile, parse_commit
 from cache_schema.places import UNREADABLE, LocalPlace, Place
 from cache_schema.sealed_json import crc32c_hex, is_sealed
 from cache_schema.settings import StoreSettings
 from cache_schema.upkeep.intact import GroupFile, group_files
-from cache_schema.zarr_group import METADATA_FILE, content_crc32c
+from cache_schema.zarr_group import METADATA_FILE
 
 Advance = Callable[[int], None]
 
@@ -157,15 +157,15 @@ def _check_content(place: Place, path: str, file: GroupFile) -> str:
     with place.open(path) as opened:
         if opened.size != size:
             return f"has {opened.size} bytes instead of {size}"
-        if file.spec is None:
+        if file.spec is None or isinstance(file.recorded, StoredFile):
             data = np.zeros(size, np.uint8)
             opened.fill(0, [data])
             return "" if crc32c_hex(data) == file.recorded.crc32c else "fails its checksum"
         try:
-            values = read_clip(opened, file.spec)
+            read_clip(opened, file.spec, file.recorded.facts)
         except DamagedFile as error:
-            return f"cannot be decoded: {error}"
-    return "" if content_crc32c(values) == file.recorded.crc32c else "fails its checksum"
+            return f"is damaged: {error}"
+    return ""
 
 
 def _foreign_entries(root: Path, settings: StoreSettings, record: CommitRecord) -> list[str]:

@@ -12,7 +12,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache_schema.clip_index import ClipIndex, commit_path, load_index, record_head
+from cache_schema.clip_index import (
+    ClipIndex,
+    commit_path,
+    load_index,
+    record_head,
+    sealed_crc32c,
+)
 from cache_schema.errors import CacheError, SettingsMismatch, StoreNotFound
 from cache_schema.index_file import write_columns
 from cache_schema.layout import (
@@ -246,7 +252,8 @@ class _Copy:
     def send_index(self) -> None:
         """The index of exactly the records that were sent."""
         file = io.BytesIO()
-        write_columns(file, self.index.columns, self.settings)
+        store_crc32c = sealed_crc32c(self.source, STORE_FILE)
+        write_columns(file, self.index.columns, self.settings, store_crc32c)
         data = file.getvalue()
         if _read_or_none(self.target, INDEX_FILE, MAX_INDEX_BYTES) != data:
             self.target.put(INDEX_FILE, data)

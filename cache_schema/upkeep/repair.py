@@ -108,6 +108,8 @@ def _take_out_store_file(layout: StoreLayout, what: str) -> RepairReport:
     problem = Problem(None, None, what, "repair")
     quarantine = _Quarantine(layout, [problem])
     quarantine.take(layout.store_file)
+    if layout.index.exists():  # it knows the one that was taken out
+        quarantine.take(layout.index)
     left = Problem(
         None,
         None,

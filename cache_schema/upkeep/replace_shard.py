@@ -14,7 +14,7 @@ from cache_schema.committing import commit_group, safe_metadata
 from cache_schema.durable import make_directories, sync, sync_folders
 from cache_schema.errors import CorruptClip
 from cache_schema.layout import StoreLayout
-from cache_schema.manifest import ClipEntry, CommitRecord, SkippedClip, StoredArray, mend_hint
+from cache_schema.manifest import ClipEntry, CommitRecord, SkippedClip, mend_hint
 from cache_schema.settings import StoreSettings
 from cache_schema.sweeping import sweep_committed
 from cache_schema.zarr_group import chunk_path, create_group
@@ -89,7 +89,7 @@ def _take_over(
                 f"clip {clip.key!r} in shard {clip.shard!r} of {layout.root} is damaged: file "
                 f"{stored.path} cannot be found; {mend_hint(layout.root)}"
             ) from error
-        arrays[name] = StoredArray(path, stored.bytes, stored.crc32c)
+        arrays[name] = replace(stored, path=path)
     return replace(clip, index=index, arrays=arrays)
 
 

@@ -10,7 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from cache_schema.clip_index import ClipIndex, index_of_records, lost_record, parse_index
+from cache_schema.clip_index import (
+    ClipIndex,
+    index_of_records,
+    lost_record,
+    parse_index,
+    sealed_crc32c,
+)
 from cache_schema.errors import CorruptRecord, StoreNotFound, UnknownSchemaVersion
 from cache_schema.index_file import write_columns
 from cache_schema.layout import (
@@ -263,6 +269,12 @@ class Survey:
             changed.remove(shard)
             if record is None:
                 self.lost.add(shard)
+        if index.store_crc32c != sealed_crc32c(self.place, STORE_FILE):
+            self.index_is_damaged = True
+            self._report(
+                f"{STORE_FILE} is not the one that {INDEX_FILE} was written with: it was changed, "
+                "or another was put there"
+            )
         if changed:
             self._report(
                 f"{INDEX_FILE} is not up to date with {len(changed)} shards, such as "
@@ -283,7 +295,7 @@ class Survey:
         if crc32cs != self._crc32cs:
             return  # records are being replaced
         data = io.BytesIO()
-        write_columns(data, rebuilt.columns, self.settings)
+        write_columns(data, rebuilt.columns, self.settings, sealed_crc32c(self.place, STORE_FILE))
         if data.getvalue() != self._index_bytes:
             self._report_index("does not agree with the commit records")
 

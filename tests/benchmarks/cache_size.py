@@ -158,7 +158,7 @@ def measure(form: Form, case: Case, folder: Path, options: argparse.Namespace) -
             seconds["encode"].append(encoding)
             seconds["write"].append(writing)
         shard.commit()
-    reader = StoreReader(writer.path, check=False)
+    reader = StoreReader(writer.path)
     for key in reader.keys:
         reading, found = timed(lambda key=key: reader.read(key))
         tensors = {name: torch.from_numpy(array) for name, array in found.items()}

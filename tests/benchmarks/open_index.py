@@ -55,7 +55,7 @@ def make_store(root: Path, kind: str, clips: range, per_shard: int, *, indexed: 
 
     if indexed:
         with layout.index.open("wb") as file:
-            write_columns(file, columns_of_records(records(), settings.arrays), settings)
+            write_columns(file, columns_of_records(records(), settings.arrays), settings, 0)
     else:
         for _ in records():
             pass
@@ -70,12 +70,17 @@ def make_record(settings: StoreSettings, shard: str, numbers: Sequence[int]) -> 
     for index, number in enumerate(numbers):
         arrays = {
             name: StoredArray(
-                chunk_path(name, spec, index), 67_738_196, f"{chance.getrandbits(32):08x}"
+                chunk_path(name, spec, index),
+                67_738_780,
+                f"{chance.getrandbits(32):08x}",
+                f"{chance.getrandbits(32):08x}",
             )
             for name, spec in settings.arrays.items()
         }
         key = f"{shard}/clip-{number:08d}"
-        clips.append(ClipEntry(key, shard, index, f"{shard}.tar", dict(attributes), arrays))
+        clips.append(
+            ClipEntry(key, shard, index, f"{shard}.tar", f"{number:032x}", attributes, arrays)
+        )
     files = {path: StoredFile(1000, "00000000") for path in metadata_paths(settings)}
     return CommitRecord(shard, 0, f"{shard}.tar", tuple(clips), (), files)
 

@@ -70,15 +70,21 @@ def chunk_entries(array: dict[str, Any]) -> int:
     return max(fitting, default=1)
 
 
-def decode(data: bytes, array: dict[str, Any]) -> np.ndarray:
+def decode(data: bytes, array: dict[str, Any], table_crc32c: str) -> np.ndarray:
     """One clip from its file."""
     number = array["shape"][0] // chunk_entries(array)
-    table, crc = data[-16 * number - 4 : -4], data[-4:]
-    assert struct.unpack("<I", crc) == (crc32c(table),), "the table fails its checksum"
+    table = data[-20 * number - 4 : -4]
+    assert f"{crc32c(table):08x}" == table_crc32c, "the table is not the clip's"
+    checksums, pairs = table[: 4 * number], table[4 * number :]
+    assert struct.unpack("<I", data[-4:]) == (crc32c(pairs),), "the pairs fail their checksum"
     pieces = []
-    for offset, size in struct.iter_unpack("<QQ", table):
+    for place, (expected,) in zip(
+        struct.iter_unpack("<QQ", pairs), struct.iter_unpack("<I", checksums), strict=True
+    ):
+        offset, size = place
         chunk, crc = data[offset : offset + size - 4], data[offset + size - 4 : offset + size]
         assert struct.unpack("<I", crc) == (crc32c(chunk),), "a chunk fails its checksum"
+        assert crc32c(chunk) == expected, "a chunk is not the clip's"
         if array["compression"] == "blosc-zstd-shuffle":
             chunk = numcodecs.blosc.decompress(chunk)
         pieces.append(chunk)
@@ -122,7 +128,7 @@ class IndependentReader:
             assert stored["path"] == "/".join([name, "c", str(clip["index"]), *zeros])
             data = (self.group(shard) / stored["path"]).read_bytes()
             assert len(data) == stored["bytes"], "the file is of another size"
-            found[name] = decode(data, array)
+            found[name] = decode(data, array, stored["table_crc32c"])
             assert stored["crc32c"] == f"{crc32c(found[name].tobytes()):08x}"
         return found
 
@@ -162,8 +168,8 @@ def read_index(path: Path) -> dict[str, np.ndarray]:
 
 def clips_of_index(
     columns: dict[str, np.ndarray], arrays: dict[str, Any]
-) -> dict[str, tuple[str, int, str, dict[str, tuple[int, str]]]]:
-    """By key: the group's folder, the clip's index in it, fingerprint, size and checksum of each
+) -> dict[str, tuple[str, int, str, dict[str, tuple[int, str, str]]]]:
+    """By key: the group's folder, the clip's index in it, fingerprint, size and checksums of each
     array."""
     assert columns["schema_version"].tolist() == [3]
     names, keys = _texts(columns, "shards.name"), _texts(columns, "keys")
@@ -177,6 +183,7 @@ def clips_of_index(
             name: (
                 int(columns[f"arrays.{name}.bytes"][row]),
                 f"{int(columns[f'arrays.{name}.crc32c'][row]):08x}",
+                f"{int(columns[f'arrays.{name}.table_crc32c'][row]):08x}",
             )
             for name in arrays
         }

@@ -18,10 +18,16 @@ from numcodecs import blosc
 
 from cache_schema import ArraySpec, StoreSettings
 from cache_schema import settings as settings_module
-from cache_schema.clip_file import DamagedFile, decode_clip, read_clip_and_crc32c, read_part
+from cache_schema.clip_file import (
+    DamagedFile,
+    FileFacts,
+    decode_clip,
+    read_part,
+    write_chunk_table,
+)
 from cache_schema.places import FetchedFile, LocalPlace
 from cache_schema.settings import DTYPES
-from cache_schema.zarr_group import chunk_path, content_crc32c, create_group
+from cache_schema.zarr_group import chunk_path, create_group
 
 COMPRESSIONS = ("none", "blosc-zstd-shuffle")
 
@@ -47,7 +53,15 @@ def _written(folder: Path, spec: ArraySpec, *clips: np.ndarray) -> Any:
     group = create_group(folder, StoreSettings(kind="k", arrays={"a": spec}, values={}), len(clips))
     for index, clip in enumerate(clips):
         group["a"].write(index, clip)
+        write_chunk_table(folder / chunk_path("a", spec, index), spec)
     return zarr.open_array(str(folder), path="a", mode="r")
+
+
+def _facts(stored: bytes, spec: ArraySpec, values: np.ndarray) -> FileFacts:
+    """What a record would say of a file, computed from its bytes here."""
+    table = stored[-20 * (spec.shape[0] // spec.chunk_length) - 4 : -4]
+    little = values.astype(values.dtype.newbyteorder("<"))
+    return FileFacts(len(stored), google_crc32c.value(little.tobytes()), google_crc32c.value(table))
 
 
 def _values(spec: ArraySpec, seed: int) -> np.ndarray:
@@ -88,18 +102,20 @@ def test_decoding_equals_zarrs_own_reading(
         for index, clip in enumerate(clips):
             path = chunk_path("a", spec, index)
             stored = (Path(name) / path).read_bytes()
-            found = decode_clip(stored, spec)
+            facts = _facts(stored, spec, clip)
+            found = decode_clip(stored, spec, facts)
             assert found.dtype == spec.numpy_dtype
             assert found.flags.c_contiguous
             assert found.flags.writeable
             np.testing.assert_array_equal(found, array[index], strict=True)
             np.testing.assert_array_equal(found, clip)
-            _, crc32c = read_clip_and_crc32c(FetchedFile(stored), spec)
-            assert f"{crc32c:08x}" == content_crc32c(clip)
+            for wrong in (facts._replace(crc32c=1), facts._replace(table_crc32c=1)):
+                with pytest.raises(DamagedFile):
+                    decode_clip(stored, spec, wrong)
             start = data.draw(st.integers(0, spec.shape[0] - 1))
             stop = data.draw(st.integers(start + 1, spec.shape[0]))
             for place in (LocalPlace(Path(name)), Fetched(Path(name))):
-                part = read_part(place, path, len(stored), spec, start, stop)  # type: ignore[arg-type]
+                part = read_part(place, path, spec, facts, start, stop)  # type: ignore[arg-type]
                 np.testing.assert_array_equal(part, clip[start:stop], strict=True)
 
 
@@ -119,29 +135,37 @@ def stored(tmp_path: Path, spec: ArraySpec) -> bytes:
     return (tmp_path / chunk_path("a", spec, 0)).read_bytes()
 
 
-def test_every_flipped_bit_is_found(stored: bytes, spec: ArraySpec) -> None:
+@pytest.fixture
+def facts(stored: bytes, spec: ArraySpec) -> FileFacts:
+    """What a record says of it."""
+    return _facts(stored, spec, _values(spec, 0))
+
+
+def test_every_flipped_bit_is_found(stored: bytes, spec: ArraySpec, facts: FileFacts) -> None:
     for position, bit in itertools.product(range(len(stored)), range(8)):
         data = bytearray(stored)
         data[position] ^= 1 << bit
         with pytest.raises(DamagedFile):
-            decode_clip(bytes(data), spec)
+            decode_clip(bytes(data), spec, facts)
 
 
-def test_every_truncation_is_found(stored: bytes, spec: ArraySpec) -> None:
+def test_every_truncation_is_found(stored: bytes, spec: ArraySpec, facts: FileFacts) -> None:
     for size in range(len(stored)):
         with pytest.raises(DamagedFile):
-            decode_clip(stored[:size], spec)
+            decode_clip(stored[:size], spec, facts)
 
 
-def test_zeroed_tails_and_heads_are_found(stored: bytes, spec: ArraySpec) -> None:
+def test_zeroed_tails_and_heads_are_found(stored: bytes, spec: ArraySpec, facts: FileFacts) -> None:
     for size in range(1, len(stored)):
         for data in (stored[:size] + bytes(len(stored) - size), bytes(size) + stored[size:]):
             if data != stored:
                 with pytest.raises(DamagedFile):
-                    decode_clip(data, spec)
+                    decode_clip(data, spec, facts)
 
 
-def test_parts_of_damaged_files_are_refused(tmp_path: Path, stored: bytes, spec: ArraySpec) -> None:
+def test_parts_of_damaged_files_are_refused(
+    tmp_path: Path, stored: bytes, spec: ArraySpec, facts: FileFacts
+) -> None:
     path = chunk_path("a", spec, 0)
     file = tmp_path / path
     size = len(stored)
@@ -149,13 +173,13 @@ def test_parts_of_damaged_files_are_refused(tmp_path: Path, stored: bytes, spec:
         for end in (0, 1, 40, size // 2, size - 53, size - 1):
             file.write_bytes(stored[:end])
             with pytest.raises(DamagedFile):
-                read_part(place, path, size, spec, 2, 4)  # type: ignore[arg-type]
+                read_part(place, path, spec, facts, 2, 4)  # type: ignore[arg-type]
         for position in range(size):
             data = bytearray(stored)
             data[position] ^= 1
             file.write_bytes(data)
             try:
-                found = read_part(place, path, size, spec, 2, 4)  # type: ignore[arg-type]
+                found = read_part(place, path, spec, facts, 2, 4)  # type: ignore[arg-type]
             except DamagedFile:
                 continue
             # The flipped bit lies in another chunk.
@@ -163,22 +187,22 @@ def test_parts_of_damaged_files_are_refused(tmp_path: Path, stored: bytes, spec:
 
 
 def test_a_part_is_two_requests_for_little_more_than_its_bytes(
-    tmp_path: Path, stored: bytes, spec: ArraySpec
+    tmp_path: Path, stored: bytes, spec: ArraySpec, facts: FileFacts
 ) -> None:
     place = Fetched(tmp_path)
-    read_part(place, chunk_path("a", spec, 0), len(stored), spec, 2, 4)  # type: ignore[arg-type]
+    read_part(place, chunk_path("a", spec, 0), spec, facts, 2, 4)  # type: ignore[arg-type]
     (first, last), (begin, end) = place.asked
-    assert (first, last) == (len(stored) - 3 * 16 - 4, len(stored))
+    assert (first, last) == (len(stored) - 3 * 20 - 4, len(stored))
     assert end is not None
     assert end - begin < len(stored) // 2
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 0), (3, 2), (-1, 2), (5, 7)])
 def test_entries_that_are_not_there_are_refused(
-    tmp_path: Path, stored: bytes, spec: ArraySpec, start: int, stop: int
+    tmp_path: Path, spec: ArraySpec, facts: FileFacts, start: int, stop: int
 ) -> None:
     with pytest.raises(ValueError, match="entries"):
-        read_part(LocalPlace(tmp_path), chunk_path("a", spec, 0), len(stored), spec, start, stop)
+        read_part(LocalPlace(tmp_path), chunk_path("a", spec, 0), spec, facts, start, stop)
 
 
 def _sealed(data: bytes) -> bytes:
@@ -187,21 +211,29 @@ def _sealed(data: bytes) -> bytes:
 
 def _file(chunks: list[bytes], *, empty: int | None = None) -> bytes:
     """A file of these chunks whose checksums all fit; one may be said not to be there."""
-    body, table = b"", b""
+    body, table, crcs = b"", b"", b""
     for number, chunk in enumerate(chunks):
         place = (len(body), len(chunk) + 4) if number != empty else (2**64 - 1, 2**64 - 1)
         table += struct.pack("<QQ", *place)
         body += _sealed(chunk)
-    return body + _sealed(table)
+        crcs += _sealed(chunk)[-4:]
+    return body + crcs + _sealed(table)
+
+
+def _decode(data: bytes, spec: ArraySpec, values: np.ndarray | None = None) -> np.ndarray:
+    """With a record that says just that of the file."""
+    if values is None:
+        values = np.zeros(spec.shape, spec.dtype)
+    return decode_clip(data, spec, _facts(data, spec, values))
 
 
 def test_chunks_that_zarr_would_fill_in_are_refused(stored: bytes, spec: ArraySpec) -> None:
     chunks = [bytes(64)] * 3
     if spec.compression != "none":
         chunks = [blosc.compress(chunk, b"zstd", 1) for chunk in chunks]
-    assert not decode_clip(_file(chunks), spec).any()
+    assert not _decode(_file(chunks), spec).any()
     with pytest.raises(DamagedFile, match="outside"):
-        decode_clip(_file(chunks, empty=1), spec)
+        _decode(_file(chunks, empty=1), spec)
 
 
 @pytest.mark.parametrize("length", [0, 1, 12, 62, 66, 128])
@@ -210,17 +242,18 @@ def test_chunks_of_another_length_are_refused(spec: ArraySpec, length: int) -> N
     if spec.compression != "none":
         chunk = blosc.compress(chunk, b"zstd", 1)
     with pytest.raises(DamagedFile):
-        decode_clip(_file([bytes(chunk)] * 3), spec)
+        _decode(_file([bytes(chunk)] * 3), spec)
 
 
 def test_compressed_chunks_that_lie_about_themselves_are_refused(spec: ArraySpec) -> None:
     if spec.compression == "none":
         return
     good = bytes(blosc.compress(bytes(range(64)), b"zstd", 1))
-    assert decode_clip(_file([good] * 3), spec).any()
+    values = np.frombuffer(bytes(range(64)) * 3, np.float16).reshape(spec.shape)
+    assert _decode(_file([good] * 3), spec, values).any()
     for bad in (good[:-1], good + b"\0", good[:20], good[:15], b"", bytes(len(good))):
         with pytest.raises(DamagedFile):
-            decode_clip(_file([good, bad, good]), spec)
+            _decode(_file([good, bad, good]), spec, values)
 
 
 def test_incompressible_values_are_decoded_too(tmp_path: Path) -> None:
@@ -234,4 +267,31 @@ def test_incompressible_values_are_decoded_too(tmp_path: Path) -> None:
     _written(tmp_path, spec, values)
     stored = (tmp_path / chunk_path("a", spec, 0)).read_bytes()
     assert len(stored) > values.nbytes
-    np.testing.assert_array_equal(decode_clip(stored, spec), values)
+    np.testing.assert_array_equal(decode_clip(stored, spec, _facts(stored, spec, values)), values)
+
+
+def test_a_chunk_of_another_clip_is_refused_in_a_part(
+    tmp_path: Path, stored: bytes, spec: ArraySpec, facts: FileFacts
+) -> None:
+    """Each alone is right: the chunk with its checksum, the table with its own."""
+    path = chunk_path("a", spec, 0)
+    group = tmp_path / "other"
+    _written(group, spec, _values(spec, 1))
+    other = (group / path).read_bytes()
+    tail = 3 * 20 + 4
+    swapped = [other]
+    if len(other) == len(stored):  # else the sizes tell
+        swapped += [other[:-tail] + stored[-tail:], stored[:-tail] + other[-tail:]]
+        swapped += [other[:-64] + stored[-64:], stored[:-64] + other[-64:]]
+    for data in swapped:
+        (tmp_path / path).write_bytes(data)
+        for place in (LocalPlace(tmp_path), Fetched(tmp_path)):
+            with pytest.raises(DamagedFile):
+                read_part(place, path, spec, facts, 2, 4)  # type: ignore[arg-type]
+
+
+def test_zarr_still_reads_a_file_with_the_table(tmp_path: Path, spec: ArraySpec) -> None:
+    values = _values(spec, 3)
+    array = _written(tmp_path, spec, values)
+    np.testing.assert_array_equal(array[0], values, strict=True)
+    np.testing.assert_array_equal(array[0, 2:4], values[2:4], strict=True)

@@ -41,8 +41,8 @@ def _record(shard: str, keys: list[str], generation: int, skipped: list[str]) ->
     for index, key in enumerate(keys):
         size = 1 + (crc32(key.encode()) + generation) % 2**40
         arrays = {
-            "a": StoredArray("", size, f"{crc32(key.encode()):08x}"),
-            "b": StoredArray("", size + 1, f"{generation:08x}"),
+            "a": StoredArray("", size, f"{crc32(key.encode()):08x}", f"{size % 7:08x}"),
+            "b": StoredArray("", size + 1, f"{generation:08x}", f"{size % 5:08x}"),
         }
         made_from = fingerprint_of(f"{key} {generation}")
         clips.append(ClipEntry(key, shard, index, f"{shard}.tar", made_from, {}, arrays))
@@ -89,7 +89,11 @@ def test_an_index_brought_up_to_date_is_the_one_made_anew(
             row = expected.keys.index(clip.key)
             assert expected.place_of(row) == (record.shard, record.generation, clip.index)
             for name, stored in clip.arrays.items():
-                assert expected.file_of(row, name) == (stored.bytes, int(stored.crc32c, 16))
+                assert expected.file_of(row, name) == (
+                    stored.bytes,
+                    int(stored.crc32c, 16),
+                    int(stored.table_crc32c, 16),
+                )
     assert list(expected.all_skipped()) == [c for record, _ in records for c in record.skipped]
 
 
@@ -124,7 +128,7 @@ def test_the_index_on_disk_is_the_one_made_from_records(
         assert file["clips.shard"].tolist() == [0, 0, 0, 1, 1]
 
 
-def test_the_index_depends_on_the_records_alone(
+def test_the_index_depends_on_the_records_and_the_store_file_alone(
     indexed: Path,
     settings: StoreSettings,
     tmp_path: Path,
@@ -133,7 +137,8 @@ def test_the_index_depends_on_the_records_alone(
     before = (indexed / "index.npz").stat()
     StoreWriter.open(indexed.parent, settings, provenance={}).write_index()
     assert (indexed / "index.npz").stat().st_mtime_ns == before.st_mtime_ns
-    writer = StoreWriter.open(tmp_path / "elsewhere", settings, provenance={})
+    provenance = StoreReader(indexed).provenance
+    writer = StoreWriter.open(tmp_path / "elsewhere", settings, provenance=provenance)
     write_shard(writer, "00001", ["b0", "b1"])
     writer.write_index()
     write_shard(writer, "00000", ["a0", "a1", "a2"], skip="a3")

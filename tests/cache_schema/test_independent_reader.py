@@ -131,12 +131,16 @@ def test_the_index_says_what_the_commit_records_say(written: Path) -> None:
     found = IndependentReader(written)
     columns = read_index(written / "index.npz")
     assert columns["settings_hash"].tobytes().decode() == found.store["settings_hash"]
+    assert columns["store.crc32c"].tolist() == [int(found.store["crc32c"], 16)]
     assert clips_of_index(columns, found.store["arrays"]) == {
         key: (
             found.group(shard).name,
             clip["index"],
             clip["fingerprint"],
-            {name: (array["bytes"], array["crc32c"]) for name, array in clip["arrays"].items()},
+            {
+                name: (array["bytes"], array["crc32c"], array["table_crc32c"])
+                for name, array in clip["arrays"].items()
+            },
         )
         for key, (shard, clip) in found.clips.items()
     }

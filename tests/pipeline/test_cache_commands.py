@@ -228,11 +228,19 @@ class TestVerify:
         answer("verify", cache, "--fast", exit_code=1)
 
     def test_what_the_next_extraction_clears_up_is_told_and_is_no_failure(self, cache):
-        (store(cache, "text") / "shards" / "00007").mkdir()
+        for folder in ("shards", ".staging"):  # as a writer that is killed between two steps
+            (store(cache, "text") / folder / "00007").mkdir()
         found = answer("verify", cache)["text"]
         assert found["intact"]
         assert [one["mend"] for one in found["problems"]] == ["extract"]
         assert "1 harmless leftover" in invoke("verify", cache).stdout
+
+    def test_a_lost_record_is_a_problem_to_repair(self, cache):
+        (store(cache, "text") / "commits" / "00001.json").unlink()
+        found = answer("verify", cache, exit_code=1)["text"]
+        assert [one["mend"] for one in found["problems"]] == ["repair"]
+        answer("repair", cache)
+        assert answer("verify", cache)["text"]["problems"] == []
 
     def test_a_damaged_manifest_is_a_problem_to_repair(self, cache):
         flip_a_byte(store(cache, "teacher") / "store.json")
