@@ -5,12 +5,13 @@ so they are written nowhere else.
 """
 
 import inspect
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
+
+from stages.weight_checks import read_json
 
 VAE_SPATIAL_COMPRESSION = 8
 """Pixels per latent, in height and width, of every CogVideoX VAE."""
@@ -27,6 +28,8 @@ class BaseFacts:
     transformer: dict[str, Any]
     vae: dict[str, Any]
     scheduler: dict[str, Any]
+    text_encoder: dict[str, Any] | None = None
+    """As transformers names them; None where the folder has none."""
 
     @property
     def latent_channels(self) -> int:
@@ -73,17 +76,21 @@ class BaseFacts:
 
 
 BASE_CONFIGS = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
-"""What `read_base_facts` reads of a pipeline folder."""
+"""What `read_base_facts` reads of a pipeline folder, and the text encoder's if it is there."""
+
+TEXT_ENCODER_CONFIG = "text_encoder/config.json"
 
 
 def read_base_facts(folder: Path) -> BaseFacts:
-    """Read the three configuration files of a diffusers pipeline folder.
+    """Read the configuration files of a diffusers pipeline folder.
 
     Raises:
         ValueError: a file is missing, or the folder holds no CogVideoX.
     """
+    text_encoder = folder / TEXT_ENCODER_CONFIG
     facts = BaseFacts(
         folder=folder,
+        text_encoder=read_json(text_encoder) if text_encoder.is_file() else None,
         **{Path(name).parent.name: _read(folder / name) for name in BASE_CONFIGS},
     )
     channels = facts.transformer["in_channels"], facts.transformer["out_channels"]
@@ -100,7 +107,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is missing; the base model must be a CogVideoX pipeline as diffusers saves it"
         )
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = read_json(path)
     name = str(stored.get("_class_name"))
     if "CogVideoX" not in name or not hasattr(diffusers, name):
         raise ValueError(f"{path} describes a {name}; training supports CogVideoX pipelines alone")

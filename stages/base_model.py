@@ -11,13 +11,16 @@ ALWAYS_PRESENT = "model_index.json"
 """The file by which a diffusers pipeline folder is recognised."""
 
 
-def resolve_base_model(config: BaseModelConfig, subfolders: Sequence[str]) -> Path:
+def resolve_base_model(
+    config: BaseModelConfig, subfolders: Sequence[str], *, download: bool = True
+) -> Path:
     """Return the folder of the pipeline, downloading only what is asked for when it is a hub id.
 
     Args:
         config: The base model: a folder (used as it is) or a hub id.
         subfolders: Parts that must be there, such as `vae` or `text_encoder`; a file such as
             `transformer/config.json` is a part too.
+        download: Fetch what the hub's cache on this machine lacks.
 
     Returns:
         A folder that holds `model_index.json` and every part.
@@ -25,7 +28,10 @@ def resolve_base_model(config: BaseModelConfig, subfolders: Sequence[str]) -> Pa
     Raises:
         ValueError: The folder lacks a part, or the hub id cannot be downloaded.
     """
-    folder = Path(config.path).expanduser() if config.is_local else _download(config, subfolders)
+    if config.is_local:
+        folder = Path(config.path).expanduser()
+    else:
+        folder = _download(config, subfolders, local_files_only=not download)
     missing = [part for part in (ALWAYS_PRESENT, *subfolders) if not (folder / part).exists()]
     if missing:
         raise ValueError(
@@ -36,7 +42,9 @@ def resolve_base_model(config: BaseModelConfig, subfolders: Sequence[str]) -> Pa
     return folder
 
 
-def _download(config: BaseModelConfig, subfolders: Sequence[str]) -> Path:
+def _download(
+    config: BaseModelConfig, subfolders: Sequence[str], *, local_files_only: bool
+) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -45,7 +53,12 @@ def _download(config: BaseModelConfig, subfolders: Sequence[str]) -> Path:
         patterns += [part, f"{part}/*"]
     try:
         return Path(
-            snapshot_download(config.path, revision=config.revision, allow_patterns=patterns)
+            snapshot_download(
+                config.path,
+                revision=config.revision,
+                allow_patterns=patterns,
+                local_files_only=local_files_only,
+            )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(

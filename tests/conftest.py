@@ -3,6 +3,7 @@ bit wherever they are compared, and processes do not wait for each other's threa
 """
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -20,3 +21,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="inject every fault of tests/cache_schema/faults, not a sample: minutes, not seconds",
     )
+
+
+@pytest.fixture
+def no_hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No network, and an empty cache of the model hub, whose folder is returned."""
+    cache = tmp_path_factory.mktemp("hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+
+    def refuse(*_: object) -> None:
+        raise OSError("a test reached for the network")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    return cache

@@ -20,7 +20,7 @@ _CHANNELS = {"memory_attention": 256, "memory_encoder": 64}
 
 
 def run(config: RunConfig, progress: Progress, *, gpu: str | None, gpus: int | None) -> Answer:
-    """Estimate; needs neither the cache nor weights, and writes nothing.
+    """Estimate; needs neither the cache nor, of a hub id, weights, and writes nothing.
 
     Args:
         config: the whole configuration; the teacher's shape follows from its `extract`.
@@ -37,24 +37,24 @@ def run(config: RunConfig, progress: Progress, *, gpu: str | None, gpus: int | N
             f"there is no {config.model.path} yet: the demo's models are made by the first command "
             "that works with them, such as train without --dry-run"
         )
-    from stages.base_facts import BASE_CONFIGS, read_base_facts
-    from stages.base_model import resolve_base_model
+    from stages.base_weights import parts_are_here
+    from stages.official_models import facts_for_estimate
     from stages.train_student.engine import check_engine_settings
     from stages.train_student.estimate.estimate import estimate
     from stages.train_student.estimate.gpus import gpu_here, gpu_named
-    from stages.train_student.run import check_block
+    from stages.train_student.run import check_block, weights_needed
 
     chosen = gpu_here() if gpu is None else gpu_named(gpu)
     number = _processes() if gpus is None else gpus
-    facts = read_base_facts(resolve_base_model(config.model, BASE_CONFIGS))
+    facts, notes = facts_for_estimate(config.model)
     check_block(config.train, facts)
+    parts_are_here(config.model, facts.folder, weights_needed(config.train))
     progress.log("going through a step on shapes alone")
     found = estimate(config.train, facts, _planned_stores(config), gpu=chosen, gpus=number)
-    notes = []
     try:
         check_engine_settings(config.train)
     except ValueError as error:
-        notes.append(f"warning: on this machine the run would stop at once: {error}")
+        notes = (*notes, f"warning: on this machine the run would stop at once: {error}")
     answer = _answer(config, found)
     return replace(answer, notes=[*notes, *answer.notes])
 

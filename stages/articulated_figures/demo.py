@@ -159,9 +159,10 @@ def _cogvideox(out: Path, config: DemoConfig, clips: ClipsConfig) -> None:
         return
     # Imported here: where the demo is complete, nobody should wait for diffusers to load.
     import torch
-    from diffusers import AutoencoderKLCogVideoX
 
     from stages.articulated_figures.tiny_cogvideox import build_tiny_cogvideox
+    from stages.base_weights import model_class_of
+    from stages.weight_checks import load_model
 
     build_tiny_cogvideox(
         out,
@@ -171,7 +172,7 @@ def _cogvideox(out: Path, config: DemoConfig, clips: ClipsConfig) -> None:
         captions=[record.caption or "" for record in _records(clips)],
         seed=config.seed,
         image_to_video=True,
-        vae=AutoencoderKLCogVideoX.from_pretrained(_PRETRAINED / "vae", torch_dtype=torch.float32),
+        vae=load_model(model_class_of("vae"), _PRETRAINED / "vae", torch_dtype=torch.float32),
     )
 
 

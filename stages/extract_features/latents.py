@@ -15,6 +15,7 @@ import torch
 
 from cache_schema import JSON, ArraySpec, StoreSettings
 from stages.base_facts import VAE_SPATIAL_COMPRESSION, BaseFacts
+from stages.base_weights import model_class_of
 from stages.clips import Clip, ClipRecord, ClipsConfig, load_clip
 from stages.extract_features.config import Kind, LatentsConfig
 from stages.extract_features.content_hash import sha256_of_folder
@@ -26,6 +27,7 @@ from stages.extract_features.extraction import (
     to_float16,
 )
 from stages.local_gram_flow.alignment import TEMPORAL_COMPRESSION
+from stages.weight_checks import load_model
 
 _NOISE_LOG_MEAN, _NOISE_LOG_STD = -3.0, 0.5
 """Of the noise's standard deviation on an image-to-video first frame, as CogVideoX was trained."""
@@ -94,13 +96,8 @@ class LatentsExtraction:
         self, device: torch.device
     ) -> Iterator[Callable[[Sequence[Clip]], Sequence[Outcome]]]:
         """Load the VAE."""
-        from diffusers import AutoencoderKLCogVideoX
-        from diffusers.utils import logging
-
-        logging.disable_progress_bar()
-        vae = AutoencoderKLCogVideoX.from_pretrained(
-            self._folder, torch_dtype=DTYPES[self._config.precision], local_files_only=True
-        )
+        dtype = DTYPES[self._config.precision]
+        vae = load_model(model_class_of("vae"), self._folder, torch_dtype=dtype)
         vae.requires_grad_(False).eval().to(device)
         if self._config.tiling:
             vae.enable_tiling()

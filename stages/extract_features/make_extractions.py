@@ -1,11 +1,12 @@
 """Which extractions a configuration asks for, checked as they are made; the engines use it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from stages.base_facts import BASE_CONFIGS, read_base_facts
 from stages.base_model import resolve_base_model
+from stages.base_weights import Part, check_base_weights
 from stages.clips import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig, Kind
@@ -13,7 +14,7 @@ from stages.extract_features.extraction import Extraction
 from stages.extract_features.latents import LatentsExtraction
 from stages.extract_features.text import TextExtraction
 
-_BASE_PARTS: dict[Kind, tuple[str, ...]] = {
+_BASE_PARTS: Mapping[Kind, tuple[Part, ...]] = {
     "text": ("tokenizer", "text_encoder"),
     "latents": ("vae",),
 }
@@ -40,7 +41,10 @@ def make_extractions(
     """
     made: list[Extraction] = []
     parts = [part for kind in config.kinds for part in _BASE_PARTS.get(kind, ())]
-    base = read_base_facts(resolve_base_model(model, (*BASE_CONFIGS, *parts))) if parts else None
+    base = None
+    if parts:
+        base = read_base_facts(resolve_base_model(model, (*BASE_CONFIGS, *parts)))
+        check_base_weights(base.folder, parts)
     for kinds in group_kinds(config.kinds):
         if kinds[0] in TRACKED_KINDS:
             # Brings in sam2, which the other kinds do without.

@@ -10,10 +10,12 @@ import torch
 
 from cache_schema import JSON, ArraySpec, StoreSettings
 from stages.base_facts import BaseFacts
+from stages.base_weights import load_tokenizer, model_class_of
 from stages.clips import ClipRecord, ClipsConfig, ClipSkipped
 from stages.extract_features.config import Kind, TextConfig
 from stages.extract_features.content_hash import sha256_of_folder
 from stages.extract_features.extraction import DTYPES, Extracted, Outcome, to_float16
+from stages.weight_checks import load_model
 
 TOKENS_CUT = "tokens_cut"
 """Attribute of a clip: how many of its caption's tokens are beyond what the text encoder reads."""
@@ -66,18 +68,11 @@ class TextExtraction:
         self, device: torch.device
     ) -> Iterator[Callable[[Sequence[str]], Sequence[Outcome]]]:
         """Load the tokenizer and the text encoder."""
-        from transformers import T5EncoderModel, T5Tokenizer
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        tokenizer = T5Tokenizer.from_pretrained(
-            self._folder, subfolder="tokenizer", local_files_only=True
-        )
-        encoder = T5EncoderModel.from_pretrained(
-            self._folder,
-            subfolder="text_encoder",
+        tokenizer = load_tokenizer(self._folder)
+        encoder = load_model(
+            model_class_of("text_encoder"),
+            self._folder / "text_encoder",
             dtype=DTYPES[self._config.precision],
-            local_files_only=True,
         )
         encoder.requires_grad_(False).eval().to(device)
         yield lambda captions: [

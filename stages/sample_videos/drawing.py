@@ -4,7 +4,6 @@
 while they are trained.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stages.clips import ClipsConfig
 from stages.clips.geometry import cover_and_crop
+from stages.weight_checks import read_json
 
 PIPELINES = {"CogVideoXPipeline": False, "CogVideoXImageToVideoPipeline": True}
 """Classes a base model may be of, and whether they take an image."""
@@ -28,7 +28,7 @@ def pipeline_class(base: Path) -> str:
     Raises:
         ValueError: It is no CogVideoX pipeline.
     """
-    index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
+    index = read_json(base / "model_index.json")
     class_name = index.get("_class_name")
     if class_name not in PIPELINES:
         raise ValueError(

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import diffusers
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 
 from stages.base_model import resolve_base_model
+from stages.base_weights import Part, check_base_weights, load_tokenizer, model_class_of
 from stages.clips import ClipsConfig, write_video
 from stages.config import BaseModelConfig
 from stages.progress import Progress
@@ -27,8 +27,10 @@ from stages.sample_videos.drawing import (
 )
 from stages.sample_videos.runs import find_export
 from stages.sample_videos.weights import add_lora, load_full_transformer
+from stages.weight_checks import load_model
 
-_PARTS = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
+_WEIGHTS: tuple[Part, ...] = ("tokenizer", "text_encoder", "vae", "transformer")
+_PARTS = (*_WEIGHTS, "scheduler")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -94,14 +96,17 @@ def sample_videos(
     base = resolve_base_model(model, _PARTS)
     class_name = pipeline_class(base)
     condition = _condition(PIPELINES[class_name], image, model, clips)
+    tuned = export is not None and export.method == "full"
+    check_base_weights(base, [part for part in _WEIGHTS if not (tuned and part == "transformer")])
     dtype = _DTYPES[config.precision]
     with progress.task("load the models", 1, unit="pipeline") as task:
-        parts: dict[str, Any] = {}
-        if export is not None and export.method == "full":
-            parts["transformer"] = load_full_transformer(export, base, dtype)
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
-        pipeline = getattr(diffusers, class_name).from_pretrained(base, dtype=dtype, **parts)
+        parts: dict[str, Any] = {"tokenizer": load_tokenizer(base)}
+        for part in _WEIGHTS[1:]:
+            if part == "transformer" and export is not None and export.method == "full":
+                parts[part] = load_full_transformer(export, base, dtype)
+            else:
+                parts[part] = load_model(model_class_of(part), base / part, dtype=dtype)
+        pipeline = getattr(diffusers, class_name).from_pretrained(base, **parts)
         pipeline.set_progress_bar_config(disable=True)
         if export is not None and export.method == "lora":
             add_lora(pipeline, export)

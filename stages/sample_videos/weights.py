@@ -4,7 +4,6 @@ Used by `sampling`. Loaders in diffusers pass over names that they do not know; 
 has no effect is the one thing that must not happen here.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from stages.sample_videos.runs import LORA_FILE, Export
+from stages.weight_checks import load_model, read_json
 
 _ADAPTER = "run"
 
@@ -24,21 +24,17 @@ def load_full_transformer(export: Export, base: Path, dtype: torch.dtype) -> Any
     """
     folder = export.folder / "transformer"
     _refuse_other_architecture(folder, base)
-    transformer, loading = CogVideoXTransformer3DModel.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True
-    )
-    lacking = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
-    if lacking:
+    try:
+        return load_model(CogVideoXTransformer3DModel, folder, dtype=dtype)
+    except ValueError as error:
         raise ValueError(
-            f"{folder} is not a whole transformer: {len(lacking)} weights are missing, unknown or "
-            f"of another shape, such as {lacking[0]}; export the run again"
-        )
-    return transformer
+            f"{folder} is not a whole transformer, export the run again: {error}"
+        ) from error
 
 
 def _refuse_other_architecture(folder: Path, base: Path) -> None:
-    ours = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    theirs = json.loads((base / "transformer" / "config.json").read_text(encoding="utf-8"))
+    ours = read_json(folder / "config.json")
+    theirs = read_json(base / "transformer" / "config.json")
     differing = [
         f"{name} {ours[name]!r} instead of {theirs[name]!r}"
         for name in sorted(ours.keys() & theirs.keys())

@@ -13,6 +13,7 @@ from stages.train_student.distributed import World
 from stages.train_student.lora import add_adapters
 from stages.train_student.sharded_loading import load_sharded_transformer
 from stages.train_student.student import Student
+from stages.weight_checks import load_model
 
 
 def build_student(
@@ -56,7 +57,5 @@ def build_student(
 
 def load_transformer(folder: Path, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
     """The base pipeline's transformer, its weights cast to `dtype`."""
-    transformer = CogVideoXTransformer3DModel.from_pretrained(
-        folder, subfolder="transformer", torch_dtype=dtype
-    )
+    transformer = load_model(CogVideoXTransformer3DModel, folder / "transformer", torch_dtype=dtype)
     return transformer.train()

@@ -12,6 +12,7 @@ from torch import nn
 
 from stages.base_facts import BaseFacts, read_base_facts
 from stages.base_model import resolve_base_model
+from stages.base_weights import Part, check_base_weights
 from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.progress import Progress
@@ -218,6 +219,8 @@ def prepare(
         if of_size.teacher is not None:
             check_teacher(config, of_size.teacher.settings, str(of_size.teacher.path))
     check_validation(config, facts, model, clips.sizes[0])
+    if model.is_local:  # others are checked once they are downloaded
+        check_base_weights(facts.folder, weights_needed(config))
     return Run(
         config=config,
         clips=clips,
@@ -228,6 +231,13 @@ def prepare(
         world=world,
         progress=progress,
     )
+
+
+def weights_needed(config: TrainConfig) -> tuple[Part, ...]:
+    """Parts of the base model that a run loads the weights of."""
+    if config.samples.prompts:
+        return ("transformer", "tokenizer", "text_encoder", "vae")
+    return ("transformer",)
 
 
 def check_block(config: TrainConfig, facts: BaseFacts) -> None:

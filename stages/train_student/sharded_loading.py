@@ -4,8 +4,6 @@ For ZeRO 3: the model is made without storage, then rank 0 reads one parameter a
 to every rank, and each keeps its share. No rank ever holds more than its shards and one parameter.
 """
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,17 +23,7 @@ from stages.train_student.deepspeed_library import (
 )
 from stages.train_student.distributed import World, on_first_rank
 from stages.train_student.engine import deepspeed_settings, largest_parameter
-
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoredTensor:
-    """Where a tensor lies, and its shape."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
+from stages.weight_checks import StoredTensor, check_weights
 
 
 def load_sharded_transformer(
@@ -55,7 +43,9 @@ def load_sharded_transformer(
         transformer = CogVideoXTransformer3DModel.from_config(
             CogVideoXTransformer3DModel.load_config(folder, subfolder="transformer")
         )
-    tensors = on_first_rank(world, lambda: _stored_tensors(transformer, folder / "transformer"))
+    tensors = on_first_rank(
+        world, lambda: check_weights(CogVideoXTransformer3DModel, folder / "transformer")
+    )
     try:
         join_group(world)
         with local_rank_in_environment(world), quiet():
@@ -102,49 +92,3 @@ def _read(stored: StoredTensor, dtype: torch.dtype, world: World) -> Tensor:
         return torch.empty(stored.shape, dtype=dtype, device=world.device)
     with safe_open(stored.file, framework="pt") as file:
         return file.get_tensor(stored.name).to(world.device, dtype)
-
-
-def _stored_tensors(transformer: nn.Module, folder: Path) -> dict[str, StoredTensor]:
-    """Where each tensor of the model lies, by its name.
-
-    Raises:
-        ValueError: one is missing, one too many, or one of another shape.
-    """
-    stored = {}
-    for file in _weight_files(folder):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (it is no mapping)
-                shape = tuple(opened.get_slice(name).get_shape())
-                stored[name] = StoredTensor(file=file, name=name, shape=shape)
-    wanted = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
-    for what, names in (
-        ("lack", wanted.keys() - stored.keys()),
-        ("hold besides", stored.keys() - wanted.keys()),
-        (
-            "hold in another shape",
-            {name for name in wanted.keys() & stored.keys() if wanted[name] != stored[name].shape},
-        ),
-    ):
-        if names:
-            raise ValueError(
-                f"the weights in {folder} {what} {len(names)} of the model's tensors, such as "
-                f"{min(names)}; they are not those of its config.json: download the model again"
-            )
-    return stored
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: one, or as many as the index names."""
-    index = folder / f"{_WEIGHTS}.index.json"
-    if index.is_file():
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        files = [folder / name for name in sorted(set(shards))]
-    else:
-        files = [folder / _WEIGHTS]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(
-                f"{file} is missing; train.deepspeed.zero_stage 3 reads safetensors, which "
-                "save_pretrained writes"
-            )
-    return files

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.base_model import resolve_base_model
+from stages.base_weights import check_base_weights
 from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.progress import Progress, SilentProgress
@@ -87,7 +88,8 @@ def train_student(
 def _train(run: Run) -> TrainSummary:
     config, world = run.config, run.world
     only_trained = config.method == "lora"
-    resolve_base_model(run.model, (*CONFIGURATIONS, "transformer"))
+    folder = resolve_base_model(run.model, (*CONFIGURATIONS, "transformer"))
+    check_base_weights(folder, ("transformer",))
     nvme = "nvme" in (config.deepspeed.offload_optimizer, config.deepspeed.offload_parameters)
     if nvme:
         run.progress.log(

@@ -27,8 +27,9 @@ from sam2_sides import make_frames, random_checkpoint
 from torch import Tensor
 
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
-from stages.base_facts import BaseFacts, read_base_facts
+from stages.base_facts import BaseFacts
 from stages.clips import ClipsConfig
+from stages.official_models import official_facts
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.buckets import join_buckets
 from stages.train_student.data.dataset import Batch, CachedSamples
@@ -41,7 +42,6 @@ from stages.train_student.step import TrainingStep
 from stages.train_student.student import Student
 from tests.fingerprints import fingerprint_of
 
-OFFICIAL = Path(__file__).parents[1] / "official_configs" / "cogvideox-5b"
 NONE, CACHED, ONLINE = "none", "cached", "online"
 SIDES = (NONE, CACHED, ONLINE)
 TARGET = 1.02
@@ -53,7 +53,7 @@ FULL = {"layers": 42, "frames": 49, "height": 480, "width": 720, "sam2": "sam2.1
 
 def facts_of(options: argparse.Namespace) -> BaseFacts:
     """CogVideoX-5B's, with as many layers as asked for."""
-    facts = read_base_facts(OFFICIAL)
+    facts = official_facts("cogvideox-5b")
     return replace(facts, transformer=facts.transformer | {"num_layers": options.layers})
 
 

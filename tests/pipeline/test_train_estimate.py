@@ -1,19 +1,33 @@
 """What `train --dry-run` prints: of configuration files alone, without a cache or a weight."""
 
 import json
-from pathlib import Path
+import shutil
 
+import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli import app
+from stages.official_models import FOLDER as OFFICIAL_FOLDER
 
-CONFIGS = Path(__file__).parents[1] / "official_configs"
+OFFICIAL = (
+    "cogvideox-2b-full",
+    "cogvideox-5b-lora",
+    "cogvideox-5b-i2v-lora",
+    "cogvideox1.5-5b-lora",
+    "cogvideox1.5-5b-i2v-lora",
+)
+
 SMALL = ("data.num_frames=9", "data.height=64", "data.width=96")
 
 
-def dry_run(*words, model="cogvideox-2b", preset="cogvideox-2b-lora"):
-    arguments = ["train", "--dry-run", "--config", preset, f"model.path={CONFIGS / model}"]
-    found = CliRunner().invoke(app, [*arguments, *SMALL, *words], env={"COLUMNS": "200"})
+@pytest.fixture(autouse=True)
+def _no_model_is_here(no_hub):
+    """Official models are known all the same."""
+
+
+def dry_run(*words, preset="cogvideox-2b-lora", size=SMALL):
+    arguments = ["train", "--dry-run", "--config", preset, *size, *words]
+    found = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     return found.exit_code, found.stdout, found.exception
 
 
@@ -58,8 +72,29 @@ def test_options_of_the_dry_run_need_it():
 
 
 def test_an_unknown_gpu_is_refused_with_those_that_are_known():
-    model = f"model.path={CONFIGS / 'cogvideox-2b'}"
-    words = ["train", "--dry-run", "--config", "cogvideox-2b-lora", model, "--gpu", "h1"]
+    words = ["train", "--dry-run", "--config", "cogvideox-2b-lora", "--gpu", "h1"]
     found = CliRunner().invoke(app, [*words, "--traceback"])
     assert found.exit_code != 0
     assert "no GPU is named 'h1'; there are b200" in str(found.exception)
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [OFFICIAL[0], *(pytest.param(name, marks=pytest.mark.slow) for name in OFFICIAL[1:])],
+)
+def test_official_models_are_known_without_a_network(preset):
+    # CogVideoX-5B-I2V's learned positions are of one size.
+    size = () if preset == "cogvideox-5b-i2v-lora" else SMALL
+    code, told, _ = dry_run("--gpu", "rtx4090", preset=preset, size=size)
+    assert code in (0, 1), "fits or not"
+    assert "NVIDIA GeForce RTX 4090" in told
+    assert "a copy of its configuration is used" in told
+
+
+def test_a_damaged_model_is_refused_before_anything_is_estimated(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(OFFICIAL_FOLDER / "cogvideox-2b", folder)
+    words = ("--gpu", "h100", "--traceback", f"model.path={folder}")
+    arguments = ["train", "--dry-run", "--config", "cogvideox-2b-lora", *SMALL, *words]
+    found = CliRunner().invoke(app, arguments)
+    assert f"{folder}/transformer has no diffusion_pytorch_model" in str(found.exception)

@@ -6,7 +6,6 @@ there under a `Meter`, so that no weight is needed and nothing is computed.
 
 # Legend: T frame, S side of SAM2's square input, L text token.
 
-import json
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -66,12 +65,13 @@ class TrackerCost:
 
 
 def text_cost(config: TextConfig, base: BaseFacts) -> ModelCost:
-    """The text encoder, from `text_encoder/config.json`, on one padded caption."""
+    """The text encoder, from its configuration, on one padded caption."""
     from transformers import T5Config, T5EncoderModel
 
-    stored = json.loads((base.folder / "text_encoder" / "config.json").read_text(encoding="utf-8"))
+    assert base.text_encoder is not None
+    settings = T5Config.from_dict(base.text_encoder)
     with _META:
-        encoder = T5EncoderModel(T5Config.from_dict(stored)).to(DTYPES[config.precision]).eval()
+        encoder = T5EncoderModel(settings).to(DTYPES[config.precision]).eval()
         tokens_1L = torch.zeros(1, int(base.transformer["max_text_seq_length"]), dtype=torch.long)
     with Meter() as meter:
         encoder(tokens_1L)

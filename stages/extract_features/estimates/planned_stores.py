@@ -2,14 +2,13 @@
 configuration files. `estimate` adds up from here.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cache_schema import ArraySpec, StoreSettings
-from stages.base_facts import BASE_CONFIGS, BaseFacts, read_base_facts
-from stages.base_model import resolve_base_model
+from stages.base_facts import BaseFacts
+from stages.base_weights import parts_are_here
 from stages.clips import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig, Kind, TeacherConfig
@@ -32,6 +31,7 @@ from stages.extract_features.tracking.sam2_tracker import (
     check_sam2,
     find_checkpoint,
 )
+from stages.official_models import facts_for_estimate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,19 +61,21 @@ def planned_passes(
         ValueError: A setting does not fit, as the run itself would say. Weights of a hub id that
             are not on this machine are no error.
     """
-    base, problem = _base_facts(config, model)
+    base, notes = _base_facts(config, model)
     passes: list[PlannedPass] = []
     for kinds in group_kinds(config.kinds):
         if kinds[0] not in ("text", "latents"):
             passes += [_of(size, _tracking(config, size, kinds)) for size in clips.sizes]
         elif base is None:
             passes.append(
-                PlannedPass(kinds=kinds, arrays=None, folders=None, cost=None, notes=(problem,))
+                PlannedPass(kinds=kinds, arrays=None, folders=None, cost=None, notes=notes)
             )
         elif kinds[0] == "text":
-            passes.append(_text(config, base))
+            passes.append(_text(config, base, model))
         else:
-            passes += [_of(size, _latents(config, size, base)) for size in clips.sizes]
+            passes += [_of(size, _latents(config, size, base, model)) for size in clips.sizes]
+    if base is not None:
+        passes[0] = replace(passes[0], notes=(*notes, *passes[0].notes))
     return passes
 
 
@@ -81,35 +83,38 @@ def _of(size: ClipsConfig, planned: PlannedPass) -> PlannedPass:
     return replace(planned, bucket=bucket_name(size))
 
 
-def _base_facts(config: ExtractConfig, model: BaseModelConfig) -> tuple[BaseFacts | None, str]:
-    """Facts of the base pipeline, or why they cannot be had."""
+def _base_facts(
+    config: ExtractConfig, model: BaseModelConfig
+) -> tuple[BaseFacts | None, tuple[str, ...]]:
+    """Facts of the base pipeline, or None, and what is to be said of them."""
     if not {"text", "latents"} & set(config.kinds):
-        return None, ""
-    parts = (*BASE_CONFIGS, *(["text_encoder/config.json"] if "text" in config.kinds else []))
+        return None, ()
     try:
-        return read_base_facts(resolve_base_model(model, parts)), ""
+        return facts_for_estimate(model, text_encoder="text" in config.kinds)
     except ValueError as error:
         if model.is_local:
             raise
-        return None, f"nothing is known of {model.path}: {error}"
+        return None, (f"nothing is known of {model.path}: {error}",)
 
 
-def _text(config: ExtractConfig, base: BaseFacts) -> PlannedPass:
+def _text(config: ExtractConfig, base: BaseFacts, model: BaseModelConfig) -> PlannedPass:
     cost = text_cost(config.text, base)
-    if has_weights(base.folder / "text_encoder") and (base.folder / "tokenizer").is_dir():
+    if parts_are_here(model, base.folder, ("tokenizer", "text_encoder")):
         return _known(("text",), TextExtraction(config.text, base).settings, cost)
     return _unknown(
-        ("text",), {"text": text_arrays(base)}, cost, f"the text encoder in {base.folder}"
+        ("text",), {"text": text_arrays(base)}, cost, f"the text encoder of {model.path}"
     )
 
 
-def _latents(config: ExtractConfig, clips: ClipsConfig, base: BaseFacts) -> PlannedPass:
+def _latents(
+    config: ExtractConfig, clips: ClipsConfig, base: BaseFacts, model: BaseModelConfig
+) -> PlannedPass:
     cost = latents_cost(config.latents, clips, base)
-    if has_weights(base.folder / "vae"):
+    if parts_are_here(model, base.folder, ("vae",)):
         extraction = LatentsExtraction(config.latents, clips, base, seed=config.seed)
         return _known(("latents",), extraction.settings, cost)
     arrays = latents_arrays(clips, base)
-    return _unknown(("latents",), {"latents": arrays}, cost, f"the VAE in {base.folder}")
+    return _unknown(("latents",), {"latents": arrays}, cost, f"the VAE of {model.path}")
 
 
 def _tracking(config: ExtractConfig, clips: ClipsConfig, kinds: tuple[Kind, ...]) -> PlannedPass:
@@ -146,14 +151,6 @@ def _grounding_is_here(config: TeacherConfig) -> bool:
         grounding.model, "model.safetensors", revision=grounding.revision
     )
     return isinstance(found, str)
-
-
-def has_weights(part: Path) -> bool:
-    """Whether all files of weights of a pipeline's part are there."""
-    for index in part.glob("*.safetensors.index.json"):
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return all((part / file).is_file() for file in files)
-    return any(part.glob("*.safetensors"))
 
 
 def _known(

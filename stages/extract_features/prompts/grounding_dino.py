@@ -1,7 +1,6 @@
 """Finds, checks and runs Grounding DINO; `GroundingSource` asks it for boxes."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from stages.extract_features.config import GroundingConfig
 from stages.extract_features.content_hash import sha256_of_file
+from stages.weight_checks import check_weights, load_model, read_json
 
 # Legend: H W pixels, Q query (a box that may be there), N token of the text.
 
@@ -56,7 +56,7 @@ def find_grounding_dino(config: GroundingConfig) -> Path:
             "such as IDEA-Research/grounding-dino-tiny"
         )
     _check_model_type(folder)
-    _load_model(folder, "meta")
+    check_weights(_model_class(), folder)
     return folder
 
 
@@ -92,7 +92,8 @@ class GroundingDino:
         )
 
         self._device = device
-        self._model = _load_model(folder, "cpu").to(device)
+        model = load_model(_model_class(), folder, dtype=torch.float32)
+        self._model = model.requires_grad_(False).eval().to(device)
         self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         # The processor on PIL: it needs no torchvision, and gives the same on every machine.
         images = GroundingDinoImageProcessorPil.from_pretrained(folder, local_files_only=True)
@@ -169,40 +170,14 @@ class GroundingDino:
         )
 
 
-def _load_model(folder: Path, device: str) -> Any:
-    """The model on the CPU, or on the meta device: names and shapes checked, no weight read."""
-    from safetensors import SafetensorError
+def _model_class() -> Any:
     from transformers import GroundingDinoForObjectDetection
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    try:
-        model, loading = GroundingDinoForObjectDetection.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=torch.float32,
-            device_map=device,
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"the Grounding DINO in {folder} cannot be loaded: {error}") from error
-    if loading["missing_keys"]:
-        raise ValueError(
-            f"the weights in {folder} are not those of its config.json: "
-            f"{len(loading['missing_keys'])} tensors are missing, such as "
-            f"{min(loading['missing_keys'])}"
-        )
-    return model.requires_grad_(False).eval()
+    return GroundingDinoForObjectDetection
 
 
 def _check_model_type(folder: Path) -> None:
-    file = folder / "config.json"
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    found = content.get("model_type") if isinstance(content, dict) else None
+    found = read_json(folder / "config.json").get("model_type")
     if found != _MODEL_TYPE:
         raise ValueError(
             f"{folder} holds a model of type {found!r}, not {_MODEL_TYPE!r}; set "

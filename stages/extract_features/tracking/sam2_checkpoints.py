@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from stages.weight_checks import refuse_lfs_pointer
+
 
 def download_checkpoint(hub_id: str, file: str, *, local_files_only: bool) -> Path:
     """Fetch an official checkpoint from the hub, or find it in the hub's cache.
@@ -46,6 +48,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, torch.Tensor]:
     """
     if not checkpoint.is_file():
         raise ValueError(f"there is no SAM2 checkpoint at {checkpoint}")
+    refuse_lfs_pointer(checkpoint)
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:

@@ -74,10 +74,15 @@ def gpu_named(name: str) -> Gpu:
     Raises:
         ValueError: There is none; names those there are.
     """
-    try:
-        return GPUS[name.lower().replace("_", "-")]
-    except KeyError:
-        raise ValueError(f"no GPU is named {name!r}; there are {', '.join(GPUS)}") from None
+    for known, gpu in GPUS.items():
+        if _bare(known) == _bare(name):
+            return gpu
+    raise ValueError(f"no GPU is named {name!r}; there are {', '.join(GPUS)}")
+
+
+def _bare(name: str) -> str:
+    """A name without case and what is written between its words: rtx-4090 is RTX4090."""
+    return re.sub(r"[-_ ]", "", name.lower())
 
 
 def gpu_of_device(name: str) -> Gpu | None:

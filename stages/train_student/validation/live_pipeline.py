@@ -12,11 +12,12 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor, nn
 
+from stages.base_weights import model_class_of
 from stages.sample_videos.drawing import pipeline_class
 from stages.train_student.student import Student
+from stages.weight_checks import load_model
 
 
 class _LiveTransformer:
@@ -64,8 +65,7 @@ def live_pipeline(
         base: the pipeline's folder, with vae/ and scheduler/.
         dtype: arithmetic of the VAE: that of the student.
     """
-    diffusers.utils.logging.disable_progress_bar()
-    vae = AutoencoderKLCogVideoX.from_pretrained(base, subfolder="vae", dtype=dtype)
+    vae = load_model(model_class_of("vae"), base / "vae", dtype=dtype)
     vae.requires_grad_(False).eval().to(device)
     if device.type == "cuda":
         vae.enable_slicing()

@@ -14,16 +14,17 @@ from typing import Any
 
 import diffusers
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stages.base_model import resolve_base_model
+from stages.base_weights import load_tokenizer, model_class_of
 from stages.config import BaseModelConfig
 from stages.progress import Progress
 from stages.safetensors_io import save_tensors
 from stages.sample_videos.drawing import pipeline_class
 from stages.train_student.distributed import World, on_first_rank
+from stages.weight_checks import load_model
 
 PATIENCE = timedelta(hours=12)
 """How long the other ranks wait for rank 0: it may have to download the encoder."""
@@ -74,12 +75,16 @@ def _encode(
     advance: Any,
 ) -> dict[str, Tensor]:
     """As the pipeline itself encodes them, one by one."""
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         pipeline = getattr(diffusers, pipeline_class(base)).from_pretrained(
-            base, transformer=None, vae=None, dtype=dtype
+            base,
+            tokenizer=load_tokenizer(base),
+            text_encoder=load_model(
+                model_class_of("text_encoder"), base / "text_encoder", dtype=dtype
+            ),
+            transformer=None,
+            vae=None,
         )
         pipeline.text_encoder.to(device)
         found = {}

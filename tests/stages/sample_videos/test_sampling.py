@@ -1,3 +1,4 @@
+import shutil
 from contextlib import contextmanager
 
 import diffusers
@@ -237,8 +238,19 @@ class TestUnfittingRuns:
         weights = load_file(file)
         del weights["proj_out.weight"]
         save_file(weights, file)
-        with pytest.raises(ValueError, match=r"not a whole transformer: .*proj_out\.weight"):
+        with pytest.raises(
+            ValueError, match=r"not a whole transformer, export .* missing: 1 \(proj_out\.weight"
+        ):
             draw(config, base, clips, tmp_path, run=run)
+
+    @pytest.mark.parametrize("part", ["tokenizer", "text_encoder", "vae", "transformer"])
+    def test_a_base_model_with_files_missing(self, config, base, clips, tmp_path, part):
+        copy = shutil.copytree(base.path, tmp_path / "copy")
+        for file in (copy / part).glob("*"):
+            if file.suffix == ".safetensors" or file.name == "tokenizer.json":
+                file.unlink()
+        with pytest.raises(ValueError, match=rf"copy/{part} has no .*download the model again"):
+            draw(config, BaseModelConfig(path=str(copy)), clips, tmp_path)
 
     def test_a_run_without_export(self, config, base, clips, tmp_path):
         with pytest.raises(ValueError, match="has no export/ yet"):

@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stages.progress import SilentProgress
@@ -410,3 +411,16 @@ def test_one_training_per_folder_but_a_killed_one_is_followed_at_once(train, die
         train(tmp_path)
     die()
     assert train(tmp_path, steps=1).steps_done == 1
+
+
+def test_a_base_model_with_a_tensor_missing_is_refused_before_the_run_begins(
+    base_model, train, tmp_path
+):
+    base = shutil.copytree(base_model, tmp_path / "base")
+    file = base / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["proj_out.bias"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing: 1 \(proj_out\.bias\)"):
+        train(tmp_path / "run", base=base)
+    assert not (tmp_path / "run").exists()

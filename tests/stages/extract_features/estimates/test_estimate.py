@@ -14,7 +14,7 @@ from stages.extract_features.config import GroundingConfig, TeacherConfig
 from stages.extract_features.estimates import estimate as module
 from stages.extract_features.estimates.estimate import estimate
 from stages.extract_features.estimates.model_costs import tracker_cost
-from stages.extract_features.estimates.planned_stores import has_weights, planned_passes
+from stages.extract_features.estimates.planned_stores import planned_passes
 from stages.extract_features.estimates.survey import survey_shards
 from stages.extract_features.extract import extract_features
 from stages.progress import SilentProgress
@@ -247,16 +247,19 @@ class TestWithoutWeights:
 
     @pytest.mark.parametrize("base", ["tiny_base", "tiny_image_base"])
     def test_disk_is_that_of_the_stores_all_the_same(
-        self, from_the_dataset, two_shards, base, request, tmp_path
+        self, from_the_dataset, two_shards, base, request, no_hub, monkeypatch
     ):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         config = from_the_dataset.model_copy(update={"kinds": ("text", "latents")})
         whole = request.getfixturevalue(base)
-        bare = tmp_path / "bare"
+        bare = no_hub / "models--someone--bare" / "snapshots" / "abc"
+        (bare.parents[1] / "refs").mkdir(parents=True)
+        (bare.parents[1] / "refs" / "main").write_text("abc")
         for file in Path(whole.path).rglob("*.json"):
             (bare / file.relative_to(whole.path)).parent.mkdir(parents=True, exist_ok=True)
             (bare / file.relative_to(whole.path)).write_bytes(file.read_bytes())
         known = planned_passes(config, two_shards, whole)
-        unknown = planned_passes(config, two_shards, BaseModelConfig(path=str(bare)))
+        unknown = planned_passes(config, two_shards, BaseModelConfig(path="someone/bare"))
         for with_weights, without in zip(known, unknown, strict=True):
             assert without.arrays == with_weights.arrays
             assert without.cost == with_weights.cost
@@ -292,12 +295,10 @@ class TestWithoutWeights:
     def test_an_unreachable_base_model_is_said_and_the_rest_estimated(
         self, from_the_dataset, two_shards, tmp_path, monkeypatch
     ):
-        def unreachable(*_):
+        def unreachable(*_, **__):
             raise ValueError("no network")
 
-        monkeypatch.setattr(
-            "stages.extract_features.estimates.planned_stores.resolve_base_model", unreachable
-        )
+        monkeypatch.setattr("stages.official_models.resolve_base_model", unreachable)
         model = BaseModelConfig(path="someone/some-model")
         found = look(from_the_dataset, two_shards, model, tmp_path)
         text, latents, teacher, _ = found.kinds
@@ -314,11 +315,18 @@ class TestWithoutWeights:
         with pytest.raises(ValueError, match=r"extract\.teacher\.checkpoint=nowhere\.pt"):
             look(config, two_shards, tiny_base, tmp_path)
 
-    def test_weights_in_parts_are_here_when_all_parts_are(self, tmp_path):
-        assert not has_weights(tmp_path)
-        index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-        (tmp_path / "model-1.safetensors").touch()
-        assert not has_weights(tmp_path)
-        (tmp_path / "model-2.safetensors").touch()
-        assert has_weights(tmp_path)
+    @pytest.mark.parametrize("image", [False, True])
+    def test_an_official_model_is_known_without_a_network(
+        self, from_the_dataset, two_shards, tmp_path, no_hub, image
+    ):
+        model = BaseModelConfig(path=f"zai-org/CogVideoX-5b{'-I2V' if image else ''}")
+        found = look(from_the_dataset, two_shards, model, tmp_path)
+        kinds = by_kind(found)
+        assert kinds["text"].bytes_per_clip == 226 * 4096 * 2
+        frames, per_frame = 3 + image, 2 * 2 * 16 * 8 * 12
+        assert kinds["latents"].bytes_per_clip == frames * per_frame
+        text, latents = found.passes[:2]
+        assert text.cost.weight_bytes == pytest.approx(4.76e9 * 4, rel=0.01), "T5 v1.1 XXL's half"
+        assert latents.cost.weight_bytes > 0
+        assert f"{model.path} is not on this machine yet; a copy" in found.notes[0]
+        assert any(f"the text encoder of {model.path} is not on" in note for note in found.notes)

@@ -1,25 +1,22 @@
 """The training's maths against the pipelines' own schedulers, for every kind of model."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
-from stages.base_facts import read_base_facts
+from stages.official_models import NAMES as OFFICIAL
+from stages.official_models import official_facts
 from stages.train_student.diffusion import cumulative_alphas, noisy_latents, velocity
 from stages.train_student.model_inputs import pad_in_front
 
-CONFIGS = Path(__file__).parents[3] / "official_configs"
-NAMES = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
 STEPS = 50
 TIMESTEPS = (19, 259, 499, 739, 999)
 """Of fifty steps with trailing spacing: the last, and some before."""
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=OFFICIAL)
 def facts(request):
-    return read_base_facts(CONFIGS / request.param)
+    return official_facts(request.param)
 
 
 @pytest.fixture(params=[CogVideoXDDIMScheduler, CogVideoXDPMScheduler])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
-from stages.base_facts import read_base_facts
 from stages.clips.config import ClipsConfig
+from stages.official_models import official_facts
 from stages.train_student.config import TrainConfig
 from stages.train_student.estimate.step_costs import (
     _meta_batch,
@@ -18,7 +18,6 @@ from stages.train_student.estimate.step_costs import (
 from stages.train_student.model_inputs import rotary_positions
 from stages.train_student.step import TrainingStep
 
-CONFIGS = Path(__file__).parents[3] / "official_configs"
 META = torch.device("meta")
 USUAL = ClipsConfig(path=Path("unused"))
 LARGE = ClipsConfig(path=Path("unused"), num_frames=81, height=768, width=1360)
@@ -41,7 +40,7 @@ def name(request):
 
 @pytest.fixture
 def facts(name):
-    return read_base_facts(CONFIGS / name)
+    return official_facts(name)
 
 
 @pytest.fixture
@@ -103,7 +102,7 @@ def test_a_step_at_the_usual_size_goes_forward_and_backward(name, facts, size):
 
 
 def test_a_5b_step_costs_what_its_products_cost():
-    facts = read_base_facts(CONFIGS / "cogvideox-5b")
+    facts = official_facts("cogvideox-5b")
     cost = step_cost(TrainConfig(objectives=(), lora={"rank": 1}), facts, USUAL)
     tokens, width, blocks = 226 + 13 * 30 * 45, 3072, 42
     linear = 2 * tokens * 12 * width**2  # four projections, and two layers of four times the width
@@ -120,7 +119,7 @@ def test_a_5b_step_costs_what_its_products_cost():
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_a_few_blocks_tell_of_many(checkpointing):
     """Against a run through all of them."""
-    facts = shallow(read_base_facts(CONFIGS / "cogvideox-2b"), 7)
+    facts = shallow(official_facts("cogvideox-2b"), 7)
     small = ClipsConfig(path=Path("unused"), num_frames=9, height=64, width=96)
     config = TrainConfig(objectives=(), gradient_checkpointing=checkpointing)
     told = step_cost(config, facts, small)

@@ -1,0 +1,109 @@
+"""Whether the parts of a base pipeline are whole, before any of them is loaded."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from stages.config import BaseModelConfig
+from stages.weight_checks import check_weights, read_json, refuse_lfs_pointer
+
+Part = Literal["tokenizer", "text_encoder", "vae", "transformer"]
+"""Folders of a pipeline that hold more than a configuration."""
+
+_VOCABULARIES = ("tokenizer.json", "spiece.model")
+"""A tokenizer needs one of them; without, transformers makes one that knows four tokens."""
+
+
+def check_base_weights(folder: Path, parts: Sequence[Part]) -> None:
+    """Check that the parts' files are whole and fit their configurations; reads no weights.
+
+    Args:
+        folder: of a CogVideoX pipeline, downloaded.
+        parts: which of it are going to be loaded; a tokenizer goes with its text encoder.
+
+    Raises:
+        ValueError: One is not; the message names the tensors or the file.
+    """
+    for part in parts:
+        if part == "tokenizer":
+            load_tokenizer(folder)
+        else:
+            check_weights(model_class_of(part), folder / part)
+
+
+def model_class_of(part: Part) -> Any:
+    """The class that a part with weights is loaded by."""
+    if part == "text_encoder":
+        from transformers import T5EncoderModel
+
+        return T5EncoderModel
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+
+    return AutoencoderKLCogVideoX if part == "vae" else CogVideoXTransformer3DModel
+
+
+def parts_are_here(model: BaseModelConfig, folder: Path, parts: Sequence[Part]) -> bool:
+    """Whether parts of the base model are on this machine, whole; a hub id may lack some yet.
+
+    Args:
+        model: The base model.
+        folder: What was resolved of it, or its configurations alone.
+        parts: Which.
+
+    Raises:
+        ValueError: They are damaged; or, in a folder, which no download completes, missing.
+    """
+    if not model.is_local and not all(_is_downloaded(folder / part) for part in parts):
+        return False
+    check_base_weights(folder, parts)
+    return True
+
+
+def _is_downloaded(folder: Path) -> bool:
+    """Whether all files of a part are there; says nothing of what is in them."""
+    if folder.name == "tokenizer":
+        return any((folder / name).is_file() for name in _VOCABULARIES)
+    for index in folder.glob("*.safetensors.index.json"):
+        names = set(read_json(index).get("weight_map", {}).values())
+        return all((folder / name).is_file() for name in names)
+    return any(folder.glob("*.safetensors"))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The pipeline's tokenizer, whose numbers the text encoder knows.
+
+    Raises:
+        ValueError: A file is missing or damaged, or the vocabulary is larger than the encoder's.
+    """
+    from transformers import T5Tokenizer
+
+    tokenizer_folder = folder / "tokenizer"
+    _check_tokenizer_files(tokenizer_folder)
+    try:
+        tokenizer = T5Tokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        raise ValueError(
+            f"the tokenizer in {tokenizer_folder} cannot be loaded: {error}; download it again"
+        ) from error
+    known = int(read_json(folder / "text_encoder" / "config.json")["vocab_size"])
+    if len(tokenizer) > known:
+        raise ValueError(
+            f"the tokenizer in {tokenizer_folder} has {len(tokenizer)} tokens, the text encoder "
+            f"beside it knows {known}; they are of different models: download both again"
+        )
+    return tokenizer
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    read_json(folder / "tokenizer_config.json")
+    files = [folder / name for name in _VOCABULARIES if (folder / name).is_file()]
+    if not files:
+        raise ValueError(
+            f"{folder} has no vocabulary ({' or '.join(_VOCABULARIES)}); download the model again"
+        )
+    for file in files:
+        if file.suffix == ".json":
+            read_json(file)
+        refuse_lfs_pointer(file)
+        if file.stat().st_size == 0:
+            raise ValueError(f"{file} is empty; download the model again")
