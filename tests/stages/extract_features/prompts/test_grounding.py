@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from stages.clips import Clip, ClipSkipped
 from stages.extract_features.config import GroundingConfig
@@ -234,6 +235,24 @@ def test_weights_of_another_architecture_are_refused(
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**content, **change}))
     with pytest.raises(ValueError, match="misfit"):
+        GroundingSource(GroundingConfig(model=str(folder)))
+
+
+@pytest.mark.parametrize("fault", ["missing", "unknown", "of another shape"])
+def test_tensors_that_are_not_the_models_are_named(
+    fault: str, tiny_grounding: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_grounding, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.level_embed"
+    if fault == "missing":
+        del tensors[name]
+    else:
+        name = name if fault == "of another shape" else "extra"
+        tensors[name] = torch.zeros(2)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"tensors {fault}: 1 \({name}\); download"):
         GroundingSource(GroundingConfig(model=str(folder)))
 
 
