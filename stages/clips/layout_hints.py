@@ -52,12 +52,13 @@ def _of_names(folder: Path, names: Sequence[str]) -> list[str]:
     tables = [name for name in names if name.lower().endswith(".parquet")]
     if tables:
         script = (
-            "import pandas, sys; pandas.concat(map(pandas.read_parquet, sys.argv[1:]))"
-            f".to_json('{folder}/metadata.jsonl', orient='records', lines=True)"
+            "import pandas, sys; pandas.concat(map(pandas.read_parquet, sys.argv[2:]))"
+            ".to_json(sys.argv[1], orient='records', lines=True)"
         )
+        anew = shlex.quote(str(folder / "metadata.jsonl"))
         found.append(
             f"{_counted(tables)} parquet, which is not read. If it has the columns file_name and "
-            f'caption: python -c "{script}" {_quoted(folder, tables)}'
+            f'caption: python -c "{script}" {anew} {_quoted(folder, tables)}'
         )
     unread = [name for name in names if name.lower().rpartition(".")[2] in UNREAD_SUFFIXES]
     if unread:

@@ -99,6 +99,7 @@ def answer(monkeypatch, minimal):
 
 def test_the_table_tells_clips_disk_memory_and_time(answer):
     rows = answer().rows
+    assert ("dataset", "webdataset, 5 tars") in rows
     assert ("clips", "310 in 5 shards, 1.0 GB") in rows
     assert ("prompts", "270 dataset, 5 automatic") in rows
     assert ("source videos", "3 deinterlaced, 2 PQ to SDR") in rows
