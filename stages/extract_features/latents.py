@@ -2,7 +2,8 @@
 conditioned on.
 """
 
-# Legend: T frame, F latent frame, B batch (always 1), C channel, H W pixels or latent grid.
+# Legend: T frame, F latent frame, N draw of noise, B batch (always 1), C channel, H W pixels or
+# latent grid.
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,8 +80,9 @@ class LatentsExtraction:
                 "log_mean": _NOISE_LOG_MEAN,
                 "log_std": _NOISE_LOG_STD,
                 "seed": self._seed,
+                "draws": self._config.image_draws,
             }
-        arrays = latents_arrays(self._clips, base)
+        arrays = latents_arrays(self._config, self._clips, base)
         return StoreSettings(kind="latents", arrays=arrays, values=values)
 
     def prepare(self, record: ClipRecord) -> Clip:
@@ -109,8 +111,16 @@ class LatentsExtraction:
         mean, std = _posterior(vae, pixels_BCTHW)
         arrays = {"mean": mean, "std": std}
         if self._image_to_video:
-            noisy_BCTHW = with_image_noise(pixels_BCTHW[:, :, :1], clip.key, self._seed)
-            arrays["image_mean"], arrays["image_std"] = _posterior(vae, noisy_BCTHW)
+            draws = [
+                _posterior(vae, noisy_BCTHW)
+                for noisy_BCTHW in image_noise_draws(
+                    pixels_BCTHW[:, :, :1], clip.key, self._seed, self._config.image_draws
+                )
+            ]
+            for name, of_draws in zip(
+                ("image_mean", "image_std"), zip(*draws, strict=True), strict=True
+            ):
+                arrays[name] = np.concatenate(of_draws)
         attributes: dict[str, JSON] = {
             "num_frames": len(clip.frames_THWC),
             "geometry": dict(clip.geometry.as_dict()),
@@ -124,15 +134,22 @@ def pixels_for_vae(frames_THWC: np.ndarray) -> torch.Tensor:
     return pixels_THWC.permute(3, 0, 1, 2)[None]
 
 
-def with_image_noise(image_BCTHW: torch.Tensor, key: str, seed: int) -> torch.Tensor:
-    """Add the noise CogVideoX puts on first frames: sigma = exp(N(-3, 0.5)), drawn per clip.
+def image_noise_draws(
+    image_BCTHW: torch.Tensor, key: str, seed: int, draws: int
+) -> Iterator[torch.Tensor]:
+    """The image with the noise CogVideoX puts on first frames, sigma = exp(N(-3, 0.5)), N times.
 
-    The draw depends on the seed and the clip's key alone, not on the order of the clips.
+    CogVideoX draws sigma and noise anew at each step. Here they depend on the seed and the clip's
+    key, not on the order of the clips; the sigmas of a clip are stratified, one from each of N
+    equally likely parts of the distribution, so that few draws have its spread.
     """
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     noise = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    sigma = torch.exp(_NOISE_LOG_MEAN + _NOISE_LOG_STD * torch.randn((), generator=noise))
-    return image_BCTHW + sigma * torch.randn(image_BCTHW.shape, generator=noise)
+    for draw in range(draws):
+        uniform = (draw + torch.rand((), generator=noise, dtype=torch.float64)) / draws
+        normal = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9)).float()
+        sigma = torch.exp(_NOISE_LOG_MEAN + _NOISE_LOG_STD * normal)
+        yield image_BCTHW + sigma * torch.randn(image_BCTHW.shape, generator=noise)
 
 
 def _posterior(vae: Any, pixels_BCTHW: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -153,18 +170,21 @@ def _check_compression(base: BaseFacts) -> None:
         )
 
 
-def latents_arrays(clips: ClipsConfig, base: BaseFacts) -> dict[str, ArraySpec]:
+def latents_arrays(
+    config: LatentsConfig, clips: ClipsConfig, base: BaseFacts
+) -> dict[str, ArraySpec]:
     """What the store holds of each clip."""
     per_frame = (int(base.vae["latent_channels"]), *clips.latent_size)
-    arrays = dict.fromkeys(("mean", "std"), _spec(clips.num_latent_frames, per_frame))
+    arrays = dict.fromkeys(("mean", "std"), _spec("f", clips.num_latent_frames, per_frame))
     if base.image_to_video:
-        arrays |= dict.fromkeys(("image_mean", "image_std"), _spec(1, per_frame))
+        spec = _spec("n", config.image_draws, per_frame)
+        arrays |= dict.fromkeys(("image_mean", "image_std"), spec)
     return arrays
 
 
-def _spec(num_latent_frames: int, per_frame: tuple[int, ...]) -> ArraySpec:
+def _spec(dimension: str, length: int, per_frame: tuple[int, ...]) -> ArraySpec:
     return ArraySpec(
         dtype="float16",
-        shape=(num_latent_frames, *per_frame),
-        dimension_names=("f", "c", "h", "w"),
+        shape=(length, *per_frame),
+        dimension_names=(dimension, "c", "h", "w"),
     )

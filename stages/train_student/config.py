@@ -127,7 +127,7 @@ class TrainConfig(Section):
     run_dir: Path = Path("runs/sam2videox")
     """Folder of the run; running again with the same settings resumes it."""
     steps: int = Field(default=2000, ge=1)
-    """Optimizer steps; 2000 is usual."""
+    """Optimizer steps; 2000 is usual. A run may be given more later: schedules follow at once."""
     batch_size: int = Field(default=32, ge=1)
     """Clips per optimizer step over all ranks; how many passes make one follows from it."""
     micro_batch_size: int = Field(default=1, ge=1)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from stages.train_student.config import OptimizerConfig
+from stages.train_student.config import OptimizerConfig, TrainConfig
 
 INSTALL_8BIT = "pip install 'sam2videox[adamw8bit]'"
 
@@ -68,3 +68,32 @@ def learning_rate_factor(step: int, config: OptimizerConfig, steps: int) -> floa
         return 1.0
     share = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
     return 0.5 * (1.0 + math.cos(math.pi * min(share, 1.0)))
+
+
+def describe_new_length(config: TrainConfig, done: int, planned: int) -> str:
+    """What another number of steps than the run was planned with means for its schedules.
+
+    Args:
+        config: with the new number.
+        done: steps made.
+        planned: the number until now.
+    """
+    optimizer, steps = config.optimizer, config.steps
+    before, now = (
+        optimizer.learning_rate * learning_rate_factor(done, optimizer, length)
+        for length in (planned, steps)
+    )
+    if optimizer.schedule == "constant":
+        rate = f"the learning rate stays as it is, {now:.3g} at step {done + 1}"
+    else:
+        rate = (
+            f"the learning rate falls to zero over {steps} steps as if planned so from the start, "
+            f"{now:.3g} at step {done + 1} instead of {before:.3g}"
+        )
+    falling = [
+        name
+        for name in config.objectives
+        if getattr(config, name.replace("-", "_")).schedule != "constant"
+    ]
+    weights = f"; so does the weight of {' and '.join(falling)}" if falling else ""
+    return f"train.steps is {steps}, was {planned}: {rate}{weights}"

@@ -31,6 +31,7 @@ from stages.train_student.loading import build_student
 from stages.train_student.logs.row_file import read_rows
 from stages.train_student.logs.rows import DAMAGED_FILE, SKIPPED_FILE, read_losses
 from stages.train_student.loop import Loop
+from stages.train_student.optimizers import describe_new_length
 from stages.train_student.performance import device_rate, peak_memory_bytes
 from stages.train_student.run import CONFIGURATIONS, Run, prepare
 from stages.train_student.run_folder import finished_steps, locked, mark_finished
@@ -105,7 +106,9 @@ def _train(run: Run) -> TrainSummary:
         load = [] if average is None else [average.load]
         done = resume(engine, plan, world, strict=not only_trained, beside=load)
         if done:
-            run.progress.log(f"going on after step {done}")
+            run.progress.log(f"resuming after step {done}")
+        if plan is not None and plan.checkpoint.planned_steps != config.steps:
+            run.progress.log(describe_new_length(config, done, plan.checkpoint.planned_steps))
         steps = range(done, max(done, config.steps))
         skipped = SkippedInARow(config.run_dir, done, most=config.max_skipped_steps, world=world)
         boards = run.boards(done) if world.is_first else None
@@ -123,6 +126,7 @@ def _train(run: Run) -> TrainSummary:
                 run.checkpoints,
                 step,
                 world,
+                planned_steps=config.steps,
                 kept=config.checkpoints_kept,
                 only_trained=only_trained,
                 beside=[] if average is None else [average.save],

@@ -83,7 +83,8 @@ def text_cost(config: TextConfig, base: BaseFacts) -> ModelCost:
 
 
 def latents_cost(config: LatentsConfig, clips: ClipsConfig, base: BaseFacts) -> ModelCost:
-    """The VAE's encoder, from `vae/config.json`, on a clip, and on an image where it takes one."""
+    """The VAE's encoder, from `vae/config.json`, on a clip, and on the draws of its first frame
+    where it takes one."""
     from diffusers import AutoencoderKLCogVideoX
 
     with _META:
@@ -100,7 +101,8 @@ def latents_cost(config: LatentsConfig, clips: ClipsConfig, base: BaseFacts) -> 
     with Meter() as meter:
         vae.encode(pixels)
         if base.image_to_video:
-            vae.encode(pixels[:, :, :1])
+            for _ in range(config.image_draws):
+                vae.encode(pixels[:, :, :1])
     return ModelCost(
         flops_per_clip=meter.flops,
         weight_bytes=weight_bytes(vae),

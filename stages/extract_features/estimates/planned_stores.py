@@ -113,7 +113,7 @@ def _latents(
     if parts_are_here(model, base.folder, ("vae",)):
         extraction = LatentsExtraction(config.latents, clips, base, seed=config.seed)
         return _known(("latents",), extraction.settings, cost)
-    arrays = latents_arrays(clips, base)
+    arrays = latents_arrays(config.latents, clips, base)
     return _unknown(("latents",), {"latents": arrays}, cost, f"the VAE of {model.path}")
 
 

@@ -22,6 +22,8 @@ class Checkpoint:
     step: int
     world_size: int
     zero_stage: int
+    planned_steps: int
+    """Length of the run when it was written, at which falling schedules ended."""
 
     @property
     def on_nvme(self) -> bool:
@@ -60,6 +62,7 @@ def read_record(folder: Path) -> Checkpoint | None:
             step=int(content["step"]),
             world_size=int(content["world_size"]),
             zero_stage=int(content["zero_stage"]),
+            planned_steps=int(content["planned_steps"]),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -72,6 +75,7 @@ def write_record(checkpoint: Checkpoint) -> None:
         "step": checkpoint.step,
         "world_size": checkpoint.world_size,
         "zero_stage": checkpoint.zero_stage,
+        "planned_steps": checkpoint.planned_steps,
         "files": _sizes(checkpoint.folder),
     }
     temporary = record.with_name(f".{record.name}.partial")

@@ -98,10 +98,24 @@ def resume(
         raise RuntimeError(f"DeepSpeed could not load {plan.folder}")
     if plan.universal and is_eight_bit(engine.optimizer.optimizer):
         quantize_moments(engine)
+    _set_rates(engine.lr_scheduler)
     for read in beside:
         read(plan.checkpoint.folder, plan.checkpoint.world_size)
     _set_random_state(client_state["rng"], world)
     return int(client_state["step"])
+
+
+def _set_rates(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """The next step's learning rate by the schedule as it is now: the checkpoint holds the rate of
+    the run's length at that time, which after the last step of a falling one is zero.
+    """
+    rates = [
+        base * factor(schedule.last_epoch)
+        for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
 
 
 def _newest(root: Path, progress: Progress) -> Checkpoint | None:

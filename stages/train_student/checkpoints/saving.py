@@ -23,6 +23,7 @@ def save_checkpoint(
     step: int,
     world: World,
     *,
+    planned_steps: int,
     kept: int,
     only_trained: bool,
     beside: Sequence[Callable[[Path], None]] = (),
@@ -32,6 +33,7 @@ def save_checkpoint(
     Args:
         engine: the DeepSpeed engine.
         root: folder of the checkpoints.
+        planned_steps: length of the run.
         only_trained: leave out frozen weights, which the base model has.
         beside: each writes further files of this rank into the folder it is given, before the
             checkpoint is recorded; names must differ between ranks.
@@ -54,8 +56,14 @@ def save_checkpoint(
     barrier(world)
 
     def finish() -> None:
-        stage = engine.zero_optimization_stage()
-        write_record(Checkpoint(folder=folder, step=step, world_size=world.size, zero_stage=stage))
+        checkpoint = Checkpoint(
+            folder=folder,
+            step=step,
+            world_size=world.size,
+            zero_stage=engine.zero_optimization_stage(),
+            planned_steps=planned_steps,
+        )
+        write_record(checkpoint)
         keep_newest(root, kept)
 
     on_first_rank(world, finish)

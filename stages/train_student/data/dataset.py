@@ -148,7 +148,11 @@ class CachedSamples:
         noise_FCHW = torch.randn(clean_FCHW.shape, generator=generator)
         image_FCHW = None
         if facts.image_to_video:
-            image_1CHW = draw(latents["image_mean"], latents["image_std"], generator)
+            mean_NCHW, std_NCHW = latents["image_mean"], latents["image_std"]
+            chosen = int(torch.randint(len(mean_NCHW), (1,), generator=generator))
+            image_1CHW = draw(
+                mean_NCHW[chosen : chosen + 1], std_NCHW[chosen : chosen + 1], generator
+            )
             image_FCHW = image_condition(facts.image_latent_scale * image_1CHW, len(clean_FCHW))
         teacher = valid_BT = None
         if "teacher" in arrays:

@@ -37,8 +37,7 @@ def check_stores(
     for name in ("mean", "std"):
         _same(stores.latents, name, wanted, axes, "data.num_frames, data.height, data.width")
     if facts.image_to_video:
-        for name in ("image_mean", "image_std"):
-            _same(stores.latents, name, (1, *wanted[1:]), axes, "the image-to-video model")
+        _check_first_frames(stores.latents, wanted[1:])
     text = (facts.transformer["max_text_seq_length"], facts.transformer["text_embed_dim"])
     _same(stores.text, "embeds", text, "text length, text width", "the transformer")
     _check_learned_positions(facts, clips, height, width)
@@ -62,6 +61,20 @@ def _same(reader: StoreReader, name: str, wanted: tuple[int, ...], axes: str, be
             f"{reader.path} holds {name} of {found} ({axes}); {because} need {wanted}; choose "
             f"another store with train.stores.{reader.settings.kind}, or extract again"
         )
+
+
+def _check_first_frames(latents: StoreReader, wanted: tuple[int, ...]) -> None:
+    draws = array_shape(latents, "image_mean")[0]
+    noise = latents.settings.values.get("image_noise")
+    if not isinstance(noise, dict) or noise.get("draws") != draws:
+        raise ValueError(
+            f"{latents.path} does not say how many draws of noise it holds of each first frame "
+            "(image_noise.draws); extract latents again, or choose another store with "
+            "train.stores.latents"
+        )
+    axes = "draws, channels, height, width"
+    for name in ("image_mean", "image_std"):
+        _same(latents, name, (draws, *wanted), axes, "the image-to-video model")
 
 
 def _check_features(teacher: StoreReader, grid: tuple[int, int], clips: ClipsConfig) -> None:

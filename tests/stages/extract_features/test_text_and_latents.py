@@ -17,8 +17,8 @@ from stages.config import BaseModelConfig
 from stages.extract_features.config import LatentsConfig, TextConfig
 from stages.extract_features.latents import (
     LatentsExtraction,
+    image_noise_draws,
     pixels_for_vae,
-    with_image_noise,
 )
 from stages.extract_features.text import TextExtraction
 
@@ -95,11 +95,12 @@ def test_image_to_video_adds_the_first_frames_posterior(
     assert sorted(arrays) == sorted(extraction.settings["latents"].arrays)
     vae = AutoencoderKLCogVideoX.from_pretrained(tiny_image_base.path, subfolder="vae")
     image = pixels_for_vae(load_clip(record, two_shards).frames_THWC)[:, :, :1]
-    with torch.no_grad():
-        posterior = vae.encode(with_image_noise(image, record.key, 3)).latent_dist
-    expected = posterior.mean[0].permute(1, 0, 2, 3)
-    assert arrays["image_mean"].shape == (1, *arrays["mean"].shape[1:])
-    np.testing.assert_allclose(arrays["image_mean"], expected, atol=1e-5, rtol=2e-3)
+    assert arrays["image_mean"].shape == (8, *arrays["mean"].shape[1:])
+    for draw, noisy in enumerate(image_noise_draws(image, record.key, 3, 8)):
+        with torch.no_grad():
+            posterior = vae.encode(noisy).latent_dist
+        for name, expected in (("image_mean", posterior.mean), ("image_std", posterior.std)):
+            np.testing.assert_allclose(arrays[name][draw], expected[0, :, 0], atol=1e-5, rtol=2e-3)
     np.testing.assert_array_equal(arrays["image_mean"], again["image_mean"])
     other = LatentsExtraction(LatentsConfig(), two_shards, facts(tiny_image_base), seed=4)
     assert other.settings["latents"].hash != extraction.settings["latents"].hash
@@ -126,14 +127,45 @@ def test_a_vae_of_another_compression_is_refused(
         LatentsExtraction(LatentsConfig(), two_shards, shallow, seed=0)
 
 
-def test_image_noise_has_the_published_spread_and_depends_on_the_clip_alone() -> None:
+@pytest.mark.parametrize(("clips", "draws"), [(400, 1), (50, 8)])
+def test_image_noise_has_the_published_spread(clips: int, draws: int) -> None:
     flat = torch.zeros(1, 3, 1, 32, 32)
-    noises = [with_image_noise(flat, f"clip{n}", 0) for n in range(400)]
+    noises = [n for clip in range(clips) for n in image_noise_draws(flat, f"{clip}", 0, draws)]
     logs = torch.stack([noise.std().log() for noise in noises])
     assert logs.mean().item() == pytest.approx(-3.0, abs=4 * 0.5 / math.sqrt(400))
     assert logs.std().item() == pytest.approx(0.5, rel=0.15)
-    assert torch.equal(noises[7], with_image_noise(flat, "clip7", 0))
-    assert not torch.equal(noises[7], with_image_noise(flat, "clip7", 1))
+
+
+def test_the_draws_of_one_clip_have_the_published_spread() -> None:
+    flat = torch.zeros(1, 3, 1, 32, 32)
+    logs = torch.stack([n.std().log() for n in image_noise_draws(flat, "clip", 0, 8)])
+    edges = -3.0 + 0.5 * torch.special.ndtri(torch.arange(1, 8) / 8)
+    # Noise of 3072 values tells its sigma to 1 / sqrt(2 * 3072) = 1.3%.
+    assert (logs[:-1] <= edges + 0.06).all() and (logs[1:] >= edges - 0.06).all()
+
+
+def test_image_noise_depends_on_the_clip_and_the_seed_alone() -> None:
+    flat = torch.zeros(1, 3, 1, 8, 8)
+    first, again, key, seed = (
+        torch.cat([*image_noise_draws(flat, key, seed, 4)])
+        for key, seed in (("a", 0), ("a", 0), ("b", 0), ("a", 1))
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, key) and not torch.equal(first, seed)
+    assert len({float(draw.sum()) for draw in first}) == 4
+
+
+def test_the_number_of_image_draws_is_a_setting_where_images_are_drawn(
+    two_shards: ClipsConfig, tiny_base: BaseModelConfig, tiny_image_base: BaseModelConfig
+) -> None:
+    for base, stores in ((tiny_base, 1), (tiny_image_base, 2)):
+        hashes = {
+            LatentsExtraction(LatentsConfig(image_draws=draws), two_shards, facts(base), seed=0)
+            .settings["latents"]
+            .hash
+            for draws in (1, 8)
+        }
+        assert len(hashes) == stores
 
 
 def test_tiling_and_precision_name_other_stores(

@@ -121,7 +121,9 @@ def _values(name, shape, numbers):
 
 
 LATENT_SHAPES = {"mean": LATENT, "std": LATENT}
-IMAGE_SHAPES = {"image_mean": (1, *LATENT[1:]), "image_std": (1, *LATENT[1:])}
+DRAWS = 3
+IMAGE_SHAPES = {"image_mean": (DRAWS, *LATENT[1:]), "image_std": (DRAWS, *LATENT[1:])}
+IMAGE_VALUES = {"image_noise": {"draws": DRAWS}}
 
 
 def teacher_shapes(maps=FRAMES, grid=GRID, width=TEACHER_WIDTH):
@@ -172,7 +174,11 @@ def _write_forms(root, kind, specs, made, maps, values):
 
 def write_cache(root, *, maps=FRAMES, image=False, **kwargs):
     write_store(root, "text", {"embeds": TEXT}, **kwargs)
-    write_store(root, "latents", LATENT_SHAPES | (IMAGE_SHAPES if image else {}), **kwargs)
+    if image:
+        of_images = kwargs | {"values": IMAGE_VALUES}
+        write_store(root, "latents", LATENT_SHAPES | IMAGE_SHAPES, **of_images)
+    else:
+        write_store(root, "latents", LATENT_SHAPES, **kwargs)
     write_store(root, "teacher", teacher_shapes(maps), **kwargs)
     return root
 

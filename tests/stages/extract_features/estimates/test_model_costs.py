@@ -63,12 +63,12 @@ def test_the_vae_costs_on_shapes_what_it_costs_on_values(facts):
     assert cost.weight_bytes == sum(p.numel() * 4 for p in vae.parameters())
 
 
-def test_image_to_video_encodes_the_first_frame_once_more(facts, image_facts):
+def test_image_to_video_encodes_every_draw_of_the_first_frame(facts, image_facts):
     one = CLIPS.model_copy(update={"num_frames": 1})
     video = latents_cost(LatentsConfig(), CLIPS, facts).flops_per_clip
     image = latents_cost(LatentsConfig(), one, facts).flops_per_clip
-    both = latents_cost(LatentsConfig(), CLIPS, image_facts).flops_per_clip
-    assert both == video + image
+    both = latents_cost(LatentsConfig(image_draws=3), CLIPS, image_facts).flops_per_clip
+    assert both == video + 3 * image
 
 
 @pytest.fixture(scope="module")

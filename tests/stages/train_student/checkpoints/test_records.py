@@ -27,7 +27,7 @@ def write_checkpoint(root, step, *, recorded=True):
     for name, content in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    checkpoint = Checkpoint(folder=folder, step=step, world_size=2, zero_stage=3)
+    checkpoint = Checkpoint(folder=folder, step=step, world_size=2, zero_stage=3, planned_steps=9)
     if recorded:
         write_record(checkpoint)
     return checkpoint

@@ -230,6 +230,17 @@ def test_image_to_video_needs_the_first_frames_latents(tiny, tmp_path):
         check_stores(stores, read_base_facts(base), tiny.CLIPS, radius=1)
 
 
+@pytest.mark.parametrize("noise", [{}, {"image_noise": {"seed": 0}}, {"image_noise": {"draws": 9}}])
+def test_image_latents_that_do_not_say_their_draws_are_refused(tiny, tmp_path, noise):
+    base = tiny.save_pipeline(tmp_path / "base", transformer=tiny.tiny_transformer(in_channels=8))
+    tiny.write_store(tmp_path / "cache", "text", {"embeds": tiny.TEXT})
+    shapes = tiny.LATENT_SHAPES | tiny.IMAGE_SHAPES
+    tiny.write_store(tmp_path / "cache", "latents", shapes, values=noise)
+    stores = join_stores(tmp_path / "cache", {}, kinds=())
+    with pytest.raises(ValueError, match=r"image_noise.draws.*extract latents again"):
+        check_stores(stores, read_base_facts(base), tiny.CLIPS, radius=1)
+
+
 def test_learned_positions_hold_for_one_size(tiny, tmp_path):
     base = tiny.save_pipeline(
         tmp_path / "base",

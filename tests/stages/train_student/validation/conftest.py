@@ -38,8 +38,8 @@ def whole_cache(tiny, whole_base, tmp_path_factory):
     tiny.write_store(root, "text", {"embeds": text})
     shapes = {"mean": latent, "std": latent}
     if facts.image_to_video:
-        shapes |= {"image_mean": (1, *latent[1:]), "image_std": (1, *latent[1:])}
-    tiny.write_store(root, "latents", shapes)
+        shapes |= dict.fromkeys(("image_mean", "image_std"), (tiny.DRAWS, *latent[1:]))
+    tiny.write_store(root, "latents", shapes, values=tiny.IMAGE_VALUES)
     tiny.write_teacher(root)
     return root
 
