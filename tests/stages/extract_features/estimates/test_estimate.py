@@ -323,7 +323,7 @@ class TestWithoutWeights:
         found = look(from_the_dataset, two_shards, model, tmp_path)
         kinds = by_kind(found)
         assert kinds["text"].bytes_per_clip == 226 * 4096 * 2
-        frames, per_frame = 3 + image, 2 * 2 * 16 * 8 * 12
+        frames, per_frame = 3 + 8 * image, 2 * 2 * 16 * 8 * 12
         assert kinds["latents"].bytes_per_clip == frames * per_frame
         text, latents = found.passes[:2]
         assert text.cost.weight_bytes == pytest.approx(4.76e9 * 4, rel=0.01), "T5 v1.1 XXL's half"
