@@ -241,8 +241,8 @@ import cache_schema
 config, clips, base, cache = sys.argv[1:]
 add, staged = cache_schema.ShardWriter.add, []
 
-def counting_add(self, *arguments):
-    add(self, *arguments)
+def counting_add(self, *arguments, **named):
+    add(self, *arguments, **named)
     staged.append(self.name)
     if staged.count("00001") == 2:
         print("holding", flush=True)
@@ -367,10 +367,10 @@ def test_an_error_while_writing_stops_the_run_and_commits_nothing(
 
     add = ShardWriter.add
 
-    def full(self: Any, key: str, *rest: Any) -> None:
+    def full(self: Any, key: str, *rest: Any, **named: Any) -> None:
         if key.endswith("001"):
             raise OSError(28, "No space left on device")
-        add(self, key, *rest)
+        add(self, key, *rest, **named)
 
     monkeypatch.setattr(ShardWriter, "add", full)
     with pytest.raises(OSError, match="No space left") as caught:

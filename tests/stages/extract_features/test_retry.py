@@ -10,6 +10,7 @@ import pytest
 from cache_schema import ShardWriter, StoreReader, verify_store
 from cache_schema.layout import retry_number
 from cache_schema.upkeep.drop import drop_clips
+from cache_schema.upkeep.repair import repair_store
 from stages.clips import ClipsConfig, retry_shard_name
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig
@@ -160,10 +161,10 @@ def test_an_interrupted_retry_goes_on_as_the_same_shard(
     stub_tracking.lost = set()
     add = ShardWriter.add
 
-    def full(self: Any, key: str, *rest: Any) -> None:
+    def full(self: Any, key: str, *rest: Any, **named: Any) -> None:
         if key == LOST:
             raise OSError("No space left on device")
-        add(self, key, *rest)
+        add(self, key, *rest, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "add", full)
@@ -187,6 +188,7 @@ def test_a_damaged_shard_is_made_again_whether_or_not_it_was_retried(
     reader = StoreReader(before.store)
     where = {key: reader.record(key).shard for key in reader.keys}
     (before.store / "commits" / f"{damaged}.json").unlink()
+    repair_store(before.store)
     after = road.run(retry_failed=damaged != "00000").kinds[0]
     reader = StoreReader(after.store)
     assert {key: reader.record(key).shard for key in reader.keys} == where
