@@ -64,7 +64,7 @@ def _text_of(name: str, folder: Path, sources: list[str]) -> tuple[str, str, Pat
     if not path.is_file():
         asked = f"{sources[-1]} extends {name!r}, but there is " if sources else ""
         raise ConfigError(
-            f"{asked}no preset and no file called {str(path)!r}{_meant(path)} presets are "
+            f"{asked}no preset and no file called {str(path)!r}{_meant(path)} "
             f"{', '.join(preset_names())}"
         )
     try:
@@ -82,7 +82,7 @@ def _meant(path: Path) -> str:
     alike = difflib.get_close_matches(wanted, plain, n=1, cutoff=0.75)
     ends = [one for one in plain if wanted and one.endswith(wanted)]
     meant = alike or (ends if len(ends) == 1 else [])
-    return f"; did you mean {plain[meant[0]]}?" if meant else ";"
+    return f"; did you mean {plain[meant[0]]}? The presets are" if meant else "; presets are"
 
 
 def _plain(name: str) -> str:

@@ -60,14 +60,13 @@ def _told(error: Exception) -> tuple[str, int] | None:
     if not isinstance(error, ValueError | OSError | CacheError) and name not in _BY_NAME:
         return None
     remedy = [_LESS_MEMORY] if name == "OutOfMemoryError" else []
-    words = _words_of_the_system(error) if isinstance(error, OSError) else str(error)
     notes = getattr(error, "__notes__", [])
-    return "\n".join([f"error: {words or name}", *notes, *remedy]), FAILED
+    return "\n".join([f"error: {in_words(error) or name}", *notes, *remedy]), FAILED
 
 
-def _words_of_the_system(error: OSError) -> str:
-    """A sentence with path and remedy in place of Python's `[Errno 13] Permission denied: 'a'`."""
-    if error.strerror is None:
+def in_words(error: Exception) -> str:
+    """What an error says; the system's with path and remedy, in place of `[Errno 13] …: 'a'`."""
+    if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
     names = (error.filename, error.filename2)
     where = " -> ".join(os.fsdecode(name) for name in names if isinstance(name, str | bytes))
@@ -75,17 +74,17 @@ def _words_of_the_system(error: OSError) -> str:
     return words + _REMEDIES.get(error.errno or 0, "")
 
 
-_PLACES = "cache=…, outputs=…, train.run_dir=…, demo.root=… or --out"
-"""What says where things are written."""
+_ELSEWHERE = (
+    "choose another folder (it is set by cache=…, outputs=…, train.run_dir=…, demo.root=…, --out "
+    "or an argument of the command)"
+)
 
 _REMEDIES = {
-    errno.EPERM: f"; this user may not write there: choose another folder with {_PLACES}",
-    errno.EACCES: "; this user may not read or write there: mend the permissions, or choose "
-    f"another place with data.path=…, {_PLACES}",
-    errno.EROFS: f"; that disk is read-only: choose a folder on another one with {_PLACES}",
-    errno.ENOSPC: f"; free some space, or choose a folder on another disk with {_PLACES}",
-    errno.EDQUOT: "; this user's quota is used up: free some space, or choose a folder on another "
-    f"disk with {_PLACES}",
+    errno.EPERM: f"; this user may not write there: {_ELSEWHERE}",
+    errno.EACCES: f"; this user may not read or write there: mend the permissions, or {_ELSEWHERE}",
+    errno.EROFS: f"; that disk is read-only: {_ELSEWHERE}",
+    errno.ENOSPC: f"; free some space, or {_ELSEWHERE}",
+    errno.EDQUOT: f"; this user's quota is used up: free some space, or {_ELSEWHERE}",
     errno.ENAMETOOLONG: "; choose a shorter name",
     errno.EMFILE: "; allow more open files: ulimit -n 4096",
 }

@@ -69,10 +69,18 @@ def named_file(file: Path, *, overwrite: bool) -> Iterator[Path]:
     if there and not overwrite:
         raise ConfigError(f"{there[0]} is there already; give another --out, or --overwrite")
     file.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=file.parent).close()  # a folder may let files be changed, not made
+    _check_writable(file.parent)
     file.open("ab").close()
     with _gone_if_empty(file):
         yield file
+
+
+def _check_writable(folder: Path) -> None:
+    """A video is written beside its place and then moved: the folder must take new files."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 @contextmanager

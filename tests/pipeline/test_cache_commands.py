@@ -493,3 +493,11 @@ class TestDeriveGramFlow:
         result = invoke("derive", "gram-flow", "--config", minimal, "cache=s3://bucket/cache")
         assert result.exit_code == 2
         assert "cache copy" in result.stderr
+
+
+def test_a_target_that_cannot_be_written_is_told_in_words(cache, tmp_path):
+    (tmp_path / "file").touch()
+    done = CliRunner().invoke(app, ["cache", "copy", str(cache), str(tmp_path / "file" / "x")])
+    assert done.exit_code == 1
+    assert "Errno" not in done.output
+    assert "Not a directory" in done.output

@@ -13,7 +13,7 @@ from cache_schema import CacheError, StoreNotFound, StoreReader, list_stores
 from cache_schema.layout import STORE_FILE
 from cache_schema.places import is_url, open_place
 from pipeline.console import Answer
-from pipeline.failures import FAILED
+from pipeline.failures import FAILED, in_words
 from stages.extract_features.work.failure_manifest import FAILURES_FILE, write_failure_manifest
 from stages.progress import Progress, Task
 
@@ -135,8 +135,8 @@ def each_store(
             remedy = f"; {_HEADLESS}" if isinstance(error, StoreNotFound) else ""
             outcome = Outcome(
                 rows=[("  failed", "see below")],
-                data={"error": f"{error}{remedy}"},
-                notes=[f"error: {error}{remedy}"],
+                data={"error": f"{in_words(error)}{remedy}"},
+                notes=[f"error: {in_words(error)}{remedy}"],
                 failed=True,
             )
         outcomes.append(outcome)
