@@ -32,9 +32,13 @@ def _first_node() -> str:
     nodes = os.environ.get("SLURM_STEP_NODELIST", "")
     try:
         names = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+            ["scontrol", "show", "hostnames", nodes],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
         ).stdout.split()
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         names = []
     if not names:
         raise ValueError(

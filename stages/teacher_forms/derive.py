@@ -9,7 +9,6 @@ shard's lock writes it.
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from cache_schema.layout import StoreLayout, retry_number
 from cache_schema.manifest import read_commit
 from cache_schema.upkeep.drop import REDO
 from cache_schema.upkeep.repair import DAMAGED
+from stages.background import DaemonPool, result_of
 from stages.clips import retry_shard_name
 from stages.progress import Progress, Task
 from stages.teacher_forms.config import GramFlowConfig
@@ -214,10 +214,10 @@ def _read_ahead(
     reader: StoreReader, clips: Sequence[ClipEntry]
 ) -> Iterator[tuple[ClipEntry, dict[str, np.ndarray]]]:
     """The clips' arrays in turn, each read while the one before is at work."""
-    with ThreadPoolExecutor(max_workers=1) as thread:
+    with DaemonPool(1, "read-ahead") as thread:
         following = [thread.submit(reader.read, clip.key) for clip in clips[:1]]
         for place, clip in enumerate(clips):
-            arrays = following.pop().result()
+            arrays = result_of(following.pop(), f"reading clip {clip.key!r}")
             following += [
                 thread.submit(reader.read, later.key) for later in clips[place + 1 : place + 2]
             ]

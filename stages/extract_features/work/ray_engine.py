@@ -1,12 +1,13 @@
 """The Ray engine: workers on a cluster whose machines come and go; `extract` uses it.
 
-The driver hands out one shard at a time. A worker that dies gives its shard back: what it had
-staged is adopted by whoever gets the shard next, and a new worker takes its place. The stores lie
-in a folder that every machine of the cluster sees under the same path.
+The driver hands out one shard at a time. A worker that dies, or does not answer, gives its shard
+back: what it had staged is adopted by whoever gets the shard next, and a new worker takes its
+place. The stores lie in a folder that every machine of the cluster sees under the same path.
 """
 
 import logging
 import os
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from stages.progress import Progress
 
 _POLL_S = 0.5
 _PATIENCE_POLLS = 60
+SILENCE_S = 600.0
+"""How long a worker may leave questions about its progress unanswered before another takes over."""
 _STARTING = "starting"
 _OBJECT_STORE_BYTES = 100 * 2**20
 """Ray's smallest is 75 MB; clips do not travel through it."""
@@ -154,6 +157,8 @@ class _Member:
     answer: Any
     job: ShardJob | None = None
     """None while it starts."""
+    silent_since: float | None = None
+    """When it was first asked without an answer."""
 
 
 class _Crew:
@@ -182,7 +187,7 @@ class _Crew:
             for answer in ready:
                 self._hear(answers[answer], waiting, busy)
             if not ready:
-                self._follow()
+                self._follow(waiting)
                 self._say_when_nobody_works()
         return busy
 
@@ -233,6 +238,7 @@ class _Crew:
             self._members.remove(member)
             self._ray.kill(member.actor)
         else:
+            member.silent_since = None
             member.answer = member.actor.work.remote(member.job)
 
     def _bury(self, member: _Member, why: str) -> None:
@@ -251,13 +257,22 @@ class _Crew:
             )
         self._progress.log(f"ray: a worker died on {what}, another one takes over: {first_line}")
 
-    def _follow(self) -> None:
-        """Show how far the workers are."""
+    def _follow(self, waiting: deque[ShardJob]) -> None:
+        """Show how far the workers are, and give the shards of those that do not say to others."""
         working = {m.actor.report.remote(): m for m in self._members if m.job is not None}
         if not working:
             return
-        ready, _ = self._ray.wait(list(working), num_returns=len(working), timeout=_POLL_S)
+        ready, unanswered = self._ray.wait(list(working), num_returns=len(working), timeout=_POLL_S)
+        now = time.monotonic()
+        for question in unanswered:
+            member = working[question]
+            if member.silent_since is None:
+                member.silent_since = now
+            elif now - member.silent_since > SILENCE_S and member.job is not None:
+                waiting.append(member.job)
+                self._bury(member, f"it has not answered for {SILENCE_S:g} s.")
         for answer in ready:
+            working[answer].silent_since = None
             job = working[answer].job
             try:
                 found = self._ray.get(answer)

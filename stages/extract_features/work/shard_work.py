@@ -141,7 +141,11 @@ class ShardWorker:
             return _Clip(key=record.key, kinds=kinds, prepared=prepared)
 
         return prefetch_map(
-            prepare, job.records(self._shards), ahead=ahead, threads=_PREPARING_THREADS
+            prepare,
+            job.records(self._shards),
+            ahead=ahead,
+            threads=_PREPARING_THREADS,
+            describe=lambda record: f"decoding clip {record.key!r} of {job.source}",
         )
 
     def _is_of_this_size(self, record: ClipRecord | BadRecord, job: ShardJob) -> bool:

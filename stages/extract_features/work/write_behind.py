@@ -1,12 +1,18 @@
 """Writes in a thread while the next clip is computed; used by `shard_work`."""
 
+import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
+from stages import background
+
 Item = TypeVar("Item")
+
+_WRITING = "writing a clip into the cache"
 
 
 class WriteBehind(Generic[Item]):
@@ -24,7 +30,7 @@ class WriteBehind(Generic[Item]):
     def __init__(self, write: Callable[[Item], None], *, waiting: int = 1) -> None:
         self._write = write
         self._items: queue.Queue[tuple[Item] | None] = queue.Queue(maxsize=waiting)
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="write-behind", daemon=True)
 
     def _work(self) -> None:
@@ -32,20 +38,34 @@ class WriteBehind(Generic[Item]):
             if self._error is None:
                 try:
                     self._write(*item)
-                except Exception as error:  # raised again by whoever puts or drains
+                except BaseException as error:  # raised again by whoever puts or drains
                     self._error = error
             self._items.task_done()
         self._items.task_done()
 
     def put(self, item: Item) -> None:
-        """Queue an item; raises what writing an earlier one raised."""
+        """Queue an item; raises what writing an earlier one raised.
+
+        Raises:
+            TimeoutError: an item takes longer than `background.PATIENCE_S` to write.
+        """
         self._raise_error()
-        self._items.put((item,))
+        self._put((item,))
 
     def drain(self) -> None:
         """Return when everything is written; raises what writing raised."""
-        self._items.join()
+        deadline = time.monotonic() + (self._items.maxsize + 1) * background.PATIENCE_S
+        with self._items.all_tasks_done:
+            while self._items.unfinished_tasks:
+                if not self._items.all_tasks_done.wait(deadline - time.monotonic()):
+                    raise background.stuck(_WRITING)
         self._raise_error()
+
+    def _put(self, item: tuple[Item] | None) -> None:
+        try:
+            self._items.put(item, timeout=background.PATIENCE_S)
+        except queue.Full:
+            raise background.stuck(_WRITING) from None
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -61,8 +81,17 @@ class WriteBehind(Generic[Item]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._items.put(None)
-        self._thread.join()
+        if isinstance(
+            error, TimeoutError
+        ):  # of this thread or another; no storage answers for long
+            with contextlib.suppress(queue.Full):
+                self._items.put(None, timeout=background.LAST_WAIT_S)
+            self._thread.join(background.LAST_WAIT_S)
+            return
+        self._put(None)
+        self._thread.join((self._items.maxsize + 1) * background.PATIENCE_S)
+        if self._thread.is_alive():
+            raise background.stuck(_WRITING)
         if error is None:
             self._raise_error()
         elif self._error is not None and error is not self._error:

@@ -8,7 +8,7 @@ Legend: B clip (one), S timestep, M mean (diffusion, then each objective).
 
 import math
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cache_schema import ClipMissing, CorruptClip
+from stages.background import DaemonPool, result_of
 from stages.train_student.data.damaged import DamagedClip
 from stages.train_student.data.dataset import Batch, CachedSamples
 from stages.train_student.distributed import World, gather
@@ -91,7 +92,7 @@ class HeldOutLosses:
         )
         counts_S = torch.zeros(len(self._timesteps), dtype=torch.float64, device=device)
         damaged: dict[str, DamagedClip] = {}
-        with undisturbed(student, device), ThreadPoolExecutor(1) as reader:
+        with undisturbed(student, device), DaemonPool(1, "held-out") as reader:
             waiting = reader.submit(self._read, 0, damaged)
             for number in range(self.passes):
                 waiting, batch, counts = self._next(waiting, number, reader, damaged)
@@ -115,11 +116,11 @@ class HeldOutLosses:
         self,
         waiting: "Future[tuple[Batch, bool]]",
         number: int,
-        reader: ThreadPoolExecutor,
+        reader: DaemonPool,
         damaged: dict[str, DamagedClip],
     ) -> tuple["Future[tuple[Batch, bool]]", Batch, bool]:
         """What was being read, while the one after it is read beside the forward pass."""
-        batch, counts = waiting.result()
+        batch, counts = result_of(waiting, "reading a held-out clip")
         if number + 1 < self.passes:
             waiting = reader.submit(self._read, number + 1, damaged)
         return waiting, batch, counts

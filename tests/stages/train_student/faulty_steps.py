@@ -66,10 +66,22 @@ def asked_to_stop(make_step, step_to_stop, number=signal.SIGTERM):
     return step_and_signal
 
 
+def loader_that_dies(read, rank, at, number):
+    """`CachedSamples.__getitem__` that signals the process that reads one rank's sample."""
+
+    def read_or_die(self, sample):
+        if sample == at and os.environ["RANK"] == str(rank):
+            os.kill(os.getpid(), number)
+        return read(self, sample)
+
+    return read_or_die
+
+
 def spoil(fault):
-    """Spoil this process's training: `spoil sample NUMBER`, `leave out step INDEX`, or
-    `ask rank RANK to stop at INDEX`.
+    """Spoil this process's training: `spoil sample NUMBER`, `leave out step INDEX`,
+    `ask rank RANK to stop at INDEX`, `kill` or `stop loader of rank RANK at sample NUMBER`.
     """
+    from stages.train_student.data import loader
     from stages.train_student.data.dataset import CachedSamples
     from stages.train_student.loop import Loop
 
@@ -82,5 +94,9 @@ def spoil(fault):
         rank, step = numbers
         if os.environ["RANK"] == str(rank):
             Loop._step = asked_to_stop(Loop._step, step)
+    elif fault.startswith(("kill loader", "stop loader")):
+        number = signal.SIGKILL if fault.startswith("kill") else signal.SIGSTOP
+        CachedSamples.__getitem__ = loader_that_dies(CachedSamples.__getitem__, *numbers, number)
+        loader.SILENCE_PER_CLIP_S = 3.0
     else:
         raise ValueError(fault)

@@ -62,6 +62,26 @@ def test_all_ranks_stop_when_one_is_asked_to(train_ranks, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [("kill", "killed by SIGKILL"), ("stop", "sent nothing for 3 s")],
+)
+def test_all_ranks_end_when_the_loader_of_one_does(train_ranks, tmp_path, fault, told):
+    """No launcher is there to end the other rank."""
+    answer = train_ranks(
+        tmp_path,
+        processes=2,
+        steps=6,
+        loader_workers=1,
+        spoil=f"{fault} loader of rank 1 at sample 5",
+    )
+    assert 0 not in answer.codes and None not in answer.codes, answer.codes
+    assert told in "".join(answer.errors)
+    assert answer.seconds < 120
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_launcher_that_is_stopped_leaves_a_checkpoint(train_process, tmp_path):
     """SIGTERM to torchrun, as a scheduler sends it, at any moment of the training."""

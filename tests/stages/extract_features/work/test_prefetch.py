@@ -71,9 +71,9 @@ def test_what_threads_make_comes_in_the_order_of_the_items() -> None:
             later_is_done.set()
         return -number
 
-    got = prefetch_map(first_waits_for_second, range(50), ahead=3, threads=2)
+    got = prefetch_map(first_waits_for_second, range(50), ahead=3, threads=2, describe=str)
     assert list(got) == [-number for number in range(50)]
-    assert list(prefetch_map(first_waits_for_second, [], ahead=3, threads=2)) == []
+    assert list(prefetch_map(first_waits_for_second, [], ahead=3, threads=2, describe=str)) == []
 
 
 def failing_at(place: int) -> Iterator[int]:
@@ -82,11 +82,11 @@ def failing_at(place: int) -> Iterator[int]:
 
 
 def test_an_error_of_the_items_or_of_the_function_is_raised_at_its_place() -> None:
-    got = prefetch_map(lambda number: number, failing_at(2), ahead=4, threads=2)
+    got = prefetch_map(lambda number: number, failing_at(2), ahead=4, threads=2, describe=str)
     assert [next(got), next(got)] == [0, 1]
     with pytest.raises(OSError, match="disk"):
         next(got)
-    got = prefetch_map(lambda number: 1 // (2 - number), range(9), ahead=4, threads=2)
+    got = prefetch_map(lambda number: 1 // (2 - number), range(9), ahead=4, threads=2, describe=str)
     assert [next(got), next(got)] == [0, 1]
     with pytest.raises(ZeroDivisionError):
         next(got)
@@ -94,7 +94,7 @@ def test_an_error_of_the_items_or_of_the_function_is_raised_at_its_place() -> No
 
 def test_no_more_is_under_way_than_asked_for() -> None:
     made: list[int] = []
-    got = prefetch_map(made.append, range(100), ahead=3, threads=2)
+    got = prefetch_map(made.append, range(100), ahead=3, threads=2, describe=str)
     next(got)
     while len(made) < 4:  # taken, and three ahead
         time.sleep(0.01)

@@ -116,8 +116,8 @@ class DiesOnce(RayWorker):
     def work(self, job: ShardJob) -> WorkReport:
         add, mark, staged = ShardWriter.add, self._setup.cache_root / "died", []
 
-        def counting_add(out: ShardWriter, *arguments: Any) -> None:
-            add(out, *arguments)
+        def counting_add(out: ShardWriter, *arguments: Any, **named: Any) -> None:
+            add(out, *arguments, **named)
             staged.append(arguments[0])
             if len(staged) == 2:
                 with contextlib.suppress(FileExistsError), mark.open("x") as file:
@@ -130,6 +130,16 @@ class DiesOnce(RayWorker):
             return super().work(job)
         finally:
             ShardWriter.add = add  # type: ignore[method-assign]
+
+
+class StopsOnce(RayWorker):
+    """The first worker of all is stopped in its first shard, and does not go on."""
+
+    def work(self, job: ShardJob) -> WorkReport:
+        with contextlib.suppress(FileExistsError):
+            (self._setup.cache_root / "stopped").open("x").close()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().work(job)
 
 
 class AlwaysDies(RayWorker):
@@ -184,6 +194,23 @@ def test_a_killed_workers_shard_is_done_by_another_to_the_same_bytes(
     assert verify_store(found.store).problems == ()
     # The two clips that the dead worker had staged were adopted, not made again.
     assert (found.clips_written, found.clips_already_there) == (4, 2)
+
+
+@pytest.mark.slow
+def test_a_worker_that_does_not_answer_is_replaced(
+    cluster: None,
+    config: ExtractConfig,
+    two_shards: ClipsConfig,
+    tiny_base: BaseModelConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray_engine, "RayWorker", StopsOnce)
+    monkeypatch.setattr(ray_engine, "SILENCE_S", 5.0)
+    progress = Lines()
+    found = extract(config, two_shards, tiny_base, tmp_path, progress=progress).kinds[0]
+    assert [line for line in progress.lines if "has not answered for 5 s" in line]
+    assert (found.clips_written, found.busy_shards) == (6, ())
 
 
 @pytest.mark.slow
