@@ -91,6 +91,9 @@ def load_tokenizer(folder: Path) -> Any:
             f"the tokenizer in {tokenizer_folder} has {len(tokenizer)} tokens, the text encoder "
             f"beside it knows {known}; they are of different models: download both again"
         )
+    # A caption that is too long is cut before it is encoded; transformers would foretell "indexing
+    # errors" where its tokens are only counted. diffusers' own warning of the cut stays.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 

@@ -89,8 +89,7 @@ class TextExtraction:
             add_special_tokens=True,
             return_tensors="pt",
         )
-        # Counted, not encoded: transformers need not warn that it is too long for the model.
-        whole = tokenizer([caption], add_special_tokens=True, verbose=False).input_ids[0]
+        whole = tokenizer([caption], add_special_tokens=True).input_ids[0]
         embeds_LD = encoder(tokens.input_ids.to(encoder.device))[0][0]
         return Extracted(
             arrays={"embeds": to_float16(embeds_LD)},

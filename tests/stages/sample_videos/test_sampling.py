@@ -1,3 +1,4 @@
+import logging
 import shutil
 from contextlib import contextmanager
 
@@ -82,6 +83,19 @@ def test_the_base_alone_draws_what_diffusers_draws(config, base, clips, tmp_path
     assert summary.weights == "base"
     assert drawn[0].shape == (9, clips.height, clips.width, 3)
     assert close(drawn[0], reference(base, config, clips))
+
+
+def test_a_prompt_that_is_too_long_is_told_once(config, base, clips, tmp_path, drawn, caplog):
+    libraries = [logging.getLogger(name) for name in ("transformers", "diffusers")]
+    for library in libraries:
+        library.addHandler(caplog.handler)
+    try:
+        draw(config, base, clips, tmp_path, prompt="a person walks " * 40)
+    finally:
+        for library in libraries:
+            library.removeHandler(caplog.handler)
+    (told,) = [text for text in caplog.messages if "max" in text]
+    assert "was truncated" in told
 
 
 def test_adapters_act_with_alpha_over_rank(config, base, clips, tmp_path, drawn, lora_run):
