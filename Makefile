@@ -62,7 +62,7 @@ sample: install  ## a video: make sample PROMPT="…" [OUT=video.mp4]
 test: install  ## the default tests: CPU only, offline (PROCESSES=2)
 	$(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 
-test-faults: install  ## the cache under every fault: kills, full disks, 1,000 changed bytes, races
+test-faults: install  ## the cache under every fault: kills, full disks, 3,600 changed stores, races
 	$(BIN)/python -m pytest tests/cache_schema/faults --full-faults -q
 
 lint: install  ## style, formatting, import directions

@@ -41,7 +41,7 @@ from cache_schema.manifest import (
     read_record_file,
 )
 from cache_schema.packed_text import PackedText, SortedText
-from cache_schema.places import LocalPlace, Place
+from cache_schema.places import UNREADABLE, LocalPlace, Place
 from cache_schema.settings import StoreSettings
 
 _HEAD_BYTES = 22
@@ -161,8 +161,12 @@ class ClipIndex:
 def read_index(place: Place, settings: StoreSettings) -> ClipIndex:
     """`index.npz` as it is; `DamagedIndex`, or `FileNotFoundError` where there is none."""
     local = place.folder / INDEX_FILE if isinstance(place, LocalPlace) else None
-    source = local or place.read(INDEX_FILE, MAX_INDEX_BYTES)
-    return parse_index(source, settings)
+    try:
+        return parse_index(local or place.read(INDEX_FILE, MAX_INDEX_BYTES), settings)
+    except OSError as error:
+        if error.errno not in UNREADABLE:
+            raise
+        raise DamagedIndex(f"it cannot be read ({error.strerror})") from error
 
 
 def parse_index(source: bytes | Path, settings: StoreSettings) -> ClipIndex:

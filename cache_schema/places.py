@@ -27,6 +27,7 @@ UNREADABLE = (errno.EIO, errno.EFBIG, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 
 _Answer = TypeVar("_Answer")
 
+_PIECE_BYTES = 2**20
 _NO_ANSWER_S = 60
 _NO_CONNECTION_S = 20
 
@@ -202,7 +203,7 @@ class FsspecPlace:
 
     def read(self, path: str, limit: int = MAX_RECORD_BYTES) -> bytes:
         """A whole file of at most `limit` bytes."""
-        data: bytes = self._ask(path, lambda fs, full: fs.cat_file(full))
+        data = self._ask(path, lambda fs, full: _fetch_whole(fs, full, limit))
         _refuse_larger(len(data), limit, f"{self.where}/{path}")
         return data
 
@@ -210,15 +211,16 @@ class FsspecPlace:
         """Some bytes of a file; fewer only where the file ends before `stop`."""
         if start >= stop:
             return b""
-        data = self._ask(path, lambda fs, full: fs.cat_file(full, start=start, end=stop))
-        # A server that knows nothing of ranges sends everything.
-        return data if len(data) <= stop - start else data[start:stop]
+        return self._ask(path, lambda fs, full: _fetch_range(fs, full, start, stop))
 
     def open(self, path: str, start: int = 0, stop: int | None = None) -> FetchedFile:
         """A file, or some bytes of it, fetched in one request."""
         if stop is None:
-            return FetchedFile(self._ask(path, lambda fs, full: fs.cat_file(full)))
-        return FetchedFile(self.read_range(path, start, stop), offset=start, whole=False)
+            return FetchedFile(self.read(path))
+        data = self.read_range(path, start, stop)
+        # Whoever asks for more than there is has all of it.
+        whole = start == 0 and len(data) < stop
+        return FetchedFile(data, offset=start, whole=whole)
 
     def list_folder(self, path: str) -> list[str] | None:
         """Sorted names in a folder, none if it does not exist; None on web servers."""
@@ -243,6 +245,8 @@ class FsspecPlace:
             except FileNotFoundError:
                 raise
             except Exception as error:  # each protocol's client has its own
+                if isinstance(error, OSError) and error.errno in UNREADABLE:
+                    raise
                 if _ends_before_range(error):
                     return b""  # type: ignore[return-value]
                 if delay_s is None or not _may_pass(error):
@@ -262,6 +266,52 @@ class FsspecPlace:
             fs, root = fsspec.core.url_to_fs(self.where, **_client_options(self.where))
             self._connected = (os.getpid(), fs, root.rstrip("/"))
         return self._connected[1:]
+
+
+def _fetch_whole(fs: Any, full: str, limit: int) -> bytes:
+    if _is_http(fs):
+        return _fetch_range(fs, full, 0, limit + 1)
+    _refuse_irregular(fs, full)
+    _refuse_larger(fs.info(full)["size"], limit, full)
+    data: bytes = fs.cat_file(full)
+    return data
+
+
+def _fetch_range(fs: Any, full: str, start: int, stop: int) -> bytes:
+    if _is_http(fs):
+        from fsspec.asyn import sync
+
+        data: bytes = sync(fs.loop, _stream_range, fs, full, start, stop)
+        return data
+    _refuse_irregular(fs, full)
+    data = fs.cat_file(full, start=start, end=stop)
+    return data[: stop - start]
+
+
+async def _stream_range(fs: Any, url: str, start: int, stop: int) -> bytes:
+    """As fsspec asks a web server, and no more is taken of an answer than was asked for."""
+    options = {**fs.kwargs}
+    headers = {**options.pop("headers", {}), "Range": f"bytes={start}-{stop - 1}"}
+    session = await fs.set_session()
+    async with session.get(fs.encode_url(url), headers=headers, **options) as answer:
+        fs._raise_not_found_for_status(answer, url)
+        # A server that knows nothing of ranges sends everything.
+        skip = start if answer.status == 200 else 0
+        wanted, data = skip + stop - start, bytearray()
+        async for piece in answer.content.iter_chunked(_PIECE_BYTES):
+            data += piece
+            if len(data) > wanted:
+                break
+    return bytes(data[skip:wanted])
+
+
+def _is_http(fs: Any) -> bool:
+    return "http" in fs.protocol
+
+
+def _refuse_irregular(fs: Any, full: str) -> None:
+    if "file" in fs.protocol:
+        os.close(open_regular(full))
 
 
 def _client_options(url: str) -> dict[str, Any]:

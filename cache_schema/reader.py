@@ -238,7 +238,8 @@ class StoreReader:
         facts = self._index.file_of(row, name)
 
         def decode(path: str) -> np.ndarray:
-            with self._place.open(path) as file:
+            # One byte more than there should be, and never all of a file that is something else.
+            with self._place.open(path, 0, facts.bytes + 1) as file:
                 return read_clip(file, self.settings.arrays[name], facts)
 
         return self._read_file(row, name, decode)

@@ -154,7 +154,7 @@ def _check_size(place: Place, path: str, file: GroupFile) -> str:
 
 def _check_content(place: Place, path: str, file: GroupFile) -> str:
     size = file.recorded.bytes
-    with place.open(path) as opened:
+    with place.open(path, 0, size + 1) as opened:
         if opened.size != size:
             return f"has {opened.size} bytes instead of {size}"
         if file.spec is None or isinstance(file.recorded, StoredFile):

@@ -7,6 +7,7 @@ whole. Every step leaves a store that reads right, so a repair can be killed and
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from cache_schema.settings import StoreSettings
 from cache_schema.sweeping import sweep_store
 from cache_schema.symlinks import refuse_links
 from cache_schema.upkeep.check_shard import check_shard, read_record
+from cache_schema.upkeep.drop import DROPPED
 from cache_schema.upkeep.replace_shard import keep_clips
 from cache_schema.upkeep.verify import Problem, Survey, read_settings
 
@@ -30,6 +32,11 @@ DAMAGED = "damaged"
 
 DUPLICATE = "duplicate_key"
 """The reason recorded for a clip whose key another shard holds too; extraction's own word."""
+
+_DROPPED_ONCE = (
+    "it had been dropped, and the shard that said so was taken out; once extract-features has made "
+    "the shard again, drop it again"
+)
 
 FINDINGS_FILE = "found.json"
 """What was wrong, beside what was taken out for it."""
@@ -200,20 +207,21 @@ class _Repair:
 
     def _mend_shard(self, shard: str) -> None:
         try:
-            record, _ = read_record(LocalPlace(self.layout.root), self.settings, shard)
+            record, crc32c = read_record(LocalPlace(self.layout.root), self.settings, shard)
         except UnknownSchemaVersion:
             return
         except FileNotFoundError:
             # A writer takes back the first generation that it has left itself, and no other one.
-            is_lost = shard in self.survey.lost
-            self._take_groups(shard, but=None if is_lost else 0)
-            if is_lost:
-                self.shards.append(shard)
+            if shard in self.survey.lost:
+                self._take_whole(shard)
+            else:
+                self._take_groups(shard, but=0)
             return
         except CorruptRecord:
-            self._take_groups(shard, but=None)
-            self.quarantine.take(self.layout.commit(shard))
-            self.shards.append(shard)
+            self._take_whole(shard)
+            return
+        if shard in self.survey.contradicted and crc32c == self.survey.crc32cs[shard]:
+            self._take_whole(shard)
             return
         self._take_groups(shard, but=record.generation)
         damage = check_shard(
@@ -266,9 +274,23 @@ class _Repair:
                     found.setdefault(clip.key, other)
         return found
 
+    def _take_whole(self, shard: str) -> None:
+        """Take out a shard's groups and its record; what was dropped from it must not come back."""
+        self._take_groups(shard, but=None)
+        if os.path.lexists(self.layout.commit(shard)):
+            self.quarantine.take(self.layout.commit(shard))
+        self.shards.append(shard)
+        skipped = [] if self.survey.index is None else self.survey.index.all_skipped()
+        self.left += [
+            Problem(shard, clip.key, _DROPPED_ONCE, "by hand")
+            for clip in skipped
+            if clip.shard == shard and clip.reason == DROPPED
+        ]
+
     def _take_groups(self, shard: str, *, but: int | None) -> None:
         """Take out a shard's groups of all generations but one."""
-        for path in sorted(self.layout.shards.iterdir()):
+        there = self.layout.shards.iterdir() if self.layout.shards.is_dir() else ()
+        for path in sorted(there):
             group = parse_group_name(path.name)
             if group is not None and group[0] == shard and group[1] != but:
                 self.quarantine.take(path)

@@ -134,8 +134,15 @@ class Survey:
     """The shards of every key that is in several."""
     index_is_damaged: bool = False
     """Or contradicts the records."""
+    index: ClipIndex | None = None
+    """As it was found; None where there is none, or it is damaged."""
     lost: set[str] = field(default_factory=set)
     """Shards whose commit record is gone, by the index or by a folder that no writer left."""
+    contradicted: set[str] = field(default_factory=set)
+    """Shards of whose commit record the index says otherwise: which of the two is true nobody
+    knows."""
+    crc32cs: dict[str, int] = field(default_factory=dict)
+    """That the usable records open with, by shard."""
     settings_are_foreign: bool = False
     """Whether `store.json` is that of another store than all records."""
     _other_settings: set[str] = field(default_factory=set)
@@ -143,19 +150,17 @@ class Survey:
     _shard_of_key: dict[str, str] = field(default_factory=dict)
     _generations: dict[str, int | None] = field(default_factory=dict)
     """Of the committed shards; None where the record is of no use."""
-    _crc32cs: dict[str, int] = field(default_factory=dict)
-    """That the usable records open with, by shard."""
     _index_bytes: bytes | None = None
 
     def look(self) -> None:
         """Fill in everything."""
-        index = self._read_index()
+        self.index = index = self._read_index()
         # Before the records: a group that is published now has its record by the time it is read.
         is_local = isinstance(self.place, LocalPlace)
         groups = self.place.list_folder("shards") if is_local else None
         for shard in self._committed_shards(index):
             self._look_at_shard(shard)
-        if self._other_settings and not self._crc32cs:
+        if self._other_settings and not self.crc32cs:
             self.settings_are_foreign = True
             self.problems = []
             self._report(
@@ -218,7 +223,7 @@ class Survey:
             if isinstance(error, OtherSettings):
                 self._other_settings.add(shard)
             return
-        record, self._crc32cs[shard], damage = seen
+        record, self.crc32cs[shard], damage = seen
         self._generations[shard] = record.generation
         self.num_clips += len(record.clips)
         self.num_bytes += sum(
@@ -258,7 +263,7 @@ class Survey:
         crc32cs = index.columns["shards.crc32c"].tolist()
         indexed = dict(zip(index.shard_names, crc32cs, strict=True))
         unusable = {shard for shard, found in self._generations.items() if found is None}
-        changed = {name for name, _ in indexed.items() ^ self._crc32cs.items()} - unusable
+        changed = {name for name, _ in indexed.items() ^ self.crc32cs.items()} - unusable
         for shard in sorted(changed & indexed.keys()):
             known, found = index.shards[shard], self._generations.get(shard)
             if found is not None and found > known.generation:
@@ -267,8 +272,7 @@ class Survey:
             self._report(f"commits/{shard}.json {lost_record(known, record)}", shard=shard)
             self.index_is_damaged = True
             changed.remove(shard)
-            if record is None:
-                self.lost.add(shard)
+            (self.lost if record is None else self.contradicted).add(shard)
         if index.store_crc32c != sealed_crc32c(self.place, STORE_FILE):
             self.index_is_damaged = True
             self._report(
@@ -287,12 +291,12 @@ class Survey:
             self._compare_index()
 
     def _compare_index(self) -> None:
-        shards = sorted(self._crc32cs)
+        shards = sorted(self.crc32cs)
         rebuilt = index_of_records(self.place, self.settings, shards)
         crc32cs = dict(
             zip(rebuilt.shard_names, rebuilt.columns["shards.crc32c"].tolist(), strict=True)
         )
-        if crc32cs != self._crc32cs:
+        if crc32cs != self.crc32cs:
             return  # records are being replaced
         data = io.BytesIO()
         write_columns(data, rebuilt.columns, self.settings, sealed_crc32c(self.place, STORE_FILE))

@@ -25,6 +25,8 @@ class FileServer(ThreadingHTTPServer):
         """Per path ending, the states of the next answers; a negative one stays for ever."""
         self.cut: dict[str, int] = {}
         """Per path ending, after how many bytes the connection breaks off."""
+        self.endless: set[str] = set()
+        """Path endings that are answered without end."""
         self._connections: list[socket.socket] = []
 
     @property
@@ -65,6 +67,9 @@ class _Handler(BaseHTTPRequestHandler):
                 state, data = 416, b""
             else:
                 state, data = 206, data[int(first) : int(last) + 1]
+        if any(self.path.endswith(ending) for ending in self.server.endless):
+            self._send_without_end()
+            return
         self.send_response(state)
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Content-Type", "application/octet-stream")
@@ -74,6 +79,14 @@ class _Handler(BaseHTTPRequestHandler):
                 data = data[:count]
                 self.close_connection = True
         self.wfile.write(data)
+
+    def _send_without_end(self) -> None:
+        self.close_connection = True
+        self.send_response(200)
+        self.end_headers()
+        with suppress(OSError):  # until the other side has had enough
+            while True:
+                self.wfile.write(bytes(2**20))
 
     def log_message(self, *_: Any) -> None:
         pass

@@ -350,3 +350,19 @@ def test_a_merged_clip_is_a_file_and_no_link(indexed: Path, tmp_path: Path, home
     np.testing.assert_array_equal(
         StoreReader(target).read("a0")["mask"], StoreReader(indexed).read("a0")["mask"]
     )
+
+
+def test_a_web_server_that_sends_without_end_is_not_listened_to(indexed: Path) -> None:
+    with serving(indexed.parent) as server:
+        reader = StoreReader(f"{server.url}/{indexed.name}")
+        assert len(reader) == 5
+        server.endless = {"00000/features/c/1/0/0/0/0"}
+        with pytest.raises(CorruptClip, match="bytes instead of"):
+            reader.read("a1")
+        with pytest.raises(CorruptClip):
+            reader.read_part("a1", "features", 0, 1)
+        problems = verify_store(f"{server.url}/{indexed.name}").problems
+        assert [problem.key for problem in problems] == ["a1"]
+        server.endless = {"store.json"}
+        with pytest.raises(CorruptRecord, match=r"store\.json cannot be read"):
+            StoreReader(f"{server.url}/{indexed.name}")

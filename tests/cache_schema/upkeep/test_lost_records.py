@@ -106,8 +106,12 @@ def test_an_older_state_of_a_shard_is_not_taken_for_the_current_one(
     with pytest.raises(CorruptRecord, match="an older state was put back"):
         assert StoreReader(indexed).keys
     assert _all_found(indexed) == {("00000", "repair")}
-    assert repair_store(indexed).left == ()
+    report = repair_store(indexed)
+    assert report.shards == ("00000",)
+    # Nobody else remembers that it was dropped.
+    assert [(one.key, one.mend) for one in report.left] == [("a1", "by hand")]
     assert verify_store(indexed).problems == ()
+    assert StoreReader(indexed).keys == ("b0", "b1")
 
 
 def test_a_record_that_was_edited_with_its_checksum_is_not_believed(indexed: Path) -> None:
@@ -118,6 +122,10 @@ def test_a_record_that_was_edited_with_its_checksum_is_not_believed(indexed: Pat
     with pytest.raises(CorruptRecord, match="it was changed"):
         assert StoreReader(indexed).keys
     assert _all_found(indexed) == {("00000", "repair")}
+    report = repair_store(indexed)
+    assert (report.shards, report.left) == (("00000",), ())
+    assert verify_store(indexed).problems == ()
+    assert StoreReader(indexed).keys == ("b0", "b1")
 
 
 def test_a_key_in_a_shard_and_its_retry_is_mended_at_once(
