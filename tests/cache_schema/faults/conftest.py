@@ -8,7 +8,7 @@ FAULTS = {
     "timed_kill": (3, 50),
     "kill_of_repair": (4, 50),
     "flip": (40, 1000),
-    "fuzz": (52, 2600),
+    "fuzz": (39, 2600),
     "free_pages": (4, 48),
     "free_inodes": (3, 40),
     "copy": (9, 120),
