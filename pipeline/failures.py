@@ -32,6 +32,7 @@ def failures(*, traceback: bool, resumable: bool = False) -> Iterator[None]:
     try:
         check_stop()
         yield
+        check_stop()
     except KeyboardInterrupt:
         again = "; run the same command again and it goes on from there" if resumable else ""
         complain(f"stopped{again}")

@@ -28,7 +28,7 @@ ENDED_BY_SIGNAL = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _RAISE_AGAIN, _LEAVE = 0, 255
 """Bytes in the pipe that are no signal's number."""
-_PAUSE_BEFORE_RAISING_AGAIN_S = 0.05
+_PAUSE_BEFORE_RAISING_AGAIN_S = 0.005
 _SHOW_CURSOR = b"\x1b[?25h"
 
 
@@ -43,6 +43,7 @@ class StopRequest:
         self._noted = False
         self._deferred = 0
         self._raised = False
+        self.times_raised = 0
 
     @contextmanager
     def deferred(self, told: str) -> Iterator[None]:
@@ -80,9 +81,10 @@ class StopRequest:
             and not isinstance(sys.exc_info()[1], KeyboardInterrupt)
         ):
             self._raised = True
+            self.times_raised += 1
             raise KeyboardInterrupt
 
-    def handle(self, number: int, frame: FrameType | None) -> None:
+    def handle(self) -> None:
         """Take a signal in the main thread, between two of its instructions.
 
         Raises:
@@ -91,6 +93,7 @@ class StopRequest:
         self.note()
         if self.made and not self._raised and not self._deferred:
             self._raised = True
+            self.times_raised += 1
             raise KeyboardInterrupt
 
     def raise_again(self) -> None:
@@ -105,6 +108,7 @@ class _Watch:
         self.request = StopRequest()
         self._first_at: float | None = None
         self._own = 0
+        self._dropped = 0
         self._from_pipe, self._into_pipe = os.pipe()
         os.set_blocking(self._into_pipe, False)
         self._thread = threading.Thread(target=self._count, name="signals", daemon=True)
@@ -114,15 +118,16 @@ class _Watch:
         self._thread.start()
         self._wakeup = signal.set_wakeup_fd(self._into_pipe, warn_on_full_buffer=False)
         sys.unraisablehook = self._on_dropped_exception
-        self._handlers = [signal.signal(number, self.request.handle) for number in _SIGNALS]
+        self._handlers = [signal.signal(number, self._handle) for number in _SIGNALS]
 
     def stop(self) -> None:
+        with self.request.deferred(""):  # for what the thread is about to send
+            os.write(self._into_pipe, bytes([_LEAVE]))
+            self._thread.join()
         for number, handler in zip(_SIGNALS, self._handlers, strict=True):
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
         sys.unraisablehook = self._hook
-        os.write(self._into_pipe, bytes([_LEAVE]))
-        self._thread.join()
         os.close(self._from_pipe)
         os.close(self._into_pipe)
 
@@ -133,8 +138,15 @@ class _Watch:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if frame is not None and frame.f_code is self._on_dropped_exception.__code__:
+            os.write(self._into_pipe, bytes([_RAISE_AGAIN]))  # what is raised here is dropped too
+        else:
+            self.request.handle()
+
     def _on_dropped_exception(self, dropped: Any) -> None:
         if self.request.made and isinstance(dropped.exc_value, KeyboardInterrupt):
+            self._dropped = self.request.times_raised
             os.write(self._into_pipe, bytes([_RAISE_AGAIN]))
         else:
             self._hook(dropped)
@@ -143,6 +155,8 @@ class _Watch:
         while (number := os.read(self._from_pipe, 1)[0]) != _LEAVE:
             if number == _RAISE_AGAIN:
                 time.sleep(_PAUSE_BEFORE_RAISING_AGAIN_S)
+                if self.request.times_raised != self._dropped:
+                    continue  # `check_stop` was faster
                 self._own += 1
                 self.request.raise_again()
                 signal.pthread_kill(_main_thread(), signal.SIGINT)

@@ -102,6 +102,35 @@ def test_a_request_that_a_library_catches_is_raised_where_work_advances():
             task.advance()
 
 
+def test_a_dropped_request_that_was_met_meanwhile_is_not_raised_again():
+    class Library:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with stop_on_signals() as stop:
+        Library()
+        with pytest.raises(KeyboardInterrupt):
+            stop.check()
+        time.sleep(0.2)  # past the pause before it would be raised again
+    assert stop.times_raised == 2
+
+
+def test_work_that_ends_before_a_dropped_request_is_raised_again_ends_as_it_is():
+    code, told, errors = run(
+        """
+        import os, signal
+        from stages.stop_request import stop_on_signals
+        class Library:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGINT)
+        with stop_on_signals():
+            Library()
+        print("done")
+        """
+    )
+    assert (code, told, errors) == (0, "done\n", "")
+
+
 def test_work_that_is_being_wound_up_is_not_interrupted_again():
     from stages.progress import SilentProgress
 
