@@ -42,9 +42,3 @@ class KnownShards:
             return self._shard_of_newer[key]
         row = self._index.keys.find(key)
         return None if row is None else self._index.place_of(row)[0]
-
-    def source_of(self, shard: str) -> str:
-        """The input that a finished shard was made from."""
-        if facts := self._index.shards.get(shard):
-            return facts.source
-        return read_commit(self._layout, self._settings, shard).source

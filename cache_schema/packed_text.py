@@ -16,6 +16,9 @@ import numpy as np
 _PIECE = 16_384
 """Texts that are handled at once where all are walked through."""
 
+_SPARSE = 16
+"""So many times as many texts as are looked for: they are found one by one then."""
+
 _BLOCK = 64
 """Texts between which a text is looked for one by one."""
 
@@ -162,8 +165,12 @@ class SortedText(PackedText):
             wanted = text.encode("utf-8")
         except UnicodeEncodeError:
             return None
-        row = self.position(wanted)
-        return row if row < len(self) and self.utf8(row) == wanted else None
+        row = self._find(wanted)
+        return None if row < 0 else row
+
+    def _find(self, text: bytes) -> int:
+        row = self.position(text)
+        return row if row < len(self) and self.utf8(row) == text else -1
 
     def __contains__(self, text: object) -> bool:
         return isinstance(text, str) and self.find(text) is not None
@@ -174,6 +181,24 @@ class SortedText(PackedText):
         if row is None or row not in range(len(self))[start:stop]:
             raise ValueError(f"{text!r} is not among the {len(self)} texts")
         return row
+
+    def rows_of(self, others: "SortedText") -> np.ndarray:
+        """The row of each of the `others` here, -1 where it is none; int64, in their order."""
+        if others == self:
+            return np.arange(len(self), dtype=np.int64)
+        found = np.full(len(others), -1, np.int64)
+        first = 0
+        for piece in others.pieces():
+            start, stop = self.position(piece[0]), self.position(piece[-1] + b"\0")
+            if stop - start > _SPARSE * len(piece):
+                rows = [self._find(text) for text in piece]
+            else:
+                texts = itertools.chain.from_iterable(self.pieces(start, stop))
+                here = {text: row for row, text in enumerate(texts, start)}
+                rows = [here.get(text, -1) for text in piece]
+            found[first : first + len(piece)] = rows
+            first += len(piece)
+        return found
 
     def in_all(self, *others: "SortedText") -> "SortedText":
         """The texts that are in each of the `others` too; equal sequences cost a comparison."""

@@ -23,7 +23,7 @@ from cache_schema.lock import FileLock
 from cache_schema.manifest import CommitRecord
 from cache_schema.sealed_json import plain_mapping
 from cache_schema.settings import StoreSettings
-from cache_schema.staging import Staging
+from cache_schema.staging import IsCurrent, Staging
 from cache_schema.sweeping import sweep_committed
 
 
@@ -41,8 +41,10 @@ class ShardWriter:
         name: str,
         source: str,
         known: KnownShards,
+        is_current: IsCurrent | None,
     ) -> None:
         """Touches no file before `__enter__`."""
+        self._is_current = is_current
         self._layout = layout
         self._settings = settings
         self.name = check_shard_name(name)
@@ -64,7 +66,9 @@ class ShardWriter:
                     "before writing it"
                 )
             self._known.refresh()
-            self._staging = Staging(self._layout, self._settings, self.name, self._source)
+            self._staging = Staging(
+                self._layout, self._settings, self.name, self._source, self._is_current
+            )
             self._clip_keys = {clip.key for clip in self._staging.clips}
             self._skipped_keys = {clip.key for clip in self._staging.skipped}
         except BaseException:

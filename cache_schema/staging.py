@@ -7,7 +7,7 @@ Zarr's metadata is never taken over: it is written anew for the number of clips 
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,23 @@ from cache_schema.zarr_group import (
     create_group,
 )
 
+IsCurrent = Callable[[str, str], bool]
+"""Whether a clip, by key and fingerprint, is still made from what it was made from."""
+
 
 class Staging:
     """What one shard has so far: `clips` and `skipped`, in the order they came."""
 
     def __init__(
-        self, layout: StoreLayout, settings: StoreSettings, shard: str, source: str
+        self,
+        layout: StoreLayout,
+        settings: StoreSettings,
+        shard: str,
+        source: str,
+        is_current: IsCurrent | None,
     ) -> None:
         """Adopt what an earlier writer left, sweep the rest, and be ready for the next clip."""
+        self._is_current = is_current
         self._settings = settings
         self._shard = shard
         self._source = source
@@ -130,16 +139,25 @@ class Staging:
         try:
             data = read_record_file(LocalPlace(self._records), path.name)
             found = unseal(data, str(path), store=self._store)
-            if found["settings_hash"] != self._settings.hash or found["source"] != self._source:
+            if found["settings_hash"] != self._settings.hash:
                 return None
+            entry: ClipEntry | SkippedClip
             if "skipped" in found:
-                return parse_skipped(found["skipped"], self._shard)
-            index = sum(isinstance(entry, ClipEntry) for entry in before)
-            return parse_clip(
-                found["clip"], self._settings, shard=self._shard, source=self._source, index=index
-            )
+                entry = parse_skipped(found["skipped"], self._shard)
+            else:
+                index = sum(isinstance(earlier, ClipEntry) for earlier in before)
+                entry = parse_clip(
+                    found["clip"],
+                    self._settings,
+                    shard=self._shard,
+                    source=self._source,
+                    index=index,
+                )
         except (OSError, CacheError, ValueError, KeyError, TypeError, AttributeError):
             return None
+        if self._is_current is not None:
+            return entry if self._is_current(entry.key, entry.fingerprint) else None
+        return entry if found["source"] == self._source else None
 
     def _is_intact(self, clip: ClipEntry) -> bool:
         place = LocalPlace(self._group)

@@ -15,6 +15,7 @@ from cache_schema.manifest import StoreManifest, read_manifest
 from cache_schema.sealed_json import plain_mapping, seal
 from cache_schema.settings import Compression, StoreSettings, differing_settings
 from cache_schema.shard_writer import ShardWriter
+from cache_schema.staging import IsCurrent
 from cache_schema.sweeping import sweep_store
 from cache_schema.symlinks import refuse_links
 from cache_schema.zarr_group import found_compression
@@ -73,32 +74,21 @@ class StoreWriter:
         sweep_store(layout, found)
         return cls(layout.root, found)
 
-    def is_committed(self, shard: str, *, source: str | None = None) -> bool:
-        """Whether the shard is finished.
+    def is_committed(self, shard: str) -> bool:
+        """Whether the shard is finished."""
+        return self._layout.commit(check_shard_name(shard)).exists()
 
-        With `source`, also that it was made from that input: `SettingsMismatch` if a finished
-        shard of that name came from another.
-        """
-        if not self._layout.commit(check_shard_name(shard)).exists():
-            return False
-        if source is not None:
-            found = self._known.source_of(shard)
-            if found != source:
-                raise SettingsMismatch(
-                    f"shard {shard!r} of {self.path} was made from {found!r}, not from {source!r}; "
-                    "use another cache folder for another dataset"
-                )
-        return True
-
-    def shard(self, name: str, *, source: str) -> ShardWriter:
+    def shard(self, name: str, *, source: str, is_current: IsCurrent | None = None) -> ShardWriter:
         """A writer for one shard, to be used in a `with` block.
 
         Args:
             name: names the shard's files; `ValueError` if it is not safe for that.
-            source: the input the shard is made from. Clips staged by a killed writer are adopted
-                only if theirs was the same.
+            source: the input the shard is made from.
+            is_current: told key and fingerprint of each clip that a killed writer has staged; the
+                clips up to the first that it refuses are adopted. Without it, those are whose
+                source was the same.
         """
-        return ShardWriter(self._layout, self.settings, name, source, self._known)
+        return ShardWriter(self._layout, self.settings, name, source, self._known, is_current)
 
     def write_index(self) -> None:
         """Write `index.npz` anew from the commit records; readers open large stores faster by it.

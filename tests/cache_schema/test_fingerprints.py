@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from cache_schema import StoreReader, StoreSettings, StoreWriter, verify_store
 from cache_schema.upkeep.copy import copy_store
 from cache_schema.upkeep.drop import drop_clips
 from cache_schema.upkeep.merge import merge_stores
+from cache_schema.upkeep.rebind import change_fingerprints
 from cache_schema.upkeep.repair import repair_store
 from tests.fingerprints import fingerprint_of
 
@@ -65,6 +67,26 @@ def test_a_merged_clip_keeps_it(indexed: Path, tmp_path: Path) -> None:
 def test_a_copied_clip_keeps_it(indexed: Path, tmp_path: Path) -> None:
     copy_store(indexed, tmp_path / "copied" / indexed.name)
     _assert_kept(tmp_path / "copied" / indexed.name)
+
+
+def test_others_can_be_written_and_nothing_else_changes(indexed: Path, clip_of: ClipOf) -> None:
+    other = fingerprint_of("another source")
+    before = StoreReader(indexed)
+    entries = {key: before.record(key) for key in before.keys}
+    wanted = {"a1": other, "b0": fingerprint_of("b0"), "nowhere": other}
+    assert change_fingerprints(indexed, wanted) == 1
+    assert change_fingerprints(indexed, wanted) == 0
+    after = StoreReader(indexed)
+    assert after.skipped == before.skipped
+    for key in entries:
+        entry = after.record(key)
+        assert entry == replace(
+            entries[key], fingerprint=other if key == "a1" else entry.fingerprint
+        )
+        for name, values in after.read(key).items():
+            assert (values == clip_of(key)[name]).all()
+    assert [after.shards[name].generation for name in ("00000", "00001")] == [1, 0]
+    assert verify_store(indexed).problems == ()
 
 
 def test_shards_with_other_fingerprints_are_not_the_same_shard(

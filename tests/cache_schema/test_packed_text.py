@@ -54,6 +54,15 @@ def test_texts_in_all_are_the_intersection(sets: list[set[str]], everywhere: set
     assert first.in_all(*others) == sorted(shared)
 
 
+@given(st.sets(texts, max_size=30), st.sets(texts, max_size=30))
+def test_rows_of_other_texts_are_those_that_finding_each_gives(
+    here: set[str], others: set[str]
+) -> None:
+    packed, wanted = (SortedText.from_strings(sorted(each)) for each in (here, others))
+    expected = [packed.find(text) for text in wanted]
+    assert packed.rows_of(wanted).tolist() == [-1 if row is None else row for row in expected]
+
+
 def test_many_texts_go_through_in_pieces() -> None:
     wanted = sorted(
         f"{number * 7919 % 50_000:05d}-{'é' * (number % 4)}" for number in range(50_000)

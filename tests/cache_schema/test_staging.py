@@ -148,3 +148,23 @@ def test_deleting_a_commit_record_makes_the_shard_again(
     writer = StoreWriter.open(store.parent, settings, provenance={})
     write_shard(writer, "00000", ["a0", "a1", "a2"], skip="a3")
     assert files_of(store) == before
+
+
+def test_staged_clips_are_adopted_up_to_the_first_that_is_made_from_another_source(
+    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
+) -> None:
+    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    _stage(writer, ["a", "b", "c"], clip_of)
+    current = {key: fingerprint_of(key) for key in ("a", "b", "c", "bad")}
+    current["b"] = fingerprint_of("another b")
+
+    def staged(source: str) -> list[str]:
+        shard = writer.shard(
+            "0", source=source, is_current=lambda key, found: current.get(key) == found
+        )
+        with shard:
+            return [key for key in current if shard.has(key)]
+
+    # Whatever the source is called now.
+    assert staged("renamed.tar") == ["a"]
+    assert staged("0.tar") == ["a"]

@@ -326,15 +326,6 @@ def test_a_finished_shard_is_never_written_again(store: Path, settings: StoreSet
         pass
 
 
-def test_a_shard_made_from_another_input_is_not_taken_for_this_one(
-    store: Path, settings: StoreSettings
-) -> None:
-    writer = StoreWriter.open(store.parent, settings, provenance={})
-    assert writer.is_committed("00000", source="00000.tar")
-    with pytest.raises(SettingsMismatch, match=r"made from '00000.tar', not from 'other.tar'"):
-        writer.is_committed("00000", source="other.tar")
-
-
 def test_a_shard_writer_is_used_inside_its_with_block(
     tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
 ) -> None:

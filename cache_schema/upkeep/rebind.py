@@ -1,0 +1,57 @@
+"""Giving clips other fingerprints, their values untouched; extraction does so where it may."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from cache_schema.clip_index import load_index
+from cache_schema.layout import StoreLayout, check_fingerprint
+from cache_schema.lock import FileLock
+from cache_schema.manifest import read_commit, read_manifest
+from cache_schema.places import LocalPlace
+from cache_schema.upkeep.replace_shard import keep_clips
+from cache_schema.writer import StoreWriter
+
+
+def change_fingerprints(store: Path, fingerprints: Mapping[str, str]) -> int:
+    """Write other fingerprints for clips of a store: their shards are replaced, one by one.
+
+    The clips' files are shared with the shards that go. A process killed in here has changed some
+    shards; the same call again changes the others.
+
+    Args:
+        store: the store's folder.
+        fingerprints: by key, of clips of the store; others are left as they are.
+
+    Returns:
+        How many clips were changed.
+
+    Raises:
+        ShardBusy: another process is changing one of the shards. Those before it are done.
+        CorruptClip: a clip lacks its file. Shards before that one are done.
+        StoreNotFound, UnknownSchemaVersion, CorruptRecord: from the store's records.
+    """
+    layout = StoreLayout(Path(store))
+    settings = read_manifest(layout).settings
+    index = load_index(LocalPlace(layout.root), settings)
+    shards: dict[str, dict[str, str]] = defaultdict(dict)
+    for key, fingerprint in fingerprints.items():
+        row = index.keys.find(key)
+        if row is not None:
+            shards[index.place_of(row)[0]][key] = check_fingerprint(fingerprint)
+    layout.staging.mkdir(exist_ok=True)
+    num_changed = 0
+    for shard, wanted in sorted(shards.items()):
+        with FileLock(layout.lock(shard), wait=False, what=f"shard {shard!r} of {layout.root}"):
+            record = read_commit(layout, settings, shard)
+            clips = [
+                replace(clip, fingerprint=wanted.get(clip.key, clip.fingerprint))
+                for clip in record.clips
+            ]
+            changed = sum(new != old for new, old in zip(clips, record.clips, strict=True))
+            if changed:
+                keep_clips(layout, settings, record, clips, record.skipped, quarantine=None)
+            num_changed += changed
+    StoreWriter(layout.root, settings).write_index()
+    return num_changed
