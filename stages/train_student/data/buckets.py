@@ -102,7 +102,8 @@ def join_buckets(
 
     Raises:
         ValueError: `chosen` names an unknown kind, the manifest is malformed, or a size has no
-            clip, none that is left to train on, or another teacher than the first.
+            clip, none that is left to train on, or another teacher than the first; or the entries
+            of a clip were made from different sources.
         CacheError: a store is missing, ambiguous or damaged.
     """
     named = frozenset() if leave_out is None else read_keys(leave_out)

@@ -18,6 +18,7 @@ from stages.train_student.config import KIND_OF_FORM, TeacherForm
 from stages.train_student.data.finding import find_stores
 from stages.train_student.data.held_out import choose_held_out
 from stages.train_student.data.left_out import LeftOut, count_reasons, read_keys
+from stages.train_student.data.same_sources import refuse_other_sources
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +104,8 @@ def join_stores(
         held_out: how many clips to keep for validation.
 
     Raises:
-        ValueError: `chosen` names an unknown kind, the manifest is malformed, or no clip is left.
+        ValueError: `chosen` names an unknown kind, the manifest is malformed, no clip is left, or
+            the entries of a clip were made from different sources.
         CacheError: a store is missing, ambiguous or damaged.
     """
     named = frozenset() if leave_out is None else read_keys(leave_out)
@@ -168,7 +170,7 @@ def joined(
         held_out: clips to keep for validation; those that are not here are no concern of it.
 
     Raises:
-        ValueError: nothing is left to train on.
+        ValueError: nothing is left to train on, or a clip's entries do not belong together.
     """
     remaining = common.take(rows_without(common, named))
     if not remaining:
@@ -176,6 +178,7 @@ def joined(
             f"train.leave_out {leave_out} names every one of the {len(common)} clips that are in "
             "every store; nothing is left to train on"
         )
+    refuse_other_sources(readers, remaining)
     keys = remaining.take(rows_without(remaining, held_out))
     if not keys:
         raise ValueError(
