@@ -107,6 +107,14 @@ def extract_features(
         bool,
         typer.Option("--retry-failed", help="Also try again what earlier runs had to skip."),
     ] = False,
+    refresh_changed: Annotated[
+        bool,
+        typer.Option(
+            "--refresh-changed",
+            help="Make clips again whose caption, video or prompt has changed since; the others "
+            "are kept.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -121,7 +129,8 @@ def extract_features(
 ) -> None:
     """Stage one: teacher features, masks, latents and text states of every clip, into the cache.
 
-    What is in the cache already is kept; run it again after an interruption and it goes on.
+    What is in the cache already is kept, and compared with the dataset first. Run it again after
+    an interruption, and it goes on; with clips added to the dataset, and it extracts those.
     """
     from pipeline.commands import estimate, extract
 
@@ -129,16 +138,12 @@ def extract_features(
     chosen += [] if kinds is None else [f"extract.kinds=[{kinds}]"]
     chosen += [] if engine is None else [f"extract.engine={engine}"]
     settings = load_settings(config, chosen, traceback)
-    if dry_run and retry_failed:
-        raise typer.BadParameter("--dry-run does not count what --retry-failed would try again")
-    if dry_run:
-        answer = carry_out(lambda p: estimate.run(settings, p), traceback)
-    else:
-        answer = carry_out(
-            lambda p: extract.run(settings, p, retry_failed=retry_failed),
-            traceback,
-            resumable=True,
-        )
+    run = estimate.run if dry_run else extract.run
+    answer = carry_out(
+        lambda p: run(settings, p, retry_failed=retry_failed, refresh_changed=refresh_changed),
+        traceback,
+        resumable=not dry_run,
+    )
     finish(answer, as_json)
 
 

@@ -26,8 +26,20 @@ _HOW = (
 )
 
 
-def run(config: RunConfig, progress: Progress) -> Answer:
+def run(
+    config: RunConfig,
+    progress: Progress,
+    *,
+    retry_failed: bool = False,
+    refresh_changed: bool = False,
+) -> Answer:
     """Estimate; neither the cache nor the demo's clips and models are written.
+
+    Args:
+        config: The whole configuration.
+        progress: Told of the clips.
+        retry_failed: Count the clips too that earlier runs had to skip.
+        refresh_changed: Count the clips too whose source has changed.
 
     Raises:
         ConfigError: The demo's clips are not drawn yet.
@@ -40,7 +52,13 @@ def run(config: RunConfig, progress: Progress) -> Answer:
     from stages.extract_features.estimates.estimate import estimate
 
     found = estimate(
-        config.extract, config.data, config.model, config.cache_folder, progress=progress
+        config.extract,
+        config.data,
+        config.model,
+        config.cache_folder,
+        progress=progress,
+        retry_failed=retry_failed,
+        refresh_changed=refresh_changed,
     )
     rows = _dataset_rows(found)
     for one in found.passes:

@@ -12,13 +12,20 @@ from pipeline.provenance import provenance_of_run
 from stages.progress import Progress
 
 
-def run(config: RunConfig, progress: Progress, *, retry_failed: bool = False) -> Answer:
+def run(
+    config: RunConfig,
+    progress: Progress,
+    *,
+    retry_failed: bool = False,
+    refresh_changed: bool = False,
+) -> Answer:
     """Write the stores; with a launcher, this process's share of the shards.
 
     Args:
         config: The whole configuration.
         progress: Told of the clips.
         retry_failed: Take the clips again that earlier runs had to skip.
+        refresh_changed: Make clips again whose source has changed.
     """
     from stages.extract_features.extract import extract_features
 
@@ -34,6 +41,7 @@ def run(config: RunConfig, progress: Progress, *, retry_failed: bool = False) ->
         rank=rank(),
         world_size=world_size(),
         retry_failed=retry_failed,
+        refresh_changed=refresh_changed,
     )
     rows: list[tuple[str, str]] = [("dataset", summary.dataset)]
     notes = skipped_notes((kind.name, clip) for kind in summary.kinds for clip in kind.skipped)
@@ -70,6 +78,8 @@ def run(config: RunConfig, progress: Progress, *, retry_failed: bool = False) ->
     if notes and summary.failures is not None:
         data["failures"] = str(summary.failures)
         notes.append(f"all that was left out, one per line: {summary.failures}")
+    notes += summary.notes
+    data["notes"] = list(summary.notes)
     too_many = summary.skipped_share > config.extract.max_skipped
     if too_many:
         notes.append(

@@ -1,8 +1,11 @@
 """Stage one from end to end: every kind over the dataset's shards; the pipeline calls it."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from cache_schema import JSON, StoreReader, StoreWriter
 from stages.clips import ClipDataset, ClipsConfig, input_shard_name, open_dataset
@@ -11,11 +14,14 @@ from stages.extract_features.config import ExtractConfig, Kind
 from stages.extract_features.extraction import Extraction, bucket_name
 from stages.extract_features.make_extractions import device_named, make_extractions
 from stages.extract_features.summary import ExtractSummary, KindSummary
+from stages.extract_features.work.comparison import Comparison
+from stages.extract_features.work.dataset_sources import DatasetSources
 from stages.extract_features.work.failure_manifest import FAILURES_FILE, failures_listed
 from stages.extract_features.work.jobs import plan_jobs
 from stages.extract_features.work.local_engine import EngineReport, LocalEngine
 from stages.extract_features.work.ray_engine import RayEngine
 from stages.extract_features.work.ray_worker import WorkerSetup
+from stages.extract_features.work.refresh import compare_and_refresh
 from stages.progress import Progress
 
 
@@ -30,15 +36,19 @@ def extract_features(
     rank: int = 0,
     world_size: int = 1,
     retry_failed: bool = False,
+    refresh_changed: bool = False,
 ) -> ExtractSummary:
     """Write the stores of `config.kinds` for every shard of the dataset.
 
     One model after the other, so that one big model is loaded at a time; with `clips.buckets`, one
-    size after the other, each into stores of its own, and every clip into those of one size. A
-    finished shard is not
-    opened again; an unfinished one goes on after the clips that are safely staged. A clip that
-    cannot be used is recorded with its reason and skipped; `failures.jsonl` in the cache folder
-    lists all of them afterwards, also when an error ended the run.
+    size after the other, each into stores of its own, and every clip into those of one size.
+
+    Before any work every clip of the dataset is compared with what the stores made theirs from.
+    What a store lacks is extracted; clips that a finished shard lacks go into further shards, and
+    nothing finished is written again. An unfinished shard goes on after the clips that are safely
+    staged. Clips that have left the dataset stay in the store. A clip that cannot be used is
+    recorded with its reason and skipped; `failures.jsonl` in the cache folder lists all of them
+    afterwards, also when an error ended the run.
 
     Args:
         config: What to compute, and where.
@@ -52,11 +62,14 @@ def extract_features(
         world_size: Number of processes at work.
         retry_failed: Take the clips again that finished shards left out; what comes of them goes
             into further shards, and nothing finished is touched.
+        refresh_changed: Make clips again whose source (caption, video or prompt, whatever the kind
+            depends on) is another one than the store's; the rest of their shards is kept.
 
     Raises:
         ValueError: A setting does not fit, before any work is done: dataset, base model, SAM2
             checkpoint, device or Ray is missing or wrong.
-        CacheError: A store was written from other data or is damaged.
+            Or a store holds clips made from other sources, without `refresh_changed`.
+        CacheError: A store is damaged.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in 0..{world_size - 1} (world size {world_size}): {rank}")
@@ -80,7 +93,9 @@ def extract_features(
         )
         engine = RayEngine(setup, shards)
     else:
-        engine = LocalEngine(shards, device_named(config.device, rank), rank, world_size)
+        engine = LocalEngine(
+            shards, config.teacher, device_named(config.device, rank), rank, world_size
+        )
     extractions = make_extractions(config, clips.sizes, model)
     with engine:
         stores = [
@@ -91,9 +106,17 @@ def extract_features(
             for extraction in extractions
         ]
         with failures_listed(cache_root, progress.log):
-            summaries = _fill(engine, dataset, extractions, stores, progress, retry_failed)
+            comparison = compare_and_refresh(
+                cache_root, dataset, config, stores, progress, refresh_changed=refresh_changed
+            )
+            summaries = _fill(
+                engine, dataset, extractions, stores, comparison, progress, retry_failed
+            )
     return ExtractSummary(
-        kinds=tuple(summaries), dataset=dataset.layout, failures=cache_root / FAILURES_FILE
+        kinds=tuple(summaries),
+        dataset=dataset.layout,
+        failures=cache_root / FAILURES_FILE,
+        notes=tuple(comparison.told()),
     )
 
 
@@ -102,19 +125,27 @@ def _fill(
     dataset: ClipDataset,
     extractions: Sequence[Extraction],
     stores: Sequence[Mapping[Kind, StoreWriter]],
+    comparison: Comparison,
     progress: Progress,
     retry_failed: bool,
 ) -> list[KindSummary]:
-    plans = [plan_jobs(dataset, writers, retry_failed=retry_failed) for writers in stores]
+    sizes = Counter[tuple[Kind, ...]]()
+    plans = []
+    for writers in stores:
+        kinds = tuple(writers)
+        plans.append(
+            plan_jobs(dataset, writers, comparison, size=sizes[kinds], retry_failed=retry_failed)
+        )
+        sizes[kinds] += 1
     summaries: list[KindSummary] = []
-    for extraction, writers, jobs in zip(extractions, stores, plans, strict=True):
+    for extraction, writers, plan in zip(extractions, stores, plans, strict=True):
         started = time.perf_counter()
         report = EngineReport()
-        if any(job.is_pending(writers) for job in jobs):
-            report = engine.run(extraction, writers, jobs, progress)
+        if any(job.is_pending(writers) for job in plan.jobs):
+            report = engine.run(extraction, writers, plan, progress)
         seconds = time.perf_counter() - started
         summaries += [
-            _summary(kind, extraction, writer, dataset, report, seconds)
+            _summary(kind, extraction, writer, dataset, comparison.sources, report, seconds)
             for kind, writer in writers.items()
         ]
     return summaries
@@ -125,6 +156,7 @@ def _summary(
     extraction: Extraction,
     writer: StoreWriter,
     dataset: ClipDataset,
+    sources: DatasetSources | None,
     report: EngineReport,
     seconds: float,
 ) -> KindSummary:
@@ -137,13 +169,21 @@ def _summary(
         if input_shard_name(name, dataset) is not None
     }
     written = report.written[kind]
+    if sources is None:
+        held = sum(facts.num_clips for facts in of_dataset.values())
+    else:
+        held = int(np.count_nonzero(reader.keys.rows_of(sources.keys) >= 0))
     return KindSummary(
         kind=kind,
         bucket=bucket_name(extraction.size),
         store=writer.path,
         clips_written=written,
-        clips_already_there=sum(facts.num_clips for facts in of_dataset.values()) - written,
-        skipped=tuple(clip for clip in reader.skipped if clip.shard in of_dataset),
+        clips_already_there=held - written,
+        skipped=tuple(
+            clip
+            for clip in reader.skipped
+            if (clip.shard in of_dataset if sources is None else clip.key in sources.keys)
+        ),
         busy_shards=report.busy,
         seconds=seconds,
         bytes=sum(facts.num_bytes for facts in of_dataset.values()),

@@ -52,6 +52,8 @@ class ExtractSummary:
     """Which layout was recognised."""
     failures: Path | None = None
     """The list of everything that was left out."""
+    notes: tuple[str, ...] = ()
+    """What of the stores the dataset does not account for, in lines for people."""
 
     @property
     def skipped_share(self) -> float:

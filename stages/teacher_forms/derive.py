@@ -1,7 +1,8 @@
 """A store of the Gram flow from a store of features, without SAM2; `cache derive` calls it.
 
 The store is the one that extraction would have written: shard by shard with the same names,
-sources, clips, attributes and skipped clips. Clips that it has lost since, by a repair, go into
+sources, clips, attributes, fingerprints and skipped clips. Clips whose features were made again
+from another source are taken out first. Those, and clips that it has lost by a repair, go into
 retry shards, as extraction would do it. Several processes may share the work: whoever holds a
 shard's lock writes it.
 """
@@ -26,7 +27,7 @@ from cache_schema import (
 )
 from cache_schema.layout import StoreLayout, retry_number
 from cache_schema.manifest import read_commit
-from cache_schema.upkeep.drop import REDO
+from cache_schema.upkeep.drop import DROPPED, REDO, drop_clips
 from cache_schema.upkeep.repair import DAMAGED
 from stages.background import DaemonPool, result_of
 from stages.clips import retry_shard_name
@@ -77,12 +78,13 @@ def derive_gram_flow(
 
     Raises:
         ValueError: The teacher store does not fit, before any work is done.
-        CacheError: A clip or a record is damaged; or the derived store was made from other data.
+        CacheError: A clip or a record is damaged.
     """
     started = time.perf_counter()
     reader = StoreReader(teacher, kind="teacher")
     maker = FlowMaker.of(reader.settings, config, token_grid)
     writer = StoreWriter.open(cache_root, maker.settings, provenance=provenance)
+    _take_out_changed(reader, writer.path, progress)
     with progress.task("gram_flow", len(reader), unit="clips") as task:
         work = _Derivation(reader, writer, maker, device, task)
         left = list(reader.shards)
@@ -125,7 +127,7 @@ class _Derivation:
     def derive(self, shard: str) -> bool:
         """Finish a shard; False where another process is at it."""
         facts = self._reader.shards[shard]
-        if self._is_finished(shard, facts.source):
+        if shard in self._finished or self._writer.is_committed(shard):
             self._task.advance(facts.num_clips)
             return True
         # The record itself: a reader leaves out the skipped clips that a retry brought in.
@@ -163,25 +165,34 @@ class _Derivation:
     def _lost_keys(self) -> Iterator[str]:
         """Clips of the features that the store lacks, and not because they were dropped."""
         made = StoreReader(self._writer.path)
-        reasons = {clip.key: clip.reason for clip in made.skipped}
+        skipped = {clip.key: clip for clip in made.skipped}
         # Both ways in order: looking up a million keys one by one takes half a minute.
         held = iter(self._reader.keys.in_all(made.keys))
         next_held = next(held, None)
         for key in self._reader.keys:
             if key == next_held:
                 next_held = next(held, None)
-            elif reasons.get(key, REDO) in (REDO, DAMAGED):
+            elif key not in skipped or self._is_to_be_made(skipped[key]):
                 yield key
 
-    def _is_finished(self, shard: str, source: str) -> bool:
-        if shard in self._finished and self._finished[shard].source == source:
+    def _is_to_be_made(self, skipped: SkippedClip) -> bool:
+        """Whether a clip that was skipped is wanted again, or was skipped for another source."""
+        if skipped.reason in (REDO, DAMAGED):
             return True
-        return self._writer.is_committed(shard, source=source)
+        made_from = self._reader.record(skipped.key).fingerprint
+        return skipped.reason != DROPPED and skipped.fingerprint != made_from
 
     def _write(
         self, shard: str, source: str, clips: Sequence[ClipEntry], skipped: Sequence[SkippedClip]
     ) -> None:
-        with self._writer.shard(shard, source=source) as out:
+        made_from = {clip.key: clip.fingerprint for clip in skipped}
+        made_from |= {clip.key: clip.fingerprint for clip in clips}
+        out = self._writer.shard(
+            shard,
+            source=source,
+            is_current=lambda key, fingerprint: made_from.get(key) == fingerprint,
+        )
+        with out:
             # Another shard may hold it: a retry that the features' store has put elsewhere.
             missing = [
                 clip
@@ -202,6 +213,18 @@ class _Derivation:
                     fingerprint=left_out.fingerprint,
                 )
             out.commit()
+
+
+def _take_out_changed(reader: StoreReader, derived: Path, progress: Progress) -> None:
+    """Take out the clips whose features are made from another source now."""
+    made = StoreReader(derived)
+    rows = made.keys.rows_of(reader.keys)
+    held = rows >= 0
+    changed = np.flatnonzero(held)[made.fingerprints[rows[held]] != reader.fingerprints[held]]
+    if len(changed):
+        detail = "its features were made again from another source"
+        drop_clips(derived, [reader.keys[int(row)] for row in changed], detail=detail, reason=REDO)
+        progress.log(f"gram_flow: {len(changed)} clips are made again, as their features were")
 
 
 def _without_retry(shard: str) -> str:

@@ -346,7 +346,7 @@ class TestExtractFeatures:
         assert result.exit_code == 0, result.stderr
         ((config, options),) = calls
         assert (config.extract.kinds, config.extract.engine) == (kinds, engine)
-        assert options == {"retry_failed": False}
+        assert options == {"retry_failed": False, "refresh_changed": False}
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -355,7 +355,6 @@ class TestExtractFeatures:
             (["--kinds", ""], "extract.kinds"),
             (["--kinds", "a]"], "extract.kinds"),
             (["--engine", "slurm"], "extract.engine"),
-            (["--dry-run", "--retry-failed"], "--retry-failed"),
         ],
     )
     def test_what_they_do_not_know_is_bad_usage(self, monkeypatch, arguments, message):
@@ -365,10 +364,13 @@ class TestExtractFeatures:
         assert message in result.stderr
         assert not calls
 
-    def test_failed_clips_are_tried_again_when_asked_for(self, monkeypatch):
-        calls = stub(monkeypatch, extract)
-        invoke("extract-features", *DEMO, "--retry-failed")
-        assert calls[0][1] == {"retry_failed": True}
+    @pytest.mark.parametrize("option", ["--retry-failed", "--refresh-changed"])
+    @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+    def test_clips_are_made_again_when_asked_for(self, monkeypatch, option, dry):
+        calls = stub(monkeypatch, estimate if dry else extract)
+        invoke("extract-features", *DEMO, option, *dry)
+        named = {"--retry-failed": "retry_failed", "--refresh-changed": "refresh_changed"}
+        assert calls[0][1] == {name: given == option for given, name in named.items()}
 
     def test_a_dry_run_estimates_and_extracts_nothing(self, monkeypatch):
         extracted, estimated = stub(monkeypatch, extract), stub(monkeypatch, estimate)

@@ -9,11 +9,12 @@ overlap with the models' work, and loading them are not in it. Writes nothing.
 
 import os
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cache_schema import SkippedClip, StoreReader
@@ -26,6 +27,7 @@ from stages.extract_features.estimates.store_sizes import FormSize, bytes_of, is
 from stages.extract_features.estimates.survey import MOST_PROBED, ShardSurvey, survey_shards
 from stages.extract_features.extraction import DTYPES
 from stages.extract_features.make_extractions import TRACKED_KINDS, device_named
+from stages.extract_features.work.comparison import Comparison, Readers, read_and_compare
 from stages.metering import matmul_flops_per_second
 from stages.progress import Progress
 
@@ -160,6 +162,8 @@ def estimate(
     *,
     progress: Progress,
     most_probed: int = MOST_PROBED,
+    retry_failed: bool = False,
+    refresh_changed: bool = False,
 ) -> Estimate:
     """Reckon what `extract_features` with the same arguments would do.
 
@@ -170,26 +174,35 @@ def estimate(
         cache_root: Folder of the stores; need not exist.
         progress: Bars.
         most_probed: About how many clips' headers are read, at most.
+        retry_failed: As of the run.
+        refresh_changed: As of the run.
 
     Raises:
-        ValueError: A setting does not fit, as the run would say before any work.
+        ValueError: A setting does not fit, or a store was made from other sources than the
+            dataset's, as the run would say before any work.
         CacheError: A store in the cache is damaged.
     """
     device = device_named(config.device, 0)
     dataset = open_dataset(clips)
     plans = planned_passes(config, clips, model)
+    comparison = read_and_compare(dataset, config, _readers(plans, cache_root), progress)
+    comparison.check(refresh_changed=refresh_changed)
+    lacking = _Lacking(
+        comparison=comparison, retry_failed=retry_failed, refresh_changed=refresh_changed
+    )
     by_size = survey_shards(dataset.shards, config, clips, progress, most_probed=most_probed)
     kinds: list[KindEstimate] = []
     passes: list[PassEstimate] = []
     forms: list[FormEstimate] = []
     for plan in plans:
         surveys = by_size[plan.bucket]
-        finished = _finished_shards(plan, cache_root)
-        kinds += [_kind(kind, plan, surveys, finished[kind], cache_root) for kind in plan.kinds]
-        # A shard that one of two stores lacks is gone through again for it.
-        in_all = set.intersection(*(set(shards) for shards in finished.values()))
-        passes.append(_pass(plan, _Left.of(surveys, in_all), config, device))
-        kept = _Left.of(surveys, set()).kept(plan.kinds[0])
+        size = sum(earlier.kinds == plan.kinds for earlier in plans[: plans.index(plan)])
+        for kind in plan.kinds:
+            left = _Left.of(surveys, lacking.of((kind,), size))
+            kinds.append(_kind(kind, plan, left, lacking.num_held(kind, size), cache_root))
+        # A clip that one of two stores lacks is gone through again for it.
+        passes.append(_pass(plan, _Left.of(surveys, lacking.of(plan.kinds, size)), config, device))
+        kept = _Left.of(surveys, None).kept(plan.kinds[0])
         forms += [
             FormEstimate(size=size, bucket=plan.bucket, clips=round(kept)) for size in plan.forms
         ]
@@ -212,67 +225,122 @@ def estimate(
         device=_name_of(device),
         device_bytes=_memory_of(device),
         free_bytes=_free_bytes(cache_root),
-        notes=tuple(dict.fromkeys(note for plan in plans for note in plan.notes)),
+        notes=tuple(
+            dict.fromkeys([*(note for plan in plans for note in plan.notes), *comparison.told()])
+        ),
     )
+
+
+Keys = Mapping[str, frozenset[str]]
+"""Clips, by the name of their shard."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Lacking:
+    """What the stores lack of the dataset, as a run would see it."""
+
+    comparison: Comparison
+    retry_failed: bool
+    refresh_changed: bool
+
+    def of(self, kinds: Sequence[Kind], size: int) -> Keys | None:
+        """The clips that a run would go through for some kinds; None for all."""
+        sources = self.comparison.sources
+        if sources is None:
+            return None
+        wanted = [
+            self.comparison.kinds[kind].wanted_N(
+                size, retry_failed=self.retry_failed, refresh_changed=self.refresh_changed
+            )
+            for kind in kinds
+        ]
+        return sources.keys_by_shard(np.logical_or.reduce(wanted))
+
+    def num_held(self, kind: Kind, size: int) -> int:
+        """Clips of the dataset that a store holds and keeps."""
+        if self.comparison.sources is None:
+            return 0
+        store = self.comparison.kinds[kind].stores[size]
+        return int(np.count_nonzero(store.held_N & ~store.changed_N))
 
 
 @dataclass(frozen=True, slots=True)
 class _Left:
-    """The shards that a store lacks, and how far those probed speak for them."""
+    """The clips that a store lacks, and how far those probed speak for them."""
 
     num_clips: int
-    probed: tuple[ShardSurvey, ...]
+    probed: tuple[tuple[ShardSurvey, frozenset[str] | None], ...]
+    """Shards whose headers were read, and which of their clips count; None for all."""
 
     @classmethod
-    def of(cls, surveys: Sequence[ShardSurvey], finished: set[str]) -> "_Left":
-        left = [survey for survey in surveys if survey.name not in finished]
-        probed = [survey for survey in left if survey.probed]
-        return cls(
-            sum(survey.num_clips for survey in left),
-            # Where none of them was probed, the finished ones speak for them.
-            tuple(probed or (survey for survey in surveys if survey.probed)),
+    def of(cls, surveys: Sequence[ShardSurvey], keys: Keys | None) -> "_Left":
+        everywhere = tuple((survey, None) for survey in surveys if survey.probed)
+        if keys is None:
+            return cls(sum(survey.num_clips for survey in surveys), everywhere)
+        probed = tuple(
+            (survey, keys[survey.name])
+            for survey in surveys
+            if survey.probed and survey.name in keys
         )
+        # Where none of them was probed, the others speak for them.
+        return cls(sum(map(len, keys.values())), probed or everywhere)
 
     def in_all(self, counted: float) -> float:
-        """What was counted in the probed shards, in proportion."""
-        probed = sum(survey.num_clips for survey in self.probed)
+        """What was counted among the clips that were probed, in proportion."""
+        probed = sum(
+            survey.num_clips if keys is None else len(keys) for survey, keys in self.probed
+        )
         return counted * self.num_clips / probed if probed else 0.0
 
     def kept(self, kind: Kind) -> float:
         """Clips of this size that would not be skipped."""
-        elsewhere = sum(survey.elsewhere for survey in self.probed)
+        elsewhere = sum(
+            len(survey.elsewhere if keys is None else survey.elsewhere & keys)
+            for survey, keys in self.probed
+        )
         return self.num_clips - self.in_all(len(self.skipped(kind)) + elsewhere)
 
+    def subjects(self) -> float:
+        """Subjects that would be tracked."""
+        return self.in_all(
+            sum(
+                count
+                for survey, keys in self.probed
+                for key, count in survey.subjects.items()
+                if keys is None or key in keys
+            )
+        )
+
     def skipped(self, kind: Kind) -> tuple[SkippedClip, ...]:
-        return tuple(clip for survey in self.probed for clip in survey.skipped.get(kind, ()))
+        """Clips that would be skipped, of those that were probed."""
+        return tuple(
+            clip
+            for survey, keys in self.probed
+            for clip in survey.skipped.get(kind, ())
+            if keys is None or clip.key in keys
+        )
 
 
-def _finished_shards(plan: PlannedPass, cache_root: Path) -> dict[Kind, dict[str, int]]:
-    """By kind, the finished shards of its store, and how many clips each holds."""
-    finished: dict[Kind, dict[str, int]] = {kind: {} for kind in plan.kinds}
-    for kind, folder in (plan.folders or {}).items():
-        if (cache_root / folder / "store.json").is_file():
-            reader = StoreReader(cache_root / folder)
-            finished[kind] = {name: facts.num_clips for name, facts in reader.shards.items()}
-    return finished
+def _readers(plans: Sequence[PlannedPass], cache_root: Path) -> Readers:
+    readers: dict[Kind, list[StoreReader | None]] = defaultdict(list)
+    for plan in plans:
+        for kind in plan.kinds:
+            store = None if plan.folders is None else cache_root / plan.folders[kind]
+            is_there = store is not None and (store / "store.json").is_file()
+            readers[kind].append(StoreReader(store) if store is not None and is_there else None)
+    return readers
 
 
 def _kind(
-    kind: Kind,
-    plan: PlannedPass,
-    surveys: Sequence[ShardSurvey],
-    finished: Mapping[str, int],
-    cache_root: Path,
+    kind: Kind, plan: PlannedPass, left: _Left, num_held: int, cache_root: Path
 ) -> KindEstimate:
-    left = _Left.of(surveys, set(finished))
     skipped = left.skipped(kind)
     num_skipped = round(left.in_all(len(skipped)))
-    names = {survey.name for survey in surveys}
     return KindEstimate(
         kind=kind,
         bucket=plan.bucket,
         store=None if plan.folders is None else cache_root / plan.folders[kind],
-        clips_already_there=sum(count for name, count in finished.items() if name in names),
+        clips_already_there=num_held,
         clips=round(left.kept(kind)),
         skipped=num_skipped,
         skipped_clips=skipped if left.num_clips else (),
@@ -288,7 +356,7 @@ def _pass(
     num_clips = left.kept(kind)
     cost, flops = plan.cost, None
     if isinstance(cost, TrackerCost):
-        flops = cost.flops(num_clips, left.in_all(sum(survey.subjects for survey in left.probed)))
+        flops = cost.flops(num_clips, left.subjects())
         cost = cost.cost
     elif cost is not None:
         flops = num_clips * cost.flops_per_clip

@@ -45,10 +45,10 @@ class ShardSurvey:
     conversions: Counter[str] = field(default_factory=Counter)
     """How many clips' frames would be deinterlaced, tone-mapped, …; or come from one of several
     video streams."""
-    subjects: int = 0
-    """Of the clips that are tracked, over all of them."""
-    elsewhere: int = 0
-    """Clips that go to another size than this survey's."""
+    subjects: dict[str, int] = field(default_factory=dict)
+    """Of the clips that are tracked, by key."""
+    elsewhere: set[str] = field(default_factory=set)
+    """Keys of clips that go to another size than this survey's."""
 
 
 Surveys = dict[str | None, list[ShardSurvey]]
@@ -115,7 +115,7 @@ def _look_at_sizes(
         if size == chosen.size_name:
             _look_at(record, survey, config.model_copy(update={"kinds": sized}), chosen)
         elif size is not None:
-            survey.elsewhere += 1
+            survey.elsewhere.add(record.key)
 
 
 def _evenly_spread(num_clips: Sequence[int], most_probed: int) -> list[int]:
@@ -147,7 +147,7 @@ def _look_at(
         source = usable_sources(config.teacher, record)[0]
         survey.prompts[source] += 1
         several = config.teacher.subjects == "each" and source == "dataset"
-        survey.subjects += len(record.prompts) if several else 1
+        survey.subjects[record.key] = len(record.prompts) if several else 1
 
 
 def problems_of(

@@ -4,18 +4,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from cache_schema import StoreReader, StoreWriter
-from cache_schema.layout import retry_number
-from cache_schema.upkeep.drop import DROPPED
-from stages.clips import (
-    BadRecord,
-    ClipDataset,
-    ClipRecord,
-    InputShard,
-    input_shard_name,
-    retry_shard_name,
-)
+import numpy as np
+
+from cache_schema import SortedText, StoreWriter
+from stages.clips import BadRecord, ClipDataset, ClipRecord, InputShard, retry_shard_name
 from stages.extract_features.config import Kind
+from stages.extract_features.work.comparison import Comparison
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,17 +21,17 @@ class ShardJob:
     name: str
     """The stores' shard that is written."""
     source: str
-    keys: Mapping[Kind, frozenset[str]]
-    """The stores it concerns; and of which clips, where it is a retry."""
-    is_retry: bool
+    keys: Mapping[Kind, frozenset[str] | None]
+    """The stores it concerns, and which clips of the input shard; None for all of them."""
+    left_out: Mapping[Kind, frozenset[str]]
+    """Of all of them, those that are settled in other shards of the store."""
+    retried: frozenset[str]
+    """Clips that the stores of this size have skipped, so that they are known to be of it."""
 
     def wants(self, kind: Kind, key: str) -> bool:
         """Whether a clip is to be written into the store of a kind."""
-        return not self.is_retry or key in self.keys[kind]
-
-    def has_retry(self, shard: str) -> bool:
-        """Whether a store's shard is a retry of this one."""
-        return shard == retry_shard_name(self.name, retry_number(shard))
+        keys = self.keys[kind]
+        return key not in self.left_out.get(kind, ()) if keys is None else key in keys
 
     def is_pending(self, writers: Mapping[Kind, StoreWriter]) -> bool:
         """Whether a store still lacks the shard, as of now."""
@@ -45,90 +39,153 @@ class ShardJob:
 
     def num_clips(self, shards: Mapping[str, InputShard]) -> int:
         """How many clips it goes through; may read the headers of a tar."""
-        if self.is_retry:
-            return len(frozenset().union(*self.keys.values()))
-        return shards[self.input_name].num_clips()
+        if None in self.keys.values():
+            return shards[self.input_name].num_clips()
+        return len(self._some_keys())
 
     def records(self, shards: Mapping[str, InputShard]) -> Iterator[ClipRecord | BadRecord]:
-        """What the shard holds; of a retry, its clips, also those that have left the dataset."""
-        records = shards[self.input_name].records()
-        if not self.is_retry:
-            yield from records
-            return
-        left = set().union(*self.keys.values())
-        for record in records:
-            if record.key in left:
-                left.remove(record.key)
+        """The clips it concerns, in the order of the input shard."""
+        wanted = None if None in self.keys.values() else self._some_keys()
+        for record in shards[self.input_name].records():
+            if wanted is None or record.key in wanted:
                 yield record
-        for key in sorted(left):
-            yield BadRecord(
-                key=key, reason="bad_record", detail="the dataset no longer holds this clip"
-            )
+
+    def _some_keys(self) -> frozenset[str]:
+        return frozenset().union(*(keys for keys in self.keys.values() if keys is not None))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobPlan:
+    """What one extraction has to do."""
+
+    jobs: Sequence[ShardJob]
+    num_settled: int
+    """Clips of the dataset that none of the jobs concerns."""
 
 
 def plan_jobs(
-    dataset: ClipDataset, writers: Mapping[Kind, StoreWriter], *, retry_failed: bool
-) -> list[ShardJob]:
-    """Every shard of the dataset, and the retries of what finished shards left out.
+    dataset: ClipDataset,
+    writers: Mapping[Kind, StoreWriter],
+    comparison: Comparison,
+    *,
+    size: int = 0,
+    retry_failed: bool = False,
+) -> JobPlan:
+    """The shards that the stores of one extraction lack, and further ones for single clips.
 
-    Raises:
-        CacheError: A store was written from other data or is damaged.
+    A finished shard is never written again: clips of it that a store lacks go into a shard
+    `<name>-retry<number>`. A shard none of whose clips is lacking is left alone, whatever it is
+    called: rows may have moved from one shard to another.
+
+    Args:
+        dataset: In shards.
+        writers: The stores of the extraction.
+        comparison: Of the dataset with all stores.
+        size: Which of several sizes the stores are of.
+        retry_failed: Take clips again that were skipped.
     """
-    jobs = []
-    finished = [(writer, StoreReader(writer.path).shards) for writer in writers.values()]
-    for shard in dataset.shards:
-        for writer, shards in finished:
-            if shard.name in shards and shards[shard.name].source != shard.source:
-                writer.is_committed(shard.name, source=shard.source)  # raises
-        jobs.append(
+    if comparison.sources is None:
+        jobs = [
             ShardJob(
                 input_name=shard.name,
                 name=shard.name,
                 source=shard.source,
-                keys={kind: frozenset() for kind in writers},
-                is_retry=False,
+                keys=dict.fromkeys(writers),
+                left_out={},
+                retried=frozenset(),
             )
+            for shard in dataset.shards
+        ]
+        return JobPlan(jobs=jobs, num_settled=0)
+    return _Plan(dataset, writers, comparison, size, retry_failed).made()
+
+
+class _Plan:
+    """One extraction's jobs, where there is a dataset to compare with."""
+
+    def __init__(
+        self,
+        dataset: ClipDataset,
+        writers: Mapping[Kind, StoreWriter],
+        comparison: Comparison,
+        size: int,
+        retry_failed: bool,
+    ) -> None:
+        assert comparison.sources is not None
+        self._dataset = dataset
+        self._writers = writers
+        self._keys: SortedText = comparison.sources.keys
+        shard_N = comparison.sources.shard_N
+        # Rows shard by shard, and where each shard's begin.
+        self._rows = np.argsort(shard_N, kind="stable")
+        self._starts = np.searchsorted(shard_N[self._rows], np.arange(len(dataset.shards) + 1))
+        self._wanted: dict[Kind, np.ndarray] = {}
+        self._retried_N = np.zeros(len(shard_N), bool)
+        for kind in writers:
+            found = comparison.kinds[kind]
+            self._wanted[kind] = found.wanted_N(size, retry_failed=retry_failed)
+            if retry_failed:
+                self._retried_N |= found.retried_N(size)
+
+    def made(self) -> JobPlan:
+        """Whole shards first, then further ones."""
+        whole: list[ShardJob] = []
+        further: list[ShardJob] = []
+        num_settled = 0
+        for place, shard in enumerate(self._dataset.shards):
+            lacking = [
+                kind for kind, wanted_N in self._wanted.items() if wanted_N[self._of(place)].any()
+            ]
+            new = [kind for kind in lacking if not self._writers[kind].is_committed(shard.name)]
+            if new:
+                whole.append(self._whole(place, shard, new))
+            else:
+                wanted = [self._wanted[kind][self._of(place)] for kind in lacking]
+                none = np.zeros(len(self._of(place)), bool)
+                num_settled += int(np.count_nonzero(~np.logical_or.reduce([none, *wanted])))
+            further += self._further(place, shard, [kind for kind in lacking if kind not in new])
+        return JobPlan(jobs=[*whole, *further], num_settled=num_settled)
+
+    def _of(self, place: int) -> np.ndarray:
+        return self._rows[self._starts[place] : self._starts[place + 1]]
+
+    def _named(self, place: int, mask_N: np.ndarray) -> frozenset[str]:
+        rows = self._of(place)
+        return frozenset(self._keys[int(row)] for row in rows[mask_N[rows]])
+
+    def _whole(self, place: int, shard: InputShard, kinds: Sequence[Kind]) -> ShardJob:
+        return ShardJob(
+            input_name=shard.name,
+            name=shard.name,
+            source=shard.source,
+            keys=dict.fromkeys(kinds),
+            left_out={kind: self._named(place, ~self._wanted[kind]) for kind in kinds},
+            retried=self._named(place, self._retried_N),
         )
-    return [*jobs, *_retries(dataset, writers)] if retry_failed else jobs
+
+    def _further(self, place: int, shard: InputShard, kinds: Sequence[Kind]) -> Iterator[ShardJob]:
+        """A job per number; stores that have as many further shards of it share one."""
+        by_number: dict[int, dict[Kind, frozenset[str] | None]] = defaultdict(dict)
+        for kind in kinds:
+            number = _next_number(shard.name, self._writers[kind])
+            by_number[number][kind] = self._named(place, self._wanted[kind])
+        for number, keys in sorted(by_number.items()):
+            yield ShardJob(
+                input_name=shard.name,
+                name=retry_shard_name(shard.name, number),
+                source=f"{shard.source}, retry {number}",
+                keys=keys,
+                left_out={},
+                retried=self._named(place, self._retried_N),
+            )
 
 
-def _retries(dataset: ClipDataset, writers: Mapping[Kind, StoreWriter]) -> Iterator[ShardJob]:
-    """A retry per shard; stores that have seen as many retries of it share one."""
-    sources = {shard.name: shard.source for shard in dataset.shards}
-    keys: dict[tuple[str, int], dict[Kind, frozenset[str]]] = defaultdict(dict)
-    for kind, writer in writers.items():
-        for name, failed in _failed(dataset, writer).items():
-            keys[name, _next_attempt(name, writer)][kind] = failed
-    for (name, attempt), failed_by_kind in sorted(keys.items()):
-        yield ShardJob(
-            input_name=name,
-            name=retry_shard_name(name, attempt),
-            source=f"{sources[name]}, retry {attempt}",
-            keys=failed_by_kind,
-            is_retry=True,
-        )
-
-
-def _failed(dataset: ClipDataset, writer: StoreWriter) -> dict[str, frozenset[str]]:
-    """The clips left out of a store, by the dataset's shard they are in; not those dropped."""
-    by_store_shard: dict[str, set[str]] = defaultdict(set)
-    for clip in StoreReader(writer.path).skipped:
-        if clip.reason != DROPPED:
-            by_store_shard[clip.shard].add(clip.key)
-    by_input: dict[str, frozenset[str]] = {}
-    for store_shard, keys in by_store_shard.items():
-        name = input_shard_name(store_shard, dataset)
-        if name is not None:
-            by_input[name] = by_input.get(name, frozenset()) | keys
-    return by_input
-
-
-def _next_attempt(name: str, writer: StoreWriter) -> int:
-    """The first retry of a shard that is not finished."""
-    attempt = 1
-    while writer.is_committed(retry_shard_name(name, attempt)):
-        attempt += 1
-    return attempt
+def _next_number(name: str, writer: StoreWriter) -> int:
+    """The first further shard that is not finished."""
+    number = 1
+    while writer.is_committed(retry_shard_name(name, number)):
+        number += 1
+    return number
 
 
 def in_turn(jobs: Sequence[ShardJob], rank: int, world_size: int) -> list[ShardJob]:

@@ -13,11 +13,11 @@ from typing import Self
 
 import torch
 
-from cache_schema import ShardBusy, StoreReader, StoreWriter
+from cache_schema import ShardBusy, StoreWriter
 from stages.clips import InputShard
-from stages.extract_features.config import Kind
+from stages.extract_features.config import Kind, TeacherConfig
 from stages.extract_features.extraction import Extraction, bucket_name
-from stages.extract_features.work.jobs import ShardJob, in_turn
+from stages.extract_features.work.jobs import JobPlan, ShardJob, in_turn
 from stages.extract_features.work.shard_work import ShardWorker
 from stages.progress import Progress
 
@@ -39,15 +39,22 @@ class LocalEngine:
 
     Args:
         shards: The dataset's, by name.
+        teacher: Which sources prompts come from.
         device: Where this process computes.
         rank: Its number among those that share the work.
         world_size: How many there are.
     """
 
     def __init__(
-        self, shards: Mapping[str, InputShard], device: torch.device, rank: int, world_size: int
+        self,
+        shards: Mapping[str, InputShard],
+        teacher: TeacherConfig,
+        device: torch.device,
+        rank: int,
+        world_size: int,
     ) -> None:
         self._shards = shards
+        self._teacher = teacher
         self._device = device
         self._rank = rank
         self._world_size = world_size
@@ -62,15 +69,16 @@ class LocalEngine:
         self,
         extraction: Extraction,
         writers: Mapping[Kind, StoreWriter],
-        jobs: Sequence[ShardJob],
+        plan: JobPlan,
         progress: Progress,
     ) -> EngineReport:
         """Write one extraction's stores. Busy shards are looked at once more at the end."""
         report = EngineReport()
         with (
-            JobsBar(extraction, writers, self._shards, jobs, progress) as bar,
+            JobsBar(extraction, writers, self._shards, plan, progress) as bar,
             ShardWorker(
                 extraction,
+                self._teacher,
                 writers,
                 self._shards,
                 self._device,
@@ -78,7 +86,7 @@ class LocalEngine:
                 log=progress.log,
             ) as worker,
         ):
-            left = in_turn(jobs, self._rank, self._world_size)
+            left = in_turn(plan.jobs, self._rank, self._world_size)
             for _ in range(2):
                 left = _work_through(left, worker, writers, bar, report, progress)
             report.captions_cut = worker.captions_cut
@@ -121,15 +129,13 @@ class JobsBar:
         extraction: Extraction,
         writers: Mapping[Kind, StoreWriter],
         shards: Mapping[str, InputShard],
-        jobs: Sequence[ShardJob],
+        plan: JobPlan,
         progress: Progress,
     ) -> None:
         self._writers = writers
-        finished = [job for job in jobs if not job.is_pending(writers)]
-        pending = [job for job in jobs if job.is_pending(writers)]
+        pending = [job for job in plan.jobs if job.is_pending(writers)]
         self._unfinished = {job.name: (job, job.num_clips(shards)) for job in pending}
-        stores = {kind: StoreReader(writer.path).shards for kind, writer in writers.items()}
-        completed = sum(stores[next(iter(job.keys))][job.name].num_clips for job in finished)
+        completed = plan.num_settled
         bucket = bucket_name(extraction.size)
         self._opened = progress.task(
             " and ".join(writers) + (f" {bucket}" if bucket else ""),

@@ -19,7 +19,7 @@ from stages.clips import InputShard
 from stages.extract_features.config import Kind, RayConfig
 from stages.extract_features.extraction import Extraction
 from stages.extract_features.make_extractions import device_named
-from stages.extract_features.work.jobs import ShardJob
+from stages.extract_features.work.jobs import JobPlan, ShardJob
 from stages.extract_features.work.local_engine import EngineReport, JobsBar
 from stages.extract_features.work.ray_worker import RayWorker, WorkerSetup
 from stages.progress import Progress
@@ -123,7 +123,7 @@ class RayEngine:
         self,
         extraction: Extraction,
         writers: Mapping[Kind, StoreWriter],
-        jobs: Sequence[ShardJob],
+        plan: JobPlan,
         progress: Progress,
     ) -> EngineReport:
         """Write one extraction's stores. Busy shards are looked at once more at the end.
@@ -137,8 +137,8 @@ class RayEngine:
             extraction.size,
         )
         report = EngineReport()
-        left = [job for job in jobs if job.is_pending(writers)]
-        with JobsBar(extraction, writers, self._shards, jobs, progress) as bar:
+        left = [job for job in plan.jobs if job.is_pending(writers)]
+        with JobsBar(extraction, writers, self._shards, plan, progress) as bar:
             crew = _Crew(self._ray, setup, bar, report, progress)
             try:
                 for _ in range(2):

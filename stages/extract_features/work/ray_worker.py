@@ -95,7 +95,13 @@ class RayWorker:
         # Ray shows a worker its own GPU alone, whatever its number on the machine.
         device = device_named("auto" if config.device.startswith("cuda") else config.device, 0)
         self._worker = ShardWorker(
-            extraction, writers, shards, device, advance=self._advance, log=self._lines.append
+            extraction,
+            config.teacher,
+            writers,
+            shards,
+            device,
+            advance=self._advance,
+            log=self._lines.append,
         )
         return f"worker {os.getpid()} on {host}"
 

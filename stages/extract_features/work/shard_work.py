@@ -15,16 +15,16 @@ import torch
 
 from cache_schema import AlreadyCommitted, ShardWriter, StoreWriter
 from stages.clips import BadRecord, ClipRecord, ClipSkipped, InputShard, belongs
-from stages.extract_features.config import Kind
+from stages.clips.fingerprints import NO_VIDEO, hash_video
+from stages.extract_features.config import Kind, TeacherConfig
 from stages.extract_features.extraction import Extracted, Extraction, Outcome, release_memory
+from stages.extract_features.fingerprints import fingerprint_of
 from stages.extract_features.text import TOKENS_CUT
 from stages.extract_features.work.jobs import ShardJob
 from stages.extract_features.work.prefetch import prefetch_map
 from stages.extract_features.work.write_behind import WriteBehind
 
 _PREPARING_THREADS = 2
-
-_NO_FINGERPRINT = "0" * 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -33,6 +33,8 @@ class _Clip:
 
     key: str
     kinds: tuple[Kind, ...]
+    fingerprint: str
+    """Of what it is made from, in these stores."""
     prepared: Any
     """What the extraction made of it, or `ClipSkipped`."""
 
@@ -46,6 +48,7 @@ class ShardWorker:
 
     Args:
         extraction: What is computed.
+        teacher: Which sources prompts come from.
         writers: Its stores.
         shards: The dataset's shards by name.
         device: Where it is computed.
@@ -56,6 +59,7 @@ class ShardWorker:
     def __init__(
         self,
         extraction: Extraction,
+        teacher: TeacherConfig,
         writers: Mapping[Kind, StoreWriter],
         shards: Mapping[str, InputShard],
         device: torch.device,
@@ -64,6 +68,7 @@ class ShardWorker:
         log: Callable[[str], None],
     ) -> None:
         self._extraction = extraction
+        self._teacher = teacher
         self._writers = writers
         self._shards = shards
         self._device = device
@@ -103,14 +108,22 @@ class ShardWorker:
 
     def _take(self, job: ShardJob, held: ExitStack) -> dict[Kind, ShardWriter]:
         outs = {}
+        is_current = _IsCurrent(lambda: self._fingerprints(job))
         for kind in job.keys:
             if not self._writers[kind].is_committed(job.name):
-                out = self._writers[kind].shard(job.name, source=job.source)
+                out = self._writers[kind].shard(job.name, source=job.source, is_current=is_current)
                 try:
                     outs[kind] = held.enter_context(out)
                 except AlreadyCommitted:  # in the moment since it was asked
                     continue
         return outs
+
+    def _fingerprints(self, job: ShardJob) -> dict[str, str]:
+        return {record.key: self._fingerprint(record) for record in job.records(self._shards)}
+
+    def _fingerprint(self, record: ClipRecord | BadRecord) -> str:
+        video = NO_VIDEO if isinstance(record, BadRecord) else hash_video(record.video)
+        return fingerprint_of(record, next(iter(self._writers)), self._teacher, video)
 
     def _fill(self, job: ShardJob, outs: dict[Kind, ShardWriter]) -> Counter[Kind]:
         book = _Book(outs, job.source, self._log)
@@ -122,7 +135,7 @@ class ShardWorker:
             for batch in _batches(clips, size):
                 for clip, outcome in zip(batch, self._outcomes(batch, job), strict=True):
                     if outcome is not None:
-                        behind.put((clip.key, clip.kinds, outcome))
+                        behind.put((clip, outcome))
                 self._advance(len(batch))
             behind.drain()
             for out in outs.values():
@@ -137,8 +150,9 @@ class ShardWorker:
             kinds = tuple(kind for kind, out in outs.items() if _lacks(out, job, kind, record.key))
             if kinds and not self._is_of_this_size(record, job):
                 kinds = ()
+            fingerprint = self._fingerprint(record) if kinds else ""
             prepared = self._prepare(record, job.source) if kinds else None
-            return _Clip(key=record.key, kinds=kinds, prepared=prepared)
+            return _Clip(key=record.key, kinds=kinds, fingerprint=fingerprint, prepared=prepared)
 
         return prefetch_map(
             prepare,
@@ -151,7 +165,7 @@ class ShardWorker:
     def _is_of_this_size(self, record: ClipRecord | BadRecord, job: ShardJob) -> bool:
         """Whether these stores are the clip's; what a store has left out, it takes at a retry."""
         size = self._extraction.size
-        return size is None or job.is_retry or belongs(record, size)
+        return size is None or record.key in job.retried or belongs(record, size)
 
     def _prepare(self, record: ClipRecord | BadRecord, source: str) -> Any:
         if isinstance(record, BadRecord):
@@ -187,14 +201,22 @@ class ShardWorker:
         return outcomes
 
 
-def _lacks(out: ShardWriter, job: ShardJob, kind: Kind, key: str) -> bool:
-    """Whether a store still lacks a clip.
+class _IsCurrent:
+    """Whether staged clips are made from what the dataset has now, read when first asked."""
 
-    A retry may hold it: a shard that was damaged and is made again has been retried before.
-    """
-    holder = out.shard_holding(key)
-    in_retry = holder is not None and job.has_retry(holder)
-    return job.wants(kind, key) and not out.has(key) and not in_retry
+    def __init__(self, read: Callable[[], dict[str, str]]) -> None:
+        self._read = read
+        self._fingerprints: dict[str, str] | None = None
+
+    def __call__(self, key: str, fingerprint: str) -> bool:
+        if self._fingerprints is None:
+            self._fingerprints = self._read()
+        return self._fingerprints.get(key) == fingerprint
+
+
+def _lacks(out: ShardWriter, job: ShardJob, kind: Kind, key: str) -> bool:
+    """Whether a store still lacks a clip, which other processes may have written meanwhile."""
+    return job.wants(kind, key) and not out.has(key) and out.shard_holding(key) is None
 
 
 def _batches(clips: Iterable[_Clip], size: int) -> Iterator[list[_Clip]]:
@@ -221,31 +243,34 @@ class _Book:
         self._source = source
         self._log = log
 
-    def write(self, entry: tuple[str, tuple[Kind, ...], Outcome]) -> None:
-        key, kinds, outcome = entry
+    def write(self, entry: tuple[_Clip, Outcome]) -> None:
+        clip, outcome = entry
         try:
             if isinstance(outcome, ClipSkipped):
-                self._skip(key, kinds, outcome)
+                self._skip(clip, clip.kinds, outcome)
                 return
-            for kind in kinds:
-                self._add(key, kind, outcome[kind])
+            for kind in clip.kinds:
+                self._add(clip, kind, outcome[kind])
         except Exception as error:
-            error.add_note(f"while writing {' and '.join(kinds)} of clip {key!r} in {self._source}")
+            kinds = " and ".join(clip.kinds)
+            error.add_note(f"while writing {kinds} of clip {clip.key!r} in {self._source}")
             raise
 
-    def _add(self, key: str, kind: Kind, extracted: Extracted) -> None:
+    def _add(self, clip: _Clip, kind: Kind, extracted: Extracted) -> None:
         if not all(np.isfinite(values).all() for values in extracted.arrays.values()):
             # Without the array's name: a store derived from this one says the same.
             detail = "NaN or values beyond float16; fp32 precision may help"
-            self._skip(key, (kind,), ClipSkipped("not_finite", detail))
+            self._skip(clip, (kind,), ClipSkipped("not_finite", detail))
             return
         self._outs[kind].add(
-            key, extracted.arrays, extracted.attributes, fingerprint=_NO_FINGERPRINT
+            clip.key, extracted.arrays, extracted.attributes, fingerprint=clip.fingerprint
         )
         self.written[kind] += 1
         self.captions_cut += bool(extracted.attributes.get(TOKENS_CUT))
 
-    def _skip(self, key: str, kinds: tuple[Kind, ...], skipped: ClipSkipped) -> None:
+    def _skip(self, clip: _Clip, kinds: tuple[Kind, ...], skipped: ClipSkipped) -> None:
         for kind in kinds:
-            self._outs[kind].skip(key, skipped.reason, skipped.detail, fingerprint=_NO_FINGERPRINT)
-        self._log(f"{', '.join(kinds)}: skipped {key}, {skipped.reason}: {skipped.detail}")
+            self._outs[kind].skip(
+                clip.key, skipped.reason, skipped.detail, fingerprint=clip.fingerprint
+            )
+        self._log(f"{', '.join(kinds)}: skipped {clip.key}, {skipped.reason}: {skipped.detail}")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from cache_schema import SettingsMismatch, StoreReader, StoreWriter, verify_store
+from cache_schema import StoreReader, StoreWriter, verify_store
 from stages.clips import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig, Kind
@@ -437,7 +437,7 @@ def test_another_dataset_under_the_same_shard_names_is_refused(
     (tmp_path / "00000.mp4").write_bytes(b"no video")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "00000.mp4", "caption": "x"}\n')
     clips = two_shards.model_copy(update={"path": tmp_path})
-    with pytest.raises(SettingsMismatch, match="another cache folder"):
+    with pytest.raises(ValueError, match=r"of another dataset: .*use another cache folder"):
         extract(text_only, clips, tiny_base, whole.kinds[0].store.parent)
 
 

@@ -196,7 +196,7 @@ def test_a_damaged_shard_is_made_again_whether_or_not_it_was_retried(
     assert verify_store(after.store).problems == ()
 
 
-def test_a_clip_that_has_left_the_dataset_is_recorded_as_such(
+def test_a_skipped_clip_that_has_left_the_dataset_is_not_retried(
     road: Road, stub_tracking: Any, tmp_path: Path
 ) -> None:
     stub_tracking.lost = {LOST}
@@ -210,14 +210,15 @@ def test_a_clip_that_has_left_the_dataset_is_recorded_as_such(
             if not member.name.startswith("clip001"):
                 new.addfile(member, old.extractfile(member))
     for kind in road.run(retry_failed=True).kinds:
-        left_out = kind.skipped[0]
-        assert (left_out.key, left_out.reason) == (LOST, "bad_record")
-        assert left_out.detail == "the dataset no longer holds this clip"
+        assert [clip.key for clip in kind.skipped] == [BAD]
+        assert "00000-retry1" not in StoreReader(kind.store).shards
 
 
 def test_workers_begin_with_their_own_share_and_take_the_others_from_the_back() -> None:
     jobs = [
-        ShardJob(input_name=str(n), name=str(n), source="", keys={}, is_retry=False)
+        ShardJob(
+            input_name=str(n), name=str(n), source="", keys={}, left_out={}, retried=frozenset()
+        )
         for n in range(7)
     ]
     orders = [[int(job.name) for job in in_turn(jobs, rank, 3)] for rank in range(3)]

@@ -18,8 +18,10 @@ from cache_schema import (
     ShardWriter,
     StoreReader,
     StoreWriter,
+    verify_store,
 )
 from cache_schema.upkeep.drop import drop_clips
+from cache_schema.upkeep.rebind import change_fingerprints
 from cache_schema.upkeep.repair import repair_store
 from stages.local_gram_flow import regrid_fused
 from stages.progress import SilentProgress
@@ -229,18 +231,26 @@ def test_a_damaged_clip_of_features_stops_it_by_name(
     assert list(StoreReader(made).shards) == ["00000"]
 
 
-def test_clips_of_another_dataset_are_refused(
+def test_clips_whose_features_were_made_again_are_derived_again_and_no_others(
     write_teacher: Callable[..., Path], tmp_path: Path
 ) -> None:
     teacher = write_teacher()
-    settings = gram_flow_settings(
-        StoreReader(teacher).settings, radius=2, dtype="float16", token_grid=(3, 4)
-    )
-    other = StoreWriter.open(tmp_path / "made", settings, provenance={})
-    with other.shard("00000", source="other.tar") as shard:
-        shard.commit()
-    with pytest.raises(SettingsMismatch, match=r"other\.tar"):
-        derive(teacher, tmp_path / "made")
+    made = derive(teacher, tmp_path / "made").store
+    before = StoreReader(made)
+    key = before.keys[0]
+    changed = fingerprint_of("another video")
+    change_fingerprints(teacher, {key: changed})
+    summary = derive(teacher, tmp_path / "made")
+    assert summary.clips_written == 1
+    after = StoreReader(made)
+    assert list(after.keys) == list(before.keys)
+    assert after.record(key).fingerprint == changed
+    assert "retry" in after.record(key).shard
+    for other in list(after.keys)[1:]:
+        assert after.record(other).fingerprint == fingerprint_of(other)
+        assert after.record(other).shard == before.shard_of(other)
+    assert verify_store(made).problems == ()
+    assert derive(teacher, tmp_path / "made").clips_written == 0
 
 
 def test_a_store_of_another_grid_or_kind_is_refused_before_any_work(
