@@ -1,8 +1,9 @@
 """Training batches read ahead by worker processes, in order.
 
-A worker sends each batch as an anonymous memory file (`memfd_create`), which the training process
-maps without a copy: nothing of it lies in /dev/shm, however small that is. A worker that dies, or
-is silent for too long, ends the iteration with an error; none is waited for without a limit.
+A worker sends each batch as an anonymous file, which the training process maps without a copy:
+nothing of it lies in /dev/shm, where torch's DataLoader waits for ever once it is full. A worker
+that dies, or is silent for too long, ends the iteration with an error; none is waited for without a
+limit.
 """
 
 import mmap
@@ -12,6 +13,7 @@ import pickle
 import signal
 import socket
 import struct
+import tempfile
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -281,7 +283,7 @@ def _pickled(value: Any) -> tuple[bytes, list[memoryview]]:
 
 def _send(ours: socket.socket, pickled: bytes, buffers: Sequence[memoryview]) -> None:
     """Write a file of the arrays' bytes, each aligned, then their lengths and the pickle."""
-    file = os.memfd_create("batch", os.MFD_CLOEXEC)
+    file = _anonymous_file()
     try:
         end = 0
         for buffer in buffers:
@@ -293,6 +295,14 @@ def _send(ours: socket.socket, pickled: bytes, buffers: Sequence[memoryview]) ->
         socket.send_fds(ours, [message], [file])
     finally:
         os.close(file)
+
+
+def _anonymous_file() -> int:
+    """A file without a name: in memory on Linux, in the temporary folder elsewhere."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("batch", os.MFD_CLOEXEC)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 def _write(file: int, data: memoryview, offset: int) -> None:

@@ -59,6 +59,15 @@ def mapped():
     return Path("/proc/self/maps").read_text()
 
 
+def test_without_memory_files_batches_travel_by_files_that_have_no_name(monkeypatch):
+    monkeypatch.delattr(os, "memfd_create", raising=False)  # as on macOS
+    with load() as batches:
+        firsts = [float(batch.clean_BFCHW.flatten()[0]) for batch in batches]
+    with load(workers=0) as batches:
+        assert firsts == [float(batch.clean_BFCHW.flatten()[0]) for batch in batches]
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux alone has memory files")
 def test_batches_lie_in_memory_that_is_no_file_of_dev_shm():
     before = mapped()
     with load() as batches:
