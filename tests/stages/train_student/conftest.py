@@ -283,7 +283,7 @@ def train_process(base_model, cache):
             launcher += ["-m", "torch.distributed.run", "--standalone"]
             launcher += [f"--nproc-per-node={processes}"]
         root = Path(__file__).parents[3]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+        environment = os.environ | {"PYTHONPATH": str(root)}
         return subprocess.Popen(
             [*launcher, str(SCRIPT), json.dumps(request)],
             env=environment,
@@ -303,7 +303,7 @@ def train_ranks(base_model, cache):
     says what may be asked.
     """
     script = Path(__file__).with_name("faults") / "fork_server.py"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[3])}
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[3])}
     with subprocess.Popen(
         [sys.executable, str(script)],
         env=environment,

@@ -3,7 +3,6 @@
 import json
 import os
 import runpy
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from stages.base_facts import read_base_facts
 from stages.train_student.deepspeed_library import why_no_nvme
 from stages.train_student.loading import load_transformer
 from stages.train_student.student import Student
+from tests.free_port import free_port
 
 SCRIPT = Path(__file__).with_name("engine_in_subprocess.py")
 ROOT = Path(__file__).parents[3]
@@ -32,16 +32,6 @@ def settings(stage=2, *, precision="fp32", name="adamw", **deepspeed):
     }
 
 
-def free_ports(number):
-    sockets = [socket.socket() for _ in range(number)]
-    for each in sockets:
-        each.bind(("localhost", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 def request_of(cases, base, out):
     """Path of the request; deepspeed's launcher would not keep the quotes of an argument."""
     path = out.with_name("request.json")
@@ -50,7 +40,7 @@ def request_of(cases, base, out):
 
 
 def environment(**more):
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
+    return os.environ | {"PYTHONPATH": str(ROOT)} | more
 
 
 def wait(*processes):
@@ -73,8 +63,8 @@ def run(cases, base, folder, *, ranks=1, **more):
     """Each rank's results of the cases, made one after the other by the same processes."""
     out = folder / "results.json"
     if ranks > 1:
-        for case, port in zip(cases, free_ports(len(cases)), strict=True):
-            case["port"] = port
+        for case in cases:
+            case["port"] = free_port()
     launcher = [sys.executable]
     if ranks > 1:
         launcher = [*TORCHRUN, "--standalone", f"--nproc-per-node={ranks}"]
@@ -212,7 +202,7 @@ def test_two_machines_make_the_steps_of_one(base_model, by_hand, tmp_path, launc
     """Two agents that meet over the network, as on two machines."""
     out = tmp_path / "results.json"
     case = {"steps": STEPS, "train": settings(2)}
-    (port,) = free_ports(1)
+    port = free_port()
     hosts = tmp_path / "hosts"
     hosts.write_text("node-a slots=1\nnode-b slots=1\n")
     agents = []

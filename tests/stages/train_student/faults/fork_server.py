@@ -8,11 +8,12 @@ SIGTERM, and SIGKILL if they do not end. `spoil` spoils steps of all ranks (`fau
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
 from pathlib import Path
+
+from tests.free_port import free_port
 
 GRACE_S = 1.5
 
@@ -41,7 +42,7 @@ def _serve(request):
     folder = Path(request["train"]["run_dir"])
     folder.mkdir(parents=True, exist_ok=True)
     size = request["processes"]
-    port = _free_port()
+    port = free_port()
     start = time.monotonic()
     ranks = {_fork(rank, size, port, request): rank for rank in range(size)}
     codes = _wait(ranks, request, start)
@@ -206,12 +207,6 @@ def _wait(ranks, request, start):
                 os.kill(process, signal.SIGKILL)
         time.sleep(0.02)
     return codes
-
-
-def _free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _file(folder, rank, kind):
