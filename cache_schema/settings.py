@@ -102,7 +102,7 @@ class ArraySpec:
         Smaller entries go together, as many as divide the axis evenly and stay within
         `MAX_SHARED_CHUNK_BYTES`: every inner chunk costs time whatever its size.
         """
-        return _chunk_length(self.shape[0], self.num_bytes // self.shape[0])
+        return _chunk_length(self.shape[0], self.num_bytes // self.shape[0], MAX_SHARED_CHUNK_BYTES)
 
     @property
     def num_chunks(self) -> int:
@@ -133,8 +133,8 @@ class ArraySpec:
 
 
 @lru_cache(maxsize=64)
-def _chunk_length(length: int, entry_bytes: int) -> int:
-    most = max(1, min(length, MAX_SHARED_CHUNK_BYTES // entry_bytes))
+def _chunk_length(length: int, entry_bytes: int, chunk_bytes: int) -> int:
+    most = max(1, min(length, chunk_bytes // entry_bytes))
     return next(count for count in range(most, 0, -1) if length % count == 0)
 
 

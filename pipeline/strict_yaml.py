@@ -26,10 +26,12 @@ _Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.cons
 
 
 class _Representer(SafeRepresenter):
-    """Text that opens with a colon is quoted: the library does not read its own `{key: :text}`."""
+    """Quotes text that would not be read back: the library does not read its own `{key: :text}`,
+    and a no-break space at an end gets lost.
+    """
 
     def represent_str(self, data: str) -> ScalarNode:
-        style = '"' if data.startswith(":") else None
+        style = '"' if data.startswith(":") or data != data.strip() else None
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
@@ -62,4 +64,4 @@ def dump_value(value: Any) -> str:
     yaml.width = 10**6
     out = io.StringIO()
     yaml.dump(value, out)
-    return out.getvalue().removesuffix("...\n").strip()
+    return out.getvalue().removesuffix("...\n").strip("\n")
