@@ -8,6 +8,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from stages.clips.colour import EXACT
 from stages.clips.decoding import open_video
@@ -31,6 +32,8 @@ def read_video(source: VideoSource) -> tuple[np.ndarray, float]:
 
 def write_video(path: Path, frames_THWC: np.ndarray, fps: float, *, crf: int = 17) -> None:
     """Write H.264 in yuv420p, which every player shows; the file appears whole or not at all.
+
+    Frames are stored by BT.709, and say so: of files that do not, players guess by their height.
 
     Args:
         path: Ends in .mp4; its folder is made when missing.
@@ -71,6 +74,9 @@ def encode_video(frames_THWC: np.ndarray, fps: float, *, crf: int = 17) -> bytes
     with av.open(out, "w", format="mp4") as container:
         stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        context = stream.codec_context
+        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         stream.options = {
             "crf": str(crf),
             "preset": "medium",
@@ -82,7 +88,9 @@ def encode_video(frames_THWC: np.ndarray, fps: float, *, crf: int = 17) -> bytes
         }
         for image_HWC in frames_THWC:
             rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(image_HWC), format="rgb24")
-            frame = rgb.reformat(format="yuv420p", interpolation=EXACT)
+            frame = rgb.reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, interpolation=EXACT
+            )
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return out.getvalue()

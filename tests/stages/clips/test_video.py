@@ -1,10 +1,13 @@
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from stages.clips import VideoError, encode_video, read_video, write_video
 
@@ -69,11 +72,21 @@ def test_instruction_sets_change_no_byte_and_no_pixel():
 
 
 @pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (12, 34, 250), (128, 128, 128)])
-def test_flat_colours_survive_within_the_rounding_of_yuv(colour):
+def test_colours_are_stored_by_bt709_and_the_file_says_so(colour):
     frames = np.full((3, 32, 48, 3), colour, np.uint8)
-    back, _ = read_video(encode_video(frames, 8, crf=0))
-    # With Y, U and V each within 1 of BT.601's closed form, blue is within 1.16 + 2.02 + rounding.
-    assert np.abs(back.astype(int) - frames).max() <= 3
+    encoded = encode_video(frames, 8, crf=0)
+    with av.open(io.BytesIO(encoded)) as container:
+        (frame, *_) = container.decode(video=0)
+    assert frame.colorspace == Colorspace.ITU709 and frame.color_range == ColorRange.MPEG
+    assert frame.color_primaries == ColorPrimaries.BT709 and frame.color_trc == ColorTrc.BT709
+    red, green, blue = np.array(colour) / 255
+    luma = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    chroma = 224 * (blue - luma) / 1.8556 + 128, 224 * (red - luma) / 1.5748 + 128
+    planes = frame.to_ndarray()  # rows of Y, then of U, then of V
+    stored = planes[0, 0], planes[32, 0], planes[40, 0]
+    np.testing.assert_allclose(stored, (219 * luma + 16, *chroma), rtol=0, atol=1)
+    # With each of the three within 1, blue is within 1.16 + 2.11 and its own rounding.
+    assert np.abs(read_video(encoded)[0].astype(int) - frames).max() <= 3
 
 
 def test_a_failed_write_leaves_the_old_file(tools, tmp_path):
