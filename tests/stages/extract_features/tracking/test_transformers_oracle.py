@@ -227,7 +227,7 @@ def values_of(frame: TrackedFrame) -> dict[str, torch.Tensor]:
 def effect_of_rounding(
     nudged_model: Any, ours: list[TrackedFrame], frames_TSS3: np.ndarray, prompt: Sam2Prompt
 ) -> dict[str, float]:
-    """How far the smallest change of every weight carries each value, at most, on any frame."""
+    """How far the memories that are a step off carry each value, at most, on any frame."""
     changes: dict[str, list[float]] = {"mask": [], "score": [], "attended": []}
     for frame, other in zip(ours, track(nudged_model, frames_TSS3, prompt), strict=True):
         for name, value in values_of(frame).items():
