@@ -10,11 +10,10 @@ import torch
 
 @pytest.fixture(scope="session")
 def nudged() -> Callable[[Any], Any]:
-    """Makes a copy of a SAM2 model with one memory in a hundred a bfloat16 step off, up or down.
+    """Copies a SAM2 model so that one memory value in a hundred is about a bfloat16 step off.
 
-    Memories are kept in bfloat16. Two programs that are equal up to float32's rounding differ in
-    the last bit of fewer than one in a thousand, which ones depends on the processor, so that no
-    fixed bound holds.
+    Memories are kept in bfloat16. Two programs that are equal up to float32's rounding can differ
+    in the last bit of some values; which ones depends on the processor, so no fixed bound holds.
     """
 
     def copy_of(model: Any) -> Any:
