@@ -31,6 +31,14 @@ def crc32c_hex(data: bytes | np.ndarray) -> str:
     return f"{google_crc32c.value(data):08x}"
 
 
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`, with `ValueError` for what is nested deeper than the interpreter can follow."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("lists and objects are nested too deep") from None
+
+
 def plain_json(value: Any, where: str, *, depth: int = MAX_DEPTH) -> JSON:
     """Copy of `value` in JSON's own types; tuples become lists.
 
@@ -109,8 +117,8 @@ def unseal(data: bytes, where: str, *, store: Path | str) -> dict[str, Any]:
     Raises `UnknownSchemaVersion` for another layout's record, `CorruptRecord` for a damaged one.
     """
     try:
-        record = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        record = parse_json(data)
+    except ValueError as error:
         raise CorruptRecord(f"{where} is not JSON ({error})") from error
     if not isinstance(record, dict) or "schema_version" not in record:
         raise CorruptRecord(f"{where} is not a record of a feature store: no schema_version")

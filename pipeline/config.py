@@ -19,12 +19,12 @@ from pipeline.config_schema import (
     unknown_key,
     with_help,
 )
-from pipeline.strict_yaml import YamlError, parse_yaml
 from stages.articulated_figures.config import DemoConfig
 from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig, Section
 from stages.extract_features.config import ExtractConfig
 from stages.sample_videos.config import SampleConfig
+from stages.strict_yaml import YamlError, parse_yaml
 from stages.train_student.config import TrainConfig
 
 __all__ = ["SETTINGS", "ConfigError", "RunConfig", "load_config", "preset_names"]

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config_schema import ConfigError
-from pipeline.strict_yaml import YamlError, parse_yaml
+from stages.strict_yaml import MAX_FILE_BYTES, YamlError, parse_yaml
+from stages.text_files import read_text
 
 EXTENDS = "extends"
 """The key of a file that names another one; no setting, and gone from the tree."""
@@ -68,9 +69,9 @@ def _text_of(name: str, folder: Path, sources: list[str]) -> tuple[str, str, Pat
             f"{', '.join(preset_names())}"
         )
     try:
-        return path.read_text(encoding="utf-8"), str(path.resolve()), path.parent
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text ({error})") from error
+        return read_text(path, MAX_FILE_BYTES), str(path.resolve()), path.parent
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _meant(path: Path) -> str:

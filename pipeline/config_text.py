@@ -4,7 +4,7 @@ import textwrap
 from typing import Any
 
 from pipeline.config import SETTINGS, RunConfig
-from pipeline.strict_yaml import dump_value
+from stages.strict_yaml import dump_value
 
 _WHERE = (
     "# Relative paths start from the folder in which a command runs; that of `extends:` from the",

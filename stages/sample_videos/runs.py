@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 from safetensors import SafetensorError, safe_open
 
 from stages.config import BaseModelConfig
+from stages.strict_yaml import read_yaml
 
 LoraFormat = Literal["diffusers", "comfyui", "kohya"]
 """Key forms of exported adapters; this project reads diffusers' alone."""
@@ -52,9 +51,9 @@ def newest_finished_run(runs_root: Path, model: BaseModelConfig) -> Path | None:
 
 def _base_model_of(run_dir: Path) -> str | None:
     try:
-        settings = YAML(typ="safe", pure=True).load(run_dir / "config.yaml")
+        settings = read_yaml(run_dir / "config.yaml")
         return str(settings["model"]["path"])
-    except (OSError, ValueError, KeyError, TypeError, YAMLError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None  # no run of ours, or one that cannot be read: --run can still name it
 
 

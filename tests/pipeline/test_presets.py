@@ -7,7 +7,7 @@ import typer
 
 from pipeline.cli import app
 from pipeline.config import load_config, preset_names
-from pipeline.strict_yaml import parse_yaml
+from stages.strict_yaml import parse_yaml
 from stages.train_student.objectives.needs import kinds_needed
 
 PRESETS = preset_names()

@@ -4,7 +4,7 @@
 demo builds its tiny SAM2 here too.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,14 @@ from typing import Any
 import sam2
 import torch
 from accelerate import init_empty_weights
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES
+from sam2.modeling.backbones.hieradet import Hiera
+from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
+from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
+from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
+from sam2.modeling.position_encoding import PositionEmbeddingSine
+from sam2.modeling.sam.transformer import RoPEAttention
 from sam2.modeling.sam2_base import SAM2Base
-from yaml import YAMLError
 
 from stages.extract_features.tracking.sam2_checkpoints import (
     differences,
@@ -27,12 +28,25 @@ from stages.extract_features.tracking.sam2_checkpoints import (
     fitting_config,
     read_checkpoint,
 )
+from stages.strict_yaml import YamlError, read_yaml
 
 _CONFIGS = Path(sam2.__path__[0]) / "configs"
 _OFFICIAL_FOLDERS = ("sam2", "sam2.1")
 _BACKBONE_STRIDE = 16
 
-_PREDICTOR_SETTINGS: Mapping[str, Any] = {
+_CLASSES: Mapping[str, type[torch.nn.Module]] = {
+    f"{one.__module__}.{one.__qualname__}": one
+    for one in (
+        *(SAM2Base, ImageEncoder, Hiera, FpnNeck, PositionEmbeddingSine, RoPEAttention),
+        *(MemoryAttention, MemoryAttentionLayer, MemoryEncoder, MaskDownSampler, Fuser, CXBlock),
+    )
+}
+"""What a configuration may build, by name: the classes of the official inference configurations.
+A name is looked up here and never imported: a file can come from anybody."""
+
+_TARGET = "_target_"
+
+_PREDICTOR_SETTINGS: dict[str, Any] = {
     "binarize_mask_from_pts_for_mem_enc": True,
     "sam_mask_decoder_extra_args": {
         "dynamic_multimask_via_stability": True,
@@ -97,34 +111,64 @@ def load_sam2_config(config: str | Path, *, image_size: int | None = None) -> di
         ValueError: No such configuration, or the file is not one.
     """
     file = _config_file(config)
+    where = f"the SAM2 configuration {file}"
     try:
-        document = OmegaConf.load(file)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ValueError(f"the SAM2 configuration {file} is not valid YAML: {error}") from error
-    model = document.get("model") if isinstance(document, DictConfig) else None
-    if not isinstance(model, DictConfig):
+        document = read_yaml(file)
+    except YamlError as error:
+        raise ValueError(f"{where} is not valid YAML: {error}") from error
+    model = document.get("model") if isinstance(document, dict) else None
+    if not isinstance(model, dict):
         raise ValueError(
-            f"the SAM2 configuration {file} has no `model` section; "
-            "it must look like the YAML files of the sam2 package"
+            f"{where} has no `model` section; it must look like the YAML files of the sam2 package"
         )
-    for target in _targets(OmegaConf.to_container(model)):
-        if not target.startswith("sam2."):
-            raise ValueError(
-                f"the SAM2 configuration {file} builds {target}, which is not part of sam2; "
-                "inference configurations name sam2 classes only (training ones do not fit)"
-            )
+    if "defaults" in document:
+        raise ValueError(
+            f"{where} has a list of `defaults`, which is not followed: give the composed file"
+        )
+    _check_tree(model, "model", where)
+    model |= _PREDICTOR_SETTINGS | {
+        "sam_mask_decoder_extra_args": {
+            **(model.get("sam_mask_decoder_extra_args") or {}),
+            **_PREDICTOR_SETTINGS["sam_mask_decoder_extra_args"],
+        }
+    }
     try:
-        model.merge_with(_PREDICTOR_SETTINGS)
         if image_size is not None:
-            model.image_size = image_size
-        side = model.image_size // model.get("backbone_stride", _BACKBONE_STRIDE)
+            model["image_size"] = image_size
+        side = model["image_size"] // model.get("backbone_stride", _BACKBONE_STRIDE)
         for attention in ("self_attention", "cross_attention"):
-            model.memory_attention.layer[attention].feat_sizes = [side, side]
-        tree = OmegaConf.to_container(model, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"the SAM2 configuration {file} is incomplete: {error}") from error
-    assert isinstance(tree, dict)
-    return {str(key): value for key, value in tree.items()}
+            model["memory_attention"]["layer"][attention]["feat_sizes"] = [side, side]
+    except KeyError as error:
+        raise ValueError(f"{where} is incomplete: it has no {error}") from error
+    except TypeError as error:
+        raise ValueError(f"{where} is not one of SAM2: {error}") from error
+    return model
+
+
+def _check_tree(node: Any, path: str, where: str) -> None:
+    """Refuse what is more than values and official classes (`ValueError`)."""
+    if isinstance(node, list):
+        for number, item in enumerate(node):
+            _check_tree(item, f"{path}[{number}]", where)
+    elif isinstance(node, str) and "${" in node:
+        raise ValueError(
+            f"{where}: {path} is {node!r}; references are not followed, write the value itself"
+        )
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            if not isinstance(key, str) or (key.startswith("_") and key != _TARGET):
+                raise ValueError(f"{where}: {path} has the key {key!r}, which is not read")
+            if key == _TARGET and (not isinstance(value, str) or value not in _CLASSES):
+                raise ValueError(
+                    f"{where}: {path} builds {value}; only the classes of sam2's inference "
+                    f"configurations are built ({', '.join(_CLASSES)})"
+                )
+            if key == "weights_path" and value is not None:
+                raise ValueError(
+                    f"{where}: {path}.weights_path loads a file; give it null, and name the "
+                    "weights of the whole model as extract.teacher.checkpoint"
+                )
+            _check_tree(value, f"{path}.{key}", where)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -242,9 +286,10 @@ def _fitting_config(weights: Mapping[str, torch.Tensor]) -> str | None:
 
 
 def _instantiate(config: str | Path, image_size: int | None) -> SAM2Base:
+    tree = load_sam2_config(config, image_size=image_size)
     try:
-        model = instantiate(load_sam2_config(config, image_size=image_size), _recursive_=True)
-    except InstantiationException as error:
+        model = _built(tree)
+    except Exception as error:  # whatever the classes say of arguments that are not theirs
         raise ValueError(f"the SAM2 configuration {config} cannot be built: {error}") from error
     if not isinstance(model, SAM2Base):
         raise ValueError(
@@ -252,6 +297,21 @@ def _instantiate(config: str | Path, image_size: int | None) -> SAM2Base:
             "its model._target_ must be sam2.modeling.sam2_base.SAM2Base"
         )
     return model
+
+
+def _built(node: Any) -> Any:
+    """`node` with every mapping that names a class replaced by an object of it, innermost first."""
+    if isinstance(node, list):
+        return [_built(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    values = {key: _built(value) for key, value in node.items() if key != _TARGET}
+    if _TARGET not in node:
+        return values
+    try:
+        return _CLASSES[node[_TARGET]](**values)
+    except TypeError as error:
+        raise TypeError(f"{node[_TARGET]}: {error}") from error
 
 
 def _config_file(config: str | Path) -> Path:
@@ -265,16 +325,3 @@ def _config_file(config: str | Path) -> Path:
         f"{config!s} is neither an official SAM2 configuration ({', '.join(official)}) "
         "nor a YAML file; sam2.1_hiera_l goes with sam2.1_hiera_large.pt"
     )
-
-
-def _targets(tree: Any) -> Iterator[str]:
-    """Every class that a configuration tree would build."""
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            if key == "_target_":
-                yield str(value)
-            else:
-                yield from _targets(value)
-    elif isinstance(tree, list):
-        for value in tree:
-            yield from _targets(value)

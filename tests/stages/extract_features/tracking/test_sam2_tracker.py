@@ -244,6 +244,51 @@ def test_a_file_that_is_no_configuration_is_refused(
         load_sam2_config(tmp_path / "config.yaml")
 
 
+def _official_with(path: str, value: Any, file: Path) -> Path:
+    config = OmegaConf.load(official_configs()["sam2.1_hiera_t"])
+    OmegaConf.update(config, path, value, force_add=True)
+    OmegaConf.save(config, file)
+    return file
+
+
+_ATTACK = {"_target_": "sam2.build_sam.torch.utils.collect_env.run", "command": "touch ran"}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("model.anything", _ATTACK, r"model\.anything builds sam2\.build_sam\.torch\.utils"),
+        ("model.memory_encoder.fuser.layer", _ATTACK, r"fuser\.layer builds sam2\.build_sam"),
+        ("model.a", {"b": [[1, {"c": _ATTACK}]]}, r"model\.a\.b\[0\]\[1\]\.c builds"),
+        ("model._target_", "sam2.build_sam.torch.hub.load", "builds sam2.build_sam.torch.hub"),
+        ("model._target_", ["os.system"], r"builds \['os.system'\]"),
+        ("model._args_", [_ATTACK], "model has the key '_args_', which is not read"),
+        ("model.memory_encoder._partial_", True, "model.memory_encoder has the key '_partial_'"),
+        ("model._recursive_", False, "model has the key '_recursive_'"),
+        ("model._convert_", "all", "model has the key '_convert_'"),
+        ("model.num_maskmem", "${oc.env:HOME}", "references are not followed"),
+        ("model.image_encoder.trunk.weights_path", "w.pt", r"trunk\.weights_path loads a file"),
+        ("defaults", ["other"], "a list of `defaults`, which is not followed"),
+    ],
+)
+def test_a_configuration_builds_official_classes_of_its_values_alone(
+    path: str, value: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = _official_with(path, value, tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match=message):
+        build_sam2(file, None, device="meta")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_aliases_of_a_configuration_are_counted_before_they_are_followed(tmp_path: Path) -> None:
+    rows = ["a0: &a0 [x,x,x,x,x,x,x,x,x]"]
+    rows += [f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    (tmp_path / "config.yaml").write_text("\n".join([*rows, "model: {a: *a8}"]))
+    with pytest.raises(ValueError, match="is not valid YAML: line 6: more than 1048576 values"):
+        load_sam2_config(tmp_path / "config.yaml")
+
+
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"sam2.1_hiera_x is neither .*sam2.1_hiera_l, "):
         load_sam2_config("sam2.1_hiera_x")
