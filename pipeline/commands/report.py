@@ -20,12 +20,13 @@ def run(
     """
     from stages.run_report.figures import by_name, figures
     from stages.run_report.records import read_run
-    from stages.run_report.report import write_report
+    from stages.run_report.report import write_page
 
     run_dir = run_dir or config.train.run_dir
     with progress.task("draw the curves", 1, unit="page") as task:
-        found = figures(read_run(run_dir))
-        page = write_report(run_dir, out)
+        records = read_run(run_dir)
+        found = figures(records)
+        page = write_page(records, out)
         task.advance()
     size = page.stat().st_size
     rows = [(one.name, one.told) for one in found]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stages.run_report.records import Points
+from stages.run_report.columns import Points
 
 COLOURS = ("#2f6f9f", "#c8642b", "#4b8b3b", "#8a4f9e", "#9a7b1c", "#5b6770")
 """Told apart by people who see fewer colours, too: their lightness differs."""
@@ -83,7 +83,10 @@ def as_svg(picture: Picture) -> bytes:
 
 def _draw(axes: Any, curve: Curve, colour: str) -> None:
     x, y = (np.asarray(side, dtype=float) for side in curve.points)
-    if curve.dots or len(x) < 3:
+    if curve.exact and len(x) > _MOST_POINTS:
+        kept = extremes(y, _MOST_POINTS)
+        x, y = x[kept], y[kept]
+    if (curve.dots and len(x) <= _MOST_POINTS) or len(x) < 3:
         axes.plot(x, y, "o-", color=colour, markersize=3.5, linewidth=1.4, label=curve.label)
     elif curve.exact:
         axes.plot(x, y, color=colour, linewidth=1.6, label=curve.label)
@@ -98,6 +101,21 @@ def _draw(axes: Any, curve: Curve, colour: str) -> None:
         axes.fill_between(middle, least, most, color=colour, alpha=0.18, linewidth=0)
         mean = running_mean(np.array([y[block].mean() for block in blocks]), _MOST_POINTS // 60)
         axes.plot(middle, mean, color=colour, linewidth=1.6, label=curve.label)
+
+
+def extremes(values: np.ndarray, num_blocks: int) -> np.ndarray:
+    """Places of the first, least, greatest and last value of each block: what a line shows."""
+    kept = [
+        place
+        for block in np.array_split(np.arange(len(values)), min(num_blocks, len(values)))
+        for place in (
+            block[0],
+            block[values[block].argmin()],
+            block[values[block].argmax()],
+            block[-1],
+        )
+    ]
+    return np.unique(kept)
 
 
 def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
@@ -120,10 +138,11 @@ def _dress(axes: Any, picture: Picture) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
     else:
         axes.set_xlim(0, 1000)
-    if picture.logarithmic and all(min(curve.points[1]) > 0 for curve in picture.curves):
+    values = [np.asarray(curve.points[1]) for curve in picture.curves]
+    if picture.logarithmic and all(of_curve.min() > 0 for of_curve in values):
         axes.set_yscale("log")
     elif picture.from_zero:
-        axes.set_ylim(0, 1.08 * max(max(curve.points[1]) for curve in picture.curves) or 1)
+        axes.set_ylim(0, 1.08 * max(of_curve.max() for of_curve in values) or 1)
     if picture.marked:
         axes.plot(
             picture.marked,

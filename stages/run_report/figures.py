@@ -1,8 +1,10 @@
 """What a run came to, in a few figures; the page of a run opens with them."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+import numpy as np
 
 from stages.run_report.records import RunRecords, loss_of, objectives, points
 
@@ -56,8 +58,8 @@ def loss_figures(run: RunRecords) -> list[Figure]:
     A single step's loss says little: it is of few clips, each at one noise drawn at random.
     """
     found = []
-    _, loss = points(run.losses, lambda row: row.get("loss"))
-    if loss:
+    _, loss = run.losses.points("loss")
+    if len(loss):
         few = max(len(loss) // 20, 1)
         found.append(
             Figure(
@@ -70,21 +72,21 @@ def loss_figures(run: RunRecords) -> list[Figure]:
         )
     for name in ("diffusion", *objectives(run.validation)):
         steps, values = points(run.validation, loss_of(name))
-        if values:
+        if len(values):
             note = _since_the_start(steps, values)
             found.append(Figure(name=f"held-out {name} loss", value=_number(values[-1]), note=note))
     return found
 
 
-def _since_the_start(steps: Sequence[int], values: Sequence[float]) -> str:
+def _since_the_start(steps: np.ndarray, values: np.ndarray) -> str:
     """What it was at first, and where it was lowest if it has risen since."""
     first = "before training" if steps[0] == 0 else f"at step {steps[0]}"
     if len(values) == 1:
         return first
     note = f"{_number(values[0])} {first}"
-    lowest = min(values)
+    lowest = values.min()
     if lowest < values[-1]:
-        where = steps[values.index(lowest)]
+        where = steps[values.argmin()]
         best = first if where == steps[0] else f"{_number(lowest)} at step {where}"
         note += f"; lowest {best}, and risen since"
     return note
@@ -96,34 +98,36 @@ def speed_figures(run: RunRecords) -> list[Figure]:
     A step's time is from the batch asked for to the weights moved; validation, samples and
     checkpoints lie between steps.
     """
-    rows = [row for row in run.performance if row.get("seconds")]
-    if not rows:
+    timed = run.performance.of("seconds") > 0
+    count = int(timed.sum())
+    if not count:
         return []
     found = []
-    seconds = sum(row["seconds"] for row in rows)
-    waited = sum(row.get("wait_seconds") or 0.0 for row in rows)
-    median = sorted(row["seconds"] for row in rows)[len(rows) // 2]
-    note = (
-        f"mean; {in_time(seconds)} for {_steps(len(rows))}, waiting for data {waited / seconds:.1%}"
-    )
-    if abs(median - seconds / len(rows)) > 0.1 * median:
+    taken = run.performance.of("seconds")[timed]
+    seconds = float(taken.sum())
+    waited = np.nansum(run.performance.of("wait_seconds")[timed])
+    median = float(np.partition(taken, count // 2)[count // 2])
+    note = f"mean; {in_time(seconds)} for {_steps(count)}, waiting for data {waited / seconds:.1%}"
+    if abs(median - seconds / count) > 0.1 * median:
         note += f"; the median is {in_time(median)}"
     note += "; without validation, samples and checkpoints"
-    found.append(Figure(name="a step", value=in_time(seconds / len(rows)), note=note))
-    clips = sum(row["clips_per_second"] * row["seconds"] for row in rows)
-    shares = [row for row in rows if row.get("share_of_peak") is not None]
+    found.append(Figure(name="a step", value=in_time(seconds / count), note=note))
+    clips = np.nansum(run.performance.of("clips_per_second")[timed] * taken)
+    shares = run.performance.of("share_of_peak")[timed]
+    known = np.isfinite(shares)
     peak = ""
-    if shares:
-        work = sum(row["share_of_peak"] * row["seconds"] for row in shares)
-        share = work / sum(row["seconds"] for row in shares)
+    if known.any():
+        share = (shares[known] * taken[known]).sum() / taken[known].sum()
         peak = f"{share:.0%} of the GPUs' peak"
     found.append(Figure(name="clips a second", value=_number(clips / seconds), note=peak))
     return found
 
 
 def _memory(run: RunRecords) -> list[Figure]:
-    _, memory = points(run.performance, lambda row: row.get("peak_memory_bytes"))
-    return [Figure(name="peak memory", value=f"{max(memory) / 1e9:.3g} GB")] if memory else []
+    _, memory = run.performance.points("peak_memory_bytes")
+    if not len(memory):
+        return []
+    return [Figure(name="peak memory", value=f"{memory.max() / 1e9:.3g} GB")]
 
 
 def _steps(count: int) -> str:
@@ -149,5 +153,5 @@ def _number(value: float) -> str:
     return f"{value:.{min(digits, 5)}f}"
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean())

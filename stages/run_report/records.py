@@ -10,8 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ruamel.yaml import YAML
 
+from stages.run_report.columns import (
+    Columns,
+    Points,
+    TrainingLosses,
+    read_columns,
+    read_training_losses,
+)
 from stages.train_student.logs.row_file import read_rows
 from stages.train_student.logs.rows import (
     CONFIG_FILE,
@@ -22,11 +30,17 @@ from stages.train_student.logs.rows import (
 )
 
 Row = dict[str, Any]
-Points = tuple[list[int], list[float]]
-"""Steps, and a value for each."""
-
 VALIDATION_FILE = "validation.jsonl"
 """A line per validation; `stages.train_student.validation` writes it."""
+
+_LOSSES = ("loss", "diffusion", "grad_norm", "lr")
+_PERFORMANCE = (
+    "seconds",
+    "wait_seconds",
+    "clips_per_second",
+    "peak_memory_bytes",
+    "share_of_peak",
+)
 
 SAMPLES_RECORD = "samples.json"
 """Written last into each folder under samples/: without it the drawing is not complete."""
@@ -54,8 +68,8 @@ class RunRecords:
     """The settings the run was last started with, as text."""
     config: Row
     """The same, read."""
-    losses: list[Row]
-    performance: list[Row]
+    losses: TrainingLosses
+    performance: Columns
     validation: list[Row]
     skipped: list[Row]
     damaged: list[Row]
@@ -73,7 +87,7 @@ class RunRecords:
     @property
     def steps_done(self) -> int:
         """The last step whose losses are written."""
-        return int(self.losses[-1]["step"]) if self.losses else 0
+        return int(self.losses.steps[-1]) if len(self.losses) else 0
 
 
 def read_run(run_dir: Path) -> RunRecords:
@@ -95,8 +109,8 @@ def read_run(run_dir: Path) -> RunRecords:
         about=json.loads(file.read_text(encoding="utf-8")),
         config_yaml=config_yaml,
         config=YAML(typ="safe", pure=True).load(config_yaml) or {},
-        losses=read_rows(run_dir / LOSSES_FILE),
-        performance=read_rows(run_dir / PERFORMANCE_FILE),
+        losses=read_training_losses(run_dir / LOSSES_FILE, _LOSSES),
+        performance=read_columns(run_dir / PERFORMANCE_FILE, _PERFORMANCE),
         validation=read_rows(run_dir / VALIDATION_FILE),
         skipped=read_rows(run_dir / SKIPPED_FILE),
         damaged=read_rows(run_dir / DAMAGED_FILE),
@@ -117,7 +131,7 @@ def points(rows: Iterable[Row], value: Callable[[Row], Any]) -> Points:
         if found is not None and math.isfinite(found):
             steps.append(int(row["step"]))
             values.append(float(found))
-    return steps, values
+    return np.array(steps, np.int64), np.array(values)
 
 
 def objectives(rows: Iterable[Row]) -> list[str]:
@@ -126,7 +140,7 @@ def objectives(rows: Iterable[Row]) -> list[str]:
 
 
 def loss_of(name: str) -> Callable[[Row], float | None]:
-    """Take a loss from a row of losses or validation: `diffusion`, or an objective's."""
+    """Take a loss from a row of validation: `diffusion`, or an objective's."""
     return lambda row: row["diffusion"] if name == "diffusion" else row["auxiliary"].get(name)
 
 

@@ -40,8 +40,13 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     Raises:
         ValueError: no run, or a damaged one.
     """
-    path = out or run_dir / REPORT_FILE
-    content = render(read_run(run_dir)).encode("utf-8")
+    return write_page(read_run(run_dir), out)
+
+
+def write_page(run: RunRecords, out: Path | None = None) -> Path:
+    """The same of a run that has been read."""
+    path = out or run.run_dir / REPORT_FILE
+    content = render(run).encode("utf-8")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content, temporary=path.with_name(f".{path.name}.partial"))
     return path

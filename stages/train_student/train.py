@@ -28,7 +28,7 @@ from stages.train_student.ema import WeightAverage
 from stages.train_student.engine import batch_told, deepspeed_engine
 from stages.train_student.export import EXPORT_FOLDER, export_weights
 from stages.train_student.loading import build_student
-from stages.train_student.logs.row_file import read_rows
+from stages.train_student.logs.row_file import each_row
 from stages.train_student.logs.rows import DAMAGED_FILE, SKIPPED_FILE, read_losses
 from stages.train_student.loop import Loop
 from stages.train_student.optimizers import describe_new_length
@@ -176,9 +176,11 @@ def _summary(
     run: Run, steps: int, *, resumed_from: int | None, durations: list[float], finished: bool
 ) -> TrainSummary:
     run_dir = run.config.run_dir
-    rows = read_losses(run_dir)
-    skipped = read_rows(run_dir / SKIPPED_FILE)
-    if not rows and len(skipped) < steps:
+    first = last = None
+    for last in read_losses(run_dir):
+        first = first or last
+    num_skipped = sum(1 for _ in each_row(run_dir / SKIPPED_FILE))
+    if last is None and num_skipped < steps:
         raise ValueError(
             f"{run_dir} has lost its losses.jsonl, though the run made {steps} steps; restore it, "
             "or choose another train.run_dir"
@@ -187,10 +189,10 @@ def _summary(
         run_dir=run_dir,
         steps_done=steps,
         resumed_from=resumed_from,
-        first=rows[0] if rows else None,
-        last=rows[-1] if rows else None,
-        skipped_steps=len(skipped),
-        damaged_clips=len({row["key"] for row in read_rows(run_dir / DAMAGED_FILE)}),
+        first=first,
+        last=last,
+        skipped_steps=num_skipped,
+        damaged_clips=len({row["key"] for row in each_row(run_dir / DAMAGED_FILE)}),
         seconds_per_step=statistics.fmean(durations) if durations else None,
         peak_memory_bytes=peak_memory_bytes(),
         export=run_dir / EXPORT_FOLDER,

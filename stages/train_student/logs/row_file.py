@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,28 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line is damaged.
     """
-    return [_parsed(line, path) for line in _whole_lines(path)]
+    return list(each_row(path))
+
+
+def each_row(path: Path) -> Iterator[dict[str, Any]]:
+    """The same, a line at a time: a long run's file is larger than memory should be."""
+    return (_parsed(line, path) for line in _whole_lines(path))
 
 
 class RowFile:
     """Appends rows while a run goes on."""
 
     def __init__(self, path: Path, steps_done: int) -> None:
-        """Open the file, dropping what an interrupted run wrote after `steps_done` steps."""
-        kept = [line for line in _whole_lines(path) if _parsed(line, path)["step"] <= steps_done]
-        text = "".join(f"{line}\n" for line in kept)
-        write_whole(path, text.encode(), temporary=path.with_name(f".{path.name}.partial"))
+        """Open the file, dropping what an interrupted run wrote after `steps_done` steps.
+
+        Raises:
+            ValueError: a line is damaged, or its step comes after a later one.
+        """
+        if not path.is_file():
+            write_whole(path, b"", temporary=path.with_name(f".{path.name}.partial"))
+        kept_bytes = _bytes_until(path, steps_done)
+        if kept_bytes < path.stat().st_size:
+            os.truncate(path, kept_bytes)
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -42,16 +53,33 @@ class RowFile:
         self._file.close()
 
 
-def _whole_lines(path: Path) -> list[str]:
-    if not path.is_file():
-        return []
-    return path.read_text(encoding="utf-8").split("\n")[:-1]
+def _bytes_until(path: Path, steps_done: int) -> int:
+    """Where the lines of later steps begin: they follow those of earlier ones."""
+    kept_bytes, last = 0, None
+    for line in _whole_lines(path):
+        step = _parsed(line, path)["step"]
+        if last is not None and step < last:
+            raise ValueError(
+                f"{path} has a line of step {step} after one of step {last}: two runs wrote it; "
+                "restore it, or choose another train.run_dir"
+            )
+        last = step
+        kept_bytes += len(line) if step <= steps_done else 0
+    return kept_bytes
 
 
-def _parsed(line: str, path: Path) -> dict[str, Any]:
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    """Lines with their ends; the last one is left out where it is not whole."""
+    if path.is_file():
+        with path.open("rb") as file:
+            yield from (line for line in file if line.endswith(b"\n"))
+
+
+def _parsed(line: bytes, path: Path) -> dict[str, Any]:
     try:
         row = json.loads(line)
         int(row["step"])
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} has a damaged line: {line[:80]!r}") from error
+        start = line[:80].decode("utf-8", "backslashreplace").rstrip("\n")
+        raise ValueError(f"{path} has a damaged line: {start!r}") from error
     return dict(row)

@@ -1,10 +1,11 @@
 """What is written down of each step: the training loop makes these, `RunLog` writes them."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.train_student.logs.row_file import read_rows
+from stages.train_student.logs.row_file import each_row
 
 CONFIG_FILE = "config.yaml"
 """The settings a run was last started with."""
@@ -97,15 +98,16 @@ class StepRows:
     damaged: tuple[DamagedRow, ...]
 
 
-def read_losses(run_dir: Path) -> list[LossRow]:
-    """Every whole line of a run's losses; empty where there are none.
+def read_losses(run_dir: Path) -> Iterator[LossRow]:
+    """Every whole line of a run's losses, one at a time; none where there is no file.
 
     Raises:
         ValueError: a line is damaged.
     """
     path = run_dir / LOSSES_FILE
     try:
-        return [LossRow(**row) for row in read_rows(path)]
+        for row in each_row(path):
+            yield LossRow(**row)
     except TypeError as error:
         raise ValueError(f"{path} has a line with other fields than it should: {error}") from error
 

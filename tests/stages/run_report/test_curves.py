@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.run_report.curves import Curve, Picture, as_svg, running_mean
+from stages.run_report.columns import MeansByNoise
+from stages.run_report.curves import Curve, Picture, as_svg, extremes, running_mean
 from stages.run_report.figures import in_time
-from stages.run_report.pictures import mean_over_bins
 from stages.run_report.records import points
 
 
@@ -30,8 +30,10 @@ def test_means_by_timestep_weigh_every_clip_alike(steps):
         }
         for bins in steps
     ]
-    middles, means = mean_over_bins(rows, "diffusion")
-    found = dict(zip(middles, means, strict=True))
+    made = MeansByNoise()
+    for row in rows:
+        made.add(row["by_timestep"])
+    found = dict(zip(*made.all().get("diffusion", ((), ())), strict=True))
     for part in range(10):
         clips = [mean for bins in steps for _ in range(bins[part][0]) for mean in [bins[part][1]]]
         if clips:
@@ -41,7 +43,8 @@ def test_means_by_timestep_weigh_every_clip_alike(steps):
 
 def test_what_is_no_number_is_left_out_of_a_curve():
     rows = [{"step": step, "x": value} for step, value in enumerate((1.0, None, float("nan"), 4))]
-    assert points(rows, lambda row: row["x"]) == ([0, 3], [1.0, 4.0])
+    steps, values = points(rows, lambda row: row["x"])
+    assert (steps.tolist(), values.tolist()) == ([0, 3], [1.0, 4.0])
 
 
 def test_a_long_run_makes_a_picture_no_larger_than_a_short_one():
@@ -51,6 +54,15 @@ def test_a_long_run_makes_a_picture_no_larger_than_a_short_one():
         return len(as_svg(Picture(title="t", caption="c", curves=[curve], y_label="loss")))
 
     assert size(50_000) < 3 * size(300)
+
+
+@given(st.lists(st.floats(-9, 9), min_size=1, max_size=60), st.integers(1, 70))
+def test_a_thinned_line_keeps_its_ends_and_every_extreme(values, num_blocks):
+    kept = extremes(np.array(values), num_blocks)
+    assert {0, len(values) - 1} <= set(kept)
+    assert {min(values), max(values)} <= {values[place] for place in kept}
+    assert (np.diff(kept) > 0).all()
+    assert len(kept) <= 4 * num_blocks
 
 
 def test_durations_are_told_for_people():

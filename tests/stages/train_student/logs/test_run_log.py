@@ -1,6 +1,7 @@
 """The files and the table of a training."""
 
 import json
+import tracemalloc
 
 import pytest
 
@@ -63,7 +64,7 @@ def test_rows_come_back_to_the_last_bit(lines, tmp_path):
         log.sync()
         log.add(rows(2, skipped=spoiled(2)))
         log.add(rows(3, damaged=(DamagedRow(step=3, key="b", message="gone"),)))
-    assert read_losses(tmp_path) == [losses(1), losses(3)]
+    assert list(read_losses(tmp_path)) == [losses(1), losses(3)]
     assert [row["step"] for row in read_rows(tmp_path / "performance.jsonl")] == [1, 2, 3]
     (skipped,) = read_rows(tmp_path / "skipped_steps.jsonl")
     assert skipped["clips"] == [
@@ -87,17 +88,37 @@ def test_a_resumed_log_drops_what_came_after_and_a_torn_line(lines, tmp_path):
     assert [row["step"] for row in read_rows(tmp_path / "performance.jsonl")] == [1, 2, 3]
 
 
+def test_opening_a_long_file_of_rows_holds_a_few_of_them(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"step": step, "text": "é" * 100}) + "\n" for step in range(1, 5001)]
+    path.write_text("".join(lines) + '{"step": 50', encoding="utf-8")
+    tracemalloc.start()
+    RowFile(path, 4000).close()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert path.read_text(encoding="utf-8") == "".join(lines[:4000])
+    assert peak < path.stat().st_size / 2
+
+
+def test_rows_that_two_runs_wrote_are_refused_and_kept(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step": 1}\n{"step": 3}\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl has a line of step 2 after one of step 3"):
+        RowFile(path, 2)
+    assert path.read_text().count("\n") == 3
+
+
 @pytest.mark.parametrize("line", ["{", "7", '{"loss": 1}', '{"step": "x"}'])
 def test_a_damaged_line_is_told(tmp_path, line):
     (tmp_path / "losses.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=r"losses.jsonl has a damaged line"):
-        read_losses(tmp_path)
+        list(read_losses(tmp_path))
 
 
 def test_other_fields_are_told(tmp_path):
     (tmp_path / "losses.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     with pytest.raises(ValueError, match=r"losses.jsonl has a line with other fields"):
-        read_losses(tmp_path)
+        list(read_losses(tmp_path))
 
 
 def test_what_json_has_no_number_for_is_never_written(tmp_path):
