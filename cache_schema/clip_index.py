@@ -33,6 +33,7 @@ from cache_schema.layout import (
     StoreLayout,
     is_shard_name,
 )
+from cache_schema.lock import FileLock
 from cache_schema.manifest import (
     CommitRecord,
     SkippedClip,
@@ -207,8 +208,11 @@ def load_index(place: Place, settings: StoreSettings) -> ClipIndex:
         raise CorruptRecord(f"{place.where}/{INDEX_FILE} is damaged: {error}; {again}") from error
 
 
-def write_index(layout: StoreLayout, settings: StoreSettings) -> None:
-    """Bring `index.npz` up to date with the commit records; the caller holds the store's lock."""
+def write_index(layout: StoreLayout, settings: StoreSettings, lock: FileLock) -> None:
+    """Bring `index.npz` up to date with the commit records.
+
+    Raises `LockLost` if `lock`, the store's, is not held any more.
+    """
     place = LocalPlace(layout.root)
     index = _current_index(place, settings)
     store_crc32c = sealed_crc32c(place, STORE_FILE)
@@ -220,10 +224,12 @@ def write_index(layout: StoreLayout, settings: StoreSettings) -> None:
         pass
     layout.staging.mkdir(exist_ok=True)
     temporary = layout.staging / f".{INDEX_FILE}"
+    temporary.unlink(missing_ok=True)  # a writer that lost the lock may still have it open
     with open_for_writing(temporary) as file:
         write_columns(file, index.columns, settings, store_crc32c)
         file.flush()
         os.fsync(file.fileno())
+    lock.check()
     temporary.rename(layout.index)
     sync(layout.root)
 

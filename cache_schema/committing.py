@@ -1,11 +1,11 @@
 """How a staged group becomes a finished shard; used by `shard_writer` and by `upkeep`."""
 
-import shutil
 from pathlib import Path
 
+from cache_schema.claim import ShardClaim
 from cache_schema.durable import make_directories, sync, sync_upwards, write_whole
-from cache_schema.layout import StoreLayout
-from cache_schema.manifest import CommitRecord, StoredFile
+from cache_schema.errors import LockLost
+from cache_schema.manifest import CommitRecord, StoredFile, read_commit
 from cache_schema.sealed_json import crc32c_hex, seal
 from cache_schema.settings import StoreSettings
 from cache_schema.zarr_group import metadata_paths
@@ -24,21 +24,42 @@ def safe_metadata(group: Path, settings: StoreSettings) -> dict[str, StoredFile]
 
 
 def commit_group(
-    layout: StoreLayout, settings: StoreSettings, group: Path, record: CommitRecord
+    claim: ShardClaim,
+    settings: StoreSettings,
+    group: Path,
+    record: CommitRecord,
+    *,
+    replaced: CommitRecord | None,
 ) -> None:
     """Publish a complete, synced group: one rename, then the commit record that readers trust.
 
-    The caller holds the shard's lock, and `group` lies in the shard's staging.
+    Args:
+        claim: the shard's.
+        settings: the store's.
+        group: lies in the claim's folder.
+        record: of the group.
+        replaced: the shard as the caller found it committed; None where it was not.
+
+    Raises `LockLost` if another writer took the shard over; nothing committed has changed then.
     """
+    layout = claim.layout
     target = layout.group(record.shard, record.generation)
     make_directories(layout.shards)
     make_directories(layout.commits)
-    if target.exists():  # by a process that was killed here; no record names it
-        shutil.rmtree(target)
-    group.rename(target)
-    sync(layout.shards)
-    write_whole(
-        layout.commit(record.shard),
-        seal(record.as_dict(settings.hash)),
-        temporary=layout.staged(record.shard) / "commit.json",
-    )
+    claim.check()
+    committed = layout.commit(record.shard)
+    found = read_commit(layout, settings, record.shard) if committed.exists() else None
+    if found != replaced or target.exists():
+        raise LockLost(
+            f"{target if found == replaced else committed} was written by another process while "
+            f"this one held the lock {layout.lock(record.shard)}; nothing committed was changed, "
+            "run the same command again"
+        )
+    with claim.guarded():
+        group.rename(target)
+        sync(layout.shards)
+        write_whole(
+            committed,
+            seal(record.as_dict(settings.hash)),
+            temporary=claim.records / "commit.json",
+        )

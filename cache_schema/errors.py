@@ -50,5 +50,13 @@ class ShardBusy(CacheError):
     """Another process is writing this shard at the moment."""
 
 
+class LockLost(CacheError):
+    """Another process has taken over what this one was writing; nothing committed was changed."""
+
+
+class LockUnsupported(CacheError):
+    """The file system does not keep locks, so that nothing may be written there."""
+
+
 class AlreadyCommitted(CacheError):
     """The shard is finished; it is never written twice."""

@@ -146,13 +146,5 @@ class StoreLayout:
         return self.staging / f"{name}.lock"
 
     def staged(self, name: str) -> Path:
-        """Everything of a shard that is not committed yet."""
+        """Everything of a shard that is not committed yet, in a folder of its writer."""
         return self.staging / name
-
-    def staged_group(self, name: str) -> Path:
-        """The Zarr group being written; renamed to `group(name, …)` when it is complete."""
-        return self.staged(name) / "shard"
-
-    def staged_records(self, name: str) -> Path:
-        """One record per clip that is already safe in the staged group, or skipped."""
-        return self.staged(name) / "records"

@@ -1,20 +1,39 @@
-"""One writer at a time: a file lock that dies with its process; used by the writer's modules."""
+"""A file lock that dies with its process, on file systems that keep locks; used for writing."""
 
+import errno
 import fcntl
 import os
 from pathlib import Path
 from types import TracebackType
 
-from cache_schema.errors import ShardBusy
+from cache_schema.errors import LockLost, LockUnsupported, ShardBusy
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What `flock` fails with where a file system has no locks."""
+
+_LOCAL_LOCKS = {
+    "nfs": {"nolock", "local_lock=all", "local_lock=flock"},
+    "nfs4": {"nolock", "local_lock=all", "local_lock=flock"},
+    "lustre": {"localflock"},
+    "cifs": {"nobrl"},
+    "smb3": {"nobrl"},
+}
+"""Mount options, by file system, with which other machines do not see a lock."""
+
+_MOUNTS = Path("/proc/self/mountinfo")
+
+_checked_devices: set[int] = set()
+"""File systems on which locks were found to work, by `st_dev`."""
 
 
 class FileLock:
     """Exclusive `flock` on a file that exists only while somebody writes.
 
     The file is removed on release. A process that dies leaves it behind unlocked, which hinders
-    nobody. The file system must support `flock` between the machines that write to one store.
+    nobody. A lock can be lost while it is held, when the file is deleted or a server forgets it:
+    `ShardClaim` says what holds then.
     """
 
     def __init__(self, path: Path, *, wait: bool, what: str) -> None:
@@ -31,24 +50,47 @@ class FileLock:
         self._descriptor: int | None = None
 
     def __enter__(self) -> "FileLock":
+        """Take the lock.
+
+        Raises:
+            ShardBusy: another process holds it, and `wait` is false.
+            LockUnsupported: the file system keeps no locks, or only within this machine.
+        """
         while self._descriptor is None:
             descriptor = os.open(self._path, _FLAGS, 0o644)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if self._wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                os.close(descriptor)
-                raise ShardBusy(
-                    f"{self._what} is being written by another process (it holds the lock "
-                    f"{self._path}); wait for it, or give each process its own shards"
-                ) from None
-            except BaseException:
-                os.close(descriptor)
+                self._lock(descriptor)
+                if self._is_current(descriptor):
+                    _refuse_useless_locks(descriptor, self._path)
+                    self._descriptor = descriptor
+            except LockUnsupported:
+                self._path.unlink(missing_ok=True)
                 raise
-            if self._is_current(descriptor):
-                self._descriptor = descriptor
-            else:
-                os.close(descriptor)
+            finally:
+                if self._descriptor is None:
+                    os.close(descriptor)
         return self
+
+    def check(self) -> None:
+        """Raise `LockLost` if the file is not the locked one any more."""
+        if self._descriptor is None or not self._is_current(self._descriptor):
+            raise LockLost(
+                f"the lock {self._path} was deleted while this process held it to change "
+                f"{self._what}; run the same command again"
+            )
+
+    def _lock(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if self._wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise ShardBusy(
+                f"{self._what} is being written by another process (it holds the lock "
+                f"{self._path}); wait for it, or give each process its own shards"
+            ) from None
+        except OSError as error:
+            if error.errno in _UNSUPPORTED:
+                raise locks_unsupported(self._path, os.strerror(error.errno)) from error
+            raise
 
     def _is_current(self, descriptor: int) -> bool:
         """Whether the locked file is still the one at the path: its last holder may remove it."""
@@ -65,6 +107,54 @@ class FileLock:
         traceback: TracebackType | None,
     ) -> None:
         if self._descriptor is not None:
-            self._path.unlink(missing_ok=True)
+            if self._is_current(self._descriptor):  # and not another writer's
+                self._path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def locks_unsupported(path: Path, why: str) -> LockUnsupported:
+    """The error for a folder whose file system keeps no locks."""
+    return LockUnsupported(
+        f"the file system of {path.parent} keeps no file locks between processes and machines "
+        f"({why}), so two writers could not keep apart there; mount it with locks (NFS without "
+        "nolock and local_lock, Lustre with -o flock), or write to another folder, such as a local "
+        "disk of each machine, and merge or copy the stores"
+    )
+
+
+def _refuse_useless_locks(descriptor: int, path: Path) -> None:
+    """`LockUnsupported` if a lock that is held keeps nobody out; once for each file system."""
+    device = os.fstat(descriptor).st_dev
+    if device in _checked_devices:
+        return
+    option = _local_lock_option(device)
+    if option is not None:
+        raise locks_unsupported(path, f"it is mounted with {option}")
+    second = os.open(path, _FLAGS, 0o644)
+    try:
+        fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _checked_devices.add(device)
+    else:
+        if os.path.sameopenfile(descriptor, second):  # and was not deleted meanwhile
+            raise locks_unsupported(path, "two locks on one file were granted")
+    finally:
+        os.close(second)
+
+
+def _local_lock_option(device: int) -> str | None:
+    """The option with which a file system was mounted that keeps its locks to this machine."""
+    try:
+        mounts = _MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return None
+    for line in mounts:
+        # https://man7.org/linux/man-pages/man5/proc_pid_mountinfo.5.html
+        of_mount, _, of_system = line.partition(" - ")
+        kind, _, options = of_system.split(" ", 2)
+        if of_mount.split(" ")[2] == f"{os.major(device)}:{os.minor(device)}":
+            found = _LOCAL_LOCKS.get(kind, set()).intersection(options.split(","))
+            if found:
+                return min(found)
+    return None

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from cache_schema.claim import ShardClaim
 from cache_schema.committing import commit_group
 from cache_schema.errors import AlreadyCommitted
 from cache_schema.known_shards import KnownShards
@@ -19,12 +20,10 @@ from cache_schema.layout import (
     check_key,
     check_shard_name,
 )
-from cache_schema.lock import FileLock
 from cache_schema.manifest import CommitRecord
 from cache_schema.sealed_json import plain_mapping
 from cache_schema.settings import StoreSettings
 from cache_schema.staging import IsCurrent, Staging
-from cache_schema.sweeping import sweep_committed
 
 
 class ShardWriter:
@@ -50,29 +49,25 @@ class ShardWriter:
         self.name = check_shard_name(name)
         self._source = source
         self._known = known
-        self._lock = FileLock(
-            layout.lock(name), wait=False, what=f"shard {name!r} of {layout.root}"
-        )
+        self._claim = ShardClaim(layout, name)
         self._staging: Staging | None = None
 
     def __enter__(self) -> Self:
         """Take the shard: `ShardBusy` if somebody has it, `AlreadyCommitted` if it is finished."""
-        self._lock.__enter__()
+        self._claim.__enter__()
         try:
             if self._layout.commit(self.name).exists():
-                sweep_committed(self._layout, self.name)
+                self._claim.sweep()
                 raise AlreadyCommitted(
                     f"shard {self.name!r} of {self._layout.root} is finished; ask is_committed "
                     "before writing it"
                 )
             self._known.refresh()
-            self._staging = Staging(
-                self._layout, self._settings, self.name, self._source, self._is_current
-            )
+            self._staging = Staging(self._claim, self._settings, self._source, self._is_current)
             self._clip_keys = {clip.key for clip in self._staging.clips}
             self._skipped_keys = {clip.key for clip in self._staging.skipped}
         except BaseException:
-            self._lock.__exit__(None, None, None)
+            self._claim.__exit__(None, None, None)
             raise
         return self
 
@@ -83,7 +78,7 @@ class ShardWriter:
         traceback: TracebackType | None,
     ) -> None:
         self._staging = None
-        self._lock.__exit__(kind, error, traceback)
+        self._claim.__exit__(kind, error, traceback)
 
     def has(self, key: str) -> bool:
         """Whether the clip is staged or skipped already, by this writer or a killed one."""
@@ -159,15 +154,18 @@ class ShardWriter:
             self._skipped_keys.add(key)
 
     def commit(self) -> None:
-        """Publish the shard: one rename, then the commit record that readers trust."""
+        """Publish the shard: one rename, then the commit record that readers trust.
+
+        Raises `LockLost` if another writer took the shard over; it has what was staged then.
+        """
         staging = self._open_staging()
         group, files = staging.finish()
         record = CommitRecord(
             self.name, 0, self._source, tuple(staging.clips), tuple(staging.skipped), files
         )
-        commit_group(self._layout, self._settings, group, record)
+        commit_group(self._claim, self._settings, group, record, replaced=None)
         self._staging = None
-        sweep_committed(self._layout, self.name)
+        self._claim.sweep()
 
     def _open_staging(self) -> Staging:
         if self._staging is None:

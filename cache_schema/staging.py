@@ -1,23 +1,22 @@
 """The clips of a shard that is being written, on disk: staged one by one, adopted after a kill.
 
-Used by `shard_writer` alone, under the shard's lock. Nothing here is visible to readers. Every
+Used by `shard_writer` alone, with the shard's claim. Nothing here is visible to readers. Every
 clip and every skip has a numbered record, written after the clip's files are safe; a restart keeps
 the longest run of records, from the first on, whose clips are intact, and sweeps everything else.
 Zarr's metadata is never taken over: it is written anew for the number of clips that were kept.
 """
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cache_schema.claim import ShardClaim
 from cache_schema.clip_file import DamagedFile, read_clip, write_chunk_table
 from cache_schema.committing import safe_metadata
 from cache_schema.durable import make_directories, sync, sync_upwards, write_whole
 from cache_schema.errors import CacheError
-from cache_schema.layout import StoreLayout
 from cache_schema.manifest import (
     ClipEntry,
     SkippedClip,
@@ -30,7 +29,6 @@ from cache_schema.manifest import (
 from cache_schema.places import LocalPlace
 from cache_schema.sealed_json import seal, unseal
 from cache_schema.settings import StoreSettings
-from cache_schema.symlinks import refuse_links_below
 from cache_schema.zarr_group import (
     chunk_path,
     content_crc32c,
@@ -46,28 +44,27 @@ class Staging:
 
     def __init__(
         self,
-        layout: StoreLayout,
+        claim: ShardClaim,
         settings: StoreSettings,
-        shard: str,
         source: str,
         is_current: IsCurrent | None,
     ) -> None:
         """Adopt what an earlier writer left, sweep the rest, and be ready for the next clip."""
         self._is_current = is_current
         self._settings = settings
-        self._shard = shard
+        self._claim = claim
+        self._shard = claim.shard
         self._source = source
-        self._store = layout.root
-        self._folder = layout.staged(shard)
-        self._group = layout.staged_group(shard)
-        self._records = layout.staged_records(shard)
+        self._store = claim.layout.root
+        self._folder = claim.folder
+        self._group = claim.group
+        self._records = claim.records
         self.clips: list[ClipEntry] = []
         self.skipped: list[SkippedClip] = []
-        refuse_links_below(self._folder)
-        _take_back(layout, shard)
-        make_directories(self._records)
-        make_directories(self._group)
-        self._adopt()
+        with claim.guarded():
+            _take_back(claim)
+            make_directories(self._group)
+            self._adopt()
 
     def add(
         self,
@@ -76,7 +73,21 @@ class Staging:
         attributes: dict[str, Any],
         fingerprint: str,
     ) -> None:
-        """Stage one checked clip; when this returns, a restart will find it."""
+        """Stage one checked clip; when this returns, a restart will find it.
+
+        Raises `LockLost` if another writer took the shard over; it has the clips before this one.
+        """
+        self._claim.check()
+        with self._claim.guarded():
+            self._add(key, arrays, attributes, fingerprint)
+
+    def _add(
+        self,
+        key: str,
+        arrays: dict[str, np.ndarray],
+        attributes: dict[str, Any],
+        fingerprint: str,
+    ) -> None:
         index = len(self.clips)
         stored = {}
         for name, values in arrays.items():
@@ -95,14 +106,17 @@ class Staging:
     def skip(self, key: str, reason: str, detail: str, fingerprint: str) -> None:
         """Stage the fact that a clip is left out."""
         skipped = SkippedClip(key, reason, detail, fingerprint, self._shard)
-        self._write_record({"skipped": skipped.as_dict()})
+        with self._claim.guarded():
+            self._write_record({"skipped": skipped.as_dict()})
         self.skipped.append(skipped)
 
     def finish(self) -> tuple[Path, dict[str, StoredFile]]:
         """Make the group exactly its clips, and safe; its folder, and the metadata's checksums."""
-        self._lay_out()
-        files = safe_metadata(self._group, self._settings)
-        sync(self._folder)
+        self._claim.check()
+        with self._claim.guarded():
+            self._lay_out()
+            files = safe_metadata(self._group, self._settings)
+            sync(self._folder)
         return self._group, files
 
     def _write_record(self, entry: dict[str, Any]) -> None:
@@ -181,17 +195,17 @@ class Staging:
         self._arrays = create_group(self._group, self._settings, len(self.clips))
 
 
-def _take_back(layout: StoreLayout, shard: str) -> None:
+def _take_back(claim: ShardClaim) -> None:
     """Undo a publication that was killed before its commit record, so that it can be adopted.
 
     A group that once replaced the shard, and has lost its record, is removed.
     """
-    for replacement in layout.shards.glob(f"{shard}~*"):
-        shutil.rmtree(replacement)
-    published, staged = layout.group(shard, 0), layout.staged_group(shard)
+    for replacement in claim.layout.shards.glob(f"{claim.shard}~*"):
+        claim.discard(replacement)
+    published = claim.layout.group(claim.shard, 0)
     if not published.exists():
         return
-    if layout.staged_records(shard).is_dir() and not staged.exists():
-        published.rename(staged)
+    if any(claim.records.iterdir()) and not claim.group.exists():
+        published.rename(claim.group)
     else:
-        shutil.rmtree(published)
+        claim.discard(published)

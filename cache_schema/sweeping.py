@@ -1,11 +1,10 @@
 """Removing what killed processes left of finished shards; used by the writer and by `upkeep`."""
 
-import shutil
 from collections import defaultdict
 
+from cache_schema.claim import ShardClaim
 from cache_schema.errors import CorruptRecord, ShardBusy
 from cache_schema.layout import StoreLayout, parse_group_name
-from cache_schema.lock import FileLock
 from cache_schema.manifest import committed_shards, read_commit
 from cache_schema.settings import StoreSettings
 
@@ -19,18 +18,14 @@ def sweep_store(layout: StoreLayout, settings: StoreSettings) -> None:
         if not replaced and shard not in staging and layout.lock(shard).name not in staging:
             continue
         try:
-            with FileLock(layout.lock(shard), wait=False, what=f"shard {shard!r}"):
-                sweep_committed(layout, shard)
+            with ShardClaim(layout, shard) as claim:
+                if not layout.commit(shard).exists():
+                    continue
                 if replaced:
-                    _sweep_replaced(layout, settings, shard, generations[shard])
+                    _sweep_replaced(claim, settings, generations[shard])
+                claim.sweep()
         except ShardBusy:
             continue  # its own writer is at it
-
-
-def sweep_committed(layout: StoreLayout, shard: str) -> None:
-    """Remove what is left of the staging of a finished shard; its lock is held."""
-    if layout.staged(shard).exists():
-        shutil.rmtree(layout.staged(shard))
 
 
 def group_generations(layout: StoreLayout) -> defaultdict[str, list[int]]:
@@ -45,13 +40,12 @@ def group_generations(layout: StoreLayout) -> defaultdict[str, list[int]]:
     return found
 
 
-def _sweep_replaced(
-    layout: StoreLayout, settings: StoreSettings, shard: str, generations: list[int]
-) -> None:
+def _sweep_replaced(claim: ShardClaim, settings: StoreSettings, generations: list[int]) -> None:
     try:
-        current = read_commit(layout, settings, shard).generation
+        current = read_commit(claim.layout, settings, claim.shard).generation
     except CorruptRecord:
         return  # which group is the shard's is not known; that is for a repair
     for generation in generations:
-        if generation != current:
-            shutil.rmtree(layout.group(shard, generation))
+        group = claim.layout.group(claim.shard, generation)
+        if generation != current and group.exists():
+            claim.discard(group)

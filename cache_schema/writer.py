@@ -96,8 +96,8 @@ class StoreWriter:
         A store behind a URL is read by its index alone, so it has to be written before copying.
         """
         self._layout.staging.mkdir(exist_ok=True)
-        with FileLock(self._layout.store_lock, wait=True, what=f"store {self.path}"):
-            write_index(self._layout, self.settings)
+        with FileLock(self._layout.store_lock, wait=True, what=f"store {self.path}") as lock:
+            write_index(self._layout, self.settings, lock)
 
 
 def _as_stored(layout: StoreLayout, settings: StoreSettings) -> StoreSettings:

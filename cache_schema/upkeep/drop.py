@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cache_schema.claim import ShardClaim
 from cache_schema.clip_index import load_index
 from cache_schema.layout import StoreLayout
-from cache_schema.lock import FileLock
 from cache_schema.manifest import SkippedClip, committed_shards, read_commit, read_manifest
 from cache_schema.places import LocalPlace
 from cache_schema.settings import StoreSettings
@@ -55,7 +55,8 @@ def drop_clips(
 
     Raises:
         ValueError: a key is neither in the store nor dropped from it. Nothing was changed.
-        ShardBusy: another process is changing one of the shards. Those before it are done.
+        ShardBusy, LockLost: another process is changing one of the shards. Those before it are
+            done.
         CorruptClip: a clip that is kept lacks its file. Shards before that one are done.
         StoreNotFound, UnknownSchemaVersion, CorruptRecord: from the store's records.
         SymlinkInStore: the store has a symbolic link where only its own files may be.
@@ -111,8 +112,7 @@ def _drop_from(
     reason: DropReason,
     detail: str,
 ) -> int:
-    what = f"shard {shard!r} of {layout.root}"
-    with FileLock(layout.lock(shard), wait=False, what=what):
+    with ShardClaim(layout, shard) as claim:
         record = read_commit(layout, settings, shard)
         keep = [clip for clip in record.clips if clip.key not in keys]
         otherwise = [clip for clip in record.skipped if _is_dropped(clip) and clip.reason != reason]
@@ -123,7 +123,7 @@ def _drop_from(
             fingerprints = {c.key: c.fingerprint for c in otherwise}
             fingerprints |= {c.key: c.fingerprint for c in record.clips}
             skipped += [SkippedClip(key, reason, detail, fingerprints[key], shard) for key in gone]
-            keep_clips(layout, settings, record, keep, skipped, quarantine=None)
+            keep_clips(claim, settings, record, keep, skipped, quarantine=None)
         return len(gone)
 
 

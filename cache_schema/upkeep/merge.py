@@ -6,11 +6,11 @@ shard's lock, renamed into place and committed. What is committed is not done ag
 """
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cache_schema.claim import ShardClaim, staged_records
 from cache_schema.clip_index import load_index
 from cache_schema.committing import commit_group
 from cache_schema.durable import make_directories, sync, sync_folders, write_whole
@@ -27,8 +27,8 @@ from cache_schema.manifest import (
 from cache_schema.places import LocalPlace
 from cache_schema.sealed_json import seal, unseal
 from cache_schema.settings import StoreSettings, differing_settings
-from cache_schema.sweeping import sweep_committed, sweep_store
-from cache_schema.symlinks import refuse_links, refuse_links_below
+from cache_schema.sweeping import sweep_store
+from cache_schema.symlinks import refuse_links
 from cache_schema.upkeep.intact import GroupFile, group_files, num_bytes, read_intact
 from cache_schema.writer import StoreWriter
 
@@ -90,7 +90,7 @@ def merge_stores(
         CorruptRecord: a record of a store is damaged or lost. Nothing was done.
         CorruptClip: a source is damaged. Shards before that one are merged.
         SymlinkInStore: a store has a symbolic link where only its own files may be.
-        ShardBusy: another process writes one of the shards.
+        ShardBusy, LockLost: another process writes one of the shards.
     """
     target = Path(target)
     layouts = [StoreLayout(Path(source)) for source in sources]
@@ -213,7 +213,10 @@ def _content(record: CommitRecord, settings: StoreSettings) -> str:
 
 def _begun_otherwise(target: StoreLayout, record: CommitRecord, name: str) -> bool:
     """Whether a writer has begun, and not finished, a shard of that name from another input."""
-    path = target.staged_records(name) / f"{0:08d}.json"
+    records = staged_records(target, name)
+    if records is None:
+        return False
+    path = records / f"{0:08d}.json"
     try:
         return bool(
             unseal(path.read_bytes(), str(path), store=target.root)["source"] != record.source
@@ -237,22 +240,21 @@ def _bring(
     """Make one shard the target's; returns the bytes that both stores share."""
     name = arrival.name
     place = LocalPlace(arrival.source.root)
-    with FileLock(target.lock(name), wait=False, what=f"shard {name!r} of {target.root}"):
+    with ShardClaim(target, name) as claim:
         if target.commit(name).exists():
             raise ValueError(
                 f"shard {name!r} of {target.root} was finished by another process; run the same "
                 "command again"
             )
         # A folder of its own: a writer of that shard must not take its files for its own.
-        incoming = target.staged(name) / "incoming"
+        incoming = claim.folder / "incoming"
         group = target.group(name, 0)
-        refuse_links_below(target.staged(name))
-        make_directories(target.staged(name))
         if group.exists():  # published without a commit record, perhaps by a merge killed there
             if incoming.exists():
-                shutil.rmtree(group)
+                claim.discard(group)
             else:
-                group.rename(incoming)
+                with claim.guarded():
+                    group.rename(incoming)
         make_directories(incoming)
         files = group_files(record, settings)
         linked = 0
@@ -264,8 +266,9 @@ def _bring(
         _keep_only(incoming, {incoming / file.path for file in files})
         sync_folders(incoming)
         sync(incoming.parent)
-        commit_group(target, settings, incoming, replace(record, shard=name, generation=0))
-        sweep_committed(target, name)
+        arrived = replace(record, shard=name, generation=0)
+        commit_group(claim, settings, incoming, arrived, replaced=None)
+        claim.sweep()
     return linked
 
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from cache_schema.claim import ShardClaim
 from cache_schema.clip_index import load_index
 from cache_schema.layout import StoreLayout, check_fingerprint
-from cache_schema.lock import FileLock
 from cache_schema.manifest import read_commit, read_manifest
 from cache_schema.places import LocalPlace
 from cache_schema.upkeep.replace_shard import keep_clips
@@ -28,7 +28,8 @@ def change_fingerprints(store: Path, fingerprints: Mapping[str, str]) -> int:
         How many clips were changed.
 
     Raises:
-        ShardBusy: another process is changing one of the shards. Those before it are done.
+        ShardBusy, LockLost: another process is changing one of the shards. Those before it are
+            done.
         CorruptClip: a clip lacks its file. Shards before that one are done.
         StoreNotFound, UnknownSchemaVersion, CorruptRecord: from the store's records.
     """
@@ -43,7 +44,7 @@ def change_fingerprints(store: Path, fingerprints: Mapping[str, str]) -> int:
     layout.staging.mkdir(exist_ok=True)
     num_changed = 0
     for shard, wanted in sorted(shards.items()):
-        with FileLock(layout.lock(shard), wait=False, what=f"shard {shard!r} of {layout.root}"):
+        with ShardClaim(layout, shard) as claim:
             record = read_commit(layout, settings, shard)
             clips = [
                 replace(clip, fingerprint=wanted.get(clip.key, clip.fingerprint))
@@ -51,7 +52,7 @@ def change_fingerprints(store: Path, fingerprints: Mapping[str, str]) -> int:
             ]
             changed = sum(new != old for new, old in zip(clips, record.clips, strict=True))
             if changed:
-                keep_clips(layout, settings, record, clips, record.skipped, quarantine=None)
+                keep_clips(claim, settings, record, clips, record.skipped, quarantine=None)
             num_changed += changed
     StoreWriter(layout.root, settings).write_index()
     return num_changed

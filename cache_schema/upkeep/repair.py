@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cache_schema.claim import ShardClaim
 from cache_schema.clip_index import write_index
 from cache_schema.durable import make_directories, sync
 from cache_schema.errors import CorruptRecord, ShardBusy, UnknownSchemaVersion
@@ -185,10 +186,9 @@ class _Repair:
         for shard in sorted(
             {problem.shard for problem in mendable if problem.shard is not None} - by_hand
         ):
-            what = f"shard {shard!r} of {self.layout.root}"
             try:
-                with FileLock(self.layout.lock(shard), wait=False, what=what):
-                    self._mend_shard(shard)
+                with ShardClaim(self.layout, shard) as claim:
+                    self._mend_shard(claim)
             except ShardBusy:
                 self.left += [problem for problem in mendable if problem.shard == shard]
         for path in self._foreign():
@@ -199,13 +199,16 @@ class _Repair:
         if not by_hand:
             sweep_store(self.layout, self.settings)  # lock files and staging of killed processes
         try:
-            with FileLock(self.layout.store_lock, wait=True, what=f"store {self.layout.root}"):
-                write_index(self.layout, self.settings)
+            with FileLock(
+                self.layout.store_lock, wait=True, what=f"store {self.layout.root}"
+            ) as lock:
+                write_index(self.layout, self.settings, lock)
         except (CorruptRecord, UnknownSchemaVersion):
             return  # for what is left; a store can be read without the index
         self.left = [problem for problem in self.left if problem.shard is not None]
 
-    def _mend_shard(self, shard: str) -> None:
+    def _mend_shard(self, claim: ShardClaim) -> None:
+        shard = claim.shard
         try:
             record, crc32c = read_record(LocalPlace(self.layout.root), self.settings, shard)
         except UnknownSchemaVersion:
@@ -213,17 +216,17 @@ class _Repair:
         except FileNotFoundError:
             # A writer takes back the first generation that it has left itself, and no other one.
             if shard in self.survey.lost:
-                self._take_whole(shard)
+                self._take_whole(claim)
             else:
-                self._take_groups(shard, but=0)
+                self._take_groups(claim, but=0)
             return
         except CorruptRecord:
-            self._take_whole(shard)
+            self._take_whole(claim)
             return
         if shard in self.survey.contradicted and crc32c == self.survey.crc32cs[shard]:
-            self._take_whole(shard)
+            self._take_whole(claim)
             return
-        self._take_groups(shard, but=record.generation)
+        self._take_groups(claim, but=record.generation)
         damage = check_shard(
             LocalPlace(self.layout.root),
             self.settings,
@@ -241,7 +244,7 @@ class _Repair:
             out.setdefault(key, SkippedClip(key, DUPLICATE, told, made_from[key], shard))
         if damage or out:
             keep_clips(
-                self.layout,
+                claim,
                 self.settings,
                 record,
                 [clip for clip in record.clips if clip.key not in out],
@@ -274,9 +277,10 @@ class _Repair:
                     found.setdefault(clip.key, other)
         return found
 
-    def _take_whole(self, shard: str) -> None:
+    def _take_whole(self, claim: ShardClaim) -> None:
         """Take out a shard's groups and its record; what was dropped from it must not come back."""
-        self._take_groups(shard, but=None)
+        shard = claim.shard
+        self._take_groups(claim, but=None)
         if os.path.lexists(self.layout.commit(shard)):
             self.quarantine.take(self.layout.commit(shard))
         self.shards.append(shard)
@@ -287,12 +291,13 @@ class _Repair:
             if clip.shard == shard and clip.reason == DROPPED
         ]
 
-    def _take_groups(self, shard: str, *, but: int | None) -> None:
+    def _take_groups(self, claim: ShardClaim, *, but: int | None) -> None:
         """Take out a shard's groups of all generations but one."""
         there = self.layout.shards.iterdir() if self.layout.shards.is_dir() else ()
         for path in sorted(there):
             group = parse_group_name(path.name)
-            if group is not None and group[0] == shard and group[1] != but:
+            if group is not None and group[0] == claim.shard and group[1] != but:
+                claim.check()
                 self.quarantine.take(path)
 
     def _foreign(self) -> list[Path]:

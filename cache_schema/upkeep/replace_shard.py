@@ -6,22 +6,22 @@ replaced readers see the old group, and from then on the new one.
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from os import link
 from pathlib import Path
 
+from cache_schema.claim import ShardClaim
 from cache_schema.committing import commit_group, safe_metadata
 from cache_schema.durable import make_directories, sync, sync_folders
-from cache_schema.errors import CorruptClip
-from cache_schema.layout import StoreLayout
+from cache_schema.errors import CorruptClip, LockLost
 from cache_schema.manifest import ClipEntry, CommitRecord, SkippedClip, mend_hint
 from cache_schema.settings import StoreSettings
-from cache_schema.sweeping import sweep_committed
 from cache_schema.zarr_group import chunk_path, create_group
 
 
 def keep_clips(
-    layout: StoreLayout,
+    claim: ShardClaim,
     settings: StoreSettings,
     record: CommitRecord,
     keep: Sequence[ClipEntry],
@@ -29,13 +29,13 @@ def keep_clips(
     *,
     quarantine: Path | None,
 ) -> CommitRecord:
-    """Replace a shard by its next generation, with some of its clips; the caller holds its lock.
+    """Replace a shard by its next generation, with some of its clips.
 
     A process killed in here leaves the old shard or the new one, and leftovers that `sweep_store`
     removes.
 
     Args:
-        layout: the store's paths; `.staging` exists.
+        claim: the shard's.
         settings: the store's.
         record: the shard as it is committed now.
         keep: clips of `record`, in the order they shall have; their files are taken as they are.
@@ -43,51 +43,55 @@ def keep_clips(
         quarantine: folder of the store to move the old group into; it is removed where this is
             None.
 
-    Raises `CorruptClip` where a file of a clip to keep is missing; nothing has changed then.
+    Raises `CorruptClip` where a file of a clip to keep is missing, and `LockLost` where another
+    process took the shard over; nothing has changed then.
     """
-    shard = record.shard
-    old, group = layout.group(shard, record.generation), layout.staged_group(shard)
-    sweep_committed(layout, shard)
-    make_directories(group)
-    clips = tuple(
-        _take_over(clip, index, old, group, layout, settings) for index, clip in enumerate(keep)
-    )
+    layout, shard, group = claim.layout, record.shard, claim.group
+    old, replacement = (layout.group(shard, record.generation + n) for n in (0, 1))
+    for leftover in (group, replacement):
+        if leftover.exists():  # of a process that was killed
+            claim.discard(leftover)
+    with claim.guarded():
+        group.mkdir()
+    clips = tuple(_link(clip, index, old, claim, settings) for index, clip in enumerate(keep))
     create_group(group, settings, len(clips))
     files = safe_metadata(group, settings)
     sync_folders(group)
     generation = record.generation + 1
     new = CommitRecord(shard, generation, record.source, clips, tuple(skipped), files)
-    commit_group(layout, settings, group, new)
+    commit_group(claim, settings, group, new, replaced=record)
     if quarantine is not None and old.exists():
         make_directories(quarantine)
         old.rename(quarantine / old.name)
         sync(quarantine)
         sync(layout.shards)
     elif old.exists():
-        shutil.rmtree(old)
-    sweep_committed(layout, shard)
+        with suppress(LockLost):  # whoever took the shard over sweeps
+            claim.discard(old)
+    claim.sweep()
     return new
 
 
-def _take_over(
+def _link(
     clip: ClipEntry,
     index: int,
     old: Path,
-    new: Path,
-    layout: StoreLayout,
+    claim: ShardClaim,
     settings: StoreSettings,
 ) -> ClipEntry:
     """Put a clip's files into the new group, as number `index`."""
     arrays = {}
     for name, stored in clip.arrays.items():
         path = chunk_path(name, settings.arrays[name], index)
-        (new / path).parent.mkdir(parents=True)
+        target = claim.group / path
+        target.parent.mkdir(parents=True)
         try:
-            _share(old / stored.path, new / path)
+            _share(old / stored.path, target)
         except FileNotFoundError as error:
+            claim.check()
             raise CorruptClip(
-                f"clip {clip.key!r} in shard {clip.shard!r} of {layout.root} is damaged: file "
-                f"{stored.path} cannot be found; {mend_hint(layout.root)}"
+                f"clip {clip.key!r} in shard {clip.shard!r} of {claim.layout.root} is damaged: "
+                f"file {stored.path} cannot be found; {mend_hint(claim.layout.root)}"
             ) from error
         arrays[name] = replace(stored, path=path)
     return replace(clip, index=index, arrays=arrays)

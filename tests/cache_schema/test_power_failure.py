@@ -58,7 +58,7 @@ def test_a_clip_is_on_the_disk_when_it_is_staged(tmp_path, disk, settings, clip_
     with writer.shard("00000", source="a.tar") as shard:
         shard.add("a0", clip_of("a0"), fingerprint=fingerprint_of("a0"))
         shard.skip("a1", "too_short", "3 frames", fingerprint=fingerprint_of("a1"))
-        staged = writer.path / ".staging" / "00000"
+        (staged,) = writer.path.glob(".staging/00000/*/staged")
         records = sorted((staged / "records").glob("*.json"))
         assert len(records) == 2
         chunks = [file for file in (staged / "shard").rglob("*") if "c" in file.parts[-6:]]

@@ -74,6 +74,8 @@ def example(tmp_path: Path) -> Path:
             {"num_frames": 49, "quality": 0.95},
             fingerprint=fingerprint_of("jump/0000"),
         )
+    (staging,) = writer.path.glob(".staging/00002/*")
+    staging.rename(staging.with_name("5f0c1d9be27a4836"))
     return writer.path
 
 
@@ -82,7 +84,7 @@ def test_the_json_shown_is_the_json_written(example: Path) -> None:
     files = [
         "store.json",
         "commits/00000.json",
-        ".staging/00002/records/00000000.json",
+        ".staging/00002/5f0c1d9be27a4836/staged/records/00000000.json",
     ]
     assert shown == [(example / file).read_text("utf-8") for file in files]
 

@@ -314,7 +314,7 @@ def test_a_repair_takes_out_clips_behind_a_link_and_nothing_of_what_it_points_to
 def test_a_killed_writers_staging_is_not_taken_over_through_a_link(
     store: Path, settings: StoreSettings, home: Path, files_of: FilesOf
 ) -> None:
-    staged = store / ".staging" / "00002"
+    staged = store / ".staging" / "00002" / "5f0c1d9be27a4836" / "staged"
     (staged / "records").mkdir(parents=True)
     (staged / "shard").symlink_to(home)
     before = files_of(home)

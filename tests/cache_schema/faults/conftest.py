@@ -13,6 +13,7 @@ FAULTS = {
     "free_inodes": (3, 40),
     "copy": (9, 120),
     "crowd": (1, 6),
+    "lost_lock": (5, 150),
 }
 
 
