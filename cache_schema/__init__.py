@@ -4,6 +4,7 @@ from cache_schema.clip_index import ShardFacts
 from cache_schema.errors import (
     AlreadyCommitted,
     CacheError,
+    ClipChanged,
     ClipMissing,
     CorruptClip,
     CorruptRecord,
@@ -34,6 +35,7 @@ __all__ = [
     "AlreadyCommitted",
     "ArraySpec",
     "CacheError",
+    "ClipChanged",
     "ClipEntry",
     "ClipMissing",
     "Compression",

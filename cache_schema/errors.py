@@ -22,6 +22,10 @@ class ClipMissing(CacheError, KeyError):
     """The store has no committed clip of that key."""
 
 
+class ClipChanged(CacheError):
+    """A clip was made again, with other values, since the store was opened."""
+
+
 class CorruptClip(CacheError):
     """A committed clip's bytes are absent, of the wrong size, or fail a checksum."""
 

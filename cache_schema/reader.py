@@ -2,7 +2,7 @@
 
 Clips are taken from commit records alone, or from the index of them. What is read has the size and
 the checksums that were committed, or `CorruptClip` is raised: nothing ever stands in for bytes that
-are not there.
+are not there. A shard that is replaced while the reader is open is followed to its next generation.
 """
 
 from collections import OrderedDict
@@ -13,12 +13,21 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from cache_schema.clip_file import DamagedFile, read_clip, read_part
-from cache_schema.clip_index import ClipIndex, ShardFacts, commit_path, load_index, record_head
+from cache_schema.clip_file import DamagedFile, FileFacts, read_clip, read_part
+from cache_schema.clip_index import (
+    ClipIndex,
+    ShardFacts,
+    commit_path,
+    index_of_records,
+    load_index,
+    record_head,
+)
 from cache_schema.errors import (
     CacheError,
+    ClipChanged,
     ClipMissing,
     CorruptClip,
+    CorruptRecord,
     SettingsMismatch,
     StoreNotFound,
 )
@@ -40,12 +49,20 @@ from cache_schema.zarr_group import chunk_path
 _MAX_RECORDS = 16
 """Commit records kept, for those who ask for the attributes of clip after clip."""
 
+_MAX_REPLACEMENTS = 8
+"""How often a shard may be replaced while one file of it is being opened."""
+
 
 class StoreReader:
     """One store, read lazily: its index when first needed, each clip when it is asked for.
 
-    It sees the clips that were committed when it first looked. It can be pickled, and used in
-    processes made by fork or spawn; a copy sees the same clips.
+    It sees the clips that were committed when it first looked, with the values that they had then.
+    Where a shard has been replaced since (`drop`, `repair`), its new commit record is read once,
+    when the first file is not where it was, and its clips are read from their new place. A clip
+    that was taken out raises `ClipMissing`, one that was made again with other values
+    `ClipChanged`; what the store has gained is not seen.
+
+    It can be pickled, and used in processes made by fork or spawn; a copy sees the same clips.
     """
 
     def __init__(self, path: Path | str, *, kind: str | None = None) -> None:
@@ -76,6 +93,7 @@ class StoreReader:
             raise SettingsMismatch(
                 f"{self.path} is a store of kind {self.settings.kind!r}, not {kind!r}"
             )
+        self._replaced: dict[str, ClipIndex] = {}
         self._forget()
 
     @cached_property
@@ -177,7 +195,8 @@ class StoreReader:
         Each is a new array of the settings' type and shape.
 
         Raises:
-            ClipMissing: the key is not in the store.
+            ClipMissing: the key is not in the store, or was taken out since it was opened.
+            ClipChanged: the clip was made again with other values since the store was opened.
             CorruptClip: bytes are absent or differ from what was committed.
             StoreUnreachable: a network place did not answer.
             ValueError: `arrays` has a name that the store does not hold.
@@ -203,10 +222,10 @@ class StoreReader:
                 f"{array} of {self.path} has entries 0 to {spec.shape[0]}; {start} to {stop} are "
                 "not a part of them"
             )
-        row = self._row(key)
-        facts = self._index.file_of(row, array)
         return self._read_file(
-            row, array, lambda path: read_part(self._place, path, spec, facts, start, stop)
+            self._row(key),
+            array,
+            lambda path, facts: read_part(self._place, path, spec, facts, start, stop),
         )
 
     def _know(self, arrays: Sequence[str]) -> None:
@@ -235,51 +254,99 @@ class StoreReader:
         return None if row is None else self._index.place_of(row)[0]
 
     def _read_array(self, row: int, name: str) -> np.ndarray:
-        facts = self._index.file_of(row, name)
-
-        def decode(path: str) -> np.ndarray:
+        def decode(path: str, facts: FileFacts) -> np.ndarray:
             # One byte more than there should be, and never all of a file that is something else.
             with self._place.open(path, 0, facts.bytes + 1) as file:
                 return read_clip(file, self.settings.arrays[name], facts)
 
         return self._read_file(row, name, decode)
 
-    def _read_file(self, row: int, name: str, decode: Callable[[str], np.ndarray]) -> np.ndarray:
-        try:
-            return decode(self._path_of(row, name))
-        except FileNotFoundError as error:
-            self._corrupt(row, name, "it cannot be found", error)
-        except OSError as error:
-            self._corrupt(row, name, f"it cannot be read ({error.strerror})", error)
-        except DamagedFile as error:
-            self._corrupt(row, name, str(error), error)
-
-    def _path_of(self, row: int, name: str) -> str:
-        shard, generation, position = self._index.place_of(row)
-        path = chunk_path(name, self.settings.arrays[name], position)
-        return f"shards/{group_name(shard, generation)}/{path}"
-
-    def _corrupt(
-        self, row: int, name: str, what: str, error: BaseException | None = None
-    ) -> NoReturn:
-        shard, _, _ = self._index.place_of(row)
-        if not self._is_as_opened(shard):
-            self._changed(shard, error)
+    def _read_file(
+        self, row: int, name: str, decode: Callable[[str, FileFacts], np.ndarray]
+    ) -> np.ndarray:
+        for _ in range(_MAX_REPLACEMENTS):
+            index, now = self._current(row)
+            shard, generation, position = index.place_of(now)
+            file = chunk_path(name, self.settings.arrays[name], position)
+            path = f"shards/{group_name(shard, generation)}/{file}"
+            try:
+                return decode(path, index.file_of(now, name))
+            except (OSError, DamagedFile) as error:
+                if not self._reopen(shard, index):
+                    raise CorruptClip(
+                        f"clip {self.keys[row]!r} in shard {shard!r} of {self.path} is damaged: "
+                        f"{path}: {_what_is_wrong(error)}; {mend_hint(self.path)}"
+                    ) from error
         raise CorruptClip(
-            f"clip {self.keys[row]!r} in shard {shard!r} of {self.path} is damaged: "
-            f"{self._path_of(row, name)}: {what}; {mend_hint(self.path)}"
-        ) from error
+            f"clip {self.keys[row]!r} of {self.path} could not be read: its shard {shard!r} was "
+            f"replaced {_MAX_REPLACEMENTS} times meanwhile; try again when nothing changes it"
+        )
 
-    def _is_as_opened(self, shard: str) -> bool:
+    def _current(self, row: int) -> tuple[ClipIndex, int]:
+        """Where a clip is known to lie now: the index that says so, and the clip's row in it."""
+        opened = self._index
+        if not self._replaced:
+            return opened, row
+        shard, _, _ = opened.place_of(row)
+        index = self._replaced.get(shard)
+        if index is None:
+            return opened, row
+        now = index.keys.find(self.keys[row])
+        if now is None:
+            raise ClipMissing(self._taken_out(row, shard, index))
+        for array in self.settings.arrays:
+            if index.file_of(now, array).crc32c != opened.file_of(row, array).crc32c:
+                raise ClipChanged(
+                    f"clip {self.keys[row]!r} in shard {shard!r} of {self.path} was made again "
+                    f"since the store was opened, and its {array} has other values now; open the "
+                    "store again to read it"
+                )
+        return index, now
+
+    def _taken_out(self, row: int, shard: str, index: ClipIndex) -> str:
+        key = self.keys[row]
+        why = ""
+        for clip in index.all_skipped():
+            if clip.key == key:
+                why = f": skipped as {clip.reason} ({clip.detail})"
+        return (
+            f"no {self.settings.kind} of clip {key!r} in {self.path} any more: it was taken out of "
+            f"shard {shard!r} since the store was opened{why}"
+        )
+
+    def _reopen(self, shard: str, index: ClipIndex) -> bool:
+        """Read a shard's commit record again, if it is not the one that `index` is of.
+
+        Raises `CorruptClip` if there is another one that cannot be trusted, or none.
+        """
         try:
-            return record_head(self._place, shard) == b"%08x" % self._index.record_crc32c(shard)
-        except FileNotFoundError:
+            if record_head(self._place, shard) == b"%08x" % index.record_crc32c(shard):
+                return False
+            newer = index_of_records(self._place, self.settings, [shard])
+            if shard not in newer.shards:
+                raise FileNotFoundError
+        except FileNotFoundError as error:
+            raise CorruptClip(
+                f"{self.path}/{commit_path(shard)} cannot be found: it was there when the store "
+                f"was opened; if no repair took shard {shard!r} out, {mend_hint(self.path)}"
+            ) from error
+        except CorruptRecord as error:
+            raise CorruptClip(str(error)) from error
+        except (OSError, CacheError):  # nothing is known of it
             return False
-        except (OSError, CacheError):
-            return True
+        self._replaced[shard] = newer
+        return True
 
     def _changed(self, shard: str, error: BaseException | None = None) -> NoReturn:
         raise CorruptClip(
             f"{self.path} has changed since it was opened: shard {shard!r} is another one now; "
             "open it again"
         ) from error
+
+
+def _what_is_wrong(error: OSError | DamagedFile) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "it cannot be found"
+    if isinstance(error, OSError):
+        return f"it cannot be read ({error.strerror})"
+    return str(error)

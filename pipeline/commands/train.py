@@ -43,6 +43,7 @@ def run(config: RunConfig, progress: Progress) -> Answer:
         "left_out_by_name": summary.left_out_by_name,
         "skipped_steps": summary.skipped_steps,
         "damaged_clips": summary.damaged_clips,
+        "gone_clips": summary.gone_clips,
         "first": None if summary.first is None else asdict(summary.first),
         "last": None if summary.last is None else asdict(summary.last),
         "figures": by_name([*losses, *speed]),
@@ -60,9 +61,11 @@ def run(config: RunConfig, progress: Progress) -> Answer:
     if summary.skipped_steps:
         skipped = f"{summary.skipped_steps}, with a loss or gradient that is no number"
         rows.append(("skipped steps", f"{skipped}; see {SKIPPED_FILE} in the run's folder"))
-    if summary.damaged_clips:
-        damaged = f"{summary.damaged_clips}, others took their places"
-        rows.append(("damaged clips", f"{damaged}; see {DAMAGED_FILE} in the run's folder"))
+    unreadable = (("damaged clips", summary.damaged_clips), ("gone clips", summary.gone_clips))
+    for name, count in unreadable:
+        if count:
+            told = f"{count}, others took their places; see {DAMAGED_FILE} in the run's folder"
+            rows.append((name, told))
     rows += [(one.name, one.told) for one in speed]
     rows.append(("peak memory", in_bytes(summary.peak_memory_bytes)))
     rows.append(("weights", str(summary.export)))

@@ -46,7 +46,8 @@ def figures(run: RunRecords) -> list[Figure]:
             Figure(
                 name="mishaps",
                 value=str(len(run.skipped) + len(run.damaged)),
-                note=f"steps skipped: {len(run.skipped)}, damaged clips met: {len(run.damaged)}",
+                note=f"steps skipped: {len(run.skipped)}, damaged or gone clips met: "
+                f"{len(run.damaged)}",
             )
         )
     return found

@@ -70,10 +70,10 @@ def render(run: RunRecords) -> str:
                 note="Their loss or gradient was no number: nothing was learnt from them.",
             ),
             section(
-                "Damaged clips",
-                table(run.damaged, ("step", "key", "message")),
-                note="Each was replaced by another clip; sam2vx-pipeline cache repair mends the "
-                "stores.",
+                "Damaged and gone clips",
+                table(run.damaged, ("step", "key", "gone", "message")),
+                note="Each was replaced by another clip. Those that are gone were taken out of the "
+                "cache during the run; for others sam2vx-pipeline cache repair mends the stores.",
             ),
             section("The run", *_folds(run)),
         ],

@@ -28,18 +28,20 @@ class DamagedClips:
     def of_all_ranks(self, step: int, mine: list[DamagedClip]) -> tuple[DamagedRow, ...]:
         """The damaged clips of every rank's passes; every rank asks, if any has one."""
         return tuple(
-            DamagedRow(step=step, key=clip.key, message=clip.message)
+            DamagedRow(step=step, key=clip.key, message=clip.message, gone=clip.gone)
             for rank in gather(self._world, mine)
             for clip in rank
         )
 
     def add(self, rows: tuple[DamagedRow, ...]) -> None:
-        """Count them; the same clip counts once.
+        """Count the damaged ones; the same clip counts once.
+
+        Clips that were dropped are somebody's decision, and what is left of the cache is whole.
 
         Raises:
             TooManyDamaged: naming some, and what would help.
         """
-        self._keys.update(row.key for row in rows)
+        self._keys.update(row.key for row in rows if not row.gone)
         if not rows or len(self._keys) <= self._most * self._clips:
             return
         named = ", ".join(map(repr, sorted(self._keys)[:3]))
@@ -47,6 +49,7 @@ class DamagedClips:
         raise TooManyDamaged(
             f"{len(self._keys)} of {self._clips} clips cannot be read, more than "
             f"train.max_damaged={self._most} allows: {named}{more}; {DAMAGED_FILE} in the run's "
-            "folder says why. sam2vx-pipeline cache verify finds all of them, cache repair drops "
-            "them so that extract-features makes them again; then train again and it goes on"
+            "folder says why. sam2vx-pipeline cache verify finds all of them, cache repair takes "
+            "them out, extract-features --retry-failed makes them again; then run the same command "
+            "again: it goes on, also without them"
         )

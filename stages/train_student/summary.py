@@ -20,7 +20,9 @@ class TrainSummary:
     skipped_steps: int
     """Steps of the whole run that left the weights as they were."""
     damaged_clips: int
-    """Clips that could not be read at some step of the whole run."""
+    """Clips that were damaged at some step of the whole run."""
+    gone_clips: int
+    """Clips that were taken out of the cache, or made again, while the run went on."""
     seconds_per_step: float | None
     """Mean over this process's steps, as the page of the run has it; None if it made none."""
     peak_memory_bytes: int

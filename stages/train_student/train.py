@@ -179,6 +179,9 @@ def _summary(
     first = last = None
     for last in read_losses(run_dir):
         first = first or last
+    unreadable: dict[bool, set[str]] = {False: set(), True: set()}
+    for row in each_row(run_dir / DAMAGED_FILE):
+        unreadable[row["gone"]].add(row["key"])
     num_skipped = sum(1 for _ in each_row(run_dir / SKIPPED_FILE))
     if last is None and num_skipped < steps:
         raise ValueError(
@@ -192,7 +195,8 @@ def _summary(
         first=first,
         last=last,
         skipped_steps=num_skipped,
-        damaged_clips=len({row["key"] for row in each_row(run_dir / DAMAGED_FILE)}),
+        damaged_clips=len(unreadable[False]),
+        gone_clips=len(unreadable[True]),
         seconds_per_step=statistics.fmean(durations) if durations else None,
         peak_memory_bytes=peak_memory_bytes(),
         export=run_dir / EXPORT_FOLDER,

@@ -143,6 +143,7 @@ class TestTrain:
                 "last": row(20, 1.0, auxiliary),
                 "skipped_steps": 0,
                 "damaged_clips": 0,
+                "gone_clips": 0,
                 "seconds_per_step": 0.5,
                 "peak_memory_bytes": 10**9,
                 "export": config.train.run_dir / "export",
@@ -205,7 +206,9 @@ class TestTrain:
         assert answer.data["last"]["auxiliary"] == {}
 
     def test_skipped_steps_and_damaged_clips_are_told(self, monkeypatch, config, summary):
-        answer, _ = self.answer(monkeypatch, config, summary(skipped_steps=2, damaged_clips=1))
+        answer, _ = self.answer(
+            monkeypatch, config, summary(skipped_steps=2, damaged_clips=1, gone_clips=3)
+        )
         rows = dict(answer.rows)
         assert (
             rows["skipped steps"].startswith("2, ")
@@ -215,6 +218,7 @@ class TestTrain:
             rows["damaged clips"].startswith("1, ")
             and "damaged_clips.jsonl" in rows["damaged clips"]
         )
+        assert rows["gone clips"].startswith("3, ")
         assert (answer.data["skipped_steps"], answer.data["damaged_clips"]) == (2, 1)
 
     def test_a_run_that_skipped_every_step_has_no_losses(self, monkeypatch, config, summary):

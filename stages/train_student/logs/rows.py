@@ -85,6 +85,8 @@ class DamagedRow:
     step: int
     key: str
     message: str
+    gone: bool
+    """Whether it was taken out of the cache, or made again, while the run went on: no damage."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,7 @@
     losses.jsonl          a line per step that moved the weights: equal for equal runs
     performance.jsonl     a line per step: seconds, waiting, memory; differs from run to run
     skipped_steps.jsonl   a line per step that left them as they were, with its clips
-    damaged_clips.jsonl   a line per clip and step that could not be read
+    damaged_clips.jsonl   a line per clip and step that was damaged or gone
     tensorboard/, wandb/  the same numbers, as train.report_to says
 """
 
@@ -90,9 +90,9 @@ class RunLog:
     def _warn(self, damaged: DamagedRow) -> None:
         if damaged.key not in self._warned:
             self._warned.add(damaged.key)
+            what = "is gone" if damaged.gone else "cannot be read"
             self._progress.log(
-                f"warning: clip {damaged.key!r} cannot be read, another takes its place: "
-                f"{damaged.message}"
+                f"warning: clip {damaged.key!r} {what}, another takes its place: {damaged.message}"
             )
 
     def _show(self, losses: LossRow, performance: PerformanceRow) -> None:

@@ -16,9 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cache_schema import ClipMissing, CorruptClip
 from stages.background import DaemonPool, result_of
-from stages.train_student.data.damaged import DamagedClip
+from stages.train_student.data.damaged import UNREADABLE, DamagedClip
 from stages.train_student.data.dataset import Batch, CachedSamples
 from stages.train_student.distributed import World, gather
 from stages.train_student.step import TrainingStep
@@ -134,8 +133,8 @@ class HeldOutLosses:
             key, timestep = self._items[place % len(self._items)]
             try:
                 batch = self._samples.held_out_batch(key, timestep)
-            except (CorruptClip, ClipMissing) as error:
-                damaged[key] = DamagedClip(key=key, message=str(error))
+            except UNREADABLE as error:
+                damaged[key] = DamagedClip.because_of(error, key)
                 last = error
                 continue
             return batch, place == first < len(self._items)

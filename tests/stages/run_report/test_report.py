@@ -85,7 +85,7 @@ def test_text_from_outside_is_shown_as_it_is(make_run, draw):
         **NO_CURVES,
         name="a&b <b>",
         skipped_steps=[{"step": 5, "what": "loss", "clips": [clip]}],
-        damaged_clips=[{"step": 6, "key": NASTY, "message": "torn <b>"}],
+        damaged_clips=[{"step": 6, "key": NASTY, "message": "torn <b>", "gone": False}],
     )
     draw(folder, 0, [NASTY])
     (folder / "config.yaml").write_text(f'train:\n  note: "{NASTY}"\n')

@@ -106,7 +106,7 @@ def damaged_at(read, samples):
         batch = read(self, sample)
         if sample not in samples:
             return batch
-        told = DamagedClip(key=samples[sample], message="its checksum differs")
+        told = DamagedClip(key=samples[sample], message="its checksum differs", gone=False)
         return replace(batch, damaged=(told,))
 
     return read_damaged
@@ -143,7 +143,9 @@ def test_the_share_of_damaged_clips_counts_each_once():
     world = World(rank=0, local_rank=0, size=1, device=None)
     damaged = DamagedClips(clips=100, most=0.02, world=world)
     for step in range(5):
-        damaged.add((DamagedRow(step=step, key="a", message=""),))
-    damaged.add((DamagedRow(step=6, key="b", message=""),))
+        damaged.add((DamagedRow(step=step, key="a", message="", gone=False),))
+    damaged.add((DamagedRow(step=6, key="b", message="", gone=False),))
+    for key in "cdefg":
+        damaged.add((DamagedRow(step=6, key=key, message="dropped", gone=True),))
     with pytest.raises(TooManyDamaged, match="3 of 100 clips"):
-        damaged.add((DamagedRow(step=7, key="c", message=""),))
+        damaged.add((DamagedRow(step=7, key="c", message="", gone=False),))

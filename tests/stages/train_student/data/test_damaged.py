@@ -82,7 +82,7 @@ def test_a_cache_of_damaged_clips_stops_after_some():
         tried.append(clip)
         raise CorruptClip(f"clip {clip} is damaged")
 
-    with pytest.raises(CorruptClip, match=rf"^{ATTEMPTS} clips in a row .*is damaged"):
+    with pytest.raises(CorruptClip, match=rf"^{ATTEMPTS} of {ATTEMPTS} clips .*is damaged"):
         read_or_replace(read, str, 0, sample=0, num_clips=99, seed=0)
     assert len(tried) == ATTEMPTS
 

@@ -63,7 +63,7 @@ def test_rows_come_back_to_the_last_bit(lines, tmp_path):
         log.add(rows(1))
         log.sync()
         log.add(rows(2, skipped=spoiled(2)))
-        log.add(rows(3, damaged=(DamagedRow(step=3, key="b", message="gone"),)))
+        log.add(rows(3, damaged=(DamagedRow(step=3, key="b", message="torn", gone=False),)))
     assert list(read_losses(tmp_path)) == [losses(1), losses(3)]
     assert [row["step"] for row in read_rows(tmp_path / "performance.jsonl")] == [1, 2, 3]
     (skipped,) = read_rows(tmp_path / "skipped_steps.jsonl")
@@ -71,7 +71,7 @@ def test_rows_come_back_to_the_last_bit(lines, tmp_path):
         {"key": "a", "timestep": 7, "diffusion": "nan", "auxiliary": {"lgf": 1.0}}
     ]
     (damaged,) = read_rows(tmp_path / "damaged_clips.jsonl")
-    assert damaged == {"step": 3, "key": "b", "message": "gone"}
+    assert damaged == {"step": 3, "key": "b", "message": "torn", "gone": False}
 
 
 def test_a_resumed_log_drops_what_came_after_and_a_torn_line(lines, tmp_path):
@@ -144,13 +144,17 @@ def test_the_table_names_every_objective_and_shows_every_so_many_steps(lines, tm
 
 
 def test_skipped_steps_and_damaged_clips_are_told(lines, tmp_path):
-    damaged = (DamagedRow(step=1, key="b", message="gone"),)
+    damaged = (
+        DamagedRow(step=1, key="b", message="torn", gone=False),
+        DamagedRow(step=1, key="c", message="dropped", gone=True),
+    )
     with open_log(tmp_path, 0, lines) as log:
         log.add(rows(1, skipped=spoiled(1), damaged=damaged))
         log.add(rows(2, damaged=damaged))
     told = [line for line in lines.lines if "'" in line]
     assert told == [
-        "warning: clip 'b' cannot be read, another takes its place: gone",
+        "warning: clip 'b' cannot be read, another takes its place: torn",
+        "warning: clip 'c' is gone, another takes its place: dropped",
         "step 1 skipped: its loss is no number; clips 'a'",
     ]
 
