@@ -2,25 +2,33 @@
 
 import csv
 import io
+import json
 import re
 import shlex
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from codecs import BOM_UTF8
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from stages.clips.keys import has_video_suffix
+from stages.clips.rows import MAX_LINE_BYTES, FieldsOf, Place, UnchangedFile
 
 _CELL = r'[ ]*+(?:"(?:[^"]|"")*+"|[^",\r\n]*+)'
 _RECORD = re.compile(rf"{_CELL}(?:,{_CELL})*+[\r\n]*+")
 """RFC 4180: a cell with a quote in it stands in quotes."""
 
+_JSON_CELLS = ("mask_ids", "box_xyxy", "points", "point_labels", "subjects", "last_frame")
+"""Columns whose cells hold JSON."""
+
 Row = dict[str, str]
 """Cells by column, without those that are empty."""
 
 
-def read_csv(path: Path) -> tuple[tuple[str, ...], Iterator[tuple[int, Callable[[], Row]]]]:
-    """The columns, and each record's first line with a function that gives its cells.
+class CsvRows:
+    """The records of a CSV file.
 
     As RFC 4180 has it: columns separated by commas, line breaks and commas inside quotes. Spaces
     after a comma and around a column's name are dropped.
@@ -28,21 +36,89 @@ def read_csv(path: Path) -> tuple[tuple[str, ...], Iterator[tuple[int, Callable[
     A record is malformed (its function raises ValueError) when a quote in it is never closed, when
     it runs on into a line that is a record of its own, or when it has more cells than there are
     columns. Reading goes on at the line after its first one.
-
-    Raises:
-        ValueError: The header has no column file_name, or names a column twice.
     """
-    # Bytes that are not UTF-8 survive as surrogates, so that only their own record is bad.
-    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-    lines = list(io.StringIO(text, newline=""))
-    header: list[str] = []
-    try:
-        header = next(_reader(lines, 0), [])
-    except csv.Error as error:
-        raise ValueError(f"{path}: the header cannot be read: {error}") from error
-    columns = tuple(name.strip() for name in header)
-    _check_columns(columns, path)
-    return columns, _records(lines, columns)
+
+    place_size = 3  # number of the first line, offset and length in bytes
+
+    def __init__(self, path: Path) -> None:
+        """Read the header.
+
+        Raises:
+            ValueError: It has no column file_name, or names a column twice.
+        """
+        self._file = UnchangedFile(path)
+        with self._file.opened() as file:
+            try:
+                header: list[str] = next(_reader(_Lines(file).from_first()), [])
+            except csv.Error as error:
+                raise ValueError(f"{path}: the header cannot be read: {error}") from error
+        self.columns = tuple(name.strip() for name in header)
+        _check_columns(self.columns, path)
+
+    def scan(self) -> Iterator[tuple[Place, FieldsOf]]:
+        """Every record that is not blank."""
+        with self._file.opened() as file:
+            for place, row in _records(_Lines(file), self.columns):
+                yield place, partial(_fields, row)
+
+    def read(self, places: Iterable[Place]) -> Iterator[FieldsOf]:
+        """Records that are not malformed; of others, some cells."""
+        with self._file.opened() as file:
+            for _, offset, length in places:
+                file.seek(offset)
+                yield partial(self._parsed, file.read(length))
+
+    def _parsed(self, record: bytes) -> dict[str, Any]:
+        text = record.decode("utf-8", "surrogateescape")
+        return _fields(_row(next(_reader(io.StringIO(text, newline=""))), self.columns))
+
+
+def _fields(row: Callable[[], Row]) -> dict[str, Any]:
+    fields: dict[str, Any] = {**row()}
+    for name in _JSON_CELLS:
+        if name in fields:
+            try:
+                fields[name] = json.loads(fields[name])
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{name} must be JSON such as [0, 0, 9, 9]: {error}") from error
+    return fields
+
+
+class _Lines:
+    """The lines of a CSV file that were read and belong to no finished record yet."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        # Bytes that are not UTF-8 survive as surrogates, so that only their own record is bad.
+        self.offset = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
+        """Of the first, in bytes."""
+        self.number = 1
+        """Of the first."""
+        file.seek(self.offset)
+        self._text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+        self._held: deque[str] = deque()
+
+    def from_first(self) -> Iterator[str]:
+        """The lines from the first on; one that is over MAX_LINE_BYTES comes in pieces."""
+        yield from tuple(self._held)
+        while line := self._text.readline(MAX_LINE_BYTES):
+            self._held.append(line)
+            yield line
+
+    def is_at_end(self) -> bool:
+        """Whether there is no line."""
+        return not self._held and next(self.from_first(), None) is None
+
+    def first(self, count: int) -> list[str]:
+        """The first lines, of those that were read."""
+        return list(islice(self._held, count))
+
+    def drop(self, count: int) -> int:
+        """Go on after the first lines; returns how many bytes they have."""
+        dropped = [self._held.popleft() for _ in range(min(count, len(self._held)))]
+        size = sum(len(line.encode("utf-8", "surrogateescape")) for line in dropped)
+        self.offset += size
+        self.number += count
+        return size
 
 
 def _check_columns(columns: Sequence[str], path: Path) -> None:
@@ -70,50 +146,58 @@ def _check_columns(columns: Sequence[str], path: Path) -> None:
         raise ValueError(f"{path} has the column {twice[0]} twice; which one is meant is not clear")
 
 
-def _records(
-    lines: Sequence[str], columns: Sequence[str]
-) -> Iterator[tuple[int, Callable[[], Row]]]:
-    """Each record's line number, from 1, and cells; starts after the header."""
-    header = _reader(lines, 0)
+def _records(lines: _Lines, columns: Sequence[str]) -> Iterator[tuple[Place, Callable[[], Row]]]:
+    """Each record's place and cells; starts after the header."""
+    header = _reader(lines.from_first())
     next(header)
-    start = header.line_num
-    while start < len(lines):
-        reader = _reader(lines, start)
-        origin = start
+    lines.drop(header.line_num)
+    while not lines.is_at_end():
+        reader = _reader(lines.from_first())
+        taken = 0
         try:
             for cells in reader:
-                stop = origin + reader.line_num
+                record = lines.first(reader.line_num - taken)
                 if cells:
-                    _check_lines(lines, start, stop, columns)
-                    yield start + 1, _row(cells, columns)
-                start = stop
+                    _check_lines(record, lines.number, columns)
+                place = lines.number, lines.offset
+                size = lines.drop(len(record))
+                taken = reader.line_num
+                if cells:
+                    yield (*place, size), _row(cells, columns)
         except (csv.Error, ValueError) as error:
-            yield start + 1, _malformed(str(error))
-            start += 1
+            place = lines.number, lines.offset
+            yield (*place, lines.drop(1)), _malformed(str(error))
 
 
-def _reader(lines: Sequence[str], start: int) -> Any:
-    after = (lines[number] for number in range(start, len(lines)))
-    return csv.reader(after, strict=True, skipinitialspace=True)
+def _reader(lines: Iterable[str]) -> Any:
+    return csv.reader(lines, strict=True, skipinitialspace=True)
 
 
-def _check_lines(lines: Sequence[str], start: int, stop: int, columns: Sequence[str]) -> None:
+def _check_lines(lines: Sequence[str], number: int, columns: Sequence[str]) -> None:
     """Refuse quotes inside cells without quotes, and a record that took in another one.
 
     A quote that was left open can meet the opening quote of a later record.
+
+    Args:
+        lines: Of the record.
+        number: Of the first one.
+        columns: Of the file.
     """
-    if not _RECORD.fullmatch("".join(lines[start:stop])):
+    text = "".join(lines)
+    if '"' not in text:
+        return
+    if not _RECORD.fullmatch(text):
         raise ValueError("a quote stands inside a cell that is not in quotes")
-    for number in range(start + 1, stop):
-        if not _RECORD.fullmatch(lines[number]):
+    for after, line in enumerate(lines[1:], start=1):
+        if not _RECORD.fullmatch(line):
             continue
-        cells: list[str] = next(_reader(lines[number : number + 1], 0), [])
+        cells: list[str] = next(_reader([line]), [])
         place = columns.index("file_name")
         is_whole = place < len(cells) <= len(columns) and len(cells) >= min(2, len(columns))
         if is_whole and has_video_suffix(cells[place].strip()):
             raise ValueError(
-                f"a quote that is opened here takes in line {number + 1}, which is a record of its "
-                "own"
+                f"a quote that is opened here takes in line {number + after}, which is a record of "
+                "its own"
             )
 
 

@@ -3,10 +3,11 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from stages.clips.config import ClipsConfig
 from stages.clips.layout_hints import how_to_convert, what_else_is_there
@@ -32,6 +33,10 @@ class InputShard(Protocol):
     def source(self) -> str:
         """Where its clips come from, relative to the dataset."""
 
+    @property
+    def listed_clips(self) -> int | None:
+        """How many records there are, where that is known without reading the shard."""
+
     def num_clips(self) -> int:
         """How many records there are, bad ones included; reads a tar's headers only."""
 
@@ -42,13 +47,18 @@ class InputShard(Protocol):
         """The records in their stored order; keys are unique over the whole dataset."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ClipDataset:
     """The shards of a dataset, in a fixed order."""
 
     shards: tuple[InputShard, ...]
     layout: str
     """Which layout was recognised, in a line for people, with what it leaves out."""
+
+    @cached_property
+    def by_name(self) -> Mapping[str, InputShard]:
+        """The shards by name."""
+        return {shard.name: shard for shard in self.shards}
 
 
 def retry_shard_name(name: str, attempt: int) -> str:
@@ -58,11 +68,10 @@ def retry_shard_name(name: str, attempt: int) -> str:
 
 def input_shard_name(store_shard: str, dataset: ClipDataset) -> str | None:
     """The dataset's shard that a store's shard came from; None when the dataset lacks it."""
-    names = {shard.name for shard in dataset.shards}
-    if store_shard in names:
+    if store_shard in dataset.by_name:
         return store_shard
     retry = _RETRY_NAME.fullmatch(store_shard)
-    return retry[1] if retry and retry[1] in names else None
+    return retry[1] if retry and retry[1] in dataset.by_name else None
 
 
 class _ClipList(Protocol):
@@ -84,6 +93,7 @@ class _TarShard:
     name: str
     source: str
     path: Path
+    listed_clips: ClassVar[None] = None
 
     def num_clips(self) -> int:
         return count_records(self.path)
@@ -106,8 +116,12 @@ class _RowsShard:
     def source(self) -> str:
         return f"{self.clips.name} entries {self.start} to {self.stop - 1}"
 
-    def num_clips(self) -> int:
+    @property
+    def listed_clips(self) -> int:
         return self.stop - self.start
+
+    def num_clips(self) -> int:
+        return self.listed_clips
 
     def num_bytes(self) -> int:
         return self.clips.num_bytes(self.start, self.stop)

@@ -1,5 +1,6 @@
 """What an entry of a dataset says of its clip: caption, subjects, words; for tars and folders."""
 
+import codecs
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -36,7 +37,11 @@ def parse_object(content: bytes) -> dict[str, Any]:
         ValueError: They hold anything else, or an object with one field twice.
     """
     try:
-        fields = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_doubles)
+        text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8")  # faster than utf-8-sig
+        fields = _DECODER.decode(text)
+        # Each field has a colon, so that with no more of them than fields none is given twice.
+        if not isinstance(fields, dict) or text.count(":") != len(fields):
+            fields = _STRICT_DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON in UTF-8: {error}") from error
     if not isinstance(fields, dict):
@@ -50,6 +55,11 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the field {_short(twice)} is given twice")
     return fields
+
+
+_DECODER = json.JSONDecoder()
+_STRICT_DECODER = json.JSONDecoder(object_pairs_hook=_without_doubles)
+"""Several times slower."""
 
 
 def name_of_caption(fields: Collection[str]) -> str:

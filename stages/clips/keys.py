@@ -36,6 +36,7 @@ class KeyBook:
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
+        self._next_number: dict[str, int] = {}
 
     def claim(self, key: str) -> str | None:
         """Why `key` cannot be used, or None after taking it."""
@@ -51,10 +52,11 @@ class KeyBook:
         readable = key if key_problem(key) is None else _printable(key)
         if _leaves_folder(readable):
             readable = readable.replace("/", "\\x2f")
-        number = 2
+        number = self._next_number.get(readable, 2)
         while (candidate := f"{readable} ({number})") in self._taken:
             number += 1
         self._taken.add(candidate)
+        self._next_number[readable] = number + 1
         return candidate
 
 

@@ -1,14 +1,18 @@
 """Videos that a metadata.jsonl or metadata.csv lists."""
 
-import json
+import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from codecs import BOM_UTF8
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
-from stages.clips.csv_rows import Row, read_csv
+import numpy as np
+
+from stages.clips.csv_rows import CsvRows
 from stages.clips.fields import (
     KNOWN_FIELDS,
     caption_from_fields,
@@ -21,21 +25,24 @@ from stages.clips.fields import (
 from stages.clips.keys import KeyBook, has_video_suffix
 from stages.clips.limits import MAX_MASK_BYTES, read_at_most
 from stages.clips.records import BadRecord, ClipRecord
+from stages.clips.rows import (
+    FieldsOf,
+    Place,
+    RowSource,
+    UnchangedFile,
+    check_length,
+    line_at,
+    lines_of,
+)
 
-_JSON_CELLS = ("mask_ids", "box_xyxy", "points", "point_labels", "subjects", "last_frame")
-"""CSV columns whose cells hold JSON."""
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(?:/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*")
+"""Names that need no closer look: no part of the path begins with a dot."""
+
+_MAX_BLANKS = 64 * 1024
+"""Bytes at each end of a file in which its first and last letters are looked for."""
 
 
-FieldsOf = Callable[[], dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    key: str
-    fields: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class MetadataFile:
     """The clips that a metadata file lists, in order, each under a key of its own.
 
@@ -44,6 +51,9 @@ class MetadataFile:
     mask (the file name of a PNG; mask_ids for some of its values), else box_xyxy, else points
     (+ point_labels); or subjects, a list of objects with those fields. last_frame is an object with
     the same fields for the last training frame.
+
+    Every row is parsed once to tell its key; what is kept of it is where it lies. It is parsed
+    again when its record is asked for.
     """
 
     path: Path
@@ -51,7 +61,11 @@ class MetadataFile:
     """Which field holds the captions."""
     unread_fields: tuple[str, ...]
     """Of any entry, that mean nothing here."""
-    _entries: tuple[_Entry | BadRecord, ...]
+    _rows: RowSource
+    _places: np.ndarray
+    """int64 [rows, integers of a place]."""
+    _bad: Mapping[int, BadRecord]
+    """By row, entries that are no clip or whose key is taken."""
 
     @classmethod
     def open(cls, path: Path) -> "MetadataFile":
@@ -61,29 +75,48 @@ class MetadataFile:
             ValueError: A CSV without a file_name column, or with other delimiters; JSON that is no
                 JSON lines; or both text and prompt, and no caption.
         """
-        return cls.of_rows(path, (_read_csv if path.suffix == ".csv" else _read_jsonl)(path))
+        return cls.of_rows(path, CsvRows(path) if path.suffix == ".csv" else _JsonLines(path))
 
     @classmethod
-    def of_rows(cls, path: Path, rows: Iterable[tuple[str, FieldsOf]]) -> "MetadataFile":
-        """The same of rows that were read elsewhere.
+    def of_rows(cls, path: Path, rows: RowSource) -> "MetadataFile":
+        """The same of rows that lie elsewhere.
 
         Args:
             path: The file that names the videos; their names are relative to its folder.
-            rows: Each one's place in the file, and a function that gives its fields or raises
-                ValueError.
+            rows: A clip each.
 
         Raises:
-            ValueError: There are both text and prompt, and no caption.
+            ValueError: What the rows raise; or there are both text and prompt, and no caption.
         """
         book = KeyBook()
-        entries = tuple(_entry(where, load, book) for where, load in rows)
-        names = {name: 0 for entry in entries if isinstance(entry, _Entry) for name in entry.fields}
+        places = array("q")
+        bad: dict[int, BadRecord] = {}
+        names: dict[str, None] = {}
+        for row, (place, load) in enumerate(rows.scan()):
+            places.extend(place)
+            try:
+                fields = load()
+                problem = _claim(place, fields, book)
+            except ValueError as error:
+                where = f"line {place[0]}"
+                problem = _bad_record(where, f"{where}: {error}", book)
+            if problem:
+                bad[row] = problem
+            elif not names.keys() >= fields.keys():
+                names.update(dict.fromkeys(fields))
         try:
             caption_field = name_of_caption(names)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         known = {*KNOWN_FIELDS, "file_name", caption_field}
-        return cls(path, caption_field, tuple(name for name in names if name not in known), entries)
+        return cls(
+            path=path,
+            caption_field=caption_field,
+            unread_fields=tuple(name for name in names if name not in known),
+            _rows=rows,
+            _places=np.array(places, np.int64).reshape(-1, rows.place_size),
+            _bad=bad,
+        )
 
     @property
     def name(self) -> str:
@@ -91,29 +124,39 @@ class MetadataFile:
         return self.path.name
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._places)
 
     def records(self, start: int, stop: int) -> Iterator[ClipRecord | BadRecord]:
-        """The entries from `start` up to `stop`, with their masks read."""
-        for entry in self._entries[start:stop]:
-            yield entry if isinstance(entry, BadRecord) else self._record(entry)
+        """The entries from `start` up to `stop`, with their masks read.
 
-    def _record(self, entry: _Entry) -> ClipRecord | BadRecord:
+        Raises:
+            ValueError: The file has changed since it was opened.
+        """
+        for row, load in self._loaders(start, stop):
+            yield self._bad[row] if row in self._bad else self._record(load())
+
+    def _loaders(self, start: int, stop: int) -> Iterator[tuple[int, FieldsOf]]:
+        places = map(tuple, self._places[start:stop].tolist())
+        return enumerate(self._rows.read(places), start)
+
+    def _record(self, fields: dict[str, Any]) -> ClipRecord | BadRecord:
+        name = _relative_name(fields["file_name"], "file_name")
+        key = _key(name)
         try:
-            caption = caption_from_fields(entry.fields, self.caption_field)
+            caption = caption_from_fields(fields, self.caption_field)
         except ValueError as error:
-            return BadRecord(key=entry.key, reason="bad_record", detail=str(error))
+            return BadRecord(key=key, reason="bad_record", detail=str(error))
         try:
-            prompts = subjects_from_fields(entry.fields, read_mask=self._read_mask)
+            prompts = subjects_from_fields(fields, read_mask=self._read_mask)
             last_frame_prompts = last_frame_from_fields(
-                entry.fields, first=prompts, read_mask=self._read_mask
+                fields, first=prompts, read_mask=self._read_mask
             )
-            phrase = phrase_from_fields(entry.fields)
+            phrase = phrase_from_fields(fields)
         except ValueError as error:
-            return BadRecord(key=entry.key, reason="bad_prompt", detail=str(error))
+            return BadRecord(key=key, reason="bad_prompt", detail=str(error))
         return ClipRecord(
-            key=entry.key,
-            video=self._inside(entry.fields["file_name"], "file_name"),
+            key=key,
+            video=self.path.parent / name,
             caption=caption,
             prompts=prompts,
             last_frame_prompts=last_frame_prompts,
@@ -123,9 +166,9 @@ class MetadataFile:
     def num_bytes(self, start: int, stop: int) -> int:
         """Size of the videos of the entries from `start` up to `stop`; a missing one counts 0."""
         total = 0
-        for entry in self._entries[start:stop]:
-            if isinstance(entry, _Entry):
-                video = self._inside(entry.fields["file_name"], "file_name")
+        for row, load in self._loaders(start, stop):
+            if row not in self._bad:
+                video = self._inside(load()["file_name"], "file_name")
                 total += video.stat().st_size if video.is_file() else 0
         return total
 
@@ -136,9 +179,37 @@ class MetadataFile:
         return self.path.parent / _relative_name(name, field)
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, FieldsOf]]:
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if content.lstrip().startswith(b"[") and content.rstrip().endswith(b"]"):
+class _JsonLines:
+    """A JSON object per line; blank lines are left out."""
+
+    place_size = 2  # number of the line, offset in bytes
+
+    def __init__(self, path: Path) -> None:
+        self._file = UnchangedFile(path)
+
+    def scan(self) -> Iterator[tuple[Place, FieldsOf]]:
+        with self._file.opened() as file:
+            if file.read(len(BOM_UTF8)) != BOM_UTF8:
+                file.seek(0)
+            _refuse_list(file, self._file.path)
+            for number, (offset, line) in enumerate(lines_of(file), start=1):
+                if not line.isspace():
+                    yield (number, offset), partial(_json_fields, line)
+
+    def read(self, places: Iterable[Place]) -> Iterator[FieldsOf]:
+        with self._file.opened() as file:
+            for _, offset in places:
+                yield partial(_json_fields, line_at(file, offset))
+
+
+def _refuse_list(file: BinaryIO, path: Path) -> None:
+    """Refuse a file whose first and last letters are brackets; it is left where it stood."""
+    start = file.tell()
+    is_list = file.read(_MAX_BLANKS).lstrip().startswith(b"[")
+    file.seek(max(start, path.stat().st_size - _MAX_BLANKS))
+    is_list &= file.read(_MAX_BLANKS).rstrip().endswith(b"]")
+    file.seek(start)
+    if is_list:
         lines_of = "import json, sys; [print(json.dumps(entry)) for entry in json.load(sys.stdin)]"
         anew = path.with_name(f"{path.stem}-lines.jsonl")
         raise ValueError(
@@ -146,39 +217,26 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, FieldsOf]]:
             f'python -c "{lines_of}" < {shlex.quote(str(path))} > {shlex.quote(str(anew))}'
             f" and set data.path={anew}"
         )
-    lines = content.split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield f"line {number}", partial(parse_object, line)
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, FieldsOf]]:
-    for number, row in read_csv(path)[1]:
-        yield f"line {number}", partial(_csv_fields, row)
+def _json_fields(line: bytes) -> dict[str, Any]:
+    check_length(line)
+    return parse_object(line)
 
 
-def _csv_fields(row: Callable[[], Row]) -> dict[str, Any]:
-    fields: dict[str, Any] = {**row()}
-    for name in _JSON_CELLS:
-        if name in fields:
-            try:
-                fields[name] = json.loads(fields[name])
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{name} must be JSON such as [0, 0, 9, 9]: {error}") from error
-    return fields
+def _claim(place: Place, fields: dict[str, Any], book: KeyBook) -> BadRecord | None:
+    """Take a row's key; what stands for the row where the key cannot be had.
+
+    Raises:
+        ValueError: The row names no file inside the folder.
+    """
+    key = _key(_relative_name(fields.get("file_name"), "file_name"))
+    refusal = book.claim(key)
+    return _bad_record(key, f"line {place[0]}: {refusal}", book) if refusal else None
 
 
-def _entry(where: str, load: FieldsOf, book: KeyBook) -> _Entry | BadRecord:
-    key = where
-    try:
-        fields = load()
-        name = _relative_name(fields.get("file_name"), "file_name")
-        key = _key(name)
-    except ValueError as error:
-        return BadRecord(key=book.stand_in(where), reason="bad_record", detail=f"{where}: {error}")
-    if refusal := book.claim(key):
-        return BadRecord(key=book.stand_in(key), reason="bad_record", detail=f"{where}: {refusal}")
-    return _Entry(key, fields)
+def _bad_record(key: str, detail: str, book: KeyBook) -> BadRecord:
+    return BadRecord(key=book.stand_in(key), reason="bad_record", detail=detail)
 
 
 def _relative_name(name: object, field: str) -> str:
@@ -189,6 +247,8 @@ def _relative_name(name: object, field: str) -> str:
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"{field} is missing or no text: {name!r}")
+    if _PLAIN_NAME.fullmatch(name):
+        return name
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name or path.name == "":
         raise ValueError(f"{field} must name a file inside the folder, got {name!r}")

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from stages.clips import BadRecord, open_dataset
-from stages.clips.csv_rows import read_csv
+from stages.clips.csv_rows import CsvRows
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_whichever_quote_is_missing_no_other_record_reads_wrong(tmp_path):
         damaged = sum(start <= gone for start in starts) - 1
         path.write_bytes((text[:gone] + text[gone + 1 :]).encode())
         found = {}
-        for _, cells in read_csv(path)[1]:
+        for _, cells in CsvRows(path).scan():
             with contextlib.suppress(ValueError):
                 row = cells()
                 assert row["file_name"] not in found

@@ -2,12 +2,14 @@
 
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cache_schema import ArraySpec, StoreSettings, StoreWriter
+from cache_schema import ArraySpec, SkippedClip, StoreReader, StoreSettings, StoreWriter
+from stages.extract_features.work import failure_manifest
 from stages.extract_features.work.failure_manifest import failures_listed, write_failure_manifest
 from tests.fingerprints import fingerprint_of
 
@@ -94,6 +96,37 @@ def test_a_list_that_cannot_be_written_hides_no_error(tmp_path: Path) -> None:
         (tmp_path / "failures.jsonl").mkdir()
         raise RuntimeError("out of memory")
     assert caught.value.__notes__[0].startswith("failures.jsonl could not be written")
+
+
+def test_a_list_that_did_not_change_is_not_replaced(tmp_path: Path) -> None:
+    write(store(tmp_path, "text"), "0", "a", "bc")
+    before = write_failure_manifest(tmp_path, print).stat()
+    after = write_failure_manifest(tmp_path, print).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_failures_are_written_shard_by_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = store(tmp_path, "text")
+    for number in range(4):
+        write(writer, str(number), "", f"{number}")
+    monkeypatch.setattr(
+        StoreReader, "skipped", property(lambda _: pytest.fail("all were held together"))
+    )
+    given: list[str] = []
+    iterate = StoreReader.iter_skipped
+
+    def noting(reader: StoreReader) -> Iterator[SkippedClip]:
+        for clip in iterate(reader):
+            given.append(clip.key)
+            yield clip
+
+    monkeypatch.setattr(StoreReader, "iter_skipped", noting)
+    written = failure_manifest._lines(StoreReader(writer.path))
+    next(written)
+    # The first of the next shard ends the one before.
+    assert given == ["0", "1"]
 
 
 def test_several_at_once_leave_a_whole_list(tmp_path: Path) -> None:
