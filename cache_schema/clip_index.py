@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,14 @@ class ClipIndex:
     def record_crc32c(self, shard: str) -> int:
         """The checksum that a shard's commit record opens with."""
         return int(self.columns["shards.crc32c"][self.shard_names.index(shard)])
+
+    def skipped_elsewhere(self) -> set[str]:
+        """Keys that are skipped several times, or skipped and held."""
+        ends = self.columns["skipped.key.ends"]
+        keys = sorted(PackedText(self.columns["skipped.key.text"], ends))
+        found = {key for key, following in pairwise(keys) if key == following}
+        held_N = self.keys.rows_of(SortedText.from_strings(dict.fromkeys(keys))) >= 0
+        return found | {key for key, held in zip(dict.fromkeys(keys), held_N, strict=True) if held}
 
     def all_skipped(self) -> Iterator[SkippedClip]:
         """What the commit records say of skipped clips, shard by shard."""

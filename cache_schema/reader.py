@@ -6,7 +6,7 @@ are not there. A shard that is replaced while the reader is open is followed to 
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -123,15 +123,21 @@ class StoreReader:
     @cached_property
     def skipped(self) -> tuple[SkippedClip, ...]:
         """The clips of the input that are not here, with reasons; as the newest retry found."""
-        said = list(self._index.all_skipped())
+        return tuple(self.iter_skipped())
+
+    def iter_skipped(self) -> Iterator[SkippedClip]:
+        """`skipped`, one after the other, shard by shard; they are not held together."""
+        unclear = self._index.skipped_elsewhere()
         newest: dict[str, str] = {}
-        for clip in sorted(said, key=lambda clip: retry_number(clip.shard)):
-            newest[clip.key] = clip.shard
-        return tuple(
-            clip
-            for clip in said
-            if newest[clip.key] == clip.shard and self._holder(clip.key) in (None, clip.shard)
-        )
+        if unclear:
+            said = (clip for clip in self._index.all_skipped() if clip.key in unclear)
+            for clip in sorted(said, key=lambda clip: retry_number(clip.shard)):
+                newest[clip.key] = clip.shard
+        for clip in self._index.all_skipped():
+            if clip.key not in unclear or (
+                newest[clip.key] == clip.shard and self._holder(clip.key) in (None, clip.shard)
+            ):
+                yield clip
 
     @property
     def fingerprints(self) -> np.ndarray:

@@ -5,15 +5,19 @@ shorter.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 from cache_schema import CacheError, StoreReader, list_stores
-from cache_schema.durable import write_whole
+from cache_schema.durable import open_for_writing, sync
 from cache_schema.lock import FileLock
 
 FAILURES_FILE = "failures.jsonl"
+_READ_BYTES = 1 << 20
 
 
 def write_failure_manifest(cache_root: Path, log: Callable[[str], None]) -> Path:
@@ -34,34 +38,52 @@ def write_failure_manifest(cache_root: Path, log: Callable[[str], None]) -> Path
     """
     root = Path(cache_root)
     path = root / FAILURES_FILE
+    temporary = root / f".{FAILURES_FILE}"
     with FileLock(root / f".{FAILURES_FILE}.lock", wait=True, what=f"the list {path}"):
-        lines = []
-        for store in map(Path, list_stores(root)):
-            try:
-                lines += _lines(store)
-            except CacheError as error:
-                log(f"{FAILURES_FILE} says nothing of {store.name}: {error}")
-        text = "".join(f"{json.dumps(dict(line), ensure_ascii=False)}\n" for line in sorted(lines))
-        content = text.encode("utf-8")
-        if not path.is_file() or path.read_bytes() != content:
-            write_whole(path, content, temporary=root / f".{FAILURES_FILE}")
+        with open_for_writing(temporary) as file:
+            for store in sorted(map(Path, list_stores(root)), key=_by_kind):
+                try:
+                    reader = StoreReader(store)
+                except CacheError as error:
+                    log(f"{FAILURES_FILE} says nothing of {store.name}: {error}")
+                    continue
+                file.writelines(_lines(reader))
+            file.flush()
+            os.fsync(file.fileno())
+        if path.is_file() and _are_equal(path, temporary):
+            temporary.unlink()
+        else:
+            temporary.rename(path)
+            sync(root)
     return path
 
 
-def _lines(store: Path) -> list[tuple[tuple[str, str], ...]]:
-    reader = StoreReader(store)
-    return [
-        (
-            ("kind", reader.settings.kind),
-            ("store", store.name),
-            ("shard", clip.shard),
-            ("source", reader.shards[clip.shard].source),
-            ("key", clip.key),
-            ("reason", clip.reason),
-            ("detail", clip.detail),
-        )
-        for clip in reader.skipped
-    ]
+def _by_kind(store: Path) -> tuple[str, str]:
+    return store.name.rpartition("-")[0], store.name
+
+
+def _lines(reader: StoreReader) -> Iterator[bytes]:
+    """Sorted; no more than one shard's are held."""
+    for shard, clips in groupby(reader.iter_skipped(), key=attrgetter("shard")):
+        fixed = {
+            "kind": reader.settings.kind,
+            "store": reader.name,
+            "shard": shard,
+            "source": reader.shards[shard].source,
+        }
+        for clip in sorted(clips, key=attrgetter("key", "reason", "detail")):
+            line = {**fixed, "key": clip.key, "reason": clip.reason, "detail": clip.detail}
+            yield f"{json.dumps(line, ensure_ascii=False)}\n".encode()
+
+
+def _are_equal(first: Path, second: Path) -> bool:
+    if first.stat().st_size != second.stat().st_size:
+        return False
+    with first.open("rb") as one, second.open("rb") as other:
+        while content := one.read(_READ_BYTES):
+            if content != other.read(_READ_BYTES):
+                return False
+    return True
 
 
 @contextmanager
