@@ -11,7 +11,7 @@ from cache_schema.errors import SettingsMismatch
 from cache_schema.known_shards import KnownShards
 from cache_schema.layout import StoreLayout, check_shard_name
 from cache_schema.lock import FileLock
-from cache_schema.manifest import StoreManifest, read_manifest
+from cache_schema.manifest import StoreManifest, committed_shards, read_manifest
 from cache_schema.sealed_json import plain_mapping, seal
 from cache_schema.settings import Compression, StoreSettings, differing_settings
 from cache_schema.shard_writer import ShardWriter
@@ -77,6 +77,10 @@ class StoreWriter:
     def is_committed(self, shard: str) -> bool:
         """Whether the shard is finished."""
         return self._layout.commit(check_shard_name(shard)).exists()
+
+    def committed(self) -> frozenset[str]:
+        """Names of all finished shards; lists a folder once."""
+        return frozenset(committed_shards(self._layout))
 
     def shard(self, name: str, *, source: str, is_current: IsCurrent | None = None) -> ShardWriter:
         """A writer for one shard, to be used in a `with` block.

@@ -213,6 +213,10 @@ class _Bar:
             self._bars.console.print(Text(" ".join(map(str, words))), soft_wrap=True)
         check_stop()
 
+    def expect(self, total: int) -> None:
+        self._bars.update(self._bar, total=total)
+        check_stop()
+
     def note(self, text: str) -> None:
         self._bars.update(self._bar, note=text)
         check_stop()

@@ -16,6 +16,9 @@ class Task(Protocol):
     def advance(self, amount: int = 1) -> None:
         """Move the bar by `amount` units of the task's total."""
 
+    def expect(self, total: int) -> None:
+        """Set the total, where more is known of it now than when the bar was opened."""
+
     def note(self, text: str) -> None:
         """Show a few words beside the bar, such as the current loss."""
 
@@ -37,6 +40,9 @@ class Progress(Protocol):
 
 class _SilentTask:
     def advance(self, amount: int = 1) -> None:
+        check_stop()
+
+    def expect(self, total: int) -> None:
         check_stop()
 
     def note(self, text: str) -> None:

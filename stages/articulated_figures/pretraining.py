@@ -166,6 +166,9 @@ class _Told:
     def advance(self, amount: int = 1) -> None:
         self._done += amount
 
+    def expect(self, total: int) -> None:
+        """The total is not told."""
+
     def note(self, text: str) -> None:
         if self._done % 100 == 0:
             self._tell(f"{self._what}: step {self._done}, {text}")

@@ -17,7 +17,7 @@ from stages.extract_features.summary import ExtractSummary, KindSummary
 from stages.extract_features.work.comparison import Comparison
 from stages.extract_features.work.dataset_sources import DatasetSources
 from stages.extract_features.work.failure_manifest import FAILURES_FILE, failures_listed
-from stages.extract_features.work.jobs import plan_jobs
+from stages.extract_features.work.jobs import pending_jobs, plan_jobs
 from stages.extract_features.work.local_engine import EngineReport, LocalEngine
 from stages.extract_features.work.ray_engine import RayEngine
 from stages.extract_features.work.ray_worker import WorkerSetup
@@ -81,7 +81,6 @@ def extract_features(
     dataset = open_dataset(clips)
     if rank == 0:
         progress.log(f"dataset: {dataset.layout}")
-    shards = {shard.name: shard for shard in dataset.shards}
     engine: RayEngine | LocalEngine
     if config.engine == "ray":
         setup = WorkerSetup(
@@ -91,11 +90,10 @@ def extract_features(
             cache_root=cache_root.expanduser().resolve(),
             folder=Path.cwd(),
         )
-        engine = RayEngine(setup, shards)
+        engine = RayEngine(setup, dataset.by_name)
     else:
-        engine = LocalEngine(
-            shards, config.teacher, device_named(config.device, rank), rank, world_size
-        )
+        device = device_named(config.device, rank)
+        engine = LocalEngine(dataset.by_name, config.teacher, device, rank, world_size)
     extractions = make_extractions(config, clips.sizes, model)
     with engine:
         stores = [
@@ -141,7 +139,7 @@ def _fill(
     for extraction, writers, plan in zip(extractions, stores, plans, strict=True):
         started = time.perf_counter()
         report = EngineReport()
-        if any(job.is_pending(writers) for job in plan.jobs):
+        if pending_jobs(plan.jobs, writers):
             report = engine.run(extraction, writers, plan, progress)
         seconds = time.perf_counter() - started
         summaries += [

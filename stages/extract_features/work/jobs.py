@@ -1,7 +1,7 @@
 """What is to be done with which shard; planned once per run, carried out by the engines."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,10 +37,10 @@ class ShardJob:
         """Whether a store still lacks the shard, as of now."""
         return not all(writers[kind].is_committed(self.name) for kind in self.keys)
 
-    def num_clips(self, shards: Mapping[str, InputShard]) -> int:
-        """How many clips it goes through; may read the headers of a tar."""
+    def listed_clips(self, shards: Mapping[str, InputShard]) -> int | None:
+        """How many clips it goes through, where that is known without reading the shard."""
         if None in self.keys.values():
-            return shards[self.input_name].num_clips()
+            return shards[self.input_name].listed_clips
         return len(self._some_keys())
 
     def records(self, shards: Mapping[str, InputShard]) -> Iterator[ClipRecord | BadRecord]:
@@ -52,6 +52,12 @@ class ShardJob:
 
     def _some_keys(self) -> frozenset[str]:
         return frozenset().union(*(keys for keys in self.keys.values() if keys is not None))
+
+
+def pending_jobs(jobs: Iterable[ShardJob], writers: Mapping[Kind, StoreWriter]) -> list[ShardJob]:
+    """The jobs of which a store lacks the shard, as of now; lists each store's shards once."""
+    finished = {kind: writer.committed() for kind, writer in writers.items()}
+    return [job for job in jobs if not all(job.name in finished[kind] for kind in job.keys)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,7 @@ from cache_schema import ShardBusy, StoreWriter
 from stages.clips import InputShard
 from stages.extract_features.config import Kind, TeacherConfig
 from stages.extract_features.extraction import Extraction, bucket_name
-from stages.extract_features.work.jobs import JobPlan, ShardJob, in_turn
+from stages.extract_features.work.jobs import JobPlan, ShardJob, in_turn, pending_jobs
 from stages.extract_features.work.shard_work import ShardWorker
 from stages.progress import Progress
 
@@ -54,6 +54,7 @@ class LocalEngine:
         world_size: int,
     ) -> None:
         self._shards = shards
+        self._counts = ClipCounts(shards)
         self._teacher = teacher
         self._device = device
         self._rank = rank
@@ -75,7 +76,7 @@ class LocalEngine:
         """Write one extraction's stores. Busy shards are looked at once more at the end."""
         report = EngineReport()
         with (
-            JobsBar(extraction, writers, self._shards, plan, progress) as bar,
+            JobsBar(extraction, writers, self._counts, plan, progress) as bar,
             ShardWorker(
                 extraction,
                 self._teacher,
@@ -117,30 +118,63 @@ def _work_through(
     return busy
 
 
+class ClipCounts:
+    """How many clips the dataset's shards have, of as many as were read; for all kinds of a run."""
+
+    def __init__(self, shards: Mapping[str, InputShard]) -> None:
+        self._shards = shards
+        self._read: dict[str, int] = {}
+
+    def known(self, job: ShardJob) -> int | None:
+        """Clips of a job; None where its shard was not read."""
+        listed = job.listed_clips(self._shards)
+        return self._read.get(job.input_name) if listed is None else listed
+
+    def read(self, job: ShardJob) -> int:
+        """Clips of a job; may read the headers of a tar."""
+        known = self.known(job)
+        if known is None:
+            known = self._read[job.input_name] = self._shards[job.input_name].num_clips()
+        return known
+
+
 _LOOK_EVERY_S = 10.0
-"""How often to ask which shards others have finished: a question per shard and store."""
+"""How often to ask which shards others have finished: a listing of each store's."""
 
 
 class JobsBar:
-    """The bar over all jobs: those of this run, clip by clip, and those that others finish."""
+    """The bar over all jobs: those of this run, clip by clip, and those that others finish.
+
+    A tar's clips are counted when the first of them is done. Until then, and where others do it, it
+    is taken to have as many as the others have on average.
+    """
 
     def __init__(
         self,
         extraction: Extraction,
         writers: Mapping[Kind, StoreWriter],
-        shards: Mapping[str, InputShard],
+        counts: ClipCounts,
         plan: JobPlan,
         progress: Progress,
     ) -> None:
         self._writers = writers
-        pending = [job for job in plan.jobs if job.is_pending(writers)]
-        self._unfinished = {job.name: (job, job.num_clips(shards)) for job in pending}
-        completed = plan.num_settled
+        self._counts = counts
+        self._unfinished = {job.name: job for job in pending_jobs(plan.jobs, writers)}
+        self._num_settled = plan.num_settled
+        self._num_jobs = len(self._unfinished)
+        self._known: dict[str, int] = {}
+        """Clips by job, of finished ones too."""
+        self._num_known = 0
+        """Clips of these jobs."""
+        for job in self._unfinished.values():
+            clips = counts.known(job)
+            if clips is not None:
+                self._count(job, clips)
         bucket = bucket_name(extraction.size)
         self._opened = progress.task(
             " and ".join(writers) + (f" {bucket}" if bucket else ""),
-            completed + sum(clips for _, clips in self._unfinished.values()),
-            completed=completed,
+            self._total(),
+            completed=plan.num_settled,
             unit="clips",
         )
 
@@ -153,13 +187,19 @@ class JobsBar:
         self._count_others()
         self._opened.__exit__(None, None, None)
 
-    def advance(self, clips: int) -> None:
+    def advance(self, job: ShardJob, clips: int) -> None:
         """Clips of a job of this run are done."""
+        if clips and job.name not in self._known:
+            self._count(job, self._counts.read(job))
+            self._expect()
         self._task.advance(clips)
 
     def done(self, job: ShardJob) -> None:
         """A job of this run is done, and its clips were counted one by one."""
         self._unfinished.pop(job.name, None)
+        if job.name not in self._known:
+            self._count(job, 0)
+            self._expect()
 
     def look_at_others(self) -> None:
         """Count, every now and then, the jobs that other processes have finished meanwhile."""
@@ -167,8 +207,32 @@ class JobsBar:
             self._count_others()
             self._looked_at = time.monotonic()
 
+    def _count(self, job: ShardJob, clips: int) -> None:
+        self._known[job.name] = clips
+        self._num_known += clips
+
+    def _mean(self) -> float | None:
+        return self._num_known / len(self._known) if self._known else None
+
+    def _total(self) -> int | None:
+        mean, unknown = self._mean(), self._num_jobs - len(self._known)
+        if mean is None:
+            return None if unknown else self._num_settled
+        return self._num_settled + self._num_known + round(mean * unknown)
+
+    def _expect(self) -> None:
+        total = self._total()
+        assert total is not None
+        self._task.expect(total)
+
     def _count_others(self) -> None:
-        for name, (job, clips) in list(self._unfinished.items()):
-            if not job.is_pending(self._writers):
+        unfinished = pending_jobs(self._unfinished.values(), self._writers)
+        left = {job.name for job in unfinished}
+        for name, job in list(self._unfinished.items()):
+            if name not in left:
                 del self._unfinished[name]
-                self._task.advance(clips)
+                if name not in self._known:
+                    self._count(job, round(self._mean() or 0))
+                self._task.advance(self._known[name])
+        if self._known:
+            self._expect()

@@ -19,8 +19,8 @@ from stages.clips import InputShard
 from stages.extract_features.config import Kind, RayConfig
 from stages.extract_features.extraction import Extraction
 from stages.extract_features.make_extractions import device_named
-from stages.extract_features.work.jobs import JobPlan, ShardJob
-from stages.extract_features.work.local_engine import EngineReport, JobsBar
+from stages.extract_features.work.jobs import JobPlan, ShardJob, pending_jobs
+from stages.extract_features.work.local_engine import ClipCounts, EngineReport, JobsBar
 from stages.extract_features.work.ray_worker import RayWorker, WorkerSetup
 from stages.progress import Progress
 
@@ -99,7 +99,7 @@ class RayEngine:
         if not setup.config.device.startswith("cuda"):  # of which this machine may have none
             device_named(setup.config.device, 0)
         self._setup = setup
-        self._shards = shards
+        self._counts = ClipCounts(shards)
         self._cluster = ray_cluster(setup.config.ray)
 
     def __enter__(self) -> Self:
@@ -137,8 +137,8 @@ class RayEngine:
             extraction.size,
         )
         report = EngineReport()
-        left = [job for job in plan.jobs if job.is_pending(writers)]
-        with JobsBar(extraction, writers, self._shards, plan, progress) as bar:
+        left = pending_jobs(plan.jobs, writers)
+        with JobsBar(extraction, writers, self._counts, plan, progress) as bar:
             crew = _Crew(self._ray, setup, bar, report, progress)
             try:
                 for _ in range(2):
@@ -283,7 +283,7 @@ class _Crew:
 
     def _show(self, job: ShardJob, clips: int, lines: Sequence[str]) -> None:
         """Count what is new: a job that a second worker goes through again is counted once."""
-        self._bar.advance(max(0, clips - self._shown[job.name]))
+        self._bar.advance(job, max(0, clips - self._shown[job.name]))
         self._shown[job.name] = max(clips, self._shown[job.name])
         for line in lines:
             self._progress.log(line)

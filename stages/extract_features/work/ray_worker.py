@@ -123,5 +123,5 @@ class RayWorker:
         del self._lines[: len(lines)]
         return WorkReport(job=self._job, clips=self._clips, lines=lines)
 
-    def _advance(self, clips: int) -> None:
+    def _advance(self, _: ShardJob, clips: int) -> None:
         self._clips += clips

@@ -52,7 +52,7 @@ class ShardWorker:
         writers: Its stores.
         shards: The dataset's shards by name.
         device: Where it is computed.
-        advance: Called with the number of clips gone through, skipped ones included.
+        advance: Called with a job and the number of clips gone through, skipped ones included.
         log: Called with a line for every skipped clip.
     """
 
@@ -64,7 +64,7 @@ class ShardWorker:
         shards: Mapping[str, InputShard],
         device: torch.device,
         *,
-        advance: Callable[[int], None],
+        advance: Callable[[ShardJob, int], None],
         log: Callable[[str], None],
     ) -> None:
         self._extraction = extraction
@@ -136,7 +136,7 @@ class ShardWorker:
                 for clip, outcome in zip(batch, self._outcomes(batch, job), strict=True):
                     if outcome is not None:
                         behind.put((clip, outcome))
-                self._advance(len(batch))
+                self._advance(job, len(batch))
             behind.drain()
             for out in outs.values():
                 out.commit()
@@ -220,13 +220,18 @@ def _lacks(out: ShardWriter, job: ShardJob, kind: Kind, key: str) -> bool:
 
 
 def _batches(clips: Iterable[_Clip], size: int) -> Iterator[list[_Clip]]:
-    """The clips in order, in lists with at most `size` that need the model."""
+    """The clips in order, in lists with at most `size` that need the model.
+
+    What needs no model waits only for what came before it.
+    """
     batch: list[_Clip] = []
+    for_model = 0
     for clip in clips:
         batch.append(clip)
-        if sum(clip.needs_model for clip in batch) == size:
+        for_model += clip.needs_model
+        if for_model in (0, size):
             yield batch
-            batch = []
+            batch, for_model = [], 0
     if batch:
         yield batch
 

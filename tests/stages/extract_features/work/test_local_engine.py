@@ -71,7 +71,12 @@ class Bar(SilentProgress):
 
 
 def extract(
-    config: ExtractConfig, clips: ClipsConfig, base: BaseModelConfig, cache: Path, bar: Bar, **rank: int
+    config: ExtractConfig,
+    clips: ClipsConfig,
+    base: BaseModelConfig,
+    cache: Path,
+    bar: Bar,
+    **rank: int,
 ) -> None:
     text = config.model_copy(update={"kinds": ("text",)})
     extract_features(text, clips, base, cache, provenance={}, progress=bar, **rank)
