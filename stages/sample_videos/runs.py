@@ -1,14 +1,16 @@
 """Finds what a training run exported, before anything big is loaded; used by `sampling`."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
 from stages.config import BaseModelConfig
+from stages.file_checksums import checksums_from_json, damage_of
 from stages.strict_yaml import read_yaml
 
 LoraFormat = Literal["diffusers", "comfyui", "kohya"]
@@ -20,8 +22,11 @@ LORA_FILES: Mapping[LoraFormat, str] = {
     "kohya": "kohya_lora.safetensors",
 }
 LORA_FILE = LORA_FILES["diffusers"]
+ABOUT = "export.json"
+"""Record of an export: its step, and its files with their checksums."""
 _METADATA_KEY = "lora_adapter_metadata"
-"""Where diffusers keeps alpha."""
+"""Where diffusers keeps alpha and the rank, by names that begin with `_PREFIX`."""
+_PREFIX = "transformer."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +63,7 @@ def _base_model_of(run_dir: Path) -> str | None:
 
 
 def find_export(run_dir: Path) -> Export:
-    """Look for the exported weights of a run and check that they can be read.
+    """Look for the exported weights of a run and check that they are what was written.
 
     Args:
         run_dir: A run's folder, or one that `sam2vx-pipeline export` wrote.
@@ -72,6 +77,7 @@ def find_export(run_dir: Path) -> Export:
     lora, transformer = folder / LORA_FILE, folder / "transformer"
     if lora.is_file() and transformer.is_dir():
         raise ValueError(f"{folder} holds both adapters and a transformer; delete the stale one")
+    _refuse_damage(folder)
     if transformer.is_dir():
         return Export(method="full", folder=folder, lora_shapes={})
     for form, name in LORA_FILES.items():
@@ -92,6 +98,23 @@ def _is_export(folder: Path) -> bool:
     return (folder / LORA_FILE).is_file() or (folder / "transformer").is_dir()
 
 
+def _refuse_damage(folder: Path) -> None:
+    """Compare an export's files with its record; a folder of other origin has none."""
+    record = folder / ABOUT
+    if not record.is_file():
+        return
+    try:
+        files = checksums_from_json(json.loads(record.read_text(encoding="utf-8"))["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{record} holds no checksums of the export's files ({error}); export the run again"
+        ) from error
+    for name, recorded in files.items():
+        damage = damage_of(folder / name, recorded)
+        if damage is not None:
+            raise ValueError(f"the export in {folder} is damaged: {damage}; export the run again")
+
+
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(file, framework="pt") as weights:
@@ -101,9 +124,36 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"{file} is damaged ({error}); export the run again") from error
     if not shapes:
         raise ValueError(f"{file} holds no adapter weights; export the run again")
-    if "alpha" not in json.dumps(json.loads(metadata.get(_METADATA_KEY, "{}"))):
+    _check_strength(file, metadata.get(_METADATA_KEY))
+    return shapes
+
+
+def _check_strength(file: Path, stored: str | None) -> None:
+    """Refuse adapters whose metadata do not say how strongly they are applied (`ValueError`).
+
+    Args:
+        stored: what diffusers and peft write of an adapter's settings, as JSON.
+    """
+    try:
+        metadata = json.loads(stored or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file}: {_METADATA_KEY} in its metadata is not JSON ({error}); export the run again"
+        ) from error
+    if not isinstance(metadata, dict):
+        raise ValueError(
+            f"{file}: {_METADATA_KEY} in its metadata must be an object of settings, got a "
+            f"{type(metadata).__name__}; export the run again"
+        )
+    if _PREFIX + "lora_alpha" not in metadata:
         raise ValueError(
             f"{file} does not say its alpha ({_METADATA_KEY} in its metadata), so its strength is "
             "unknown; export the run again"
         )
-    return shapes
+    for name in ("lora_alpha", "r"):
+        value: Any = metadata.get(_PREFIX + name)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(
+                f"{file}: {_PREFIX}{name} in {_METADATA_KEY} of its metadata must be a positive "
+                f"number, got {value!r}; export the run again"
+            )

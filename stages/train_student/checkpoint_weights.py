@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from stages.train_student.checkpoints.records import Checkpoint
+from stages.train_student.checkpoints.unpickling import code_refused
 
 _WHOLE = "mp_rank_00_model_states.pt"
 _PARTITIONED = "zero_pp_rank_0_mp_rank_00_model_states.pt"
@@ -139,5 +140,5 @@ def _load(path: Path) -> Any:
     stand_ins: list[Any] = [
         (_Ignored, name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)
     ]
-    with torch.serialization.safe_globals(stand_ins):
+    with code_refused(), torch.serialization.safe_globals(stand_ins):
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)

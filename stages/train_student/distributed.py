@@ -118,12 +118,17 @@ def _waiting_group(patience: timedelta | None) -> Iterator[Any]:
         dist.destroy_process_group(group)
 
 
-def gather(world: World, value: T) -> list[T]:
-    """The value of every rank, in order of rank, on every rank."""
+def gather(world: World, value: T, *, patience: timedelta | None = None) -> list[T]:
+    """The value of every rank, in order of rank, on every rank.
+
+    Args:
+        patience: how long a rank waits for the others, as for `on_first_rank`.
+    """
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size
-    dist.all_gather_object(values, value)
+    with _waiting_group(patience) as group:
+        dist.all_gather_object(values, value, group=group)
     return values
 
 

@@ -2,7 +2,8 @@
 
     export/pytorch_lora_weights.safetensors   LoRA, alpha = rank: pipe.load_lora_weights(folder)
     export/transformer/                       full tuning: from_pretrained(folder / "transformer")
-    export/export.json                        which step, and whether the average or the last
+    export/export.json                        which step, whether the average or the last, and the
+                                              size and CRC-32C of every file; `sample` checks them
 
 `train` calls `export_weights`, the `export` command `export_checkpoint`. Where the run keeps an
 average of its weights, that is what is exported, unless the last weights are asked for.
@@ -12,7 +13,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +21,16 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from stages.file_checksums import checksum_of, files_below
 from stages.safetensors_io import save_tensors
-from stages.sample_videos.runs import LoraFormat
+from stages.sample_videos.runs import ABOUT, LoraFormat
 from stages.train_student.checkpoint_weights import CheckpointWeights
-from stages.train_student.checkpoints.records import Checkpoint, complete_checkpoints, sync_tree
+from stages.train_student.checkpoints.records import (
+    Checkpoint,
+    complete_checkpoints,
+    find_damage,
+    sync_tree,
+)
 from stages.train_student.config import LoraSettings
 from stages.train_student.distributed import World, barrier, on_first_rank
 from stages.train_student.ema import SavedAverage, WeightAverage
@@ -40,7 +47,6 @@ from stages.train_student.weight_files import (
 )
 
 EXPORT_FOLDER = "export"
-ABOUT = "export.json"
 Which = Literal["average", "last"]
 """The running average of the weights, or the weights after the last step."""
 
@@ -108,8 +114,9 @@ def export_checkpoint(
         form: key form of adapters.
 
     Raises:
-        ValueError: there is no such run or complete checkpoint, no average, a form that cannot
-            hold what was trained, or `out` holds something else than an export.
+        ValueError: there is no such run or complete checkpoint, the checkpoint is damaged, no
+            average, a form that cannot hold what was trained, or `out` holds something else than an
+            export.
     """
     settings = _settings(run_dir)
     checkpoint = _complete(run_dir, step)
@@ -167,8 +174,9 @@ def _write(
         (partial / "transformer" if lora is None else partial).mkdir(parents=True)
 
     def finish() -> None:
-        about = {"step": step, "weights": which}
-        (partial / ABOUT).write_text(json.dumps(about) + "\n", encoding="utf-8")
+        files = {name: asdict(checksum_of(path)) for name, path in files_below(partial).items()}
+        about = {"step": step, "weights": which, "files": files}
+        (partial / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         sync_tree(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -276,16 +284,26 @@ def _section(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _complete(run_dir: Path, step: int | None) -> Checkpoint:
-    """The checkpoint of a step, or the newest; one that was not written to the end is none."""
+    """The checkpoint of a step, or the newest, with all its files sound.
+
+    One that was not written to the end is none; a damaged newest one is an error, since an export
+    of an earlier step is not what was asked for.
+    """
     complete = complete_checkpoints(run_dir / "checkpoints")
     if not complete:
         raise ValueError(
             f"{run_dir} has no complete checkpoint; let the run reach one (train.checkpoint_every)"
         )
+    steps = ", ".join(str(checkpoint.step) for checkpoint in complete)
     for checkpoint in complete:
         if step in (None, checkpoint.step):
-            return checkpoint
-    steps = ", ".join(str(checkpoint.step) for checkpoint in complete)
+            damage = find_damage(checkpoint, _ALONE)
+            if damage is None:
+                return checkpoint
+            raise ValueError(
+                f"{checkpoint.folder} is damaged: {damage}; restore it from a copy, or name "
+                f"another with --checkpoint, of those of {steps}"
+            )
     raise ValueError(
         f"{run_dir} has no complete checkpoint of step {step}; complete are those of {steps}"
     )

@@ -161,7 +161,9 @@ def _train(run: Run) -> TrainSummary:
             stop.fulfil()  # it came at the last step: what is left is done in any case
         export = export_weights(student, config.run_dir, world, step=steps.stop, average=average)
         # What a process left that died once the last checkpoint was complete.
-        on_first_rank(world, lambda: keep_newest(run.checkpoints, config.checkpoints_kept))
+        on_first_rank(
+            world, lambda: keep_newest(run.checkpoints, config.checkpoints_kept, steps.stop)
+        )
         on_first_rank(world, lambda: mark_finished(config.run_dir, steps.stop, export))
         validation.write_page()
     return _summary(run, steps.stop, resumed_from=done or None, durations=durations, finished=False)

@@ -25,13 +25,13 @@ def is_eight_bit(optimizer: Any) -> bool:
 def with_float32_moments(source: Path, work: Path) -> Path:
     """The checkpoint in `source`, as a copy in the empty folder `work` if its moments are bytes."""
     files = sorted(source.glob(_STATES_OF_A_RANK))
-    first = torch.load(files[0], map_location="cpu", weights_only=False, mmap=True)
+    first = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)
     if not any(_packed(state) for state in _states(first)):
         return source
     for path in source.glob("*_model_states.pt"):
         (work / path.name).symlink_to(path.resolve())
     for path in files:
-        content = torch.load(path, map_location="cpu", weights_only=False)
+        content = torch.load(path, map_location="cpu", weights_only=True)
         for state in _states(content):
             _unpack(state)
         torch.save(content, work / path.name)

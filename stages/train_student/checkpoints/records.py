@@ -1,17 +1,35 @@
-"""Which checkpoints are complete: their records, and removing them; saving and resuming use it."""
+"""Which checkpoints are complete and sound: their records, checking and removing them.
+
+Saving, resuming and exporting use it.
+"""
 
 import json
 import os
+import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from cache_schema.durable import sync, write_whole
+from stages.file_checksums import (
+    FileChecksum,
+    checksum_of_bytes,
+    checksums_from_json,
+    damage_of,
+    files_below,
+)
+from stages.train_student.distributed import World, gather
 
 PREFIX = "checkpoint-"
 UNIVERSAL = "universal"
 """Folder beside the checkpoints that holds their copies for another number of processes."""
 _RECORD_SUFFIX = ".complete.json"
+
+CHECKING_TIME = timedelta(hours=6)
+"""How long a rank waits for the others to read their files: some 100 GB over a slow network."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +42,8 @@ class Checkpoint:
     zero_stage: int
     planned_steps: int
     """Length of the run when it was written, at which falling schedules ended."""
+    files: Mapping[str, FileChecksum] = field(repr=False)
+    """By their paths from the folder."""
 
     @property
     def on_nvme(self) -> bool:
@@ -46,26 +66,67 @@ def complete_checkpoints(root: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
 
 
-def newest_complete(root: Path) -> Checkpoint | None:
-    """The complete checkpoint of the most steps, if there is any."""
-    return next(iter(complete_checkpoints(root)), None)
-
-
 def read_record(folder: Path) -> Checkpoint | None:
-    """The checkpoint in `folder`; None if its record or a file is missing or of another size."""
+    """The checkpoint in `folder`; None if its record or a file is missing or of another size.
+
+    What the files hold is not looked at: `find_damage` does that.
+    """
+    return None if why_incomplete(folder) is not None else _parse(folder)
+
+
+def why_incomplete(folder: Path) -> str | None:
+    """Why a folder counts as no checkpoint, or None if it is complete."""
     try:
-        content = json.loads(record_of(folder).read_text(encoding="utf-8"))
-        if not folder.is_dir() or content["files"] != _sizes(folder):
-            return None
-        return Checkpoint(
-            folder=folder,
-            step=int(content["step"]),
-            world_size=int(content["world_size"]),
-            zero_stage=int(content["zero_stage"]),
-            planned_steps=int(content["planned_steps"]),
-        )
+        checkpoint = _parse(folder)
+    except FileNotFoundError:
+        return "it was not written to the end"
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return (
+            f"its record {record_of(folder).name} is damaged, or was written by another version of "
+            "this software"
+        )
+    found = files_below(folder)
+    for name in sorted(found.keys() | checkpoint.files.keys()):
+        recorded = checkpoint.files.get(name)
+        size = found[name].stat().st_size if name in found else None
+        if recorded is None or size != recorded.bytes:
+            told = "is missing" if size is None else f"has {size} bytes"
+            expected = "none" if recorded is None else f"{recorded.bytes} bytes"
+            return (
+                "its files are not those that its record names: "
+                f"{name} {told}, the record says {expected}"
+            )
+    return None
+
+
+def find_damage(checkpoint: Checkpoint, world: World) -> str | None:
+    """Compare every file's bytes with the record; every rank must call this, and gets the answer.
+
+    Each rank reads its share of the files, its own ones among them, so that the time is that of
+    reading what one rank wrote.
+
+    Returns:
+        What is wrong, with the files' names; None for a sound checkpoint.
+    """
+    names = own_files(checkpoint.files, world)
+    faults = (damage_of(checkpoint.folder / name, checkpoint.files[name]) for name in names)
+    first = next((fault for fault in faults if fault is not None), None)
+    found = gather(world, first, patience=CHECKING_TIME)
+    return "; ".join(fault for fault in found if fault is not None) or None
+
+
+def own_files(names: Iterable[str], world: World) -> list[str]:
+    """The files that this rank reads to compute checksums; each is one rank's.
+
+    DeepSpeed's and the average's names say which rank wrote a file, which may have it in memory.
+    """
+    mine = []
+    for number, name in enumerate(sorted(names)):
+        written_by = re.search(r"rank_(\d+)", name)
+        rank = number if written_by is None else int(written_by.group(1))
+        if rank % world.size == world.rank:
+            mine.append(name)
+    return mine
 
 
 def write_record(checkpoint: Checkpoint) -> None:
@@ -76,10 +137,31 @@ def write_record(checkpoint: Checkpoint) -> None:
         "world_size": checkpoint.world_size,
         "zero_stage": checkpoint.zero_stage,
         "planned_steps": checkpoint.planned_steps,
-        "files": _sizes(checkpoint.folder),
+        "files": {name: asdict(one) for name, one in checkpoint.files.items()},
     }
+    sealed = {"crc32c": _seal(content), **content}
     temporary = record.with_name(f".{record.name}.partial")
-    write_whole(record, json.dumps(content, indent=1).encode(), temporary=temporary)
+    write_whole(record, json.dumps(sealed, indent=1).encode(), temporary=temporary)
+
+
+def _parse(folder: Path) -> Checkpoint:
+    """What a record says; raises what a missing or damaged one gives."""
+    content = json.loads(record_of(folder).read_text(encoding="utf-8"))
+    if content.pop("crc32c") != _seal(content):
+        raise ValueError(f"{record_of(folder)} has another CRC-32C than it says")
+    return Checkpoint(
+        folder=folder,
+        step=int(content["step"]),
+        world_size=int(content["world_size"]),
+        zero_stage=int(content["zero_stage"]),
+        planned_steps=int(content["planned_steps"]),
+        files=checksums_from_json(content["files"]),
+    )
+
+
+def _seal(content: dict[str, Any]) -> str:
+    """The record's own checksum: of its JSON without that."""
+    return checksum_of_bytes(json.dumps(content).encode())
 
 
 def record_of(folder: Path) -> Path:
@@ -105,12 +187,17 @@ def clear(folder: Path) -> None:
             shutil.rmtree(part)
 
 
-def keep_newest(root: Path, kept: int) -> None:
+def keep_newest(root: Path, kept: int, step: int) -> None:
     """Remove all complete checkpoints but the newest, and what an interrupted run left unfinished.
 
     A damaged checkpoint that has a record stays: somebody may restore its files.
+
+    Args:
+        step: of the last checkpoint. Later ones were found damaged when the run was resumed from an
+            earlier one: they neither count nor go.
     """
-    for old in complete_checkpoints(root)[kept:]:
+    reached = [found for found in complete_checkpoints(root) if found.step <= step]
+    for old in reached[kept:]:
         clear(old.folder)
     for torn in torn_checkpoints(root):
         if not record_of(torn).exists():
@@ -124,11 +211,3 @@ def sync_tree(folder: Path) -> None:
             sync(Path(parent) / name)
         sync(Path(parent))
     sync(folder.parent)
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    return {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }

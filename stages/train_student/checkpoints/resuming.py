@@ -12,11 +12,15 @@ from stages.progress import Progress
 from stages.train_student.checkpoints.eight_bit import is_eight_bit, quantize_moments
 from stages.train_student.checkpoints.records import (
     Checkpoint,
-    newest_complete,
+    complete_checkpoints,
+    find_damage,
+    read_record,
     record_of,
     torn_checkpoints,
+    why_incomplete,
 )
-from stages.train_student.checkpoints.universal import universal_copy
+from stages.train_student.checkpoints.universal import universal_copy, universal_folder
+from stages.train_student.checkpoints.unpickling import deepspeed_loads_weights_only
 from stages.train_student.distributed import World, gather, on_first_rank
 
 _CONVERSION_TIME = timedelta(hours=6)
@@ -41,32 +45,32 @@ class ResumePlan:
 def plan_resume(
     root: Path, world: World, progress: Progress, *, nvme: bool = False
 ) -> ResumePlan | None:
-    """Find the newest complete checkpoint, and make its universal copy if that is needed.
+    """Find the newest sound checkpoint, and make its universal copy if that is needed.
 
-    Called by every rank, before the engine is made.
+    Called by every rank, before the engine is made. All files are compared with their checksums
+    first; the ranks agree on what is damaged, so that all of them load the same checkpoint.
 
     Args:
         root: folder of the checkpoints.
         nvme: whether the run offloads anything to nvme, which no checkpoint brings back.
 
     Raises:
-        ValueError: the checkpoint cannot be loaded as this run is set up; says what would do.
+        ValueError: the checkpoint cannot be loaded as this run is set up, or none is sound; says
+            what would do.
     """
-
-    def plan() -> ResumePlan | None:
-        newest = _newest(root, progress)
-        if newest is None:
-            return None
-        _check_nvme(newest, nvme)
-        if newest.world_size == world.size or newest.zero_stage == 0:
-            return ResumePlan(checkpoint=newest, folder=newest.folder)
-        progress.log(
-            f"{newest.folder} was written by {newest.world_size} processes, now there are "
-            f"{world.size}: sharing it out anew"
-        )
-        return ResumePlan(checkpoint=newest, folder=universal_copy(newest))
-
-    return on_first_rank(world, plan, patience=_CONVERSION_TIME)
+    newest = _newest_sound(root, world, progress)
+    if newest is None:
+        return None
+    _check_nvme(newest, nvme)
+    if newest.world_size == world.size or newest.zero_stage == 0:
+        return ResumePlan(checkpoint=newest, folder=newest.folder)
+    progress.log(
+        f"{newest.folder} was written by {newest.world_size} processes, now there are "
+        f"{world.size}: sharing it out anew"
+    )
+    _drop_damaged_copy(newest, world, progress)
+    copy = on_first_rank(world, lambda: universal_copy(newest), patience=_CONVERSION_TIME)
+    return ResumePlan(checkpoint=newest, folder=copy)
 
 
 def resume(
@@ -91,9 +95,10 @@ def resume(
         return 0
     if plan.universal:
         _check_shares(engine, world)
-    loaded, client_state = engine.load_checkpoint(
-        str(plan.folder.parent), tag=plan.folder.name, load_module_strict=strict
-    )
+    with deepspeed_loads_weights_only():
+        loaded, client_state = engine.load_checkpoint(
+            str(plan.folder.parent), tag=plan.folder.name, load_module_strict=strict
+        )
     if loaded is None:
         raise RuntimeError(f"DeepSpeed could not load {plan.folder}")
     if plan.universal and is_eight_bit(engine.optimizer.optimizer):
@@ -118,13 +123,44 @@ def _set_rates(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
     schedule._last_lr = rates
 
 
-def _newest(root: Path, progress: Progress) -> Checkpoint | None:
-    for folder in torn_checkpoints(root):
-        why = "it was not written to the end"
-        if record_of(folder).exists():
-            why = "its files are not those that its record names"
-        progress.log(f"passing over {folder}: {why}")
-    return newest_complete(root)
+def _newest_sound(root: Path, world: World, progress: Progress) -> Checkpoint | None:
+    """The newest checkpoint whose files are those that were written; None in a new run."""
+
+    def look() -> tuple[list[Checkpoint], dict[Path, str]]:
+        damaged = {}
+        for folder in torn_checkpoints(root):
+            why = why_incomplete(folder) or ""
+            progress.log(f"passing over {folder}: {why}")
+            if record_of(folder).exists():
+                damaged[folder] = why
+        return complete_checkpoints(root), damaged
+
+    complete, damaged = on_first_rank(world, look)
+    for checkpoint in complete:
+        damage = find_damage(checkpoint, world)
+        if damage is None:
+            if damaged:
+                progress.log(f"using {checkpoint.folder} instead")
+            return checkpoint
+        damaged[checkpoint.folder] = f"it is damaged: {damage}"
+        progress.log(f"passing over {checkpoint.folder}: {damaged[checkpoint.folder]}")
+    if damaged:
+        told = "; ".join(f"{folder.name}: {why}" for folder, why in damaged.items())
+        raise ValueError(
+            f"no checkpoint in {root} is sound ({told}); restore the files from a copy, or delete "
+            f"{root} to train from the first step"
+        )
+    return None
+
+
+def _drop_damaged_copy(checkpoint: Checkpoint, world: World, progress: Progress) -> None:
+    """Take the record from a universal copy whose files are not those that were written."""
+    folder = universal_folder(checkpoint)
+    copy = on_first_rank(world, lambda: read_record(folder))
+    damage = None if copy is None else find_damage(copy, world)
+    if damage is not None:
+        progress.log(f"making {folder} again, which is damaged: {damage}")
+        on_first_rank(world, record_of(folder).unlink)
 
 
 def _check_nvme(checkpoint: Checkpoint, nvme: bool) -> None:

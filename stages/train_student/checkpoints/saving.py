@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 
+from stages.file_checksums import checksum_of, files_below
 from stages.train_student.checkpoints.records import (
+    CHECKING_TIME,
     Checkpoint,
     clear,
     folder_of,
     keep_newest,
+    own_files,
     sync_tree,
     write_record,
 )
@@ -51,9 +54,12 @@ def save_checkpoint(
     for write in beside:
         write(folder)
     barrier(world)
+    written = on_first_rank(world, lambda: list(files_below(folder)))
+    # Each rank reads what it has just written, which its machine still has in memory.
+    mine = {name: checksum_of(folder / name) for name in own_files(written, world)}
     if world.local_rank == 0:
         sync_tree(folder)
-    barrier(world)
+    parts = gather(world, mine, patience=CHECKING_TIME)
 
     def finish() -> None:
         checkpoint = Checkpoint(
@@ -62,9 +68,10 @@ def save_checkpoint(
             world_size=world.size,
             zero_stage=engine.zero_optimization_stage(),
             planned_steps=planned_steps,
+            files={name: one for part in parts for name, one in part.items()},
         )
         write_record(checkpoint)
-        keep_newest(root, kept)
+        keep_newest(root, kept, step)
 
     on_first_rank(world, finish)
 

@@ -17,6 +17,7 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+from stages.file_checksums import checksum_of, files_below
 from stages.train_student.checkpoints.eight_bit import with_float32_moments
 from stages.train_student.checkpoints.records import (
     UNIVERSAL,
@@ -26,22 +27,32 @@ from stages.train_student.checkpoints.records import (
     sync_tree,
     write_record,
 )
+from stages.train_student.checkpoints.unpickling import deepspeed_loads_weights_only
 from stages.train_student.deepspeed_library import import_deepspeed
+
+
+def universal_folder(checkpoint: Checkpoint) -> Path:
+    """Where the checkpoint's universal copy lies, if it was made."""
+    return checkpoint.folder.parent / UNIVERSAL / checkpoint.folder.name
 
 
 def universal_copy(checkpoint: Checkpoint) -> Path:
     """The folder of the checkpoint's complete universal copy, made unless it is there already."""
-    copy = checkpoint.folder.parent / UNIVERSAL / checkpoint.folder.name
+    copy = universal_folder(checkpoint)
     if read_record(copy) is not None:
         return copy
     record_of(copy).unlink(missing_ok=True)
     if copy.is_dir():
         shutil.rmtree(copy)
     copy.mkdir(parents=True)
-    with tempfile.TemporaryDirectory(dir=copy.parent, prefix=".float32-") as work:
+    with (
+        tempfile.TemporaryDirectory(dir=copy.parent, prefix=".float32-") as work,
+        deepspeed_loads_weights_only(),
+    ):
         _convert(with_float32_moments(checkpoint.folder, Path(work)), copy)
     sync_tree(copy)
-    write_record(replace(checkpoint, folder=copy))
+    files = {name: checksum_of(path) for name, path in files_below(copy).items()}
+    write_record(replace(checkpoint, folder=copy, files=files))
     return copy
 
 

@@ -16,7 +16,7 @@ from stages.config import BaseModelConfig
 from stages.progress import SilentProgress
 from stages.sample_videos import sampling
 from stages.sample_videos.config import SampleConfig
-from stages.sample_videos.runs import LORA_FILES
+from stages.sample_videos.runs import LORA_FILES, find_export
 from stages.train_student import weight_files
 from stages.train_student.ema import SavedAverage
 from stages.train_student.export import ExportSummary, export_checkpoint
@@ -224,7 +224,8 @@ def test_a_checkpoint_gives_what_the_run_exported(train, tmp_path, changes):
         parameters=numbers,
     )
     same(files_of(folder), at_the_end)
-    assert json.loads((folder / "export.json").read_text()) == {"step": 2, "weights": "average"}
+    about = json.loads((folder / "export.json").read_text())
+    assert (about["step"], about["weights"]) == (2, "average")
     last = export_checkpoint(tmp_path, 2, tmp_path / "last", which="last")
     assert last.weights == "last"
     differing = files_of(tmp_path / "last")
@@ -398,6 +399,21 @@ class TestRefusals:
         export_checkpoint(run, 1, tmp_path / "out")
         export_checkpoint(run, 2, tmp_path / "out")
         assert json.loads((tmp_path / "out" / "export.json").read_text())["step"] == 2
+
+    @pytest.mark.parametrize("method", ["lora", "full"])
+    def test_damage_to_an_export_is_found_before_it_is_used(self, train, tmp_path, method):
+        train(tmp_path, steps=1, method=method, **QUIET)
+        assert find_export(tmp_path).method == method
+        (file,) = (tmp_path / "export").rglob("*.safetensors")
+        content = bytearray(file.read_bytes())
+        content[-5] ^= 0x20
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"is damaged: {file.name} has the CRC-32C .* again"):
+            find_export(tmp_path)
+        record = tmp_path / "export" / "export.json"
+        record.write_text(json.dumps({"step": 1, "weights": "last"}))
+        with pytest.raises(ValueError, match=r"export.json holds no checksums"):
+            find_export(tmp_path)
 
     def test_a_torn_checkpoint(self, run, tmp_path):
         """Run last: it damages the run."""
