@@ -54,7 +54,15 @@ def add_lora(pipeline: Any, export: Export) -> None:
         ValueError: Adapters of another transformer, or adapters that diffusers left out.
     """
     _refuse_unfitting_adapters(pipeline.transformer, export)
-    pipeline.load_lora_weights(export.folder, weight_name=LORA_FILE, adapter_name=_ADAPTER)
+    try:
+        pipeline.load_lora_weights(export.folder, weight_name=LORA_FILE, adapter_name=_ADAPTER)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"diffusers and peft cannot load {export.folder / LORA_FILE} ({error}): its weights do "
+            "not fit the settings in its metadata; export the run again"
+        ) from error
     arrived = sum(f".{_ADAPTER}." in name for name, _ in pipeline.transformer.named_parameters())
     if arrived != len(export.lora_shapes):
         raise ValueError(

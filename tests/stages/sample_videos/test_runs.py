@@ -1,8 +1,13 @@
+import json
+
 import pytest
+from diffusers import CogVideoXPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from stages.config import BaseModelConfig
 from stages.sample_videos.runs import LORA_FILE, find_export, newest_finished_run
+from stages.sample_videos.weights import add_lora
 
 BASE = BaseModelConfig(path="base")
 
@@ -69,3 +74,44 @@ def test_adapters_whose_strength_is_unknown_are_an_error(lora_run):
     save_file(load_file(file), file)
     with pytest.raises(ValueError, match="does not say its alpha"):
         find_export(run)
+
+
+DEEP = "[" * 100_000
+METADATA = {
+    "no JSON": ("{", "is not JSON"),
+    "too deep": (DEEP, "is not JSON"),
+    "a list": ("[]", "must be an object of settings, got a list"),
+    "a text with alpha in it": ('"alpha"', "must be an object of settings, got a str"),
+    "alpha of another module": ({"text_encoder.lora_alpha": 1.0}, "does not say its alpha"),
+    "alpha as text": ({"transformer.lora_alpha": "4"}, "lora_alpha .* positive number, got '4'"),
+    "alpha that is no number": ({"transformer.lora_alpha": None}, "positive number, got None"),
+    "alpha without end": ('{"transformer.lora_alpha": Infinity}', "positive number, got inf"),
+    "true as alpha": ({"transformer.lora_alpha": True}, "positive number, got True"),
+    "no rank": ({"transformer.lora_alpha": 4.0}, r"transformer\.r .* positive number, got None"),
+}
+
+
+@pytest.mark.parametrize("kind", METADATA)
+def test_malformed_metadata_of_adapters_are_an_error(lora_run, kind):
+    stored, message = METADATA[kind]
+    run = lora_run()
+    file = run / "export" / LORA_FILE
+    text = stored if isinstance(stored, str) else json.dumps(stored)
+    save_file(load_file(file), file, {"format": "pt", "lora_adapter_metadata": text})
+    with pytest.raises(ValueError, match=message) as raised:
+        find_export(run)
+    assert str(file) in str(raised.value)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("r", 3), ("unheard_of", 1)])
+def test_settings_that_diffusers_or_peft_refuse_are_an_error(bases, lora_run, setting, value):
+    run = lora_run()
+    file = run / "export" / LORA_FILE
+    with safe_open(file, framework="pt") as opened:
+        metadata = json.loads(opened.metadata()["lora_adapter_metadata"])
+    metadata[f"transformer.{setting}"] = value
+    about = {"format": "pt", "lora_adapter_metadata": json.dumps(metadata)}
+    save_file(load_file(file), file, about)
+    pipeline = CogVideoXPipeline.from_pretrained(bases / "t2v")
+    with pytest.raises(ValueError, match=rf"cannot load .*{LORA_FILE}"):
+        add_lora(pipeline, find_export(run))
