@@ -5,7 +5,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Version of everything README.md describes; a reader refuses every other."""
 
 MAX_KEY_BYTES = 1024

@@ -24,7 +24,7 @@ _BLOSC_BLOCK_BYTES = 2**19
 
 def chunk_path(name: str, spec: ArraySpec, index: int) -> str:
     """The file of clip `index` of an array, relative to the group."""
-    return "/".join([name, "c", str(index), *("0" for _ in spec.shape)])
+    return f"{name}/" + ".".join(["c", str(index), *("0" for _ in spec.shape)])
 
 
 def metadata_paths(settings: StoreSettings) -> list[str]:
@@ -71,6 +71,8 @@ def _create_array(group: zarr.Group, name: str, spec: ArraySpec, num_clips: int)
         filters=None,
         compressors=[*packing[spec.compression], Crc32cCodec()],
         fill_value=math.nan if is_float else 0,
+        # Without folders on the way to it, each clip's file costs one inode.
+        chunk_key_encoding={"name": "default", "separator": "."},
         dimension_names=[CLIP_DIMENSION, *spec.dimension_names],
         # Without it a clip that equals the fill value has no file.
         config={"write_empty_chunks": True},

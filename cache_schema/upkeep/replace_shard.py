@@ -84,7 +84,7 @@ def _link(
     for name, stored in clip.arrays.items():
         path = chunk_path(name, settings.arrays[name], index)
         target = claim.group / path
-        target.parent.mkdir(parents=True)
+        target.parent.mkdir(exist_ok=True)
         try:
             _share(old / stored.path, target)
         except FileNotFoundError as error:

@@ -44,7 +44,7 @@ def unseal(data: bytes) -> dict[str, Any]:
     assert data[14:22] == f"{crc32c(blank):08x}".encode(), "the record fails its checksum"
     record = json.loads(data)
     assert list(record)[:2] == ["crc32c", "schema_version"]
-    assert record["schema_version"] == 3
+    assert record["schema_version"] == 4
     return record
 
 
@@ -125,7 +125,7 @@ class IndependentReader:
         for name, array in self.store["arrays"].items():
             stored = clip["arrays"][name]
             zeros = ["0"] * len(array["shape"])
-            assert stored["path"] == "/".join([name, "c", str(clip["index"]), *zeros])
+            assert stored["path"] == f"{name}/" + ".".join(["c", str(clip["index"]), *zeros])
             data = (self.group(shard) / stored["path"]).read_bytes()
             assert len(data) == stored["bytes"], "the file is of another size"
             found[name] = decode(data, array, stored["table_crc32c"])
@@ -171,7 +171,7 @@ def clips_of_index(
 ) -> dict[str, tuple[str, int, str, dict[str, tuple[int, str, str]]]]:
     """By key: the group's folder, the clip's index in it, fingerprint, size and checksums of each
     array."""
-    assert columns["schema_version"].tolist() == [3]
+    assert columns["schema_version"].tolist() == [4]
     names, keys = _texts(columns, "shards.name"), _texts(columns, "keys")
     assert (names, keys) == (sorted(names), sorted(keys))
     clips = {}

@@ -93,7 +93,7 @@ def test_chunks_are_blosc_of_zstandard_one_behind_a_byte_shuffle(tmp_path: Path)
         },
         {"name": "crc32c"},
     ]
-    data = (store / "shards/00000/gram_flow/c/1/0/0/0/0").read_bytes()
+    data = (store / "shards/00000/gram_flow/c.1.0.0.0.0").read_bytes()
     values = _smooth(1)["gram_flow"][: PACKED.arrays["gram_flow"].chunk_length]
     codec = numcodecs.Blosc(
         cname="zstd", clevel=1, shuffle=numcodecs.Blosc.SHUFFLE, blocksize=2**19
@@ -134,7 +134,7 @@ def test_staged_clips_that_are_compressed_are_adopted(tmp_path: Path, files_of: 
     with writer.shard("00000", source="x.tar") as out:
         out.add("00000/0", _smooth(0), fingerprint=fingerprint_of("00000/0"))
         out.add("00000/1", _smooth(1), fingerprint=fingerprint_of("00000/1"))
-    (chunk,) = writer.path.glob(".staging/00000/*/staged/shard/gram_flow/c/1/0/0/0/0")
+    (chunk,) = writer.path.glob(".staging/00000/*/staged/shard/gram_flow/c.1.0.0.0.0")
     data = bytearray(chunk.read_bytes())
     data[1000] ^= 1
     chunk.write_bytes(data)

@@ -53,7 +53,7 @@ def test_a_dropped_clip_keeps_it(indexed: Path) -> None:
 
 
 def test_a_damaged_clip_keeps_it(indexed: Path) -> None:
-    (indexed / "shards/00000/features/c/1/0/0/0/0").write_bytes(b"damaged")
+    (indexed / "shards/00000/features/c.1.0.0.0.0").write_bytes(b"damaged")
     (damaged,) = repair_store(indexed).clips
     assert damaged.fingerprint == fingerprint_of("a1")
     _assert_kept(indexed)

@@ -43,7 +43,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def _chunk(store: Path, shard: str, index: int) -> Path:
-    return store / "shards" / shard / "forward" / "c" / str(index) / "0" / "0" / "0"
+    return store / "shards" / shard / "forward" / f"c.{index}.0.0.0"
 
 
 def _swap(first: Path, second: Path) -> None:

@@ -28,7 +28,7 @@ from tests.cache_schema.servers import FileServer, serving
 
 Arrays = dict[str, np.ndarray]
 ClipOf = Callable[[str], Arrays]
-CHUNK = "shards/00000/features/c/1/0/0/0/0"
+CHUNK = "shards/00000/features/c.1.0.0.0.0"
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_damaged_objects_are_never_misread(cache_url: str, indexed: Path, damage
         "short": good[: len(good) // 2],
         "long": good + b"\0",
         "flipped": good[:50] + bytes([good[50] ^ 1]) + good[51:],
-        "other": (indexed / CHUNK.replace("/c/1/", "/c/0/")).read_bytes(),
+        "other": (indexed / CHUNK.replace("/c.1.", "/c.0.")).read_bytes(),
     }[damage]
     _damage_remote(cache_url, CHUNK, data, indexed)
     reader = StoreReader(_store_of(cache_url, indexed))

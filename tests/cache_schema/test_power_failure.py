@@ -61,8 +61,8 @@ def test_a_clip_is_on_the_disk_when_it_is_staged(tmp_path, disk, settings, clip_
         (staged,) = writer.path.glob(".staging/00000/*/staged")
         records = sorted((staged / "records").glob("*.json"))
         assert len(records) == 2
-        chunks = [file for file in (staged / "shard").rglob("*") if "c" in file.parts[-6:]]
-        for file in (*records, *(chunk for chunk in chunks if chunk.is_file())):
+        chunks = (staged / "shard").rglob("c.*")
+        for file in (*records, *chunks):
             disk.check_file(file, "when add or skip returned")
     assert disk.not_synced == []
 

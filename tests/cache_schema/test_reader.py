@@ -27,7 +27,7 @@ from tests.fingerprints import fingerprint_of
 
 Arrays = dict[str, np.ndarray]
 ClipOf = Callable[[str], Arrays]
-CHUNK = "shards/00000/features/c/1/0/0/0/0"
+CHUNK = "shards/00000/features/c.1.0.0.0.0"
 
 
 def test_every_clip_is_read_back_by_key(store: Path, clip_of: ClipOf) -> None:
@@ -61,7 +61,7 @@ def test_shards_are_known_with_their_sizes(store: Path) -> None:
     reader = StoreReader(store)
     sizes = {
         shard: sum(
-            path.stat().st_size for path in store.glob(f"shards/{shard}/*/c/**/*") if path.is_file()
+            path.stat().st_size for path in store.glob(f"shards/{shard}/*/c.*") if path.is_file()
         )
         for shard in ("00000", "00001")
     }
@@ -260,14 +260,14 @@ def test_files_that_are_gone_are_refused(store: Path) -> None:
 
 def test_files_of_other_clips_are_refused(store: Path) -> None:
     # Size and every checksum inside the file are right here.
-    shutil.copy(store / CHUNK.replace("/c/1/", "/c/0/"), store / CHUNK)
+    shutil.copy(store / CHUNK.replace("/c.1.", "/c.0."), store / CHUNK)
     _assert_refused(store)
 
 
 def test_files_exchanged_after_the_first_read_are_refused(store: Path) -> None:
     reader = StoreReader(store)
     reader.read("a1")
-    shutil.copy(store / CHUNK.replace("/c/1/", "/c/0/"), store / CHUNK)
+    shutil.copy(store / CHUNK.replace("/c.1.", "/c.0."), store / CHUNK)
     with pytest.raises(CorruptClip, match="is not the clip's"):
         reader.read("a1")
 

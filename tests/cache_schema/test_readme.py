@@ -65,7 +65,7 @@ def example(tmp_path: Path) -> Path:
             fingerprint=fingerprint_of("run/0001"),
         )
         shard.commit()
-    (writer.path / "shards/00001/features/c/1/0/0/0/0").write_bytes(b"damaged")
+    (writer.path / "shards/00001/features/c.1.0.0.0.0").write_bytes(b"damaged")
     repair_store(writer.path)
     with writer.shard("00002", source="00002.tar") as shard:
         shard.add(

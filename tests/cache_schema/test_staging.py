@@ -50,8 +50,8 @@ def test_damaged_staged_clips_are_made_again(
         shard.commit()
     writer = StoreWriter.open(tmp_path / "damaged", settings, provenance={})
     _stage(writer, ["a", "b", "c"], clip_of)
-    (chunks,) = writer.path.glob(".staging/0/*/staged/shard/features/c")
-    chunk = chunks / "1" / "0" / "0" / "0" / "0"
+    (chunks,) = writer.path.glob(".staging/0/*/staged/shard/features")
+    chunk = chunks / "c.1.0.0.0.0"
     data = bytearray(chunk.read_bytes())
     if damage == "flip":
         data[7] ^= 1
@@ -61,7 +61,7 @@ def test_damaged_staged_clips_are_made_again(
     elif damage == "delete":
         chunk.unlink()
     else:
-        chunk.write_bytes((chunks / "0" / "0" / "0" / "0" / "0").read_bytes())
+        chunk.write_bytes((chunks / "c.0.0.0.0.0").read_bytes())
     with writer.shard("0", source="0.tar") as shard:
         assert [key for key in ("a", "b", "c", "bad") if shard.has(key)] == ["a"]
         for key in ("b", "c"):

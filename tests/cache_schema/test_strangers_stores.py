@@ -238,7 +238,7 @@ def test_what_is_no_file_of_a_store_is_no_record(
 def test_what_is_no_file_of_a_store_is_no_clip_and_no_index(
     indexed: Path, make: Callable[[Path], None]
 ) -> None:
-    for path in ("index.npz", "shards/00000/features/c/1/0/0/0/0", "shards/00000/mask/zarr.json"):
+    for path in ("index.npz", "shards/00000/features/c.1.0.0.0.0", "shards/00000/mask/zarr.json"):
         (indexed / path).unlink()
         make(indexed / path)
     reader = StoreReader(indexed)
@@ -256,7 +256,7 @@ def test_what_is_no_file_of_a_store_is_no_clip_and_no_index(
 def home(tmp_path: Path) -> Path:
     """A folder that is nobody's business."""
     folder = tmp_path / "home"
-    (folder / "features" / "c").mkdir(parents=True)
+    (folder / "features").mkdir(parents=True)
     (folder / "zarr.json").write_text("mine")
     (folder / "features" / "zarr.json").write_text("mine")
     (folder / "00000.json").write_text("mine")
@@ -339,7 +339,7 @@ def test_temporary_files_are_not_written_through_a_link(
 
 
 def test_a_merged_clip_is_a_file_and_no_link(indexed: Path, tmp_path: Path, home: Path) -> None:
-    chunk = indexed / "shards" / "00000" / "mask" / "c" / "0" / "0" / "0"
+    chunk = indexed / "shards" / "00000" / "mask" / "c.0.0.0"
     chunk.rename(home / "chunk")
     chunk.symlink_to(home / "chunk")
     target = tmp_path / "target" / indexed.name
@@ -356,7 +356,7 @@ def test_a_web_server_that_sends_without_end_is_not_listened_to(indexed: Path) -
     with serving(indexed.parent) as server:
         reader = StoreReader(f"{server.url}/{indexed.name}")
         assert len(reader) == 5
-        server.endless = {"00000/features/c/1/0/0/0/0"}
+        server.endless = {"00000/features/c.1.0.0.0.0"}
         with pytest.raises(CorruptClip, match="bytes instead of"):
             reader.read("a1")
         with pytest.raises(CorruptClip):

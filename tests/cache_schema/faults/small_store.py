@@ -129,8 +129,8 @@ def assert_equals_the_clip(reader: StoreReader, key: str) -> None:
 def damage_in_every_way(store: Path) -> Path:
     """A lost clip, a changed one, changed metadata, leftovers; a changed index."""
     group = store / "shards" / "00000"
-    (group / "features/c/0/0/0/0/0").unlink()
-    _flip(group / "flow/c/2/0/0/0", 9)
+    (group / "features/c.0.0.0.0.0").unlink()
+    _flip(group / "flow/c.2.0.0.0", 9)
     (group / "notes.txt").write_text("hello")
     _flip(store / "shards" / "00001" / "mask" / "zarr.json", 30)
     (store / "shards" / "00001~7" / "mask").mkdir(parents=True)

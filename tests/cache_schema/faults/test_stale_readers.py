@@ -56,9 +56,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 
 
 def _hurt(store: Path, shard: str, array: str, clip: int) -> None:
-    (folder,) = store.glob(f"shards/{shard}/{array}/c")
-    found = [path for path in folder.rglob("*") if path.is_file()]
-    (file,) = [p for p in found if p.relative_to(folder).parts[0].split(".")[0] == str(clip)]
+    (file,) = store.glob(f"shards/{shard}/{array}/c.{clip}.*")
     file.write_bytes(b"")
 
 

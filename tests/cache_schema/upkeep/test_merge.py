@@ -207,7 +207,7 @@ def test_a_damaged_source_is_never_merged(
     target = make_store("target", {"00000": ["a0"]})
     source = make_store("source", {"00001": ["b0"], "00002": ["c0", "c1"]})
     group = source / "shards" / "00002"
-    file = group / ("mask/zarr.json" if damage == "metadata" else "features/c/1/0/0/0/0")
+    file = group / ("mask/zarr.json" if damage == "metadata" else "features/c.1.0.0.0.0")
     data = bytearray(file.read_bytes())
     if damage == "delete":
         file.unlink()

@@ -24,7 +24,7 @@ Arrays = dict[str, np.ndarray]
 ClipOf = Callable[[str], Arrays]
 WriteShard = Callable[..., None]
 FilesOf = Callable[[Path], dict[str, bytes]]
-CHUNK = "shards/00000/features/c/1/0/0/0/0"
+CHUNK = "shards/00000/features/c.1.0.0.0.0"
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_whole_store_is_left_alone(indexed: Path, files_of: FilesOf) -> None:
 
 def test_a_damaged_clip_goes_and_the_others_stay(indexed: Path, clip_of: ClipOf) -> None:
     damaged = _flip(indexed / CHUNK)
-    inode = (indexed / "shards/00000/features/c/2/0/0/0/0").stat().st_ino
+    inode = (indexed / "shards/00000/features/c.2.0.0.0.0").stat().st_ino
     untouched = (indexed / "commits" / "00001.json").stat()
     report = repair_store(indexed)
     assert [(clip.key, clip.reason, clip.shard) for clip in report.clips] == [
@@ -71,7 +71,7 @@ def test_a_damaged_clip_goes_and_the_others_stay(indexed: Path, clip_of: ClipOf)
     assert (report.quarantine / CHUNK).read_bytes() == damaged
     assert [found["key"] for found in json.loads((report.quarantine / "found.json").read_text())]
     # Taken as they are, not copied.
-    assert (indexed / "shards/00000~1/features/c/1/0/0/0/0").stat().st_ino == inode
+    assert (indexed / "shards/00000~1/features/c.1.0.0.0.0").stat().st_ino == inode
     assert (indexed / "commits" / "00001.json").stat() == untouched
     _assert_holds(indexed, ["a0", "a2", "b0", "b1"], clip_of)
     skipped = {clip.key: clip.reason for clip in StoreReader(indexed).skipped}
@@ -138,8 +138,8 @@ def test_foreign_entries_and_leftovers_go_without_a_new_generation(
 
 
 def test_every_repair_has_a_quarantine_of_its_own(indexed: Path) -> None:
-    for number, key in ((1, "00000/features/c/1"), (2, "00000~1/features/c/1")):
-        _flip(indexed / "shards" / key / "0/0/0/0")
+    for number, key in ((1, "00000/features/c.1"), (2, "00000~1/features/c.1")):
+        _flip(indexed / "shards" / f"{key}.0.0.0.0")
         assert repair_store(indexed).quarantine == indexed / "quarantine" / str(number)
     assert list(StoreReader(indexed).keys) == ["a0", "b0", "b1"]
 
@@ -189,7 +189,7 @@ def test_of_a_key_in_two_shards_the_first_ones_stays(twins: Path, clip_of: ClipO
 
 
 def test_of_a_key_in_two_shards_the_intact_one_stays(twins: Path, clip_of: ClipOf) -> None:
-    _flip(twins / "shards/x/mask/c/0/0/0", 1)
+    _flip(twins / "shards/x/mask/c.0.0.0", 1)
     report = repair_store(twins)
     assert [(clip.key, clip.reason, clip.shard) for clip in report.clips] == [
         ("twin", "damaged", "x")

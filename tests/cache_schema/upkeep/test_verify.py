@@ -51,7 +51,7 @@ def test_a_whole_store_has_no_problems_and_is_not_touched(
     assert report.problems == ()
     assert report.num_clips == 5
     sizes = {path: len(data) for path, data in before.items() if path.startswith("shards/")}
-    assert report.num_bytes == sum(size for path, size in sizes.items() if "/c/" in path)
+    assert report.num_bytes == sum(size for path, size in sizes.items() if "/c." in path)
     assert sum(done) == sum(sizes.values())
     assert files_of(indexed) == before
 
@@ -123,7 +123,7 @@ def test_a_replaced_shard_is_whole(indexed: Path) -> None:
     drop_clips(indexed, ["a1"], detail="a test")
     assert (indexed / "shards" / "00000~1").is_dir()
     assert verify_store(indexed).problems == ()
-    (indexed / "shards" / "00000~1" / "mask" / "c" / "1" / "0" / "0").unlink()
+    (indexed / "shards" / "00000~1" / "mask" / "c.1.0.0").unlink()
     assert _mends(indexed) == [("00000", "a2", "repair")]
 
 
@@ -197,7 +197,7 @@ def test_stores_behind_addresses_are_verified_by_their_index(
     assert report == verify_store(indexed)
     assert report.problems == ()
 
-    chunk = indexed / "shards" / "00000" / "features" / "c" / "1" / "0" / "0" / "0" / "0"
+    chunk = indexed / "shards" / "00000" / "features" / "c.1.0.0.0.0"
     chunk.write_bytes(chunk.read_bytes()[:-1])
     (indexed / "shards" / "00001" / "mask" / "zarr.json").unlink()
     expected = [("00000", "a1", "copy"), ("00001", None, "copy")]

@@ -220,7 +220,7 @@ def test_a_damaged_clip_of_features_stops_it_by_name(
     write_teacher: Callable[..., Path], tmp_path: Path
 ) -> None:
     teacher = write_teacher()
-    file = next((teacher / "shards" / "00001" / "features" / "c").rglob("0/0/0/0/0"))
+    file = teacher / "shards" / "00001" / "features" / "c.0.0.0.0.0"
     data = bytearray(file.read_bytes())
     data[10] ^= 1
     file.write_bytes(data)

@@ -14,16 +14,15 @@ from stages.train_student.data.stores import join_stores
 def damaged_cache(tiny, tmp_path):
     """Clip 2's features are cut short, clip 4's latents gone."""
     tiny.write_cache(tmp_path)
-    for file in files_of(tmp_path, "teacher-*/shards/*/features/c/2"):
+    for file in files_of(tmp_path, "teacher-*/shards/*/features/c.2.*"):
         file.write_bytes(file.read_bytes()[:-4])
-    for file in files_of(tmp_path, "latents-*/shards/*/std/c/4"):
+    for file in files_of(tmp_path, "latents-*/shards/*/std/c.4.*"):
         file.unlink()
     return tmp_path
 
 
 def files_of(root, pattern):
-    (folder,) = root.glob(pattern)
-    return [file for file in folder.rglob("*") if file.is_file()]
+    return list(root.glob(pattern))
 
 
 def samples_of(root, base_model, seed=3):
