@@ -16,6 +16,7 @@ from stages.base_weights import Part, check_base_weights
 from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.progress import Progress
+from stages.train_student.clip_lists import digest
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.buckets import Buckets, join_buckets
 from stages.train_student.data.dataset import CachedSamples
@@ -27,7 +28,7 @@ from stages.train_student.data.order import (
 )
 from stages.train_student.data.store_checks import check_stores
 from stages.train_student.data.stores import JoinedStores, array_shape
-from stages.train_student.distributed import World
+from stages.train_student.distributed import World, gather
 from stages.train_student.ema import check_average
 from stages.train_student.engine import check_engine_settings, weights_dtype
 from stages.train_student.logs.boards import Boards, check_boards
@@ -35,7 +36,7 @@ from stages.train_student.logs.run_log import RunLog
 from stages.train_student.lora import check_targets
 from stages.train_student.objectives.build import build_heads, build_objectives
 from stages.train_student.objectives.needs import check_teacher, kinds_needed
-from stages.train_student.run_folder import fixed_settings, open_run
+from stages.train_student.run_folder import fixed_settings, held_out_before, open_run
 from stages.train_student.step import TrainingStep
 from stages.train_student.teacher import TeacherLayout
 from stages.train_student.validation.checks import check_validation
@@ -159,8 +160,26 @@ class Run:
             settings=config.model_dump(mode="json"),
         )
 
-    def open(self, resolved_config: dict[str, Any], provenance: dict[str, Any]) -> None:
+    def refuse_ranks_with_other_clips(self) -> None:
+        """Refuse stores that changed while the processes opened them; every rank must call this.
+
+        Raises:
+            ValueError: a rank found other clips than the others.
+        """
+        mine = ([digest(of_size.keys) for of_size in self.stores.stores], self.stores.held_out)
+        clips = gather(self.world, (mine, self.num_clips))
+        if any(of_rank != clips[0] for of_rank in clips):
+            counts = ", ".join(str(count) for _, count in clips)
+            raise ValueError(
+                f"the processes found different clips to train on ({counts}): the cache changed "
+                "while they opened it; run the same command again"
+            )
+
+    def open(self, resolved_config: dict[str, Any], provenance: dict[str, Any]) -> str | None:
         """Make the run's folder, or check that it holds this run.
+
+        Returns:
+            What to tell of a run that goes on with fewer clips than it began with.
 
         Raises:
             ValueError: it holds another run.
@@ -175,10 +194,17 @@ class Run:
             "stores": stores,
             "clips": self.stores.clips,
             "left_out": self.stores.left_out.as_dict(),
-            "held_out": list(self.stores.held_out),
         }
         settings = fixed_settings(self.config, self.clips, self.model, self.facts, self.stores)
-        open_run(self.config.run_dir, settings, resolved_config, about)
+        return open_run(
+            self.config.run_dir,
+            settings,
+            resolved_config,
+            about,
+            clips={of_size.size: of_size.keys for of_size in self.stores.stores},
+            held_out=self.stores.held_out,
+            leave_out=self.config.leave_out,
+        )
 
 
 def prepare(
@@ -212,6 +238,7 @@ def prepare(
         kinds=kinds,
         leave_out=config.leave_out,
         held_out=config.validation.clips,
+        held_out_before=held_out_before(config.run_dir, config.validation.clips),
     )
     for size, of_size in zip(clips.sizes, stores.stores, strict=True):
         check_stores(of_size, facts, size, radius=config.lgf.radius)

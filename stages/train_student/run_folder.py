@@ -3,7 +3,8 @@
     <run_dir>/
         config.yaml            the resolved configuration
         run.json               what may not change between resumes, provenance, processes, stores,
-                               clips left out
+                               clips left out, clips held out
+        clips/                 the clips that it began with (clip_lists.py)
         losses.jsonl           one line per step; and further files of lines (logs/run_log.py)
         tensorboard/, wandb/   as train.report_to says
         checkpoints/           (checkpoints)
@@ -15,20 +16,21 @@ The training loop uses it; sampling looks for finished.json and export/.
 """
 
 import fcntl
-import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
+from cache_schema import SortedText
 from cache_schema.durable import make_directories, write_whole
 from stages.base_facts import BaseFacts
 from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig
+from stages.train_student.clip_lists import compare_clips, digest, write_clips
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.buckets import Buckets
 from stages.train_student.logs.rows import CONFIG_FILE
@@ -58,7 +60,7 @@ FREE_SETTINGS = (
 """Settings of a run, with all below them, that a resume may change, as may the number of processes.
 They say how the work is done and what is shown of it, not what is learnt: `stores`, `leave_out` and
 `validation.clips` are compared by what comes of them, what the stores hold and which clips are
-left to train on."""
+left to train on, which may become fewer."""
 
 
 def fixed_settings(
@@ -76,52 +78,88 @@ def fixed_settings(
         "transformer": {k: v for k, v in facts.transformer.items() if not k.startswith("_")},
         "scheduler": {k: v for k, v in facts.scheduler.items() if not k.startswith("_")},
         "stores": {kind: reader.settings.hash for kind, reader in stores.readers.items()},
-        "clips to train on": {
-            of_size.size: f"{len(of_size.keys)} ({_digest(of_size.keys)})"
-            for of_size in stores.stores
-        },
     }
     # Through JSON, so that what was just computed equals what a run read back.
     flat = _flat(json.loads(json.dumps(nested)), "")
     return {name: value for name, value in flat if not _is_free(name)}
 
 
+def held_out_before(run_dir: Path, count: int) -> tuple[str, ...] | None:
+    """The clips that the run in this folder holds out, present or not.
+
+    They stay the same for the whole of a run: a clip that was trained on is not validated with.
+    None where there is no run yet, or one that holds out another number than `count`.
+    """
+    file = run_dir / "run.json"
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text(encoding="utf-8"))["held_out"]
+    return tuple(found) if len(found) == count else None
+
+
 def open_run(
-    run_dir: Path, settings: dict[str, Any], resolved_config: dict[str, Any], about: dict[str, Any]
-) -> None:
+    run_dir: Path,
+    settings: dict[str, Any],
+    resolved_config: dict[str, Any],
+    about: dict[str, Any],
+    *,
+    clips: Mapping[str, SortedText],
+    held_out: Sequence[str],
+    leave_out: Path | None,
+) -> str | None:
     """Make the folder, or check that it holds a run of the same settings.
 
     Args:
         settings: `fixed_settings`.
         resolved_config: written as config.yaml.
         about: further facts for run.json, such as provenance; not compared.
+        clips: keys of the clips to train on, by size.
+        held_out: keys of the clips for validation.
+        leave_out: manifest of clips that are left out.
+
+    Returns:
+        What to tell of a run that goes on with fewer clips than it began with.
 
     Raises:
         ValueError: the folder holds another run, or something else.
     """
+    told = None
     file = run_dir / "run.json"
     if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))["settings"]
+        known = json.loads(file.read_text(encoding="utf-8"))
+        found = known["settings"]
         missing = object()
         names = found.keys() | settings.keys()
         differing = sorted(
             name for name in names if found.get(name, missing) != settings.get(name, missing)
         )
         if differing:
-            told = "; ".join(
+            changes = "; ".join(
                 f"{name} was {found.get(name)!r}, is {settings.get(name)!r}" for name in differing
             )
             raise ValueError(
-                f"{run_dir} holds a run with other settings: {told}. Choose another train.run_dir, "
-                "or the settings it was started with"
+                f"{run_dir} holds a run with other settings: {changes}. Choose another "
+                "train.run_dir, or the settings it was started with"
             )
+        told = compare_clips(
+            run_dir,
+            known["clip_digests"],
+            clips,
+            held_out_before=known["held_out"],
+            held_out=held_out,
+            leave_out=leave_out,
+        )
     make_directories(run_dir)
     text = io.StringIO()
     YAML().dump(resolved_config, text)
     _write(run_dir / CONFIG_FILE, text.getvalue())
     if not file.is_file():
-        _write(file, json.dumps({"settings": settings, **about}, indent=1))
+        write_clips(run_dir, clips)
+        digests = {size: digest(keys) for size, keys in clips.items()}
+        of_clips = {"clip_digests": digests, "held_out": list(held_out)}
+        _write(file, json.dumps({"settings": settings, **about, **of_clips}, indent=1))
     make_directories(run_dir / "checkpoints")
+    return told
 
 
 def finished_steps(run_dir: Path) -> int | None:
@@ -158,14 +196,6 @@ def locked(run_dir: Path) -> Iterator[None]:
                 "train.run_dir"
             ) from None
         yield
-
-
-def _digest(keys: Iterable[str]) -> str:
-    """Of the keys, parted by line ends; a million of them are never one text."""
-    digest = hashlib.sha256()
-    for number, key in enumerate(keys):
-        digest.update(f"\n{key}".encode() if number else key.encode())
-    return digest.hexdigest()[:12]
 
 
 def _is_free(name: str) -> bool:

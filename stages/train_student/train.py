@@ -77,11 +77,14 @@ def train_student(
     run = prepare(config, clips, model, cache_root, world, progress)
     with process_group(world), ExitStack() as stack:
         on_first_rank(world, lambda: stack.enter_context(locked(config.run_dir)))
-        on_first_rank(world, lambda: run.open(resolved_config, provenance))
+        run.refuse_ranks_with_other_clips()
+        fewer_clips = on_first_rank(world, lambda: run.open(resolved_config, provenance))
         done = on_first_rank(world, lambda: finished_steps(config.run_dir))
         if done is not None and done >= config.steps:
             return _summary(run, done, resumed_from=done, durations=[], finished=True)
         progress.log("; ".join(run.stores.told()))
+        if fewer_clips is not None:
+            progress.log(f"warning: {fewer_clips}")
         progress.log(batch_told(run.config, world.size))
         return _train(run)
 

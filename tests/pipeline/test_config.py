@@ -217,7 +217,8 @@ def test_the_configuration_kept_with_a_run_loads_again(minimal, tmp_path):
     from stages.train_student.run_folder import open_run
 
     config = load_config(minimal, ["name='1e5'", "train.stores.text='on'", "demo.root='ä: x'"])
-    open_run(tmp_path / "run", {}, config.model_dump(mode="json"), {})
+    resolved = config.model_dump(mode="json")
+    open_run(tmp_path / "run", {}, resolved, {}, clips={}, held_out=(), leave_out=None)
     assert load_config(str(tmp_path / "run" / "config.yaml")) == config
 
 

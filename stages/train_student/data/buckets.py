@@ -87,6 +87,7 @@ def join_buckets(
     kinds: Sequence[str],
     leave_out: Path | None = None,
     held_out: int = 0,
+    held_out_before: Sequence[str] | None = None,
 ) -> Buckets:
     """Open the stores of each size and join them by key.
 
@@ -99,6 +100,8 @@ def join_buckets(
         kinds: what is read beside text and latents: teacher or gram_flow, and masks.
         leave_out: manifest of clips to leave out (`left_out.read_keys`).
         held_out: how many clips to keep for validation, of all sizes together.
+        held_out_before: those that the run held out when it began: of them those that are there
+            are held out, and no others.
 
     Raises:
         ValueError: `chosen` names an unknown kind, the manifest is malformed, or a size has no
@@ -116,7 +119,10 @@ def join_buckets(
                 told = f"{size.size_name}: {told}, or take it out of data.buckets"
             raise ValueError(told)
     remaining = [keys.take(rows_without(keys, named)) for keys in common]
-    held = choose_held_out(remaining, held_out)
+    if held_out_before is None:
+        held = choose_held_out(remaining, held_out)
+    else:
+        held = tuple(key for key in held_out_before if any(key in keys for keys in remaining))
     stores = tuple(
         joined(readers, keys, leave_out=leave_out, named=named, held_out=held)
         for readers, keys in zip(opened, common, strict=True)
