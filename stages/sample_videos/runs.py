@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
+from stages.base_model import resolve_base_model
+from stages.base_weights import hash_transformer
 from stages.config import BaseModelConfig
 from stages.file_checksums import checksums_from_json, damage_of
 from stages.strict_yaml import read_yaml
@@ -28,6 +30,9 @@ _METADATA_KEY = "lora_adapter_metadata"
 """Where diffusers keeps alpha and the rank, by names that begin with `_PREFIX`."""
 _PREFIX = "transformer."
 
+BASE_SETTING = "model.weights"
+"""Name in run.json's settings of the hash of the transformer that a run was trained from."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Export:
@@ -43,23 +48,38 @@ class Export:
 def newest_finished_run(runs_root: Path, model: BaseModelConfig) -> Path | None:
     """Return the run under `runs_root` that finished last, or None if none has.
 
-    Only runs trained from `model` count; runs of several base models may lie side by side.
+    Only runs trained from `model` count; runs of several base models may lie side by side. What its
+    transformer holds is compared, or its path alone where the transformer is not on this machine.
     """
     finished = sorted(
         runs_root.glob("*/finished.json"), key=lambda file: (file.stat().st_mtime_ns, file)
     )
+    try:
+        base = hash_transformer(resolve_base_model(model, ("transformer",), download=False))
+    except ValueError:
+        base = None
     for file in reversed(finished):
-        if _base_model_of(file.parent) == model.path:
-            return file.parent
+        run_dir = file.parent
+        same = _path_of_base(run_dir) == model.path if base is None else _base_of(run_dir) == base
+        if same:
+            return run_dir
     return None
 
 
-def _base_model_of(run_dir: Path) -> str | None:
+def _path_of_base(run_dir: Path) -> str | None:
     try:
         settings = read_yaml(run_dir / "config.yaml")
         return str(settings["model"]["path"])
     except (OSError, ValueError, KeyError, TypeError):
         return None  # no run of ours, or one that cannot be read: --run can still name it
+
+
+def _base_of(run_dir: Path) -> str | None:
+    try:
+        about = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+        return str(about["settings"][BASE_SETTING])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def find_export(run_dir: Path) -> Export:

@@ -12,7 +12,7 @@ from torch import nn
 
 from stages.base_facts import BaseFacts, read_base_facts
 from stages.base_model import resolve_base_model
-from stages.base_weights import Part, check_base_weights
+from stages.base_weights import Part, check_base_weights, hash_transformer
 from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.progress import Progress
@@ -175,8 +175,13 @@ class Run:
                 "while they opened it; run the same command again"
             )
 
-    def open(self, resolved_config: dict[str, Any], provenance: dict[str, Any]) -> str | None:
+    def open(
+        self, base: Path, resolved_config: dict[str, Any], provenance: dict[str, Any]
+    ) -> str | None:
         """Make the run's folder, or check that it holds this run.
+
+        Args:
+            base: folder of the base model, with the transformer's weights.
 
         Returns:
             What to tell of a run that goes on with fewer clips than it began with.
@@ -190,12 +195,19 @@ class Run:
         }
         about = {
             "provenance": provenance,
+            "model": self.model.model_dump(mode="json"),
             "processes": self.world.size,
             "stores": stores,
             "clips": self.stores.clips,
             "left_out": self.stores.left_out.as_dict(),
         }
-        settings = fixed_settings(self.config, self.clips, self.model, self.facts, self.stores)
+        settings = fixed_settings(
+            self.config,
+            self.clips,
+            self.facts,
+            self.stores,
+            base_weights=hash_transformer(base),
+        )
         return open_run(
             self.config.run_dir,
             settings,

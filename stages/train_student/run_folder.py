@@ -29,7 +29,7 @@ from cache_schema import SortedText
 from cache_schema.durable import make_directories, write_whole
 from stages.base_facts import BaseFacts
 from stages.clips.config import ClipsConfig
-from stages.config import BaseModelConfig
+from stages.sample_videos.runs import BASE_SETTING
 from stages.train_student.clip_lists import compare_clips, digest, write_clips
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.buckets import Buckets
@@ -66,15 +66,20 @@ left to train on, which may become fewer."""
 def fixed_settings(
     config: TrainConfig,
     clips: ClipsConfig,
-    model: BaseModelConfig,
     facts: BaseFacts,
     stores: Buckets,
+    *,
+    base_weights: str,
 ) -> dict[str, Any]:
-    """What decides a run's weights, by dotted name; two runs with equal ones are the same run."""
+    """What decides a run's weights, by dotted name; two runs with equal ones are the same run.
+
+    Args:
+        base_weights: hash of the transformer's weights; where they lie may change.
+    """
     nested = {
         "train": config.model_dump(mode="json"),
         "data": {"sizes": [size.size_name for size in clips.sizes]},
-        "model": model.model_dump(mode="json"),
+        BASE_SETTING: base_weights,
         "transformer": {k: v for k, v in facts.transformer.items() if not k.startswith("_")},
         "scheduler": {k: v for k, v in facts.scheduler.items() if not k.startswith("_")},
         "stores": {kind: reader.settings.hash for kind, reader in stores.readers.items()},

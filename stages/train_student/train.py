@@ -5,6 +5,7 @@
 
 import statistics
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ from stages.train_student.skipped_steps import SkippedInARow
 from stages.train_student.student import Student
 from stages.train_student.summary import TrainSummary
 from stages.train_student.validation.build import build_validation, embed_prompts
+
+_DOWNLOAD_TIME = timedelta(hours=6)
+"""How long the ranks wait until each has the transformer's weights."""
 
 
 def train_student(
@@ -78,7 +82,12 @@ def train_student(
     with process_group(world), ExitStack() as stack:
         on_first_rank(world, lambda: stack.enter_context(locked(config.run_dir)))
         run.refuse_ranks_with_other_clips()
-        fewer_clips = on_first_rank(world, lambda: run.open(resolved_config, provenance))
+        base = resolve_base_model(run.model, (*CONFIGURATIONS, "transformer"))
+        check_base_weights(base, ("transformer",))
+        # Other machines may still be downloading.
+        fewer_clips = on_first_rank(
+            world, lambda: run.open(base, resolved_config, provenance), patience=_DOWNLOAD_TIME
+        )
         done = on_first_rank(world, lambda: finished_steps(config.run_dir))
         if done is not None and done >= config.steps:
             return _summary(run, done, resumed_from=done, durations=[], finished=True)
@@ -92,8 +101,6 @@ def train_student(
 def _train(run: Run) -> TrainSummary:
     config, world = run.config, run.world
     only_trained = config.method == "lora"
-    folder = resolve_base_model(run.model, (*CONFIGURATIONS, "transformer"))
-    check_base_weights(folder, ("transformer",))
     nvme = "nvme" in (config.deepspeed.offload_optimizer, config.deepspeed.offload_parameters)
     if nvme:
         run.progress.log(

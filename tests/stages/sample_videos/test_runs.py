@@ -1,12 +1,19 @@
 import json
+from pathlib import Path
 
 import pytest
 from diffusers import CogVideoXPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from stages.base_weights import hash_transformer
 from stages.config import BaseModelConfig
-from stages.sample_videos.runs import LORA_FILE, find_export, newest_finished_run
+from stages.sample_videos.runs import (
+    BASE_SETTING,
+    LORA_FILE,
+    find_export,
+    newest_finished_run,
+)
 from stages.sample_videos.weights import add_lora
 
 BASE = BaseModelConfig(path="base")
@@ -27,6 +34,16 @@ def test_runs_of_other_base_models_do_not_count(tmp_path, finish):
     (finish(tmp_path / "c", 300) / "config.yaml").unlink()
     (finish(tmp_path / "d", 400) / "config.yaml").write_text("model: [")
     assert newest_finished_run(tmp_path, BASE) == ours
+
+
+def test_a_base_model_on_this_machine_is_told_by_its_weights(tmp_path, base, finish):
+    ours = finish(tmp_path / "a", 100, model="moved")
+    settings = {BASE_SETTING: hash_transformer(Path(base.path))}
+    (ours / "run.json").write_text(json.dumps({"settings": settings}))
+    replaced = finish(tmp_path / "b", 200, model=base.path)
+    (replaced / "run.json").write_text(json.dumps({"settings": {BASE_SETTING: "0" * 16}}))
+    (finish(tmp_path / "c", 300, model=base.path) / "run.json").write_text("[]")
+    assert newest_finished_run(tmp_path, base) == ours
 
 
 def test_there_may_be_no_finished_run(tmp_path):

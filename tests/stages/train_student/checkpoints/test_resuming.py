@@ -1,6 +1,7 @@
 """Runs that end and go on, in one and two processes, at every ZeRO stage: equal to the last bit."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -93,6 +94,20 @@ def test_what_decides_the_weights_may_not_change(train, tmp_path):
         train(tmp_path, steps=2, deepspeed={"zero_stage": 3})
     with pytest.raises(ValueError, match=r"train.batch_size was 2, is 4"):
         train(tmp_path, steps=2, batch_size=4)
+
+
+def test_the_base_model_is_told_by_what_it_holds_not_by_its_path(tiny, base_model, train, tmp_path):
+    base = shutil.copytree(base_model, tmp_path / "base")
+    run = tmp_path / "run"
+    train(run, base=base, steps=1)
+    (tmp_path / "link").symlink_to(base)
+    assert train(run, base=tmp_path / "link", steps=2).resumed_from == 1
+    other = tiny.tiny_transformer()
+    other.proj_out.bias.data += 1
+    tiny.save_pipeline(base, transformer=other)
+    with pytest.raises(ValueError, match=r"model\.weights was '[0-9a-f]{16}', is '"):
+        train(run, base=base, steps=3)
+    assert train(run, base=base_model, steps=3).resumed_from == 2
 
 
 def test_what_waited_on_a_disk_is_not_gone_on_from(train, tmp_path):
