@@ -19,8 +19,10 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
+from safetensors import SafetensorError
 from torch import Tensor
 
+from stages.failed_writes import why_not_written
 from stages.file_checksums import checksum_of, files_below
 from stages.safetensors_io import save_tensors
 from stages.sample_videos.runs import ABOUT, LoraFormat
@@ -181,12 +183,17 @@ def _write(
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 
-    on_first_rank(world, begin)
-    if lora is None:
-        write_transformer(weights, transformer, partial / "transformer", world)
-    else:
-        write_lora(weights, lora, partial, world, form)
-    on_first_rank(world, finish)
+    try:
+        on_first_rank(world, begin)
+        if lora is None:
+            write_transformer(weights, transformer, partial / "transformer", world)
+        else:
+            write_lora(weights, lora, partial, world, form)
+        on_first_rank(world, finish)
+    except (OSError, SafetensorError) as error:
+        if (why := why_not_written(error, folder)) is None:
+            raise
+        raise OSError(f"the export {folder} could not be written: {why}") from error
     barrier(world)
 
 

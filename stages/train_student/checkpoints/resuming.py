@@ -12,6 +12,7 @@ from stages.progress import Progress
 from stages.train_student.checkpoints.eight_bit import is_eight_bit, quantize_moments
 from stages.train_student.checkpoints.records import (
     Checkpoint,
+    clear,
     complete_checkpoints,
     find_damage,
     read_record,
@@ -133,6 +134,8 @@ def _newest_sound(root: Path, world: World, progress: Progress) -> Checkpoint | 
             progress.log(f"passing over {folder}: {why}")
             if record_of(folder).exists():
                 damaged[folder] = why
+            else:
+                clear(folder)  # a full disk may have no room for another beside it
         return complete_checkpoints(root), damaged
 
     complete, damaged = on_first_rank(world, look)

@@ -1,16 +1,20 @@
 """Writing a checkpoint on every rank, and its record when all of it lies there."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from stages.failed_writes import why_not_written
 from stages.file_checksums import checksum_of, files_below
 from stages.train_student.checkpoints.records import (
     CHECKING_TIME,
     Checkpoint,
     clear,
+    complete_checkpoints,
     folder_of,
     keep_newest,
     own_files,
@@ -40,40 +44,69 @@ def save_checkpoint(
         only_trained: leave out frozen weights, which the base model has.
         beside: each writes further files of this rank into the folder it is given, before the
             checkpoint is recorded; names must differ between ranks.
+
+    Raises:
+        OSError: a file could not be written; says where, how much a checkpoint takes, and which
+            one is left.
     """
     folder = folder_of(root, step)
-    on_first_rank(world, lambda: clear(folder))
-    client_state = {"step": step, "rng": gather(world, _random_state())}
-    engine.save_checkpoint(
-        str(root),
-        tag=folder.name,
-        client_state=client_state,
-        save_latest=False,
-        exclude_frozen_parameters=only_trained,
-    )
-    for write in beside:
-        write(folder)
-    barrier(world)
-    written = on_first_rank(world, lambda: list(files_below(folder)))
-    # Each rank reads what it has just written, which its machine still has in memory.
-    mine = {name: checksum_of(folder / name) for name in own_files(written, world)}
-    if world.local_rank == 0:
-        sync_tree(folder)
-    parts = gather(world, mine, patience=CHECKING_TIME)
-
-    def finish() -> None:
-        checkpoint = Checkpoint(
-            folder=folder,
-            step=step,
-            world_size=world.size,
-            zero_stage=engine.zero_optimization_stage(),
-            planned_steps=planned_steps,
-            files={name: one for part in parts for name, one in part.items()},
+    with _telling_what_is_left(root, folder, step):
+        on_first_rank(world, lambda: clear(folder))
+        client_state = {"step": step, "rng": gather(world, _random_state())}
+        engine.save_checkpoint(
+            str(root),
+            tag=folder.name,
+            client_state=client_state,
+            save_latest=False,
+            exclude_frozen_parameters=only_trained,
         )
-        write_record(checkpoint)
-        keep_newest(root, kept, step)
+        for write in beside:
+            write(folder)
+        barrier(world)
+        written = on_first_rank(world, lambda: list(files_below(folder)))
+        # Each rank reads what it has just written, which its machine still has in memory.
+        mine = {name: checksum_of(folder / name) for name in own_files(written, world)}
+        if world.local_rank == 0:
+            sync_tree(folder)
+        parts = gather(world, mine, patience=CHECKING_TIME)
 
-    on_first_rank(world, finish)
+        def finish() -> None:
+            checkpoint = Checkpoint(
+                folder=folder,
+                step=step,
+                world_size=world.size,
+                zero_stage=engine.zero_optimization_stage(),
+                planned_steps=planned_steps,
+                files={name: one for part in parts for name, one in part.items()},
+            )
+            write_record(checkpoint)
+            keep_newest(root, kept, step)
+
+        on_first_rank(world, finish)
+
+
+@contextmanager
+def _telling_what_is_left(root: Path, folder: Path, step: int) -> Iterator[None]:
+    """Say of a failed write where it was, what a checkpoint needs, and what can be resumed from."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        why = why_not_written(error, folder)
+        if why is None:
+            raise
+        whole = next((one for one in complete_checkpoints(root) if one.step <= step), None)
+        if whole is None:
+            left = "no earlier checkpoint is complete"
+        else:
+            size = sum(file.bytes for file in whole.files.values())
+            left = (
+                f"{whole.folder.name} took {size / 1e9:.2f} GB and is complete: the same command "
+                f"resumes after step {whole.step}"
+            )
+        raise OSError(
+            f"the checkpoint {folder} could not be written: {why}; {left}. The disk must hold one "
+            "checkpoint more than train.checkpoints_kept"
+        ) from error
 
 
 def _random_state() -> dict[str, torch.Tensor]:
