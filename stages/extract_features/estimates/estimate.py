@@ -9,7 +9,7 @@ overlap with the models' work, and loading them are not in it. Writes nothing.
 
 import os
 import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,8 @@ from stages.extract_features.estimates.store_sizes import FormSize, bytes_of, is
 from stages.extract_features.estimates.survey import MOST_PROBED, ShardSurvey, survey_shards
 from stages.extract_features.extraction import DTYPES
 from stages.extract_features.make_extractions import TRACKED_KINDS, device_named
-from stages.extract_features.work.comparison import Comparison, Readers, read_and_compare
+from stages.extract_features.work.comparison import Comparison, Readers, compare
+from stages.extract_features.work.dataset_sources import read_sources
 from stages.metering import matmul_flops_per_second
 from stages.progress import Progress
 
@@ -185,7 +186,10 @@ def estimate(
     device = device_named(config.device, 0)
     dataset = open_dataset(clips)
     plans = planned_passes(config, clips, model)
-    comparison = read_and_compare(dataset, config, _readers(plans, cache_root), progress)
+    comparison = Comparison()
+    if any(reader and reader.shards for _, reader in _readers(plans, cache_root)):
+        sources = read_sources(dataset, config, progress)
+        comparison = compare(_readers(plans, cache_root), sources)
     comparison.check(refresh_changed=refresh_changed)
     lacking = _Lacking(
         comparison=comparison, retry_failed=retry_failed, refresh_changed=refresh_changed
@@ -322,13 +326,11 @@ class _Left:
 
 
 def _readers(plans: Sequence[PlannedPass], cache_root: Path) -> Readers:
-    readers: dict[Kind, list[StoreReader | None]] = defaultdict(list)
     for plan in plans:
         for kind in plan.kinds:
             store = None if plan.folders is None else cache_root / plan.folders[kind]
             is_there = store is not None and (store / "store.json").is_file()
-            readers[kind].append(StoreReader(store) if store is not None and is_there else None)
-    return readers
+            yield kind, StoreReader(store) if store is not None and is_there else None
 
 
 def _kind(

@@ -3,19 +3,18 @@
 `extract-features` and its `--dry-run` share this.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from cache_schema import StoreReader
 from cache_schema.upkeep.drop import DROPPED
-from stages.clips import ClipDataset
 from stages.clips.fingerprints import NO_VIDEO, sources_half, video_half
-from stages.extract_features.config import ExtractConfig, Kind
+from stages.extract_features.config import Kind
 from stages.extract_features.fingerprints import SOURCES
-from stages.extract_features.work.dataset_sources import DatasetSources, read_sources
-from stages.progress import Progress
+from stages.extract_features.work.dataset_sources import DatasetSources
 
 _NAMED = 5
 """Keys that a message names."""
@@ -235,28 +234,16 @@ class Comparison:
         return lines
 
 
-Readers = Mapping[Kind, Sequence[StoreReader | None]]
-"""By kind, the stores of every size; None where there is none yet."""
-
-
-def read_and_compare(
-    dataset: ClipDataset, config: ExtractConfig, readers: Readers, progress: Progress
-) -> Comparison:
-    """Every store against the dataset, which is read for it unless the stores are empty."""
-    stores = [one for of_kind in readers.values() for one in of_kind if one is not None]
-    if not any(len(one) or one.skipped for one in stores):
-        return Comparison()
-    return compare(readers, read_sources(dataset, config, progress))
+Readers = Iterable[tuple[Kind, StoreReader | None]]
+"""The stores of every kind and, within a kind, size; None where there is none yet."""
 
 
 def compare(readers: Readers, sources: DatasetSources) -> Comparison:
     """Every store against the dataset."""
+    kinds: dict[Kind, list[StoreComparison]] = defaultdict(list)
+    for kind, reader in readers:
+        kinds[kind].append(compare_store(reader, kind, sources))
     return Comparison(
         sources=sources,
-        kinds={
-            kind: KindComparison(
-                kind=kind, stores=[compare_store(one, kind, sources) for one in of_kind]
-            )
-            for kind, of_kind in readers.items()
-        },
+        kinds={kind: KindComparison(kind=kind, stores=found) for kind, found in kinds.items()},
     )

@@ -1,7 +1,6 @@
 """Comparing the cache with the dataset at the start of a run, and making it fit."""
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,8 @@ from stages.extract_features.work.comparison import (
     Comparison,
     StoreComparison,
     compare,
-    read_and_compare,
 )
-from stages.extract_features.work.dataset_sources import DatasetSources
+from stages.extract_features.work.dataset_sources import DatasetSources, read_sources
 from stages.progress import Progress
 
 
@@ -50,28 +48,26 @@ def compare_and_refresh(
             `refresh_changed` is not set. Nothing has changed.
     """
     paths = [(kind, writer.path) for writers in stores for kind, writer in writers.items()]
-    # Outside the lock: it can take minutes, which processes beside this one need not wait for.
-    sources = read_and_compare(dataset, config, _readers(paths), progress).sources
-    if sources is None:
+    if not any(reader.shards for _, reader in _readers(paths)):
         return Comparison()
+    # Outside the lock: it can take minutes, which processes beside this one need not wait for.
+    sources = read_sources(dataset, config, progress)
     lock = cache_root / ".refresh.lock"
     with FileLock(lock, wait=True, what=f"comparing {cache_root} with its dataset"):
-        readers = _readers(paths)
-        found = compare(readers, sources)
+        found = compare(_readers(paths), sources)
         found.check(refresh_changed=refresh_changed)
         changes = 0
-        for kind, of_kind in readers.items():
-            for reader, store in zip(of_kind, found.kinds[kind].stores, strict=True):
-                changes += _take_out(Path(reader.path), kind, store, sources, progress)
-                changes += _rebind(Path(reader.path), kind, store, sources)
+        left = {kind: iter(of_kind.stores) for kind, of_kind in found.kinds.items()}
+        for kind, path in paths:
+            store = next(left[kind])
+            changes += _take_out(path, kind, store, sources, progress)
+            changes += _rebind(path, kind, store, sources)
         return compare(_readers(paths), sources) if changes else found
 
 
-def _readers(paths: Sequence[tuple[Kind, Path]]) -> dict[Kind, list[StoreReader]]:
-    readers: dict[Kind, list[StoreReader]] = defaultdict(list)
-    for kind, path in paths:
-        readers[kind].append(StoreReader(path, kind=kind))
-    return readers
+def _readers(paths: Sequence[tuple[Kind, Path]]) -> Iterator[tuple[Kind, StoreReader]]:
+    """One after the other: the index of a million clips takes over 100 MB."""
+    return ((kind, StoreReader(path, kind=kind)) for kind, path in paths)
 
 
 def _take_out(

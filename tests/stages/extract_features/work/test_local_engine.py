@@ -12,8 +12,9 @@ import pytest
 from stages.clips import ClipsConfig
 from stages.clips.tar_reading import MemberGroup, TarReader
 from stages.config import BaseModelConfig
-from stages.extract_features.config import ExtractConfig
+from stages.extract_features.config import ExtractConfig, Kind
 from stages.extract_features.extract import extract_features
+from stages.extract_features.work import comparison
 from stages.extract_features.work.shard_work import _batches
 from stages.progress import SilentProgress
 
@@ -127,3 +128,21 @@ def test_clips_that_need_no_model_do_not_wait_for_one_that_does() -> None:
     assert batches([False] * 3, 2) == [[False]] * 3
     assert batches([False, True, False, True, False], 2) == [[False], [True, False, True], [False]]
     assert batches([True, False], 2) == [[True, False]]
+
+
+def test_stores_are_opened_and_compared_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[str] = []
+
+    def readers() -> Iterator[tuple[Kind, None]]:
+        for kind in ("text", "latents"):
+            done.append(f"open {kind}")
+            yield kind, None
+
+    monkeypatch.setattr(
+        comparison, "compare_store", lambda _, kind, __: done.append(f"compare {kind}")
+    )
+    found = comparison.compare(readers(), None)  # type: ignore[arg-type]
+    assert list(found.kinds) == ["text", "latents"]
+    assert done == ["open text", "compare text", "open latents", "compare latents"]
