@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json
+
 from cache_schema.durable import write_whole
 
 
@@ -77,9 +79,9 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
 
 def _parsed(line: bytes, path: Path) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row: dict[str, Any] = from_json(line)  # several times as fast as json.loads
         int(row["step"])
     except (ValueError, TypeError, KeyError) as error:
         start = line[:80].decode("utf-8", "backslashreplace").rstrip("\n")
         raise ValueError(f"{path} has a damaged line: {start!r}") from error
-    return dict(row)
+    return row

@@ -31,8 +31,8 @@ def test_means_by_timestep_weigh_every_clip_alike(steps):
         for bins in steps
     ]
     made = MeansByNoise()
-    for row in rows:
-        made.add(row["by_timestep"])
+    made.add([row["by_timestep"] for row in rows[:2]])
+    made.add([row["by_timestep"] for row in rows[2:]])
     found = dict(zip(*made.all().get("diffusion", ((), ())), strict=True))
     for part in range(10):
         clips = [mean for bins in steps for _ in range(bins[part][0]) for mean in [bins[part][1]]]
