@@ -12,7 +12,7 @@ import errno
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -108,6 +108,15 @@ class ShardClaim:
         with self.guarded():
             path.rename(gone)
             shutil.rmtree(gone)
+
+    def discard_files(self, paths: Iterable[Path]) -> None:
+        """Remove files of the shard, which no commit record names, if the claim still holds."""
+        for path in paths:
+            if path.exists():
+                gone = self.records / f"discarded-{next(self._discarded)}"
+                with self.guarded():
+                    path.rename(gone)
+                    gone.unlink()
 
     def sweep(self) -> None:
         """Remove everything that is staged: the shard is committed, and the claim is done with."""

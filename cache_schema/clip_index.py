@@ -58,7 +58,9 @@ class ShardFacts:
     source: str
     """The input it was made from, such as the name of a tar."""
     generation: int
-    """How often it was replaced."""
+    """How often its record was replaced."""
+    group: int
+    """The generation that the folder of its group was made for."""
     num_clips: int
     num_bytes: int
     """Of its clips on disk, without metadata."""
@@ -124,17 +126,25 @@ class ClipIndex:
         for name in self.arrays:
             np.add.at(num_bytes, of_clips, self.columns[f"arrays.{name}.bytes"])
         sources = PackedText(self.columns["shards.source.text"], self.columns["shards.source.ends"])
-        generations = self.columns["shards.generation"].tolist()
+        generations, groups = (
+            self.columns[f"shards.{name}"].tolist() for name in ("generation", "group")
+        )
         facts = map(
-            ShardFacts, self.shard_names, sources, generations, num_clips, num_bytes.tolist()
+            ShardFacts,
+            self.shard_names,
+            sources,
+            generations,
+            groups,
+            num_clips,
+            num_bytes.tolist(),
         )
         return {shard.name: shard for shard in facts}
 
     def place_of(self, row: int) -> tuple[str, int, int]:
-        """Name and generation of a clip's shard, and the clip's index there."""
+        """Name of a clip's shard, generation of the shard's group, and the clip's index there."""
         shard = int(self.columns["clips.shard"][row])
-        generation = int(self.columns["shards.generation"][shard])
-        return self.shard_names[shard], generation, int(self.columns["clips.index"][row])
+        group = int(self.columns["shards.group"][shard])
+        return self.shard_names[shard], group, int(self.columns["clips.index"][row])
 
     def file_of(self, row: int, array: str) -> FileFacts:
         """What is recorded of a clip's file of an array."""

@@ -43,23 +43,51 @@ def commit_group(
     Raises `LockLost` if another writer took the shard over; nothing committed has changed then.
     """
     layout = claim.layout
-    target = layout.group(record.shard, record.generation)
+    target = layout.group(record.shard, record.group)
     make_directories(layout.shards)
     make_directories(layout.commits)
-    claim.check()
-    committed = layout.commit(record.shard)
-    found = read_commit(layout, settings, record.shard) if committed.exists() else None
-    if found != replaced or target.exists():
-        raise LockLost(
-            f"{target if found == replaced else committed} was written by another process while "
-            f"this one held the lock {layout.lock(record.shard)}; nothing committed was changed, "
-            "run the same command again"
-        )
+    _refuse_changed(claim, settings, replaced)
+    if target.exists():
+        raise _changed(claim, target)
     with claim.guarded():
         group.rename(target)
         sync(layout.shards)
-        write_whole(
-            committed,
-            seal(record.as_dict(settings.hash)),
-            temporary=claim.records / "commit.json",
-        )
+        _write_record(claim, settings, record)
+
+
+def commit_record(
+    claim: ShardClaim, settings: StoreSettings, record: CommitRecord, *, replaced: CommitRecord
+) -> None:
+    """Replace a shard's commit record by one of clips in the same group.
+
+    Args and errors are those of `commit_group`.
+    """
+    _refuse_changed(claim, settings, replaced)
+    with claim.guarded():
+        _write_record(claim, settings, record)
+
+
+def _refuse_changed(
+    claim: ShardClaim, settings: StoreSettings, replaced: CommitRecord | None
+) -> None:
+    claim.check()
+    committed = claim.layout.commit(claim.shard)
+    found = read_commit(claim.layout, settings, claim.shard) if committed.exists() else None
+    if found != replaced:
+        raise _changed(claim, committed)
+
+
+def _changed(claim: ShardClaim, path: Path) -> LockLost:
+    return LockLost(
+        f"{path} was written by another process while this one held the lock "
+        f"{claim.layout.lock(claim.shard)}; nothing committed was changed, run the same command "
+        "again"
+    )
+
+
+def _write_record(claim: ShardClaim, settings: StoreSettings, record: CommitRecord) -> None:
+    write_whole(
+        claim.layout.commit(record.shard),
+        seal(record.as_dict(settings.hash)),
+        temporary=claim.records / "commit.json",
+    )

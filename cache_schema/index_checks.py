@@ -9,7 +9,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from cache_schema.clip_file import file_bytes_range
-from cache_schema.layout import MAX_GENERATION, check_identifier, check_key, is_shard_name
+from cache_schema.layout import (
+    MAX_CLIP_INDEX,
+    MAX_GENERATION,
+    check_identifier,
+    check_key,
+    is_shard_name,
+)
 from cache_schema.packed_text import PackedText, SortedText
 from cache_schema.settings import StoreSettings
 
@@ -28,6 +34,8 @@ def check_columns(columns: Mapping[str, np.ndarray], settings: StoreSettings) ->
         raise ValueError("its shards are not in order")
     if (columns["shards.generation"] > MAX_GENERATION).any():
         raise ValueError("a shard's generation is too large")
+    if (columns["shards.group"] > columns["shards.generation"]).any():
+        raise ValueError("a shard's group is of a later generation than the shard")
     keys = SortedText(columns["keys.text"], columns["keys.ends"])
     _check_keys(keys)
     _check_order(keys)
@@ -41,9 +49,8 @@ def check_columns(columns: Mapping[str, np.ndarray], settings: StoreSettings) ->
         digits = np.ascontiguousarray(columns[column]).view(np.uint8)
         if not np.isin(digits, _HEX).all():
             raise ValueError(f"{column} holds what is no fingerprint")
-    num_clips = np.bincount(columns["clips.shard"], minlength=len(names))
-    if (columns["clips.index"] >= num_clips[columns["clips.shard"]]).any():
-        raise ValueError("a clip's index is larger than its shard")
+    if (columns["clips.index"] > MAX_CLIP_INDEX).any():
+        raise ValueError("a clip's index is too large")
     for name, spec in settings.arrays.items():
         least, most = file_bytes_range(spec)
         sizes = columns[f"arrays.{name}.bytes"]

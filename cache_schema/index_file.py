@@ -29,6 +29,7 @@ COLUMNS = {
     "shards.source.text": "u1",
     "shards.source.ends": "<u8",
     "shards.generation": "<u4",
+    "shards.group": "<u4",
     "shards.crc32c": "<u4",
     "skipped.key.text": "u1",
     "skipped.key.ends": "<u8",

@@ -30,7 +30,7 @@ def columns_of_records(
     """
     names = tuple(arrays)
     keys: list[bytes] = []
-    shards: list[tuple[str, str, int, int]] = []
+    shards: list[tuple[str, str, int, int, int]] = []
     skipped: list[tuple[str, str, str]] = []
     fingerprints, skipped_fingerprints = bytearray(), bytearray()
     clip_shard, clip_index, skipped_shard = array("I"), array("I"), array("I")
@@ -38,7 +38,7 @@ def columns_of_records(
     checksums = {name: array("I") for name in names}
     tables = {name: array("I") for name in names}
     for number, (record, crc32c) in enumerate(records):
-        shards.append((record.shard, record.source, record.generation, crc32c))
+        shards.append((record.shard, record.source, record.generation, record.group, crc32c))
         for clip in record.clips:
             keys.append(clip.key.encode("utf-8"))
             clip_shard.append(number)
@@ -62,7 +62,8 @@ def columns_of_records(
         **_text("shards.name", PackedText.from_strings(shard[0] for shard in shards)),
         **_text("shards.source", PackedText.from_strings(shard[1] for shard in shards)),
         "shards.generation": np.array([shard[2] for shard in shards], np.uint32),
-        "shards.crc32c": np.array([shard[3] for shard in shards], np.uint32),
+        "shards.group": np.array([shard[3] for shard in shards], np.uint32),
+        "shards.crc32c": np.array([shard[4] for shard in shards], np.uint32),
         **_text("skipped.key", PackedText.from_strings(clip[0] for clip in skipped)),
         **_text("skipped.reason", PackedText.from_strings(clip[1] for clip in skipped)),
         **_text("skipped.detail", PackedText.from_strings(clip[2] for clip in skipped)),

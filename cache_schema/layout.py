@@ -18,6 +18,7 @@ MAX_INDEX_BYTES = 2**34
 """Largest index that is read; one of 100 million clips has about half of it."""
 
 MAX_GENERATION = 10**9 - 1
+MAX_CLIP_INDEX = 2**31 - 1
 
 STORE_FILE = "store.json"
 INDEX_FILE = "index.npz"
@@ -134,7 +135,7 @@ class StoreLayout:
         self.store_lock = self.staging / ".store.lock"
 
     def group(self, shard: str, generation: int) -> Path:
-        """The published Zarr group of a shard, as its commit record names the generation."""
+        """The published Zarr group of a shard; `group` of its record is the generation."""
         return self.shards / group_name(shard, generation)
 
     def commit(self, name: str) -> Path:

@@ -4,6 +4,7 @@ Written by `writer` and `shard_writer`, read by them and by `reader` and `verify
 back is checked here, so the rest of the package can rely on it.
 """
 
+import itertools
 import re
 import shlex
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any
 from cache_schema.clip_file import FileFacts, file_bytes_range
 from cache_schema.errors import CorruptRecord, StoreNotFound
 from cache_schema.layout import (
+    MAX_CLIP_INDEX,
     MAX_GENERATION,
     StoreLayout,
     check_fingerprint,
@@ -132,7 +134,9 @@ class CommitRecord:
 
     shard: str
     generation: int
-    """How often the shard was replaced; it says which folder holds the group."""
+    """How often the record was replaced."""
+    group: int
+    """The generation that the folder of the group was made for; see `layout.group_name`."""
     source: str
     clips: tuple[ClipEntry, ...]
     skipped: tuple[SkippedClip, ...]
@@ -144,6 +148,7 @@ class CommitRecord:
             "settings_hash": settings_hash,
             "shard": self.shard,
             "generation": self.generation,
+            "group": self.group,
             "source": self.source,
             "clips": [clip.as_dict() for clip in self.clips],
             "skipped": [clip.as_dict() for clip in self.skipped],
@@ -279,11 +284,16 @@ def commit_from_dict(found: Mapping[str, Any], settings: StoreSettings, shard: s
     generation = found["generation"]
     if type(generation) is not int or not 0 <= generation <= MAX_GENERATION:
         raise ValueError(f"it has the generation {generation!r}")
+    group = found["group"]
+    if type(group) is not int or not 0 <= group <= generation:
+        raise ValueError(f"it has the group {group!r:.80}")
     source = _text(found["source"])
     clips = tuple(
-        parse_clip(clip, settings, shard=shard, source=source, index=index)
-        for index, clip in enumerate(found["clips"])
+        parse_clip(clip, settings, shard=shard, source=source, index=clip["index"])
+        for clip in found["clips"]
     )
+    if any(before.index >= after.index for before, after in itertools.pairwise(clips)):
+        raise ValueError("its clips are not in the order of their index")
     if len({clip.key for clip in clips}) != len(clips):
         raise ValueError("it lists a clip twice")
     files = {path: _file(file) for path, file in found["files"].items()}
@@ -292,6 +302,7 @@ def commit_from_dict(found: Mapping[str, Any], settings: StoreSettings, shard: s
     return CommitRecord(
         shard,
         generation,
+        group,
         source,
         clips,
         tuple(parse_skipped(s, shard) for s in found["skipped"]),
@@ -304,8 +315,8 @@ def parse_clip(
 ) -> ClipEntry:
     """A clip's entry, whose paths must be exactly those that its index gives."""
     key = check_key(found["key"])
-    if type(found["index"]) is not int or found["index"] != index:
-        raise ValueError(f"clip {key!r} has index {found['index']!r} at position {index}")
+    if type(index) is not int or found["index"] != index or not 0 <= index <= MAX_CLIP_INDEX:
+        raise ValueError(f"clip {key!r} has the index {found['index']!r:.80}")
     if sorted(found["arrays"]) != sorted(settings.arrays):
         raise ValueError(f"clip {key!r} has the arrays {sorted(found['arrays'])}")
     arrays = {}

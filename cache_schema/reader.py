@@ -5,6 +5,7 @@ the checksums that were committed, or `CorruptClip` is raised: nothing ever stan
 are not there. A shard that is replaced while the reader is open is followed to its next generation.
 """
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -173,7 +174,8 @@ class StoreReader:
             CorruptClip: the store has changed since it was opened.
         """
         shard, _, position = self._index.place_of(self._row(key))
-        return self.records(shard)[position]
+        clips = self.records(shard)
+        return clips[bisect_left(clips, position, key=lambda clip: clip.index)]
 
     def records(self, shard: str) -> tuple[ClipEntry, ...]:
         """All clips of a finished shard, in its order; `KeyError` for another name."""
@@ -272,9 +274,9 @@ class StoreReader:
     ) -> np.ndarray:
         for _ in range(_MAX_REPLACEMENTS):
             index, now = self._current(row)
-            shard, generation, position = index.place_of(now)
+            shard, group, position = index.place_of(now)
             file = chunk_path(name, self.settings.arrays[name], position)
-            path = f"shards/{group_name(shard, generation)}/{file}"
+            path = f"shards/{group_name(shard, group)}/{file}"
             try:
                 return decode(path, index.file_of(now, name))
             except (OSError, DamagedFile) as error:

@@ -161,7 +161,7 @@ class ShardWriter:
         staging = self._open_staging()
         group, files = staging.finish()
         record = CommitRecord(
-            self.name, 0, self._source, tuple(staging.clips), tuple(staging.skipped), files
+            self.name, 0, 0, self._source, tuple(staging.clips), tuple(staging.skipped), files
         )
         commit_group(self._claim, self._settings, group, record, replaced=None)
         self._staging = None

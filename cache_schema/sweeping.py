@@ -21,8 +21,7 @@ def sweep_store(layout: StoreLayout, settings: StoreSettings) -> None:
             with ShardClaim(layout, shard) as claim:
                 if not layout.commit(shard).exists():
                     continue
-                if replaced:
-                    _sweep_replaced(claim, settings, generations[shard])
+                _sweep_replaced(claim, settings, generations[shard])
                 claim.sweep()
         except ShardBusy:
             continue  # its own writer is at it
@@ -42,10 +41,15 @@ def group_generations(layout: StoreLayout) -> defaultdict[str, list[int]]:
 
 def _sweep_replaced(claim: ShardClaim, settings: StoreSettings, generations: list[int]) -> None:
     try:
-        current = read_commit(claim.layout, settings, claim.shard).generation
+        record = read_commit(claim.layout, settings, claim.shard)
     except CorruptRecord:
         return  # which group is the shard's is not known; that is for a repair
     for generation in generations:
         group = claim.layout.group(claim.shard, generation)
-        if generation != current and group.exists():
+        if generation != record.group and group.exists():
             claim.discard(group)
+    if record.group != record.generation:
+        listed = {stored.path for clip in record.clips for stored in clip.arrays.values()}
+        group = claim.layout.group(claim.shard, record.group)
+        files = {path.relative_to(group).as_posix() for path in group.glob("*/c.*")}
+        claim.discard_files(group / path for path in sorted(files - listed))

@@ -91,7 +91,7 @@ def contradiction(place: Place, settings: StoreSettings, record: CommitRecord) -
     It can where a damaged `store.json` was replaced by one for arrays that are packed otherwise,
     and then the shard's clips must not be taken for damaged.
     """
-    group = f"shards/{group_name(record.shard, record.generation)}"
+    group = f"shards/{group_name(record.shard, record.group)}"
     for name, spec in settings.arrays.items():
         path = f"{name}/{METADATA_FILE}"
         try:
@@ -115,7 +115,7 @@ def check_shard(
     place: Place, settings: StoreSettings, record: CommitRecord, *, fast: bool, advance: Advance
 ) -> Damage:
     """Compare every file of a shard with its record; with `fast`, sizes only."""
-    group = f"shards/{group_name(record.shard, record.generation)}"
+    group = f"shards/{group_name(record.shard, record.group)}"
     clips: dict[str, str] = {}
     metadata: list[str] = []
     foreign: list[str] = []

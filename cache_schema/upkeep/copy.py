@@ -9,7 +9,7 @@ import io
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cache_schema.clip_index import (
@@ -132,6 +132,8 @@ class _Copy:
     num_sent: int = 0
     num_bytes_sent: int = 0
     num_present: int = 0
+    _surplus: list[str] = field(default_factory=list)
+    """Files in the target that are no longer the source's, to be removed at the end."""
 
     def check_target(self, manifest: StoreManifest) -> None:
         """Refuse a target that holds, or might hold, anything but an older copy."""
@@ -218,21 +220,37 @@ class _Copy:
             data = read_record_file(self.source, commit_path(shard))
             done = f"{shard}.json" in committed and self._is_same(shard)
             marker = f"{COPYING}/{shard}.json"
-            group = f"shards/{group_name(shard, record.generation)}"
-            # Sizes say what is there only of files that were sent for this very record.
-            is_begun = done or _read_or_none(self.target, marker) == data
-            sizes = self.target.sizes(group)
-            if not is_begun:
-                self.target.put(marker, data)
+            group = f"shards/{group_name(shard, record.group)}"
             files = group_files(record, self.settings)
-            there = sizes if is_begun else {}
-            self._send(record, group, [f for f in files if there.get(f.path) != f.recorded.bytes])
-            self._count_present([f for f in files if there.get(f.path) == f.recorded.bytes])
-            for path in sizes.keys() - {file.path for file in files}:
-                self.target.remove(f"{group}/{path}")
+            # Sizes say what is there only of files that were sent for this very record, or that
+            # the copy's own record lists just so.
+            if done or _read_or_none(self.target, marker) == data:
+                sent = {file.path for file in files}
+            else:
+                sent = (
+                    self._committed_files(shard, record) if f"{shard}.json" in committed else set()
+                )
+                self.target.put(marker, data)
+            sizes = self.target.sizes(group)
+            there = {
+                f.path for f in files if f.path in sent and sizes.get(f.path) == f.recorded.bytes
+            }
+            self._send(record, group, [file for file in files if file.path not in there])
+            self._count_present([file for file in files if file.path in there])
+            surplus = sizes.keys() - {file.path for file in files}
+            self._surplus += [f"{group}/{path}" for path in sorted(surplus)]
             if not done:
                 self.target.put(commit_path(shard), data)
                 self.target.remove(marker)
+
+    def _committed_files(self, shard: str, record: CommitRecord) -> set[str]:
+        """The files that the target's older record of a shard lists as the source's does."""
+        older = self._record(self.target, shard)
+        if older.group != record.group:
+            return set()
+        known = {file.path: file.recorded for file in group_files(older, self.settings)}
+        files = group_files(record, self.settings)
+        return {file.path for file in files if known.get(file.path) == file.recorded}
 
     def _send(self, record: CommitRecord, group: str, files: list[GroupFile]) -> None:
         def send(file: GroupFile) -> int:
@@ -259,12 +277,14 @@ class _Copy:
             self.target.put(INDEX_FILE, data)
 
     def clean_up(self) -> None:
-        """Remove groups that were replaced, now that nothing names them, and this copy's notes."""
+        """Remove groups and files that nothing names any more, and this copy's notes."""
+        for path in self._surplus:
+            self.target.remove(path)
         for name in self.target.list_folder("shards") or []:
             group = parse_group_name(name)
             if group is None or group[0] not in self.index.shards:
                 continue
-            if group[1] != self.index.shards[group[0]].generation:
+            if group[1] != self.index.shards[group[0]].group:
                 self.target.remove(f"shards/{name}")
         self.target.remove(COPYING)
 

@@ -1,19 +1,20 @@
 """Taking clips out of a store, for good or to be made again; used by the console's `cache drop`."""
 
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from cache_schema.claim import ShardClaim
-from cache_schema.clip_index import load_index
+from cache_schema.clip_index import ClipIndex, load_index
 from cache_schema.layout import StoreLayout
-from cache_schema.manifest import SkippedClip, committed_shards, read_commit, read_manifest
+from cache_schema.manifest import SkippedClip, read_commit, read_manifest
 from cache_schema.places import LocalPlace
 from cache_schema.settings import StoreSettings
 from cache_schema.sweeping import sweep_store
 from cache_schema.symlinks import refuse_links
-from cache_schema.upkeep.replace_shard import keep_clips
+from cache_schema.upkeep.replace_shard import replace_record
 from cache_schema.writer import StoreWriter
 
 DropReason = Literal["dropped", "redo"]
@@ -35,16 +36,16 @@ class DropReport:
     num_already: int
     """Clips that an earlier run had taken out."""
     shards: tuple[str, ...]
-    """The shards that were replaced, sorted."""
+    """The shards whose records were replaced, sorted."""
 
 
 def drop_clips(
     store: Path, keys: Sequence[str], *, detail: str, reason: DropReason = DROPPED
 ) -> DropReport:
-    """Take clips out of a store: their shards are replaced by ones without them, one by one.
+    """Take clips out of a store: out of their shards' records, then off the disk.
 
-    A dropped clip is listed as skipped. A process killed in here has dropped the clips of some
-    shards; the same call again drops the others.
+    No file of another clip is touched. A dropped clip is listed as skipped. A process killed in
+    here has dropped the clips of some shards; the same call again drops the others.
 
     Args:
         store: the store's folder.
@@ -57,16 +58,14 @@ def drop_clips(
         ValueError: a key is neither in the store nor dropped from it. Nothing was changed.
         ShardBusy, LockLost: another process is changing one of the shards. Those before it are
             done.
-        CorruptClip: a clip that is kept lacks its file. Shards before that one are done.
         StoreNotFound, UnknownSchemaVersion, CorruptRecord: from the store's records.
         SymlinkInStore: the store has a symbolic link where only its own files may be.
     """
     layout = StoreLayout(Path(store))
     refuse_links(layout)
     settings = read_manifest(layout).settings
-    load_index(LocalPlace(layout.root), settings)  # a lost record must not be covered up
     wanted = set(keys)
-    shards, dropped = _find(layout, settings, wanted, reason)
+    shards, dropped = _find(load_index(LocalPlace(layout.root), settings), wanted, reason)
     unknown = sorted(wanted.difference(dropped, *shards.values()))
     if unknown:
         named = ", ".join(repr(key) for key in unknown[:_NAMED])
@@ -83,25 +82,24 @@ def drop_clips(
 
 
 def _find(
-    layout: StoreLayout, settings: StoreSettings, wanted: Collection[str], reason: DropReason
+    index: ClipIndex, wanted: Collection[str], reason: DropReason
 ) -> tuple[dict[str, set[str]], set[str]]:
-    """The wanted keys that are to be dropped, by shard, and those that were before.
+    """The wanted keys that are to be dropped, by shard in their order, and those that were before.
 
     Clips are, and what was dropped for the other reason.
     """
-    shards: dict[str, set[str]] = {}
+    shards: defaultdict[str, set[str]] = defaultdict(set)
     dropped: set[str] = set()
-    for shard in committed_shards(layout):
-        record = read_commit(layout, settings, shard)
-        here = {clip.key for clip in record.clips if clip.key in wanted}
-        for clip in record.skipped:
-            if clip.key in wanted and clip.reason == reason:
-                dropped.add(clip.key)
-            elif clip.key in wanted and _is_dropped(clip):
-                here.add(clip.key)
-        if here:
-            shards[shard] = here
-    return shards, dropped
+    for key in wanted:
+        row = index.keys.find(key)
+        if row is not None:
+            shards[index.place_of(row)[0]].add(key)
+    for clip in index.all_skipped():
+        if clip.key in wanted and clip.reason == reason:
+            dropped.add(clip.key)
+        elif clip.key in wanted and _is_dropped(clip):
+            shards[clip.shard].add(clip.key)
+    return dict(sorted(shards.items())), dropped
 
 
 def _drop_from(
@@ -123,7 +121,7 @@ def _drop_from(
             fingerprints = {c.key: c.fingerprint for c in otherwise}
             fingerprints |= {c.key: c.fingerprint for c in record.clips}
             skipped += [SkippedClip(key, reason, detail, fingerprints[key], shard) for key in gone]
-            keep_clips(claim, settings, record, keep, skipped, quarantine=None)
+            replace_record(claim, settings, record, keep, skipped)
         return len(gone)
 
 

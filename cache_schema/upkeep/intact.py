@@ -58,7 +58,7 @@ def read_intact(place: Place, record: CommitRecord, file: GroupFile) -> bytes:
         CorruptClip: it is gone, or is not the one that was committed.
         StoreUnreachable: a network place did not answer.
     """
-    path = f"shards/{group_name(record.shard, record.generation)}/{file.path}"
+    path = f"shards/{group_name(record.shard, record.group)}/{file.path}"
     try:
         # One byte more than there should be: never all of a file that is something else.
         data = place.read_range(path, 0, file.recorded.bytes + 1)

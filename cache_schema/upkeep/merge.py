@@ -207,7 +207,7 @@ def _shards_of(
 
 def _content(record: CommitRecord, settings: StoreSettings) -> str:
     """Equal for shards that hold the same, whatever they are called and how often replaced."""
-    unnamed = replace(record, shard="", generation=0)
+    unnamed = replace(record, shard="", generation=0, group=0)
     return hashlib.sha256(seal(unnamed.as_dict(settings.hash))).hexdigest()
 
 
@@ -259,14 +259,14 @@ def _bring(
         files = group_files(record, settings)
         linked = 0
         for file in files:
-            original = arrival.source.group(record.shard, record.generation) / file.path
+            original = arrival.source.group(record.shard, record.group) / file.path
             if _take(place, record, file, original, incoming):
                 linked += file.recorded.bytes
             tell(file.recorded.bytes)
         _keep_only(incoming, {incoming / file.path for file in files})
         sync_folders(incoming)
         sync(incoming.parent)
-        arrived = replace(record, shard=name, generation=0)
+        arrived = replace(record, shard=name, generation=0, group=0)
         commit_group(claim, settings, incoming, arrived, replaced=None)
         claim.sweep()
     return linked

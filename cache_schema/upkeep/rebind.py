@@ -10,15 +10,15 @@ from cache_schema.clip_index import load_index
 from cache_schema.layout import StoreLayout, check_fingerprint
 from cache_schema.manifest import read_commit, read_manifest
 from cache_schema.places import LocalPlace
-from cache_schema.upkeep.replace_shard import keep_clips
+from cache_schema.upkeep.replace_shard import replace_record
 from cache_schema.writer import StoreWriter
 
 
 def change_fingerprints(store: Path, fingerprints: Mapping[str, str]) -> int:
-    """Write other fingerprints for clips of a store: their shards are replaced, one by one.
+    """Write other fingerprints for clips of a store: their shards' records are replaced.
 
-    The clips' files are shared with the shards that go. A process killed in here has changed some
-    shards; the same call again changes the others.
+    The clips' files stay. A process killed in here has changed some shards; the same call again
+    changes the others.
 
     Args:
         store: the store's folder.
@@ -30,7 +30,6 @@ def change_fingerprints(store: Path, fingerprints: Mapping[str, str]) -> int:
     Raises:
         ShardBusy, LockLost: another process is changing one of the shards. Those before it are
             done.
-        CorruptClip: a clip lacks its file. Shards before that one are done.
         StoreNotFound, UnknownSchemaVersion, CorruptRecord: from the store's records.
     """
     layout = StoreLayout(Path(store))
@@ -52,7 +51,7 @@ def change_fingerprints(store: Path, fingerprints: Mapping[str, str]) -> int:
             ]
             changed = sum(new != old for new, old in zip(clips, record.clips, strict=True))
             if changed:
-                keep_clips(claim, settings, record, clips, record.skipped, quarantine=None)
+                replace_record(claim, settings, record, clips, record.skipped)
             num_changed += changed
     StoreWriter(layout.root, settings).write_index()
     return num_changed

@@ -226,7 +226,7 @@ class _Repair:
         if shard in self.survey.contradicted and crc32c == self.survey.crc32cs[shard]:
             self._take_whole(claim)
             return
-        self._take_groups(claim, but=record.generation)
+        self._take_groups(claim, but=record.group)
         damage = check_shard(
             LocalPlace(self.layout.root),
             self.settings,
@@ -253,7 +253,7 @@ class _Repair:
             )
             self.clips += out.values()
             return
-        group = self.layout.group(shard, record.generation)
+        group = self.layout.group(shard, record.group)
         for path in damage.foreign:
             self.quarantine.take(group / path)
 

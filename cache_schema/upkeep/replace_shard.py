@@ -1,7 +1,6 @@
-"""Replacing a finished shard by one with fewer clips; used by `drop` and `repair`.
+"""Replacing a finished shard's record, or the whole shard; used by `drop`, `rebind` and `repair`.
 
-The new group shares the clips' files with the old one by hard links. Until the commit record is
-replaced readers see the old group, and from then on the new one.
+Until the commit record is replaced, by one rename, readers see the shard as it was.
 """
 
 import shutil
@@ -12,12 +11,43 @@ from os import link
 from pathlib import Path
 
 from cache_schema.claim import ShardClaim
-from cache_schema.committing import commit_group, safe_metadata
+from cache_schema.committing import commit_group, commit_record, safe_metadata
 from cache_schema.durable import make_directories, sync, sync_folders
 from cache_schema.errors import CorruptClip, LockLost
 from cache_schema.manifest import ClipEntry, CommitRecord, SkippedClip, mend_hint
 from cache_schema.settings import StoreSettings
 from cache_schema.zarr_group import chunk_path, create_group
+
+
+def replace_record(
+    claim: ShardClaim,
+    settings: StoreSettings,
+    record: CommitRecord,
+    clips: Sequence[ClipEntry],
+    skipped: Sequence[SkippedClip],
+) -> None:
+    """Replace a shard's record; its group stays, without the clips that are no longer listed.
+
+    No file of another clip is touched. A process killed in here leaves the old record or the new
+    one, and files that `sweep_store` removes.
+
+    Args:
+        claim: the shard's.
+        settings: the store's.
+        record: the shard as it is committed now.
+        clips: clips of `record`, in its order and with the same files.
+        skipped: what the new record says is left out, all of it.
+
+    Raises `LockLost` where another process took the shard over; nothing has changed then.
+    """
+    generation = record.generation + 1
+    new = replace(record, generation=generation, clips=tuple(clips), skipped=tuple(skipped))
+    commit_record(claim, settings, new, replaced=record)
+    kept, group = {clip.index for clip in clips}, claim.layout.group(record.shard, record.group)
+    gone = (clip.arrays.values() for clip in record.clips if clip.index not in kept)
+    with suppress(LockLost):  # whoever took the shard over sweeps
+        claim.discard_files(group / stored.path for arrays in gone for stored in arrays)
+    claim.sweep()
 
 
 def keep_clips(
@@ -27,12 +57,12 @@ def keep_clips(
     keep: Sequence[ClipEntry],
     skipped: Sequence[SkippedClip],
     *,
-    quarantine: Path | None,
-) -> CommitRecord:
+    quarantine: Path,
+) -> None:
     """Replace a shard by its next generation, with some of its clips.
 
-    A process killed in here leaves the old shard or the new one, and leftovers that `sweep_store`
-    removes.
+    The new group shares the clips' files with the old one by hard links. A process killed in here
+    leaves the old shard or the new one, and leftovers that `sweep_store` removes.
 
     Args:
         claim: the shard's.
@@ -40,15 +70,14 @@ def keep_clips(
         record: the shard as it is committed now.
         keep: clips of `record`, in the order they shall have; their files are taken as they are.
         skipped: what the new record says is left out, all of it.
-        quarantine: folder of the store to move the old group into; it is removed where this is
-            None.
+        quarantine: folder of the store to move the old group into.
 
     Raises `CorruptClip` where a file of a clip to keep is missing, and `LockLost` where another
     process took the shard over; nothing has changed then.
     """
     layout, shard, group = claim.layout, record.shard, claim.group
-    old, replacement = (layout.group(shard, record.generation + n) for n in (0, 1))
-    for leftover in (group, replacement):
+    old, generation = layout.group(shard, record.group), record.generation + 1
+    for leftover in (group, layout.group(shard, generation)):
         if leftover.exists():  # of a process that was killed
             claim.discard(leftover)
     with claim.guarded():
@@ -58,18 +87,14 @@ def keep_clips(
     files = safe_metadata(group, settings)
     sync_folders(group)
     generation = record.generation + 1
-    new = CommitRecord(shard, generation, record.source, clips, tuple(skipped), files)
+    new = CommitRecord(shard, generation, generation, record.source, clips, tuple(skipped), files)
     commit_group(claim, settings, group, new, replaced=record)
-    if quarantine is not None and old.exists():
+    if old.exists():
         make_directories(quarantine)
         old.rename(quarantine / old.name)
         sync(quarantine)
         sync(layout.shards)
-    elif old.exists():
-        with suppress(LockLost):  # whoever took the shard over sweeps
-            claim.discard(old)
     claim.sweep()
-    return new
 
 
 def _link(

@@ -150,6 +150,8 @@ class Survey:
     _shard_of_key: dict[str, str] = field(default_factory=dict)
     _generations: dict[str, int | None] = field(default_factory=dict)
     """Of the committed shards; None where the record is of no use."""
+    _groups: dict[str, int] = field(default_factory=dict)
+    """The generations of the usable shards' groups."""
     _index_bytes: bytes | None = None
 
     def look(self) -> None:
@@ -224,7 +226,7 @@ class Survey:
                 self._other_settings.add(shard)
             return
         record, self.crc32cs[shard], damage = seen
-        self._generations[shard] = record.generation
+        self._generations[shard], self._groups[shard] = record.generation, record.group
         self.num_clips += len(record.clips)
         self.num_bytes += sum(
             stored.bytes for clip in record.clips for stored in clip.arrays.values()
@@ -332,10 +334,10 @@ class Survey:
                 self._look_at_unrecorded(layout, shard)
             elif shard not in self._generations:
                 self._report(f"shards/{name} is left over, without a commit record", shard=shard)
-            elif self._generations[shard] not in (None, generation) and (
+            elif self._groups.get(shard, generation) != generation and (
                 layout.group(shard, generation).exists()
             ):
-                current = group_name(shard, self._generations[shard] or 0)
+                current = group_name(shard, self._groups[shard])
                 self._report(
                     f"shards/{name} is left over: the shard lies in shards/{current}", shard=shard
                 )

@@ -82,7 +82,7 @@ def make_record(settings: StoreSettings, shard: str, numbers: Sequence[int]) -> 
             ClipEntry(key, shard, index, f"{shard}.tar", f"{number:032x}", attributes, arrays)
         )
     files = {path: StoredFile(1000, "00000000") for path in metadata_paths(settings)}
-    return CommitRecord(shard, 0, f"{shard}.tar", tuple(clips), (), files)
+    return CommitRecord(shard, 0, 0, f"{shard}.tar", tuple(clips), (), files)
 
 
 def resident_mb(name: str, *, of: str = "status") -> float:

@@ -113,14 +113,14 @@ class IndependentReader:
         assert len(self.clips) == sum(len(record["clips"]) for record in self.records.values())
 
     def group(self, shard: str) -> Path:
-        generation = self.records[shard]["generation"]
-        return self.path / "shards" / (f"{shard}~{generation}" if generation else shard)
+        group = self.records[shard]["group"]
+        assert 0 <= group <= self.records[shard]["generation"]
+        return self.path / "shards" / (f"{shard}~{group}" if group else shard)
 
     def read(self, key: str) -> dict[str, np.ndarray]:
         shard, clip = self.clips[key]
         assert key and len(key.encode()) <= 1024
         assert not any(unicodedata.category(character) == "Cc" for character in key)
-        assert self.records[shard]["clips"][clip["index"]] is clip
         found = {}
         for name, array in self.store["arrays"].items():
             stored = clip["arrays"][name]
@@ -139,6 +139,8 @@ class IndependentReader:
             for path, file in record["files"].items():
                 data = (group / path).read_bytes()
                 assert (len(data), f"{crc32c(data):08x}") == (file["bytes"], file["crc32c"])
+            indices = [clip["index"] for clip in record["clips"]]
+            assert indices == sorted(set(indices))
             listed = set(record["files"])
             for clip in record["clips"]:
                 listed |= {stored["path"] for stored in clip["arrays"].values()}
@@ -177,8 +179,8 @@ def clips_of_index(
     clips = {}
     for row, key in enumerate(keys):
         shard = int(columns["clips.shard"][row])
-        generation = int(columns["shards.generation"][shard])
-        folder = f"{names[shard]}~{generation}" if generation else names[shard]
+        group = int(columns["shards.group"][shard])
+        folder = f"{names[shard]}~{group}" if group else names[shard]
         stored = {
             name: (
                 int(columns[f"arrays.{name}.bytes"][row]),

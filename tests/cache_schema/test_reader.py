@@ -66,8 +66,8 @@ def test_shards_are_known_with_their_sizes(store: Path) -> None:
         for shard in ("00000", "00001")
     }
     assert list(reader.shards.values()) == [
-        ShardFacts("00000", "00000.tar", 0, 3, sizes["00000"]),
-        ShardFacts("00001", "00001.tar", 0, 2, sizes["00001"]),
+        ShardFacts("00000", "00000.tar", 0, 0, 3, sizes["00000"]),
+        ShardFacts("00001", "00001.tar", 0, 0, 2, sizes["00001"]),
     ]
     assert list(reader.shards) == ["00000", "00001"]
     assert reader.num_bytes == sum(sizes.values())

@@ -83,7 +83,8 @@ def test_a_store_that_a_listing_calls_dots_is_not_one(store: Path) -> None:
         {"keys": ["a0", "a1", "a2", b"b\xc3", b"\xa4b"]},
         {"keys": ["a1", "a0", "a2", "b0", "b1"]},
         {"keys": ["a0", "a0", "a2", "b0", "b1"]},
-        {"clips__index": [0, 1, 3, 0, 1]},
+        {"clips__index": [0, 1, 2**31, 0, 1]},
+        {"shards__group": [1, 0]},
         {"clips__shard": [0, 0, 0, 1, 2]},
         {"clips__fingerprint": ["x" * 32] * 5},
         {"arrays__features__bytes": [10**12] * 5},
@@ -148,6 +149,8 @@ def _nested(record: dict[str, Any]) -> None:
         lambda r: r["clips"][0]["arrays"]["features"].update(bytes=2),
         lambda r: r["files"]["zarr.json"].update(bytes=10**9),
         lambda r: r.update(generation=10**30),
+        lambda r: r.update(group=1),
+        lambda r: r.update(group=-1),
         lambda r: r.update(source="\ud800"),
     ],
 )

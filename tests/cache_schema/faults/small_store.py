@@ -94,8 +94,8 @@ def finished_files(store: Path) -> dict[Path, tuple[int, int]]:
     """Inode and time of every file of the finished shards."""
     files = list(store.glob("commits/*.json"))
     for shard, record in committed(store).items():
-        generation = record["generation"]
-        group = store / "shards" / (f"{shard}~{generation}" if generation else shard)
+        number = record["group"]
+        group = store / "shards" / (f"{shard}~{number}" if number else shard)
         files += [path for path in group.rglob("*") if path.is_file()]
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 

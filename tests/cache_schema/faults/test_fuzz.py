@@ -136,11 +136,9 @@ class Fuzz:
         self.is_harmless = path == "index.npz"
 
     def put_back_a_shard(self) -> None:
-        """An older state that is whole, with or without the newer one beside it."""
+        """An older state that is whole."""
         self.restore("commits/00000.json")
         self.restore("shards/00000")
-        if self.chance.random() < 0.5:
-            shutil.rmtree(self.store / "shards" / "00000~1")
 
     def restore(self, path: str) -> None:
         source, target = self.before / path, self.store / path
@@ -184,8 +182,8 @@ class Fuzz:
         elif choice == 3:
             shutil.copyfile(self.store / "commits/00001.json", self.store / "commits/00002.json")
         elif choice == 4:
-            (shards / "00000~1").rename(shards / "x")
-            (shards / "00001").rename(shards / "00000~1")
+            (shards / "00000").rename(shards / "x")
+            (shards / "00001").rename(shards / "00000")
             (shards / "x").rename(shards / "00001")
         elif choice == 5:
             (shards / "00001").rename(shards / "00001~1")

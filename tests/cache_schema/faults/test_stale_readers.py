@@ -10,10 +10,14 @@ from typing import Any
 import pytest
 
 from cache_schema import ClipChanged, ClipMissing, CorruptClip, StoreReader, StoreWriter
+from cache_schema.claim import ShardClaim
+from cache_schema.layout import StoreLayout
+from cache_schema.manifest import read_commit
 from cache_schema.places import LocalPlace
 from cache_schema.upkeep.drop import drop_clips
 from cache_schema.upkeep.rebind import change_fingerprints
 from cache_schema.upkeep.repair import repair_store
+from cache_schema.upkeep.replace_shard import keep_clips
 from tests.cache_schema.faults.small_store import (
     SETTINGS,
     SHARDS,
@@ -53,6 +57,15 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 
         monkeypatch.setattr(LocalPlace, name, counted)
     return counts
+
+
+def _move(store: Path, shard: str) -> None:
+    """Replace a shard by one of all its clips in another folder."""
+    layout = StoreLayout(store)
+    with ShardClaim(layout, shard) as claim:
+        record = read_commit(layout, SETTINGS, shard)
+        quarantine = layout.quarantine / "1"
+        keep_clips(claim, SETTINGS, record, record.clips, record.skipped, quarantine=quarantine)
 
 
 def _hurt(store: Path, shard: str, array: str, clip: int) -> None:
@@ -97,7 +110,8 @@ def test_a_replaced_shard_costs_its_record_once_and_other_shards_nothing(
     for key in reader.keys:
         reader.read(key)
     assert asked.total() == 15, "a file each, and nothing else"
-    drop_clips(store, ["a0"], detail="a cut")
+    _hurt(store, "00000", "mask", 0)
+    repair_store(store)
     asked.clear()
     for _ in range(3):
         for key in ("a1", "a2", "b0"):
@@ -110,6 +124,18 @@ def test_a_replaced_shard_costs_its_record_once_and_other_shards_nothing(
     }
     assert sum(n for path, n in asked.items() if path.startswith("shards/00000/")) == 1
     assert asked.total() == 2 + 1 + 3 * 3 * 3
+
+
+def test_a_dropped_clip_costs_its_neighbours_nothing(tmp_path: Path, asked: Asked) -> None:
+    store = write_all(tmp_path)
+    reader = _open_and_read(store)
+    drop_clips(store, ["a0"], detail="a cut")
+    asked.clear()
+    for key in ("a1", "a2"):
+        assert_equals_the_clip(reader, key)
+    assert asked.total() == 2 * 3, "a file each, and nothing else"
+    with pytest.raises(ClipMissing, match="skipped as dropped"):
+        reader.read("a0")
 
 
 def test_a_clip_made_again_with_other_values_is_refused(tmp_path: Path) -> None:
@@ -147,9 +173,9 @@ def test_a_clip_damaged_in_the_next_generation_is_damaged(tmp_path: Path) -> Non
     store = write_all(tmp_path)
     reader = _open_and_read(store)
     drop_clips(store, ["a0"], detail="a cut")
-    _hurt(store, "00000~1", "flow", 1)
+    _hurt(store, "00000", "flow", 2)
     for _ in range(2):
-        with pytest.raises(CorruptClip, match=r"'a2' .*is damaged: shards/00000~1/flow.*repair"):
+        with pytest.raises(CorruptClip, match=r"'a2' .*is damaged: shards/00000/flow.*repair"):
             reader.read("a2")
     assert_equals_the_clip(reader, "a1")
 
@@ -161,7 +187,7 @@ def test_a_shard_whose_record_cannot_be_read_any_more_is_damaged(
     store = write_all(tmp_path)
     reader = _open_and_read(store)
     record = store / "commits" / "00000.json"
-    drop_clips(store, ["a0"], detail="a cut")
+    _move(store, "00000")
     if state == "lost":
         record.unlink()
     else:
@@ -177,14 +203,13 @@ def test_a_shard_replaced_between_its_record_and_its_file_is_looked_for_again(
 ) -> None:
     store = write_all(tmp_path)
     reader = _open_and_read(store)
-    drop_clips(store, ["a0"], detail="a cut")
+    _move(store, "00000")
     left = iter(range(times))
     opened = LocalPlace.open
 
     def replaced_first(self: LocalPlace, path: str, *rest: Any) -> Any:
-        number = next(left, None)
-        if path.startswith("shards/00000") and number is not None:
-            change_fingerprints(store, {"a2": fingerprint_of(f"a2 {number}")})
+        if path.startswith("shards/00000") and next(left, None) is not None:
+            _move(store, "00000")
         return opened(self, path, *rest)
 
     monkeypatch.setattr(LocalPlace, "open", replaced_first)
