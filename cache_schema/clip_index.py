@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -160,8 +160,11 @@ class ClipIndex:
         ends = self.columns["skipped.key.ends"]
         keys = sorted(PackedText(self.columns["skipped.key.text"], ends))
         found = {key for key, following in pairwise(keys) if key == following}
-        held_N = self.keys.rows_of(SortedText.from_strings(dict.fromkeys(keys))) >= 0
-        return found | {key for key, held in zip(dict.fromkeys(keys), held_N, strict=True) if held}
+        if len(self.keys):
+            unique = SortedText.from_strings(key for key, _ in groupby(keys))
+            held = np.flatnonzero(self.keys.rows_of(unique) >= 0)
+            found.update(unique[int(row)] for row in held)
+        return found
 
     def all_skipped(self) -> Iterator[SkippedClip]:
         """What the commit records say of skipped clips, shard by shard."""
@@ -170,8 +173,9 @@ class ClipIndex:
             for name in ("key", "reason", "detail")
         )
         names = list(self.shard_names)
-        fingerprints = self.columns["skipped.fingerprint"].tolist()
-        shards = self.columns["skipped.shard"].tolist()
+        # Not as lists, which would hold an object for each of a million.
+        fingerprints = map(bytes, self.columns["skipped.fingerprint"])
+        shards = self.columns["skipped.shard"].data
         for key, reason, detail, fingerprint, shard in zip(
             *texts, fingerprints, shards, strict=True
         ):
