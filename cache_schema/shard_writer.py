@@ -65,7 +65,9 @@ class ShardWriter:
             self._known.refresh()
             self._staging = Staging(self._claim, self._settings, self._source, self._is_current)
             self._clip_keys = {clip.key for clip in self._staging.clips}
-            self._skipped_keys = {clip.key for clip in self._staging.skipped}
+            skipped = self._staging.skipped
+            self._skips = {(clip.key, clip.reason, clip.detail) for clip in skipped}
+            self._skipped_keys = {clip.key for clip in skipped}
         except BaseException:
             self._claim.__exit__(None, None, None)
             raise
@@ -145,12 +147,9 @@ class ShardWriter:
         check_fingerprint(fingerprint)
         check_identifier(reason, f"reason for skipping clip {key!r}")
         detail = detail.encode("utf-8", "backslashreplace").decode("utf-8")
-        said = any(
-            (clip.key, clip.reason, clip.detail) == (key, reason, detail)
-            for clip in staging.skipped
-        )
-        if not said:
+        if (key, reason, detail) not in self._skips:
             staging.skip(key, reason, detail, fingerprint)
+            self._skips.add((key, reason, detail))
             self._skipped_keys.add(key)
 
     def commit(self) -> None:

@@ -6,7 +6,7 @@ the longest run of records, from the first on, whose clips are intact, and sweep
 Zarr's metadata is never taken over: it is written anew for the number of clips that were kept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +131,10 @@ class Staging:
 
     def _adopt(self) -> None:
         entries: list[ClipEntry | SkippedClip] = []
-        while (entry := self._read_record(entries)) is not None:
+        index = 0
+        while (entry := self._read_record(len(entries), index)) is not None:
             entries.append(entry)
+            index += isinstance(entry, ClipEntry)
         clips = [entry for entry in entries if isinstance(entry, ClipEntry)]
         damaged = next((clip for clip in clips if not self._is_intact(clip)), None)
         if damaged is not None:
@@ -145,11 +147,9 @@ class Staging:
                 path.unlink()
         self._lay_out()
 
-    def _read_record(
-        self, before: Sequence[ClipEntry | SkippedClip]
-    ) -> ClipEntry | SkippedClip | None:
-        """The record after those in `before`; None at the end or where one cannot be used."""
-        path = self._record_path(len(before))
+    def _read_record(self, number: int, index: int) -> ClipEntry | SkippedClip | None:
+        """A record, of clip `index` if it is a clip's; None where there is none of use."""
+        path = self._record_path(number)
         try:
             data = read_record_file(LocalPlace(self._records), path.name)
             found = unseal(data, str(path), store=self._store)
@@ -159,7 +159,6 @@ class Staging:
             if "skipped" in found:
                 entry = parse_skipped(found["skipped"], self._shard)
             else:
-                index = sum(isinstance(earlier, ClipEntry) for earlier in before)
                 entry = parse_clip(
                     found["clip"],
                     self._settings,

@@ -375,3 +375,15 @@ def test_files_on_disk_hold_no_time_and_no_place(
         write_shard(writer, "00000", ["a", "b"], skip="c")
         found.append(files_of(writer.path))
     assert found[0] == found[1]
+
+
+def test_a_clip_costs_a_file_for_each_array_and_no_folder(
+    tmp_path: Path, settings: StoreSettings, write_shard: Callable[..., None]
+) -> None:
+    def entries(keys: list[str]) -> int:
+        writer = StoreWriter.open(tmp_path / str(len(keys)), settings, provenance={})
+        write_shard(writer, "0", keys)
+        writer.write_index()
+        return sum(1 for _ in writer.path.rglob("*"))
+
+    assert entries(["a", "b", "c"]) - entries(["a"]) == 2 * len(settings.arrays)
