@@ -3,11 +3,20 @@
 Raised throughout `cache_schema`, caught by the commands of the pipeline.
 """
 
+from cache_schema.shown_text import without_credentials
+
 # ruff: noqa: N818 (the names say what was found; `CacheError` is what they all are)
 
 
 class CacheError(Exception):
-    """Base of everything a store can complain about, apart from wrong arguments (`ValueError`)."""
+    """Base of everything a store can complain about, apart from wrong arguments (`ValueError`).
+
+    Messages name stores by their URLs, and are printed, kept and sent between processes: they hold
+    no credentials.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(without_credentials(a) if isinstance(a, str) else a for a in args))
 
     def __str__(self) -> str:
         # KeyError would print the message quoted and escaped.

@@ -18,6 +18,7 @@ import numpy as np
 
 from cache_schema.errors import StoreUnreachable
 from cache_schema.layout import MAX_RECORD_BYTES
+from cache_schema.shown_text import lacks_credentials
 
 RETRY_DELAYS_S = (0.2, 1.0, 4.0)
 """Pauses before a network place is asked once more."""
@@ -194,7 +195,16 @@ class FsspecPlace:
     """File systems of the parent process. Letting go of one would close its connections."""
 
     def __init__(self, url: str) -> None:
-        """Nothing is connected to before the first question."""
+        """Nothing is connected to before the first question.
+
+        `ValueError` for the URL of a record, whose credentials were left out.
+        """
+        if lacks_credentials(url):
+            raise ValueError(
+                f"{url} stands without its credentials, which are never written down; give the "
+                "whole URL again, or a URL without any and the credentials as its protocol's own "
+                "settings take them"
+            )
         self.where = url.rstrip("/")
         self._connected: tuple[int, Any, str] | None = None
 

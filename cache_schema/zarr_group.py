@@ -7,14 +7,15 @@ chunk one frame of it or several small ones, each inner chunk with a CRC-32C.
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec
 
 from cache_schema.sealed_json import crc32c_hex
 from cache_schema.settings import CLIP_DIMENSION, ArraySpec, Compression, StoreSettings
+
+if TYPE_CHECKING:
+    import zarr
 
 METADATA_FILE = "zarr.json"
 
@@ -40,6 +41,9 @@ def create_group(path: Path, settings: StoreSettings, num_clips: int) -> "dict[s
     """
     for relative in metadata_paths(settings):
         (path / relative).unlink(missing_ok=True)
+    # Here, since zarr takes as long to import as `--help` may, and readers do without it.
+    import zarr
+
     group = zarr.create_group(str(path), zarr_format=3)
     return {
         name: ClipArray(_create_array(group, name, spec, num_clips))
@@ -47,9 +51,11 @@ def create_group(path: Path, settings: StoreSettings, num_clips: int) -> "dict[s
     }
 
 
-def _create_array(group: zarr.Group, name: str, spec: ArraySpec, num_clips: int) -> Any:
+def _create_array(group: "zarr.Group", name: str, spec: ArraySpec, num_clips: int) -> Any:
     is_float = spec.numpy_dtype.kind == "f"
     item_bytes = spec.numpy_dtype.itemsize
+    from zarr.codecs import BloscCodec, Crc32cCodec
+
     packing: dict[Compression, list[BloscCodec]] = {
         "none": [],
         "blosc-zstd-shuffle": [

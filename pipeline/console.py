@@ -1,7 +1,8 @@
 """What people see: bars and lines on stderr, one table or one JSON object on stdout.
 
 Implements `stages.progress.Progress` with rich; every command reports through it. Text that comes
-from the user's files is never read as rich's markup.
+from the user's files is never read as rich's markup, and nothing in it is obeyed by the terminal
+(`plain`).
 """
 
 import contextlib
@@ -10,9 +11,11 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +25,7 @@ from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
+from cache_schema.shown_text import redacted, visible, visible_json, without_credentials
 from pipeline.launch import rank
 from stages.progress import Progress, SilentProgress, Task
 from stages.stop_request import check_stop
@@ -42,6 +46,11 @@ class Answer:
     """Printed as it is in place of title, rows and notes: CSV."""
 
 
+def plain(text: str) -> Text:
+    """Text of any origin as it is printed: no markup, no controls, no credentials."""
+    return Text(visible(without_credentials(text)))
+
+
 def present(answer: Answer, *, as_json: bool) -> None:
     """Print the answer to stdout; only the first of several processes does."""
     if rank() != 0:
@@ -55,17 +64,17 @@ def present(answer: Answer, *, as_json: bool) -> None:
     console = Console()
     if console.width < _NARROWEST_TABLE or not answer.rows:
         lines = [answer.title, *(f"{name}: {value}" for name, value in answer.rows)]
-        console.print(Text("\n".join(lines)), soft_wrap=True)
+        console.print(plain("\n".join(lines)), soft_wrap=True)
     else:
-        table = Table(title=Text(answer.title), show_header=False, title_justify="left")
+        table = Table(title=plain(answer.title), show_header=False, title_justify="left")
         # Folded, never cut: an ellipsis would lose part of a name, and is no ASCII.
         table.add_column(style="bold", overflow="fold")
         table.add_column(overflow="fold")
         for name, value in answer.rows:
-            table.add_row(Text(name), Text(value))
+            table.add_row(plain(name), plain(value))
         console.print(table)
     for note in answer.notes:
-        console.print(Text(note), soft_wrap=True)
+        console.print(plain(note), soft_wrap=True)
 
 
 _NARROWEST_TABLE = 40
@@ -74,16 +83,19 @@ _NARROWEST_TABLE = 40
 
 def print_json(data: Any) -> None:
     """Print one JSON object to stdout, in ASCII where stdout's encoding lacks a character."""
-    text = json.dumps(data, ensure_ascii=False)
+    text = visible_json(json.dumps(redacted(data), ensure_ascii=False))
     try:
         text.encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:
-        text = json.dumps(data)
+        text = json.dumps(redacted(data))
     print(text)
 
 
 def print_file(text: str) -> None:
     """Print what is going to be kept in a file: as UTF-8 in any locale, for it is read as that."""
+    text = without_credentials(text)
+    if sys.stdout.isatty():
+        text = visible(text)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     print(text, end="")
@@ -94,11 +106,18 @@ def write_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    sys.excepthook = _print_traceback
+
+
+def _print_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    complain("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"))
 
 
 def complain(text: str) -> None:
     """Print a line for people to stderr."""
-    Console(stderr=True).print(Text(text), soft_wrap=True)
+    Console(stderr=True).print(plain(text), soft_wrap=True)
 
 
 @contextmanager
@@ -181,6 +200,7 @@ class _Bars:
         if not self._shown:
             self._bars.start()
             self._shown = True
+        description = str(plain(description))
         bar = self._bars.add_task(description, total=total, completed=completed, unit=unit, note="")
         try:
             yield _Bar(self._bars, bar)
@@ -189,7 +209,7 @@ class _Bars:
 
     def log(self, text: str) -> None:
         """Print a line above the bars."""
-        self._bars.console.print(Text(text), soft_wrap=True)
+        self._bars.console.print(plain(text), soft_wrap=True)
         check_stop()
 
 
@@ -218,7 +238,7 @@ class _Bar:
         check_stop()
 
     def note(self, text: str) -> None:
-        self._bars.update(self._bar, note=text)
+        self._bars.update(self._bar, note=str(plain(text)))
         check_stop()
 
 

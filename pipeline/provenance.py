@@ -8,6 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from cache_schema.shown_text import redacted
+
 _LIBRARIES = (
     "torch",
     "sam2",
@@ -28,7 +30,7 @@ def provenance_of_run() -> dict[str, Any]:
     For what is written once for a whole run, such as `store.json`.
     """
     return provenance() | {
-        "arguments": sys.argv[1:],
+        "arguments": redacted(sys.argv[1:]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cache_schema.shown_text import redacted
 from pipeline.commands.assets import make_missing_assets
 from pipeline.commands.sample_files import file_stem, named_file, new_file
 from pipeline.config import ConfigError, RunConfig
@@ -127,7 +128,8 @@ def _check_options(
 
 
 def _tell_how(config: RunConfig, summary: SampleSummary, image: Path | None) -> None:
-    text = json.dumps(_data(config, summary, image) | {"made_with": provenance()}, indent=1)
+    record = redacted(_data(config, summary, image)) | {"made_with": provenance()}
+    text = json.dumps(record, indent=1)
     summary.out.with_suffix(".json").write_text(text + "\n", "utf-8")
 
 

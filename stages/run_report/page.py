@@ -1,10 +1,11 @@
 """The HTML of a run's page: every text that comes from outside is escaped, nothing is fetched."""
 
 import base64
+import html
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from typing import Any
 
+from cache_schema.shown_text import visible, without_credentials
 from stages.run_report.curves import Picture, as_svg
 from stages.run_report.figures import Figure
 from stages.run_report.records import Row
@@ -17,6 +18,11 @@ _NOTHING_FROM_OUTSIDE = (
     "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
 )
 """Told to the browser: what slipped through unescaped could still load and run nothing."""
+
+
+def escape(value: object) -> str:
+    """A value as text of the page, within elements and within quoted attributes."""
+    return html.escape(visible(without_credentials(str(value))), quote=True)
 
 
 def page(title: str, subtitle: str, sections: Iterable[str]) -> str:
@@ -83,8 +89,8 @@ def videos(shown: Mapping[str, Sequence[Shown]]) -> str:
 
 def _video(shown: Shown) -> str:
     drawing = shown.drawing
-    source = escape(shown.source, quote=True)
-    caption = "base model" if drawing.step == 0 else f"step {drawing.step}"
+    source = escape(shown.source)
+    caption = "base model" if drawing.step == 0 else f"step {escape(drawing.step)}"
     if not shown.embedded:
         link = f'<a href="{source}">{source}</a>'
         return f'<figure class="far">{link}<figcaption>{caption}</figcaption></figure>'

@@ -3,7 +3,6 @@
 Nothing but `run.json` has to be there. Lines of `*.jsonl` that are not whole yet are passed over.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ruamel.yaml import YAML
 
 from stages.run_report.columns import (
     Columns,
@@ -20,6 +18,8 @@ from stages.run_report.columns import (
     read_columns,
     read_training_losses,
 )
+from stages.strict_yaml import MAX_FILE_BYTES, YamlError, parse_yaml
+from stages.text_files import read_object, read_text
 from stages.train_student.logs.row_file import read_rows
 from stages.train_student.logs.rows import (
     CONFIG_FILE,
@@ -103,12 +103,20 @@ def read_run(run_dir: Path) -> RunRecords:
             "with sam2vx-pipeline train"
         )
     config = run_dir / CONFIG_FILE
-    config_yaml = config.read_text(encoding="utf-8") if config.is_file() else ""
+    config_yaml = read_text(config, MAX_FILE_BYTES) if config.is_file() else ""
+    try:
+        settings = parse_yaml(config_yaml) or {}
+    except YamlError as error:
+        raise ValueError(f"{config} is damaged: {error}") from error
+    if not isinstance(settings, dict) or not all(
+        isinstance(settings.get(name) or {}, dict) for name in ("train", "model")
+    ):
+        raise ValueError(f"{config} holds no settings of a run")
     return RunRecords(
         run_dir=run_dir,
-        about=json.loads(file.read_text(encoding="utf-8")),
+        about=read_object(file),
         config_yaml=config_yaml,
-        config=YAML(typ="safe", pure=True).load(config_yaml) or {},
+        config=settings,
         losses=read_training_losses(run_dir / LOSSES_FILE, _LOSSES),
         performance=read_columns(run_dir / PERFORMANCE_FILE, _PERFORMANCE),
         validation=read_rows(run_dir / VALIDATION_FILE),
@@ -147,8 +155,11 @@ def loss_of(name: str) -> Callable[[Row], float | None]:
 def _drawings(folder: Path) -> list[Drawing]:
     found = []
     for record in sorted(folder.glob(f"step-*/{SAMPLES_RECORD}")):
-        drawn = json.loads(record.read_text(encoding="utf-8"))
-        prompts = drawn.pop("prompts")
+        drawn = read_object(record)
+        prompts = drawn.pop("prompts", None)
+        texts = isinstance(prompts, list) and all(isinstance(one, str) for one in prompts)
+        if not texts or type(drawn.get("step")) is not int:
+            raise ValueError(f"{record} is damaged: it has no step, or no list of prompts")
         found += [
             Drawing(
                 step=drawn["step"],

@@ -27,9 +27,11 @@ from ruamel.yaml import YAML
 
 from cache_schema import SortedText
 from cache_schema.durable import make_directories, write_whole
+from cache_schema.shown_text import redacted
 from stages.base_facts import BaseFacts
 from stages.clips.config import ClipsConfig
 from stages.sample_videos.runs import BASE_SETTING
+from stages.text_files import read_object
 from stages.train_student.clip_lists import compare_clips, digest, write_clips
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.buckets import Buckets
@@ -98,7 +100,7 @@ def held_out_before(run_dir: Path, count: int) -> tuple[str, ...] | None:
     file = run_dir / "run.json"
     if not file.is_file():
         return None
-    found = json.loads(file.read_text(encoding="utf-8"))["held_out"]
+    found = read_object(file)["held_out"]
     return tuple(found) if len(found) == count else None
 
 
@@ -114,6 +116,8 @@ def open_run(
 ) -> str | None:
     """Make the folder, or check that it holds a run of the same settings.
 
+    Credentials in URLs are neither written nor compared.
+
     Args:
         settings: `fixed_settings`.
         resolved_config: written as config.yaml.
@@ -128,11 +132,12 @@ def open_run(
     Raises:
         ValueError: the folder holds another run, or something else.
     """
+    settings, resolved_config, about = map(redacted, (settings, resolved_config, about))
     told = None
     file = run_dir / "run.json"
     if file.is_file():
-        known = json.loads(file.read_text(encoding="utf-8"))
-        found = known["settings"]
+        known = read_object(file)
+        found = redacted(known["settings"])
         missing = object()
         names = found.keys() | settings.keys()
         differing = sorted(
@@ -172,7 +177,7 @@ def finished_steps(run_dir: Path) -> int | None:
     file = run_dir / "finished.json"
     if not file.is_file():
         return None
-    return int(json.loads(file.read_text(encoding="utf-8"))["steps"])
+    return int(read_object(file)["steps"])
 
 
 def mark_finished(run_dir: Path, steps: int, export: Path) -> None:

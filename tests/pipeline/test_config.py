@@ -5,6 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cache_schema.places import open_place
 from pipeline.config import SETTINGS, ConfigError, load_config
 from pipeline.config_text import commented_yaml
 
@@ -220,6 +221,32 @@ def test_the_configuration_kept_with_a_run_loads_again(minimal, tmp_path):
     resolved = config.model_dump(mode="json")
     open_run(tmp_path / "run", {}, resolved, {}, clips={}, held_out=(), leave_out=None)
     assert load_config(str(tmp_path / "run" / "config.yaml")) == config
+
+
+def test_credentials_are_neither_kept_with_a_run_nor_compared(minimal, tmp_path):
+    from stages.train_student.run_folder import open_run
+
+    def open_with(secret):
+        url = f"http://me:{secret}@host/cache"
+        config = load_config(minimal, [f"cache={url}"])
+        about = {"provenance": {"arguments": [f"cache={url}"]}}
+        open_run(tmp_path / "run", {"train.a": url}, config.model_dump(mode="json"), about)
+
+    open_with("s3cr3t")
+    for file in ("run.json", "config.yaml"):
+        text = (tmp_path / "run" / file).read_text()
+        assert "s3cr3t" not in text
+        assert "http://***@host/cache" in text
+    open_with("0ther")
+    # A run that an older version wrote down with them.
+    record = tmp_path / "run" / "run.json"
+    record.write_text(record.read_text().replace("***", "me:s3cr3t"))
+    open_with("0ther")
+    again = str(tmp_path / "run" / "config.yaml")
+    with pytest.raises(ValueError, match="without its credentials"):
+        open_place(load_config(again).cache_root)
+    url = "http://me:0ther@host/cache"
+    assert load_config(again, [f"cache={url}"]).cache_root == url
 
 
 class TestExtends:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from cache_schema.shown_text import without_credentials
 from pipeline import console
 from pipeline.console import Answer, in_bytes, in_time
 
@@ -29,6 +30,56 @@ def test_the_table_shows_text_as_it_is_and_cuts_nothing(capsys):
 def test_json_is_one_object_on_stdout(capsys):
     console.present(ANSWER, as_json=True)
     assert json.loads(capsys.readouterr().out) == {"name": "é", "number": 1.5}
+
+
+HOSTILE = "\x1b]0;owned\x07\x9b2J\u202e http://me:s3cr3t@host/a?sig=s3cr3t"
+SHOWN = "\\x1b]0;owned\\x07\\x9b2J\\u202e http://***@host/a?sig=***"
+
+
+def test_nothing_that_is_printed_is_obeyed_or_holds_credentials(capfd, monkeypatch):
+    monkeypatch.setattr(console, "_SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setenv("COLUMNS", "300")
+    console.present(
+        Answer(title=HOSTILE, rows=[(HOSTILE, HOSTILE)], data={}, notes=[HOSTILE]), as_json=False
+    )
+    with console.console_progress() as progress:
+        progress.log(HOSTILE)
+        with progress.task(HOSTILE, 2) as task:
+            task.note(HOSTILE)
+            task.advance()
+    console.complain(HOSTILE)
+    out, err = capfd.readouterr()
+    assert out.count(SHOWN) == 4
+    assert err.count(SHOWN) >= 5
+    told = out + err
+    assert not any(bad in told for bad in ("\x1b", "\x07", "\x9b", "\u202e", "s3cr3t"))
+
+
+def test_json_spells_controls_out_and_holds_no_credentials(capsys):
+    console.present(Answer(title="", rows=[], data={"key": HOSTILE}), as_json=True)
+    out = capsys.readouterr().out
+    assert out.rstrip("\n").isprintable()
+    assert json.loads(out) == {"key": without_credentials(HOSTILE)}
+
+
+def test_a_traceback_is_printed_by_the_same_rules():
+    script = (
+        "from pipeline.console import write_any_text\n"
+        "write_any_text()\n"
+        f"raise AttributeError({HOSTILE!r}) from ValueError({HOSTILE!r})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8"},
+    )
+    assert done.returncode == 1
+    err = done.stderr.decode()
+    assert f"AttributeError: {SHOWN}" in err
+    assert f"ValueError: {SHOWN}" in err
+    assert "Traceback" in err
+    assert "\x1b" not in err
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -29,6 +29,11 @@ def test_a_run_tells_its_command_and_its_time(monkeypatch):
     assert told.items() >= provenance().items()
 
 
+def test_the_command_is_kept_without_the_credentials_of_its_urls(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["sam2vx-pipeline", "train", "cache=http://me:pw@host/c"])
+    assert provenance_of_run()["arguments"] == ["train", "cache=http://***@host/c"]
+
+
 def test_the_commit_is_that_of_the_codes_own_checkout(tmp_path, monkeypatch):
     package = tmp_path / "pipeline"
     package.mkdir()

@@ -9,6 +9,7 @@ import io
 import netrc
 import os
 import secrets
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,8 @@ from typing import Any, Literal, Protocol, Self
 from urllib.parse import urlsplit
 
 import numpy as np
+
+from cache_schema.shown_text import redacted
 
 BoardName = Literal["tensorboard", "wandb"]
 
@@ -143,10 +146,15 @@ class _WandB:
             id=_kept_id(run_dir / "wandb" / "id"),
             resume="allow",
             dir=str(run_dir),
-            config=dict(settings),
+            config=redacted(dict(settings)),
             mode=_wandb_mode(),
             # The console belongs to the command, and its standard output to the answer.
-            settings=wandb.Settings(console="off", silent=True),
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                # W&B's metadata has the command's arguments as they are.
+                x_disable_meta=redacted(sys.argv) != sys.argv,
+            ),
         )
         # After a resume some steps come again; W&B's own step counter only goes up.
         self._run.define_metric("step")

@@ -81,7 +81,7 @@ def _parsed(line: bytes, path: Path) -> dict[str, Any]:
     try:
         row: dict[str, Any] = from_json(line)  # several times as fast as json.loads
         int(row["step"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         start = line[:80].decode("utf-8", "backslashreplace").rstrip("\n")
         raise ValueError(f"{path} has a damaged line: {start!r}") from error
     return row

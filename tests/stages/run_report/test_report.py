@@ -1,16 +1,19 @@
 """The page of a run."""
 
 import base64
+import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from stages.run_report import write_report
 from stages.run_report.figures import figures
-from stages.run_report.records import read_run
-from stages.run_report.videos import embed, first_and_newest
+from stages.run_report.page import videos
+from stages.run_report.records import Drawing, read_run
+from stages.run_report.videos import Shown, embed, first_and_newest
 
 
 class Page(HTMLParser):
@@ -94,6 +97,54 @@ def test_text_from_outside_is_shown_as_it_is(make_run, draw):
     assert page.text.count(NASTY) >= 5
     assert "diffusion nan" in page.text
     assert "train <fast>" in page.text
+
+
+@pytest.mark.parametrize(
+    "about", [{"step": NASTY}, {"prompts": {NASTY: 1}}, {"prompts": [["a"]]}, {"step": True}]
+)
+def test_a_drawing_of_no_step_or_prompts_is_refused(make_run, draw, about):
+    folder = make_run(**NO_CURVES)
+    draw(folder, 0, ["a prompt"])
+    (record,) = folder.glob("samples/*/samples.json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | about))
+    with pytest.raises(ValueError, match=r"samples\.json is damaged"):
+        write_report(folder)
+
+
+def test_the_step_of_a_drawing_is_escaped():
+    drawing = Drawing(step=NASTY, prompt="a", file=Path("0.mp4"), drawn={})
+    made = videos({"a": [Shown(drawing=drawing, source='"><b>', embedded=True)]})
+    assert "<script>" not in made
+    assert "<b>" not in made
+
+
+def test_a_page_holds_no_credentials_and_no_turns_of_direction(make_run):
+    url = "http://me:s3cr3t@host/cache"
+    folder = make_run(damaged_clips=[{"step": 6, "key": "a\u202eb", "message": url}])
+    (folder / "config.yaml").write_text(f"cache: {url}\n")
+    page = write_report(folder).read_text()
+    assert "s3cr3t" not in page
+    assert page.count("http://***@host/cache") == 2
+    assert "a\\u202eb" in page
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("run.json", "[" * 100_000),
+        ("config.yaml", "x: &a [*a]"),
+        ("config.yaml", "[1]"),
+        ("config.yaml", "train: [1]"),
+        ("losses.jsonl", "[" * 100_000 + "\n"),
+        ("losses.jsonl", '{"step": 1e400}\n'),
+        ("losses.jsonl", f'{{"step": {"9" * 5000}}}\n'),
+    ],
+)
+def test_a_record_that_cannot_be_taken_in_is_refused_by_name(make_run, file, text):
+    folder = make_run(**NO_CURVES)
+    (folder / file).write_text(text)
+    with pytest.raises(ValueError, match=file):
+        write_report(folder)
 
 
 def test_what_is_too_large_is_linked_and_the_newest_goes_first(make_run, draw):

@@ -1,6 +1,8 @@
 """TensorBoard and Weights & Biases, read back from their files."""
 
 import io
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -46,6 +48,23 @@ def test_wide_videos_are_shown_smaller(monkeypatch, video):
     data, height, width = module._gif_of(video)
     with Image.open(io.BytesIO(data)) as gif:
         assert gif.size == (width, height) == (24, 16)
+
+
+def test_wandb_is_told_no_credentials(no_key, monkeypatch, tmp_path):
+    told = {}
+
+    class FakeRun:
+        def define_metric(self, *_, **__):
+            pass
+
+    fake = types.SimpleNamespace(init=lambda **given: told.update(given) or FakeRun())
+    fake.Settings = lambda **given: given
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for arguments, unsaid in (["cache=http://me:pw@host/c"], True), (["cache=c"], False):
+        monkeypatch.setattr("sys.argv", ["train", *arguments])
+        module._WandB(tmp_path, "tests", {"cache": "http://me:pw@host/c"})
+        assert told["config"] == {"cache": "http://***@host/c"}
+        assert told["settings"]["x_disable_meta"] is unsaid
 
 
 @pytest.fixture
