@@ -230,7 +230,8 @@ def test_credentials_are_neither_kept_with_a_run_nor_compared(minimal, tmp_path)
         url = f"http://me:{secret}@host/cache"
         config = load_config(minimal, [f"cache={url}"])
         about = {"provenance": {"arguments": [f"cache={url}"]}}
-        open_run(tmp_path / "run", {"train.a": url}, config.model_dump(mode="json"), about)
+        resolved, rest = config.model_dump(mode="json"), {"held_out": (), "leave_out": None}
+        open_run(tmp_path / "run", {"train.a": url}, resolved, about, clips={}, **rest)
 
     open_with("s3cr3t")
     for file in ("run.json", "config.yaml"):
