@@ -113,6 +113,21 @@ class FileLock:
             self._descriptor = None
 
 
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds the lock at this moment."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def locks_unsupported(path: Path, why: str) -> LockUnsupported:
     """The error for a folder whose file system keeps no locks."""
     return LockUnsupported(

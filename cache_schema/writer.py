@@ -10,7 +10,7 @@ from cache_schema.durable import make_directories, sync, write_whole
 from cache_schema.errors import SettingsMismatch
 from cache_schema.known_shards import KnownShards
 from cache_schema.layout import StoreLayout, check_shard_name
-from cache_schema.lock import FileLock
+from cache_schema.lock import FileLock, is_locked
 from cache_schema.manifest import StoreManifest, committed_shards, read_manifest
 from cache_schema.sealed_json import plain_mapping, seal
 from cache_schema.settings import Compression, StoreSettings, differing_settings
@@ -81,6 +81,10 @@ class StoreWriter:
     def committed(self) -> frozenset[str]:
         """Names of all finished shards; lists a folder once."""
         return frozenset(committed_shards(self._layout))
+
+    def is_busy(self, shard: str) -> bool:
+        """Whether somebody is writing the shard at this moment."""
+        return is_locked(self._layout.lock(check_shard_name(shard)))
 
     def shard(self, name: str, *, source: str, is_current: IsCurrent | None = None) -> ShardWriter:
         """A writer for one shard, to be used in a `with` block.

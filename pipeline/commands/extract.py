@@ -53,8 +53,7 @@ def run(
     for kind in summary.kinds:
         rows.append((kind.name, str(kind.store)))
         there = f", {kind.clips_already_there} already there" if kind.clips_already_there else ""
-        busy = f", {len(kind.busy_shards)} shards left to others" if kind.busy_shards else ""
-        rows.append(("  clips", f"{kind.clips_written} written{there}{busy}"))
+        rows.append(("  clips", f"{kind.clips_written} written{there}"))
         reasons = f"{len(kind.skipped)} ({counted_reasons(kind.skipped)})"
         rows.append(("  skipped", reasons if kind.skipped else "none"))
         if kind.captions_cut:
@@ -67,7 +66,6 @@ def run(
             "store": str(kind.store),
             "clips_written": kind.clips_written,
             "clips_already_there": kind.clips_already_there,
-            "busy_shards": list(kind.busy_shards),
             "skipped": [
                 {"key": s.key, "reason": s.reason, "detail": s.detail} for s in kind.skipped
             ],

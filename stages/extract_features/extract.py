@@ -17,11 +17,12 @@ from stages.extract_features.summary import ExtractSummary, KindSummary
 from stages.extract_features.work.comparison import Comparison
 from stages.extract_features.work.dataset_sources import DatasetSources
 from stages.extract_features.work.failure_manifest import FAILURES_FILE, failures_listed
-from stages.extract_features.work.jobs import pending_jobs, plan_jobs
+from stages.extract_features.work.jobs import JobPlan, ShardJob, pending_jobs, plan_jobs
 from stages.extract_features.work.local_engine import EngineReport, LocalEngine
 from stages.extract_features.work.ray_engine import RayEngine
 from stages.extract_features.work.ray_worker import WorkerSetup
 from stages.extract_features.work.refresh import compare_and_refresh
+from stages.other_writers import wait_for_others
 from stages.progress import Progress
 
 
@@ -46,9 +47,10 @@ def extract_features(
     Before any work every clip of the dataset is compared with what the stores made theirs from.
     What a store lacks is extracted; clips that a finished shard lacks go into further shards, and
     nothing finished is written again. An unfinished shard goes on after the clips that are safely
-    staged. Clips that have left the dataset stay in the store. A clip that cannot be used is
-    recorded with its reason and skipped; `failures.jsonl` in the cache folder lists all of them
-    afterwards, also when an error ended the run.
+    staged. Shards that other processes are writing are waited for, and taken over if such a process
+    ends before its shard is done. Clips that have left the dataset stay in the store. A clip that
+    cannot be used is recorded with its reason and skipped; `failures.jsonl` in the cache folder
+    lists all of them afterwards, also when an error ended the run.
 
     Args:
         config: What to compute, and where.
@@ -135,28 +137,65 @@ def _fill(
             plan_jobs(dataset, writers, comparison, size=sizes[kinds], retry_failed=retry_failed)
         )
         sizes[kinds] += 1
-    summaries: list[KindSummary] = []
-    for extraction, writers, plan in zip(extractions, stores, plans, strict=True):
+    works = [
+        _Work(extraction, writers, plan)
+        for extraction, writers, plan in zip(extractions, stores, plans, strict=True)
+    ]
+    unfinished = True
+    while unfinished:
+        for work in works:
+            work.run(engine, progress)
+        wait_for_others(lambda: _left(works), progress)
+        unfinished = bool(_left(works))
+    return [
+        _summary(kind, writer, work, dataset, comparison.sources)
+        for work in works
+        for kind, writer in work.writers.items()
+    ]
+
+
+def _left(works: Sequence["_Work"]) -> dict[str, bool]:
+    return {name: busy for work in works for name, busy in work.left().items()}
+
+
+class _Work:
+    """One extraction's part of a run, and what came of it."""
+
+    def __init__(
+        self, extraction: Extraction, writers: Mapping[Kind, StoreWriter], plan: JobPlan
+    ) -> None:
+        self.extraction = extraction
+        self.writers = writers
+        self.report = EngineReport()
+        self.seconds = 0.0
+        self._plan = plan
+        self._unfinished = list(plan.jobs)
+
+    def run(self, engine: RayEngine | LocalEngine, progress: Progress) -> None:
+        """Do what is left and nobody else is at."""
         started = time.perf_counter()
-        report = EngineReport()
-        if pending_jobs(plan.jobs, writers):
-            report = engine.run(extraction, writers, plan, progress)
-        seconds = time.perf_counter() - started
-        summaries += [
-            _summary(kind, extraction, writer, dataset, comparison.sources, report, seconds)
-            for kind, writer in writers.items()
-        ]
-    return summaries
+        if not all(map(self._is_busy, pending_jobs(self._unfinished, self.writers))):
+            report = engine.run(self.extraction, self.writers, self._plan, progress)
+            self.report.written += report.written
+            self.report.captions_cut += report.captions_cut
+        self.seconds += time.perf_counter() - started
+
+    def left(self) -> dict[str, bool]:
+        """The unfinished shards, and whether another process is writing them."""
+        self._unfinished = pending_jobs(self._unfinished, self.writers)
+        kinds = " and ".join(self.writers)
+        return {f"{kinds} {job.name}": self._is_busy(job) for job in self._unfinished}
+
+    def _is_busy(self, job: ShardJob) -> bool:
+        return any(self.writers[kind].is_busy(job.name) for kind in job.keys)
 
 
 def _summary(
     kind: Kind,
-    extraction: Extraction,
     writer: StoreWriter,
+    work: _Work,
     dataset: ClipDataset,
     sources: DatasetSources | None,
-    report: EngineReport,
-    seconds: float,
 ) -> KindSummary:
     """What the store holds of the dataset, whoever wrote it, and what this process did."""
     writer.write_index()
@@ -166,14 +205,14 @@ def _summary(
         for name, facts in reader.shards.items()
         if input_shard_name(name, dataset) is not None
     }
-    written = report.written[kind]
+    written = work.report.written[kind]
     if sources is None:
         held = sum(facts.num_clips for facts in of_dataset.values())
     else:
         held = int(np.count_nonzero(reader.keys.rows_of(sources.keys) >= 0))
     return KindSummary(
         kind=kind,
-        bucket=bucket_name(extraction.size),
+        bucket=bucket_name(work.extraction.size),
         store=writer.path,
         clips_written=written,
         clips_already_there=held - written,
@@ -182,8 +221,7 @@ def _summary(
             for clip in reader.skipped
             if (clip.shard in of_dataset if sources is None else clip.key in sources.keys)
         ),
-        busy_shards=report.busy,
-        seconds=seconds,
+        seconds=work.seconds,
         bytes=sum(facts.num_bytes for facts in of_dataset.values()),
-        captions_cut=report.captions_cut,
+        captions_cut=work.report.captions_cut,
     )

@@ -22,8 +22,6 @@ class KindSummary:
     """By earlier runs, or by processes beside this one; in finished shards."""
     skipped: tuple[SkippedClip, ...]
     """By this run and earlier ones, without those that a retry brought in."""
-    busy_shards: tuple[str, ...]
-    """Left alone because another process was writing them."""
     seconds: float
     """Wall-clock time of this run."""
     bytes: int

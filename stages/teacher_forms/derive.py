@@ -4,13 +4,14 @@ The store is the one that extraction would have written: shard by shard with the
 sources, clips, attributes, fingerprints and skipped clips. Clips whose features were made again
 from another source are taken out first. Those, and clips that it has lost by a repair, go into
 retry shards, as extraction would do it. Several processes may share the work: whoever holds a
-shard's lock writes it.
+shard's lock writes it, and the others wait for it at the end.
 """
 
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from cache_schema.upkeep.drop import DROPPED, REDO, drop_clips
 from cache_schema.upkeep.repair import DAMAGED
 from stages.background import DaemonPool, result_of
 from stages.clips import retry_shard_name
+from stages.other_writers import wait_for_others
 from stages.progress import Progress, Task
 from stages.teacher_forms.config import GramFlowConfig
 from stages.teacher_forms.flow_maker import FlowMaker
@@ -47,8 +49,6 @@ class DeriveSummary:
     """By earlier runs, or by processes beside this one; in finished shards."""
     skipped: tuple[SkippedClip, ...]
     """That are in the features' store's list, or were taken out of this one."""
-    busy_shards: tuple[str, ...]
-    """Left alone because another process was writing them."""
     seconds: float
     """Wall-clock time of this run."""
     bytes: int
@@ -88,9 +88,10 @@ def derive_gram_flow(
     with progress.task("gram_flow", len(reader), unit="clips") as task:
         work = _Derivation(reader, writer, maker, device, task)
         left = list(reader.shards)
-        for _ in range(2):  # what others are at is looked at once more at the end
-            left = [shard for shard in left if not work.derive(shard)]
-        left += work.derive_lost(set(left))
+        while left := [shard for shard in left if not work.derive(shard)]:
+            wait_for_others(partial(work.unfinished, left), progress)
+        while lost := work.derive_lost():
+            wait_for_others(partial(work.unfinished, lost), progress)
     writer.write_index()
     made = StoreReader(writer.path)
     return DeriveSummary(
@@ -98,7 +99,6 @@ def derive_gram_flow(
         clips_written=work.clips_written,
         clips_already_there=len(made) - work.clips_written,
         skipped=tuple(made.skipped),
-        busy_shards=tuple(left),
         seconds=time.perf_counter() - started,
         bytes=made.num_bytes,
     )
@@ -140,13 +140,17 @@ class _Derivation:
             self._task.advance(facts.num_clips)
         return True
 
-    def derive_lost(self, busy: Collection[str]) -> list[str]:
+    def unfinished(self, shards: Sequence[str]) -> dict[str, bool]:
+        """Those of some shards that are not finished, and whether another process is at them."""
+        writer = self._writer
+        return {name: writer.is_busy(name) for name in shards if not writer.is_committed(name)}
+
+    def derive_lost(self) -> list[str]:
         """Make again what finished shards have lost; the shards that another process is at."""
         lost: dict[str, list[ClipEntry]] = defaultdict(list)
         for key in self._lost_keys():
             entry = self._reader.record(key)
-            if entry.shard not in busy:
-                lost[_without_retry(entry.shard)].append(entry)
+            lost[_without_retry(entry.shard)].append(entry)
         left = []
         for shard, clips in sorted(lost.items()):
             attempt = 1

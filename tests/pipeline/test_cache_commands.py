@@ -465,7 +465,6 @@ class TestDeriveGramFlow:
                 clips_written=2,
                 clips_already_there=1,
                 skipped=StoreReader(store(cache, "teacher")).skipped,
-                busy_shards=("00001",),
                 seconds=2.0,
                 bytes=1000,
             )
@@ -480,7 +479,7 @@ class TestDeriveGramFlow:
         assert options["config"].radius == 2
         assert options["token_grid"] == (2, 3)
         assert options["provenance"]["libraries"]["torch"]
-        assert "2 written, 1 already there, 1 shards left to others" in result.stdout
+        assert "2 written, 1 already there" in result.stdout
         assert "1 (1 too_short)" in result.stdout
 
     def test_without_a_teacher_it_says_what_makes_one(self, minimal, tmp_path):

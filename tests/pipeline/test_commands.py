@@ -69,7 +69,6 @@ class TestExtract:
             clips_written=60,
             clips_already_there=10,
             skipped=skipped,
-            busy_shards=(),
             seconds=90.0,
             bytes=67_700_000,
             captions_cut=2,

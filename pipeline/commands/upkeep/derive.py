@@ -56,11 +56,10 @@ def run(config: RunConfig, progress: Progress) -> Answer:
 
 def _rows(summary: DeriveSummary, size: str) -> list[tuple[str, str]]:
     there = f", {summary.clips_already_there} already there" if summary.clips_already_there else ""
-    busy = f", {len(summary.busy_shards)} shards left to others" if summary.busy_shards else ""
     reasons = counted_reasons(summary.skipped)
     return [
         (f"gram_flow{size}", str(summary.store)),
-        ("  clips", f"{summary.clips_written} written{there}{busy}"),
+        ("  clips", f"{summary.clips_written} written{there}"),
         ("  skipped", f"{len(summary.skipped)} ({reasons})" if summary.skipped else "none"),
         ("  size, time", f"{in_bytes(summary.bytes)}, {in_time(summary.seconds)}"),
     ]
@@ -72,7 +71,6 @@ def _data(summary: DeriveSummary) -> dict[str, Any]:
         "clips_written": summary.clips_written,
         "clips_already_there": summary.clips_already_there,
         "skipped": len(summary.skipped),
-        "busy_shards": list(summary.busy_shards),
         "bytes": summary.bytes,
         "seconds": round(summary.seconds, 3),
     }

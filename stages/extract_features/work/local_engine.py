@@ -28,8 +28,6 @@ class EngineReport:
 
     written: Counter[Kind] = field(default_factory=Counter)
     """Clips added to each store."""
-    busy: tuple[str, ...] = ()
-    """Shards that another process was still writing at the end."""
     captions_cut: int = 0
     """Captions that were longer than the text encoder reads."""
 
@@ -73,7 +71,7 @@ class LocalEngine:
         plan: JobPlan,
         progress: Progress,
     ) -> EngineReport:
-        """Write one extraction's stores. Busy shards are looked at once more at the end."""
+        """Write one extraction's stores, but for shards that other processes are writing."""
         report = EngineReport()
         with (
             JobsBar(extraction, writers, self._counts, plan, progress) as bar,
@@ -87,11 +85,9 @@ class LocalEngine:
                 log=progress.log,
             ) as worker,
         ):
-            left = in_turn(plan.jobs, self._rank, self._world_size)
-            for _ in range(2):
-                left = _work_through(left, worker, writers, bar, report, progress)
+            jobs = in_turn(plan.jobs, self._rank, self._world_size)
+            _work_through(jobs, worker, writers, bar, report, progress)
             report.captions_cut = worker.captions_cut
-        report.busy = tuple(sorted(job.name for job in left))
         return report
 
 
@@ -102,9 +98,7 @@ def _work_through(
     bar: "JobsBar",
     report: EngineReport,
     progress: Progress,
-) -> list[ShardJob]:
-    """Go through the jobs once; returns those that others are at."""
-    busy = []
+) -> None:
     for job in jobs:
         if not job.is_pending(writers):
             continue
@@ -112,10 +106,8 @@ def _work_through(
             report.written += worker.work(job)
             bar.done(job)
         except ShardBusy as error:
-            busy.append(job)
             progress.log(f"{' and '.join(job.keys)}: left alone for now, {error}")
         bar.look_at_others()
-    return busy
 
 
 class ClipCounts:

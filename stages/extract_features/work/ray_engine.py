@@ -126,7 +126,7 @@ class RayEngine:
         plan: JobPlan,
         progress: Progress,
     ) -> EngineReport:
-        """Write one extraction's stores. Busy shards are looked at once more at the end.
+        """Write one extraction's stores, but for shards that other processes are writing.
 
         Raises:
             RuntimeError: Workers kept dying.
@@ -137,15 +137,13 @@ class RayEngine:
             extraction.size,
         )
         report = EngineReport()
-        left = pending_jobs(plan.jobs, writers)
+        pending = pending_jobs(plan.jobs, writers)
         with JobsBar(extraction, writers, self._counts, plan, progress) as bar:
             crew = _Crew(self._ray, setup, bar, report, progress)
             try:
-                for _ in range(2):
-                    left = crew.work_through(left)
+                crew.work_through(pending)
             finally:
                 crew.dismiss()
-        report.busy = tuple(sorted(job.name for job in left))
         return report
 
 
@@ -177,19 +175,18 @@ class _Crew:
         self._shown: Counter[str] = Counter()
         self._idle_polls = 0
 
-    def work_through(self, jobs: Sequence[ShardJob]) -> list[ShardJob]:
-        """Have every job done; returns those that processes outside this run are at."""
-        waiting, busy = deque(jobs), list[ShardJob]()
+    def work_through(self, jobs: Sequence[ShardJob]) -> None:
+        """Have every job done, but those that processes outside this run are at."""
+        waiting = deque(jobs)
         while waiting or any(member.job for member in self._members):
             self._hire(len(waiting))
             answers = {member.answer: member for member in self._members}
             ready, _ = self._ray.wait(list(answers), timeout=_POLL_S)
             for answer in ready:
-                self._hear(answers[answer], waiting, busy)
+                self._hear(answers[answer], waiting)
             if not ready:
                 self._follow(waiting)
                 self._say_when_nobody_works()
-        return busy
 
     def dismiss(self) -> None:
         """End every worker."""
@@ -208,7 +205,7 @@ class _Crew:
             actor = worker.options(num_cpus=1, num_gpus=1 if gpus else 0).remote(self._setup)
             self._members.append(_Member(actor, actor.prepare.remote()))
 
-    def _hear(self, member: _Member, waiting: deque[ShardJob], busy: list[ShardJob]) -> None:
+    def _hear(self, member: _Member, waiting: deque[ShardJob]) -> None:
         """Take a worker's answer, and give it the next job."""
         errors, job = self._ray.exceptions, member.job
         try:
@@ -227,9 +224,7 @@ class _Crew:
             self._progress.log(f"ray: {answer} is ready")
         else:
             self._show(job, answer.clips, answer.lines)
-            if answer.written is None:
-                busy.append(job)
-            else:
+            if answer.written is not None:
                 self._report.written += answer.written
                 self._report.captions_cut += answer.captions_cut
                 self._bar.done(job)

@@ -1,5 +1,6 @@
 """The driver: several stores per pass, batches, restarts, sharing, refusals before any work."""
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from cache_schema import StoreReader, StoreWriter, verify_store
+from stages import other_writers
 from stages.clips import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig, Kind
@@ -304,26 +306,57 @@ def test_a_shard_whose_worker_is_killed_is_taken_over_in_the_same_run_to_the_sam
     assert holder.returncode == -signal.SIGKILL
     assert ["'00001'" in line for line in progress.lines] == [True]
     (text,) = summary.kinds
-    assert text.busy_shards == ()
     # Three in the finished shard, and two that the killed worker had staged.
     assert (text.clips_written, text.clips_already_there) == (1, 5)
     assert times(store / "shards" / "00000") == finished
     assert content(store) == content(expected)
 
 
-def test_a_shard_that_another_process_writes_is_left_alone(
+class ActsWhenWaiting(SilentProgress):
+    """When told that other processes are waited for, does something, once."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        self._act = act
+        self.lines: list[str] = []
+
+    def log(self, text: str) -> None:
+        if "waiting" in text:
+            self.lines.append(text)
+            if len(self.lines) == 1:
+                self._act()
+
+
+@pytest.mark.parametrize("finishes", [True, False])
+def test_a_shard_that_another_process_writes_is_waited_for(
+    finishes: bool,
     whole: ExtractSummary,
     text_only: ExtractConfig,
     two_shards: ClipsConfig,
     tiny_base: BaseModelConfig,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = StoreReader(whole.kinds[0].store).settings
-    other = StoreWriter.open(tmp_path, settings, provenance={})
-    with other.shard("00001", source="00001.tar"):
-        summary = extract(text_only, two_shards, tiny_base, tmp_path)
-    assert summary.kinds[0].busy_shards == ("00001",)
-    assert summary.kinds[0].clips_written == 3
+    monkeypatch.setattr(other_writers, "ASK_EVERY_S", 0.0)
+    reader = StoreReader(whole.kinds[0].store)
+    other = StoreWriter.open(tmp_path, reader.settings, provenance={})
+    with contextlib.ExitStack() as held:
+        out = held.enter_context(other.shard("00001", source="00001.tar"))
+
+        def end() -> None:
+            if finishes:
+                for clip in reader.records("00001"):
+                    arrays = reader.read(clip.key)
+                    out.add(clip.key, arrays, clip.attributes, fingerprint=clip.fingerprint)
+                out.commit()
+            held.close()
+
+        progress = ActsWhenWaiting(end)
+        (text,) = extract(text_only, two_shards, tiny_base, tmp_path, progress).kinds
+    assert progress.lines == [
+        "waiting for other processes, which are writing text 00001",
+    ]
+    assert (text.clips_written, text.clips_already_there) == ((3, 3) if finishes else (6, 0))
+    assert verify_store(text.store).problems == ()
 
 
 def test_an_error_names_the_clip_and_leaves_what_is_done(

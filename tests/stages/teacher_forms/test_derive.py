@@ -1,5 +1,6 @@
 """A Gram flow derived from stored features: its values, and what becomes of interrupted work."""
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from cache_schema import (
 from cache_schema.upkeep.drop import drop_clips
 from cache_schema.upkeep.rebind import change_fingerprints
 from cache_schema.upkeep.repair import repair_store
+from stages import other_writers
 from stages.local_gram_flow import regrid_fused
 from stages.progress import SilentProgress
 from stages.teacher_forms.config import FeatureDtype, FlowDtype, GramFlowConfig
@@ -183,19 +185,24 @@ def test_two_processes_share_the_shards(
     assert files_of(last.store) == files_of(whole.store)
 
 
-def test_a_shard_that_another_process_is_at_is_left_and_named(
-    write_teacher: Callable[..., Path], tmp_path: Path
+def test_a_shard_that_another_process_is_at_is_waited_for(
+    write_teacher: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    class Releases(SilentProgress):
+        def log(self, text: str) -> None:
+            assert text == "waiting for other processes, which are writing 00000"
+            held.close()
+
+    monkeypatch.setattr(other_writers, "ASK_EVERY_S", 0.0)
     teacher = write_teacher()
     settings = gram_flow_settings(
         StoreReader(teacher).settings, radius=2, dtype="float16", token_grid=(3, 4)
     )
     other = StoreWriter.open(tmp_path / "made", settings, provenance={})
-    with other.shard("00000", source="00000.tar"):
-        summary = derive(teacher, tmp_path / "made")
-    assert summary.busy_shards == ("00000",)
-    assert summary.clips_written == len(ALL_KEYS) - len(SHARDS["00000"])
-    assert derive(teacher, tmp_path / "made").clips_written == len(SHARDS["00000"])
+    with contextlib.ExitStack() as held:
+        held.enter_context(other.shard("00000", source="00000.tar"))
+        summary = derive(teacher, tmp_path / "made", progress=Releases())
+    assert summary.clips_written == len(ALL_KEYS)
 
 
 def test_shards_finished_in_the_moment_since_they_were_asked_for_are_left_alone(
@@ -213,7 +220,6 @@ def test_shards_finished_in_the_moment_since_they_were_asked_for_are_left_alone(
     summary = derive(teacher, tmp_path / "made")
     assert [other.clips_written for other in others] == [len(ALL_KEYS)]
     assert (summary.clips_written, summary.clips_already_there) == (0, len(ALL_KEYS))
-    assert summary.busy_shards == ()
 
 
 def test_a_damaged_clip_of_features_stops_it_by_name(
@@ -313,7 +319,7 @@ def test_what_a_repair_took_out_is_derived_again_and_what_was_dropped_is_not(
     drop_clips(made, [dropped], detail="a cut")
     drop_clips(made, [redone], detail="to see", reason="redo")
     summary = derive(teacher, tmp_path)
-    assert (summary.clips_written, summary.busy_shards) == (2, ())
+    assert summary.clips_written == 2
     after = StoreReader(made)
     assert list(after.keys) == [key for key in ALL_KEYS if key != dropped]
     assert after.shard_of(damaged.key) == f"{shard}-retry1"
