@@ -12,6 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from cache_schema import ArraySpec, Compression, CorruptRecord, StoreSettings
+from cache_schema.layout import SCHEMA_VERSION
 from cache_schema.sealed_json import seal, unseal
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -59,7 +60,9 @@ def test_settings_survive_a_sealed_file(settings: StoreSettings) -> None:
 
 
 def test_a_changed_version_is_damage_and_not_an_older_store() -> None:
-    data = seal({"a": 1}).replace(b'"schema_version": 3', b'"schema_version": 2')
+    sealed = seal({"a": 1})
+    data = sealed.replace(b'"schema_version": %d' % SCHEMA_VERSION, b'"schema_version": 2')
+    assert data != sealed
     with pytest.raises(CorruptRecord, match="checksum"):
         unseal(data, "test", store="s")
 
