@@ -1,10 +1,10 @@
 """Whether the parts of a base pipeline are whole, and which they are, before any is loaded."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from cache_schema.sealed_json import parse_json
 from stages.clips.fingerprints import hash_parts
 from stages.config import BaseModelConfig
 from stages.weight_checks import check_weights, read_json, refuse_lfs_pointer, stored_tensors
@@ -33,7 +33,7 @@ def hash_transformer(folder: Path) -> str:
     for file in {tensor.file for tensor in stored.values()}:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
             header.pop("__metadata__", None)
             for name, about in header.items():
                 start, stop = about["data_offsets"]

@@ -4,7 +4,6 @@
 damaged download before any work; `load_model` checks again what the library made of it.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from cache_schema.sealed_json import parse_json
 
 _LFS_MARK = b"version https://git-lfs"
 _LFS_SIZE = 1024
@@ -52,7 +53,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is missing; download the model again")
     refuse_lfs_pointer(file)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error}); download the model again") from error
     if not isinstance(content, dict):

@@ -1,6 +1,5 @@
 """Comparing one shard with its commit record; used by `verify` and `repair`."""
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from cache_schema.errors import CorruptRecord, UnknownSchemaVersion
 from cache_schema.layout import MAX_RECORD_BYTES, group_name
 from cache_schema.manifest import CommitRecord, StoredFile, parse_commit
 from cache_schema.places import UNREADABLE, LocalPlace, Place
-from cache_schema.sealed_json import crc32c_hex, is_sealed
+from cache_schema.sealed_json import crc32c_hex, is_sealed, parse_json
 from cache_schema.settings import StoreSettings
 from cache_schema.upkeep.intact import GroupFile, group_files
 from cache_schema.zarr_group import METADATA_FILE
@@ -66,7 +65,7 @@ def read_record(place: Place, settings: StoreSettings, shard: str) -> tuple[Comm
 
 def is_intact_of_its_version(data: bytes) -> bool:
     """Whether a record of another schema version is sealed, and not just its number damaged."""
-    return type(json.loads(data)["schema_version"]) is int and is_sealed(data)
+    return type(parse_json(data)["schema_version"]) is int and is_sealed(data)
 
 
 def read_file(place: Place, path: str, limit: int = MAX_RECORD_BYTES) -> bytes | None:
@@ -100,7 +99,7 @@ def contradiction(place: Place, settings: StoreSettings, record: CommitRecord) -
             continue
         if data is None or crc32c_hex(data) != record.files[path].crc32c:
             continue
-        (sharding,) = json.loads(data)["codecs"]
+        (sharding,) = parse_json(data)["codecs"]
         codecs = {codec["name"] for codec in sharding["configuration"]["codecs"]}
         if ("blosc" in codecs) != (spec.compression != "none"):
             return (

@@ -105,7 +105,7 @@ def _lines_of(file: str) -> list[str]:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the prompts of --prompt @{file}: {error}") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise ConfigError(f"--prompt @{file}: the file holds no prompt; write one a line")
     return lines

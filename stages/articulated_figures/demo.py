@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from cache_schema.sealed_json import parse_json
 from stages.articulated_figures.clip_tars import write_clip_tars
 from stages.articulated_figures.config import DemoConfig
 from stages.clips import ClipRecord, ClipsConfig, open_dataset
@@ -111,7 +112,7 @@ def _ensure(folder: Path, recipe: dict[str, Any], make: Callable[[Path], None]) 
 
 def _check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     try:
-        found = json.loads((folder / _RECIPE).read_text(encoding="utf-8"))
+        found = parse_json((folder / _RECIPE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = None
     if not isinstance(found, dict):

@@ -22,6 +22,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from cache_schema.sealed_json import parse_json
 from stages.articulated_figures.config import DemoConfig
 from stages.articulated_figures.scenes import draw_clip
 from stages.articulated_figures.tiny_cogvideox import MAX_TEXT_TOKENS, build_tiny_cogvideox
@@ -77,7 +78,7 @@ def pretrain(out: Path, *, vae_steps: int, minutes: float, tell: Callable[[str],
     with usual_modes(out):
         pipeline.to(torch.float16).save_pretrained(out)
     for file in out.rglob("*.json"):  # diffusers notes where it loaded each part from
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
         if content.pop("_name_or_path", None) is not None:
             file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 import shlex
 from codecs import BOM_UTF8
@@ -13,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from cache_schema.sealed_json import parse_json
 from stages.clips.keys import has_video_suffix
 from stages.clips.rows import MAX_LINE_BYTES, FieldsOf, Place, UnchangedFile
 
@@ -78,7 +78,7 @@ def _fields(row: Callable[[], Row]) -> dict[str, Any]:
     for name in _JSON_CELLS:
         if name in fields:
             try:
-                fields[name] = json.loads(fields[name])
+                fields[name] = parse_json(fields[name])
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{name} must be JSON such as [0, 0, 9, 9]: {error}") from error
     return fields

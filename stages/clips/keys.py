@@ -1,6 +1,7 @@
 """Clip keys: the names that join a clip's entries across stores; used by both dataset forms."""
 
 import hashlib
+import unicodedata
 from collections.abc import Collection
 
 VIDEO_SUFFIXES = (
@@ -70,7 +71,7 @@ def key_problem(key: str) -> str | None:
         return f"the key {_printable(key)!r} is not UTF-8"
     if size > MAX_KEY_BYTES - 16:  # leaves room for a stand-in's number
         return f"the key has {size} bytes, at most {MAX_KEY_BYTES - 16} fit"
-    if not key.isprintable():
+    if any(unicodedata.category(letter) == "Cc" for letter in key):
         return f"the key {_printable(key)!r} holds control characters"
     if _leaves_folder(key):
         return f"the key {key!r} starts with '/' or has '..' between slashes"

@@ -1,6 +1,5 @@
 """Finds what a training run exported, before anything big is loaded; used by `sampling`."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
+from cache_schema.sealed_json import parse_json
 from stages.base_model import resolve_base_model
 from stages.base_weights import hash_transformer
 from stages.config import BaseModelConfig
@@ -76,7 +76,7 @@ def _path_of_base(run_dir: Path) -> str | None:
 
 def _base_of(run_dir: Path) -> str | None:
     try:
-        about = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+        about = parse_json((run_dir / "run.json").read_text(encoding="utf-8"))
         return str(about["settings"][BASE_SETTING])
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -124,7 +124,7 @@ def _refuse_damage(folder: Path) -> None:
     if not record.is_file():
         return
     try:
-        files = checksums_from_json(json.loads(record.read_text(encoding="utf-8"))["files"])
+        files = checksums_from_json(parse_json(record.read_text(encoding="utf-8"))["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{record} holds no checksums of the export's files ({error}); export the run again"
@@ -155,7 +155,7 @@ def _check_strength(file: Path, stored: str | None) -> None:
         stored: what diffusers and peft write of an adapter's settings, as JSON.
     """
     try:
-        metadata = json.loads(stored or "{}")
+        metadata = parse_json(stored or "{}")
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{file}: {_METADATA_KEY} in its metadata is not JSON ({error}); export the run again"

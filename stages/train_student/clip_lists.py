@@ -120,7 +120,8 @@ def _list_new(run_dir: Path, new: Sequence[str], leave_out: Path | None) -> Path
     """A manifest of the new clips and of those that are left out already."""
     path = run_dir / _NEW_CLIPS_FILE
     text = "" if leave_out is None else leave_out.expanduser().read_text(encoding="utf-8")
-    lines = [*text.splitlines(), *(json.dumps({"key": key}) for key in dict.fromkeys(new))]
+    listed = (line for line in text.split("\n") if line)  # splitlines would split in a key, too
+    lines = [*listed, *(json.dumps({"key": key}) for key in dict.fromkeys(new))]
     data = "".join(f"{line}\n" for line in lines).encode()
     write_whole(path, data, temporary=path.with_name(f".{path.name}.partial"))
     return path

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from cache_schema.sealed_json import parse_json
 from stages.safetensors_io import save_tensors
 from stages.train_student.config import TrainConfig
 from stages.train_student.distributed import World
@@ -156,7 +157,7 @@ class SavedAverage:
                 file = self._stack.enter_context(safe_open(path, framework="pt"))
             except SafetensorError as error:
                 raise ValueError(f"{path} is damaged ({error}); use another checkpoint") from error
-            about = json.loads(file.metadata()[_ABOUT])
+            about = parse_json(file.metadata()[_ABOUT])
             self.updates, self.decay = int(about["updates"]), float(about["decay"])
             for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
                 name, start = re.fullmatch(r"(.*)@(\d+)", key).groups()  # type: ignore[union-attr]

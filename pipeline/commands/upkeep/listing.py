@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -12,6 +11,7 @@ from typing import Any
 from cache_schema import SCHEMA_VERSION, StoreReader, UnknownSchemaVersion
 from cache_schema.layout import STORE_FILE, StoreLayout
 from cache_schema.places import open_place
+from cache_schema.sealed_json import parse_json
 from pipeline.commands.skipped_notes import counted_reasons
 from pipeline.commands.upkeep.stores import (
     Outcome,
@@ -80,7 +80,7 @@ def _look(store: Where) -> Outcome:
 
 def _of_another_version(store: Where, error: UnknownSchemaVersion) -> Outcome:
     """What can be said of a store that is older or newer than this package."""
-    record = json.loads(open_place(store).read(STORE_FILE))
+    record = parse_json(open_place(store).read(STORE_FILE))
     found, made_with = record["schema_version"], record.get("provenance") or {}
     written = _written(store, made_with)
     rows = [

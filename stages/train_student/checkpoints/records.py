@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_schema.durable import sync, write_whole
+from cache_schema.sealed_json import parse_json
 from stages.file_checksums import (
     FileChecksum,
     checksum_of_bytes,
@@ -146,7 +147,7 @@ def write_record(checkpoint: Checkpoint) -> None:
 
 def _parse(folder: Path) -> Checkpoint:
     """What a record says; raises what a missing or damaged one gives."""
-    content = json.loads(record_of(folder).read_text(encoding="utf-8"))
+    content = parse_json(record_of(folder).read_text(encoding="utf-8"))
     if content.pop("crc32c") != _seal(content):
         raise ValueError(f"{record_of(folder)} has another CRC-32C than it says")
     return Checkpoint(

@@ -1,12 +1,12 @@
 """Which clips a run does not see, and why; `stores` fills it in, `train` tells and records it."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cache_schema import JSON, SkippedClip
+from cache_schema.sealed_json import parse_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +84,7 @@ def read_keys(manifest: Path) -> frozenset[str]:
 
 def _key(line: str, place: str) -> str:
     try:
-        found = json.loads(line)
+        found = parse_json(line)
     except ValueError as error:
         raise ValueError(f"{place} is no JSON ({error}): {line[:80]!r}") from error
     key = found.get("key") if isinstance(found, dict) else None
