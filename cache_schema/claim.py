@@ -65,9 +65,9 @@ class ShardClaim:
         self.layout.staging.mkdir(exist_ok=True)
         self._lock.__enter__()
         try:
-            refuse_links_below(self.layout.staged(self.shard))
-            make_directories(self._own)
             with self.guarded():
+                refuse_links_below(self.layout.staged(self.shard))
+                make_directories(self._own)
                 self._take_over()
         except BaseException:
             self._lock.__exit__(None, None, None)

@@ -111,6 +111,7 @@ class ShardWriter:
         Raises:
             ValueError: a key, array, attribute or fingerprint that does not belong in this store;
                 nothing is written then.
+            LockLost: another process took the shard over.
         """
         staging = self._open_staging()
         check_key(key)
@@ -121,6 +122,8 @@ class ShardWriter:
                 "be unique, and has() tells what an earlier run has done"
             )
         elsewhere = self._known.shard_of(key)
+        if elsewhere == self.name:
+            self._claim.check()  # another process took the shard over and finished it
         if elsewhere is not None:
             raise ValueError(
                 f"clip {key!r} of shard {self.name!r} is already in shard "

@@ -178,11 +178,12 @@ class _Work:
             report = engine.run(self.extraction, self.writers, self._plan, progress)
             self.report.written += report.written
             self.report.captions_cut += report.captions_cut
+            self._unfinished = pending_jobs(self._unfinished, self.writers)
         self.seconds += time.perf_counter() - started
 
     def left(self) -> dict[str, bool]:
         """The unfinished shards, and whether another process is writing them."""
-        self._unfinished = pending_jobs(self._unfinished, self.writers)
+        self._unfinished = [job for job in self._unfinished if job.is_pending(self.writers)]
         kinds = " and ".join(self.writers)
         return {f"{kinds} {job.name}": self._is_busy(job) for job in self._unfinished}
 
