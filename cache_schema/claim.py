@@ -110,13 +110,21 @@ class ShardClaim:
             shutil.rmtree(gone)
 
     def discard_files(self, paths: Iterable[Path]) -> None:
-        """Remove files of the shard, which no commit record names, if the claim still holds."""
+        """Remove files of the shard, which no commit record names, if the claim still holds.
+
+        Durably: what was dropped must not come back after a power failure.
+        """
+        folders: set[Path] = set()
         for path in paths:
             if path.exists():
                 gone = self.records / f"discarded-{next(self._discarded)}"
                 with self.guarded():
                     path.rename(gone)
+                    folders.add(path.parent)
                     gone.unlink()
+        for folder in sorted(folders):
+            with self.guarded():
+                sync(folder)
 
     def sweep(self) -> None:
         """Remove everything that is staged: the shard is committed, and the claim is done with."""

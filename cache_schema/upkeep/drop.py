@@ -74,11 +74,11 @@ def drop_clips(
     layout.staging.mkdir(exist_ok=True)
     sweep_store(layout, settings)
     detail = detail.encode("utf-8", "backslashreplace").decode("utf-8")
-    num_dropped = sum(
-        _drop_from(layout, settings, shard, gone, reason, detail) for shard, gone in shards.items()
-    )
+    gone: set[str] = set()  # a clip that was made again is held by one shard and listed by another
+    for shard, of_shard in shards.items():
+        gone.update(_drop_from(layout, settings, shard, of_shard, reason, detail))
     StoreWriter(layout.root, settings).write_index()
-    return DropReport(num_dropped, len(wanted) - num_dropped, tuple(shards))
+    return DropReport(len(gone), len(wanted) - len(gone), tuple(shards))
 
 
 def _find(
@@ -109,7 +109,8 @@ def _drop_from(
     keys: set[str],
     reason: DropReason,
     detail: str,
-) -> int:
+) -> list[str]:
+    """Take clips out of one shard; those that it held, or listed for the other reason."""
     with ShardClaim(layout, shard) as claim:
         record = read_commit(layout, settings, shard)
         keep = [clip for clip in record.clips if clip.key not in keys]
@@ -122,7 +123,7 @@ def _drop_from(
             fingerprints |= {c.key: c.fingerprint for c in record.clips}
             skipped += [SkippedClip(key, reason, detail, fingerprints[key], shard) for key in gone]
             replace_record(claim, settings, record, keep, skipped)
-        return len(gone)
+        return gone
 
 
 def _is_dropped(clip: SkippedClip) -> bool:

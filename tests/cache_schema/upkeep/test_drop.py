@@ -90,7 +90,8 @@ def test_the_clips_that_stay_are_neither_listed_nor_opened(
     monkeypatch.setattr(os, "scandir", lambda p=".": (seen.append(str(p)), scan(p))[1])
     drop_clips(store, ["a1"], detail="")
     assert seen
-    assert [path for path in seen if "/shards/" in path] == []
+    folders = {str(store / "shards/00000" / name) for name in ("features", "mask")}
+    assert {path for path in seen if "/shards/" in path} <= folders  # opened to be synced
 
 
 def test_unknown_keys_are_refused_before_anything_changes(store: Path, files_of: FilesOf) -> None:
@@ -130,6 +131,34 @@ def test_a_dropped_clip_can_come_back_and_go_again(
     assert "a1" not in {clip.key for clip in StoreReader(store).skipped}
     assert drop_clips(store, ["a1"], detail="").shards == ("00000-retry1",)
     _assert_holds(store, ["a0", "a2", "b0", "b1"], clip_of)
+
+
+def test_a_clip_that_was_made_again_counts_once(
+    store: Path, settings: StoreSettings, write_shard: Callable[..., None]
+) -> None:
+    drop_clips(store, ["a1"], detail="a new caption", reason="redo")
+    writer = StoreWriter.open(store.parent, settings, provenance={})
+    write_shard(writer, "00000-retry1", ["a1"])
+    expected = DropReport(num_dropped=1, num_already=0, shards=("00000", "00000-retry1"))
+    assert drop_clips(store, ["a1"], detail="a cut") == expected
+    assert {clip.reason for clip in StoreReader(store).skipped if clip.key == "a1"} == {"dropped"}
+
+
+def test_dropped_files_are_gone_after_a_power_failure(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [store / "shards/00000" / path for path in ("features/c.1.0.0.0.0", "mask/c.1.0.0")]
+    synced: set[int] = set()
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        if not any(file.exists() for file in files):
+            synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    drop_clips(store, ["a1"], detail="")
+    assert {file.parent.stat().st_ino for file in files} <= synced
 
 
 def test_what_was_to_be_made_again_can_be_dropped_for_good_and_the_other_way_round(
