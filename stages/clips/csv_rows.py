@@ -79,7 +79,7 @@ def _fields(row: Callable[[], Row]) -> dict[str, Any]:
         if name in fields:
             try:
                 fields[name] = parse_json(fields[name])
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 raise ValueError(f"{name} must be JSON such as [0, 0, 9, 9]: {error}") from error
     return fields
 

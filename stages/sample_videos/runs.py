@@ -156,7 +156,7 @@ def _check_strength(file: Path, stored: str | None) -> None:
     """
     try:
         metadata = parse_json(stored or "{}")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{file}: {_METADATA_KEY} in its metadata is not JSON ({error}); export the run again"
         ) from error
