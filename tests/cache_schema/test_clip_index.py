@@ -2,6 +2,7 @@
 
 import multiprocessing
 import pickle
+import tracemalloc
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,10 +24,11 @@ from cache_schema import (
     clip_index,
 )
 from cache_schema.clip_index import ClipIndex, index_of_records, load_index, read_index
-from cache_schema.index_file import DamagedIndex
+from cache_schema.index_file import DamagedIndex, write_columns
 from cache_schema.index_rows import DuplicateKey
 from cache_schema.layout import StoreLayout
 from cache_schema.manifest import CommitRecord, committed_shards
+from cache_schema.packed_text import PackedText
 from cache_schema.places import LocalPlace
 from cache_schema.upkeep.drop import drop_clips
 from tests.fingerprints import fingerprint_of
@@ -247,6 +249,64 @@ def test_a_key_in_two_shards_of_a_store_is_refused(
     (indexed / "index.npz").unlink()
     with pytest.raises(CorruptRecord, match=r"'twin' is in shards 'x' and 'y' of .*unique"):
         assert StoreReader(indexed).keys
+
+
+def _large_index(indexed: Path, settings: StoreSettings, keys: PackedText) -> Arrays:
+    """Columns with these keys, in all else like the first clip of a store."""
+    columns = dict(read_index(LocalPlace(indexed), settings).columns)
+    for name in columns:
+        if name.startswith(("clips.", "arrays.")):
+            columns[name] = np.repeat(columns[name][:1], len(keys))
+    return columns | {"keys.text": keys.blob, "keys.ends": keys.ends}
+
+
+def test_opening_takes_little_more_memory_than_the_file(
+    indexed: Path, settings: StoreSettings
+) -> None:
+    keys = PackedText.from_strings(f"{row // 1000:05d}/clip-{row:08d}" for row in range(100_000))
+    columns = _large_index(indexed, settings, keys)
+    with (indexed / "index.npz").open("wb") as file:
+        write_columns(file, columns, settings, 0)
+    del columns
+    tracemalloc.start()
+    try:
+        assert read_index(LocalPlace(indexed), settings).keys == keys
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.5 * (indexed / "index.npz").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("none", None),
+        ("key", "leaves its folder"),
+        ("order", "not in order"),
+        ("character", "utf-8|inside a character"),
+        ("fingerprint", "no fingerprint"),
+    ],
+)
+def test_every_row_of_a_large_index_is_checked(
+    indexed: Path, settings: StoreSettings, fault: str, message: str | None
+) -> None:
+    texts = [f"{row:05d}é" for row in range(40_000)]
+    if fault == "key":
+        texts[20_000] += "/.."
+    elif fault == "order":  # and within each of the blocks they are
+        texts[16_384:32_768] = [f"1{text}" for text in texts[16_384:32_768]]
+    columns = _large_index(indexed, settings, PackedText.from_strings(texts))
+    if fault == "character":
+        columns["keys.ends"][16_383] -= 1
+    elif fault == "fingerprint":
+        columns["clips.fingerprint"][39_999] = b"F" * 32
+    with (indexed / "index.npz").open("wb") as file:
+        write_columns(file, columns, settings, 0)
+    if message is None:
+        assert read_index(LocalPlace(indexed), settings).keys == texts
+    else:
+        with pytest.raises(DamagedIndex, match=message):
+            read_index(LocalPlace(indexed), settings)
 
 
 def _send_keys(reader: StoreReader, results: Connection) -> None:
