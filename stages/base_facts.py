@@ -5,19 +5,51 @@ so they are written nowhere else.
 """
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 
-from stages.weight_checks import read_json
+from stages.weight_checks import read_config
 
 VAE_SPATIAL_COMPRESSION = 8
 """Pixels per latent, in height and width, of every CogVideoX VAE."""
 
 OFS = 2.0
 """The value that CogVideoX 1.5's image-to-video pipeline always gives its transformer as `ofs`."""
+
+
+COMPONENTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "tokenizer": ("transformers", ("T5Tokenizer", "T5TokenizerFast")),
+    "text_encoder": ("transformers", ("T5EncoderModel",)),
+    "vae": ("diffusers", ("AutoencoderKLCogVideoX",)),
+    "transformer": ("diffusers", ("CogVideoXTransformer3DModel",)),
+    "scheduler": ("diffusers", ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")),
+}
+"""Parts of a pipeline: the library that each is loaded by, and the classes that it may be of."""
+
+
+def read_model_index(folder: Path) -> dict[str, Any]:
+    """What a pipeline's folder says of its parts, all of classes that this project loads.
+
+    Raises:
+        ValueError: model_index.json is missing or damaged, or names another class.
+    """
+    file = folder / "model_index.json"
+    index = read_config(file)
+    for name, value in index.items():
+        if name.startswith("_") or value == [None, None]:
+            continue
+        library, classes = COMPONENTS.get(name, ("", ()))
+        if value not in [[library, one] for one in classes]:
+            expected = " or ".join(f"{library}.{one}" for one in classes) or "no such part"
+            raise ValueError(
+                f"{file}: {name} is {value!r}, expected {expected}; model.path must be a CogVideoX "
+                "pipeline of the official classes"
+            )
+    return index
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,10 +119,11 @@ def read_base_facts(folder: Path) -> BaseFacts:
     Raises:
         ValueError: a file is missing, or the folder holds no CogVideoX.
     """
+    read_model_index(folder)
     text_encoder = folder / TEXT_ENCODER_CONFIG
     facts = BaseFacts(
         folder=folder,
-        text_encoder=read_json(text_encoder) if text_encoder.is_file() else None,
+        text_encoder=read_config(text_encoder) if text_encoder.is_file() else None,
         **{Path(name).parent.name: _read(folder / name) for name in BASE_CONFIGS},
     )
     channels = facts.transformer["in_channels"], facts.transformer["out_channels"]
@@ -107,9 +140,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is missing; the base model must be a CogVideoX pipeline as diffusers saves it"
         )
-    stored = read_json(path)
-    name = str(stored.get("_class_name"))
-    if "CogVideoX" not in name or not hasattr(diffusers, name):
+    stored = read_config(path)
+    name = stored.get("_class_name")
+    if name not in COMPONENTS[path.parent.name][1]:
         raise ValueError(f"{path} describes a {name}; training supports CogVideoX pipelines alone")
     parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
     defaults = {
@@ -117,4 +150,21 @@ def _read(path: Path) -> dict[str, Any]:
         for key, parameter in parameters.items()
         if parameter.default is not inspect.Parameter.empty
     }
+    for key, default in defaults.items():
+        if not _fits(stored.get(key, default), default):
+            raise ValueError(
+                f"{path}: {key} is {stored[key]!r}, expected a value such as {default!r}; download "
+                "the model again"
+            )
     return defaults | stored
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a stored value is of the kind that the library's default is of."""
+    if default is None or value is None:
+        return True
+    if isinstance(default, float):
+        return type(value) in (int, float)
+    if isinstance(default, tuple):
+        return isinstance(value, list | tuple)
+    return type(value) is type(default)

@@ -7,7 +7,14 @@ from typing import Any, Literal
 from cache_schema.sealed_json import parse_json
 from stages.clips.fingerprints import hash_parts
 from stages.config import BaseModelConfig
-from stages.weight_checks import check_weights, read_json, refuse_lfs_pointer, stored_tensors
+from stages.weight_checks import (
+    check_weights,
+    indexed_files,
+    read_config,
+    read_json,
+    refuse_lfs_pointer,
+    stored_tensors,
+)
 
 Part = Literal["tokenizer", "text_encoder", "vae", "transformer"]
 """Folders of a pipeline that hold more than a configuration."""
@@ -93,8 +100,7 @@ def _is_downloaded(folder: Path) -> bool:
     if folder.name == "tokenizer":
         return any((folder / name).is_file() for name in _VOCABULARIES)
     for index in folder.glob("*.safetensors.index.json"):
-        names = set(read_json(index).get("weight_map", {}).values())
-        return all((folder / name).is_file() for name in names)
+        return all((folder / name).is_file() for name in indexed_files(index))
     return any(folder.glob("*.safetensors"))
 
 
@@ -110,11 +116,15 @@ def load_tokenizer(folder: Path) -> Any:
     _check_tokenizer_files(tokenizer_folder)
     try:
         tokenizer = T5Tokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-    except (OSError, RuntimeError, ValueError, ImportError) as error:
+    except Exception as error:  # the library checks little of what the files say
         raise ValueError(
-            f"the tokenizer in {tokenizer_folder} cannot be loaded: {error}; download it again"
+            f"the tokenizer in {tokenizer_folder} cannot be loaded: {type(error).__name__}: "
+            f"{error}; download it again"
         ) from error
-    known = int(read_json(folder / "text_encoder" / "config.json")["vocab_size"])
+    config = folder / "text_encoder" / "config.json"
+    known = read_config(config).get("vocab_size")
+    if type(known) is not int:
+        raise ValueError(f"{config}: vocab_size is {known!r}, no integer; download the model again")
     if len(tokenizer) > known:
         raise ValueError(
             f"the tokenizer in {tokenizer_folder} has {len(tokenizer)} tokens, the text encoder "
@@ -127,7 +137,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _check_tokenizer_files(folder: Path) -> None:
-    read_json(folder / "tokenizer_config.json")
+    read_config(folder / "tokenizer_config.json")
     files = [folder / name for name in _VOCABULARIES if (folder / name).is_file()]
     if not files:
         raise ValueError(

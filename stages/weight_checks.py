@@ -4,6 +4,7 @@
 damaged download before any work; `load_model` checks again what the library made of it.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cache_schema.sealed_json import parse_json
+from stages.text_files import read_object
 
 _LFS_MARK = b"version https://git-lfs"
 _LFS_SIZE = 1024
@@ -21,6 +22,20 @@ _LFS_SIZE = 1024
 
 _NAMED = 3
 """So many tensors of each kind of fault are named; the others are counted."""
+
+_LARGEST_INTEGER = 1 << 40
+_NO_SIZE = ("model_max_length",)
+"""Fields in which transformers writes 10^30 for "without bound"."""
+_MOST_LAYERS = 1000
+"""CogVideoX-5B has 42 layers, T5-XXL 24; a library builds as many as it is told."""
+_MOST_TIMESTEPS = 100_000
+"""1,000 are usual; a scheduler keeps several numbers of each."""
+
+_ATTENTIONS = (None, "eager", "sdpa")
+"""transformers fetches other kinds of attention as kernels from the hub, or imports them."""
+
+_PEFT_FILE = "adapter_config.json"
+"""transformers loads the model that it names in place of the one beside it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,12 +68,60 @@ def read_json(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is missing; download the model again")
     refuse_lfs_pointer(file)
     try:
-        content = parse_json(file.read_text(encoding="utf-8"))
+        return read_object(file)
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); download the model again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object; download the model again")
-    return content
+        raise ValueError(f"{error}; download the model again") from error
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Read a configuration that a library builds a model, tokenizer or pipeline from.
+
+    Raises:
+        ValueError: As `read_json`; or a field would make the library run or fetch other code, or
+            build without end.
+    """
+    config = read_json(file)
+    places: list[tuple[str, Any]] = [("", config)]
+    while places:
+        where, value = places.pop()
+        items: Iterable[tuple[Any, Any]] = ()
+        if isinstance(value, dict):
+            items = value.items()
+        elif isinstance(value, list):
+            items = ((where, item) for item in value)
+        for name, item in items:
+            fault = _fault_of_field(name, item)
+            if fault is not None:
+                raise ValueError(f"{file}: {name} {fault}; use the model's official files")
+            places.append((name, item))
+    return config
+
+
+def _fault_of_field(name: str, value: Any) -> str | None:
+    """Why a field of a configuration is refused, if it is."""
+    if isinstance(value, int) and name not in _NO_SIZE:
+        bound = _LARGEST_INTEGER
+        if "layers" in name or name == "depths":
+            bound = _MOST_LAYERS
+        elif name == "num_train_timesteps":
+            bound = _MOST_TIMESTEPS
+        if abs(value) > bound:
+            return f"is {value:.6g}, at most {bound:,} is taken"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"is {value}, not a finite number"
+    if name in ("auto_map", "custom_pipeline", "custom_pipelines") and value:
+        return "names code of the model's folder, which is not run"
+    if name == "quantization_config" and value:
+        return "names a package for quantized weights, which is not imported; use plain weights"
+    if name in ("attn_implementation", "_attn_implementation") and (
+        isinstance(value, dict) or value not in _ATTENTIONS
+    ):
+        return f"is {value!r}, which may be code to fetch; only eager and sdpa are used"
+    if name in ("use_timm_backbone", "use_pretrained_backbone") and value:
+        return "names a backbone of another package or model, which is not loaded"
+    if name == "model_type" and str(value).startswith("timm"):
+        return f"is {value!r}, a model of another package, which is not imported"
+    return None
 
 
 def stored_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
@@ -98,10 +161,7 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
         return [single]
     if not index.is_file():
         raise ValueError(f"{folder} has no {single.name}{_what_is_there(folder, stem)}")
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise ValueError(f"{index} names no files; download the model again")
-    names = sorted(set(shards.values()))
+    names = indexed_files(index)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(
@@ -109,6 +169,21 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
             f"names: {_some(missing)}; download the model again"
         )
     return [folder / name for name in names]
+
+
+def indexed_files(index: Path) -> list[str]:
+    """The names of the files that an index of weights lists, each once.
+
+    Raises:
+        ValueError: It is damaged, or a name leads out of its folder.
+    """
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"{index} names no files; download the model again")
+    for name in shards.values():
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise ValueError(f"{index}: weight_map holds {name!r}, which is no file name")
+    return sorted(set(shards.values()))
 
 
 def _what_is_there(folder: Path, stem: str) -> str:
@@ -143,11 +218,18 @@ def check_weights(model_class: Any, folder: Path) -> dict[str, StoredTensor]:
         ValueError: A file is missing or damaged, or tensors are missing, unknown or of another
             shape; the message names them.
     """
-    config = read_json(folder / "config.json")
+    config = read_config(folder / "config.json")
+    _refuse_other_class(model_class, config, folder)
     if _is_of_diffusers(model_class):  # every tensor has a name of its own
         stored = stored_tensors(folder, "diffusion_pytorch_model")
-        with torch.device("meta"):
-            empty = model_class.from_config(config)
+        try:
+            with torch.device("meta"):
+                empty = model_class.from_config(config)
+        except Exception as error:  # the library checks little of what a configuration says
+            raise ValueError(
+                f"{folder / 'config.json'} makes no {model_class.__name__} "
+                f"({type(error).__name__}: {error}); download the model again"
+            ) from error
         expected = {name: tuple(value.shape) for name, value in empty.state_dict().items()}
         refuse_other_tensors(folder, expected, {name: one.shape for name, one in stored.items()})
         return stored
@@ -155,6 +237,26 @@ def check_weights(model_class: Any, folder: Path) -> dict[str, StoredTensor]:
     # Which names may be left out, because they are tied to others, transformers knows.
     _from_pretrained(model_class, folder, device_map="meta")
     return stored
+
+
+def _refuse_other_class(model_class: Any, config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a configuration of another class than the one that loads it (`ValueError`)."""
+    name = model_class.__name__
+    if _is_of_diffusers(model_class):
+        expected: dict[str, Any] = {"_class_name": name}
+    else:
+        expected = {"architectures": [name], "model_type": model_class.config_class.model_type}
+        if (folder / _PEFT_FILE).exists():
+            raise ValueError(
+                f"{folder} holds {_PEFT_FILE}, so that transformers would load the model that it "
+                "names; merge the adapter into the weights, or remove it"
+            )
+    for field, value in expected.items():
+        if config.get(field, value) != value:
+            raise ValueError(
+                f"{folder / 'config.json'}: {field} is {config[field]!r}, and this model is loaded "
+                f"as {value!r} alone; download a model of that class"
+            )
 
 
 def load_model(model_class: Any, folder: Path, **options: Any) -> Any:
@@ -183,8 +285,12 @@ def _from_pretrained(model_class: Any, folder: Path, **options: Any) -> Any:
                 output_loading_info=True,
                 **options,
             )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"the weights in {folder} cannot be loaded: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the library checks little of what a configuration says
+        raise ValueError(
+            f"the weights in {folder} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
     _refuse(
         folder,
         missing=loading["missing_keys"],

@@ -8,7 +8,7 @@ from typing import Any
 from stages.base_facts import BASE_CONFIGS, TEXT_ENCODER_CONFIG, BaseFacts, read_base_facts
 from stages.base_model import resolve_base_model
 from stages.config import BaseModelConfig
-from stages.weight_checks import read_json
+from stages.weight_checks import read_config
 
 FOLDER = Path(__file__).parent
 NAMES = (
@@ -26,7 +26,7 @@ _OWNERS = ("zai-org", "thudm")
 def official_facts(name: str) -> BaseFacts:
     """Facts of one of `NAMES`; its folder holds configurations alone."""
     facts = read_base_facts(FOLDER / name)
-    return replace(facts, text_encoder=read_json(FOLDER / TEXT_ENCODER_CONFIG))
+    return replace(facts, text_encoder=read_config(FOLDER / TEXT_ENCODER_CONFIG))
 
 
 def facts_for_estimate(

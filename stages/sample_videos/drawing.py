@@ -8,13 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from stages.base_facts import read_model_index
 from stages.clips import ClipsConfig
 from stages.clips.geometry import cover_and_crop
-from stages.weight_checks import read_json
+from stages.weight_checks import read_config
 
 PIPELINES = {"CogVideoXPipeline": False, "CogVideoXImageToVideoPipeline": True}
 """Classes a base model may be of, and whether they take an image."""
@@ -28,13 +30,32 @@ def pipeline_class(base: Path) -> str:
     Raises:
         ValueError: It is no CogVideoX pipeline.
     """
-    index = read_json(base / "model_index.json")
-    class_name = index.get("_class_name")
-    if class_name not in PIPELINES:
+    class_name = read_model_index(base).get("_class_name")
+    if not isinstance(class_name, str) or class_name not in PIPELINES:
         raise ValueError(
             f"the base model {base} is a {class_name}; model.path must be one of {list(PIPELINES)}"
         )
-    return str(class_name)
+    return class_name
+
+
+def build_pipeline(base: Path, **parts: Any) -> Any:
+    """The pipeline in a folder, around parts that are loaded already or None.
+
+    Raises:
+        ValueError: It is no CogVideoX pipeline, or another part cannot be loaded.
+    """
+    class_name = pipeline_class(base)
+    scheduler = base / "scheduler" / "scheduler_config.json"
+    read_config(scheduler)
+    try:
+        return getattr(diffusers, class_name).from_pretrained(base, local_files_only=True, **parts)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the library checks little of what the files say
+        raise ValueError(
+            f"the pipeline in {base} cannot be built ({type(error).__name__}: {error}); see its "
+            f"model_index.json and {scheduler}"
+        ) from error
 
 
 def fps_of(clips: ClipsConfig) -> float:

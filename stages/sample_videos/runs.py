@@ -170,6 +170,11 @@ def _check_strength(file: Path, stored: str | None) -> None:
             f"{file} does not say its alpha ({_METADATA_KEY} in its metadata), so its strength is "
             "unknown; export the run again"
         )
+    if metadata.get(_PREFIX + "megatron_config"):
+        raise ValueError(
+            f"{file}: {_PREFIX}megatron_config in {_METADATA_KEY} of its metadata would make peft "
+            "import the package that megatron_core names; export the run again"
+        )
     for name in ("lora_alpha", "r"):
         value: Any = metadata.get(_PREFIX + name)
         if type(value) not in (int, float) or not 0 < value < math.inf:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import numpy as np
 import torch
 from PIL import Image
@@ -19,6 +18,7 @@ from stages.progress import Progress
 from stages.sample_videos.config import SampleConfig
 from stages.sample_videos.drawing import (
     PIPELINES,
+    build_pipeline,
     draw,
     first_frame,
     fps_of,
@@ -94,8 +94,7 @@ def sample_videos(
     device = _device(config)
     export = None if run_dir is None else find_export(run_dir)
     base = resolve_base_model(model, _PARTS)
-    class_name = pipeline_class(base)
-    condition = _condition(PIPELINES[class_name], image, model, clips)
+    condition = _condition(PIPELINES[pipeline_class(base)], image, model, clips)
     tuned = export is not None and export.method == "full"
     check_base_weights(base, [part for part in _WEIGHTS if not (tuned and part == "transformer")])
     dtype = _DTYPES[config.precision]
@@ -106,7 +105,7 @@ def sample_videos(
                 parts[part] = load_full_transformer(export, base, dtype)
             else:
                 parts[part] = load_model(model_class_of(part), base / part, dtype=dtype)
-        pipeline = getattr(diffusers, class_name).from_pretrained(base, **parts)
+        pipeline = build_pipeline(base, **parts)
         pipeline.set_progress_bar_config(disable=True)
         if export is not None and export.method == "lora":
             add_lora(pipeline, export)

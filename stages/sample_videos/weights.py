@@ -11,7 +11,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from stages.sample_videos.runs import LORA_FILE, Export
-from stages.weight_checks import load_model, read_json
+from stages.weight_checks import load_model, read_config
 
 _ADAPTER = "run"
 
@@ -33,8 +33,8 @@ def load_full_transformer(export: Export, base: Path, dtype: torch.dtype) -> Any
 
 
 def _refuse_other_architecture(folder: Path, base: Path) -> None:
-    ours = read_json(folder / "config.json")
-    theirs = read_json(base / "transformer" / "config.json")
+    ours = read_config(folder / "config.json")
+    theirs = read_config(base / "transformer" / "config.json")
     differing = [
         f"{name} {ours[name]!r} instead of {theirs[name]!r}"
         for name in sorted(ours.keys() & theirs.keys())
@@ -55,7 +55,13 @@ def add_lora(pipeline: Any, export: Export) -> None:
     """
     _refuse_unfitting_adapters(pipeline.transformer, export)
     try:
-        pipeline.load_lora_weights(export.folder, weight_name=LORA_FILE, adapter_name=_ADAPTER)
+        pipeline.load_lora_weights(
+            export.folder,
+            weight_name=LORA_FILE,
+            adapter_name=_ADAPTER,
+            use_safetensors=True,
+            local_files_only=True,
+        )
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:

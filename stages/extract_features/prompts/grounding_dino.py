@@ -12,7 +12,7 @@ import torch
 
 from stages.extract_features.config import GroundingConfig
 from stages.extract_features.content_hash import sha256_of_file
-from stages.weight_checks import check_weights, load_model, read_json
+from stages.weight_checks import check_weights, load_model, read_config
 
 # Legend: H W pixels, Q query (a box that may be there), N token of the text.
 
@@ -56,6 +56,9 @@ def find_grounding_dino(config: GroundingConfig) -> Path:
             "such as IDEA-Research/grounding-dino-tiny"
         )
     _check_model_type(folder)
+    for name in ("preprocessor_config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            read_config(folder / name)
     check_weights(_model_class(), folder)
     return folder
 
@@ -86,7 +89,7 @@ class GroundingDino:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         from transformers import (
-            AutoTokenizer,
+            BertTokenizer,
             GroundingDinoImageProcessorPil,
             GroundingDinoProcessor,
         )
@@ -94,7 +97,7 @@ class GroundingDino:
         self._device = device
         model = load_model(_model_class(), folder, dtype=torch.float32)
         self._model = model.requires_grad_(False).eval().to(device)
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self._tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
         # The processor on PIL: it needs no torchvision, and gives the same on every machine.
         images = GroundingDinoImageProcessorPil.from_pretrained(folder, local_files_only=True)
         self._processor = GroundingDinoProcessor(images, self._tokenizer)
@@ -177,7 +180,7 @@ def _model_class() -> Any:
 
 
 def _check_model_type(folder: Path) -> None:
-    found = read_json(folder / "config.json").get("model_type")
+    found = read_config(folder / "config.json").get("model_type")
     if found != _MODEL_TYPE:
         raise ValueError(
             f"{folder} holds a model of type {found!r}, not {_MODEL_TYPE!r}; set "

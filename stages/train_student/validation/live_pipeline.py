@@ -10,12 +10,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
 from stages.base_weights import model_class_of
-from stages.sample_videos.drawing import pipeline_class
+from stages.sample_videos.drawing import build_pipeline
 from stages.train_student.student import Student
 from stages.weight_checks import load_model
 
@@ -70,13 +69,7 @@ def live_pipeline(
     if device.type == "cuda":
         vae.enable_slicing()
         vae.enable_tiling()
-    pipeline = getattr(diffusers, pipeline_class(base)).from_pretrained(
-        base,
-        tokenizer=None,
-        text_encoder=None,
-        transformer=None,
-        vae=vae,
-    )
+    pipeline = build_pipeline(base, tokenizer=None, text_encoder=None, transformer=None, vae=vae)
     pipeline.transformer = _LiveTransformer(student)
     pipeline.set_progress_bar_config(disable=True)
     heads, student.heads = student.heads, nn.ModuleDict()

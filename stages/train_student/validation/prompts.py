@@ -12,7 +12,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -22,7 +21,7 @@ from stages.base_weights import load_tokenizer, model_class_of
 from stages.config import BaseModelConfig
 from stages.progress import Progress
 from stages.safetensors_io import save_tensors
-from stages.sample_videos.drawing import pipeline_class
+from stages.sample_videos.drawing import build_pipeline
 from stages.train_student.distributed import World, on_first_rank
 from stages.weight_checks import load_model
 
@@ -77,7 +76,7 @@ def _encode(
     """As the pipeline itself encodes them, one by one."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
-        pipeline = getattr(diffusers, pipeline_class(base)).from_pretrained(
+        pipeline = build_pipeline(
             base,
             tokenizer=load_tokenizer(base),
             text_encoder=load_model(

@@ -279,3 +279,34 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(ValueError, match=r"no network.*hf download some/model --local-dir"):
         GroundingSource(GroundingConfig(model="some/model"))
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [
+        ("config.json", "auto_map", {"AutoModel": "evil.Model"}),
+        ("config.json", "text_config", {"model_type": "bert", "auto_map": {"AutoModel": "e.M"}}),
+        ("config.json", "backbone_config", {"model_type": "timm_backbone", "backbone": "resnet"}),
+        ("tokenizer_config.json", "auto_map", {"AutoTokenizer": ["evil.Tokenizer", None]}),
+        ("preprocessor_config.json", "auto_map", {"AutoImageProcessor": "evil.Processor"}),
+    ],
+)
+def test_code_that_a_folder_names_is_refused(
+    tiny_grounding: Path, tmp_path: Path, file: str, field: str, value: Any
+) -> None:
+    folder = Path(shutil.copytree(tiny_grounding, tmp_path / "model"))
+    content = json.loads((folder / file).read_text()) | {field: value}
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"{file}: (auto_map|model_type) .*official files"):
+        find_grounding_dino(GroundingConfig(model=str(folder)))
+
+
+def test_the_tokenizer_is_not_of_the_class_that_a_folder_names(
+    tiny_grounding: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_grounding, tmp_path / "model"))
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({"tokenizer_class": "RagTokenizer"}))
+    from transformers import BertTokenizer
+
+    assert type(GroundingDino(folder, CPU)._tokenizer) is BertTokenizer
