@@ -124,6 +124,7 @@ def write_chunk_table(path: Path, spec: ArraySpec) -> int:
     return found
 
 
+@lru_cache(maxsize=256)
 def file_bytes_range(spec: ArraySpec) -> tuple[int, int]:
     """Least and most bytes that the file of a clip can have, however it is compressed."""
     around = _CRC_BYTES * spec.num_chunks + _tail_bytes(spec)

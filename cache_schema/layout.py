@@ -2,7 +2,6 @@
 
 import os
 import re
-import unicodedata
 from pathlib import Path
 
 SCHEMA_VERSION = 4
@@ -12,7 +11,7 @@ MAX_KEY_BYTES = 1024
 """Longest clip key, in bytes of UTF-8."""
 
 MAX_RECORD_BYTES = 2**28
-"""Largest record that is read or written; a commit record of 100,000 clips has about half of it."""
+"""Largest record that is read or written; one of 100,000 clips has about a quarter of it."""
 
 MAX_INDEX_BYTES = 2**34
 """Largest index that is read; one of 100 million clips has about half of it."""
@@ -24,6 +23,9 @@ STORE_FILE = "store.json"
 INDEX_FILE = "index.npz"
 FINGERPRINT_DIGITS = 32
 """Length of every fingerprint, in hexadecimal digits."""
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""Unicode's category Cc."""
 
 _FINGERPRINT = re.compile(rf"[0-9a-f]{{{FINGERPRINT_DIGITS}}}", re.ASCII)
 _IDENTIFIER = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
@@ -83,7 +85,7 @@ def check_key(key: object) -> str:
         raise ValueError(
             f"clip key {key[:40]!r}... has {size} bytes of UTF-8; at most {MAX_KEY_BYTES} fit"
         )
-    if any(unicodedata.category(character) == "Cc" for character in key):
+    if _CONTROL.search(key):
         raise ValueError(f"clip key {key!r} contains a control character; rename the clip")
     if key.startswith("/") or ".." in key.split("/"):
         raise ValueError(

@@ -317,7 +317,7 @@ def parse_clip(
     key = check_key(found["key"])
     if type(index) is not int or found["index"] != index or not 0 <= index <= MAX_CLIP_INDEX:
         raise ValueError(f"clip {key!r} has the index {found['index']!r:.80}")
-    if sorted(found["arrays"]) != sorted(settings.arrays):
+    if found["arrays"].keys() != settings.arrays.keys():
         raise ValueError(f"clip {key!r} has the arrays {sorted(found['arrays'])}")
     arrays = {}
     for name, array in found["arrays"].items():

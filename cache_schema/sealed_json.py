@@ -89,13 +89,28 @@ def _plain_text(text: str, where: str) -> str:
 def seal(record: Mapping[str, JSON]) -> bytes:
     """The bytes of a sealed file. `record` has no `crc32c` of its own."""
     sealed = {"crc32c": _UNSEALED.decode(), "schema_version": SCHEMA_VERSION, **record}
-    data = (json.dumps(sealed, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    lines = (f" {_compact(name)}: {_by_line(value)}" for name, value in sealed.items())
+    data = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
     if len(data) > MAX_RECORD_BYTES:
         raise ValueError(
             f"a record of {len(data)} bytes cannot be written, at most {MAX_RECORD_BYTES} fit; "
             "make shards of fewer clips"
         )
     return data.replace(_UNSEALED, crc32c_hex(data).encode(), 1)
+
+
+def _by_line(value: JSON) -> str:
+    """A member of a record: what is in it item by item, each on a line, such as a clip."""
+    if isinstance(value, dict) and value:
+        items = (f"  {_compact(name)}: {_compact(item)}" for name, item in value.items())
+        return "{\n" + ",\n".join(items) + "\n }"
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(f"  {_compact(item)}" for item in value) + "\n ]"
+    return _compact(value)
+
+
+# An encoder that indents is not written in C, and takes five times as long.
+_compact = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def is_sealed(data: bytes) -> bool:

@@ -24,7 +24,7 @@ _BLOSC_BLOCK_BYTES = 2**19
 
 def chunk_path(name: str, spec: ArraySpec, index: int) -> str:
     """The file of clip `index` of an array, relative to the group."""
-    return f"{name}/" + ".".join(["c", str(index), *("0" for _ in spec.shape)])
+    return f"{name}/c.{index}" + ".0" * len(spec.shape)
 
 
 def metadata_paths(settings: StoreSettings) -> list[str]:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from cache_schema import ArraySpec, Compression, CorruptRecord, StoreSettings
 from cache_schema.layout import SCHEMA_VERSION
 from cache_schema.sealed_json import seal, unseal
+from tests.cache_schema import tampering
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 scalars = st.none() | st.booleans() | st.integers() | text
@@ -57,6 +58,24 @@ def test_settings_survive_a_sealed_file(settings: StoreSettings) -> None:
     assert back == settings
     assert back.hash == settings.hash
     assert list(back.arrays) == list(settings.arrays)
+
+
+@hypothesis_settings(max_examples=40)
+@given(all_settings)
+def test_white_space_of_a_record_changes_nothing_of_what_is_read(settings: StoreSettings) -> None:
+    compact = seal(settings.as_dict())
+    record = json.loads(compact)
+    indented = tampering.seal(record)
+    assert indented != compact
+    for data in (compact, indented):
+        found = unseal(data, "test", store="s")
+        assert found == {k: v for k, v in record.items() if k not in ("crc32c", "schema_version")}
+
+
+def test_a_record_has_each_of_its_clips_on_a_line() -> None:
+    clips = [{"key": f"clip {i}", "arrays": {"a": {"bytes": i}}} for i in range(3)]
+    lines = seal({"shard": "0", "clips": clips}).decode("utf-8").splitlines()
+    assert [json.loads(line.rstrip(",")) for line in lines if "clip " in line] == clips
 
 
 def test_a_changed_version_is_damage_and_not_an_older_store() -> None:
