@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import secrets
 from pathlib import Path
 from types import TracebackType
 
@@ -10,7 +11,7 @@ from cache_schema.errors import LockLost, LockUnsupported, ShardBusy
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
-_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 """What `flock` fails with where a file system has no locks."""
 
 _LOCAL_LOCKS = {
@@ -31,9 +32,11 @@ _checked_devices: set[int] = set()
 class FileLock:
     """Exclusive `flock` on a file that exists only while somebody writes.
 
-    The file is removed on release. A process that dies leaves it behind unlocked, which hinders
-    nobody. A lock can be lost while it is held, when the file is deleted or a server forgets it:
-    `ShardClaim` says what holds then.
+    The file holds a random token of its holder, and is removed on release. A process that dies
+    leaves it behind unlocked, which hinders nobody. Forked processes do not inherit the lock.
+
+    A lock can be lost while it is held, when the file is deleted or a server forgets it: `check`
+    finds that out, and `ShardClaim` says what holds then.
     """
 
     def __init__(self, path: Path, *, wait: bool, what: str) -> None:
@@ -48,6 +51,7 @@ class FileLock:
         self._wait = wait
         self._what = what
         self._descriptor: int | None = None
+        self._token = secrets.token_hex(8).encode("ascii")
 
     def __enter__(self) -> "FileLock":
         """Take the lock.
@@ -62,7 +66,9 @@ class FileLock:
                 self._lock(descriptor)
                 if self._is_current(descriptor):
                     _refuse_useless_locks(descriptor, self._path)
+                    os.pwrite(descriptor, self._token, 0)
                     self._descriptor = descriptor
+                    _held.add(self)
             except LockUnsupported:
                 self._path.unlink(missing_ok=True)
                 raise
@@ -72,12 +78,18 @@ class FileLock:
         return self
 
     def check(self) -> None:
-        """Raise `LockLost` if the file is not the locked one any more."""
-        if self._descriptor is None or not self._is_current(self._descriptor):
+        """Raise `LockLost` if the lock is not this process's any more."""
+        if self._descriptor is None or not self._is_held(self._descriptor):
             raise LockLost(
-                f"the lock {self._path} was deleted while this process held it to change "
-                f"{self._what}; run the same command again"
+                f"the lock {self._path} was deleted, or taken over by another process, while this "
+                f"one held it to change {self._what}; run the same command again"
             )
+
+    def leave_to_parent(self) -> None:
+        """Let go of a lock that was held when this process was forked: it is the parent's."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def _lock(self, descriptor: int) -> None:
         try:
@@ -100,6 +112,22 @@ class FileLock:
             return False
         return os.path.samestat(found, os.fstat(descriptor))
 
+    def _is_held(self, descriptor: int) -> bool:
+        """Whether nobody has taken the lock since."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # again, if a server forgot it
+        except OSError:
+            return False
+        try:  # opening it asks the server, while `stat` may know the path from before
+            found = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            is_same = os.path.samestat(os.fstat(found), os.fstat(descriptor))
+            return is_same and os.read(found, 64) == self._token
+        finally:
+            os.close(found)
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -107,10 +135,23 @@ class FileLock:
         traceback: TracebackType | None,
     ) -> None:
         if self._descriptor is not None:
-            if self._is_current(self._descriptor):  # and not another writer's
+            _held.discard(self)
+            if self._is_held(self._descriptor):
                 self._path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
+
+
+_held: set[FileLock] = set()
+"""The locks of this process."""
+
+
+def _leave_to_parent() -> None:
+    while _held:
+        _held.pop().leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def is_locked(path: Path) -> bool:
@@ -133,8 +174,8 @@ def locks_unsupported(path: Path, why: str) -> LockUnsupported:
     return LockUnsupported(
         f"the file system of {path.parent} keeps no file locks between processes and machines "
         f"({why}), so two writers could not keep apart there; mount it with locks (NFS without "
-        "nolock and local_lock, Lustre with -o flock), or write to another folder, such as a local "
-        "disk of each machine, and merge or copy the stores"
+        "nolock and local_lock, Lustre with -o flock), or choose another folder, such as one on a "
+        "local disk; stores that several machines have written so can be merged or copied"
     )
 
 

@@ -3,15 +3,14 @@
 A command of a configuration with a `demo` section calls `ensure_demo` for what it reads.
 """
 
-import fcntl
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from cache_schema.lock import FileLock
 from cache_schema.sealed_json import parse_json
 from stages.articulated_figures.clip_tars import write_clip_tars
 from stages.articulated_figures.config import DemoConfig
@@ -87,7 +86,7 @@ def ensure_demo(
     if config.image_to_video:
         model |= drawn
     local_clips = clips.model_copy(update={"path": paths.clips})
-    with _only_one(root / ".lock"):
+    with FileLock(root / ".lock", wait=True, what=f"the demo's inputs in {root}"):
         needs_captions = config.image_to_video and not paths.base_model.exists()
         if "clips" in parts or ("cogvideox" in parts and needs_captions):
             _ensure(paths.clips, drawn, lambda out: _draw(out, config, clips, progress))
@@ -182,10 +181,3 @@ def _records(clips: ClipsConfig) -> Iterator[ClipRecord]:
         for record in shard.records():
             assert isinstance(record, ClipRecord), record
             yield record
-
-
-@contextmanager
-def _only_one(lock: Path) -> Iterator[None]:
-    with lock.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
