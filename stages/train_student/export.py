@@ -11,7 +11,7 @@ average of its weights, that is what is exported, unless the last weights are as
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,7 +69,13 @@ class ExportSummary:
 
 
 def export_weights(
-    student: Student, run_dir: Path, world: World, *, step: int, average: WeightAverage | None
+    student: Student,
+    run_dir: Path,
+    world: World,
+    *,
+    step: int,
+    average: WeightAverage | None,
+    check: Callable[[], None],
 ) -> Path:
     """Write the export and the heads of a run; every rank must call this, rank 0 writes.
 
@@ -82,6 +88,8 @@ def export_weights(
         world: this process among all.
         step: how many steps were made.
         average: what is exported in place of the last weights.
+        check: called on rank 0 before anything is removed or put in its place; raises if the folder
+            may be another process's.
 
     Returns:
         The export's folder.
@@ -89,12 +97,19 @@ def export_weights(
     folder = run_dir / EXPORT_FOLDER
     which: Which = "last" if average is None else "average"
     configs: Mapping[str, LoraConfig] = getattr(student.transformer, "peft_config", {})
+    on_first_rank(world, check)
     with _live(student, average, run_dir, world) as weights:
         settings = dict(student.transformer.config)
-        _write(weights, configs.get(ADAPTER), settings, folder, world, step=step, which=which)
+        adapter = configs.get(ADAPTER)
+        _write(weights, adapter, settings, folder, world, step=step, which=which, check=check)
         heads = weights.read_all(HEADS, world)
+
+        def save_heads() -> None:
+            check()
+            save_tensors(heads, run_dir / "heads.safetensors")
+
         if weights.within(HEADS):
-            on_first_rank(world, lambda: save_tensors(heads, run_dir / "heads.safetensors"))
+            on_first_rank(world, save_heads)
     return folder
 
 
@@ -167,11 +182,13 @@ def _write(
     step: int,
     which: Which,
     form: LoraFormat = "diffusers",
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Replace `folder` by an export of `weights`; it is whole or not there."""
     partial = folder.with_name(f".{folder.name}.partial")
 
     def begin() -> None:
+        check()
         _refuse_what_is_no_export(folder)
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "transformer" if lora is None else partial).mkdir(parents=True)
@@ -181,6 +198,7 @@ def _write(
         about = {"step": step, "weights": which, "files": files}
         (partial / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         sync_tree(partial)
+        check()
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 

@@ -36,7 +36,7 @@ from stages.train_student.logs.run_log import RunLog
 from stages.train_student.lora import check_targets
 from stages.train_student.objectives.build import build_heads, build_objectives
 from stages.train_student.objectives.needs import check_teacher, kinds_needed
-from stages.train_student.run_folder import fixed_settings, held_out_before, open_run
+from stages.train_student.run_folder import RunLock, fixed_settings, held_out_before, open_run
 from stages.train_student.step import TrainingStep
 from stages.train_student.teacher import TeacherLayout
 from stages.train_student.validation.checks import check_validation
@@ -57,6 +57,8 @@ class Run:
     layout: TeacherLayout
     world: World
     progress: Progress
+    lock: RunLock
+    """Held by rank 0, which asks it before it changes anything in the run's folder."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,6 +146,7 @@ class Run:
             config.run_dir,
             steps_done,
             boards,
+            check=self.lock.check,
             objectives=config.objectives,
             log_every=config.log_every,
             progress=self.progress,
@@ -188,6 +191,7 @@ class Run:
 
         Raises:
             ValueError: it holds another run.
+            LockLost: another process may be training in it.
         """
         stores = {
             kind: {"folder": reader.name, "settings_hash": reader.settings.hash}
@@ -208,6 +212,7 @@ class Run:
             self.stores,
             base_weights=hash_transformer(base),
         )
+        self.lock.check()
         return open_run(
             self.config.run_dir,
             settings,
@@ -269,6 +274,7 @@ def prepare(
         layout=TeacherLayout.of(stores.teacher),
         world=world,
         progress=progress,
+        lock=RunLock(config.run_dir),
     )
 
 

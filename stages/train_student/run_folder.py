@@ -15,18 +15,18 @@
 The training loop uses it; sampling looks for finished.json and export/.
 """
 
-import fcntl
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from ruamel.yaml import YAML
 
-from cache_schema import SortedText
+from cache_schema import LockLost, ShardBusy, SortedText
 from cache_schema.durable import make_directories, write_whole
+from cache_schema.lock import FileLock
 from cache_schema.shown_text import redacted
 from stages.base_facts import BaseFacts
 from stages.clips.config import ClipsConfig
@@ -186,26 +186,50 @@ def mark_finished(run_dir: Path, steps: int, export: Path) -> None:
     _write(run_dir / "finished.json", json.dumps(content, indent=1))
 
 
-@contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the folder against a second training; the lock dies with the process.
+class RunLock:
+    """Context manager: holds the folder against a second training; it dies with the process."""
 
-    It is the process's alone: a loader's processes, which outlive a killed rank by seconds, would
-    keep one of `flock`'s.
+    def __init__(self, run_dir: Path) -> None:
+        """Touches no file before `__enter__`."""
+        self._run_dir = run_dir
+        self._file = run_dir / ".lock"
+        self._lock = FileLock(self._file, wait=False, what=f"the run {run_dir}")
 
-    Raises:
-        ValueError: another process trains here.
-    """
-    make_directories(run_dir)
-    with (run_dir / ".lock").open("a") as file:
+    def __enter__(self) -> None:
+        """Take the folder.
+
+        Raises:
+            ValueError: another process trains here.
+            LockUnsupported: the file system keeps no locks.
+        """
+        make_directories(self._run_dir)
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+            self._lock.__enter__()
+        except ShardBusy:
             raise ValueError(
-                f"another process is training in {run_dir}; wait for it, or choose another "
+                f"another process is training in {self._run_dir}; wait for it, or choose another "
                 "train.run_dir"
             ) from None
-        yield
+
+    def check(self) -> None:
+        """Raise `LockLost` if another process may be training here; before anything is changed."""
+        try:
+            self._lock.check()
+        except LockLost:
+            raise LockLost(
+                f"training in {self._run_dir} stops here, and what lies there is left as it is: "
+                f"its lock {self._file} was deleted or taken over, so another process may be "
+                "training there. End every other training in that folder, or wait for it; then "
+                "the same command resumes from the last checkpoint"
+            ) from None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._lock.__exit__(kind, error, traceback)
 
 
 def _is_free(name: str) -> bool:

@@ -35,7 +35,7 @@ from stages.train_student.loop import Loop
 from stages.train_student.optimizers import describe_new_length
 from stages.train_student.performance import device_rate, peak_memory_bytes
 from stages.train_student.run import CONFIGURATIONS, Run, prepare
-from stages.train_student.run_folder import finished_steps, locked, mark_finished
+from stages.train_student.run_folder import finished_steps, mark_finished
 from stages.train_student.skipped_steps import SkippedInARow
 from stages.train_student.student import Student
 from stages.train_student.summary import TrainSummary
@@ -72,6 +72,8 @@ def train_student(
         ValueError: settings contradict each other, the stores, the model or an earlier run;
             raised before any weight is loaded.
         CacheError: a store is missing, or too much of it damaged.
+        LockUnsupported: the run's folder is on a file system without locks.
+        LockLost: another process may be training in the run's folder by now.
         TrainingDivergedError: too many losses or gradients in a row are no number.
         KeyboardInterrupt: asked to stop by Ctrl-C or SIGTERM; a checkpoint has what was done.
     """
@@ -80,7 +82,7 @@ def train_student(
         progress = SilentProgress()
     run = prepare(config, clips, model, cache_root, world, progress)
     with process_group(world), ExitStack() as stack:
-        on_first_rank(world, lambda: stack.enter_context(locked(config.run_dir)))
+        on_first_rank(world, lambda: stack.enter_context(run.lock))
         run.refuse_ranks_with_other_clips()
         base = resolve_base_model(run.model, (*CONFIGURATIONS, "transformer"))
         check_base_weights(base, ("transformer",))
@@ -106,7 +108,8 @@ def _train(run: Run) -> TrainSummary:
         run.progress.log(
             "what waits on nvme comes back from no checkpoint: this run cannot go on once stopped"
         )
-    plan = plan_resume(run.checkpoints, world, run.progress, nvme=nvme)
+    check = run.lock.check
+    plan = plan_resume(run.checkpoints, world, run.progress, nvme=nvme, check=check)
     universal = plan is not None and plan.universal
     embeds = embed_prompts(run)
     student = build_student(config, run.facts, run.dtype, heads=run.heads, world=world)
@@ -136,6 +139,7 @@ def _train(run: Run) -> TrainSummary:
                 run.checkpoints,
                 step,
                 world,
+                check=check,
                 planned_steps=config.steps,
                 kept=config.checkpoints_kept,
                 only_trained=only_trained,
@@ -169,12 +173,18 @@ def _train(run: Run) -> TrainSummary:
                 after_step=after_step,
             ).make(steps, task)
             stop.fulfil()  # it came at the last step: what is left is done in any case
-        export = export_weights(student, config.run_dir, world, step=steps.stop, average=average)
-        # What a process left that died once the last checkpoint was complete.
-        on_first_rank(
-            world, lambda: keep_newest(run.checkpoints, config.checkpoints_kept, steps.stop)
+        export = export_weights(
+            student, config.run_dir, world, step=steps.stop, average=average, check=check
         )
-        on_first_rank(world, lambda: mark_finished(config.run_dir, steps.stop, export))
+
+        def finish() -> None:
+            check()
+            # What a process left that died once the last checkpoint was complete.
+            keep_newest(run.checkpoints, config.checkpoints_kept, steps.stop)
+            check()
+            mark_finished(config.run_dir, steps.stop, export)
+
+        on_first_rank(world, finish)
         validation.write_page()
     return _summary(run, steps.stop, resumed_from=done or None, durations=durations, finished=False)
 

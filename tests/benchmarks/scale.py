@@ -416,7 +416,7 @@ def resume_rows(run: Path, empty: Path, size: int) -> Found:
     from stages.train_student.logs.row_file import RowFile
 
     shutil.copy(run / "losses.jsonl", empty)
-    return timed(lambda: RowFile(empty / "losses.jsonl", size - 1).close())
+    return timed(lambda: RowFile(empty / "losses.jsonl", size - 1, lambda: None).close())
 
 
 def import_all(*_: object) -> Found:

@@ -44,7 +44,12 @@ class ResumePlan:
 
 
 def plan_resume(
-    root: Path, world: World, progress: Progress, *, nvme: bool = False
+    root: Path,
+    world: World,
+    progress: Progress,
+    *,
+    nvme: bool,
+    check: Callable[[], None],
 ) -> ResumePlan | None:
     """Find the newest sound checkpoint, and make its universal copy if that is needed.
 
@@ -54,12 +59,14 @@ def plan_resume(
     Args:
         root: folder of the checkpoints.
         nvme: whether the run offloads anything to nvme, which no checkpoint brings back.
+        check: called on rank 0 before anything is removed or written; raises if the run's folder
+            may be another process's.
 
     Raises:
         ValueError: the checkpoint cannot be loaded as this run is set up, or none is sound; says
             what would do.
     """
-    newest = _newest_sound(root, world, progress)
+    newest = _newest_sound(root, world, progress, check)
     if newest is None:
         return None
     _check_nvme(newest, nvme)
@@ -69,6 +76,7 @@ def plan_resume(
         f"{newest.folder} was written by {newest.world_size} processes, now there are "
         f"{world.size}: sharing it out anew"
     )
+    on_first_rank(world, check)
     _drop_damaged_copy(newest, world, progress)
     copy = on_first_rank(world, lambda: universal_copy(newest), patience=_CONVERSION_TIME)
     return ResumePlan(checkpoint=newest, folder=copy)
@@ -124,10 +132,13 @@ def _set_rates(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
     schedule._last_lr = rates
 
 
-def _newest_sound(root: Path, world: World, progress: Progress) -> Checkpoint | None:
+def _newest_sound(
+    root: Path, world: World, progress: Progress, check: Callable[[], None]
+) -> Checkpoint | None:
     """The newest checkpoint whose files are those that were written; None in a new run."""
 
     def look() -> tuple[list[Checkpoint], dict[Path, str]]:
+        check()
         damaged = {}
         for folder in torn_checkpoints(root):
             why = why_incomplete(folder) or ""

@@ -30,6 +30,7 @@ def save_checkpoint(
     step: int,
     world: World,
     *,
+    check: Callable[[], None],
     planned_steps: int,
     kept: int,
     only_trained: bool,
@@ -40,6 +41,8 @@ def save_checkpoint(
     Args:
         engine: the DeepSpeed engine.
         root: folder of the checkpoints.
+        check: called on rank 0 before anything is removed or recorded; raises if the run's folder
+            may be another process's.
         planned_steps: length of the run.
         only_trained: leave out frozen weights, which the base model has.
         beside: each writes further files of this rank into the folder it is given, before the
@@ -51,7 +54,12 @@ def save_checkpoint(
     """
     folder = folder_of(root, step)
     with _telling_what_is_left(root, folder, step):
-        on_first_rank(world, lambda: clear(folder))
+
+        def begin() -> None:
+            check()
+            clear(folder)
+
+        on_first_rank(world, begin)
         client_state = {"step": step, "rng": gather(world, _random_state())}
         engine.save_checkpoint(
             str(root),
@@ -79,6 +87,7 @@ def save_checkpoint(
                 planned_steps=planned_steps,
                 files={name: one for part in parts for name, one in part.items()},
             )
+            check()
             write_record(checkpoint)
             keep_newest(root, kept, step)
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +28,28 @@ def each_row(path: Path) -> Iterator[dict[str, Any]]:
 class RowFile:
     """Appends rows while a run goes on."""
 
-    def __init__(self, path: Path, steps_done: int) -> None:
+    def __init__(self, path: Path, steps_done: int, check: Callable[[], None]) -> None:
         """Open the file, dropping what an interrupted run wrote after `steps_done` steps.
+
+        Args:
+            check: called before the file is changed; raises if it may be another process's.
 
         Raises:
             ValueError: a line is damaged, or its step comes after a later one.
         """
+        self._check = check
         if not path.is_file():
+            check()
             write_whole(path, b"", temporary=path.with_name(f".{path.name}.partial"))
         kept_bytes = _bytes_until(path, steps_done)
         if kept_bytes < path.stat().st_size:
+            check()
             os.truncate(path, kept_bytes)
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row; floats are written as their shortest exact decimals."""
+        self._check()
         self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 

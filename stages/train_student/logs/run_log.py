@@ -8,6 +8,7 @@
     tensorboard/, wandb/  the same numbers, as train.report_to says
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -38,6 +39,7 @@ class RunLog:
         steps_done: int,
         boards: Boards,
         *,
+        check: Callable[[], None],
         objectives: tuple[str, ...],
         log_every: int,
         progress: Progress,
@@ -46,13 +48,14 @@ class RunLog:
 
         Args:
             boards: closed with the log.
+            check: called before a file is changed; raises if it may be another process's.
             objectives: names of the auxiliary losses, in the order of the table's columns.
             log_every: steps between rows of the table.
         """
-        self._losses = RowFile(run_dir / LOSSES_FILE, steps_done)
-        self._performance = RowFile(run_dir / PERFORMANCE_FILE, steps_done)
-        self._skipped = RowFile(run_dir / SKIPPED_FILE, steps_done)
-        self._damaged = RowFile(run_dir / DAMAGED_FILE, steps_done)
+        self._losses = RowFile(run_dir / LOSSES_FILE, steps_done, check)
+        self._performance = RowFile(run_dir / PERFORMANCE_FILE, steps_done, check)
+        self._skipped = RowFile(run_dir / SKIPPED_FILE, steps_done, check)
+        self._damaged = RowFile(run_dir / DAMAGED_FILE, steps_done, check)
         self._boards = boards
         self._log_every = log_every
         self._progress = progress

@@ -74,6 +74,7 @@ def build_validation(
         losses=losses,
         samples=samples,
         boards=boards,
+        check=run.lock.check,
         world=run.world,
         progress=run.progress,
         note=note,

@@ -31,6 +31,7 @@ class Validation:
         losses: HeldOutLosses | None,
         samples: TrainingSamples | None,
         boards: Boards | None,
+        check: Callable[[], None],
         world: World,
         progress: Progress,
         note: Callable[[str], None],
@@ -41,6 +42,8 @@ class Validation:
             losses: None where no clip is held out.
             samples: None where nothing is drawn.
             boards: on rank 0.
+            check: called on rank 0 before a file is changed; raises if the run's folder may be
+                another process's.
             note: shows a few words beside the bar of the steps.
         """
         self._student = student
@@ -48,6 +51,7 @@ class Validation:
         self._losses = losses
         self._samples = samples
         self._boards = boards
+        self._check = check
         self._world = world
         self._progress = progress
         self._note = note
@@ -57,9 +61,10 @@ class Validation:
         """Drop what an interrupted run made after `done` steps, and make what it still owes."""
 
         def clear() -> tuple[bool, bool]:
+            self._check()
             file = self._run_dir / VALIDATION_FILE
             if self._losses is not None:
-                RowFile(file, done).close()
+                RowFile(file, done, self._check).close()
             if self._samples is not None:
                 self._samples.drop_after(done)
             validated = {row["step"] for row in read_rows(file)}
@@ -105,7 +110,7 @@ class Validation:
                 f"warning: held-out clip {clip.key!r} cannot be read, and is missing from the "
                 f"validation: {clip.message}"
             )
-        file = RowFile(self._run_dir / VALIDATION_FILE, step)
+        file = RowFile(self._run_dir / VALIDATION_FILE, step, self._check)
         file.add(asdict(row))
         file.sync()
         file.close()

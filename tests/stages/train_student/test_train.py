@@ -376,12 +376,12 @@ def test_wrong_settings_are_refused_before_any_weight_is_loaded(train, monkeypat
 @pytest.fixture
 def die(tmp_path):
     """Kills a process that holds the folder; its loader's process outlives it."""
-    from stages.train_student.run_folder import locked
+    from stages.train_student.run_folder import RunLock
 
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        with locked(tmp_path):
+        with RunLock(tmp_path):
             loader = os.fork()
             os.write(writing, str(loader).encode() if loader else b"")
             signal.pause()

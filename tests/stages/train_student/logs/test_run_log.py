@@ -55,7 +55,15 @@ def spoiled(step):
 def open_log(run_dir, done, progress, report_to=(), log_every=2):
     boards = Boards(run_dir, report_to, steps_done=done, project="p", settings={})
     names = ("lgf", "token-relation")
-    return RunLog(run_dir, done, boards, objectives=names, log_every=log_every, progress=progress)
+    return RunLog(
+        run_dir,
+        done,
+        boards,
+        check=lambda: None,
+        objectives=names,
+        log_every=log_every,
+        progress=progress,
+    )
 
 
 def test_rows_come_back_to_the_last_bit(lines, tmp_path):
@@ -93,7 +101,7 @@ def test_opening_a_long_file_of_rows_holds_a_few_of_them(tmp_path):
     lines = [json.dumps({"step": step, "text": "é" * 100}) + "\n" for step in range(1, 5001)]
     path.write_text("".join(lines) + '{"step": 50', encoding="utf-8")
     tracemalloc.start()
-    RowFile(path, 4000).close()
+    RowFile(path, 4000, lambda: None).close()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert path.read_text(encoding="utf-8") == "".join(lines[:4000])
@@ -104,7 +112,7 @@ def test_rows_that_two_runs_wrote_are_refused_and_kept(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"step": 1}\n{"step": 3}\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"rows.jsonl has a line of step 2 after one of step 3"):
-        RowFile(path, 2)
+        RowFile(path, 2, lambda: None)
     assert path.read_text().count("\n") == 3
 
 
@@ -122,7 +130,7 @@ def test_other_fields_are_told(tmp_path):
 
 
 def test_what_json_has_no_number_for_is_never_written(tmp_path):
-    file = RowFile(tmp_path / "rows.jsonl", 0)
+    file = RowFile(tmp_path / "rows.jsonl", 0, lambda: None)
     with pytest.raises(ValueError, match="not JSON compliant"):
         file.add({"step": 1, "loss": float("nan")})
     file.close()
