@@ -3,7 +3,7 @@
 from collections import defaultdict
 
 from cache_schema.claim import ShardClaim
-from cache_schema.errors import CorruptRecord, ShardBusy
+from cache_schema.errors import CorruptRecord, LockLost, ShardBusy
 from cache_schema.layout import StoreLayout, parse_group_name
 from cache_schema.manifest import committed_shards, read_commit
 from cache_schema.settings import StoreSettings
@@ -23,8 +23,8 @@ def sweep_store(layout: StoreLayout, settings: StoreSettings) -> None:
                     continue
                 _sweep_replaced(claim, settings, generations[shard])
                 claim.sweep()
-        except ShardBusy:
-            continue  # its own writer is at it
+        except (ShardBusy, LockLost):
+            continue  # another process is at it
 
 
 def group_generations(layout: StoreLayout) -> defaultdict[str, list[int]]:

@@ -15,8 +15,8 @@ from pathlib import Path
 from cache_schema.claim import ShardClaim
 from cache_schema.clip_index import write_index
 from cache_schema.durable import make_directories, sync
-from cache_schema.errors import CorruptRecord, ShardBusy, UnknownSchemaVersion
-from cache_schema.layout import StoreLayout, is_shard_name, parse_group_name
+from cache_schema.errors import CorruptRecord, LockLost, ShardBusy, UnknownSchemaVersion
+from cache_schema.layout import INDEX_FILE, StoreLayout, is_shard_name, parse_group_name
 from cache_schema.lock import FileLock
 from cache_schema.manifest import CommitRecord, SkippedClip
 from cache_schema.places import LocalPlace, is_url
@@ -191,6 +191,8 @@ class _Repair:
                     self._mend_shard(claim)
             except ShardBusy:
                 self.left += [problem for problem in mendable if problem.shard == shard]
+            except LockLost as error:
+                self.left.append(Problem(shard, None, f"skipped: {error}", "repair"))
         for path in self._foreign():
             self.quarantine.take(path)
         # One that lists a shard that is taken out would say that its record is lost.
@@ -205,6 +207,10 @@ class _Repair:
                 write_index(self.layout, self.settings, lock)
         except (CorruptRecord, UnknownSchemaVersion):
             return  # for what is left; a store can be read without the index
+        except LockLost as error:
+            told = f"{INDEX_FILE} was not written: {error}"
+            self.left.append(Problem(None, None, told, "repair"))
+            return
         self.left = [problem for problem in self.left if problem.shard is not None]
 
     def _mend_shard(self, claim: ShardClaim) -> None:
@@ -255,7 +261,7 @@ class _Repair:
             return
         group = self.layout.group(shard, record.group)
         for path in damage.foreign:
-            self.quarantine.take(group / path)
+            self._take(claim, group / path)
 
     def _held_elsewhere(self, record: CommitRecord) -> dict[str, str]:
         """Keys of a shard that an earlier one holds as well, as of now."""
@@ -282,7 +288,7 @@ class _Repair:
         shard = claim.shard
         self._take_groups(claim, but=None)
         if os.path.lexists(self.layout.commit(shard)):
-            self.quarantine.take(self.layout.commit(shard))
+            self._take(claim, self.layout.commit(shard))
         self.shards.append(shard)
         skipped = [] if self.survey.index is None else self.survey.index.all_skipped()
         self.left += [
@@ -297,8 +303,13 @@ class _Repair:
         for path in sorted(there):
             group = parse_group_name(path.name)
             if group is not None and group[0] == claim.shard and group[1] != but:
-                claim.check()
-                self.quarantine.take(path)
+                self._take(claim, path)
+
+    def _take(self, claim: ShardClaim, path: Path) -> None:
+        """Take out what is the shard's; `LockLost` where another process took that over."""
+        claim.check()
+        with claim.guarded():
+            self.quarantine.take(path)
 
     def _foreign(self) -> list[Path]:
         """What lies among records and groups and is neither."""

@@ -91,7 +91,8 @@ def keep_clips(
     commit_group(claim, settings, group, new, replaced=record)
     if old.exists():
         make_directories(quarantine)
-        old.rename(quarantine / old.name)
+        with suppress(LockLost), claim.guarded():  # whoever took the shard over sweeps
+            old.rename(quarantine / old.name)
         sync(quarantine)
         sync(layout.shards)
     claim.sweep()

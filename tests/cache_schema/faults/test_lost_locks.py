@@ -22,8 +22,11 @@ from cache_schema import (
     StoreWriter,
     verify_store,
 )
+from cache_schema.layout import StoreLayout
+from cache_schema.sweeping import sweep_store
 from cache_schema.upkeep.drop import drop_clips
 from cache_schema.upkeep.merge import merge_stores
+from cache_schema.upkeep.repair import repair_store
 from tests.cache_schema.faults.operations import OPERATIONS, exit_code
 from tests.cache_schema.faults.small_store import (
     SETTINGS,
@@ -165,6 +168,15 @@ STEPS: dict[str, Callable[[], Step]] = {
     "before the commit record": lambda: _renames_to(f"commits/{SHARD}.json"),
 }
 
+CHANGES: dict[str, Callable[[], Step]] = {
+    "before the new group": lambda: _renames_to(f"shards/{SHARD}~1"),
+    "before the commit record": STEPS["before the commit record"],
+    "after the commit record": lambda: _After(_renames_to(f"commits/{SHARD}.json")),
+    "before the old group": lambda: _renames_to(f"quarantine/1/shards/{SHARD}"),
+    "before something is removed": lambda: _renames_to("discarded-0"),
+}
+"""Of a finished shard, by a drop or a repair."""
+
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -213,23 +225,83 @@ def test_a_lock_lost_at_any_operation_gives_one_shard_and_no_other(
     _assert_finishes(tmp_path, expected, files_of)
 
 
-def test_a_drop_that_lost_its_lock_fails_and_undoes_nothing(tmp_path: Path) -> None:
+def _take_over_and_drop(store: Path, key: str) -> None:
+    (store / ".staging" / f"{SHARD}.lock").unlink()
+    drop_clips(store, [key], detail="")
+
+
+@pytest.mark.parametrize(
+    ("step", "ended"),
+    [
+        ("before the commit record", LOST),
+        ("after the commit record", DONE),
+        ("before something is removed", DONE),
+    ],
+)
+def test_a_drop_that_lost_its_lock_undoes_nothing(step: str, ended: int, tmp_path: Path) -> None:
     store = write_all(tmp_path)
-
-    def drop_another(pipe: Connection) -> None:
-        (store / ".staging" / f"{SHARD}.lock").unlink()
-        drop_clips(store, ["a1"], detail="")
-
-    ended = _zombie_and_other(
+    found = _zombie_and_other(
         lambda: drop_clips(store, ["a0"], detail=""),
-        _renames_to(f"commits/{SHARD}.json"),
-        drop_another,
+        CHANGES[step](),
+        lambda _: _take_over_and_drop(store, "a1"),
     )
-    assert ended == (LOST, DONE)
-    assert StoreReader(store).keys == ("a0", "a2", "b0", "b1")
+    assert found == (ended, DONE)
+    left = ("a2", "b0", "b1") if ended == DONE else ("a0", "a2", "b0", "b1")
+    assert StoreReader(store).keys == left
     assert verify_store(store).problems == ()
     drop_clips(store, ["a0"], detail="")
     assert StoreReader(store).keys == ("a2", "b0", "b1")
+    assert verify_store(store).problems == ()
+
+
+@pytest.mark.parametrize(
+    ("step", "ended"),
+    [
+        ("before the new group", LOST),
+        ("before the commit record", LOST),
+        ("after the commit record", DONE),
+        ("before the old group", DONE),
+    ],
+)
+def test_a_repair_that_lost_its_lock_says_so_and_goes_on_with_other_shards(
+    step: str, ended: int, tmp_path: Path
+) -> None:
+    store = write_all(tmp_path)
+    for shard in SHARDS:
+        (store / "shards" / shard / "flow" / "c.1.0.0.0").write_bytes(b"")
+
+    def repair() -> None:
+        report = repair_store(store)
+        out = [clip.key for clip in report.clips]
+        if ended == DONE:
+            assert out == ["a1", "b1"]
+            assert report.left == ()
+            return
+        assert out == ["b1"]
+        first, *others = report.left
+        assert (first.shard, first.mend) == (SHARD, "repair")
+        assert [(problem.shard, problem.key) for problem in others] == [(SHARD, "a1")]
+        raise LockLost(first.what)
+
+    found = _zombie_and_other(repair, CHANGES[step](), lambda _: _take_over_and_drop(store, "a2"))
+    assert found == (ended, DONE)
+    assert [clip.key for clip in repair_store(store).clips] == (["a1"] if ended == LOST else [])
+    assert StoreReader(store).keys == ("a0", "b0")
+    assert verify_store(store).problems == ()
+
+
+def test_a_sweep_leaves_a_shard_that_another_process_takes_over(tmp_path: Path) -> None:
+    store = write_all(tmp_path)
+    for shard in SHARDS:
+        (store / "shards" / f"{shard}~1").mkdir()
+    layout = StoreLayout(store)
+    ended = _zombie_and_other(
+        lambda: sweep_store(layout, SETTINGS),
+        CHANGES["before something is removed"](),
+        lambda _: _take_over_and_drop(store, "a2"),
+    )
+    assert ended == (DONE, DONE)
+    assert StoreReader(store).keys == ("a0", "a1", "b0", "b1")
     assert verify_store(store).problems == ()
 
 
