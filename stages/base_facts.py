@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
-
 from stages.weight_checks import read_config
 
 VAE_SPATIAL_COMPRESSION = 8
@@ -140,6 +138,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is missing; the base model must be a CogVideoX pipeline as diffusers saves it"
         )
+    # Takes 2 s and 170 MB, which kinds that need no base model do without.
+    import diffusers
+
     stored = read_config(path)
     name = stored.get("_class_name")
     if name not in COMPONENTS[path.parent.name][1]:
