@@ -2,7 +2,10 @@
 
 import hashlib
 import unicodedata
-from collections.abc import Collection
+from array import array
+from collections.abc import Collection, Container
+
+import numpy as np
 
 VIDEO_SUFFIXES = (
     *("mp4", "mov", "m4v", "mkv", "webm", "avi", "mpg", "mpeg", "3gp", "asf", "wmv", "flv", "ogv"),
@@ -35,7 +38,9 @@ class KeyBook:
     A taken or unusable key must still be recorded as a bad record, under a key of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, taken: Container[str] = ()) -> None:
+        """Begin with keys that no stand-in may have; `claim` does not look at them."""
+        self._taken_before = taken
         self._taken: set[str] = set()
         self._next_number: dict[str, int] = {}
 
@@ -54,11 +59,38 @@ class KeyBook:
         if _leaves_folder(readable):
             readable = readable.replace("/", "\\x2f")
         number = self._next_number.get(readable, 2)
-        while (candidate := f"{readable} ({number})") in self._taken:
+        while self._is_taken(candidate := f"{readable} ({number})"):
             number += 1
         self._taken.add(candidate)
         self._next_number[readable] = number + 1
         return candidate
+
+    def _is_taken(self, key: str) -> bool:
+        return key in self._taken or key in self._taken_before
+
+
+class KeyHashes(Container[str]):
+    """Keys of numbered entries as hashes: 8 bytes each, where a set of them takes some 120."""
+
+    NO_KEY = -1
+    """Stands for an entry without a key; no text has this hash."""
+
+    def __init__(self, hashes: array) -> None:
+        """Take what `hash` gives for the key of each entry; int64."""
+        self._hashes = np.frombuffer(hashes, np.int64)
+        self._sorted = np.sort(self._hashes)
+
+    def __contains__(self, key: object) -> bool:
+        """Whether an entry has the key; at a million entries wrongly yes once in 10^13 keys."""
+        wanted = hash(key)
+        place = int(np.searchsorted(self._sorted, wanted))
+        return place < len(self._sorted) and int(self._sorted[place]) == wanted
+
+    def maybe_equal(self) -> np.ndarray:
+        """Entries of whose hash there are several, ascending; int64. All others' keys differ."""
+        several = self._sorted[1:][self._sorted[1:] == self._sorted[:-1]]
+        several = several[several != self.NO_KEY]
+        return np.flatnonzero(np.isin(self._hashes, several))
 
 
 def key_problem(key: str) -> str | None:
@@ -71,7 +103,7 @@ def key_problem(key: str) -> str | None:
         return f"the key {_printable(key)!r} is not UTF-8"
     if size > MAX_KEY_BYTES - 16:  # leaves room for a stand-in's number
         return f"the key has {size} bytes, at most {MAX_KEY_BYTES - 16} fit"
-    if any(unicodedata.category(letter) == "Cc" for letter in key):
+    if not key.isprintable() and any(unicodedata.category(letter) == "Cc" for letter in key):
         return f"the key {_printable(key)!r} holds control characters"
     if _leaves_folder(key):
         return f"the key {key!r} starts with '/' or has '..' between slashes"
@@ -79,7 +111,7 @@ def key_problem(key: str) -> str | None:
 
 
 def _leaves_folder(key: str) -> bool:
-    return key.startswith("/") or ".." in key.split("/")
+    return key.startswith("/") or (".." in key and ".." in key.split("/"))
 
 
 def _printable(key: str) -> str:

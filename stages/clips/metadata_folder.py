@@ -1,6 +1,5 @@
 """Videos that a metadata.jsonl or metadata.csv lists."""
 
-import re
 import shlex
 from array import array
 from codecs import BOM_UTF8
@@ -22,7 +21,7 @@ from stages.clips.fields import (
     phrase_from_fields,
     subjects_from_fields,
 )
-from stages.clips.keys import KeyBook, has_video_suffix
+from stages.clips.keys import KeyBook, KeyHashes, has_video_suffix, key_problem
 from stages.clips.limits import MAX_MASK_BYTES, read_at_most
 from stages.clips.records import BadRecord, ClipRecord
 from stages.clips.rows import (
@@ -35,8 +34,8 @@ from stages.clips.rows import (
     lines_of,
 )
 
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(?:/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*")
-"""Names that need no closer look: no part of the path begins with a dot."""
+_Problem = tuple[str, str]
+"""What the key of a bad row's record is made from, and why the row is bad."""
 
 _MAX_BLANKS = 64 * 1024
 """Bytes at each end of a file in which its first and last letters are looked for."""
@@ -88,22 +87,25 @@ class MetadataFile:
         Raises:
             ValueError: What the rows raise; or there are both text and prompt, and no caption.
         """
-        book = KeyBook()
-        places = array("q")
-        bad: dict[int, BadRecord] = {}
+        integers, hashes = array("q"), array("q")
+        problems: dict[int, _Problem] = {}
         names: dict[str, None] = {}
         for row, (place, load) in enumerate(rows.scan()):
-            places.extend(place)
+            integers.extend(place)
             try:
                 fields = load()
-                problem = _claim(place, fields, book)
+                key = _key_of(fields)
             except ValueError as error:
-                where = f"line {place[0]}"
-                problem = _bad_record(where, f"{where}: {error}", book)
-            if problem:
-                bad[row] = problem
-            elif not names.keys() >= fields.keys():
-                names.update(dict.fromkeys(fields))
+                problems[row] = f"line {place[0]}", str(error)
+            else:
+                if refusal := key_problem(key):
+                    problems[row] = key, refusal
+                elif not names.keys() >= fields.keys():
+                    names.update(dict.fromkeys(fields))
+            hashes.append(KeyHashes.NO_KEY if row in problems else hash(key))
+        places = np.frombuffer(integers, np.int64).reshape(-1, rows.place_size)
+        keys = KeyHashes(hashes)
+        problems |= _second_entries(rows, places, keys.maybe_equal())
         try:
             caption_field = name_of_caption(names)
         except ValueError as error:
@@ -114,8 +116,8 @@ class MetadataFile:
             caption_field=caption_field,
             unread_fields=tuple(name for name in names if name not in known),
             _rows=rows,
-            _places=np.array(places, np.int64).reshape(-1, rows.place_size),
-            _bad=bad,
+            _places=places,
+            _bad=_bad_records(problems, places, KeyBook(keys)),
         )
 
     @property
@@ -224,19 +226,39 @@ def _json_fields(line: bytes) -> dict[str, Any]:
     return parse_object(line)
 
 
-def _claim(place: Place, fields: dict[str, Any], book: KeyBook) -> BadRecord | None:
-    """Take a row's key; what stands for the row where the key cannot be had.
+def _key_of(fields: dict[str, Any]) -> str:
+    """A row's key.
 
     Raises:
         ValueError: The row names no file inside the folder.
     """
-    key = _key(_relative_name(fields.get("file_name"), "file_name"))
-    refusal = book.claim(key)
-    return _bad_record(key, f"line {place[0]}: {refusal}", book) if refusal else None
+    return _key(_relative_name(fields.get("file_name"), "file_name"))
 
 
-def _bad_record(key: str, detail: str, book: KeyBook) -> BadRecord:
-    return BadRecord(key=book.stand_in(key), reason="bad_record", detail=detail)
+def _second_entries(
+    rows: RowSource, places: np.ndarray, candidates: np.ndarray
+) -> dict[int, _Problem]:
+    """Those of the rows whose key an earlier one has; the rows are read again."""
+    book, found = KeyBook(), {}
+    loads = rows.read(tuple(places[row].tolist()) for row in candidates)
+    for row, load in zip(candidates.tolist(), loads, strict=True):
+        key = _key_of(load())
+        if refusal := book.claim(key):
+            found[row] = key, refusal
+    return found
+
+
+def _bad_records(
+    problems: Mapping[int, _Problem], places: np.ndarray, book: KeyBook
+) -> dict[int, BadRecord]:
+    return {
+        row: BadRecord(
+            key=book.stand_in(problems[row][0]),
+            reason="bad_record",
+            detail=f"line {places[row, 0]}: {problems[row][1]}",
+        )
+        for row in sorted(problems)
+    }
 
 
 def _relative_name(name: object, field: str) -> str:
@@ -247,8 +269,9 @@ def _relative_name(name: object, field: str) -> str:
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"{field} is missing or no text: {name!r}")
-    if _PLAIN_NAME.fullmatch(name):
-        return name
+    starts, ends = name[0] not in "/.", name[-1] != "/"
+    if starts and ends and "/." not in name and "//" not in name and "\0" not in name:
+        return name  # pathlib would say the same, and takes most of a scan's time
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name or path.name == "":
         raise ValueError(f"{field} must name a file inside the folder, got {name!r}")

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from stages.clips import BadRecord, metadata_folder, open_dataset, rows
+from stages.clips import BadRecord, keys, metadata_folder, open_dataset, rows
+from stages.clips.fields import parse_object
 from stages.clips.keys import KeyBook
 
 CAPTIONS = ("a\u2028b", "Äpfel, “rot”", "a\x0bb\x85c", "日本語", "plain")
@@ -90,6 +93,84 @@ def test_a_field_that_is_given_twice_is_refused(line, config, tmp_path):
     (shard,) = open_dataset(config()).shards
     (record,) = shard.records()
     assert isinstance(record, BadRecord) and "is given twice" in record.detail
+
+
+def by_json(content: bytes) -> object:
+    def without_doubles(pairs):
+        assert len(dict(pairs)) == len(pairs)
+        return dict(pairs)
+
+    text = content.decode("utf-8").removeprefix("\ufeff")
+    found = json.loads(text, object_pairs_hook=without_doubles)
+    assert isinstance(found, dict)
+    return found
+
+
+PIECES = [
+    *('"a"', '"b"', ":", ",", "{", "}", "[", "]", " ", "\n", "\ufeff", "null", "true", "NaN"),
+    *(
+        "-Infinity",
+        "0",
+        "-0",
+        "01",
+        "1e400",
+        "0.1",
+        "1" * 40,
+        '"\\ud800"',
+        '"\\u0000"',
+        '"\x7f"',
+        "'",
+    ),
+]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=9).map("".join).map('{{"c": {}}}'.format))
+@example('{"c": ' + "[" * 300 + "]" * 300 + "}")
+@example('\ufeff{"c": "\ufeff", "a": {"b": 1, "b": 2}}')
+@example('{"c": 1} {"c": 1}')
+def test_rows_are_parsed_as_by_the_standard_library(text):
+    content = text.encode()
+    try:
+        expected = by_json(content)
+    except (ValueError, AssertionError):
+        with pytest.raises(ValueError, match=r"not JSON in UTF-8|not a JSON object"):
+            parse_object(content)
+    else:
+        assert repr(parse_object(content)) == repr(expected)
+
+
+def test_bytes_that_are_not_utf8_are_no_row():
+    with pytest.raises(ValueError, match="not JSON in UTF-8: 'utf-8' codec can't decode"):
+        parse_object(b'{"caption": "\xff"}')
+
+
+NAMES = ["b", "a", "", "a", "c", "a (2)", "a", "b", "/d", "a (3)"]
+
+
+@pytest.mark.parametrize("equal", ["", "abc"])
+def test_of_equal_keys_the_first_is_the_clip_whatever_the_hashes(
+    equal, config, tmp_path, monkeypatch
+):
+    for module in (metadata_folder, keys):
+        one_hash = lambda key: 7 if key in tuple(equal) else hash(key)  # noqa: E731
+        monkeypatch.setattr(module, "hash", one_hash, raising=False)
+    lines = [json.dumps({"file_name": f"{name}.mp4" if name else None}) for name in NAMES]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    records = [
+        r for shard in open_dataset(config(clips_per_shard=3)).shards for r in shard.records()
+    ]
+    good = ["b", "a", None, None, "c", "a (2)", None, None, None, "a (3)"]
+    assert [None if isinstance(r, BadRecord) else r.key for r in records] == good
+    assert {row: r.detail for row, r in enumerate(records, 1) if isinstance(r, BadRecord)} == {
+        3: "line 3: file_name is missing or no text: None",
+        4: "line 4: a second entry has the key 'a'",
+        7: "line 7: a second entry has the key 'a'",
+        8: "line 8: a second entry has the key 'b'",
+        9: "line 9: file_name must name a file inside the folder, got '/d.mp4'",
+    }
+    assert [r.key for r in records if isinstance(r, BadRecord)] == [
+        *("line 3 (2)", "a (4)", "a (5)", "b (2)", "line 9 (2)")
+    ]
 
 
 def test_many_entries_of_one_key_are_named_in_a_walk_over_them():
