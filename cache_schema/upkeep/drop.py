@@ -32,9 +32,9 @@ class DropReport:
     """What `drop_clips` did."""
 
     num_dropped: int
-    """Clips taken out now."""
+    """Clips taken out now, and skipped ones that are listed as dropped from now on."""
     num_already: int
-    """Clips that an earlier run had taken out."""
+    """Clips that were listed so before."""
     shards: tuple[str, ...]
     """The shards whose records were replaced, sorted."""
 
@@ -44,18 +44,20 @@ def drop_clips(
 ) -> DropReport:
     """Take clips out of a store: out of their shards' records, then off the disk.
 
-    No file of another clip is touched. A dropped clip is listed as skipped. A process killed in
-    here has dropped the clips of some shards; the same call again drops the others.
+    No file of another clip is touched. A dropped clip is listed as skipped; one that was skipped
+    already, whatever for, changes its reason alone. A process killed in here has dropped the clips
+    of some shards; the same call again drops the others.
 
     Args:
         store: the store's folder.
-        keys: the clips; one that was dropped before, for the same reason, counts as done.
+        keys: the clips; one that is listed so already counts as done.
         detail: why, as a sentence for people.
         reason: the word under which they are listed; a retry of what was skipped makes those again
-            that are listed under `redo`, and never those under `dropped`.
+            all but those that are listed under `dropped`, so that `redo` leaves skipped clips of
+            other reasons as they are.
 
     Raises:
-        ValueError: a key is neither in the store nor dropped from it. Nothing was changed.
+        ValueError: a key is neither in the store nor skipped there. Nothing was changed.
         ShardBusy, LockLost: another process is changing one of the shards. Those before it are
             done.
         StoreNotFound, UnknownSchemaVersion, CorruptRecord: from the store's records.
@@ -84,10 +86,7 @@ def drop_clips(
 def _find(
     index: ClipIndex, wanted: Collection[str], reason: DropReason
 ) -> tuple[dict[str, set[str]], set[str]]:
-    """The wanted keys that are to be dropped, by shard in their order, and those that were before.
-
-    Clips are, and what was dropped for the other reason.
-    """
+    """The wanted keys that are to be dropped, by shard in their order, and those that were."""
     shards: defaultdict[str, set[str]] = defaultdict(set)
     dropped: set[str] = set()
     for key in wanted:
@@ -95,9 +94,9 @@ def _find(
         if row is not None:
             shards[index.place_of(row)[0]].add(key)
     for clip in index.all_skipped():
-        if clip.key in wanted and clip.reason == reason:
+        if clip.key in wanted and _is_listed(clip, reason):
             dropped.add(clip.key)
-        elif clip.key in wanted and _is_dropped(clip):
+        elif clip.key in wanted:
             shards[clip.shard].add(clip.key)
     return dict(sorted(shards.items())), dropped
 
@@ -110,21 +109,22 @@ def _drop_from(
     reason: DropReason,
     detail: str,
 ) -> list[str]:
-    """Take clips out of one shard; those that it held, or listed for the other reason."""
+    """Take clips out of one shard; those that it held, or listed for another reason."""
     with ShardClaim(layout, shard) as claim:
         record = read_commit(layout, settings, shard)
         keep = [clip for clip in record.clips if clip.key not in keys]
-        otherwise = [clip for clip in record.skipped if _is_dropped(clip) and clip.reason != reason]
+        otherwise = [clip for clip in record.skipped if not _is_listed(clip, reason)]
         of_shard = [clip.key for clip in record.clips] + [clip.key for clip in otherwise]
-        gone = [key for key in dict.fromkeys(of_shard) if key in keys]
+        gone = dict.fromkeys(key for key in of_shard if key in keys)
         if gone:
-            skipped = [c for c in record.skipped if not (_is_dropped(c) and c.key in gone)]
+            skipped = [clip for clip in record.skipped if clip.key not in gone]
             fingerprints = {c.key: c.fingerprint for c in otherwise}
             fingerprints |= {c.key: c.fingerprint for c in record.clips}
             skipped += [SkippedClip(key, reason, detail, fingerprints[key], shard) for key in gone]
             replace_record(claim, settings, record, keep, skipped)
-        return gone
+        return list(gone)
 
 
-def _is_dropped(clip: SkippedClip) -> bool:
-    return clip.reason in (DROPPED, REDO)
+def _is_listed(clip: SkippedClip, reason: DropReason) -> bool:
+    """Whether a retry does with a skipped clip what it does with those of `reason`."""
+    return (clip.reason == DROPPED) == (reason == DROPPED)

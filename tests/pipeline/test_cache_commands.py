@@ -296,9 +296,15 @@ class TestDrop:
         answer("verify", cache)
 
     def test_a_clip_that_one_store_never_had_goes_from_the_others(self, cache):
-        write_store(cache, "text", {"00002": ["walk/9"]})
-        found = answer("drop", cache, "walk/9")
+        write_store(cache, "text", {"00002": ["jump/0"]})
+        found = answer("drop", cache, "jump/0")
         assert {kind: one["dropped"] for kind, one in found.items()} == {"teacher": 0, "text": 1}
+
+    def test_a_skipped_clip_is_dropped_for_good(self, cache):
+        assert answer("drop", cache, "walk/9")["teacher"]["dropped"] == 1
+        assert answer("drop", cache, "walk/9")["teacher"]["already_dropped"] == 1
+        (skipped,) = StoreReader(store(cache, "teacher")).skipped
+        assert (skipped.key, skipped.reason) == ("walk/9", "dropped")
 
     def test_an_unknown_clip_stops_it_before_any_work(self, cache):
         result = invoke("drop", cache, "walk/0", "wolk/1")

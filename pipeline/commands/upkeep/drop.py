@@ -89,7 +89,7 @@ def run(
 
 
 def _known(store: Where, wanted: set[str]) -> set[str]:
-    """Those of the clips that the store has, or has dropped already."""
+    """Those of the clips that the store has, or has skipped."""
     reader = StoreReader(store)
-    dropped = {clip.key for clip in reader.skipped if clip.reason in (DROPPED, REDO)}
-    return {key for key in wanted if key in reader or key in dropped}
+    skipped = {clip.key for clip in reader.iter_skipped() if clip.key in wanted}
+    return skipped.union(key for key in wanted if key in reader)

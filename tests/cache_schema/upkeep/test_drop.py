@@ -96,9 +96,8 @@ def test_the_clips_that_stay_are_neither_listed_nor_opened(
 
 def test_unknown_keys_are_refused_before_anything_changes(store: Path, files_of: FilesOf) -> None:
     before = files_of(store)
-    for unknown in ("a3", "nowhere"):  # a3 was skipped, but not dropped
-        with pytest.raises(ValueError, match=f"holds no clip '{unknown}'; nothing was dropped"):
-            drop_clips(store, ["a0", unknown], detail="")
+    with pytest.raises(ValueError, match="holds no clip 'nowhere'; nothing was dropped"):
+        drop_clips(store, ["a0", "nowhere"], detail="")
     with pytest.raises(ValueError, match="'n4' and 3 more"):
         drop_clips(store, [f"n{i}" for i in range(8)], detail="")
     assert files_of(store) == before
@@ -176,6 +175,50 @@ def test_what_was_to_be_made_again_can_be_dropped_for_good_and_the_other_way_rou
     drop_clips(store, ["a1"], detail="no cut", reason="redo")
     assert reasons() == [("redo", "no cut")]
     _assert_holds(store, ["a0", "a2", "b0", "b1"], clip_of)
+
+
+def test_a_clip_that_a_repair_took_out_can_be_dropped_for_good(
+    store: Path, clip_of: ClipOf
+) -> None:
+    (store / "shards/00000/features/c.1.0.0.0.0").write_bytes(b"")
+    (damaged,) = repair_store(store).clips
+    assert (damaged.key, damaged.reason) == ("a1", "damaged")
+    assert drop_clips(store, ["a1"], detail="a cut") == DropReport(1, 0, ("00000",))
+    (dropped,) = (clip for clip in StoreReader(store).skipped if clip.key == "a1")
+    assert (dropped.reason, dropped.detail) == ("dropped", "a cut")
+    assert dropped.fingerprint == damaged.fingerprint
+    assert drop_clips(store, ["a1"], detail="again") == DropReport(0, 1, ())
+    _assert_holds(store, ["a0", "a2", "b0", "b1"], clip_of)
+    assert verify_store(store).problems == ()
+
+
+def test_what_is_made_again_anyway_is_not_listed_anew(store: Path, files_of: FilesOf) -> None:
+    before = files_of(store / "commits")
+    assert drop_clips(store, ["a3"], detail="", reason="redo") == DropReport(0, 1, ())
+    assert files_of(store / "commits") == before
+    assert drop_clips(store, ["a3"], detail="a cut") == DropReport(1, 0, ("00000",))
+    assert drop_clips(store, ["a3"], detail="no cut", reason="redo").num_dropped == 1
+    assert [clip.reason for clip in StoreReader(store).skipped] == ["redo"]
+
+
+def test_a_dropped_clip_leaves_no_second_listing_that_is_retried(
+    store: Path, settings: StoreSettings, clip_of: ClipOf
+) -> None:
+    """The input had two clips of one name: one is held, the other was skipped as its duplicate."""
+    with StoreWriter.open(store.parent, settings, provenance={}).shard("00002", source="c") as new:
+        new.add("c0", clip_of("c0"), {}, fingerprint="c0" * 16)
+        new.skip("c0", "duplicate_key", "named twice", fingerprint="c1" * 16)
+        new.skip("a0", "duplicate_key", "shard '00000' holds it", fingerprint="c2" * 16)
+        new.commit()
+    report = drop_clips(store, ["a0", "c0"], detail="a cut")
+    assert report == DropReport(2, 0, ("00000", "00002"))
+    listed = [(clip.key, clip.reason) for clip in StoreReader(store)._index.all_skipped()]
+    assert sorted(listed) == [
+        ("a0", "dropped"),
+        ("a0", "dropped"),
+        ("a3", "too_short"),
+        ("c0", "dropped"),
+    ]
 
 
 def test_a_shard_that_somebody_else_changes_is_left_alone(store: Path, clip_of: ClipOf) -> None:
