@@ -97,26 +97,23 @@ def merged_columns(old: Columns, kept: np.ndarray, new: Columns) -> Columns:
                 shards = (_shard_name(old, place), _shard_name(new, row))
                 raise DuplicateKey(key.decode("utf-8"), shards)
             row += 1
+    order = np.insert(np.arange(len(old_keys)), places, np.arange(len(new_keys)) + len(old_keys))
     num_shards = len(old["shards.crc32c"])
-    both = {
-        name: PackedText(
-            np.concatenate([old[name], new[name]]),
-            np.concatenate([old[ends], new[ends] + np.uint64(len(old[name]))]),
-        )
-        for name in old
-        if name.endswith(".text") and (ends := f"{name[:-5]}.ends")
-    }
     found: Columns = {}
-    for name, text in both.items():
-        found |= _text(name[:-5], text)
-    for name in old:
-        if not name.endswith((".text", ".ends")):
+    for name in old:  # one after the other: together they are as large as the index
+        if name.endswith(".text"):
+            ends = f"{name[:-5]}.ends"
+            text = PackedText(
+                np.concatenate([old[name], new[name]]),
+                np.concatenate([old[ends], new[ends] + np.uint64(len(old[name]))]),
+            )
+            found |= _text(name[:-5], text.take(order) if name == "keys.text" else text)
+        elif not name.endswith(".ends"):
             added = new[name]
             if name in ("clips.shard", "skipped.shard"):
                 added = added + added.dtype.type(num_shards)
-            found[name] = np.concatenate([old[name], added])
-    order = np.insert(np.arange(len(old_keys)), places, np.arange(len(new_keys)) + len(old_keys))
-    found = _with_clips(found, order)
+            both = np.concatenate([old[name], added])
+            found[name] = both[order] if name.startswith(("clips.", "arrays.")) else both
     names = list(PackedText(found["shards.name.text"], found["shards.name.ends"]))
     return _with_shards(found, np.array(sorted(range(len(names)), key=names.__getitem__), np.int64))
 
