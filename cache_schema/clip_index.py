@@ -77,7 +77,8 @@ class ClipIndex:
         self.arrays = tuple(arrays)
         self.columns = {name: columns[name] for name in column_types(self.arrays)}
         self.store_crc32c: int | None = None
-        """The checksum that `store.json` opened with when this index was written, if it was."""
+        """The checksum that `store.json` opened with when this index was written; None where it is
+        not the one on disk."""
         self.keys = SortedText(columns["keys.text"], columns["keys.ends"])
         self.shard_names = SortedText(columns["shards.name.text"], columns["shards.name.ends"])
         self._check()
@@ -231,20 +232,18 @@ def load_index(place: Place, settings: StoreSettings) -> ClipIndex:
         raise CorruptRecord(f"{place.where}/{INDEX_FILE} is damaged: {error}; {again}") from error
 
 
-def write_index(layout: StoreLayout, settings: StoreSettings, lock: FileLock) -> None:
-    """Bring `index.npz` up to date with the commit records.
+def write_index(layout: StoreLayout, settings: StoreSettings, lock: FileLock) -> ClipIndex:
+    """Bring `index.npz` up to date with the commit records; what it holds then.
 
-    Raises `LockLost` if `lock`, the store's, is not held any more.
+    Raises:
+        CorruptRecord: a commit record is damaged or lost, or two shards hold one key.
+        LockLost: `lock`, the store's, is not held any more.
     """
     place = LocalPlace(layout.root)
     index = _current_index(place, settings)
     store_crc32c = sealed_crc32c(place, STORE_FILE)
-    try:
-        found = read_index(place, settings)
-        if found == index and found.store_crc32c == store_crc32c:
-            return
-    except (FileNotFoundError, DamagedIndex):
-        pass
+    if index.store_crc32c == store_crc32c:
+        return index
     layout.staging.mkdir(exist_ok=True)
     temporary = layout.staging / f".{INDEX_FILE}"
     temporary.unlink(missing_ok=True)  # a writer that lost the lock may still have it open
@@ -255,6 +254,7 @@ def write_index(layout: StoreLayout, settings: StoreSettings, lock: FileLock) ->
     lock.check()
     temporary.rename(layout.index)
     sync(layout.root)
+    return index
 
 
 def index_of_records(place: Place, settings: StoreSettings, shards: Iterable[str]) -> ClipIndex:

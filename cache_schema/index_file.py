@@ -116,6 +116,16 @@ def read_columns(source: bytes | Path, settings: StoreSettings) -> dict[str, np.
         raise DamagedIndex(f"it cannot be read ({type(error).__name__}: {error})") from error
 
 
+def num_listed_shards(path: Path) -> int:
+    """How many shards an archive lists, by one column alone; 0 where there is none, or damage."""
+    try:
+        with _opened(path) as opened, zipfile.ZipFile(opened) as file:
+            _refuse_bombs(file, opened)
+            return len(_column(file, "shards.crc32c", COLUMNS["shards.crc32c"]))
+    except Exception:  # whatever damaged bytes make zipfile and NumPy raise
+        return 0
+
+
 def _opened(source: bytes | Path) -> BinaryIO:
     if isinstance(source, bytes):
         return io.BytesIO(source)

@@ -69,6 +69,12 @@ def retry_number(shard: str) -> int:
     return int(retry[1]) if retry else 0
 
 
+def without_retry(shard: str) -> str:
+    """The shard that a retry is of; itself where it is none."""
+    retry = _RETRY.fullmatch(shard)
+    return shard[: shard.rindex("-retry")] if retry else shard
+
+
 def check_key(key: object) -> str:
     """`key` if it can be a clip's key: Unicode text without control characters.
 

@@ -62,7 +62,7 @@ class ShardWriter:
                     f"shard {self.name!r} of {self._layout.root} is finished; ask is_committed "
                     "before writing it"
                 )
-            self._known.refresh()
+            self._known.refresh(self.name)
             self._staging = Staging(self._claim, self._settings, self._source, self._is_current)
             self._clip_keys = {clip.key for clip in self._staging.clips}
             skipped = self._staging.skipped
@@ -88,7 +88,7 @@ class ShardWriter:
         return key in self._clip_keys or key in self._skipped_keys
 
     def shard_holding(self, key: str) -> str | None:
-        """The other, finished shard that the clip is in; such as a retry of this one."""
+        """The other, finished shard that the clip is in, of those that `KnownShards` tells of."""
         self._open_staging()
         return self._known.shard_of(key)
 
@@ -103,7 +103,7 @@ class ShardWriter:
         """Stage one clip; durable when this returns, visible to readers after `commit`.
 
         Args:
-            key: the clip's name, unique in the store.
+            key: the clip's name, unique in the store; see `KnownShards`.
             arrays: every array of the settings, of exactly its type and shape.
             attributes: JSON facts about this clip.
             fingerprint: what the clip was made from, in 32 lower-case hexadecimal digits.
@@ -158,7 +158,12 @@ class ShardWriter:
     def commit(self) -> None:
         """Publish the shard: one rename, then the commit record that readers trust.
 
-        Raises `LockLost` if another writer took the shard over; it has what was staged then.
+        Then write the index, if nobody else is at it and it lacks many shards.
+
+        Raises:
+            LockLost: another writer took the shard over; it has what was staged then.
+            CorruptRecord: the index cannot be written, since a record is damaged or two shards hold
+                one key. This shard is committed all the same.
         """
         staging = self._open_staging()
         group, files = staging.finish()
@@ -168,6 +173,8 @@ class ShardWriter:
         commit_group(self._claim, self._settings, group, record, replaced=None)
         self._staging = None
         self._claim.sweep()
+        self._known.add(record)
+        self._known.keep_index()
 
     def _open_staging(self) -> Staging:
         if self._staging is None:

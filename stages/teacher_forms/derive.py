@@ -26,7 +26,7 @@ from cache_schema import (
     StoreReader,
     StoreWriter,
 )
-from cache_schema.layout import StoreLayout, retry_number
+from cache_schema.layout import StoreLayout, without_retry
 from cache_schema.manifest import read_commit
 from cache_schema.upkeep.drop import DROPPED, REDO, drop_clips
 from cache_schema.upkeep.repair import DAMAGED
@@ -150,7 +150,7 @@ class _Derivation:
         lost: dict[str, list[ClipEntry]] = defaultdict(list)
         for key in self._lost_keys():
             entry = self._reader.record(key)
-            lost[_without_retry(entry.shard)].append(entry)
+            lost[without_retry(entry.shard)].append(entry)
         left = []
         for shard, clips in sorted(lost.items()):
             attempt = 1
@@ -229,12 +229,6 @@ def _take_out_changed(reader: StoreReader, derived: Path, progress: Progress) ->
         detail = "its features were made again from another source"
         drop_clips(derived, [reader.keys[int(row)] for row in changed], detail=detail, reason=REDO)
         progress.log(f"gram_flow: {len(changed)} clips are made again, as their features were")
-
-
-def _without_retry(shard: str) -> str:
-    """The shard that a retry is of; itself where it is none."""
-    attempt = retry_number(shard)
-    return shard.removesuffix(f"-retry{attempt}") if attempt else shard
 
 
 def _read_ahead(

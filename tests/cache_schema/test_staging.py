@@ -79,26 +79,6 @@ def test_clips_staged_from_another_input_are_swept(
     assert _staged(writer, ["a", "b", "bad"], source="another.tar") == []
 
 
-@pytest.mark.parametrize("indexed", [True, False])
-def test_a_writer_knows_the_clips_of_shards_finished_before_and_since(
-    store: Path, settings: StoreSettings, clip_of: ClipOf, indexed: bool
-) -> None:
-    first, second = (StoreWriter.open(store.parent, settings, provenance={}) for _ in range(2))
-    if indexed:
-        first.write_index()
-    assert (store / "index.npz").exists() == indexed
-    with first.shard("2", source="2") as shard:
-        assert [shard.shard_holding(key) for key in ("a0", "b1", "c")] == ["00000", "00001", None]
-    with second.shard("3", source="3") as shard:
-        shard.add("c", clip_of("c"), fingerprint=fingerprint_of("c"))
-        shard.commit()
-    with first.shard("2", source="2") as shard:
-        assert shard.shard_holding("c") == "3"
-        for key, holder in (("c", "3"), ("a1", "00000")):
-            with pytest.raises(ValueError, match=f"already in shard '{holder}'"):
-                shard.add(key, clip_of(key), fingerprint=fingerprint_of(key))
-
-
 def test_a_failed_write_can_be_tried_again(
     tmp_path: Path,
     settings: StoreSettings,
