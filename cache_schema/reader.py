@@ -63,7 +63,8 @@ class StoreReader:
     that was taken out raises `ClipMissing`, one that was made again with other values
     `ClipChanged`; what the store has gained is not seen.
 
-    It can be pickled, and used in processes made by fork or spawn; a copy sees the same clips.
+    It can be pickled, with its index: a copy sees the same clips. Forked processes see the same if
+    this one has looked before, which asking for `keys` does.
     """
 
     def __init__(self, path: Path | str, *, kind: str | None = None) -> None:
@@ -105,6 +106,7 @@ class StoreReader:
         self._records: OrderedDict[str, tuple[ClipEntry, ...]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
+        _ = self._index  # a copy that read its own could find other clips
         return {k: v for k, v in self.__dict__.items() if k != "_records"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -128,13 +128,19 @@ def test_a_reader_works_in_other_processes(
     assert found == {key: clip_of(key)["features"].tobytes() for key in reader.keys}
 
 
+@pytest.mark.parametrize("used_before", [False, True])
 def test_a_pickled_reader_sees_the_same_clips(
-    store: Path, settings: StoreSettings, write_shard: Callable[..., None], clip_of: ClipOf
+    store: Path,
+    settings: StoreSettings,
+    write_shard: Callable[..., None],
+    clip_of: ClipOf,
+    used_before: bool,
 ) -> None:
     reader = StoreReader(store)
-    keys = reader.keys
+    if used_before:
+        reader.read("a0")
     pickled = pickle.dumps(reader)
     write_shard(StoreWriter.open(store.parent, settings, provenance={}), "00002", ["c0"])
     copy = pickle.loads(pickled)
-    assert copy.keys == keys
+    assert copy.keys == reader.keys == ("a0", "a1", "a2", "b0", "b1")
     np.testing.assert_array_equal(copy.read("b0")["mask"], clip_of("b0")["mask"])

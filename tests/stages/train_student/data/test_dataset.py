@@ -47,6 +47,18 @@ def test_a_sample_depends_on_its_number_and_seed_alone(samples, cache, facts):
     assert not torch.equal(samples[7].noise_BFCHW, other[7].noise_BFCHW)
 
 
+def test_no_loader_process_looks_at_a_store_by_itself(tiny, tmp_path, facts):
+    """It could find other clips than the training process, if the store has changed meanwhile."""
+    samples = from_stores(join_stores(tiny.write_cache(tmp_path), {}, kinds=("teacher",)), facts)
+    expected = [samples[number] for number in range(5)]
+    for path in [*tmp_path.glob("*/commits"), *tmp_path.glob("*/index.npz")]:
+        path.rename(path.with_name("gone"))
+    for start in ("fork", "spawn"):
+        numbers = [[number] for number in range(5)]
+        with BatchLoader(samples, numbers, workers=1, start=start, pin_memory=False) as batches:
+            assert all(same(batch, one) for batch, one in zip(batches, expected, strict=True))
+
+
 def test_arrays_belong_to_the_key(samples, cache):
     stores = join_stores(cache, {}, kinds=("teacher",))
     for number in range(10):
