@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -176,7 +177,7 @@ def _foreign_entries(root: Path, settings: StoreSettings, record: CommitRecord) 
     found: list[str] = []
     pending = [root] if root.is_dir() else []
     while pending:
-        with os.scandir(pending.pop()) as entries:
+        with suppress(FileNotFoundError), os.scandir(pending.pop()) as entries:  # just replaced
             for entry in entries:
                 path = Path(entry.path).relative_to(root).as_posix()
                 if path in folders and entry.is_dir(follow_symlinks=False):
