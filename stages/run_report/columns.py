@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.train_student.logs.row_file import each_row
+from stages.train_student.logs.row_file import count_rows, each_row
 from stages.train_student.logs.rows import TIMESTEP_BINS
 
 Points = tuple[np.ndarray, np.ndarray]
@@ -77,7 +77,7 @@ def read_training_losses(path: Path, names: Sequence[str]) -> TrainingLosses:
     Raises:
         ValueError: a line is damaged.
     """
-    num_rows = _count_lines(path)
+    num_rows = count_rows(path)
     quarter = num_rows // 4
     parts = {"first quarter": MeansByNoise(), "last quarter": MeansByNoise()}
     if not quarter:
@@ -87,11 +87,14 @@ def read_training_losses(path: Path, names: Sequence[str]) -> TrainingLosses:
     start = 0
     for rows in _batches(path, num_rows):
         made.add(rows, rows)
-        auxiliary.add(rows, [row.get("auxiliary") or {} for row in rows], new_names=True)
-        by_timestep = [row.get("by_timestep") or {} for row in rows]
-        first.add(by_timestep[: max(quarter - start, 0)] if quarter else by_timestep)
-        if quarter:
-            last.add(by_timestep[max(num_rows - quarter - start, 0) :])
+        try:
+            auxiliary.add(rows, [row.get("auxiliary") or {} for row in rows], new_names=True)
+            by_timestep = [row.get("by_timestep") or {} for row in rows]
+            first.add(by_timestep[: max(quarter - start, 0)] if quarter else by_timestep)
+            if quarter:
+                last.add(by_timestep[max(num_rows - quarter - start, 0) :])
+        except (AttributeError, KeyError, TypeError, OverflowError) as error:
+            raise _damaged(path, rows, error) from error
         start += len(rows)
     return TrainingLosses(
         steps=made.steps(),
@@ -136,8 +139,16 @@ class MeansByNoise:
 
 def _bins(rows: Iterable[Sequence[float | None]]) -> np.ndarray:
     """[N, bins]; NaN for None. Several times as fast as NumPy's own reading of such lists."""
-    flat = array("d", [_NAN if value is None else value for row in rows for value in row])
+    flat = array("d")
+    for row in rows:
+        if len(row) != TIMESTEP_BINS:
+            raise TypeError(f"by_timestep needs {TIMESTEP_BINS} values of each loss")
+        flat.extend([_NAN if value is None else value for value in row])
     return np.array(flat).reshape(-1, TIMESTEP_BINS)
+
+
+def _damaged(path: Path, rows: Sequence[Mapping[str, Any]], error: Exception) -> ValueError:
+    return ValueError(f"{path} has a damaged line at step {rows[0]['step']} or after it: {error!r}")
 
 
 class _Growing:
@@ -170,20 +181,10 @@ class _Growing:
                 values = [row.get(name) for row in numbers]
                 column.extend([_NAN if value is None else value for value in values])
         except (TypeError, OverflowError) as error:
-            step = rows[0]["step"]
-            raise ValueError(
-                f"{self._path} has a damaged line at step {step!r:.80} or after it: {error}"
-            ) from error
+            raise _damaged(self._path, rows, error) from error
 
     def steps(self) -> np.ndarray:
         return np.array(self._steps, np.int64)
 
     def values(self) -> dict[str, np.ndarray]:
         return {name: np.array(column) for name, column in self._columns.items()}
-
-
-def _count_lines(path: Path) -> int:
-    if not path.is_file():
-        return 0
-    with path.open("rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))

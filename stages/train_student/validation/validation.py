@@ -15,8 +15,9 @@ from stages.train_student.config import TrainConfig
 from stages.train_student.distributed import World, on_first_rank
 from stages.train_student.logs.boards import Boards
 from stages.train_student.logs.row_file import RowFile, read_rows
+from stages.train_student.logs.rows import ValidationRow
 from stages.train_student.student import Student
-from stages.train_student.validation.held_out_losses import HeldOutLosses, ValidationRow
+from stages.train_student.validation.held_out_losses import HeldOutLosses
 from stages.train_student.validation.samples import TrainingSamples
 
 
