@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from cache_schema.clip_file import FileFacts
-from cache_schema.durable import open_for_writing, sync
+from cache_schema.durable import naming, open_for_writing, sync
 from cache_schema.errors import CorruptRecord
 from cache_schema.index_checks import check_columns
 from cache_schema.index_file import (
@@ -247,7 +247,7 @@ def write_index(layout: StoreLayout, settings: StoreSettings, lock: FileLock) ->
     layout.staging.mkdir(exist_ok=True)
     temporary = layout.staging / f".{INDEX_FILE}"
     temporary.unlink(missing_ok=True)  # a writer that lost the lock may still have it open
-    with open_for_writing(temporary) as file:
+    with naming(layout.index), open_for_writing(temporary) as file:
         write_columns(file, index.columns, settings, store_crc32c)
         file.flush()
         os.fsync(file.fileno())

@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 from types import TracebackType
 
+from cache_schema.durable import naming
 from cache_schema.errors import LockLost, LockUnsupported, ShardBusy
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -66,7 +67,8 @@ class FileLock:
                 self._lock(descriptor)
                 if self._is_current(descriptor):
                     _refuse_useless_locks(descriptor, self._path)
-                    os.pwrite(descriptor, self._token, 0)
+                    with naming(self._path):
+                        os.pwrite(descriptor, self._token, 0)
                     self._descriptor = descriptor
                     _held.add(self)
             except LockUnsupported:

@@ -15,7 +15,7 @@ import numpy as np
 from cache_schema.claim import ShardClaim
 from cache_schema.clip_file import DamagedFile, read_clip, write_chunk_table
 from cache_schema.committing import safe_metadata
-from cache_schema.durable import make_directories, sync, sync_upwards, write_whole
+from cache_schema.durable import make_directories, naming, sync, sync_upwards, write_whole
 from cache_schema.errors import CacheError
 from cache_schema.manifest import (
     ClipEntry,
@@ -61,7 +61,7 @@ class Staging:
         self._records = claim.records
         self.clips: list[ClipEntry] = []
         self.skipped: list[SkippedClip] = []
-        with claim.guarded():
+        with claim.guarded(), naming(self._group):
             _take_back(claim)
             make_directories(self._group)
             self._adopt()
@@ -78,7 +78,7 @@ class Staging:
         Raises `LockLost` if another writer took the shard over; it has the clips before this one.
         """
         self._claim.check()
-        with self._claim.guarded():
+        with self._claim.guarded(), naming(self._group):
             self._add(key, arrays, attributes, fingerprint)
 
     def _add(
@@ -113,7 +113,7 @@ class Staging:
     def finish(self) -> tuple[Path, dict[str, StoredFile]]:
         """Make the group exactly its clips, and safe; its folder, and the metadata's checksums."""
         self._claim.check()
-        with self._claim.guarded():
+        with self._claim.guarded(), naming(self._group):
             self._lay_out()
             files = safe_metadata(self._group, self._settings)
             sync(self._folder)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cache_schema.claim import ShardClaim
 from cache_schema.clip_index import write_index
-from cache_schema.durable import make_directories, sync
+from cache_schema.durable import make_directories, naming, sync
 from cache_schema.errors import CorruptRecord, LockLost, ShardBusy, UnknownSchemaVersion
 from cache_schema.layout import INDEX_FILE, StoreLayout, is_shard_name, parse_group_name
 from cache_schema.lock import FileLock
@@ -158,7 +158,9 @@ class _Quarantine:
                 for problem in self._found
             ]
             text = json.dumps(found, indent=1)
-            (folder / FINDINGS_FILE).write_text(text, encoding="utf-8")
+            findings = folder / FINDINGS_FILE
+            with naming(findings):
+                findings.write_text(text, encoding="utf-8")
             sync(self._layout.quarantine)
             self.folder = folder
         return self.folder

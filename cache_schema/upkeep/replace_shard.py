@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cache_schema.claim import ShardClaim
 from cache_schema.committing import commit_group, commit_record, safe_metadata
-from cache_schema.durable import make_directories, sync, sync_folders
+from cache_schema.durable import make_directories, naming, sync, sync_folders
 from cache_schema.errors import CorruptClip, LockLost
 from cache_schema.manifest import ClipEntry, CommitRecord, SkippedClip, mend_hint
 from cache_schema.settings import StoreSettings
@@ -130,5 +130,6 @@ def _share(source: Path, target: Path) -> None:
     except FileNotFoundError:
         raise
     except OSError:
-        shutil.copyfile(source, target)
+        with naming(target):
+            shutil.copyfile(source, target)
         sync(target)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
 
-from cache_schema.durable import write_whole
+from cache_schema.durable import naming, write_whole
 
 Row = TypeVar("Row")
 
@@ -76,17 +76,20 @@ class RowFile:
         if kept_bytes < path.stat().st_size:
             check()
             os.truncate(path, kept_bytes)
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row; floats are written as their shortest exact decimals."""
         self._check()
-        self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Make the rows so far survive a power failure."""
-        os.fsync(self._file.fileno())
+        with naming(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Let go of the file."""
