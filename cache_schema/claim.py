@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from cache_schema.durable import make_directories, sync
 from cache_schema.errors import LockLost
 from cache_schema.layout import StoreLayout
 from cache_schema.lock import FileLock
@@ -66,7 +67,7 @@ class ShardClaim:
         try:
             with self.guarded():
                 refuse_links_below(self.layout.staged(self.shard))
-                self._own.mkdir(parents=True)
+                make_directories(self._own)
                 self._take_over()
         except BaseException:
             self._lock.__exit__(None, None, None)
@@ -108,10 +109,10 @@ class ShardClaim:
             path.rename(gone)
             shutil.rmtree(gone)
 
-    def discard_files(self, paths: Iterable[Path]) -> set[Path]:
+    def discard_files(self, paths: Iterable[Path]) -> None:
         """Remove files of the shard, which no commit record names, if the claim still holds.
 
-        Returns the folders to sync, lest what was dropped comes back after a power failure.
+        Durably: what was dropped must not come back after a power failure.
         """
         folders: set[Path] = set()
         for path in paths:
@@ -121,7 +122,9 @@ class ShardClaim:
                     path.rename(gone)
                     folders.add(path.parent)
                     gone.unlink()
-        return folders
+        for folder in sorted(folders):
+            with self.guarded():
+                sync(folder)
 
     def sweep(self) -> None:
         """Remove everything that is staged: the shard is committed, and the claim is done with."""
@@ -140,6 +143,9 @@ class ShardClaim:
         else:
             staged.rename(self.folder)
         self.records.mkdir(exist_ok=True)
+        sync(self.folder)
+        sync(self._own)
+        sync(self._own.parent)
         for other in sorted(self._own.iterdir()):
             if other != self.folder:
                 self.discard(other)

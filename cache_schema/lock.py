@@ -7,7 +7,6 @@ import secrets
 from pathlib import Path
 from types import TracebackType
 
-from cache_schema.durable import naming
 from cache_schema.errors import LockLost, LockUnsupported, ShardBusy
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -67,8 +66,7 @@ class FileLock:
                 self._lock(descriptor)
                 if self._is_current(descriptor):
                     _refuse_useless_locks(descriptor, self._path)
-                    with naming(self._path):
-                        os.pwrite(descriptor, self._token, 0)
+                    os.pwrite(descriptor, self._token, 0)
                     self._descriptor = descriptor
                     _held.add(self)
             except LockUnsupported:
@@ -157,18 +155,15 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def is_locked(path: Path) -> bool:
-    """Whether somebody holds the lock at this moment; false where that cannot be found out."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a FIFO would wait
+    """Whether somebody holds the lock at this moment."""
     try:
-        descriptor = os.open(path, flags)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.ENXIO):
-            return False
-        raise
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        return isinstance(error, BlockingIOError)
+    except BlockingIOError:
+        return True
     finally:
         os.close(descriptor)
     return False

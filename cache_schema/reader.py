@@ -6,8 +6,8 @@ are not there. A shard that is replaced while the reader is open is followed to 
 """
 
 from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -67,12 +67,16 @@ class StoreReader:
     this one has looked before, which asking for `keys` does.
     """
 
-    def __init__(self, path: Path | str, *, kind: str | None = None) -> None:
+    def __init__(
+        self, path: Path | str, *, kind: str | None = None, shards: Collection[str] | None = None
+    ) -> None:
         """Open the store at `path`.
 
         Args:
             path: the store's folder or URL, as `find_store` returns it.
             kind: refuse a store of another kind with `SettingsMismatch`.
+            shards: know these alone, as their commit records give them, and not the index; names
+                of shards that are not finished are left out.
 
         Raises:
             StoreNotFound, UnknownSchemaVersion, CorruptRecord: from `store.json`.
@@ -95,11 +99,14 @@ class StoreReader:
             raise SettingsMismatch(
                 f"{self.path} is a store of kind {self.settings.kind!r}, not {kind!r}"
             )
+        self._only = shards
         self._replaced: dict[str, ClipIndex] = {}
         self._forget()
 
     @cached_property
     def _index(self) -> ClipIndex:
+        if self._only is not None:
+            return index_of_records(self._place, self.settings, self._only)
         return load_index(self._place, self.settings)
 
     def _forget(self) -> None:
@@ -128,6 +135,14 @@ class StoreReader:
         """The clips of the input that are not here, with reasons; as the newest retry found."""
         return tuple(self.iter_skipped())
 
+    @cached_property
+    def skipped_by_key(self) -> Mapping[str, Sequence[SkippedClip]]:
+        """`skipped`, by key; a shard may give several reasons for one."""
+        found: defaultdict[str, list[SkippedClip]] = defaultdict(list)
+        for clip in self.skipped:
+            found[clip.key].append(clip)
+        return dict(found)
+
     def iter_skipped(self) -> Iterator[SkippedClip]:
         """`skipped`, one after the other, shard by shard; they are not held together."""
         unclear = self._index.skipped_elsewhere()
@@ -146,6 +161,11 @@ class StoreReader:
     def fingerprints(self) -> np.ndarray:
         """What each clip was made from, in the order of `keys`: 32 ASCII digits, dtype S32."""
         return self._index.columns["clips.fingerprint"]
+
+    @property
+    def shard_numbers(self) -> np.ndarray:
+        """The shard of each clip, by its place in `shards`; unsigned, in the order of `keys`."""
+        return self._index.columns["clips.shard"]
 
     @property
     def shards(self) -> Mapping[str, ShardFacts]:

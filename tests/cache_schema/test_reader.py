@@ -73,6 +73,30 @@ def test_shards_are_known_with_their_sizes(store: Path) -> None:
     assert reader.num_bytes == sum(sizes.values())
 
 
+def test_a_reader_of_some_shards_reads_their_records_alone(
+    store: Path, settings: StoreSettings, clip_of: ClipOf
+) -> None:
+    StoreWriter.open(store.parent, settings, provenance={}).write_index()
+    (store / "index.npz").write_bytes(b"no index")
+    (store / "commits" / "00000.json").write_bytes(b"no record")
+    reader = StoreReader(store, shards=["00001", "00002"])
+    assert reader.keys == ("b0", "b1")
+    assert list(reader.shards) == ["00001"]
+    assert reader.shard_numbers.tolist() == [0, 0]
+    assert reader.skipped_by_key == {}
+    np.testing.assert_array_equal(reader.read("b1")["mask"], clip_of("b1")["mask"])
+    with pytest.raises(CorruptRecord):
+        _ = StoreReader(store, shards=["00000"]).keys
+
+
+def test_what_was_skipped_is_found_by_key(store: Path) -> None:
+    reader = StoreReader(store)
+    assert reader.skipped_by_key == {"a3": list(reader.skipped)}
+    assert [list(reader.shards)[n] for n in reader.shard_numbers] == [
+        reader.shard_of(key) for key in reader.keys
+    ]
+
+
 def test_where_a_clip_lies_is_known_without_its_record(
     store: Path, settings: StoreSettings, clip_of: ClipOf
 ) -> None:
