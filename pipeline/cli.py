@@ -119,8 +119,8 @@ def extract_features(
         bool,
         typer.Option(
             "--dry-run",
-            help="Read the dataset's headers and print what the run would need and skip; write "
-            "nothing.",
+            help="Read the dataset's headers, compare all of its clips with the cache, and print "
+            "what the run would need and skip; write nothing.",
         ),
     ] = False,
     as_json: Json = False,
@@ -129,8 +129,9 @@ def extract_features(
 ) -> None:
     """Stage one: teacher features, masks, latents and text states of every clip, into the cache.
 
-    What is in the cache already is kept, and compared with the dataset first. Run it again after
-    an interruption, and it goes on; with clips added to the dataset, and it extracts those.
+    What is in the cache already is kept, and compared with the dataset: a part of it first, the
+    rest when all shards are done. Run it again after an interruption, and it goes on; with clips
+    added to the dataset, and it extracts those.
     """
     from pipeline.commands import estimate, extract
 

@@ -1,7 +1,8 @@
 """Errors to exit codes: what a person must know on one line, the traceback on request.
 
-0 done; 1 a failure while working; 2 bad usage or configuration, before any work; 3 finished, but
-more clips were skipped than `extract.max_skipped` allows; 130 stopped with Ctrl-C or SIGTERM.
+0 done; 1 a failure while working; 2 bad usage or configuration, before any work, or a cache that
+was made from other sources, which extraction may find later; 3 finished, but more clips were
+skipped than `extract.max_skipped` allows; 130 stopped with Ctrl-C or SIGTERM.
 """
 
 import errno

@@ -34,6 +34,10 @@ class InputShard(Protocol):
         """Where its clips come from, relative to the dataset."""
 
     @property
+    def key_prefix(self) -> str:
+        """What the key of each of its clips begins with; empty where it says nothing."""
+
+    @property
     def listed_clips(self) -> int | None:
         """How many records there are, where that is known without reading the shard."""
 
@@ -95,6 +99,10 @@ class _TarShard:
     path: Path
     listed_clips: ClassVar[None] = None
 
+    @property
+    def key_prefix(self) -> str:
+        return f"{self.name}/"
+
     def num_clips(self) -> int:
         return count_records(self.path)
 
@@ -102,7 +110,7 @@ class _TarShard:
         return self.path.stat().st_size
 
     def records(self) -> Iterator[ClipRecord | BadRecord]:
-        return tar_records(self.path, key_prefix=f"{self.name}/")
+        return tar_records(self.path, key_prefix=self.key_prefix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +119,7 @@ class _RowsShard:
     clips: _ClipList
     start: int
     stop: int
+    key_prefix: ClassVar[str] = ""
 
     @property
     def source(self) -> str:

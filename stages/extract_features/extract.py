@@ -1,27 +1,31 @@
 """Stage one from end to end: every kind over the dataset's shards; the pipeline calls it."""
 
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Set
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from cache_schema import JSON, StoreReader, StoreWriter
-from stages.clips import ClipDataset, ClipsConfig, input_shard_name, open_dataset
+from stages.clips import ClipDataset, ClipsConfig, InputShard, input_shard_name, open_dataset
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig, Kind
 from stages.extract_features.extraction import Extraction, bucket_name
 from stages.extract_features.make_extractions import device_named, make_extractions
 from stages.extract_features.summary import ExtractSummary, KindSummary
-from stages.extract_features.work.comparison import Comparison
-from stages.extract_features.work.dataset_sources import DatasetSources
+from stages.extract_features.work.comparison import Comparison, StoreShare
 from stages.extract_features.work.failure_manifest import FAILURES_FILE, failures_listed
-from stages.extract_features.work.jobs import JobPlan, ShardJob, pending_jobs, plan_jobs
+from stages.extract_features.work.jobs import (
+    EarlierStores,
+    JobPlan,
+    ShardJob,
+    pending_jobs,
+    plan_jobs,
+    whole_jobs,
+)
 from stages.extract_features.work.local_engine import EngineReport, LocalEngine
 from stages.extract_features.work.ray_engine import RayEngine
 from stages.extract_features.work.ray_worker import WorkerSetup
-from stages.extract_features.work.refresh import compare_and_refresh
+from stages.extract_features.work.refresh import compare_and_refresh, look_at_one_shard
 from stages.other_writers import wait_for_others
 from stages.progress import Progress
 
@@ -44,13 +48,14 @@ def extract_features(
     One model after the other, so that one big model is loaded at a time; with `clips.buckets`, one
     size after the other, each into stores of its own, and every clip into those of one size.
 
-    Before any work every clip of the dataset is compared with what the stores made theirs from.
-    What a store lacks is extracted; clips that a finished shard lacks go into further shards, and
-    nothing finished is written again. An unfinished shard goes on after the clips that are safely
-    staged. Shards that other processes are writing are waited for, and taken over if such a process
-    ends before its shard is done. Clips that have left the dataset stay in the store. A clip that
-    cannot be used is recorded with its reason and skipped; `failures.jsonl` in the cache folder
-    lists all of them afterwards, also when an error ended the run.
+    Unfinished shards come first, each compared with the stores when it is taken. Then each process
+    compares its share of the shards that were finished before: clips that one lacks go into further
+    shards, and nothing finished is written again. Before any work one finished shard is compared,
+    and if it does not fit, the process's whole share. An unfinished shard goes on after the clips
+    that are safely staged. Shards that other processes are writing are waited for, and taken over
+    if such a process ends before its shard is done. Clips that have left the dataset stay in the
+    store. A clip that cannot be used is recorded with its reason and skipped; `failures.jsonl` in
+    the cache folder lists all of them afterwards, also when an error ended the run.
 
     Args:
         config: What to compute, and where.
@@ -59,8 +64,8 @@ def extract_features(
         cache_root: Folder of the stores; made when missing.
         provenance: Facts about the run, kept in stores that this run creates.
         progress: Bars and lines.
-        rank: This process's number; it begins with the shards rank, rank + world_size, ... and goes
-            on to what the others have not finished.
+        rank: This process's number; the shards rank, rank + world_size, ... are its share, after
+            which it goes on to what the others have not finished.
         world_size: Number of processes at work.
         retry_failed: Take the clips again that finished shards left out; what comes of them goes
             into further shards, and nothing finished is touched.
@@ -70,7 +75,8 @@ def extract_features(
     Raises:
         ValueError: A setting does not fit, before any work is done: dataset, base model, SAM2
             checkpoint, device or Ray is missing or wrong.
-            Or a store holds clips made from other sources, without `refresh_changed`.
+            Or a store is another dataset's; or, found before any work or at the end, it holds clips
+            made from other sources, without `refresh_changed`. What was extracted stays.
         CacheError: A store is damaged.
     """
     if not 0 <= rank < world_size:
@@ -96,133 +102,220 @@ def extract_features(
     else:
         device = device_named(config.device, rank)
         engine = LocalEngine(dataset.by_name, config.teacher, device, rank, world_size)
-    extractions = make_extractions(config, clips.sizes, model)
     with engine:
-        stores = [
-            {
-                kind: StoreWriter.open(cache_root, settings, provenance=provenance)
-                for kind, settings in extraction.settings.items()
-            }
-            for extraction in extractions
-        ]
+        run = _Run(
+            config, clips, model, cache_root, provenance, dataset, rank, world_size, progress
+        )
         with failures_listed(cache_root, progress.log):
-            comparison = compare_and_refresh(
-                cache_root, dataset, config, stores, progress, refresh_changed=refresh_changed
-            )
-            summaries = _fill(
-                engine, dataset, extractions, stores, comparison, progress, retry_failed
-            )
+            run.fill(engine, retry_failed=retry_failed, refresh_changed=refresh_changed)
+            summaries = run.summaries()
     return ExtractSummary(
         kinds=tuple(summaries),
         dataset=dataset.layout,
         failures=cache_root / FAILURES_FILE,
-        notes=tuple(comparison.told()),
+        notes=tuple(run.comparison.told(world_size)),
     )
 
 
-def _fill(
-    engine: RayEngine | LocalEngine,
-    dataset: ClipDataset,
-    extractions: Sequence[Extraction],
-    stores: Sequence[Mapping[Kind, StoreWriter]],
-    comparison: Comparison,
-    progress: Progress,
-    retry_failed: bool,
-) -> list[KindSummary]:
-    sizes = Counter[tuple[Kind, ...]]()
-    plans = []
-    for writers in stores:
-        kinds = tuple(writers)
-        plans.append(
-            plan_jobs(dataset, writers, comparison, size=sizes[kinds], retry_failed=retry_failed)
+class _Run:
+    """One process's run over all stores, and what it found of them."""
+
+    def __init__(
+        self,
+        config: ExtractConfig,
+        clips: ClipsConfig,
+        model: BaseModelConfig,
+        cache_root: Path,
+        provenance: dict[str, JSON],
+        dataset: ClipDataset,
+        rank: int,
+        world_size: int,
+        progress: Progress,
+    ) -> None:
+        self._config = config
+        self._cache_root = cache_root
+        self._provenance = provenance
+        self._dataset = dataset
+        self._rank = rank
+        self._world_size = world_size
+        self._progress = progress
+        self._works = [
+            _Work(extraction) for extraction in make_extractions(config, clips.sizes, model)
+        ]
+        self._open_stores()
+        self._finished_before = {writer.path: writer.committed() for _, writer in self._stores()}
+        self.comparison = Comparison()
+        """Of this process's share of what was finished before."""
+
+    def fill(
+        self, engine: RayEngine | LocalEngine, *, retry_failed: bool, refresh_changed: bool
+    ) -> None:
+        """The shards that no run has finished; then what is lacking of those that one had."""
+        unlike = look_at_one_shard(
+            self._dataset,
+            self._config,
+            self._stores(),
+            rank=self._rank,
+            world_size=self._world_size,
         )
-        sizes[kinds] += 1
-    works = [
-        _Work(extraction, writers, plan)
-        for extraction, writers, plan in zip(extractions, stores, plans, strict=True)
-    ]
-    unfinished = True
-    while unfinished:
-        for work in works:
-            work.run(engine, progress)
-        wait_for_others(lambda: _left(works), progress)
-        unfinished = bool(_left(works))
-    return [
-        _summary(kind, writer, work, dataset, comparison.sources)
-        for work in works
-        for kind, writer in work.writers.items()
-    ]
+        if unlike and not refresh_changed:
+            self._compare_finished(unlike, refresh_changed=False)  # refuses, and names them all
+        for work in self._works:
+            earlier = self._earlier(work, retry_failed)
+            work.plan = whole_jobs(self._dataset.shards, work.writers, earlier)
+        self._carry_out(engine)
+        if any(self._finished_before.values()):
+            unlike = {name for work in self._works for name in work.report.unlike}
+            shards = self._compare_finished(unlike, refresh_changed=refresh_changed)
+            self._open_stores()  # what a writer knows of a store is of before clips were taken out
+            for work in self._works:
+                work.plan = plan_jobs(
+                    shards,
+                    work.writers,
+                    self.comparison,
+                    size=self._size(work),
+                    retry_failed=retry_failed,
+                )
+            self._carry_out(engine)
 
+    def _open_stores(self) -> None:
+        for work in self._works:
+            work.writers = {
+                kind: StoreWriter.open(self._cache_root, settings, provenance=self._provenance)
+                for kind, settings in work.extraction.settings.items()
+            }
 
-def _left(works: Sequence["_Work"]) -> dict[str, bool]:
-    return {name: busy for work in works for name, busy in work.left().items()}
+    def _stores(self) -> list[tuple[Kind, StoreWriter]]:
+        return [entry for work in self._works for entry in work.writers.items()]
+
+    def _alike(self, work: "_Work") -> list["_Work"]:
+        """The works of all sizes of some kinds."""
+        return [one for one in self._works if one.writers.keys() == work.writers.keys()]
+
+    def _size(self, work: "_Work") -> int:
+        return self._alike(work).index(work)
+
+    def _earlier(self, work: "_Work", retry_failed: bool) -> EarlierStores | None:
+        paths = {
+            kind: tuple(one.writers[kind].path for one in self._alike(work))
+            for kind in work.writers
+        }
+        if not any(self._finished_before[path] for of_kind in paths.values() for path in of_kind):
+            return None
+        return EarlierStores(paths=paths, size=self._size(work), retry_failed=retry_failed)
+
+    def _carry_out(self, engine: RayEngine | LocalEngine) -> None:
+        while True:
+            for work in self._works:
+                work.run(engine, self._progress)
+            wait_for_others(self._left, self._progress)
+            if not self._left():
+                return
+
+    def _left(self) -> dict[str, bool]:
+        return {name: busy for work in self._works for name, busy in work.left().items()}
+
+    def _compare_finished(self, unlike: Set[str], *, refresh_changed: bool) -> list[InputShard]:
+        """Compare this process's share of the shards that were finished before, and some more."""
+        share = self._dataset.shards[self._rank :: self._world_size]
+        names = {shard.name for shard in share}
+        finished = frozenset[str]().union(*self._finished_before.values())
+        before = {input_shard_name(name, self._dataset) for name in finished}
+        shards = [
+            shard
+            for shard in self._dataset.shards
+            if shard.name in unlike or (shard.name in names and shard.name in before)
+        ]
+        read = {shard.name for shard in shards}
+
+        def is_of(store_shard: str) -> bool:
+            name = input_shard_name(store_shard, self._dataset)
+            return store_shard in finished and (name is None or name in names)
+
+        self.comparison = compare_and_refresh(
+            self._cache_root,
+            shards,
+            self._config,
+            self._stores(),
+            StoreShare(
+                is_of=is_of,
+                unread=[shard for shard in self._dataset.shards if shard.name not in read],
+            ),
+            self._progress,
+            refresh_changed=refresh_changed,
+        )
+        return shards
+
+    def summaries(self) -> list[KindSummary]:
+        """Of every store."""
+        return [
+            self._summary(kind, writer, work)
+            for work in self._works
+            for kind, writer in work.writers.items()
+        ]
+
+    def _summary(self, kind: Kind, writer: StoreWriter, work: "_Work") -> KindSummary:
+        """What the store holds of the dataset, whoever wrote it, and what this process did."""
+        writer.write_index()
+        reader = StoreReader(writer.path)
+        of_dataset = {
+            name: facts
+            for name, facts in reader.shards.items()
+            if input_shard_name(name, self._dataset) is not None
+        }
+        # Of older shards with other names, clips that moved to another shard of the dataset.
+        counted = of_dataset.keys() | self._finished_before[writer.path]
+        gone, gone_skipped = 0, frozenset[str]()
+        if kind in self.comparison.kinds:
+            found = self.comparison.kinds[kind].stores[self._size(work)]
+            gone, gone_skipped = len(found.gone), found.gone_skipped
+        held = sum(facts.num_clips for name, facts in reader.shards.items() if name in counted)
+        written = work.report.written[kind]
+        return KindSummary(
+            kind=kind,
+            bucket=bucket_name(work.extraction.size),
+            store=writer.path,
+            clips_written=written,
+            clips_already_there=held - gone - written,
+            skipped=tuple(
+                clip
+                for clip in reader.skipped
+                if clip.shard in counted and clip.key not in gone_skipped
+            ),
+            seconds=work.seconds,
+            bytes=sum(facts.num_bytes for facts in of_dataset.values()),
+            captions_cut=work.report.captions_cut,
+        )
 
 
 class _Work:
     """One extraction's part of a run, and what came of it."""
 
-    def __init__(
-        self, extraction: Extraction, writers: Mapping[Kind, StoreWriter], plan: JobPlan
-    ) -> None:
+    writers: Mapping[Kind, StoreWriter]
+
+    def __init__(self, extraction: Extraction) -> None:
         self.extraction = extraction
-        self.writers = writers
         self.report = EngineReport()
         self.seconds = 0.0
-        self._plan = plan
-        self._unfinished = list(plan.jobs)
+        self.plan = JobPlan(jobs=(), num_settled=0)
 
     def run(self, engine: RayEngine | LocalEngine, progress: Progress) -> None:
         """Do what is left and nobody else is at."""
         started = time.perf_counter()
-        if not all(map(self._is_busy, pending_jobs(self._unfinished, self.writers))):
-            report = engine.run(self.extraction, self.writers, self._plan, progress)
-            self.report.written += report.written
-            self.report.captions_cut += report.captions_cut
-            self._unfinished = pending_jobs(self._unfinished, self.writers)
+        pending = pending_jobs(self._unsettled(), self.writers)
+        if not all(map(self._is_busy, pending)):
+            self.report.add(engine.run(self.extraction, self.writers, self.plan, progress))
+            self.plan = replace(self.plan, jobs=self._unsettled())
         self.seconds += time.perf_counter() - started
 
     def left(self) -> dict[str, bool]:
         """The unfinished shards, and whether another process is writing them."""
-        self._unfinished = [job for job in self._unfinished if job.is_pending(self.writers)]
+        self.plan = replace(self.plan, jobs=pending_jobs(self._unsettled(), self.writers))
         kinds = " and ".join(self.writers)
-        return {f"{kinds} {job.name}": self._is_busy(job) for job in self._unfinished}
+        return {f"{kinds} {job.name}": self._is_busy(job) for job in self.plan.jobs}
+
+    def _unsettled(self) -> list[ShardJob]:
+        return [job for job in self.plan.jobs if job.name not in self.report.left_alone]
 
     def _is_busy(self, job: ShardJob) -> bool:
         return any(self.writers[kind].is_busy(job.name) for kind in job.keys)
-
-
-def _summary(
-    kind: Kind,
-    writer: StoreWriter,
-    work: _Work,
-    dataset: ClipDataset,
-    sources: DatasetSources | None,
-) -> KindSummary:
-    """What the store holds of the dataset, whoever wrote it, and what this process did."""
-    writer.write_index()
-    reader = StoreReader(writer.path)
-    of_dataset = {
-        name: facts
-        for name, facts in reader.shards.items()
-        if input_shard_name(name, dataset) is not None
-    }
-    written = work.report.written[kind]
-    if sources is None:
-        held = sum(facts.num_clips for facts in of_dataset.values())
-    else:
-        held = int(np.count_nonzero(reader.keys.rows_of(sources.keys) >= 0))
-    return KindSummary(
-        kind=kind,
-        bucket=bucket_name(work.extraction.size),
-        store=writer.path,
-        clips_written=written,
-        clips_already_there=held - written,
-        skipped=tuple(
-            clip
-            for clip in reader.skipped
-            if (clip.shard in of_dataset if sources is None else clip.key in sources.keys)
-        ),
-        seconds=work.seconds,
-        bytes=sum(facts.num_bytes for facts in of_dataset.values()),
-        captions_cut=work.report.captions_cut,
-    )

@@ -27,7 +27,13 @@ from stages.extract_features.estimates.store_sizes import FormSize, bytes_of, is
 from stages.extract_features.estimates.survey import MOST_PROBED, ShardSurvey, survey_shards
 from stages.extract_features.extraction import DTYPES
 from stages.extract_features.make_extractions import TRACKED_KINDS, device_named
-from stages.extract_features.work.comparison import Comparison, Readers, compare
+from stages.extract_features.work.comparison import (
+    Comparison,
+    Readers,
+    StoreShare,
+    compare,
+    refuse_another_dataset,
+)
 from stages.extract_features.work.dataset_sources import read_sources
 from stages.metering import matmul_flops_per_second
 from stages.progress import Progress
@@ -180,7 +186,7 @@ def estimate(
 
     Raises:
         ValueError: A setting does not fit, or a store was made from other sources than the
-            dataset's, as the run would say before any work.
+            dataset's, as the run would say. All clips are compared.
         CacheError: A store in the cache is damaged.
     """
     device = device_named(config.device, 0)
@@ -188,9 +194,14 @@ def estimate(
     plans = planned_passes(config, clips, model)
     comparison = Comparison()
     if any(reader and reader.shards for _, reader in _readers(plans, cache_root)):
-        sources = read_sources(dataset, config, progress)
-        comparison = compare(_readers(plans, cache_root), sources)
-    comparison.check(refresh_changed=refresh_changed)
+        for kind in config.kinds:
+            found = (reader for one, reader in _readers(plans, cache_root) if one == kind)
+            refuse_another_dataset(kind, [reader for reader in found if reader], dataset)
+        sources = read_sources(dataset.shards, config.kinds, config.teacher, progress)
+        share = StoreShare(is_of=lambda _: True)
+        comparison = compare(_readers(plans, cache_root), sources, share)
+    if not refresh_changed:
+        comparison.refuse_changed()
     lacking = _Lacking(
         comparison=comparison, retry_failed=retry_failed, refresh_changed=refresh_changed
     )

@@ -1,16 +1,17 @@
-"""The dataset's clips as fingerprints, from one pass over captions, prompts and video samples."""
+"""Clips of the dataset as fingerprints, from a pass over captions, prompts and video samples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
 from cache_schema import SortedText
 from cache_schema.layout import FINGERPRINT_DIGITS
-from stages.clips import BadRecord, ClipDataset, InputShard
+from stages.clips import BadRecord, ClipRecord, InputShard
 from stages.clips.fingerprints import NO_VIDEO, hash_video
-from stages.extract_features.config import ExtractConfig, Kind
+from stages.extract_features.config import Kind, TeacherConfig
 from stages.extract_features.fingerprints import fingerprint_of
 from stages.extract_features.make_extractions import group_kinds
 from stages.progress import Progress
@@ -21,7 +22,7 @@ _THREADS = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DatasetSources:
-    """Every clip of the dataset, bad records included, in ascending order of keys."""
+    """Every clip of some shards, bad records included, in ascending order of keys."""
 
     keys: SortedText
     shard_names: tuple[str, ...]
@@ -46,17 +47,34 @@ class DatasetSources:
         }
 
 
-def read_sources(dataset: ClipDataset, config: ExtractConfig, progress: Progress) -> DatasetSources:
-    """Read what fingerprints are made of; no video but its samples."""
-    groups = group_kinds(config.kinds)
+def read_sources(
+    shards: Sequence[InputShard],
+    kinds: tuple[Kind, ...],
+    teacher: TeacherConfig,
+    progress: Progress,
+    *,
+    most_clips: int | None = None,
+) -> DatasetSources:
+    """Read what fingerprints are made of; no video but its samples.
+
+    Args:
+        shards: Of the dataset.
+        kinds: Whose fingerprints are needed.
+        teacher: Which sources prompts come from.
+        progress: A bar.
+        most_clips: Of each shard, from its beginning; None for all.
+    """
+    groups = group_kinds(kinds)
     keys: list[bytes] = []
     digits = [bytearray() for _ in groups]
     counts: list[int] = []
     with (
-        progress.task("compare with the cache", len(dataset.shards), unit="shards") as task,
+        progress.task("compare with the cache", len(shards), unit="shards") as task,
         ThreadPoolExecutor(_THREADS) as threads,
     ):
-        for found in threads.map(lambda shard: _of_shard(shard, config, groups), dataset.shards):
+        for found in threads.map(
+            lambda shard: _of_shard(islice(shard.records(), most_clips), teacher, groups), shards
+        ):
             keys += found[0]
             counts.append(len(found[0]))
             for all_of_group, of_shard in zip(digits, found[1], strict=True):
@@ -67,7 +85,7 @@ def read_sources(dataset: ClipDataset, config: ExtractConfig, progress: Progress
     sorted_digits = [np.frombuffer(one, f"S{FINGERPRINT_DIGITS}")[order] for one in digits]
     return DatasetSources(
         keys=SortedText.from_utf8(keys[row] for row in order.tolist()),
-        shard_names=tuple(shard.name for shard in dataset.shards),
+        shard_names=tuple(shard.name for shard in shards),
         shard_N=shard_N,
         fingerprints={
             kind: of_group
@@ -78,15 +96,17 @@ def read_sources(dataset: ClipDataset, config: ExtractConfig, progress: Progress
 
 
 def _of_shard(
-    shard: InputShard, config: ExtractConfig, groups: Sequence[tuple[Kind, ...]]
+    records: Iterable[ClipRecord | BadRecord],
+    teacher: TeacherConfig,
+    groups: Sequence[tuple[Kind, ...]],
 ) -> tuple[list[bytes], list[bytes]]:
     """Keys, and for each group of kinds the digits of all fingerprints on end."""
     keys = []
     digits = [bytearray() for _ in groups]
-    for record in shard.records():
+    for record in records:
         keys.append(record.key.encode("utf-8"))
         video = NO_VIDEO if isinstance(record, BadRecord) else hash_video(record.video)
         for of_group, kinds in zip(digits, groups, strict=True):
-            fingerprint = fingerprint_of(record, kinds[0], config.teacher, video)
+            fingerprint = fingerprint_of(record, kinds[0], teacher, video)
             of_group += fingerprint.encode("ascii")
     return keys, [bytes(of_group) for of_group in digits]

@@ -1,15 +1,29 @@
-"""What is to be done with which shard; planned once per run, carried out by the engines."""
+"""What is to be done with which shard; planned here, carried out by the engines."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from cache_schema import SortedText, StoreWriter
-from stages.clips import BadRecord, ClipDataset, ClipRecord, InputShard, retry_shard_name
+from stages.clips import BadRecord, ClipRecord, InputShard, retry_shard_name
 from stages.extract_features.config import Kind
 from stages.extract_features.work.comparison import Comparison
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EarlierStores:
+    """The stores that hold something of a job's kinds; plain data, sent to workers."""
+
+    paths: Mapping[Kind, tuple[Path, ...]]
+    """By kind, of every size."""
+    size: int
+    """Which of them the job writes to."""
+    retry_failed: bool
+    """Take clips again that were skipped."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +41,8 @@ class ShardJob:
     """Of all of them, those that are settled in other shards of the store."""
     retried: frozenset[str]
     """Clips that the stores of this size have skipped, so that they are known to be of it."""
+    earlier: "EarlierStores | None" = None
+    """What it must be compared with first; None where it was, or no store holds anything."""
 
     def wants(self, kind: Kind, key: str) -> bool:
         """Whether a clip is to be written into the store of a kind."""
@@ -69,8 +85,27 @@ class JobPlan:
     """Clips of the dataset that none of the jobs concerns."""
 
 
+def whole_jobs(
+    shards: Sequence[InputShard], kinds: Iterable[Kind], earlier: EarlierStores | None
+) -> JobPlan:
+    """A job for every shard, which its worker compares with the stores when it takes it."""
+    jobs = [
+        ShardJob(
+            input_name=shard.name,
+            name=shard.name,
+            source=shard.source,
+            keys=dict.fromkeys(kinds),
+            left_out={},
+            retried=frozenset(),
+            earlier=earlier,
+        )
+        for shard in shards
+    ]
+    return JobPlan(jobs=jobs, num_settled=0)
+
+
 def plan_jobs(
-    dataset: ClipDataset,
+    shards: Sequence[InputShard],
     writers: Mapping[Kind, StoreWriter],
     comparison: Comparison,
     *,
@@ -84,47 +119,34 @@ def plan_jobs(
     called: rows may have moved from one shard to another.
 
     Args:
-        dataset: In shards.
+        shards: Those that were compared, in the order of `comparison.sources`.
         writers: The stores of the extraction.
-        comparison: Of the dataset with all stores.
+        comparison: Of the shards with all stores.
         size: Which of several sizes the stores are of.
         retry_failed: Take clips again that were skipped.
     """
-    if comparison.sources is None:
-        jobs = [
-            ShardJob(
-                input_name=shard.name,
-                name=shard.name,
-                source=shard.source,
-                keys=dict.fromkeys(writers),
-                left_out={},
-                retried=frozenset(),
-            )
-            for shard in dataset.shards
-        ]
-        return JobPlan(jobs=jobs, num_settled=0)
-    return _Plan(dataset, writers, comparison, size, retry_failed).made()
+    return _Plan(shards, writers, comparison, size, retry_failed).made()
 
 
 class _Plan:
-    """One extraction's jobs, where there is a dataset to compare with."""
+    """One extraction's jobs for shards that were compared."""
 
     def __init__(
         self,
-        dataset: ClipDataset,
+        shards: Sequence[InputShard],
         writers: Mapping[Kind, StoreWriter],
         comparison: Comparison,
         size: int,
         retry_failed: bool,
     ) -> None:
         assert comparison.sources is not None
-        self._dataset = dataset
+        self._shards = shards
         self._writers = writers
         self._keys: SortedText = comparison.sources.keys
         shard_N = comparison.sources.shard_N
         # Rows shard by shard, and where each shard's begin.
         self._rows = np.argsort(shard_N, kind="stable")
-        self._starts = np.searchsorted(shard_N[self._rows], np.arange(len(dataset.shards) + 1))
+        self._starts = np.searchsorted(shard_N[self._rows], np.arange(len(shards) + 1))
         self._wanted: dict[Kind, np.ndarray] = {}
         self._retried_N = np.zeros(len(shard_N), bool)
         for kind in writers:
@@ -138,7 +160,7 @@ class _Plan:
         whole: list[ShardJob] = []
         further: list[ShardJob] = []
         num_settled = 0
-        for place, shard in enumerate(self._dataset.shards):
+        for place, shard in enumerate(self._shards):
             lacking = [
                 kind for kind, wanted_N in self._wanted.items() if wanted_N[self._of(place)].any()
             ]
@@ -194,8 +216,11 @@ def _next_number(name: str, writer: StoreWriter) -> int:
     return number
 
 
-def in_turn(jobs: Sequence[ShardJob], rank: int, world_size: int) -> list[ShardJob]:
-    """The order in which a worker looks at the jobs: its own share, then the others'.
+_Item = TypeVar("_Item")
+
+
+def in_turn(jobs: Sequence[_Item], rank: int, world_size: int) -> list[_Item]:
+    """The order in which a worker looks at jobs or shards: its own share, then the others'.
 
     Other workers go through their shares from the front, so it takes these from the back.
     """

@@ -30,6 +30,17 @@ class EngineReport:
     """Clips added to each store."""
     captions_cut: int = 0
     """Captions that were longer than the text encoder reads."""
+    left_alone: set[str] = field(default_factory=set)
+    """Jobs of which no store lacked a clip."""
+    unlike: set[str] = field(default_factory=set)
+    """Shards of the dataset of which a store has a clip from another source."""
+
+    def add(self, other: "EngineReport") -> None:
+        """Take in what a further run did."""
+        self.written += other.written
+        self.captions_cut += other.captions_cut
+        self.left_alone |= other.left_alone
+        self.unlike |= other.unlike
 
 
 class LocalEngine:
@@ -88,6 +99,7 @@ class LocalEngine:
             jobs = in_turn(plan.jobs, self._rank, self._world_size)
             _work_through(jobs, worker, writers, bar, report, progress)
             report.captions_cut = worker.captions_cut
+            report.left_alone, report.unlike = worker.left_alone, worker.unlike
         return report
 
 

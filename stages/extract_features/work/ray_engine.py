@@ -227,6 +227,8 @@ class _Crew:
             if answer.written is not None:
                 self._report.written += answer.written
                 self._report.captions_cut += answer.captions_cut
+                self._report.left_alone |= answer.left_alone
+                self._report.unlike |= answer.unlike
                 self._bar.done(job)
         member.job = waiting.popleft() if waiting else None
         if member.job is None:

@@ -52,6 +52,10 @@ class WorkReport:
     """Clips added to each store; None where another process has the shard, or work goes on."""
     captions_cut: int = 0
     """Of the clips written."""
+    left_alone: frozenset[str] = frozenset()
+    """As of `EngineReport`; this job's name, or nothing."""
+    unlike: frozenset[str] = frozenset()
+    """As of `EngineReport`; this job's shard, or nothing."""
 
 
 class RayWorker:
@@ -115,7 +119,13 @@ class RayWorker:
             self._lines.append(f"{' and '.join(job.keys)}: left alone for now, {busy}")
             return self.report()
         cut = self._worker.captions_cut - cut_before
-        return replace(self.report(), written=written, captions_cut=cut)
+        return replace(
+            self.report(),
+            written=written,
+            captions_cut=cut,
+            left_alone=frozenset(self._worker.left_alone & {job.name}),
+            unlike=frozenset(self._worker.unlike & {job.input_name}),
+        )
 
     def report(self) -> WorkReport:
         """How far this is, and the lines since the last report."""

@@ -1,92 +1,155 @@
-"""Comparing the cache with the dataset at the start of a run, and making it fit."""
+"""Comparing the cache with shards of the dataset, and making it fit."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from cache_schema import StoreReader, StoreWriter
+from cache_schema.layout import without_retry
 from cache_schema.lock import FileLock
 from cache_schema.upkeep.drop import REDO, drop_clips
 from cache_schema.upkeep.rebind import change_fingerprints
-from stages.clips import ClipDataset
+from stages.clips import ClipDataset, InputShard
 from stages.extract_features.config import ExtractConfig, Kind
 from stages.extract_features.fingerprints import SOURCES
 from stages.extract_features.work.comparison import (
     Comparison,
     StoreComparison,
+    StoreShare,
     compare,
+    refuse_another_dataset,
 )
 from stages.extract_features.work.dataset_sources import DatasetSources, read_sources
-from stages.progress import Progress
+from stages.extract_features.work.jobs import in_turn
+from stages.progress import Progress, SilentProgress
+
+_LOOKED_AT = 64
+"""Clips that are compared before any work: on network storage each costs several round trips."""
+
+
+def look_at_one_shard(
+    dataset: ClipDataset,
+    config: ExtractConfig,
+    stores: Sequence[tuple[Kind, StoreWriter]],
+    *,
+    rank: int,
+    world_size: int,
+) -> set[str]:
+    """Compare the first clips of the first finished shard of each kind, before any work.
+
+    Only the commit records of this shard are read, and of a store that knows none of the clips the
+    index: so a dataset that has nothing to do with the cache is refused before any work.
+
+    Args:
+        dataset: The dataset.
+        config: Which kinds, and what prompts are made from.
+        stores: Of every kind and size.
+        rank: This process's number; it looks into its own share first.
+        world_size: Number of processes at work.
+
+    Returns:
+        The shards, of those, of which a store has a clip from another source.
+
+    Raises:
+        ValueError: A store is another dataset's.
+    """
+    by_kind: dict[Kind, list[StoreWriter]] = defaultdict(list)
+    for kind, writer in stores:
+        by_kind[kind].append(writer)
+    shards = in_turn(dataset.shards, rank, world_size)
+    sources: dict[str, DatasetSources] = {}
+    unlike = set[str]()
+    for kind, writers in by_kind.items():
+        finished = [writer.committed() for writer in writers]
+        shard = next((one for one in shards if any(one.name in names for names in finished)), None)
+        if shard is None:
+            continue
+        if shard.name not in sources:
+            sources[shard.name] = read_sources(
+                [shard], config.kinds, config.teacher, SilentProgress(), most_clips=_LOOKED_AT
+            )
+        readers = [
+            StoreReader(
+                writer.path, shards=[name for name in names if without_retry(name) == shard.name]
+            )
+            for writer, names in zip(writers, finished, strict=True)
+        ]
+        found = compare(((kind, reader) for reader in readers), sources[shard.name])
+        if not found.kinds[kind].settled_N.any():
+            refuse_another_dataset(kind, [StoreReader(one.path) for one in writers], dataset)
+        if found.is_unlike:
+            unlike.add(shard.name)
+    return unlike
 
 
 def compare_and_refresh(
     cache_root: Path,
-    dataset: ClipDataset,
+    shards: Sequence[InputShard],
     config: ExtractConfig,
-    stores: Sequence[Mapping[Kind, StoreWriter]],
+    stores: Sequence[tuple[Kind, StoreWriter]],
+    share: StoreShare,
     progress: Progress,
     *,
     refresh_changed: bool,
 ) -> Comparison:
-    """Compare every store with the dataset, and refuse or take out what was made from another one.
+    """Compare every store with shards of the dataset, and refuse or take out what is from others.
 
     Processes of one run may do this at once. A process killed in here has taken out some clips,
     which are then lacking, and the next run makes them.
 
     Args:
         cache_root: Folder of the stores.
-        dataset: The dataset.
+        shards: Of the dataset.
         config: Which kinds, and what prompts are made from.
-        stores: Of every extraction.
-        progress: A bar while the dataset is read; lines.
+        stores: Of every kind and size.
+        share: The stores' clips that the dataset must have.
+        progress: A bar while the shards are read; lines.
         refresh_changed: Take out clips whose source has changed, so that the run makes them again.
 
     Raises:
-        ValueError: A store is another dataset's; or clips were made from other sources, and
-            `refresh_changed` is not set. Nothing has changed.
+        ValueError: Clips were made from other sources, and `refresh_changed` is not set. Nothing
+            has changed.
     """
-    paths = [(kind, writer.path) for writers in stores for kind, writer in writers.items()]
-    if not any(reader.shards for _, reader in _readers(paths)):
-        return Comparison()
-    # Outside the lock: it can take minutes, which processes beside this one need not wait for.
-    sources = read_sources(dataset, config, progress)
+    sources = read_sources(shards, config.kinds, config.teacher, progress)
+    found = compare(_readers(stores), sources, share)
+    if not refresh_changed:
+        found.refuse_changed()
+    if not found.is_unlike:
+        return found
     lock = cache_root / ".refresh.lock"
-    with FileLock(lock, wait=True, what=f"comparing {cache_root} with its dataset"):
-        found = compare(_readers(paths), sources)
-        found.check(refresh_changed=refresh_changed)
-        changes = 0
+    with FileLock(lock, wait=True, what=f"making {cache_root} fit its dataset"):
+        found = compare(_readers(stores), sources)  # others may have taken out the same
         left = {kind: iter(of_kind.stores) for kind, of_kind in found.kinds.items()}
-        for kind, path in paths:
+        for kind, writer in stores:
             store = next(left[kind])
-            changes += _take_out(path, kind, store, sources, progress)
-            changes += _rebind(path, kind, store, sources)
-        return compare(_readers(paths), sources) if changes else found
+            if refresh_changed:
+                _take_out(writer.path, kind, store, sources, progress)
+            _rebind(writer.path, kind, store, sources)
+        return compare(_readers(stores), sources, share)
 
 
-def _readers(paths: Sequence[tuple[Kind, Path]]) -> Iterator[tuple[Kind, StoreReader]]:
+def _readers(stores: Sequence[tuple[Kind, StoreWriter]]) -> Iterator[tuple[Kind, StoreReader]]:
     """One after the other: the index of a million clips takes over 100 MB."""
-    return ((kind, StoreReader(path, kind=kind)) for kind, path in paths)
+    return ((kind, StoreReader(writer.path, kind=kind)) for kind, writer in stores)
 
 
 def _take_out(
     path: Path, kind: Kind, found: StoreComparison, sources: DatasetSources, progress: Progress
-) -> int:
+) -> None:
     keys = [sources.keys[int(row)] for row in np.flatnonzero(found.changed_N)]
     if keys:
         detail = f"made from another {SOURCES[kind]} than the dataset has now"
         drop_clips(path, keys, detail=detail, reason=REDO)
         progress.log(f"{kind}: {len(keys)} clips {detail} are taken out and made again")
-    return len(keys)
 
 
-def _rebind(path: Path, kind: Kind, found: StoreComparison, sources: DatasetSources) -> int:
+def _rebind(path: Path, kind: Kind, found: StoreComparison, sources: DatasetSources) -> None:
     rows = np.flatnonzero(found.rebound_N)
-    if not len(rows):
-        return 0
-    digits = sources.fingerprints[kind][rows].tolist()
-    keys = (sources.keys[int(row)] for row in rows)
-    return change_fingerprints(
-        path, {key: one.decode("ascii") for key, one in zip(keys, digits, strict=True)}
-    )
+    if len(rows):
+        digits = sources.fingerprints[kind][rows].tolist()
+        keys = (sources.keys[int(row)] for row in rows)
+        change_fingerprints(
+            path, {key: one.decode("ascii") for key, one in zip(keys, digits, strict=True)}
+        )

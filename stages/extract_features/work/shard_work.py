@@ -7,22 +7,26 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import torch
 
-from cache_schema import AlreadyCommitted, ShardWriter, StoreWriter
+from cache_schema import AlreadyCommitted, ShardBusy, ShardWriter, StoreReader, StoreWriter
 from stages.clips import BadRecord, ClipRecord, ClipSkipped, InputShard, belongs
 from stages.clips.fingerprints import NO_VIDEO, hash_video
 from stages.extract_features.config import Kind, TeacherConfig
 from stages.extract_features.extraction import Extracted, Extraction, Outcome, release_memory
 from stages.extract_features.fingerprints import fingerprint_of
 from stages.extract_features.text import TOKENS_CUT
-from stages.extract_features.work.jobs import ShardJob
+from stages.extract_features.work.comparison import compare, knows_some
+from stages.extract_features.work.dataset_sources import read_sources
+from stages.extract_features.work.jobs import ShardJob, plan_jobs
 from stages.extract_features.work.prefetch import prefetch_map
 from stages.extract_features.work.write_behind import WriteBehind
+from stages.progress import SilentProgress
 
 _PREPARING_THREADS = 2
 
@@ -76,8 +80,13 @@ class ShardWorker:
         self._log = log
         self._model = ExitStack()
         self._extract: Callable[[Sequence[Any]], Sequence[Outcome]] | None = None
+        self._readers: dict[Path, StoreReader] = {}
         self.captions_cut = 0
         """Captions of which the text encoder read a part, over all jobs."""
+        self.left_alone: set[str] = set()
+        """Names of jobs of which no store lacked a clip: their clips are in other shards."""
+        self.unlike: set[str] = set()
+        """Names of the dataset's shards of which a store has a clip from another source."""
 
     def __enter__(self) -> Self:
         return self
@@ -102,9 +111,47 @@ class ShardWorker:
         Raises:
             ShardBusy: Another process writes it; nothing was done.
         """
+        compared = self._compared(job)
+        if compared is None:
+            return Counter()
         with ExitStack() as held:
-            outs = self._take(job, held)
-            return self._fill(job, outs) if outs else Counter()
+            outs = self._take(compared, held)
+            return self._fill(compared, outs) if outs else Counter()
+
+    def _compared(self, job: ShardJob) -> ShardJob | None:
+        """The job without what the stores have of it in other shards; None if that is all of it."""
+        if job.earlier is None:
+            return job
+        for kind in job.keys:
+            if self._writers[kind].is_busy(job.name):
+                raise ShardBusy(f"another process is writing shard {job.name!r}")
+        shard = self._shards[job.input_name]
+        readers = [
+            (kind, self._reader(path)) for kind, of in job.earlier.paths.items() for path in of
+        ]
+        if not knows_some((reader for _, reader in readers), shard):
+            return job
+        sources = read_sources([shard], tuple(self._writers), self._teacher, SilentProgress())
+        found = compare(readers, sources)
+        if found.is_unlike:
+            self.unlike.add(shard.name)
+        plan = plan_jobs(
+            [shard],
+            self._writers,
+            found,
+            size=job.earlier.size,
+            retry_failed=job.earlier.retry_failed,
+        )
+        whole = next((one for one in plan.jobs if one.name == job.name), None)
+        if whole is None:
+            self.left_alone.add(job.name)
+        return whole
+
+    def _reader(self, path: Path) -> StoreReader:
+        """A store as it was when this worker began: opening one takes seconds where it is large."""
+        if path not in self._readers:
+            self._readers[path] = StoreReader(path)
+        return self._readers[path]
 
     def _take(self, job: ShardJob, held: ExitStack) -> dict[Kind, ShardWriter]:
         outs = {}

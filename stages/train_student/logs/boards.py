@@ -18,9 +18,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from cache_schema.durable import naming
 from cache_schema.shown_text import redacted
-from stages.text_files import read_text
 
 BoardName = Literal["tensorboard", "wandb"]
 
@@ -180,9 +178,8 @@ def _kept_id(file: Path) -> str:
     """The run's id, the same after every resume."""
     if not file.is_file():
         file.parent.mkdir(exist_ok=True)
-        with naming(file):
-            file.write_text(secrets.token_hex(4), encoding="utf-8")
-    return read_text(file, limit=1024)
+        file.write_text(secrets.token_hex(4), encoding="utf-8")
+    return file.read_text(encoding="utf-8")
 
 
 def _wandb_mode() -> Literal["offline", "online"] | None:

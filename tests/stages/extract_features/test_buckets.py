@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,27 @@ def test_a_second_run_and_a_second_process_find_nothing_to_do(extract, tmp_path:
     assert [one.clips_written for one in again.kinds] == [0] * len(again.kinds)
     assert held(again, "teacher") == held(first, "teacher")
     assert again.skipped_share == first.skipped_share
+
+
+@pytest.mark.parametrize("bucket", BUCKETS)
+def test_a_shard_that_one_size_lacks_is_made_again_for_it_alone(
+    extract, tmp_path: Path, bucket: str
+) -> None:
+    first = extract(tmp_path)
+    lost = [one.store for one in first.kinds if one.bucket == bucket]
+    for store in lost:
+        (store / "index.npz").unlink()
+        (store / "commits" / "1.json").unlink()
+        shutil.rmtree(store / "shards" / "1")
+    others = {
+        path: path.stat().st_mtime_ns
+        for path in tmp_path.glob("*/commits/*")
+        if path.parent.parent not in lost
+    }
+    again = extract(tmp_path)
+    assert held(again, "teacher") == held(again, "masks") == HELD
+    assert again.skipped_share == first.skipped_share
+    assert {path: path.stat().st_mtime_ns for path in others} == others
 
 
 def test_a_retry_leaves_the_other_sizes_alone(extract, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from stages.extract_features.config import ExtractConfig
 from stages.extract_features.estimates.estimate import Estimate, estimate
 from stages.extract_features.extract import extract_features
 from stages.extract_features.summary import ExtractSummary
+from stages.extract_features.work import refresh
 from stages.progress import SilentProgress
 from tests.stages.extract_features.conftest import ellipse, make_frames
 
@@ -197,6 +198,87 @@ def test_captions_edited_in_place_are_refused_and_made_again_on_request(
     assert dataset.commits() == before
 
 
+def test_a_change_in_a_later_shard_is_refused_after_what_is_new_is_done(dataset: Dataset) -> None:
+    dataset.extract()
+    before = dataset.commits()
+    dataset.rows[6]["caption"] = "a square stands still"
+    for number in (8, 9, 10):
+        dataset.append(number)
+    with pytest.raises(ValueError, match=r"text of 1 \(another caption\): 'clip6'") as error:
+        dataset.extract()
+    assert "--refresh-changed" in str(error.value)
+    new = {name: time for name, time in dataset.commits().items() if name not in before}
+    assert {Path(name).name for name in new} == {"00003.json"}
+    assert dataset.commits() == before | new
+    assert written(dataset.extract(refresh_changed=True)) == {"text": 2, "teacher": 1}
+    assert dataset.reader("text").record("clip6").attributes["caption"] == "a square stands still"
+    assert written(dataset.extract()) == {"text": 0, "teacher": 0}
+
+
+@pytest.mark.parametrize("refused_first", [True, False])
+def test_a_changed_clip_that_moved_to_an_unfinished_shard_is_found_out(
+    dataset: Dataset, stub_tracking: Any, refused_first: bool
+) -> None:
+    dataset.extract()
+    moved = dataset.rows.pop()
+    for number in (8, 9, 10):
+        dataset.append(number)
+    dataset.rows.append(moved | {"caption": "a square stands still"})
+    dataset.write()
+    if refused_first:
+        with pytest.raises(ValueError, match=r"text of 1 .*'clip7'"):
+            dataset.extract()
+        assert dataset.reader("text").shard_of("clip10") == "00003"
+    dataset.extract(refresh_changed=True)
+    text = dataset.reader("text")
+    assert text.record("clip7").attributes["caption"] == "a square stands still"
+    assert len(text) == len(dataset.reader("teacher")) == NUM_CLIPS + 3
+    assert written(dataset.extract()) == {"text": 0, "teacher": 0}
+
+
+def test_each_finished_shard_is_compared_by_one_process(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset.extract()
+    dataset.rows[4]["caption"] = "a square stands still"
+    dataset.write()
+    compared: list[list[str]] = []
+    read = refresh.read_sources
+
+    def noting(shards: Any, *rest: Any, **options: Any) -> Any:
+        if "most_clips" not in options:
+            compared.append([shard.name for shard in shards])
+        return read(shards, *rest, **options)
+
+    monkeypatch.setattr(refresh, "read_sources", noting)
+    assert written(dataset.extract(rank=0, world_size=2)) == {"text": 0, "teacher": 0}
+    with pytest.raises(ValueError, match=r"text of 1 .*'clip4'"):
+        dataset.extract(rank=1, world_size=2)
+    assert compared == [["00000", "00002"], ["00001"]]
+    dataset.extract(rank=1, world_size=2, refresh_changed=True)
+    assert dataset.reader("text").record("clip4").attributes["caption"] == "a square stands still"
+
+
+def test_clips_that_moved_to_another_shard_have_not_left_the_dataset(dataset: Dataset) -> None:
+    dataset.extract()
+    dataset.rows.insert(1, dataset.rows.pop())
+    first = dataset.rows.pop(0)
+    for number in (8, 9, 10):
+        dataset.append(number)
+    dataset.rows.append(first)
+    dataset.write()
+    for rank in (0, 1):
+        summary = dataset.extract(rank=rank, world_size=2)
+        assert summary.notes == ()
+    assert dataset.extract().notes == ()
+    dataset.rows.remove(first)
+    dataset.write()
+    assert "1 clips of the store are not in the dataset ('clip0')" in dataset.extract().notes[0]
+    notes = dataset.extract(rank=0, world_size=2).notes
+    assert "in this process's share, one of 2) ('clip0')" in notes[0]
+    assert dataset.extract(rank=1, world_size=2).notes == ()
+
+
 def test_a_video_replaced_under_its_name_is_found_out(dataset: Dataset, stub_tracking: Any) -> None:
     dataset.extract()
     old = dataset.reader("teacher").read("clip3")["mean"]
@@ -278,6 +360,8 @@ def test_another_dataset_of_the_same_size_is_refused(dataset: Dataset, videos: l
         dataset.append(number)
     with pytest.raises(ValueError, match="another dataset needs another cache folder"):
         dataset.extract()
+    for number in range(NUM_CLIPS, NUM_CLIPS + 4):
+        dataset.append(number)
     for row in dataset.rows:
         (dataset.folder / row["file_name"]).rename(dataset.folder / f"b-{row['file_name']}")
         row["file_name"] = f"b-{row['file_name']}"

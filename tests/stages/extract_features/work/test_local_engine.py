@@ -105,6 +105,28 @@ def test_before_the_first_clip_only_its_tar_is_opened(
     assert set(opened) == {f"{rank:05d}.tar"}
 
 
+@pytest.mark.parametrize(("rank", "first"), [(0, 24), (5, 21)])
+def test_of_finished_tars_one_is_opened_before_the_first_clip(
+    rank: int,
+    first: int,
+    extract_config: ExtractConfig,
+    clips: ClipsConfig,
+    tiny_base: BaseModelConfig,
+    tmp_path: Path,
+    opened: list[str],
+) -> None:
+    cache, later = tmp_path / "cache", sorted(clips.path.iterdir())[NUM_TARS // 2 :]
+    for tar in later:
+        tar.rename(tmp_path / tar.name)
+    extract(extract_config, clips, tiny_base, cache, Bar(stops=False))
+    for tar in later:
+        (tmp_path / tar.name).rename(tar)
+    opened.clear()
+    with pytest.raises(KeyboardInterrupt):
+        extract(extract_config, clips, tiny_base, cache, Bar(stops=True), rank=rank, world_size=8)
+    assert set(opened) == {f"{rank:05d}.tar", f"{first:05d}.tar"}
+
+
 def test_the_total_becomes_known_with_the_tars(
     extract_config: ExtractConfig, clips: ClipsConfig, tiny_base: BaseModelConfig, tmp_path: Path
 ) -> None:
@@ -141,7 +163,7 @@ def test_stores_are_opened_and_compared_one_after_the_other(
             yield kind, None
 
     monkeypatch.setattr(
-        comparison, "compare_store", lambda _, kind, __: done.append(f"compare {kind}")
+        comparison, "compare_store", lambda _, kind, *__: done.append(f"compare {kind}")
     )
     found = comparison.compare(readers(), None)  # type: ignore[arg-type]
     assert list(found.kinds) == ["text", "latents"]

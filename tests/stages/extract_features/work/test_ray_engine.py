@@ -22,6 +22,7 @@ from stages.extract_features.work import ray_engine
 from stages.extract_features.work.jobs import ShardJob
 from stages.extract_features.work.ray_worker import RayWorker, WorkReport
 from stages.progress import SilentProgress
+from tests.stages.extract_features.test_dataset_changes import Dataset
 
 WORKERS = RayConfig(workers=2)
 
@@ -265,3 +266,25 @@ def test_an_error_in_a_worker_stops_the_run_with_its_note(
     with pytest.raises(RuntimeError, match="out of memory") as caught:
         extract(config, two_shards, tiny_base, tmp_path)
     assert caught.value.__notes__ == ["while extracting text of clip 'a'"]
+
+
+@pytest.mark.slow
+def test_clips_that_are_in_other_shards_are_compared_by_the_workers(
+    cluster: None, config: ExtractConfig, tiny_base: BaseModelConfig, tmp_path: Path
+) -> None:
+    local = config.model_copy(update={"engine": "local"})
+    dataset = Dataset(tmp_path, [b"no video, which text does without"], local, tiny_base)
+    dataset.extract()
+    dataset.config = config
+    moved = dataset.rows.pop()
+    for number in (8, 9, 10):
+        dataset.append(number)
+    dataset.rows.append(moved | {"caption": "a square stands still"})
+    dataset.write()
+    with pytest.raises(ValueError, match=r"text of 1 .*'clip7'.*--refresh-changed"):
+        dataset.extract()
+    assert dataset.reader("text").shard_of("clip10") == "00003"
+    assert dataset.extract(refresh_changed=True).kinds[0].clips_written == 3
+    text = dataset.reader("text")
+    assert len(text) == 11
+    assert text.record("clip7").attributes["caption"] == "a square stands still"
