@@ -1,4 +1,4 @@
-"""What extraction spends at its start on comparing a dataset with its cache.
+"""What extraction spends on comparing a dataset with its cache.
 
     python tests/benchmarks/compare_dataset.py --write tests/benchmarks/compare_dataset.md
 
@@ -64,7 +64,7 @@ def seconds_per_clip(path: Path, num_clips: int) -> float:
     dataset = open_dataset(ClipsConfig(path=path))
     config = ExtractConfig(kinds=("text", "latents", "teacher"))
     started = time.perf_counter()
-    found = read_sources(dataset, config, SilentProgress())
+    found = read_sources(dataset.shards, config.kinds, config.teacher, SilentProgress())
     assert len(found.keys) == num_clips
     return (time.perf_counter() - started) / num_clips
 
@@ -100,7 +100,7 @@ def main() -> None:
         }
         sources = sources_of(StoreReader(stores["text"]), arguments.clips)
         found = measured(
-            lambda: compare({kind: [StoreReader(path)] for kind, path in stores.items()}, sources)
+            lambda: compare(((kind, StoreReader(path)) for kind, path in stores.items()), sources)
         )
     text = table(
         ["", "time", "memory added"],

@@ -96,10 +96,6 @@ def make_store(folder: Path, num_clips: int, groups: int, *, skipped: bool = Fal
         groups: how many shards have the files of their clips.
         skipped: whether the clips are skipped ones, and the store holds one clip a shard.
     """
-    from cache_schema.layout import StoreLayout
-    from cache_schema.manifest import read_commit
-    from cache_schema.sealed_json import seal
-
     one_shard = folder.parent / ("one-shard-skipped" if skipped else "one-shard")
     if not one_shard.exists():
         making = one_shard.with_suffix(".partial")
@@ -110,26 +106,46 @@ def make_store(folder: Path, num_clips: int, groups: int, *, skipped: bool = Fal
         making.rename(one_shard)
     copy_links(one_shard, folder)
     writer = StoreWriter.open(folder, settings_of("teacher"), provenance={})
+    repeat_shard(
+        writer, num_clips // PER_SHARD, groups, lambda number, i: key_of(number * PER_SHARD + i)
+    )
+    return writer.path
+
+
+def repeat_shard(
+    writer: StoreWriter, num_shards: int, groups: int, key: Callable[[int, int], str]
+) -> None:
+    """Finish further shards like the first.
+
+    Args:
+        writer: of a store with one shard.
+        num_shards: that there are afterwards.
+        groups: how many of them have the files of their clips.
+        key: of a clip, by the numbers of its shard and in it; skipped ones count after the others.
+    """
+    from cache_schema.layout import StoreLayout
+    from cache_schema.manifest import read_commit
+    from cache_schema.sealed_json import seal
+
     layout = StoreLayout(writer.path)
     first = read_commit(layout, writer.settings, "00000")
-    for number in range(1, num_clips // PER_SHARD):
-        name, start = f"{number:05d}", number * PER_SHARD
+    for number in range(1, num_shards):
+        name = f"{number:05d}"
         record = replace(
             first,
             shard=name,
             source=f"{name}.tar",
             clips=tuple(
-                replace(c, key=key_of(start + i), shard=name) for i, c in enumerate(first.clips)
+                replace(c, key=key(number, i), shard=name) for i, c in enumerate(first.clips)
             ),
             skipped=tuple(
-                replace(c, key=key_of(start + 1 + i), shard=name)
-                for i, c in enumerate(first.skipped)
+                replace(c, key=key(number, i), shard=name)
+                for i, c in enumerate(first.skipped, start=len(first.clips))
             ),
         )
         if number < groups:
             copy_links(layout.group("00000", 0), layout.group(name, 0))
         layout.commit(name).write_bytes(seal(record.as_dict(writer.settings.hash)))
-    return writer.path
 
 
 def store_of(folder: Path) -> Path:
@@ -151,6 +167,31 @@ def make_tars(folder: Path, num_clips: int) -> None:
                 tar.addfile(member, io.BytesIO(content))
     for number in range(1, num_clips // PER_SHARD):
         os.link(folder / "00000.tar", folder / f"{number:05d}.tar")
+
+
+def make_begun(folder: Path, num_clips: int) -> None:
+    """Tars, and a cache: of text all of them but one more are finished, of other kinds one is."""
+    from stages.clips import ClipRecord, ClipsConfig, open_dataset
+    from stages.clips.fingerprints import hash_video
+    from stages.extract_features.config import TeacherConfig
+    from stages.extract_features.fingerprints import fingerprint_of
+
+    make_tars(folder / "tars", num_clips + PER_SHARD)
+    first, *_ = open_dataset(ClipsConfig(path=folder / "tars")).shards
+    for kind in KINDS:
+        settings = settings_of(kind)
+        writer = StoreWriter.open(folder / "cache", settings, provenance={})
+        zeros = {name: np.zeros(spec.shape, "u1") for name, spec in settings.arrays.items()}
+        with writer.shard("00000", source="00000.tar") as out:
+            for record in first.records():
+                assert isinstance(record, ClipRecord)
+                video = hash_video(record.video)
+                fingerprint = fingerprint_of(record, kind, TeacherConfig(), video)
+                out.add(record.key, zeros, {"num_frames": 49}, fingerprint=fingerprint)
+            out.commit()
+        num_shards = num_clips // PER_SHARD if kind == "text" else 1
+        repeat_shard(writer, num_shards, 1, lambda n, i: f"{n:05d}/clip-{i:08d}")
+        StoreWriter(writer.path, settings).write_index()
 
 
 def make_metadata(folder: Path, num_clips: int) -> None:
@@ -217,6 +258,7 @@ def make_indexed(folder: Path, num_clips: int, groups: int, *, skipped: bool = F
 
 FIXTURES: dict[str, Callable[[Path, int, int], object]] = {
     "tars": lambda folder, size, _: make_tars(folder, size),
+    "begun": lambda folder, size, _: make_begun(folder, size),
     "metadata": lambda folder, size, _: make_metadata(folder, size),
     "store": lambda folder, size, groups: make_indexed(folder, size, groups),
     "skipped": lambda folder, size, _: make_indexed(folder, size, 1, skipped=True),
@@ -271,6 +313,12 @@ def first_clip(dataset: Path, cache: Path, _: int) -> Found:
             progress=SilentProgress(),
         )
     raise SystemExit("no clip came")
+
+
+def first_clip_again(begun: Path, empty: Path, size: int) -> Found:
+    """The same where text is finished of all tars but one."""
+    copy_links(begun / "cache", empty / "cache")
+    return first_clip(begun / "tars", empty / "cache", size)
 
 
 def write_index(cache: Path, empty: Path, _: int) -> Found:
@@ -428,6 +476,7 @@ CELLS: dict[str, tuple[str, bool, Callable[[Path, Path, int], Found]]] = {
     "a process that imports stage one": ("nothing", False, import_all),
     "files and folders a clip": ("nothing", False, inodes),
     "first clip, tars": ("tars", False, first_clip),
+    "first clip, finished tars and one more": ("begun", False, first_clip_again),
     "first clip, metadata.jsonl": ("metadata", False, first_clip),
     "write the index": ("store", False, write_index),
     "open a reader": ("store", False, open_reader),
