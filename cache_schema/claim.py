@@ -19,7 +19,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from cache_schema.durable import make_directories, sync
 from cache_schema.errors import LockLost
 from cache_schema.layout import StoreLayout
 from cache_schema.lock import FileLock
@@ -67,7 +66,7 @@ class ShardClaim:
         try:
             with self.guarded():
                 refuse_links_below(self.layout.staged(self.shard))
-                make_directories(self._own)
+                self._own.mkdir(parents=True)
                 self._take_over()
         except BaseException:
             self._lock.__exit__(None, None, None)
@@ -109,10 +108,10 @@ class ShardClaim:
             path.rename(gone)
             shutil.rmtree(gone)
 
-    def discard_files(self, paths: Iterable[Path]) -> None:
+    def discard_files(self, paths: Iterable[Path]) -> set[Path]:
         """Remove files of the shard, which no commit record names, if the claim still holds.
 
-        Durably: what was dropped must not come back after a power failure.
+        Returns the folders to sync, lest what was dropped comes back after a power failure.
         """
         folders: set[Path] = set()
         for path in paths:
@@ -122,9 +121,7 @@ class ShardClaim:
                     path.rename(gone)
                     folders.add(path.parent)
                     gone.unlink()
-        for folder in sorted(folders):
-            with self.guarded():
-                sync(folder)
+        return folders
 
     def sweep(self) -> None:
         """Remove everything that is staged: the shard is committed, and the claim is done with."""
@@ -143,9 +140,6 @@ class ShardClaim:
         else:
             staged.rename(self.folder)
         self.records.mkdir(exist_ok=True)
-        sync(self.folder)
-        sync(self._own)
-        sync(self._own.parent)
         for other in sorted(self._own.iterdir()):
             if other != self.folder:
                 self.discard(other)

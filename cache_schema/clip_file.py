@@ -17,6 +17,7 @@ import google_crc32c
 import numpy as np
 from numcodecs import blosc
 
+from cache_schema.durable import naming
 from cache_schema.places import FetchedFile, OpenFile, Place
 from cache_schema.settings import ArraySpec
 
@@ -110,7 +111,7 @@ def write_chunk_table(path: Path, spec: ArraySpec) -> int:
     Zarr does not look at. Not atomic: the file is nobody's yet. Returns the table's CRC-32C.
     """
     pairs_bytes = _PAIR_BYTES * spec.num_chunks
-    with path.open("r+b") as file:
+    with naming(path), path.open("r+b") as file:
         end = file.seek(-pairs_bytes - _CRC_BYTES, os.SEEK_END)
         pairs, pairs_crc = file.read(pairs_bytes), file.read()
         crcs = bytearray()

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from cache_schema.clip_file import FileFacts
-from cache_schema.durable import open_for_writing, sync
+from cache_schema.durable import naming, open_for_writing, sync
 from cache_schema.errors import CorruptRecord
 from cache_schema.index_checks import check_columns
 from cache_schema.index_file import (
@@ -116,6 +116,18 @@ class ClipIndex:
         """
         names = tuple(arrays)
         return cls(columns_of_records(records, names), names)
+
+    def with_shards(self, newer: "ClipIndex") -> "ClipIndex":
+        """This index with the shards of another, in place of those of their names.
+
+        Raises `DuplicateKey` if a key is in shards of both.
+        """
+        if not len(newer.shard_names):
+            return self
+        replaced = set(newer.shard_names)
+        kept = np.array([name not in replaced for name in self.shard_names], bool)
+        columns = merged_columns(self.columns, kept, newer.columns)
+        return ClipIndex(columns, self.arrays)
 
     @cached_property
     def shards(self) -> dict[str, ShardFacts]:
@@ -232,22 +244,27 @@ def load_index(place: Place, settings: StoreSettings) -> ClipIndex:
         raise CorruptRecord(f"{place.where}/{INDEX_FILE} is damaged: {error}; {again}") from error
 
 
-def write_index(layout: StoreLayout, settings: StoreSettings, lock: FileLock) -> ClipIndex:
+def write_index(
+    layout: StoreLayout, settings: StoreSettings, lock: FileLock, known: ClipIndex | None = None
+) -> ClipIndex:
     """Bring `index.npz` up to date with the commit records; what it holds then.
+
+    `known` is what the caller knows of them; what it lacks is read, and without it what
+    `index.npz` lacks.
 
     Raises:
         CorruptRecord: a commit record is damaged or lost, or two shards hold one key.
         LockLost: `lock`, the store's, is not held any more.
     """
     place = LocalPlace(layout.root)
-    index = _current_index(place, settings)
+    index = _current_index(place, settings, known)
     store_crc32c = sealed_crc32c(place, STORE_FILE)
     if index.store_crc32c == store_crc32c:
         return index
     layout.staging.mkdir(exist_ok=True)
     temporary = layout.staging / f".{INDEX_FILE}"
     temporary.unlink(missing_ok=True)  # a writer that lost the lock may still have it open
-    with open_for_writing(temporary) as file:
+    with naming(layout.index), open_for_writing(temporary) as file:
         write_columns(file, index.columns, settings, store_crc32c)
         file.flush()
         os.fsync(file.fileno())
@@ -283,11 +300,14 @@ def commit_path(shard: str) -> str:
     return f"commits/{shard}.json"
 
 
-def _current_index(place: LocalPlace, settings: StoreSettings) -> ClipIndex:
+def _current_index(
+    place: LocalPlace, settings: StoreSettings, known: ClipIndex | None = None
+) -> ClipIndex:
     # The index before the records: what it lists has been committed when they are looked for.
-    index: ClipIndex | None = None
-    with suppress(FileNotFoundError, DamagedIndex):
-        index = read_index(place, settings)
+    index = known
+    if index is None:
+        with suppress(FileNotFoundError, DamagedIndex):
+            index = read_index(place, settings)
     files = (name for name in place.list_folder("commits") if name.endswith(".json"))
     shards = [name for file in files if is_shard_name(name := file.removesuffix(".json"))]
     if index is None:

@@ -1,12 +1,14 @@
 """How a staged group becomes a finished shard; used by `shard_writer` and by `upkeep`."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from cache_schema.claim import ShardClaim
 from cache_schema.durable import make_directories, sync, sync_upwards, write_whole
 from cache_schema.errors import LockLost
-from cache_schema.manifest import CommitRecord, StoredFile, read_commit
-from cache_schema.sealed_json import crc32c_hex, seal
+from cache_schema.manifest import CommitRecord, StoredFile
+from cache_schema.places import LocalPlace
+from cache_schema.sealed_json import HEAD_BYTES, crc32c_hex, opening_crc32c, seal
 from cache_schema.settings import StoreSettings
 from cache_schema.zarr_group import metadata_paths
 
@@ -29,7 +31,7 @@ def commit_group(
     group: Path,
     record: CommitRecord,
     *,
-    replaced: CommitRecord | None,
+    replaced: int | None,
 ) -> None:
     """Publish a complete, synced group: one rename, then the commit record that readers trust.
 
@@ -38,7 +40,8 @@ def commit_group(
         settings: the store's.
         group: lies in the claim's folder.
         record: of the group.
-        replaced: the shard as the caller found it committed; None where it was not.
+        replaced: the checksum that the shard's record opened with when the caller read it; None
+            where there was no record.
 
     Raises `LockLost` if another writer took the shard over; nothing committed has changed then.
     """
@@ -46,7 +49,7 @@ def commit_group(
     target = layout.group(record.shard, record.group)
     make_directories(layout.shards)
     make_directories(layout.commits)
-    _refuse_changed(claim, settings, replaced)
+    _refuse_changed(claim, replaced)
     if target.exists():
         raise _changed(claim, target)
     with claim.guarded():
@@ -56,24 +59,26 @@ def commit_group(
 
 
 def commit_record(
-    claim: ShardClaim, settings: StoreSettings, record: CommitRecord, *, replaced: CommitRecord
-) -> None:
+    claim: ShardClaim, settings: StoreSettings, record: CommitRecord, *, replaced: int
+) -> int:
     """Replace a shard's commit record by one of clips in the same group.
 
-    Args and errors are those of `commit_group`.
+    Args and errors are those of `commit_group`. Returns the checksum that the new record opens
+    with.
     """
-    _refuse_changed(claim, settings, replaced)
+    _refuse_changed(claim, replaced)
     with claim.guarded():
-        _write_record(claim, settings, record)
+        return _write_record(claim, settings, record)
 
 
-def _refuse_changed(
-    claim: ShardClaim, settings: StoreSettings, replaced: CommitRecord | None
-) -> None:
+def _refuse_changed(claim: ShardClaim, replaced: int | None) -> None:
     claim.check()
     committed = claim.layout.commit(claim.shard)
-    found = read_commit(claim.layout, settings, claim.shard) if committed.exists() else None
-    if found != replaced:
+    found = None
+    with suppress(FileNotFoundError):
+        head = LocalPlace(committed.parent).read_range(committed.name, 0, HEAD_BYTES)
+        found = opening_crc32c(head)
+    if found != (None if replaced is None else b"%08x" % replaced):
         raise _changed(claim, committed)
 
 
@@ -85,9 +90,8 @@ def _changed(claim: ShardClaim, path: Path) -> LockLost:
     )
 
 
-def _write_record(claim: ShardClaim, settings: StoreSettings, record: CommitRecord) -> None:
-    write_whole(
-        claim.layout.commit(record.shard),
-        seal(record.as_dict(settings.hash)),
-        temporary=claim.records / "commit.json",
-    )
+def _write_record(claim: ShardClaim, settings: StoreSettings, record: CommitRecord) -> int:
+    data = seal(record.as_dict(settings.hash))
+    path = claim.layout.commit(record.shard)
+    write_whole(path, data, temporary=claim.records / "commit.json")
+    return int(opening_crc32c(data), 16)

@@ -2,15 +2,32 @@
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the file or folder that the block writes into an `OSError` that names none.
+
+    The system names files where they are opened or moved, not where bytes are written or synced.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def sync(path: Path) -> None:
     """Make a file's bytes, or a directory's entries, survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -54,7 +71,7 @@ def write_whole(path: Path, data: bytes, *, temporary: Path) -> None:
 
     `temporary` lies on the same file system, and nobody else writes it at the same time.
     """
-    with open_for_writing(temporary) as file:
+    with naming(path), open_for_writing(temporary) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

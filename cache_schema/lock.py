@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 from types import TracebackType
 
+from cache_schema.durable import naming
 from cache_schema.errors import LockLost, LockUnsupported, ShardBusy
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -66,7 +67,8 @@ class FileLock:
                 self._lock(descriptor)
                 if self._is_current(descriptor):
                     _refuse_useless_locks(descriptor, self._path)
-                    os.pwrite(descriptor, self._token, 0)
+                    with naming(self._path):
+                        os.pwrite(descriptor, self._token, 0)
                     self._descriptor = descriptor
                     _held.add(self)
             except LockUnsupported:
@@ -155,15 +157,18 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def is_locked(path: Path) -> bool:
-    """Whether somebody holds the lock at this moment."""
+    """Whether somebody holds the lock at this moment; false where that cannot be found out."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a FIFO would wait
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.ENXIO):
+            return False
+        raise
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
     finally:
         os.close(descriptor)
     return False

@@ -24,7 +24,7 @@ from cache_schema.layout import (
     is_shard_name,
 )
 from cache_schema.places import UNREADABLE, LocalPlace, Place
-from cache_schema.sealed_json import JSON, plain_mapping, unseal
+from cache_schema.sealed_json import JSON, opening_crc32c, plain_mapping, unseal
 from cache_schema.settings import StoreSettings
 from cache_schema.zarr_group import chunk_path, metadata_paths
 
@@ -238,12 +238,20 @@ def read_commit(layout: StoreLayout, settings: StoreSettings, shard: str) -> Com
 
     Raises `CorruptRecord` if it is damaged or points at anything but the shard's own files.
     """
+    return read_sealed_commit(layout, settings, shard)[0]
+
+
+def read_sealed_commit(
+    layout: StoreLayout, settings: StoreSettings, shard: str
+) -> tuple[CommitRecord, int]:
+    """`read_commit`, and the checksum that the record opens with."""
     path = layout.commit(shard)
     try:
         data = read_record_file(LocalPlace(layout.root), f"{path.parent.name}/{path.name}")
     except FileNotFoundError:
         raise CorruptRecord(f"shard {shard!r} of {layout.root} is not committed") from None
-    return parse_commit(data, settings, shard, where=str(path), store=layout.root)
+    record = parse_commit(data, settings, shard, where=str(path), store=layout.root)
+    return record, int(opening_crc32c(data), 16)
 
 
 def parse_commit(

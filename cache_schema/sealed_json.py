@@ -23,6 +23,9 @@ MAX_DEPTH = 64
 
 _HEAD = b'{\n "crc32c": "'
 _UNSEALED = b"00000000"
+HEAD_BYTES = len(_HEAD) + len(_UNSEALED)
+"""As much of a sealed file as ends with its own checksum."""
+
 _SEALED = re.compile(re.escape(_HEAD) + rb'([0-9a-f]{8})",\n')
 
 
@@ -111,6 +114,11 @@ def _by_line(value: JSON) -> str:
 
 # An encoder that indents is not written in C, and takes five times as long.
 _compact = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
+
+def opening_crc32c(data: bytes) -> bytes:
+    """The digits that a sealed file opens with, or whatever else stands there."""
+    return data[len(_HEAD) : HEAD_BYTES]
 
 
 def is_sealed(data: bytes) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from cache_schema.claim import ShardClaim
 from cache_schema.clip_file import DamagedFile, read_clip, write_chunk_table
 from cache_schema.committing import safe_metadata
-from cache_schema.durable import make_directories, sync, sync_upwards, write_whole
+from cache_schema.durable import naming, sync, sync_upwards, write_whole
 from cache_schema.errors import CacheError
 from cache_schema.manifest import (
     ClipEntry,
@@ -61,10 +61,11 @@ class Staging:
         self._records = claim.records
         self.clips: list[ClipEntry] = []
         self.skipped: list[SkippedClip] = []
-        with claim.guarded():
+        with claim.guarded(), naming(self._group):
             _take_back(claim)
-            make_directories(self._group)
+            self._group.mkdir(exist_ok=True)
             self._adopt()
+            sync_upwards(self._records, claim.layout.root)
 
     def add(
         self,
@@ -78,7 +79,7 @@ class Staging:
         Raises `LockLost` if another writer took the shard over; it has the clips before this one.
         """
         self._claim.check()
-        with self._claim.guarded():
+        with self._claim.guarded(), naming(self._group):
             self._add(key, arrays, attributes, fingerprint)
 
     def _add(
@@ -96,7 +97,7 @@ class Staging:
             file = self._group / path
             table = write_chunk_table(file, self._settings.arrays[name])
             sync(file)
-            sync_upwards(file.parent, self._group)
+            sync(file.parent)
             size = file.stat().st_size
             stored[name] = StoredArray(path, size, content_crc32c(values), f"{table:08x}")
         clip = ClipEntry(key, self._shard, index, self._source, fingerprint, attributes, stored)
@@ -113,7 +114,7 @@ class Staging:
     def finish(self) -> tuple[Path, dict[str, StoredFile]]:
         """Make the group exactly its clips, and safe; its folder, and the metadata's checksums."""
         self._claim.check()
-        with self._claim.guarded():
+        with self._claim.guarded(), naming(self._group):
             self._lay_out()
             files = safe_metadata(self._group, self._settings)
             sync(self._folder)
@@ -192,15 +193,11 @@ class Staging:
             elif path not in kept:
                 path.unlink()
         self._arrays = create_group(self._group, self._settings, len(self.clips))
+        sync(self._group)
 
 
 def _take_back(claim: ShardClaim) -> None:
-    """Undo a publication that was killed before its commit record, so that it can be adopted.
-
-    A group that once replaced the shard, and has lost its record, is removed.
-    """
-    for replacement in claim.layout.shards.glob(f"{claim.shard}~*"):
-        claim.discard(replacement)
+    """Undo a publication that was killed before its commit record, so that it can be adopted."""
     published = claim.layout.group(claim.shard, 0)
     if not published.exists():
         return

@@ -3,6 +3,7 @@
 from collections import defaultdict
 
 from cache_schema.claim import ShardClaim
+from cache_schema.durable import sync
 from cache_schema.errors import CorruptRecord, LockLost, ShardBusy
 from cache_schema.layout import StoreLayout, parse_group_name
 from cache_schema.manifest import committed_shards, read_commit
@@ -52,4 +53,5 @@ def _sweep_replaced(claim: ShardClaim, settings: StoreSettings, generations: lis
         listed = {stored.path for clip in record.clips for stored in clip.arrays.values()}
         group = claim.layout.group(claim.shard, record.group)
         files = {path.relative_to(group).as_posix() for path in group.glob("*/c.*")}
-        claim.discard_files(group / path for path in sorted(files - listed))
+        for folder in claim.discard_files(group / path for path in sorted(files - listed)):
+            sync(folder)

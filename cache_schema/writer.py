@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cache_schema.clip_index import write_index
+from cache_schema.clip_index import ClipIndex, write_index
 from cache_schema.durable import make_directories, sync, write_whole
 from cache_schema.errors import SettingsMismatch
 from cache_schema.known_shards import KnownShards
@@ -98,14 +98,15 @@ class StoreWriter:
         """
         return ShardWriter(self._layout, self.settings, name, source, self._known, is_current)
 
-    def write_index(self) -> None:
+    def write_index(self, known: ClipIndex | None = None) -> None:
         """Write `index.npz` anew from the commit records; readers open large stores faster by it.
 
+        What `known` has of them is not read again.
         A store behind a URL is read by its index alone, so it has to be written before copying.
         """
         self._layout.staging.mkdir(exist_ok=True)
         with FileLock(self._layout.store_lock, wait=True, what=f"store {self.path}") as lock:
-            write_index(self._layout, self.settings, lock)
+            write_index(self._layout, self.settings, lock, known)
 
 
 def _as_stored(layout: StoreLayout, settings: StoreSettings) -> StoreSettings:

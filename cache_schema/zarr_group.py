@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cache_schema.places import LocalPlace
 from cache_schema.sealed_json import crc32c_hex, parse_json
 from cache_schema.settings import CLIP_DIMENSION, ArraySpec, Compression, StoreSettings
 
@@ -87,7 +88,7 @@ def _create_array(group: "zarr.Group", name: str, spec: ArraySpec, num_clips: in
 def found_compression(group: Path, name: str) -> Compression | None:
     """How an array of a group is compressed, by its metadata; None where that cannot be told."""
     try:
-        metadata = parse_json((group / name / METADATA_FILE).read_bytes())
+        metadata = parse_json(LocalPlace(group / name).read(METADATA_FILE))
         inner = metadata["codecs"][0]["configuration"]["codecs"]
         names = {codec["name"] for codec in inner}
     except (OSError, ValueError, KeyError, IndexError, TypeError):

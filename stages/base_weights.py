@@ -26,6 +26,10 @@ _SAMPLE_BYTES = 4096
 """So much of each tensor is hashed; training changes every part of those that it changes."""
 
 
+_MAX_HEADER_BYTES = 100_000_000
+"""Of a safetensors file, as the library has it."""
+
+
 def hash_transformer(folder: Path) -> str:
     """16 digits for a pipeline's transformer: its tensors' names, formats, shapes and samples.
 
@@ -40,6 +44,8 @@ def hash_transformer(folder: Path) -> str:
     for file in {tensor.file for tensor in stored.values()}:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
+            if length > _MAX_HEADER_BYTES:
+                raise ValueError(f"{file} is damaged: a header of {length:,} bytes")
             header = parse_json(stream.read(length))
             header.pop("__metadata__", None)
             for name, about in header.items():

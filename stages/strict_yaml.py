@@ -7,6 +7,7 @@ A file may come from anybody: what it would take in memory is bounded before a v
 """
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,10 @@ _MAX_WHOLE_NUMBER = 2**64
 """Whole numbers are smaller; text of a much larger one cannot even be written again."""
 
 
+_PLAIN = re.compile("[A-Za-z_/]")
+"""Text that begins so may stand without quotes."""
+
+
 class YamlError(ValueError):
     """The text is not YAML that this project reads; the message says where."""
 
@@ -56,12 +61,14 @@ _Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.cons
 
 
 class _Representer(SafeRepresenter):
-    """Quotes text that would not be read back: the library does not read its own `{key: :text}`,
-    and a no-break space at an end gets lost.
+    """Leaves only text without quotes that surely needs none; the library decides about the rest.
+
+    It does not read back its own `{key: :text}` and `{key: ?text}`, and loses a no-break space at
+    an end.
     """
 
     def represent_str(self, data: str) -> ScalarNode:
-        style = '"' if data.startswith(":") or data != data.strip() else None
+        style = None if _PLAIN.match(data) and data == data.strip() else '"'
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -12,15 +13,12 @@ from cache_schema.errors import CorruptRecord, UnknownSchemaVersion
 from cache_schema.layout import MAX_RECORD_BYTES, group_name
 from cache_schema.manifest import CommitRecord, StoredFile, parse_commit
 from cache_schema.places import UNREADABLE, LocalPlace, Place
-from cache_schema.sealed_json import crc32c_hex, is_sealed, parse_json
+from cache_schema.sealed_json import crc32c_hex, is_sealed, opening_crc32c, parse_json
 from cache_schema.settings import StoreSettings
 from cache_schema.upkeep.intact import GroupFile, group_files
 from cache_schema.zarr_group import METADATA_FILE
 
 Advance = Callable[[int], None]
-
-_CRC32C = slice(14, 22)
-"""Where a sealed file keeps its own checksum."""
 
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
@@ -56,7 +54,7 @@ def read_record(place: Place, settings: StoreSettings, shard: str) -> tuple[Comm
         raise CorruptRecord(f"{where} cannot be read")
     try:
         record = parse_commit(data, settings, shard, where=where, store=place.where)
-        return record, int(data[_CRC32C], 16)
+        return record, int(opening_crc32c(data), 16)
     except UnknownSchemaVersion as error:
         if is_intact_of_its_version(data):
             raise
@@ -118,15 +116,15 @@ def check_shard(
     clips: dict[str, str] = {}
     metadata: list[str] = []
     foreign: list[str] = []
-    links: list[str] = []
+    links: set[str] = set()
     if isinstance(place, LocalPlace):
         foreign = _foreign_entries(place.folder / group, settings, record)
-        links = [path for path in foreign if (place.folder / group / path).is_symlink()]
+        links = {path for path in foreign if (place.folder / group / path).is_symlink()}
     for file in group_files(record, settings):
         try:
             check = _check_size if fast else _check_content
             what = check(place, f"{group}/{file.path}", file)
-            if any(link in (".", file.path) or file.path.startswith(f"{link}/") for link in links):
+            if links and not links.isdisjoint((file.path, *_folders_of(file.path))):
                 what = "is, or lies behind, a symbolic link"
         except _ABSENT:
             what = "cannot be found"
@@ -172,15 +170,20 @@ def _foreign_entries(root: Path, settings: StoreSettings, record: CommitRecord) 
     if root.is_symlink():
         return ["."]
     files = {file.path for file in group_files(record, settings)}
-    folders = {str(folder) for path in files for folder in PurePosixPath(path).parents}
+    folders = {folder for path in files for folder in _folders_of(path)}
     found: list[str] = []
     pending = [root] if root.is_dir() else []
     while pending:
-        with os.scandir(pending.pop()) as entries:
+        with suppress(FileNotFoundError), os.scandir(pending.pop()) as entries:  # just replaced
             for entry in entries:
-                path = Path(entry.path).relative_to(root).as_posix()
+                path = entry.path[len(str(root)) + 1 :]
                 if path in folders and entry.is_dir(follow_symlinks=False):
                     pending.append(Path(entry.path))
                 elif path not in files or entry.is_symlink():
                     found.append(path)
     return sorted(found)
+
+
+def _folders_of(path: str) -> list[str]:
+    """The folders that a path lies in, with '.' for the one that it is relative to."""
+    return [str(folder) for folder in PurePosixPath(path).parents]

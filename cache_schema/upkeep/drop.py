@@ -2,20 +2,17 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from cache_schema.claim import ShardClaim
 from cache_schema.clip_index import ClipIndex, load_index
 from cache_schema.layout import StoreLayout
-from cache_schema.manifest import SkippedClip, read_commit, read_manifest
+from cache_schema.manifest import CommitRecord, SkippedClip, read_manifest
 from cache_schema.places import LocalPlace
-from cache_schema.settings import StoreSettings
 from cache_schema.sweeping import sweep_store
 from cache_schema.symlinks import refuse_links
-from cache_schema.upkeep.replace_shard import replace_record
-from cache_schema.writer import StoreWriter
+from cache_schema.upkeep.replace_shard import edit_records
 
 DropReason = Literal["dropped", "redo"]
 """Why a clip is listed as skipped: dropped for good, or until a retry makes it again."""
@@ -67,7 +64,8 @@ def drop_clips(
     refuse_links(layout)
     settings = read_manifest(layout).settings
     wanted = set(keys)
-    shards, dropped = _find(load_index(LocalPlace(layout.root), settings), wanted, reason)
+    index = load_index(LocalPlace(layout.root), settings)
+    shards, dropped = _find(index, wanted, reason)
     unknown = sorted(wanted.difference(dropped, *shards.values()))
     if unknown:
         named = ", ".join(repr(key) for key in unknown[:_NAMED])
@@ -77,9 +75,13 @@ def drop_clips(
     sweep_store(layout, settings)
     detail = detail.encode("utf-8", "backslashreplace").decode("utf-8")
     gone: set[str] = set()  # a clip that was made again is held by one shard and listed by another
-    for shard, of_shard in shards.items():
-        gone.update(_drop_from(layout, settings, shard, of_shard, reason, detail))
-    StoreWriter(layout.root, settings).write_index()
+
+    def edit(record: CommitRecord) -> CommitRecord:
+        new, of_shard = _without(record, shards[record.shard], reason, detail)
+        gone.update(of_shard)
+        return new
+
+    edit_records(layout, settings, index, shards, edit)
     return DropReport(len(gone), len(wanted) - len(gone), tuple(shards))
 
 
@@ -101,28 +103,21 @@ def _find(
     return dict(sorted(shards.items())), dropped
 
 
-def _drop_from(
-    layout: StoreLayout,
-    settings: StoreSettings,
-    shard: str,
-    keys: set[str],
-    reason: DropReason,
-    detail: str,
-) -> list[str]:
-    """Take clips out of one shard; those that it held, or listed for another reason."""
-    with ShardClaim(layout, shard) as claim:
-        record = read_commit(layout, settings, shard)
-        keep = [clip for clip in record.clips if clip.key not in keys]
-        otherwise = [clip for clip in record.skipped if not _is_listed(clip, reason)]
-        of_shard = [clip.key for clip in record.clips] + [clip.key for clip in otherwise]
-        gone = dict.fromkeys(key for key in of_shard if key in keys)
-        if gone:
-            skipped = [clip for clip in record.skipped if clip.key not in gone]
-            fingerprints = {c.key: c.fingerprint for c in otherwise}
-            fingerprints |= {c.key: c.fingerprint for c in record.clips}
-            skipped += [SkippedClip(key, reason, detail, fingerprints[key], shard) for key in gone]
-            replace_record(claim, settings, record, keep, skipped)
-        return list(gone)
+def _without(
+    record: CommitRecord, keys: Collection[str], reason: DropReason, detail: str
+) -> tuple[CommitRecord, list[str]]:
+    """A record without some clips, and those that it held, or listed for another reason."""
+    otherwise = [clip for clip in record.skipped if not _is_listed(clip, reason)]
+    made_from = {clip.key: clip.fingerprint for clip in otherwise}
+    made_from |= {clip.key: clip.fingerprint for clip in record.clips}
+    of_shard = [clip.key for clip in record.clips] + [clip.key for clip in otherwise]
+    gone = dict.fromkeys(key for key in of_shard if key in keys)
+    if not gone:
+        return record, []
+    clips = tuple(clip for clip in record.clips if clip.key not in keys)
+    skipped = [clip for clip in record.skipped if clip.key not in gone]
+    skipped += [SkippedClip(key, reason, detail, made_from[key], record.shard) for key in gone]
+    return replace(record, clips=clips, skipped=tuple(skipped)), list(gone)
 
 
 def _is_listed(clip: SkippedClip, reason: DropReason) -> bool:

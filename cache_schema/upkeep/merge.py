@@ -216,11 +216,11 @@ def _begun_otherwise(target: StoreLayout, record: CommitRecord, name: str) -> bo
     records = staged_records(target, name)
     if records is None:
         return False
-    path = records / f"{0:08d}.json"
+    first = f"{0:08d}.json"
     try:
-        return bool(
-            unseal(path.read_bytes(), str(path), store=target.root)["source"] != record.source
-        )
+        data = LocalPlace(records).read(first)
+        found = unseal(data, f"{records}/{first}", store=target.root)
+        return bool(found["source"] != record.source)
     except (OSError, CacheError, KeyError):
         return False  # a writer would not go on from there either
 
@@ -278,7 +278,9 @@ def _take(
     """Have the intact file in `incoming`; whether it is the source's own by a hard link."""
     copy = incoming / file.path
     if copy.exists() and not (original.exists() and copy.samefile(original)):
-        if file.is_intact(copy.read_bytes()):  # a run that was killed brought it
+        size = copy.stat().st_size if copy.is_file() else None
+        # A run that was killed brought it.
+        if size == file.recorded.bytes and file.is_intact(copy.read_bytes()):
             sync(copy)
             return False
         copy.unlink()

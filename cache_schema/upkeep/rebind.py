@@ -5,13 +5,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from cache_schema.claim import ShardClaim
 from cache_schema.clip_index import load_index
 from cache_schema.layout import StoreLayout, check_fingerprint
-from cache_schema.manifest import read_commit, read_manifest
+from cache_schema.manifest import CommitRecord, read_manifest
 from cache_schema.places import LocalPlace
-from cache_schema.upkeep.replace_shard import replace_record
-from cache_schema.writer import StoreWriter
+from cache_schema.upkeep.replace_shard import edit_records
 
 
 def change_fingerprints(store: Path, fingerprints: Mapping[str, str]) -> int:
@@ -42,16 +40,16 @@ def change_fingerprints(store: Path, fingerprints: Mapping[str, str]) -> int:
             shards[index.place_of(row)[0]][key] = check_fingerprint(fingerprint)
     layout.staging.mkdir(exist_ok=True)
     num_changed = 0
-    for shard, wanted in sorted(shards.items()):
-        with ShardClaim(layout, shard) as claim:
-            record = read_commit(layout, settings, shard)
-            clips = [
-                replace(clip, fingerprint=wanted.get(clip.key, clip.fingerprint))
-                for clip in record.clips
-            ]
-            changed = sum(new != old for new, old in zip(clips, record.clips, strict=True))
-            if changed:
-                replace_record(claim, settings, record, clips, record.skipped)
-            num_changed += changed
-    StoreWriter(layout.root, settings).write_index()
+
+    def edit(record: CommitRecord) -> CommitRecord:
+        nonlocal num_changed
+        wanted = shards[record.shard]
+        clips = tuple(
+            replace(clip, fingerprint=wanted[clip.key]) if clip.key in wanted else clip
+            for clip in record.clips
+        )
+        num_changed += sum(new != old for new, old in zip(clips, record.clips, strict=True))
+        return replace(record, clips=clips)
+
+    edit_records(layout, settings, index, sorted(shards), edit)
     return num_changed

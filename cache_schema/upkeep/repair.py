@@ -8,20 +8,21 @@ whole. Every step leaves a store that reads right, so a repair can be killed and
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from cache_schema.claim import ShardClaim
 from cache_schema.clip_index import write_index
-from cache_schema.durable import make_directories, sync
+from cache_schema.durable import make_directories, naming, sync
 from cache_schema.errors import CorruptRecord, LockLost, ShardBusy, UnknownSchemaVersion
 from cache_schema.layout import INDEX_FILE, StoreLayout, is_shard_name, parse_group_name
 from cache_schema.lock import FileLock
 from cache_schema.manifest import CommitRecord, SkippedClip
 from cache_schema.places import LocalPlace, is_url
 from cache_schema.settings import StoreSettings
-from cache_schema.sweeping import sweep_store
+from cache_schema.sweeping import group_generations, sweep_store
 from cache_schema.symlinks import refuse_links
 from cache_schema.upkeep.check_shard import check_shard, read_record
 from cache_schema.upkeep.drop import DROPPED
@@ -98,14 +99,10 @@ def repair_store(store: Path, *, advance: Callable[[int], None] | None = None) -
     again = Survey(place, settings, fast=True, advance=lambda _: None)
     if any(problem.mend == "repair" for problem in survey.problems):
         again.look()
-    left = repair.left + [
-        problem
-        for problem in again.problems
-        if problem.mend != "extract" and problem not in repair.left
-    ]
+    still = (problem for problem in again.problems if problem.mend != "extract")
     return RepairReport(
         tuple(survey.problems),
-        tuple(left),
+        tuple(dict.fromkeys([*repair.left, *still])),
         repair.quarantine.folder,
         tuple(repair.clips),
         tuple(repair.shards),
@@ -158,7 +155,9 @@ class _Quarantine:
                 for problem in self._found
             ]
             text = json.dumps(found, indent=1)
-            (folder / FINDINGS_FILE).write_text(text, encoding="utf-8")
+            findings = folder / FINDINGS_FILE
+            with naming(findings):
+                findings.write_text(text, encoding="utf-8")
             sync(self._layout.quarantine)
             self.folder = folder
         return self.folder
@@ -181,6 +180,7 @@ class _Repair:
         self.left += [problem for problem in self.survey.problems if problem.mend != "repair"]
         mendable = [problem for problem in self.survey.problems if problem.mend == "repair"]
         by_hand = {problem.shard for problem in self.left if problem.mend == "by hand"}
+        busy: set[str] = set()
         # In ascending order: of a key in two shards the first one's is kept, unless that is
         # damaged and gone by the time the second one's turn comes.
         for shard in sorted(
@@ -190,9 +190,10 @@ class _Repair:
                 with ShardClaim(self.layout, shard) as claim:
                     self._mend_shard(claim)
             except ShardBusy:
-                self.left += [problem for problem in mendable if problem.shard == shard]
+                busy.add(shard)
             except LockLost as error:
                 self.left.append(Problem(shard, None, f"skipped: {error}", "repair"))
+        self.left += [problem for problem in mendable if problem.shard in busy]
         for path in self._foreign():
             self.quarantine.take(path)
         # One that lists a shard that is taken out would say that its record is lost.
@@ -255,6 +256,7 @@ class _Repair:
                 record,
                 [clip for clip in record.clips if clip.key not in out],
                 [*record.skipped, *out.values()],
+                crc32c=crc32c,
                 quarantine=self.quarantine.made() / "shards",
             )
             self.clips += out.values()
@@ -290,19 +292,25 @@ class _Repair:
         if os.path.lexists(self.layout.commit(shard)):
             self._take(claim, self.layout.commit(shard))
         self.shards.append(shard)
-        skipped = [] if self.survey.index is None else self.survey.index.all_skipped()
         self.left += [
-            Problem(shard, clip.key, _DROPPED_ONCE, "by hand")
-            for clip in skipped
-            if clip.shard == shard and clip.reason == DROPPED
+            Problem(shard, key, _DROPPED_ONCE, "by hand") for key in self._dropped.get(shard, ())
         ]
+
+    @cached_property
+    def _dropped(self) -> dict[str, list[str]]:
+        """Keys that were dropped, by the shard that says so in the index."""
+        found: dict[str, list[str]] = {}
+        if self.survey.index is not None:
+            for clip in self.survey.index.all_skipped():
+                if clip.reason == DROPPED:
+                    found.setdefault(clip.shard, []).append(clip.key)
+        return found
 
     def _take_groups(self, claim: ShardClaim, *, but: int | None) -> None:
         """Take out a shard's groups of all generations but one."""
-        there = self.layout.shards.iterdir() if self.layout.shards.is_dir() else ()
-        for path in sorted(there):
-            group = parse_group_name(path.name)
-            if group is not None and group[0] == claim.shard and group[1] != but:
+        for generation in self._generations[claim.shard]:
+            path = self.layout.group(claim.shard, generation)
+            if generation != but and os.path.lexists(path):
                 self._take(claim, path)
 
     def _take(self, claim: ShardClaim, path: Path) -> None:
@@ -310,6 +318,11 @@ class _Repair:
         claim.check()
         with claim.guarded():
             self.quarantine.take(path)
+
+    @cached_property
+    def _generations(self) -> Mapping[str, list[int]]:
+        """Of every shard those that have a group, as the repair began."""
+        return group_generations(self.layout)
 
     def _foreign(self) -> list[Path]:
         """What lies among records and groups and is neither."""

@@ -1,53 +1,91 @@
-"""Replacing a finished shard's record, or the whole shard; used by `drop`, `rebind` and `repair`.
+"""Replacing finished shards' records, or a whole shard; used by `drop`, `rebind` and `repair`.
 
 Until the commit record is replaced, by one rename, readers see the shard as it was.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from os import link
 from pathlib import Path
 
 from cache_schema.claim import ShardClaim
+from cache_schema.clip_index import ClipIndex
 from cache_schema.committing import commit_group, commit_record, safe_metadata
-from cache_schema.durable import make_directories, sync, sync_folders
+from cache_schema.durable import make_directories, naming, sync, sync_folders
 from cache_schema.errors import CorruptClip, LockLost
-from cache_schema.manifest import ClipEntry, CommitRecord, SkippedClip, mend_hint
+from cache_schema.layout import StoreLayout
+from cache_schema.manifest import (
+    ClipEntry,
+    CommitRecord,
+    SkippedClip,
+    mend_hint,
+    read_sealed_commit,
+)
 from cache_schema.settings import StoreSettings
+from cache_schema.writer import StoreWriter
 from cache_schema.zarr_group import chunk_path, create_group
 
+Edit = Callable[[CommitRecord], CommitRecord]
+"""Gives a record with fewer clips, other fingerprints or other skips, or as it is. Clips are those
+of the record, in its order and with the same files."""
 
-def replace_record(
-    claim: ShardClaim,
+
+def edit_records(
+    layout: StoreLayout,
     settings: StoreSettings,
-    record: CommitRecord,
-    clips: Sequence[ClipEntry],
-    skipped: Sequence[SkippedClip],
+    index: ClipIndex,
+    shards: Iterable[str],
+    edit: Edit,
 ) -> None:
-    """Replace a shard's record; its group stays, without the clips that are no longer listed.
+    """Replace the records of shards; their groups stay, without the clips no longer listed.
 
-    No file of another clip is touched. A process killed in here leaves the old record or the new
-    one, and files that `sweep_store` removes.
+    No file of another clip is touched. Each record is read, written and put into the index once,
+    and one at a time is in memory. A process killed in here leaves of each shard the old record or
+    the new one, and files that `sweep_store` removes.
 
     Args:
-        claim: the shard's.
+        layout: the store's.
         settings: the store's.
-        record: the shard as it is committed now.
-        clips: clips of `record`, in its order and with the same files.
-        skipped: what the new record says is left out, all of it.
+        index: as of now; not changed, the new one is written.
+        shards: those to edit.
+        edit: called with each record.
 
-    Raises `LockLost` where another process took the shard over; nothing has changed then.
+    Raises `ShardBusy`, or `LockLost` where another process took a shard over; those before it are
+    done.
     """
-    generation = record.generation + 1
-    new = replace(record, generation=generation, clips=tuple(clips), skipped=tuple(skipped))
-    commit_record(claim, settings, new, replaced=record)
-    kept, group = {clip.index for clip in clips}, claim.layout.group(record.shard, record.group)
-    gone = (clip.arrays.values() for clip in record.clips if clip.index not in kept)
-    with suppress(LockLost):  # whoever took the shard over sweeps
-        claim.discard_files(group / stored.path for arrays in gone for stored in arrays)
-    claim.sweep()
+    folders: set[Path] = set()
+
+    def edited() -> Iterator[tuple[CommitRecord, int]]:
+        for shard in shards:
+            with ShardClaim(layout, shard) as claim:
+                record, crc32c = read_sealed_commit(layout, settings, shard)
+                new = edit(record)
+                if new != record:
+                    new = replace(new, generation=record.generation + 1)
+                    crc32c = commit_record(claim, settings, new, replaced=crc32c)
+                    kept = {clip.index for clip in new.clips}
+                    with suppress(LockLost):  # whoever took the shard over sweeps
+                        folders.update(claim.discard_files(_files_of(layout, record, but=kept)))
+                    claim.sweep()
+            yield new, crc32c
+
+    try:
+        newer = ClipIndex.from_records(edited(), settings.arrays)
+    finally:
+        for folder in sorted(folders):  # together: their changes wait for the disk once
+            with suppress(FileNotFoundError):  # a repair has moved the group since
+                sync(folder)
+    StoreWriter(layout.root, settings).write_index(index.with_shards(newer))
+
+
+def _files_of(layout: StoreLayout, record: CommitRecord, *, but: Container[int]) -> Iterator[Path]:
+    """Of the clips of a shard, by index, all but some."""
+    group = layout.group(record.shard, record.group)
+    for clip in record.clips:
+        if clip.index not in but:
+            yield from (group / stored.path for stored in clip.arrays.values())
 
 
 def keep_clips(
@@ -57,6 +95,7 @@ def keep_clips(
     keep: Sequence[ClipEntry],
     skipped: Sequence[SkippedClip],
     *,
+    crc32c: int,
     quarantine: Path,
 ) -> None:
     """Replace a shard by its next generation, with some of its clips.
@@ -70,6 +109,7 @@ def keep_clips(
         record: the shard as it is committed now.
         keep: clips of `record`, in the order they shall have; their files are taken as they are.
         skipped: what the new record says is left out, all of it.
+        crc32c: that the record opens with on disk.
         quarantine: folder of the store to move the old group into.
 
     Raises `CorruptClip` where a file of a clip to keep is missing, and `LockLost` where another
@@ -88,7 +128,7 @@ def keep_clips(
     sync_folders(group)
     generation = record.generation + 1
     new = CommitRecord(shard, generation, generation, record.source, clips, tuple(skipped), files)
-    commit_group(claim, settings, group, new, replaced=record)
+    commit_group(claim, settings, group, new, replaced=crc32c)
     if old.exists():
         make_directories(quarantine)
         with suppress(LockLost), claim.guarded():  # whoever took the shard over sweeps
@@ -130,5 +170,6 @@ def _share(source: Path, target: Path) -> None:
     except FileNotFoundError:
         raise
     except OSError:
-        shutil.copyfile(source, target)
+        with naming(target):
+            shutil.copyfile(source, target)
         sync(target)

@@ -1,10 +1,11 @@
 """Checking a whole store against its commit records; used by `repair` and the console.
 
-Nothing is changed. A store may be written to meanwhile: what only looked wrong because it was being
-replaced is looked at again.
+Nothing is changed. A store may be written to meanwhile: a shard whose record was replaced is looked
+at again, and what a process that holds the shard's lock has not removed yet is no damage.
 """
 
 import io
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from cache_schema.layout import (
     parse_group_name,
     printable,
 )
+from cache_schema.lock import is_locked
 from cache_schema.manifest import CommitRecord, OtherSettings, parse_manifest
 from cache_schema.places import LocalPlace, Place, open_place
 from cache_schema.settings import StoreSettings
@@ -51,7 +53,7 @@ MENDS: dict[Mend, str] = {
 }
 """What to do about a problem."""
 
-_LOOKS = 3
+_LOOKS = 100
 """How often a shard is looked at that others replace meanwhile."""
 
 
@@ -238,13 +240,49 @@ class Survey:
             self._report(what, shard=shard)
         for key, what in damage.clips.items():
             self._report(what, shard=shard, key=key)
-        for clip in record.clips:
-            other = self._shard_of_key.setdefault(clip.key, shard)
-            if other != shard:
-                self.twins.setdefault(clip.key, [other]).append(shard)
-                self._report(f"the key is in shard {other!r} too", shard=shard, key=clip.key)
+        self._look_for_twins(record)
+        group = group_name(shard, record.group)
         for path in damage.foreign:
-            self._report(f"file {printable(path)} does not belong to the shard", shard=shard)
+            what = f"file {printable(path)} does not belong to the shard"
+            self._report_leftover(f"{group}/{path}", what, shard)
+
+    def _look_for_twins(self, record: CommitRecord) -> None:
+        held: dict[str, set[str]] = {}
+        for clip in record.clips:
+            other = self._shard_of_key.setdefault(clip.key, record.shard)
+            if other == record.shard:
+                continue
+            if other not in held:
+                held[other] = self._keys_now(other)
+            if clip.key in held[other]:
+                self.twins.setdefault(clip.key, [other]).append(record.shard)
+                what = f"the key is in shard {other!r} too"
+                self._report(what, shard=record.shard, key=clip.key)
+            else:
+                self._shard_of_key[clip.key] = record.shard
+
+    def _keys_now(self, shard: str) -> set[str]:
+        """The clips of a shard that was looked at before: a key may have moved to a retry."""
+        try:
+            record, _ = read_record(self.place, self.settings, shard)
+        except (CorruptRecord, UnknownSchemaVersion, FileNotFoundError):
+            return set()
+        return {clip.key for clip in record.clips}
+
+    def _group_now(self, shard: str) -> int:
+        """The generation of a shard's group; it may have been replaced since it was looked at."""
+        try:
+            return read_record(self.place, self.settings, shard)[0].group
+        except (CorruptRecord, UnknownSchemaVersion, FileNotFoundError):
+            return self._groups[shard]
+
+    def _report_leftover(self, path: str, what: str, shard: str) -> None:
+        """What no record names below `shards`; a process that is at the shard will remove it."""
+        assert isinstance(self.place, LocalPlace), "elsewhere nothing is listed"
+        layout = StoreLayout(self.place.folder)
+        mend: Mend = "extract" if is_locked(layout.lock(shard)) else "repair"
+        if os.path.lexists(layout.shards / path):  # and was not removed just now
+            self._report(what, shard=shard, mend=mend)
 
     def _settled(self, shard: str) -> tuple[CommitRecord, int, Damage]:
         """Record, its checksum, and damage of a shard that was not replaced meanwhile."""
@@ -315,7 +353,8 @@ class Survey:
             return
         if layout.staged(shard).exists():
             self._report(f"shards/{shard} has no commit record", shard=shard, mend="extract")
-        elif not layout.commit(shard).exists():  # or it has been committed just now
+        elif not layout.commit(shard).exists() and layout.group(shard, 0).exists():
+            # And it was neither committed nor taken out just now.
             self.lost.add(shard)
             self._report(
                 f"shards/{shard} has no commit record, and no writer left it so: the record is "
@@ -333,11 +372,11 @@ class Survey:
             if shard not in self._generations and generation == 0:
                 self._look_at_unrecorded(layout, shard)
             elif shard not in self._generations:
-                self._report(f"shards/{name} is left over, without a commit record", shard=shard)
+                what = f"shards/{name} is left over, without a commit record"
+                self._report_leftover(name, what, shard)
             elif self._groups.get(shard, generation) != generation and (
-                layout.group(shard, generation).exists()
+                (current := self._group_now(shard)) != generation
             ):
-                current = group_name(shard, self._groups[shard])
-                self._report(
-                    f"shards/{name} is left over: the shard lies in shards/{current}", shard=shard
-                )
+                where = f"shards/{group_name(shard, current)}"
+                what = f"shards/{name} is left over: the shard lies in {where}"
+                self._report_leftover(name, what, shard)

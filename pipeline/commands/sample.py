@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cache_schema.durable import naming
 from cache_schema.shown_text import redacted
 from pipeline.commands.assets import make_missing_assets
 from pipeline.commands.sample_files import file_stem, named_file, new_file
@@ -130,7 +131,9 @@ def _check_options(
 def _tell_how(config: RunConfig, summary: SampleSummary, image: Path | None) -> None:
     record = redacted(_data(config, summary, image)) | {"made_with": provenance()}
     text = json.dumps(record, indent=1)
-    summary.out.with_suffix(".json").write_text(text + "\n", "utf-8")
+    file = summary.out.with_suffix(".json")
+    with naming(file):
+        file.write_text(text + "\n", "utf-8")
 
 
 def _data(config: RunConfig, summary: SampleSummary, image: Path | None) -> dict[str, Any]:

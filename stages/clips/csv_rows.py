@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from cache_schema.sealed_json import parse_json
 from stages.clips.keys import has_video_suffix
-from stages.clips.rows import MAX_LINE_BYTES, FieldsOf, Place, UnchangedFile
+from stages.clips.rows import MAX_LINE_BYTES, SPACES, FieldsOf, Place, UnchangedFile
 
 _CELL = r'[ ]*+(?:"(?:[^"]|"")*+"|[^",\r\n]*+)'
 _RECORD = re.compile(rf"{_CELL}(?:,{_CELL})*+[\r\n]*+")
@@ -194,7 +194,7 @@ def _check_lines(lines: Sequence[str], number: int, columns: Sequence[str]) -> N
         cells: list[str] = next(_reader([line]), [])
         place = columns.index("file_name")
         is_whole = place < len(cells) <= len(columns) and len(cells) >= min(2, len(columns))
-        if is_whole and has_video_suffix(cells[place].strip()):
+        if is_whole and has_video_suffix(cells[place].strip(SPACES)):
             raise ValueError(
                 f"a quote that is opened here takes in line {number + after}, which is a record of "
                 "its own"
@@ -210,7 +210,7 @@ def _row(cells: Sequence[str], columns: Sequence[str]) -> Callable[[], Row]:
             )
         # Programs leave out empty cells at the end.
         named = {name: cell for name, cell in zip(columns, cells, strict=False) if name and cell}
-        named = {**named, "file_name": named.get("file_name", "").strip()}
+        named = {**named, "file_name": named.get("file_name", "").strip(SPACES)}
         if len(cells) < len(columns) and not has_video_suffix(named["file_name"]):
             raise ValueError(
                 f"the record has {len(cells)} cells, the header {len(columns)}; a cell with a "

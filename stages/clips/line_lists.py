@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from stages.clips.metadata_folder import MetadataFile
 from stages.clips.rows import (
+    SPACES,
     FieldsOf,
     Place,
     UnchangedFile,
@@ -111,4 +112,4 @@ def _is_blank(line: bytes) -> bool:
 def _fields(text: bytes, name: bytes) -> dict[str, Any]:
     check_length(text)
     check_length(name)
-    return {"file_name": _text(name).strip(), "caption": _text(text)}
+    return {"file_name": _text(name).strip(SPACES), "caption": _text(text)}

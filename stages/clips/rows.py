@@ -21,6 +21,9 @@ Place = tuple[int, ...]
 MAX_LINE_BYTES = MAX_JSON_BYTES
 """Longest line that is read (16 MiB)."""
 
+SPACES = " \t\r\n\v\f"
+"""Dropped around the name of a file in a list; any other space may be part of the name."""
+
 
 class RowSource(Protocol):
     """The rows of a file, or of several that belong together line by line."""

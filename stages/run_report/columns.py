@@ -3,13 +3,13 @@
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stages.train_student.logs.row_file import each_row
+from stages.train_student.logs.row_file import count_rows, each_row
 from stages.train_student.logs.rows import TIMESTEP_BINS
 
 Points = tuple[np.ndarray, np.ndarray]
@@ -77,7 +77,7 @@ def read_training_losses(path: Path, names: Sequence[str]) -> TrainingLosses:
     Raises:
         ValueError: a line is damaged.
     """
-    num_rows = _count_lines(path)
+    num_rows = count_rows(path)
     quarter = num_rows // 4
     parts = {"first quarter": MeansByNoise(), "last quarter": MeansByNoise()}
     if not quarter:
@@ -87,11 +87,14 @@ def read_training_losses(path: Path, names: Sequence[str]) -> TrainingLosses:
     start = 0
     for rows in _batches(path, num_rows):
         made.add(rows, rows)
-        auxiliary.add(rows, [row.get("auxiliary") or {} for row in rows], new_names=True)
-        by_timestep = [row.get("by_timestep") or {} for row in rows]
-        first.add(by_timestep[: max(quarter - start, 0)] if quarter else by_timestep)
-        if quarter:
-            last.add(by_timestep[max(num_rows - quarter - start, 0) :])
+        try:
+            auxiliary.add(rows, [row.get("auxiliary") or {} for row in rows], new_names=True)
+            by_timestep = [row.get("by_timestep") or {} for row in rows]
+            first.add(by_timestep[: max(quarter - start, 0)] if quarter else by_timestep)
+            if quarter:
+                last.add(by_timestep[max(num_rows - quarter - start, 0) :])
+        except (AttributeError, KeyError, TypeError, OverflowError) as error:
+            raise _damaged(path, rows, error) from error
         start += len(rows)
     return TrainingLosses(
         steps=made.steps(),
@@ -115,7 +118,9 @@ class MeansByNoise:
 
     def add(self, by_timestep: Sequence[Mapping[str, Sequence[float | None]]]) -> None:
         """Take in steps: `count` of clips, and the mean of each loss or None, per part."""
-        for name in dict.fromkeys(name for row in by_timestep for name in row if name != "count"):
+        for name in _names(by_timestep):
+            if name == "count":
+                continue
             rows = [row for row in by_timestep if name in row]
             clips_NP = _bins(row["count"] for row in rows)
             mean_NP = _bins(row[name] for row in rows)
@@ -135,9 +140,28 @@ class MeansByNoise:
 
 
 def _bins(rows: Iterable[Sequence[float | None]]) -> np.ndarray:
-    """[N, bins]; NaN for None. Several times as fast as NumPy's own reading of such lists."""
-    flat = array("d", [_NAN if value is None else value for row in rows for value in row])
-    return np.array(flat).reshape(-1, TIMESTEP_BINS)
+    """[N, bins]; NaN for None."""
+    lists = list(rows)
+    if any(len(values) != TIMESTEP_BINS for values in lists):
+        raise TypeError(f"by_timestep needs {TIMESTEP_BINS} values of each loss")
+    return np.array(_as_numbers(list(chain.from_iterable(lists)))).reshape(-1, TIMESTEP_BINS)
+
+
+def _as_numbers(values: Sequence[float | None]) -> array:
+    """NaN for None. Several times as fast as NumPy's own reading of such lists."""
+    try:
+        return array("d", values)
+    except TypeError:
+        return array("d", [_NAN if value is None else value for value in values])
+
+
+def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of all rows' fields, as they first appear."""
+    return list(dict.fromkeys(chain.from_iterable(rows)))
+
+
+def _damaged(path: Path, rows: Sequence[Mapping[str, Any]], error: Exception) -> ValueError:
+    return ValueError(f"{path} has a damaged line at step {rows[0]['step']} or after it: {error!r}")
 
 
 class _Growing:
@@ -161,29 +185,18 @@ class _Growing:
     ) -> None:
         """Take the steps from `rows`, and the rest from `numbers`."""
         if new_names:
-            for name in dict.fromkeys(name for row in numbers for name in row):
+            for name in _names(numbers):
                 if name not in self._columns:
                     self._columns[name] = array("d", [_NAN]) * len(self._steps)
         try:
             self._steps.extend([row["step"] for row in rows])
             for name, column in self._columns.items():
-                values = [row.get(name) for row in numbers]
-                column.extend([_NAN if value is None else value for value in values])
+                column.extend(_as_numbers([row.get(name) for row in numbers]))
         except (TypeError, OverflowError) as error:
-            step = rows[0]["step"]
-            raise ValueError(
-                f"{self._path} has a damaged line at step {step!r:.80} or after it: {error}"
-            ) from error
+            raise _damaged(self._path, rows, error) from error
 
     def steps(self) -> np.ndarray:
         return np.array(self._steps, np.int64)
 
     def values(self) -> dict[str, np.ndarray]:
         return {name: np.array(column) for name, column in self._columns.items()}
-
-
-def _count_lines(path: Path) -> int:
-    if not path.is_file():
-        return 0
-    with path.open("rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))

@@ -137,7 +137,7 @@ def _steps(count: int) -> str:
 
 def in_time(seconds: float) -> str:
     """A duration for people: 0.21 s, 3 min 07 s, 2 h 05 min."""
-    if seconds < 60:
+    if seconds < 60 or not math.isfinite(seconds):
         if seconds >= 10:
             return f"{seconds:.0f} s"
         return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds:.2g} s"

@@ -5,7 +5,7 @@ Nothing but `run.json` has to be there. Lines of `*.jsonl` that are not whole ye
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,16 @@ from stages.run_report.columns import (
 )
 from stages.strict_yaml import MAX_FILE_BYTES, YamlError, parse_yaml
 from stages.text_files import read_object, read_text
-from stages.train_student.logs.row_file import read_rows
+from stages.train_student.logs.row_file import each_of
 from stages.train_student.logs.rows import (
     CONFIG_FILE,
     DAMAGED_FILE,
     LOSSES_FILE,
     PERFORMANCE_FILE,
     SKIPPED_FILE,
+    DamagedRow,
+    SkippedRow,
+    ValidationRow,
 )
 
 Row = dict[str, Any]
@@ -112,6 +115,12 @@ def read_run(run_dir: Path) -> RunRecords:
         isinstance(settings.get(name) or {}, dict) for name in ("train", "model")
     ):
         raise ValueError(f"{config} holds no settings of a run")
+    train = settings.get("train") or {}
+    for name, kind in (("steps", int), ("method", str), ("objectives", list)):
+        if not isinstance(train.get(name, kind()), kind):
+            raise ValueError(f"{config}: train.{name} is {train[name]!r:.80}, no {kind.__name__}")
+    if not all(isinstance(name, str) for name in train.get("objectives", ())):
+        raise ValueError(f"{config}: train.objectives holds what is no name")
     return RunRecords(
         run_dir=run_dir,
         about=read_object(file),
@@ -119,9 +128,9 @@ def read_run(run_dir: Path) -> RunRecords:
         config=settings,
         losses=read_training_losses(run_dir / LOSSES_FILE, _LOSSES),
         performance=read_columns(run_dir / PERFORMANCE_FILE, _PERFORMANCE),
-        validation=read_rows(run_dir / VALIDATION_FILE),
-        skipped=read_rows(run_dir / SKIPPED_FILE),
-        damaged=read_rows(run_dir / DAMAGED_FILE),
+        validation=[asdict(row) for row in each_of(run_dir / VALIDATION_FILE, ValidationRow)],
+        skipped=[asdict(row) for row in each_of(run_dir / SKIPPED_FILE, SkippedRow)],
+        damaged=[asdict(row) for row in each_of(run_dir / DAMAGED_FILE, DamagedRow)],
         drawings=_drawings(run_dir / "samples"),
         checkpoints=sorted(
             int(path.name.split(".")[0].removeprefix("checkpoint-"))
@@ -155,11 +164,12 @@ def loss_of(name: str) -> Callable[[Row], float | None]:
 def _drawings(folder: Path) -> list[Drawing]:
     found = []
     for record in sorted(folder.glob(f"step-*/{SAMPLES_RECORD}")):
-        drawn = read_object(record)
-        prompts = drawn.pop("prompts", None)
-        texts = isinstance(prompts, list) and all(isinstance(one, str) for one in prompts)
-        if not texts or type(drawn.get("step")) is not int:
-            raise ValueError(f"{record} is damaged: it has no step, or no list of prompts")
+        drawn = read_object(record, step=int, prompts=list, denoising_steps=int, seed=int)
+        prompts = drawn.pop("prompts")
+        if not all(isinstance(one, str) for one in prompts):
+            raise ValueError(f"{record} is damaged: prompts holds what is no text")
+        if type(drawn.get("guidance")) not in (int, float):
+            raise ValueError(f"{record} is damaged: guidance is {drawn.get('guidance')!r:.80}")
         found += [
             Drawing(
                 step=drawn["step"],

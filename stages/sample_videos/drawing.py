@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -44,6 +43,8 @@ def build_pipeline(base: Path, **parts: Any) -> Any:
     Raises:
         ValueError: It is no CogVideoX pipeline, or another part cannot be loaded.
     """
+    import diffusers
+
     class_name = pipeline_class(base)
     scheduler = base / "scheduler" / "scheduler_config.json"
     read_config(scheduler)

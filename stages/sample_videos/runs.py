@@ -14,6 +14,7 @@ from stages.base_weights import hash_transformer
 from stages.config import BaseModelConfig
 from stages.file_checksums import checksums_from_json, damage_of
 from stages.strict_yaml import read_yaml
+from stages.text_files import read_object
 
 LoraFormat = Literal["diffusers", "comfyui", "kohya"]
 """Key forms of exported adapters; this project reads diffusers' alone."""
@@ -76,7 +77,7 @@ def _path_of_base(run_dir: Path) -> str | None:
 
 def _base_of(run_dir: Path) -> str | None:
     try:
-        about = parse_json((run_dir / "run.json").read_text(encoding="utf-8"))
+        about = read_object(run_dir / "run.json")
         return str(about["settings"][BASE_SETTING])
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -124,8 +125,8 @@ def _refuse_damage(folder: Path) -> None:
     if not record.is_file():
         return
     try:
-        files = checksums_from_json(parse_json(record.read_text(encoding="utf-8"))["files"])
-    except (ValueError, KeyError, TypeError) as error:
+        files = checksums_from_json(read_object(record, files=dict)["files"])
+    except ValueError as error:
         raise ValueError(
             f"{record} holds no checksums of the export's files ({error}); export the run again"
         ) from error

@@ -65,10 +65,10 @@ def compare_clips(
     new: list[str] = []
     total = 0
     for size, keys in clips.items():
-        if digests[size] == digest(keys):
+        if digests.get(size) == digest(keys):
             total += len(keys)
             continue
-        before = _read_clips(run_dir, size, digests[size])
+        before = _read_clips(run_dir, size, digests.get(size))
         total += len(before)
         gone += before.take(np.flatnonzero(keys.rows_of(before) < 0))
         new += keys.take(np.flatnonzero(before.rows_of(keys) < 0))
@@ -101,7 +101,7 @@ def _path(run_dir: Path, size: str) -> Path:
     return run_dir / _FOLDER / f"{size}.txt"
 
 
-def _read_clips(run_dir: Path, size: str, wanted: str) -> SortedText:
+def _read_clips(run_dir: Path, size: str, wanted: str | None) -> SortedText:
     path = _path(run_dir, size)
     try:
         keys = SortedText.from_utf8(path.read_bytes().split(b"\n")[:-1])

@@ -157,13 +157,24 @@ class SavedAverage:
                 file = self._stack.enter_context(safe_open(path, framework="pt"))
             except SafetensorError as error:
                 raise ValueError(f"{path} is damaged ({error}); use another checkpoint") from error
-            about = parse_json(file.metadata()[_ABOUT])
-            self.updates, self.decay = int(about["updates"]), float(about["decay"])
-            for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                name, start = re.fullmatch(r"(.*)@(\d+)", key).groups()  # type: ignore[union-attr]
-                numel = file.get_slice(key).get_shape()[0]
-                self._pieces[name].append((int(start), int(start) + numel, file, key))
+            try:
+                self._learn(file)
+            except (ValueError, TypeError, KeyError, OverflowError) as error:
+                raise ValueError(
+                    f"{path} is no share of an average ({error!r}); use another checkpoint"
+                ) from error
         return self
+
+    def _learn(self, file: Any) -> None:
+        about = parse_json(file.metadata()[_ABOUT])
+        self.updates, self.decay = int(about["updates"]), float(about["decay"])
+        for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+            named = re.fullmatch(r"(.*)@(\d{1,18})", key)
+            if named is None:
+                raise ValueError(f"{key!r:.80} is no piece of a weight")
+            name, start = named[1], int(named[2])
+            (numel,) = file.get_slice(key).get_shape()
+            self._pieces[name].append((start, start + numel, file, key))
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()

@@ -22,11 +22,11 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cache_schema.sealed_json import parse_json
 from stages.failed_writes import why_not_written
 from stages.file_checksums import checksum_of, files_below
 from stages.safetensors_io import save_tensors
 from stages.sample_videos.runs import ABOUT, LoraFormat
+from stages.text_files import read_object
 from stages.train_student.checkpoint_weights import CheckpointWeights
 from stages.train_student.checkpoints.records import (
     Checkpoint,
@@ -289,7 +289,7 @@ def _settings(run_dir: Path) -> dict[str, Any]:
     file = run_dir / "run.json"
     if not file.is_file():
         raise ValueError(f"there is no run at {run_dir}; name the folder of one with --run")
-    settings: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))["settings"]
+    settings: dict[str, Any] = read_object(file, settings=dict)["settings"]
     return settings
 
 

@@ -100,7 +100,7 @@ def held_out_before(run_dir: Path, count: int) -> tuple[str, ...] | None:
     file = run_dir / "run.json"
     if not file.is_file():
         return None
-    found = read_object(file)["held_out"]
+    found = _read_run(file)["held_out"]
     return tuple(found) if len(found) == count else None
 
 
@@ -136,7 +136,7 @@ def open_run(
     told = None
     file = run_dir / "run.json"
     if file.is_file():
-        known = read_object(file)
+        known = _read_run(file)
         found = redacted(known["settings"])
         missing = object()
         names = found.keys() | settings.keys()
@@ -177,7 +177,7 @@ def finished_steps(run_dir: Path) -> int | None:
     file = run_dir / "finished.json"
     if not file.is_file():
         return None
-    return int(read_object(file)["steps"])
+    return int(read_object(file, steps=int)["steps"])
 
 
 def mark_finished(run_dir: Path, steps: int, export: Path) -> None:
@@ -230,6 +230,13 @@ class RunLock:
         traceback: TracebackType | None,
     ) -> None:
         self._lock.__exit__(kind, error, traceback)
+
+
+def _read_run(file: Path) -> dict[str, Any]:
+    found = read_object(file, settings=dict, clip_digests=dict, held_out=list)
+    if not all(isinstance(key, str) for key in found["held_out"]):
+        raise ValueError(f"{file} is damaged: held_out holds what is no key; restore it")
+    return found
 
 
 def _is_free(name: str) -> bool:

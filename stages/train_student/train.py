@@ -29,8 +29,8 @@ from stages.train_student.ema import WeightAverage
 from stages.train_student.engine import batch_told, deepspeed_engine
 from stages.train_student.export import EXPORT_FOLDER, export_weights
 from stages.train_student.loading import build_student
-from stages.train_student.logs.row_file import each_row
-from stages.train_student.logs.rows import DAMAGED_FILE, SKIPPED_FILE, read_losses
+from stages.train_student.logs.row_file import each_of, each_row
+from stages.train_student.logs.rows import DAMAGED_FILE, SKIPPED_FILE, DamagedRow, read_losses
 from stages.train_student.loop import Loop
 from stages.train_student.optimizers import describe_new_length
 from stages.train_student.performance import device_rate, peak_memory_bytes
@@ -202,8 +202,8 @@ def _summary(
     for last in read_losses(run_dir):
         first = first or last
     unreadable: dict[bool, set[str]] = {False: set(), True: set()}
-    for row in each_row(run_dir / DAMAGED_FILE):
-        unreadable[row["gone"]].add(row["key"])
+    for row in each_of(run_dir / DAMAGED_FILE, DamagedRow):
+        unreadable[row.gone].add(row.key)
     num_skipped = sum(1 for _ in each_row(run_dir / SKIPPED_FILE))
     if last is None and num_skipped < steps:
         raise ValueError(

@@ -1,9 +1,13 @@
 """Stores that a stranger made: nothing they say leads outside, blocks, or fills the memory."""
 
+import copy
+import functools
 import io
+import json
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +32,9 @@ from cache_schema.upkeep.copy import copy_store
 from cache_schema.upkeep.drop import drop_clips
 from cache_schema.upkeep.merge import merge_stores
 from cache_schema.upkeep.repair import repair_store
+from cache_schema.zarr_group import found_compression
 from tests.cache_schema.servers import serving
-from tests.cache_schema.tampering import tamper, tamper_index
+from tests.cache_schema.tampering import seal, tamper, tamper_index
 
 FilesOf = Callable[[Path], dict[str, bytes]]
 WriteShard = Callable[..., None]
@@ -185,6 +190,46 @@ def test_a_store_file_that_asks_for_the_impossible_is_refused(
         StoreReader(store)
 
 
+def _parts(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where the members of a record lie; of lists the first."""
+    found: Any = value.items() if isinstance(value, dict) else enumerate(value[:1])
+    for name, item in found:
+        yield (*path, name)
+        if isinstance(item, dict | list):
+            yield from _parts(item, (*path, name))
+
+
+STRANGE = [10**30, -1, 1.5, float("nan"), None, True, "x", [], {"a": [1]}, [[[]]] * 2]
+
+
+@pytest.mark.parametrize("name", ["store.json", "commits/00000.json"])
+def test_records_of_any_content_are_read_or_refused_with_the_store(store: Path, name: str) -> None:
+    record = json.loads((store / name).read_bytes())
+    for path in _parts(record):
+        for value in STRANGE:
+            changed = copy.deepcopy(record)
+            place = changed
+            for part in path[:-1]:
+                place = place[part]
+            place[path[-1]] = value
+            with suppress(Exception):  # so that more than the hash beside them is wrong
+                changed["settings_hash"] = StoreSettings.from_dict(changed).hash
+            (store / name).write_bytes(seal(changed))
+            for use in (_use, functools.partial(verify_store, fast=True)):
+                try:
+                    use(store)
+                except CacheError as error:
+                    assert str(store) in str(error), (path, value)
+
+
+def _use(store: Path) -> None:
+    reader = StoreReader(store)
+    assert reader.num_bytes > 0
+    assert reader.provenance is not None
+    for key in tuple(reader.keys):
+        reader.read(key)
+
+
 @pytest.mark.parametrize("name", ["store.json", "commits/00000.json"])
 def test_json_nested_without_end_is_refused(store: Path, name: str) -> None:
     (store / name).write_bytes(b"[" * 10**6)
@@ -253,6 +298,17 @@ def test_what_is_no_file_of_a_store_is_no_clip_and_no_index(
     for fast in (False, True):
         found = {(p.shard, p.key) for p in verify_store(indexed, fast=fast).problems}
         assert found == {(None, None), ("00000", None), ("00000", "a1")}
+
+
+@pytest.mark.parametrize("make", [*ODD_FILES, _sparse])
+def test_what_is_no_file_of_a_store_tells_no_compression(
+    store: Path, make: Callable[[Path], None]
+) -> None:
+    file = store / "shards" / "00000" / "mask" / "zarr.json"
+    assert found_compression(file.parent.parent, "mask") is not None
+    file.unlink()
+    make(file)
+    assert found_compression(file.parent.parent, "mask") is None
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from stages.articulated_figures.demo import _PRETRAINED
 from stages.base_facts import read_base_facts, read_model_index
-from stages.base_weights import check_base_weights, load_tokenizer
+from stages.base_weights import check_base_weights, hash_transformer, load_tokenizer
 from stages.sample_videos.drawing import build_pipeline, pipeline_class
 from stages.sample_videos.runs import find_export
 from stages.weight_checks import check_weights, read_config, read_json
@@ -168,6 +168,40 @@ def test_large_and_deep_json_is_refused_before_it_is_read(tmp_path: Path) -> Non
             read_config(file)
         except ValueError as error:
             assert str(file) in str(error)
+
+
+def header_of(**about: Any) -> bytes:
+    header = json.dumps(about).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (2**63).to_bytes(8, "little") + b"{}",
+        (2**64 - 1).to_bytes(8, "little"),
+        (10**9).to_bytes(8, "little") + b"{}",
+        header_of(w={"dtype": "F32", "shape": [10**30], "data_offsets": [0, 4]}) + b"1234",
+        header_of(w={"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 4]}) + b"1234",
+        header_of(w={"dtype": "F32", "shape": [1], "data_offsets": [0, 10**30]}) + b"1234",
+        header_of(w={"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}) + b"1234",
+        header_of(w={"dtype": "F32", "shape": [float("nan")], "data_offsets": [0, 4]}) + b"1234",
+        header_of(w=[]),
+        (10**4).to_bytes(8, "little") + b"[" * 10**4,
+        b"",
+    ],
+)
+def test_headers_of_weights_that_say_the_impossible(base: Path, data: bytes) -> None:
+    (base / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(data)
+    for read in (hash_transformer, lambda folder: check_base_weights(folder, ("transformer",))):
+        with pytest.raises(ValueError, match=r"safetensors is damaged or cut short"):
+            read(base)
+
+
+def test_a_header_is_not_read_beyond_the_bound(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.base_weights._MAX_HEADER_BYTES", 10)
+    with pytest.raises(ValueError, match=r"safetensors is damaged: a header of [0-9,]+ bytes"):
+        hash_transformer(base)
 
 
 def test_a_tokenizer_without_bound_is_usual(base: Path) -> None:

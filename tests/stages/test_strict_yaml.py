@@ -19,6 +19,8 @@ VALUES = st.recursive(
 
 @given(VALUES)
 @example({"a": ":b"})
+@example({"a": "?0"})
+@example(["?0", "-", "%a", "a?b: c"])
 @example("\N{NO-BREAK SPACE}")
 @example(["\N{NO-BREAK SPACE}a\N{EM SPACE}"])
 def test_what_is_written_is_read_back_unchanged(value):

@@ -13,7 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from cache_schema import CacheError, StoreReader, list_stores
-from cache_schema.durable import open_for_writing, sync
+from cache_schema.durable import naming, open_for_writing, sync
 from cache_schema.lock import FileLock
 
 FAILURES_FILE = "failures.jsonl"
@@ -40,7 +40,7 @@ def write_failure_manifest(cache_root: Path, log: Callable[[str], None]) -> Path
     path = root / FAILURES_FILE
     temporary = root / f".{FAILURES_FILE}"
     with FileLock(root / f".{FAILURES_FILE}.lock", wait=True, what=f"the list {path}"):
-        with open_for_writing(temporary) as file:
+        with naming(path), open_for_writing(temporary) as file:
             for store in sorted(map(Path, list_stores(root)), key=_by_kind):
                 try:
                     reader = StoreReader(store)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from cache_schema.durable import sync, write_whole
-from cache_schema.sealed_json import parse_json
 from stages.file_checksums import (
     FileChecksum,
     checksum_of_bytes,
@@ -22,6 +21,7 @@ from stages.file_checksums import (
     damage_of,
     files_below,
 )
+from stages.text_files import read_object
 from stages.train_student.distributed import World, gather
 
 PREFIX = "checkpoint-"
@@ -81,7 +81,7 @@ def why_incomplete(folder: Path) -> str | None:
         checkpoint = _parse(folder)
     except FileNotFoundError:
         return "it was not written to the end"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return (
             f"its record {record_of(folder).name} is damaged, or was written by another version of "
             "this software"
@@ -147,15 +147,23 @@ def write_record(checkpoint: Checkpoint) -> None:
 
 def _parse(folder: Path) -> Checkpoint:
     """What a record says; raises what a missing or damaged one gives."""
-    content = parse_json(record_of(folder).read_text(encoding="utf-8"))
+    content = read_object(
+        record_of(folder),
+        crc32c=str,
+        step=int,
+        world_size=int,
+        zero_stage=int,
+        planned_steps=int,
+        files=dict,
+    )
     if content.pop("crc32c") != _seal(content):
         raise ValueError(f"{record_of(folder)} has another CRC-32C than it says")
     return Checkpoint(
         folder=folder,
-        step=int(content["step"]),
-        world_size=int(content["world_size"]),
-        zero_stage=int(content["zero_stage"]),
-        planned_steps=int(content["planned_steps"]),
+        step=content["step"],
+        world_size=content["world_size"],
+        zero_stage=content["zero_stage"],
+        planned_steps=content["planned_steps"],
         files=checksums_from_json(content["files"]),
     )
 

@@ -18,7 +18,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from cache_schema.durable import naming
 from cache_schema.shown_text import redacted
+from stages.text_files import read_text
 
 BoardName = Literal["tensorboard", "wandb"]
 
@@ -178,8 +180,9 @@ def _kept_id(file: Path) -> str:
     """The run's id, the same after every resume."""
     if not file.is_file():
         file.parent.mkdir(exist_ok=True)
-        file.write_text(secrets.token_hex(4), encoding="utf-8")
-    return file.read_text(encoding="utf-8")
+        with naming(file):
+            file.write_text(secrets.token_hex(4), encoding="utf-8")
+    return read_text(file, limit=1024)
 
 
 def _wandb_mode() -> Literal["offline", "online"] | None:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.train_student.logs.row_file import each_row
+from stages.train_student.logs.row_file import each_of
 
 CONFIG_FILE = "config.yaml"
 """The settings a run was last started with."""
@@ -90,6 +90,29 @@ class DamagedRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationRow:
+    """A line of validation.jsonl: means over the held-out clips; null where one is no number."""
+
+    step: int
+    """Steps done; 0 is the model before training."""
+    clips: int
+    """How many could be read."""
+    diffusion: float | None
+    """Over all timesteps alike."""
+    auxiliary: dict[str, float | None]
+    """By objective, before weighting."""
+    by_timestep: dict[str, list[float | None]]
+    """Lists of equal length: `timestep`, `diffusion`, and every objective."""
+
+    def __post_init__(self) -> None:
+        lengths = {len(values) for values in self.by_timestep.values()}
+        if {"timestep", "diffusion", *self.auxiliary} - self.by_timestep.keys() or len(lengths) > 1:
+            raise ValueError("by_timestep needs a value of every loss for each timestep")
+        if None in self.by_timestep["timestep"]:
+            raise ValueError("by_timestep.timestep needs numbers alone")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepRows:
     """Everything about one step."""
 
@@ -106,12 +129,7 @@ def read_losses(run_dir: Path) -> Iterator[LossRow]:
     Raises:
         ValueError: a line is damaged.
     """
-    path = run_dir / LOSSES_FILE
-    try:
-        for row in each_row(path):
-            yield LossRow(**row)
-    except TypeError as error:
-        raise ValueError(f"{path} has a line with other fields than it should: {error}") from error
+    return each_of(run_dir / LOSSES_FILE, LossRow)
 
 
 def as_dict(row: Any) -> dict[str, Any]:

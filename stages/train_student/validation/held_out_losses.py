@@ -9,7 +9,6 @@ Legend: B clip (one), S timestep, M mean (diffusion, then each objective).
 import math
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -20,27 +19,12 @@ from stages.background import DaemonPool, result_of
 from stages.train_student.data.damaged import UNREADABLE, DamagedClip
 from stages.train_student.data.dataset import Batch, CachedSamples
 from stages.train_student.distributed import World, gather
+from stages.train_student.logs.rows import ValidationRow
 from stages.train_student.step import TrainingStep
 from stages.train_student.validation.undisturbed import undisturbed
 
 Item: TypeAlias = tuple[str, int]
 """A clip's key, and a timestep."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ValidationRow:
-    """A line of validation.jsonl: means over the held-out clips; null where one is no number."""
-
-    step: int
-    """Steps done; 0 is the model before training."""
-    clips: int
-    """How many could be read."""
-    diffusion: float | None
-    """Over all timesteps alike."""
-    auxiliary: dict[str, float | None]
-    """By objective, before weighting."""
-    by_timestep: dict[str, list[Any]]
-    """Lists of equal length: `timestep`, `diffusion`, and every objective."""
 
 
 class HeldOutLosses:

@@ -4,6 +4,7 @@ Both are done before the first step, too: what the base model does is what every
 """
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +16,13 @@ from stages.train_student.config import TrainConfig
 from stages.train_student.distributed import World, on_first_rank
 from stages.train_student.logs.boards import Boards
 from stages.train_student.logs.row_file import RowFile, read_rows
+from stages.train_student.logs.rows import ValidationRow
 from stages.train_student.student import Student
-from stages.train_student.validation.held_out_losses import HeldOutLosses, ValidationRow
+from stages.train_student.validation.held_out_losses import HeldOutLosses
 from stages.train_student.validation.samples import TrainingSamples
+
+PAGE_SHARE = 0.01
+"""Of a run's time, at most spent on its page while it goes on: all steps are read each time."""
 
 
 class Validation:
@@ -56,6 +61,8 @@ class Validation:
         self._progress = progress
         self._note = note
         self._last: ValidationRow | None = None
+        self._page_due = -math.inf
+        """By `time.monotonic`; on rank 0."""
 
     def start(self, done: int) -> None:
         """Drop what an interrupted run made after `done` steps, and make what it still owes."""
@@ -77,14 +84,24 @@ class Validation:
         """Look at the student if it is time to; every rank calls this after each step."""
         self._look(step, losses=True, samples=True)
 
-    def write_page(self) -> None:
-        """Make the run's page anew, on rank 0; every rank must call this."""
+    def write_page(self, *, only_when_due: bool = False) -> None:
+        """Make the run's page anew, on rank 0; every rank must call this.
+
+        Args:
+            only_when_due: leave the page as it is where making it would take more than
+                `PAGE_SHARE` of the time since it was last made.
+        """
 
         def write() -> None:
+            started = time.monotonic()
+            if only_when_due and started < self._page_due:
+                return
             try:
                 write_report(self._run_dir)
             except Exception as error:  # the page can be made at any time, the steps not
                 self._progress.log(f"warning: the run's page could not be made: {error!r}")
+            ended = time.monotonic()
+            self._page_due = ended + (ended - started) / PAGE_SHARE
 
         on_first_rank(self._world, write)
 
@@ -99,7 +116,7 @@ class Validation:
             self._draw(self._samples, step)
             looked = True
         if looked:
-            self.write_page()
+            self.write_page(only_when_due=True)
 
     def _validate(self, losses: HeldOutLosses, step: int) -> None:
         row, damaged = losses(self._student, step, self._note)

@@ -54,6 +54,13 @@ def run_with_full_disk(body: Callable[[], object], full_from: int) -> bool:
     return code == 0
 
 
+def count_writes(body: Callable[[], object]) -> int:
+    """The file operations of `body`, run in a forked child, that `run_with_full_disk` counts."""
+    disk = _FullDisk(sys.maxsize)
+    assert exit_code(body, disk) == 0
+    return int(disk.made.value)
+
+
 def exit_code(body: Callable[[], object], hook: Hook | None = None) -> int:
     """Of a forked child running `body`: the number of an `OSError` that it raised, or 0."""
 
@@ -83,7 +90,7 @@ class _FullDisk:
 
     def __init__(self, full_from: int) -> None:
         self._full_from = full_from
-        self._made = 0
+        self.made = RawValue("q", 0)
         self._lock = threading.RLock()
         self._is_tearing = False
 
@@ -93,10 +100,10 @@ class _FullDisk:
         with self._lock:
             if self._is_tearing:
                 return
-            self._made += 1
-            if self._made < self._full_from:
+            self.made.value += 1
+            if self.made.value < self._full_from:
                 return
-            if event == "open" and self._made == self._full_from:
+            if event == "open" and self.made.value == self._full_from:
                 self._tear(args[0])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
 

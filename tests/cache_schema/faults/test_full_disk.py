@@ -16,7 +16,7 @@ import pytest
 
 from cache_schema import verify_store
 from cache_schema.upkeep.repair import repair_store
-from tests.cache_schema.faults.operations import exit_code, run_with_full_disk
+from tests.cache_schema.faults.operations import count_writes, exit_code, run_with_full_disk
 from tests.cache_schema.faults.small_store import (
     SETTINGS,
     assert_reads_what_is_committed,
@@ -92,8 +92,10 @@ def test_a_disk_without_free_inodes_loses_nothing(
     _fill_then_make_room(disk, f"size=4m,nr_inodes={inodes}", files_of, roomy)
 
 
-def _points(request: pytest.FixtureRequest, step: int) -> range:
-    return range(1, 10_000, 1 if request.config.getoption("--full-faults") else step)
+def _points(request: pytest.FixtureRequest, body: Callable[[], object], step: int) -> range:
+    """Every write of `body`, or every `step`-th: a full disk at any of them ends it."""
+    step = 1 if request.config.getoption("--full-faults") else step
+    return range(1, 1 + count_writes(body), step)
 
 
 @pytest.mark.timeout(3600)
@@ -104,20 +106,17 @@ def test_an_error_at_any_write_loses_nothing(
     request: pytest.FixtureRequest,
 ) -> None:
     expected = files_of(roomy)
-    survived = 0
-    for full_at in _points(request, 37):
+    whole = functools.partial(write_all, tmp_path / "whole")
+    for full_at in _points(request, whole, 37):
         root = tmp_path / str(full_at)
         root.mkdir()
         store = root / SETTINGS.folder_name
-        if run_with_full_disk(functools.partial(write_all, root), full_at):
-            break
+        assert not run_with_full_disk(functools.partial(write_all, root), full_at)
         assert_reads_what_is_committed(store)
         finished = finished_files(store)
         write_all(root)
         assert finished.items() <= finished_files(store).items()
         assert files_of(store) == expected
-        survived += 1
-    assert survived >= 4
 
 
 @pytest.mark.timeout(3600)
@@ -128,15 +127,11 @@ def test_an_error_at_any_write_of_a_repair_loses_nothing(
     request: pytest.FixtureRequest,
 ) -> None:
     whole = damage_in_every_way(shutil.copytree(roomy, tmp_path / "repaired" / roomy.name))
-    repair_store(whole)
+    points = _points(request, functools.partial(repair_store, whole), 29)
     expected = without_quarantine(files_of(whole))
-    survived = 0
-    for full_at in _points(request, 29):
+    for full_at in points:
         store = shutil.copytree(roomy, tmp_path / str(full_at) / roomy.name)
         damage_in_every_way(store)
-        if run_with_full_disk(functools.partial(repair_store, store), full_at):
-            break
+        assert not run_with_full_disk(functools.partial(repair_store, store), full_at)
         repair_store(store)
         assert without_quarantine(files_of(store)) == expected
-        survived += 1
-    assert survived >= 4

@@ -12,7 +12,7 @@ import pytest
 from cache_schema import ClipChanged, ClipMissing, CorruptClip, StoreReader, StoreWriter
 from cache_schema.claim import ShardClaim
 from cache_schema.layout import StoreLayout
-from cache_schema.manifest import read_commit
+from cache_schema.manifest import read_sealed_commit
 from cache_schema.places import LocalPlace
 from cache_schema.upkeep.drop import drop_clips
 from cache_schema.upkeep.rebind import change_fingerprints
@@ -63,9 +63,16 @@ def _move(store: Path, shard: str) -> None:
     """Replace a shard by one of all its clips in another folder."""
     layout = StoreLayout(store)
     with ShardClaim(layout, shard) as claim:
-        record = read_commit(layout, SETTINGS, shard)
-        quarantine = layout.quarantine / "1"
-        keep_clips(claim, SETTINGS, record, record.clips, record.skipped, quarantine=quarantine)
+        record, crc32c = read_sealed_commit(layout, SETTINGS, shard)
+        keep_clips(
+            claim,
+            SETTINGS,
+            record,
+            record.clips,
+            record.skipped,
+            crc32c=crc32c,
+            quarantine=layout.quarantine / "1",
+        )
 
 
 def _hurt(store: Path, shard: str, array: str, clip: int) -> None:

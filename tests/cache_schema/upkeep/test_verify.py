@@ -2,11 +2,13 @@
 
 import functools
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +19,8 @@ from cache_schema import (
     StoreWriter,
     verify_store,
 )
-from cache_schema.upkeep import verify as verify_module
 from cache_schema.upkeep.drop import drop_clips
+from cache_schema.upkeep.repair import repair_store
 from cache_schema.upkeep.verify import MENDS
 from tests.fingerprints import fingerprint_of
 
@@ -137,22 +139,100 @@ def test_a_key_in_two_shards_is_found(
     assert ("y", "twin", "repair") in _mends(indexed)
 
 
-def test_a_shard_replaced_while_it_is_looked_at_is_looked_at_again(
+def _damage(store: Path) -> set[tuple[str | None, str | None]]:
+    """What is wrong with a store apart from what is harmless."""
+    problems = verify_store(store, fast=True).problems
+    return {(problem.shard, problem.key) for problem in problems if problem.mend != "extract"}
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "drop": lambda store: drop_clips(store, ["a2"], detail="while verify looks"),
+    "repair": repair_store,
+}
+LOST: set[tuple[str | None, str | None]] = {("00000", "a1")}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_store_is_only_called_damaged_for_what_is_damaged_at_every_step_of_a_change(
+    change: str, indexed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verify looks before and after everything that a drop or a repair moves or removes."""
+    (indexed / "shards/00000/mask/c.1.0.0").unlink()
+    looks: list[set[tuple[str | None, str | None]]] = []
+
+    def watch(name: str) -> None:
+        original = getattr(Path, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            looks.append(_damage(indexed))
+            result = original(*args, **options)
+            looks.append(_damage(indexed))
+            return result
+
+        monkeypatch.setattr(Path, name, call)
+
+    watch("rename")
+    watch("unlink")
+    CHANGES[change](indexed)
+    monkeypatch.undo()
+    assert len(looks) > 10
+    assert LOST in looks
+    assert all(look <= LOST for look in looks)
+
+
+class _At:
+    """Calls `change` at the n-th file or folder of a store that is opened."""
+
+    def __init__(self, number: int, store: Path, change: Callable[[Path], object]) -> None:
+        self.left, self.store, self.change = number, store, change
+
+    def watch(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        original = getattr(os, name)
+
+        def call(path: Any, *args: Any, **options: Any) -> Any:
+            if str(self.store) in str(path):
+                self.left -= 1
+                if self.left == 0:
+                    self.change(self.store)
+            return original(path, *args, **options)
+
+        monkeypatch.setattr(os, name, call)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_store_that_is_changed_between_two_looks_is_only_called_damaged_for_what_is(
+    change: str,
+    indexed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """The drop or the repair happens, all of it, at each thing that verify looks at in turn."""
+    (indexed / "shards/00000/mask/c.1.0.0").unlink()
+    for number in range(1, 1000, 1 if request.config.getoption("--full-faults") else 3):
+        store = shutil.copytree(indexed, tmp_path / str(number) / indexed.name)
+        at = _At(number, store, CHANGES[change])
+        with monkeypatch.context() as patch:
+            at.watch("open", patch)
+            at.watch("scandir", patch)
+            assert _damage(store) <= LOST, number
+        if at.left > 0:
+            break
+    assert number > 10
+
+
+def test_a_shard_whose_folder_goes_while_it_is_listed_is_not_passed_over(
     indexed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look = verify_module.check_shard
-    dropped: list[str] = []
+    (indexed / "shards/00000/mask/c.1.0.0").unlink()
+    scan = os.scandir
 
-    def replace_first(place, settings, record, **options):  # type: ignore[no-untyped-def]
-        if not dropped:
-            dropped.append("a1")
-            drop_clips(indexed, dropped, detail="while verify looks")
-        return look(place, settings, record, **options)
+    def gone_once(path: Any) -> Any:
+        monkeypatch.setattr(os, "scandir", scan)
+        raise FileNotFoundError(path)
 
-    monkeypatch.setattr(verify_module, "check_shard", replace_first)
-    report = verify_store(indexed)
-    assert {problem.mend for problem in report.problems} <= {"extract"}
-    assert report.num_clips == 4
+    monkeypatch.setattr(os, "scandir", gone_once)
+    assert _damage(indexed) == LOST
 
 
 def test_shards_packed_otherwise_than_the_store_says_are_not_taken_for_damaged(

@@ -120,7 +120,7 @@ def test_the_step_of_a_drawing_is_escaped():
 
 def test_a_page_holds_no_credentials_and_no_turns_of_direction(make_run):
     url = "http://me:s3cr3t@host/cache"
-    folder = make_run(damaged_clips=[{"step": 6, "key": "a\u202eb", "message": url}])
+    folder = make_run(damaged_clips=[{"step": 6, "key": "a\u202eb", "message": url, "gone": True}])
     (folder / "config.yaml").write_text(f"cache: {url}\n")
     page = write_report(folder).read_text()
     assert "s3cr3t" not in page

@@ -66,6 +66,15 @@ TEARS = {
     "no record": lambda folder: record_of(folder).unlink(),
     "record half written": lambda folder: os.truncate(record_of(folder), 30),
     "record empty": lambda folder: os.truncate(record_of(folder), 0),
+    "record of an endless step": change_record(step=float("inf")),
+    "record of a step of 30 digits": change_record(step=10**30),
+    "record of files that are none": lambda folder: record_of(folder).write_text(
+        '{"crc32c": "00000000", "step": 1, "world_size": 1, "zero_stage": 1, "planned_steps": 1, '
+        '"files": [[]]}'
+    ),
+    "record nested deep": lambda folder: record_of(folder).write_text(
+        '{"a":' * 900 + "1" + "}" * 900
+    ),
     "record of no object": lambda folder: record_of(folder).write_text("[]"),
     "record without checksums": lambda folder: record_of(folder).write_text(
         json.dumps({"step": 20, "world_size": 2, "files": {n: len(c) for n, c in FILES.items()}})
