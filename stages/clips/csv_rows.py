@@ -23,8 +23,8 @@ _RECORD = re.compile(rf"{_CELL}(?:,{_CELL})*+[\r\n]*+")
 _JSON_CELLS = ("mask_ids", "box_xyxy", "points", "point_labels", "subjects", "last_frame")
 """Columns whose cells hold JSON."""
 
-Row = dict[str, str]
-"""Cells by column, without those that are empty."""
+Row = dict[str, Any]
+"""Cells, as text, by column, without those that are empty."""
 
 
 class CsvRows:
@@ -74,7 +74,7 @@ class CsvRows:
 
 
 def _fields(row: Callable[[], Row]) -> dict[str, Any]:
-    fields: dict[str, Any] = {**row()}
+    fields = row()
     for name in _JSON_CELLS:
         if name in fields:
             try:
@@ -114,8 +114,10 @@ class _Lines:
 
     def drop(self, count: int) -> int:
         """Go on after the first lines; returns how many bytes they have."""
-        dropped = [self._held.popleft() for _ in range(min(count, len(self._held)))]
-        size = sum(len(line.encode("utf-8", "surrogateescape")) for line in dropped)
+        size = 0
+        for _ in range(min(count, len(self._held))):
+            line = self._held.popleft()
+            size += len(line if line.isascii() else line.encode("utf-8", "surrogateescape"))
         self.offset += size
         self.number += count
         return size
@@ -210,7 +212,7 @@ def _row(cells: Sequence[str], columns: Sequence[str]) -> Callable[[], Row]:
             )
         # Programs leave out empty cells at the end.
         named = {name: cell for name, cell in zip(columns, cells, strict=False) if name and cell}
-        named = {**named, "file_name": named.get("file_name", "").strip(SPACES)}
+        named["file_name"] = named.get("file_name", "").strip(SPACES)
         if len(cells) < len(columns) and not has_video_suffix(named["file_name"]):
             raise ValueError(
                 f"the record has {len(cells)} cells, the header {len(columns)}; a cell with a "
