@@ -94,8 +94,7 @@ def make_store(folder: Path, num_clips: int, groups: int, *, skipped: bool = Fal
     Args:
         folder: the cache's.
         num_clips: in shards of 1,000.
-        groups: how many shards have the files of all their clips; the others have those of
-            the clips that `drop_spread` takes.
+        groups: as for `repeat_shard`.
         skipped: whether the clips are skipped ones, and the store holds one clip a shard.
     """
     one_shard = folder.parent / ("one-shard-skipped" if skipped else "one-shard")
@@ -122,7 +121,8 @@ def repeat_shard(
     Args:
         writer: of a store with one shard.
         num_shards: that there are afterwards.
-        groups: how many of them have the files of their clips.
+        groups: how many of them have the files of their clips; the others have those of the clips
+            that `drop_spread` takes, or none where it is 1.
         key: of a clip, by the numbers of its shard and in it; skipped ones count after the others.
     """
     from cache_schema.layout import StoreLayout
@@ -147,8 +147,8 @@ def repeat_shard(
         )
         if number < groups:
             copy_links(layout.group("00000", 0), layout.group(name, 0))
-        elif not skipped:
-            dropped = first.clips[:: max(1, num_clips // DROPPED)]
+        elif groups > 1:
+            dropped = first.clips[:: max(1, num_shards * PER_SHARD // DROPPED)]
             of_clips = (stored.path for clip in dropped for stored in clip.arrays.values())
             for path in (*first.files, *of_clips):
                 link = layout.group(name, 0) / path

@@ -150,6 +150,17 @@ def test_the_index_depends_on_the_records_and_the_store_file_alone(
     assert (writer.path / "index.npz").read_bytes() == (indexed / "index.npz").read_bytes()
 
 
+def test_what_a_writer_knows_does_not_stand_in_for_records_that_came_since(
+    indexed: Path, settings: StoreSettings, write_shard: Callable[..., None]
+) -> None:
+    known = load_index(LocalPlace(indexed), settings)
+    writer = StoreWriter.open(indexed.parent, settings, provenance={})
+    drop_clips(indexed, ["a1"], detail="")
+    write_shard(writer, "00002", ["c0"])
+    writer.write_index(known)
+    assert read_index(LocalPlace(indexed), settings) == _from_records(indexed, settings)
+
+
 def _assert_reads_the_same(store: Path, settings: StoreSettings, clip_of: ClipOf) -> None:
     reader = StoreReader(store)
     assert load_index(LocalPlace(store), settings) == _from_records(store, settings)
