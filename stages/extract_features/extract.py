@@ -176,6 +176,7 @@ class _Run:
                     size=self._size(work),
                     retry_failed=retry_failed,
                 )
+                work.report.left_alone.clear()  # clips of these may have been taken out
             self._carry_out(engine)
 
     def _open_stores(self) -> None:

@@ -163,6 +163,21 @@ def test_another_number_of_clips_a_shard_redoes_nothing(
     assert dataset.commits() == before
 
 
+def test_a_change_in_a_shard_whose_clips_are_in_others_is_made_again(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset.extract()
+    monkeypatch.setattr(Dataset, "clips", dataset.clips.model_copy(update={"clips_per_shard": 2}))
+    dataset.rows[7]["caption"] = "a square stands still"
+    dataset.write()
+    with pytest.raises(ValueError, match=r"text of 1 .*'clip7'"):
+        dataset.extract()
+    assert written(dataset.extract(refresh_changed=True)) == {"text": 1, "teacher": 0}
+    text = dataset.reader("text")
+    assert text.record("clip7").attributes["caption"] == "a square stands still"
+    assert text.shard_of("clip7") == "00003"
+
+
 def test_captions_edited_in_place_are_refused_and_made_again_on_request(
     dataset: Dataset, stub_tracking: Any
 ) -> None:
