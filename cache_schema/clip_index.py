@@ -32,12 +32,12 @@ from cache_schema.layout import (
     MAX_INDEX_BYTES,
     STORE_FILE,
     StoreLayout,
-    is_shard_name,
 )
 from cache_schema.lock import FileLock
 from cache_schema.manifest import (
     CommitRecord,
     SkippedClip,
+    committed_shards,
     mend_hint,
     parse_commit,
     read_record_file,
@@ -274,6 +274,21 @@ def write_index(
     return index
 
 
+def is_indexed(layout: StoreLayout, settings: StoreSettings) -> bool:
+    """Whether `index.npz` is whole and lists the commit records as they are; parses none."""
+    place = LocalPlace(layout.root)
+    try:
+        index = read_index(place, settings)
+    except (FileNotFoundError, DamagedIndex):
+        return False
+    listed = set(index.shard_names)
+    return (
+        index.store_crc32c == sealed_crc32c(place, STORE_FILE)
+        and listed == set(committed_shards(layout))
+        and listed == _same_records(place, index)
+    )
+
+
 def index_of_records(place: Place, settings: StoreSettings, shards: Iterable[str]) -> ClipIndex:
     """The index as the commit records of these shards give it, whatever `index.npz` says.
 
@@ -308,23 +323,19 @@ def _current_index(
     if index is None:
         with suppress(FileNotFoundError, DamagedIndex):
             index = read_index(place, settings)
-    files = (name for name in place.list_folder("commits") if name.endswith(".json"))
-    shards = [name for file in files if is_shard_name(name := file.removesuffix(".json"))]
+    shards = committed_shards(StoreLayout(place.folder))
     if index is None:
         return index_of_records(place, settings, shards)
-    written = dict(zip(index.shard_names, index.columns["shards.crc32c"].tolist(), strict=True))
-    kept = {shard for shard in shards if shard in written and _opens_with(place, shard, written)}
+    kept = _same_records(place, index)
     changed = [shard for shard in shards if shard not in kept]
-    if not changed and len(kept) == len(written):
+    if not changed and len(kept) == len(index.shard_names):
         return index
     newer = index_of_records(place, settings, changed)
     _refuse_lost_records(place, index, newer, kept)
-    mask = np.array([name in kept for name in written], bool)
     try:
-        columns = merged_columns(index.columns, mask, newer.columns)
+        return index.with_shards(newer)
     except DuplicateKey as error:
         raise _duplicate(place, error) from error
-    return ClipIndex(columns, settings.arrays)
 
 
 def _refuse_lost_records(
@@ -358,11 +369,15 @@ def lost_record(known: ShardFacts, found: ShardFacts | None) -> str:
     return f"is not the one that {INDEX_FILE} lists: it was changed, or another was put there"
 
 
-def _opens_with(place: LocalPlace, shard: str, written: Mapping[str, int]) -> bool:
-    try:
-        return record_head(place, shard) == b"%08x" % written[shard]
-    except OSError:  # whatever it is, it is read once more as a whole
-        return False
+def _same_records(place: LocalPlace, index: ClipIndex) -> set[str]:
+    """The shards of an index whose commit records are those that it lists."""
+    crc32cs = index.columns["shards.crc32c"].tolist()
+    same = set()
+    for shard, crc32c in zip(index.shard_names, crc32cs, strict=True):
+        with suppress(OSError):  # whatever it is, it is read once more as a whole
+            if record_head(place, shard) == b"%08x" % crc32c:
+                same.add(shard)
+    return same
 
 
 def _read_records(

@@ -227,9 +227,8 @@ def manifest_from_dict(found: Mapping[str, Any], *, where: str, store: Path | st
 
 def committed_shards(layout: StoreLayout) -> list[str]:
     """Names of the finished shards, sorted."""
-    if not layout.commits.is_dir():
-        return []
-    names = (p.name.removesuffix(".json") for p in layout.commits.glob("*.json"))
+    files = LocalPlace(layout.root).list_folder(layout.commits.name)
+    names = (file.removesuffix(".json") for file in files if file.endswith(".json"))
     return sorted(name for name in names if is_shard_name(name))
 
 

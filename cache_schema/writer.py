@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cache_schema.clip_index import ClipIndex, write_index
+from cache_schema.clip_index import ClipIndex, is_indexed, write_index
 from cache_schema.durable import make_directories, sync, write_whole
 from cache_schema.errors import SettingsMismatch
 from cache_schema.known_shards import KnownShards
@@ -103,10 +103,30 @@ class StoreWriter:
 
         What `known` has of them is not read again.
         A store behind a URL is read by its index alone, so it has to be written before copying.
+        Of processes that ask for it at once one writes, and the others look at what it wrote.
+
+        Raises:
+            CorruptRecord: a commit record is damaged or lost, or two shards hold one key.
         """
         self._layout.staging.mkdir(exist_ok=True)
-        with FileLock(self._layout.store_lock, wait=True, what=f"store {self.path}") as lock:
-            write_index(self._layout, self.settings, lock, known)
+        while True:
+            before = _version_of(self._layout.index)
+            # Not under the lock, where a thousand processes would read it one after the other.
+            if known is None and is_indexed(self._layout, self.settings):
+                return
+            with FileLock(self._layout.store_lock, wait=True, what=f"store {self.path}") as lock:
+                if known is not None or _version_of(self._layout.index) == before:
+                    write_index(self._layout, self.settings, lock, known)
+                    return
+
+
+def _version_of(path: Path) -> tuple[int, int] | None:
+    """What tells a file from those that replace it; None where there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _as_stored(layout: StoreLayout, settings: StoreSettings) -> StoreSettings:

@@ -1,6 +1,8 @@
 """Which keys a writer refuses, what it reads for that, and when it writes the index."""
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +156,34 @@ def test_an_index_that_another_process_is_at_is_not_waited_for(
         assert not (store / "index.npz").exists()
     write_shard(writer, "3", ["d"])
     assert num_listed_shards(store / "index.npz") == 4
+
+
+def test_of_processes_that_want_the_index_at_once_one_writes_it(
+    store: Path, settings: StoreSettings, write_shard: WriteShard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    original = clip_index.write_columns
+    monkeypatch.setattr(
+        clip_index, "write_columns", lambda *given: (written.append(1), original(*given))
+    )
+    layout = StoreLayout(store)
+    writers = _writers(store, settings, 4)
+    with ThreadPoolExecutor() as threads:
+        with FileLock(layout.store_lock, wait=True, what="the store") as lock:
+            ends = [threads.submit(writer.write_index) for writer in writers]
+            time.sleep(0.2)  # until they wait for the lock, as a rule
+            clip_index.write_index(layout, settings, lock)
+        for end in ends:
+            end.result(timeout=60)
+        assert len(written) == 1
+        write_shard(writers[0], "2", ["c"])  # and the lock is had by nobody
+        ends = [threads.submit(writer.write_index) for writer in writers]
+        for end in ends:
+            end.result(timeout=60)
+    assert len(written) == 2
+    with FileLock(layout.store_lock, wait=True, what="the store"):
+        writers[0].write_index()  # which is there: nobody is waited for
+    assert verify_store(store).problems == ()
 
 
 def test_a_damaged_index_is_written_anew_by_who_commits(
