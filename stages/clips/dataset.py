@@ -224,7 +224,7 @@ def _videos(layout: Layout) -> tuple[VideoFiles, str]:
 
 
 def _no_captions(found: VideoFiles, layout: Layout) -> str:
-    first = found.clips[0]
+    first = found.clip(0)
     lists = [name for name in CAPTION_LISTS if (layout.root / name).is_file()]
     paired = (
         f"; or beside {lists[0]} a {VIDEO_LISTS[0]} that names the video of each of its lines"

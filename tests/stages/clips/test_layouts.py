@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,27 @@ def test_what_is_there_twice_beside_a_video_is_refused(fill, config):
         ("b", "bad_record"),
     ]
     assert "mov" in found[0].detail and "b.TXT" in found[1].detail
+
+
+def test_any_number_of_files_beside_a_video_are_its_own(fill, config):
+    masks = {f"a.mask.{number}.png": "x" for number in range(500)}
+    root = fill({"a.mp4": "", "a.txt": "A", "a.b.mp4": "", "a.b.txt": "B"} | masks)
+    records = [r for shard in open_dataset(config(path=root)).shards for r in shard.records()]
+    assert [record.key for record in records] == ["a", "a.b"]
+    assert "500 masks are given" in records[0].detail and records[1].caption == "B"
+
+
+def test_a_folder_of_videos_takes_few_bytes_each(fill, config):
+    count = 2000
+    folder = fill(
+        {f"clip-{number:08d}.{s}": "x" for number in range(count) for s in ("mp4", "txt")}
+    )
+    tracemalloc.start()
+    shards = open_dataset(config(path=folder, clips_per_shard=count)).shards
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(list(shards[0].records())) == count
+    assert kept < 150 * count and peak < 700 * count  # 1,500 as objects
 
 
 def test_one_video_is_a_dataset(fill, config):
