@@ -89,6 +89,7 @@ def save_checkpoint(
             )
             check()
             write_record(checkpoint)
+            check()
             keep_newest(root, kept, step)
 
         on_first_rank(world, finish)

@@ -48,6 +48,9 @@ class Thief:
         self.stack.enter_context(RunLock(self.run_dir))
         with (self.run_dir / "losses.jsonl").open("a") as file:
             file.write('{"step": 9}\n')
+        theirs = self.run_dir / "checkpoints" / "checkpoint-4" / "theirs"
+        theirs.parent.mkdir(parents=True, exist_ok=True)
+        theirs.touch()
         self.found = files_of(self.run_dir)
 
 
@@ -62,12 +65,13 @@ def assert_stops(train, thief):
     with pytest.raises(
         LockLost, match=rf"{thief.run_dir} stops here.*\.lock.*same command resumes"
     ):
-        train(thief.run_dir)
+        train(thief.run_dir, checkpoints_kept=1)
     left = files_of(thief.run_dir)
     changed = {path for path, content in thief.found.items() if left.get(path) != content}
     assert not changed
-    assert not any(path.name.endswith(".complete.json") for path in left.keys() - thief.found)
-    assert not (thief.run_dir / "finished.json").exists()
+    new = {path.name for path in left.keys() - thief.found.keys()}
+    assert not new & {"heads.safetensors", "finished.json"}
+    assert not any(name.endswith(".complete.json") for name in new)
 
 
 SAVING = "stages.train_student.checkpoints.saving"
@@ -78,6 +82,7 @@ TRAIN = "stages.train_student.train"
     ("function", "number", "after"),
     [
         ("stages.train_student.run.hash_transformer", 1, True),
+        (f"{TRAIN}.plan_resume", 1, False),
         (f"{TRAIN}.build_student", 1, False),
         ("stages.train_student.loop.update", 3, False),
         (f"{TRAIN}.save_checkpoint", 2, False),
@@ -86,6 +91,7 @@ TRAIN = "stages.train_student.train"
         (f"{SAVING}.write_record", 2, True),
         (f"{TRAIN}.export_weights", 1, False),
         ("stages.train_student.export.sync_tree", 1, False),
+        ("stages.train_student.export._write", 1, True),
         (f"{TRAIN}.export_weights", 1, True),
         (f"{TRAIN}.keep_newest", 1, True),
     ],
