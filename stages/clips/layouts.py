@@ -1,5 +1,6 @@
 """The layouts in which people keep video datasets, and which one a path holds."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,7 +83,8 @@ def _of_file(path: Path) -> Layout:
 
 
 def _of_folder(folder: Path) -> Layout:
-    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
     found: list[Layout] = []
     tars = tuple(folder / name for name in names if name.endswith(".tar"))
     tars = tuple(tar for tar in tars if tar.is_file())
@@ -98,8 +100,8 @@ def _of_folder(folder: Path) -> Layout:
     lists = [name for name in VIDEO_LISTS if name in names and name[: -len(".txt")] not in stems]
     if lists:
         found.append(_line_lists(folder, lists))
-    beside = {name.rpartition(".")[0] for name in names if name.endswith((".txt", ".json"))}
-    if stems & beside or not found:
+    captions = (name for name in names if name.endswith((".txt", ".json")))
+    if not found or any(name.rpartition(".")[0] in stems for name in captions):
         # What other layouts name lies deeper as a rule, and is not looked for there.
         named = str(folder / f"*.{videos[0].rpartition('.')[2]}") if videos else str(folder)
         found.append(Layout(kind="videos", root=folder, files=(), named=named))

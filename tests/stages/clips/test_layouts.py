@@ -176,7 +176,7 @@ def test_a_folder_of_videos_takes_few_bytes_each(fill, config):
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(list(shards[0].records())) == count
-    assert kept < 150 * count and peak < 700 * count  # 1,500 as objects
+    assert kept < 150 * count and peak < 450 * count
 
 
 def test_one_video_is_a_dataset(fill, config):
