@@ -48,9 +48,10 @@ class Thief:
         self.stack.enter_context(RunLock(self.run_dir))
         with (self.run_dir / "losses.jsonl").open("a") as file:
             file.write('{"step": 9}\n')
-        theirs = self.run_dir / "checkpoints" / "checkpoint-4" / "theirs"
-        theirs.parent.mkdir(parents=True, exist_ok=True)
-        theirs.touch()
+        for step in (4, 9):
+            theirs = self.run_dir / "checkpoints" / f"checkpoint-{step}" / "theirs"
+            theirs.parent.mkdir(parents=True, exist_ok=True)
+            theirs.touch()
         self.found = files_of(self.run_dir)
 
 
@@ -70,7 +71,7 @@ def assert_stops(train, thief):
     changed = {path for path, content in thief.found.items() if left.get(path) != content}
     assert not changed
     new = {path.name for path in left.keys() - thief.found.keys()}
-    assert not new & {"heads.safetensors", "finished.json"}
+    assert not new & {"run.json", "config.yaml", "heads.safetensors", "finished.json"}
     assert not any(name.endswith(".complete.json") for name in new)
 
 
