@@ -1,7 +1,7 @@
 """Stage one from end to end: every kind over the dataset's shards; the pipeline calls it."""
 
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,10 +102,9 @@ def extract_features(
     else:
         device = device_named(config.device, rank)
         engine = LocalEngine(dataset.by_name, config.teacher, device, rank, world_size)
+    extractions = make_extractions(config, clips.sizes, model)
     with engine:
-        run = _Run(
-            config, clips, model, cache_root, provenance, dataset, rank, world_size, progress
-        )
+        run = _Run(config, extractions, cache_root, provenance, dataset, rank, world_size, progress)
         with failures_listed(cache_root, progress.log):
             run.fill(engine, retry_failed=retry_failed, refresh_changed=refresh_changed)
             summaries = run.summaries()
@@ -123,8 +122,7 @@ class _Run:
     def __init__(
         self,
         config: ExtractConfig,
-        clips: ClipsConfig,
-        model: BaseModelConfig,
+        extractions: Sequence[Extraction],
         cache_root: Path,
         provenance: dict[str, JSON],
         dataset: ClipDataset,
@@ -139,9 +137,7 @@ class _Run:
         self._rank = rank
         self._world_size = world_size
         self._progress = progress
-        self._works = [
-            _Work(extraction) for extraction in make_extractions(config, clips.sizes, model)
-        ]
+        self._works = [_Work(extraction) for extraction in extractions]
         self._open_stores()
         self._finished_before = {writer.path: writer.committed() for _, writer in self._stores()}
         self.comparison = Comparison()
