@@ -90,7 +90,7 @@ def read_part(
     if not 0 <= start < stop <= spec.shape[0]:
         raise ValueError(f"entries {start} to {stop} asked of {spec.shape[0]}")
     first, last = start // spec.chunk_length, -(-stop // spec.chunk_length)
-    with place.open(path, facts.bytes - _tail_bytes(spec), facts.bytes) as file:
+    with place.open(path, facts.bytes - _tail_bytes(spec.num_chunks), facts.bytes) as file:
         if file.size not in (None, facts.bytes):
             raise DamagedFile(f"it has {file.size} bytes instead of {facts.bytes}")
         chunks = _read_table(file, spec, facts)[first:last]
@@ -125,21 +125,21 @@ def write_chunk_table(path: Path, spec: ArraySpec) -> int:
     return found
 
 
-@lru_cache(maxsize=256)
 def file_bytes_range(spec: ArraySpec) -> tuple[int, int]:
     """Least and most bytes that the file of a clip can have, however it is compressed."""
-    around = _CRC_BYTES * spec.num_chunks + _tail_bytes(spec)
-    headers = _BLOSC_HEADER.size * spec.num_chunks
-    return around + min(headers, spec.num_bytes), around + headers + spec.num_bytes
+    num_chunks, num_bytes = spec.num_chunks, spec.num_bytes
+    around = _CRC_BYTES * num_chunks + _tail_bytes(num_chunks)
+    headers = _BLOSC_HEADER.size * num_chunks
+    return around + min(headers, num_bytes), around + headers + num_bytes
 
 
-def _tail_bytes(spec: ArraySpec) -> int:
-    return (_CRC_BYTES + _PAIR_BYTES) * spec.num_chunks + _CRC_BYTES
+def _tail_bytes(num_chunks: int) -> int:
+    return (_CRC_BYTES + _PAIR_BYTES) * num_chunks + _CRC_BYTES
 
 
 def _read_table(file: OpenFile, spec: ArraySpec, facts: FileFacts) -> list[_Chunk]:
     """The inner chunks in the order of the leading axis, known for those of this clip."""
-    tail = np.empty(_tail_bytes(spec), np.uint8)
+    tail = np.empty(_tail_bytes(spec.num_chunks), np.uint8)
     end = facts.bytes - len(tail)
     if end < 0:
         raise DamagedFile(f"it has {facts.bytes} bytes, too few for a clip")

@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from pipeline.config import ConfigError, load_config
 from stages.extract_features.summary import ExtractSummary, KindSummary
 from stages.inspect_cache.drawing import Drawing
 from stages.progress import SilentProgress
-from stages.train_student.logs.rows import LossRow
+from stages.train_student.logs.rows import LossRow, PerformanceRow, ValidationRow
 from stages.train_student.summary import TrainSummary
 from tests.fingerprints import fingerprint_of
 
@@ -181,12 +182,36 @@ class TestTrain:
 
     def test_losses_and_rates_are_those_of_the_runs_page(self, monkeypatch, config, summary):
         seen = {0: (0.5, 0.4), 10: (0.4, 0.1), 20: (0.3, 0.2)}
+        curves = {"timestep": [500], "diffusion": [0.1], "lgf": [0.1]}
         self.write(
             config,
             "validation",
-            [{"step": s, "diffusion": d, "auxiliary": {"lgf": g}} for s, (d, g) in seen.items()],
+            [
+                asdict(
+                    ValidationRow(
+                        step=step,
+                        clips=2,
+                        diffusion=loss,
+                        auxiliary={"lgf": lgf},
+                        by_timestep=curves,
+                    )
+                )
+                for step, (loss, lgf) in seen.items()
+            ],
         )
-        speeds = [{"step": s, "seconds": t, "clips_per_second": 4 / t} for s, t in ((1, 3), (2, 1))]
+        speeds = [
+            asdict(
+                PerformanceRow(
+                    step=step,
+                    seconds=seconds,
+                    wait_seconds=0.0,
+                    clips_per_second=4 / seconds,
+                    peak_memory_bytes=1,
+                    share_of_peak=None,
+                )
+            )
+            for step, seconds in ((1, 3.0), (2, 1.0))
+        ]
         self.write(config, "performance", speeds)
         answer, _ = self.answer(monkeypatch, config, summary())
         rows = dict(answer.rows)
