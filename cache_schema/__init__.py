@@ -1,5 +1,6 @@
 """The contract on disk between the two stages: numpy and zarr only. README.md specifies it."""
 
+from cache_schema.checksummed_json import JSON
 from cache_schema.clip_index import ShardFacts
 from cache_schema.errors import (
     AlreadyCommitted,
@@ -18,15 +19,14 @@ from cache_schema.errors import (
     UnknownSchemaVersion,
 )
 from cache_schema.find import find_store, list_stores
-from cache_schema.layout import SCHEMA_VERSION
-from cache_schema.manifest import ClipEntry, SkippedClip, StoredArray
-from cache_schema.packed_text import PackedText, SortedText
-from cache_schema.places import is_url
+from cache_schema.maintenance.verify import Problem, VerifyReport, verify_store
+from cache_schema.names import SCHEMA_VERSION
+from cache_schema.packed_strings import PackedText, SortedText
 from cache_schema.reader import StoreReader
-from cache_schema.sealed_json import JSON
-from cache_schema.settings import ArraySpec, Compression, StoreSettings
+from cache_schema.records import ClipEntry, SkippedClip, StoredArray
+from cache_schema.schema import ArraySpec, Compression, StoreSettings
 from cache_schema.shard_writer import ShardWriter
-from cache_schema.upkeep.verify import Problem, VerifyReport, verify_store
+from cache_schema.storage import is_url
 from cache_schema.writer import StoreWriter
 
 __all__ = [

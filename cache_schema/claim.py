@@ -19,10 +19,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from cache_schema.atomic_io import FileLock
 from cache_schema.errors import LockLost
-from cache_schema.layout import StoreLayout
-from cache_schema.lock import FileLock
-from cache_schema.symlinks import refuse_links_below
+from cache_schema.names import StoreLayout
+from cache_schema.storage import refuse_links_below
 
 _STAGED = "staged"
 _RECORDS = "records"

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cache_schema.clip_file import FileFacts
-from cache_schema.durable import naming, open_for_writing, sync
+from cache_schema.atomic_io import FileLock, naming, open_for_writing, sync
 from cache_schema.errors import CorruptRecord
 from cache_schema.index_checks import check_columns
 from cache_schema.index_file import (
@@ -27,14 +26,14 @@ from cache_schema.index_file import (
     write_columns,
 )
 from cache_schema.index_rows import DuplicateKey, columns_of_records, merged_columns
-from cache_schema.layout import (
+from cache_schema.names import (
     INDEX_FILE,
     MAX_INDEX_BYTES,
     STORE_FILE,
     StoreLayout,
 )
-from cache_schema.lock import FileLock
-from cache_schema.manifest import (
+from cache_schema.packed_strings import PackedText, SortedText
+from cache_schema.records import (
     CommitRecord,
     SkippedClip,
     committed_shards,
@@ -42,9 +41,9 @@ from cache_schema.manifest import (
     parse_commit,
     read_record_file,
 )
-from cache_schema.packed_text import PackedText, SortedText
-from cache_schema.places import UNREADABLE, LocalPlace, Place
-from cache_schema.settings import StoreSettings
+from cache_schema.schema import StoreSettings
+from cache_schema.storage import UNREADABLE, LocalPlace, Place
+from cache_schema.zarr_shard import FileFacts
 
 _HEAD_BYTES = 22
 """Of a sealed file: as much as ends with its own checksum."""

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cache_schema.errors import StoreNotFound
-from cache_schema.layout import STORE_FILE, check_identifier
-from cache_schema.places import LocalPlace, is_url, open_place
+from cache_schema.names import STORE_FILE, check_identifier
+from cache_schema.storage import LocalPlace, is_url, open_place
 
 
 def list_stores(cache_root: Path | str) -> list[Path | str]:

@@ -10,16 +10,16 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from cache_schema.clip_file import file_bytes_range
-from cache_schema.layout import (
+from cache_schema.names import (
     MAX_CLIP_INDEX,
     MAX_GENERATION,
     check_identifier,
     check_key,
     is_shard_name,
 )
-from cache_schema.packed_text import PackedText, SortedText
-from cache_schema.settings import StoreSettings
+from cache_schema.packed_strings import PackedText, SortedText
+from cache_schema.schema import StoreSettings
+from cache_schema.zarr_shard import file_bytes_range
 
 _SLASH, _DOT = b"/."
 _HEX = b"0123456789abcdef"

@@ -14,9 +14,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from cache_schema.layout import FINGERPRINT_DIGITS, MAX_INDEX_BYTES, SCHEMA_VERSION
-from cache_schema.places import open_regular
-from cache_schema.settings import StoreSettings
+from cache_schema.names import FINGERPRINT_DIGITS, MAX_INDEX_BYTES, SCHEMA_VERSION
+from cache_schema.schema import StoreSettings
+from cache_schema.storage import open_regular
 
 COLUMNS = {
     "keys.text": "u1",

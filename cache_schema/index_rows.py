@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from cache_schema.index_file import COLUMNS
-from cache_schema.manifest import CommitRecord
-from cache_schema.packed_text import PackedText, SortedText
+from cache_schema.packed_strings import PackedText, SortedText
+from cache_schema.records import CommitRecord
 
 Columns = dict[str, np.ndarray]
 

@@ -13,15 +13,15 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import count, takewhile
 
+from cache_schema.atomic_io import FileLock
 from cache_schema.clip_index import ClipIndex, load_index, write_index
 from cache_schema.errors import ShardBusy
 from cache_schema.index_file import num_listed_shards
-from cache_schema.layout import StoreLayout, without_retry
-from cache_schema.lock import FileLock
-from cache_schema.manifest import CommitRecord, read_commit
-from cache_schema.packed_text import SortedText
-from cache_schema.places import LocalPlace
-from cache_schema.settings import StoreSettings
+from cache_schema.names import StoreLayout, without_retry
+from cache_schema.packed_strings import SortedText
+from cache_schema.records import CommitRecord, read_commit
+from cache_schema.schema import StoreSettings
+from cache_schema.storage import LocalPlace
 
 _MAX_UNLISTED = 16
 _MAX_UNLISTED_SHARE = 1 / 20

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from cache_schema.clip_file import DamagedFile, FileFacts, read_clip, read_part
+from cache_schema.checksummed_json import JSON
 from cache_schema.clip_index import (
     ClipIndex,
     ShardFacts,
@@ -32,8 +32,9 @@ from cache_schema.errors import (
     SettingsMismatch,
     StoreNotFound,
 )
-from cache_schema.layout import STORE_FILE, group_name, retry_number
-from cache_schema.manifest import (
+from cache_schema.names import STORE_FILE, group_name, retry_number
+from cache_schema.packed_strings import SortedText
+from cache_schema.records import (
     ClipEntry,
     SkippedClip,
     mend_hint,
@@ -41,11 +42,9 @@ from cache_schema.manifest import (
     parse_manifest,
     read_record_file,
 )
-from cache_schema.packed_text import SortedText
-from cache_schema.places import is_url, open_place
-from cache_schema.sealed_json import JSON
-from cache_schema.settings import StoreSettings
-from cache_schema.zarr_group import chunk_path
+from cache_schema.schema import StoreSettings
+from cache_schema.storage import is_url, open_place
+from cache_schema.zarr_shard import DamagedFile, FileFacts, chunk_path, read_clip, read_part
 
 _MAX_RECORDS = 16
 """Commit records kept, for those who ask for the attributes of clip after clip."""

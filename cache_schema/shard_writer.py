@@ -9,20 +9,20 @@ from typing import Any, Self
 
 import numpy as np
 
+from cache_schema.checksummed_json import plain_mapping
 from cache_schema.claim import ShardClaim
-from cache_schema.committing import commit_group
+from cache_schema.commit import commit_group
 from cache_schema.errors import AlreadyCommitted
 from cache_schema.known_shards import KnownShards
-from cache_schema.layout import (
+from cache_schema.names import (
     StoreLayout,
     check_fingerprint,
     check_identifier,
     check_key,
     check_shard_name,
 )
-from cache_schema.manifest import CommitRecord
-from cache_schema.sealed_json import plain_mapping
-from cache_schema.settings import StoreSettings
+from cache_schema.records import CommitRecord
+from cache_schema.schema import StoreSettings
 from cache_schema.staging import IsCurrent, Staging
 
 

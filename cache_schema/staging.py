@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from cache_schema.atomic_io import naming, sync, sync_upwards, write_whole
+from cache_schema.checksummed_json import seal, unseal
 from cache_schema.claim import ShardClaim
-from cache_schema.clip_file import DamagedFile, read_clip, write_chunk_table
-from cache_schema.committing import safe_metadata
-from cache_schema.durable import naming, sync, sync_upwards, write_whole
+from cache_schema.commit import safe_metadata
 from cache_schema.errors import CacheError
-from cache_schema.manifest import (
+from cache_schema.records import (
     ClipEntry,
     SkippedClip,
     StoredArray,
@@ -26,13 +26,15 @@ from cache_schema.manifest import (
     parse_skipped,
     read_record_file,
 )
-from cache_schema.places import LocalPlace
-from cache_schema.sealed_json import seal, unseal
-from cache_schema.settings import StoreSettings
-from cache_schema.zarr_group import (
+from cache_schema.schema import StoreSettings
+from cache_schema.storage import LocalPlace
+from cache_schema.zarr_shard import (
+    DamagedFile,
     chunk_path,
     content_crc32c,
     create_group,
+    read_clip,
+    write_chunk_table,
 )
 
 IsCurrent = Callable[[str, str], bool]

@@ -5,20 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cache_schema.atomic_io import FileLock, is_locked, make_directories, sync, write_whole
+from cache_schema.checksummed_json import plain_mapping, seal
 from cache_schema.clip_index import ClipIndex, is_indexed, write_index
-from cache_schema.durable import make_directories, sync, write_whole
+from cache_schema.commit import sweep_store
 from cache_schema.errors import SettingsMismatch
 from cache_schema.known_shards import KnownShards
-from cache_schema.layout import StoreLayout, check_shard_name
-from cache_schema.lock import FileLock, is_locked
-from cache_schema.manifest import StoreManifest, committed_shards, read_manifest
-from cache_schema.sealed_json import plain_mapping, seal
-from cache_schema.settings import Compression, StoreSettings, differing_settings
+from cache_schema.names import StoreLayout, check_shard_name
+from cache_schema.records import StoreManifest, committed_shards, read_manifest
+from cache_schema.schema import Compression, StoreSettings, differing_settings
 from cache_schema.shard_writer import ShardWriter
 from cache_schema.staging import IsCurrent
-from cache_schema.sweeping import sweep_store
-from cache_schema.symlinks import refuse_links
-from cache_schema.zarr_group import found_compression
+from cache_schema.storage import refuse_links
+from cache_schema.zarr_shard import found_compression
 
 
 class StoreWriter:

@@ -5,7 +5,7 @@ Signals are taken before anything else is imported.
 
 import signal
 
-from stages.stop_request import ENDED_BY_SIGNAL, stop_on_signals
+from stages.processes.stop_request import ENDED_BY_SIGNAL, stop_on_signals
 
 
 def main() -> None:

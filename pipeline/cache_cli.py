@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli_parts import (
+from pipeline.cli_options import (
     Config,
     Json,
     Overrides,
@@ -68,7 +68,7 @@ def list_(cache: Readable, as_json: Json = False, traceback: Traceback = False) 
 
     sam2vx-pipeline cache list cache
     """
-    from pipeline.commands.upkeep import listing as command
+    from pipeline.commands.maintenance import listing as command
 
     finish(carry_out(lambda p: command.run(cache, p), traceback), as_json)
 
@@ -87,7 +87,7 @@ def verify(
 
     sam2vx-pipeline cache verify cache
     """
-    from pipeline.commands.upkeep import verify as command
+    from pipeline.commands.maintenance import verify as command
 
     finish(carry_out(lambda p: command.run(cache, p, fast=fast), traceback), as_json)
 
@@ -100,7 +100,7 @@ def repair(cache: Writable, as_json: Json = False, traceback: Traceback = False)
 
     sam2vx-pipeline cache repair cache
     """
-    from pipeline.commands.upkeep import repair as command
+    from pipeline.commands.maintenance import repair as command
 
     finish(carry_out(lambda p: command.run(cache, p), traceback, resumable=True), as_json)
 
@@ -138,7 +138,7 @@ def drop(
 
     sam2vx-pipeline cache drop cache walk/0017 --because "a cut in the middle"
     """
-    from pipeline.commands.upkeep import drop as command
+    from pipeline.commands.maintenance import drop as command
 
     if not keys and listed is None:
         raise typer.BadParameter("name the clips to drop, or give a list of them: --from list")
@@ -187,7 +187,7 @@ def merge(
 
     sam2vx-pipeline cache merge cache node1/cache node2/cache
     """
-    from pipeline.commands.upkeep import merge as command
+    from pipeline.commands.maintenance import merge as command
 
     finish(
         carry_out(
@@ -215,7 +215,7 @@ def copy(
 
     sam2vx-pipeline cache copy cache s3://bucket/cache
     """
-    from pipeline.commands.upkeep import copying as command
+    from pipeline.commands.maintenance import copying as command
 
     finish(carry_out(lambda p: command.run(source, target, p), traceback, resumable=True), as_json)
 
@@ -233,7 +233,7 @@ def derive_gram_flow(
 
     sam2vx-pipeline cache derive gram-flow --config mine.yaml extract.gram_flow.radius=4
     """
-    from pipeline.commands.upkeep import derive as command
+    from pipeline.commands.maintenance import derive as command
 
     settings = load_settings(config, overrides, traceback, needed=())
     finish(carry_out(lambda p: command.run(settings, p), traceback, resumable=True), as_json)

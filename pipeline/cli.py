@@ -12,7 +12,7 @@ import typer
 
 from pipeline import failures
 from pipeline.cache_cli import cache_app
-from pipeline.cli_parts import (
+from pipeline.cli_options import (
     Config,
     Json,
     Overrides,
@@ -23,8 +23,8 @@ from pipeline.cli_parts import (
     settings_of_run,
 )
 from pipeline.console import Answer, print_file, print_json, write_any_text
+from pipeline.environment import take_place_from_slurm
 from pipeline.inspect_cli import inspect
-from pipeline.launch import take_place_from_slurm
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -373,7 +373,7 @@ def config_show(
     traceback: Traceback = False,
 ) -> None:
     """Print the configuration with every default filled in, as YAML that can be edited and used."""
-    from pipeline.config_text import commented_yaml
+    from pipeline.config.text import commented_yaml
 
     settings = load_settings(config, overrides, traceback)
     if as_json:

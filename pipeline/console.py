@@ -26,9 +26,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cache_schema.shown_text import redacted, visible, visible_json, without_credentials
-from pipeline.launch import rank
+from pipeline.environment import rank
+from stages.processes.stop_request import check_stop
 from stages.progress import Progress, SilentProgress, Task
-from stages.stop_request import check_stop
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

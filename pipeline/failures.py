@@ -12,9 +12,9 @@ from contextlib import contextmanager
 
 import typer
 
-from pipeline.config_schema import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.console import complain
-from stages.stop_request import ENDED_BY_SIGNAL, check_stop
+from stages.processes.stop_request import ENDED_BY_SIGNAL, check_stop
 
 FAILED = 1
 BAD_USAGE = 2

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli_parts import Config, Json, Traceback, carry_out, finish, load_settings
+from pipeline.cli_options import Config, Json, Traceback, carry_out, finish, load_settings
 from pipeline.console import Answer
 from stages.progress import Progress
 

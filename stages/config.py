@@ -12,6 +12,9 @@ Pairs = Literal["forward", "backward", "both", "crossed"]
 """Which neighbouring frames are compared: t -> t+1, t+1 -> t, or both ways; `crossed` is both ways,
 each from the track that runs the other way."""
 
+FeatureKind = Literal["memory_attention", "memory_encoder"]
+"""Which of SAM2's features: the frame after memory attention, or the memory stored of it."""
+
 
 class Section(BaseModel):
     """One section of the configuration: typed, frozen, with no key that nobody reads.

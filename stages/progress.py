@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-from stages.stop_request import check_stop
+from stages.processes.stop_request import check_stop
 
 
 class Task(Protocol):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import cache_schema.durable
+import cache_schema.atomic_io
 
 
 class SyncedDisk:
@@ -30,7 +30,7 @@ class SyncedDisk:
         monkeypatch.setattr(os, "rename", self.rename)
         monkeypatch.setattr(os, "replace", self.rename)
         # One call for a whole file system, which is not seen here; without it folders are synced.
-        monkeypatch.setattr(cache_schema.durable, "_sync_file_system", lambda path: False)
+        monkeypatch.setattr(cache_schema.atomic_io, "_sync_file_system", lambda path: False)
 
     def fsync(self, descriptor: int) -> None:
         self._fsync(descriptor)

@@ -4,8 +4,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.config import RunConfig
-from stages.articulated_figures.demo import DemoPart, demo_paths
+from pipeline.config.load import RunConfig
+from stages.demo.build import DemoPart, demo_paths
 from stages.extract_features.config import Kind
 from stages.progress import Progress
 
@@ -38,7 +38,7 @@ def make_missing_assets(
         import torch
 
         torch.set_num_threads(1)
-    from stages.articulated_figures.demo import ensure_demo
+    from stages.demo.build import ensure_demo
 
     ensure_demo(config.demo, config.data, parts=parts, progress=progress)
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from pipeline.commands import extract, inspect, sample, train
-from pipeline.config import ConfigError, RunConfig
+from pipeline.config.load import ConfigError, RunConfig
 from pipeline.console import Answer
 from stages.progress import Progress
 

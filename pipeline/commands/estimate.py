@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.assets import is_of_demo
 from pipeline.commands.skipped_notes import counted_reasons, skipped_notes
-from pipeline.config import ConfigError, RunConfig
+from pipeline.config.load import ConfigError, RunConfig
 from pipeline.console import Answer, in_bytes, in_flop, in_time
 from stages.progress import Progress
 
 if TYPE_CHECKING:
-    from stages.extract_features.estimates.estimate import (
+    from stages.dry_run.extract import (
         Estimate,
         FormEstimate,
         KindEstimate,
@@ -49,7 +49,7 @@ def run(
             f"there is no {config.data.path} yet: the demo's clips are drawn by the first command "
             "that works on them, such as extract-features without --dry-run"
         )
-    from stages.extract_features.estimates.estimate import estimate
+    from stages.dry_run.extract import estimate
 
     found = estimate(
         config.extract,

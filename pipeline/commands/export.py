@@ -37,7 +37,7 @@ def run(
         out: The folder to write; None takes one within the run's.
         form: Key form of adapters.
     """
-    from stages.train_student.export import export_checkpoint
+    from stages.train_student.checkpoints.export import export_checkpoint
 
     started = time.monotonic()
     with progress.task("export", 1, unit="checkpoint") as task:

@@ -4,11 +4,10 @@ from typing import Any
 
 from pipeline.commands.assets import PARTS_OF_KIND, make_missing_assets
 from pipeline.commands.skipped_notes import counted_reasons, skipped_notes
-from pipeline.config import RunConfig
+from pipeline.config.load import RunConfig
 from pipeline.console import Answer, in_bytes, in_time
+from pipeline.environment import provenance_of_run, rank, world_size
 from pipeline.failures import TOO_MANY_SKIPPED
-from pipeline.launch import rank, world_size
-from pipeline.provenance import provenance_of_run
 from stages.progress import Progress
 
 
@@ -27,7 +26,7 @@ def run(
         retry_failed: Take the clips again that earlier runs had to skip.
         refresh_changed: Make clips again whose source has changed.
     """
-    from stages.extract_features.extract import extract_features
+    from stages.extract_features.run import extract_features
 
     models = {PARTS_OF_KIND[kind] for kind in config.extract.kinds}
     make_missing_assets(config, progress, reads=("clips", *sorted(models)))

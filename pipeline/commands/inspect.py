@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from cache_schema import SCHEMA_VERSION, ClipEntry, ClipMissing, StoreReader, find_store
-from cache_schema.layout import STORE_FILE
-from cache_schema.places import is_url
+from cache_schema.names import STORE_FILE
+from cache_schema.storage import is_url
 from pipeline.commands.inspect_facts import clip_facts, nearest_keys, store_facts
 from pipeline.commands.skipped_notes import skipped_notes
-from pipeline.config import NOT_GIVEN, ConfigError, RunConfig
+from pipeline.config.load import NOT_GIVEN, ConfigError, RunConfig
 from pipeline.console import Answer, in_bytes
 from stages.extract_features.config import Kind
 from stages.progress import Progress

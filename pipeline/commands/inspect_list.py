@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache_schema import StoreReader
 from pipeline.commands.skipped_notes import counted_reasons
-from pipeline.config import ConfigError
+from pipeline.config.load import ConfigError
 from pipeline.console import Answer
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.config import RunConfig
+from pipeline.config.load import RunConfig
 from pipeline.console import Answer, in_bytes
 from stages.progress import Progress
 
@@ -18,9 +18,9 @@ def run(
         run_dir: The run; None takes `config.train.run_dir`.
         out: The .html to write; None makes report.html in the run's folder.
     """
-    from stages.run_report.figures import by_name, figures
-    from stages.run_report.records import read_run
-    from stages.run_report.report import write_page
+    from stages.train_student.report.figures import by_name, figures
+    from stages.train_student.report.records import read_run
+    from stages.train_student.report.report import write_page
 
     run_dir = run_dir or config.train.run_dir
     with progress.task("draw the curves", 1, unit="page") as task:

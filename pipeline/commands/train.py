@@ -6,18 +6,18 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.commands.assets import make_missing_assets
-from pipeline.config import RunConfig
+from pipeline.config.load import RunConfig
 from pipeline.console import Answer, in_bytes
-from pipeline.provenance import provenance_of_run
+from pipeline.environment import provenance_of_run
 from stages.progress import Progress
 
 
 def run(config: RunConfig, progress: Progress) -> Answer:
     """Train, or go on with a run that was stopped."""
-    from stages.run_report.figures import by_name, loss_figures, speed_figures
-    from stages.run_report.records import read_run
-    from stages.run_report.report import REPORT_FILE
-    from stages.train_student.logs.rows import DAMAGED_FILE, SKIPPED_FILE
+    from stages.train_student.logging.rows import DAMAGED_FILE, SKIPPED_FILE
+    from stages.train_student.report.figures import by_name, loss_figures, speed_figures
+    from stages.train_student.report.records import read_run
+    from stages.train_student.report.report import REPORT_FILE
     from stages.train_student.train import train_student
 
     make_missing_assets(config, progress, reads=("cogvideox",))

@@ -8,12 +8,12 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.assets import is_of_demo
-from pipeline.config import ConfigError, RunConfig
+from pipeline.config.load import ConfigError, RunConfig
 from pipeline.console import Answer, in_bytes, in_flop, in_time
 from stages.progress import Progress
 
 if TYPE_CHECKING:
-    from stages.train_student.estimate.estimate import SizedStores, TrainEstimate
+    from stages.dry_run.train import SizedStores, TrainEstimate
 
 _CHANNELS = {"memory_attention": 256, "memory_encoder": 64}
 """Of one direction's features, in every SAM2."""
@@ -37,12 +37,12 @@ def run(config: RunConfig, progress: Progress, *, gpu: str | None, gpus: int | N
             f"there is no {config.model.path} yet: the demo's models are made by the first command "
             "that works with them, such as train without --dry-run"
         )
-    from stages.base_weights import parts_are_here
-    from stages.official_models import facts_for_estimate
-    from stages.train_student.engine import check_engine_settings
-    from stages.train_student.estimate.estimate import estimate
-    from stages.train_student.estimate.gpus import gpu_here, gpu_named
-    from stages.train_student.run import check_block, weights_needed
+    from stages.cogvideox.official_models import facts_for_estimate
+    from stages.cogvideox.weights import parts_are_here
+    from stages.compute_cost.gpus import gpu_here, gpu_named
+    from stages.dry_run.train import estimate
+    from stages.train_student.parallel.deepspeed import check_engine_settings
+    from stages.train_student.setup import check_block, weights_needed
 
     chosen = gpu_here() if gpu is None else gpu_named(gpu)
     number = _processes() if gpus is None else gpus
@@ -68,9 +68,9 @@ def _processes() -> int:
 
 def _planned_stores(config: RunConfig) -> list[SizedStores]:
     """What stage one would write with the same configuration; no store is looked at."""
-    from stages.extract_features.subjects.subject_stores import subject_settings
+    from stages.dry_run.train import SizedStores
+    from stages.extract_features.teacher.stores import subject_settings
     from stages.train_student.config import KIND_OF_FORM
-    from stages.train_student.estimate.estimate import SizedStores
     from stages.train_student.objectives.needs import check_teacher, kinds_needed
 
     needed = kinds_needed(config.train)
@@ -95,7 +95,7 @@ def _planned_stores(config: RunConfig) -> list[SizedStores]:
 
 
 def _answer(config: RunConfig, found: TrainEstimate) -> Answer:
-    from stages.train_student.estimate.estimate import ASSUMED_SHARE
+    from stages.dry_run.train import ASSUMED_SHARE
 
     rows = [*_model_rows(config, found), *_memory_rows(found), *_work_rows(config, found)]
     notes = [

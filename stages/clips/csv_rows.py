@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cache_schema.sealed_json import parse_json
+from cache_schema.checksummed_json import parse_json
 from stages.clips.keys import has_video_suffix
 from stages.clips.rows import MAX_LINE_BYTES, SPACES, FieldsOf, Place, UnchangedFile
 

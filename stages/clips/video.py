@@ -10,7 +10,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
-from cache_schema.durable import naming
+from cache_schema.atomic_io import naming
 from stages.clips.colour import EXACT
 from stages.clips.decoding import open_video
 from stages.clips.video_source import VideoSource

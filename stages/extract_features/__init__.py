@@ -1,13 +1,12 @@
-"""Stage one: a video dataset in, teacher, masks, latents and text stores out; `extract` runs it.
+"""Stage one: a video dataset in; teacher, mask, latent and text stores out.
 
-    extract           the run: checks everything, then one model after the other
-    make_extractions  what is computed: text, latents, and subjects/ (teacher and masks in one pass)
-    work/             how the shards get done: jobs, threads, processes, Ray, failures
-    subjects/         which passes follow a clip's subjects, and what is stored of them
-    prompts/          what the passes set out from: the dataset, Grounding DINO, the picture itself
-    tracking/         SAM2 frame by frame; its loader is the one file that imports sam2
-    estimates/        what all of it would take, before it starts
+    run               checks everything, then runs one model after the other
+    kinds             what is computed, from the configuration
+    text, latents     the extractions of the base model's parts
+    teacher/          both directions of SAM2, their fusion, and what is stored of them
+    prompts/          what is tracked: the dataset's prompts, Grounding DINO, the moving subject
+    execution/        jobs, threads, processes, Ray, failures; comparison with the dataset
+    derive            Gram flow from stored features
 
-Nothing is imported here: the configuration of stage one is read by commands that must not load
-SAM2.
+Nothing is imported here: commands that must not load SAM2 read this stage's configuration.
 """

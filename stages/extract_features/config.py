@@ -4,14 +4,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from stages.config import Precision, Section
-from stages.teacher_forms.config import FeatureDtype, GramFlowConfig
+from stages.config import FeatureKind, Precision, Section
+from stages.teacher_store.config import FeatureDtype, GramFlowConfig
 
 Kind = Literal["text", "latents", "teacher", "gram_flow", "masks"]
 """The stores that stage one writes."""
-
-FeatureKind = Literal["memory_attention", "memory_encoder"]
-"""Which of SAM2's features: the frame after memory attention, or the memory stored of it."""
 
 PromptSource = Literal["dataset", "grounding", "automatic"]
 """Where a clip's prompt may come from."""

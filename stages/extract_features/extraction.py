@@ -1,9 +1,11 @@
-"""What `extract` needs of a kind of store, and what the kinds have in common."""
+"""The interface of an extraction (one model, one or more kinds of store), and content hashes."""
 
 import gc
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,15 +13,34 @@ import torch
 
 from cache_schema import JSON, StoreSettings
 from stages.clips import ClipRecord, ClipsConfig, ClipSkipped
-from stages.config import Precision
 from stages.extract_features.config import Kind
 
-DTYPES: Mapping[Precision, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
-"""Torch's formats by their names in a configuration."""
+
+def sha256_of_file(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_of_folder(folder: Path) -> str:
+    """SHA-256 over the names and bytes of a folder's files, in hexadecimal.
+
+    Hidden files do not count: download tools leave them there. Where the folder lies and when its
+    files were written does not matter.
+
+    Raises:
+        ValueError: The folder holds no file.
+    """
+    files = {
+        file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()
+    }
+    names = [name for name in sorted(files) if not any(p.startswith(".") for p in name.split("/"))]
+    if not names:
+        raise ValueError(f"{folder} holds no files; a part of the base model was expected there")
+    whole = hashlib.sha256()
+    for name in names:
+        whole.update(f"{sha256_of_file(files[name])}  {name}\n".encode())
+    return whole.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

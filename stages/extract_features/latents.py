@@ -15,20 +15,20 @@ import numpy as np
 import torch
 
 from cache_schema import JSON, ArraySpec, StoreSettings
-from stages.base_facts import VAE_SPATIAL_COMPRESSION, BaseFacts
-from stages.base_weights import model_class_of
 from stages.clips import Clip, ClipRecord, ClipsConfig, load_clip
+from stages.cogvideox.configs import VAE_SPATIAL_COMPRESSION, BaseFacts
+from stages.cogvideox.weights import model_class_of
 from stages.extract_features.config import Kind, LatentsConfig
-from stages.extract_features.content_hash import sha256_of_folder
 from stages.extract_features.extraction import (
-    DTYPES,
     Extracted,
     Outcome,
     clip_settings,
+    sha256_of_folder,
     to_float16,
 )
+from stages.files.weight_checks import load_model
 from stages.local_gram_flow.alignment import TEMPORAL_COMPRESSION
-from stages.weight_checks import load_model
+from stages.precision import DTYPES
 
 _NOISE_LOG_MEAN, _NOISE_LOG_STD = -3.0, 0.5
 """Of the noise's standard deviation on an image-to-video first frame, as CogVideoX was trained."""

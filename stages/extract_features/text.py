@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from cache_schema import JSON, ArraySpec, StoreSettings
-from stages.base_facts import BaseFacts
-from stages.base_weights import load_tokenizer, model_class_of
 from stages.clips import ClipRecord, ClipsConfig, ClipSkipped
+from stages.cogvideox.configs import BaseFacts
+from stages.cogvideox.weights import load_tokenizer, model_class_of
 from stages.extract_features.config import Kind, TextConfig
-from stages.extract_features.content_hash import sha256_of_folder
-from stages.extract_features.extraction import DTYPES, Extracted, Outcome, to_float16
-from stages.weight_checks import load_model
+from stages.extract_features.extraction import Extracted, Outcome, sha256_of_folder, to_float16
+from stages.files.weight_checks import load_model
+from stages.precision import DTYPES
 
 TOKENS_CUT = "tokens_cut"
 """Attribute of a clip: how many of its caption's tokens are beyond what the text encoder reads."""

@@ -12,9 +12,9 @@ from cache_schema import StoreReader
 from stages.clips import ClipsConfig
 from stages.inspect_cache.view import flow_of_features, flow_of_similarities
 from stages.local_gram_flow import radius_of_window, regrid_fused
-from stages.teacher_forms.features import decode_features
-from stages.teacher_forms.gram_flow import decode_gram_flow, narrow_window
-from stages.teacher_forms.settings import native_parts
+from stages.teacher_store.features import decode_features
+from stages.teacher_store.gram_flow import decode_gram_flow, narrow_window
+from stages.teacher_store.settings import native_parts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from cache_schema.sealed_json import parse_json
-from stages.base_model import resolve_base_model
-from stages.base_weights import hash_transformer
+from cache_schema.checksummed_json import parse_json
+from stages.cogvideox.configs import resolve_base_model
+from stages.cogvideox.weights import hash_transformer
 from stages.config import BaseModelConfig
-from stages.file_checksums import checksums_from_json, damage_of
-from stages.strict_yaml import read_yaml
-from stages.text_files import read_object
+from stages.files.checksums import checksums_from_json, damage_of
+from stages.files.text import read_object
+from stages.files.yaml import read_yaml
 
 LoraFormat = Literal["diffusers", "comfyui", "kohya"]
 """Key forms of exported adapters; this project reads diffusers' alone."""

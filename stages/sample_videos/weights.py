@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
+from stages.files.weight_checks import load_model, read_config
 from stages.sample_videos.runs import LORA_FILE, Export
-from stages.weight_checks import load_model, read_config
 
 _ADAPTER = "run"
 

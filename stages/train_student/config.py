@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from stages.config import Section
-from stages.train_student.objective_config import (
+from stages.train_student.objectives.config import (
     LgfConfig,
     MaskConfig,
     ObjectiveName,

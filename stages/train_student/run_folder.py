@@ -4,12 +4,12 @@
         config.yaml            the resolved configuration
         run.json               what may not change between resumes, provenance, processes, stores,
                                clips left out, clips held out
-        clips/                 the clips that it began with (clip_lists.py)
-        losses.jsonl           one line per step; and further files of lines (logs/run_log.py)
+        clips/                 the clips that it began with (data/clip_lists.py)
+        losses.jsonl           one line per step; and further files of lines (logging/run_log.py)
         tensorboard/, wandb/   as train.report_to says
         checkpoints/           (checkpoints)
         heads.safetensors      the objectives' projectors, kept for more training
-        export/                the trained weights in diffusers' format (export.py)
+        export/                the trained weights in diffusers' format (checkpoints/export.py)
         finished.json          written last
 
 The training loop uses it; sampling looks for finished.json and export/.
@@ -25,17 +25,16 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from cache_schema import LockLost, ShardBusy, SortedText
-from cache_schema.durable import make_directories, write_whole
-from cache_schema.lock import FileLock
+from cache_schema.atomic_io import FileLock, make_directories, write_whole
 from cache_schema.shown_text import redacted
-from stages.base_facts import BaseFacts
 from stages.clips.config import ClipsConfig
+from stages.cogvideox.configs import BaseFacts
+from stages.files.text import read_object
 from stages.sample_videos.runs import BASE_SETTING
-from stages.text_files import read_object
-from stages.train_student.clip_lists import compare_clips, digest, write_clips
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.buckets import Buckets
-from stages.train_student.logs.rows import CONFIG_FILE
+from stages.train_student.data.clip_lists import compare_clips, digest, write_clips
+from stages.train_student.logging.rows import CONFIG_FILE
 
 FREE_SETTINGS = (
     "run_dir",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.train_student.logs.rows import LossRow
+from stages.train_student.logging.rows import LossRow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,42 +4,57 @@
 """
 
 import statistics
+from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from stages.base_model import resolve_base_model
-from stages.base_weights import check_base_weights
 from stages.clips.config import ClipsConfig
+from stages.cogvideox.configs import resolve_base_model
+from stages.cogvideox.weights import check_base_weights
 from stages.config import BaseModelConfig
+from stages.processes.stop_request import StopRequest, stop_on_signals
 from stages.progress import Progress, SilentProgress
-from stages.stop_request import stop_on_signals
+from stages.train_student.checkpoints.export import EXPORT_FOLDER, export_weights
 from stages.train_student.checkpoints.records import keep_newest
-from stages.train_student.checkpoints.resuming import plan_resume, resume
-from stages.train_student.checkpoints.saving import save_checkpoint
+from stages.train_student.checkpoints.resume import plan_resume, resume
+from stages.train_student.checkpoints.save import save_checkpoint
 from stages.train_student.config import TrainConfig
-from stages.train_student.damaged_clips import DamagedClips
-from stages.train_student.distributed import (
+from stages.train_student.data.damaged import DamagedClip
+from stages.train_student.data.dataset import Batch
+from stages.train_student.guards import DamagedClips, SkippedInARow, nan_if_nonfinite, update
+from stages.train_student.logging.performance import (
+    DeviceRate,
+    StepClock,
+    device_rate,
+    peak_memory_bytes,
+)
+from stages.train_student.logging.rows import (
+    DAMAGED_FILE,
+    SKIPPED_FILE,
+    DamagedRow,
+    SkippedRow,
+    StepRows,
+    each_of,
+    each_row,
+    read_losses,
+)
+from stages.train_student.model.loading import build_student
+from stages.train_student.model.student import Student
+from stages.train_student.parallel.deepspeed import batch_told, deepspeed_engine
+from stages.train_student.parallel.ema import WeightAverage
+from stages.train_student.parallel.optimizers import describe_new_length
+from stages.train_student.parallel.process_group import (
     on_first_rank,
     process_group,
     world_from_environment,
 )
-from stages.train_student.ema import WeightAverage
-from stages.train_student.engine import batch_told, deepspeed_engine
-from stages.train_student.export import EXPORT_FOLDER, export_weights
-from stages.train_student.loading import build_student
-from stages.train_student.logs.row_file import each_of, each_row
-from stages.train_student.logs.rows import DAMAGED_FILE, SKIPPED_FILE, DamagedRow, read_losses
-from stages.train_student.loop import Loop
-from stages.train_student.optimizers import describe_new_length
-from stages.train_student.performance import device_rate, peak_memory_bytes
-from stages.train_student.run import CONFIGURATIONS, Run, prepare
 from stages.train_student.run_folder import finished_steps, mark_finished
-from stages.train_student.skipped_steps import SkippedInARow
-from stages.train_student.student import Student
+from stages.train_student.setup import CONFIGURATIONS, Run, prepare
+from stages.train_student.step import StepTotals, TrainingStep
 from stages.train_student.summary import TrainSummary
-from stages.train_student.validation.build import build_validation, embed_prompts
+from stages.train_student.validation.validation import build_validation, embed_prompts
 
 _DOWNLOAD_TIME = timedelta(hours=6)
 """How long the ranks wait until each has the transformer's weights."""
@@ -101,19 +116,20 @@ def train_student(
 
 
 def _train(run: Run) -> TrainSummary:
-    config, world = run.config, run.world
+    config, world, check = run.config, run.world, run.lock.check
     only_trained = config.method == "lora"
     nvme = "nvme" in (config.deepspeed.offload_optimizer, config.deepspeed.offload_parameters)
     if nvme:
         run.progress.log(
-            "what waits on nvme comes back from no checkpoint: this run cannot go on once stopped"
+            "NVMe offload cannot be resumed from a checkpoint: this run must not be stopped"
         )
-    check = run.lock.check
+
+    # Student, engine, and the state of an earlier run.
     plan = plan_resume(run.checkpoints, world, run.progress, nvme=nvme, check=check)
-    universal = plan is not None and plan.universal
     embeds = embed_prompts(run)
     student = build_student(config, run.facts, run.dtype, heads=run.heads, world=world)
     with ExitStack() as stack:
+        universal = plan is not None and plan.universal
         engine = stack.enter_context(deepspeed_engine(student, config, world, universal=universal))
         average = _average(run, student)
         load = [] if average is None else [average.load]
@@ -123,35 +139,17 @@ def _train(run: Run) -> TrainSummary:
         if plan is not None and plan.checkpoint.planned_steps != config.steps:
             run.progress.log(describe_new_length(config, done, plan.checkpoint.planned_steps))
         steps = range(done, max(done, config.steps))
-        skipped = SkippedInARow(config.run_dir, done, most=config.max_skipped_steps, world=world)
+
+        # Logs, validation, and what stops a run that goes wrong.
         boards = run.boards(done) if world.is_first else None
         log = None if boards is None else stack.enter_context(run.log(boards, done))
         task = stack.enter_context(
             run.progress.task("train", steps.stop, completed=done, unit="steps")
         )
         validation = build_validation(run, student, embeds, boards=boards, note=task.note)
-
-        def save(step: int) -> None:
-            if log is not None:
-                log.sync()
-            save_checkpoint(
-                engine,
-                run.checkpoints,
-                step,
-                world,
-                check=check,
-                planned_steps=config.steps,
-                kept=config.checkpoints_kept,
-                only_trained=only_trained,
-                beside=[] if average is None else [average.save],
-            )
-
-        def after_step(step: int, stopping: bool) -> None:
-            last = step == steps.stop
-            if last or stopping or step % config.checkpoint_every == 0:
-                save(step)
-            if last or not stopping:
-                validation.after_step(step)
+        skipped = SkippedInARow(config.run_dir, done, most=config.max_skipped_steps, world=world)
+        damaged = DamagedClips(clips=run.num_clips, most=config.max_damaged, world=world)
+        durations: list[float] = []
 
         validation.start(done)
         with (
@@ -159,34 +157,120 @@ def _train(run: Run) -> TrainSummary:
             stop.deferred("stopping after this step, which is kept"),
             run.batches(steps) as batches,
         ):
-            durations = Loop(
-                run=run,
-                engine=engine,
-                training_step=run.training_step(),
-                batches=batches,
-                skipped=skipped,
-                damaged=DamagedClips(clips=run.num_clips, most=config.max_damaged, world=world),
-                rate=device_rate(config, run.facts, run.sizes, run.progress) if log else None,
-                stop=stop,
-                log=log,
-                after_update=(lambda: None) if average is None else average.update,
-                after_step=after_step,
-            ).make(steps, task)
-            stop.fulfil()  # it came at the last step: what is left is done in any case
+            training_step = run.training_step()
+            device = device_rate(config, run.facts, run.sizes, run.progress) if log else None
+            for step in steps:
+                # Forward and backward passes, and the update.
+                rows, stopping = _train_step(
+                    run, engine, training_step, batches, step, average, damaged, device, stop
+                )
+
+                # Log; too many skipped steps or damaged clips stop the run.
+                durations.append(rows.performance.seconds)
+                if log is not None:
+                    log.add(rows)
+                skipped.add(rows.skipped)
+                damaged.add(rows.damaged)
+                task.advance()
+                if rows.losses is not None:
+                    task.note(f"loss {rows.losses.loss:.4f}")
+
+                # Save, validate, stop.
+                is_last = step + 1 == steps.stop
+                if is_last or stopping or (step + 1) % config.checkpoint_every == 0:
+                    if log is not None:
+                        log.sync()
+                    save_checkpoint(
+                        engine,
+                        run.checkpoints,
+                        step + 1,
+                        world,
+                        check=check,
+                        planned_steps=config.steps,
+                        kept=config.checkpoints_kept,
+                        only_trained=only_trained,
+                        beside=[] if average is None else [average.save],
+                    )
+                if is_last or not stopping:
+                    validation.after_step(step + 1)
+                if stopping and not is_last:
+                    run.progress.log(f"stopped after step {step + 1}, which is kept")
+                    stop.fulfil()
+                    raise KeyboardInterrupt
+            stop.fulfil()  # a signal during the last step: the run finishes in any case
+
         export = export_weights(
             student, config.run_dir, world, step=steps.stop, average=average, check=check
         )
-
-        def finish() -> None:
-            check()
-            # What a process left that died once the last checkpoint was complete.
-            keep_newest(run.checkpoints, config.checkpoints_kept, steps.stop)
-            check()
-            mark_finished(config.run_dir, steps.stop, export)
-
-        on_first_rank(world, finish)
+        on_first_rank(world, lambda: _finish(run, steps.stop, export))
         validation.write_page()
     return _summary(run, steps.stop, resumed_from=done or None, durations=durations, finished=False)
+
+
+def _train_step(
+    run: Run,
+    engine: Any,
+    training_step: TrainingStep,
+    batches: Iterator[Batch],
+    step: int,
+    average: WeightAverage | None,
+    damaged: DamagedClips,
+    device: DeviceRate | None,
+    stop: StopRequest,
+) -> tuple[StepRows, bool]:
+    """One optimiser step, over all micro-batches and ranks.
+
+    Returns:
+        Its rows for the logs, and whether any rank was asked to stop.
+    """
+    world = run.world
+    learning_rate = float(engine.get_lr()[0])
+    clock = StepClock()
+    totals = StepTotals(run.config.objectives, run.timesteps, world.device)
+    damaged_here: list[DamagedClip] = []
+    for micro_step in range(run.accumulation):
+        batch = clock.next(batches).to(world.device)
+        losses = training_step(engine, batch, step)
+        engine.backward(nan_if_nonfinite(losses))
+        totals.add(batch.keys, batch.timestep_B, losses, len(batch.damaged))
+        damaged_here += batch.damaged
+        if device is not None:
+            clock.add_flops(device.model_flops(batch))
+        if micro_step < run.accumulation - 1:
+            engine.step()  # counts the forward pass; the last one moves the weights
+
+    grad_norm = update(engine)
+    if grad_norm is not None and average is not None:
+        average.update()
+
+    means = totals.over_ranks(world)
+    losses_row = skipped_row = None
+    if grad_norm is None:
+        what = "gradient" if means.finite else "loss"
+        skipped_row = SkippedRow(step=step + 1, what=what, clips=totals.clips(world))
+    else:
+        losses_row = means.row(step + 1, grad_norm, learning_rate)
+    damaged_rows = damaged.of_all_ranks(step + 1, damaged_here) if means.damaged else ()
+    performance, stopping = clock.row(
+        step + 1,
+        clips=run.config.batch_size,
+        world=world,
+        peak_flops=None if device is None else device.peak_flops,
+        stop=stop.made,
+    )
+    rows = StepRows(
+        performance=performance, losses=losses_row, skipped=skipped_row, damaged=damaged_rows
+    )
+    return rows, stopping
+
+
+def _finish(run: Run, steps: int, export: Path) -> None:
+    config, check = run.config, run.lock.check
+    check()
+    # Remove old checkpoints left by a crash after the last save.
+    keep_newest(run.checkpoints, config.checkpoints_kept, steps)
+    check()
+    mark_finished(config.run_dir, steps, export)
 
 
 def _average(run: Run, student: Student) -> WeightAverage | None:

@@ -24,11 +24,11 @@ from teacher_samples import FIELDS, GRID, RADIUS, clips, field, track
 from torch import Tensor
 
 from cache_schema import ArraySpec, StoreReader, StoreSettings, StoreWriter
-from stages.extract_features.tracking.sam2_tracker import build_sam2
-from stages.extract_features.tracking.two_way_tracking import TwoWayTracker
 from stages.local_gram_flow import local_gram_flow, neighbour_mask
-from stages.teacher_forms.features import decode_features, encode_features, feature_arrays_spec
-from stages.teacher_forms.gram_flow import (
+from stages.sam2_tracking.build import build_sam2
+from stages.sam2_tracking.tracker import TwoWayTracker
+from stages.teacher_store.features import decode_features, encode_features, feature_arrays_spec
+from stages.teacher_store.gram_flow import (
     decode_gram_flow,
     encode_gram_flow,
     flow_arrays_spec,

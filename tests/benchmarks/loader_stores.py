@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
-from stages.base_facts import BaseFacts
-from stages.teacher_forms.features import encode_features, feature_arrays_spec
-from stages.teacher_forms.gram_flow import encode_gram_flow, flow_arrays_spec, gram_flow_of
+from stages.cogvideox.configs import BaseFacts
+from stages.teacher_store.features import encode_features, feature_arrays_spec
+from stages.teacher_store.gram_flow import encode_gram_flow, flow_arrays_spec, gram_flow_of
 from tests.fingerprints import fingerprint_of
 
 MAPS, GRID, CHANNELS, RADIUS = 49, (30, 45), 512, 3

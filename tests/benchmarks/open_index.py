@@ -23,12 +23,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from cache_schema import ArraySpec, ClipEntry, StoredArray, StoreReader, StoreSettings, StoreWriter
+from cache_schema.checksummed_json import seal
 from cache_schema.index_file import write_columns
 from cache_schema.index_rows import columns_of_records
-from cache_schema.layout import StoreLayout
-from cache_schema.manifest import CommitRecord, StoredFile
-from cache_schema.sealed_json import seal
-from cache_schema.zarr_group import chunk_path, metadata_paths
+from cache_schema.names import StoreLayout
+from cache_schema.records import CommitRecord, StoredFile
+from cache_schema.zarr_shard import chunk_path, metadata_paths
 
 TARGET_S = 2.0
 KINDS = {"latents": ("latents",), "teacher": ("features", "valid"), "text": ("embeddings", "mask")}

@@ -15,9 +15,9 @@ from report import now
 from sam2.build_sam import build_sam2_video_predictor
 
 from stages.clips import SubjectPrompt
-from stages.extract_features.tracking.sam2_inputs import prompt_for_sam2, resize_for_sam2
-from stages.extract_features.tracking.sam2_tracker import build_sam2, official_configs
-from stages.extract_features.tracking.two_way_tracking import TrackRequest, TwoWayTracker
+from stages.sam2_tracking.build import build_sam2, official_configs
+from stages.sam2_tracking.inputs import prompt_for_sam2, resize_for_sam2
+from stages.sam2_tracking.tracker import TrackRequest, TwoWayTracker
 
 # Legend: T frame, C channel, H W pixels or grid, S side of SAM2's square input.
 

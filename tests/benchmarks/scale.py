@@ -125,9 +125,9 @@ def repeat_shard(
             that `drop_spread` takes, or none where it is 1.
         key: of a clip, by the numbers of its shard and in it; skipped ones count after the others.
     """
-    from cache_schema.layout import StoreLayout
-    from cache_schema.manifest import read_commit
-    from cache_schema.sealed_json import seal
+    from cache_schema.checksummed_json import seal
+    from cache_schema.names import StoreLayout
+    from cache_schema.records import read_commit
 
     layout = StoreLayout(writer.path)
     first = read_commit(layout, writer.settings, "00000")
@@ -291,7 +291,7 @@ def first_clip(dataset: Path, cache: Path, _: int) -> Found:
     from stages.clips import ClipsConfig
     from stages.config import BaseModelConfig
     from stages.extract_features.config import ExtractConfig
-    from stages.extract_features.extract import extract_features
+    from stages.extract_features.run import extract_features
     from stages.progress import SilentProgress
 
     wall, processor = time.perf_counter(), time.process_time()
@@ -312,7 +312,7 @@ def first_clip(dataset: Path, cache: Path, _: int) -> Found:
             os._exit(0)
 
     made = [Extraction("text"), Extraction("latents"), Extraction("teacher", "masks")]
-    with patch("stages.extract_features.extract.make_extractions", lambda *_: made):
+    with patch("stages.extract_features.run.make_extractions", lambda *_: made):
         extract_features(
             ExtractConfig(device="cpu"),
             ClipsConfig(path=dataset),
@@ -398,7 +398,7 @@ def drop_spread(cache: Path, empty: Path, size: int) -> Found:
 
 
 def _drop(cache: Path, empty: Path, numbers: range) -> Found:
-    from cache_schema.upkeep.drop import drop_clips
+    from cache_schema.maintenance.drop import drop_clips
 
     copy_links(cache, empty / "cache")
     path, keys = store_of(empty / "cache"), [key_of(number) for number in numbers]
@@ -428,7 +428,7 @@ def console(cache: Path, empty: Path, *words: str) -> Found:
 
 def list_failures(cache: Path, empty: Path, _: int) -> Found:
     """All clips are skipped, and `failures.jsonl` is not there yet."""
-    from stages.extract_features.work.failure_manifest import FAILURES_FILE, failures_listed
+    from stages.extract_features.execution.failures import FAILURES_FILE, failures_listed
 
     copy_links(cache, empty / "cache")
 
@@ -461,7 +461,7 @@ def order_clips(_: Path, __: Path, size: int) -> Found:
 
 def report_page(run: Path, empty: Path, _: int) -> Found:
     """The page of a training run with as many steps as clips elsewhere."""
-    from stages.run_report import write_report
+    from stages.train_student.report import write_report
 
     out = empty / "report.html"
     rows = sum(file.stat().st_size for file in run.glob("*.jsonl"))
@@ -470,7 +470,7 @@ def report_page(run: Path, empty: Path, _: int) -> Found:
 
 def resume_rows(run: Path, empty: Path, size: int) -> Found:
     """Opening the losses of a run that goes on at its last step."""
-    from stages.train_student.logs.row_file import RowFile
+    from stages.train_student.logging.rows import RowFile
 
     shutil.copy(run / "losses.jsonl", empty)
     return timed(lambda: RowFile(empty / "losses.jsonl", size - 1, lambda: None).close())
@@ -478,7 +478,7 @@ def resume_rows(run: Path, empty: Path, size: int) -> Found:
 
 def import_all(*_: object) -> Found:
     """Modules of both stages."""
-    return timed(lambda: __import__("stages.extract_features.extract"))
+    return timed(lambda: __import__("stages.extract_features.run"))
 
 
 CELLS: dict[str, tuple[str, bool, Callable[[Path, Path, int], Found]]] = {

@@ -27,19 +27,19 @@ from sam2_sides import make_frames, random_checkpoint
 from torch import Tensor
 
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
-from stages.base_facts import BaseFacts
 from stages.clips import ClipsConfig
-from stages.official_models import official_facts
+from stages.cogvideox.configs import BaseFacts
+from stages.cogvideox.official_models import official_facts
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.buckets import join_buckets
 from stages.train_student.data.dataset import Batch, CachedSamples
 from stages.train_student.data.loader import BatchLoader
 from stages.train_student.data.order import micro_batches
-from stages.train_student.lora import add_adapters
+from stages.train_student.model.lora import add_adapters
+from stages.train_student.model.student import Student
 from stages.train_student.objectives.build import build_heads, build_objectives
 from stages.train_student.objectives.needs import kinds_needed
 from stages.train_student.step import TrainingStep
-from stages.train_student.student import Student
 from tests.fingerprints import fingerprint_of
 
 NONE, CACHED, ONLINE = "none", "cached", "online"
@@ -80,8 +80,8 @@ def size_of(options: argparse.Namespace) -> ClipsConfig:
 def make_cache(folder: Path, facts: BaseFacts, options: argparse.Namespace) -> None:
     """Stores of synthetic clips: text, latents, and the teacher in the form asked for."""
     # Imported here: it brings in SAM2, which the cached sides' processes must not hold.
-    from stages.teacher_forms.features import encode_features, feature_arrays_spec
-    from stages.teacher_forms.gram_flow import encode_gram_flow, flow_arrays_spec, gram_flow_of
+    from stages.teacher_store.features import encode_features, feature_arrays_spec
+    from stages.teacher_store.gram_flow import encode_gram_flow, flow_arrays_spec, gram_flow_of
 
     size = size_of(options)
     frames, grid = options.frames, size.token_grid
@@ -134,8 +134,8 @@ class OnlineTeacher:
     """SAM2 on the device: the features of a clip, tracked both ways when asked for."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
-        from stages.extract_features.tracking.sam2_tracker import build_sam2
-        from stages.extract_features.tracking.two_way_tracking import TwoWayTracker
+        from stages.sam2_tracking.build import build_sam2
+        from stages.sam2_tracking.tracker import TwoWayTracker
 
         checkpoint = folder / f"{options.sam2}.pt"
         if not checkpoint.exists():

@@ -15,11 +15,11 @@ import torch
 from sam2_sides import HEIGHT, WIDTH
 from torch import Tensor
 
-from stages.articulated_figures.scenes import draw_clip
 from stages.clips import ClipRecord, ClipsConfig, SubjectPrompt, load_clip, open_dataset
-from stages.extract_features.tracking.sam2_inputs import prompt_for_sam2, resize_for_sam2
-from stages.extract_features.tracking.two_way_tracking import TrackRequest, TwoWayTracker
+from stages.demo.scenes import draw_clip
 from stages.local_gram_flow import fuse_directions, resample_to_grid
+from stages.sam2_tracking.inputs import prompt_for_sam2, resize_for_sam2
+from stages.sam2_tracking.tracker import TrackRequest, TwoWayTracker
 
 FRAMES = 49
 GRID = HEIGHT // 16, WIDTH // 16

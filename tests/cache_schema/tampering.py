@@ -8,7 +8,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from cache_schema.packed_text import PackedText
+from cache_schema.packed_strings import PackedText
 
 
 def seal(record: dict[str, Any]) -> bytes:

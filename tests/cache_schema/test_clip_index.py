@@ -26,11 +26,11 @@ from cache_schema import (
 from cache_schema.clip_index import ClipIndex, index_of_records, load_index, read_index
 from cache_schema.index_file import DamagedIndex, write_columns
 from cache_schema.index_rows import DuplicateKey
-from cache_schema.layout import StoreLayout
-from cache_schema.manifest import CommitRecord, committed_shards
-from cache_schema.packed_text import PackedText
-from cache_schema.places import LocalPlace
-from cache_schema.upkeep.drop import drop_clips
+from cache_schema.maintenance.drop import drop_clips
+from cache_schema.names import StoreLayout
+from cache_schema.packed_strings import PackedText
+from cache_schema.records import CommitRecord, committed_shards
+from cache_schema.storage import LocalPlace
 from tests.fingerprints import fingerprint_of
 
 Arrays = dict[str, np.ndarray]

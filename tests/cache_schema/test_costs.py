@@ -17,19 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache_schema import (
-    ArraySpec,
-    StoreSettings,
-    StoreWriter,
-    clip_index,
-    manifest,
-    verify_store,
-)
-from cache_schema.upkeep.copy import copy_store
-from cache_schema.upkeep.drop import drop_clips
-from cache_schema.upkeep.merge import merge_stores
-from cache_schema.upkeep.rebind import change_fingerprints
-from cache_schema.upkeep.repair import repair_store
+from cache_schema import ArraySpec, StoreSettings, StoreWriter, clip_index, records, verify_store
+from cache_schema.maintenance.copy import copy_store
+from cache_schema.maintenance.drop import drop_clips
+from cache_schema.maintenance.merge import merge_stores
+from cache_schema.maintenance.repair import repair_store
+from cache_schema.maintenance.replace_shard import change_fingerprints
 from tests.fingerprints import fingerprint_of
 
 SETTINGS = StoreSettings(
@@ -200,7 +193,7 @@ def test_a_drop_reads_each_record_once_and_waits_for_the_disk_twice_a_shard(
 ) -> None:
     store, first = make_store(tmp_path, NUMBER, 2)
     read: Counter[str] = Counter()
-    for module in (manifest, clip_index):
+    for module in (records, clip_index):
         parse = module.parse_commit
 
         def counted(*args: Any, parse: Any = parse, **options: Any) -> Any:

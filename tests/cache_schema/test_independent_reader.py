@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cache_schema import ArraySpec, StoreReader, StoreSettings, StoreWriter
-from cache_schema.upkeep.drop import drop_clips
+from cache_schema.maintenance.drop import drop_clips
 from tests.cache_schema import independent_reader
 from tests.cache_schema.independent_reader import (
     IndependentReader,

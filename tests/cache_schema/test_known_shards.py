@@ -17,13 +17,13 @@ from cache_schema import (
     known_shards,
     verify_store,
 )
+from cache_schema.atomic_io import FileLock
 from cache_schema.index_file import num_listed_shards
-from cache_schema.layout import StoreLayout
-from cache_schema.lock import FileLock
-from cache_schema.upkeep.copy import copy_store
-from cache_schema.upkeep.drop import drop_clips
-from cache_schema.upkeep.merge import merge_stores
-from cache_schema.upkeep.repair import repair_store
+from cache_schema.maintenance.copy import copy_store
+from cache_schema.maintenance.drop import drop_clips
+from cache_schema.maintenance.merge import merge_stores
+from cache_schema.maintenance.repair import repair_store
+from cache_schema.names import StoreLayout
 from tests.fingerprints import fingerprint_of
 
 ClipOf = Callable[[str], dict[str, np.ndarray]]

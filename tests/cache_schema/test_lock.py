@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from cache_schema import LockLost, LockUnsupported, ShardBusy, StoreSettings, StoreWriter, lock
-from cache_schema.lock import FileLock
+from cache_schema import LockLost, LockUnsupported, ShardBusy, StoreSettings, StoreWriter, atomic_io
+from cache_schema.atomic_io import FileLock
 
 
 @pytest.fixture(autouse=True)
 def _nothing_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "_checked_devices", set())
+    monkeypatch.setattr(atomic_io, "_checked_devices", set())
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
@@ -63,7 +63,7 @@ def test_locks_that_other_machines_do_not_see_are_refused(
     mounts.write_text(
         f"22 27 0:999999 / /proc rw - proc proc rw\n{of_mount} - {kind} a:/b {options}\n"
     )
-    monkeypatch.setattr(lock, "_MOUNTS", mounts)
+    monkeypatch.setattr(atomic_io, "_MOUNTS", mounts)
     if refused is None:
         StoreWriter.open(tmp_path / "cache", settings, provenance={})
         return

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cache_schema import ArraySpec, CorruptClip, StoreReader, StoreSettings, StoreWriter
-from cache_schema import settings as settings_module
+from cache_schema import schema as settings_module
 from tests.cache_schema.servers import serving
 from tests.fingerprints import fingerprint_of
 

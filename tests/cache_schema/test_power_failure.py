@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from cache_schema import StoreReader, StoreWriter
-from cache_schema.upkeep.copy import copy_store
-from cache_schema.upkeep.drop import drop_clips
-from cache_schema.upkeep.merge import merge_stores
+from cache_schema.maintenance.copy import copy_store
+from cache_schema.maintenance.drop import drop_clips
+from cache_schema.maintenance.merge import merge_stores
 from tests.fingerprints import fingerprint_of
 from tests.synced_disk import SyncedDisk
 

@@ -22,7 +22,7 @@ from cache_schema import (
     StoreSettings,
     StoreWriter,
 )
-from cache_schema.upkeep.drop import drop_clips
+from cache_schema.maintenance.drop import drop_clips
 from tests.fingerprints import fingerprint_of
 
 Arrays = dict[str, np.ndarray]

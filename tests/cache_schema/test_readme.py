@@ -10,7 +10,7 @@ import pytest
 
 import cache_schema
 from cache_schema import ArraySpec, StoreReader, StoreSettings, StoreWriter, errors
-from cache_schema.upkeep.repair import repair_store
+from cache_schema.maintenance.repair import repair_store
 from tests.fingerprints import fingerprint_of
 
 README = Path(cache_schema.__file__).with_name("README.md").read_text("utf-8")

@@ -7,8 +7,8 @@ import pytest
 
 from cache_schema import StoreReader
 from cache_schema.errors import StoreNotFound
-from cache_schema.places import FsspecPlace
 from cache_schema.shown_text import redacted, visible, visible_json, without_credentials
+from cache_schema.storage import FsspecPlace
 
 SECRET = "s3cr3t"
 

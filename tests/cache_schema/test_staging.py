@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cache_schema import CacheError, StoreReader, StoreSettings, StoreWriter
-from cache_schema.upkeep.verify import verify_store
+from cache_schema.maintenance.verify import verify_store
 from tests.fingerprints import fingerprint_of
 
 Arrays = dict[str, np.ndarray]

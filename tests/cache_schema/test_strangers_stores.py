@@ -27,12 +27,12 @@ from cache_schema import (
     verify_store,
 )
 from cache_schema.index_file import DamagedIndex, read_columns
-from cache_schema.layout import MAX_RECORD_BYTES
-from cache_schema.upkeep.copy import copy_store
-from cache_schema.upkeep.drop import drop_clips
-from cache_schema.upkeep.merge import merge_stores
-from cache_schema.upkeep.repair import repair_store
-from cache_schema.zarr_group import found_compression
+from cache_schema.maintenance.copy import copy_store
+from cache_schema.maintenance.drop import drop_clips
+from cache_schema.maintenance.merge import merge_stores
+from cache_schema.maintenance.repair import repair_store
+from cache_schema.names import MAX_RECORD_BYTES
+from cache_schema.zarr_shard import found_compression
 from tests.cache_schema.servers import serving
 from tests.cache_schema.tampering import seal, tamper, tamper_index
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from stages.train_student.config import TrainConfig
+from stages.train_student.model.teacher import Teacher, TeacherLayout
 from stages.train_student.objectives.build import build_objectives
-from stages.train_student.teacher import Teacher, TeacherLayout
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from stages.articulated_figures.tiny_sam2 import build_tiny_sam2
-from stages.extract_features.tracking.sam2_inputs import Sam2Prompt
-from stages.extract_features.tracking.sam2_tracker import build_sam2
-from stages.extract_features.tracking.two_way_tracking import TrackRequest, TwoWayTracker
+from stages.demo.tiny_sam2 import build_tiny_sam2
+from stages.sam2_tracking.build import build_sam2
+from stages.sam2_tracking.inputs import Sam2Prompt
+from stages.sam2_tracking.tracker import TrackRequest, TwoWayTracker
 
 pytestmark = [
     pytest.mark.gpu,

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.commands import assets, estimate, extract, sample, train
-from pipeline.config import ConfigError, load_config
+from pipeline.config.load import ConfigError, load_config
 from stages.progress import SilentProgress
 
 QUIET = SilentProgress()
@@ -27,7 +27,7 @@ def stopping(monkeypatch):
     def stop(demo, clips, *, parts, progress):
         raise MadeError(*sorted(parts))
 
-    monkeypatch.setattr("stages.articulated_figures.demo.ensure_demo", stop)
+    monkeypatch.setattr("stages.demo.build.ensure_demo", stop)
 
 
 def made_by(command, tmp_path, *overrides, **options):

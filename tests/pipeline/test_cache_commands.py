@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from cache_schema import ArraySpec, StoreReader, StoreSettings, StoreWriter, sealed_json
+from cache_schema import ArraySpec, StoreReader, StoreSettings, StoreWriter, checksummed_json
 from pipeline.cli import app
-from pipeline.commands.upkeep import copying, drop, merge, repair, verify
-from stages.teacher_forms.derive import DeriveSummary
+from pipeline.commands.maintenance import copying, drop, merge, repair, verify
+from stages.extract_features.derive import DeriveSummary
 from tests.fingerprints import fingerprint_of
 
 SHAPES = {"teacher": (4, 2, 3, 5), "text": (3, 8)}
@@ -180,11 +180,11 @@ class TestList:
 
     @pytest.mark.parametrize("version", [1, 2, 3])
     def test_an_old_store_is_listed_with_what_to_do(self, cache, version, monkeypatch):
-        monkeypatch.setattr(sealed_json, "SCHEMA_VERSION", version)
+        monkeypatch.setattr(checksummed_json, "SCHEMA_VERSION", version)
         text = store(cache, "text")
         record = json.loads((text / "store.json").read_bytes())
         del record["crc32c"], record["schema_version"]
-        (text / "store.json").write_bytes(sealed_json.seal(record))
+        (text / "store.json").write_bytes(checksummed_json.seal(record))
         monkeypatch.undo()
         old = answer("list", cache)["text"]
         assert old["schema_version"] == version
@@ -476,7 +476,7 @@ class TestDeriveGramFlow:
             )
 
         stage = types.SimpleNamespace(derive_gram_flow=derive)
-        monkeypatch.setitem(sys.modules, "stages.teacher_forms.derive", stage)
+        monkeypatch.setitem(sys.modules, "stages.extract_features.derive", stage)
         words = ["--config", minimal, f"cache={cache}", "data.height=32", "data.width=48"]
         result = invoke("derive", "gram-flow", *words, "extract.gram_flow.radius=2")
         assert result.exit_code == 0, result.output

@@ -18,11 +18,11 @@ from cache_schema import (
     StoreWriter,
 )
 from pipeline.commands import extract, inspect, train
-from pipeline.config import ConfigError, load_config
+from pipeline.config.load import ConfigError, load_config
 from stages.extract_features.summary import ExtractSummary, KindSummary
 from stages.inspect_cache.drawing import Drawing
 from stages.progress import SilentProgress
-from stages.train_student.logs.rows import LossRow, PerformanceRow, ValidationRow
+from stages.train_student.logging.rows import LossRow, PerformanceRow, ValidationRow
 from stages.train_student.summary import TrainSummary
 from tests.fingerprints import fingerprint_of
 
@@ -81,7 +81,7 @@ class TestExtract:
                 kinds=(kind,), dataset="one", failures=Path("cache/failures.jsonl")
             )
 
-        replace_stage(monkeypatch, "stages.extract_features.extract", extract_features=stage)
+        replace_stage(monkeypatch, "stages.extract_features.run", extract_features=stage)
         return calls
 
     def test_the_stage_gets_its_sections_and_this_processes_share(self, config, calls, monkeypatch):

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cache_schema.places import open_place
-from pipeline.config import SETTINGS, ConfigError, load_config
-from pipeline.config_text import commented_yaml
+from cache_schema.storage import open_place
+from pipeline.config.load import SETTINGS, ConfigError, load_config
+from pipeline.config.text import commented_yaml
 
 WORDS = st.text("abcxyz0123456789._-/ é[]{}#:,", min_size=1, max_size=12)
 

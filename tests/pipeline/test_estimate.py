@@ -7,16 +7,16 @@ import pytest
 
 from cache_schema import SkippedClip
 from pipeline.commands import estimate as command
-from pipeline.config import ConfigError, load_config
-from stages.extract_features.estimates import estimate as module
-from stages.extract_features.estimates.estimate import (
+from pipeline.config.load import ConfigError, load_config
+from stages.dry_run import extract as module
+from stages.dry_run.extract import (
     Estimate,
     FormEstimate,
     KindEstimate,
     PassEstimate,
 )
-from stages.extract_features.estimates.model_costs import ModelCost
-from stages.extract_features.estimates.store_sizes import FormSize
+from stages.dry_run.extract_costs import ModelCost
+from stages.dry_run.extract_stores import FormSize
 from stages.progress import SilentProgress
 
 QUIET = SilentProgress()

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from stages.train_student.export import ExportSummary
+from stages.train_student.checkpoints.export import ExportSummary
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def calls(monkeypatch):
         )
 
     module = types.SimpleNamespace(export_checkpoint=export_checkpoint)
-    monkeypatch.setitem(sys.modules, "stages.train_student.export", module)
+    monkeypatch.setitem(sys.modules, "stages.train_student.checkpoints.export", module)
     return made
 
 

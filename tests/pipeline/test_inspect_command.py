@@ -14,7 +14,7 @@ from pipeline.cli import app
 from pipeline.commands import inspect
 from pipeline.commands.inspect_facts import nearest_keys
 from pipeline.commands.inspect_list import list_clips
-from pipeline.config import NOT_GIVEN, ConfigError, load_config
+from pipeline.config.load import NOT_GIVEN, ConfigError, load_config
 from stages.progress import SilentProgress
 from tests.fingerprints import fingerprint_of
 

@@ -42,7 +42,7 @@ def test_training_sampling_and_inspecting_load_nothing_of_the_tracker():
     loaded = modules_after(
         "import pipeline.cli, pipeline.commands.train, pipeline.commands.sample\n"
         "import pipeline.commands.inspect, stages.train_student.train\n"
-        "import stages.sample_videos.sampling, stages.inspect_cache.draw_store"
+        "import stages.sample_videos.sample, stages.inspect_cache.draw_store"
     )
     assert "sam2" not in loaded
     stage_one = {name for name in loaded if name.startswith("stages.extract_features.")}
@@ -51,6 +51,6 @@ def test_training_sampling_and_inspecting_load_nothing_of_the_tracker():
 
 def test_looking_after_stores_loads_nothing_that_computes():
     names = ("listing", "verify", "repair", "drop", "merge", "copying")
-    modules = ", ".join(f"pipeline.commands.upkeep.{name}" for name in names)
+    modules = ", ".join(f"pipeline.commands.maintenance.{name}" for name in names)
     loaded = modules_after(f"import pipeline.cli, {modules}")
     assert loaded.isdisjoint({"torch", "diffusers", "transformers", "deepspeed", "sam2"})

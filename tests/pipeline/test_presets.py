@@ -6,8 +6,8 @@ import pytest
 import typer
 
 from pipeline.cli import app
-from pipeline.config import load_config, preset_names
-from stages.strict_yaml import parse_yaml
+from pipeline.config.load import load_config, preset_names
+from stages.files.yaml import parse_yaml
 from stages.train_student.objectives.needs import kinds_needed
 
 PRESETS = preset_names()

@@ -4,8 +4,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-import pipeline.provenance as module
-from pipeline.provenance import provenance, provenance_of_run
+import pipeline.environment as module
+from pipeline.environment import provenance, provenance_of_run
 
 
 def test_names_the_libraries_that_decide_values():

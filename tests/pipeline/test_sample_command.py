@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.commands import sample
-from pipeline.commands.sample_files import file_stem, named_file, new_file
-from pipeline.config import ConfigError, load_config
+from pipeline.commands.sample import file_stem, named_file, new_file
+from pipeline.config.load import ConfigError, load_config
 from stages.progress import SilentProgress
-from stages.sample_videos.sampling import SampleSummary
+from stages.sample_videos.sample import SampleSummary
 
 QUIET = SilentProgress()
 ALIKE = "a red fox runs through deep snow towards the camera, slowly, in the evening light"
@@ -57,7 +57,7 @@ def stage(monkeypatch):
     module = types.SimpleNamespace(
         sample_videos=stage.sample_videos, takes_image=lambda _: stage.wants_image
     )
-    monkeypatch.setitem(sys.modules, "stages.sample_videos.sampling", module)
+    monkeypatch.setitem(sys.modules, "stages.sample_videos.sample", module)
     return stage
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from stages.stop_request import ENDED_BY_SIGNAL
+from stages.processes.stop_request import ENDED_BY_SIGNAL
 
 ROOT = Path(__file__).parents[2]
 

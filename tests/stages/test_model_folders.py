@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from stages.articulated_figures.demo import _PRETRAINED
-from stages.base_facts import read_base_facts, read_model_index
-from stages.base_weights import check_base_weights, hash_transformer, load_tokenizer
-from stages.sample_videos.drawing import build_pipeline, pipeline_class
+from stages.cogvideox.configs import read_base_facts, read_model_index
+from stages.cogvideox.sampler import build_pipeline, pipeline_class
+from stages.cogvideox.weights import check_base_weights, hash_transformer, load_tokenizer
+from stages.demo.build import _PRETRAINED
+from stages.files.weight_checks import check_weights, read_config, read_json
 from stages.sample_videos.runs import find_export
-from stages.weight_checks import check_weights, read_config, read_json
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_headers_of_weights_that_say_the_impossible(base: Path, data: bytes) -> 
 
 
 def test_a_header_is_not_read_beyond_the_bound(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.base_weights._MAX_HEADER_BYTES", 10)
+    monkeypatch.setattr("stages.cogvideox.weights._MAX_HEADER_BYTES", 10)
     with pytest.raises(ValueError, match=r"safetensors is damaged: a header of [0-9,]+ bytes"):
         hash_transformer(base)
 
@@ -224,7 +224,7 @@ def test_the_metadata_of_adapters_import_no_package(tmp_path: Path) -> None:
 
 
 def test_the_official_models_are_taken() -> None:
-    from stages.official_models import NAMES, official_facts
+    from stages.cogvideox.official_models import NAMES, official_facts
 
     for name in NAMES:
         assert official_facts(name).text_encoder is not None

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
-from cache_schema.durable import write_whole
+from cache_schema.atomic_io import write_whole
 from pipeline.failures import in_words
 from stages.clips.video import write_video
-from stages.extract_features.work.failure_manifest import write_failure_manifest
-from stages.train_student.logs.row_file import RowFile
+from stages.extract_features.execution.failures import write_failure_manifest
+from stages.train_student.logging.rows import RowFile
 
 SETTINGS = StoreSettings(
     kind="teacher",

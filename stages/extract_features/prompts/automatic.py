@@ -14,14 +14,14 @@ import torch.nn.functional as F  # noqa: N812
 from cache_schema import JSON
 from stages.clips import Clip, ClipSkipped, SubjectPrompt
 from stages.extract_features.prompts.camera_motion import PRIOR, RADIUS, OwnMotion, own_motion
-from stages.extract_features.prompts.chosen import ChosenPrompt
+from stages.extract_features.prompts.prompt import ChosenPrompt
 from stages.extract_features.prompts.salience import (
     RULE_VERSION,
     choose_subject,
     select_candidates,
 )
-from stages.extract_features.tracking.encoded_frames import EncodedFrames
-from stages.extract_features.tracking.two_way_tracking import TwoWayTracker
+from stages.sam2_tracking.encoder import EncodedFrames
+from stages.sam2_tracking.tracker import TwoWayTracker
 
 _POINTS_PER_SIDE = 16
 _GAPS = (1, 2, 4, 8)

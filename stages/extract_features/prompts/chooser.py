@@ -10,11 +10,11 @@ from cache_schema import JSON
 from stages.clips import Clip, ClipRecord, ClipsConfig, ClipSkipped, SubjectPrompt
 from stages.extract_features.config import PromptSource, TeacherConfig
 from stages.extract_features.prompts.automatic import AutomaticSource
-from stages.extract_features.prompts.chosen import ChosenPrompt
 from stages.extract_features.prompts.grounding import GroundingSource, phrases_of
-from stages.extract_features.tracking.encoded_frames import EncodedFrames
-from stages.extract_features.tracking.sam2_inputs import prompt_for_sam2
-from stages.extract_features.tracking.two_way_tracking import TwoWayTracker
+from stages.extract_features.prompts.prompt import ChosenPrompt
+from stages.sam2_tracking.encoder import EncodedFrames
+from stages.sam2_tracking.inputs import prompt_for_sam2
+from stages.sam2_tracking.tracker import TwoWayTracker
 
 
 class _Source(Protocol):

@@ -13,16 +13,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from cache_schema.durable import sync, write_whole
-from stages.file_checksums import (
+from cache_schema.atomic_io import sync, write_whole
+from stages.files.checksums import (
     FileChecksum,
     checksum_of_bytes,
     checksums_from_json,
     damage_of,
     files_below,
 )
-from stages.text_files import read_object
-from stages.train_student.distributed import World, gather
+from stages.files.text import read_object
+from stages.train_student.parallel.process_group import World, gather
 
 PREFIX = "checkpoint-"
 UNIVERSAL = "universal"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from stages.train_student.deepspeed_library import import_deepspeed
+from stages.train_student.parallel.deepspeed import import_deepspeed
 
 _WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _ANYTHING = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"

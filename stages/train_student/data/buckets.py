@@ -12,8 +12,7 @@ from typing import Any
 from cache_schema import StoreReader
 from stages.clips.config import ClipsConfig
 from stages.train_student.config import TeacherForm
-from stages.train_student.data.held_out import choose_held_out
-from stages.train_student.data.left_out import LeftOut, read_keys
+from stages.train_student.data.splits import LeftOut, choose_held_out, read_keys
 from stages.train_student.data.stores import (
     JoinedStores,
     array_shape,

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.base_facts import BaseFacts
+from stages.cogvideox.configs import BaseFacts
+from stages.cogvideox.inputs import image_condition, pad_in_front
 from stages.train_student.data.damaged import DamagedClip, read_or_replace
-from stages.train_student.data.held_out import seed_of_held_out
 from stages.train_student.data.order import SampleOrder, seed_of_sample
+from stages.train_student.data.splits import seed_of_held_out
 from stages.train_student.data.stores import JoinedStores
-from stages.train_student.model_inputs import image_condition, pad_in_front
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

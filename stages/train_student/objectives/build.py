@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from stages.train_student.config import TrainConfig
-from stages.train_student.objective_config import AuxiliaryConfig, ObjectiveName
+from stages.train_student.model.projector import Projector
+from stages.train_student.objectives.config import AuxiliaryConfig, ObjectiveName
 from stages.train_student.objectives.lgf import LocalGramFlow
 from stages.train_student.objectives.mask import MaskSupervision
 from stages.train_student.objectives.objective import Objective
 from stages.train_student.objectives.repa import Repa
 from stages.train_student.objectives.token_relation import TokenRelation
 from stages.train_student.objectives.weighting import WeightedObjective
-from stages.train_student.projector import Projector
 
 
 def build_objectives(config: TrainConfig) -> tuple[WeightedObjective, ...]:

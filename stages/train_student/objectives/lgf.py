@@ -17,8 +17,8 @@ from stages.local_gram_flow import (
     local_gram_flow,
     reverse_pairs,
 )
+from stages.train_student.model.teacher import Teacher
 from stages.train_student.objectives.objective import only_valid
-from stages.train_student.teacher import Teacher
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 from cache_schema import StoreSettings
-from stages.teacher_forms.settings import check_both_tracks, forward_share
+from stages.teacher_store.settings import check_both_tracks, forward_share
 from stages.train_student.config import KIND_OF_FORM, TrainConfig
 
 

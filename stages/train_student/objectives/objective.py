@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from stages.train_student.teacher import Teacher
+from stages.train_student.model.teacher import Teacher
 
 
 class Objective(Protocol):

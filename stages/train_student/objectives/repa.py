@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from stages.train_student.model.teacher import Teacher
 from stages.train_student.objectives.objective import mean_over_valid, only_valid
-from stages.train_student.teacher import Teacher
 
 
 def cosine_loss(student_BTHWG: Tensor, teacher_BTHWG: Tensor, valid_BT: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from stages.local_gram_flow import latent_frame_of_frame
+from stages.train_student.model.teacher import Teacher
 from stages.train_student.objectives.objective import only_valid
-from stages.train_student.teacher import Teacher
 
 
 def token_relation_loss(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stages.train_student.objective_config import AuxiliaryConfig, ObjectiveName
+from stages.train_student.objectives.config import AuxiliaryConfig, ObjectiveName
 from stages.train_student.objectives.objective import Objective
 
 

@@ -1,37 +1,127 @@
-"""Sample videos drawn while a model is trained.
+"""Sample videos drawn while a model is trained, with the student as it is.
 
     <run_dir>/samples/
-        prompts.safetensors      (prompts.py)
+        prompts.safetensors      (text.py)
         step-000500/0.mp4 ...    a video per prompt
-        step-000500/samples.json what was drawn and how; written last, so that without it the
-                                 drawing is not complete
+        step-000500/samples.json what was drawn and how; written last: without it the samples are
+                                 incomplete
 
-The ranks share the prompts, and all of them draw the same number of videos, which ZeRO 3 needs: a
-rank with no prompt left draws one again and throws it away.
+The diffusers pipeline denoises and decodes; where it calls its transformer, the student answers. So
+every pass goes through the module that the engine wraps, and ZeRO 3 gathers one block's weights
+after the other, as in training.
+
+The ranks share the prompts, and all draw the same number of videos, which ZeRO 3 needs: a rank
+without a prompt draws one again and discards it.
 """
 
 import json
+import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cache_schema.durable import write_whole
-from stages.base_model import resolve_base_model
+from cache_schema.atomic_io import write_whole
 from stages.clips import ClipsConfig, write_video
+from stages.cogvideox.configs import resolve_base_model
+from stages.cogvideox.sampler import build_pipeline, draw, first_frame, fps_of, to_frames
+from stages.cogvideox.weights import model_class_of
 from stages.config import BaseModelConfig
-from stages.run_report.records import SAMPLES_RECORD
-from stages.sample_videos.drawing import draw, first_frame, fps_of, to_frames
+from stages.files.weight_checks import load_model
 from stages.train_student.config import TrainingSamplesConfig
-from stages.train_student.distributed import World, gather, on_first_rank
-from stages.train_student.student import Student
-from stages.train_student.validation.live_pipeline import live_pipeline
-from stages.train_student.validation.undisturbed import undisturbed
+from stages.train_student.model.student import Student
+from stages.train_student.parallel.process_group import World, gather, on_first_rank
+from stages.train_student.report.records import SAMPLES_RECORD
+
+
+@contextmanager
+def undisturbed(student: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards modes and random numbers go on as before.
+
+    Gradient checkpointing rests meanwhile: it is for passes with gradients.
+    """
+    modules = [module for module in student.modules() if module.training]
+    devices = [device] if device.type == "cuda" else []
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        student.eval()
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.training = True
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+
+
+class _LiveTransformer:
+    """What a pipeline needs of a `CogVideoXTransformer3DModel`; no module, so it is never moved."""
+
+    def __init__(self, student: Student) -> None:
+        self._student = student
+        self.config = student.transformer.config
+
+    def cache_context(self, name: str) -> Any:
+        """Nothing is cached between passes."""
+        return nullcontext()
+
+    def __call__(
+        self,
+        *,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep: Tensor,
+        ofs: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = False,
+    ) -> tuple[Tensor]:
+        """The student's velocity."""
+        if attention_kwargs is not None or return_dict:
+            raise ValueError("the pipeline asks its transformer for more than training gives")
+        no_heads = (0, 0, 0)
+        velocity_BFCHW, _ = self._student(
+            hidden_states, encoder_hidden_states, timestep, no_heads, image_rotary_emb, ofs
+        )
+        return (velocity_BFCHW,)
+
+
+@contextmanager
+def live_pipeline(
+    student: Student, base: Path, *, dtype: torch.dtype, device: torch.device
+) -> Iterator[Any]:
+    """The base's pipeline around the student, without tokenizer and text encoder.
+
+    The VAE is loaded for the length of the block; on a GPU it decodes in tiles, since the training
+    needs most of the memory. The student's heads are set aside meanwhile.
+
+    Args:
+        base: the pipeline's folder, with vae/ and scheduler/.
+        dtype: arithmetic of the VAE: that of the student.
+    """
+    vae = load_model(model_class_of("vae"), base / "vae", dtype=dtype)
+    vae.requires_grad_(False).eval().to(device)
+    if device.type == "cuda":
+        vae.enable_slicing()
+        vae.enable_tiling()
+    pipeline = build_pipeline(base, tokenizer=None, text_encoder=None, transformer=None, vae=vae)
+    pipeline.transformer = _LiveTransformer(student)
+    pipeline.set_progress_bar_config(disable=True)
+    heads, student.heads = student.heads, nn.ModuleDict()
+    try:
+        yield pipeline
+    finally:
+        student.heads = heads
+        del pipeline, vae
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
 
 FOLDER = "samples"
 NEGATIVE_PROMPT = ""

@@ -1,6 +1,6 @@
-"""When a training looks at held-out clips and draws samples, and who is told; `train` owns one.
+"""Held-out losses and samples during training: when they are due, and building what they need.
 
-Both are done before the first step, too: what the base model does is what everything is judged by.
+Both are also done before the first step, as the baseline for everything after it.
 """
 
 import math
@@ -9,17 +9,20 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from torch import Tensor
+
 from stages.progress import Progress
-from stages.run_report import write_report
-from stages.run_report.records import VALIDATION_FILE
 from stages.train_student.config import TrainConfig
-from stages.train_student.distributed import World, on_first_rank
-from stages.train_student.logs.boards import Boards
-from stages.train_student.logs.row_file import RowFile, read_rows
-from stages.train_student.logs.rows import ValidationRow
-from stages.train_student.student import Student
-from stages.train_student.validation.held_out_losses import HeldOutLosses
-from stages.train_student.validation.samples import TrainingSamples
+from stages.train_student.logging.rows import RowFile, ValidationRow, read_rows
+from stages.train_student.logging.trackers import Boards
+from stages.train_student.model.student import Student
+from stages.train_student.parallel.process_group import World, on_first_rank
+from stages.train_student.report import write_report
+from stages.train_student.report.records import VALIDATION_FILE
+from stages.train_student.setup import Run
+from stages.train_student.validation.held_out import HeldOutLosses
+from stages.train_student.validation.samples import FOLDER, NEGATIVE_PROMPT, TrainingSamples
+from stages.train_student.validation.text import encode_prompts
 
 PAGE_SHARE = 0.01
 """Of a run's time, at most spent on its page while it goes on: all steps are read each time."""
@@ -168,3 +171,71 @@ def _told(row: ValidationRow, before: ValidationRow | None) -> str:
 
 def _paths(videos: list[Path]) -> str:
     return str(videos[0]) if len(videos) == 1 else f"{len(videos)} videos in {videos[0].parent}"
+
+
+def embed_prompts(run: Run) -> dict[str, Tensor]:
+    """What the samples need of the text encoder, before the model that is trained is loaded.
+
+    Every rank must call this; rank 0 encodes, unless an earlier start did.
+    """
+    config = run.config.samples
+    if not config.prompts:
+        return {}
+    negative = (NEGATIVE_PROMPT,) if config.guidance > 1.0 else ()
+    return encode_prompts(
+        tuple(dict.fromkeys((*config.prompts, *negative))),
+        run.model,
+        length=run.facts.transformer["max_text_seq_length"],
+        dtype=run.dtype,
+        kept=run.config.run_dir / FOLDER / "prompts.safetensors",
+        world=run.world,
+        progress=run.progress,
+    )
+
+
+def build_validation(
+    run: Run,
+    student: Student,
+    embeds: dict[str, Tensor],
+    *,
+    boards: Boards | None,
+    note: Callable[[str], None],
+) -> Validation:
+    """What looks at the student between the steps.
+
+    Args:
+        student: the module inside the engine.
+        embeds: those of `embed_prompts`.
+        boards: on rank 0.
+        note: shows a few words beside the bar of the steps.
+    """
+    config, losses, samples = run.config, None, None
+    if run.stores.held_out:
+        losses = HeldOutLosses(
+            run.samples,
+            run.training_step(),
+            timesteps=config.validation.timesteps,
+            objectives=config.objectives,
+            world=run.world,
+        )
+    if config.samples.prompts:
+        samples = TrainingSamples(
+            config.samples,
+            config.run_dir,
+            run.model,
+            run.clips.sizes[0],
+            embeds,
+            dtype=run.dtype,
+            world=run.world,
+        )
+    return Validation(
+        student,
+        config,
+        losses=losses,
+        samples=samples,
+        boards=boards,
+        check=run.lock.check,
+        world=run.world,
+        progress=run.progress,
+        note=note,
+    )

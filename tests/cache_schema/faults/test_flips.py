@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cache_schema import CacheError, CorruptRecord, StoreReader, verify_store
-from cache_schema.upkeep.repair import repair_store
+from cache_schema.maintenance.repair import repair_store
 from tests.cache_schema.faults.small_store import (
     SHARDS,
     assert_equals_the_clip,

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from cache_schema import verify_store
-from cache_schema.upkeep.repair import repair_store
+from cache_schema.maintenance.repair import repair_store
 from tests.cache_schema.faults.operations import count_writes, exit_code, run_with_full_disk
 from tests.cache_schema.faults.small_store import (
     SETTINGS,

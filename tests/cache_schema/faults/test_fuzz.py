@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 
 from cache_schema import CacheError, StoreReader, verify_store
-from cache_schema import settings as settings_module
-from cache_schema.upkeep.drop import drop_clips
-from cache_schema.upkeep.repair import repair_store
+from cache_schema import schema as settings_module
+from cache_schema.maintenance.drop import drop_clips
+from cache_schema.maintenance.repair import repair_store
 from tests.cache_schema.faults.small_store import SHARDS, clip_of, write_all
 from tests.cache_schema.tampering import seal
 

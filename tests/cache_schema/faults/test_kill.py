@@ -19,7 +19,7 @@ from cache_schema import (
     StoreWriter,
     verify_store,
 )
-from cache_schema.upkeep.repair import repair_store
+from cache_schema.maintenance.repair import repair_store
 from tests.cache_schema.faults.operations import run_and_kill
 from tests.cache_schema.faults.small_store import (
     SETTINGS,

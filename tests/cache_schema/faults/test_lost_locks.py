@@ -22,11 +22,11 @@ from cache_schema import (
     StoreWriter,
     verify_store,
 )
-from cache_schema.layout import StoreLayout
-from cache_schema.sweeping import sweep_store
-from cache_schema.upkeep.drop import drop_clips
-from cache_schema.upkeep.merge import merge_stores
-from cache_schema.upkeep.repair import repair_store
+from cache_schema.commit import sweep_store
+from cache_schema.maintenance.drop import drop_clips
+from cache_schema.maintenance.merge import merge_stores
+from cache_schema.maintenance.repair import repair_store
+from cache_schema.names import StoreLayout
 from tests.cache_schema.faults.operations import OPERATIONS, exit_code
 from tests.cache_schema.faults.small_store import (
     SETTINGS,

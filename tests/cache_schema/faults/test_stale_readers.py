@@ -11,13 +11,12 @@ import pytest
 
 from cache_schema import ClipChanged, ClipMissing, CorruptClip, StoreReader, StoreWriter
 from cache_schema.claim import ShardClaim
-from cache_schema.layout import StoreLayout
-from cache_schema.manifest import read_sealed_commit
-from cache_schema.places import LocalPlace
-from cache_schema.upkeep.drop import drop_clips
-from cache_schema.upkeep.rebind import change_fingerprints
-from cache_schema.upkeep.repair import repair_store
-from cache_schema.upkeep.replace_shard import keep_clips
+from cache_schema.maintenance.drop import drop_clips
+from cache_schema.maintenance.repair import repair_store
+from cache_schema.maintenance.replace_shard import change_fingerprints, keep_clips
+from cache_schema.names import StoreLayout
+from cache_schema.records import read_sealed_commit
+from cache_schema.storage import LocalPlace
 from tests.cache_schema.faults.small_store import (
     SETTINGS,
     SHARDS,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cache_schema import CacheError, StoreNotFound, StoreReader, StoreWriter, verify_store
-from cache_schema.upkeep.repair import repair_store
+from cache_schema.maintenance.repair import repair_store
 from tests.cache_schema.faults.small_store import (
     SETTINGS,
     SHARDS,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_schema.layout import check_key
+from cache_schema.names import check_key
 from stages.clips.keys import MAX_KEY_BYTES, key_problem
 
 

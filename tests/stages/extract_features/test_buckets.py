@@ -13,12 +13,12 @@ import pytest
 from cache_schema import StoreReader
 from stages.clips import ClipsConfig, encode_video, open_dataset
 from stages.config import BaseModelConfig
+from stages.dry_run.survey import survey_shards
 from stages.extract_features.config import ExtractConfig
-from stages.extract_features.estimates.survey import survey_shards
-from stages.extract_features.extract import extract_features
+from stages.extract_features.run import extract_features
 from stages.extract_features.summary import ExtractSummary
 from stages.progress import SilentProgress
-from tests.stages.extract_features.conftest import make_frames
+from tests.stages.conftest import make_frames
 
 SHAPES = {
     "wide0": (12, 32, 48),

@@ -6,7 +6,7 @@ from cache_schema import StoreReader
 from stages.clips import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig
-from stages.extract_features.extract import extract_features
+from stages.extract_features.run import extract_features
 from stages.progress import SilentProgress
 
 

@@ -10,16 +10,16 @@ import pytest
 from PIL import Image
 
 from cache_schema import ShardWriter, StoreReader, verify_store
-from cache_schema.upkeep.drop import drop_clips
+from cache_schema.maintenance.drop import drop_clips
 from stages.clips import ClipsConfig, encode_video
 from stages.config import BaseModelConfig
+from stages.dry_run.extract import Estimate, estimate
 from stages.extract_features.config import ExtractConfig
-from stages.extract_features.estimates.estimate import Estimate, estimate
-from stages.extract_features.extract import extract_features
+from stages.extract_features.execution import refresh
+from stages.extract_features.run import extract_features
 from stages.extract_features.summary import ExtractSummary
-from stages.extract_features.work import refresh
 from stages.progress import SilentProgress
-from tests.stages.extract_features.conftest import ellipse, make_frames
+from tests.stages.conftest import ellipse, make_frames
 
 NUM_CLIPS = 8
 
@@ -103,7 +103,7 @@ def dataset(
     stub_tracking: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Dataset:
-    metering = "stages.extract_features.estimates.estimate.matmul_flops_per_second"
+    metering = "stages.dry_run.extract.matmul_flops_per_second"
     monkeypatch.setattr(metering, lambda *_: 1e9)
     config = extract_config.model_copy(update={"kinds": ("text", "teacher")})
     return Dataset(tmp_path, videos, config, tiny_base)

@@ -10,13 +10,13 @@ import pytest
 
 import cache_schema
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
-from stages.base_facts import BaseFacts
 from stages.clips import ClipsConfig
+from stages.cogvideox.configs import BaseFacts
 from stages.extract_features.config import ExtractConfig, Kind, LatentsConfig, TeacherConfig
 from stages.extract_features.latents import latents_arrays
-from stages.extract_features.subjects.subject_stores import subject_settings
+from stages.extract_features.teacher.stores import subject_settings
 from stages.extract_features.text import text_arrays
-from stages.teacher_forms.config import GramFlowConfig
+from stages.teacher_store.config import GramFlowConfig
 from tests.fingerprints import fingerprint_of
 
 FEWEST: Mapping[Kind, int] = {"text": 1, "latents": 2, "teacher": 2, "gram_flow": 2, "masks": 3}

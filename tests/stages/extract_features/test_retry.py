@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 from cache_schema import ShardWriter, StoreReader, verify_store
-from cache_schema.layout import retry_number
-from cache_schema.upkeep.drop import drop_clips
-from cache_schema.upkeep.repair import repair_store
+from cache_schema.maintenance.drop import drop_clips
+from cache_schema.maintenance.repair import repair_store
+from cache_schema.names import retry_number
 from stages.clips import ClipsConfig, retry_shard_name
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig
-from stages.extract_features.extract import extract_features
+from stages.extract_features.execution.jobs import ShardJob, in_turn
+from stages.extract_features.run import extract_features
 from stages.extract_features.summary import ExtractSummary
-from stages.extract_features.work.jobs import ShardJob, in_turn
 from stages.progress import SilentProgress
 
 LOST = "00000/clip001"

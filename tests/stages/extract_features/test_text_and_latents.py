@@ -10,9 +10,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 
-from stages.base_facts import BaseFacts, read_base_facts
-from stages.base_model import resolve_base_model
 from stages.clips import ClipRecord, ClipsConfig, ClipSkipped, encode_video, load_clip
+from stages.cogvideox.configs import BaseFacts, read_base_facts, resolve_base_model
 from stages.config import BaseModelConfig
 from stages.extract_features.config import LatentsConfig, TextConfig
 from stages.extract_features.latents import (

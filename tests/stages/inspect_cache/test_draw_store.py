@@ -10,8 +10,8 @@ from stages.clips import encode_video, open_dataset, read_video
 from stages.inspect_cache.draw_store import draw_store
 from stages.local_gram_flow import regrid_fused
 from stages.progress import SilentProgress
-from stages.teacher_forms.features import encode_features
-from stages.teacher_forms.gram_flow import encode_gram_flow, gram_flow_of
+from stages.teacher_store.features import encode_features
+from stages.teacher_store.gram_flow import encode_gram_flow, gram_flow_of
 
 
 def draw_all(store, keys, clips, tmp_path, *, dataset=None, radius=2):

@@ -5,9 +5,9 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from peft import LoraConfig, get_peft_model_state_dict
 
-from stages.articulated_figures.tiny_cogvideox import build_tiny_cogvideox
 from stages.clips import ClipsConfig
 from stages.config import BaseModelConfig
+from stages.demo.tiny_cogvideox import build_tiny_cogvideox
 from stages.sample_videos.config import SampleConfig
 
 HEIGHT, WIDTH, FRAMES = 32, 48, 9

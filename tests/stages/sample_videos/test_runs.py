@@ -6,7 +6,7 @@ from diffusers import CogVideoXPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from stages.base_weights import hash_transformer
+from stages.cogvideox.weights import hash_transformer
 from stages.config import BaseModelConfig
 from stages.sample_videos.runs import (
     BASE_SETTING,

@@ -17,8 +17,8 @@ from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.progress import SilentProgress
-from stages.teacher_forms.features import encode_features, feature_arrays_spec
-from stages.teacher_forms.gram_flow import encode_gram_flow, flow_arrays_spec, gram_flow_of
+from stages.teacher_store.features import encode_features, feature_arrays_spec
+from stages.teacher_store.gram_flow import encode_gram_flow, flow_arrays_spec, gram_flow_of
 from stages.train_student.config import TrainConfig
 from tests.fingerprints import fingerprint_of
 

@@ -33,15 +33,15 @@ def spoiled_gradients(call, step_to_spoil):
 
 
 def step_left_out(make_step, left_out):
-    """`Loop._step` that does nothing at one step (from 0) but move on in the data and schedule."""
-    from stages.train_student.logs.rows import PerformanceRow, StepRows
+    """`_train_step` that does nothing at one step (from 0) but move on in the data and schedule."""
+    from stages.train_student.logging.rows import PerformanceRow, StepRows
 
-    def step_or_nothing(self, step):
+    def step_or_nothing(run, engine, training_step, batches, step, *others):
         if step != left_out:
-            return make_step(self, step)
-        for _ in range(self.run.accumulation):
-            next(self.batches)
-        self.engine.lr_scheduler.step()
+            return make_step(run, engine, training_step, batches, step, *others)
+        for _ in range(run.accumulation):
+            next(batches)
+        engine.lr_scheduler.step()
         row = PerformanceRow(
             step=step + 1,
             seconds=1.0,
@@ -56,12 +56,12 @@ def step_left_out(make_step, left_out):
 
 
 def asked_to_stop(make_step, step_to_stop, number=signal.SIGTERM):
-    """`Loop._step` in which this process gets a signal at one step (from 0)."""
+    """`_train_step` in which this process gets a signal at one step (from 0)."""
 
-    def step_and_signal(self, step):
+    def step_and_signal(run, engine, training_step, batches, step, *others):
         if step == step_to_stop:
             os.kill(os.getpid(), number)
-        return make_step(self, step)
+        return make_step(run, engine, training_step, batches, step, *others)
 
     return step_and_signal
 
@@ -81,19 +81,19 @@ def spoil(fault):
     """Spoil this process's training: `spoil sample NUMBER`, `leave out step INDEX`,
     `ask rank RANK to stop at INDEX`, `kill` or `stop loader of rank RANK at sample NUMBER`.
     """
+    from stages.train_student import train
     from stages.train_student.data import loader
     from stages.train_student.data.dataset import CachedSamples
-    from stages.train_student.loop import Loop
 
     numbers = [int(word) for word in fault.split() if word.isdigit()]
     if fault.startswith("spoil sample"):
         CachedSamples.__getitem__ = spoiled_samples(CachedSamples.__getitem__, numbers)
     elif fault.startswith("leave out step"):
-        Loop._step = step_left_out(Loop._step, *numbers)
+        train._train_step = step_left_out(train._train_step, *numbers)
     elif fault.startswith("ask rank"):
         rank, step = numbers
         if os.environ["RANK"] == str(rank):
-            Loop._step = asked_to_stop(Loop._step, step)
+            train._train_step = asked_to_stop(train._train_step, step)
     elif fault.startswith(("kill loader", "stop loader")):
         number = signal.SIGKILL if fault.startswith("kill") else signal.SIGSTOP
         CachedSamples.__getitem__ = loader_that_dies(CachedSamples.__getitem__, *numbers, number)

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from cache_schema import SortedText
-from cache_schema.upkeep.drop import drop_clips
-from cache_schema.upkeep.merge import merge_stores
-from cache_schema.upkeep.repair import repair_store
-from stages.train_student.clip_lists import compare_clips, digest, write_clips
+from cache_schema.maintenance.drop import drop_clips
+from cache_schema.maintenance.merge import merge_stores
+from cache_schema.maintenance.repair import repair_store
+from stages.train_student import train as training
+from stages.train_student.data.clip_lists import compare_clips, digest, write_clips
 from stages.train_student.data.dataset import CachedSamples
-from stages.train_student.data.held_out import choose_held_out
 from stages.train_student.data.order import clip_of_sample
-from stages.train_student.distributed import World
-from stages.train_student.loop import Loop
-from stages.train_student.run import Run
+from stages.train_student.data.splits import choose_held_out
+from stages.train_student.parallel.process_group import World
+from stages.train_student.setup import Run
 
 
 def store_of(cache, kind):
@@ -61,9 +61,9 @@ def test_drop_repair_and_merge_during_a_run_leave_it_going(
     dropped instead.
     """
     more = tiny.write_cache(tmp_path / "more", keys=("clip/new",))
-    step = Loop._step
+    step = training._train_step
 
-    def change_then_step(self, number):
+    def change_then_step(run, engine, training_step, batches, number, *others):
         if number == 1:
             drop_clips(store_of(changing, "teacher"), ["clip/2"], detail="a cut")
             for kind in ("text", "latents", "teacher"):
@@ -73,9 +73,9 @@ def test_drop_repair_and_merge_during_a_run_leave_it_going(
         elif number == 4:
             hurt_a_clip(store_of(changing, "latents"))
             repair_store(store_of(changing, "latents"))
-        return step(self, number)
+        return step(run, engine, training_step, batches, number, *others)
 
-    monkeypatch.setattr(Loop, "_step", change_then_step)
+    monkeypatch.setattr(training, "_train_step", change_then_step)
     settings = {"steps": 24, "max_damaged": 0.0, "loader_workers": workers}
     settings["checkpoint_every"] = 24
     summary = train(tmp_path / "run", cache_root=changing, progress=lines, **settings)
@@ -183,7 +183,7 @@ def test_ranks_that_opened_different_caches_are_refused(monkeypatch):
     run = Found.__new__(Found)
     object.__setattr__(run, "stores", stores)
     object.__setattr__(run, "world", World(rank=0, local_rank=0, size=2, device=None))
-    ranks = "stages.train_student.run.gather"
+    ranks = "stages.train_student.setup.gather"
     monkeypatch.setattr(ranks, lambda world, mine: [mine, mine])
     run.refuse_ranks_with_other_clips()
     monkeypatch.setattr(ranks, lambda world, mine: [mine, (mine[0], 3)])

@@ -75,24 +75,24 @@ def assert_stops(train, thief):
     assert not any(name.endswith(".complete.json") for name in new)
 
 
-SAVING = "stages.train_student.checkpoints.saving"
+SAVING = "stages.train_student.checkpoints.save"
 TRAIN = "stages.train_student.train"
 
 
 @pytest.mark.parametrize(
     ("function", "number", "after"),
     [
-        ("stages.train_student.run.hash_transformer", 1, True),
+        ("stages.train_student.setup.hash_transformer", 1, True),
         (f"{TRAIN}.plan_resume", 1, False),
         (f"{TRAIN}.build_student", 1, False),
-        ("stages.train_student.loop.update", 3, False),
+        (f"{TRAIN}.update", 3, False),
         (f"{TRAIN}.save_checkpoint", 2, False),
         (f"{SAVING}.sync_tree", 1, False),
         (f"{SAVING}.sync_tree", 2, False),
         (f"{SAVING}.write_record", 2, True),
         (f"{TRAIN}.export_weights", 1, False),
-        ("stages.train_student.export.sync_tree", 1, False),
-        ("stages.train_student.export._write", 1, True),
+        ("stages.train_student.checkpoints.export.sync_tree", 1, False),
+        ("stages.train_student.checkpoints.export._write", 1, True),
         (f"{TRAIN}.export_weights", 1, True),
         (f"{TRAIN}.keep_newest", 1, True),
     ],
@@ -113,7 +113,7 @@ def test_the_rows_of_the_other_process_are_not_cut_off_when_resuming(train, thie
 
 def test_the_same_command_resumes_once_the_other_process_has_ended(train, thief, monkeypatch):
     with monkeypatch.context() as patch:
-        thief.comes(patch, "stages.train_student.loop.update", 3)
+        thief.comes(patch, f"{TRAIN}.update", 3)
         assert_stops(train, thief)
     assert [one.step for one in complete_checkpoints(thief.run_dir / "checkpoints")] == [2]
     with pytest.raises(ValueError, match=f"another process is training in {thief.run_dir}"):

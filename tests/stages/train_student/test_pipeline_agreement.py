@@ -7,11 +7,11 @@ import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from PIL import Image
 
-from stages.base_facts import read_base_facts
+from stages.cogvideox.configs import read_base_facts
+from stages.cogvideox.inputs import image_condition, pad_in_front
 from stages.train_student.data.dataset import Batch
-from stages.train_student.model_inputs import image_condition, pad_in_front
+from stages.train_student.model.student import Student
 from stages.train_student.step import TrainingStep
-from stages.train_student.student import Student
 
 LAST = 999  # there abar is 0, so that the noisy latents are the noise
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from stages.sample_videos.runs import find_export
-from stages.train_student.export import export_checkpoint
+from stages.train_student.checkpoints.export import export_checkpoint
 from stages.train_student.run_folder import finished_steps, held_out_before, open_run
 
 WHOLE = {"settings": {"a": 1}, "clip_digests": {}, "held_out": ["b"]}

@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from stages.base_facts import read_base_facts
+from stages.cogvideox.configs import read_base_facts
+from stages.cogvideox.diffusion import cumulative_alphas
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import Batch
-from stages.train_student.diffusion import cumulative_alphas
+from stages.train_student.model.student import Student
+from stages.train_student.model.teacher import TeacherLayout
 from stages.train_student.objectives.build import build_heads, build_objectives
 from stages.train_student.step import TrainingStep
-from stages.train_student.student import Student
-from stages.train_student.teacher import TeacherLayout
 from tests.stages.local_gram_flow.reference import kl_by_loop, similarities_by_loop
 
 WEIGHTS = (0.7, 0.3)

@@ -8,10 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.train_student.distributed import World
-from stages.train_student.skipped_steps import spoiled_if_not_finite
-from stages.train_student.step import Losses
-from stages.train_student.step_totals import StepMeans, StepTotals
+from stages.train_student.guards import nan_if_nonfinite
+from stages.train_student.parallel.process_group import World
+from stages.train_student.step import Losses, StepMeans, StepTotals
 
 ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 NAMES = ("lgf", "token-relation")
@@ -107,12 +106,12 @@ def test_a_finite_loss_goes_backward_to_the_last_bit_and_any_other_spoils_every_
         auxiliary_B={"lgf": torch.tensor([2.0])},
     )
     (expected,) = torch.autograd.grad(losses.total, weight, retain_graph=True)
-    (found,) = torch.autograd.grad(spoiled_if_not_finite(losses), weight, retain_graph=True)
+    (found,) = torch.autograd.grad(nan_if_nonfinite(losses), weight, retain_graph=True)
     assert torch.equal(found, expected)
     spoiled = [
         replace(losses, diffusion_B=torch.tensor([math.inf])),
         replace(losses, auxiliary_B={"lgf": torch.tensor([math.nan])}),
     ]
     for bad in spoiled:
-        (found,) = torch.autograd.grad(spoiled_if_not_finite(bad), weight, retain_graph=True)
+        (found,) = torch.autograd.grad(nan_if_nonfinite(bad), weight, retain_graph=True)
         assert found.isnan().all()

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from stages.train_student.damaged_clips import DamagedClips, TooManyDamaged
+from stages.train_student import train as training
 from stages.train_student.data.damaged import DamagedClip
 from stages.train_student.data.dataset import CachedSamples
-from stages.train_student.distributed import World
-from stages.train_student.logs.rows import DamagedRow
-from stages.train_student.loop import Loop
+from stages.train_student.guards import DamagedClips, TooManyDamaged
+from stages.train_student.logging.rows import DamagedRow
+from stages.train_student.parallel.process_group import World
 
 _spec = importlib.util.spec_from_file_location(
     "faulty_steps", Path(__file__).with_name("faulty_steps.py")
@@ -35,7 +35,9 @@ def test_a_training_that_is_asked_to_stop_keeps_its_last_step(
     before = [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)]
     train(tmp_path / "whole", **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_step", faulty.asked_to_stop(Loop._step, 1, number))
+        patch.setattr(
+            training, "_train_step", faulty.asked_to_stop(training._train_step, 1, number)
+        )
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "stopped", progress=lines, **settings)
     assert [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)] == before
@@ -45,7 +47,7 @@ def test_a_training_that_is_asked_to_stop_keeps_its_last_step(
 
 
 def test_a_request_at_the_last_step_lets_the_run_finish(train, monkeypatch, tmp_path):
-    monkeypatch.setattr(Loop, "_step", faulty.asked_to_stop(Loop._step, 1))
+    monkeypatch.setattr(training, "_train_step", faulty.asked_to_stop(training._train_step, 1))
     assert train(tmp_path, steps=2).steps_done == 2
     assert (tmp_path / "finished.json").is_file()
 

@@ -367,7 +367,7 @@ def test_wrong_settings_are_refused_before_any_weight_is_loaded(train, monkeypat
     def never(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("stages.train_student.loading.load_transformer", never)
+    monkeypatch.setattr("stages.train_student.model.loading.load_transformer", never)
     with pytest.raises(ValueError, match=r"train.block must be under 2"):
         train(tmp_path, block=2)
     assert not list(tmp_path.iterdir())

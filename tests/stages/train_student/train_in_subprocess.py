@@ -19,7 +19,7 @@ class Forbid(MetaPathFinder):
 
 
 def kill_at(step):
-    from stages.train_student.logs.run_log import RunLog
+    from stages.train_student.logging.run_log import RunLog
 
     add = RunLog.add
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F  # noqa: N812
 from stages.clips import Clip, ClipSkipped
 from stages.extract_features.prompts import salience
 from stages.extract_features.prompts.automatic import AutomaticSource, motion_of_tokens
-from stages.extract_features.tracking.mask_decoding import MaskProposals
-from stages.extract_features.tracking.sam2_inputs import resize_for_sam2
-from stages.extract_features.tracking.sam2_tracker import build_sam2
-from stages.extract_features.tracking.two_way_tracking import TwoWayTracker
+from stages.sam2_tracking.build import build_sam2
+from stages.sam2_tracking.inputs import resize_for_sam2
+from stages.sam2_tracking.step import MaskProposals
+from stages.sam2_tracking.tracker import TwoWayTracker
 
 SIZE, FRAMES = 256, 9
 Box = tuple[int, int, int, int]

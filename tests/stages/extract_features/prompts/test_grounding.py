@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from stages.clips import Clip, ClipSkipped
 from stages.extract_features.config import GroundingConfig
-from stages.extract_features.prompts.chosen import ChosenPrompt
-from stages.extract_features.prompts.grounding import GroundingSource, phrases_of
-from stages.extract_features.prompts.grounding_dino import (
+from stages.extract_features.prompts.grounding import (
     GroundingDino,
+    GroundingSource,
     find_grounding_dino,
     hash_of_grounding_dino,
+    phrases_of,
 )
+from stages.extract_features.prompts.prompt import ChosenPrompt
 
 CPU = torch.device("cpu")
 NOT_NEEDED: Any = None

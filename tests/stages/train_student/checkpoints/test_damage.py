@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stages.file_checksums import checksum_of, files_below
+from stages.files.checksums import checksum_of, files_below
+from stages.train_student.checkpoints.export import export_checkpoint
 from stages.train_student.checkpoints.records import (
     UNIVERSAL,
     clear,
@@ -16,7 +17,6 @@ from stages.train_student.checkpoints.records import (
     read_record,
     write_record,
 )
-from stages.train_student.export import export_checkpoint
 
 SETTINGS = {"checkpoint_every": 1, "checkpoints_kept": 9, "report_to": ()}
 

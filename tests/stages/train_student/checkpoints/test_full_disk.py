@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from stages.train_student import export, weight_files
+from stages.train_student.checkpoints import export, weights
 from stages.train_student.checkpoints.records import complete_checkpoints
 
 Usage = namedtuple("Usage", ("total", "used", "free"))
@@ -34,7 +34,7 @@ def safetensors_finds_no_room(patch):
             raise SafetensorError("Error while serializing: I/O error: os error 28")
         save(tensors, path, metadata)
 
-    from stages.train_student import ema
+    from stages.train_student.parallel import ema
 
     save = ema.save_tensors
     patch.setattr(ema, "save_tensors", fail)
@@ -89,7 +89,7 @@ def test_an_export_that_does_not_fit_is_told_with_its_folder(train, tmp_path, mo
     def fail(tensors, path, metadata):
         raise SafetensorError("Error while serializing: I/O error: os error 28")
 
-    monkeypatch.setattr(weight_files, "save_tensors", fail)
+    monkeypatch.setattr(weights, "save_tensors", fail)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 10**12, 0))
     with pytest.raises(OSError, match=r"export .*/out could not be written: No space left"):
         export.export_checkpoint(tmp_path / "run", None, tmp_path / "out")

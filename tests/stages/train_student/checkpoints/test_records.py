@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stages.file_checksums import FileChecksum, checksum_of
+from stages.files.checksums import FileChecksum, checksum_of
 from stages.train_student.checkpoints.records import (
     UNIVERSAL,
     Checkpoint,
@@ -24,7 +24,7 @@ from stages.train_student.checkpoints.records import (
     why_incomplete,
     write_record,
 )
-from stages.train_student.distributed import World
+from stages.train_student.parallel.process_group import World
 from tests.synced_disk import SyncedDisk
 
 FILES = {"mp_rank_00_model_states.pt": b"weights", "zero/rank_0.pt": b"", "rank_1.pt": b"moments"}

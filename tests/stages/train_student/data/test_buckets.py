@@ -5,17 +5,17 @@ import numpy as np
 import pytest
 
 from cache_schema import ArraySpec, StoreNotFound, StoreReader, StoreSettings, StoreWriter
-from stages.base_facts import read_base_facts
 from stages.clips.config import ClipsConfig
+from stages.cogvideox.configs import read_base_facts
 from stages.config import BaseModelConfig
 from stages.progress import SilentProgress
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.buckets import join_buckets
+from stages.train_student.data.checks import check_stores
 from stages.train_student.data.dataset import CachedSamples
-from stages.train_student.data.finding import find_stores
 from stages.train_student.data.loader import BatchLoader
 from stages.train_student.data.order import micro_batches
-from stages.train_student.data.store_checks import check_stores
+from stages.train_student.data.stores import find_stores
 from stages.train_student.train import train_student
 from tests.fingerprints import fingerprint_of
 

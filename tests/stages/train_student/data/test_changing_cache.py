@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from cache_schema import ArraySpec, ClipMissing, CorruptClip, StoreSettings, StoreWriter
-from cache_schema.upkeep.drop import drop_clips
-from cache_schema.upkeep.merge import merge_stores
-from stages.base_facts import read_base_facts
+from cache_schema.maintenance.drop import drop_clips
+from cache_schema.maintenance.merge import merge_stores
+from stages.cogvideox.configs import read_base_facts
 from stages.train_student.data.damaged import ATTEMPTS, GONE_ATTEMPTS, read_or_replace
 from stages.train_student.data.dataset import CachedSamples, join_batches
 from stages.train_student.data.loader import BatchLoader

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from cache_schema import CacheError, CorruptClip, StoreReader, StoreUnreachable
-from stages.base_facts import read_base_facts
+from stages.cogvideox.configs import read_base_facts
 from stages.train_student.data.damaged import ATTEMPTS, read_or_replace
 from stages.train_student.data.dataset import CachedSamples, join_batches
 from stages.train_student.data.loader import BatchLoader

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cache_schema import CorruptClip, StoreReader, StoreWriter
-from stages.base_facts import read_base_facts
+from stages.cogvideox.configs import read_base_facts
 from stages.train_student.config import KIND_OF_FORM
 from stages.train_student.data.dataset import CachedSamples, draw, join_batches
 from stages.train_student.data.loader import BatchLoader

@@ -3,9 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.base_facts import read_base_facts
+from stages.cogvideox.configs import read_base_facts
 from stages.train_student.data.dataset import CachedSamples
-from stages.train_student.data.held_out import choose_held_out
+from stages.train_student.data.splits import choose_held_out
 from stages.train_student.data.stores import join_stores
 
 KEYS = st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=30, unique=True)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cache_schema.upkeep.rebind import change_fingerprints
+from cache_schema.maintenance.replace_shard import change_fingerprints
 from stages.train_student.data.stores import join_stores
 from tests.fingerprints import fingerprint_of
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from cache_schema import ArraySpec, CacheError, StoreNotFound, StoreSettings, StoreWriter
-from stages.base_facts import read_base_facts
 from stages.clips.config import ClipsConfig
+from stages.cogvideox.configs import read_base_facts
 from stages.train_student.config import KIND_OF_FORM
-from stages.train_student.data.store_checks import check_stores
+from stages.train_student.data.checks import check_stores
 from stages.train_student.data.stores import join_stores
 from tests.fingerprints import fingerprint_of
 

@@ -28,7 +28,7 @@ def _import_everything():
     from diffusers import CogVideoXTransformer3DModel  # noqa: F401
 
     from stages.train_student import train  # noqa: F401
-    from stages.train_student.deepspeed_library import import_deepspeed
+    from stages.train_student.parallel.deepspeed import import_deepspeed
 
     import_deepspeed()
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401

@@ -7,8 +7,8 @@ import torch.nn.functional as F  # noqa: N812
 
 from stages.local_gram_flow import fuse_directions, fuse_subjects
 from stages.train_student.config import TrainConfig
+from stages.train_student.model.teacher import Teacher, TeacherLayout
 from stages.train_student.objectives.build import build_objectives
-from stages.train_student.teacher import Teacher, TeacherLayout
 from tests.stages.local_gram_flow.reference import kl_by_loop, similarities_by_loop
 
 CLIPS, FRAMES, GRID = 2, 5, (3, 5)

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from stages.train_student.config import TrainConfig
+from stages.train_student.model.teacher import Teacher
 from stages.train_student.objectives.build import build_objectives
 from stages.train_student.objectives.mask import mask_loss
-from stages.train_student.teacher import Teacher
 
 
 def random(seed, *shape):

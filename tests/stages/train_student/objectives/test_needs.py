@@ -3,9 +3,9 @@ import pytest
 from cache_schema import StoreReader
 from stages.local_gram_flow import time_weights
 from stages.train_student.config import TrainConfig
+from stages.train_student.model.teacher import TeacherLayout
 from stages.train_student.objectives.build import build_heads, build_objectives
 from stages.train_student.objectives.needs import check_teacher, kinds_needed
-from stages.train_student.teacher import TeacherLayout
 
 
 @pytest.mark.parametrize(

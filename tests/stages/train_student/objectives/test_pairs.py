@@ -8,13 +8,13 @@ from pydantic import ValidationError
 
 from cache_schema import StoreSettings
 from stages.local_gram_flow import fuse_directions, fuse_subjects
-from stages.teacher_forms.config import GramFlowConfig
-from stages.teacher_forms.features import encode_features, feature_arrays_spec
-from stages.teacher_forms.flow_maker import FlowMaker
-from stages.teacher_forms.settings import valid_spec
+from stages.teacher_store.config import GramFlowConfig
+from stages.teacher_store.encoder import FlowMaker
+from stages.teacher_store.features import encode_features, feature_arrays_spec
+from stages.teacher_store.settings import valid_spec
 from stages.train_student.config import TrainConfig
+from stages.train_student.model.teacher import Teacher, TeacherLayout
 from stages.train_student.objectives.build import build_objectives
-from stages.train_student.teacher import Teacher, TeacherLayout
 from tests.stages.local_gram_flow.reference import kl_by_loop, similarities_by_loop
 
 FRAMES, GRID, RADIUS, TAU = 5, (3, 5), 1, 0.2

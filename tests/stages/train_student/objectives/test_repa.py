@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from stages.teacher_forms.features import encode_features
+from stages.teacher_store.features import encode_features
 from stages.train_student.config import TrainConfig
+from stages.train_student.model.teacher import Teacher
 from stages.train_student.objectives.build import build_objectives
 from stages.train_student.objectives.repa import cosine_loss
-from stages.train_student.teacher import Teacher
 
 SHAPE = (2, 4, 3, 5, 6)
 

@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.train_student.config import TrainConfig
+from stages.train_student.model.teacher import Teacher
 from stages.train_student.objectives.build import build_objectives
 from stages.train_student.objectives.token_relation import token_relation_loss
-from stages.train_student.teacher import Teacher
 
 
 def random(seed, *shape):

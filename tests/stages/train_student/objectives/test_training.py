@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
+from stages.extract_features.derive import derive_gram_flow
 from stages.local_gram_flow import fuse_directions
 from stages.progress import SilentProgress
-from stages.teacher_forms.config import GramFlowConfig
-from stages.teacher_forms.derive import derive_gram_flow
-from stages.teacher_forms.features import encode_features, feature_arrays_spec
+from stages.teacher_store.config import GramFlowConfig
+from stages.teacher_store.features import encode_features, feature_arrays_spec
 from tests.fingerprints import fingerprint_of
 
 FUSED = {"fusion": "gram_flow", "forward_weight": 0.5, "parts": 2}
@@ -189,7 +189,7 @@ def test_a_teacher_that_cannot_serve_is_refused_before_anything_is_loaded(
     def never(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("stages.train_student.loading.load_transformer", never)
+    monkeypatch.setattr("stages.train_student.model.loading.load_transformer", never)
     with pytest.raises(ValueError, match=r"train.objectives=repa cannot"):
         run(tmp_path / "a", "gram_flow", objectives=["repa"])
     with pytest.raises(ValueError, match=r"gram_flow-.* with pairs forward; train.lgf.pairs=cross"):

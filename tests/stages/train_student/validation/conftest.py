@@ -2,8 +2,8 @@
 
 import pytest
 
-from stages.articulated_figures.tiny_cogvideox import build_tiny_cogvideox
-from stages.base_facts import read_base_facts
+from stages.cogvideox.configs import read_base_facts
+from stages.demo.tiny_cogvideox import build_tiny_cogvideox
 
 PROMPTS = ["a person walks to the right", "a cat", "a dog"]
 

@@ -13,7 +13,7 @@ from stages.config import BaseModelConfig
 from stages.progress import SilentProgress
 from stages.sample_videos.config import SampleConfig
 from stages.sample_videos.runs import LORA_FILE
-from stages.sample_videos.sampling import sample_videos
+from stages.sample_videos.sample import sample_videos
 
 SAMPLES = {"prompts": ["a person walks to the right", "a cat"], "steps": 2, "every": 2}
 ONE = {"prompts": ["a cat"], "steps": 1}

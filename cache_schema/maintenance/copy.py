@@ -1,0 +1,307 @@
+"""Copying a store to another folder or to a URL; used by the console's `cache copy`.
+
+A file is compared with its record before it is sent. Per shard the files go first and its commit
+record after them; then `index.npz`, and `store.json` at the very end. So whatever a copy that was
+killed has left is either no store yet, or one whose every clip is there.
+"""
+
+import io
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cache_schema.clip_index import (
+    ClipIndex,
+    commit_path,
+    load_index,
+    record_head,
+    sealed_crc32c,
+)
+from cache_schema.errors import CacheError, SettingsMismatch, StoreNotFound
+from cache_schema.index_file import write_columns
+from cache_schema.maintenance.check_shard import GroupFile, group_files, read_intact
+from cache_schema.names import (
+    INDEX_FILE,
+    MAX_INDEX_BYTES,
+    MAX_RECORD_BYTES,
+    STORE_FILE,
+    StoreLayout,
+    group_name,
+    is_shard_name,
+    parse_group_name,
+)
+from cache_schema.records import (
+    CommitRecord,
+    StoredArray,
+    StoreManifest,
+    parse_commit,
+    parse_manifest,
+    read_record_file,
+)
+from cache_schema.schema import StoreSettings, differing_settings
+from cache_schema.storage import (
+    COPYING,
+    FolderTarget,
+    LocalPlace,
+    Place,
+    Target,
+    open_place,
+    open_target,
+    refuse_links,
+)
+
+Advance = Callable[[int], None]
+
+_STREAMS = 4
+"""Files on their way at once over a network; each is held in memory, packed and decoded."""
+
+_NAMED = 3
+"""How many of a list a message names."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyReport:
+    """What `copy_store` did."""
+
+    store: str
+    """The copy's folder or URL."""
+    num_shards: int
+    num_clips: int
+    """In the copy, as it is now."""
+    num_sent: int
+    """Files of shards that were sent now."""
+    num_bytes_sent: int
+    num_present: int
+    """Files of shards that were there already."""
+
+
+def copy_store(
+    source: Path | str, target: Path | str, *, advance: Advance | None = None
+) -> CopyReport:
+    """Make `target` hold what `source` holds; a second run sends only what is missing.
+
+    Clips that were dropped from the source since an earlier copy are removed from the copy too.
+    Staging and quarantine are not copied. Nobody else may write to the target meanwhile.
+
+    Args:
+        source: the store's folder or URL; over HTTP it needs an `index.npz`.
+        target: the copy's folder or URL, which ends with the store's name.
+        advance: called with the bytes done, of files that are there already too.
+
+    Raises:
+        SettingsMismatch, ValueError: another store is at the target, or it cannot be written to.
+            Nothing was done.
+        StoreNotFound, UnknownSchemaVersion, CorruptRecord, CorruptClip: from the source; what is
+            damaged is not sent.
+        SymlinkInStore: the target has a symbolic link where only its own files may be.
+        StoreUnreachable: a network place did not answer.
+    """
+    here, there = open_place(source), open_target(target)
+    if isinstance(there, FolderTarget):
+        refuse_links(StoreLayout(there.folder))
+    data = _read_or_none(here, STORE_FILE)
+    if data is None:
+        raise StoreNotFound(f"{here.where} is not a feature store: it has no {STORE_FILE}")
+    manifest = parse_manifest(data, where=f"{here.where}/{STORE_FILE}", store=here.where)
+    index = load_index(here, manifest.settings)
+    with ExitStack() as stack:
+        local = isinstance(here, LocalPlace) and isinstance(there, FolderTarget)
+        pool = ThreadPoolExecutor(1 if local else _STREAMS)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        copy = _Copy(here, there, manifest.settings, index, pool, advance or (lambda _: None))
+        copy.check_target(manifest)
+        copy.send_shards()
+        copy.send_index()
+        there.put(STORE_FILE, data)
+        copy.clean_up()
+    return CopyReport(
+        there.where,
+        len(index.shards),
+        len(index),
+        copy.num_sent,
+        copy.num_bytes_sent,
+        copy.num_present,
+    )
+
+
+@dataclass
+class _Copy:
+    """One copy under way."""
+
+    source: Place
+    target: Target
+    settings: StoreSettings
+    index: ClipIndex
+    pool: ThreadPoolExecutor
+    advance: Advance
+    num_sent: int = 0
+    num_bytes_sent: int = 0
+    num_present: int = 0
+    _surplus: list[str] = field(default_factory=list)
+    """Files in the target that are no longer the source's, to be removed at the end."""
+
+    def check_target(self, manifest: StoreManifest) -> None:
+        """Refuse a target that holds, or might hold, anything but an older copy."""
+        where = self.target.where
+        if where == self.source.where:
+            raise ValueError(f"{where} cannot be copied to itself")
+        data = _read_or_none(self.target, STORE_FILE)
+        if data is None:
+            self._check_name(manifest)
+        else:
+            found = parse_manifest(data, where=f"{where}/{STORE_FILE}", store=where).settings
+            if differing := differing_settings(found, self.settings):
+                raise SettingsMismatch(
+                    f"{where} is a store that differs in {', '.join(differing)}; copy to another "
+                    "place"
+                )
+        files = self.target.list_folder("commits") or []
+        names = [file.removesuffix(".json") for file in files if file.endswith(".json")]
+        shards = [name for name in names if is_shard_name(name)]
+        foreign = [
+            shard
+            for shard, older in zip(shards, self.pool.map(self._is_older, shards), strict=True)
+            if not older
+        ]
+        if foreign:
+            named = ", ".join(map(repr, foreign[:_NAMED]))
+            more = f" and {len(foreign) - _NAMED} more" if len(foreign) > _NAMED else ""
+            raise ValueError(
+                f"{where} holds clips in shards {named}{more} that {self.source.where} does not "
+                f"hold; bring stores together with sam2vx-pipeline cache merge, copy to another "
+                f"place, or delete these shards' files in {where}/commits if they are not wanted"
+            )
+
+    def _check_name(self, manifest: StoreManifest) -> None:
+        name = self.target.where.rstrip("/").rsplit("/", 1)[-1]
+        wanted = manifest.settings.folder_name
+        if name not in (wanted, self.source.where.rstrip("/").rsplit("/", 1)[-1]):
+            raise ValueError(
+                f"there is no store at {self.target.where}; the copy's own name must be {wanted}, "
+                f"such as {self.target.where}/{wanted}"
+            )
+
+    def _is_older(self, shard: str) -> bool:
+        """Whether the target's shard is the source's, or what that was before clips were dropped.
+
+        Only then nothing is lost that the source does not hold.
+        """
+        if shard not in self.index.shards:
+            return False
+        if self._is_same(shard):
+            return True
+        try:
+            older = self._record(self.target, shard)
+        except CacheError:
+            return False
+        newer = self._source_record(shard)
+        checksums = {clip.key: _checksums(clip.arrays) for clip in older.clips}
+        return older.generation < newer.generation and all(
+            checksums.get(clip.key) == _checksums(clip.arrays) for clip in newer.clips
+        )
+
+    def _is_same(self, shard: str) -> bool:
+        return record_head(self.target, shard) == b"%08x" % self.index.record_crc32c(shard)
+
+    def _record(self, place: Place, shard: str) -> CommitRecord:
+        path = commit_path(shard)
+        where = f"{place.where}/{path}"
+        data = read_record_file(place, path)
+        return parse_commit(data, self.settings, shard, where=where, store=place.where)
+
+    def _source_record(self, shard: str) -> CommitRecord:
+        if record_head(self.source, shard) != b"%08x" % self.index.record_crc32c(shard):
+            raise CacheError(
+                f"shard {shard!r} of {self.source.where} was replaced while the store was being "
+                "copied; run the same command again"
+            )
+        return self._record(self.source, shard)
+
+    def send_shards(self) -> None:
+        """Every shard's files, then its commit record."""
+        committed = set(self.target.list_folder("commits") or [])
+        for shard in self.index.shards:
+            record = self._source_record(shard)
+            data = read_record_file(self.source, commit_path(shard))
+            done = f"{shard}.json" in committed and self._is_same(shard)
+            marker = f"{COPYING}/{shard}.json"
+            group = f"shards/{group_name(shard, record.group)}"
+            files = group_files(record, self.settings)
+            # Sizes say what is there only of files that were sent for this very record, or that
+            # the copy's own record lists just so.
+            if done or _read_or_none(self.target, marker) == data:
+                sent = {file.path for file in files}
+            else:
+                sent = (
+                    self._committed_files(shard, record) if f"{shard}.json" in committed else set()
+                )
+                self.target.put(marker, data)
+            sizes = self.target.sizes(group)
+            there = {
+                f.path for f in files if f.path in sent and sizes.get(f.path) == f.recorded.bytes
+            }
+            self._send(record, group, [file for file in files if file.path not in there])
+            self._count_present([file for file in files if file.path in there])
+            surplus = sizes.keys() - {file.path for file in files}
+            self._surplus += [f"{group}/{path}" for path in sorted(surplus)]
+            if not done:
+                self.target.put(commit_path(shard), data)
+                self.target.remove(marker)
+
+    def _committed_files(self, shard: str, record: CommitRecord) -> set[str]:
+        """The files that the target's older record of a shard lists as the source's does."""
+        older = self._record(self.target, shard)
+        if older.group != record.group:
+            return set()
+        known = {file.path: file.recorded for file in group_files(older, self.settings)}
+        files = group_files(record, self.settings)
+        return {file.path for file in files if known.get(file.path) == file.recorded}
+
+    def _send(self, record: CommitRecord, group: str, files: list[GroupFile]) -> None:
+        def send(file: GroupFile) -> int:
+            self.target.put(f"{group}/{file.path}", read_intact(self.source, record, file))
+            return file.recorded.bytes
+
+        for sent in self.pool.map(send, files):
+            self.num_sent += 1
+            self.num_bytes_sent += sent
+            self.advance(sent)
+
+    def _count_present(self, files: list[GroupFile]) -> None:
+        self.num_present += len(files)
+        for file in files:
+            self.advance(file.recorded.bytes)
+
+    def send_index(self) -> None:
+        """The index of exactly the records that were sent."""
+        file = io.BytesIO()
+        store_crc32c = sealed_crc32c(self.source, STORE_FILE)
+        write_columns(file, self.index.columns, self.settings, store_crc32c)
+        data = file.getvalue()
+        if _read_or_none(self.target, INDEX_FILE, MAX_INDEX_BYTES) != data:
+            self.target.put(INDEX_FILE, data)
+
+    def clean_up(self) -> None:
+        """Remove groups and files that nothing names any more, and this copy's notes."""
+        for path in self._surplus:
+            self.target.remove(path)
+        for name in self.target.list_folder("shards") or []:
+            group = parse_group_name(name)
+            if group is None or group[0] not in self.index.shards:
+                continue
+            if group[1] != self.index.shards[group[0]].group:
+                self.target.remove(f"shards/{name}")
+        self.target.remove(COPYING)
+
+
+def _read_or_none(place: Place, path: str, limit: int = MAX_RECORD_BYTES) -> bytes | None:
+    try:
+        return place.read(path, limit)
+    except FileNotFoundError:
+        return None
+
+
+def _checksums(arrays: Mapping[str, StoredArray]) -> dict[str, tuple[int, str]]:
+    return {name: (stored.bytes, stored.crc32c) for name, stored in arrays.items()}

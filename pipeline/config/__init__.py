@@ -1,0 +1,1 @@
+"""Configuration files: reading, merging, checking."""

@@ -1,0 +1,1 @@
+"""CogVideoX: configurations, weights, diffusion maths, inputs, sampling."""

@@ -1,0 +1,66 @@
+"""The transformer's inputs built from cached arrays, as the diffusers pipelines build them.
+
+Pure functions; the dataset and the training step use them.
+
+Legend: B clip, F latent frame, C channel, H W latent.
+"""
+
+import torch
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from torch import Tensor
+
+from stages.cogvideox.configs import BaseFacts
+
+
+def pad_in_front(latents_FCHW: Tensor, frames: int) -> Tensor:
+    """Repeat the first latent frame `frames` times before the clip.
+
+    CogVideoX 1.5 patches time by two; its pipeline draws the padding in front and throws it away.
+    """
+    if frames == 0:
+        return latents_FCHW
+    return torch.cat([latents_FCHW[:1].expand(frames, -1, -1, -1), latents_FCHW])
+
+
+def image_condition(image_1CHW: Tensor, num_latents: int) -> Tensor:
+    """The first frame's latent, then zeros: condition_FCHW, F = num_latents with padding."""
+    zeros_FCHW = image_1CHW.new_zeros(num_latents - 1, *image_1CHW.shape[1:])
+    return torch.cat([image_1CHW, zeros_FCHW])
+
+
+def rotary_positions(
+    facts: BaseFacts, num_latents: int, latent_height: int, latent_width: int, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines of the rotary positions, each [tokens, head_dim]; None for sin-cos models.
+
+    Args:
+        num_latents: latent frames, padding included.
+
+    Source: CogVideoXPipeline._prepare_rotary_positional_embeddings.
+    """
+    config = facts.transformer
+    if not config["use_rotary_positional_embeddings"]:
+        return None
+    patch = config["patch_size"]
+    grid = (latent_height // patch, latent_width // patch)
+    base_height, base_width = config["sample_height"] // patch, config["sample_width"] // patch
+    if config["patch_size_t"] is None:
+        cosine, sine = get_3d_rotary_pos_embed(
+            embed_dim=config["attention_head_dim"],
+            crops_coords=get_resize_crop_region_for_grid(grid, base_width, base_height),
+            grid_size=grid,
+            temporal_size=num_latents,
+            device=device,
+        )
+    else:
+        cosine, sine = get_3d_rotary_pos_embed(
+            embed_dim=config["attention_head_dim"],
+            crops_coords=None,
+            grid_size=grid,
+            temporal_size=-(-num_latents // config["patch_size_t"]),
+            grid_type="slice",
+            max_size=(base_height, base_width),
+            device=device,
+        )
+    return cosine, sine

@@ -1,0 +1,97 @@
+"""What is known of an official model without its files: the configurations in this folder."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from stages.cogvideox.configs import (
+    BASE_CONFIGS,
+    TEXT_ENCODER_CONFIG,
+    BaseFacts,
+    read_base_facts,
+    resolve_base_model,
+)
+from stages.config import BaseModelConfig
+from stages.files.weight_checks import read_config
+
+FOLDER = Path(__file__).parent
+NAMES = (
+    "cogvideox-2b",
+    "cogvideox-5b",
+    "cogvideox-5b-i2v",
+    "cogvideox1.5-5b",
+    "cogvideox1.5-5b-i2v",
+)
+"""Folders here: the hub's names in lower case."""
+_OWNERS = ("zai-org", "thudm")
+"""Of the models on the hub; the second name is an older one, which the hub still takes."""
+
+
+def official_facts(name: str) -> BaseFacts:
+    """Facts of one of `NAMES`; its folder holds configurations alone."""
+    facts = read_base_facts(FOLDER / name)
+    return replace(facts, text_encoder=read_config(FOLDER / TEXT_ENCODER_CONFIG))
+
+
+def facts_for_estimate(
+    model: BaseModelConfig, *, text_encoder: bool = False
+) -> tuple[BaseFacts, tuple[str, ...]]:
+    """Facts of a base model; of an official one nothing is downloaded.
+
+    Args:
+        model: The base model.
+        text_encoder: Whether its text encoder's configuration is needed too.
+
+    Returns:
+        The facts, and notes: where the values of an official model came from, if that matters.
+
+    Raises:
+        ValueError: As `resolve_base_model` and `read_base_facts`.
+    """
+    parts = (*BASE_CONFIGS, *([TEXT_ENCODER_CONFIG] if text_encoder else []))
+    name = _official_name(model)
+    if name is None:
+        return read_base_facts(resolve_base_model(model, parts)), ()
+    official = official_facts(name)
+    try:
+        folder = resolve_base_model(model, parts, download=False)
+    except ValueError:
+        note = f"{model.path} is not on this machine yet; a copy of its configuration is used"
+        return official, (note,)
+    facts = read_base_facts(folder)
+    return facts, tuple(_differences(facts, official))
+
+
+def _official_name(model: BaseModelConfig) -> str | None:
+    """The folder here of an official model's newest revision."""
+    owner, _, name = model.path.lower().partition("/")
+    if model.is_local or model.revision is not None or owner not in _OWNERS or name not in NAMES:
+        return None
+    return name
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _differences(facts: BaseFacts, official: BaseFacts) -> Iterator[str]:
+    sections: dict[str, tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]] = {
+        "transformer": (facts.transformer, official.transformer),
+        "vae": (facts.vae, official.vae),
+        "scheduler": (facts.scheduler, official.scheduler),
+        "text_encoder": (facts.text_encoder, official.text_encoder),
+    }
+    for section, (found, carried) in sections.items():
+        if found is None or carried is None:
+            continue
+        differing = [
+            f"{key} = {found.get(key)!r} instead of {value!r}"
+            for key, value in carried.items()
+            if not key.startswith("_") and key in found and _as_json(found[key]) != value
+        ]
+        if differing:
+            yield (
+                f"the {section} in {facts.folder} has {', '.join(differing)}, which this project's "
+                "copy of the official configuration says; the model's own is used"
+            )

@@ -1,0 +1,134 @@
+"""What every drawing of a video has in common, whatever the weights come from.
+
+`sampling` draws with a run's export, `stages.train_student.validation` with the weights as they are
+while they are trained.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from stages.clips import ClipsConfig
+from stages.clips.geometry import cover_and_crop
+from stages.cogvideox.configs import read_model_index
+from stages.files.weight_checks import read_config
+
+PIPELINES = {"CogVideoXPipeline": False, "CogVideoXImageToVideoPipeline": True}
+"""Classes a base model may be of, and whether they take an image."""
+_USUAL_FPS = 8.0
+"""CogVideoX 1.0's rate, for a configuration that keeps each clip's own."""
+
+
+def pipeline_class(base: Path) -> str:
+    """Name of the diffusers class of the pipeline in this folder.
+
+    Raises:
+        ValueError: It is no CogVideoX pipeline.
+    """
+    class_name = read_model_index(base).get("_class_name")
+    if not isinstance(class_name, str) or class_name not in PIPELINES:
+        raise ValueError(
+            f"the base model {base} is a {class_name}; model.path must be one of {list(PIPELINES)}"
+        )
+    return class_name
+
+
+def build_pipeline(base: Path, **parts: Any) -> Any:
+    """The pipeline in a folder, around parts that are loaded already or None.
+
+    Raises:
+        ValueError: It is no CogVideoX pipeline, or another part cannot be loaded.
+    """
+    import diffusers
+
+    class_name = pipeline_class(base)
+    scheduler = base / "scheduler" / "scheduler_config.json"
+    read_config(scheduler)
+    try:
+        return getattr(diffusers, class_name).from_pretrained(base, local_files_only=True, **parts)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the library checks little of what the files say
+        raise ValueError(
+            f"the pipeline in {base} cannot be built ({type(error).__name__}: {error}); see its "
+            f"model_index.json and {scheduler}"
+        ) from error
+
+
+def fps_of(clips: ClipsConfig) -> float:
+    """Frames per second of what is drawn."""
+    return clips.fps or _USUAL_FPS
+
+
+def first_frame(image: Path, clips: ClipsConfig) -> Image.Image:
+    """The image, scaled and cropped as clips are.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    try:
+        with Image.open(image) as opened:
+            picture_HWC = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"cannot read the image {image} ({error})") from error
+    geometry = cover_and_crop(
+        *picture_HWC.shape[:2],
+        height=clips.height,
+        width=clips.width,
+        source_fps=fps_of(clips),
+        sampling="consecutive",
+    )
+    return Image.fromarray(geometry.frame(picture_HWC))
+
+
+def draw(
+    pipeline: Any,
+    clips: ClipsConfig,
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    on_step: Callable[[], None],
+    **inputs: Any,
+) -> np.ndarray:
+    """Draw one video with a diffusers pipeline.
+
+    Args:
+        pipeline: Of one of the classes in `PIPELINES`.
+        clips: Height, width and number of frames.
+        steps: Denoising steps.
+        guidance: Classifier-free guidance scale; 1 turns it off.
+        seed: Of the initial noise, which is drawn on the CPU: the same on every device.
+        on_step: Called after each denoising step.
+        inputs: The prompt or its embeddings; the first frame, for image-to-video.
+
+    Returns:
+        video_THWC, float32 in 0..1; not finite where the model is not.
+    """
+
+    def after(_: Any, __: int, ___: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step()
+        return tensors
+
+    video_THWC: np.ndarray = pipeline(
+        height=clips.height,
+        width=clips.width,
+        num_frames=clips.num_frames,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        max_sequence_length=pipeline.transformer.config.max_text_seq_length,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="np",
+        callback_on_step_end=after,
+        **inputs,
+    ).frames[0]
+    return video_THWC
+
+
+def to_frames(video_THWC: np.ndarray) -> np.ndarray:
+    """Bytes of a finite video: frames_THWC."""
+    return (video_THWC * 255).round().clip(0, 255).astype(np.uint8)

@@ -1,0 +1,10 @@
+"""The built-in demo: a procedural dataset and tiny models of the official classes.
+
+`tiny_cogvideox`, `tiny_vae` and `tiny_sam2` load big libraries and are imported where needed.
+"""
+
+from stages.demo.config import DemoConfig
+from stages.demo.build import DemoPaths, demo_paths, ensure_demo
+from stages.demo.scenes import FigureClip, draw_clip
+
+__all__ = ["DemoConfig", "DemoPaths", "FigureClip", "demo_paths", "draw_clip", "ensure_demo"]

@@ -1,0 +1,140 @@
+"""What is behind and before the figure: a textured wall and floor, and sometimes a post."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from stages.demo.drawing import scrolled, smooth_noise
+
+# Legend: T frame, H W pixels, C colour (RGB, 0 to 1), J joint, 2 x and y.
+
+# Muted, so that no limb's colour occurs in them.
+_FLOORS = {
+    "sand": (0.60, 0.53, 0.42),
+    "grass": (0.36, 0.43, 0.33),
+    "stone": (0.47, 0.47, 0.48),
+    "earth": (0.43, 0.36, 0.31),
+}
+_WALLS = {
+    "slate": (0.33, 0.36, 0.41),
+    "brick": (0.47, 0.38, 0.36),
+    "plaster": (0.62, 0.60, 0.57),
+    "moss": (0.30, 0.34, 0.29),
+}
+_WALL_PARALLAX = 0.6
+"""Share of the camera's pan that the wall, farther away, shows."""
+_CONTRAST = 0.16
+_POST_COLOUR = np.array([0.12, 0.12, 0.13])
+_POST_SHARE = 0.3
+"""Share of clips with a post."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Background:
+    """Textures of one clip and where the camera is in each frame."""
+
+    ground_y: float
+    """Pixels from the top to where feet stand."""
+    words: str
+    """As a caption has it: "over sand, by a slate wall"."""
+    _wall_HWC: np.ndarray
+    _floor_HWC: np.ndarray
+    _camera_T: np.ndarray
+    """Pixels to the right, never negative."""
+    _width: int
+    _horizon: int
+    _post_left: float | None
+    _post_width: float
+
+    @property
+    def has_post(self) -> bool:
+        """Whether something stands between camera and figure."""
+        return self._post_left is not None
+
+    def behind(self, frame: int) -> np.ndarray:
+        """Wall and floor at a frame: a fresh float64 [H, W, 3]."""
+        camera = float(self._camera_T[frame])
+        canvas_HWC = scrolled(self._wall_HWC, camera * _WALL_PARALLAX, self._width)
+        canvas_HWC[self._horizon :] = scrolled(self._floor_HWC, camera, self._width)
+        return canvas_HWC
+
+    def cast_shadow(self, canvas_HWC: np.ndarray, joints_J2: np.ndarray, size: float) -> None:
+        """Darken the floor under the figure, in place."""
+        height, width, _ = canvas_HWC.shape
+        low, high = joints_J2[:, 0].min(), joints_J2[:, 0].max()
+        x_1W = (np.arange(width)[None, :] + 0.5 - (low + high) / 2) / (0.55 * (high - low) + 1)
+        y_H1 = (np.arange(height)[:, None] + 0.5 - self.ground_y - 0.02 * size) / (0.06 * size)
+        canvas_HWC *= (1 - 0.45 * np.exp(-((x_1W**2 + y_H1**2) ** 2)))[..., None]
+
+    def cover(self, canvas_HWC: np.ndarray, frame: int) -> np.ndarray:
+        """Draw the post over the canvas, in place; its coverage [H, W] in 0..1."""
+        height, width, _ = canvas_HWC.shape
+        if self._post_left is None:
+            return np.zeros((height, width))
+        left = self._post_left - float(self._camera_T[frame])
+        edges_W = np.arange(width)
+        covered_W = np.clip(
+            np.minimum(edges_W + 1, left + self._post_width) - np.maximum(edges_W, left), 0, 1
+        )
+        across_W = (edges_W + 0.5 - left) / self._post_width
+        colour_WC = _POST_COLOUR * (1.3 - 0.6 * np.abs(across_W - 0.4))[:, None]
+        canvas_HWC += covered_W[None, :, None] * (colour_WC - canvas_HWC)
+        return np.broadcast_to(covered_W, (height, width))
+
+
+def make_background(
+    random: np.random.Generator,
+    *,
+    height: int,
+    width: int,
+    camera_T: np.ndarray,
+    subject_T: np.ndarray,
+) -> Background:
+    """Draw the textures of a clip.
+
+    Args:
+        random: Source of every choice.
+        height: Of the frame, pixels.
+        width: Of the frame, pixels.
+        camera_T: Where the camera looks, pixels to the right of any fixed spot.
+        subject_T: Where the subject is on screen; a post is put where it passes.
+    """
+    camera_T = camera_T - camera_T.min()
+    horizon = round(height * random.uniform(0.62, 0.70))
+    ground_y = height * random.uniform(0.84, 0.89)
+    floor = list(_FLOORS)[int(random.integers(len(_FLOORS)))]
+    wall = list(_WALLS)[int(random.integers(len(_WALLS)))]
+    reach = width + int(np.ceil(camera_T.max())) + 2
+    wall_HWC = _texture(random, _WALLS[wall], height, reach, cell=height / 6)
+    floor_HWC = _texture(random, _FLOORS[floor], height - horizon, reach, cell=height / 9)
+    post_width = width * random.uniform(0.05, 0.08)
+    when = int(len(camera_T) * random.uniform(0.35, 0.65))
+    # In the world, so that figure and camera pass it.
+    post_left = camera_T[when] + subject_T[when] - post_width / 2
+    return Background(
+        ground_y=ground_y,
+        words=f"over {floor}, by a {wall} wall",
+        _wall_HWC=wall_HWC,
+        _floor_HWC=floor_HWC,
+        _camera_T=camera_T,
+        _width=width,
+        _horizon=horizon,
+        _post_left=float(post_left) if random.random() < _POST_SHARE else None,
+        _post_width=post_width,
+    )
+
+
+def _texture(
+    random: np.random.Generator,
+    colour: tuple[float, float, float],
+    height: int,
+    width: int,
+    *,
+    cell: float,
+) -> np.ndarray:
+    light_HW = 1 + _CONTRAST * 2 * smooth_noise(random, height, width, cell=cell)
+    tint_HW = 0.04 * smooth_noise(random, height, width, cell=2 * cell)
+    texture_HWC = light_HW[..., None] * np.array(colour)
+    texture_HWC[..., 0] += tint_HW
+    texture_HWC[..., 2] -= tint_HW
+    return np.clip(texture_HWC, 0.0, 1.0)

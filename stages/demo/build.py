@@ -1,0 +1,183 @@
+"""Makes what the built-in demo needs and lacks: clips, a tiny CogVideoX, a tiny SAM2.
+
+A command of a configuration with a `demo` section calls `ensure_demo` for what it reads.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from cache_schema.atomic_io import FileLock
+from cache_schema.checksummed_json import parse_json
+from stages.demo.clip_tars import write_clip_tars
+from stages.demo.config import DemoConfig
+from stages.clips import ClipRecord, ClipsConfig, open_dataset
+from stages.progress import Progress
+
+_PRETRAINED = Path(__file__).parent / "pretrained"
+"""The pipeline that the package carries; `pretraining` trains one like it."""
+DemoPart = Literal["clips", "sam2", "cogvideox"]
+_RECIPE = "made_with.json"
+_FPS = 8.0
+"""Rate of the drawn clips where the configuration asks for frames as they are stored."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoPaths:
+    """Where the demo's parts lie."""
+
+    clips: Path
+    """Folder of webdataset tars."""
+    base_model: Path
+    """Folder of a diffusers pipeline."""
+    sam2_checkpoint: Path
+    sam2_config: Path
+
+
+def demo_paths(root: Path) -> DemoPaths:
+    """Where the parts of a demo under `root` lie, made or not."""
+    sam2 = root / "models" / "sam2"
+    return DemoPaths(
+        clips=root / "clips",
+        base_model=root / "models" / "cogvideox",
+        sam2_checkpoint=sam2 / "tiny.pt",
+        sam2_config=sam2 / "tiny.yaml",
+    )
+
+
+def ensure_demo(
+    config: DemoConfig,
+    clips: ClipsConfig,
+    *,
+    progress: Progress,
+    parts: Collection[DemoPart] = get_args(DemoPart),
+) -> DemoPaths:
+    """Make the missing parts of the demo; one that exists is left as it is.
+
+    A part appears whole, by one rename, or not at all. Several processes may call this at once:
+    one works, the others wait.
+
+    Args:
+        config: What to make.
+        clips: Size, length and rate of the clips; its `path` is not read.
+        progress: Gets a bar per part that is made.
+        parts: Those that are wanted. An image-to-video pipeline that is made needs the clips, too:
+            its tokenizer is trained on their captions.
+
+    Raises:
+        ValueError: A part that is wanted exists that was made with other settings.
+    """
+    root = config.root.expanduser()
+    paths = demo_paths(root)
+    root.mkdir(parents=True, exist_ok=True)
+    drawn: dict[str, Any] = {
+        "seed": config.seed,
+        "num_clips": config.num_clips,
+        "clips_per_tar": config.clips_per_tar,
+        "num_frames": clips.num_frames,
+        "height": clips.height,
+        "width": clips.width,
+        "fps": clips.fps or _FPS,
+    }
+    model: dict[str, Any] = {"image_to_video": config.image_to_video}
+    if config.image_to_video:
+        model |= drawn
+    local_clips = clips.model_copy(update={"path": paths.clips})
+    with FileLock(root / ".lock", wait=True, what=f"the demo's inputs in {root}"):
+        needs_captions = config.image_to_video and not paths.base_model.exists()
+        if "clips" in parts or ("cogvideox" in parts and needs_captions):
+            _ensure(paths.clips, drawn, lambda out: _draw(out, config, clips, progress))
+        if "sam2" in parts:
+            _ensure(paths.sam2_config.parent, {"seed": config.seed}, lambda out: _sam2(out, config))
+        if "cogvideox" in parts:
+            _ensure(paths.base_model, model, lambda out: _cogvideox(out, config, local_clips))
+    return paths
+
+
+def _ensure(folder: Path, recipe: dict[str, Any], make: Callable[[Path], None]) -> None:
+    if folder.exists():
+        _check_recipe(folder, recipe)
+        return
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    make(partial)
+    (partial / _RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    partial.rename(folder)
+
+
+def _check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
+    try:
+        found = parse_json((folder / _RECIPE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{folder} was not made by the demo (no readable {_RECIPE} in it); "
+            "move it away or set another demo.root"
+        )
+    differing = [
+        f"{name} = {found.get(name)} (now {value})"
+        for name, value in recipe.items()
+        if found.get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} was made with {', '.join(differing)}; "
+            "remove the folder to make it anew, or set another demo.root"
+        )
+
+
+def _draw(out: Path, config: DemoConfig, clips: ClipsConfig, progress: Progress) -> None:
+    with progress.task("draw figures", config.num_clips, unit="clips") as task:
+        write_clip_tars(
+            out,
+            # Consecutive seeds cycle through the kinds of figure.
+            range(config.seed * config.num_clips, (config.seed + 1) * config.num_clips),
+            clips_per_tar=config.clips_per_tar,
+            num_frames=clips.num_frames,
+            height=clips.height,
+            width=clips.width,
+            fps=clips.fps or _FPS,
+            task=task,
+        )
+
+
+def _sam2(out: Path, config: DemoConfig) -> None:
+    from stages.demo.tiny_sam2 import build_tiny_sam2
+
+    build_tiny_sam2(out, config.seed)
+
+
+def _cogvideox(out: Path, config: DemoConfig, clips: ClipsConfig) -> None:
+    """The pretrained pipeline; for image-to-video its VAE, with a transformer of random weights."""
+    if not config.image_to_video:
+        shutil.copytree(_PRETRAINED, out, dirs_exist_ok=True)
+        return
+    # Imported here: where the demo is complete, nobody should wait for diffusers to load.
+    import torch
+
+    from stages.demo.tiny_cogvideox import build_tiny_cogvideox
+    from stages.cogvideox.weights import model_class_of
+    from stages.files.weight_checks import load_model
+
+    build_tiny_cogvideox(
+        out,
+        height=clips.height,
+        width=clips.width,
+        num_frames=clips.num_frames,
+        captions=[record.caption or "" for record in _records(clips)],
+        seed=config.seed,
+        image_to_video=True,
+        vae=load_model(model_class_of("vae"), _PRETRAINED / "vae", torch_dtype=torch.float32),
+    )
+
+
+def _records(clips: ClipsConfig) -> Iterator[ClipRecord]:
+    for shard in open_dataset(clips).shards:
+        for record in shard.records():
+            assert isinstance(record, ClipRecord), record
+            yield record

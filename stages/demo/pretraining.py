@@ -1,0 +1,189 @@
+"""Trains a base model for the demo, like the one that the package carries in `pretrained/`.
+
+    python -m stages.demo.pretraining OUT
+
+The demo starts from it, as real training starts from an official CogVideoX: a VAE fitted to drawn
+figures, and a text-to-video transformer that has learnt the demo's own two dozen clips by heart.
+It shows that the road works and says nothing of quality. About 40 minutes on one core.
+"""
+
+# Legend: N clip, B batch, T frame, F latent frame, C channel, H W pixels or latent grid.
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor, nn
+
+from cache_schema.checksummed_json import parse_json
+from stages.demo.config import DemoConfig
+from stages.demo.scenes import draw_clip
+from stages.demo.tiny_cogvideox import MAX_TEXT_TOKENS, build_tiny_cogvideox
+from stages.demo.tiny_vae import build_tiny_vae, fit_tiny_vae
+from stages.files.safetensors import usual_modes
+from stages.cogvideox.diffusion import cumulative_alphas, diffusion_loss, noisy_latents
+
+_NUM_FRAMES, _HEIGHT, _WIDTH, _FPS = 17, 128, 192, 8.0
+_MORE_FIGURES = range(100, 172)
+"""Seeds of the clips that only the VAE sees."""
+_BATCH = 4
+_LEARNING_RATE = 2e-3
+_WARMUP_STEPS = 100
+_AVERAGE = 0.998
+"""Decay of the running mean of the weights, which is what is kept."""
+
+
+def pretrain(out: Path, *, vae_steps: int, minutes: float, tell: Callable[[str], None]) -> None:
+    """Write the pipeline folder, weights in float16.
+
+    Args:
+        out: The folder.
+        vae_steps: Steps for which the VAE is fitted.
+        minutes: How long the transformer is trained; the rate falls to nearly zero over them.
+        tell: Called with a line now and then.
+    """
+    from diffusers import CogVideoXPipeline
+
+    config = DemoConfig()
+    clips = [_draw(seed) for seed in range(config.num_clips)]
+    captions = [clip.caption for clip in clips]
+    frames_NTHWC = np.stack([clip.frames_THWC for clip in clips])
+    more_NTHWC = np.stack([_draw(seed).frames_THWC for seed in _MORE_FIGURES])
+    vae = build_tiny_vae(config.seed)
+    fit_tiny_vae(
+        vae,
+        np.concatenate([frames_NTHWC, more_NTHWC]),
+        steps=vae_steps,
+        seed=config.seed,
+        task=_Told("VAE", tell),
+    )
+    build_tiny_cogvideox(
+        out,
+        height=_HEIGHT,
+        width=_WIDTH,
+        num_frames=_NUM_FRAMES,
+        captions=captions,
+        seed=config.seed,
+        vae=vae,
+    )
+    pipeline = CogVideoXPipeline.from_pretrained(out)
+    pipeline.transformer = _train(pipeline, frames_NTHWC, captions, minutes * 60, config.seed, tell)
+    with usual_modes(out):
+        pipeline.to(torch.float16).save_pretrained(out)
+    for file in out.rglob("*.json"):  # diffusers notes where it loaded each part from
+        content = parse_json(file.read_text(encoding="utf-8"))
+        if content.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _draw(seed: int) -> Any:
+    return draw_clip(seed, num_frames=_NUM_FRAMES, height=_HEIGHT, width=_WIDTH, fps=_FPS)
+
+
+def _train(
+    pipeline: Any,
+    frames_NTHWC: np.ndarray,
+    captions: list[str],
+    seconds: float,
+    seed: int,
+    tell: Callable[[str], None],
+) -> nn.Module:
+    """Plain diffusion training on a handful of clips; returns the averaged transformer."""
+    mean_NFCHW, std_NFCHW = _latents(pipeline.vae, frames_NTHWC)
+    with torch.no_grad():
+        text_NLD = torch.cat(
+            [
+                pipeline.encode_prompt(
+                    caption,
+                    do_classifier_free_guidance=False,
+                    max_sequence_length=MAX_TEXT_TOKENS,
+                )[0]
+                for caption in captions
+            ]
+        )
+    positions = pipeline._prepare_rotary_positional_embeddings(
+        _HEIGHT, _WIDTH, mean_NFCHW.shape[1], "cpu"
+    )
+    abar_S = cumulative_alphas(pipeline.scheduler.config).float()
+    student = pipeline.transformer.train()
+    average = copy.deepcopy(student).eval()
+    optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), weight_decay=1e-4)
+    random = torch.Generator().manual_seed(seed)
+    started, step = time.monotonic(), 0
+    while (share := (time.monotonic() - started) / seconds) < 1:
+        rate = _LEARNING_RATE * min(1.0, (step + 1) / _WARMUP_STEPS)
+        optimizer.param_groups[0]["lr"] = rate * (0.02 + 0.49 * (1 + math.cos(math.pi * share)))
+        index_B = torch.randint(len(captions), (_BATCH,), generator=random)
+        timestep_B = torch.randint(len(abar_S), (_BATCH,), generator=random)
+        clean, noise = (torch.randn(mean_NFCHW[index_B].shape, generator=random) for _ in range(2))
+        clean = mean_NFCHW[index_B] + std_NFCHW[index_B] * clean
+        predicted = student(
+            hidden_states=noisy_latents(clean, noise, abar_S[timestep_B]),
+            encoder_hidden_states=text_NLD[index_B],
+            timestep=timestep_B,
+            image_rotary_emb=positions,
+            return_dict=False,
+        )[0]
+        loss = diffusion_loss(predicted, clean, noise, abar_S[timestep_B])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        decay = min(_AVERAGE, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for kept, new in zip(average.parameters(), student.parameters(), strict=True):
+                kept.lerp_(new, 1 - decay)
+        if step % 200 == 0:
+            tell(f"transformer: step {step}, {share:.0%}, loss {loss.item():.3f}")
+    return average
+
+
+@torch.no_grad()
+def _latents(vae: Any, frames_NTHWC: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Scaled posterior mean and deviation, [N, F, C, H, W] each."""
+    pixels_NCTHW = torch.from_numpy(frames_NTHWC).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    posteriors = [vae.encode(pixels_BCTHW).latent_dist for pixels_BCTHW in pixels_NCTHW.split(2)]
+    mean, std = (
+        torch.cat([getattr(posterior, name) for posterior in posteriors]).transpose(1, 2)
+        for name in ("mean", "std")
+    )
+    return mean * vae.config.scaling_factor, std * vae.config.scaling_factor
+
+
+class _Told:
+    """A task that tells every hundredth step."""
+
+    def __init__(self, what: str, tell: Callable[[str], None]) -> None:
+        self._what, self._tell, self._done = what, tell, 0
+
+    def advance(self, amount: int = 1) -> None:
+        self._done += amount
+
+    def expect(self, total: int) -> None:
+        """The total is not told."""
+
+    def note(self, text: str) -> None:
+        if self._done % 100 == 0:
+            self._tell(f"{self._what}: step {self._done}, {text}")
+
+
+def main(
+    out: Path,
+    vae_steps: Annotated[int, typer.Option(min=1)] = 900,
+    minutes: Annotated[float, typer.Option(min=0.01)] = 33.0,
+) -> None:
+    """Train a base model for the demo and write it to OUT."""
+    torch.set_num_threads(1)  # models this small lose more to waiting for threads than they gain
+    pretrain(out, vae_steps=vae_steps, minutes=minutes, tell=print)
+
+
+if __name__ == "__main__":
+    typer.run(main)

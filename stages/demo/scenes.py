@@ -1,0 +1,228 @@
+"""A clip of a figure: what it does and where, drawn frame by frame; the demo's dataset.
+
+Everything follows from the seed; the truth about joints and limbs comes with the pixels.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from stages.demo.backgrounds import Background, make_background
+from stages.demo.drawing import capsule_coverage
+from stages.demo.bodies import BODY_PLANS, Kind, Limb
+from stages.demo.gaits import GAITS, Gait, advance_per_cycle, drop_to_ground
+
+# Legend: T frame, H W pixels, C colour (RGB), J joint, L limb, 2 x and y.
+
+_KINDS: tuple[Kind, ...] = ("biped", "quadruped", "arm")
+_SIZES: dict[Kind, tuple[float, float]] = {
+    "biped": (0.68, 0.80),
+    "quadruped": (0.70, 0.86),
+    "arm": (0.72, 0.88),
+}
+"""Smallest and largest figure, in frame heights."""
+_SHADING = 0.3
+"""How much darker a limb's edge is than its axis."""
+_LOOKS: dict[Kind, str] = {
+    "biped": "A biped with blue and red arms, green and purple legs",
+    "quadruped": "A quadruped with blue, red, green and purple legs",
+    "arm": "A robot arm with blue, orange and green links",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class FigureClip:
+    """A drawn clip and the truth about it; coordinates in pixels of the frame."""
+
+    frames_THWC: np.ndarray
+    """uint8 [T, H, W, 3]."""
+    fps: float
+    caption: str
+    mask_HW: np.ndarray
+    """bool [H, W]: where the figure is seen on frame 0."""
+    kind: Kind
+    gait: str
+    joint_names: tuple[str, ...]
+    joints_TJ2: np.ndarray
+    """float64 [T, J, 2]; joints may lie behind the occluder or outside the frame."""
+    limbs: tuple[Limb, ...]
+    """The body plan's; lengths and radii in units of `size`."""
+    size: float
+    """Pixels per unit of the body plan."""
+    visible_TL: np.ndarray
+    """float64 [T, L], the share of each limb's own pixels that no other limb, no occluder and no
+    frame edge hides."""
+
+    def truth(self) -> dict[str, Any]:
+        """Joints and limbs as JSON values."""
+        return {
+            "kind": self.kind,
+            "gait": self.gait,
+            "fps": self.fps,
+            "height": self.frames_THWC.shape[1],
+            "width": self.frames_THWC.shape[2],
+            "joint_names": list(self.joint_names),
+            "joints_xy": np.round(self.joints_TJ2, 3).tolist(),
+            "limbs": [
+                {
+                    "name": limb.name,
+                    "joints": [limb.start, limb.end],
+                    "length_px": round(limb.length * self.size, 3),
+                    "radius_px": round(limb.radius * self.size, 3),
+                    "colour_rgb": list(limb.colour),
+                }
+                for limb in self.limbs
+            ],
+            "visible": np.round(self.visible_TL, 3).tolist(),
+        }
+
+
+def draw_clip(
+    seed: int, *, num_frames: int, height: int, width: int, fps: float = 8.0
+) -> FigureClip:
+    """Draw one clip; the same arguments give the same bytes.
+
+    The kind of figure cycles with the seed (biped, quadruped, arm); all else is drawn from it:
+    gait, size, speed, direction, background, whether the camera pans and whether something stands
+    in front.
+
+    Args:
+        seed: Any integer of at least 0.
+        num_frames: Frames.
+        height: Pixels.
+        width: Pixels.
+        fps: Frames per second; motion is the same in seconds at any rate.
+    """
+    random = np.random.default_rng(seed)
+    kind = _KINDS[seed % len(_KINDS)]
+    choices = [gait for gait in GAITS if gait.kind == kind]
+    gait = choices[int(random.integers(len(choices)))]
+    plan = BODY_PLANS[kind]
+    size = height * random.uniform(*_SIZES[kind])
+    faces_left = bool(random.random() < 0.5)
+    pans = bool(random.random() < 0.5)
+    path = _path(
+        random, gait, size=size, width=width, seconds=num_frames / fps, pans=pans, left=faces_left
+    )
+
+    time_T = np.arange(num_frames) / fps
+    progress_T = time_T * fps / num_frames
+    phase_T = random.uniform(0, 2 * np.pi) + 2 * np.pi * path.cycles_per_second * time_T
+    joints = drop_to_ground(kind, gait.pose(plan, phase_T))
+    joints_TJ2 = np.stack([joints[name] for name in plan.joint_names], axis=1) * size
+    joints_TJ2[..., 0] -= joints_TJ2[..., 0].mean()
+    if faces_left:
+        joints_TJ2[..., 0] *= -1
+    on_screen_T = (0.5 + random.uniform(-0.05, 0.05)) * width + path.screen * (progress_T - 0.5)
+    joints_TJ2[..., 0] += on_screen_T[:, None]
+
+    background = make_background(
+        random,
+        height=height,
+        width=width,
+        camera_T=(path.ground - path.screen) * progress_T,
+        subject_T=on_screen_T,
+    )
+    joints_TJ2[..., 1] += background.ground_y
+    order = plan.drawing_order(faces_left=faces_left)
+    painted = [
+        _paint(background, frame, order, dict(zip(plan.joint_names, joints_J2, strict=True)), size)
+        for frame, joints_J2 in enumerate(joints_TJ2)
+    ]
+    labels_THW = np.stack([labels_HW for _, labels_HW, _ in painted])
+    visible = [[visible.get(limb.name, 0.0) for limb in plan.limbs] for _, _, visible in painted]
+    return FigureClip(
+        frames_THWC=np.stack([image_HWC for image_HWC, _, _ in painted]),
+        fps=fps,
+        caption=_caption(gait, background, faces_left=faces_left, pans=pans),
+        mask_HW=labels_THW[0] >= 0,
+        kind=kind,
+        gait=gait.name,
+        joint_names=plan.joint_names,
+        joints_TJ2=joints_TJ2,
+        limbs=plan.limbs,
+        size=size,
+        visible_TL=np.array(visible),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """How far things go within the clip, in pixels to the right, and how fast the gait cycles."""
+
+    ground: float
+    """The figure over the ground."""
+    screen: float
+    """The figure over the frame; the camera makes up the difference."""
+    cycles_per_second: float
+
+
+def _path(
+    random: np.random.Generator,
+    gait: Gait,
+    *,
+    size: float,
+    width: int,
+    seconds: float,
+    pans: bool,
+    left: bool,
+) -> _Path:
+    slowest, fastest = gait.cycles_per_second
+    cycles = random.uniform(slowest, fastest)
+    wanted = width * (random.uniform(0.1, 0.3) if pans else random.uniform(0.35, 0.55))
+    if not gait.travels:
+        drift = wanted * random.choice((-1.0, 1.0)) if pans else 0.0
+        return _Path(0.0, drift, cycles)
+    pixels_per_cycle = advance_per_cycle(gait) * size
+    if not pans:
+        # The crossing sets the pace. What is still too fast for the frame, the camera follows.
+        cycles = float(np.clip(wanted / (pixels_per_cycle * seconds), 0.6 * slowest, fastest))
+    ground = pixels_per_cycle * cycles * seconds
+    sign = -1.0 if left else 1.0
+    return _Path(sign * ground, sign * min(ground, wanted), cycles)
+
+
+def _paint(
+    background: Background,
+    frame: int,
+    limbs: tuple[Limb, ...],
+    joints: dict[str, np.ndarray],
+    size: float,
+) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    """The uint8 frame, the index of the limb seen at each pixel (-1 none), visible shares."""
+    canvas_HWC = background.behind(frame)
+    height, width, _ = canvas_HWC.shape
+    background.cast_shadow(canvas_HWC, np.stack(list(joints.values())), size)
+    labels_HW = np.full((height, width), -1)
+    own_pixels: dict[str, float] = {}
+    for index, limb in enumerate(limbs):
+        radius = limb.radius * size
+        window, coverage_HW, distance_HW = capsule_coverage(
+            joints[limb.start], joints[limb.end], radius, height=height, width=width
+        )
+        shade_HW = 1 - _SHADING * np.minimum(distance_HW, 1.0) ** 2
+        colour_HWC = shade_HW[..., None] * (np.array(limb.colour) / 255)
+        canvas_HWC[window] += coverage_HW[..., None] * (colour_HWC - canvas_HWC[window])
+        labels_HW[window][coverage_HW > 0.5] = index
+        own_pixels[limb.name] = _capsule_pixels(limb, size)
+    labels_HW[background.cover(canvas_HWC, frame) > 0.5] = -1
+    visible = {
+        limb.name: min(1.0, float((labels_HW == index).sum() / own_pixels[limb.name]))
+        for index, limb in enumerate(limbs)
+    }
+    image_HWC = np.clip(np.rint(canvas_HWC * 255), 0, 255).astype(np.uint8)
+    return image_HWC, labels_HW, visible
+
+
+def _capsule_pixels(limb: Limb, size: float) -> float:
+    radius, length = limb.radius * size, limb.length * size
+    return np.pi * radius**2 + 2 * radius * length
+
+
+def _caption(gait: Gait, background: Background, *, faces_left: bool, pans: bool) -> str:
+    side = "left" if faces_left else "right"
+    does = f"{gait.verb} to the {side}" if gait.travels else f"{gait.verb}, facing {side},"
+    ending = " while the camera pans" if pans else ""
+    ending += ", behind a post" if background.has_post else ""
+    return f"{_LOOKS[gait.kind]} {does} {background.words}{ending}."

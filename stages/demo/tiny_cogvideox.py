@@ -1,0 +1,142 @@
+"""A tiny CogVideoX pipeline of the official classes, saved as an ordinary diffusers folder.
+
+The text encoder and the transformer are random; the VAE is `tiny_vae`'s. Used by `demo` and tests.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDPMScheduler,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from stages.demo.tiny_vae import build_tiny_vae
+from stages.files.safetensors import usual_modes
+
+MAX_TEXT_TOKENS = 32
+"""Caption length in tokens (226 in the official models)."""
+_TEXT_WIDTH = 32
+_PATCH = 2
+
+
+def build_tiny_cogvideox(
+    out: Path,
+    *,
+    height: int,
+    width: int,
+    num_frames: int,
+    captions: Sequence[str],
+    seed: int,
+    image_to_video: bool = False,
+    vae: AutoencoderKLCogVideoX | None = None,
+    num_layers: int = 4,
+    num_heads: int = 3,
+    head_width: int = 32,
+) -> None:
+    """Write a pipeline folder that `from_pretrained` loads.
+
+    Args:
+        out: The folder.
+        height: Pixels, a multiple of 16.
+        width: Pixels, a multiple of 16.
+        num_frames: 8N+1.
+        captions: Text from which the tokenizer's vocabulary is made.
+        seed: Seeds the weights.
+        image_to_video: Make the image-to-video pipeline: twice the input channels and learned
+            positions, as CogVideoX-5b-I2V has them.
+        vae: A fitted VAE; None makes a random one.
+        num_layers: Transformer blocks.
+        num_heads: Attention heads.
+        head_width: Width of a head, a multiple of 8 (the rotary embedding's split).
+    """
+    tokenizer = _tokenizer(captions)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = vae or build_tiny_vae(seed)
+        text_encoder = T5EncoderModel(
+            T5Config(
+                vocab_size=len(tokenizer),
+                d_model=_TEXT_WIDTH,
+                d_kv=8,
+                d_ff=2 * _TEXT_WIDTH,
+                num_layers=2,
+                num_heads=4,
+                feed_forward_proj="gated-gelu",
+                is_encoder_decoder=False,
+                use_cache=False,
+            )
+        )
+        latent_channels = vae.config.latent_channels
+        transformer = CogVideoXTransformer3DModel(
+            num_attention_heads=num_heads,
+            attention_head_dim=head_width,
+            in_channels=latent_channels * (2 if image_to_video else 1),
+            out_channels=latent_channels,
+            time_embed_dim=64,
+            text_embed_dim=_TEXT_WIDTH,
+            num_layers=num_layers,
+            sample_width=width // 8,
+            sample_height=height // 8,
+            sample_frames=num_frames,
+            patch_size=_PATCH,
+            max_text_seq_length=MAX_TEXT_TOKENS,
+            use_rotary_positional_embeddings=True,
+            use_learned_positional_embeddings=image_to_video,
+        )
+    pipeline_class = CogVideoXImageToVideoPipeline if image_to_video else CogVideoXPipeline
+    pipeline = pipeline_class(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder.eval(),
+        vae=vae.eval(),
+        transformer=transformer.eval(),
+        scheduler=_scheduler(),
+    )
+    with usual_modes(out):
+        pipeline.save_pretrained(out)
+
+
+def _scheduler() -> CogVideoXDPMScheduler:
+    """The scheduler of CogVideoX-5b."""
+    return CogVideoXDPMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=1.0,
+        set_alpha_to_one=True,
+        steps_offset=0,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+
+
+def _tokenizer(captions: Sequence[str]) -> T5Tokenizer:
+    """A unigram vocabulary: every word of the captions whole, and letters for all others.
+
+    Scores are log frequencies; letters score far lower, so a known word is never spelt out.
+    """
+    words = Counter(word for caption in captions for word in re.findall(r"\w+|[^\w\s]", caption))
+    spaced = Counter(word for caption in captions for word in caption.split())
+    pieces = Counter({f"▁{word}": count for word, count in spaced.items()})
+    pieces.update({f"▁{word}": count for word, count in words.items()})
+    pieces.update({word: count for word, count in words.items() if not word.isalnum()})
+    total = pieces.total()
+    scored = {
+        piece: math.log(count / total) for piece, count in sorted(pieces.items()) if len(piece) > 1
+    }
+    letters = {chr(code) for code in range(33, 127)} | set("".join(pieces)) | {"▁"}
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    vocabulary += list(scored.items())
+    vocabulary += [(letter, -20.0) for letter in sorted(letters - set(scored))]
+    return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=MAX_TEXT_TOKENS)

@@ -1,0 +1,191 @@
+"""What a clip costs each model of stage one: operations, weights, memory; from shapes alone.
+
+`estimate` asks. The models are built from their configurations on torch's meta device and run
+there under a `Meter`, so that no weight is needed and nothing is computed.
+"""
+
+# Legend: T frame, S side of SAM2's square input, L text token.
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from stages.clips import ClipsConfig
+from stages.cogvideox.configs import BaseFacts
+from stages.compute_cost.flop_counter import Meter, weight_bytes
+from stages.extract_features.config import LatentsConfig, TeacherConfig, TextConfig
+from stages.extract_features.teacher.stores import feature_grid
+from stages.precision import DTYPES
+from stages.sam2_tracking.build import build_sam2
+from stages.sam2_tracking.encoder import EncodedFrames
+from stages.sam2_tracking.inputs import Sam2Prompt
+from stages.sam2_tracking.tracker import TrackRequest, TwoWayTracker
+
+_FIRST_STEPS = 2
+"""After the prompted one: with one memory in the bank, and with two."""
+_META = torch.device("meta")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelCost:
+    """One model's part of stage one, per clip and while it runs."""
+
+    flops_per_clip: float
+    weight_bytes: int
+    working_bytes: int
+    """The most that is alive beside the weights while the model runs: activations."""
+    waiting_bytes: int = 0
+    """What waits on the device beside that: encoded frames, and maps of tracks under way."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """On the device, without what libraries and the allocator add."""
+        return self.weight_bytes + self.working_bytes + self.waiting_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackerCost:
+    """SAM2's part; its clips differ in the number of subjects."""
+
+    encoder_flops: float
+    """Per clip."""
+    passes_flops: float
+    """Per subject: the forward pass, and the backward one where there is one."""
+    cost: ModelCost
+    """Of a clip with one subject."""
+    hidden_dim: int
+    mem_dim: int
+
+    def flops(self, num_clips: float, num_subjects: float) -> float:
+        """Of clips that have so many subjects together."""
+        return num_clips * self.encoder_flops + num_subjects * self.passes_flops
+
+
+def text_cost(config: TextConfig, base: BaseFacts) -> ModelCost:
+    """The text encoder, from its configuration, on one padded caption."""
+    from transformers import T5Config, T5EncoderModel
+
+    assert base.text_encoder is not None
+    settings = T5Config.from_dict(base.text_encoder)
+    with _META:
+        encoder = T5EncoderModel(settings).to(DTYPES[config.precision]).eval()
+        tokens_1L = torch.zeros(1, int(base.transformer["max_text_seq_length"]), dtype=torch.long)
+    with Meter() as meter:
+        encoder(tokens_1L)
+    return ModelCost(
+        flops_per_clip=meter.flops,
+        weight_bytes=weight_bytes(encoder),
+        working_bytes=meter.peak_bytes,
+    )
+
+
+def latents_cost(config: LatentsConfig, clips: ClipsConfig, base: BaseFacts) -> ModelCost:
+    """The VAE's encoder, from `vae/config.json`, on a clip, and on the draws of its first frame
+    where it takes one."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    with _META:
+        vae = AutoencoderKLCogVideoX.from_config(dict(base.vae)).eval()
+        for parameter in vae.parameters():
+            parameter.data = parameter.data.to(DTYPES[config.precision])
+    if config.tiling:
+        vae.enable_tiling()
+    pixels = torch.empty(
+        (1, 3, clips.num_frames, clips.height, clips.width),
+        dtype=DTYPES[config.precision],
+        device=_META,
+    )
+    with Meter() as meter:
+        vae.encode(pixels)
+        if base.image_to_video:
+            for _ in range(config.image_draws):
+                vae.encode(pixels[:, :, :1])
+    return ModelCost(
+        flops_per_clip=meter.flops,
+        weight_bytes=weight_bytes(vae),
+        working_bytes=meter.peak_bytes + pixels.numel() * pixels.element_size(),
+    )
+
+
+def tracker_cost(config: TeacherConfig, clips: ClipsConfig, sam2_config: str) -> TrackerCost:
+    """SAM2 over a clip, both ways, as `config` sets it.
+
+    Counted in float32: with bf16, which torch does not simulate here, activations take about half.
+    The seek to frame 0 from a later prompt, and what looks for prompts, are not counted; nor is the
+    memory of a full bank, some per cent of the rest.
+
+    Args:
+        config: Image size, batches, directions, where encoded frames wait.
+        clips: The length of clips.
+        sam2_config: Name of an official configuration, or a YAML file.
+    """
+    model = build_sam2(sam2_config, None, image_size=config.image_size, device=_META)
+    tracker = TwoWayTracker(
+        model, precision="fp32", frames_per_batch=min(config.frames_per_batch, clips.num_frames)
+    )
+    with Meter() as encoding:
+        encoded = tracker.encode(_frames(tracker.frames_per_batch, config.image_size))
+    steps, tracking_peak = _step_flops(tracker, encoded, config, clips)
+    directions = 1 if config.fusion == "forward" else 2
+    return TrackerCost(
+        encoder_flops=encoding.flops / tracker.frames_per_batch * clips.num_frames,
+        passes_flops=directions * steps,
+        cost=ModelCost(
+            flops_per_clip=encoding.flops / tracker.frames_per_batch * clips.num_frames
+            + directions * steps,
+            weight_bytes=weight_bytes(model),
+            working_bytes=max(encoding.peak_bytes, tracking_peak),
+            waiting_bytes=_waiting_bytes(encoded, model, config, clips),
+        ),
+        hidden_dim=model.hidden_dim,
+        mem_dim=model.mem_dim,
+    )
+
+
+def _frames(num_frames: int, image_size: int) -> np.ndarray:
+    return np.zeros((num_frames, image_size, image_size, 3), np.uint8)
+
+
+def _step_flops(
+    tracker: TwoWayTracker, encoded: EncodedFrames, config: TeacherConfig, clips: ClipsConfig
+) -> tuple[float, int]:
+    """Operations of one pass over the clip, and the most bytes alive meanwhile.
+
+    Every memory in the bank costs the same, so the first steps tell of all; pointers that outlive
+    their memories, a few tokens each, are left out.
+    """
+    box = Sam2Prompt(
+        points_1P2=torch.zeros(1, 2, 2, device=_META),
+        point_labels_1P=torch.zeros(1, 2, dtype=torch.int32, device=_META),
+    )
+    # Which frame is visited does not matter to what it costs.
+    order = [0] * (_FIRST_STEPS + 1)
+    request = TrackRequest(encoded=encoded, prompt=box, order=order)
+    flops: list[int] = []
+    with Meter() as meter:
+        for frames in tracker.track([request] * config.clips_per_batch, features=[config.features]):
+            flops.append(meter.flops)
+            del frames
+    prompted, first, second = (after - before for before, after in pairwise([0, *flops]))
+    memories = [min(step, tracker.model.num_maskmem) for step in range(1, clips.num_frames)]
+    whole = prompted + sum(first + (second - first) * (count - 1) for count in memories)
+    return whole / config.clips_per_batch, meter.peak_bytes
+
+
+def _waiting_bytes(
+    encoded: EncodedFrames, model: Any, config: TeacherConfig, clips: ClipsConfig
+) -> int:
+    """Encoded frames, and both directions' maps and mask logits, of a batch of clips."""
+    if config.keep_encoded != "device":
+        return 0
+    itemsize = DTYPES[config.precision].itemsize
+    frame = sum(level.numel() for level in encoded.levels_at([0])) * itemsize
+    height, width = feature_grid(config, clips)
+    channels = model.hidden_dim if config.features == "memory_attention" else model.mem_dim
+    logits = (config.image_size // 4) ** 2
+    float32 = torch.float32.itemsize
+    maps = (1 if config.fusion == "forward" else 2) * (height * width * channels + logits) * float32
+    return config.clips_per_batch * clips.num_frames * (frame + maps)

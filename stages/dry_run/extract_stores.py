@@ -1,0 +1,256 @@
+"""Stores that an extraction would write: which ones, bytes per clip, and the cost of each model.
+
+Nothing is downloaded but configuration files.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+from cache_schema import ArraySpec, StoreSettings
+from stages.clips import ClipsConfig
+from stages.cogvideox.configs import BaseFacts
+from stages.cogvideox.official_models import facts_for_estimate
+from stages.cogvideox.weights import parts_are_here
+from stages.config import BaseModelConfig
+from stages.dry_run.extract_costs import (
+    ModelCost,
+    TrackerCost,
+    latents_cost,
+    text_cost,
+    tracker_cost,
+)
+from stages.extract_features.config import ExtractConfig, Kind, TeacherConfig
+from stages.extract_features.extraction import bucket_name
+from stages.extract_features.kinds import group_kinds
+from stages.extract_features.latents import LatentsExtraction, latents_arrays
+from stages.extract_features.teacher.extraction import SubjectExtraction
+from stages.extract_features.teacher.stores import subject_settings
+from stages.extract_features.text import TextExtraction, text_arrays
+from stages.sam2_tracking.build import (
+    HUB_CHECKPOINTS,
+    check_sam2,
+    find_checkpoint,
+)
+from stages.teacher_store.config import FeatureDtype, FlowDtype
+
+COMPRESSED_SHARE = 0.5
+"""What is left of a compressed array. Measured on Gram flows of 49 maps and 30x45 tokens: 0.30 on
+real clips with an untrained sam2.1_hiera_t, whose features are smooth, to 0.69 on rough noise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FormSize:
+    """One form of the teacher, in one number format."""
+
+    kind: Kind
+    dtype: str
+    bytes_per_clip: int
+    is_compressed: bool
+    """The size is about this, by `COMPRESSED_SHARE`."""
+    is_chosen: bool
+    """The run writes it."""
+
+
+def bytes_of(arrays: Mapping[str, ArraySpec]) -> int:
+    """Of one clip; the store adds checksums and records, well under 1%."""
+    return round(sum(_array_bytes(spec) for spec in arrays.values()))
+
+
+def is_compressed(arrays: Mapping[str, ArraySpec]) -> bool:
+    """Whether the size of most of it is not known before it is written."""
+    packed = sum(_array_bytes(spec) for spec in arrays.values() if spec.compression != "none")
+    return 2 * packed > bytes_of(arrays)
+
+
+def teacher_form_sizes(
+    config: ExtractConfig, clips: ClipsConfig, *, channels: int
+) -> tuple[FormSize, ...]:
+    """What a clip takes in every form of the teacher, chosen or not.
+
+    Args:
+        config: What would be extracted.
+        clips: The size and length of clips.
+        channels: Of the features of one direction of one subject.
+    """
+    choices: list[tuple[Kind, str]] = [
+        *(("teacher", dtype) for dtype in get_args(FeatureDtype)),
+        *(("gram_flow", dtype) for dtype in get_args(FlowDtype)),
+    ]
+    chosen = {"teacher": config.teacher.dtype, "gram_flow": config.gram_flow.dtype}
+    sizes = []
+    for kind, dtype in choices:
+        teacher, flow = config.teacher, config.gram_flow
+        if kind == "teacher":
+            teacher = teacher.model_copy(update={"dtype": dtype})
+        else:
+            flow = flow.model_copy(update={"dtype": dtype})
+        settings = subject_settings(teacher, clips, {}, gram_flow=flow, channels=channels)
+        arrays = settings[kind].arrays
+        sizes.append(
+            FormSize(
+                kind=kind,
+                dtype=dtype,
+                bytes_per_clip=bytes_of(arrays),
+                is_compressed=is_compressed(arrays),
+                is_chosen=kind in config.kinds and chosen[kind] == dtype,
+            )
+        )
+    return tuple(sizes)
+
+
+def _array_bytes(spec: ArraySpec) -> float:
+    raw = math.prod(spec.shape) * spec.numpy_dtype.itemsize
+    return raw if spec.compression == "none" else raw * COMPRESSED_SHARE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedPass:
+    """One model's pass over the clips, and the stores it fills."""
+
+    kinds: tuple[Kind, ...]
+    bucket: str | None = None
+    """The size of its clips, where there are several; None for text too."""
+    arrays: Mapping[Kind, Mapping[str, ArraySpec]] | None
+    """Of every clip, by kind; None when not even the configuration is at hand."""
+    folders: Mapping[Kind, str] | None
+    """Names of the stores; None when the weights, whose hash is in them, are not here."""
+    cost: ModelCost | TrackerCost | None
+    forms: tuple[FormSize, ...] = ()
+    """Of a pass of SAM2, what each form of the teacher takes, chosen or not."""
+    notes: tuple[str, ...] = ()
+    """What could not be known, and why."""
+
+
+def planned_passes(
+    config: ExtractConfig, clips: ClipsConfig, model: BaseModelConfig
+) -> list[PlannedPass]:
+    """The passes of a run, in its order.
+
+    Raises:
+        ValueError: A setting does not fit, as the run itself would say. Weights of a hub id that
+            are not on this machine are no error.
+    """
+    base, notes = _base_facts(config, model)
+    passes: list[PlannedPass] = []
+    for kinds in group_kinds(config.kinds):
+        if kinds[0] not in ("text", "latents"):
+            passes += [_of(size, _tracking(config, size, kinds)) for size in clips.sizes]
+        elif base is None:
+            passes.append(
+                PlannedPass(kinds=kinds, arrays=None, folders=None, cost=None, notes=notes)
+            )
+        elif kinds[0] == "text":
+            passes.append(_text(config, base, model))
+        else:
+            passes += [_of(size, _latents(config, size, base, model)) for size in clips.sizes]
+    if base is not None:
+        passes[0] = replace(passes[0], notes=(*notes, *passes[0].notes))
+    return passes
+
+
+def _of(size: ClipsConfig, planned: PlannedPass) -> PlannedPass:
+    return replace(planned, bucket=bucket_name(size))
+
+
+def _base_facts(
+    config: ExtractConfig, model: BaseModelConfig
+) -> tuple[BaseFacts | None, tuple[str, ...]]:
+    """Facts of the base pipeline, or None, and what is to be said of them."""
+    if not {"text", "latents"} & set(config.kinds):
+        return None, ()
+    try:
+        return facts_for_estimate(model, text_encoder="text" in config.kinds)
+    except ValueError as error:
+        if model.is_local:
+            raise
+        return None, (f"nothing is known of {model.path}: {error}",)
+
+
+def _text(config: ExtractConfig, base: BaseFacts, model: BaseModelConfig) -> PlannedPass:
+    cost = text_cost(config.text, base)
+    if parts_are_here(model, base.folder, ("tokenizer", "text_encoder")):
+        return _known(("text",), TextExtraction(config.text, base).settings, cost)
+    return _unknown(
+        ("text",), {"text": text_arrays(base)}, cost, f"the text encoder of {model.path}"
+    )
+
+
+def _latents(
+    config: ExtractConfig, clips: ClipsConfig, base: BaseFacts, model: BaseModelConfig
+) -> PlannedPass:
+    cost = latents_cost(config.latents, clips, base)
+    if parts_are_here(model, base.folder, ("vae",)):
+        extraction = LatentsExtraction(config.latents, clips, base, seed=config.seed)
+        return _known(("latents",), extraction.settings, cost)
+    arrays = latents_arrays(config.latents, clips, base)
+    return _unknown(("latents",), {"latents": arrays}, cost, f"the VAE of {model.path}")
+
+
+def _tracking(config: ExtractConfig, clips: ClipsConfig, kinds: tuple[Kind, ...]) -> PlannedPass:
+    teacher = config.teacher
+    official, _ = HUB_CHECKPOINTS.get(teacher.checkpoint, (None, None))
+    try:
+        checkpoint = find_checkpoint(teacher.checkpoint, download=False)
+    except ValueError:
+        if official is None:
+            raise
+        sam2_config, missing = teacher.config or official, f"the checkpoint {teacher.checkpoint}"
+    else:
+        facts = check_sam2(teacher.config, checkpoint, image_size=teacher.image_size)
+        sam2_config, missing = facts.config_name, ""
+    cost = tracker_cost(teacher, clips, sam2_config)
+    channels = cost.hidden_dim if teacher.features == "memory_attention" else cost.mem_dim
+    forms = teacher_form_sizes(config, clips, channels=channels)
+    if not missing and not _grounding_is_here(teacher):
+        missing = f"Grounding DINO {teacher.grounding.model}"
+    if not missing:
+        extraction = SubjectExtraction(teacher, clips, gram_flow=config.gram_flow, kinds=kinds)
+        return _known(kinds, extraction.settings, cost, forms)
+    settings = subject_settings(teacher, clips, {}, gram_flow=config.gram_flow, channels=channels)
+    return _unknown(kinds, {kind: settings[kind].arrays for kind in kinds}, cost, missing, forms)
+
+
+def _grounding_is_here(config: TeacherConfig) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    grounding = config.grounding
+    if "grounding" not in config.prompts or Path(grounding.model).expanduser().is_dir():
+        return True
+    found = try_to_load_from_cache(
+        grounding.model, "model.safetensors", revision=grounding.revision
+    )
+    return isinstance(found, str)
+
+
+def _known(
+    kinds: tuple[Kind, ...],
+    settings: Mapping[Kind, StoreSettings],
+    cost: ModelCost | TrackerCost,
+    forms: tuple[FormSize, ...] = (),
+) -> PlannedPass:
+    return PlannedPass(
+        kinds=kinds,
+        arrays={kind: settings[kind].arrays for kind in kinds},
+        folders={kind: settings[kind].folder_name for kind in kinds},
+        cost=cost,
+        forms=forms,
+    )
+
+
+def _unknown(
+    kinds: tuple[Kind, ...],
+    arrays: Mapping[Kind, Mapping[str, ArraySpec]],
+    cost: ModelCost | TrackerCost,
+    missing: str,
+    forms: tuple[FormSize, ...] = (),
+) -> PlannedPass:
+    note = (
+        f"{' and '.join(kinds)}: {missing} is not on this machine yet, so that what the cache "
+        "holds already cannot be told; the run downloads it"
+    )
+    return PlannedPass(
+        kinds=kinds, arrays=arrays, folders=None, cost=cost, forms=forms, notes=(note,)
+    )

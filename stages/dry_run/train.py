@@ -1,0 +1,255 @@
+"""What a training would take, before anything of it is there; `train --dry-run` prints it.
+
+Weights are counted and a step is run on shapes alone, from the base model's configuration files;
+memory follows from them (`memory`). Time is a step's operations over the GPU's peak rate times an
+assumed share of it. Where a step does not fit, settings are tried in turn until one does.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from cache_schema import StoreSettings
+from stages.clips.config import ClipsConfig
+from stages.cogvideox.configs import BaseFacts
+from stages.compute_cost.gpus import Gpu
+from stages.dry_run.train_memory import (
+    MemoryEstimate,
+    ParameterCounts,
+    checkpoint_bytes,
+    memory,
+)
+from stages.train_student.config import TrainConfig
+from stages.train_student.data.order import accumulation_steps, largest_micro_batch
+from stages.train_student.step_costs import StepCost, meta_student, step_cost
+
+ASSUMED_SHARE = 0.4
+"""Of a GPU's peak rate that a step reaches, communication and loading included: assumed."""
+MOST_GPUS = 64
+"""How far more GPUs are tried."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SizedStores:
+    """One size of clips, and the settings its stores have or would have."""
+
+    size: ClipsConfig
+    teacher: StoreSettings | None
+    """Of the store that `teacher_form` names; None where no objective reads it."""
+    masks: StoreSettings | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Remedy:
+    """Settings with which a training fits that does not as it is."""
+
+    settings: Mapping[str, str | int | bool]
+    """By dotted name within `train`."""
+    gpus: int
+    memory: MemoryEstimate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainEstimate:
+    """The whole training."""
+
+    counts: ParameterCounts
+    costs: tuple[StepCost, ...]
+    """Of a clip of each size, in the order of the sizes."""
+    passes: int
+    """Forward and backward passes of each GPU in a step."""
+    step_flops: float
+    """Of all GPUs, as done; of several sizes the mean."""
+    memory: MemoryEstimate
+    """Of the largest size."""
+    checkpoint_bytes: int
+    gpu: Gpu | None
+    gpus: int
+    seconds_per_step: float | None
+    """At `ASSUMED_SHARE`; None where the GPU is not known."""
+    fits: bool | None
+    """None where the GPU is not known."""
+    remedy: Remedy | None
+    """Where it does not fit: the first that was found to; None if none was."""
+
+
+def estimate(
+    config: TrainConfig,
+    facts: BaseFacts,
+    stores: Sequence[SizedStores],
+    *,
+    gpu: Gpu | None,
+    gpus: int,
+) -> TrainEstimate:
+    """Reckon a training on so many GPUs, one process each.
+
+    Args:
+        config: What is trained, and how.
+        facts: The base model's configuration.
+        stores: One for each size of clips.
+        gpu: Which; None where it is not known.
+        gpus: How many.
+
+    Raises:
+        ValueError: The settings do not fit the model or the number of GPUs, as the run would say.
+    """
+    config = _with_micro_batch(config, gpus)
+    passes = accumulation_steps(config.batch_size, config.micro_batch_size, gpus)
+    reckoning = _Reckoning(facts, stores)
+    costs = reckoning.costs(config)
+    needed = reckoning.memory(config, gpus)
+    mean_flops = sum(cost.flops_per_clip for cost in costs) / len(costs)
+    step_flops = mean_flops * config.batch_size
+    seconds = None
+    if gpu is not None:
+        peak = gpu.bf16_flops if config.deepspeed.precision == "bf16" else gpu.fp32_flops
+        seconds = step_flops / (gpus * peak * ASSUMED_SHARE)
+    fits = None if gpu is None else needed.gpu_bytes <= gpu.memory_bytes
+    counts = reckoning.counts(config)
+    return TrainEstimate(
+        counts=counts,
+        costs=costs,
+        passes=passes,
+        step_flops=step_flops,
+        memory=needed,
+        checkpoint_bytes=checkpoint_bytes(config, counts),
+        gpu=gpu,
+        gpus=gpus,
+        seconds_per_step=seconds,
+        fits=fits,
+        remedy=_remedy(config, reckoning, gpu, gpus) if gpu is not None and not fits else None,
+    )
+
+
+def _with_micro_batch(config: TrainConfig, gpus: int) -> TrainConfig:
+    clips = largest_micro_batch(config.batch_size, config.micro_batch_size, gpus)
+    return config.model_copy(update={"micro_batch_size": clips})
+
+
+class _Reckoning:
+    """Costs of the configurations that are tried, each reckoned once."""
+
+    def __init__(self, facts: BaseFacts, stores: Sequence[SizedStores]) -> None:
+        self._facts = facts
+        self._stores = stores
+        self._costs: dict[tuple[object, ...], tuple[StepCost, ...]] = {}
+        self._counts: dict[tuple[object, ...], ParameterCounts] = {}
+
+    def costs(self, config: TrainConfig) -> tuple[StepCost, ...]:
+        """Of a clip of each size."""
+        decides = (config.method, config.gradient_checkpointing, config.micro_batch_size)
+        if decides not in self._costs:
+            self._costs[decides] = tuple(
+                step_cost(config, self._facts, one.size, teacher=one.teacher, masks=one.masks)
+                for one in self._stores
+            )
+        return self._costs[decides]
+
+    def counts(self, config: TrainConfig) -> ParameterCounts:
+        """Of the student."""
+        decides = (config.method,)
+        if decides not in self._counts:
+            self._counts[decides] = parameter_counts(config, self._facts, self._stores[0].teacher)
+        return self._counts[decides]
+
+    def memory(self, config: TrainConfig, gpus: int) -> MemoryEstimate:
+        """Of the largest size."""
+        costs = self.costs(config)
+        return memory(
+            config,
+            self.counts(config),
+            processes=gpus,
+            activation_bytes=max(cost.activation_bytes for cost in costs),
+            batch_bytes=max(cost.batch_bytes for cost in costs),
+        )
+
+
+def parameter_counts(
+    config: TrainConfig, facts: BaseFacts, teacher: StoreSettings | None
+) -> ParameterCounts:
+    """Count the student's weights on the meta device."""
+    student = meta_student(config, facts, teacher)
+    adapters = sum(
+        parameter.numel()
+        for name, parameter in student.transformer.named_parameters()
+        if "lora_" in name
+    )
+    heads = sum(parameter.numel() for parameter in student.heads.parameters())
+    total = sum(parameter.numel() for parameter in student.parameters())
+    return ParameterCounts(
+        transformer=total - adapters - heads,
+        adapters=adapters,
+        heads=heads,
+        trained=sum(p.numel() for p in student.parameters() if p.requires_grad),
+    )
+
+
+def _remedy(config: TrainConfig, reckoning: _Reckoning, gpu: Gpu, gpus: int) -> Remedy | None:
+    """The first of `_tries` that fits."""
+    for settings, number in _tries(config, gpus):
+        if config.batch_size % number:
+            continue
+        changed = _with_micro_batch(changed_config(config, settings), number)
+        needed = reckoning.memory(changed, number)
+        if needed.gpu_bytes <= gpu.memory_bytes:
+            return Remedy(settings=settings, gpus=number, memory=needed)
+    return None
+
+
+_LADDER: tuple[dict[str, str | int | bool], ...] = (
+    {"gradient_checkpointing": True},
+    {"micro_batch_size": 1},
+    {"deepspeed.zero_stage": 2},
+    {"deepspeed.zero_stage": 3},
+    {"optimizer.name": "adamw8bit"},
+    {"deepspeed.offload_optimizer": "cpu"},
+    {"deepspeed.zero_stage": 3, "deepspeed.offload_parameters": "cpu"},
+)
+"""From what costs little to what costs most. Each is tried alone, then with all before it."""
+
+
+def _tries(config: TrainConfig, gpus: int) -> Iterator[tuple[dict[str, str | int | bool], int]]:
+    steps = [changes for step in _LADDER if (changes := _changes(config, step))]
+    together = [_joined(steps[: number + 1]) for number in range(len(steps))]
+    ways = [*steps, *together]
+    lora: dict[str, str | int | bool] = {"method": "lora"} if config.method == "full" else {}
+    yield from ((way, gpus) for way in ways)
+    if lora:
+        yield from ((lora | way, gpus) for way in ({}, *ways))
+    more = 2 * gpus
+    while more <= MOST_GPUS:
+        yield from ((way, more) for way in ({}, *ways))
+        more *= 2
+
+
+def _changes(
+    config: TrainConfig, step: Mapping[str, str | int | bool]
+) -> dict[str, str | int | bool]:
+    """What of a step is not so already; a ZeRO stage is never lowered."""
+    changed = {name: value for name, value in step.items() if _value(config, name) != value}
+    wanted = changed.get("deepspeed.zero_stage")
+    if isinstance(wanted, int) and wanted < config.deepspeed.zero_stage:
+        del changed["deepspeed.zero_stage"]
+    return changed
+
+
+def _joined(steps: Sequence[Mapping[str, str | int | bool]]) -> dict[str, str | int | bool]:
+    return {name: value for step in steps for name, value in step.items()}
+
+
+def _value(config: TrainConfig, name: str) -> object:
+    value: object = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def changed_config(config: TrainConfig, settings: Mapping[str, object]) -> TrainConfig:
+    """The configuration with settings changed, by their dotted names."""
+    told = config.model_dump()
+    for name, value in settings.items():
+        section, *inner = name.split(".")
+        if inner:
+            told[section] = told[section] | {inner[0]: value}
+        else:
+            told[section] = value
+    return TrainConfig.model_validate(told)

@@ -1,0 +1,245 @@
+"""A store of the Gram flow from a store of features, without SAM2; `cache derive` calls it.
+
+The store is the one that extraction would have written: shard by shard with the same names,
+sources, clips, attributes, fingerprints and skipped clips. Clips whose features were made again
+from another source are taken out first. Those, and clips that it has lost by a repair, go into
+retry shards, as extraction would do it. Several processes may share the work: whoever holds a
+shard's lock writes it, and the others wait for it at the end.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cache_schema import (
+    JSON,
+    AlreadyCommitted,
+    ClipEntry,
+    ShardBusy,
+    SkippedClip,
+    StoreReader,
+    StoreWriter,
+)
+from cache_schema.maintenance.drop import DROPPED, REDO, drop_clips
+from cache_schema.maintenance.repair import DAMAGED
+from cache_schema.names import StoreLayout, without_retry
+from cache_schema.records import read_commit
+from stages.clips import retry_shard_name
+from stages.extract_features.execution.other_writers import wait_for_others
+from stages.processes.background import DaemonPool, result_of
+from stages.progress import Progress, Task
+from stages.teacher_store.config import GramFlowConfig
+from stages.teacher_store.encoder import FlowMaker
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeriveSummary:
+    """What the derived store holds after a run, and what the run did."""
+
+    store: Path
+    clips_written: int
+    """By this process."""
+    clips_already_there: int
+    """By earlier runs, or by processes beside this one; in finished shards."""
+    skipped: tuple[SkippedClip, ...]
+    """That are in the features' store's list, or were taken out of this one."""
+    seconds: float
+    """Wall-clock time of this run."""
+    bytes: int
+    """On disk, of the finished shards' clips."""
+
+
+def derive_gram_flow(
+    cache_root: Path,
+    teacher: Path,
+    *,
+    config: GramFlowConfig,
+    token_grid: tuple[int, int],
+    device: torch.device,
+    provenance: Mapping[str, JSON],
+    progress: Progress,
+) -> DeriveSummary:
+    """Write the Gram flow of every clip of a teacher store. What is finished is not done again.
+
+    Args:
+        cache_root: Folder the derived store is written to.
+        teacher: Folder of the teacher store.
+        config: The window and how it is stored.
+        token_grid: Rows and columns of the student's tokens.
+        device: Where it is computed.
+        provenance: Facts about the run, kept in a store that this run creates.
+        progress: A bar over the clips.
+
+    Raises:
+        ValueError: The teacher store does not fit, before any work is done.
+        CacheError: A clip or a record is damaged.
+    """
+    started = time.perf_counter()
+    reader = StoreReader(teacher, kind="teacher")
+    maker = FlowMaker.of(reader.settings, config, token_grid)
+    writer = StoreWriter.open(cache_root, maker.settings, provenance=provenance)
+    _take_out_changed(reader, writer.path, progress)
+    with progress.task("gram_flow", len(reader), unit="clips") as task:
+        work = _Derivation(reader, writer, maker, device, task)
+        left = list(reader.shards)
+        while left := [shard for shard in left if not work.derive(shard)]:
+            wait_for_others(partial(work.unfinished, left), progress)
+        while lost := work.derive_lost():
+            wait_for_others(partial(work.unfinished, lost), progress)
+    writer.write_index()
+    made = StoreReader(writer.path)
+    return DeriveSummary(
+        store=writer.path,
+        clips_written=work.clips_written,
+        clips_already_there=len(made) - work.clips_written,
+        skipped=tuple(made.skipped),
+        seconds=time.perf_counter() - started,
+        bytes=made.num_bytes,
+    )
+
+
+class _Derivation:
+    """Goes through the shards of one store."""
+
+    def __init__(
+        self,
+        reader: StoreReader,
+        writer: StoreWriter,
+        maker: FlowMaker,
+        device: torch.device,
+        task: Task,
+    ) -> None:
+        self._reader = reader
+        self._layout = StoreLayout(Path(reader.path))
+        self._writer = writer
+        self._finished = StoreReader(writer.path).shards
+        self._maker = maker
+        self._device = device
+        self._task = task
+        self.clips_written = 0
+
+    def derive(self, shard: str) -> bool:
+        """Finish a shard; False where another process is at it."""
+        facts = self._reader.shards[shard]
+        if shard in self._finished or self._writer.is_committed(shard):
+            self._task.advance(facts.num_clips)
+            return True
+        # The record itself: a reader leaves out the skipped clips that a retry brought in.
+        record = read_commit(self._layout, self._reader.settings, shard)
+        try:
+            self._write(shard, record.source, record.clips, record.skipped)
+        except ShardBusy:
+            return False
+        except AlreadyCommitted:  # in the moment since it was asked
+            self._task.advance(facts.num_clips)
+        return True
+
+    def unfinished(self, shards: Sequence[str]) -> dict[str, bool]:
+        """Those of some shards that are not finished, and whether another process is at them."""
+        writer = self._writer
+        return {name: writer.is_busy(name) for name in shards if not writer.is_committed(name)}
+
+    def derive_lost(self) -> list[str]:
+        """Make again what finished shards have lost; the shards that another process is at."""
+        lost: dict[str, list[ClipEntry]] = defaultdict(list)
+        for key in self._lost_keys():
+            entry = self._reader.record(key)
+            lost[without_retry(entry.shard)].append(entry)
+        left = []
+        for shard, clips in sorted(lost.items()):
+            attempt = 1
+            while self._writer.is_committed(retry_shard_name(shard, attempt)):
+                attempt += 1
+            name = retry_shard_name(shard, attempt)
+            origin = self._reader.shards[shard].source if shard in self._reader.shards else shard
+            try:
+                self._write(name, f"{origin}, retry {attempt}", clips, ())
+            except ShardBusy:
+                left.append(name)
+            except AlreadyCommitted:  # in the moment since it was asked
+                continue
+        return left
+
+    def _lost_keys(self) -> Iterator[str]:
+        """Clips of the features that the store lacks, and not because they were dropped."""
+        made = StoreReader(self._writer.path)
+        skipped = {clip.key: clip for clip in made.skipped}
+        # Both ways in order: looking up a million keys one by one takes half a minute.
+        held = iter(self._reader.keys.in_all(made.keys))
+        next_held = next(held, None)
+        for key in self._reader.keys:
+            if key == next_held:
+                next_held = next(held, None)
+            elif key not in skipped or self._is_to_be_made(skipped[key]):
+                yield key
+
+    def _is_to_be_made(self, skipped: SkippedClip) -> bool:
+        """Whether a clip that was skipped is wanted again, or was skipped for another source."""
+        if skipped.reason in (REDO, DAMAGED):
+            return True
+        made_from = self._reader.record(skipped.key).fingerprint
+        return skipped.reason != DROPPED and skipped.fingerprint != made_from
+
+    def _write(
+        self, shard: str, source: str, clips: Sequence[ClipEntry], skipped: Sequence[SkippedClip]
+    ) -> None:
+        made_from = {clip.key: clip.fingerprint for clip in skipped}
+        made_from |= {clip.key: clip.fingerprint for clip in clips}
+        out = self._writer.shard(
+            shard,
+            source=source,
+            is_current=lambda key, fingerprint: made_from.get(key) == fingerprint,
+        )
+        with out:
+            # Another shard may hold it: a retry that the features' store has put elsewhere.
+            missing = [
+                clip
+                for clip in clips
+                if not out.has(clip.key) and out.shard_holding(clip.key) is None
+            ]
+            self._task.advance(len(clips) - len(missing))
+            for clip, arrays in _read_ahead(self._reader, missing):
+                made = self._maker(arrays, self._device)
+                out.add(clip.key, made, clip.attributes, fingerprint=clip.fingerprint)
+                self.clips_written += 1
+                self._task.advance(1)
+            for left_out in skipped:
+                out.skip(
+                    left_out.key,
+                    left_out.reason,
+                    left_out.detail,
+                    fingerprint=left_out.fingerprint,
+                )
+            out.commit()
+
+
+def _take_out_changed(reader: StoreReader, derived: Path, progress: Progress) -> None:
+    """Take out the clips whose features are made from another source now."""
+    made = StoreReader(derived)
+    rows = made.keys.rows_of(reader.keys)
+    held = rows >= 0
+    changed = np.flatnonzero(held)[made.fingerprints[rows[held]] != reader.fingerprints[held]]
+    if len(changed):
+        detail = "its features were made again from another source"
+        drop_clips(derived, [reader.keys[int(row)] for row in changed], detail=detail, reason=REDO)
+        progress.log(f"gram_flow: {len(changed)} clips are made again, as their features were")
+
+
+def _read_ahead(
+    reader: StoreReader, clips: Sequence[ClipEntry]
+) -> Iterator[tuple[ClipEntry, dict[str, np.ndarray]]]:
+    """The clips' arrays in turn, each read while the one before is at work."""
+    with DaemonPool(1, "read-ahead") as thread:
+        following = [thread.submit(reader.read, clip.key) for clip in clips[:1]]
+        for place, clip in enumerate(clips):
+            arrays = result_of(following.pop(), f"reading clip {clip.key!r}")
+            following += [
+                thread.submit(reader.read, later.key) for later in clips[place + 1 : place + 2]
+            ]
+            yield clip, arrays

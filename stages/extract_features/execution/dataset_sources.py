@@ -1,0 +1,112 @@
+"""Clips of the dataset as fingerprints, from a pass over captions, prompts and video samples."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from cache_schema import SortedText
+from cache_schema.names import FINGERPRINT_DIGITS
+from stages.clips import BadRecord, ClipRecord, InputShard
+from stages.clips.fingerprints import NO_VIDEO, hash_video
+from stages.extract_features.config import Kind, TeacherConfig
+from stages.extract_features.fingerprints import fingerprint_of
+from stages.extract_features.kinds import group_kinds
+from stages.progress import Progress
+
+_THREADS = 8
+"""Shards read at once: on network storage the samples of a video cost a round trip each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class DatasetSources:
+    """Every clip of some shards, bad records included, in ascending order of keys."""
+
+    keys: SortedText
+    shard_names: tuple[str, ...]
+    shard_N: np.ndarray
+    """uint32, the place in `shard_names` of the shard that a clip is in."""
+    fingerprints: Mapping[Kind, np.ndarray]
+    """S32 [N] by kind."""
+
+    def keys_by_shard(self, mask_N: np.ndarray) -> dict[str, frozenset[str]]:
+        """Keys of the clips in a mask, by the name of their shard; shards without any are left out.
+
+        Args:
+            mask_N: bool [N].
+        """
+        rows = np.flatnonzero(mask_N)
+        rows = rows[np.argsort(self.shard_N[rows], kind="stable")]
+        places, starts = np.unique(self.shard_N[rows], return_index=True)
+        stops = [*starts[1:].tolist(), len(rows)]
+        return {
+            self.shard_names[place]: frozenset(self.keys[int(row)] for row in rows[start:stop])
+            for place, start, stop in zip(places.tolist(), starts.tolist(), stops, strict=False)
+        }
+
+
+def read_sources(
+    shards: Sequence[InputShard],
+    kinds: tuple[Kind, ...],
+    teacher: TeacherConfig,
+    progress: Progress,
+    *,
+    most_clips: int | None = None,
+) -> DatasetSources:
+    """Read what fingerprints are made of; no video but its samples.
+
+    Args:
+        shards: Of the dataset.
+        kinds: Whose fingerprints are needed.
+        teacher: Which sources prompts come from.
+        progress: A bar.
+        most_clips: Of each shard, from its beginning; None for all.
+    """
+    groups = group_kinds(kinds)
+    keys: list[bytes] = []
+    digits = [bytearray() for _ in groups]
+    counts: list[int] = []
+    with (
+        progress.task("compare with the cache", len(shards), unit="shards") as task,
+        ThreadPoolExecutor(_THREADS) as threads,
+    ):
+        for found in threads.map(
+            lambda shard: _of_shard(islice(shard.records(), most_clips), teacher, groups), shards
+        ):
+            keys += found[0]
+            counts.append(len(found[0]))
+            for all_of_group, of_shard in zip(digits, found[1], strict=True):
+                all_of_group += of_shard
+            task.advance()
+    order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
+    shard_N = np.repeat(np.arange(len(counts), dtype=np.uint32), counts)[order]
+    sorted_digits = [np.frombuffer(one, f"S{FINGERPRINT_DIGITS}")[order] for one in digits]
+    return DatasetSources(
+        keys=SortedText.from_utf8(keys[row] for row in order.tolist()),
+        shard_names=tuple(shard.name for shard in shards),
+        shard_N=shard_N,
+        fingerprints={
+            kind: of_group
+            for kinds, of_group in zip(groups, sorted_digits, strict=True)
+            for kind in kinds
+        },
+    )
+
+
+def _of_shard(
+    records: Iterable[ClipRecord | BadRecord],
+    teacher: TeacherConfig,
+    groups: Sequence[tuple[Kind, ...]],
+) -> tuple[list[bytes], list[bytes]]:
+    """Keys, and for each group of kinds the digits of all fingerprints on end."""
+    keys = []
+    digits = [bytearray() for _ in groups]
+    for record in records:
+        keys.append(record.key.encode("utf-8"))
+        video = NO_VIDEO if isinstance(record, BadRecord) else hash_video(record.video)
+        for of_group, kinds in zip(digits, groups, strict=True):
+            fingerprint = fingerprint_of(record, kinds[0], teacher, video)
+            of_group += fingerprint.encode("ascii")
+    return keys, [bytes(of_group) for of_group in digits]

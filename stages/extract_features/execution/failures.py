@@ -1,0 +1,99 @@
+"""Lists every clip that the stores of a cache left out, and why; written at the end of each run.
+
+Training reads such a list (`train.leave_out`), people read it, and `--retry-failed` makes it
+shorter.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from operator import attrgetter
+from pathlib import Path
+
+from cache_schema import CacheError, StoreReader, list_stores
+from cache_schema.atomic_io import FileLock, naming, open_for_writing, sync
+
+FAILURES_FILE = "failures.jsonl"
+_READ_BYTES = 1 << 20
+
+
+def write_failure_manifest(cache_root: Path, log: Callable[[str], None]) -> Path:
+    """Write `<cache_root>/failures.jsonl` anew, as a whole: one JSON object per line.
+
+    A line has `kind`, `store`, `shard`, `source`, `key`, `reason` and `detail`; the lines are
+    sorted by these. Clips that a later retry brought into the store are not listed. No failure is
+    an empty file; a list that would not change is not touched. Several processes may do this at
+    once: the last one has seen all that was committed before.
+
+    Args:
+        cache_root: Folder of the stores.
+        log: Told of stores that cannot be read: one that this run has nothing to do with must not
+            spoil its end.
+
+    Returns:
+        The file.
+    """
+    root = Path(cache_root)
+    path = root / FAILURES_FILE
+    temporary = root / f".{FAILURES_FILE}"
+    with FileLock(root / f".{FAILURES_FILE}.lock", wait=True, what=f"the list {path}"):
+        with naming(path), open_for_writing(temporary) as file:
+            for store in sorted(map(Path, list_stores(root)), key=_by_kind):
+                try:
+                    reader = StoreReader(store)
+                except CacheError as error:
+                    log(f"{FAILURES_FILE} says nothing of {store.name}: {error}")
+                    continue
+                file.writelines(_lines(reader))
+            file.flush()
+            os.fsync(file.fileno())
+        if path.is_file() and _are_equal(path, temporary):
+            temporary.unlink()
+        else:
+            temporary.rename(path)
+            sync(root)
+    return path
+
+
+def _by_kind(store: Path) -> tuple[str, str]:
+    return store.name.rpartition("-")[0], store.name
+
+
+def _lines(reader: StoreReader) -> Iterator[bytes]:
+    """Sorted; no more than one shard's are held."""
+    for shard, clips in groupby(reader.iter_skipped(), key=attrgetter("shard")):
+        fixed = {
+            "kind": reader.settings.kind,
+            "store": reader.name,
+            "shard": shard,
+            "source": reader.shards[shard].source,
+        }
+        for clip in sorted(clips, key=attrgetter("key", "reason", "detail")):
+            line = {**fixed, "key": clip.key, "reason": clip.reason, "detail": clip.detail}
+            yield f"{json.dumps(line, ensure_ascii=False)}\n".encode()
+
+
+def _are_equal(first: Path, second: Path) -> bool:
+    if first.stat().st_size != second.stat().st_size:
+        return False
+    with first.open("rb") as one, second.open("rb") as other:
+        while content := one.read(_READ_BYTES):
+            if content != other.read(_READ_BYTES):
+                return False
+    return True
+
+
+@contextmanager
+def failures_listed(cache_root: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Write the manifest when the block ends, also when it ends with an error."""
+    try:
+        yield
+    except BaseException as error:
+        try:
+            write_failure_manifest(cache_root, log)
+        except (CacheError, OSError) as problem:
+            error.add_note(f"{FAILURES_FILE} could not be written: {problem}")
+        raise
+    write_failure_manifest(cache_root, log)

@@ -1,0 +1,230 @@
+"""What is to be done with which shard; planned here, carried out by the engines."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from cache_schema import SortedText, StoreWriter
+from stages.clips import BadRecord, ClipRecord, InputShard, retry_shard_name
+from stages.extract_features.config import Kind
+from stages.extract_features.execution.comparison import Comparison
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EarlierStores:
+    """The stores that hold something of a job's kinds; plain data, sent to workers."""
+
+    paths: Mapping[Kind, tuple[Path, ...]]
+    """By kind, of every size."""
+    size: int
+    """Which of them the job writes to."""
+    retry_failed: bool
+    """Take clips again that were skipped."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardJob:
+    """One shard to be written in the stores of one extraction; plain data, sent to workers."""
+
+    input_name: str
+    """The dataset's shard that is read."""
+    name: str
+    """The stores' shard that is written."""
+    source: str
+    keys: Mapping[Kind, frozenset[str] | None]
+    """The stores it concerns, and which clips of the input shard; None for all of them."""
+    left_out: Mapping[Kind, frozenset[str]]
+    """Of all of them, those that are settled in other shards of the store."""
+    retried: frozenset[str]
+    """Clips that the stores of this size have skipped, so that they are known to be of it."""
+    earlier: "EarlierStores | None" = None
+    """What it must be compared with first; None where it was, or no store holds anything."""
+
+    def wants(self, kind: Kind, key: str) -> bool:
+        """Whether a clip is to be written into the store of a kind."""
+        keys = self.keys[kind]
+        return key not in self.left_out.get(kind, ()) if keys is None else key in keys
+
+    def is_pending(self, writers: Mapping[Kind, StoreWriter]) -> bool:
+        """Whether a store still lacks the shard, as of now."""
+        return not all(writers[kind].is_committed(self.name) for kind in self.keys)
+
+    def listed_clips(self, shards: Mapping[str, InputShard]) -> int | None:
+        """How many clips it goes through, where that is known without reading the shard."""
+        if None in self.keys.values():
+            return shards[self.input_name].listed_clips
+        return len(self._some_keys())
+
+    def records(self, shards: Mapping[str, InputShard]) -> Iterator[ClipRecord | BadRecord]:
+        """The clips it concerns, in the order of the input shard."""
+        wanted = None if None in self.keys.values() else self._some_keys()
+        for record in shards[self.input_name].records():
+            if wanted is None or record.key in wanted:
+                yield record
+
+    def _some_keys(self) -> frozenset[str]:
+        return frozenset().union(*(keys for keys in self.keys.values() if keys is not None))
+
+
+def pending_jobs(jobs: Iterable[ShardJob], writers: Mapping[Kind, StoreWriter]) -> list[ShardJob]:
+    """The jobs of which a store lacks the shard, as of now; lists each store's shards once."""
+    finished = {kind: writer.committed() for kind, writer in writers.items()}
+    return [job for job in jobs if not all(job.name in finished[kind] for kind in job.keys)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobPlan:
+    """What one extraction has to do."""
+
+    jobs: Sequence[ShardJob]
+    num_settled: int
+    """Clips of the dataset that none of the jobs concerns."""
+
+
+def whole_jobs(
+    shards: Sequence[InputShard], kinds: Iterable[Kind], earlier: EarlierStores | None
+) -> JobPlan:
+    """A job for every shard, which its worker compares with the stores when it takes it."""
+    jobs = [
+        ShardJob(
+            input_name=shard.name,
+            name=shard.name,
+            source=shard.source,
+            keys=dict.fromkeys(kinds),
+            left_out={},
+            retried=frozenset(),
+            earlier=earlier,
+        )
+        for shard in shards
+    ]
+    return JobPlan(jobs=jobs, num_settled=0)
+
+
+def plan_jobs(
+    shards: Sequence[InputShard],
+    writers: Mapping[Kind, StoreWriter],
+    comparison: Comparison,
+    *,
+    size: int = 0,
+    retry_failed: bool = False,
+) -> JobPlan:
+    """The shards that the stores of one extraction lack, and further ones for single clips.
+
+    A finished shard is never written again: clips of it that a store lacks go into a shard
+    `<name>-retry<number>`. A shard none of whose clips is lacking is left alone, whatever it is
+    called: rows may have moved from one shard to another.
+
+    Args:
+        shards: Those that were compared, in the order of `comparison.sources`.
+        writers: The stores of the extraction.
+        comparison: Of the shards with all stores.
+        size: Which of several sizes the stores are of.
+        retry_failed: Take clips again that were skipped.
+    """
+    return _Plan(shards, writers, comparison, size, retry_failed).made()
+
+
+class _Plan:
+    """One extraction's jobs for shards that were compared."""
+
+    def __init__(
+        self,
+        shards: Sequence[InputShard],
+        writers: Mapping[Kind, StoreWriter],
+        comparison: Comparison,
+        size: int,
+        retry_failed: bool,
+    ) -> None:
+        assert comparison.sources is not None
+        self._shards = shards
+        self._writers = writers
+        self._keys: SortedText = comparison.sources.keys
+        shard_N = comparison.sources.shard_N
+        # Rows shard by shard, and where each shard's begin.
+        self._rows = np.argsort(shard_N, kind="stable")
+        self._starts = np.searchsorted(shard_N[self._rows], np.arange(len(shards) + 1))
+        self._wanted: dict[Kind, np.ndarray] = {}
+        self._retried_N = np.zeros(len(shard_N), bool)
+        for kind in writers:
+            found = comparison.kinds[kind]
+            self._wanted[kind] = found.wanted_N(size, retry_failed=retry_failed)
+            if retry_failed:
+                self._retried_N |= found.retried_N(size)
+
+    def made(self) -> JobPlan:
+        """Whole shards first, then further ones."""
+        whole: list[ShardJob] = []
+        further: list[ShardJob] = []
+        num_settled = 0
+        for place, shard in enumerate(self._shards):
+            lacking = [
+                kind for kind, wanted_N in self._wanted.items() if wanted_N[self._of(place)].any()
+            ]
+            new = [kind for kind in lacking if not self._writers[kind].is_committed(shard.name)]
+            if new:
+                whole.append(self._whole(place, shard, new))
+            else:
+                wanted = [self._wanted[kind][self._of(place)] for kind in lacking]
+                none = np.zeros(len(self._of(place)), bool)
+                num_settled += int(np.count_nonzero(~np.logical_or.reduce([none, *wanted])))
+            further += self._further(place, shard, [kind for kind in lacking if kind not in new])
+        return JobPlan(jobs=[*whole, *further], num_settled=num_settled)
+
+    def _of(self, place: int) -> np.ndarray:
+        return self._rows[self._starts[place] : self._starts[place + 1]]
+
+    def _named(self, place: int, mask_N: np.ndarray) -> frozenset[str]:
+        rows = self._of(place)
+        return frozenset(self._keys[int(row)] for row in rows[mask_N[rows]])
+
+    def _whole(self, place: int, shard: InputShard, kinds: Sequence[Kind]) -> ShardJob:
+        return ShardJob(
+            input_name=shard.name,
+            name=shard.name,
+            source=shard.source,
+            keys=dict.fromkeys(kinds),
+            left_out={kind: self._named(place, ~self._wanted[kind]) for kind in kinds},
+            retried=self._named(place, self._retried_N),
+        )
+
+    def _further(self, place: int, shard: InputShard, kinds: Sequence[Kind]) -> Iterator[ShardJob]:
+        """A job per number; stores that have as many further shards of it share one."""
+        by_number: dict[int, dict[Kind, frozenset[str] | None]] = defaultdict(dict)
+        for kind in kinds:
+            number = _next_number(shard.name, self._writers[kind])
+            by_number[number][kind] = self._named(place, self._wanted[kind])
+        for number, keys in sorted(by_number.items()):
+            yield ShardJob(
+                input_name=shard.name,
+                name=retry_shard_name(shard.name, number),
+                source=f"{shard.source}, retry {number}",
+                keys=keys,
+                left_out={},
+                retried=self._named(place, self._retried_N),
+            )
+
+
+def _next_number(name: str, writer: StoreWriter) -> int:
+    """The first further shard that is not finished."""
+    number = 1
+    while writer.is_committed(retry_shard_name(name, number)):
+        number += 1
+    return number
+
+
+_Item = TypeVar("_Item")
+
+
+def in_turn(jobs: Sequence[_Item], rank: int, world_size: int) -> list[_Item]:
+    """The order in which a worker looks at jobs or shards: its own share, then the others'.
+
+    Other workers go through their shares from the front, so it takes these from the back.
+    """
+    order = list(jobs[rank::world_size])
+    for step in range(1, world_size):
+        order += reversed(jobs[(rank + step) % world_size :: world_size])
+    return order

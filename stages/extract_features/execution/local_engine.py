@@ -1,0 +1,242 @@
+"""The local engine: this process, alone or beside others, carries out the jobs; `extract` uses it.
+
+Workers share the jobs without talking to each other: whoever holds a shard's lock writes it, and a
+lock dies with its process. Each begins with its own share and goes on to what the others have not
+finished, so that what a dead worker left is taken over by whoever passes by.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+
+from cache_schema import ShardBusy, StoreWriter
+from stages.clips import InputShard
+from stages.extract_features.config import Kind, TeacherConfig
+from stages.extract_features.execution.jobs import JobPlan, ShardJob, in_turn, pending_jobs
+from stages.extract_features.execution.worker import ShardWorker
+from stages.extract_features.extraction import Extraction, bucket_name
+from stages.progress import Progress
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineReport:
+    """What a run did to the stores of one extraction."""
+
+    written: Counter[Kind] = field(default_factory=Counter)
+    """Clips added to each store."""
+    captions_cut: int = 0
+    """Captions that were longer than the text encoder reads."""
+    left_alone: set[str] = field(default_factory=set)
+    """Jobs of which no store lacked a clip."""
+    unlike: set[str] = field(default_factory=set)
+    """Shards of the dataset of which a store has a clip from another source."""
+
+    def add(self, other: "EngineReport") -> None:
+        """Take in what a further run did."""
+        self.written += other.written
+        self.captions_cut += other.captions_cut
+        self.left_alone |= other.left_alone
+        self.unlike |= other.unlike
+
+
+class LocalEngine:
+    """Carries out the jobs that nobody else has carried out or is at.
+
+    Args:
+        shards: The dataset's, by name.
+        teacher: Which sources prompts come from.
+        device: Where this process computes.
+        rank: Its number among those that share the work.
+        world_size: How many there are.
+    """
+
+    def __init__(
+        self,
+        shards: Mapping[str, InputShard],
+        teacher: TeacherConfig,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._shards = shards
+        self._counts = ClipCounts(shards)
+        self._teacher = teacher
+        self._device = device
+        self._rank = rank
+        self._world_size = world_size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Nothing is kept open between runs."""
+
+    def run(
+        self,
+        extraction: Extraction,
+        writers: Mapping[Kind, StoreWriter],
+        plan: JobPlan,
+        progress: Progress,
+    ) -> EngineReport:
+        """Write one extraction's stores, but for shards that other processes are writing."""
+        report = EngineReport()
+        with (
+            JobsBar(extraction, writers, self._counts, plan, progress) as bar,
+            ShardWorker(
+                extraction,
+                self._teacher,
+                writers,
+                self._shards,
+                self._device,
+                advance=bar.advance,
+                log=progress.log,
+            ) as worker,
+        ):
+            jobs = in_turn(plan.jobs, self._rank, self._world_size)
+            _work_through(jobs, worker, writers, bar, report, progress)
+            report.captions_cut = worker.captions_cut
+            report.left_alone, report.unlike = worker.left_alone, worker.unlike
+        return report
+
+
+def _work_through(
+    jobs: Sequence[ShardJob],
+    worker: ShardWorker,
+    writers: Mapping[Kind, StoreWriter],
+    bar: "JobsBar",
+    report: EngineReport,
+    progress: Progress,
+) -> None:
+    for job in jobs:
+        if not job.is_pending(writers):
+            continue
+        try:
+            report.written += worker.work(job)
+            bar.done(job)
+        except ShardBusy as error:
+            progress.log(f"{' and '.join(job.keys)}: left alone for now, {error}")
+        bar.look_at_others()
+
+
+class ClipCounts:
+    """How many clips the dataset's shards have, of as many as were read; for all kinds of a run."""
+
+    def __init__(self, shards: Mapping[str, InputShard]) -> None:
+        self._shards = shards
+        self._read: dict[str, int] = {}
+
+    def known(self, job: ShardJob) -> int | None:
+        """Clips of a job; None where its shard was not read."""
+        listed = job.listed_clips(self._shards)
+        return self._read.get(job.input_name) if listed is None else listed
+
+    def read(self, job: ShardJob) -> int:
+        """Clips of a job; may read the headers of a tar."""
+        known = self.known(job)
+        if known is None:
+            known = self._read[job.input_name] = self._shards[job.input_name].num_clips()
+        return known
+
+
+_LOOK_EVERY_S = 10.0
+"""How often to ask which shards others have finished: a listing of each store's."""
+
+
+class JobsBar:
+    """The bar over all jobs: those of this run, clip by clip, and those that others finish.
+
+    A tar's clips are counted when the first of them is done. Until then, and where others do it, it
+    is taken to have as many as the others have on average.
+    """
+
+    def __init__(
+        self,
+        extraction: Extraction,
+        writers: Mapping[Kind, StoreWriter],
+        counts: ClipCounts,
+        plan: JobPlan,
+        progress: Progress,
+    ) -> None:
+        self._writers = writers
+        self._counts = counts
+        self._unfinished = {job.name: job for job in pending_jobs(plan.jobs, writers)}
+        self._num_settled = plan.num_settled
+        self._num_jobs = len(self._unfinished)
+        self._known: dict[str, int] = {}
+        """Clips by job, of finished ones too."""
+        self._num_known = 0
+        """Clips of these jobs."""
+        for job in self._unfinished.values():
+            clips = counts.known(job)
+            if clips is not None:
+                self._count(job, clips)
+        bucket = bucket_name(extraction.size)
+        self._opened = progress.task(
+            " and ".join(writers) + (f" {bucket}" if bucket else ""),
+            self._total(),
+            completed=plan.num_settled,
+            unit="clips",
+        )
+
+    def __enter__(self) -> "JobsBar":
+        self._task = self._opened.__enter__()
+        self._looked_at = time.monotonic()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._count_others()
+        self._opened.__exit__(None, None, None)
+
+    def advance(self, job: ShardJob, clips: int) -> None:
+        """Clips of a job of this run are done."""
+        if clips and job.name not in self._known:
+            self._count(job, self._counts.read(job))
+            self._expect()
+        self._task.advance(clips)
+
+    def done(self, job: ShardJob) -> None:
+        """A job of this run is done, and its clips were counted one by one."""
+        self._unfinished.pop(job.name, None)
+        if job.name not in self._known:
+            self._count(job, 0)
+            self._expect()
+
+    def look_at_others(self) -> None:
+        """Count, every now and then, the jobs that other processes have finished meanwhile."""
+        if time.monotonic() - self._looked_at >= _LOOK_EVERY_S:
+            self._count_others()
+            self._looked_at = time.monotonic()
+
+    def _count(self, job: ShardJob, clips: int) -> None:
+        self._known[job.name] = clips
+        self._num_known += clips
+
+    def _mean(self) -> float | None:
+        return self._num_known / len(self._known) if self._known else None
+
+    def _total(self) -> int | None:
+        mean, unknown = self._mean(), self._num_jobs - len(self._known)
+        if mean is None:
+            return None if unknown else self._num_settled
+        return self._num_settled + self._num_known + round(mean * unknown)
+
+    def _expect(self) -> None:
+        total = self._total()
+        assert total is not None
+        self._task.expect(total)
+
+    def _count_others(self) -> None:
+        unfinished = pending_jobs(self._unfinished.values(), self._writers)
+        left = {job.name for job in unfinished}
+        for name, job in list(self._unfinished.items()):
+            if name not in left:
+                del self._unfinished[name]
+                if name not in self._known:
+                    self._count(job, round(self._mean() or 0))
+                self._task.advance(self._known[name])
+        if self._known:
+            self._expect()

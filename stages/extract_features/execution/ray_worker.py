@@ -1,0 +1,137 @@
+"""A worker of the Ray engine: an actor with one extraction that writes one shard at a time."""
+
+import contextlib
+import os
+import socket
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+from cache_schema import ShardBusy, StoreWriter, list_stores
+from stages.clips import ClipsConfig, open_dataset
+from stages.config import BaseModelConfig
+from stages.extract_features.config import ExtractConfig, Kind
+from stages.extract_features.execution.jobs import ShardJob
+from stages.extract_features.execution.worker import ShardWorker
+from stages.extract_features.kinds import device_named, make_extractions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerSetup:
+    """What a worker needs to know; plain data."""
+
+    config: ExtractConfig
+    clips: ClipsConfig
+    """The dataset, and the size of its clips."""
+    model: BaseModelConfig
+    cache_root: Path
+    folder: Path
+    """What relative paths in the configuration are relative to."""
+    store_hashes: Mapping[Kind, str] = field(default_factory=dict)
+    """The stores of the one extraction, by kind."""
+
+    def for_stores(self, hashes: Mapping[Kind, str], size: ClipsConfig | None) -> Self:
+        """The same for the stores of one extraction, of which clips have this size."""
+        config = self.config.model_copy(update={"kinds": tuple(hashes)})
+        clips = self.clips if size is None else size
+        return replace(self, config=config, clips=clips, store_hashes=dict(hashes))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkReport:
+    """How far a worker is with a job."""
+
+    job: str
+    clips: int
+    """Gone through."""
+    lines: tuple[str, ...]
+    """To be shown."""
+    written: Counter[Kind] | None = None
+    """Clips added to each store; None where another process has the shard, or work goes on."""
+    captions_cut: int = 0
+    """Of the clips written."""
+    left_alone: frozenset[str] = frozenset()
+    """As of `EngineReport`; this job's name, or nothing."""
+    unlike: frozenset[str] = frozenset()
+    """As of `EngineReport`; this job's shard, or nothing."""
+
+
+class RayWorker:
+    """The actor; Ray calls `report` in a thread of its own."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        self._setup = setup
+        self._job = ""
+        self._clips = 0
+        self._lines: list[str] = []
+
+    def prepare(self) -> str:
+        """Make the extraction and open its stores; returns who this is.
+
+        Raises:
+            ValueError: This machine has other weights than the driver's, no such files, or does not
+                see the stores.
+        """
+        with contextlib.suppress(FileNotFoundError):  # absolute paths do without it
+            os.chdir(self._setup.folder)
+        config, cache_root = self._setup.config, self._setup.cache_root
+        (extraction,) = make_extractions(config, (self._setup.clips,), self._setup.model)
+        host = socket.gethostname()
+        here = {Path(store).name for store in list_stores(cache_root)}
+        for kind, settings in extraction.settings.items():
+            if settings.hash != self._setup.store_hashes[kind]:
+                raise ValueError(
+                    f"machine {host} makes another {kind} store than the driver: its model files "
+                    "or its installation differ"
+                )
+            if settings.folder_name not in here:
+                raise ValueError(
+                    f"machine {host} does not see {cache_root / settings.folder_name}; the cache "
+                    "must be a folder that every machine of the Ray cluster shares"
+                )
+        writers = {
+            kind: StoreWriter.open(cache_root, settings, provenance={})
+            for kind, settings in extraction.settings.items()
+        }
+        shards = {shard.name: shard for shard in open_dataset(self._setup.clips).shards}
+        # Ray shows a worker its own GPU alone, whatever its number on the machine.
+        device = device_named("auto" if config.device.startswith("cuda") else config.device, 0)
+        self._worker = ShardWorker(
+            extraction,
+            config.teacher,
+            writers,
+            shards,
+            device,
+            advance=self._advance,
+            log=self._lines.append,
+        )
+        return f"worker {os.getpid()} on {host}"
+
+    def work(self, job: ShardJob) -> WorkReport:
+        """Write and commit a shard, or find that another process has it."""
+        self._job, self._clips = job.name, 0
+        cut_before = self._worker.captions_cut
+        try:
+            written = self._worker.work(job)
+        except ShardBusy as busy:
+            self._lines.append(f"{' and '.join(job.keys)}: left alone for now, {busy}")
+            return self.report()
+        cut = self._worker.captions_cut - cut_before
+        return replace(
+            self.report(),
+            written=written,
+            captions_cut=cut,
+            left_alone=frozenset(self._worker.left_alone & {job.name}),
+            unlike=frozenset(self._worker.unlike & {job.input_name}),
+        )
+
+    def report(self) -> WorkReport:
+        """How far this is, and the lines since the last report."""
+        lines = tuple(self._lines)
+        del self._lines[: len(lines)]
+        return WorkReport(job=self._job, clips=self._clips, lines=lines)
+
+    def _advance(self, _: ShardJob, clips: int) -> None:
+        self._clips += clips

@@ -1,0 +1,417 @@
+"""Carries out one job at a time with one model: reads ahead, computes, and writes in a thread."""
+
+import contextlib
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+import numpy as np
+import torch
+
+from cache_schema import AlreadyCommitted, ShardBusy, ShardWriter, StoreReader, StoreWriter
+from stages.clips import BadRecord, ClipRecord, ClipSkipped, InputShard, belongs
+from stages.clips.fingerprints import NO_VIDEO, hash_video
+from stages.extract_features.config import Kind, TeacherConfig
+from stages.extract_features.execution.comparison import compare, knows_some
+from stages.extract_features.execution.dataset_sources import read_sources
+from stages.extract_features.execution.jobs import ShardJob, plan_jobs
+from stages.extract_features.execution.prefetch import prefetch_map
+from stages.extract_features.extraction import Extracted, Extraction, Outcome, release_memory
+from stages.extract_features.fingerprints import fingerprint_of
+from stages.extract_features.text import TOKENS_CUT
+from stages.processes import background
+from stages.progress import SilentProgress
+
+Item = TypeVar("Item")
+
+_WRITING = "writing a clip into the cache"
+
+
+class WriteBehind(Generic[Item]):
+    """Hands items to `write`, in order, in a thread of its own.
+
+    After the first error nothing more is written, and the error is raised by whatever is called
+    next. Leaving the context writes what was put in before, whether or not the block failed: that
+    work is done.
+
+    Args:
+        write: Called with one item at a time.
+        waiting: How many items may wait; `put` blocks beyond that, which bounds the memory held.
+    """
+
+    def __init__(self, write: Callable[[Item], None], *, waiting: int = 1) -> None:
+        self._write = write
+        self._items: queue.Queue[tuple[Item] | None] = queue.Queue(maxsize=waiting)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="write-behind", daemon=True)
+
+    def _work(self) -> None:
+        while (item := self._items.get()) is not None:
+            if self._error is None:
+                try:
+                    self._write(*item)
+                except BaseException as error:  # raised again by whoever puts or drains
+                    self._error = error
+            self._items.task_done()
+        self._items.task_done()
+
+    def put(self, item: Item) -> None:
+        """Queue an item; raises what writing an earlier one raised.
+
+        Raises:
+            TimeoutError: an item takes longer than `background.PATIENCE_S` to write.
+        """
+        self._raise_error()
+        self._put((item,))
+
+    def drain(self) -> None:
+        """Return when everything is written; raises what writing raised."""
+        deadline = time.monotonic() + (self._items.maxsize + 1) * background.PATIENCE_S
+        with self._items.all_tasks_done:
+            while self._items.unfinished_tasks:
+                if not self._items.all_tasks_done.wait(deadline - time.monotonic()):
+                    raise background.stuck(_WRITING)
+        self._raise_error()
+
+    def _put(self, item: tuple[Item] | None) -> None:
+        try:
+            self._items.put(item, timeout=background.PATIENCE_S)
+        except queue.Full:
+            raise background.stuck(_WRITING) from None
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(
+            error, TimeoutError
+        ):  # of this thread or another; no storage answers for long
+            with contextlib.suppress(queue.Full):
+                self._items.put(None, timeout=background.LAST_WAIT_S)
+            self._thread.join(background.LAST_WAIT_S)
+            return
+        self._put(None)
+        self._thread.join((self._items.maxsize + 1) * background.PATIENCE_S)
+        if self._thread.is_alive():
+            raise background.stuck(_WRITING)
+        if error is None:
+            self._raise_error()
+        elif self._error is not None and error is not self._error:
+            error.add_note(f"writing what was computed before failed too: {self._error}")
+
+
+_PREPARING_THREADS = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Clip:
+    """A clip on its way through; `kinds` are the stores of its size that still lack it."""
+
+    key: str
+    kinds: tuple[Kind, ...]
+    fingerprint: str
+    """Of what it is made from, in these stores."""
+    prepared: Any
+    """What the extraction made of it, or `ClipSkipped`."""
+
+    @property
+    def needs_model(self) -> bool:
+        return bool(self.kinds) and not isinstance(self.prepared, ClipSkipped)
+
+
+class ShardWorker:
+    """Writes shards of one extraction's stores; the model is loaded when the first one needs it.
+
+    Args:
+        extraction: What is computed.
+        teacher: Which sources prompts come from.
+        writers: Its stores.
+        shards: The dataset's shards by name.
+        device: Where it is computed.
+        advance: Called with a job and the number of clips gone through, skipped ones included.
+        log: Called with a line for every skipped clip.
+    """
+
+    def __init__(
+        self,
+        extraction: Extraction,
+        teacher: TeacherConfig,
+        writers: Mapping[Kind, StoreWriter],
+        shards: Mapping[str, InputShard],
+        device: torch.device,
+        *,
+        advance: Callable[[ShardJob, int], None],
+        log: Callable[[str], None],
+    ) -> None:
+        self._extraction = extraction
+        self._teacher = teacher
+        self._writers = writers
+        self._shards = shards
+        self._device = device
+        self._advance = advance
+        self._log = log
+        self._model = ExitStack()
+        self._extract: Callable[[Sequence[Any]], Sequence[Outcome]] | None = None
+        self._readers: dict[Path, StoreReader] = {}
+        self.captions_cut = 0
+        """Captions of which the text encoder read a part, over all jobs."""
+        self.left_alone: set[str] = set()
+        """Names of jobs of which no store lacked a clip: their clips are in other shards."""
+        self.unlike: set[str] = set()
+        """Names of the dataset's shards of which a store has a clip from another source."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Free the model."""
+        self._extract = None
+        self._model.close()
+        release_memory()
+
+    def work(self, job: ShardJob) -> Counter[Kind]:
+        """Write and commit a shard in every store that lacks it.
+
+        Returns:
+            How many clips were added to each store. None where others were faster.
+
+        Raises:
+            ShardBusy: Another process writes it; nothing was done.
+        """
+        compared = self._compared(job)
+        if compared is None:
+            return Counter()
+        with ExitStack() as held:
+            outs = self._take(compared, held)
+            return self._fill(compared, outs) if outs else Counter()
+
+    def _compared(self, job: ShardJob) -> ShardJob | None:
+        """The job without what the stores have of it in other shards; None if that is all of it."""
+        if job.earlier is None:
+            return job
+        for kind in job.keys:
+            if self._writers[kind].is_busy(job.name):
+                raise ShardBusy(f"another process is writing shard {job.name!r}")
+        shard = self._shards[job.input_name]
+        readers = [
+            (kind, self._reader(path)) for kind, of in job.earlier.paths.items() for path in of
+        ]
+        if not knows_some((reader for _, reader in readers), shard):
+            return job
+        sources = read_sources([shard], tuple(self._writers), self._teacher, SilentProgress())
+        found = compare(readers, sources)
+        if found.is_unlike:
+            self.unlike.add(shard.name)
+        plan = plan_jobs(
+            [shard],
+            self._writers,
+            found,
+            size=job.earlier.size,
+            retry_failed=job.earlier.retry_failed,
+        )
+        whole = next((one for one in plan.jobs if one.name == job.name), None)
+        if whole is None:
+            self.left_alone.add(job.name)
+        return whole
+
+    def _reader(self, path: Path) -> StoreReader:
+        """A store as it was when this worker began: opening one takes seconds where it is large."""
+        if path not in self._readers:
+            self._readers[path] = StoreReader(path)
+        return self._readers[path]
+
+    def _take(self, job: ShardJob, held: ExitStack) -> dict[Kind, ShardWriter]:
+        outs = {}
+        is_current = _IsCurrent(lambda: self._fingerprints(job))
+        for kind in job.keys:
+            if not self._writers[kind].is_committed(job.name):
+                out = self._writers[kind].shard(job.name, source=job.source, is_current=is_current)
+                try:
+                    outs[kind] = held.enter_context(out)
+                except AlreadyCommitted:  # in the moment since it was asked
+                    continue
+        return outs
+
+    def _fingerprints(self, job: ShardJob) -> dict[str, str]:
+        return {record.key: self._fingerprint(record) for record in job.records(self._shards)}
+
+    def _fingerprint(self, record: ClipRecord | BadRecord) -> str:
+        video = NO_VIDEO if isinstance(record, BadRecord) else hash_video(record.video)
+        return fingerprint_of(record, next(iter(self._writers)), self._teacher, video)
+
+    def _fill(self, job: ShardJob, outs: dict[Kind, ShardWriter]) -> Counter[Kind]:
+        book = _Book(outs, job.source, self._log)
+        size = self._extraction.clips_per_batch
+        with (
+            WriteBehind(book.write) as behind,
+            closing(self._prepared(job, outs, ahead=size)) as clips,
+        ):
+            for batch in _batches(clips, size):
+                for clip, outcome in zip(batch, self._outcomes(batch, job), strict=True):
+                    if outcome is not None:
+                        behind.put((clip, outcome))
+                self._advance(job, len(batch))
+            behind.drain()
+            for out in outs.values():
+                out.commit()
+        self.captions_cut += book.captions_cut
+        return book.written
+
+    def _prepared(
+        self, job: ShardJob, outs: Mapping[Kind, ShardWriter], *, ahead: int
+    ) -> Generator[_Clip, None, None]:
+        def prepare(record: ClipRecord | BadRecord) -> _Clip:
+            kinds = tuple(kind for kind, out in outs.items() if _lacks(out, job, kind, record.key))
+            if kinds and not self._is_of_this_size(record, job):
+                kinds = ()
+            fingerprint = self._fingerprint(record) if kinds else ""
+            prepared = self._prepare(record, job.source) if kinds else None
+            return _Clip(key=record.key, kinds=kinds, fingerprint=fingerprint, prepared=prepared)
+
+        return prefetch_map(
+            prepare,
+            job.records(self._shards),
+            ahead=ahead,
+            threads=_PREPARING_THREADS,
+            describe=lambda record: f"decoding clip {record.key!r} of {job.source}",
+        )
+
+    def _is_of_this_size(self, record: ClipRecord | BadRecord, job: ShardJob) -> bool:
+        """Whether these stores are the clip's; what a store has left out, it takes at a retry."""
+        size = self._extraction.size
+        return size is None or record.key in job.retried or belongs(record, size)
+
+    def _prepare(self, record: ClipRecord | BadRecord, source: str) -> Any:
+        if isinstance(record, BadRecord):
+            return ClipSkipped(record.reason, record.detail)
+        try:
+            return self._extraction.prepare(record)
+        except ClipSkipped as skipped:
+            return skipped
+        except Exception as error:
+            error.add_note(f"while preparing clip {record.key!r} of {source}")
+            raise
+
+    def _outcomes(self, batch: Sequence[_Clip], job: ShardJob) -> list[Outcome | None]:
+        """What became of each clip; None where no store lacks it."""
+        computed = iter(self._computed([clip for clip in batch if clip.needs_model], job))
+        return [
+            next(computed) if clip.needs_model else clip.prepared if clip.kinds else None
+            for clip in batch
+        ]
+
+    def _computed(self, clips: Sequence[_Clip], job: ShardJob) -> Sequence[Outcome]:
+        if not clips:
+            return []
+        try:
+            if self._extract is None:
+                self._extract = self._model.enter_context(self._extraction.opened(self._device))
+            outcomes = self._extract([clip.prepared for clip in clips])
+        except Exception as error:
+            kinds, keys = " and ".join(job.keys), ", ".join(repr(clip.key) for clip in clips)
+            error.add_note(f"while extracting {kinds} of clip {keys} in {job.source}")
+            raise
+        assert len(outcomes) == len(clips)
+        return outcomes
+
+
+class _IsCurrent:
+    """Whether staged clips are made from what the dataset has now, read when first asked."""
+
+    def __init__(self, read: Callable[[], dict[str, str]]) -> None:
+        self._read = read
+        self._fingerprints: dict[str, str] | None = None
+
+    def __call__(self, key: str, fingerprint: str) -> bool:
+        if self._fingerprints is None:
+            self._fingerprints = self._read()
+        return self._fingerprints.get(key) == fingerprint
+
+
+def _lacks(out: ShardWriter, job: ShardJob, kind: Kind, key: str) -> bool:
+    """Whether a store still lacks a clip, which other processes may have written meanwhile."""
+    return job.wants(kind, key) and not out.has(key) and out.shard_holding(key) is None
+
+
+def _batches(clips: Iterable[_Clip], size: int) -> Iterator[list[_Clip]]:
+    """The clips in order, in lists with at most `size` that need the model.
+
+    What needs no model waits only for what came before it.
+    """
+    batch: list[_Clip] = []
+    for_model = 0
+    for clip in clips:
+        batch.append(clip)
+        for_model += clip.needs_model
+        if for_model in (0, size):
+            yield batch
+            batch, for_model = [], 0
+    if batch:
+        yield batch
+
+
+class _Book:
+    """Writes outcomes into the stores that are held, and counts what it added."""
+
+    def __init__(
+        self, outs: Mapping[Kind, ShardWriter], source: str, log: Callable[[str], None]
+    ) -> None:
+        self.written: Counter[Kind] = Counter()
+        self.captions_cut = 0
+        self._outs = outs
+        self._source = source
+        self._log = log
+
+    def write(self, entry: tuple[_Clip, Outcome]) -> None:
+        clip, outcome = entry
+        try:
+            if isinstance(outcome, ClipSkipped):
+                self._skip(clip, clip.kinds, outcome)
+                return
+            for kind in clip.kinds:
+                self._add(clip, kind, outcome[kind])
+        except Exception as error:
+            kinds = " and ".join(clip.kinds)
+            error.add_note(f"while writing {kinds} of clip {clip.key!r} in {self._source}")
+            raise
+
+    def _add(self, clip: _Clip, kind: Kind, extracted: Extracted) -> None:
+        if not all(np.isfinite(values).all() for values in extracted.arrays.values()):
+            # Without the array's name: a store derived from this one says the same.
+            detail = "NaN or values beyond float16; fp32 precision may help"
+            self._skip(clip, (kind,), ClipSkipped("not_finite", detail))
+            return
+        self._outs[kind].add(
+            clip.key, extracted.arrays, extracted.attributes, fingerprint=clip.fingerprint
+        )
+        self.written[kind] += 1
+        self.captions_cut += bool(extracted.attributes.get(TOKENS_CUT))
+
+    def _skip(self, clip: _Clip, kinds: tuple[Kind, ...], skipped: ClipSkipped) -> None:
+        for kind in kinds:
+            self._outs[kind].skip(
+                clip.key, skipped.reason, skipped.detail, fingerprint=clip.fingerprint
+            )
+        self._log(f"{', '.join(kinds)}: skipped {clip.key}, {skipped.reason}: {skipped.detail}")

@@ -1,0 +1,95 @@
+"""Which extractions a configuration asks for, checked as they are made; the engines use it."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from stages.clips import ClipsConfig
+from stages.cogvideox.configs import BASE_CONFIGS, read_base_facts, resolve_base_model
+from stages.cogvideox.weights import Part, check_base_weights
+from stages.config import BaseModelConfig
+from stages.extract_features.config import ExtractConfig, Kind
+from stages.extract_features.extraction import Extraction
+from stages.extract_features.latents import LatentsExtraction
+from stages.extract_features.text import TextExtraction
+
+_BASE_PARTS: Mapping[Kind, tuple[Part, ...]] = {
+    "text": ("tokenizer", "text_encoder"),
+    "latents": ("vae",),
+}
+TRACKED_KINDS: tuple[Kind, ...] = ("teacher", "gram_flow", "masks")
+"""What one pass of SAM2 over a clip fills."""
+
+
+def make_extractions(
+    config: ExtractConfig, sizes: Sequence[ClipsConfig], model: BaseModelConfig
+) -> list[Extraction]:
+    """One extraction per model that `config.kinds` needs and size, in the order of the kinds.
+
+    What SAM2 fills comes from one pass, which stands where the first of these kinds does.
+    Everything that can be checked in advance is checked here; no model is loaded.
+
+    Args:
+        config: What is computed.
+        sizes: `ClipsConfig.sizes`, or those of them that are asked for; text has no size.
+        model: The base pipeline.
+
+    Raises:
+        ValueError: A part of the base model, SAM2's checkpoint or another file that a kind needs is
+            missing or does not fit.
+    """
+    made: list[Extraction] = []
+    parts = [part for kind in config.kinds for part in _BASE_PARTS.get(kind, ())]
+    base = None
+    if parts:
+        base = read_base_facts(resolve_base_model(model, (*BASE_CONFIGS, *parts)))
+        check_base_weights(base.folder, parts)
+    for kinds in group_kinds(config.kinds):
+        if kinds[0] in TRACKED_KINDS:
+            # Brings in sam2, which the other kinds do without.
+            from stages.extract_features.teacher.extraction import SubjectExtraction
+
+            made += [
+                SubjectExtraction(config.teacher, size, gram_flow=config.gram_flow, kinds=kinds)
+                for size in sizes
+            ]
+            continue
+        assert base is not None
+        if kinds[0] == "latents":
+            made += [
+                LatentsExtraction(config.latents, size, base, seed=config.seed) for size in sizes
+            ]
+        else:
+            made.append(TextExtraction(config.text, base))
+    return made
+
+
+def group_kinds(kinds: tuple[Kind, ...]) -> list[tuple[Kind, ...]]:
+    """The kinds, those of one pass together; a kind named twice counts once."""
+    unique = tuple(dict.fromkeys(kinds))
+    groups: list[tuple[Kind, ...]] = []
+    for kind in unique:
+        together = (
+            tuple(k for k in unique if k in TRACKED_KINDS) if kind in TRACKED_KINDS else (kind,)
+        )
+        if together not in groups:
+            groups.append(together)
+    return groups
+
+
+def device_named(name: str, rank: int) -> torch.device:
+    """The device a worker computes on; auto deals out the machine's GPUs by rank.
+
+    Raises:
+        ValueError: There is no such device here.
+    """
+    gpus = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"extract.device={name} is no torch device; auto is usual") from error
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"extract.device={name}, but this machine has {gpus} CUDA devices")
+    return device

@@ -1,0 +1,318 @@
+"""Stage one from end to end: every kind over the dataset's shards; the pipeline calls it."""
+
+import time
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
+from pathlib import Path
+
+from cache_schema import JSON, StoreReader, StoreWriter
+from stages.clips import ClipDataset, ClipsConfig, InputShard, input_shard_name, open_dataset
+from stages.config import BaseModelConfig
+from stages.extract_features.config import ExtractConfig, Kind
+from stages.extract_features.execution.comparison import Comparison, StoreShare
+from stages.extract_features.execution.failures import FAILURES_FILE, failures_listed
+from stages.extract_features.execution.jobs import (
+    EarlierStores,
+    JobPlan,
+    ShardJob,
+    pending_jobs,
+    plan_jobs,
+    whole_jobs,
+)
+from stages.extract_features.execution.local_engine import EngineReport, LocalEngine
+from stages.extract_features.execution.other_writers import wait_for_others
+from stages.extract_features.execution.ray_engine import RayEngine
+from stages.extract_features.execution.ray_worker import WorkerSetup
+from stages.extract_features.execution.refresh import compare_and_refresh, look_at_one_shard
+from stages.extract_features.extraction import Extraction, bucket_name
+from stages.extract_features.kinds import device_named, make_extractions
+from stages.extract_features.summary import ExtractSummary, KindSummary
+from stages.progress import Progress
+
+
+def extract_features(
+    config: ExtractConfig,
+    clips: ClipsConfig,
+    model: BaseModelConfig,
+    cache_root: Path,
+    *,
+    provenance: dict[str, JSON],
+    progress: Progress,
+    rank: int = 0,
+    world_size: int = 1,
+    retry_failed: bool = False,
+    refresh_changed: bool = False,
+) -> ExtractSummary:
+    """Write the stores of `config.kinds` for every shard of the dataset.
+
+    One model after the other, so that one big model is loaded at a time; with `clips.buckets`, one
+    size after the other, each into stores of its own, and every clip into those of one size.
+
+    Unfinished shards come first, each compared with the stores when it is taken. Then each process
+    compares its share of the shards that were finished before: clips that one lacks go into further
+    shards, and nothing finished is written again. Before any work one finished shard is compared,
+    and if it does not fit, the process's whole share. An unfinished shard goes on after the clips
+    that are safely staged. Shards that other processes are writing are waited for, and taken over
+    if such a process ends before its shard is done. Clips that have left the dataset stay in the
+    store. A clip that cannot be used is recorded with its reason and skipped; `failures.jsonl` in
+    the cache folder lists all of them afterwards, also when an error ended the run.
+
+    Args:
+        config: What to compute, and where.
+        clips: The dataset, and the size, length and rate of its clips.
+        model: The base pipeline whose VAE and text encoder are used.
+        cache_root: Folder of the stores; made when missing.
+        provenance: Facts about the run, kept in stores that this run creates.
+        progress: Bars and lines.
+        rank: This process's number; the shards rank, rank + world_size, ... are its share, after
+            which it goes on to what the others have not finished.
+        world_size: Number of processes at work.
+        retry_failed: Take the clips again that finished shards left out; what comes of them goes
+            into further shards, and nothing finished is touched.
+        refresh_changed: Make clips again whose source (caption, video or prompt, whatever the kind
+            depends on) is another one than the store's; the rest of their shards is kept.
+
+    Raises:
+        ValueError: A setting does not fit, before any work is done: dataset, base model, SAM2
+            checkpoint, device or Ray is missing or wrong.
+            Or a store is another dataset's; or, found before any work or at the end, it holds clips
+            made from other sources, without `refresh_changed`. What was extracted stays.
+        CacheError: A store is damaged.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in 0..{world_size - 1} (world size {world_size}): {rank}")
+    if config.engine == "ray" and world_size > 1:
+        raise ValueError(
+            f"extract.engine=ray starts its own workers, but a launcher started {world_size} "
+            "processes; run it without torchrun, or with extract.engine=local"
+        )
+    dataset = open_dataset(clips)
+    if rank == 0:
+        progress.log(f"dataset: {dataset.layout}")
+    engine: RayEngine | LocalEngine
+    if config.engine == "ray":
+        setup = WorkerSetup(
+            config=config,
+            clips=clips,
+            model=model,
+            cache_root=cache_root.expanduser().resolve(),
+            folder=Path.cwd(),
+        )
+        engine = RayEngine(setup, dataset.by_name)
+    else:
+        device = device_named(config.device, rank)
+        engine = LocalEngine(dataset.by_name, config.teacher, device, rank, world_size)
+    extractions = make_extractions(config, clips.sizes, model)
+    with engine:
+        run = _Run(config, extractions, cache_root, provenance, dataset, rank, world_size, progress)
+        with failures_listed(cache_root, progress.log):
+            run.fill(engine, retry_failed=retry_failed, refresh_changed=refresh_changed)
+            summaries = run.summaries()
+    return ExtractSummary(
+        kinds=tuple(summaries),
+        dataset=dataset.layout,
+        failures=cache_root / FAILURES_FILE,
+        notes=tuple(run.comparison.told(world_size)),
+    )
+
+
+class _Run:
+    """One process's run over all stores, and what it found of them."""
+
+    def __init__(
+        self,
+        config: ExtractConfig,
+        extractions: Sequence[Extraction],
+        cache_root: Path,
+        provenance: dict[str, JSON],
+        dataset: ClipDataset,
+        rank: int,
+        world_size: int,
+        progress: Progress,
+    ) -> None:
+        self._config = config
+        self._cache_root = cache_root
+        self._provenance = provenance
+        self._dataset = dataset
+        self._rank = rank
+        self._world_size = world_size
+        self._progress = progress
+        self._works = [_Work(extraction) for extraction in extractions]
+        self._open_stores()
+        self._finished_before = {writer.path: writer.committed() for _, writer in self._stores()}
+        self.comparison = Comparison()
+        """Of this process's share of what was finished before."""
+
+    def fill(
+        self, engine: RayEngine | LocalEngine, *, retry_failed: bool, refresh_changed: bool
+    ) -> None:
+        """The shards that no run has finished; then what is lacking of those that one had."""
+        unlike = look_at_one_shard(
+            self._dataset,
+            self._config,
+            self._stores(),
+            rank=self._rank,
+            world_size=self._world_size,
+        )
+        if unlike and not refresh_changed:
+            self._compare_finished(unlike, refresh_changed=False)  # refuses, and names them all
+        for work in self._works:
+            earlier = self._earlier(work, retry_failed)
+            work.plan = whole_jobs(self._dataset.shards, work.writers, earlier)
+        self._carry_out(engine)
+        if any(self._finished_before.values()):
+            unlike = {name for work in self._works for name in work.report.unlike}
+            shards = self._compare_finished(unlike, refresh_changed=refresh_changed)
+            self._open_stores()  # what a writer knows of a store is of before clips were taken out
+            for work in self._works:
+                work.plan = plan_jobs(
+                    shards,
+                    work.writers,
+                    self.comparison,
+                    size=self._size(work),
+                    retry_failed=retry_failed,
+                )
+                work.report.left_alone.clear()  # clips of these may have been taken out
+            self._carry_out(engine)
+
+    def _open_stores(self) -> None:
+        for work in self._works:
+            work.writers = {
+                kind: StoreWriter.open(self._cache_root, settings, provenance=self._provenance)
+                for kind, settings in work.extraction.settings.items()
+            }
+
+    def _stores(self) -> list[tuple[Kind, StoreWriter]]:
+        return [entry for work in self._works for entry in work.writers.items()]
+
+    def _alike(self, work: "_Work") -> list["_Work"]:
+        """The works of all sizes of some kinds."""
+        return [one for one in self._works if one.writers.keys() == work.writers.keys()]
+
+    def _size(self, work: "_Work") -> int:
+        return self._alike(work).index(work)
+
+    def _earlier(self, work: "_Work", retry_failed: bool) -> EarlierStores | None:
+        paths = {
+            kind: tuple(one.writers[kind].path for one in self._alike(work))
+            for kind in work.writers
+        }
+        if not any(self._finished_before[path] for of_kind in paths.values() for path in of_kind):
+            return None
+        return EarlierStores(paths=paths, size=self._size(work), retry_failed=retry_failed)
+
+    def _carry_out(self, engine: RayEngine | LocalEngine) -> None:
+        while True:
+            for work in self._works:
+                work.run(engine, self._progress)
+            wait_for_others(self._left, self._progress)
+            if not self._left():
+                return
+
+    def _left(self) -> dict[str, bool]:
+        return {name: busy for work in self._works for name, busy in work.left().items()}
+
+    def _compare_finished(self, unlike: Set[str], *, refresh_changed: bool) -> list[InputShard]:
+        """Compare this process's share of the shards that were finished before, and some more."""
+        share = self._dataset.shards[self._rank :: self._world_size]
+        names = {shard.name for shard in share}
+        finished = frozenset[str]().union(*self._finished_before.values())
+        before = {input_shard_name(name, self._dataset) for name in finished}
+        shards = [
+            shard
+            for shard in self._dataset.shards
+            if shard.name in unlike or (shard.name in names and shard.name in before)
+        ]
+        read = {shard.name for shard in shards}
+
+        def is_of(store_shard: str) -> bool:
+            name = input_shard_name(store_shard, self._dataset)
+            return store_shard in finished and (name is None or name in names)
+
+        self.comparison = compare_and_refresh(
+            self._cache_root,
+            shards,
+            self._config,
+            self._stores(),
+            StoreShare(
+                is_of=is_of,
+                unread=[shard for shard in self._dataset.shards if shard.name not in read],
+            ),
+            self._progress,
+            refresh_changed=refresh_changed,
+        )
+        return shards
+
+    def summaries(self) -> list[KindSummary]:
+        """Of every store."""
+        return [
+            self._summary(kind, writer, work)
+            for work in self._works
+            for kind, writer in work.writers.items()
+        ]
+
+    def _summary(self, kind: Kind, writer: StoreWriter, work: "_Work") -> KindSummary:
+        """What the store holds of the dataset, whoever wrote it, and what this process did."""
+        writer.write_index()
+        reader = StoreReader(writer.path)
+        of_dataset = {
+            name: facts
+            for name, facts in reader.shards.items()
+            if input_shard_name(name, self._dataset) is not None
+        }
+        # Of older shards with other names, clips that moved to another shard of the dataset.
+        counted = of_dataset.keys() | self._finished_before[writer.path]
+        gone, gone_skipped = 0, frozenset[str]()
+        if kind in self.comparison.kinds:
+            found = self.comparison.kinds[kind].stores[self._size(work)]
+            gone, gone_skipped = len(found.gone), found.gone_skipped
+        held = sum(facts.num_clips for name, facts in reader.shards.items() if name in counted)
+        written = work.report.written[kind]
+        return KindSummary(
+            kind=kind,
+            bucket=bucket_name(work.extraction.size),
+            store=writer.path,
+            clips_written=written,
+            clips_already_there=held - gone - written,
+            skipped=tuple(
+                clip
+                for clip in reader.skipped
+                if clip.shard in counted and clip.key not in gone_skipped
+            ),
+            seconds=work.seconds,
+            bytes=sum(facts.num_bytes for facts in of_dataset.values()),
+            captions_cut=work.report.captions_cut,
+        )
+
+
+class _Work:
+    """One extraction's part of a run, and what came of it."""
+
+    writers: Mapping[Kind, StoreWriter]
+
+    def __init__(self, extraction: Extraction) -> None:
+        self.extraction = extraction
+        self.report = EngineReport()
+        self.seconds = 0.0
+        self.plan = JobPlan(jobs=(), num_settled=0)
+
+    def run(self, engine: RayEngine | LocalEngine, progress: Progress) -> None:
+        """Do what is left and nobody else is at."""
+        started = time.perf_counter()
+        pending = pending_jobs(self._unsettled(), self.writers)
+        if not all(map(self._is_busy, pending)):
+            self.report.add(engine.run(self.extraction, self.writers, self.plan, progress))
+            self.plan = replace(self.plan, jobs=self._unsettled())
+        self.seconds += time.perf_counter() - started
+
+    def left(self) -> dict[str, bool]:
+        """The unfinished shards, and whether another process is writing them."""
+        self.plan = replace(self.plan, jobs=pending_jobs(self._unsettled(), self.writers))
+        kinds = " and ".join(self.writers)
+        return {f"{kinds} {job.name}": self._is_busy(job) for job in self.plan.jobs}
+
+    def _unsettled(self) -> list[ShardJob]:
+        return [job for job in self.plan.jobs if job.name not in self.report.left_alone]
+
+    def _is_busy(self, job: ShardJob) -> bool:
+        return any(self.writers[kind].is_busy(job.name) for kind in job.keys)

@@ -1,0 +1,232 @@
+"""Features and masks of each clip's subjects, from SAM2 both ways: the stores of the teacher in its
+two forms, and of the masks.
+"""
+
+# Legend: T frame, S side of SAM2's square input.
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from cache_schema import StoreSettings
+from stages.clips import Clip, ClipRecord, ClipsConfig, ClipSkipped, load_clip
+from stages.extract_features.config import Kind, TeacherConfig
+from stages.extract_features.extraction import Extracted, Outcome, sha256_of_file
+from stages.extract_features.prompts import ChosenPrompt, PromptChooser
+from stages.extract_features.teacher.prompts import subjects_to_track
+from stages.extract_features.teacher.quality import refusal, track_attributes
+from stages.extract_features.teacher.stores import (
+    features_on_grid,
+    mask_arrays,
+    subject_settings,
+    teacher_arrays,
+    tracking_settings,
+)
+from stages.extract_features.teacher.two_way import Subject, SubjectTrack, SubjectTracker
+from stages.sam2_tracking.build import build_sam2, check_sam2, find_checkpoint
+from stages.sam2_tracking.inputs import resize_for_sam2
+from stages.sam2_tracking.tracker import TwoWayTracker
+from stages.teacher_store.config import GramFlowConfig
+from stages.teacher_store.encoder import FlowMaker
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Prepared:
+    """A decoded clip, and its frames as SAM2 takes them."""
+
+    clip: Clip
+    frames_TSS3: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Start:
+    """Where a clip's tracks set out from."""
+
+    chosen: ChosenPrompt
+    subjects: tuple[Subject, ...]
+
+
+class SubjectExtraction:
+    """Tracks each clip's subjects and keeps the fused features, their Gram flow and the masks.
+
+    The Gram flow is that of the features as they are stored, so that one derived from them later is
+    the same.
+
+    Args:
+        config: Which SAM2, how it is prompted, which features, how they are fused and stored.
+        clips: The size and length clips are brought to.
+        gram_flow: Its window, and how it is stored.
+        kinds: Some of teacher, gram_flow and masks.
+
+    Raises:
+        ValueError: Options contradict each other; or a model that is needed (SAM2's configuration
+            or checkpoint, Grounding DINO) is missing or does not fit.
+    """
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        clips: ClipsConfig,
+        *,
+        gram_flow: GramFlowConfig,
+        kinds: Sequence[Kind],
+    ) -> None:
+        _check_directions(config)
+        self._config = config
+        self._clips = clips
+        self._kinds = tuple(kinds)
+        self.clips_per_batch = config.clips_per_batch
+        self.size: ClipsConfig | None = clips
+        self._checkpoint = find_checkpoint(config.checkpoint)
+        # Checked in advance: a checkpoint that does not fit must not show after hours of work.
+        self._facts = check_sam2(config.config, self._checkpoint, image_size=config.image_size)
+        self._chooser = PromptChooser(config, clips)
+        settings = self._all_settings(gram_flow)
+        self._flow_maker = FlowMaker.of(settings["teacher"], gram_flow, clips.token_grid)
+        self.settings: Mapping[Kind, StoreSettings] = {kind: settings[kind] for kind in self._kinds}
+
+    def _all_settings(self, gram_flow: GramFlowConfig) -> dict[Kind, StoreSettings]:
+        config, clips, facts = self._config, self._clips, self._facts
+        tracking = tracking_settings(
+            config,
+            clips,
+            checkpoint_sha256=sha256_of_file(self._checkpoint),
+            architecture=facts.config,
+            prompts=self._chooser.settings,
+        )
+        channels = facts.hidden_dim if config.features == "memory_attention" else facts.mem_dim
+        return subject_settings(config, clips, tracking, gram_flow=gram_flow, channels=channels)
+
+    def prepare(self, record: ClipRecord) -> _Prepared:
+        """Decode the clip and squash its frames to SAM2's square.
+
+        Raises:
+            ClipSkipped: no_prompt or bad_prompt, or what `load_clip` raises.
+        """
+        self._chooser.check(record)
+        clip = load_clip(record, self._clips)
+        self._chooser.check(clip)
+        frames_TSS3 = resize_for_sam2(clip.frames_THWC, self._config.image_size)
+        return _Prepared(clip=clip, frames_TSS3=frames_TSS3)
+
+    @contextmanager
+    def opened(
+        self, device: torch.device
+    ) -> Iterator[Callable[[Sequence[_Prepared]], Sequence[Outcome]]]:
+        """Load SAM2, and Grounding DINO where it is asked for."""
+        config = self._config
+        model = build_sam2(
+            self._facts.config_name, self._checkpoint, image_size=config.image_size, device=device
+        )
+        tracker = TwoWayTracker(
+            model,
+            precision=config.precision,
+            frames_per_batch=config.frames_per_batch,
+            keep_encoded=config.keep_encoded,
+            compile=config.compile,
+        )
+        with self._chooser.opened(device):
+            yield partial(self._extract, tracker)
+
+    @torch.inference_mode()
+    def _extract(self, tracker: TwoWayTracker, batch: Sequence[_Prepared]) -> list[Outcome]:
+        """Track the batch's clips side by side."""
+        with ExitStack() as encodings:
+            started = [self._start(tracker, prepared, encodings) for prepared in batch]
+            subjects = [
+                subject
+                for start in started
+                if not isinstance(start, ClipSkipped)
+                for subject in start.subjects
+            ]
+            tracks = iter(self._subject_tracker(tracker).track(subjects))
+        outcomes: list[Outcome] = []
+        for prepared, start in zip(batch, started, strict=True):
+            if isinstance(start, ClipSkipped):
+                outcomes.append(start)
+                continue
+            of_clip = [next(tracks) for _ in start.subjects]
+            outcomes.append(
+                self._outcome(prepared.clip, start.chosen, of_clip, tracker.model.device)
+            )
+        return outcomes
+
+    @property
+    def _keeps_features(self) -> bool:
+        return "teacher" in self._kinds or "gram_flow" in self._kinds
+
+    def _subject_tracker(self, tracker: TwoWayTracker) -> SubjectTracker:
+        config = self._config
+        on_device = config.keep_encoded == "device"
+        return SubjectTracker(
+            tracker=tracker,
+            both_ways=config.fusion != "forward",
+            features=config.features if self._keeps_features else None,
+            read_features=partial(features_on_grid, config=config, clips=self._clips),
+            passes_at_once=config.clips_per_batch,
+            keep_on=tracker.model.device if on_device else torch.device("cpu"),
+        )
+
+    def _start(
+        self, tracker: TwoWayTracker, prepared: _Prepared, encodings: ExitStack
+    ) -> _Start | ClipSkipped:
+        """Encode a clip and find its subjects; what is encoded is closed with `encodings`."""
+        encoded = encodings.enter_context(tracker.encode(prepared.frames_TSS3))
+        try:
+            chosen = self._chooser.choose(prepared.clip, tracker, encoded)
+            subjects = subjects_to_track(
+                prepared.clip, chosen, config=self._config, tracker=tracker, encoded=encoded
+            )
+            return _Start(chosen=chosen, subjects=subjects)
+        except ClipSkipped as skipped:
+            encoded.close()
+            return skipped
+
+    def _outcome(
+        self,
+        clip: Clip,
+        chosen: ChosenPrompt,
+        tracks: Sequence[SubjectTrack | ClipSkipped],
+        device: torch.device,
+    ) -> Outcome:
+        """A clip's entries, or why it has none; what is still to be computed is on the device."""
+        found: list[SubjectTrack] = []
+        for number, track in enumerate(tracks):
+            if isinstance(track, SubjectTrack):
+                found.append(track)
+                continue
+            which = f"subject {number + 1} of {len(tracks)}: " if len(tracks) > 1 else ""
+            return ClipSkipped(track.reason, which + track.detail)
+        skipped = refusal(found, min_cycle_consistency=self._config.min_cycle_consistency)
+        if skipped is not None:
+            return skipped
+        attributes = track_attributes(clip, chosen, found)
+        arrays: dict[Kind, dict[str, np.ndarray]] = {}
+        if self._keeps_features:
+            arrays["teacher"] = teacher_arrays(found, self._config)
+        if "gram_flow" in self._kinds:
+            arrays["gram_flow"] = self._flow_maker(arrays["teacher"], device)
+        if "masks" in self._kinds:
+            arrays["masks"] = mask_arrays(found, self._clips)
+        return {kind: Extracted(arrays=arrays[kind], attributes=attributes) for kind in self._kinds}
+
+
+def _check_directions(config: TeacherConfig) -> None:
+    """Refuse options that ask something of a backward pass that there is not."""
+    if config.fusion != "forward":
+        return
+    if config.min_cycle_consistency > 0:
+        raise ValueError(
+            f"extract.teacher.min_cycle_consistency={config.min_cycle_consistency:g} compares both "
+            "directions, and extract.teacher.fusion=forward has one; set it to 0, or fusion to "
+            "gram_flow"
+        )
+    if config.backward_prompt != "track":
+        raise ValueError(
+            f"extract.teacher.backward_prompt={config.backward_prompt} is for the backward pass, "
+            "and extract.teacher.fusion=forward has none; leave it at track"
+        )

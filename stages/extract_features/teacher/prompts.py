@@ -1,0 +1,97 @@
+"""From the prompt that was chosen for a clip to the subjects that are tracked in it.
+
+Used by `subject_extraction`.
+"""
+
+from stages.clips import Clip, ClipSkipped, SubjectPrompt
+from stages.extract_features.config import TeacherConfig
+from stages.extract_features.prompts import ChosenPrompt
+from stages.extract_features.teacher.two_way import Subject
+from stages.sam2_tracking.encoder import EncodedFrames
+from stages.sam2_tracking.inputs import Sam2Prompt, prompt_for_sam2
+from stages.sam2_tracking.tracker import EmptyMaskError, TwoWayTracker
+
+
+def subjects_to_track(
+    clip: Clip,
+    chosen: ChosenPrompt,
+    *,
+    config: TeacherConfig,
+    tracker: TwoWayTracker,
+    encoded: EncodedFrames,
+) -> tuple[Subject, ...]:
+    """One subject that is the union of all that are prompted, or each by itself.
+
+    The dataset's prompts for the last frame are used where `backward_prompt` asks for them and the
+    clip has some. Several subjects are matched with them by `SubjectPrompt.number`, so that the
+    first frame's must be the dataset's too; a subject without one takes the track's own mask.
+
+    Raises:
+        ClipSkipped: too_many_subjects; or bad_prompt, when SAM2 sees nothing where they are.
+    """
+    if config.subjects == "each" and len(chosen.subjects) > config.max_subjects:
+        raise too_many_subjects(len(chosen.subjects), config)
+    first = [_sam2_prompt(clip, subject, tracker) for subject in chosen.subjects]
+    last = _last_prompts(clip, tracker) if config.backward_prompt == "dataset" else []
+    matched: list[Sam2Prompt | None]
+    if config.subjects == "union":
+        first = [_union(first, chosen.frame, tracker, encoded)]
+        everything = [prompt for _, prompt in last]
+        union = _union(everything, encoded.num_frames - 1, tracker, encoded) if last else None
+        matched = [union]
+    elif chosen.source == "dataset":
+        by_number = dict(last)
+        matched = [
+            None if subject.number is None else by_number.get(subject.number)
+            for subject in chosen.subjects
+        ]
+    else:
+        is_one = len(first) == len(last) == 1
+        matched = [last[0][1]] if is_one else [None] * len(first)
+    return tuple(
+        Subject(encoded=encoded, frame=chosen.frame, prompt=prompt, last_prompt=last_prompt)
+        for prompt, last_prompt in zip(first, matched, strict=True)
+    )
+
+
+def too_many_subjects(count: int, config: TeacherConfig) -> ClipSkipped:
+    """The outcome of a clip with more subjects than `subjects=each` has room for."""
+    detail = f"{count} subjects, extract.teacher.max_subjects is {config.max_subjects}"
+    return ClipSkipped("too_many_subjects", detail)
+
+
+def _last_prompts(clip: Clip, tracker: TwoWayTracker) -> list[tuple[int | None, Sam2Prompt]]:
+    """Those of the dataset's for the last frame that do not vanish at SAM2's size, by subject."""
+    kept = []
+    for subject in clip.last_frame_prompts:
+        try:
+            kept.append((subject.number, _sam2_prompt(clip, subject, tracker)))
+        except ClipSkipped:  # dropped, as loading drops what lies outside the crop
+            continue
+    return kept
+
+
+def _sam2_prompt(clip: Clip, subject: SubjectPrompt, tracker: TwoWayTracker) -> Sam2Prompt:
+    height, width = clip.frames_THWC.shape[1:3]
+    return prompt_for_sam2(
+        subject,
+        height=height,
+        width=width,
+        image_size=tracker.model.image_size,
+        device=tracker.model.device,
+    )
+
+
+def _union(
+    prompts: list[Sam2Prompt], frame: int, tracker: TwoWayTracker, encoded: EncodedFrames
+) -> Sam2Prompt:
+    """A single prompt as it is; several as the mask of everything SAM2 takes them for."""
+    if len(prompts) == 1:
+        return prompts[0]
+    logits_NHW = tracker.masks_on_frame(encoded, frame, prompts)
+    try:
+        return tracker.prompt_from_logits(logits_NHW.amax(dim=0))
+    except EmptyMaskError as error:
+        raise ClipSkipped(
+            "bad_prompt", f"SAM2 sees none of the {len(prompts)} subjects on frame {frame}"
+        ) from error

@@ -1,0 +1,255 @@
+"""The stores of the teacher and of the masks: their settings, and a clip's arrays from its tracks.
+
+`subject_extraction` writes them from the same passes; the Gram flow is made from the teacher's
+arrays.
+"""
+
+# Legend: T frame, M map of the teacher (a frame or a latent frame), H W grid or mask, C channel,
+# G fused channel.
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache_schema import JSON, ArraySpec, StoreSettings
+from stages.clips import ClipsConfig
+from stages.extract_features.config import Kind, TeacherConfig
+from stages.extract_features.extraction import clip_settings
+from stages.extract_features.teacher.two_way import SubjectTrack, Track
+from stages.local_gram_flow import (
+    frames_to_latents,
+    fuse_directions,
+    fuse_subjects,
+    resample_to_grid,
+)
+from stages.sam2_tracking.tracker import TrackedFrame
+from stages.teacher_store.config import GramFlowConfig
+from stages.teacher_store.features import encode_features, feature_arrays_spec
+from stages.teacher_store.settings import gram_flow_settings, valid_spec
+
+MASK_STRIDE = 4
+"""Pixels of the training frame per pixel of a stored mask, each way."""
+_SAM2_STRIDE = 16
+_PASSES = (
+    "seek from the prompted frame to frame 0, forward from the earliest frame seen, backward from "
+    "the last frame the forward track sees"
+)
+_VALID = "object score > 0 and a mask that is not empty, in every direction and for every subject"
+
+
+def tracking_settings(
+    config: TeacherConfig,
+    clips: ClipsConfig,
+    *,
+    checkpoint_sha256: str,
+    architecture: Mapping[str, Any],
+    prompts: Mapping[str, JSON],
+) -> dict[str, JSON]:
+    """What decides about the tracks, the same for all stores that are filled from them.
+
+    Args:
+        config: Which SAM2, how it is prompted, which directions.
+        clips: How clips are brought to the training size.
+        checkpoint_sha256: Of the checkpoint's content.
+        architecture: The resolved SAM2 configuration.
+        prompts: The prompt chooser's settings.
+    """
+    both_ways = config.fusion != "forward"
+    canonical = json.dumps(architecture, sort_keys=True)
+    return {
+        "clips": clip_settings(clips),
+        "checkpoint_sha256": checkpoint_sha256,
+        "sam2_config_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
+        "image_size": config.image_size,
+        "precision": config.precision,
+        "prompts": dict(prompts),
+        "subjects": config.subjects,
+        "max_subjects": config.max_subjects if config.subjects == "each" else None,
+        "directions": ["forward", "backward"] if both_ways else ["forward"],
+        "backward_prompt": config.backward_prompt if both_ways else None,
+        "min_cycle_consistency": config.min_cycle_consistency,
+        "passes": _PASSES,
+        "valid": _VALID,
+    }
+
+
+def subject_settings(
+    config: TeacherConfig,
+    clips: ClipsConfig,
+    tracking: Mapping[str, JSON],
+    *,
+    gram_flow: GramFlowConfig,
+    channels: int,
+) -> dict[Kind, StoreSettings]:
+    """Settings of every store that is filled from tracks, whether it is written or not.
+
+    Args:
+        config: Which features, how they are fused and stored.
+        clips: How clips are brought to the training size.
+        tracking: What `tracking_settings` returned.
+        gram_flow: The Gram flow's window, and how it is stored.
+        channels: Of the features of one direction of one subject.
+    """
+    teacher = teacher_settings(config, clips, tracking, channels=channels)
+    flow = gram_flow_settings(
+        teacher,
+        radius=gram_flow.radius,
+        dtype=gram_flow.dtype,
+        token_grid=clips.token_grid,
+        pairs=gram_flow.pairs,
+    )
+    return {
+        "teacher": teacher,
+        "gram_flow": flow,
+        "masks": masks_settings(config, clips, tracking),
+    }
+
+
+def teacher_settings(
+    config: TeacherConfig, clips: ClipsConfig, tracking: Mapping[str, JSON], *, channels: int
+) -> StoreSettings:
+    """Settings of the teacher store; `channels` are those of one direction of one subject."""
+    height, width = feature_grid(config, clips)
+    maps = clips.num_frames if config.time_rate == "frame" else clips.num_latent_frames
+    parts = (2 if config.fusion == "gram_flow" else 1) * _subject_slots(config)
+    values: dict[str, JSON] = {
+        **tracking,
+        "features": config.features,
+        "fusion": config.fusion,
+        "forward_weight": None if config.fusion == "forward" else config.forward_weight,
+        "time_rate": config.time_rate,
+        "grid": [height, width],
+        "grid_source": config.grid,
+        "parts": parts,
+    }
+    features = feature_arrays_spec((maps, height, width, channels * parts), config.dtype)
+    arrays = features | {"valid": valid_spec(maps)}
+    return StoreSettings(kind="teacher", arrays=arrays, values=values)
+
+
+def masks_settings(
+    config: TeacherConfig, clips: ClipsConfig, tracking: Mapping[str, JSON]
+) -> StoreSettings:
+    """Settings of the masks store."""
+    mask = ArraySpec(
+        dtype="uint8",
+        shape=(clips.num_frames, *_mask_size(clips)),
+        dimension_names=("t", "h", "w"),
+    )
+    directions = ("forward",) if config.fusion == "forward" else ("forward", "backward")
+    arrays = dict.fromkeys(directions, mask) | {"valid": valid_spec(clips.num_frames)}
+    values: dict[str, JSON] = {**tracking, "masks": "255 * sigmoid of the logits, bilinear"}
+    return StoreSettings(kind="masks", arrays=arrays, values=values)
+
+
+def feature_grid(config: TeacherConfig, clips: ClipsConfig) -> tuple[int, int]:
+    """Rows and columns of the stored feature maps."""
+    if config.grid == "student":
+        return clips.token_grid
+    side = config.image_size // _SAM2_STRIDE
+    return side, side
+
+
+def features_on_grid(frame: TrackedFrame, config: TeacherConfig, clips: ClipsConfig) -> Tensor:
+    """One frame's features on the store's grid: [H, W, C]."""
+    features_CHW = frame.features[config.features]
+    if config.grid == "native":
+        return features_CHW.permute(1, 2, 0)
+    return resample_to_grid(features_CHW[None], *clips.token_grid)[0]
+
+
+def teacher_arrays(tracks: Sequence[SubjectTrack], config: TeacherConfig) -> dict[str, np.ndarray]:
+    """A clip's entry in the teacher store.
+
+    Maps that some direction of some subject never visited hold zeros; maps where one does not see
+    its subject hold what SAM2 makes of them, and are not valid either. At the latent rate a map is
+    valid where all its frames are.
+
+    Args:
+        tracks: Of the clip's subjects, with features.
+        config: How directions and subjects become one.
+    """
+    fused_MHWG = [_fused(track, config) for track in tracks]
+    joined_MHWG = (
+        fuse_subjects(fused_MHWG, num_slots=config.max_subjects)
+        if config.subjects == "each"
+        else fused_MHWG[0]
+    )
+    visited_M = _of_maps(_all(track.visited_T for track in tracks), config)
+    valid_M = _of_maps(valid_frames(tracks), config)
+    visited_M111 = visited_M.to(joined_MHWG.device)[:, None, None, None]
+    features = encode_features(joined_MHWG * visited_M111, config.dtype)
+    return features | {"valid": _as_uint8(valid_M)}
+
+
+def mask_arrays(tracks: Sequence[SubjectTrack], clips: ClipsConfig) -> dict[str, np.ndarray]:
+    """A clip's entry in the masks store: of several subjects the likeliest at each pixel."""
+    directions = [track.directions for track in tracks]
+    names = ("forward", "backward")[: len(directions[0])]
+    return {
+        **{
+            name: _mask_bytes([subject[place] for subject in directions], clips)
+            for place, name in enumerate(names)
+        },
+        "valid": _as_uint8(valid_frames(tracks)),
+    }
+
+
+def valid_frames(tracks: Sequence[SubjectTrack]) -> Tensor:
+    """bool [T], on the host: every direction of every subject sees it."""
+    return _all(track.usable_T for track in tracks)
+
+
+def _fused(track: SubjectTrack, config: TeacherConfig) -> Tensor:
+    maps: list[Tensor] = []
+    for direction in track.directions:
+        assert direction.features_THWC is not None
+        features_THWC = direction.features_THWC
+        at_frame_rate = config.time_rate == "frame"
+        maps.append(features_THWC if at_frame_rate else frames_to_latents(features_THWC))
+    return fuse_directions(
+        maps[0],
+        maps[1] if len(maps) == 2 else None,
+        fusion=config.fusion,
+        forward_weight=config.forward_weight,
+    )
+
+
+def _mask_bytes(tracks: Sequence[Track], clips: ClipsConfig) -> np.ndarray:
+    likeliest_THW = torch.stack(
+        [
+            track.logits_THW.sigmoid() * track.visited_T.to(track.logits_THW.device)[:, None, None]
+            for track in tracks
+        ]
+    ).amax(dim=0)
+    resized_THW1 = resample_to_grid(likeliest_THW[:, None], *_mask_size(clips))
+    return np.asarray((255 * resized_THW1[..., 0]).round().to("cpu", torch.uint8))
+
+
+def _of_maps(flags_T: Tensor, config: TeacherConfig) -> Tensor:
+    """bool by frame -> bool by map: true where all of the map's frames are."""
+    if config.time_rate == "frame":
+        return flags_T
+    share_L111 = frames_to_latents(flags_T[:, None, None, None].float())
+    return share_L111.flatten() == 1
+
+
+def _all(flags: Any) -> Tensor:
+    return torch.stack(list(flags)).all(dim=0)
+
+
+def _as_uint8(flags: Tensor) -> np.ndarray:
+    return flags.numpy().astype(np.uint8)
+
+
+def _subject_slots(config: TeacherConfig) -> int:
+    return config.max_subjects if config.subjects == "each" else 1
+
+
+def _mask_size(clips: ClipsConfig) -> tuple[int, int]:
+    return clips.height // MASK_STRIDE, clips.width // MASK_STRIDE

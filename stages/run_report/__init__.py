@@ -1,5 +1,0 @@
-"""One HTML page that says how a training run went, made from the files of its folder."""
-
-from stages.run_report.report import REPORT_FILE, write_report
-
-__all__ = ["REPORT_FILE", "write_report"]

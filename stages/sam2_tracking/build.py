@@ -1,0 +1,327 @@
+"""Builds SAM2 from an official configuration and checkpoint; the one file that imports sam2.
+
+`two_way_tracking` drives what is built here; the subject extraction checks and loads it here; the
+demo builds its tiny SAM2 here too.
+"""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sam2
+import torch
+from accelerate import init_empty_weights
+from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES
+from sam2.modeling.backbones.hieradet import Hiera
+from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
+from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
+from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
+from sam2.modeling.position_encoding import PositionEmbeddingSine
+from sam2.modeling.sam.transformer import RoPEAttention
+from sam2.modeling.sam2_base import SAM2Base
+
+from stages.files.yaml import YamlError, read_yaml
+from stages.sam2_tracking.checkpoints import (
+    differences,
+    download_checkpoint,
+    fitting_config,
+    read_checkpoint,
+)
+
+_CONFIGS = Path(sam2.__path__[0]) / "configs"
+_OFFICIAL_FOLDERS = ("sam2", "sam2.1")
+_BACKBONE_STRIDE = 16
+
+_CLASSES: Mapping[str, type[torch.nn.Module]] = {
+    f"{one.__module__}.{one.__qualname__}": one
+    for one in (
+        *(SAM2Base, ImageEncoder, Hiera, FpnNeck, PositionEmbeddingSine, RoPEAttention),
+        *(MemoryAttention, MemoryAttentionLayer, MemoryEncoder, MaskDownSampler, Fuser, CXBlock),
+    )
+}
+"""What a configuration may build, by name: the classes of the official inference configurations.
+A name is looked up here and never imported: a file can come from anybody."""
+
+_TARGET = "_target_"
+
+_PREDICTOR_SETTINGS: dict[str, Any] = {
+    "binarize_mask_from_pts_for_mem_enc": True,
+    "sam_mask_decoder_extra_args": {
+        "dynamic_multimask_via_stability": True,
+        "dynamic_multimask_stability_delta": 0.05,
+        "dynamic_multimask_stability_thresh": 0.98,
+    },
+}
+"""What sam2.build_sam.build_sam2_video_predictor adds to a configuration by default, save for the
+filling of holes in its output masks (fill_hole_area), which would change the tracked masks only
+where a CUDA extension happens to be installed."""
+
+
+HUB_CHECKPOINTS: Mapping[str, tuple[str, str]] = {
+    hub_id: (Path(config).stem, file) for hub_id, (config, file) in HF_MODEL_ID_TO_FILENAMES.items()
+}
+"""Official checkpoints by hub id: the name of the configuration, and of the file there."""
+
+
+def official_configs() -> dict[str, Path]:
+    """Official configurations by name: sam2.1_hiera_l -> its YAML file in the sam2 package."""
+    files = (file for folder in _OFFICIAL_FOLDERS for file in (_CONFIGS / folder).glob("*.yaml"))
+    return {file.stem: file for file in sorted(files)}
+
+
+def find_checkpoint(name: str, *, download: bool = True) -> Path:
+    """The file of a checkpoint: a path, or the hub id of an official one.
+
+    Args:
+        name: A path on this machine, or an id such as facebook/sam2.1-hiera-large.
+        download: Fetch an official one that is not in the hub's cache.
+
+    Raises:
+        ValueError: It is neither, or it cannot be downloaded.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if name in HUB_CHECKPOINTS:
+        _, file = HUB_CHECKPOINTS[name]
+        return download_checkpoint(name, file, local_files_only=not download)
+    raise ValueError(
+        f"extract.teacher.checkpoint={name} is "
+        + ("a folder: name the .pt file in it" if path.is_dir() else "no file on this machine")
+        + "; give the path of a SAM2 checkpoint, or the hub id of an official one: "
+        + ", ".join(HUB_CHECKPOINTS)
+    )
+
+
+def load_sam2_config(config: str | Path, *, image_size: int | None = None) -> dict[str, Any]:
+    """Read a configuration and fit it to the image size and to video.
+
+    Args:
+        config: Name of an official configuration, or a YAML file in their format.
+        image_size: Side in pixels of the square SAM2 sees; None keeps the file's own. The rotary
+            position grids of the memory attention are fitted to it.
+
+    Returns:
+        The resolved tree under the file's `model` key: everything that shapes the arithmetic apart
+        from the weights.
+
+    Raises:
+        ValueError: No such configuration, or the file is not one.
+    """
+    file = _config_file(config)
+    where = f"the SAM2 configuration {file}"
+    try:
+        document = read_yaml(file)
+    except YamlError as error:
+        raise ValueError(f"{where} is not valid YAML: {error}") from error
+    model = document.get("model") if isinstance(document, dict) else None
+    if not isinstance(model, dict):
+        raise ValueError(
+            f"{where} has no `model` section; it must look like the YAML files of the sam2 package"
+        )
+    if "defaults" in document:
+        raise ValueError(
+            f"{where} has a list of `defaults`, which is not followed: give the composed file"
+        )
+    _check_tree(model, "model", where)
+    model |= _PREDICTOR_SETTINGS | {
+        "sam_mask_decoder_extra_args": {
+            **(model.get("sam_mask_decoder_extra_args") or {}),
+            **_PREDICTOR_SETTINGS["sam_mask_decoder_extra_args"],
+        }
+    }
+    try:
+        if image_size is not None:
+            model["image_size"] = image_size
+        side = model["image_size"] // model.get("backbone_stride", _BACKBONE_STRIDE)
+        for attention in ("self_attention", "cross_attention"):
+            model["memory_attention"]["layer"][attention]["feat_sizes"] = [side, side]
+    except KeyError as error:
+        raise ValueError(f"{where} is incomplete: it has no {error}") from error
+    except TypeError as error:
+        raise ValueError(f"{where} is not one of SAM2: {error}") from error
+    return model
+
+
+def _check_tree(node: Any, path: str, where: str) -> None:
+    """Refuse what is more than values and official classes (`ValueError`)."""
+    if isinstance(node, list):
+        for number, item in enumerate(node):
+            _check_tree(item, f"{path}[{number}]", where)
+    elif isinstance(node, str) and "${" in node:
+        raise ValueError(
+            f"{where}: {path} is {node!r}; references are not followed, write the value itself"
+        )
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            if not isinstance(key, str) or (key.startswith("_") and key != _TARGET):
+                raise ValueError(f"{where}: {path} has the key {key!r}, which is not read")
+            if key == _TARGET and (not isinstance(value, str) or value not in _CLASSES):
+                raise ValueError(
+                    f"{where}: {path} builds {value}; only the classes of sam2's inference "
+                    f"configurations are built ({', '.join(_CLASSES)})"
+                )
+            if key == "weights_path" and value is not None:
+                raise ValueError(
+                    f"{where}: {path}.weights_path loads a file; give it null, and name the "
+                    "weights of the whole model as extract.teacher.checkpoint"
+                )
+            _check_tree(value, f"{path}.{key}", where)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sam2Facts:
+    """What is known of a SAM2 before it is loaded."""
+
+    config: dict[str, Any]
+    """The resolved configuration: everything that shapes the arithmetic apart from the weights."""
+    config_name: str
+    """The official configuration's name, or the YAML file's path."""
+    hidden_dim: int
+    """Channels of `memory_attention`."""
+    mem_dim: int
+    """Channels of `memory_encoder`."""
+
+
+def check_sam2(
+    config: str | Path | None, checkpoint: Path, *, image_size: int | None = None
+) -> Sam2Facts:
+    """Find out whether a configuration and a checkpoint fit each other; loads neither.
+
+    Args:
+        config: Name of an official configuration, a YAML file, or None for the official one that
+            fits the checkpoint.
+        checkpoint: An official checkpoint, {"model": state dict}.
+        image_size: Side in pixels of the square SAM2 sees; None keeps the configuration's.
+
+    Raises:
+        ValueError: As `build_sam2`.
+    """
+    name, model, _ = _checked(config, checkpoint, image_size)
+    return Sam2Facts(
+        config=load_sam2_config(name, image_size=image_size),
+        config_name=name,
+        hidden_dim=model.hidden_dim,
+        mem_dim=model.mem_dim,
+    )
+
+
+def build_sam2(
+    config: str | Path | None,
+    checkpoint: Path | None,
+    *,
+    image_size: int | None = None,
+    device: str | torch.device = "cpu",
+) -> SAM2Base:
+    """Build SAM2 and load its weights.
+
+    The result equals `sam2.build_sam.build_sam2_video_predictor` with `fill_hole_area=0`.
+
+    Args:
+        config: Name of an official configuration such as sam2.1_hiera_l, a YAML file, or None for
+            the official one that fits the checkpoint.
+        checkpoint: An official checkpoint, {"model": state dict}; None leaves random weights.
+        image_size: Side in pixels of the square SAM2 sees, a multiple of 32; None keeps the
+            configuration's.
+        device: Where the model goes; meta builds it without values, for its shapes.
+
+    Returns:
+        The model in evaluation mode, without gradients.
+
+    Raises:
+        ValueError: The configuration is unknown, or the checkpoint is unreadable or made for
+            another configuration; the message names the one it fits.
+    """
+    if checkpoint is None:
+        if config is None:
+            raise ValueError("neither a SAM2 configuration nor a checkpoint is given")
+        with init_empty_weights() if torch.device(device).type == "meta" else nullcontext():
+            model = _instantiate(config, image_size)
+    else:
+        _, model, weights = _checked(config, checkpoint, image_size)
+        expected = model.state_dict()
+        # Copied, so that the model does not depend on the file; straight to the device, so that
+        # the host never holds the whole of it.
+        copies = {
+            key: value.to(device, expected[key].dtype, copy=True) for key, value in weights.items()
+        }
+        model.load_state_dict(copies, assign=True)
+    return model.requires_grad_(False).eval().to(device)
+
+
+def _checked(
+    config: str | Path | None, checkpoint: Path, image_size: int | None
+) -> tuple[str, SAM2Base, dict[str, torch.Tensor]]:
+    """The configuration's name, the model without values, and the weights that fit it."""
+    weights = read_checkpoint(checkpoint)
+    if config is None:
+        config = _fitting_config(weights)
+        if config is None:
+            raise ValueError(
+                f"the checkpoint {checkpoint} fits none of the official SAM2 configurations: set "
+                "extract.teacher.config to the YAML file it was trained with"
+            )
+    with init_empty_weights():
+        model = _instantiate(config, image_size)
+    different = differences(model.state_dict(), weights)
+    if different:
+        fitting = _fitting_config(weights)
+        advice = (
+            f"it fits {fitting}: set extract.teacher.config={fitting}"
+            if fitting is not None and fitting != str(config)
+            else "it fits none of the official configurations: give the YAML file it was trained "
+            "with"
+        )
+        raise ValueError(
+            f"the checkpoint {checkpoint} does not fit the SAM2 configuration {config} "
+            f"({len(different)} tensors differ; {different[0]}); {advice}"
+        )
+    return str(config), model, weights
+
+
+def _fitting_config(weights: Mapping[str, torch.Tensor]) -> str | None:
+    return fitting_config(weights, {name: load_sam2_config(name) for name in official_configs()})
+
+
+def _instantiate(config: str | Path, image_size: int | None) -> SAM2Base:
+    tree = load_sam2_config(config, image_size=image_size)
+    try:
+        model = _built(tree)
+    except Exception as error:  # whatever the classes say of arguments that are not theirs
+        raise ValueError(f"the SAM2 configuration {config} cannot be built: {error}") from error
+    if not isinstance(model, SAM2Base):
+        raise ValueError(
+            f"the SAM2 configuration {config} builds a {type(model).__name__}; "
+            "its model._target_ must be sam2.modeling.sam2_base.SAM2Base"
+        )
+    return model
+
+
+def _built(node: Any) -> Any:
+    """`node` with every mapping that names a class replaced by an object of it, innermost first."""
+    if isinstance(node, list):
+        return [_built(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    values = {key: _built(value) for key, value in node.items() if key != _TARGET}
+    if _TARGET not in node:
+        return values
+    try:
+        return _CLASSES[node[_TARGET]](**values)
+    except TypeError as error:
+        raise TypeError(f"{node[_TARGET]}: {error}") from error
+
+
+def _config_file(config: str | Path) -> Path:
+    official = official_configs()
+    if str(config) in official:
+        return official[str(config)]
+    file = Path(config).expanduser()
+    if file.is_file():
+        return file
+    raise ValueError(
+        f"{config!s} is neither an official SAM2 configuration ({', '.join(official)}) "
+        "nor a YAML file; sam2.1_hiera_l goes with sam2.1_hiera_large.pt"
+    )

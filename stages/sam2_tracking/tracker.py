@@ -1,0 +1,297 @@
+"""Tracks subjects with SAM2, in any direction, from one encoding of each clip's frames.
+
+The subject extraction and the prompt sources drive it. It calls the single-frame step of the model
+that `sam2_tracker.build_sam2` makes, so that memory features come out and every frame passes the
+image encoder once; equal to sam2's SAM2VideoPredictor on the same weights.
+"""
+
+# Legend: T frame, S side of SAM2's square input, N prompt or point, C channel, H W grid.
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from stages.config import FeatureKind, Precision
+from stages.precision import DTYPES
+from stages.sam2_tracking.encoder import (
+    EncodedFrames,
+    KeepEncoded,
+    compile_image_encoder,
+    encode_frames,
+    gather_levels,
+    open_store,
+)
+from stages.sam2_tracking.inputs import Sam2Prompt
+from stages.sam2_tracking.memory import MemoryBank
+from stages.sam2_tracking.step import (
+    FrameStep,
+    MaskProposals,
+    attend,
+    enlarge_mask,
+    prompted_masks,
+    propose_masks,
+    visit,
+)
+
+ALL_FEATURES: tuple[FeatureKind, ...] = get_args(FeatureKind)
+"""Every kind of feature that a track can give."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackRequest:
+    """One stream: a subject of a clip, followed over its frames in some order."""
+
+    encoded: EncodedFrames
+    prompt: Sam2Prompt
+    """The subject on the first frame of `order`."""
+    order: Sequence[int]
+    """The frames in the order they are visited, at least two. Backward tracking is forward
+    tracking over the reversed order: sam2's own reverse mode changes the temporal encodings."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackedFrame:
+    """One visited frame of one stream. All tensors are on the tracker's device, in float32."""
+
+    index: int
+    """Position in the clip, whichever direction it was visited in."""
+    features: dict[FeatureKind, torch.Tensor]
+    """[C, S/16, S/16] each: the frame after memory attention; and the memory stored of it."""
+    mask_logits_HW: torch.Tensor
+    """[S/4, S/4]; positive on the subject; -1024 everywhere when it is not visible."""
+    object_score: torch.Tensor
+    """Logit of the subject being visible, a scalar."""
+
+    @property
+    def visible(self) -> torch.Tensor:
+        """Whether the score is positive and the mask is not empty: a bool scalar on the device."""
+        return (self.object_score > 0) & (self.mask_logits_HW > 0).any()
+
+
+class EmptyMaskError(ValueError):
+    """A tracked mask that is empty at SAM2's size."""
+
+
+class TwoWayTracker:
+    """SAM2 driven frame by frame.
+
+    Args:
+        model: What `sam2_tracker.build_sam2` returns, on its device.
+        precision: Arithmetic (autocast) and format in which encoded frames are kept.
+        frames_per_batch: Frames per pass of the image encoder. Above 1 the results differ from the
+            stock predictor's by rounding.
+        keep_encoded: Where encoded frames wait for their tracks; changes no value.
+        compile: Compile the model's image encoder in place when it is first used; values then
+            differ by rounding.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        precision: Precision,
+        frames_per_batch: int = 1,
+        keep_encoded: KeepEncoded = "device",
+        compile: bool = False,
+    ) -> None:
+        if model.num_maskmem < 1:
+            raise ValueError("the SAM2 configuration has num_maskmem 0, so there are no memories")
+        # It would keep the masks of one batch apart, as if they were one video's objects. The
+        # stock predictor runs every object by itself, so that it has no effect there either.
+        model.non_overlap_masks_for_mem_enc = False
+        if compile:
+            compile_image_encoder(model)
+        self.model = model
+        self.precision: Precision = precision
+        self.frames_per_batch = frames_per_batch
+        self.keep_encoded: KeepEncoded = keep_encoded
+        # SAM2VideoPredictor keeps memories in bfloat16, even in fp32; fp16 autocast refuses that.
+        self.memory_dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.model.device.type, DTYPES[self.precision])
+
+    @torch.inference_mode()
+    def encode(self, frames_TSS3: np.ndarray) -> EncodedFrames:
+        """Run the image encoder over every frame once.
+
+        Args:
+            frames_TSS3: uint8 frames, at least one, as `sam2_inputs.resize_for_sam2` makes them.
+
+        Returns:
+            The frames where `keep_encoded` says; to be closed when its tracks are done.
+
+        Raises:
+            ValueError: There is no frame, or torch.compile fails.
+        """
+        return encode_frames(
+            self.model,
+            frames_TSS3,
+            open_store(self.keep_encoded, self.model.device, DTYPES[self.precision]),
+            frames_per_batch=self.frames_per_batch,
+            arithmetic=self._arithmetic,
+        )
+
+    def track(
+        self,
+        requests: Sequence[TrackRequest],
+        *,
+        features: Sequence[FeatureKind] = ALL_FEATURES,
+    ) -> Iterator[tuple[TrackedFrame, ...]]:
+        """Follow every stream from its prompt, side by side, each with a fresh state.
+
+        Streams do not influence each other: several differ from one at a time by rounding only.
+
+        Args:
+            requests: The streams, whose orders are equally long; of one clip or of several.
+            features: Which features to give of every frame; those left out are not computed where
+                they can be spared.
+
+        Yields:
+            At each step the frame that each stream visits, in the order of `requests`.
+
+        Raises:
+            ValueError: No request; an order has fewer than two frames (SAM2's temporal encoding is
+                undefined), another length than the first, or frames that the clip does not have.
+        """
+        _check_orders(requests)
+        return self._steps(requests, features)
+
+    @torch.inference_mode()
+    def _steps(
+        self, requests: Sequence[TrackRequest], features: Sequence[FeatureKind]
+    ) -> Iterator[tuple[TrackedFrame, ...]]:
+        bank = MemoryBank.of(self.model)
+        for step in range(len(requests[0].order)):
+            with self._arithmetic():
+                frames = self._step(requests, step, bank, features)
+            yield frames
+
+    def _step(
+        self,
+        requests: Sequence[TrackRequest],
+        step: int,
+        bank: MemoryBank,
+        features: Sequence[FeatureKind],
+    ) -> tuple[TrackedFrame, ...]:
+        """Visit the streams' `step`-th frames, and store their memories."""
+        clip = requests[0].encoded
+        frames = FrameStep(
+            levels_NBC=gather_levels(
+                [(request.encoded, request.order[step]) for request in requests]
+            ),
+            positions_NBC=clip.positions_NBC.expand(-1, len(requests), -1),
+            sizes=clip.sizes,
+            step=step,
+            num_steps=len(requests[0].order),
+        )
+        prompts = [request.prompt for request in requests]
+        outputs = visit(self.model, frames, bank, prompts, self.memory_dtype)
+        wanted: dict[FeatureKind, torch.Tensor] = {}
+        if "memory_attention" in features:
+            attended_BCHW = outputs.attended_BCHW
+            wanted["memory_attention"] = (
+                attend(self.model, frames, bank) if attended_BCHW is None else attended_BCHW
+            )
+        if "memory_encoder" in features:
+            wanted["memory_encoder"] = outputs.memory_BCHW
+        return tuple(
+            TrackedFrame(
+                index=request.order[step],
+                features={kind: values_BCHW[b].float() for kind, values_BCHW in wanted.items()},
+                mask_logits_HW=outputs.logits_B1HW[b, 0].float(),
+                object_score=outputs.score_B1[b, 0].float(),
+            )
+            for b, request in enumerate(requests)
+        )
+
+    @torch.inference_mode()
+    def masks_on_frame(
+        self, encoded: EncodedFrames, index: int, prompts: Sequence[Sam2Prompt]
+    ) -> torch.Tensor:
+        """What the tracker takes prompts for on a frame: the first step of a track, nothing stored.
+
+        Args:
+            encoded: The clip's frames.
+            index: The frame that the prompts are on.
+            prompts: At least one; each by itself.
+
+        Returns:
+            Mask logits [N, S/4, S/4], float32, in the order of `prompts`.
+        """
+        frames = FrameStep(
+            levels_NBC=encoded.levels_at([index]),
+            positions_NBC=encoded.positions_NBC,
+            sizes=encoded.sizes,
+            step=0,
+            num_steps=1,
+        )
+        with self._arithmetic():
+            masks_1HW = [prompted_masks(self.model, frames, prompt)[0][0] for prompt in prompts]
+        return torch.cat(masks_1HW).float()
+
+    @torch.inference_mode()
+    def propose_masks(
+        self,
+        encoded: EncodedFrames,
+        index: int,
+        points_N2: torch.Tensor,
+        *,
+        points_per_batch: int = 64,
+    ) -> MaskProposals:
+        """Decode three masks for every point, each point a prompt by itself.
+
+        Args:
+            encoded: The clip's frames.
+            index: The frame that the points are on.
+            points_N2: x, y in pixels of SAM2's square, at least one point.
+            points_per_batch: Points decoded at once; bounds the memory this takes.
+        """
+        with self._arithmetic():
+            return propose_masks(
+                self.model,
+                encoded.levels_at([index]),
+                encoded.sizes,
+                points_N2,
+                points_per_batch=points_per_batch,
+            )
+
+    @torch.inference_mode()
+    def prompt_from_logits(self, mask_logits_HW: torch.Tensor) -> Sam2Prompt:
+        """Make a prompt of a tracked mask, such as the backward track's of the forward track's.
+
+        Args:
+            mask_logits_HW: [S/4, S/4].
+
+        Raises:
+            EmptyMaskError: No pixel is left of the mask.
+        """
+        mask_11SS = (enlarge_mask(self.model, mask_logits_HW[None, None]) > 0).float()
+        if not mask_11SS.any():
+            raise EmptyMaskError("the mask is empty, so that it cannot be a prompt")
+        return Sam2Prompt(mask_11SS=mask_11SS)
+
+
+def _check_orders(requests: Sequence[TrackRequest]) -> None:
+    if not requests:
+        raise ValueError("there is nothing to track: no request")
+    for request in requests:
+        length, num_frames = len(request.order), request.encoded.num_frames
+        if length < 2:
+            raise ValueError(f"tracking needs at least 2 frames, got {length}")
+        if length != len(requests[0].order):
+            raise ValueError(
+                f"orders of {len(requests[0].order)} and {length} frames cannot be tracked side by "
+                "side; track those of equal length together"
+            )
+        if not all(0 <= index < num_frames for index in request.order):
+            raise ValueError(
+                f"an order visits frames {min(request.order)} to {max(request.order)} of a clip of "
+                f"{num_frames} frames"
+            )

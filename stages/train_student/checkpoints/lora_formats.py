@@ -1,0 +1,120 @@
+"""Key forms of exported adapters, by the program that reads them.
+
+    diffusers  transformer.transformer_blocks.0.attn1.to_q.lora_B.weight
+    comfyui    diffusion_model.blocks.0.q.lora_B.weight
+    kohya      lora_unet__transformer_blocks_0_attn1_to_q.lora_up.weight, and ….alpha
+
+In all of them alpha is the rank: lora_B already holds the scale, so that a reader which passes over
+alpha, or knows no rank-stabilized scale, applies the adapters at the strength they were trained at.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from diffusers import CogVideoXPipeline
+from peft import LoraConfig
+from torch import Tensor
+
+from stages.files.safetensors import save_tensors, usual_modes
+from stages.sample_videos.runs import LORA_FILES, LoraFormat
+
+_COMFYUI = (
+    (r"^transformer_blocks\.", "blocks."),
+    (r"\.attn1\.to_([qkv])$", r".\1"),
+    (r"\.attn1\.to_out\.0$", ".attn_out"),
+    (r"\.ff\.net\.0\.proj$", ".ff_proj"),
+    (r"\.ff\.net\.2$", ".ff_out"),
+    (r"^(time|ofs)_embedding\.", r"\1_embedding_"),
+)
+"""Modules of diffusers' CogVideoXTransformer3DModel by their names in ComfyUI's own
+(comfy/ldm/cogvideo/model.py); the others are named alike."""
+
+_SIDES = {"A": "lora_down", "B": "lora_up"}
+"""kohya's names of the two factors."""
+
+
+def strength(settings: LoraConfig) -> float:
+    """What peft multiplies lora_B @ lora_A by."""
+    rank = math.sqrt(settings.r) if settings.use_rslora else settings.r
+    return float(settings.lora_alpha / rank)
+
+
+def check_format(form: LoraFormat, *, dora: bool) -> None:
+    """Refuse a form that cannot hold the adapters (`ValueError`)."""
+    if dora and form != "diffusers":
+        raise ValueError(
+            f"the run trains DoRA (train.lora.dora), whose magnitudes are exported for diffusers "
+            f"alone; leave out --format {form}"
+        )
+
+
+def write_adapters(
+    layers: Mapping[str, Tensor], settings: LoraConfig, folder: Path, form: LoraFormat
+) -> None:
+    """Write adapters in a key form, their strength folded into lora_B.
+
+    Args:
+        layers: by peft's names within the transformer, such as `….to_q.lora_A.weight`.
+        settings: as they were trained; no ranks or alphas of single modules.
+        folder: where the file of `LORA_FILES` goes.
+        form: the key form.
+
+    Raises:
+        ValueError: DoRA's magnitudes in a form other than diffusers'.
+    """
+    assert form in get_args(LoraFormat)
+    assert not settings.rank_pattern and not settings.alpha_pattern
+    check_format(form, dora=settings.use_dora)
+    scale = strength(settings)
+    folded = {
+        name: (value.float() * scale).to(value.dtype) if ".lora_B." in name else value
+        for name, value in layers.items()
+    }
+    if form == "diffusers":
+        with usual_modes(folder):
+            CogVideoXPipeline.save_lora_weights(
+                str(folder),
+                transformer_lora_layers=folded,
+                transformer_lora_adapter_metadata=_metadata(settings),
+            )
+        return
+    renamed = _comfyui(folded) if form == "comfyui" else _kohya(folded, settings.r)
+    save_tensors(renamed, folder / LORA_FILES[form], {"format": "pt"})
+
+
+def _metadata(settings: LoraConfig) -> dict[str, Any]:
+    """The settings that every peft knows: an older one refuses a file that names others."""
+    about: dict[str, Any] = {
+        "r": settings.r,
+        "lora_alpha": settings.r,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        # A set's order differs from process to process; equal weights should make equal files.
+        "target_modules": sorted(settings.target_modules),
+    }
+    # Without it, a loader that goes by the metadata leaves the magnitudes out.
+    return about | ({"use_dora": True} if settings.use_dora else {})
+
+
+def _comfyui(layers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    renamed = {}
+    for name, value in layers.items():
+        module, factor = name.split(".lora_")
+        for pattern, replacement in _COMFYUI:
+            module = re.sub(pattern, replacement, module)
+        renamed[f"diffusion_model.{module}.lora_{factor}"] = value
+    return renamed
+
+
+def _kohya(layers: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    renamed = {}
+    for name, value in layers.items():
+        module, factor = name.split(".lora_")
+        layer = f"lora_unet__{module.replace('.', '_')}"
+        renamed[f"{layer}.{_SIDES[factor[0]]}.weight"] = value
+        renamed[f"{layer}.alpha"] = torch.tensor(float(rank))
+    return renamed

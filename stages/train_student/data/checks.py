@@ -1,0 +1,209 @@
+"""Whether stores belong to this model, this training size, and each other; `train` asks first.
+
+Everything here happens before a weight is loaded.
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from cache_schema import StoreReader
+from stages.clips.config import ClipsConfig
+from stages.cogvideox.configs import VAE_SPATIAL_COMPRESSION, BaseFacts
+from stages.local_gram_flow import radius_of_window
+from stages.teacher_store.settings import native_parts
+from stages.train_student.data.stores import JoinedStores, array_shape
+
+_FRAMES = "frames, height, width"
+_PAIRS = "pairs, rows, columns, neighbours"
+
+
+def check_stores(
+    stores: JoinedStores, facts: BaseFacts, clips: ClipsConfig, *, radius: int
+) -> None:
+    """Refuse stores that do not belong to this model, this training size, or each other.
+
+    Args:
+        radius: of the objective's window, which a stored Gram flow must hold.
+
+    Raises:
+        ValueError: naming the store, what it holds and what is needed.
+    """
+    height = clips.height // VAE_SPATIAL_COMPRESSION
+    width = clips.width // VAE_SPATIAL_COMPRESSION
+    frames, channels = clips.num_latent_frames, facts.latent_channels
+    axes = "latent frames, channels, height, width"
+    wanted = (frames, channels, height, width)
+    for name in ("mean", "std"):
+        _same(stores.latents, name, wanted, axes, "data.num_frames, data.height, data.width")
+    if facts.image_to_video:
+        _check_first_frames(stores.latents, wanted[1:])
+    text = (facts.transformer["max_text_seq_length"], facts.transformer["text_embed_dim"])
+    _same(stores.text, "embeds", text, "text length, text width", "the transformer")
+    _check_learned_positions(facts, clips, height, width)
+    _check_scaling(stores.latents, facts)
+    if stores.teacher is not None:
+        grid = facts.token_grid(frames, height, width)[1:]
+        if stores.teacher_form == "features":
+            _check_features(stores.teacher, grid, clips)
+        else:
+            _check_gram_flow(stores.teacher, grid, clips, radius)
+        _check_one_origin(stores.teacher, stores.latents)
+    if stores.masks is not None:
+        _check_masks(stores.masks, clips)
+        _check_one_origin(stores.masks, stores.latents)
+
+
+def _same(reader: StoreReader, name: str, wanted: tuple[int, ...], axes: str, because: str) -> None:
+    found = array_shape(reader, name)
+    if found != wanted:
+        raise ValueError(
+            f"{reader.path} holds {name} of {found} ({axes}); {because} need {wanted}; choose "
+            f"another store with train.stores.{reader.settings.kind}, or extract again"
+        )
+
+
+def _check_first_frames(latents: StoreReader, wanted: tuple[int, ...]) -> None:
+    draws = array_shape(latents, "image_mean")[0]
+    noise = latents.settings.values.get("image_noise")
+    if not isinstance(noise, dict) or noise.get("draws") != draws:
+        raise ValueError(
+            f"{latents.path} does not say how many draws of noise it holds of each first frame "
+            "(image_noise.draws); extract latents again, or choose another store with "
+            "train.stores.latents"
+        )
+    axes = "draws, channels, height, width"
+    for name in ("image_mean", "image_std"):
+        _same(latents, name, (draws, *wanted), axes, "the image-to-video model")
+
+
+def _check_features(teacher: StoreReader, grid: tuple[int, int], clips: ClipsConfig) -> None:
+    maps, rows, columns, _ = array_shape(teacher, "features")
+    dtype = teacher.settings.arrays["features"].dtype
+    if dtype not in ("float16", "int8"):
+        raise ValueError(f"{teacher.path} holds features of {dtype}, not of float16 or int8")
+    _check_companions(teacher, "features", ["scale"] if dtype == "int8" else [])
+    _same(teacher, "valid", (maps,), "maps", "its features")
+    try:
+        native = native_parts(teacher.settings) is not None
+    except ValueError as error:
+        raise ValueError(f"{teacher.path}: {error}") from error
+    if not native:
+        _check_grid(teacher, (rows, columns), grid)
+    _check_maps(teacher, maps, clips)
+
+
+def _check_gram_flow(
+    teacher: StoreReader, grid: tuple[int, int], clips: ClipsConfig, radius: int
+) -> None:
+    pairs, rows, columns, neighbours = array_shape(teacher, "gram_flow")
+    dtype = teacher.settings.arrays["gram_flow"].dtype
+    if dtype not in ("float16", "uint8"):
+        raise ValueError(f"{teacher.path} holds a Gram flow of {dtype}, not of float16 or uint8")
+    stored = radius_of_window(neighbours)
+    _check_companions(teacher, "gram_flow", ["low", "step"] if dtype == "uint8" else [])
+    if teacher.settings.values.get("pairs") == "crossed":
+        _same(teacher, "gram_flow_back", array_shape(teacher, "gram_flow"), _PAIRS, "its gram_flow")
+        _check_companions(
+            teacher, "gram_flow_back", ["low_back", "step_back"] if dtype == "uint8" else []
+        )
+    _same(teacher, "valid", (pairs + 1,), "maps", "its gram_flow")
+    _check_grid(teacher, (rows, columns), grid)
+    _check_maps(teacher, pairs + 1, clips)
+    if stored < radius:
+        raise ValueError(
+            f"{teacher.path} holds windows of radius {stored}; train.lgf.radius={radius} "
+            f"needs {radius} or more: train with train.lgf.radius={stored}, or make a store "
+            f"with extract.gram_flow.radius={radius}, by sam2vx-pipeline cache derive gram-flow or "
+            "by extract-features"
+        )
+
+
+def _check_masks(masks: StoreReader, clips: ClipsConfig) -> None:
+    for name in ("forward", "backward"):
+        if name == "forward" or name in masks.settings.arrays:
+            shape = array_shape(masks, name)
+            _same(masks, name, (clips.num_frames, *shape[1:]), _FRAMES, "data.num_frames")
+    _same(masks, "valid", (clips.num_frames,), "frames", "its masks")
+
+
+def _check_companions(teacher: StoreReader, name: str, companions: Sequence[str]) -> None:
+    """What bytes cannot be read without: numbers for each token."""
+    for companion in companions:
+        tokens = array_shape(teacher, name)[:3]
+        _same(teacher, companion, tokens, "maps, rows, columns", f"its {name}")
+
+
+def _check_grid(teacher: StoreReader, found: tuple[int, int], grid: tuple[int, int]) -> None:
+    if found != grid:
+        raise ValueError(
+            f"{teacher.path} is on a grid of {found} tokens; data.height and data.width make "
+            f"{grid}; choose another store with train.stores.{teacher.settings.kind}, or extract "
+            "again"
+        )
+
+
+def _check_maps(teacher: StoreReader, maps: int, clips: ClipsConfig) -> None:
+    if maps not in (clips.num_frames, clips.num_latent_frames):
+        raise ValueError(
+            f"{teacher.path} holds {maps} maps per clip; clips of {clips.num_frames} frames have "
+            f"{clips.num_frames} or {clips.num_latent_frames}; choose another store with "
+            f"train.stores.{teacher.settings.kind}, or extract again"
+        )
+
+
+def _check_learned_positions(facts: BaseFacts, clips: ClipsConfig, height: int, width: int) -> None:
+    config = facts.transformer
+    if not config["use_learned_positional_embeddings"]:
+        return
+    # diffusers refuses another height or width, and gives another length positions of its own.
+    frames, *trained = (config[f"sample_{name}"] for name in ("frames", "height", "width"))
+    if (frames, *trained) != (clips.num_frames, height, width):
+        area = "x".join(str(side * VAE_SPATIAL_COMPRESSION) for side in trained)
+        raise ValueError(
+            f"the base model has learned positions and runs at one size alone, {frames}x{area} "
+            f"(frames x height x width), not at {clips.size_name}; set data.num_frames, "
+            "data.height and data.width to it, and data.buckets to []"
+        )
+
+
+def _check_scaling(latents: StoreReader, facts: BaseFacts) -> None:
+    """The latents' VAE and the base model's must agree on what training multiplies by."""
+    found = latents.settings.values.get("base")
+    if not isinstance(found, dict):
+        return
+    for name in ("scaling_factor", "invert_scale_latents"):
+        if name in found and found[name] != facts.vae[name]:
+            raise ValueError(
+                f"{latents.path} was made with a VAE whose {name} is {found[name]}; the base "
+                f"model's is {facts.vae[name]}; extract the latents with this model"
+            )
+
+
+def _check_one_origin(other: StoreReader, latents: StoreReader) -> None:
+    """Stores that say how their clips were cut must say the same."""
+    cuts: list[Any] = [reader.settings.values.get("clips") for reader in (other, latents)]
+    if None in cuts:
+        return
+    any_size = other.settings.values.get("grid_source") == "native" or "forward" in (
+        other.settings.arrays
+    )
+    if _cut(cuts[0], any_size) != _cut(cuts[1], any_size):
+        raise ValueError(
+            f"the clips of {other.path} were cut as {cuts[0]}, those of {latents.path} as "
+            f"{cuts[1]}; training needs both from the same frames: choose stores with "
+            "train.stores, or extract again"
+        )
+
+
+def _cut(origin: dict[str, Any], any_size: bool) -> dict[str, Any]:
+    """How clips were cut; with `any_size`, the shape of the frame stands for its size.
+
+    SAM2 sees every frame at its own size, and masks are resampled: of one shape, they show the same
+    picture. Which clips there are, `buckets` decides; not how they were cut.
+    """
+    origin = {name: value for name, value in origin.items() if name != "buckets"}
+    if not any_size or not {"height", "width"} <= origin.keys():
+        return origin
+    shape = Fraction(origin["height"], origin["width"])
+    return {k: v for k, v in origin.items() if k not in ("height", "width")} | {"shape": shape}

@@ -1,0 +1,136 @@
+"""How long a step takes, what of it is waiting, and what it uses; the training loop asks."""
+
+import resource
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from stages.clips.config import ClipsConfig
+from stages.cogvideox.configs import BaseFacts
+from stages.compute_cost.gpus import gpu_here
+from stages.progress import Progress
+from stages.train_student.config import TrainConfig
+from stages.train_student.data.dataset import Batch
+from stages.train_student.data.stores import JoinedStores
+from stages.train_student.logging.rows import PerformanceRow
+from stages.train_student.parallel.process_group import World
+from stages.train_student.step_costs import step_cost
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceRate:
+    """What batches cost, and how much of that the device can do in a second."""
+
+    flops_per_clip: Mapping[tuple[int, int, int], float]
+    """Of a forward and backward pass, without what is run again; by latent frames (with padding),
+    height and width."""
+    peak_flops: float
+    """Operations per second by the device's data sheet."""
+
+    def model_flops(self, batch: Batch) -> float | None:
+        """Operations of a batch; None for a size that was not reckoned."""
+        clips, frames, _, height, width = batch.clean_BFCHW.shape
+        per_clip = self.flops_per_clip.get((frames, height, width))
+        return None if per_clip is None else clips * per_clip
+
+
+class StepClock:
+    """Times one step."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._waited = 0.0
+        self._flops: float | None = 0.0
+
+    def next(self, batches: Iterator[T]) -> T:
+        """The next batch; waiting for it is counted apart."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - start
+        return batch
+
+    def add_flops(self, flops: float | None) -> None:
+        """Count the operations of a forward and backward pass on this rank."""
+        self._flops = None if self._flops is None or flops is None else self._flops + flops
+
+    def row(
+        self, step: int, *, clips: int, world: World, peak_flops: float | None, stop: bool
+    ) -> tuple[PerformanceRow, bool]:
+        """End the step; every rank asks.
+
+        Args:
+            clips: of the whole batch.
+            peak_flops: operations per second that this rank's device can do; None if not known.
+            stop: whether this process was asked to stop.
+
+        Returns:
+            The row, and whether any process was asked to stop.
+        """
+        mine = [self._waited, float(peak_memory_bytes()), float(stop)]
+        # All ranks wait here for the slowest, so the seconds are the same on all.
+        wait, memory, any_stop = _maximum(mine, world)
+        seconds = time.perf_counter() - self._start
+        share = None
+        if peak_flops is not None and self._flops is not None:
+            share = self._flops / seconds / peak_flops
+        row = PerformanceRow(
+            step=step,
+            seconds=seconds,
+            wait_seconds=min(wait, seconds),
+            clips_per_second=clips / seconds,
+            peak_memory_bytes=int(memory),
+            share_of_peak=share,
+        )
+        return row, bool(any_stop)
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has used: of the GPU if there is one, otherwise of the host."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _maximum(values: list[float], world: World) -> list[float]:
+    if world.size == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=world.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def device_rate(
+    config: TrainConfig,
+    facts: BaseFacts,
+    stores: Iterable[tuple[ClipsConfig, JoinedStores]],
+    progress: Progress,
+) -> DeviceRate | None:
+    """Reckon what clips of each size cost; None where this device's peak rate is not known.
+
+    What goes wrong here is told and does not stop a training.
+    """
+    gpu = gpu_here()
+    if gpu is None:
+        return None
+    flops = {}
+    try:
+        for size, joined in stores:
+            frames = size.num_latent_frames + facts.padding(size.num_latent_frames)
+            flops[frames, *size.latent_size] = step_cost(
+                config,
+                facts,
+                size,
+                teacher=None if joined.teacher is None else joined.teacher.settings,
+                masks=None if joined.masks is None else joined.masks.settings,
+            ).model_flops_per_clip
+    except Exception as error:
+        progress.log(f"the share of {gpu.name}'s peak rate is not told: {error}")
+        return None
+    peak = gpu.bf16_flops if config.deepspeed.precision == "bf16" else gpu.fp32_flops
+    return DeviceRate(flops_per_clip=flops, peak_flops=peak)

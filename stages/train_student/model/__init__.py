@@ -1,0 +1,1 @@
+"""The student, its adapters and heads, and the teacher's arrays beside it."""

@@ -1,0 +1,1 @@
+"""Process group, DeepSpeed engine, optimisers and weight averages."""

@@ -1,0 +1,249 @@
+"""A running average of the trained weights, kept in float32, in shares.
+
+Each rank averages only the part of the weights that it updates itself: with ZeRO 1 to 3 its own
+shard of DeepSpeed's float32 weights, so that nothing is gathered; without ZeRO some of the
+parameters. `train` owns one where `train.ema.decay` is set; checkpoints hold it as
+
+    checkpoint-500/weight_average_rank_00000.safetensors    one file per rank
+
+of flat pieces `<parameter>@<first element>`, which any number of ranks can read; `export` does.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from cache_schema.checksummed_json import parse_json
+from stages.files.safetensors import save_tensors
+from stages.train_student.config import TrainConfig
+from stages.train_student.parallel.process_group import World
+
+_FILE = "weight_average_rank_{:05d}.safetensors"
+_ABOUT = "weight_average"
+
+
+def check_average(config: TrainConfig) -> None:
+    """Refuse an average that would be too slow to keep; before anything is loaded.
+
+    Raises:
+        ValueError: the weights it follows wait on a disk.
+    """
+    if config.ema.decay is not None and config.deepspeed.offload_optimizer == "nvme":
+        raise ValueError(
+            "train.ema.decay needs the float32 weights at every step, and "
+            "train.deepspeed.offload_optimizer=nvme keeps them on a disk; cpu or none would do"
+        )
+
+
+def effective_decay(decay: float, updates: int) -> float:
+    """What stays of the average at the update after `updates` of them.
+
+    Less at first, min(decay, (1 + n) / (10 + n)), so that a short run's average is not mostly the
+    weights it began with.
+    """
+    return min(decay, (1 + updates) / (10 + updates))
+
+
+@dataclass(kw_only=True, slots=True)
+class _Piece:
+    """The part of one parameter that this rank averages: elements start to stop, flat."""
+
+    name: str
+    parameter: nn.Parameter
+    start: int
+    stop: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}@{self.start}"
+
+    def current(self) -> Tensor:
+        """The weights as they are, as float32 where DeepSpeed keeps float32; flat."""
+        parameter: Any = self.parameter
+        if hasattr(parameter, "ds_id"):
+            local = parameter._z3_optimizer.get_local_fp32_param(parameter)
+            return local.detach()[: self.stop - self.start]
+        if getattr(parameter, "_hp_mapping", None) is not None:
+            return parameter._hp_mapping.get_hp_fragment().detach()
+        return parameter.detach().flatten()[self.start : self.stop]
+
+
+class WeightAverage:
+    """The exponential moving average of a student's trained weights; this rank's share of it."""
+
+    def __init__(self, student: nn.Module, decay: float, world: World) -> None:
+        """Begin with the weights as they are.
+
+        Args:
+            student: driven by its DeepSpeed engine already, which says what each rank's share is.
+            decay: what stays of the average at each update, once there have been enough.
+            world: this process among all.
+        """
+        self.decay = decay
+        self.updates = 0
+        self._world = world
+        self._pieces = _share(student, world)
+        self._averages = [piece.current().float().clone() for piece in self._pieces]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights after a step of the optimiser."""
+        weight = 1.0 - effective_decay(self.decay, self.updates)
+        for piece, average in zip(self._pieces, self._averages, strict=True):
+            average.lerp_(piece.current().to(average), weight)
+        self.updates += 1
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's share into `folder`; every rank must call this."""
+        about = {"updates": self.updates, "decay": self.decay, "world_size": self._world.size}
+        tensors = {
+            piece.key: average.cpu()
+            for piece, average in zip(self._pieces, self._averages, strict=True)
+        }
+        metadata = {"format": "pt", _ABOUT: json.dumps(about)}
+        save_tensors(tensors, folder / _FILE.format(self._world.rank), metadata)
+
+    def load(self, folder: Path, world_size_of_checkpoint: int) -> None:
+        """Go on from what as many ranks as that have saved.
+
+        Raises:
+            ValueError: a file is missing, damaged, or of other weights.
+        """
+        with SavedAverage(folder, world_size_of_checkpoint) as saved:
+            for piece, average in zip(self._pieces, self._averages, strict=True):
+                average.copy_(saved.read(piece.name, piece.start, piece.stop))
+            self.updates = saved.updates
+
+
+class SavedAverage:
+    """The average in a checkpoint's folder, whatever number of ranks wrote it; a context."""
+
+    def __init__(self, folder: Path, world_size: int) -> None:
+        """Name the files; they are opened on entering.
+
+        Args:
+            folder: of the checkpoint.
+            world_size: how many ranks wrote it.
+        """
+        self.updates = 0
+        self.decay = 0.0
+        self._folder = folder
+        self._files = [folder / _FILE.format(rank) for rank in range(world_size)]
+        self._stack = ExitStack()
+        self._pieces: dict[str, list[tuple[int, int, Any, str]]] = defaultdict(list)
+
+    def __enter__(self) -> "SavedAverage":
+        """Open the files and learn where each piece lies.
+
+        Raises:
+            ValueError: one is missing or damaged.
+        """
+        for path in self._files:
+            if not path.is_file():
+                raise ValueError(
+                    f"{path} is missing: this checkpoint keeps no average of the weights; use the "
+                    "last weights (--weights last), or another checkpoint"
+                )
+            try:
+                file = self._stack.enter_context(safe_open(path, framework="pt"))
+            except SafetensorError as error:
+                raise ValueError(f"{path} is damaged ({error}); use another checkpoint") from error
+            try:
+                self._learn(file)
+            except (ValueError, TypeError, KeyError, OverflowError) as error:
+                raise ValueError(
+                    f"{path} is no share of an average ({error!r}); use another checkpoint"
+                ) from error
+        return self
+
+    def _learn(self, file: Any) -> None:
+        about = parse_json(file.metadata()[_ABOUT])
+        self.updates, self.decay = int(about["updates"]), float(about["decay"])
+        for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+            named = re.fullmatch(r"(.*)@(\d{1,18})", key)
+            if named is None:
+                raise ValueError(f"{key!r:.80} is no piece of a weight")
+            name, start = named[1], int(named[2])
+            (numel,) = file.get_slice(key).get_shape()
+            self._pieces[name].append((start, start + numel, file, key))
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._pieces
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements start to stop of a parameter, flat, in float32.
+
+        Raises:
+            ValueError: the files do not hold all of them.
+        """
+        values = torch.empty(stop - start)
+        found = 0
+        for first, last, file, key in self._pieces.get(name, ()):
+            low, high = max(first, start), min(last, stop)
+            if low < high:
+                values[low - start : high - start] = file.get_slice(key)[low - first : high - first]
+                found += high - low
+        if found != stop - start:
+            raise ValueError(
+                f"the average in {self._folder} holds {found} of the elements {start} to {stop} of "
+                f"{name}; it belongs to another model, or is damaged: use another checkpoint"
+            )
+        return values
+
+
+def _share(student: nn.Module, world: World) -> list[_Piece]:
+    """This rank's pieces of the trained parameters; all ranks' together are each element once."""
+    trained = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+    if any(hasattr(p, "ds_id") for _, p in trained):
+        return [piece for name, p in trained if (piece := _shard(name, p, world)) is not None]
+    if any(hasattr(p, "_hp_mapping") for _, p in trained):
+        return [piece for name, p in trained if (piece := _fragment(name, p)) is not None]
+    return [
+        _Piece(name=name, parameter=p, start=0, stop=p.numel())
+        for name, p in _dealt_out(trained, world)
+    ]
+
+
+def _shard(name: str, parameter: Any, world: World) -> _Piece | None:
+    """ZeRO 3: every rank has a part of the same size, the last ones padded."""
+    size = parameter.partition_numel()
+    start = min(world.rank * size, parameter.ds_numel)
+    stop = min(start + size, parameter.ds_numel)
+    if start == stop:
+        return None
+    return _Piece(name=name, parameter=parameter, start=start, stop=stop)
+
+
+def _fragment(name: str, parameter: Any) -> _Piece | None:
+    """ZeRO 1 and 2: the rank's part of all weights laid end to end."""
+    if parameter._hp_mapping is None:
+        return None
+    address = parameter._hp_mapping.lp_fragment_address
+    stop = address.start + address.numel
+    return _Piece(name=name, parameter=parameter, start=address.start, stop=stop)
+
+
+def _dealt_out(
+    trained: Iterable[tuple[str, nn.Parameter]], world: World
+) -> list[tuple[str, nn.Parameter]]:
+    """Whole parameters, the largest first, each to the rank that has the least."""
+    loads = [0] * world.size
+    mine = []
+    for name, parameter in sorted(trained, key=lambda item: (-item[1].numel(), item[0])):
+        rank = loads.index(min(loads))
+        loads[rank] += parameter.numel()
+        if rank == world.rank:
+            mine.append((name, parameter))
+    return mine

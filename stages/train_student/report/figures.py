@@ -1,0 +1,158 @@
+"""What a run came to, in a few figures; the page of a run opens with them."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from stages.train_student.report.records import RunRecords, loss_of, objectives, points
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figure:
+    """One number, what it is, and a few words to judge it by."""
+
+    name: str
+    value: str
+    note: str = ""
+
+    @property
+    def told(self) -> str:
+        """Value and note, on one line."""
+        return f"{self.value} ({self.note})" if self.note else self.value
+
+
+def by_name(found: Iterable[Figure]) -> dict[str, dict[str, str]]:
+    """As JSON: value and note of each."""
+    return {one.name: {"value": one.value, "note": one.note} for one in found}
+
+
+def figures(run: RunRecords) -> list[Figure]:
+    """Those that the run's files can tell."""
+    wanted = run.steps_wanted
+    found = [
+        Figure(
+            name="steps",
+            value=f"{run.steps_done:,}",
+            note="finished" if run.finished else f"of {wanted:,}" if wanted else "going on",
+        ),
+        *loss_figures(run),
+        *speed_figures(run),
+        *_memory(run),
+    ]
+    if run.skipped or run.damaged:
+        found.append(
+            Figure(
+                name="mishaps",
+                value=str(len(run.skipped) + len(run.damaged)),
+                note=f"steps skipped: {len(run.skipped)}, damaged or gone clips met: "
+                f"{len(run.damaged)}",
+            )
+        )
+    return found
+
+
+def loss_figures(run: RunRecords) -> list[Figure]:
+    """Training losses as means over several steps, then every loss on the held-out clips.
+
+    A single step's loss says little: it is of few clips, each at one noise drawn at random.
+    """
+    found = []
+    _, loss = run.losses.points("loss")
+    if len(loss):
+        few = max(len(loss) // 20, 1)
+        found.append(
+            Figure(
+                name="training loss",
+                value=_number(_mean(loss[-few:])),
+                note=f"mean of the last {_steps(few)}; {_number(_mean(loss[:few]))} in the first"
+                if len(loss) > 1
+                else "one step",
+            )
+        )
+    for name in ("diffusion", *objectives(run.validation)):
+        steps, values = points(run.validation, loss_of(name))
+        if len(values):
+            note = _since_the_start(steps, values)
+            found.append(Figure(name=f"held-out {name} loss", value=_number(values[-1]), note=note))
+    return found
+
+
+def _since_the_start(steps: np.ndarray, values: np.ndarray) -> str:
+    """What it was at first, and where it was lowest if it has risen since."""
+    first = "before training" if steps[0] == 0 else f"at step {steps[0]}"
+    if len(values) == 1:
+        return first
+    note = f"{_number(values[0])} {first}"
+    lowest = values.min()
+    if lowest < values[-1]:
+        where = steps[values.argmin()]
+        best = first if where == steps[0] else f"{_number(lowest)} at step {where}"
+        note += f"; lowest {best}, and risen since"
+    return note
+
+
+def speed_figures(run: RunRecords) -> list[Figure]:
+    """Means over all steps, so that they multiply to the whole: time a step, clips a second.
+
+    A step's time is from the batch asked for to the weights moved; validation, samples and
+    checkpoints lie between steps.
+    """
+    timed = run.performance.of("seconds") > 0
+    count = int(timed.sum())
+    if not count:
+        return []
+    found = []
+    taken = run.performance.of("seconds")[timed]
+    seconds = float(taken.sum())
+    waited = np.nansum(run.performance.of("wait_seconds")[timed])
+    median = float(np.partition(taken, count // 2)[count // 2])
+    note = f"mean; {in_time(seconds)} for {_steps(count)}, waiting for data {waited / seconds:.1%}"
+    if abs(median - seconds / count) > 0.1 * median:
+        note += f"; the median is {in_time(median)}"
+    note += "; without validation, samples and checkpoints"
+    found.append(Figure(name="a step", value=in_time(seconds / count), note=note))
+    clips = np.nansum(run.performance.of("clips_per_second")[timed] * taken)
+    shares = run.performance.of("share_of_peak")[timed]
+    known = np.isfinite(shares)
+    peak = ""
+    if known.any():
+        share = (shares[known] * taken[known]).sum() / taken[known].sum()
+        peak = f"{share:.0%} of the GPUs' peak"
+    found.append(Figure(name="clips a second", value=_number(clips / seconds), note=peak))
+    return found
+
+
+def _memory(run: RunRecords) -> list[Figure]:
+    _, memory = run.performance.points("peak_memory_bytes")
+    if not len(memory):
+        return []
+    return [Figure(name="peak memory", value=f"{memory.max() / 1e9:.3g} GB")]
+
+
+def _steps(count: int) -> str:
+    return f"{count:,} {'step' if count == 1 else 'steps'}"
+
+
+def in_time(seconds: float) -> str:
+    """A duration for people: 0.21 s, 3 min 07 s, 2 h 05 min."""
+    if seconds < 60 or not math.isfinite(seconds):
+        if seconds >= 10:
+            return f"{seconds:.0f} s"
+        return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds:.2g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _number(value: float) -> str:
+    if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
+        return f"{value:.3e}"
+    digits = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 1
+    return f"{value:.{min(digits, 5)}f}"
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean())

@@ -1,0 +1,136 @@
+import json
+
+import numpy as np
+import pytest
+
+from stages.demo import FigureClip, draw_clip
+from stages.demo.bodies import BODY_PLANS, PALETTE
+from stages.demo.gaits import GAITS
+
+_SIZE = {"num_frames": 13, "height": 128, "width": 192}
+
+
+@pytest.fixture(scope="module")
+def clips() -> list[FigureClip]:
+    return [draw_clip(seed, **_SIZE) for seed in range(12)]
+
+
+def joints_of(clip: FigureClip, name: str) -> np.ndarray:
+    return clip.joints_TJ2[:, clip.joint_names.index(name)]
+
+
+def test_a_seed_gives_the_same_bytes_and_another_seed_others():
+    first, again, other = draw_clip(4, **_SIZE), draw_clip(4, **_SIZE), draw_clip(7, **_SIZE)
+    assert np.array_equal(first.frames_THWC, again.frames_THWC)
+    assert first.truth() == again.truth()
+    assert first.kind == other.kind
+    assert not np.array_equal(first.frames_THWC, other.frames_THWC)
+
+
+def test_shapes_and_kinds(clips):
+    assert [clip.kind for clip in clips[:3]] == ["biped", "quadruped", "arm"]
+    for clip in clips:
+        assert clip.frames_THWC.shape == (13, 128, 192, 3)
+        assert clip.frames_THWC.dtype == np.uint8
+        assert clip.mask_HW.shape == (128, 192) and clip.mask_HW.dtype == np.bool_
+        assert clip.joints_TJ2.shape == (13, len(clip.joint_names), 2)
+        assert clip.visible_TL.shape == (13, len(clip.limbs))
+        assert ((clip.visible_TL >= 0) & (clip.visible_TL <= 1)).all()
+
+
+def test_limbs_keep_their_length(clips):
+    for clip in clips:
+        for limb in clip.limbs:
+            span_T2 = joints_of(clip, limb.end) - joints_of(clip, limb.start)
+            np.testing.assert_allclose(np.hypot(*span_T2.T), limb.length * clip.size, atol=1e-6)
+
+
+def test_colours_differ_within_a_figure():
+    for plan in BODY_PLANS.values():
+        colours = np.array([PALETTE[limb.name] for limb in plan.limbs], float)
+        gaps = np.linalg.norm(colours[:, None] - colours[None], axis=-1)
+        assert gaps[~np.eye(len(colours), dtype=bool)].min() > 50
+
+
+def test_visible_limbs_show_their_colour_on_their_axis(clips):
+    checked = 0
+    for clip in clips:
+        for index, limb in enumerate(clip.limbs):
+            for frame in np.nonzero(clip.visible_TL[:, index] > 0.9)[0]:
+                middle = (joints_of(clip, limb.start) + joints_of(clip, limb.end))[frame] / 2
+                x, y = np.floor(middle).astype(int)
+                seen = clip.frames_THWC[frame, y, x].astype(int)
+                assert np.abs(seen - limb.colour).max() <= 35, (limb.name, frame)
+                checked += 1
+    assert checked > 200
+
+
+def test_the_mask_covers_the_coloured_pixels_of_the_first_frame(clips):
+    for clip in clips:
+        frame = clip.frames_THWC[0].astype(int)
+        vivid_HW = frame.max(axis=-1) - frame.min(axis=-1) > 110
+        assert (vivid_HW & ~clip.mask_HW).sum() <= 0.02 * clip.mask_HW.sum()
+        assert 0.01 < clip.mask_HW.mean() < 0.3
+
+
+def test_feet_stand_on_the_ground(clips):
+    for clip in clips:
+        if clip.kind == "arm":
+            continue
+        feet = [name for name in clip.joint_names if name.endswith(("_foot", "_ankle", "_toe"))]
+        lowest_T = np.max([joints_of(clip, name)[:, 1] for name in feet], axis=0)
+        assert np.ptp(lowest_T) < 1e-6 and 0.8 * 128 < lowest_T[0] < 0.92 * 128
+
+
+def test_bodies_go_where_the_caption_says(clips):
+    for clip in clips:
+        if "to the" not in clip.caption or "pans" in clip.caption:
+            continue
+        hip_x_T = joints_of(clip, "hip")[:, 0]
+        assert (hip_x_T[-1] > hip_x_T[0]) == ("to the right" in clip.caption)
+        assert abs(hip_x_T[-1] - hip_x_T[0]) > 4
+
+
+def test_figures_stay_in_the_frame():
+    for seed in range(12):
+        clip = draw_clip(seed, num_frames=49, height=64, width=96)
+        inside = (clip.joints_TJ2 > 0).all(-1) & (clip.joints_TJ2 < (96, 64)).all(-1)
+        assert inside.mean() > 0.95
+
+
+def test_posts_and_pans_occur_and_hide_things():
+    captions = {}
+    for seed in range(24):
+        clip = draw_clip(seed, num_frames=25, height=32, width=48)
+        captions.setdefault("post" if "post" in clip.caption else "free", []).append(clip)
+    assert 3 <= len(captions["post"]) <= 14
+    hidden = [clip.visible_TL.mean() for clip in captions["post"]]
+    assert np.mean(hidden) < np.mean([clip.visible_TL.mean() for clip in captions["free"]])
+
+
+def test_the_truth_is_json_with_what_an_evaluation_needs(clips):
+    for clip in clips[:3]:
+        truth = json.loads(json.dumps(clip.truth()))
+        assert set(truth) == {
+            "kind", "gait", "fps", "height", "width",
+            "joint_names", "joints_xy", "limbs", "visible",
+        }  # fmt: skip
+        for limb in truth["limbs"]:
+            assert set(limb["joints"]) <= set(truth["joint_names"])
+            assert len(limb["colour_rgb"]) == 3 and limb["length_px"] > 0
+        np.testing.assert_allclose(truth["joints_xy"], clip.joints_TJ2, atol=1e-3)
+
+
+def test_every_gait_repeats_after_a_cycle():
+    phase = np.array([0.3, 0.3 + 2 * np.pi])
+    for gait in GAITS:
+        joints = gait.pose(BODY_PLANS[gait.kind], phase)
+        assert set(joints) >= set(BODY_PLANS[gait.kind].joint_names)
+        for position in joints.values():
+            np.testing.assert_allclose(position[0], position[1], atol=1e-9)
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_short_and_small_clips_draw(frames):
+    clip = draw_clip(0, num_frames=frames, height=16, width=16)
+    assert clip.frames_THWC.shape == (frames, 16, 16, 3)

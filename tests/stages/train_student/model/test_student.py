@@ -1,0 +1,151 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from stages.cogvideox.configs import read_base_facts
+from stages.cogvideox.inputs import rotary_positions
+from stages.local_gram_flow import time_weights
+from stages.train_student.config import TrainConfig
+from stages.train_student.model.loading import build_student
+from stages.train_student.model.projector import Projector
+from stages.train_student.model.student import Student
+from stages.train_student.objectives.build import build_heads
+from stages.train_student.parallel.deepspeed import deepspeed_engine
+from stages.train_student.parallel.process_group import process_group, world_from_environment
+
+
+class KeepTokens(Projector):
+    """A projector that hands the tokens on."""
+
+    def forward(self, tokens_BJHWC, time_weights_TJ):
+        return tokens_BJHWC
+
+
+def heads_of(**projectors):
+    return nn.ModuleDict(projectors)
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny, base_model):
+    torch.manual_seed(1)
+    facts = read_base_facts(base_model)
+    frames, _, height, width = tiny.LATENT
+    return (
+        torch.randn(2, *tiny.LATENT),
+        torch.randn(2, *tiny.TEXT),
+        torch.tensor([3, 700]),
+        facts.token_grid(frames, height, width),
+        rotary_positions(facts, frames, height, width, torch.device("cpu")),
+        None,
+        {"lgf": time_weights(9, 9), "mask": time_weights(9, 9)},
+    )
+
+
+def build(config, facts, **changes):
+    width = facts.transformer["num_attention_heads"] * facts.transformer["attention_head_dim"]
+    return build_student(
+        config,
+        facts,
+        torch.float32,
+        heads=lambda: build_heads(config, width, None, patch_size_t=1),
+        world=world_from_environment(),
+        **changes,
+    )
+
+
+def test_tokens_are_the_images_alone_in_the_order_t_h_w(tiny, inputs):
+    """With the block made the identity, its tokens are the patches: their place is known."""
+    transformer = tiny.tiny_transformer().eval()
+    for block in transformer.transformer_blocks:
+        block.forward = lambda hidden_states, encoder_hidden_states, **kwargs: (
+            hidden_states,
+            encoder_hidden_states,
+        )
+    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    heads = heads_of(lgf=KeepTokens(width, (1,), smooth=False))
+    student = Student(transformer, heads, block=1)
+    with torch.no_grad():
+        tokens_BJHWC = student(*inputs)[1]["lgf"]
+        patches = functional.conv2d(
+            inputs[0].flatten(0, 1),
+            transformer.patch_embed.proj.weight,
+            transformer.patch_embed.proj.bias,
+            stride=2,
+        )
+    assert tokens_BJHWC.shape == (2, 3, *tiny.GRID, width)
+    expected = patches.unflatten(0, (2, 3)).permute(0, 1, 3, 4, 2)
+    torch.testing.assert_close(tokens_BJHWC, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_the_tap_takes_one_tensor_under_checkpointing_and_every_zero_stage(
+    tiny, base_model, inputs, method, zero_stage, tmp_path
+):
+    facts = read_base_facts(base_model)
+
+    def built(checkpointing, **changes):
+        settings = tiny.train_settings(
+            tmp_path,
+            method=method,
+            gradient_checkpointing=checkpointing,
+            batch_size=1,
+            objectives=["lgf", "mask"],
+            deepspeed={"zero_stage": zero_stage},
+        )
+        config = TrainConfig(**settings)
+        return config, build(config, facts, **changes)
+
+    _, plain = built(checkpointing=False, zero_init=False)
+    with torch.no_grad():
+        expected = plain(*inputs)
+    world = world_from_environment()
+    with process_group(world):
+        config, student = built(checkpointing=True)
+        runs, captured = [], []
+        block = student.transformer.transformer_blocks[1]
+        block.register_forward_pre_hook(lambda module, given: runs.append(1))
+        for head in student.heads.values():
+            head.register_forward_pre_hook(lambda module, given: captured.append(given[0]))
+        with deepspeed_engine(student, config, world) as engine:
+            velocity, features = engine(*inputs)
+            engine.backward(velocity.mean() + sum(f.mean() for f in features.values()))
+            engine.step()
+    assert len(runs) == 2, "checkpointing runs the block again in the backward pass"
+    assert len(captured) == 2, "each head runs once"
+    assert student._tokens_BND is None
+    torch.testing.assert_close(velocity, expected[0])
+    assert features.keys() == expected[1].keys() == {"lgf", "mask"}
+    for name in features:
+        torch.testing.assert_close(features[name], expected[1][name])
+    assert features["mask"].shape == (2, 9, *tiny.GRID, 1)
+
+
+def test_lora_starts_without_effect_and_trains_adapters_and_heads_alone(
+    tiny, base_model, inputs, tmp_path
+):
+    config = TrainConfig(**tiny.train_settings(tmp_path))
+    facts = read_base_facts(base_model)
+    student = build(config, facts)
+    with torch.no_grad():
+        velocity, _ = student(*inputs)
+        untouched, _ = Student(tiny.tiny_transformer())(*inputs)
+    assert torch.equal(velocity, untouched)
+    trained = {name for name, p in student.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or name.startswith("heads.lgf.") for name in trained)
+    assert sum("lora_A" in name for name in trained) == 2 * 4
+
+
+def test_without_an_objective_there_is_no_head(tiny, base_model, inputs, tmp_path):
+    config = TrainConfig(**tiny.train_settings(tmp_path, objectives=[]))
+    facts = read_base_facts(base_model)
+    student = build(config, facts)
+    assert not student.heads
+    assert student(*inputs)[1] == {}
+
+
+def test_a_block_that_is_not_there_is_refused(tiny):
+    transformer = tiny.tiny_transformer()
+    with pytest.raises(ValueError, match="must be under 2"):
+        Student(transformer, heads_of(lgf=Projector(32, (8,), smooth=False)), block=2)
