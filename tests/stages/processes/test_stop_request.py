@@ -215,7 +215,7 @@ def test_a_second_signal_ends_the_process_wherever_it_is(where):
     process = start(
         """
         import os, signal, sys, time
-        from stages import stop_request
+        from stages.processes import stop_request
         stop_request.REPEATS_WITHIN_S = 0.01
         with stop_request.stop_on_signals() as request:
             exec(sys.argv[1])
