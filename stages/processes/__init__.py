@@ -1,1 +1,1 @@
-"""Signals and background threads."""
+"""Signal handling and background threads."""

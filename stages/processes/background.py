@@ -1,6 +1,6 @@
-"""Threads that work ahead of, or behind, the main one, and never keep the process from ending.
+"""Daemon threads for prefetching and background writing; they never block process exit.
 
-Whoever waits for one of them waits for a limited time.
+Every wait for one of them has a timeout.
 """
 
 import concurrent.futures
@@ -14,16 +14,17 @@ from typing import Any, Self, TypeVar
 T = TypeVar("T")
 
 PATIENCE_S = 600.0
-"""How long one item, such as decoding or writing a clip, may take before it counts as stuck."""
+"""Timeout of one item, such as decoding or writing a clip."""
 
 LAST_WAIT_S = 5.0
-"""How long a thread that is stuck is waited for once its work has been given up."""
+"""Timeout for joining a thread after its work has timed out."""
 
 
 class DaemonPool:
-    """Runs calls in threads that an interpreter does not wait for at its end.
+    """Thread pool of daemon threads.
 
-    `ThreadPoolExecutor`'s would keep a process alive for as long as one of them is stuck.
+    `ThreadPoolExecutor` is not used, since the interpreter joins its threads at exit and would hang
+    on a stuck one.
     """
 
     def __init__(self, threads: int, name: str) -> None:
@@ -38,7 +39,7 @@ class DaemonPool:
             thread.start()
 
     def submit(self, function: Callable[..., T], *arguments: Any) -> "Future[T]":
-        """Have `function(*arguments)` called by one of the threads."""
+        """Schedule `function(*arguments)` on one of the threads."""
         future: Future[T] = Future()
         self._calls.put((future, lambda: function(*arguments)))
         return future
@@ -50,7 +51,7 @@ class DaemonPool:
                 continue
             try:
                 result = function()
-            except BaseException as error:  # raised by whoever asks for the result
+            except BaseException as error:  # raised again by `Future.result`
                 future.set_exception(error)
             else:
                 future.set_result(result)
@@ -65,7 +66,7 @@ class DaemonPool:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Wait for calls under way, not for long where something is stuck; make no others."""
+        """Cancel pending calls and wait for running ones, only briefly after a timeout."""
         while True:
             try:
                 call = self._calls.get_nowait()
@@ -80,13 +81,14 @@ class DaemonPool:
 
 
 def result_of(future: "Future[T]", what: str) -> T:
-    """What a call returned or raised, once it has.
+    """Wait for a call and return its result, or raise its exception.
 
     Args:
-        what: named where it does not come: "decoding clip 'a'".
+        future: the call.
+        what: description for the timeout message, such as "decoding clip 'a'".
 
     Raises:
-        TimeoutError: nothing came within `PATIENCE_S`.
+        TimeoutError: the call has not finished within `PATIENCE_S`.
     """
     done, _ = concurrent.futures.wait([future], timeout=PATIENCE_S)
     if not done:
@@ -95,8 +97,8 @@ def result_of(future: "Future[T]", what: str) -> T:
 
 
 def stuck(what: str) -> TimeoutError:
-    """The error of work that has not come to an end."""
+    """The error for work that exceeded `PATIENCE_S`."""
     return TimeoutError(
-        f"{what} has taken more than {PATIENCE_S:g} s: the storage does not answer, or the file "
-        "cannot be read to its end; see to it, and run the same command again"
+        f"{what} has taken more than {PATIENCE_S:g} s: the storage does not respond, or the file "
+        "cannot be read to its end; check both, then run the same command again"
     )

@@ -1,11 +1,11 @@
-"""Ctrl-C and SIGTERM: the first asks the process to stop, a second one ends it at once.
+"""Handling of Ctrl-C and SIGTERM: the first signal requests a stop, a second one exits at once.
 
-Outside `deferred` blocks the request raises KeyboardInterrupt. Python drops an exception that is
-raised in a `__del__` or a callback, and libraries catch what they should not: the request is
-remembered, raised again, and raised by whatever calls `check_stop`.
+Outside `deferred` blocks the request raises KeyboardInterrupt. Python drops exceptions raised in a
+`__del__` or a callback, and libraries catch too much; so the request is remembered, raised again,
+and also raised by `check_stop`.
 
-The signals' numbers also go through a pipe to a thread, which counts them whatever the main thread
-is doing; it ends the process even where that waits in a library for ever.
+A wakeup pipe also passes the signal numbers to a thread, which counts them independently of the
+main thread. It ends the process even if the main thread is blocked in a library.
 """
 
 import os
@@ -19,60 +19,60 @@ from types import FrameType
 from typing import Any
 
 REPEATS_WITHIN_S = 1.0
-"""Signals that follow the first one this soon are the same request: launchers pass on what the
-terminal or the scheduler has sent already."""
+"""Signals within this time of the first one count as the same request: launchers forward signals
+that the terminal or the scheduler has already sent to every process."""
 
 ENDED_BY_SIGNAL = 130
-"""Exit code of a process that a second signal ended."""
+"""Exit code of a process ended by a second signal."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_RAISE_AGAIN, _LEAVE = 0, 255
-"""Bytes in the pipe that are no signal's number."""
-_PAUSE_BEFORE_RAISING_AGAIN_S = 0.005
+_RAISE_AGAIN, _EXIT_THREAD = 0, 255
+"""Bytes in the pipe that are not signal numbers."""
+_RAISE_AGAIN_DELAY_S = 0.005
 _SHOW_CURSOR = b"\x1b[?25h"
 
 
 class StopRequest:
-    """Whether this process was asked to stop."""
+    """Whether this process has received a stop request."""
 
     def __init__(self) -> None:
         self.made = False
-        """Whether it was, until `fulfil`."""
-        self.told = ""
-        """What is printed when the first signal comes."""
-        self._noted = False
+        """True from the first signal until `fulfil`."""
+        self.message = ""
+        """Printed when the first signal arrives."""
+        self._signalled = False
         self._deferred = 0
         self._raised = False
         self.times_raised = 0
 
     @contextmanager
-    def deferred(self, told: str) -> Iterator[None]:
-        """Let the first signal raise nothing in the block, which looks at `made` itself.
+    def deferred(self, message: str) -> Iterator[None]:
+        """Do not raise on the first signal within the block, which must check `made` itself.
 
         Args:
-            told: what is printed when it comes, such as "stopping after this step".
+            message: printed when the signal arrives, such as "stopping after this step".
         """
         self._deferred += 1
-        before, self.told = self.told, told
+        before, self.message = self.message, message
         try:
             yield
         finally:
             self._deferred -= 1
-            self.told = before
+            self.message = before
 
     def fulfil(self) -> None:
-        """Nothing more is raised for the first signal; a second one still ends the process."""
+        """Mark the request as handled; a second signal still ends the process."""
         self.made = False
 
     def note(self) -> None:
-        """A signal has come; only the first one is a request."""
-        if not self._noted:
-            self._noted = self.made = True
+        """Record a signal; only the first one is a request."""
+        if not self._signalled:
+            self._signalled = self.made = True
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt where a request was made; in the main thread alone.
+        """Raise KeyboardInterrupt if a stop was requested; only in the main thread.
 
-        Not while a KeyboardInterrupt is on its way up already.
+        Does nothing while another KeyboardInterrupt is being handled.
         """
         if (
             self.made
@@ -85,7 +85,7 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def handle(self) -> None:
-        """Take a signal in the main thread, between two of its instructions.
+        """Handle a signal; runs in the main thread, as Python's signal handlers do.
 
         Raises:
             KeyboardInterrupt: once, unless deferred.
@@ -97,148 +97,151 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def raise_again(self) -> None:
-        """Let the next signal raise as the first did: what that raised was dropped."""
+        """Let the next signal raise like the first one, whose exception was dropped."""
         self._raised = False
 
 
-class _Watch:
-    """The handlers, the pipe and the thread behind a `StopRequest`."""
+class _SignalWatcher:
+    """Signal handlers, pipe and thread that maintain a `StopRequest`."""
 
     def __init__(self) -> None:
         self.request = StopRequest()
-        self._first_at: float | None = None
-        self._own = 0
-        self._dropped = 0
-        self._from_pipe, self._into_pipe = os.pipe()
-        os.set_blocking(self._into_pipe, False)
-        self._thread = threading.Thread(target=self._count, name="signals", daemon=True)
-        self._hook = sys.unraisablehook
+        self._first_signal_at: float | None = None
+        self._self_sent = 0
+        self._raises_when_dropped = 0
+        self._pipe_read_fd, self._pipe_write_fd = os.pipe()
+        os.set_blocking(self._pipe_write_fd, False)
+        self._thread = threading.Thread(target=self._read_pipe, name="signals", daemon=True)
+        self._previous_hook = sys.unraisablehook
 
     def start(self) -> None:
         self._thread.start()
-        self._wakeup = signal.set_wakeup_fd(self._into_pipe, warn_on_full_buffer=False)
+        self._previous_wakeup_fd = signal.set_wakeup_fd(
+            self._pipe_write_fd, warn_on_full_buffer=False
+        )
         sys.unraisablehook = self._on_dropped_exception
-        self._handlers = [signal.signal(number, self._handle) for number in _SIGNALS]
+        self._previous_handlers = [signal.signal(number, self._handle) for number in _SIGNALS]
 
     def stop(self) -> None:
-        with self.request.deferred(""):  # for what the thread is about to send
-            os.write(self._into_pipe, bytes([_LEAVE]))
+        with self.request.deferred(""):  # the thread may still send a signal
+            os.write(self._pipe_write_fd, bytes([_EXIT_THREAD]))
             self._thread.join()
-        for number, handler in zip(_SIGNALS, self._handlers, strict=True):
+        for number, handler in zip(_SIGNALS, self._previous_handlers, strict=True):
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
-        sys.unraisablehook = self._hook
-        os.close(self._from_pipe)
-        os.close(self._into_pipe)
+        signal.set_wakeup_fd(self._previous_wakeup_fd)
+        sys.unraisablehook = self._previous_hook
+        os.close(self._pipe_read_fd)
+        os.close(self._pipe_write_fd)
 
     def leave_to_parent(self) -> None:
-        """In a fork: SIGTERM ends it, Ctrl-C is the parent's business."""
+        """In a forked child: SIGTERM ends it, and Ctrl-C is left to the parent."""
         signal.set_wakeup_fd(-1)
-        sys.unraisablehook = self._hook
+        sys.unraisablehook = self._previous_hook
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if frame is not None and frame.f_code is self._on_dropped_exception.__code__:
-            os.write(self._into_pipe, bytes([_RAISE_AGAIN]))  # what is raised here is dropped too
+            # An exception raised here would be dropped too.
+            os.write(self._pipe_write_fd, bytes([_RAISE_AGAIN]))
         else:
             self.request.handle()
 
     def _on_dropped_exception(self, dropped: Any) -> None:
         if self.request.made and isinstance(dropped.exc_value, KeyboardInterrupt):
-            self._dropped = self.request.times_raised
-            os.write(self._into_pipe, bytes([_RAISE_AGAIN]))
+            self._raises_when_dropped = self.request.times_raised
+            os.write(self._pipe_write_fd, bytes([_RAISE_AGAIN]))
         else:
-            self._hook(dropped)
+            self._previous_hook(dropped)
 
-    def _count(self) -> None:
-        while (number := os.read(self._from_pipe, 1)[0]) != _LEAVE:
+    def _read_pipe(self) -> None:
+        while (number := os.read(self._pipe_read_fd, 1)[0]) != _EXIT_THREAD:
             if number == _RAISE_AGAIN:
-                time.sleep(_PAUSE_BEFORE_RAISING_AGAIN_S)
-                if self.request.times_raised != self._dropped:
-                    continue  # `check_stop` was faster
-                self._own += 1
+                time.sleep(_RAISE_AGAIN_DELAY_S)
+                if self.request.times_raised != self._raises_when_dropped:
+                    continue  # `check_stop` has raised meanwhile
+                self._self_sent += 1
                 self.request.raise_again()
                 signal.pthread_kill(_main_thread(), signal.SIGINT)
-            elif number == signal.SIGINT and self._own:
-                self._own -= 1
+            elif number == signal.SIGINT and self._self_sent:
+                self._self_sent -= 1
             elif number in _SIGNALS:
-                self._take_signal()
+                self._on_signal()
 
-    def _take_signal(self) -> None:
+    def _on_signal(self) -> None:
         now = time.monotonic()
-        if self._first_at is None:
-            self._first_at = now
+        if self._first_signal_at is None:
+            self._first_signal_at = now
             self.request.note()
-            if self.request.told and os.environ.get("RANK", "0") == "0":
-                _tell(f"{self.request.told}; a second signal ends the process at once")
-        elif now - self._first_at >= REPEATS_WITHIN_S:
-            _tell("ended at once by a second signal")
+            if self.request.message and os.environ.get("RANK", "0") == "0":
+                _write_line(f"{self.request.message}; a second signal ends the process at once")
+        elif now - self._first_signal_at >= REPEATS_WITHIN_S:
+            _write_line("ended at once by a second signal")
             os._exit(ENDED_BY_SIGNAL)
 
 
-def _tell(text: str) -> None:
-    """Write a line past all locks, which the main thread may hold."""
-    before = b"\r" + _SHOW_CURSOR if os.isatty(2) else b""
-    os.write(2, before + text.encode() + b"\n")
+def _write_line(text: str) -> None:
+    """Write a line with os.write: the main thread may hold the locks of sys.stderr."""
+    prefix = b"\r" + _SHOW_CURSOR if os.isatty(2) else b""
+    os.write(2, prefix + text.encode() + b"\n")
 
 
-_watch: _Watch | None = None
+_watcher: _SignalWatcher | None = None
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Take Ctrl-C and SIGTERM as requests for the length of the block.
+    """Treat Ctrl-C and SIGTERM as stop requests within the block.
 
-    Within such a block, the same request is used again. Outside the main thread, which alone may
-    say what signals do, nothing changes.
+    Nested blocks share one request. Outside the main thread, where Python does not allow signal
+    handlers to be set, signals are left as they are.
     """
-    global _watch
-    if _watch is not None:
-        yield _watch.request
+    global _watcher
+    if _watcher is not None:
+        yield _watcher.request
         return
     if threading.current_thread() is not threading.main_thread():
         yield StopRequest()
         return
-    _watch = _Watch()
-    _watch.start()
+    _watcher = _SignalWatcher()
+    _watcher.start()
     try:
-        yield _watch.request
+        yield _watcher.request
     finally:
-        watch, _watch = _watch, None
-        watch.stop()
+        watcher, _watcher = _watcher, None
+        watcher.stop()
 
 
 def check_stop() -> None:
-    """Raise KeyboardInterrupt where this process was asked to stop and still works."""
-    if _watch is not None:
-        _watch.request.check()
+    """Raise KeyboardInterrupt if a stop was requested and is not deferred or fulfilled."""
+    if _watcher is not None:
+        _watcher.request.check()
 
 
 def _main_thread() -> int:
     ident = threading.main_thread().ident
-    assert ident is not None, "the main thread runs"
+    assert ident is not None, "the main thread is running"
     return ident
 
 
-_masks = threading.local()
+_saved = threading.local()
 
 
 def _before_fork() -> None:
-    """A signal that comes before a child has left the watch would count as the parent's."""
-    _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    """Block signals: one that reaches a child too early would count as the parent's."""
+    _saved.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
 def _after_fork_in_parent() -> None:
-    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.before)
+    signal.pthread_sigmask(signal.SIG_SETMASK, _saved.mask)
 
 
 def _after_fork_in_child() -> None:
-    global _watch
-    if _watch is not None:
-        watch, _watch = _watch, None
-        watch.leave_to_parent()
-    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.before)
+    global _watcher
+    if _watcher is not None:
+        watcher, _watcher = _watcher, None
+        watcher.leave_to_parent()
+    signal.pthread_sigmask(signal.SIG_SETMASK, _saved.mask)
 
 
 os.register_at_fork(
