@@ -1,1 +1,1 @@
-"""FLOPs of a model, and the peak rates of GPUs."""
+"""FLOP counts of models, and peak FLOP/s of GPUs."""

@@ -1,7 +1,6 @@
-"""Counts operations and live bytes of code that runs on shapes alone, and measures a device's rate.
+"""Counts FLOPs and peak memory of code on the meta device, and measures a device's FLOP/s.
 
-The estimates of both stages run models under a `Meter` on torch's meta device, where tensors have
-shapes and no values; stage one's divides by the rate.
+On torch's meta device tensors have shapes but no values, so that models of any size can be run.
 """
 
 import time
@@ -17,21 +16,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-_SHORTEST_S = 0.05
+_MIN_DURATION_S = 0.05
 _REPEATS = 4
-_SMALLEST_SIDE, _LARGEST_SIDE = 256, 8192
+_MIN_SIDE, _MAX_SIDE = 256, 8192
 
 
 class Meter:
-    """Counts what runs in a `with` block: operations, and the most bytes of tensors alive at once.
+    """Context manager that counts FLOPs and the peak bytes of live tensors.
 
-    A multiplication and an addition are two operations. Counted are products of matrices,
-    convolutions and attention, which are nearly all of a transformer; the rest is left out.
-    Attention counts as one fused kernel, whose table of scores is never in memory. Bytes are those
-    of tensors made within the block, without workspaces of libraries and without fragmentation.
+    A multiply-add is two FLOPs. Matrix products, convolutions and attention are counted, which are
+    nearly all of a transformer; everything else is ignored. Attention counts as one fused kernel,
+    which never stores the score matrix. Bytes are those of tensors created within the block,
+    without library workspaces or fragmentation.
 
-    With `training` gradients flow: a backward pass within the block is counted too, and what the
-    forward pass keeps for it is alive until then. What gradient checkpointing runs again counts
+    With `training`, gradients are enabled: a backward pass within the block is counted too, and
+    activations saved for it stay alive until then. Recomputation by gradient checkpointing counts
     again.
     """
 
@@ -52,34 +51,34 @@ class Meter:
 
     @property
     def flops(self) -> int:
-        """Operations so far."""
+        """FLOPs so far."""
         return self._operations.flops + self._attention.flops
 
     @property
     def scores_again_flops(self) -> int:
-        """Those of them by which the fused kernel makes its scores again in the backward pass."""
-        return self._attention.again
+        """FLOPs spent by the fused kernel to recompute its scores in the backward pass."""
+        return self._attention.recomputed_flops
 
     @property
     def live_bytes(self) -> int:
-        """Of the tensors that are alive now."""
+        """Bytes of the tensors that are alive now."""
         return self._operations.live
 
     @property
     def peak_bytes(self) -> int:
-        """The most that `live_bytes` has been."""
+        """Maximum of `live_bytes` so far."""
         return self._operations.peak
 
 
 class _FusedAttention:
-    """Stands in for the fused kernel: on shapes alone torch would take attention apart.
+    """Replaces scaled_dot_product_attention: on the meta device torch would decompose it.
 
-    It takes the function's place in its module, not in a torch function mode: torch puts modes
-    aside during a backward pass, where gradient checkpointing runs attention again.
+    It patches the function instead of using a torch function mode, since torch disables modes in a
+    backward pass, where gradient checkpointing runs attention again.
     """
 
     def __init__(self) -> None:
-        self.flops = self.again = 0
+        self.flops = self.recomputed_flops = 0
 
     def __enter__(self) -> None:
         self._original = F.scaled_dot_product_attention
@@ -94,24 +93,24 @@ class _FusedAttention:
         out: Tensor = _Attention.apply(query, key, value, self._count)
         return out
 
-    def _count(self, flops: int, again: int = 0) -> None:
+    def _count(self, flops: int, recomputed: int = 0) -> None:
         self.flops += flops
-        self.again += again
+        self.recomputed_flops += recomputed
 
 
 class _Attention(torch.autograd.Function):
-    """The fused kernel's shapes: what it makes, what it keeps, how many operations it takes."""
+    """Output, saved tensors and FLOPs of the fused kernel, without its computation."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, count: Callable[..., None]
     ) -> Tensor:
-        # Two products: query with key over its width, the scores with value.
+        # Two matrix products: query @ key^T and scores @ value.
         pairs = query.shape[:-1].numel() * key.shape[-2]
         count(2 * pairs * (query.shape[-1] + value.shape[-1]))
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
         if any(ctx.needs_input_grad):
-            # Of the scores it keeps the logarithm of their sum, float32 for each row.
+            # The kernel saves the logsumexp of each row of scores, in float32.
             logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
             ctx.save_for_backward(query, key, value, out, logsumexp)
             ctx.count = count
@@ -120,18 +119,18 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value = ctx.saved_tensors[:3]
-        # Five: the scores again, and the gradients of scores, value, query and key.
+        # Five: the recomputed scores, and the gradients of scores, value, query and key.
         pairs = query.shape[:-1].numel() * key.shape[-2]
         scores = 2 * pairs * query.shape[-1]
-        ctx.count(3 * scores + 2 * 2 * pairs * value.shape[-1], again=scores)
+        ctx.count(3 * scores + 2 * 2 * pairs * value.shape[-1], recomputed=scores)
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
 class _Operations(TorchDispatchMode):
-    """Counts each operation, and follows the storages that it makes until nobody holds them.
+    """Counts the FLOPs of each operation, and tracks the storages it allocates until they die.
 
-    Torch's own `FlopCounterMode` has the same table of operations, but its hooks on modules keep
-    alive what gradient checkpointing runs again.
+    `FlopCounterMode` of torch uses the same FLOP formulas, but its module hooks keep tensors alive
+    that gradient checkpointing recomputes.
     """
 
     def __init__(self) -> None:
@@ -150,31 +149,31 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         count = flop_registry.get(function._overloadpacket)
         if count is None and torch.is_inference_mode_enabled():
-            # There operations that are made of others come whole.
+            # In inference mode composite operations arrive here without being decomposed.
             with self:
-                parts = function.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
-        given = {storage._cdata for storage in _storages((args, kwargs))}
+                result = function.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        inputs = {storage._cdata for storage in _storages((args, kwargs))}
         result = function(*args, **kwargs)
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=result)
         for storage in _storages(result):
-            # A view of what was there before, such as a transposed weight, is nothing new.
-            if storage._cdata not in given:
-                self._follow(storage)
+            # A view of an input, such as a transposed weight, allocates nothing.
+            if storage._cdata not in inputs:
+                self._track(storage)
         return result
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
+    def _track(self, storage: torch.UntypedStorage) -> None:
         address, size = storage._cdata, storage.nbytes()
         if address in self._known:
             return
         self._known.add(address)
         self.live += size
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, address, size)
+        weakref.finalize(storage, self._release, address, size)
 
-    def _forget(self, address: int, size: int) -> None:
+    def _release(self, address: int, size: int) -> None:
         self._known.discard(address)
         self.live -= size
 
@@ -190,28 +189,28 @@ def weight_bytes(module: torch.nn.Module) -> int:
 
 
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the rate of a product of square matrices, in operations per second.
+    """Measure the FLOP/s of a product of square matrices.
 
-    The side grows until a product takes long enough to be timed; the fastest of some repeats
-    counts. Takes well under a second on most devices.
+    Doubles the side until a product takes long enough to be timed, and takes the fastest of a few
+    repeats. Takes well under a second on most devices.
     """
-    side = _SMALLEST_SIDE
+    side = _MIN_SIDE
     while True:
-        seconds = min(_seconds_of_product(side, device, dtype) for _ in range(_REPEATS))
-        if seconds >= _SHORTEST_S or side >= _LARGEST_SIDE:
+        seconds = min(_time_matmul(side, device, dtype) for _ in range(_REPEATS))
+        if seconds >= _MIN_DURATION_S or side >= _MAX_SIDE:
             return 2 * side**3 / seconds
         side *= 2
 
 
-def _seconds_of_product(side: int, device: torch.device, dtype: torch.dtype) -> float:
+def _time_matmul(side: int, device: torch.device, dtype: torch.dtype) -> float:
     matrix = torch.ones(side, side, device=device, dtype=dtype)
-    _wait(device)
+    _synchronize(device)
     started = time.perf_counter()
     matrix @ matrix
-    _wait(device)
+    _synchronize(device)
     return time.perf_counter() - started
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""GPUs people train on, and what their makers say of them; estimates and the run's own log ask."""
+"""Memory and peak FLOP/s of common training GPUs, from the vendor's data sheets."""
 
 import re
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ _TERA = 10**12
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """One kind of GPU, by its maker's data sheet."""
+    """Data-sheet values of one GPU model."""
 
     name: str
     memory_bytes: int
-    """That a program can have; drivers and the context keep some of what is printed on the box."""
+    """Memory available to a program; driver and context reserve part of the nominal size."""
     bf16_flops: float
-    """Operations per second of dense products in bf16, gathered in float32."""
+    """Peak FLOP/s of dense bf16 products with float32 accumulation."""
     fp32_flops: float
-    """The same in float32, without tensor cores."""
+    """Peak FLOP/s in float32, without tensor cores."""
 
 
 def _gpu(name: str, memory_gib: float, bf16_tflops: float, fp32_tflops: float) -> Gpu:
@@ -47,10 +47,10 @@ GPUS: Mapping[str, Gpu] = {
     "rtx-4090": _gpu("NVIDIA GeForce RTX 4090", 23.5, 165, 82.6),
     "rtx-3090": _gpu("NVIDIA GeForce RTX 3090", 23.5, 71, 35.6),
 }
-"""By the name that `--gpu` takes. Dense rates: data sheets often print twice as much, for sparse
-matrices; GeForce cards gather in float32 at half their rate."""
+"""GPUs by the name that `--gpu` accepts. Peaks are dense; data sheets often print twice as much,
+for sparse matrices. GeForce cards accumulate in float32 at half their rate."""
 
-_MARKS: tuple[tuple[str, str], ...] = (
+_DEVICE_NAME_PATTERNS: tuple[tuple[str, str], ...] = (
     (r"B200", "b200"),
     (r"H200", "h200"),
     (r"H100.*PCIE", "h100-pcie"),
@@ -65,36 +65,36 @@ _MARKS: tuple[tuple[str, str], ...] = (
     (r"RTX 4090\b(?! LAPTOP| D)", "rtx-4090"),
     (r"RTX 3090\b(?! TI)", "rtx-3090"),
 )
-"""What in a device's own name tells which it is; the first that fits decides."""
+"""Regex on the device name -> name in `GPUS`; the first match wins."""
 
 
 def gpu_named(name: str) -> Gpu:
-    """Return the GPU of that short name.
+    """Return the GPU with this name in `GPUS`.
 
     Raises:
-        ValueError: There is none; names those there are.
+        ValueError: The name is unknown; the message lists the known ones.
     """
     for known, gpu in GPUS.items():
-        if _bare(known) == _bare(name):
+        if _normalise(known) == _normalise(name):
             return gpu
-    raise ValueError(f"no GPU is named {name!r}; there are {', '.join(GPUS)}")
+    raise ValueError(f"unknown GPU {name!r}; known GPUs are {', '.join(GPUS)}")
 
 
-def _bare(name: str) -> str:
-    """A name without case and what is written between its words: rtx-4090 is RTX4090."""
+def _normalise(name: str) -> str:
+    """Lower-case a name and remove separators, so that rtx-4090 equals RTX4090."""
     return re.sub(r"[-_ ]", "", name.lower())
 
 
 def gpu_of_device(name: str) -> Gpu | None:
-    """Return the GPU that calls itself `name`, as torch tells it; None if it is not in the list."""
-    for mark, short in _MARKS:
-        if re.search(mark, name.upper()):
-            return GPUS[short]
+    """Return the GPU for a device name as torch reports it; None if it is unknown."""
+    for pattern, gpu_id in _DEVICE_NAME_PATTERNS:
+        if re.search(pattern, name.upper()):
+            return GPUS[gpu_id]
     return None
 
 
 def gpu_here() -> Gpu | None:
-    """Return this machine's first GPU; None where there is none, or none of the list."""
+    """Return this machine's first GPU; None if there is none or it is not in `GPUS`."""
     if not torch.cuda.is_available():
         return None
     return gpu_of_device(torch.cuda.get_device_name())

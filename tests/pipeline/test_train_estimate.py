@@ -75,7 +75,7 @@ def test_an_unknown_gpu_is_refused_with_those_that_are_known():
     words = ["train", "--dry-run", "--config", "cogvideox-2b-lora", "--gpu", "h1"]
     found = CliRunner().invoke(app, [*words, "--traceback"])
     assert found.exit_code != 0
-    assert "no GPU is named 'h1'; there are b200" in str(found.exception)
+    assert "unknown GPU 'h1'; known GPUs are b200" in str(found.exception)
 
 
 @pytest.mark.parametrize(

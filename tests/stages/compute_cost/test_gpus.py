@@ -27,5 +27,5 @@ def test_a_name_that_is_not_there_is_answered_with_those_that_are():
     for name in ("RTX_4090", "rtx4090", "rtx-4090", "RTX 4090"):
         assert gpu_named(name) is GPUS["rtx-4090"]
     assert gpu_named("a10080gb") is gpu_named("A100-80GB")
-    with pytest.raises(ValueError, match="no GPU is named 'h1000'; there are b200, h200, h100"):
+    with pytest.raises(ValueError, match="unknown GPU 'h1000'; known GPUs are b200, h200, h100"):
         gpu_named("h1000")
