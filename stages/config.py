@@ -1,4 +1,4 @@
-"""What every section of the configuration has in common, and the sections several stages share."""
+"""Base class of configuration sections, and the types and sections that several stages share."""
 
 from pathlib import Path
 from typing import Literal
@@ -6,21 +6,21 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 Precision = Literal["fp32", "bf16", "fp16"]
-"""Names of floating-point formats as they are written in a configuration."""
+"""Floating-point formats by their names in a configuration."""
 
 Pairs = Literal["forward", "backward", "both", "crossed"]
-"""Which neighbouring frames are compared: t -> t+1, t+1 -> t, or both ways; `crossed` is both ways,
-each from the track that runs the other way."""
+"""Directions in which adjacent frames are compared: t -> t+1, t+1 -> t, or both; `crossed` is both,
+each computed from the track that runs in the opposite direction."""
 
 FeatureKind = Literal["memory_attention", "memory_encoder"]
-"""Which of SAM2's features: the frame after memory attention, or the memory stored of it."""
+"""SAM2 features: the frame's features after memory attention, or its memory encoder output."""
 
 
 class Section(BaseModel):
-    """One section of the configuration: typed, frozen, with no key that nobody reads.
+    """Base class of configuration sections: typed, frozen, unknown keys are rejected.
 
-    The docstring under a field is its help text; where a bound can be violated it ends with the
-    usual value, since it is printed when validation fails.
+    The docstring under a field is its help text. It is printed when validation fails, so for a
+    bounded field it ends with the usual value.
     """
 
     model_config = ConfigDict(
@@ -29,12 +29,12 @@ class Section(BaseModel):
 
 
 class BaseModelConfig(Section):
-    """The CogVideoX pipeline that is taught: an official one, or one saved in the same layout."""
+    """The CogVideoX pipeline to fine-tune: an official one, or one saved in the same layout."""
 
     path: str
-    """Folder of a diffusers pipeline, or its hub id; zai-org/CogVideoX-5b is a usual value."""
+    """Folder of a diffusers pipeline, or its hub id; zai-org/CogVideoX-5b is usual."""
     revision: str | None = None
-    """Commit, tag or branch on the hub; null takes the newest."""
+    """Commit, tag or branch on the hub; null uses the default branch."""
 
     @property
     def is_local(self) -> bool:

@@ -1,6 +1,7 @@
-"""How a stage tells of its progress without knowing a console; `pipeline.console` draws it.
+"""Protocol by which stages report progress; `pipeline.console` implements it for a terminal.
 
-Whoever draws calls `check_stop` each time, so that a request to stop is met wherever work advances.
+Every implementation calls `check_stop` in each method, so that a stop request takes effect wherever
+work advances.
 """
 
 from collections.abc import Iterator
@@ -11,27 +12,31 @@ from stages.processes.stop_request import check_stop
 
 
 class Task(Protocol):
-    """One bar: a known amount of work, advanced as it is done."""
+    """One progress bar."""
 
     def advance(self, amount: int = 1) -> None:
-        """Move the bar by `amount` units of the task's total."""
+        """Advance the bar by `amount` units."""
 
     def expect(self, total: int) -> None:
-        """Set the total, where more is known of it now than when the bar was opened."""
+        """Set the total, if it was unknown or has changed since the bar was opened."""
 
     def note(self, text: str) -> None:
-        """Show a few words beside the bar, such as the current loss."""
+        """Show a short text beside the bar, such as the current loss."""
 
 
 class Progress(Protocol):
-    """Opens bars and prints lines while they run."""
+    """Opens progress bars and prints log lines above them."""
 
     def task(
         self, description: str, total: int | None, *, completed: int = 0, unit: str = "it"
     ) -> AbstractContextManager[Task]:
-        """Open a bar; `total=None` for work of unknown size, `completed` for work resumed.
+        """Open a bar.
 
-        With the unit `bytes`, amounts are shown in kB, MB and so on.
+        Args:
+            description: label of the bar.
+            total: amount of work; None if it is unknown.
+            completed: amount already done, when work is resumed.
+            unit: unit of the amounts; `bytes` is shown in kB, MB and so on.
         """
 
     def log(self, text: str) -> None:
@@ -50,16 +55,16 @@ class _SilentTask:
 
 
 class SilentProgress:
-    """Draws nothing: for tests, and for every rank but the first."""
+    """Displays nothing; for tests and for every rank except rank 0."""
 
     @contextmanager
     def task(
         self, description: str, total: int | None, *, completed: int = 0, unit: str = "it"
     ) -> Iterator[Task]:
-        """Open a bar nobody sees."""
+        """Open a bar that is not displayed."""
         check_stop()
         yield _SilentTask()
 
     def log(self, text: str) -> None:
-        """Drop the line."""
+        """Discard the line."""
         check_stop()

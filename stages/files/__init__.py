@@ -1,1 +1,1 @@
-"""Files that are read and written with checks: text, YAML, safetensors, checksums."""
+"""Checked reading and writing of files: text, JSON, YAML, safetensors, checksums."""

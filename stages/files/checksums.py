@@ -1,4 +1,4 @@
-"""Size and CRC-32C of files, as the records of checkpoints and exports hold them."""
+"""Sizes and CRC-32C checksums of files, as stored in the records of checkpoints and exports."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Any
 
 import google_crc32c
 
-_PIECE_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class FileChecksum:
-    """What a record says of a file."""
+    """Size and checksum of one file."""
 
     bytes: int
     crc32c: str
@@ -20,20 +20,20 @@ class FileChecksum:
 
     @classmethod
     def from_json(cls, content: Any) -> "FileChecksum":
-        """From `dataclasses.asdict`; `ValueError` where it is something else."""
+        """Parse the output of `dataclasses.asdict`; `ValueError` if it is malformed."""
         match content:
             case {"bytes": int(size), "crc32c": str(crc32c)}:
                 return cls(size, crc32c)
-        raise ValueError(f"{content!r} is no size and CRC-32C of a file")
+        raise ValueError(f"expected the size and CRC-32C of a file, got {content!r}")
 
 
 def checksum_of(file: Path) -> FileChecksum:
-    """Read a file once, in pieces; `OSError` where it cannot be read."""
+    """Compute the checksum of a file, read in chunks; `OSError` if it cannot be read."""
     size = checksum = 0
     with file.open("rb", buffering=0) as stream:
-        while piece := stream.read(_PIECE_BYTES):
-            size += len(piece)
-            checksum = google_crc32c.extend(checksum, piece)
+        while chunk := stream.read(_CHUNK_BYTES):
+            size += len(chunk)
+            checksum = google_crc32c.extend(checksum, chunk)
     return FileChecksum(size, f"{checksum:08x}")
 
 
@@ -43,7 +43,7 @@ def checksum_of_bytes(data: bytes) -> str:
 
 
 def damage_of(file: Path, recorded: FileChecksum) -> str | None:
-    """What differs between a file and its record, with the file's name; None for a sound file."""
+    """Describe how a file differs from its record, naming the file; None if it is intact."""
     try:
         size = file.stat().st_size
         if size != recorded.bytes:
@@ -57,13 +57,13 @@ def damage_of(file: Path, recorded: FileChecksum) -> str | None:
 
 
 def files_below(folder: Path) -> dict[str, Path]:
-    """Every file below a folder, by its path from there, in order of those paths."""
+    """All files below a folder, keyed by their relative path and sorted by it."""
     found = (path for path in folder.rglob("*") if path.is_file())
     return dict(sorted((path.relative_to(folder).as_posix(), path) for path in found))
 
 
 def checksums_from_json(content: Any) -> Mapping[str, FileChecksum]:
-    """Of a record's files, by name; `ValueError` where it is something else."""
+    """Parse the checksums of a record, by file name; `ValueError` if they are malformed."""
     if not isinstance(content, dict):
-        raise ValueError(f"{content!r} is no list of files with their checksums")
+        raise ValueError(f"expected a mapping of file names to checksums, got {content!r}")
     return {str(name): FileChecksum.from_json(one) for name, one in content.items()}

@@ -1,4 +1,4 @@
-"""Safetensors files that have the permissions of any other new file."""
+"""Writing of safetensors files with the permissions that the umask gives."""
 
 import stat
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ def save_tensors(
 ) -> None:
     """Write a safetensors file with the mode that the umask gives.
 
-    `save_file` alone writes through a temporary file, which is 0600 whatever the umask is.
+    `save_file` on its own creates files of mode 0600, since it writes to a temporary file first.
     """
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
@@ -24,7 +24,7 @@ def save_tensors(
 
 @contextmanager
 def usual_modes(folder: Path) -> Iterator[None]:
-    """Give safetensors files that a library writes into `folder` the mode that the umask gives."""
+    """Set safetensors files that a library writes to `folder` to the mode that the umask gives."""
     yield
     probe = folder / ".mode"
     probe.touch()

@@ -1,4 +1,4 @@
-"""Text and JSON files that may come from anybody, read within bounds."""
+"""Reading of text and JSON files from untrusted sources, with limits on size and nesting."""
 
 import os
 from pathlib import Path
@@ -8,17 +8,17 @@ from cache_schema.checksummed_json import MAX_DEPTH, parse_json
 from cache_schema.storage import open_regular
 
 MAX_JSON_BYTES = 256 << 20
-"""Largest JSON file: the vocabularies and indexes of models are the largest that are read."""
+"""Largest JSON file read; vocabularies and weight indexes of models are the largest in use."""
 
-_IN_WORDS = {int: "a number of at least 0", str: "text", list: "a list", dict: "an object"}
+_TYPE_NAMES = {int: "a non-negative integer", str: "a string", list: "a list", dict: "an object"}
 
 
 def read_text(path: Path, limit: int) -> str:
-    """A regular file of at most `limit` bytes of UTF-8.
+    """Read a regular file of at most `limit` bytes of UTF-8 text.
 
     Raises:
-        ValueError: it is larger, or not UTF-8.
-        OSError: it cannot be read, or is not a regular file.
+        ValueError: the file is larger, or not UTF-8.
+        OSError: the file cannot be read, or is not a regular file.
     """
     with open(open_regular(str(path)), "rb") as file:  # noqa: PTH123
         size = os.fstat(file.fileno()).st_size
@@ -31,16 +31,16 @@ def read_text(path: Path, limit: int) -> str:
 
 
 def read_object(path: Path, **fields: type) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read a JSON object from a file.
 
     Args:
         path: the file.
-        fields: types of the members that it must have; an `int` is of 0 to 2^63.
+        fields: required members and their types; an `int` must be in [0, 2^63).
 
     Raises:
-        ValueError: the file is too large, holds no JSON object, or one that is nested too deep or
-            has another member.
-        OSError: it cannot be read, or is not a regular file.
+        ValueError: the file is too large or not a JSON object, the object is nested too deeply, or
+            a required member is missing or of the wrong type.
+        OSError: the file cannot be read, or is not a regular file.
     """
     text = read_text(path, MAX_JSON_BYTES)
     try:
@@ -48,20 +48,20 @@ def read_object(path: Path, **fields: type) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    _refuse_depth(content, path)
+        raise ValueError(f"{path} does not contain a JSON object")
+    _check_depth(content, path)
     for name, kind in fields.items():
         value = content.get(name)
         if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**63):
             raise ValueError(
-                f"{path} is damaged: {name} is {value!r:.80}, expected {_IN_WORDS[kind]}; restore "
-                "it from a copy"
+                f"{path} is damaged: {name} is {value!r:.80}, expected {_TYPE_NAMES[kind]}; "
+                "restore it from a copy"
             )
     return content
 
 
-def _refuse_depth(content: Any, path: Path) -> None:
-    """Before functions that call themselves see it."""
+def _check_depth(content: Any, path: Path) -> None:
+    """Limit the nesting depth, so that recursive functions can process the content."""
     level = [content]
     for _ in range(MAX_DEPTH):
         level = [

@@ -1,7 +1,7 @@
-"""Loads models only when every tensor of theirs is there: nothing is left at random values.
+"""Checked loading of diffusers and transformers models: no tensor may stay randomly initialised.
 
-`check_weights` reads headers and configurations alone, so that a run, and a dry run, can refuse a
-damaged download before any work; `load_model` checks again what the library made of it.
+`check_weights` reads only configurations and safetensors headers, so that a damaged download is
+reported before any work starts; `load_model` also checks the keys that the library reports.
 """
 
 import math
@@ -16,31 +16,31 @@ from safetensors import SafetensorError, safe_open
 
 from stages.files.text import read_object
 
-_LFS_MARK = b"version https://git-lfs"
-_LFS_SIZE = 1024
-"""No pointer is larger."""
+_LFS_PREFIX = b"version https://git-lfs"
+_MAX_LFS_POINTER_BYTES = 1024
+"""git-lfs pointers are always smaller."""
 
-_NAMED = 3
-"""So many tensors of each kind of fault are named; the others are counted."""
+_MAX_NAMES = 3
+"""Names listed in an error message for each kind of mismatch; the rest are only counted."""
 
-_LARGEST_INTEGER = 1 << 40
-_NO_SIZE = ("model_max_length",)
-"""Fields in which transformers writes 10^30 for "without bound"."""
-_MOST_LAYERS = 1000
-"""CogVideoX-5B has 42 layers, T5-XXL 24; a library builds as many as it is told."""
-_MOST_TIMESTEPS = 100_000
-"""1,000 are usual; a scheduler keeps several numbers of each."""
+_MAX_INTEGER = 1 << 40
+_UNBOUNDED_FIELDS = ("model_max_length",)
+"""Fields where transformers writes 10^30 for "unlimited"."""
+_MAX_LAYERS = 1000
+"""CogVideoX-5B has 42 layers, T5-XXL 24; the libraries set no limit of their own."""
+_MAX_TIMESTEPS = 100_000
+"""1,000 are usual; a scheduler stores several values per timestep."""
 
-_ATTENTIONS = (None, "eager", "sdpa")
-"""transformers fetches other kinds of attention as kernels from the hub, or imports them."""
+_ATTENTION_IMPLEMENTATIONS = (None, "eager", "sdpa")
+"""Other implementations make transformers import packages or download kernels from the hub."""
 
 _PEFT_FILE = "adapter_config.json"
-"""transformers loads the model that it names in place of the one beside it."""
+"""If present, transformers loads the base model it names instead of the one in its folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies, and its shape."""
+    """File, name and shape of a stored tensor."""
 
     file: Path
     name: str
@@ -48,10 +48,10 @@ class StoredTensor:
 
 
 def refuse_lfs_pointer(file: Path) -> None:
-    """Refuse a file that git left in place of the real one (`ValueError`)."""
-    if file.stat().st_size > _LFS_SIZE:
+    """Raise `ValueError` if the file is a git-lfs pointer instead of the actual file."""
+    if file.stat().st_size > _MAX_LFS_POINTER_BYTES:
         return
-    if file.read_bytes().startswith(_LFS_MARK):
+    if file.read_bytes().startswith(_LFS_PREFIX):
         raise ValueError(
             f"{file} is a git-lfs pointer, not the file itself: run git lfs pull in its "
             "repository, or download the model with hf download"
@@ -62,7 +62,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a model's configuration file.
 
     Raises:
-        ValueError: It is missing, a git-lfs pointer, or no JSON object.
+        ValueError: It is missing, a git-lfs pointer, or not a JSON object.
     """
     if not file.is_file():
         raise ValueError(f"{file} is missing; download the model again")
@@ -77,70 +77,70 @@ def read_config(file: Path) -> dict[str, Any]:
     """Read a configuration that a library builds a model, tokenizer or pipeline from.
 
     Raises:
-        ValueError: As `read_json`; or a field would make the library run or fetch other code, or
-            build without end.
+        ValueError: As `read_json`; or a field would make the library run or download code, or
+            allocate without limit.
     """
     config = read_json(file)
-    places: list[tuple[str, Any]] = [("", config)]
-    while places:
-        where, value = places.pop()
+    pending: list[tuple[str, Any]] = [("", config)]
+    while pending:
+        parent, value = pending.pop()
         items: Iterable[tuple[Any, Any]] = ()
         if isinstance(value, dict):
             items = value.items()
         elif isinstance(value, list):
-            items = ((where, item) for item in value)
+            items = ((parent, item) for item in value)
         for name, item in items:
-            fault = _fault_of_field(name, item)
-            if fault is not None:
-                raise ValueError(f"{file}: {name} {fault}; use the model's official files")
-            places.append((name, item))
+            reason = _field_error(name, item)
+            if reason is not None:
+                raise ValueError(f"{file}: {name} {reason}; use the model's official files")
+            pending.append((name, item))
     return config
 
 
-def _fault_of_field(name: str, value: Any) -> str | None:
-    """Why a field of a configuration is refused, if it is."""
-    if isinstance(value, int) and name not in _NO_SIZE:
-        bound = _LARGEST_INTEGER
+def _field_error(name: str, value: Any) -> str | None:
+    """The reason why a configuration field is rejected; None if it is accepted."""
+    if isinstance(value, int) and name not in _UNBOUNDED_FIELDS:
+        bound = _MAX_INTEGER
         if "layers" in name or name == "depths":
-            bound = _MOST_LAYERS
+            bound = _MAX_LAYERS
         elif name == "num_train_timesteps":
-            bound = _MOST_TIMESTEPS
+            bound = _MAX_TIMESTEPS
         if abs(value) > bound:
-            return f"is {value:.6g}, at most {bound:,} is taken"
+            return f"is {value:.6g}; the limit is {bound:,}"
     if isinstance(value, float) and not math.isfinite(value):
         return f"is {value}, not a finite number"
     if name in ("auto_map", "custom_pipeline", "custom_pipelines") and value:
-        return "names code of the model's folder, which is not run"
+        return "refers to code in the model's folder, which is not run"
     if name == "quantization_config" and value:
-        return "names a package for quantized weights, which is not imported; use plain weights"
+        return "requires a quantization package, which is not supported; use plain weights"
     if name in ("attn_implementation", "_attn_implementation") and (
-        isinstance(value, dict) or value not in _ATTENTIONS
+        isinstance(value, dict) or value not in _ATTENTION_IMPLEMENTATIONS
     ):
-        return f"is {value!r}, which may be code to fetch; only eager and sdpa are used"
+        return f"is {value!r}, which may download code; only eager and sdpa are supported"
     if name in ("use_timm_backbone", "use_pretrained_backbone") and value:
-        return "names a backbone of another package or model, which is not loaded"
+        return "requires a backbone from another package or model, which is not loaded"
     if name == "model_type" and str(value).startswith("timm"):
         return f"is {value!r}, a model of another package, which is not imported"
     return None
 
 
 def stored_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
-    """Where each tensor in a folder lies, by its name; reads headers alone.
+    """List the tensors stored in a model folder, by name; reads only the file headers.
 
     Args:
-        folder: of one model, in the format of diffusers or transformers.
-        stem: `diffusion_pytorch_model` for the one, `model` for the other.
+        folder: Model folder in the format of diffusers or transformers.
+        stem: Weight file name without suffix: `diffusion_pytorch_model` for diffusers, `model` for
+            transformers.
 
     Raises:
-        ValueError: The weights are missing, or a file of theirs is missing, damaged or a git-lfs
-            pointer.
+        ValueError: A weight file is missing, damaged or a git-lfs pointer.
     """
     stored = {}
     for file in _weight_files(folder, stem):
         refuse_lfs_pointer(file)
         try:
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                for name in opened.keys():  # noqa: SIM118 (not a mapping)
                     shape = tuple(opened.get_slice(name).get_shape())
                     stored[name] = StoredTensor(file=file, name=name, shape=shape)
         except SafetensorError as error:
@@ -151,7 +151,7 @@ def stored_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:
-    """The files that hold the weights: one, or as many as the index names."""
+    """The weight files of a model: a single file, or those listed in the index."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.is_file() and index.is_file():
         raise ValueError(
@@ -160,107 +160,107 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise ValueError(f"{folder} has no {single.name}{_what_is_there(folder, stem)}")
+        raise ValueError(f"{folder} has no {single.name}{_describe_alternatives(folder, stem)}")
     names = indexed_files(index)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(
-            f"{folder} lacks {len(missing)} of the {len(names)} files of weights that {index.name} "
-            f"names: {_some(missing)}; download the model again"
+            f"{folder} lacks {len(missing)} of the {len(names)} weight files listed in "
+            f"{index.name}: {_first_names(missing)}; download the model again"
         )
     return [folder / name for name in names]
 
 
 def indexed_files(index: Path) -> list[str]:
-    """The names of the files that an index of weights lists, each once.
+    """The distinct file names listed in a weight index, sorted.
 
     Raises:
-        ValueError: It is damaged, or a name leads out of its folder.
+        ValueError: The index is damaged, or a name points outside its folder.
     """
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise ValueError(f"{index} names no files; download the model again")
+        raise ValueError(f"{index} lists no files; download the model again")
     for name in shards.values():
         if not isinstance(name, str) or not name or Path(name).name != name:
-            raise ValueError(f"{index}: weight_map holds {name!r}, which is no file name")
+            raise ValueError(f"{index}: weight_map contains {name!r}, which is not a file name")
     return sorted(set(shards.values()))
 
 
-def _what_is_there(folder: Path, stem: str) -> str:
-    """What a folder holds in place of its weights, and what to do."""
+def _describe_alternatives(folder: Path, stem: str) -> str:
+    """What the folder contains instead of the expected weights, and what to do about it."""
     names = sorted(file.name for file in folder.glob("*")) if folder.is_dir() else []
     variants = [n for n in names if n.startswith(f"{stem}.") and ".safetensors" in n]
     if variants:
         return (
-            f", only a variant of the weights ({variants[0]}); download the weights themselves, or "
-            "rename the variant's files if its precision is enough"
+            f", only a variant of the weights ({variants[0]}); download the default weights, or "
+            "rename the variant's files if its precision is sufficient"
         )
     pickles = [name for name in names if Path(name).suffix in (".bin", ".pt", ".pth", ".ckpt")]
     if pickles:
         return (
-            f", only {pickles[0]}: weights are read from safetensors alone; download those, or "
-            "convert it with save_pretrained"
+            f", only {pickles[0]}: weights are read only from safetensors; download those, or "
+            "convert the file with save_pretrained"
         )
     return "; download the model again"
 
 
 def check_weights(model_class: Any, folder: Path) -> dict[str, StoredTensor]:
-    """Check that a folder's weights are those of its config.json; reads no values.
+    """Check that a folder's weights match its config.json; reads no tensor values.
 
     Args:
-        model_class: of diffusers or transformers.
-        folder: with config.json and safetensors.
+        model_class: A model class of diffusers or transformers.
+        folder: Folder with config.json and safetensors.
 
     Returns:
-        Where each stored tensor lies.
+        The stored tensors by name.
 
     Raises:
-        ValueError: A file is missing or damaged, or tensors are missing, unknown or of another
-            shape; the message names them.
+        ValueError: A file is missing or damaged, or tensors are missing, unexpected or of a
+            different shape; the message names them.
     """
     config = read_config(folder / "config.json")
-    _refuse_other_class(model_class, config, folder)
-    if _is_of_diffusers(model_class):  # every tensor has a name of its own
+    _check_class(model_class, config, folder)
+    if _is_diffusers(model_class):  # no tied weights: each tensor is stored under its own name
         stored = stored_tensors(folder, "diffusion_pytorch_model")
         try:
             with torch.device("meta"):
                 empty = model_class.from_config(config)
-        except Exception as error:  # the library checks little of what a configuration says
+        except Exception as error:  # the library barely validates configurations
             raise ValueError(
-                f"{folder / 'config.json'} makes no {model_class.__name__} "
+                f"{folder / 'config.json'} does not describe a {model_class.__name__} "
                 f"({type(error).__name__}: {error}); download the model again"
             ) from error
         expected = {name: tuple(value.shape) for name, value in empty.state_dict().items()}
         refuse_other_tensors(folder, expected, {name: one.shape for name, one in stored.items()})
         return stored
     stored = stored_tensors(folder, "model")
-    # Which names may be left out, because they are tied to others, transformers knows.
+    # Only transformers knows which names may be missing because they are tied to others.
     _from_pretrained(model_class, folder, device_map="meta")
     return stored
 
 
-def _refuse_other_class(model_class: Any, config: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a configuration of another class than the one that loads it (`ValueError`)."""
+def _check_class(model_class: Any, config: Mapping[str, Any], folder: Path) -> None:
+    """Raise `ValueError` if the configuration is that of a different model class."""
     name = model_class.__name__
-    if _is_of_diffusers(model_class):
+    if _is_diffusers(model_class):
         expected: dict[str, Any] = {"_class_name": name}
     else:
         expected = {"architectures": [name], "model_type": model_class.config_class.model_type}
         if (folder / _PEFT_FILE).exists():
             raise ValueError(
-                f"{folder} holds {_PEFT_FILE}, so that transformers would load the model that it "
-                "names; merge the adapter into the weights, or remove it"
+                f"{folder} contains {_PEFT_FILE}, so transformers would load the base model named "
+                "there instead; merge the adapter into the weights, or remove the file"
             )
     for field, value in expected.items():
         if config.get(field, value) != value:
             raise ValueError(
-                f"{folder / 'config.json'}: {field} is {config[field]!r}, and this model is loaded "
-                f"as {value!r} alone; download a model of that class"
+                f"{folder / 'config.json'}: {field} is {config[field]!r}, expected {value!r}; "
+                "download a model of that class"
             )
 
 
 def load_model(model_class: Any, folder: Path, **options: Any) -> Any:
-    """`model_class.from_pretrained(folder, **options)`, with every tensor from its files.
+    """Call `model_class.from_pretrained(folder, **options)` and require every tensor to be loaded.
 
     Raises:
         ValueError: As `check_weights`; or the model cannot be loaded.
@@ -269,15 +269,15 @@ def load_model(model_class: Any, folder: Path, **options: Any) -> Any:
     return _from_pretrained(model_class, folder, **options)
 
 
-def _is_of_diffusers(model_class: Any) -> bool:
+def _is_diffusers(model_class: Any) -> bool:
     return hasattr(model_class, "load_config")
 
 
 def _from_pretrained(model_class: Any, folder: Path, **options: Any) -> Any:
-    if not _is_of_diffusers(model_class):
-        options["ignore_mismatched_sizes"] = True  # they are refused below, by their names
+    if not _is_diffusers(model_class):
+        options["ignore_mismatched_sizes"] = True  # rejected below, with their names
     try:
-        with _quiet():
+        with _quiet_libraries():
             model, loading = model_class.from_pretrained(
                 folder,
                 local_files_only=True,
@@ -287,11 +287,11 @@ def _from_pretrained(model_class: Any, folder: Path, **options: Any) -> Any:
             )
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # the library checks little of what a configuration says
+    except Exception as error:  # the library barely validates configurations
         raise ValueError(
             f"the weights in {folder} cannot be loaded: {type(error).__name__}: {error}"
         ) from error
-    _refuse(
+    _raise_if_any(
         folder,
         missing=loading["missing_keys"],
         unknown=loading["unexpected_keys"],
@@ -301,8 +301,8 @@ def _from_pretrained(model_class: Any, folder: Path, **options: Any) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without progress bars, and without the table that transformers prints of what is refused."""
+def _quiet_libraries() -> Iterator[None]:
+    """Disable progress bars, and the table of mismatched keys that transformers prints."""
     import diffusers
     from transformers.utils import logging
 
@@ -321,8 +321,8 @@ def refuse_other_tensors(
     expected: Mapping[str, tuple[int, ...]],
     found: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Refuse stored tensors that are not exactly a model's, naming them (`ValueError`)."""
-    _refuse(
+    """Raise `ValueError` naming the stored tensors that differ from those the model expects."""
+    _raise_if_any(
         folder,
         missing=expected.keys() - found.keys(),
         unknown=found.keys() - expected.keys(),
@@ -334,11 +334,11 @@ def refuse_other_tensors(
     )
 
 
-def _refuse(
+def _raise_if_any(
     folder: Path, *, missing: Iterable[str], unknown: Iterable[str], misshapen: Iterable[str]
 ) -> None:
     faults = [
-        f"{what}: {len(names)} ({_some(names)})"
+        f"{what}: {len(names)} ({_first_names(names)})"
         for what, names in (
             ("missing", sorted(missing)),
             ("unknown", sorted(unknown)),
@@ -348,10 +348,10 @@ def _refuse(
     ]
     if faults:
         raise ValueError(
-            f"the weights in {folder} are not those of its config.json: tensors "
+            f"the weights in {folder} do not match its config.json: tensors "
             f"{', '.join(faults)}; download the model again"
         )
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+def _first_names(names: list[str]) -> str:
+    return ", ".join(names[:_MAX_NAMES]) + (", …" if len(names) > _MAX_NAMES else "")

@@ -1,4 +1,4 @@
-"""What torch and safetensors do not tell of a file that they could not write: where, and why."""
+"""Explains failed writes of torch and safetensors, which drop the system's error."""
 
 import errno
 import os
@@ -8,14 +8,14 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 _TORCH_WRITES = ("PytorchStreamWriter", "file write failed", "unexpected pos")
-"""Parts of what torch.save says where the system refused a write."""
+"""Fragments of the messages of torch.save when a write fails."""
 
 
 def why_not_written(error: Exception, folder: Path) -> str | None:
-    """Why a file below `folder` could not be written, with the space left on its disk.
+    """The reason why a file below `folder` could not be written, with the free space on its disk.
 
-    None for an error of another kind. torch and safetensors drop the system's error number, so that
-    a disk without a free block is taken for the reason.
+    None if the error is not a failed write. torch and safetensors drop the system's error number,
+    so a disk with less than 1 MiB free is assumed to be full.
     """
     if isinstance(error, OSError) and not isinstance(error, ConnectionError):
         reason = error.strerror or str(error)
@@ -23,8 +23,8 @@ def why_not_written(error: Exception, folder: Path) -> str | None:
         reason = str(error).splitlines()[0]
     else:
         return None
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if free < 1 << 20:
         reason = os.strerror(errno.ENOSPC)
     return f"{reason} ({free / 1e9:.2f} GB are free on that disk)"

@@ -1,9 +1,9 @@
-"""YAML 1.2 as this project reads and writes it: settings, and SAM2's configurations.
+"""Reading and writing of YAML 1.2: settings, and SAM2's configurations.
 
-In YAML 1.1, which many libraries still read, `1e-4` is text, `on` is true, `010` is eight, and a
-key given twice silently takes its second value. Each of those has spoilt a training run somewhere.
+In YAML 1.1, which many libraries still read, `1e-4` is a string, `on` is true, `010` is eight, and
+the second value of a duplicate key silently wins. Each of these can silently change a training run.
 
-A file may come from anybody: what it would take in memory is bounded before a value is made of it.
+Files may be untrusted: their size in memory is bounded before any value is constructed.
 """
 
 import io
@@ -30,29 +30,29 @@ MAX_FILE_BYTES = 1 << 20
 """Largest YAML file."""
 
 _MAX_SIZE = 1 << 20
-"""Most values and characters of a document, what an alias stands for counted each time."""
+"""Maximum number of values and characters in a document, with aliases expanded."""
 
 _MAX_DEPTH = 64
 
-_MAX_WHOLE_NUMBER = 2**64
-"""Whole numbers are smaller; text of a much larger one cannot even be written again."""
+_MAX_INTEGER = 2**64
+"""Integers must be smaller in magnitude; Python refuses to print much larger ones."""
 
 
 _PLAIN = re.compile("[A-Za-z_/]")
-"""Text that begins so may stand without quotes."""
+"""Text that starts like this may be written without quotes."""
 
 
 class YamlError(ValueError):
-    """The text is not YAML that this project reads; the message says where."""
+    """The text is not YAML accepted by this project; the message names the line."""
 
 
 class _Constructor(SafeConstructor):
-    """A date is text: nothing here is set to one."""
+    """Reads dates as strings, since no setting is a date, and bounds integers."""
 
     def construct_yaml_int(self, node: ScalarNode) -> int:
         number = int(super().construct_yaml_int(node))
-        if abs(number) >= _MAX_WHOLE_NUMBER:
-            raise ConstructorError(None, None, "a whole number of over 64 bits", node.start_mark)
+        if abs(number) >= _MAX_INTEGER:
+            raise ConstructorError(None, None, "integer of more than 64 bits", node.start_mark)
         return number
 
 
@@ -61,10 +61,10 @@ _Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.cons
 
 
 class _Representer(SafeRepresenter):
-    """Leaves only text without quotes that surely needs none; the library decides about the rest.
+    """Quotes every string that does not start like a plain word.
 
-    It does not read back its own `{key: :text}` and `{key: ?text}`, and loses a no-break space at
-    an end.
+    The library cannot read back its own `{key: :text}` and `{key: ?text}`, and loses a no-break
+    space at either end.
     """
 
     def represent_str(self, data: str) -> ScalarNode:
@@ -76,11 +76,11 @@ _Representer.add_representer(str, _Representer.represent_str)
 
 
 def read_yaml(path: Path) -> Any:
-    """Return the value that a file of at most `MAX_FILE_BYTES` holds.
+    """Return the value stored in a YAML file of at most `MAX_FILE_BYTES`.
 
     Raises:
-        YamlError: as `parse_yaml`; or it is larger, no regular file, or not UTF-8.
-        OSError: it cannot be read.
+        YamlError: as `parse_yaml`; or the file is larger, or not UTF-8.
+        OSError: the file cannot be read, or is not a regular file.
     """
     try:
         text = read_text(path, MAX_FILE_BYTES)
@@ -90,11 +90,11 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the value that one YAML document holds.
+    """Return the value of one YAML document.
 
     Raises:
-        YamlError: the text is not YAML of plain values, a mapping has a key twice, or the values
-            are too many, too large or nested too deep.
+        YamlError: the text is not YAML of plain values, a mapping has a duplicate key, or the
+            values are too many, too large or nested too deeply.
     """
     yaml = YAML(typ="safe", pure=True)
     yaml.Constructor = _Constructor
@@ -109,8 +109,8 @@ def parse_yaml(text: str) -> Any:
 
 
 def _check_size(text: str) -> None:
-    """Refuse what is too large once its aliases are followed, from the parser's events alone."""
-    sizes: dict[str, int | None] = {}  # by anchor; None while it is open
+    """Reject a document that is too large with aliases expanded, using only parser events."""
+    sizes: dict[str, int | None] = {}  # by anchor; None inside its collection
     opened: list[tuple[str | None, int]] = []  # anchors and the size before each collection
     size = 0
     for event in YAML(typ="safe", pure=True).parse(text):
@@ -122,9 +122,9 @@ def _check_size(text: str) -> None:
             if isinstance(event, ScalarEvent):
                 size += len(event.value)
             elif isinstance(event, AliasEvent):
-                aliased = sizes.get(anchor, 0)  # the composer refuses an unknown one
+                aliased = sizes.get(anchor, 0)  # the composer rejects unknown anchors
                 if aliased is None:
-                    raise YamlError(f"{_line(event)}*{anchor} stands within what it names")
+                    raise YamlError(f"{_line(event)}alias *{anchor} refers to itself")
                 anchor, size = None, size + aliased
             elif isinstance(event, CollectionStartEvent):
                 opened.append((anchor, before))
@@ -134,8 +134,7 @@ def _check_size(text: str) -> None:
             continue
         if size > _MAX_SIZE:
             raise YamlError(
-                f"{_line(event)}more than {_MAX_SIZE} values and characters, with what aliases "
-                "stand for"
+                f"{_line(event)}more than {_MAX_SIZE} values and characters, with aliases expanded"
             )
         if anchor is not None:
             sizes[anchor] = None if isinstance(event, CollectionStartEvent) else size - before
@@ -146,7 +145,7 @@ def _line(event: NodeEvent | CollectionEndEvent) -> str:
 
 
 def dump_value(value: Any) -> str:
-    """Write one value on one line, so that `parse_yaml` returns it unchanged."""
+    """Format a value on one line, so that `parse_yaml` returns it unchanged."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
     yaml.default_flow_style = True

@@ -68,7 +68,7 @@ def test_whole_parts_pass_and_are_loaded_with_their_values(base, part):
 def test_keys_with_a_prefix_are_refused(base, part):
     changed(base, part, lambda tensors: {f"model.{n}": value for n, value in tensors.items()})
     count = len(load_file(base / part / PARTS[part][0]))
-    refused(base, part, rf"{part} are not those .* missing: \d+ \(.*unknown: {count} \(model\.")
+    refused(base, part, rf"{part} do not match .* missing: \d+ \(.*unknown: {count} \(model\.")
 
 
 def test_a_missing_tensor_is_named(base, part):
@@ -111,7 +111,7 @@ def test_a_file_cut_short(base, part):
             ".fp16.safetensors",
             r"has no .*, only a variant of the weights \(.*\.fp16\.safetensors\)",
         ),
-        (".bin", r"only .*\.bin: weights are read from safetensors alone"),
+        (".bin", r"only .*\.bin: weights are read only from safetensors; download those"),
         (None, r"has no .*\.safetensors; download the model again"),
     ],
 )

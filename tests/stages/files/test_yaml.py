@@ -63,16 +63,16 @@ def test_what_is_not_plain_yaml_is_refused_with_the_line(text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("&a [*a]", "line 1: .a stands within what it names"),
-        ("x: &a {b: [1, *a]}", "line 1: .a stands within what it names"),
+        ("&a [*a]", "line 1: alias .a refers to itself"),
+        ("x: &a {b: [1, *a]}", "line 1: alias .a refers to itself"),
         ("x: *a", "line 1: found undefined alias"),
         ("[" * 100_000, "nested more than 64 levels deep"),
         ("- " * 100 + "1", "nested more than 64 levels deep"),
         (f"x: &a [{'1, ' * 5000}]\ny: [{'*a, ' * 5000}]", "line 2: more than 1048576 values"),
         (f"x: &a {'text' * 5000}\ny: [{'*a, ' * 5000}]", "line 2: more than 1048576 values"),
         ("9" * 5000, "digits"),
-        ("9" * 30, "line 1: a whole number of over 64 bits"),
-        (f"x: 0x{'f' * 5000}", "line 1: a whole number of over 64 bits"),
+        ("9" * 30, "line 1: integer of more than 64 bits"),
+        (f"x: 0x{'f' * 5000}", "line 1: integer of more than 64 bits"),
     ],
 )
 def test_what_would_not_fit_is_refused_before_it_is_made(text, message):
