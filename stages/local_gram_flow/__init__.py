@@ -1,6 +1,6 @@
-"""Pure maths of the Local Gram Flow: similarities, loss, fusion, grid and time alignment.
+"""Local Gram Flow as pure tensor functions: similarities, loss, fusion, grid and time alignment.
 
-Knows no files, devices, engines or loggers. Both stages, inspection and evaluation use it.
+Nothing here reads files, chooses devices or logs.
 """
 
 from stages.local_gram_flow.alignment import (

@@ -1,9 +1,9 @@
-"""Where SAM2's frames and pixels lie on CogVideoX's latents and tokens.
+"""Alignment of SAM2's frames and feature maps with CogVideoX's latent frames and tokens.
 
-The causal VAE compresses time fourfold: latent 0 sees frame 0 alone, latent k sees frames 4k-3..4k,
-so frame f belongs to latent ceil(f / 4), and latent k >= 1 is centred on frame 4k - 1.5.
+The causal VAE compresses time fourfold: latent 0 encodes frame 0, latent k >= 1 encodes frames
+4k-3..4k. So frame f belongs to latent ceil(f / 4), and latent k >= 1 is centred on frame 4k - 1.5.
 
-Legend: T frame, L latent frame, J token in time, M map of the teacher, H W grid, C channel.
+Legend: T frame, L latent frame, J token in time, M teacher map, H W grid, C channel.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ TEMPORAL_COMPRESSION = 4
 
 
 def latent_frame_of_frame(num_frames: int) -> Tensor:
-    """Index of the latent frame that each frame belongs to: int64 [T].
+    """Latent frame index of each frame: int64 [T].
 
     Raises:
         ValueError: `num_frames` is not 4N+1.
@@ -27,33 +27,33 @@ def latent_frame_of_frame(num_frames: int) -> Tensor:
 
 
 def frames_to_latents(features_THWC: Tensor) -> Tensor:
-    """Mean of each latent frame's frames: features_LHWC, L = (T-1)/4 + 1."""
+    """Mean over the frames of each latent frame: features_LHWC, L = (T-1)/4 + 1."""
     latent_T = latent_frame_of_frame(features_THWC.shape[0])
-    count_L = torch.bincount(latent_T)  # on the host: a device would be waited for
+    count_L = torch.bincount(latent_T)  # on the host, to avoid a device sync
     sums_LHWC = features_THWC.new_zeros(len(count_L), *features_THWC.shape[1:])
     sums_LHWC.index_add_(0, latent_T.to(features_THWC.device), features_THWC)
     return sums_LHWC / count_L[:, None, None, None].to(sums_LHWC)
 
 
 def time_weights(num_maps: int, num_frames: int, *, patch_size_t: int = 1) -> Tensor | None:
-    """How the student's tokens in time make the teacher's maps: weights_MJ, rows summing to 1.
+    """Weights that interpolate student tokens in time to teacher maps: weights_MJ, rows sum to 1.
 
-    Linear interpolation between tokens, each standing at the mean of the frames it covers; before
-    the first and after the last, their value is held. For CogVideoX 1.0 the tokens stand at frames
-    0 and 4k - 1.5. (`F.interpolate` would spread them evenly over the clip, up to two frames off.)
+    Linear interpolation with each token placed at the mean of the frames that it covers, constant
+    before the first token and after the last. For CogVideoX 1.0 tokens lie at frames 0 and
+    4k - 1.5. (`F.interpolate` would space them evenly over the clip, up to two frames off.)
 
     Args:
-        num_maps: maps M of the teacher per clip: one per frame or one per latent frame.
+        num_maps: teacher maps M per clip: one per frame or one per latent frame.
         num_frames: frames of the clip, 4N+1.
-        patch_size_t: latent frames per token, 2 for CogVideoX 1.5. Its padding lies before the
-            clip, so that the first token may cover fewer.
+        patch_size_t: latent frames per token, 2 for CogVideoX 1.5. Padding precedes the clip, so
+            the first token may cover fewer.
 
     Returns:
-        float32 weights, or None where token and map correspond one for one (latent rate,
+        float32 weights, or None if tokens and maps correspond one to one (latent rate,
         CogVideoX 1.0).
 
     Raises:
-        ValueError: `num_maps` is neither rate.
+        ValueError: `num_maps` is neither the frame rate nor the latent rate.
     """
     latent_of_frame = latent_frame_of_frame(num_frames).numpy()
     num_latents = int(latent_of_frame[-1]) + 1
@@ -67,22 +67,22 @@ def time_weights(num_maps: int, num_frames: int, *, patch_size_t: int = 1) -> Te
         return None
     token_of_frame = (latent_of_frame + -num_latents % patch_size_t) // patch_size_t
     centre_J = _mean_frame(token_of_frame)
-    place_M = np.arange(num_frames) if at_frame_rate else _mean_frame(latent_of_frame)
-    columns = [np.interp(place_M, centre_J, one_hot_J) for one_hot_J in np.eye(len(centre_J))]
+    frame_M = np.arange(num_frames) if at_frame_rate else _mean_frame(latent_of_frame)
+    columns = [np.interp(frame_M, centre_J, one_hot_J) for one_hot_J in np.eye(len(centre_J))]
     return torch.from_numpy(np.stack(columns, axis=1)).float()
 
 
 def _mean_frame(group_of_frame: np.ndarray) -> np.ndarray:
-    """Mean frame number of each group."""
+    """Mean frame index of each group."""
     frames = np.arange(len(group_of_frame))
     return np.bincount(group_of_frame, weights=frames) / np.bincount(group_of_frame)
 
 
 def resample_to_grid(features_TCHW: Tensor, height: int, width: int) -> Tensor:
-    """SAM2's square feature map on the student's token grid: features_THWC.
+    """Resample SAM2's square feature map to the student's token grid: features_THWC.
 
-    SAM2 squashes the frame to a square, so both grids span the same picture: bilinear with
-    `align_corners=False`, antialiased where the grid gets coarser.
+    SAM2 resizes every frame to a square, so both grids span the whole frame: bilinear with
+    `align_corners=False`, antialiased when downsampling.
     """
     resampled_TCHW = F.interpolate(
         features_TCHW, size=(height, width), mode="bilinear", align_corners=False, antialias=True

@@ -1,9 +1,9 @@
-"""Forward and backward tracks, of one or several subjects, become one feature map per frame.
+"""Fusion of forward and backward tracks, of one or several subjects, into one map per frame.
 
-Stage one fuses what it stores; training brings what it reads to its own grid.
+Also resampling of fused maps to another token grid.
 
 Legend: T frame, H W token grid, C channel, G fused channel, P part of the fused channels, D channel
-of a part (G = P * D).
+of a part (G = P * D), S subject.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,43 +18,44 @@ from stages.local_gram_flow.alignment import resample_to_grid
 Fusion = Literal["gram_flow", "average", "forward"]
 
 Directions = Literal["fused", "forward", "backward", "averaged"]
-"""What is taken of tokens that were fused in Gram-flow space; see `take_directions`."""
+"""Tracking directions to extract from tokens fused in Gram-flow space; see `take_directions`."""
 
 
 def fuse_directions(
     forward_THWC: Tensor, backward_THWC: Tensor | None, *, fusion: Fusion, forward_weight: float
 ) -> Tensor:
-    """Unit-norm fused tokens of both tracking directions.
+    """Fuse both tracking directions into unit-norm tokens.
 
-    `gram_flow`: with unit tokens f and b and share a, g = concat(sqrt(a) f, sqrt(1-a) b) has
-    <g_p, g_q> = a <f_p, f_q> + (1-a) <b_p, b_q> for every pair of tokens: fusion in Gram-flow
-    space, exactly, in one stored array. `average`: a f + (1-a) b, renormalised; its products hold
-    the cross terms <f, b>, which Gram-flow space has not (ablation). `forward`: f alone (ablation).
+    `gram_flow`: with unit tokens f and b and weight a, g = concat(sqrt(a) f, sqrt(1-a) b) gives
+    <g_p, g_q> = a <f_p, f_q> + (1-a) <b_p, b_q> for every pair of tokens: exact fusion in
+    Gram-flow space, in one stored array. `average`: a f + (1-a) b, renormalised; its products
+    include the cross terms <f, b>, which fusion in Gram-flow space does not (ablation). `forward`:
+    f only (ablation).
 
     Args:
         forward_THWC: features of the forward track; need not be normalised.
         backward_THWC: features of the backward track for the same frames in the same order; None
             with `forward`.
-        fusion: how the two become one.
-        forward_weight: share a of the forward direction, 0 to 1.
+        fusion: fusion method.
+        forward_weight: weight a of the forward direction, 0 to 1.
 
     Returns:
-        fused_THWG, float32 (float64 if given it), unit norm; G is 2C for `gram_flow`, else C.
+        fused_THWG, unit norm, float32 (float64 for float64 input); G is 2C for `gram_flow`, else C.
 
     Raises:
-        ValueError: shapes differ, the backward track is missing, or the share is outside 0 to 1.
+        ValueError: shapes differ, the backward track is missing, or the weight is outside 0 to 1.
     """
     if fusion == "forward":
         return _unit_tokens(forward_THWC)
     if backward_THWC is None or backward_THWC.shape != forward_THWC.shape:
         found = None if backward_THWC is None else tuple(backward_THWC.shape)
         raise ValueError(
-            f"fusion '{fusion}' needs a backward track shaped as the forward one "
+            f"fusion '{fusion}' needs a backward track of the forward track's shape "
             f"{tuple(forward_THWC.shape)}, got {found}"
         )
     if not 0.0 <= forward_weight <= 1.0:
         raise ValueError(
-            f"forward_weight must be in 0..1, got {forward_weight}; 0.5 counts both alike"
+            f"forward_weight must be in 0..1, got {forward_weight}; 0.5 weights both equally"
         )
     forward_THWC, backward_THWC = _unit_tokens(forward_THWC), _unit_tokens(backward_THWC)
     if fusion == "average":
@@ -65,64 +66,64 @@ def fuse_directions(
 
 
 def fuse_subjects(fused_THWG: Sequence[Tensor], *, num_slots: int) -> Tensor:
-    """Several subjects' fused tokens as one map, averaged in Gram-flow space.
+    """Combine several subjects' fused tokens into one map, averaged in Gram-flow space.
 
-    With N subjects, g = concat(g_1, ..., g_N, 0, ...) / sqrt(N) has <g_p, g_q> = the mean over the
-    subjects of <g_n,p, g_n,q> for every pair of tokens, exactly; empty slots add nothing.
+    With N subjects, g = concat(g_1, ..., g_N, 0, ...) / sqrt(N) makes <g_p, g_q> exactly the mean
+    over the subjects of <g_n,p, g_n,q> for every pair of tokens; empty slots contribute 0.
 
     Args:
-        fused_THWG: of each subject, what `fuse_directions` returned; all of one shape.
-        num_slots: how many subjects the result has room for, at least as many as are given.
+        fused_THWG: output of `fuse_directions` for each subject; all of the same shape.
+        num_slots: number of subject slots in the result, at least the number of subjects.
 
     Returns:
         fused_THWG with `num_slots` times the channels; unit norm where the subjects have it.
 
     Raises:
-        ValueError: no subject, or more than there are slots.
+        ValueError: no subject, or more subjects than slots.
     """
     if not 1 <= len(fused_THWG) <= num_slots:
         raise ValueError(
-            f"{len(fused_THWG)} subjects do not go into {num_slots} slots; give 1 to {num_slots}"
+            f"{len(fused_THWG)} subjects do not fit into {num_slots} slots; give 1 to {num_slots}"
         )
-    share = len(fused_THWG) ** -0.5
+    scale = len(fused_THWG) ** -0.5
     empty = [torch.zeros_like(fused_THWG[0])] * (num_slots - len(fused_THWG))
-    return torch.cat([*(share * subject for subject in fused_THWG), *empty], dim=-1)
+    return torch.cat([*(scale * subject for subject in fused_THWG), *empty], dim=-1)
 
 
 def take_directions(
     fused_THWG: Tensor, parts: int, directions: Directions, *, forward_weight: float
 ) -> Tensor:
-    """One track alone, or the average of both, out of what the fusion `gram_flow` made.
+    """Recover one track, or the average of both, from tokens fused with `gram_flow`.
 
-    The parts are each subject's forward and backward tokens, sqrt(a) f and sqrt(1-a) b, which
-    renormalised are f and b again. `forward` is f, `backward` b, `averaged` a f + (1-a) b, each
-    renormalised for each subject, as the fusions `forward` and `average` make them; slots without
-    a subject stay empty, and what was never visited stays zero.
+    The parts are each subject's forward and backward tokens, sqrt(a) f and sqrt(1-a) b;
+    renormalising recovers f and b. `forward` is f, `backward` b, `averaged` a f + (1-a) b,
+    renormalised per subject, equal to the fusions `forward` and `average`. Empty subject slots and
+    frames that were not tracked stay zero.
 
     Args:
-        fused_THWG: with any leading axes; fused by `fuse_directions` with `gram_flow`, then by
-            `fuse_subjects` where there are several subjects.
-        parts: P, two for each subject's slot.
-        directions: what is taken; `fused` is what was given.
-        forward_weight: share a of the forward direction.
+        fused_THWG: output of `fuse_directions` with `gram_flow`, then of `fuse_subjects` if there
+            are several subjects; any leading axes.
+        parts: P, two per subject slot.
+        directions: directions to return; `fused` returns the input unchanged.
+        forward_weight: weight a of the forward direction.
 
     Returns:
-        Unit tokens of half the channels and P / 2 parts, float32 (float64 if given it).
+        Unit tokens of half the channels and P / 2 parts, float32 (float64 for float64 input).
 
     Raises:
-        ValueError: the parts are no pairs, or the one direction that is asked for has no share.
+        ValueError: P is odd, or the requested direction was fused with weight 0.
     """
     if directions == "fused":
         return fused_THWG
     if parts % 2:
         raise ValueError(
-            f"tokens of {parts} parts were not fused in Gram-flow space of a forward and a "
-            "backward direction each; extract the teacher with extract.teacher.fusion=gram_flow"
+            f"tokens of {parts} parts are not pairs of a forward and a backward direction fused "
+            "in Gram-flow space; extract the teacher with extract.teacher.fusion=gram_flow"
         )
     if {"forward": forward_weight, "backward": 1.0 - forward_weight}.get(directions) == 0.0:
         raise ValueError(
-            f"nothing of the {directions} direction is in tokens fused with a forward share of "
-            f"{forward_weight:g}; extract the teacher with extract.teacher.forward_weight=0.5"
+            f"tokens fused with forward_weight {forward_weight:g} do not contain the {directions} "
+            "direction; extract the teacher with extract.teacher.forward_weight=0.5"
         )
     parts_THWPD = F.normalize(_in_parts(fused_THWG, parts), dim=-1)
     forward_THWSD, backward_THWSD = parts_THWPD[..., 0::2, :], parts_THWPD[..., 1::2, :]
@@ -135,22 +136,22 @@ def take_directions(
 def regrid_fused(
     fused_THWG: Tensor, height: int, width: int, parts: int, *, norm_P: Tensor | None = None
 ) -> Tensor:
-    """One clip's fused tokens on another grid, each part with the norm it had.
+    """Resample one clip's fused tokens to another grid, keeping the norm of each part.
 
-    The channels are `parts` equally wide groups (a direction of a subject each), whose norm is the
-    same at every token of a clip and says what the part weighs in the fused similarity. Resampling
-    mixes neighbours and so shortens tokens; each part is stretched back. What is zero (a frame that
-    was never visited, a slot without a subject) stays zero.
+    The channels are `parts` groups of equal width, one per direction and subject. The norm of a
+    group is the same at every token of a clip and is its weight in the fused similarity.
+    Interpolation between neighbours shortens tokens, so each part is rescaled to its norm. Zeros
+    (frames that were not tracked, empty subject slots) stay zero.
 
     Args:
-        fused_THWG: of one clip, or some of its maps; any floating dtype.
+        fused_THWG: all or some maps of one clip; any floating dtype.
         height: rows of the new grid.
         width: columns of the new grid.
         parts: P, the store's setting `parts`.
-        norm_P: what `part_norms` returned for the clip; None takes it from these maps.
+        norm_P: result of `part_norms` for the clip; None computes it from these maps.
 
     Returns:
-        fused_THWG on the new grid, float32 (float64 if given it).
+        fused_THWG on the new grid, float32 (float64 for float64 input).
 
     Raises:
         ValueError: the channels do not split into `parts` equal groups.
@@ -167,10 +168,10 @@ def regrid_fused(
 def part_norms(pieces_THWG: Iterable[Tensor], parts: int) -> Tensor:
     """Norm of each part of one clip's fused tokens: norm_P.
 
-    The mean over the tokens that hold something, since float16 has rounded each of them.
+    The mean over the non-zero tokens, which averages out float16 rounding.
 
     Args:
-        pieces_THWG: the clip's maps, in any pieces.
+        pieces_THWG: the clip's maps, in one or several chunks.
         parts: P, the store's setting `parts`.
 
     Raises:
@@ -179,7 +180,7 @@ def part_norms(pieces_THWG: Iterable[Tensor], parts: int) -> Tensor:
     norms = [_in_parts(piece_THWG, parts).norm(dim=-1) for piece_THWG in pieces_THWG]
     total_P = sum(norm_THWP.sum(dim=(0, 1, 2)) for norm_THWP in norms)
     occupied_P = sum((norm_THWP > 0).sum(dim=(0, 1, 2)) for norm_THWP in norms)
-    assert isinstance(total_P, Tensor) and isinstance(occupied_P, Tensor), "a clip has maps"
+    assert isinstance(total_P, Tensor) and isinstance(occupied_P, Tensor), "no maps given"
     return total_P / occupied_P.clamp(min=1)
 
 
@@ -187,8 +188,8 @@ def _in_parts(fused_THWG: Tensor, parts: int) -> Tensor:
     G = fused_THWG.shape[-1]
     if parts < 1 or G % parts:
         raise ValueError(
-            f"{G} fused channels do not split into {parts} equal parts; the teacher store's "
-            "settings say how many parts it has"
+            f"{G} fused channels do not split into {parts} equal parts; see the setting `parts` "
+            "of the teacher store"
         )
     dtype = torch.promote_types(fused_THWG.dtype, torch.float32)
     return fused_THWG.to(dtype).unflatten(-1, (parts, G // parts))

@@ -1,4 +1,4 @@
-"""What a Gram flow says: the loss between a student's and a teacher's, and the implied motion.
+"""Gram-flow loss between student and teacher, and the motion that a Gram flow implies.
 
 Legend: B clip, P frame pair, H W token grid, K neighbour.
 """
@@ -27,29 +27,29 @@ def gram_flow_loss(
     valid_BP: Tensor | None = None,
     token_weight_BPHW: Tensor | None = None,
 ) -> Tensor:
-    """How differently student and teacher move in each clip, averaged over tokens and frame pairs.
+    """Divergence between the student's and the teacher's Gram flow, per clip.
 
-    `kl`: KL(P_teacher || P_student) in nats, P = softmax(s / temperature) over the neighbours that
-    lie inside the grid. `l2`: mean squared difference of the similarities of those neighbours.
+    Averaged over tokens and frame pairs. `kl`: KL(P_teacher || P_student) in nats,
+    P = softmax(s / temperature) over the neighbours inside the grid. `l2`: mean squared difference
+    of the similarities of those neighbours.
 
     Args:
         student_BPHWK: similarities of the student (`local_gram_flow`), with gradient.
-        teacher_BPHWK: similarities of the teacher, before the softmax; no gradient flows to them.
-        temperature: of the softmax; used by `kl` alone.
+        teacher_BPHWK: similarities of the teacher, before the softmax; treated as constant.
+        temperature: softmax temperature; used by `kl` only.
         divergence: `kl` or `l2` (ablation).
-        valid_BP: bool, the pairs that count; None counts all. A clip's mean is over its own valid
-            pairs, and a clip without one has the loss 0, so that a batch gives the same mean in one
-            piece or in several.
-        token_weight_BPHW: how much each token whose window is compared counts, >= 0: the clip's
-            loss is the weighted mean over the tokens of its valid pairs, 0 where all weigh nothing.
-            None counts all alike.
+        valid_BP: bool mask of valid pairs; None means all. Each clip is averaged over its own valid
+            pairs, and a clip without any has loss 0, so the batch mean does not depend on how the
+            batch is split.
+        token_weight_BPHW: weight >= 0 of each token: a clip's loss is the weighted mean over the
+            tokens of its valid pairs, 0 if all weights are 0. None weights all equally.
 
     Returns:
-        loss_B >= 0, zero where both move alike; float32, or float64 if given it. What pairs that do
-        not count hold, finite or not, changes neither it nor its gradient.
+        loss_B >= 0, zero for equal Gram flows; float32, or float64 for float64 input. Values of
+        invalid pairs, finite or not, affect neither the loss nor its gradient.
 
     Raises:
-        ValueError: shapes differ, the last axis is no window, or `valid_BP` is not boolean.
+        ValueError: shapes differ, K is not a window size, or `valid_BP` is not boolean.
 
     Source: Structure From Tracking, arXiv 2512.11792.
     """
@@ -68,7 +68,7 @@ def gram_flow_loss(
         token_weight_BPHW = token_weight_BPHW.detach().to(dtype)
     if valid_BP is not None:
         _check_valid(valid_BP, student_BPHWK)
-        # Before any arithmetic: a product of 0 and infinity in the backward pass is no number.
+        # Before any arithmetic: 0 * inf in the backward pass is NaN.
         unused = ~valid_BP[..., None, None]
         student_BPHWK = student_BPHWK.masked_fill(unused[..., None], 0.0)
         teacher_BPHWK = teacher_BPHWK.masked_fill(unused[..., None], 0.0)
@@ -89,15 +89,15 @@ def gram_flow_loss(
     loss_BP = loss_BPHW.mean((2, 3))
     if valid_BP is None:
         return loss_BP.mean(1)
-    # Both flows of a pair that does not count are flat by now: it adds 0 to the sum.
+    # Invalid pairs were zeroed in both flows, so they add 0 to the sum.
     return loss_BP.sum(1) / valid_BP.sum(1).clamp(min=1)
 
 
 def _check_valid(valid_BP: Tensor, similarities_BPHWK: Tensor) -> None:
     if valid_BP.dtype != torch.bool or valid_BP.shape != similarities_BPHWK.shape[:2]:
         raise ValueError(
-            f"valid_BP must be bool {tuple(similarities_BPHWK.shape[:2])}, one for each clip and "
-            f"frame pair, got {valid_BP.dtype} {tuple(valid_BP.shape)}"
+            f"valid_BP must be bool {tuple(similarities_BPHWK.shape[:2])}, one per clip and frame "
+            f"pair, got {valid_BP.dtype} {tuple(valid_BP.shape)}"
         )
 
 
@@ -110,13 +110,13 @@ def _check_weight(token_weight_BPHW: Tensor, similarities_BPHWK: Tensor) -> None
 
 
 def _log_softmax_inside(similarities_BPHWK: Tensor, mask_HWK: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities over the neighbours inside the grid; the others hold a finite floor."""
+    """Log-softmax over the neighbours inside the grid; the others are large but finite."""
     floor = torch.finfo(similarities_BPHWK.dtype).min
     return F.log_softmax((similarities_BPHWK / temperature).masked_fill(~mask_HWK, floor), dim=-1)
 
 
 def implied_flow(similarities_BPHWK: Tensor, temperature: float) -> Tensor:
-    """The motion a Gram flow implies: the expected offset under softmax(s / temperature).
+    """Motion implied by a Gram flow: the expected offset under softmax(s / temperature).
 
     Returns:
         flow_BPHW2, (dx, dy) in tokens from each frame to the next; right and down are positive.

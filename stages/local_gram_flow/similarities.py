@@ -1,4 +1,4 @@
-"""Local Gram Flow: how alike each token is to its neighbourhood in the next frame.
+"""Local Gram Flow: cosine similarity of each token to its neighbourhood in the next frame.
 
 Legend: B clip, T frame, P frame pair (T-1), H W token grid, C channel, K neighbour.
 A window of radius r holds K = (2r+1)^2 neighbours, row-major: (dy, dx) from (-r, -r) to (r, r).
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Kernel = Literal["torch", "triton"]
-"""What computes the similarities: matrix products of torch on any device, or one Triton kernel."""
+"""Implementation: matrix products in torch, on any device, or a fused Triton kernel."""
 
 _SMALLEST_NORM = 1e-12
 
@@ -23,21 +23,21 @@ _SMALLEST_NORM = 1e-12
 def local_gram_flow(features_BTHWC: Tensor, radius: int, *, kernel: Kernel = "torch") -> Tensor:
     """Cosine similarity of every token to its window in the next frame: s_t(p, d).
 
-    Tokens are L2-normalised here, and everything is computed in float32 (float64 if given it).
-    Neighbours outside the grid hold 0; they must be masked out (`neighbour_mask`), never used.
+    Tokens are L2-normalised, and computation is in float32 (float64 for float64 input). Neighbours
+    outside the grid are 0 and must be masked out (`neighbour_mask`).
 
     Args:
         features_BTHWC: features per clip, frame and token; any floating dtype, T >= 2.
         radius: half the window; 3 gives 7x7 tokens.
-        kernel: `torch`, or `triton` for bfloat16 and float32 on CUDA; any other is computed by
-            torch.
+        kernel: `torch` or `triton`. `triton` applies to bfloat16 and float32 on CUDA; other inputs
+            fall back to `torch`.
 
     Returns:
         similarities_BPHWK in [-1, 1], P = T - 1.
 
     Raises:
         ValueError: fewer than two frames, or a radius under 1.
-        ImportError: `triton` is asked for and not installed.
+        ImportError: `kernel` is `triton`, which is not installed.
 
     Source: Structure From Tracking, arXiv 2512.11792.
     """
@@ -65,20 +65,19 @@ def local_gram_flow(features_BTHWC: Tensor, radius: int, *, kernel: Kernel = "to
 
 
 def reverse_pairs(similarities_BPHWK: Tensor) -> Tensor:
-    """The same pairs of frames from the other side: t+1 -> t of t -> t+1, and back.
+    """Reverse the direction of each frame pair: from t -> t+1 to t+1 -> t, or back.
 
-    <g_{t+1}(p), g_t(p+d)> is s_t(p+d, -d): every value is there already, at another token, and no
-    product is computed again. Gradient flows.
+    <g_{t+1}(p), g_t(p+d)> = s_t(p+d, -d), so this only rearranges values. Differentiable.
 
     Args:
-        similarities_BPHWK: what `local_gram_flow` returns.
+        similarities_BPHWK: output of `local_gram_flow`.
 
     Returns:
         similarities_BPHWK of each token of a pair's second frame to its window in the first;
-        neighbours outside the grid hold 0.
+        neighbours outside the grid are 0.
 
     Raises:
-        ValueError: the last axis is no window.
+        ValueError: K is not a window size.
     """
     reversed_BPHWK: Tensor = _ReversedPairs.apply(similarities_BPHWK)
     return reversed_BPHWK
@@ -94,7 +93,7 @@ def neighbour_offsets(radius: int, device: torch.device | None = None) -> Tensor
 def neighbour_mask(
     height: int, width: int, radius: int, device: torch.device | None = None
 ) -> Tensor:
-    """Which neighbours lie inside the grid: bool mask_HWK."""
+    """Mask of the neighbours that lie inside the grid: bool mask_HWK."""
     dx_K, dy_K = neighbour_offsets(radius, device).unbind(-1)
     y_HW1 = torch.arange(height, device=device)[:, None, None] + dy_K
     x_HW1 = torch.arange(width, device=device)[None, :, None] + dx_K
@@ -105,7 +104,7 @@ def radius_of_window(num_neighbours: int) -> int:
     """Radius r of a window of K = (2r+1)^2 neighbours.
 
     Raises:
-        ValueError: K is no odd square.
+        ValueError: K is not the square of an odd number >= 3.
     """
     side = round(num_neighbours**0.5)
     if side * side != num_neighbours or side % 2 == 0 or side < 3:
@@ -116,7 +115,10 @@ def radius_of_window(num_neighbours: int) -> int:
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Products as exact as their operands; there is nothing to turn off on the meta device."""
+    """Disable autocast, so that products keep their operands' precision.
+
+    A no-op on the meta device, which has no autocast.
+    """
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -125,17 +127,17 @@ def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
 class _WindowCosines(torch.autograd.Function):
     """Cosines of each token with a window of the next map, one matrix product per window row.
 
-    A row of tokens times the row of keys below or above it, padded at both ends, gives every pair
-    of the two rows, of which the window is a band: W + 2r products per token instead of a
-    (2r+1)-fold copy of the features. The backward pass writes the gradient into the same band and
-    multiplies again. Every operand is a view, and what is kept in between is the unit tokens and
-    their norms. On a CPU pairs of frames go one by one, which stays in its caches; on a GPU those
-    of a clip go together, which fills it.
+    The product of a row of tokens with a padded row of keys contains every pair of the two rows;
+    the window is a band of it. This costs W + 2r products per token and avoids a (2r+1)-fold copy
+    of the features. The backward pass writes the gradient into the same band and multiplies again.
+    All operands are views; only the unit tokens and their norms are saved for backward. A CPU
+    processes one pair of frames at a time, to stay within its caches; a GPU all pairs of a clip, to
+    be fully used.
     """
 
     @staticmethod
     def forward(ctx: Any, features_BTHWC: Tensor, radius: int) -> Tensor:
-        # As F.normalize: a token of zeros stays zero.
+        # Like F.normalize, zero tokens stay zero.
         norm_BTHW1 = features_BTHWC.norm(dim=-1, keepdim=True).clamp_min_(_SMALLEST_NORM)
         unit_BTHWC = features_BTHWC / norm_BTHW1
         ctx.save_for_backward(unit_BTHWC, norm_BTHW1)
@@ -159,41 +161,41 @@ class _WindowCosines(torch.autograd.Function):
         B, _, H, W, _ = unit_BTHWC.shape
         side = 2 * radius + 1
         gradient = gradient_BPHWK.unflatten(-1, (side, side))
-        of_unit_BTHWC = torch.zeros_like(unit_BTHWC)
+        grad_unit_BTHWC = torch.zeros_like(unit_BTHWC)
         with _no_autocast(unit_BTHWC.device):
             for b, now, after in _groups(unit_BTHWC):
                 keys_PHVC = _pad_sides(unit_BTHWC[b, after], radius)
-                of_keys_PHVC = torch.zeros_like(keys_PHVC)
+                grad_keys_PHVC = torch.zeros_like(keys_PHVC)
                 for row, here, there in _rows(H, radius):
                     tokens = unit_BTHWC[b, now, here]
                     pairs = tokens.new_zeros(*tokens.shape[:3], W + 2 * radius)
                     _band(pairs, side).copy_(gradient[b, now, here, :, row])
-                    of_unit_BTHWC[b, now, here] += torch.matmul(pairs, keys_PHVC[:, there])
-                    of_keys_PHVC[:, there] += torch.matmul(pairs.mT, tokens)
-                of_unit_BTHWC[b, after] += of_keys_PHVC[:, :, radius:-radius]
-                # The first frames have their whole gradient now: no later group holds them as keys.
-                _through_norm(of_unit_BTHWC[b, now], unit_BTHWC[b, now], norm_BTHW1[b, now])
+                    grad_unit_BTHWC[b, now, here] += torch.matmul(pairs, keys_PHVC[:, there])
+                    grad_keys_PHVC[:, there] += torch.matmul(pairs.mT, tokens)
+                grad_unit_BTHWC[b, after] += grad_keys_PHVC[:, :, radius:-radius]
+                # The gradient of `now` is complete: no later group uses these frames as keys.
+                _through_norm(grad_unit_BTHWC[b, now], unit_BTHWC[b, now], norm_BTHW1[b, now])
             for b in range(B):
-                _through_norm(of_unit_BTHWC[b, -1], unit_BTHWC[b, -1], norm_BTHW1[b, -1])
-        return of_unit_BTHWC, None
+                _through_norm(grad_unit_BTHWC[b, -1], unit_BTHWC[b, -1], norm_BTHW1[b, -1])
+        return grad_unit_BTHWC, None
 
 
 def _groups(unit_BTHWC: Tensor) -> Iterator[tuple[int, slice, slice]]:
-    """Pairs of frames that are computed together: the clip, their first frames, their second."""
+    """Groups of frame pairs to compute together: (clip, first frames, second frames)."""
     B, T = unit_BTHWC.shape[:2]
-    together = T - 1 if unit_BTHWC.is_cuda else 1
-    for b, t in product(range(B), range(0, T - 1, together)):
-        yield b, slice(t, t + together), slice(t + 1, t + together + 1)
+    pairs_per_group = T - 1 if unit_BTHWC.is_cuda else 1
+    for b, t in product(range(B), range(0, T - 1, pairs_per_group)):
+        yield b, slice(t, t + pairs_per_group), slice(t + 1, t + pairs_per_group + 1)
 
 
 def _through_norm(gradient: Tensor, unit: Tensor, norm: Tensor) -> None:
-    """Turn the gradient of unit tokens [..., C] into that of the tokens, in place."""
+    """Backpropagate from unit tokens [..., C] through the normalisation, in place."""
     along = torch.linalg.vecdot(gradient, unit)[..., None]
     gradient.addcmul_(unit, along, value=-1).div_(norm)
 
 
 def _rows(height: int, radius: int) -> Iterator[tuple[int, slice, slice]]:
-    """Each row of the window: its number, the tokens' rows that have it, and the keys' rows."""
+    """Window rows: (window row, token rows with a key there, the matching key rows)."""
     for row in range(2 * radius + 1):
         dy = row - radius
         first, last = max(0, -dy), min(height, height - dy)
@@ -206,13 +208,13 @@ def _pad_sides(keys_PHWC: Tensor, radius: int) -> Tensor:
 
 
 def _band(pairs: Tensor, side: int) -> Tensor:
-    """View of columns w .. w + side - 1 of each row w: [P, H, W, side] of [P, H, W, W + 2r]."""
+    """View of columns w .. w + side - 1 of each row w: [P, H, W, W + 2r] -> [P, H, W, side]."""
     P, H, W, padded = pairs.shape
     return pairs.as_strided((P, H, W, side), (H * W * padded, W * padded, padded + 1, 1))
 
 
 class _ReversedPairs(torch.autograd.Function):
-    """`reverse_pairs`; as a matrix it is symmetric, so that the gradient is reversed alike."""
+    """`reverse_pairs` is a symmetric linear map, so its backward pass is the same function."""
 
     @staticmethod
     def forward(ctx: Any, similarities_BPHWK: Tensor) -> Tensor:
@@ -225,15 +227,15 @@ class _ReversedPairs(torch.autograd.Function):
 
 
 def _reversed(similarities_BPHWK: Tensor) -> Tensor:
-    """Of token (y, x) and window row and column (i, j): the value at (y+i-r, x+j-r), K-1-k."""
+    """For token (y, x) and window cell k = (i, j): the value at (y+i-r, x+j-r), cell K-1-k."""
     B, P, H, W, K = similarities_BPHWK.shape
     radius = radius_of_window(K)
     side = 2 * radius + 1
     padded = F.pad(similarities_BPHWK, (0, 0, *[radius] * 4)).contiguous()
-    of_clip, of_pair, of_row, of_token, _ = padded.stride()
+    clip_stride, pair_stride, row_stride, token_stride, _ = padded.stride()
     window = padded.as_strided(
         (B, P, H, W, side, side),
-        (of_clip, of_pair, of_row, of_token, of_row - side, of_token - 1),
+        (clip_stride, pair_stride, row_stride, token_stride, row_stride - side, token_stride - 1),
         padded.storage_offset() + K - 1,
     )
     return window.flatten(-2)

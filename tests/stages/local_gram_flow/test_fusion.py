@@ -74,7 +74,7 @@ def test_gram_flow_of_several_subjects_is_the_mean_of_their_fused_gram_flows(
 
 @pytest.mark.parametrize("num_subjects", [0, 3])
 def test_subjects_that_do_not_fit_the_slots_are_refused(num_subjects: int) -> None:
-    with pytest.raises(ValueError, match=f"{num_subjects} subjects do not go into 2 slots"):
+    with pytest.raises(ValueError, match=f"{num_subjects} subjects do not fit into 2 slots"):
         fuse_subjects([torch.zeros(2, 1, 1, 3)] * num_subjects, num_slots=2)
 
 
@@ -162,5 +162,5 @@ def test_frames_without_a_visit_stay_zero_in_every_direction() -> None:
 def test_directions_of_other_fusions_are_refused() -> None:
     with pytest.raises(ValueError, match="fusion=gram_flow"):
         take_directions(torch.zeros(1, 2, 2, 9), 3, "averaged", forward_weight=0.5)
-    with pytest.raises(ValueError, match="forward share of 0"):
+    with pytest.raises(ValueError, match="forward_weight 0"):
         take_directions(torch.zeros(1, 2, 2, 8), 2, "forward", forward_weight=0.0)

@@ -13,7 +13,7 @@ from stages.local_gram_flow import triton_cosines
 
 
 def main() -> None:
-    triton_cosines._RUN = 16
+    triton_cosines._TOKENS = 16
     found = {}
     for name, (features, upstream, radius) in torch.load(sys.argv[1], weights_only=True).items():
         leaf = features.requires_grad_()
