@@ -1,1 +1,1 @@
-"""CogVideoX: configurations, weights, diffusion maths, inputs, sampling."""
+"""CogVideoX: configurations, weight checks, diffusion maths, transformer inputs, sampling."""

@@ -1,6 +1,6 @@
-"""Configurations of a CogVideoX pipeline, found in a local folder or on the hub.
+"""Configurations of a CogVideoX pipeline in a local folder or on the Hugging Face hub.
 
-Values that a configuration file omits come from the defaults of the diffusers class that reads it.
+Values missing from a configuration file are filled in from the defaults of its diffusers class.
 """
 
 import inspect
@@ -13,10 +13,10 @@ from stages.config import BaseModelConfig
 from stages.files.weight_checks import read_config
 
 VAE_SPATIAL_COMPRESSION = 8
-"""Pixels per latent, in height and width, of every CogVideoX VAE."""
+"""Spatial compression of every CogVideoX VAE: pixels per latent in height and in width."""
 
 OFS = 2.0
-"""The value that CogVideoX 1.5's image-to-video pipeline always gives its transformer as `ofs`."""
+"""Value of the transformer's `ofs` input in the CogVideoX 1.5 image-to-video pipeline."""
 
 
 COMPONENTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -26,14 +26,14 @@ COMPONENTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "transformer": ("diffusers", ("CogVideoXTransformer3DModel",)),
     "scheduler": ("diffusers", ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")),
 }
-"""Parts of a pipeline: the library that each is loaded by, and the classes that it may be of."""
+"""Pipeline components: for each, the library that loads it and the accepted classes."""
 
 
 def read_model_index(folder: Path) -> dict[str, Any]:
-    """What a pipeline's folder says of its parts, all of classes that this project loads.
+    """Read model_index.json and check that every component is of a supported class.
 
     Raises:
-        ValueError: model_index.json is missing or damaged, or names another class.
+        ValueError: model_index.json is missing or damaged, or names an unsupported class.
     """
     file = folder / "model_index.json"
     index = read_config(file)
@@ -42,7 +42,7 @@ def read_model_index(folder: Path) -> dict[str, Any]:
             continue
         library, classes = COMPONENTS.get(name, ("", ()))
         if value not in [[library, one] for one in classes]:
-            expected = " or ".join(f"{library}.{one}" for one in classes) or "no such part"
+            expected = " or ".join(f"{library}.{one}" for one in classes) or "no such component"
             raise ValueError(
                 f"{file}: {name} is {value!r}, expected {expected}; model.path must be a CogVideoX "
                 "pipeline of the official classes"
@@ -52,33 +52,33 @@ def read_model_index(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaseFacts:
-    """Settings of a pipeline's transformer, VAE and scheduler, as diffusers names them."""
+    """Transformer, VAE and scheduler configs of a CogVideoX pipeline, with diffusers' keys."""
 
     folder: Path
     transformer: dict[str, Any]
     vae: dict[str, Any]
     scheduler: dict[str, Any]
     text_encoder: dict[str, Any] | None = None
-    """As transformers names them; None where the folder has none."""
+    """Text encoder config, with transformers' keys; None if the folder has none."""
 
     @property
     def latent_channels(self) -> int:
-        """Channels of the video's latents."""
+        """Channels of the video latents."""
         return int(self.transformer["out_channels"])
 
     @property
     def image_to_video(self) -> bool:
-        """Whether the transformer also takes the first frame's latents, beside the video's."""
+        """Whether the transformer also takes the first frame's latents as input channels."""
         return bool(self.transformer["in_channels"] == 2 * self.transformer["out_channels"])
 
     @property
     def latent_scale(self) -> float:
-        """What a VAE latent is multiplied by before the transformer sees it."""
+        """Factor applied to VAE latents before the transformer."""
         return float(self.vae["scaling_factor"])
 
     @property
     def image_latent_scale(self) -> float:
-        """The same for image-to-video's first frame; 1.5 divides where 1.0 multiplies."""
+        """Factor applied to the first frame's latents (image-to-video); inverted in 1.5."""
         scale = self.latent_scale
         return 1.0 / scale if self.vae["invert_scale_latents"] else scale
 
@@ -89,24 +89,24 @@ class BaseFacts:
 
     @property
     def ofs(self) -> float | None:
-        """Offset embedding's input, or None where the transformer has none."""
+        """Input of the offset embedding; None if the transformer has none."""
         return None if self.transformer["ofs_embed_dim"] is None else OFS
 
     def padding(self, num_latents: int) -> int:
-        """Latent frames put before the clip so that its length divides by `patch_size_t`."""
+        """Latent frames to prepend so that the clip's length is a multiple of `patch_size_t`."""
         return -num_latents % self.patch_size_t
 
     def token_grid(
         self, num_latents: int, latent_height: int, latent_width: int
     ) -> tuple[int, int, int]:
-        """Tokens in time, height and width for a clip of this many latents, padding included."""
+        """Tokens in time, height and width for a clip of this latent size, with padding."""
         patch = self.transformer["patch_size"]
         padded = num_latents + self.padding(num_latents)
         return padded // self.patch_size_t, latent_height // patch, latent_width // patch
 
 
 BASE_CONFIGS = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
-"""What `read_base_facts` reads of a pipeline folder, and the text encoder's if it is there."""
+"""Files that `read_base_facts` requires; it reads `TEXT_ENCODER_CONFIG` too if present."""
 
 TEXT_ENCODER_CONFIG = "text_encoder/config.json"
 
@@ -115,7 +115,7 @@ def read_base_facts(folder: Path) -> BaseFacts:
     """Read the configuration files of a diffusers pipeline folder.
 
     Raises:
-        ValueError: a file is missing, or the folder holds no CogVideoX.
+        ValueError: a file is missing or invalid, or the folder is not a CogVideoX pipeline.
     """
     read_model_index(folder)
     text_encoder = folder / TEXT_ENCODER_CONFIG
@@ -128,7 +128,8 @@ def read_base_facts(folder: Path) -> BaseFacts:
     if channels[0] not in (channels[1], 2 * channels[1]):
         raise ValueError(
             f"the transformer in {folder} has {channels[0]} input and {channels[1]} output "
-            "channels; a CogVideoX has as many (text-to-video) or twice as many (image-to-video)"
+            "channels; CogVideoX has equally many (text-to-video) or twice as many input channels "
+            "(image-to-video)"
         )
     return facts
 
@@ -136,15 +137,15 @@ def read_base_facts(folder: Path) -> BaseFacts:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(
-            f"{path} is missing; the base model must be a CogVideoX pipeline as diffusers saves it"
+            f"{path} is missing; the base model must be a CogVideoX pipeline in diffusers format"
         )
-    # Takes 2 s and 170 MB, which kinds that need no base model do without.
+    # Imported late: it takes 2 s and 170 MB, and not every command needs a base model.
     import diffusers
 
     stored = read_config(path)
     name = stored.get("_class_name")
     if name not in COMPONENTS[path.parent.name][1]:
-        raise ValueError(f"{path} describes a {name}; training supports CogVideoX pipelines alone")
+        raise ValueError(f"{path} describes a {name}; training supports only CogVideoX pipelines")
     parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
     defaults = {
         key: parameter.default
@@ -161,7 +162,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _fits(value: Any, default: Any) -> bool:
-    """Whether a stored value is of the kind that the library's default is of."""
+    """Whether a stored value has the type of the library's default."""
     if default is None or value is None:
         return True
     if isinstance(default, float):
@@ -178,19 +179,19 @@ ALWAYS_PRESENT = "model_index.json"
 def resolve_base_model(
     config: BaseModelConfig, subfolders: Sequence[str], *, download: bool = True
 ) -> Path:
-    """Return the folder of the pipeline, downloading only what is asked for when it is a hub id.
+    """Return the pipeline's folder; for a hub id, download only the requested components.
 
     Args:
-        config: The base model: a folder (used as it is) or a hub id.
-        subfolders: Parts that must be there, such as `vae` or `text_encoder`; a file such as
-            `transformer/config.json` is a part too.
-        download: Fetch what the hub's cache on this machine lacks.
+        config: The base model: a folder (used as is) or a hub id.
+        subfolders: Required components, such as `vae` or `text_encoder`, or single files, such as
+            `transformer/config.json`.
+        download: Download files that are missing from the local hub cache.
 
     Returns:
-        A folder that holds `model_index.json` and every part.
+        A folder with `model_index.json` and every requested component.
 
     Raises:
-        ValueError: The folder lacks a part, or the hub id cannot be downloaded.
+        ValueError: A component is missing, or the hub id cannot be downloaded.
     """
     if config.is_local:
         folder = Path(config.path).expanduser()
@@ -226,7 +227,8 @@ def _download(
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"the base model {config.path!r} is not a folder here, and it could not be downloaded "
-            f"as a hub id ({error}); set model.path to a diffusers pipeline folder, or fetch one "
-            f"first: hf download {config.path} --local-dir checkpoints/{Path(config.path).name}"
+            f"the base model {config.path!r} is not a local folder, and it could not be downloaded "
+            f"as a hub id ({error}); set model.path to a diffusers pipeline folder, or download "
+            f"one first: hf download {config.path} --local-dir "
+            f"checkpoints/{Path(config.path).name}"
         ) from error

@@ -1,9 +1,9 @@
-"""Diffusion maths of CogVideoX's training, pure and in float32; `train_student`'s step uses it.
+"""CogVideoX's noise schedule, v-prediction target and diffusion loss, as pure functions.
 
-Zero-terminal-SNR schedule, v-prediction. The training loss weighs the error on x0 by
-1 / (1 - abar); since x0 = sqrt(abar) x_t - sqrt(1 - abar) v, that is exactly the mean squared error
-on v, which is how it is computed here (no division by a number near zero). All of it stays in
-float32: in bfloat16 abar rounds to 1 at the first timesteps and the loss vanishes there.
+Zero-terminal-SNR schedule, v-prediction. The training loss weights the error on x0 by
+1 / (1 - abar); since x0 = sqrt(abar) x_t - sqrt(1 - abar) v, this equals the mean squared error on
+v, which is what is computed (no division by a number near zero). Everything stays in float32: in
+bfloat16 abar rounds to 1 at the first timesteps, and the loss would vanish there.
 
 Legend: B clip, F latent frame, C channel, H W latent, S timestep of the schedule.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NEEDED = (
+_REQUIRED = (
     "num_train_timesteps",
     "beta_start",
     "beta_end",
@@ -27,24 +27,24 @@ _NEEDED = (
 
 
 def cumulative_alphas(scheduler_config: Mapping[str, Any]) -> Tensor:
-    """abar at every timestep, from the pipeline's own scheduler settings: float64 [S].
+    """abar at every timestep, from the pipeline's scheduler config: float64 [S].
 
-    Scaled-linear betas, shifted by `snr_shift_scale` (3.0 in CogVideoX-2b, 1.0 in 5b), then
-    stretched so that the last timestep is pure noise where `rescale_betas_zero_snr` is set.
+    Scaled-linear betas, shifted by `snr_shift_scale` (3.0 in CogVideoX-2b, 1.0 in 5b) and, with
+    `rescale_betas_zero_snr`, rescaled so that the last timestep is pure noise.
 
     Raises:
-        ValueError: a setting is missing, or is one CogVideoX was never trained with.
+        ValueError: a setting is missing, or has a value that no CogVideoX was trained with.
 
     Source: diffusers' CogVideoXDDIMScheduler; Lin et al., arXiv 2305.08891, algorithm 1.
     """
-    missing = [name for name in _NEEDED if name not in scheduler_config]
+    missing = [name for name in _REQUIRED if name not in scheduler_config]
     if missing:
-        raise ValueError(f"the scheduler's configuration lacks {', '.join(missing)}")
-    for name, wanted in (("beta_schedule", "scaled_linear"), ("prediction_type", "v_prediction")):
-        if scheduler_config[name] != wanted:
+        raise ValueError(f"the scheduler configuration lacks {', '.join(missing)}")
+    for name, expected in (("beta_schedule", "scaled_linear"), ("prediction_type", "v_prediction")):
+        if scheduler_config[name] != expected:
             raise ValueError(
-                f"the scheduler's {name} is {scheduler_config[name]!r}; training supports "
-                f"{wanted!r}, which every CogVideoX pipeline has"
+                f"the scheduler's {name} is {scheduler_config[name]!r}; training supports only "
+                f"{expected!r}, the value of every CogVideoX pipeline"
             )
     betas_S = (
         torch.linspace(
@@ -65,13 +65,13 @@ def cumulative_alphas(scheduler_config: Mapping[str, Any]) -> Tensor:
 
 
 def noisy_latents(clean_BFCHW: Tensor, noise_BFCHW: Tensor, abar_B: Tensor) -> Tensor:
-    """x_t = sqrt(abar) x0 + sqrt(1 - abar) eps, in the precision of its arguments."""
+    """x_t = sqrt(abar) x0 + sqrt(1 - abar) eps, in the dtype of the arguments."""
     abar = _per_clip(abar_B, clean_BFCHW)
     return abar.sqrt() * clean_BFCHW + (1.0 - abar).sqrt() * noise_BFCHW
 
 
 def velocity(clean_BFCHW: Tensor, noise_BFCHW: Tensor, abar_B: Tensor) -> Tensor:
-    """What the model predicts: v = sqrt(abar) eps - sqrt(1 - abar) x0."""
+    """Prediction target v = sqrt(abar) eps - sqrt(1 - abar) x0."""
     abar = _per_clip(abar_B, clean_BFCHW)
     return abar.sqrt() * noise_BFCHW - (1.0 - abar).sqrt() * clean_BFCHW
 
@@ -79,13 +79,13 @@ def velocity(clean_BFCHW: Tensor, noise_BFCHW: Tensor, abar_B: Tensor) -> Tensor
 def diffusion_loss(
     predicted_BFCHW: Tensor, clean_BFCHW: Tensor, noise_BFCHW: Tensor, abar_B: Tensor
 ) -> Tensor:
-    """Mean squared error on v of each clip: loss_B, 1 / (1 - abar) times the one on x0.
+    """Mean squared error on v of each clip: loss_B, 1 / (1 - abar) times the error on x0.
 
     Args:
         predicted_BFCHW: the model's velocity, any floating dtype.
         clean_BFCHW: scaled latents x0, float32 (float64 in tests).
-        noise_BFCHW: eps, like x0.
-        abar_B: abar at each clip's timestep, like x0.
+        noise_BFCHW: eps, same dtype as x0.
+        abar_B: abar at each clip's timestep, same dtype as x0.
     """
     target_BFCHW = velocity(clean_BFCHW, noise_BFCHW, abar_B)
     return (predicted_BFCHW.to(target_BFCHW.dtype) - target_BFCHW).square().flatten(1).mean(1)

@@ -1,6 +1,4 @@
-"""The transformer's inputs built from cached arrays, as the diffusers pipelines build them.
-
-Pure functions; the dataset and the training step use them.
+"""Transformer inputs: temporal padding, image condition, rotary tables, as in diffusers' pipelines.
 
 Legend: B clip, F latent frame, C channel, H W latent.
 """
@@ -16,7 +14,7 @@ from stages.cogvideox.configs import BaseFacts
 def pad_in_front(latents_FCHW: Tensor, frames: int) -> Tensor:
     """Repeat the first latent frame `frames` times before the clip.
 
-    CogVideoX 1.5 patches time by two; its pipeline draws the padding in front and throws it away.
+    CogVideoX 1.5 has temporal patches of two; its pipeline generates the padding and discards it.
     """
     if frames == 0:
         return latents_FCHW
@@ -24,7 +22,7 @@ def pad_in_front(latents_FCHW: Tensor, frames: int) -> Tensor:
 
 
 def image_condition(image_1CHW: Tensor, num_latents: int) -> Tensor:
-    """The first frame's latent, then zeros: condition_FCHW, F = num_latents with padding."""
+    """The first frame's latent followed by zeros: condition_FCHW, F = num_latents, padded."""
     zeros_FCHW = image_1CHW.new_zeros(num_latents - 1, *image_1CHW.shape[1:])
     return torch.cat([image_1CHW, zeros_FCHW])
 
@@ -32,7 +30,7 @@ def image_condition(image_1CHW: Tensor, num_latents: int) -> Tensor:
 def rotary_positions(
     facts: BaseFacts, num_latents: int, latent_height: int, latent_width: int, device: torch.device
 ) -> tuple[Tensor, Tensor] | None:
-    """Cosines and sines of the rotary positions, each [tokens, head_dim]; None for sin-cos models.
+    """Cosines and sines of the rotary embedding, each [tokens, head_dim]; None for sin-cos models.
 
     Args:
         num_latents: latent frames, padding included.

@@ -1,8 +1,4 @@
-"""What every drawing of a video has in common, whatever the weights come from.
-
-`sampling` draws with a run's export, `stages.train_student.validation` with the weights as they are
-while they are trained.
-"""
+"""Video generation with a CogVideoX diffusers pipeline: assembly, input image, denoising loop."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +14,16 @@ from stages.cogvideox.configs import read_model_index
 from stages.files.weight_checks import read_config
 
 PIPELINES = {"CogVideoXPipeline": False, "CogVideoXImageToVideoPipeline": True}
-"""Classes a base model may be of, and whether they take an image."""
-_USUAL_FPS = 8.0
-"""CogVideoX 1.0's rate, for a configuration that keeps each clip's own."""
+"""Supported pipeline classes, and whether they take an image."""
+_DEFAULT_FPS = 8.0
+"""CogVideoX 1.0's frame rate, used if `data.fps` is null."""
 
 
 def pipeline_class(base: Path) -> str:
-    """Name of the diffusers class of the pipeline in this folder.
+    """Name of the diffusers class of the pipeline in a folder.
 
     Raises:
-        ValueError: It is no CogVideoX pipeline.
+        ValueError: The folder is not a CogVideoX pipeline.
     """
     class_name = read_model_index(base).get("_class_name")
     if not isinstance(class_name, str) or class_name not in PIPELINES:
@@ -38,10 +34,10 @@ def pipeline_class(base: Path) -> str:
 
 
 def build_pipeline(base: Path, **parts: Any) -> Any:
-    """The pipeline in a folder, around parts that are loaded already or None.
+    """Load the pipeline in a folder, with `parts` as components that are loaded already or None.
 
     Raises:
-        ValueError: It is no CogVideoX pipeline, or another part cannot be loaded.
+        ValueError: The folder is not a CogVideoX pipeline, or a component cannot be loaded.
     """
     import diffusers
 
@@ -52,23 +48,23 @@ def build_pipeline(base: Path, **parts: Any) -> Any:
         return getattr(diffusers, class_name).from_pretrained(base, local_files_only=True, **parts)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # the library checks little of what the files say
+    except Exception as error:  # diffusers hardly validates the files
         raise ValueError(
-            f"the pipeline in {base} cannot be built ({type(error).__name__}: {error}); see its "
+            f"the pipeline in {base} cannot be built ({type(error).__name__}: {error}); check its "
             f"model_index.json and {scheduler}"
         ) from error
 
 
 def fps_of(clips: ClipsConfig) -> float:
-    """Frames per second of what is drawn."""
-    return clips.fps or _USUAL_FPS
+    """Frames per second of generated videos."""
+    return clips.fps or _DEFAULT_FPS
 
 
 def first_frame(image: Path, clips: ClipsConfig) -> Image.Image:
-    """The image, scaled and cropped as clips are.
+    """Read an image, scaled and cropped as clips are.
 
     Raises:
-        ValueError: It cannot be read.
+        ValueError: The image cannot be read.
     """
     try:
         with Image.open(image) as opened:
@@ -95,22 +91,22 @@ def draw(
     on_step: Callable[[], None],
     **inputs: Any,
 ) -> np.ndarray:
-    """Draw one video with a diffusers pipeline.
+    """Generate one video with a diffusers pipeline.
 
     Args:
-        pipeline: Of one of the classes in `PIPELINES`.
+        pipeline: Instance of a class in `PIPELINES`.
         clips: Height, width and number of frames.
         steps: Denoising steps.
-        guidance: Classifier-free guidance scale; 1 turns it off.
-        seed: Of the initial noise, which is drawn on the CPU: the same on every device.
+        guidance: Classifier-free guidance scale; 1 disables it.
+        seed: Seed of the initial noise, which is drawn on the CPU: the same on every device.
         on_step: Called after each denoising step.
         inputs: The prompt or its embeddings; the first frame, for image-to-video.
 
     Returns:
-        video_THWC, float32 in 0..1; not finite where the model is not.
+        video_THWC, float32 in 0..1; NaN or infinite where the model's output is.
     """
 
-    def after(_: Any, __: int, ___: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def on_step_end(_: Any, __: int, ___: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         on_step()
         return tensors
 
@@ -123,12 +119,12 @@ def draw(
         max_sequence_length=pipeline.transformer.config.max_text_seq_length,
         generator=torch.Generator().manual_seed(seed),
         output_type="np",
-        callback_on_step_end=after,
+        callback_on_step_end=on_step_end,
         **inputs,
     ).frames[0]
     return video_THWC
 
 
 def to_frames(video_THWC: np.ndarray) -> np.ndarray:
-    """Bytes of a finite video: frames_THWC."""
+    """Convert a finite float video to uint8: frames_THWC."""
     return (video_THWC * 255).round().clip(0, 255).astype(np.uint8)

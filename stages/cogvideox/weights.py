@@ -1,4 +1,4 @@
-"""Whether the parts of a base pipeline are whole, and which they are, before any is loaded."""
+"""Weight checks of the base pipeline's components, its tokenizer, and the transformer's hash."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,24 +17,24 @@ from stages.files.weight_checks import (
 )
 
 Part = Literal["tokenizer", "text_encoder", "vae", "transformer"]
-"""Folders of a pipeline that hold more than a configuration."""
+"""Pipeline components with weights or vocabularies."""
 
 _VOCABULARIES = ("tokenizer.json", "spiece.model")
-"""A tokenizer needs one of them; without, transformers makes one that knows four tokens."""
+"""A tokenizer needs one of them; without any, transformers silently makes one of four tokens."""
 
 _SAMPLE_BYTES = 4096
-"""So much of each tensor is hashed; training changes every part of those that it changes."""
+"""Bytes hashed per tensor; training changes a tensor everywhere if at all."""
 
 
 _MAX_HEADER_BYTES = 100_000_000
-"""Of a safetensors file, as the library has it."""
+"""Largest header of a safetensors file, the library's own limit."""
 
 
 def hash_transformer(folder: Path) -> str:
-    """16 digits for a pipeline's transformer: its tensors' names, formats, shapes and samples.
+    """16-digit hash of a transformer: names, dtypes, shapes and a sample of every tensor.
 
-    From the middle of each tensor 4 KiB are read, a few MB of CogVideoX-5B. Where the folder lies
-    and which files hold the tensors does not matter. One changed value may go unseen.
+    Reads 4 KiB from the middle of each tensor, a few MB for CogVideoX-5B. Independent of the
+    folder and of the sharding into files. A single changed value may go undetected.
 
     Raises:
         ValueError: The weights are missing or damaged.
@@ -57,14 +57,14 @@ def hash_transformer(folder: Path) -> str:
 
 
 def check_base_weights(folder: Path, parts: Sequence[Part]) -> None:
-    """Check that the parts' files are whole and fit their configurations; reads no weights.
+    """Check that components are complete and match their configurations, without loading weights.
 
     Args:
-        folder: of a CogVideoX pipeline, downloaded.
-        parts: which of it are going to be loaded; a tokenizer goes with its text encoder.
+        folder: a downloaded CogVideoX pipeline.
+        parts: components to check; a tokenizer is checked against the text encoder's config.
 
     Raises:
-        ValueError: One is not; the message names the tensors or the file.
+        ValueError: a component is incomplete or damaged; names the tensors or the file.
     """
     for part in parts:
         if part == "tokenizer":
@@ -74,7 +74,7 @@ def check_base_weights(folder: Path, parts: Sequence[Part]) -> None:
 
 
 def model_class_of(part: Part) -> Any:
-    """The class that a part with weights is loaded by."""
+    """The diffusers or transformers class of a component with weights."""
     if part == "text_encoder":
         from transformers import T5EncoderModel
 
@@ -85,15 +85,15 @@ def model_class_of(part: Part) -> Any:
 
 
 def parts_are_here(model: BaseModelConfig, folder: Path, parts: Sequence[Part]) -> bool:
-    """Whether parts of the base model are on this machine, whole; a hub id may lack some yet.
+    """Whether components are on this machine; False if a hub model is not fully downloaded.
 
     Args:
         model: The base model.
-        folder: What was resolved of it, or its configurations alone.
-        parts: Which.
+        folder: Its resolved folder, which may hold only the configurations.
+        parts: Components to look for.
 
     Raises:
-        ValueError: They are damaged; or, in a folder, which no download completes, missing.
+        ValueError: A component is damaged, or missing from a local folder.
     """
     if not model.is_local and not all(_is_downloaded(folder / part) for part in parts):
         return False
@@ -102,7 +102,7 @@ def parts_are_here(model: BaseModelConfig, folder: Path, parts: Sequence[Part]) 
 
 
 def _is_downloaded(folder: Path) -> bool:
-    """Whether all files of a part are there; says nothing of what is in them."""
+    """Whether all files of a component exist; does not check their contents."""
     if folder.name == "tokenizer":
         return any((folder / name).is_file() for name in _VOCABULARIES)
     for index in folder.glob("*.safetensors.index.json"):
@@ -111,7 +111,7 @@ def _is_downloaded(folder: Path) -> bool:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The pipeline's tokenizer, whose numbers the text encoder knows.
+    """Load the pipeline's tokenizer and check its vocabulary against the text encoder's.
 
     Raises:
         ValueError: A file is missing or damaged, or the vocabulary is larger than the encoder's.
@@ -122,22 +122,25 @@ def load_tokenizer(folder: Path) -> Any:
     _check_tokenizer_files(tokenizer_folder)
     try:
         tokenizer = T5Tokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-    except Exception as error:  # the library checks little of what the files say
+    except Exception as error:  # transformers hardly validates the files
         raise ValueError(
             f"the tokenizer in {tokenizer_folder} cannot be loaded: {type(error).__name__}: "
             f"{error}; download it again"
         ) from error
     config = folder / "text_encoder" / "config.json"
-    known = read_config(config).get("vocab_size")
-    if type(known) is not int:
-        raise ValueError(f"{config}: vocab_size is {known!r}, no integer; download the model again")
-    if len(tokenizer) > known:
+    vocab_size = read_config(config).get("vocab_size")
+    if type(vocab_size) is not int:
         raise ValueError(
-            f"the tokenizer in {tokenizer_folder} has {len(tokenizer)} tokens, the text encoder "
-            f"beside it knows {known}; they are of different models: download both again"
+            f"{config}: vocab_size is {vocab_size!r}, not an integer; download the model again"
         )
-    # A caption that is too long is cut before it is encoded; transformers would foretell "indexing
-    # errors" where its tokens are only counted. diffusers' own warning of the cut stays.
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"the tokenizer in {tokenizer_folder} has {len(tokenizer)} tokens, but the text "
+            f"encoder's vocab_size is {vocab_size}; they belong to different models: download both "
+            "again"
+        )
+    # Captions are truncated before encoding, so transformers' warning of "indexing errors", also
+    # given when tokens are only counted, is wrong. diffusers' warning of the truncation stays.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 

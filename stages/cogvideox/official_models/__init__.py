@@ -1,4 +1,4 @@
-"""What is known of an official model without its files: the configurations in this folder."""
+"""Configurations of the official CogVideoX models, bundled so that they need no download."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -23,13 +23,13 @@ NAMES = (
     "cogvideox1.5-5b",
     "cogvideox1.5-5b-i2v",
 )
-"""Folders here: the hub's names in lower case."""
+"""Folders in this package: the hub's names in lower case."""
 _OWNERS = ("zai-org", "thudm")
-"""Of the models on the hub; the second name is an older one, which the hub still takes."""
+"""Owners on the hub; the second is the old name, which the hub still redirects."""
 
 
 def official_facts(name: str) -> BaseFacts:
-    """Facts of one of `NAMES`; its folder holds configurations alone."""
+    """Bundled configurations of one of `NAMES`."""
     facts = read_base_facts(FOLDER / name)
     return replace(facts, text_encoder=read_config(FOLDER / TEXT_ENCODER_CONFIG))
 
@@ -37,14 +37,14 @@ def official_facts(name: str) -> BaseFacts:
 def facts_for_estimate(
     model: BaseModelConfig, *, text_encoder: bool = False
 ) -> tuple[BaseFacts, tuple[str, ...]]:
-    """Facts of a base model; of an official one nothing is downloaded.
+    """Configurations of a base model, without a download if it is an official one.
 
     Args:
         model: The base model.
-        text_encoder: Whether its text encoder's configuration is needed too.
+        text_encoder: Include the text encoder's configuration.
 
     Returns:
-        The facts, and notes: where the values of an official model came from, if that matters.
+        The configurations, and notes for the user on where an official model's values came from.
 
     Raises:
         ValueError: As `resolve_base_model` and `read_base_facts`.
@@ -64,7 +64,7 @@ def facts_for_estimate(
 
 
 def _official_name(model: BaseModelConfig) -> str | None:
-    """The folder here of an official model's newest revision."""
+    """Name in `NAMES` of an official hub model without a pinned revision; None for others."""
     owner, _, name = model.path.lower().partition("/")
     if model.is_local or model.revision is not None or owner not in _OWNERS or name not in NAMES:
         return None
@@ -82,16 +82,16 @@ def _differences(facts: BaseFacts, official: BaseFacts) -> Iterator[str]:
         "scheduler": (facts.scheduler, official.scheduler),
         "text_encoder": (facts.text_encoder, official.text_encoder),
     }
-    for section, (found, carried) in sections.items():
-        if found is None or carried is None:
+    for section, (found, bundled) in sections.items():
+        if found is None or bundled is None:
             continue
         differing = [
             f"{key} = {found.get(key)!r} instead of {value!r}"
-            for key, value in carried.items()
+            for key, value in bundled.items()
             if not key.startswith("_") and key in found and _as_json(found[key]) != value
         ]
         if differing:
             yield (
-                f"the {section} in {facts.folder} has {', '.join(differing)}, which this project's "
-                "copy of the official configuration says; the model's own is used"
+                f"the {section} in {facts.folder} has {', '.join(differing)} in the bundled "
+                "official configuration; using the model's own values"
             )

@@ -203,7 +203,7 @@ def test_a_tokenizer_that_is_not_whole_is_refused(base, change, message):
 def test_a_tokenizer_of_another_model_is_refused(base):
     config = base / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 30}))
-    with pytest.raises(ValueError, match="the text encoder beside it knows 30"):
+    with pytest.raises(ValueError, match="the text encoder's vocab_size is 30"):
         check_base_weights(base, ("tokenizer",))
 
 
