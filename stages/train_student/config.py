@@ -1,4 +1,4 @@
-"""Settings of stage two."""
+"""Settings of student training (stage two)."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,23 +15,23 @@ from stages.train_student.objectives.config import (
 )
 
 TeacherForm = Literal["features", "gram_flow"]
-"""What is stored of the teacher: its features, or their similarities to each neighbourhood."""
+"""Stored form of the teacher: features, or their local similarities (Gram flow)."""
 
 KIND_OF_FORM: dict[TeacherForm, str] = {"features": "teacher", "gram_flow": "gram_flow"}
-"""The kind of store that holds each form."""
+"""Store kind of each form."""
 
 Folders = Annotated[
     tuple[str, ...],
     BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,)),
 ]
-"""Names of folders; one alone may be written without brackets."""
+"""Folder names; a single one may be written without brackets."""
 
 WorkerStart = Literal["fork", "spawn"]
-"""How a process that reads the cache is started."""
+"""Start method of the loader processes."""
 
 
 class LoraSettings(Section):
-    """Low-rank adapters; as peft names them."""
+    """LoRA adapters, with peft's terms."""
 
     rank: int = Field(default=128, ge=1)
     """Rank of the update; 128 is usual."""
@@ -40,140 +40,139 @@ class LoraSettings(Section):
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Modules that get an adapter."""
     dora: bool = False
-    """Also learn the length of each weight's rows apart from their direction (DoRA)."""
+    """Learn the magnitude of each weight's rows separately from their direction (DoRA)."""
     rank_stabilized: bool = False
-    """Scale by alpha / sqrt(rank) instead (rsLoRA), so that a larger rank does not learn slower."""
+    """Scale by alpha / sqrt(rank) instead (rsLoRA), so that larger ranks do not learn slower."""
 
 
 class EmaConfig(Section):
-    """A running average of the trained weights, which is what is exported where it is kept."""
+    """Exponential moving average of the trained weights, exported by default if enabled."""
 
     decay: float | None = Field(default=None, gt=0.0, lt=1.0)
-    """What stays of the average at each step, less in the first ones; 0.999 for some thousands of
-    steps is usual, null keeps no average."""
+    """EMA decay, ramped up over the first steps; 0.999 is usual for a few thousand steps, null
+    disables the average."""
 
 
 class OptimizerConfig(Section):
-    """AdamW with linear warm-up, then constant or cosine."""
+    """AdamW with linear warm-up, then a constant or cosine schedule."""
 
     name: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw8bit keeps the moments in 8 bits, a quarter of the memory; it is an extra to install."""
+    """adamw8bit stores the moments in 8 bits, a quarter of the memory; install the extra first."""
     learning_rate: float = Field(default=1e-4, gt=0)
-    """Peak rate; 1e-4 for LoRA, 2e-6 for full tuning. Not scaled by the number of GPUs."""
+    """Peak learning rate; 1e-4 for LoRA, 2e-6 for full tuning. Not scaled by the number of GPUs."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the moment estimates."""
+    """Decay rates of the moment estimates."""
     weight_decay: float = Field(default=1e-4, ge=0)
     """Decoupled weight decay; 1e-4 is usual."""
     warmup_steps: int = Field(default=100, ge=0)
-    """Steps from zero to the peak rate; 100 is usual."""
+    """Steps from zero to the peak learning rate; 100 is usual."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: stay, or fall to zero over the remaining steps."""
+    """After the warm-up: stay constant, or decay to zero over the remaining steps."""
     gradient_clipping: float = Field(default=1.0, gt=0)
-    """Largest norm of the gradient; 1.0 is usual."""
+    """Maximum gradient norm; 1.0 is usual."""
 
 
 Offload = Literal["none", "cpu", "nvme"]
-"""Where what is not needed at the moment waits: on the GPU, in host memory, on a disk."""
+"""Where tensors are kept between uses: on the GPU, in host memory, or on a disk."""
 
 
 class DeepSpeedConfig(Section):
-    """How the engine shares the work."""
+    """DeepSpeed's ZeRO stage, precision and offloading."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """0 replicates; 1 shards optimizer states, 2 gradients too, 3 parameters too."""
+    """0 replicates; 1 shards optimizer states, 2 also gradients, 3 also parameters."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Format of the weights in the forward and backward pass; fp32 on a CPU."""
+    """Dtype of the weights in the forward and backward pass; fp32 on a CPU."""
     offload_optimizer: Offload = "none"
-    """Where optimizer states wait between steps; cpu needs zero_stage 1 or more, nvme 3."""
+    """Where optimizer states are kept between steps; cpu needs zero_stage 1 or more, nvme 3."""
     offload_parameters: Offload = "none"
-    """Where the shards of the weights wait until they are used; cpu and nvme need zero_stage 3."""
+    """Where weight shards are kept until they are used; cpu and nvme need zero_stage 3."""
     nvme_path: Path | None = None
-    """Folder on a fast local disk for what is offloaded to nvme; such a run cannot go on once it is
-    stopped."""
+    """Folder on a fast local disk for NVMe offload; a run that uses it cannot be resumed."""
 
 
 class ValidationConfig(Section):
-    """Losses on clips that are never trained on, at fixed timesteps and with fixed noise."""
+    """Validation losses on held-out clips, at fixed timesteps and with fixed noise."""
 
     clips: int = Field(default=0, ge=0)
-    """How many clips are held out of training, chosen by their keys' hash; 32 is usual, 0 validates
-    nothing."""
+    """Number of clips held out of training, chosen by the hash of their keys; 32 is usual, 0
+    disables validation."""
     every: int = Field(default=250, ge=1)
-    """Steps between validations, the first before training, another at the end; 250 is usual."""
+    """Steps between validations; also run before training and at the end. 250 is usual."""
     timesteps: tuple[int, ...] = (100, 300, 500, 700, 900)
-    """At which noise each clip is seen."""
+    """Timesteps at which each clip is evaluated."""
 
 
 class TrainingSamplesConfig(Section):
-    """Videos drawn with the weights as they are, by all ranks together."""
+    """Videos generated during training with the current weights, by all ranks together."""
 
     prompts: tuple[str, ...] = ()
-    """What is drawn each time; none draws nothing."""
+    """Prompts to generate each time; none disables sampling."""
     images: tuple[Path, ...] = ()
     """The first frame for each prompt, for image-to-video models."""
     every: int = Field(default=500, ge=1)
-    """Steps between drawings, the first before training, another at the end; 500 is usual."""
+    """Steps between samplings; also run before training and at the end. 500 is usual."""
     steps: int = Field(default=50, ge=1)
     """Denoising steps; 50 is usual."""
     guidance: float = Field(default=6.0, ge=1.0)
-    """Classifier-free guidance scale; 6 is usual, 1 turns it off."""
+    """Classifier-free guidance scale; 6 is usual, 1 disables it."""
     seed: int = 0
-    """Seeds the initial noise, the same at every drawing."""
+    """Seed of the initial noise, the same at every sampling."""
 
 
 class TrainConfig(Section):
-    """What is trained, how long, and where the run is kept."""
+    """Training run: method, length, data, objectives, and where the run is stored."""
 
     run_dir: Path = Path("runs/sam2videox")
     """Folder of the run; running again with the same settings resumes it."""
     steps: int = Field(default=2000, ge=1)
-    """Optimizer steps; 2000 is usual. A run may be given more later: schedules follow at once."""
+    """Optimizer steps; 2000 is usual. Can be raised later: schedules adapt when the run resumes."""
     batch_size: int = Field(default=32, ge=1)
-    """Clips per optimizer step over all ranks; how many passes make one follows from it."""
+    """Clips per optimizer step over all ranks; determines the gradient accumulation steps."""
     micro_batch_size: int = Field(default=1, ge=1)
-    """The most clips per rank and forward pass, fewer where these do not go evenly into a rank's
-    share of the batch; 1 at 49x480x720."""
+    """Maximum clips per rank and forward pass; reduced to a divisor of the rank's part of the
+    batch. 1 at 49x480x720."""
     seed: int = 0
-    """Seeds weights, data order, noise and timesteps."""
+    """Seed of weights, data order, noise and timesteps."""
     method: Literal["lora", "full"] = "lora"
     """Train low-rank adapters, or every weight of the transformer."""
     gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, a third more work."""
+    """Recompute activations in the backward pass: less memory, a third more compute."""
     checkpoint_every: int = Field(default=500, ge=1)
-    """Steps between checkpoints; the last step always makes one."""
+    """Steps between checkpoints; the last step is always saved."""
     checkpoints_kept: int = Field(default=3, ge=1)
-    """How many complete checkpoints stay on disk; 3 is usual."""
+    """Number of complete checkpoints kept on disk; 3 is usual."""
     log_every: int = Field(default=10, ge=1)
-    """Steps between rows of the console's table."""
+    """Steps between rows of the console table."""
     loader_workers: int = Field(default=2, ge=0)
     """Processes per rank that read the cache; 0 reads in the training process."""
     loader_start: WorkerStart = "fork"
-    """How they are started: fork takes no time and little memory; spawn loads everything anew, and
-    is for systems whose libraries do not bear a fork."""
+    """Start method of the loader processes: fork is fast and needs little memory; spawn imports
+    everything again, for systems whose libraries are not fork-safe."""
     teacher_form: TeacherForm = "features"
-    """What the teacher is read from: the teacher store's features, or the gram_flow store, which is
-    a tenth of the size and teaches the same."""
+    """Form of the teacher to read: features from the teacher store, or similarities from the
+    gram_flow store, which is a tenth of the size and gives the same targets."""
     stores: dict[str, Folders] = Field(default_factory=dict)
-    """Which store of a kind to read when the cache holds several that would do: kind -> folder
-    name; with data.buckets a list, of one for each size."""
+    """Store to read for each kind if the cache holds several that match: kind -> folder name; with
+    data.buckets a list with one per size."""
     leave_out: Path | None = None
-    """JSON lines that each name a clip (`key`) to leave out, such as the cache's failures.jsonl;
-    null leaves out none but those that some store lacks."""
+    """JSON lines file whose `key`s are excluded, such as the cache's failures.jsonl; null excludes
+    only clips that some store lacks."""
     max_damaged: float = Field(default=0.01, ge=0.0, le=1.0)
-    """Largest share of the clips that may turn out damaged or gone; each costs a warning, and
-    another clip takes its place. 0.01 is usual."""
+    """Maximum fraction of clips that may turn out damaged or missing; each is logged as a warning
+    and replaced by another clip. 0.01 is usual."""
     max_skipped_steps: int = Field(default=10, ge=0)
-    """How many steps in a row may be skipped for a loss or gradient that is no number; 10 is
-    usual."""
+    """Maximum number of consecutive steps skipped because the loss or gradient is NaN or infinite;
+    10 is usual."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-    """Where curves and videos go, beside losses.jsonl and the run's own page."""
+    """Trackers for curves and videos, in addition to losses.jsonl and the run's report."""
     wandb_project: str = Field(default="sam2videox", min_length=1)
-    """Project of Weights & Biases; sam2videox is usual."""
+    """Weights & Biases project; sam2videox is usual."""
     objectives: tuple[ObjectiveName, ...] = ("lgf",)
-    """The auxiliary losses; several add up. [] or none is plain fine-tuning."""
+    """Auxiliary losses, summed. [] or none is plain fine-tuning."""
     block: int = Field(default=25, ge=0)
-    """Index of the transformer block whose output is taught, counted from 0; 25 of the 5B model's
-    42 is a public re-implementation's. REPA and VideoREPA count from 1: their 18 is 17 here."""
+    """Index, from 0, of the transformer block whose output the auxiliary losses use; 25 of the 5B
+    model's 42 is a public re-implementation's. (REPA and VideoREPA count from 1: 18 is 17 here.)"""
     lgf: LgfConfig = LgfConfig()
     repa: RepaConfig = RepaConfig()
     token_relation: TokenRelationConfig = TokenRelationConfig()
@@ -191,7 +190,7 @@ class TrainConfig(Section):
         return () if value in ("none", ["none"], ("none",)) else value
 
     def folder_of(self, kind: str) -> str | None:
-        """The folder that `stores` names for a kind; None without one, and among several."""
+        """Folder that `stores` names for a kind; None if it names none or several."""
         named = self.stores.get(kind, ())
         return named[0] if len(named) == 1 else None
 

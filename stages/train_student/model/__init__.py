@@ -1,1 +1,1 @@
-"""The student, its adapters and heads, and the teacher's arrays beside it."""
+"""The student transformer with its adapters and projector heads, and a batch's teacher."""

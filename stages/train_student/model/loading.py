@@ -1,7 +1,7 @@
-"""Building the student: base weights, adapters, heads.
+"""Construction of the student: base weights, adapters, heads.
 
 For ZeRO 3 the model is created without storage; rank 0 reads one parameter at a time, broadcasts
-it, and each rank keeps its partition. No rank ever holds more than its partition and one parameter.
+it, and each rank keeps its partition. No rank holds more than its partition and one parameter.
 """
 
 from collections.abc import Callable
@@ -34,15 +34,15 @@ from stages.train_student.parallel.process_group import World, on_first_rank
 def load_sharded_transformer(
     folder: Path, config: TrainConfig, dtype: torch.dtype, world: World
 ) -> CogVideoXTransformer3DModel:
-    """The base pipeline's transformer under ZeRO 3, its weights cast to `dtype` and shared out.
+    """Load the base transformer under ZeRO 3, cast to `dtype` and partitioned over the ranks.
 
-    The process group must be there; every rank must call this alike.
+    A collective call; the process group must be initialised.
 
     Args:
-        folder: of the pipeline.
+        folder: the base pipeline.
 
     Raises:
-        ValueError: the file's tensors are not the model's; on other ranks a RuntimeError.
+        ValueError: the stored tensors do not match the model; on other ranks a RuntimeError.
     """
     with init_empty_weights():
         transformer = CogVideoXTransformer3DModel.from_config(
@@ -54,14 +54,14 @@ def load_sharded_transformer(
     try:
         join_group(world)
         with local_rank_in_environment(world), quiet():
-            _share_out(transformer, tensors, config, dtype, world)
+            _partition(transformer, tensors, config, dtype, world)
     except BaseException:
         leave_group()
         raise
     return transformer.train()
 
 
-def _share_out(
+def _partition(
     transformer: nn.Module,
     stored: dict[str, StoredTensor],
     config: TrainConfig,
@@ -75,7 +75,7 @@ def _share_out(
         parameter = nn.Parameter(value, requires_grad=empty.requires_grad)
         _place(transformer, name, parameter)
         del value
-        # Sends rank 0's values to all, and leaves each its share of them.
+        # Broadcasts rank 0's values and leaves each rank its partition.
         init._convert_to_zero_parameters([parameter])
     for name, buffer in list(transformer.named_buffers()):
         whole = buffer.to(world.device)
@@ -92,7 +92,7 @@ def _place(root: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _read(stored: StoredTensor, dtype: torch.dtype, world: World) -> Tensor:
-    """The tensor on rank 0; elsewhere room for it."""
+    """The tensor on rank 0, an empty one of its shape on the other ranks."""
     if not world.is_first:
         return torch.empty(stored.shape, dtype=dtype, device=world.device)
     with safe_open(stored.file, framework="pt") as file:
@@ -108,16 +108,16 @@ def build_student(
     world: World,
     zero_init: bool = True,
 ) -> Student:
-    """Load and prepare everything that is trained.
+    """Load the transformer and add adapters and heads.
 
-    Under ZeRO 3 the transformer's weights go straight to the ranks' shards, and the process group
-    must be there already; adapters and heads are small, and become shards with the engine. The
-    weights are the same either way, and on every rank.
+    Under ZeRO 3 the transformer's weights are partitioned as they are read, which needs an
+    initialised process group; the engine partitions the small adapters and heads later. The weights
+    are the same either way, and on every rank.
 
     Args:
-        heads: makes the objectives' heads, or None, once the random numbers are seeded.
-        zero_init: under ZeRO 3, whether to share out weights as they are read; without it every
-            rank reads them all first.
+        heads: builds the objectives' heads, or returns None; called after seeding.
+        zero_init: under ZeRO 3, partition weights as they are read; otherwise every rank reads all
+            of them first.
     """
     sharded = zero_init and config.deepspeed.zero_stage == 3
     if sharded:
@@ -129,16 +129,16 @@ def build_student(
         add_adapters(transformer, config.lora)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    made = heads()
-    if made is None or not len(made):
+    built = heads()
+    if built is None or not len(built):
         student = Student(transformer)
     else:
-        student = Student(transformer, made.to(dtype), config.block)
-    # Where some weights are shards already, the engine leaves the rest where it is.
+        student = Student(transformer, built.to(dtype), config.block)
+    # If some weights are partitioned already, the engine does not move the rest to the device.
     return student.to(world.device) if sharded else student
 
 
 def load_transformer(folder: Path, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
-    """The base pipeline's transformer, its weights cast to `dtype`."""
+    """Load the base pipeline's transformer, cast to `dtype`."""
     transformer = load_model(CogVideoXTransformer3DModel, folder / "transformer", torch_dtype=dtype)
     return transformer.train()

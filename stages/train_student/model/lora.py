@@ -1,8 +1,4 @@
-"""Low-rank adapters: which modules get them, putting them on, what is written beside them.
-
-`loading` puts them on the transformer, `train` checks their targets before anything is loaded, and
-`export` writes their settings with them.
-"""
+"""LoRA adapters: peft configuration, target checks, insertion, exported parameter names."""
 
 import difflib
 from collections.abc import Iterator, Mapping
@@ -17,11 +13,11 @@ from torch import nn
 from stages.train_student.config import LoraSettings
 
 ADAPTER = "default"
-"""Name of the adapter within the student's parameters; no export holds it."""
+"""Adapter name within the student's parameters; removed on export."""
 
 
 def lora_config(settings: LoraSettings) -> LoraConfig:
-    """The settings in peft's words."""
+    """Convert the settings to peft's configuration."""
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -33,47 +29,47 @@ def lora_config(settings: LoraSettings) -> LoraConfig:
 
 
 def check_targets(settings: LoraSettings, transformer: Mapping[str, Any]) -> None:
-    """Refuse targets that the transformer of these settings does not have; loads no weights.
+    """Reject targets that the transformer does not have, without loading weights.
 
     Args:
-        settings: of the adapters.
+        settings: adapter settings.
         transformer: the base transformer's configuration.
 
     Raises:
-        ValueError: a name that fits no module, or one that is no linear layer.
+        ValueError: a target matches no module, or one that is not a linear layer.
     """
     with torch.device("meta"):
         empty = CogVideoXTransformer3DModel.from_config(dict(transformer))
-    _refuse_wrong_targets(settings, empty)
+    _check_targets(settings, empty)
 
 
 def add_adapters(transformer: CogVideoXTransformer3DModel, settings: LoraSettings) -> None:
-    """Freeze the transformer and add adapters, which start without effect.
+    """Freeze the transformer and add adapters, initialised to have no effect.
 
-    The transformer's own weights may be partitioned already (ZeRO 3); the adapters are made whole
-    on every rank, so call this outside `deepspeed.zero.Init`.
+    The transformer's weights may be partitioned already (ZeRO 3); adapters are created whole on
+    every rank, so call this outside `deepspeed.zero.Init`.
 
     Raises:
-        ValueError: a target that is not there, or is no linear layer.
+        ValueError: a target matches no module, or one that is not a linear layer.
     """
-    _refuse_wrong_targets(settings, transformer)
+    _check_targets(settings, transformer)
     transformer.requires_grad_(False)
-    with _partitioned_weights_are_gathered(transformer):
+    with _peft_gathers_weights(transformer):
         transformer.add_adapter(lora_config(settings), adapter_name=ADAPTER)
 
 
 def exported_name(parameter: str) -> str:
-    """The name that peft and diffusers give an adapter's parameter in a file.
+    """Name of an adapter parameter in files of peft and diffusers.
 
     Args:
         parameter: its name in the transformer, such as `….to_q.lora_A.default.weight`.
     """
-    # peft keeps DoRA's magnitudes in a module of their own, but writes them as plain tensors.
+    # peft keeps DoRA's magnitudes in a module, but saves them as plain tensors.
     name = parameter.replace(f".lora_magnitude_vector.{ADAPTER}.weight", ".lora_magnitude_vector")
     return name.replace(f".{ADAPTER}.", ".")
 
 
-def _refuse_wrong_targets(settings: LoraSettings, transformer: nn.Module) -> None:
+def _check_targets(settings: LoraSettings, transformer: nn.Module) -> None:
     modules = {name: module for name, module in transformer.named_modules() if name}
     for target in settings.target_modules:
         fitting = [name for name in modules if name == target or name.endswith(f".{target}")]
@@ -86,8 +82,8 @@ def _refuse_wrong_targets(settings: LoraSettings, transformer: nn.Module) -> Non
         if other is not None:
             raise ValueError(
                 f"train.lora.target_modules: {target!r} also names {other}, which is a "
-                f"{type(modules[other]).__name__} and no linear layer; write more of the path, or "
-                "to_q, to_k, to_v, to_out.0, which are usual"
+                f"{type(modules[other]).__name__}, not a linear layer; give a longer path; "
+                "to_q, to_k, to_v, to_out.0 are usual"
             )
 
 
@@ -102,16 +98,16 @@ def _did_you_mean(target: str, modules: Mapping[str, nn.Module]) -> str:
 
 
 @contextmanager
-def _partitioned_weights_are_gathered(transformer: nn.Module) -> Iterator[None]:
-    """Let peft see whole weights where it needs them (DoRA's magnitudes), one at a time."""
+def _peft_gathers_weights(transformer: nn.Module) -> Iterator[None]:
+    """Make peft gather partitioned weights where it needs them (DoRA's magnitudes), one by one."""
     if not any(hasattr(parameter, "ds_id") for parameter in transformer.parameters()):
         yield
         return
     from transformers.integrations import HfDeepSpeedConfig
 
-    # peft gathers weights while an object of this kind says that ZeRO 3 is on.
-    says_so = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    # peft gathers weights while such an object exists and reports ZeRO 3.
+    zero3_marker = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
     try:
         yield
     finally:
-        del says_so
+        del zero3_marker

@@ -1,7 +1,4 @@
-"""From the student's tokens to what an objective compares with the teacher.
-
-`Student` owns one for each objective; they are trained with the transformer and saved beside the
-run.
+"""Projector heads: from the student's tokens to the features that an objective compares.
 
 Legend: B clip, J token in time, T map of the objective, H W token grid, C channel.
 """
@@ -13,11 +10,11 @@ from torch import Tensor, nn
 
 
 class Projector(nn.Module):
-    """A small MLP with a residual skip on every token, then the objective's maps in time.
+    """Per-token MLP with a linear skip, followed by interpolation in time to the objective's maps.
 
     Tokens are normalised, pass the hidden layers (each with norm and SiLU) and an output layer, and
-    a linear skip is added. Where maps are interpolated between tokens (one for each frame, or with
-    CogVideoX 1.5 for each latent frame) they pass a depthwise convolution over time.
+    a linear skip is added. Maps that are interpolated between tokens (one per frame, or with
+    CogVideoX 1.5 one per latent frame) pass a depthwise convolution over time.
     """
 
     def __init__(self, width: int, widths: Sequence[int], *, smooth: bool) -> None:
@@ -26,8 +23,7 @@ class Projector(nn.Module):
         Args:
             width: channels of the transformer's tokens.
             widths: channels of the hidden layers and of the output.
-            smooth: whether a convolution over time follows, as it should where maps are
-                interpolated between tokens.
+            smooth: add a convolution over time, for maps that are interpolated between tokens.
         """
         super().__init__()
         *hidden, out = widths
@@ -45,9 +41,9 @@ class Projector(nn.Module):
         """Project tokens_BJHWC of the transformer's width: features_BTHWC of the last width.
 
         Args:
-            tokens_BJHWC: of the tapped block.
-            time_weights_TJ: `local_gram_flow.time_weights`: what each token in time gives to each
-                map; None where tokens and maps correspond one for one.
+            tokens_BJHWC: output of the tapped block.
+            time_weights_TJ: interpolation weights of `local_gram_flow.time_weights`; None if tokens
+                and maps correspond one to one.
         """
         normed_BJHWC = self.norm(tokens_BJHWC)
         features_BTHWC = self.layers(normed_BJHWC) + self.skip(normed_BJHWC)
@@ -58,7 +54,7 @@ class Projector(nn.Module):
 
 
 class TemporalConvolution(nn.Module):
-    """Each channel's own three taps over time; starts as the identity, the end frames repeat."""
+    """Depthwise 3-tap convolution over time, initialised to the identity, with edge padding."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -67,7 +63,7 @@ class TemporalConvolution(nn.Module):
         self.taps_3C = nn.Parameter(taps_3C)
 
     def forward(self, features_BTHWC: Tensor) -> Tensor:
-        """Convolve over T; the shape stays."""
+        """Convolve over T; keeps the shape."""
         before = torch.cat([features_BTHWC[:, :1], features_BTHWC[:, :-1]], dim=1)
         after = torch.cat([features_BTHWC[:, 1:], features_BTHWC[:, -1:]], dim=1)
         taps = self.taps_3C

@@ -1,4 +1,4 @@
-"""The student: the CogVideoX transformer that is trained, its heads, and the tap between them.
+"""The student: a CogVideoX transformer with projector heads on the output of one block.
 
 Legend: B clip, F latent frame, C channel, H W latent or token grid, J token in time, T map of an
 objective, N token, L text token, D width.
@@ -14,10 +14,10 @@ BlockOutput = tuple[Tensor, Tensor]
 
 
 class Student(nn.Module):
-    """Transformer and heads under one forward pass, as the engine wants them.
+    """Transformer and heads as one module with one forward pass, as DeepSpeed requires.
 
-    A hook on the taught block takes its image tokens. It is armed once per forward pass, so the
-    block's second run, which gradient checkpointing makes in the backward pass, is not captured.
+    A hook captures the tapped block's image tokens. It is armed once per forward pass, so that the
+    recomputation of the block by gradient checkpointing is not captured.
     """
 
     def __init__(
@@ -26,11 +26,11 @@ class Student(nn.Module):
         heads: nn.ModuleDict | None = None,
         block: int | None = None,
     ) -> None:
-        """Wrap `transformer`; with `heads`, tap the block of that index.
+        """Wrap `transformer` and, if there are heads, tap the block of that index.
 
         Args:
-            heads: a `Projector` for each objective, by its name.
-            block: whose image tokens they get.
+            heads: `Projector` of each objective, by name.
+            block: index of the block whose image tokens the heads receive.
         """
         super().__init__()
         self.transformer = transformer
@@ -62,15 +62,15 @@ class Student(nn.Module):
         """Predict the velocity and, for each head, the features to compare.
 
         Args:
-            latents_BFCHW: noisy latents, with the first frame's on further channels if the model
-                takes them.
+            latents_BFCHW: noisy latents, with the first frame's latents as further channels for
+                image-to-video.
             text_BLD: text embeddings.
             timestep_B: int64.
             token_grid: tokens in time, height and width.
-            rotary: cosines and sines of the positions.
+            rotary: cosines and sines of the rotary embedding.
             ofs: offset of CogVideoX 1.5 image-to-video.
-            time_weights: for each head, what each token in time gives to each of its maps
-                (`time_weights_TJ`); None or no entry where they correspond one for one.
+            time_weights: interpolation weights `time_weights_TJ` by head; None or no entry if its
+                maps and tokens correspond one to one.
 
         Returns:
             velocity_BFCHW, and features_BTHWC by objective.

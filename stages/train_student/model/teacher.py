@@ -1,4 +1,4 @@
-"""The teacher of a batch, whichever form it is stored in; objectives ask it for what they compare.
+"""A batch's teacher: Gram flows, features and masks decoded from the stored arrays.
 
 Legend: B clip, T map of the teacher or frame of the masks, P pair of maps (T-1), H W token grid,
 h w pixel of the stored masks, G fused channel, K neighbour.
@@ -29,38 +29,38 @@ from stages.teacher_store.gram_flow import back_arrays, decode_gram_flow, narrow
 from stages.teacher_store.settings import forward_share, native_parts
 
 PairDirection = Literal["forward", "backward"]
-"""Which map of a pair the tokens lie in whose windows are compared: the first, or the second."""
+"""Query map of a pair: tokens of the first map (forward) or of the second (backward)."""
 
-_MASK_MOST = 255
-"""What a stored mask holds where a pixel is the subject's for certain."""
+_MASK_MAX = 255
+"""Value of a stored mask at probability 1."""
 
 
 class HasSettings(Protocol):
-    """A store, or one that is not there yet."""
+    """An existing or a planned store."""
 
     @property
     def settings(self) -> StoreSettings:
-        """What a store of its kind holds and how it was made."""
+        """Settings of the store."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherLayout:
-    """How the channels and tokens of stored features lie; the same for every clip of a store."""
+    """Grid and channel layout of stored features; the same for every clip of a store."""
 
     native: bool = False
-    """Whether they lie on SAM2's own grid and are to be resampled to the student's."""
+    """Whether features are on SAM2's own grid and must be resampled to the student's."""
     parts: int = 1
-    """Into how many equal groups the channels fall: a direction of a subject each."""
+    """Number of equal channel groups: one per direction and subject."""
     forward_weight: float | None = None
-    """Share of the forward direction; None where the parts are no pairs of directions fused in
+    """Weight of the forward direction; None if the parts are not pairs of directions fused in
     Gram-flow space."""
 
     @classmethod
     def of(cls, store: HasSettings | None) -> Self:
-        """As a teacher store's settings say; no store and a Gram flow have nothing to lay out.
+        """Read the layout from a teacher store's settings; default without a store of features.
 
         Raises:
-            ValueError: features on SAM2's own grid do not say how many parts they have.
+            ValueError: features are on SAM2's own grid, but the setting `parts` is missing.
         """
         if store is None or "features" not in store.settings.arrays:
             return cls()
@@ -74,17 +74,17 @@ class TeacherLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A batch's arrays as they are stored, on the device, and which maps count."""
+    """A batch's stored teacher arrays, on the device, and the validity of their maps."""
 
     arrays: Mapping[str, Tensor] | None
-    """Of the teacher's store, or of the gram_flow store; every array with B in front. None where no
-    objective asks for them."""
+    """Arrays of the teacher or gram_flow store, with a leading B; None if no objective reads
+    them."""
     valid_BT: Tensor | None
-    """bool, the maps of `arrays` that count."""
+    """bool, valid maps of `arrays`."""
     masks: Mapping[str, Tensor] | None = None
-    """Of the masks store: uint8 `forward` and `backward` [B, T, h, w] and `valid` [B, T]."""
+    """Arrays of the masks store: uint8 `forward` and `backward` [B, T, h, w] and `valid` [B, T]."""
     num_frames: int
-    """Of the clips."""
+    """Frames per clip."""
     token_grid: tuple[int, int]
     """Rows and columns of the student's tokens."""
     layout: TeacherLayout = TeacherLayout()
@@ -93,23 +93,23 @@ class Teacher:
     def gram_flows(
         self, radius: int, pairs: Pairs = "forward", directions: Directions = "fused"
     ) -> dict[PairDirection, Tensor]:
-        """The similarities of each token to its window in the map beside it: flow_BPHWK for each
-        direction that `pairs` names.
+        """Similarities of each token to its window in the adjacent map: flow_BPHWK by direction.
 
-        Computed from features, in float32; or read, the middle of a window that may be larger.
+        Computed from features in float32, or read from a stored Gram flow and cropped to `radius`.
 
         Args:
             radius: half the window.
-            pairs: `crossed` is `forward` of the backward track and `backward` of the forward one.
-            directions: of the other pairs; other than `fused` only from features that were fused in
-                Gram-flow space.
+            pairs: pair directions to return; `crossed` takes `forward` from the backward track and
+                `backward` from the forward track.
+            directions: tracking directions to use, except for `crossed`; other than `fused` only
+                for features that were fused in Gram-flow space.
 
         Returns:
-            `forward`, of each map's tokens in the next map, and `backward`, of each next map's in
-            the one before.
+            `forward`: each map's tokens against the next map; `backward`: against the previous map.
 
         Raises:
-            ValueError: what is stored has a smaller window, other pairs, or no separate tracks.
+            ValueError: the stored Gram flow has a smaller window or other pairs, or the features
+                have no separate tracks.
         """
         assert self.arrays is not None, "an objective that compares features needs a teacher"
         if "gram_flow" in self.arrays:
@@ -137,54 +137,55 @@ class Teacher:
 
     @cached_property
     def features_BTHWG(self) -> Tensor:
-        """Fused features on the student's grid; maps that do not count hold zeros."""
+        """Fused features on the student's grid; invalid maps are zero."""
         return self._features("fused")
 
     @torch.no_grad()
     def features_at_latent_rate(self) -> tuple[Tensor, Tensor]:
-        """Fused features with one map for each latent frame: fused_BLHWG.
+        """Fused features with one map per latent frame.
 
-        The mean over its frames' maps where the teacher has one for each frame.
+        A teacher with one map per frame is averaged over the frames of each latent frame.
 
         Returns:
-            It, and valid_BL, bool: the latents all of whose frames' maps count.
+            fused_BLHWG, and valid_BL, bool: latent frames of which every frame's map is valid.
         """
         assert self.valid_BT is not None, "a teacher says which maps are valid"
         fused_BTHWG, valid_BT = self.features_BTHWG, self.valid_BT
         if valid_BT.shape[1] != self.num_frames:
             return fused_BTHWG, valid_BT
         fused_BLHWG = torch.stack([frames_to_latents(clip.float()) for clip in fused_BTHWG])
-        share_LB11 = frames_to_latents(valid_BT.T[:, :, None, None].float())
-        return fused_BLHWG, share_LB11[..., 0, 0].T == 1
+        valid_fraction_LB11 = frames_to_latents(valid_BT.T[:, :, None, None].float())
+        return fused_BLHWG, valid_fraction_LB11[..., 0, 0].T == 1
 
     @torch.no_grad()
-    def mask_share(self) -> tuple[Tensor, Tensor]:
-        """What share of each token the subject covers: share_BTHW, 0 to 1, for every frame.
+    def mask_coverage(self) -> tuple[Tensor, Tensor]:
+        """Fraction of each token that the subject covers, per frame.
 
-        The mean of the directions that were tracked.
+        The mean over the tracked directions.
 
         Returns:
-            It, and valid_BT, bool: the frames in which the subject is seen; others hold zeros.
+            coverage_BTHW, 0 to 1, and valid_BT, bool: frames in which the subject is visible;
+            coverage is zero in the others.
         """
         assert self.masks is not None, "an objective that compares masks needs the masks store"
         valid_BT = self.masks["valid"] != 0
         directions = [mask for name, mask in self.masks.items() if name != "valid"]
-        mask_BThw = sum(mask.float() for mask in directions) / (_MASK_MOST * len(directions))
-        assert isinstance(mask_BThw, Tensor), "a masks store holds a direction"
-        share_NHW1 = resample_to_grid(mask_BThw.flatten(0, 1)[:, None], *self.token_grid)
-        share_BTHW = share_NHW1[..., 0].unflatten(0, valid_BT.shape)
-        return share_BTHW.masked_fill(~valid_BT[..., None, None], 0.0), valid_BT
+        mask_BThw = sum(mask.float() for mask in directions) / (_MASK_MAX * len(directions))
+        assert isinstance(mask_BThw, Tensor), "the masks store has no direction"
+        coverage_NHW1 = resample_to_grid(mask_BThw.flatten(0, 1)[:, None], *self.token_grid)
+        coverage_BTHW = coverage_NHW1[..., 0].unflatten(0, valid_BT.shape)
+        return coverage_BTHW.masked_fill(~valid_BT[..., None, None], 0.0), valid_BT
 
     @torch.no_grad()
     def token_weight(self, foreground_weight: float) -> Tensor:
-        """How much each token counts, by how much of it is the subject: weight_BTHW.
+        """Loss weight of each token, from its mask coverage: weight_BTHW.
 
-        1 + (foreground_weight - 1) * share for every frame, 1 where the mask is not valid; at the
-        latent rate the mean over each latent's frames.
+        1 + (foreground_weight - 1) * coverage per frame, 1 where the mask is invalid; at the latent
+        rate the mean over each latent frame's frames.
         """
         assert self.valid_BT is not None, "weights are for the teacher's maps"
-        share_BTHW, _ = self.mask_share()
-        weight_BTHW = 1.0 + (foreground_weight - 1.0) * share_BTHW
+        coverage_BTHW, _ = self.mask_coverage()
+        weight_BTHW = 1.0 + (foreground_weight - 1.0) * coverage_BTHW
         if self.valid_BT.shape[1] == self.num_frames:
             return weight_BTHW
         weight_TBHW = frames_to_latents(weight_BTHW.transpose(0, 1))
@@ -207,7 +208,7 @@ class Teacher:
             parts //= 2
         if not layout.native:
             return fused_BTHWG
-        # Clip by clip: the norm of a part is constant within one.
+        # Clip by clip: the norm of a part is constant only within a clip.
         regridded = [
             regrid_fused(fused_THWG, *self.token_grid, parts) for fused_THWG in fused_BTHWG
         ]

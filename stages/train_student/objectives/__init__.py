@@ -1,8 +1,8 @@
-"""The auxiliary losses, each beside the diffusion loss and with a weight of its own.
+"""Auxiliary losses, each added to the diffusion loss with its own weight.
 
-needs.py           which stores they read, and whether these can serve them
-build.py           from the settings to objectives and their heads
-weighting.py       how much one counts, at which step and at which noise
-objective.py       what an objective is
+needs.py           stores that the losses read, and checks that these suffice
+build.py           objectives and heads from the settings
+weighting.py       weight of a loss by step and by noise
+objective.py       the objective interface
 lgf.py repa.py token_relation.py mask.py
 """

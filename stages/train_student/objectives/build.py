@@ -1,7 +1,4 @@
-"""From the settings to the auxiliary losses and their heads: the only place that knows their names.
-
-`train` calls both before the engine is made.
-"""
+"""Construction of the auxiliary losses and their projector heads from the settings."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +17,7 @@ from stages.train_student.objectives.weighting import WeightedObjective
 
 
 def build_objectives(config: TrainConfig) -> tuple[WeightedObjective, ...]:
-    """The objectives that `config` names, in its order; none for plain fine-tuning."""
+    """Build the objectives that `config` names, in its order; none for plain fine-tuning."""
     return tuple(
         WeightedObjective(
             name=name,
@@ -40,16 +37,16 @@ def build_heads(
     patch_size_t: int,
     frame_rate: bool = True,
 ) -> nn.ModuleDict:
-    """A projector for each chosen objective, by its name.
+    """Build the projector of each objective, by name.
 
     Args:
-        config: which objectives, and the widths of their layers.
+        config: names the objectives and their layer widths.
         width: channels of the transformer's tokens.
-        teacher_channels: of the stored features; None where none are read.
-        patch_size_t: latent frames per token; from more than one (CogVideoX 1.5) tokens are
-            interpolated, and smoothed, at the latent rate too.
-        frame_rate: whether the teacher has one map for each frame, to which tokens are interpolated
-            and smoothed.
+        teacher_channels: channels of the stored features; None if none are read.
+        patch_size_t: latent frames per token; with more than one (CogVideoX 1.5) tokens are also
+            interpolated and smoothed at the latent rate.
+        frame_rate: whether the teacher has one map per frame, to which tokens are interpolated and
+            smoothed.
     """
     at_latents = patch_size_t > 1
     return nn.ModuleDict(
@@ -74,7 +71,7 @@ def _head(
     frame_rate: bool,
     at_latents: bool,
 ) -> _Head:
-    """`at_latents`: tokens are interpolated to latent frames as well."""
+    """`at_latents`: tokens are also interpolated to latent frames."""
     as_teacher = frame_rate or at_latents
     if name == "lgf":
         return _Head(config.lgf.projector_widths, as_teacher)

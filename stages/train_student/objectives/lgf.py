@@ -1,4 +1,4 @@
-"""Local Gram Flow: how each token relates to its window in the frame beside it.
+"""Local Gram Flow objective: similarities of each token to its window in the adjacent frame.
 
 Legend: B clip, T map of the teacher, P pair of maps, H W token grid, C channel, K neighbour.
 """
@@ -23,7 +23,7 @@ from stages.train_student.objectives.objective import only_valid
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalGramFlow:
-    """KL or squared error between the student's and the teacher's Gram flow, in float32.
+    """KL divergence or squared error between the student's and the teacher's Gram flow, in float32.
 
     Source: Structure From Tracking, arXiv 2512.11792.
     """
@@ -37,15 +37,15 @@ class LocalGramFlow:
     kernel: Kernel = "torch"
 
     def num_maps(self, teacher_maps: int | None, num_frames: int) -> int:
-        """As many as the teacher has."""
+        """The teacher's number of maps."""
         assert teacher_maps is not None, "lgf reads a teacher"
         return teacher_maps
 
     def __call__(self, student_BTHWC: Tensor, teacher: Teacher) -> Tensor:
-        """loss_B, the mean of the directions that `pairs` names.
+        """loss_B, the mean over the directions of `pairs`.
 
-        A pair of maps counts if both are valid, in either direction. A token's weight is that of
-        the map whose tokens look for their window: the first of a pair, or the second.
+        A pair is valid if both its maps are. A token's weight is taken from the query map: the
+        first of a forward pair, the second of a backward pair.
         """
         valid_BT = teacher.valid_BT
         assert valid_BT is not None, "a teacher says which maps are valid"
@@ -59,15 +59,15 @@ class LocalGramFlow:
         for direction, teacher_BPHWK in teacher.gram_flows(
             self.radius, self.pairs, self.directions
         ).items():
-            ahead = direction == "forward"
-            tokens = slice(None, -1) if ahead else slice(1, None)
+            forward = direction == "forward"
+            query_maps = slice(None, -1) if forward else slice(1, None)
             loss_B = gram_flow_loss(
-                student_BPHWK if ahead else reverse_pairs(student_BPHWK),
+                student_BPHWK if forward else reverse_pairs(student_BPHWK),
                 teacher_BPHWK,
                 temperature=self.temperature,
                 divergence=self.divergence,
                 valid_BP=valid_BT[:, :-1] & valid_BT[:, 1:],
-                token_weight_BPHW=None if weight_BTHW is None else weight_BTHW[:, tokens],
+                token_weight_BPHW=None if weight_BTHW is None else weight_BTHW[:, query_maps],
             )
             losses.append(loss_B)
         return torch.stack(losses).mean(0)

@@ -1,4 +1,4 @@
-"""Which stores the auxiliary losses read, and whether these can serve them; `train` asks first."""
+"""Stores that the auxiliary losses read, and checks that these hold what the losses need."""
 
 from importlib.util import find_spec
 
@@ -8,10 +8,10 @@ from stages.train_student.config import KIND_OF_FORM, TrainConfig
 
 
 def kinds_needed(config: TrainConfig) -> tuple[str, ...]:
-    """The kinds of store to read beside text and latents: of the teacher, then masks.
+    """Store kinds to read in addition to text and latents: the teacher's, then masks.
 
     Raises:
-        ValueError: `train.teacher_form` cannot serve an objective, or its kernel is not installed.
+        ValueError: an objective cannot use `train.teacher_form`, or its kernel is not installed.
     """
     if "lgf" in config.objectives and config.lgf.kernel == "triton" and not find_spec("triton"):
         raise ValueError(
@@ -20,7 +20,7 @@ def kinds_needed(config: TrainConfig) -> tuple[str, ...]:
         )
     chosen = set(config.objectives)
     if config.teacher_form == "gram_flow":
-        _check_gram_flow_serves(config)
+        _check_gram_flow_suffices(config)
     kinds = [KIND_OF_FORM[config.teacher_form]] if chosen - {"mask"} else []
     if "mask" in chosen or ("lgf" in chosen and config.lgf.foreground_weight != 1.0):
         kinds.append("masks")
@@ -28,16 +28,16 @@ def kinds_needed(config: TrainConfig) -> tuple[str, ...]:
 
 
 def check_teacher(config: TrainConfig, teacher: StoreSettings | None, name: str) -> None:
-    """Refuse a teacher that does not hold the tracks, or the pairs, that `train.lgf` compares.
+    """Reject a teacher store without the tracks or pairs that `train.lgf` compares.
 
     Args:
-        config: which objectives, and what of the teacher they compare.
-        teacher: settings of the store that `train.teacher_form` names, there or planned; None where
-            no objective reads one.
-        name: of the store, for the message.
+        config: names the objectives and their settings.
+        teacher: settings of the store of `train.teacher_form`, existing or planned; None if no
+            objective reads one.
+        name: the store's name, for the message.
 
     Raises:
-        ValueError: naming the store and what it lacks.
+        ValueError: names the store and what it lacks.
     """
     if teacher is None or "lgf" not in config.objectives:
         return
@@ -51,19 +51,19 @@ def check_teacher(config: TrainConfig, teacher: StoreSettings | None, name: str)
         return
     if share is None:
         raise ValueError(
-            f"train.lgf.directions={directions} needs features fused in Gram-flow space, of which "
-            f"both directions can be had again; those of {name} are not: extract with "
+            f"train.lgf.directions={directions} needs features fused in Gram-flow space, from "
+            f"which both directions can be recovered; those of {name} are not: extract with "
             "extract.teacher.fusion=gram_flow, or train with train.lgf.directions=fused"
         )
     if directions == "forward" and share == 0.0:
         raise ValueError(
-            f"train.lgf.directions=forward finds nothing in {name}, whose forward direction "
-            "has a share of 0; extract with extract.teacher.forward_weight=0.5"
+            f"train.lgf.directions=forward cannot use {name}, whose forward direction has weight "
+            "0; extract with extract.teacher.forward_weight=0.5"
         )
 
 
 def _check_pairs(config: TrainConfig, flow: StoreSettings, name: str) -> None:
-    """Similarities of fused features can be reversed; those of each track serve `crossed` alone."""
+    """Similarities of fused features can be reversed; per-track ones only fit `crossed`."""
     pairs, held = config.lgf.pairs, flow.values.get("pairs")
     needed = "crossed" if pairs == "crossed" else "forward"
     if held != needed:
@@ -75,16 +75,16 @@ def _check_pairs(config: TrainConfig, flow: StoreSettings, name: str) -> None:
         )
 
 
-def _check_gram_flow_serves(config: TrainConfig) -> None:
-    wanting = [f"train.objectives={name}" for name in config.objectives if name in _FEATURES_ALONE]
+def _check_gram_flow_suffices(config: TrainConfig) -> None:
+    unmet = [f"train.objectives={name}" for name in config.objectives if name in _NEED_FEATURES]
     if "lgf" in config.objectives and config.lgf.directions != "fused":
-        wanting.append(f"train.lgf.directions={config.lgf.directions}")
-    if wanting:
+        unmet.append(f"train.lgf.directions={config.lgf.directions}")
+    if unmet:
         raise ValueError(
-            f"{' and '.join(wanting)} cannot be had from a stored Gram flow, which holds "
-            "similarities alone; train with train.teacher_form=features"
+            f"{' and '.join(unmet)} cannot be computed from a stored Gram flow, which holds "
+            "only similarities; train with train.teacher_form=features"
         )
 
 
-_FEATURES_ALONE = ("repa", "token-relation")
+_NEED_FEATURES = ("repa", "token-relation")
 """Objectives that compare features."""

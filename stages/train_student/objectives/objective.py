@@ -1,4 +1,4 @@
-"""What an auxiliary loss is; `TrainingStep` calls it, `build` knows which there are.
+"""The interface of an auxiliary loss, and reductions over valid maps.
 
 Legend: B clip, T map of the objective, H W token grid, C channel.
 """
@@ -11,21 +11,21 @@ from stages.train_student.model.teacher import Teacher
 
 
 class Objective(Protocol):
-    """A loss for each clip, zero at best."""
+    """A loss per clip, >= 0."""
 
     def num_maps(self, teacher_maps: int | None, num_frames: int) -> int:
-        """How many maps in time the student's features must have to be compared.
+        """Number of maps in time that the student's features must have.
 
         Args:
-            teacher_maps: of the stored teacher; None where none is read.
-            num_frames: of the clips.
+            teacher_maps: maps of the stored teacher; None if none is read.
+            num_frames: frames per clip.
         """
 
     def __call__(self, student_BTHWC: Tensor, teacher: Teacher) -> Tensor:
-        """Compare the maps that are valid: loss_B, float32 (float64 if given it).
+        """Compare the valid maps: loss_B, float32 (float64 for float64 input).
 
-        Gradient flows to the student alone. A clip without a valid map has the loss 0; what maps
-        that do not count hold changes neither the loss nor its gradient.
+        Gradient flows only to the student. A clip without a valid map has loss 0; values of invalid
+        maps affect neither the loss nor its gradient.
         """
 
 
@@ -36,8 +36,5 @@ def mean_over_valid(loss_BTHW: Tensor, valid_BT: Tensor) -> Tensor:
 
 
 def only_valid(values_BTHWC: Tensor, valid_BT: Tensor) -> Tensor:
-    """The same with zeros in the maps that do not count, before any arithmetic.
-
-    A product of 0 and infinity in the backward pass is no number.
-    """
+    """Zero the invalid maps before any arithmetic, since 0 * inf in the backward pass is NaN."""
     return values_BTHWC.masked_fill(~valid_BT[..., None, None, None], 0.0)

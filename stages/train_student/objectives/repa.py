@@ -1,4 +1,4 @@
-"""REPA: each projected token points where the teacher's features do.
+"""REPA objective: cosine similarity of each projected token to the teacher's features.
 
 Legend: B clip, T map of the teacher, H W token grid, G fused channel.
 """
@@ -12,12 +12,12 @@ from stages.train_student.objectives.objective import mean_over_valid, only_vali
 
 
 def cosine_loss(student_BTHWG: Tensor, teacher_BTHWG: Tensor, valid_BT: Tensor) -> Tensor:
-    """1 - cosine of each token to the teacher's, mean over the tokens of valid maps: loss_B.
+    """1 - cosine similarity to the teacher, averaged over the tokens of valid maps: loss_B.
 
     Args:
         student_BTHWG: any floating dtype, with gradient.
-        teacher_BTHWG: of the same shape; no gradient flows to it.
-        valid_BT: bool, the maps that count.
+        teacher_BTHWG: same shape; treated as constant.
+        valid_BT: bool, valid maps.
 
     Raises:
         ValueError: shapes differ.
@@ -36,10 +36,10 @@ def cosine_loss(student_BTHWG: Tensor, teacher_BTHWG: Tensor, valid_BT: Tensor) 
 
 
 class Repa:
-    """`cosine_loss` to the teacher's fused features."""
+    """`cosine_loss` against the teacher's fused features."""
 
     def num_maps(self, teacher_maps: int | None, num_frames: int) -> int:
-        """As many as the teacher has."""
+        """The teacher's number of maps."""
         assert teacher_maps is not None, "repa reads a teacher"
         return teacher_maps
 

@@ -1,4 +1,4 @@
-"""Token-relation distillation: how alike every two tokens of a clip are, in and across frames.
+"""Token-relation distillation: similarities of all token pairs of a clip, within and across frames.
 
 Legend: B clip, L latent frame, T map of the teacher, H W token grid, C channel, N pooled token of
 a map.
@@ -21,16 +21,15 @@ def token_relation_loss(
 ) -> Tensor:
     """Mean of max(0, |S_student - S_teacher| - margin) over all pairs of valid maps' tokens.
 
-    S are cosines of tokens that were averaged over squares first. Of the whole matrix, tokens of
-    the clip times tokens of the clip, one map's rows exist at a time: they are made again in the
-    backward pass.
+    S are cosine similarities of average-pooled tokens. Of the full matrix, all tokens of a clip
+    times all tokens, only one map's rows exist at a time; they are recomputed in the backward pass.
 
     Args:
         student_BLHWC: any floating dtype, with gradient.
-        teacher_BLHWC: the same maps and tokens, of any width; no gradient flows to it.
-        valid_BL: bool, the maps that count: a pair counts where both its maps do.
-        margin: differences up to this are no loss.
-        pool: side of the squares; those at the lower and right edge may be partial.
+        teacher_BLHWC: the same maps and tokens, of any width; treated as constant.
+        valid_BL: bool, valid maps; a pair is valid if both its maps are.
+        margin: differences up to this are ignored.
+        pool: side of the pooling squares; partial at the lower and right edge.
 
     Returns:
         loss_B, 0 for a clip without a valid map.
@@ -49,33 +48,33 @@ def token_relation_loss(
     with torch.no_grad():
         teacher_BLNC = _pooled(only_valid(teacher_BLHWC, valid_BL), pool)
     total_B = student_BLNC.new_zeros(len(student_BLNC))
-    for place in range(student_BLNC.shape[1]):
+    for row in range(student_BLNC.shape[1]):
         sums_BL = checkpoint(
             _excess_of_map,
-            place,
+            row,
             student_BLNC,
             teacher_BLNC,
             margin,
             use_reentrant=False,
-            preserve_rng_state=False,  # nothing is drawn, and asking a GPU for its state waits
+            preserve_rng_state=False,  # nothing random; reading a GPU's RNG state syncs
         )
-        counts_BL = valid_BL & valid_BL[:, place : place + 1]
+        counts_BL = valid_BL & valid_BL[:, row : row + 1]
         total_B = total_B + (sums_BL * counts_BL).sum(1)
     tokens_B = valid_BL.sum(1) * student_BLNC.shape[2]
     return total_B / tokens_B.clamp(min=1).to(total_B).square()
 
 
-def _excess_of_map(place: int, student_BLNC: Tensor, teacher_BLNC: Tensor, margin: float) -> Tensor:
-    """Of one map's tokens to those of every map, summed: sums_BL."""
+def _excess_of_map(row: int, student_BLNC: Tensor, teacher_BLNC: Tensor, margin: float) -> Tensor:
+    """Loss of one map's tokens against each map's tokens, summed over tokens: sums_BL."""
     relations = [
-        torch.einsum("bnc,blmc->blnm", tokens_BLNC[:, place], tokens_BLNC)
+        torch.einsum("bnc,blmc->blnm", tokens_BLNC[:, row], tokens_BLNC)
         for tokens_BLNC in (student_BLNC, teacher_BLNC)
     ]
     return F.relu((relations[0] - relations[1]).abs() - margin).sum((2, 3))
 
 
 def _pooled(tokens_BLHWC: Tensor, pool: int) -> Tensor:
-    """Unit tokens, each the mean over a square: tokens_BLNC, in float32 or more."""
+    """Average-pooled unit tokens: tokens_BLNC, in float32 (float64 for float64 input)."""
     dtype = torch.promote_types(tokens_BLHWC.dtype, torch.float32)
     maps_NCHW = tokens_BLHWC.to(dtype).flatten(0, 1).permute(0, 3, 1, 2)
     pooled_NCHW = F.avg_pool2d(maps_NCHW, pool, ceil_mode=True, count_include_pad=False)
@@ -85,17 +84,17 @@ def _pooled(tokens_BLHWC: Tensor, pool: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenRelation:
-    """`token_relation_loss` to the teacher's fused features, one map for each latent frame."""
+    """`token_relation_loss` against the teacher's fused features, one map per latent frame."""
 
     margin: float
     pool: int
 
     def num_maps(self, teacher_maps: int | None, num_frames: int) -> int:
-        """One for each latent frame: relations are quadratic in the maps."""
+        """One per latent frame, since the cost is quadratic in the maps."""
         return int(latent_frame_of_frame(num_frames)[-1]) + 1
 
     def __call__(self, student_BTHWC: Tensor, teacher: Teacher) -> Tensor:
-        """loss_B; a teacher with a map for each frame is averaged over each latent's."""
+        """loss_B; a teacher with one map per frame is averaged over each latent frame."""
         teacher_BLHWC, valid_BL = teacher.features_at_latent_rate()
         return token_relation_loss(
             student_BTHWC, teacher_BLHWC, valid_BL, margin=self.margin, pool=self.pool

@@ -1,4 +1,4 @@
-"""How much an auxiliary loss counts: by the step, and by each clip's noise; `TrainingStep` asks.
+"""Weight of an auxiliary loss: schedule over steps, and weighting by each clip's noise.
 
 Legend: B clip.
 """
@@ -14,19 +14,19 @@ from stages.train_student.objectives.objective import Objective
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightedObjective:
-    """An objective of a run, by its name, with its share of the total."""
+    """A named objective with its weight in the total loss."""
 
     name: ObjectiveName
     objective: Objective
     settings: AuxiliaryConfig
     steps: int
-    """Of the whole run: where a falling weight ends."""
+    """Steps of the whole run, at the end of which a decaying weight reaches `final_weight`."""
 
     def weight_at(self, step: int) -> float:
-        """Its share lambda of the total at step number `step`, from 0.
+        """Weight lambda at `step`, counted from 0.
 
-        Rises from zero over the warm-up; then stays, or falls until the run's last step has
-        `final_weight`.
+        Rises from zero over the warm-up, then stays constant or decays to `final_weight` at the
+        run's last step.
         """
         settings = self.settings
         if step < settings.warmup_steps:
@@ -34,16 +34,20 @@ class WeightedObjective:
         if settings.schedule == "constant":
             return settings.weight
         last = self.steps - 1
-        done = min(1.0, (step - settings.warmup_steps) / max(1, last - settings.warmup_steps))
-        left = 1.0 - done if settings.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-        return settings.final_weight + (settings.weight - settings.final_weight) * left
+        progress = min(1.0, (step - settings.warmup_steps) / max(1, last - settings.warmup_steps))
+        remaining = (
+            1.0 - progress
+            if settings.schedule == "linear"
+            else (1 + math.cos(math.pi * progress)) / 2
+        )
+        return settings.final_weight + (settings.weight - settings.final_weight) * remaining
 
     def weights_of(self, timestep_B: Tensor, abar_B: Tensor) -> Tensor:
-        """How much each clip's loss counts, by its noise: weight_B, like `abar_B`.
+        """Weight of each clip's loss by its noise: weight_B, with the dtype of `abar_B`.
 
         Args:
             timestep_B: int64.
-            abar_B: the share of the picture in the noisy latents.
+            abar_B: signal fraction of the noisy latents.
         """
         first, last = self.settings.timesteps
         inside_B = ((timestep_B >= first) & (timestep_B <= last)).to(abar_B)

@@ -64,13 +64,13 @@ def test_what_is_predicted_is_each_tokens_share_of_the_subject():
         num_frames=5,
         token_grid=(2, 3),
     )
-    share_BTHW, valid_BT = teacher.mask_share()
+    coverage_BTHW, valid_BT = teacher.mask_coverage()
     assert valid_BT.tolist() == [[True, True, True, False, True]]
-    assert not share_BTHW[0, 3].any()
+    assert not coverage_BTHW[0, 3].any()
     # The antialiased filter is a triangle two tokens wide: a seventh of the first token's, which is
     # cut off at the border, and an eighth of the second's lies over the neighbour.
     expected = torch.tensor([0.5 * 6 / 7, 0.5 / 8, 0.0])
-    torch.testing.assert_close(share_BTHW[0, 0], expected.expand(2, 3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(coverage_BTHW[0, 0], expected.expand(2, 3), atol=1e-6, rtol=0)
     (weighted,) = build_objectives(TrainConfig(objectives=["mask"]))
     assert weighted.objective.num_maps(None, 5) == 5
     assert weighted.objective.num_maps(2, 5) == 5

@@ -87,7 +87,7 @@ def test_directions_need_features_fused_in_gram_flow_space(tiny, tmp_path, fusio
 def test_a_forward_direction_without_a_share_is_refused(tiny, tmp_path):
     store = stored(tiny, tmp_path, fusion="gram_flow", forward_weight=0.0, parts=2)
     check_teacher(TrainConfig(lgf={"directions": "averaged"}), store.settings, store.name)
-    with pytest.raises(ValueError, match="has a share of 0"):
+    with pytest.raises(ValueError, match="direction has weight 0"):
         check_teacher(TrainConfig(lgf={"directions": "forward"}), store.settings, store.name)
 
 
