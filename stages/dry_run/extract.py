@@ -29,21 +29,21 @@ from stages.dry_run.extract_stores import (
     is_compressed,
     planned_passes,
 )
-from stages.dry_run.survey import MOST_PROBED, ShardSurvey, survey_shards
+from stages.dry_run.survey import MAX_PROBED, ShardSurvey, survey_shards
 from stages.extract_features.config import ExtractConfig, Kind, PromptSource
 from stages.extract_features.execution.comparison import (
     Comparison,
     Readers,
-    StoreShare,
+    StoreScope,
     compare,
-    refuse_another_dataset,
+    raise_if_other_dataset,
 )
 from stages.extract_features.execution.dataset_sources import read_sources
 from stages.extract_features.kinds import TRACKED_KINDS, device_named
 from stages.precision import DTYPES
 from stages.progress import Progress
 
-USUAL_SHARE: Mapping[str, Mapping[Kind, float]] = {
+MATMUL_RATE_FRACTION: Mapping[str, Mapping[Kind, float]] = {
     "cpu": {"text": 0.7, "latents": 0.85, **dict.fromkeys(TRACKED_KINDS, 0.65)},
     "cuda": {"text": 0.3, "latents": 0.3, **dict.fromkeys(TRACKED_KINDS, 0.25)},
 }
@@ -173,7 +173,7 @@ def estimate(
     cache_root: Path,
     *,
     progress: Progress,
-    most_probed: int = MOST_PROBED,
+    max_probed: int = MAX_PROBED,
     retry_failed: bool = False,
     refresh_changed: bool = False,
 ) -> Estimate:
@@ -185,7 +185,7 @@ def estimate(
         model: The base pipeline; of a hub id only configuration files are downloaded.
         cache_root: Folder of the stores; need not exist.
         progress: Bars.
-        most_probed: About how many clips' headers are read, at most.
+        max_probed: About how many clips' headers are read, at most.
         retry_failed: As of the run.
         refresh_changed: As of the run.
 
@@ -198,19 +198,19 @@ def estimate(
     dataset = open_dataset(clips)
     plans = planned_passes(config, clips, model)
     comparison = Comparison()
-    if any(reader and reader.shards for _, reader in _readers(plans, cache_root)):
+    if any(reader and reader.shards for _, reader in _open_stores(plans, cache_root)):
         for kind in config.kinds:
-            found = (reader for one, reader in _readers(plans, cache_root) if one == kind)
-            refuse_another_dataset(kind, [reader for reader in found if reader], dataset)
+            found = (reader for one, reader in _open_stores(plans, cache_root) if one == kind)
+            raise_if_other_dataset(kind, [reader for reader in found if reader], dataset)
         sources = read_sources(dataset.shards, config.kinds, config.teacher, progress)
-        share = StoreShare(is_of=lambda _: True)
-        comparison = compare(_readers(plans, cache_root), sources, share)
+        share = StoreScope(covers=lambda _: True)
+        comparison = compare(_open_stores(plans, cache_root), sources, share)
     if not refresh_changed:
-        comparison.refuse_changed()
-    lacking = _Lacking(
+        comparison.raise_if_changed()
+    missing = _MissingClips(
         comparison=comparison, retry_failed=retry_failed, refresh_changed=refresh_changed
     )
-    by_size = survey_shards(dataset.shards, config, clips, progress, most_probed=most_probed)
+    by_size = survey_shards(dataset.shards, config, clips, progress, max_probed=max_probed)
     kinds: list[KindEstimate] = []
     passes: list[PassEstimate] = []
     forms: list[FormEstimate] = []
@@ -218,11 +218,13 @@ def estimate(
         surveys = by_size[plan.bucket]
         size = sum(earlier.kinds == plan.kinds for earlier in plans[: plans.index(plan)])
         for kind in plan.kinds:
-            left = _Left.of(surveys, lacking.of((kind,), size))
-            kinds.append(_kind(kind, plan, left, lacking.num_held(kind, size), cache_root))
+            remaining = _Remaining.of(surveys, missing.of((kind,), size))
+            kinds.append(_kind(kind, plan, remaining, missing.num_held(kind, size), cache_root))
         # A clip that one of two stores lacks is gone through again for it.
-        passes.append(_pass(plan, _Left.of(surveys, lacking.of(plan.kinds, size)), config, device))
-        kept = _Left.of(surveys, None).kept(plan.kinds[0])
+        passes.append(
+            _pass(plan, _Remaining.of(surveys, missing.of(plan.kinds, size)), config, device)
+        )
+        kept = _Remaining.of(surveys, None).kept(plan.kinds[0])
         forms += [
             FormEstimate(size=size, bucket=plan.bucket, clips=round(kept)) for size in plan.forms
         ]
@@ -246,7 +248,7 @@ def estimate(
         device_bytes=_memory_of(device),
         free_bytes=_free_bytes(cache_root),
         notes=tuple(
-            dict.fromkeys([*(note for plan in plans for note in plan.notes), *comparison.told()])
+            dict.fromkeys([*(note for plan in plans for note in plan.notes), *comparison.notes()])
         ),
     )
 
@@ -256,7 +258,7 @@ Keys = Mapping[str, frozenset[str]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Lacking:
+class _MissingClips:
     """What the stores lack of the dataset, as a run would see it."""
 
     comparison: Comparison
@@ -285,7 +287,7 @@ class _Lacking:
 
 
 @dataclass(frozen=True, slots=True)
-class _Left:
+class _Remaining:
     """The clips that a store lacks, and how far those probed speak for them."""
 
     num_clips: int
@@ -293,7 +295,7 @@ class _Left:
     """Shards whose headers were read, and which of their clips count; None for all."""
 
     @classmethod
-    def of(cls, surveys: Sequence[ShardSurvey], keys: Keys | None) -> "_Left":
+    def of(cls, surveys: Sequence[ShardSurvey], keys: Keys | None) -> "_Remaining":
         everywhere = tuple((survey, None) for survey in surveys if survey.probed)
         if keys is None:
             return cls(sum(survey.num_clips for survey in surveys), everywhere)
@@ -305,7 +307,7 @@ class _Left:
         # Where none of them was probed, the others speak for them.
         return cls(sum(map(len, keys.values())), probed or everywhere)
 
-    def in_all(self, counted: float) -> float:
+    def extrapolate(self, counted: float) -> float:
         """What was counted among the clips that were probed, in proportion."""
         probed = sum(
             survey.num_clips if keys is None else len(keys) for survey, keys in self.probed
@@ -314,15 +316,15 @@ class _Left:
 
     def kept(self, kind: Kind) -> float:
         """Clips of this size that would not be skipped."""
-        elsewhere = sum(
-            len(survey.elsewhere if keys is None else survey.elsewhere & keys)
+        other_size = sum(
+            len(survey.other_size if keys is None else survey.other_size & keys)
             for survey, keys in self.probed
         )
-        return self.num_clips - self.in_all(len(self.skipped(kind)) + elsewhere)
+        return self.num_clips - self.extrapolate(len(self.skipped(kind)) + other_size)
 
     def subjects(self) -> float:
         """Subjects that would be tracked."""
-        return self.in_all(
+        return self.extrapolate(
             sum(
                 count
                 for survey, keys in self.probed
@@ -341,7 +343,7 @@ class _Left:
         )
 
 
-def _readers(plans: Sequence[PlannedPass], cache_root: Path) -> Readers:
+def _open_stores(plans: Sequence[PlannedPass], cache_root: Path) -> Readers:
     for plan in plans:
         for kind in plan.kinds:
             store = None if plan.folders is None else cache_root / plan.folders[kind]
@@ -350,31 +352,31 @@ def _readers(plans: Sequence[PlannedPass], cache_root: Path) -> Readers:
 
 
 def _kind(
-    kind: Kind, plan: PlannedPass, left: _Left, num_held: int, cache_root: Path
+    kind: Kind, plan: PlannedPass, remaining: _Remaining, num_held: int, cache_root: Path
 ) -> KindEstimate:
-    skipped = left.skipped(kind)
-    num_skipped = round(left.in_all(len(skipped)))
+    skipped = remaining.skipped(kind)
+    num_skipped = round(remaining.extrapolate(len(skipped)))
     return KindEstimate(
         kind=kind,
         bucket=plan.bucket,
         store=None if plan.folders is None else cache_root / plan.folders[kind],
         clips_already_there=num_held,
-        clips=round(left.kept(kind)),
+        clips=round(remaining.kept(kind)),
         skipped=num_skipped,
-        skipped_clips=skipped if left.num_clips else (),
+        skipped_clips=skipped if remaining.num_clips else (),
         bytes_per_clip=None if plan.arrays is None else bytes_of(plan.arrays[kind]),
         is_compressed=plan.arrays is not None and is_compressed(plan.arrays[kind]),
     )
 
 
 def _pass(
-    plan: PlannedPass, left: _Left, config: ExtractConfig, device: torch.device
+    plan: PlannedPass, remaining: _Remaining, config: ExtractConfig, device: torch.device
 ) -> PassEstimate:
     kind = plan.kinds[0]
-    num_clips = left.kept(kind)
+    num_clips = remaining.kept(kind)
     cost, flops = plan.cost, None
     if isinstance(cost, TrackerCost):
-        flops = cost.flops(num_clips, left.subjects())
+        flops = cost.flops(num_clips, remaining.subjects())
         cost = cost.cost
     elif cost is not None:
         flops = num_clips * cost.flops_per_clip
@@ -385,7 +387,7 @@ def _pass(
         cost=cost,
         flops=flops,
         flops_per_second=matmul_flops_per_second(device, DTYPES[_precision(config, kind)]),
-        usual_share=USUAL_SHARE[device.type][kind],
+        usual_share=MATMUL_RATE_FRACTION[device.type][kind],
     )
 
 

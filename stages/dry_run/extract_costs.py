@@ -22,7 +22,7 @@ from stages.precision import DTYPES
 from stages.sam2_tracking.build import build_sam2
 from stages.sam2_tracking.encoder import EncodedFrames
 from stages.sam2_tracking.inputs import Sam2Prompt
-from stages.sam2_tracking.tracker import TrackRequest, TwoWayTracker
+from stages.sam2_tracking.tracker import Tracker, TrackRequest
 
 _FIRST_STEPS = 2
 """After the prompted one: with one memory in the bank, and with two."""
@@ -123,7 +123,7 @@ def tracker_cost(config: TeacherConfig, clips: ClipsConfig, sam2_config: str) ->
         sam2_config: Name of an official configuration, or a YAML file.
     """
     model = build_sam2(sam2_config, None, image_size=config.image_size, device=_META)
-    tracker = TwoWayTracker(
+    tracker = Tracker(
         model, precision="fp32", frames_per_batch=min(config.frames_per_batch, clips.num_frames)
     )
     with Meter() as encoding:
@@ -150,7 +150,7 @@ def _frames(num_frames: int, image_size: int) -> np.ndarray:
 
 
 def _step_flops(
-    tracker: TwoWayTracker, encoded: EncodedFrames, config: TeacherConfig, clips: ClipsConfig
+    tracker: Tracker, encoded: EncodedFrames, config: TeacherConfig, clips: ClipsConfig
 ) -> tuple[float, int]:
     """Operations of one pass over the clip, and the most bytes alive meanwhile.
 

@@ -133,11 +133,11 @@ def planned_passes(
         ValueError: A setting does not fit, as the run itself would say. Weights of a hub id that
             are not on this machine are no error.
     """
-    base, notes = _base_facts(config, model)
+    base, notes = _read_base(config, model)
     passes: list[PlannedPass] = []
     for kinds in group_kinds(config.kinds):
         if kinds[0] not in ("text", "latents"):
-            passes += [_of(size, _tracking(config, size, kinds)) for size in clips.sizes]
+            passes += [_with_bucket(size, _tracking(config, size, kinds)) for size in clips.sizes]
         elif base is None:
             passes.append(
                 PlannedPass(kinds=kinds, arrays=None, folders=None, cost=None, notes=notes)
@@ -145,17 +145,19 @@ def planned_passes(
         elif kinds[0] == "text":
             passes.append(_text(config, base, model))
         else:
-            passes += [_of(size, _latents(config, size, base, model)) for size in clips.sizes]
+            passes += [
+                _with_bucket(size, _latents(config, size, base, model)) for size in clips.sizes
+            ]
     if base is not None:
         passes[0] = replace(passes[0], notes=(*notes, *passes[0].notes))
     return passes
 
 
-def _of(size: ClipsConfig, planned: PlannedPass) -> PlannedPass:
+def _with_bucket(size: ClipsConfig, planned: PlannedPass) -> PlannedPass:
     return replace(planned, bucket=bucket_name(size))
 
 
-def _base_facts(
+def _read_base(
     config: ExtractConfig, model: BaseModelConfig
 ) -> tuple[BaseFacts | None, tuple[str, ...]]:
     """Facts of the base pipeline, or None, and what is to be said of them."""
@@ -172,8 +174,8 @@ def _base_facts(
 def _text(config: ExtractConfig, base: BaseFacts, model: BaseModelConfig) -> PlannedPass:
     cost = text_cost(config.text, base)
     if parts_are_here(model, base.folder, ("tokenizer", "text_encoder")):
-        return _known(("text",), TextExtraction(config.text, base).settings, cost)
-    return _unknown(
+        return _with_store_names(("text",), TextExtraction(config.text, base).settings, cost)
+    return _without_store_names(
         ("text",), {"text": text_arrays(base)}, cost, f"the text encoder of {model.path}"
     )
 
@@ -184,9 +186,9 @@ def _latents(
     cost = latents_cost(config.latents, clips, base)
     if parts_are_here(model, base.folder, ("vae",)):
         extraction = LatentsExtraction(config.latents, clips, base, seed=config.seed)
-        return _known(("latents",), extraction.settings, cost)
+        return _with_store_names(("latents",), extraction.settings, cost)
     arrays = latents_arrays(config.latents, clips, base)
-    return _unknown(("latents",), {"latents": arrays}, cost, f"the VAE of {model.path}")
+    return _without_store_names(("latents",), {"latents": arrays}, cost, f"the VAE of {model.path}")
 
 
 def _tracking(config: ExtractConfig, clips: ClipsConfig, kinds: tuple[Kind, ...]) -> PlannedPass:
@@ -208,9 +210,11 @@ def _tracking(config: ExtractConfig, clips: ClipsConfig, kinds: tuple[Kind, ...]
         missing = f"Grounding DINO {teacher.grounding.model}"
     if not missing:
         extraction = SubjectExtraction(teacher, clips, gram_flow=config.gram_flow, kinds=kinds)
-        return _known(kinds, extraction.settings, cost, forms)
+        return _with_store_names(kinds, extraction.settings, cost, forms)
     settings = subject_settings(teacher, clips, {}, gram_flow=config.gram_flow, channels=channels)
-    return _unknown(kinds, {kind: settings[kind].arrays for kind in kinds}, cost, missing, forms)
+    return _without_store_names(
+        kinds, {kind: settings[kind].arrays for kind in kinds}, cost, missing, forms
+    )
 
 
 def _grounding_is_here(config: TeacherConfig) -> bool:
@@ -225,7 +229,7 @@ def _grounding_is_here(config: TeacherConfig) -> bool:
     return isinstance(found, str)
 
 
-def _known(
+def _with_store_names(
     kinds: tuple[Kind, ...],
     settings: Mapping[Kind, StoreSettings],
     cost: ModelCost | TrackerCost,
@@ -240,7 +244,7 @@ def _known(
     )
 
 
-def _unknown(
+def _without_store_names(
     kinds: tuple[Kind, ...],
     arrays: Mapping[Kind, Mapping[str, ArraySpec]],
     cost: ModelCost | TrackerCost,

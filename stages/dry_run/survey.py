@@ -24,7 +24,7 @@ from stages.extract_features.prompts import check_prompt, usable_sources
 from stages.extract_features.teacher.prompts import too_many_subjects
 from stages.progress import Progress
 
-MOST_PROBED = 10_000
+MAX_PROBED = 10_000
 """Clips whose headers are read, at most; of a larger dataset, evenly spread shards speak for it."""
 
 
@@ -47,7 +47,7 @@ class ShardSurvey:
     video streams."""
     subjects: dict[str, int] = field(default_factory=dict)
     """Of the clips that are tracked, by key."""
-    elsewhere: set[str] = field(default_factory=set)
+    other_size: set[str] = field(default_factory=set)
     """Keys of clips that go to another size than this survey's."""
 
 
@@ -61,7 +61,7 @@ def survey_shards(
     clips: ClipsConfig,
     progress: Progress,
     *,
-    most_probed: int = MOST_PROBED,
+    max_probed: int = MAX_PROBED,
 ) -> Surveys:
     """Count every shard's clips and read the headers of all of them, or of evenly spread shards.
 
@@ -70,14 +70,14 @@ def survey_shards(
         config: Which kinds, and where prompts come from.
         clips: The sizes and the rate that clips are brought to.
         progress: Gets a bar for each of the two.
-        most_probed: Read the headers of about as many clips, at most; one shard at least.
+        max_probed: Read the headers of about as many clips, at most; one shard at least.
     """
     counted = []
     with progress.task("count", len(shards), unit="shards") as task:
         for shard in shards:
             counted.append((shard.name, shard.num_clips(), shard.num_bytes()))
             task.advance()
-    chosen = _evenly_spread([num_clips for _, num_clips, _ in counted], most_probed)
+    chosen = _evenly_spread([num_clips for _, num_clips, _ in counted], max_probed)
     total = sum(counted[place][1] for place in chosen)
     surveys: Surveys = {
         size: [
@@ -93,44 +93,44 @@ def survey_shards(
         for place in chosen:
             here = {size: of_size[place] for size, of_size in surveys.items()}
             for record in shards[place].records():
-                _look_at_sizes(record, here, config, clips)
+                _survey_all_sizes(record, here, config, clips)
                 task.advance()
     return surveys
 
 
-def _look_at_sizes(
+def _survey_all_sizes(
     record: ClipRecord | BadRecord,
     surveys: Mapping[str | None, ShardSurvey],
     config: ExtractConfig,
     clips: ClipsConfig,
 ) -> None:
     if not clips.buckets:
-        _look_at(record, surveys[None], config, clips)
+        _survey_record(record, surveys[None], config, clips)
         return
     without_size: tuple[Kind, ...] = tuple(kind for kind in config.kinds if kind == "text")
     sized = tuple(kind for kind in config.kinds if kind != "text")
-    _look_at(record, surveys[None], config.model_copy(update={"kinds": without_size}), clips)
+    _survey_record(record, surveys[None], config.model_copy(update={"kinds": without_size}), clips)
     chosen = bucket_of(record, clips)
     for size, survey in surveys.items():
         if size == chosen.size_name:
-            _look_at(record, survey, config.model_copy(update={"kinds": sized}), chosen)
+            _survey_record(record, survey, config.model_copy(update={"kinds": sized}), chosen)
         elif size is not None:
-            survey.elsewhere.add(record.key)
+            survey.other_size.add(record.key)
 
 
-def _evenly_spread(num_clips: Sequence[int], most_probed: int) -> list[int]:
-    """Places of shards that hold about `most_probed` clips together, from all over the dataset."""
+def _evenly_spread(num_clips: Sequence[int], max_probed: int) -> list[int]:
+    """Places of shards that hold about `max_probed` clips together, from all over the dataset."""
     total = sum(num_clips)
-    if total <= most_probed:
+    if total <= max_probed:
         return list(range(len(num_clips)))
-    count = max(1, len(num_clips) * most_probed // total)
+    count = max(1, len(num_clips) * max_probed // total)
     return [place * len(num_clips) // count for place in range(count)]
 
 
-def _look_at(
+def _survey_record(
     record: ClipRecord | BadRecord, survey: ShardSurvey, config: ExtractConfig, clips: ClipsConfig
 ) -> None:
-    problems, conversions = problems_of(record, config, clips)
+    problems, conversions = find_problems(record, config, clips)
     survey.conversions.update(conversions)
     for kind, problem in problems.items():
         survey.skipped.setdefault(kind, []).append(
@@ -150,7 +150,7 @@ def _look_at(
         survey.subjects[record.key] = len(record.prompts) if several else 1
 
 
-def problems_of(
+def find_problems(
     record: ClipRecord | BadRecord, config: ExtractConfig, clips: ClipsConfig
 ) -> tuple[Mapping[Kind, ClipSkipped], Sequence[str]]:
     """Why each kind would leave a clip out, and what would be done to its frames.

@@ -24,7 +24,7 @@ from stages.train_student.step_costs import StepCost, meta_student, step_cost
 
 ASSUMED_SHARE = 0.4
 """Of a GPU's peak rate that a step reaches, communication and loading included: assumed."""
-MOST_GPUS = 64
+MAX_GPUS = 64
 """How far more GPUs are tried."""
 
 
@@ -94,9 +94,9 @@ def estimate(
     """
     config = _with_micro_batch(config, gpus)
     passes = accumulation_steps(config.batch_size, config.micro_batch_size, gpus)
-    reckoning = _Reckoning(facts, stores)
-    costs = reckoning.costs(config)
-    needed = reckoning.memory(config, gpus)
+    cost_cache = _CostCache(facts, stores)
+    costs = cost_cache.costs(config)
+    needed = cost_cache.memory(config, gpus)
     mean_flops = sum(cost.flops_per_clip for cost in costs) / len(costs)
     step_flops = mean_flops * config.batch_size
     seconds = None
@@ -104,7 +104,7 @@ def estimate(
         peak = gpu.bf16_flops if config.deepspeed.precision == "bf16" else gpu.fp32_flops
         seconds = step_flops / (gpus * peak * ASSUMED_SHARE)
     fits = None if gpu is None else needed.gpu_bytes <= gpu.memory_bytes
-    counts = reckoning.counts(config)
+    counts = cost_cache.counts(config)
     return TrainEstimate(
         counts=counts,
         costs=costs,
@@ -116,7 +116,7 @@ def estimate(
         gpus=gpus,
         seconds_per_step=seconds,
         fits=fits,
-        remedy=_remedy(config, reckoning, gpu, gpus) if gpu is not None and not fits else None,
+        remedy=_remedy(config, cost_cache, gpu, gpus) if gpu is not None and not fits else None,
     )
 
 
@@ -125,7 +125,7 @@ def _with_micro_batch(config: TrainConfig, gpus: int) -> TrainConfig:
     return config.model_copy(update={"micro_batch_size": clips})
 
 
-class _Reckoning:
+class _CostCache:
     """Costs of the configurations that are tried, each reckoned once."""
 
     def __init__(self, facts: BaseFacts, stores: Sequence[SizedStores]) -> None:
@@ -136,20 +136,20 @@ class _Reckoning:
 
     def costs(self, config: TrainConfig) -> tuple[StepCost, ...]:
         """Of a clip of each size."""
-        decides = (config.method, config.gradient_checkpointing, config.micro_batch_size)
-        if decides not in self._costs:
-            self._costs[decides] = tuple(
+        key = (config.method, config.gradient_checkpointing, config.micro_batch_size)
+        if key not in self._costs:
+            self._costs[key] = tuple(
                 step_cost(config, self._facts, one.size, teacher=one.teacher, masks=one.masks)
                 for one in self._stores
             )
-        return self._costs[decides]
+        return self._costs[key]
 
     def counts(self, config: TrainConfig) -> ParameterCounts:
         """Of the student."""
-        decides = (config.method,)
-        if decides not in self._counts:
-            self._counts[decides] = parameter_counts(config, self._facts, self._stores[0].teacher)
-        return self._counts[decides]
+        key = (config.method,)
+        if key not in self._counts:
+            self._counts[key] = parameter_counts(config, self._facts, self._stores[0].teacher)
+        return self._counts[key]
 
     def memory(self, config: TrainConfig, gpus: int) -> MemoryEstimate:
         """Of the largest size."""
@@ -183,19 +183,19 @@ def parameter_counts(
     )
 
 
-def _remedy(config: TrainConfig, reckoning: _Reckoning, gpu: Gpu, gpus: int) -> Remedy | None:
+def _remedy(config: TrainConfig, cost_cache: _CostCache, gpu: Gpu, gpus: int) -> Remedy | None:
     """The first of `_tries` that fits."""
-    for settings, number in _tries(config, gpus):
+    for settings, number in _candidates(config, gpus):
         if config.batch_size % number:
             continue
         changed = _with_micro_batch(changed_config(config, settings), number)
-        needed = reckoning.memory(changed, number)
+        needed = cost_cache.memory(changed, number)
         if needed.gpu_bytes <= gpu.memory_bytes:
             return Remedy(settings=settings, gpus=number, memory=needed)
     return None
 
 
-_LADDER: tuple[dict[str, str | int | bool], ...] = (
+_REMEDIES: tuple[dict[str, str | int | bool], ...] = (
     {"gradient_checkpointing": True},
     {"micro_batch_size": 1},
     {"deepspeed.zero_stage": 2},
@@ -207,16 +207,18 @@ _LADDER: tuple[dict[str, str | int | bool], ...] = (
 """From what costs little to what costs most. Each is tried alone, then with all before it."""
 
 
-def _tries(config: TrainConfig, gpus: int) -> Iterator[tuple[dict[str, str | int | bool], int]]:
-    steps = [changes for step in _LADDER if (changes := _changes(config, step))]
-    together = [_joined(steps[: number + 1]) for number in range(len(steps))]
+def _candidates(
+    config: TrainConfig, gpus: int
+) -> Iterator[tuple[dict[str, str | int | bool], int]]:
+    steps = [changes for step in _REMEDIES if (changes := _changes(config, step))]
+    together = [_merged(steps[: number + 1]) for number in range(len(steps))]
     ways = [*steps, *together]
     lora: dict[str, str | int | bool] = {"method": "lora"} if config.method == "full" else {}
     yield from ((way, gpus) for way in ways)
     if lora:
         yield from ((lora | way, gpus) for way in ({}, *ways))
     more = 2 * gpus
-    while more <= MOST_GPUS:
+    while more <= MAX_GPUS:
         yield from ((way, more) for way in ({}, *ways))
         more *= 2
 
@@ -232,7 +234,7 @@ def _changes(
     return changed
 
 
-def _joined(steps: Sequence[Mapping[str, str | int | bool]]) -> dict[str, str | int | bool]:
+def _merged(steps: Sequence[Mapping[str, str | int | bool]]) -> dict[str, str | int | bool]:
     return {name: value for step in steps for name, value in step.items()}
 
 
@@ -245,11 +247,11 @@ def _value(config: TrainConfig, name: str) -> object:
 
 def changed_config(config: TrainConfig, settings: Mapping[str, object]) -> TrainConfig:
     """The configuration with settings changed, by their dotted names."""
-    told = config.model_dump()
+    values = config.model_dump()
     for name, value in settings.items():
         section, *inner = name.split(".")
         if inner:
-            told[section] = told[section] | {inner[0]: value}
+            values[section] = values[section] | {inner[0]: value}
         else:
-            told[section] = value
-    return TrainConfig.model_validate(told)
+            values[section] = value
+    return TrainConfig.model_validate(values)

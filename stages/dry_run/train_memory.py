@@ -13,20 +13,20 @@ from stages.train_student.data.order import accumulation_steps
 from stages.train_student.parallel.deepspeed import weights_dtype
 
 FLOAT32 = 4
-BUCKET = 500_000_000
+BUCKET_VALUES = 500_000_000
 """Values in DeepSpeed's buffers for gradients on their way; its default."""
-LIVE = 1_000_000_000
+GATHERED_VALUES = 1_000_000_000
 """Values of gathered weights that ZeRO 3 keeps at once; its default."""
-SUBGROUP = 1_000_000_000
+SUBGROUP_VALUES = 1_000_000_000
 """Values that ZeRO 3 updates at once; its default."""
 _SCALE_BLOCK = 256
 """Values that share a scale in 8-bit moments."""
 _SWAP_BUFFERS = 5
 """Buffers on the host between a disk and the device; DeepSpeed's default."""
 
-LIBRARIES = int(1.5 * GIB)
+LIBRARY_BYTES = int(1.5 * GIB)
 """CUDA's context, workspaces of cuBLAS and buffers of NCCL on each GPU: assumed, not measured."""
-FRAGMENTATION = 0.05
+FRAGMENTED_FRACTION = 0.05
 """Share of activations that the allocator cannot use again: assumed, not measured."""
 
 
@@ -93,41 +93,41 @@ def memory(
     """
     deepspeed = config.deepspeed
     stage, itemsize = deepspeed.zero_stage, weights_dtype(deepspeed).itemsize
-    share = counts.trained / (processes if stage else 1)
-    gpu: dict[str, float] = {"libraries, assumed": LIBRARIES}
+    trained_here = counts.trained / (processes if stage else 1)
+    gpu: dict[str, float] = {"libraries, assumed": LIBRARY_BYTES}
     host: dict[str, float] = {}
     disk: dict[str, float] = {}
-    places: dict[str, dict[str, float]] = {"none": gpu, "cpu": host, "nvme": disk}
+    by_place: dict[str, dict[str, float]] = {"none": gpu, "cpu": host, "nvme": disk}
 
     # Whatever moment it is.
-    held = counts.total / (processes if stage == 3 else 1) * itemsize
-    places[deepspeed.offload_parameters]["weights"] = held
-    optimizer = places[deepspeed.offload_optimizer]
+    weights_here = counts.total / (processes if stage == 3 else 1) * itemsize
+    by_place[deepspeed.offload_parameters]["weights"] = weights_here
+    optimizer = by_place[deepspeed.offload_optimizer]
     # float32 weights of ZeRO 3 are their own master copy.
     if itemsize < FLOAT32 or stage in (1, 2):
-        optimizer["float32 weights"] = FLOAT32 * share
-    optimizer["moments"] = moment_bytes(config, share)
+        optimizer["float32 weights"] = FLOAT32 * trained_here
+    optimizer["moments"] = moment_bytes(config, trained_here)
     if config.ema.decay is not None:
         averaged = counts.trained / processes
         (host if deepspeed.offload_optimizer != "none" else gpu)["average"] = FLOAT32 * averaged
-    _gradients(config, counts, processes, share, places)
+    _gradients(config, counts, processes, trained_here, by_place)
     if stage < 3:
         host["weights, while they load"] = counts.transformer * itemsize
     if deepspeed.offload_optimizer == "nvme":
-        host["buffers to the disk"] = _SWAP_BUFFERS * FLOAT32 * min(share, SUBGROUP)
+        host["buffers to the disk"] = _SWAP_BUFFERS * FLOAT32 * min(trained_here, SUBGROUP_VALUES)
 
     # The fuller of two moments.
     backward: dict[str, float] = {
         "activations": activation_bytes,
-        "fragmentation, assumed": FRAGMENTATION * activation_bytes,
+        "fragmentation, assumed": FRAGMENTED_FRACTION * activation_bytes,
         "batch": batch_bytes,
         "communication": _communication_bytes(config, counts, processes, itemsize),
     }
     if stage == 3:
-        backward["gathered weights"] = min(counts.total, LIVE) * itemsize
-    update = {"update": _update_bytes(config, share)}
+        backward["gathered weights"] = min(counts.total, GATHERED_VALUES) * itemsize
+    update = {"update": _update_bytes(config, trained_here)}
     gpu |= backward if sum(backward.values()) >= sum(update.values()) else update
-    return MemoryEstimate(gpu=_whole(gpu), host=_whole(host), disk=_whole(disk))
+    return MemoryEstimate(gpu=_rounded(gpu), host=_rounded(host), disk=_rounded(disk))
 
 
 def moment_bytes(config: TrainConfig, values: float) -> float:
@@ -155,26 +155,26 @@ def _gradients(
     config: TrainConfig,
     counts: ParameterCounts,
     processes: int,
-    share: float,
-    places: Mapping[str, dict[str, float]],
+    trained_here: float,
+    by_place: Mapping[str, dict[str, float]],
 ) -> None:
     """Gradients that wait for the update, into the place where they wait."""
     deepspeed = config.deepspeed
     stage, itemsize = deepspeed.zero_stage, weights_dtype(deepspeed).itemsize
     if stage in (0, 1):
         # Whole on every rank; with bf16 weights they add up in float32 beside the newest.
-        places["none"]["gradients"] = counts.trained * (
+        by_place["none"]["gradients"] = counts.trained * (
             FLOAT32 if itemsize == FLOAT32 else FLOAT32 + itemsize
         )
         if deepspeed.offload_optimizer != "none":
-            places["cpu"]["gradients"] = FLOAT32 * share
+            by_place["cpu"]["gradients"] = FLOAT32 * trained_here
         return
     offloaded = deepspeed.offload_optimizer != "none"
-    waiting = FLOAT32 * share
+    waiting = FLOAT32 * trained_here
     passes = accumulation_steps(config.batch_size, config.micro_batch_size, processes)
     if offloaded and stage == 2 and passes > 1:
-        waiting += itemsize * share  # the sum of the passes before
-    places["cpu" if offloaded else "none"]["gradients"] = waiting
+        waiting += itemsize * trained_here  # the sum of the passes before
+    by_place["cpu" if offloaded else "none"]["gradients"] = waiting
 
 
 def _communication_bytes(
@@ -184,20 +184,20 @@ def _communication_bytes(
     stage = config.deepspeed.zero_stage
     if stage == 0 or (stage == 1 and itemsize < FLOAT32):
         # All gradients are there, and are flattened bucket by bucket.
-        return FLOAT32 * min(counts.trained, BUCKET) if processes > 1 else 0
+        return FLOAT32 * min(counts.trained, BUCKET_VALUES) if processes > 1 else 0
     # Allocated whole, however few weights are trained; ZeRO 3 flattens each bucket once more.
-    bucket = BUCKET * itemsize
-    return bucket + min(counts.trained, BUCKET) * itemsize if stage == 3 else bucket
+    bucket = BUCKET_VALUES * itemsize
+    return bucket + min(counts.trained, BUCKET_VALUES) * itemsize if stage == 3 else bucket
 
 
-def _update_bytes(config: TrainConfig, share: float) -> float:
+def _update_bytes(config: TrainConfig, trained_here: float) -> float:
     """What AdamW takes beside its states: the square root of the second moment."""
     if config.deepspeed.offload_optimizer != "none" or config.optimizer.name == "adamw8bit":
         return 0
     if config.deepspeed.zero_stage == 3:
-        return 2 * FLOAT32 * min(share, SUBGROUP)
-    return FLOAT32 * share
+        return 2 * FLOAT32 * min(trained_here, SUBGROUP_VALUES)
+    return FLOAT32 * trained_here
 
 
-def _whole(parts: Mapping[str, float]) -> dict[str, int]:
+def _rounded(parts: Mapping[str, float]) -> dict[str, int]:
     return {name: round(size) for name, size in parts.items() if round(size)}

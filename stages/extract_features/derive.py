@@ -84,20 +84,20 @@ def derive_gram_flow(
     reader = StoreReader(teacher, kind="teacher")
     maker = FlowMaker.of(reader.settings, config, token_grid)
     writer = StoreWriter.open(cache_root, maker.settings, provenance=provenance)
-    _take_out_changed(reader, writer.path, progress)
+    _drop_changed(reader, writer.path, progress)
     with progress.task("gram_flow", len(reader), unit="clips") as task:
-        work = _Derivation(reader, writer, maker, device, task)
-        left = list(reader.shards)
-        while left := [shard for shard in left if not work.derive(shard)]:
-            wait_for_others(partial(work.unfinished, left), progress)
-        while lost := work.derive_lost():
-            wait_for_others(partial(work.unfinished, lost), progress)
+        derivation = _Derivation(reader, writer, maker, device, task)
+        remaining = list(reader.shards)
+        while remaining := [shard for shard in remaining if not derivation.derive(shard)]:
+            wait_for_others(partial(derivation.unfinished, remaining), progress)
+        while missing := derivation.derive_missing():
+            wait_for_others(partial(derivation.unfinished, missing), progress)
     writer.write_index()
     made = StoreReader(writer.path)
     return DeriveSummary(
         store=writer.path,
-        clips_written=work.clips_written,
-        clips_already_there=len(made) - work.clips_written,
+        clips_written=derivation.clips_written,
+        clips_already_there=len(made) - derivation.clips_written,
         skipped=tuple(made.skipped),
         seconds=time.perf_counter() - started,
         bytes=made.num_bytes,
@@ -145,14 +145,14 @@ class _Derivation:
         writer = self._writer
         return {name: writer.is_busy(name) for name in shards if not writer.is_committed(name)}
 
-    def derive_lost(self) -> list[str]:
+    def derive_missing(self) -> list[str]:
         """Make again what finished shards have lost; the shards that another process is at."""
-        lost: dict[str, list[ClipEntry]] = defaultdict(list)
-        for key in self._lost_keys():
+        missing: dict[str, list[ClipEntry]] = defaultdict(list)
+        for key in self._missing_keys():
             entry = self._reader.record(key)
-            lost[without_retry(entry.shard)].append(entry)
-        left = []
-        for shard, clips in sorted(lost.items()):
+            missing[without_retry(entry.shard)].append(entry)
+        remaining = []
+        for shard, clips in sorted(missing.items()):
             attempt = 1
             while self._writer.is_committed(retry_shard_name(shard, attempt)):
                 attempt += 1
@@ -161,12 +161,12 @@ class _Derivation:
             try:
                 self._write(name, f"{origin}, retry {attempt}", clips, ())
             except ShardBusy:
-                left.append(name)
+                remaining.append(name)
             except AlreadyCommitted:  # in the moment since it was asked
                 continue
-        return left
+        return remaining
 
-    def _lost_keys(self) -> Iterator[str]:
+    def _missing_keys(self) -> Iterator[str]:
         """Clips of the features that the store lacks, and not because they were dropped."""
         made = StoreReader(self._writer.path)
         skipped = {clip.key: clip for clip in made.skipped}
@@ -176,10 +176,10 @@ class _Derivation:
         for key in self._reader.keys:
             if key == next_held:
                 next_held = next(held, None)
-            elif key not in skipped or self._is_to_be_made(skipped[key]):
+            elif key not in skipped or self._is_wanted(skipped[key]):
                 yield key
 
-    def _is_to_be_made(self, skipped: SkippedClip) -> bool:
+    def _is_wanted(self, skipped: SkippedClip) -> bool:
         """Whether a clip that was skipped is wanted again, or was skipped for another source."""
         if skipped.reason in (REDO, DAMAGED):
             return True
@@ -209,17 +209,17 @@ class _Derivation:
                 out.add(clip.key, made, clip.attributes, fingerprint=clip.fingerprint)
                 self.clips_written += 1
                 self._task.advance(1)
-            for left_out in skipped:
+            for entry in skipped:
                 out.skip(
-                    left_out.key,
-                    left_out.reason,
-                    left_out.detail,
-                    fingerprint=left_out.fingerprint,
+                    entry.key,
+                    entry.reason,
+                    entry.detail,
+                    fingerprint=entry.fingerprint,
                 )
             out.commit()
 
 
-def _take_out_changed(reader: StoreReader, derived: Path, progress: Progress) -> None:
+def _drop_changed(reader: StoreReader, derived: Path, progress: Progress) -> None:
     """Take out the clips whose features are made from another source now."""
     made = StoreReader(derived)
     rows = made.keys.rows_of(reader.keys)

@@ -63,16 +63,16 @@ class Extraction(Protocol):
     size: ClipsConfig | None
     """Of its clips; None where they are of no size, as text."""
     clips_per_batch: int
-    """How many clips `opened`'s result is given at once, at most."""
+    """How many clips the model is given at once, at most."""
 
     def prepare(self, record: ClipRecord) -> Any:
-        """Do the work that needs no model; runs in a thread, ahead of `opened`'s result.
+        """Do the work that needs no model; runs in a thread, ahead of the model.
 
         Raises:
             ClipSkipped: The clip has no place in these stores.
         """
 
-    def opened(
+    def load_model(
         self, device: torch.device
     ) -> AbstractContextManager[Callable[[Sequence[Any]], Sequence[Outcome]]]:
         """Load the model; what is entered turns what `prepare` returned into outcomes, in order.

@@ -39,9 +39,9 @@ def fingerprint_of(
 def _prompt_parts(record: ClipRecord, config: TeacherConfig) -> list[str]:
     """Of the sources that may be asked for this clip's prompt, what they go by."""
     sources = usable_sources(config, record)
-    asked = sources if config.prompt_fallback else sources[:1]
+    consulted = sources if config.prompt_fallback else sources[:1]
     parts: list[str] = []
-    for source in asked:
+    for source in consulted:
         parts.append(source)
         if source == "dataset":
             parts.append(hash_prompts(record.prompts))

@@ -94,7 +94,7 @@ class LatentsExtraction:
         return load_clip(record, self._clips)
 
     @contextmanager
-    def opened(
+    def load_model(
         self, device: torch.device
     ) -> Iterator[Callable[[Sequence[Clip]], Sequence[Outcome]]]:
         """Load the VAE."""

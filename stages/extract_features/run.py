@@ -9,7 +9,7 @@ from cache_schema import JSON, StoreReader, StoreWriter
 from stages.clips import ClipDataset, ClipsConfig, InputShard, input_shard_name, open_dataset
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig, Kind
-from stages.extract_features.execution.comparison import Comparison, StoreShare
+from stages.extract_features.execution.comparison import Comparison, StoreScope
 from stages.extract_features.execution.failures import FAILURES_FILE, failures_listed
 from stages.extract_features.execution.jobs import (
     EarlierStores,
@@ -17,13 +17,13 @@ from stages.extract_features.execution.jobs import (
     ShardJob,
     pending_jobs,
     plan_jobs,
-    whole_jobs,
+    whole_shard_jobs,
 )
 from stages.extract_features.execution.local_engine import EngineReport, LocalEngine
 from stages.extract_features.execution.other_writers import wait_for_others
 from stages.extract_features.execution.ray_engine import RayEngine
 from stages.extract_features.execution.ray_worker import WorkerSetup
-from stages.extract_features.execution.refresh import compare_and_refresh, look_at_one_shard
+from stages.extract_features.execution.refresh import compare_and_refresh, compare_one_shard
 from stages.extract_features.extraction import Extraction, bucket_name
 from stages.extract_features.kinds import device_named, make_extractions
 from stages.extract_features.summary import ExtractSummary, KindSummary
@@ -106,13 +106,13 @@ def extract_features(
     with engine:
         run = _Run(config, extractions, cache_root, provenance, dataset, rank, world_size, progress)
         with failures_listed(cache_root, progress.log):
-            run.fill(engine, retry_failed=retry_failed, refresh_changed=refresh_changed)
+            run.run_all(engine, retry_failed=retry_failed, refresh_changed=refresh_changed)
             summaries = run.summaries()
     return ExtractSummary(
         kinds=tuple(summaries),
         dataset=dataset.layout,
         failures=cache_root / FAILURES_FILE,
-        notes=tuple(run.comparison.told(world_size)),
+        notes=tuple(run.comparison.notes(world_size)),
     )
 
 
@@ -137,82 +137,86 @@ class _Run:
         self._rank = rank
         self._world_size = world_size
         self._progress = progress
-        self._works = [_Work(extraction) for extraction in extractions]
+        self._tasks = [_ExtractionTask(extraction) for extraction in extractions]
         self._open_stores()
         self._finished_before = {writer.path: writer.committed() for _, writer in self._stores()}
         self.comparison = Comparison()
         """Of this process's share of what was finished before."""
 
-    def fill(
+    def run_all(
         self, engine: RayEngine | LocalEngine, *, retry_failed: bool, refresh_changed: bool
     ) -> None:
         """The shards that no run has finished; then what is lacking of those that one had."""
-        unlike = look_at_one_shard(
+        changed_shards = compare_one_shard(
             self._dataset,
             self._config,
             self._stores(),
             rank=self._rank,
             world_size=self._world_size,
         )
-        if unlike and not refresh_changed:
-            self._compare_finished(unlike, refresh_changed=False)  # refuses, and names them all
-        for work in self._works:
-            earlier = self._earlier(work, retry_failed)
-            work.plan = whole_jobs(self._dataset.shards, work.writers, earlier)
-        self._carry_out(engine)
+        if changed_shards and not refresh_changed:
+            self._compare_finished(
+                changed_shards, refresh_changed=False
+            )  # refuses, and names them all
+        for task in self._tasks:
+            earlier = self._existing_stores(task, retry_failed)
+            task.plan = whole_shard_jobs(self._dataset.shards, task.writers, earlier)
+        self._run_tasks(engine)
         if any(self._finished_before.values()):
-            unlike = {name for work in self._works for name in work.report.unlike}
-            shards = self._compare_finished(unlike, refresh_changed=refresh_changed)
+            changed_shards = {name for task in self._tasks for name in task.report.changed_shards}
+            shards = self._compare_finished(changed_shards, refresh_changed=refresh_changed)
             self._open_stores()  # what a writer knows of a store is of before clips were taken out
-            for work in self._works:
-                work.plan = plan_jobs(
+            for task in self._tasks:
+                task.plan = plan_jobs(
                     shards,
-                    work.writers,
+                    task.writers,
                     self.comparison,
-                    size=self._size(work),
+                    size=self._size_index(task),
                     retry_failed=retry_failed,
                 )
-                work.report.left_alone.clear()  # clips of these may have been taken out
-            self._carry_out(engine)
+                task.report.settled_jobs.clear()  # clips of these may have been taken out
+            self._run_tasks(engine)
 
     def _open_stores(self) -> None:
-        for work in self._works:
-            work.writers = {
+        for task in self._tasks:
+            task.writers = {
                 kind: StoreWriter.open(self._cache_root, settings, provenance=self._provenance)
-                for kind, settings in work.extraction.settings.items()
+                for kind, settings in task.extraction.settings.items()
             }
 
     def _stores(self) -> list[tuple[Kind, StoreWriter]]:
-        return [entry for work in self._works for entry in work.writers.items()]
+        return [entry for task in self._tasks for entry in task.writers.items()]
 
-    def _alike(self, work: "_Work") -> list["_Work"]:
+    def _tasks_of_all_sizes(self, task: "_ExtractionTask") -> list["_ExtractionTask"]:
         """The works of all sizes of some kinds."""
-        return [one for one in self._works if one.writers.keys() == work.writers.keys()]
+        return [one for one in self._tasks if one.writers.keys() == task.writers.keys()]
 
-    def _size(self, work: "_Work") -> int:
-        return self._alike(work).index(work)
+    def _size_index(self, task: "_ExtractionTask") -> int:
+        return self._tasks_of_all_sizes(task).index(task)
 
-    def _earlier(self, work: "_Work", retry_failed: bool) -> EarlierStores | None:
+    def _existing_stores(self, task: "_ExtractionTask", retry_failed: bool) -> EarlierStores | None:
         paths = {
-            kind: tuple(one.writers[kind].path for one in self._alike(work))
-            for kind in work.writers
+            kind: tuple(one.writers[kind].path for one in self._tasks_of_all_sizes(task))
+            for kind in task.writers
         }
         if not any(self._finished_before[path] for of_kind in paths.values() for path in of_kind):
             return None
-        return EarlierStores(paths=paths, size=self._size(work), retry_failed=retry_failed)
+        return EarlierStores(paths=paths, size=self._size_index(task), retry_failed=retry_failed)
 
-    def _carry_out(self, engine: RayEngine | LocalEngine) -> None:
+    def _run_tasks(self, engine: RayEngine | LocalEngine) -> None:
         while True:
-            for work in self._works:
-                work.run(engine, self._progress)
-            wait_for_others(self._left, self._progress)
-            if not self._left():
+            for task in self._tasks:
+                task.run(engine, self._progress)
+            wait_for_others(self._unfinished, self._progress)
+            if not self._unfinished():
                 return
 
-    def _left(self) -> dict[str, bool]:
-        return {name: busy for work in self._works for name, busy in work.left().items()}
+    def _unfinished(self) -> dict[str, bool]:
+        return {name: busy for task in self._tasks for name, busy in task.unfinished().items()}
 
-    def _compare_finished(self, unlike: Set[str], *, refresh_changed: bool) -> list[InputShard]:
+    def _compare_finished(
+        self, changed_shards: Set[str], *, refresh_changed: bool
+    ) -> list[InputShard]:
         """Compare this process's share of the shards that were finished before, and some more."""
         share = self._dataset.shards[self._rank :: self._world_size]
         names = {shard.name for shard in share}
@@ -221,11 +225,11 @@ class _Run:
         shards = [
             shard
             for shard in self._dataset.shards
-            if shard.name in unlike or (shard.name in names and shard.name in before)
+            if shard.name in changed_shards or (shard.name in names and shard.name in before)
         ]
         read = {shard.name for shard in shards}
 
-        def is_of(store_shard: str) -> bool:
+        def covers(store_shard: str) -> bool:
             name = input_shard_name(store_shard, self._dataset)
             return store_shard in finished and (name is None or name in names)
 
@@ -234,8 +238,8 @@ class _Run:
             shards,
             self._config,
             self._stores(),
-            StoreShare(
-                is_of=is_of,
+            StoreScope(
+                covers=covers,
                 unread=[shard for shard in self._dataset.shards if shard.name not in read],
             ),
             self._progress,
@@ -246,12 +250,12 @@ class _Run:
     def summaries(self) -> list[KindSummary]:
         """Of every store."""
         return [
-            self._summary(kind, writer, work)
-            for work in self._works
-            for kind, writer in work.writers.items()
+            self._summary(kind, writer, task)
+            for task in self._tasks
+            for kind, writer in task.writers.items()
         ]
 
-    def _summary(self, kind: Kind, writer: StoreWriter, work: "_Work") -> KindSummary:
+    def _summary(self, kind: Kind, writer: StoreWriter, task: "_ExtractionTask") -> KindSummary:
         """What the store holds of the dataset, whoever wrote it, and what this process did."""
         writer.write_index()
         reader = StoreReader(writer.path)
@@ -264,13 +268,13 @@ class _Run:
         counted = of_dataset.keys() | self._finished_before[writer.path]
         gone, gone_skipped = 0, frozenset[str]()
         if kind in self.comparison.kinds:
-            found = self.comparison.kinds[kind].stores[self._size(work)]
+            found = self.comparison.kinds[kind].stores[self._size_index(task)]
             gone, gone_skipped = len(found.gone), found.gone_skipped
         held = sum(facts.num_clips for name, facts in reader.shards.items() if name in counted)
-        written = work.report.written[kind]
+        written = task.report.written[kind]
         return KindSummary(
             kind=kind,
-            bucket=bucket_name(work.extraction.size),
+            bucket=bucket_name(task.extraction.size),
             store=writer.path,
             clips_written=written,
             clips_already_there=held - gone - written,
@@ -279,13 +283,13 @@ class _Run:
                 for clip in reader.skipped
                 if clip.shard in counted and clip.key not in gone_skipped
             ),
-            seconds=work.seconds,
+            seconds=task.seconds,
             bytes=sum(facts.num_bytes for facts in of_dataset.values()),
-            captions_cut=work.report.captions_cut,
+            captions_cut=task.report.captions_cut,
         )
 
 
-class _Work:
+class _ExtractionTask:
     """One extraction's part of a run, and what came of it."""
 
     writers: Mapping[Kind, StoreWriter]
@@ -299,20 +303,20 @@ class _Work:
     def run(self, engine: RayEngine | LocalEngine, progress: Progress) -> None:
         """Do what is left and nobody else is at."""
         started = time.perf_counter()
-        pending = pending_jobs(self._unsettled(), self.writers)
+        pending = pending_jobs(self._unsettled_jobs(), self.writers)
         if not all(map(self._is_busy, pending)):
             self.report.add(engine.run(self.extraction, self.writers, self.plan, progress))
-            self.plan = replace(self.plan, jobs=self._unsettled())
+            self.plan = replace(self.plan, jobs=self._unsettled_jobs())
         self.seconds += time.perf_counter() - started
 
-    def left(self) -> dict[str, bool]:
+    def unfinished(self) -> dict[str, bool]:
         """The unfinished shards, and whether another process is writing them."""
-        self.plan = replace(self.plan, jobs=pending_jobs(self._unsettled(), self.writers))
+        self.plan = replace(self.plan, jobs=pending_jobs(self._unsettled_jobs(), self.writers))
         kinds = " and ".join(self.writers)
         return {f"{kinds} {job.name}": self._is_busy(job) for job in self.plan.jobs}
 
-    def _unsettled(self) -> list[ShardJob]:
-        return [job for job in self.plan.jobs if job.name not in self.report.left_alone]
+    def _unsettled_jobs(self) -> list[ShardJob]:
+        return [job for job in self.plan.jobs if job.name not in self.report.settled_jobs]
 
     def _is_busy(self, job: ShardJob) -> bool:
         return any(self.writers[kind].is_busy(job.name) for kind in job.keys)

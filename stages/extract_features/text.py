@@ -64,7 +64,7 @@ class TextExtraction:
         return record.caption
 
     @contextmanager
-    def opened(
+    def load_model(
         self, device: torch.device
     ) -> Iterator[Callable[[Sequence[str]], Sequence[Outcome]]]:
         """Load the tokenizer and the text encoder."""

@@ -26,7 +26,7 @@ from stages.files.yaml import YamlError, read_yaml
 from stages.sam2_tracking.checkpoints import (
     differences,
     download_checkpoint,
-    fitting_config,
+    find_matching_config,
     read_checkpoint,
 )
 
@@ -172,7 +172,7 @@ def _check_tree(node: Any, path: str, where: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sam2Facts:
+class Sam2Spec:
     """What is known of a SAM2 before it is loaded."""
 
     config: dict[str, Any]
@@ -187,7 +187,7 @@ class Sam2Facts:
 
 def check_sam2(
     config: str | Path | None, checkpoint: Path, *, image_size: int | None = None
-) -> Sam2Facts:
+) -> Sam2Spec:
     """Find out whether a configuration and a checkpoint fit each other; loads neither.
 
     Args:
@@ -199,8 +199,8 @@ def check_sam2(
     Raises:
         ValueError: As `build_sam2`.
     """
-    name, model, _ = _checked(config, checkpoint, image_size)
-    return Sam2Facts(
+    name, model, _ = _load_checked(config, checkpoint, image_size)
+    return Sam2Spec(
         config=load_sam2_config(name, image_size=image_size),
         config_name=name,
         hidden_dim=model.hidden_dim,
@@ -240,7 +240,7 @@ def build_sam2(
         with init_empty_weights() if torch.device(device).type == "meta" else nullcontext():
             model = _instantiate(config, image_size)
     else:
-        _, model, weights = _checked(config, checkpoint, image_size)
+        _, model, weights = _load_checked(config, checkpoint, image_size)
         expected = model.state_dict()
         # Copied, so that the model does not depend on the file; straight to the device, so that
         # the host never holds the whole of it.
@@ -251,13 +251,13 @@ def build_sam2(
     return model.requires_grad_(False).eval().to(device)
 
 
-def _checked(
+def _load_checked(
     config: str | Path | None, checkpoint: Path, image_size: int | None
 ) -> tuple[str, SAM2Base, dict[str, torch.Tensor]]:
     """The configuration's name, the model without values, and the weights that fit it."""
     weights = read_checkpoint(checkpoint)
     if config is None:
-        config = _fitting_config(weights)
+        config = _matching_config(weights)
         if config is None:
             raise ValueError(
                 f"the checkpoint {checkpoint} fits none of the official SAM2 configurations: set "
@@ -267,10 +267,10 @@ def _checked(
         model = _instantiate(config, image_size)
     different = differences(model.state_dict(), weights)
     if different:
-        fitting = _fitting_config(weights)
+        matching = _matching_config(weights)
         advice = (
-            f"it fits {fitting}: set extract.teacher.config={fitting}"
-            if fitting is not None and fitting != str(config)
+            f"it fits {matching}: set extract.teacher.config={matching}"
+            if matching is not None and matching != str(config)
             else "it fits none of the official configurations: give the YAML file it was trained "
             "with"
         )
@@ -281,14 +281,16 @@ def _checked(
     return str(config), model, weights
 
 
-def _fitting_config(weights: Mapping[str, torch.Tensor]) -> str | None:
-    return fitting_config(weights, {name: load_sam2_config(name) for name in official_configs()})
+def _matching_config(weights: Mapping[str, torch.Tensor]) -> str | None:
+    return find_matching_config(
+        weights, {name: load_sam2_config(name) for name in official_configs()}
+    )
 
 
 def _instantiate(config: str | Path, image_size: int | None) -> SAM2Base:
     tree = load_sam2_config(config, image_size=image_size)
     try:
-        model = _built(tree)
+        model = _build_tree(tree)
     except Exception as error:  # whatever the classes say of arguments that are not theirs
         raise ValueError(f"the SAM2 configuration {config} cannot be built: {error}") from error
     if not isinstance(model, SAM2Base):
@@ -299,13 +301,13 @@ def _instantiate(config: str | Path, image_size: int | None) -> SAM2Base:
     return model
 
 
-def _built(node: Any) -> Any:
+def _build_tree(node: Any) -> Any:
     """`node` with every mapping that names a class replaced by an object of it, innermost first."""
     if isinstance(node, list):
-        return [_built(item) for item in node]
+        return [_build_tree(item) for item in node]
     if not isinstance(node, dict):
         return node
-    values = {key: _built(value) for key, value in node.items() if key != _TARGET}
+    values = {key: _build_tree(value) for key, value in node.items() if key != _TARGET}
     if _TARGET not in node:
         return values
     try:

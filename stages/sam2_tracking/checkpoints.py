@@ -91,7 +91,7 @@ class _Architecture:
         )
 
 
-def fitting_config(
+def find_matching_config(
     weights: Mapping[str, torch.Tensor], configs: Mapping[str, Mapping[str, Any]]
 ) -> str | None:
     """The name of the configuration that a checkpoint was made for.

@@ -76,7 +76,7 @@ class EmptyMaskError(ValueError):
     """A tracked mask that is empty at SAM2's size."""
 
 
-class TwoWayTracker:
+class Tracker:
     """SAM2 driven frame by frame.
 
     Args:

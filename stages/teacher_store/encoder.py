@@ -15,10 +15,10 @@ from cache_schema import StoreSettings
 from stages.local_gram_flow import Directions, part_norms, reverse_pairs, take_directions
 from stages.teacher_store.config import GramFlowConfig
 from stages.teacher_store.features import decode_features
-from stages.teacher_store.gram_flow import back_named, encode_gram_flow, gram_flow_of
+from stages.teacher_store.gram_flow import encode_gram_flow, gram_flow_of, with_back_suffix
 from stages.teacher_store.settings import forward_share, gram_flow_settings, native_parts
 
-_PAIRS_AT_ONCE = 8
+_PAIRS_PER_BATCH = 8
 """Pairs of maps that are on the device together: its memory does not grow with a clip's length."""
 
 
@@ -72,7 +72,7 @@ class FlowMaker:
         """
         if self._config.pairs == "crossed":
             arrays = self._flow(teacher_arrays, device, "backward")
-            arrays |= back_named(self._flow(teacher_arrays, device, "forward", reverse=True))
+            arrays |= with_back_suffix(self._flow(teacher_arrays, device, "forward", reverse=True))
         else:
             arrays = self._flow(teacher_arrays, device, "fused")
         return arrays | {"valid": teacher_arrays["valid"]}
@@ -88,7 +88,9 @@ class FlowMaker:
         """Of those tracks, each map to the next; or the next to it."""
 
         def features(start: int, stop: int) -> Tensor:
-            return self._taken(_features(teacher_arrays, slice(start, stop), device), directions)
+            return self._select_directions(
+                _decode_maps(teacher_arrays, slice(start, stop), device), directions
+            )
 
         maps = len(teacher_arrays["valid"])
         parts = self._native_parts
@@ -96,12 +98,12 @@ class FlowMaker:
             parts //= 2
         norm_P = None
         if parts is not None:
-            starts = range(0, maps, _PAIRS_AT_ONCE)
-            norm_P = part_norms((features(s, s + _PAIRS_AT_ONCE) for s in starts), parts)
+            starts = range(0, maps, _PAIRS_PER_BATCH)
+            norm_P = part_norms((features(s, s + _PAIRS_PER_BATCH) for s in starts), parts)
         encoded = []
-        for start in range(0, maps - 1, _PAIRS_AT_ONCE):
+        for start in range(0, maps - 1, _PAIRS_PER_BATCH):
             flow_PHWK = gram_flow_of(
-                features(start, start + _PAIRS_AT_ONCE + 1),
+                features(start, start + _PAIRS_PER_BATCH + 1),
                 radius=self._config.radius,
                 token_grid=self._token_grid,
                 native_parts=parts,
@@ -112,15 +114,15 @@ class FlowMaker:
             encoded.append(encode_gram_flow(flow_PHWK, self._config.dtype))
         return {name: np.concatenate([one[name] for one in encoded]) for name in encoded[0]}
 
-    def _taken(self, fused_THWG: Tensor, directions: Directions) -> Tensor:
+    def _select_directions(self, fused_THWG: Tensor, directions: Directions) -> Tensor:
         if directions == "fused":
             return fused_THWG
-        share, parts = forward_share(self._teacher), self._teacher.values["parts"]
-        assert share is not None and isinstance(parts, int), "checked with the settings"
-        return take_directions(fused_THWG, parts, directions, forward_weight=share)
+        forward_weight, parts = forward_share(self._teacher), self._teacher.values["parts"]
+        assert forward_weight is not None and isinstance(parts, int), "checked with the settings"
+        return take_directions(fused_THWG, parts, directions, forward_weight=forward_weight)
 
 
-def _features(
+def _decode_maps(
     teacher_arrays: Mapping[str, np.ndarray], maps: slice, device: torch.device
 ) -> Tensor:
     """The features of some maps, decoded on the device."""

@@ -12,26 +12,26 @@ from torch import Tensor
 from cache_schema import ArraySpec
 from stages.teacher_store.config import FeatureDtype as FeatureDtype
 
-_LEAST_NEGATIVE = -(2**15) + 1
+_BITS_BELOW_ZERO = -(2**15) + 1
 """Bits of the float16 just below zero, as int16."""
 
 
-def half_at_most(values: Tensor) -> Tensor:
+def round_down_to_float16(values: Tensor) -> Tensor:
     """The largest float16 that is not above each value."""
     nearest = values.to(torch.float16)
     bits = nearest.view(torch.int16)
     # Sign and magnitude: towards negative infinity the magnitude falls above zero, and grows below.
     below = torch.where(nearest > 0, bits - 1, bits + 1)
-    below = torch.where(nearest == 0, _LEAST_NEGATIVE, below).to(torch.int16)
+    below = torch.where(nearest == 0, _BITS_BELOW_ZERO, below).to(torch.int16)
     return torch.where(nearest > values, below.view(torch.float16), nearest)
 
 
-def half_at_least(values: Tensor) -> Tensor:
+def round_up_to_float16(values: Tensor) -> Tensor:
     """The smallest float16 that is not below each value."""
-    return -half_at_most(-values)
+    return -round_down_to_float16(-values)
 
 
-_MOST = 127
+_INT8_MAX = 127
 """The largest magnitude of a stored int8; -128 does not occur."""
 
 
@@ -71,7 +71,7 @@ def encode_features(fused_THWG: Tensor, dtype: FeatureDtype) -> dict[str, np.nda
     if dtype == "float16":
         return {"features": _on_host(fused_THWG.to(torch.float16))}
     values_THWG = fused_THWG.float()
-    scale_THW = half_at_least(values_THWG.abs().amax(dim=-1) / _MOST)
+    scale_THW = round_up_to_float16(values_THWG.abs().amax(dim=-1) / _INT8_MAX)
     divisor_THW1 = torch.where(scale_THW > 0, scale_THW.float(), 1.0)[..., None]
     return {
         "features": _on_host((values_THWG / divisor_THW1).round().to(torch.int8)),

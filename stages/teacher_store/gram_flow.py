@@ -20,7 +20,7 @@ from stages.local_gram_flow import (
 )
 from stages.teacher_store.config import FlowDtype as FlowDtype
 from stages.teacher_store.config import StoredPairs
-from stages.teacher_store.features import half_at_least, half_at_most
+from stages.teacher_store.features import round_down_to_float16, round_up_to_float16
 
 FLOAT16_STEP = 2.0**-10
 """A float16 flow holds multiples of this, each of them exactly.
@@ -28,7 +28,7 @@ FLOAT16_STEP = 2.0**-10
 At temperature tau this adds step^2 / (24 tau^2) nats to the KL divergence, to second order: 4e-6 at
 0.1, whatever the similarities are. float16's own steps are finer where similarities are small,
 which no softmax sees, and which would not compress."""
-_MOST = 255
+_UINT8_MAX = 255
 Value = TypeVar("Value")
 
 _BACK = "_back"
@@ -49,11 +49,11 @@ def flow_arrays_spec(
     float16: `gram_flow`, compressed. uint8: `gram_flow`, and `low` and `step`, float16 for each
     token. Crossed: the same once more, the names ending in `_back`. `valid` is the store's own.
     """
-    one_way = _one_way_spec(pairs, height, width, radius, dtype)
-    return one_way if stored == "forward" else one_way | back_named(one_way)
+    one_direction = _one_direction_spec(pairs, height, width, radius, dtype)
+    return one_direction if stored == "forward" else one_direction | with_back_suffix(one_direction)
 
 
-def back_named(arrays: Mapping[str, Value]) -> dict[str, Value]:
+def with_back_suffix(arrays: Mapping[str, Value]) -> dict[str, Value]:
     """The names that a crossed flow's arrays from each map to the one before are stored under."""
     return {name + _BACK: value for name, value in arrays.items()}
 
@@ -65,7 +65,7 @@ def back_arrays(arrays: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     return found or None
 
 
-def _one_way_spec(
+def _one_direction_spec(
     pairs: int, height: int, width: int, radius: int, dtype: FlowDtype
 ) -> dict[str, ArraySpec]:
     axes = ("p", "h", "w", "k")
@@ -131,10 +131,10 @@ def encode_gram_flow(flow_PHWK: Tensor, dtype: FlowDtype) -> dict[str, np.ndarra
         return {"gram_flow": _on_host((steps_PHWK * FLOAT16_STEP).to(torch.float16))}
     flow_PHWK = flow_PHWK.float()
     inside_HWK = _inside(flow_PHWK)
-    least_PHW = flow_PHWK.masked_fill(~inside_HWK, torch.inf).amin(dim=-1)
-    most_PHW = flow_PHWK.masked_fill(~inside_HWK, -torch.inf).amax(dim=-1)
-    low_PHW = half_at_most(least_PHW)
-    step_PHW = half_at_least((most_PHW - low_PHW.float()) / _MOST)
+    min_PHW = flow_PHWK.masked_fill(~inside_HWK, torch.inf).amin(dim=-1)
+    max_PHW = flow_PHWK.masked_fill(~inside_HWK, -torch.inf).amax(dim=-1)
+    low_PHW = round_down_to_float16(min_PHW)
+    step_PHW = round_up_to_float16((max_PHW - low_PHW.float()) / _UINT8_MAX)
     divisor_PHW1 = torch.where(step_PHW > 0, step_PHW.float(), 1.0)[..., None]
     codes_PHWK = ((flow_PHWK - low_PHW.float()[..., None]) / divisor_PHW1).round()
     codes_PHWK = codes_PHWK.masked_fill(~inside_HWK, 0.0).to(torch.uint8)

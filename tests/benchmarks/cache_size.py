@@ -26,7 +26,7 @@ from torch import Tensor
 from cache_schema import ArraySpec, StoreReader, StoreSettings, StoreWriter
 from stages.local_gram_flow import local_gram_flow, neighbour_mask
 from stages.sam2_tracking.build import build_sam2
-from stages.sam2_tracking.tracker import TwoWayTracker
+from stages.sam2_tracking.tracker import Tracker
 from stages.teacher_store.features import decode_features, encode_features, feature_arrays_spec
 from stages.teacher_store.gram_flow import (
     decode_gram_flow,
@@ -202,7 +202,7 @@ def tracked(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Te
                     image_size=options.image_size,
                     device=options.device,
                 )
-                tracker = TwoWayTracker(model, precision="fp32")
+                tracker = Tracker(model, precision="fp32")
             np.save(file, track(tracker, frames_THWC, prompt).cpu().numpy())
         yield f"clip {name}", torch.from_numpy(np.load(file))
 

@@ -17,7 +17,7 @@ from sam2.build_sam import build_sam2_video_predictor
 from stages.clips import SubjectPrompt
 from stages.sam2_tracking.build import build_sam2, official_configs
 from stages.sam2_tracking.inputs import prompt_for_sam2, resize_for_sam2
-from stages.sam2_tracking.tracker import TrackRequest, TwoWayTracker
+from stages.sam2_tracking.tracker import Tracker, TrackRequest
 
 # Legend: T frame, C channel, H W pixels or grid, S side of SAM2's square input.
 
@@ -138,7 +138,7 @@ class Ours:
         **settings: Any,
     ) -> None:
         self.model = build_sam2(architecture, checkpoint, image_size=image_size, device=device)
-        self.tracker = TwoWayTracker(self.model, **{"precision": "fp32", **settings})
+        self.tracker = Tracker(self.model, **{"precision": "fp32", **settings})
         self.set_frames(frames)
 
     def set_frames(self, frames: np.ndarray) -> None:

@@ -135,7 +135,7 @@ class OnlineTeacher:
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         from stages.sam2_tracking.build import build_sam2
-        from stages.sam2_tracking.tracker import TwoWayTracker
+        from stages.sam2_tracking.tracker import Tracker
 
         checkpoint = folder / f"{options.sam2}.pt"
         if not checkpoint.exists():
@@ -144,7 +144,7 @@ class OnlineTeacher:
             options.sam2, checkpoint, image_size=options.image_size, device=options.device
         )
         precision = "bf16" if options.device.startswith("cuda") else "fp32"
-        self._tracker = TwoWayTracker(model, precision=precision)
+        self._tracker = Tracker(model, precision=precision)
         self._frames_THWC, self._mask_HW = make_frames(options.frames)
         self._grid = size_of(options).token_grid
 

@@ -19,7 +19,7 @@ from stages.clips import ClipRecord, ClipsConfig, SubjectPrompt, load_clip, open
 from stages.demo.scenes import draw_clip
 from stages.local_gram_flow import fuse_directions, resample_to_grid
 from stages.sam2_tracking.inputs import prompt_for_sam2, resize_for_sam2
-from stages.sam2_tracking.tracker import TrackRequest, TwoWayTracker
+from stages.sam2_tracking.tracker import Tracker, TrackRequest
 
 FRAMES = 49
 GRID = HEIGHT // 16, WIDTH // 16
@@ -76,7 +76,7 @@ def clips(folder: Path | None, count: int) -> Iterator[tuple[str, np.ndarray, Su
 
 @torch.inference_mode()
 def track(
-    tracker: TwoWayTracker,
+    tracker: Tracker,
     frames_THWC: np.ndarray,
     prompt: SubjectPrompt,
     *,

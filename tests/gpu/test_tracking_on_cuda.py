@@ -10,7 +10,7 @@ import torch
 from stages.demo.tiny_sam2 import build_tiny_sam2
 from stages.sam2_tracking.build import build_sam2
 from stages.sam2_tracking.inputs import Sam2Prompt
-from stages.sam2_tracking.tracker import TrackRequest, TwoWayTracker
+from stages.sam2_tracking.tracker import Tracker, TrackRequest
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,7 +31,7 @@ def tracked(weights: Path, device: str, num_frames: int, **settings: Any) -> tor
     """Features of a forward track, [T, C, h, w] on the host."""
     frames = np.random.default_rng(0).integers(0, 255, (num_frames, SIZE, SIZE, 3), dtype=np.uint8)
     model = build_sam2(weights / "tiny.yaml", weights / "tiny.pt", device=device)
-    tracker = TwoWayTracker(model, **{"precision": "fp32", **settings})
+    tracker = Tracker(model, **{"precision": "fp32", **settings})
     prompt = Sam2Prompt(
         points_1P2=torch.tensor([[[30.0, 40.0], [90.0, 100.0]]], device=device),
         point_labels_1P=torch.tensor([[2, 3]], dtype=torch.int32, device=device),

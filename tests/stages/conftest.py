@@ -341,7 +341,7 @@ class StubTracking:
         return load_clip(record, self._clips)
 
     @contextmanager
-    def opened(self, device: torch.device) -> Iterator[Any]:
+    def load_model(self, device: torch.device) -> Iterator[Any]:
         yield self._extract
 
     def _extract(self, clips: list[Clip]) -> list[Any]:

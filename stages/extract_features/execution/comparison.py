@@ -18,17 +18,17 @@ from stages.extract_features.config import Kind
 from stages.extract_features.execution.dataset_sources import DatasetSources
 from stages.extract_features.fingerprints import SOURCES
 
-_NAMED = 5
+_MAX_NAMED = 5
 """Keys that a message names."""
 
 # Legend: N clip of the shards that are compared, in ascending order of keys.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StoreShare:
+class StoreScope:
     """Which clips of the stores the dataset must have, or they have left it."""
 
-    is_of: Callable[[str], bool]
+    covers: Callable[[str], bool]
     """Whether the clips of a store's shard of this name are looked for."""
     unread: Sequence[InputShard] = ()
     """Of the dataset, where a clip can be beside the shards that are compared."""
@@ -42,7 +42,7 @@ class StoreComparison:
     """The store holds the clip, from whatever source."""
     changed_N: np.ndarray
     """It does, and made it from another source than the dataset has."""
-    rebound_N: np.ndarray
+    other_video_N: np.ndarray
     """It does from the same source, which belongs to another video now."""
     unreadable_N: np.ndarray
     """It does, and the clip's video cannot be read now to compare."""
@@ -57,7 +57,7 @@ class StoreComparison:
 
 
 def compare_store(
-    reader: StoreReader | None, kind: Kind, sources: DatasetSources, share: StoreShare | None
+    reader: StoreReader | None, kind: Kind, sources: DatasetSources, share: StoreScope | None
 ) -> StoreComparison:
     """Join a store with shards of the dataset by key; reads the store's index alone.
 
@@ -84,7 +84,7 @@ def compare_store(
     return StoreComparison(
         held_N=held_N,
         changed_N=held_N & ~same_source_N & is_video_N,
-        rebound_N=held_N & same_source_N & is_video_N & (video_half(of_store_N) != video_N),
+        other_video_N=held_N & same_source_N & is_video_N & (video_half(of_store_N) != video_N),
         unreadable_N=held_N & ~is_video_N,
         failed_N=failed_N & ~held_N,
         dropped_N=dropped_N & ~held_N,
@@ -98,7 +98,7 @@ def _nothing_held(num_clips: int) -> StoreComparison:
     return StoreComparison(
         held_N=none_N,
         changed_N=none_N,
-        rebound_N=none_N,
+        other_video_N=none_N,
         unreadable_N=none_N,
         failed_N=none_N,
         dropped_N=none_N,
@@ -124,17 +124,17 @@ def _skipped(
 
 
 def _gone(
-    reader: StoreReader, held_rows: np.ndarray, sources: DatasetSources, share: StoreShare
+    reader: StoreReader, held_rows: np.ndarray, sources: DatasetSources, share: StoreScope
 ) -> tuple[SortedText, frozenset[str]]:
     """Clips held, and skipped ones, that the dataset has nowhere."""
-    is_of_share = np.array([share.is_of(name) for name in reader.shards], bool)
+    is_of_share = np.array([share.covers(name) for name in reader.shards], bool)
     is_open = is_of_share[reader.shard_numbers]
     is_open[held_rows] = False
     held = reader.keys.take(np.flatnonzero(is_open))
     skipped = {
         clip.key
         for clip in reader.skipped
-        if clip.key not in sources.keys and share.is_of(clip.shard)
+        if clip.key not in sources.keys and share.covers(clip.shard)
     }
     moved = _found(SortedText.from_strings(sorted({*held, *skipped})), share.unread)
     if moved:
@@ -161,10 +161,12 @@ class KindComparison:
     @property
     def settled_N(self) -> np.ndarray:
         """bool [N], the clips that some size's store holds, has skipped, or has dropped."""
-        return np.logical_or.reduce([self.taken_N, *(one.failed_N for one in self.stores)])
+        return np.logical_or.reduce(
+            [self.held_or_dropped_N, *(one.failed_N for one in self.stores)]
+        )
 
     @property
-    def taken_N(self) -> np.ndarray:
+    def held_or_dropped_N(self) -> np.ndarray:
         """bool [N], the clips that some size's store holds, or somebody has dropped."""
         masks = ((one.held_N, one.dropped_N) for one in self.stores)
         return np.logical_or.reduce([mask for of_store in masks for mask in of_store])
@@ -186,7 +188,7 @@ class KindComparison:
 
     def retried_N(self, size: int) -> np.ndarray:
         """bool [N], the clips of one size's store that `--retry-failed` takes again."""
-        return self.stores[size].failed_N & ~self.taken_N
+        return self.stores[size].failed_N & ~self.held_or_dropped_N
 
     @property
     def changed_N(self) -> np.ndarray:
@@ -202,34 +204,34 @@ class Comparison:
     kinds: dict[Kind, KindComparison] = field(default_factory=dict)
 
     @property
-    def is_unlike(self) -> bool:
+    def has_changes(self) -> bool:
         """Whether a store holds a clip from another source, or beside another video."""
         stores = (one for found in self.kinds.values() for one in found.stores)
-        return any(one.changed_N.any() or one.rebound_N.any() for one in stores)
+        return any(one.changed_N.any() or one.other_video_N.any() for one in stores)
 
-    def refuse_changed(self) -> None:
+    def raise_if_changed(self) -> None:
         """Refuse clips that were made from other sources than the dataset's.
 
         Raises:
             ValueError: There are some.
         """
-        told = []
+        notes = []
         for kind, found in self.kinds.items():
             rows = np.flatnonzero(found.changed_N)
             if len(rows):
                 assert self.sources is not None
-                named = ", ".join(repr(self.sources.keys[int(row)]) for row in rows[:_NAMED])
-                more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
-                told.append(f"{kind} of {len(rows)} (another {SOURCES[kind]}): {named}{more}")
-        if told:
+                named = ", ".join(repr(self.sources.keys[int(row)]) for row in rows[:_MAX_NAMED])
+                more = f" and {len(rows) - _MAX_NAMED} more" if len(rows) > _MAX_NAMED else ""
+                notes.append(f"{kind} of {len(rows)} (another {SOURCES[kind]}): {named}{more}")
+        if notes:
             raise ValueError(
                 "the cache holds clips that were made from other sources than the dataset's: "
-                f"{'; '.join(told)}. If the dataset was changed, extract-features "
+                f"{'; '.join(notes)}. If the dataset was changed, extract-features "
                 "--refresh-changed makes these again and leaves the rest; another dataset needs "
                 "another cache folder"
             )
 
-    def told(self, world_size: int = 1) -> list[str]:
+    def notes(self, world_size: int = 1) -> list[str]:
         """For people: what of the stores the dataset does not account for.
 
         Args:
@@ -240,7 +242,7 @@ class Comparison:
         for kind, found in self.kinds.items():
             gone = sum(len(one.gone) for one in found.stores)
             if gone:
-                keys = [key for one in found.stores for key in one.gone[:_NAMED]][:_NAMED]
+                keys = [key for one in found.stores for key in one.gone[:_MAX_NAMED]][:_MAX_NAMED]
                 more = f" and {gone - len(keys)} more" if gone > len(keys) else ""
                 lines.append(
                     f"{kind}: {gone} clips of the store are not in the dataset{where} "
@@ -261,7 +263,7 @@ Readers = Iterable[tuple[Kind, StoreReader | None]]
 
 
 def compare(
-    readers: Readers, sources: DatasetSources, share: StoreShare | None = None
+    readers: Readers, sources: DatasetSources, share: StoreScope | None = None
 ) -> Comparison:
     """Every store against shards of the dataset."""
     kinds: dict[Kind, list[StoreComparison]] = defaultdict(list)
@@ -273,7 +275,7 @@ def compare(
     )
 
 
-def refuse_another_dataset(
+def raise_if_other_dataset(
     kind: Kind, readers: Sequence[StoreReader], dataset: ClipDataset
 ) -> None:
     """Refuse stores that have no clip in common with the dataset, but a shard of the same name.
@@ -291,16 +293,17 @@ def refuse_another_dataset(
     names = {name for reader in readers for name in reader.shards}
     if names.isdisjoint(dataset.by_name):
         return
-    held = [key for reader in readers for key in reader.keys[:_NAMED]]
+    held = [key for reader in readers for key in reader.keys[:_MAX_NAMED]]
     likely_first = sorted(dataset.shards, key=lambda shard: shard.name not in names)
-    if held and not any(knows_some(readers, shard) for shard in likely_first):
+    if held and not any(has_clip_of(readers, shard) for shard in likely_first):
         raise ValueError(
             f"the cache holds {kind} of another dataset: shards of the same names, and none of the "
-            f"dataset's clips, but {', '.join(map(repr, held[:_NAMED]))}; use another cache folder"
+            f"dataset's clips, but {', '.join(map(repr, held[:_MAX_NAMED]))}; "
+            "use another cache folder"
         )
 
 
-def knows_some(readers: Iterable[StoreReader], shard: InputShard) -> bool:
+def has_clip_of(readers: Iterable[StoreReader], shard: InputShard) -> bool:
     """Whether a store holds a clip of a shard, or has skipped one; reads names, and no video."""
     likely = [
         reader

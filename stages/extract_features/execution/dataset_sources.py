@@ -16,7 +16,7 @@ from stages.extract_features.fingerprints import fingerprint_of
 from stages.extract_features.kinds import group_kinds
 from stages.progress import Progress
 
-_THREADS = 8
+_NUM_THREADS = 8
 """Shards read at once: on network storage the samples of a video cost a round trip each."""
 
 
@@ -53,7 +53,7 @@ def read_sources(
     teacher: TeacherConfig,
     progress: Progress,
     *,
-    most_clips: int | None = None,
+    max_clips: int | None = None,
 ) -> DatasetSources:
     """Read what fingerprints are made of; no video but its samples.
 
@@ -62,7 +62,7 @@ def read_sources(
         kinds: Whose fingerprints are needed.
         teacher: Which sources prompts come from.
         progress: A bar.
-        most_clips: Of each shard, from its beginning; None for all.
+        max_clips: Of each shard, from its beginning; None for all.
     """
     groups = group_kinds(kinds)
     keys: list[bytes] = []
@@ -70,14 +70,14 @@ def read_sources(
     counts: list[int] = []
     with (
         progress.task("compare with the cache", len(shards), unit="shards") as task,
-        ThreadPoolExecutor(_THREADS) as threads,
+        ThreadPoolExecutor(_NUM_THREADS) as threads,
     ):
-        for found in threads.map(
-            lambda shard: _of_shard(islice(shard.records(), most_clips), teacher, groups), shards
+        for result in threads.map(
+            lambda shard: _read_shard(islice(shard.records(), max_clips), teacher, groups), shards
         ):
-            keys += found[0]
-            counts.append(len(found[0]))
-            for all_of_group, of_shard in zip(digits, found[1], strict=True):
+            keys += result[0]
+            counts.append(len(result[0]))
+            for all_of_group, of_shard in zip(digits, result[1], strict=True):
                 all_of_group += of_shard
             task.advance()
     order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
@@ -95,7 +95,7 @@ def read_sources(
     )
 
 
-def _of_shard(
+def _read_shard(
     records: Iterable[ClipRecord | BadRecord],
     teacher: TeacherConfig,
     groups: Sequence[tuple[Kind, ...]],

@@ -37,7 +37,7 @@ class ShardJob:
     source: str
     keys: Mapping[Kind, frozenset[str] | None]
     """The stores it concerns, and which clips of the input shard; None for all of them."""
-    left_out: Mapping[Kind, frozenset[str]]
+    excluded: Mapping[Kind, frozenset[str]]
     """Of all of them, those that are settled in other shards of the store."""
     retried: frozenset[str]
     """Clips that the stores of this size have skipped, so that they are known to be of it."""
@@ -47,7 +47,7 @@ class ShardJob:
     def wants(self, kind: Kind, key: str) -> bool:
         """Whether a clip is to be written into the store of a kind."""
         keys = self.keys[kind]
-        return key not in self.left_out.get(kind, ()) if keys is None else key in keys
+        return key not in self.excluded.get(kind, ()) if keys is None else key in keys
 
     def is_pending(self, writers: Mapping[Kind, StoreWriter]) -> bool:
         """Whether a store still lacks the shard, as of now."""
@@ -57,16 +57,16 @@ class ShardJob:
         """How many clips it goes through, where that is known without reading the shard."""
         if None in self.keys.values():
             return shards[self.input_name].listed_clips
-        return len(self._some_keys())
+        return len(self._listed_keys())
 
     def records(self, shards: Mapping[str, InputShard]) -> Iterator[ClipRecord | BadRecord]:
         """The clips it concerns, in the order of the input shard."""
-        wanted = None if None in self.keys.values() else self._some_keys()
+        wanted = None if None in self.keys.values() else self._listed_keys()
         for record in shards[self.input_name].records():
             if wanted is None or record.key in wanted:
                 yield record
 
-    def _some_keys(self) -> frozenset[str]:
+    def _listed_keys(self) -> frozenset[str]:
         return frozenset().union(*(keys for keys in self.keys.values() if keys is not None))
 
 
@@ -85,7 +85,7 @@ class JobPlan:
     """Clips of the dataset that none of the jobs concerns."""
 
 
-def whole_jobs(
+def whole_shard_jobs(
     shards: Sequence[InputShard], kinds: Iterable[Kind], earlier: EarlierStores | None
 ) -> JobPlan:
     """A job for every shard, which its worker compares with the stores when it takes it."""
@@ -95,7 +95,7 @@ def whole_jobs(
             name=shard.name,
             source=shard.source,
             keys=dict.fromkeys(kinds),
-            left_out={},
+            excluded={},
             retried=frozenset(),
             earlier=earlier,
         )
@@ -125,7 +125,7 @@ def plan_jobs(
         size: Which of several sizes the stores are of.
         retry_failed: Take clips again that were skipped.
     """
-    return _Plan(shards, writers, comparison, size, retry_failed).made()
+    return _Plan(shards, writers, comparison, size, retry_failed).build()
 
 
 class _Plan:
@@ -147,68 +147,72 @@ class _Plan:
         # Rows shard by shard, and where each shard's begin.
         self._rows = np.argsort(shard_N, kind="stable")
         self._starts = np.searchsorted(shard_N[self._rows], np.arange(len(shards) + 1))
-        self._wanted: dict[Kind, np.ndarray] = {}
+        self._wanted_by_kind: dict[Kind, np.ndarray] = {}
         self._retried_N = np.zeros(len(shard_N), bool)
         for kind in writers:
             found = comparison.kinds[kind]
-            self._wanted[kind] = found.wanted_N(size, retry_failed=retry_failed)
+            self._wanted_by_kind[kind] = found.wanted_N(size, retry_failed=retry_failed)
             if retry_failed:
                 self._retried_N |= found.retried_N(size)
 
-    def made(self) -> JobPlan:
+    def build(self) -> JobPlan:
         """Whole shards first, then further ones."""
         whole: list[ShardJob] = []
-        further: list[ShardJob] = []
+        retries: list[ShardJob] = []
         num_settled = 0
-        for place, shard in enumerate(self._shards):
-            lacking = [
-                kind for kind, wanted_N in self._wanted.items() if wanted_N[self._of(place)].any()
+        for index, shard in enumerate(self._shards):
+            missing = [
+                kind
+                for kind, wanted_N in self._wanted_by_kind.items()
+                if wanted_N[self._rows_of(index)].any()
             ]
-            new = [kind for kind in lacking if not self._writers[kind].is_committed(shard.name)]
+            new = [kind for kind in missing if not self._writers[kind].is_committed(shard.name)]
             if new:
-                whole.append(self._whole(place, shard, new))
+                whole.append(self._whole_shard_job(index, shard, new))
             else:
-                wanted = [self._wanted[kind][self._of(place)] for kind in lacking]
-                none = np.zeros(len(self._of(place)), bool)
+                wanted = [self._wanted_by_kind[kind][self._rows_of(index)] for kind in missing]
+                none = np.zeros(len(self._rows_of(index)), bool)
                 num_settled += int(np.count_nonzero(~np.logical_or.reduce([none, *wanted])))
-            further += self._further(place, shard, [kind for kind in lacking if kind not in new])
-        return JobPlan(jobs=[*whole, *further], num_settled=num_settled)
+            retries += self._retry_jobs(index, shard, [kind for kind in missing if kind not in new])
+        return JobPlan(jobs=[*whole, *retries], num_settled=num_settled)
 
-    def _of(self, place: int) -> np.ndarray:
-        return self._rows[self._starts[place] : self._starts[place + 1]]
+    def _rows_of(self, index: int) -> np.ndarray:
+        return self._rows[self._starts[index] : self._starts[index + 1]]
 
-    def _named(self, place: int, mask_N: np.ndarray) -> frozenset[str]:
-        rows = self._of(place)
+    def _keys_in(self, index: int, mask_N: np.ndarray) -> frozenset[str]:
+        rows = self._rows_of(index)
         return frozenset(self._keys[int(row)] for row in rows[mask_N[rows]])
 
-    def _whole(self, place: int, shard: InputShard, kinds: Sequence[Kind]) -> ShardJob:
+    def _whole_shard_job(self, index: int, shard: InputShard, kinds: Sequence[Kind]) -> ShardJob:
         return ShardJob(
             input_name=shard.name,
             name=shard.name,
             source=shard.source,
             keys=dict.fromkeys(kinds),
-            left_out={kind: self._named(place, ~self._wanted[kind]) for kind in kinds},
-            retried=self._named(place, self._retried_N),
+            excluded={kind: self._keys_in(index, ~self._wanted_by_kind[kind]) for kind in kinds},
+            retried=self._keys_in(index, self._retried_N),
         )
 
-    def _further(self, place: int, shard: InputShard, kinds: Sequence[Kind]) -> Iterator[ShardJob]:
+    def _retry_jobs(
+        self, index: int, shard: InputShard, kinds: Sequence[Kind]
+    ) -> Iterator[ShardJob]:
         """A job per number; stores that have as many further shards of it share one."""
         by_number: dict[int, dict[Kind, frozenset[str] | None]] = defaultdict(dict)
         for kind in kinds:
-            number = _next_number(shard.name, self._writers[kind])
-            by_number[number][kind] = self._named(place, self._wanted[kind])
+            number = _next_retry_number(shard.name, self._writers[kind])
+            by_number[number][kind] = self._keys_in(index, self._wanted_by_kind[kind])
         for number, keys in sorted(by_number.items()):
             yield ShardJob(
                 input_name=shard.name,
                 name=retry_shard_name(shard.name, number),
                 source=f"{shard.source}, retry {number}",
                 keys=keys,
-                left_out={},
-                retried=self._named(place, self._retried_N),
+                excluded={},
+                retried=self._keys_in(index, self._retried_N),
             )
 
 
-def _next_number(name: str, writer: StoreWriter) -> int:
+def _next_retry_number(name: str, writer: StoreWriter) -> int:
     """The first further shard that is not finished."""
     number = 1
     while writer.is_committed(retry_shard_name(name, number)):
@@ -219,7 +223,7 @@ def _next_number(name: str, writer: StoreWriter) -> int:
 _Item = TypeVar("_Item")
 
 
-def in_turn(jobs: Sequence[_Item], rank: int, world_size: int) -> list[_Item]:
+def rank_order(jobs: Sequence[_Item], rank: int, world_size: int) -> list[_Item]:
     """The order in which a worker looks at jobs or shards: its own share, then the others'.
 
     Other workers go through their shares from the front, so it takes these from the back.

@@ -16,7 +16,7 @@ import torch
 from cache_schema import ShardBusy, StoreWriter
 from stages.clips import InputShard
 from stages.extract_features.config import Kind, TeacherConfig
-from stages.extract_features.execution.jobs import JobPlan, ShardJob, in_turn, pending_jobs
+from stages.extract_features.execution.jobs import JobPlan, ShardJob, pending_jobs, rank_order
 from stages.extract_features.execution.worker import ShardWorker
 from stages.extract_features.extraction import Extraction, bucket_name
 from stages.progress import Progress
@@ -30,17 +30,17 @@ class EngineReport:
     """Clips added to each store."""
     captions_cut: int = 0
     """Captions that were longer than the text encoder reads."""
-    left_alone: set[str] = field(default_factory=set)
+    settled_jobs: set[str] = field(default_factory=set)
     """Jobs of which no store lacked a clip."""
-    unlike: set[str] = field(default_factory=set)
+    changed_shards: set[str] = field(default_factory=set)
     """Shards of the dataset of which a store has a clip from another source."""
 
     def add(self, other: "EngineReport") -> None:
         """Take in what a further run did."""
         self.written += other.written
         self.captions_cut += other.captions_cut
-        self.left_alone |= other.left_alone
-        self.unlike |= other.unlike
+        self.settled_jobs |= other.settled_jobs
+        self.changed_shards |= other.changed_shards
 
 
 class LocalEngine:
@@ -96,14 +96,14 @@ class LocalEngine:
                 log=progress.log,
             ) as worker,
         ):
-            jobs = in_turn(plan.jobs, self._rank, self._world_size)
-            _work_through(jobs, worker, writers, bar, report, progress)
+            jobs = rank_order(plan.jobs, self._rank, self._world_size)
+            _run_jobs(jobs, worker, writers, bar, report, progress)
             report.captions_cut = worker.captions_cut
-            report.left_alone, report.unlike = worker.left_alone, worker.unlike
+            report.settled_jobs, report.changed_shards = worker.settled_jobs, worker.changed_shards
         return report
 
 
-def _work_through(
+def _run_jobs(
     jobs: Sequence[ShardJob],
     worker: ShardWorker,
     writers: Mapping[Kind, StoreWriter],
@@ -119,7 +119,7 @@ def _work_through(
             bar.done(job)
         except ShardBusy as error:
             progress.log(f"{' and '.join(job.keys)}: left alone for now, {error}")
-        bar.look_at_others()
+        bar.count_others()
 
 
 class ClipCounts:
@@ -142,7 +142,7 @@ class ClipCounts:
         return known
 
 
-_LOOK_EVERY_S = 10.0
+_LISTING_INTERVAL_S = 10.0
 """How often to ask which shards others have finished: a listing of each store's."""
 
 
@@ -166,16 +166,16 @@ class JobsBar:
         self._unfinished = {job.name: job for job in pending_jobs(plan.jobs, writers)}
         self._num_settled = plan.num_settled
         self._num_jobs = len(self._unfinished)
-        self._known: dict[str, int] = {}
+        self._clips_by_job: dict[str, int] = {}
         """Clips by job, of finished ones too."""
-        self._num_known = 0
+        self._num_counted = 0
         """Clips of these jobs."""
         for job in self._unfinished.values():
             clips = counts.known(job)
             if clips is not None:
                 self._count(job, clips)
         bucket = bucket_name(extraction.size)
-        self._opened = progress.task(
+        self._bar = progress.task(
             " and ".join(writers) + (f" {bucket}" if bucket else ""),
             self._total(),
             completed=plan.num_settled,
@@ -183,48 +183,48 @@ class JobsBar:
         )
 
     def __enter__(self) -> "JobsBar":
-        self._task = self._opened.__enter__()
-        self._looked_at = time.monotonic()
+        self._task = self._bar.__enter__()
+        self._listed_at = time.monotonic()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._count_others()
-        self._opened.__exit__(None, None, None)
+        self._bar.__exit__(None, None, None)
 
     def advance(self, job: ShardJob, clips: int) -> None:
         """Clips of a job of this run are done."""
-        if clips and job.name not in self._known:
+        if clips and job.name not in self._clips_by_job:
             self._count(job, self._counts.read(job))
-            self._expect()
+            self._update_total()
         self._task.advance(clips)
 
     def done(self, job: ShardJob) -> None:
         """A job of this run is done, and its clips were counted one by one."""
         self._unfinished.pop(job.name, None)
-        if job.name not in self._known:
+        if job.name not in self._clips_by_job:
             self._count(job, 0)
-            self._expect()
+            self._update_total()
 
-    def look_at_others(self) -> None:
+    def count_others(self) -> None:
         """Count, every now and then, the jobs that other processes have finished meanwhile."""
-        if time.monotonic() - self._looked_at >= _LOOK_EVERY_S:
+        if time.monotonic() - self._listed_at >= _LISTING_INTERVAL_S:
             self._count_others()
-            self._looked_at = time.monotonic()
+            self._listed_at = time.monotonic()
 
     def _count(self, job: ShardJob, clips: int) -> None:
-        self._known[job.name] = clips
-        self._num_known += clips
+        self._clips_by_job[job.name] = clips
+        self._num_counted += clips
 
-    def _mean(self) -> float | None:
-        return self._num_known / len(self._known) if self._known else None
+    def _mean_clips(self) -> float | None:
+        return self._num_counted / len(self._clips_by_job) if self._clips_by_job else None
 
     def _total(self) -> int | None:
-        mean, unknown = self._mean(), self._num_jobs - len(self._known)
+        mean, unknown = self._mean_clips(), self._num_jobs - len(self._clips_by_job)
         if mean is None:
             return None if unknown else self._num_settled
-        return self._num_settled + self._num_known + round(mean * unknown)
+        return self._num_settled + self._num_counted + round(mean * unknown)
 
-    def _expect(self) -> None:
+    def _update_total(self) -> None:
         total = self._total()
         assert total is not None
         self._task.expect(total)
@@ -235,8 +235,8 @@ class JobsBar:
         for name, job in list(self._unfinished.items()):
             if name not in left:
                 del self._unfinished[name]
-                if name not in self._known:
-                    self._count(job, round(self._mean() or 0))
-                self._task.advance(self._known[name])
-        if self._known:
-            self._expect()
+                if name not in self._clips_by_job:
+                    self._count(job, round(self._mean_clips() or 0))
+                self._task.advance(self._clips_by_job[name])
+        if self._clips_by_job:
+            self._update_total()

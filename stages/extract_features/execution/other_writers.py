@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from stages.processes.stop_request import check_stop
 from stages.progress import Progress
 
-ASK_EVERY_S = 5.0
+POLL_INTERVAL_S = 5.0
 
-_NAMED = 5
+_MAX_NAMED = 5
 """Shards that a message names."""
 
 
@@ -21,12 +21,12 @@ def wait_for_others(left: Callable[[], Mapping[str, bool]], progress: Progress) 
         left: The unfinished shards as of now, and whether another process is writing them.
         progress: Told what is being waited for, whenever that changes.
     """
-    told: set[str] = set()
+    logged: set[str] = set()
     while (shards := left()) and all(shards.values()):
-        if told != shards.keys():
-            told = set(shards)
-            named = ", ".join(sorted(told)[:_NAMED])
-            more = f" and {len(told) - _NAMED} more" if len(told) > _NAMED else ""
+        if logged != shards.keys():
+            logged = set(shards)
+            named = ", ".join(sorted(logged)[:_MAX_NAMED])
+            more = f" and {len(logged) - _MAX_NAMED} more" if len(logged) > _MAX_NAMED else ""
             progress.log(f"waiting for other processes, which are writing {named}{more}")
-        time.sleep(ASK_EVERY_S)
+        time.sleep(POLL_INTERVAL_S)
         check_stop()

@@ -25,8 +25,8 @@ from stages.extract_features.kinds import device_named
 from stages.progress import Progress
 
 _POLL_S = 0.5
-_PATIENCE_POLLS = 60
-SILENCE_S = 600.0
+_IDLE_POLLS = 60
+REPORT_TIMEOUT_S = 600.0
 """How long a worker may leave questions about its progress unanswered before another takes over."""
 _STARTING = "starting"
 _OBJECT_STORE_BYTES = 100 * 2**20
@@ -139,27 +139,27 @@ class RayEngine:
         report = EngineReport()
         pending = pending_jobs(plan.jobs, writers)
         with JobsBar(extraction, writers, self._counts, plan, progress) as bar:
-            crew = _Crew(self._ray, setup, bar, report, progress)
+            pool = _WorkerPool(self._ray, setup, bar, report, progress)
             try:
-                crew.work_through(pending)
+                pool.run(pending)
             finally:
-                crew.dismiss()
+                pool.shutdown()
         return report
 
 
 @dataclass(slots=True, eq=False)
-class _Member:
+class _Worker:
     """A worker, and what it was asked to do last."""
 
     actor: Any
     answer: Any
     job: ShardJob | None = None
     """None while it starts."""
-    silent_since: float | None = None
+    unanswered_since: float | None = None
     """When it was first asked without an answer."""
 
 
-class _Crew:
+class _WorkerPool:
     """The workers, started as they are needed and replaced when they die."""
 
     def __init__(
@@ -170,54 +170,54 @@ class _Crew:
         self._bar = bar
         self._report = report
         self._progress = progress
-        self._members: list[_Member] = []
+        self._workers: list[_Worker] = []
         self._deaths: Counter[str] = Counter()
-        self._shown: Counter[str] = Counter()
+        self._clips_shown: Counter[str] = Counter()
         self._idle_polls = 0
 
-    def work_through(self, jobs: Sequence[ShardJob]) -> None:
+    def run(self, jobs: Sequence[ShardJob]) -> None:
         """Have every job done, but those that processes outside this run are at."""
-        waiting = deque(jobs)
-        while waiting or any(member.job for member in self._members):
-            self._hire(len(waiting))
-            answers = {member.answer: member for member in self._members}
+        queue = deque(jobs)
+        while queue or any(worker.job for worker in self._workers):
+            self._spawn(len(queue))
+            answers = {worker.answer: worker for worker in self._workers}
             ready, _ = self._ray.wait(list(answers), timeout=_POLL_S)
             for answer in ready:
-                self._hear(answers[answer], waiting)
+                self._on_result(answers[answer], queue)
             if not ready:
-                self._follow(waiting)
-                self._say_when_nobody_works()
+                self._poll_progress(queue)
+                self._log_when_idle()
 
-    def dismiss(self) -> None:
+    def shutdown(self) -> None:
         """End every worker."""
-        for member in self._members:
-            self._ray.kill(member.actor)
-        self._members = []
+        for worker in self._workers:
+            self._ray.kill(worker.actor)
+        self._workers = []
 
-    def _hire(self, waiting: int) -> None:
+    def _spawn(self, queue: int) -> None:
         resources = self._ray.cluster_resources()
         config = self._setup.config
         gpus = 0 if config.device == "cpu" else int(resources.get("GPU", 0))
         wanted = config.ray.workers or max(1, gpus)
-        working = sum(member.job is not None for member in self._members)
-        while len(self._members) < min(wanted, waiting + working):
+        working = sum(worker.job is not None for worker in self._workers)
+        while len(self._workers) < min(wanted, queue + working):
             worker = self._ray.remote(concurrency_groups={"report": 1})(RayWorker)
             actor = worker.options(num_cpus=1, num_gpus=1 if gpus else 0).remote(self._setup)
-            self._members.append(_Member(actor, actor.prepare.remote()))
+            self._workers.append(_Worker(actor, actor.prepare.remote()))
 
-    def _hear(self, member: _Member, waiting: deque[ShardJob]) -> None:
+    def _on_result(self, worker: _Worker, queue: deque[ShardJob]) -> None:
         """Take a worker's answer, and give it the next job."""
-        errors, job = self._ray.exceptions, member.job
+        errors, job = self._ray.exceptions, worker.job
         try:
-            answer = self._ray.get(member.answer)
+            answer = self._ray.get(worker.answer)
         except errors.RayTaskError as error:
             if isinstance(error.cause, Exception):
                 raise error.cause from error  # with the worker's traceback
             raise
         except errors.RayError as error:
-            self._bury(member, str(error))
+            self._on_death(worker, str(error))
             if job is not None:
-                waiting.append(job)
+                queue.append(job)
             return
         if job is None:
             self._deaths[_STARTING] = 0
@@ -227,22 +227,22 @@ class _Crew:
             if answer.written is not None:
                 self._report.written += answer.written
                 self._report.captions_cut += answer.captions_cut
-                self._report.left_alone |= answer.left_alone
-                self._report.unlike |= answer.unlike
+                self._report.settled_jobs |= answer.settled_jobs
+                self._report.changed_shards |= answer.changed_shards
                 self._bar.done(job)
-        member.job = waiting.popleft() if waiting else None
-        if member.job is None:
-            self._members.remove(member)
-            self._ray.kill(member.actor)
+        worker.job = queue.popleft() if queue else None
+        if worker.job is None:
+            self._workers.remove(worker)
+            self._ray.kill(worker.actor)
         else:
-            member.silent_since = None
-            member.answer = member.actor.work.remote(member.job)
+            worker.unanswered_since = None
+            worker.answer = worker.actor.work.remote(worker.job)
 
-    def _bury(self, member: _Member, why: str) -> None:
-        self._members.remove(member)
+    def _on_death(self, worker: _Worker, why: str) -> None:
+        self._workers.remove(worker)
         # It may only be out of reach; it must not go on beside the one that takes its place.
-        self._ray.kill(member.actor)
-        what = f"shard {member.job.name!r}" if member.job else _STARTING
+        self._ray.kill(worker.actor)
+        what = f"shard {worker.job.name!r}" if worker.job else _STARTING
         self._deaths[what] += 1
         first_line = why.strip().partition("\n")[0]
         restarts = self._setup.config.ray.restarts
@@ -254,22 +254,22 @@ class _Crew:
             )
         self._progress.log(f"ray: a worker died on {what}, another one takes over: {first_line}")
 
-    def _follow(self, waiting: deque[ShardJob]) -> None:
+    def _poll_progress(self, queue: deque[ShardJob]) -> None:
         """Show how far the workers are, and give the shards of those that do not say to others."""
-        working = {m.actor.report.remote(): m for m in self._members if m.job is not None}
+        working = {m.actor.report.remote(): m for m in self._workers if m.job is not None}
         if not working:
             return
         ready, unanswered = self._ray.wait(list(working), num_returns=len(working), timeout=_POLL_S)
         now = time.monotonic()
         for question in unanswered:
-            member = working[question]
-            if member.silent_since is None:
-                member.silent_since = now
-            elif now - member.silent_since > SILENCE_S and member.job is not None:
-                waiting.append(member.job)
-                self._bury(member, f"it has not answered for {SILENCE_S:g} s.")
+            worker = working[question]
+            if worker.unanswered_since is None:
+                worker.unanswered_since = now
+            elif now - worker.unanswered_since > REPORT_TIMEOUT_S and worker.job is not None:
+                queue.append(worker.job)
+                self._on_death(worker, f"it has not answered for {REPORT_TIMEOUT_S:g} s.")
         for answer in ready:
-            working[answer].silent_since = None
+            working[answer].unanswered_since = None
             job = working[answer].job
             try:
                 found = self._ray.get(answer)
@@ -280,15 +280,15 @@ class _Crew:
 
     def _show(self, job: ShardJob, clips: int, lines: Sequence[str]) -> None:
         """Count what is new: a job that a second worker goes through again is counted once."""
-        self._bar.advance(job, max(0, clips - self._shown[job.name]))
-        self._shown[job.name] = max(clips, self._shown[job.name])
+        self._bar.advance(job, max(0, clips - self._clips_shown[job.name]))
+        self._clips_shown[job.name] = max(clips, self._clips_shown[job.name])
         for line in lines:
             self._progress.log(line)
 
-    def _say_when_nobody_works(self) -> None:
-        working = any(member.job for member in self._members)
+    def _log_when_idle(self) -> None:
+        working = any(worker.job for worker in self._workers)
         self._idle_polls = 0 if working else self._idle_polls + 1
-        if self._idle_polls == _PATIENCE_POLLS:
+        if self._idle_polls == _IDLE_POLLS:
             self._progress.log(
                 "ray: no worker has started yet; each asks for one CPU, and one GPU where the "
                 f"cluster has some. The cluster has {self._ray.cluster_resources()}"

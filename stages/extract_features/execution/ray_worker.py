@@ -52,9 +52,9 @@ class WorkReport:
     """Clips added to each store; None where another process has the shard, or work goes on."""
     captions_cut: int = 0
     """Of the clips written."""
-    left_alone: frozenset[str] = frozenset()
+    settled_jobs: frozenset[str] = frozenset()
     """As of `EngineReport`; this job's name, or nothing."""
-    unlike: frozenset[str] = frozenset()
+    changed_shards: frozenset[str] = frozenset()
     """As of `EngineReport`; this job's shard, or nothing."""
 
 
@@ -123,8 +123,8 @@ class RayWorker:
             self.report(),
             written=written,
             captions_cut=cut,
-            left_alone=frozenset(self._worker.left_alone & {job.name}),
-            unlike=frozenset(self._worker.unlike & {job.input_name}),
+            settled_jobs=frozenset(self._worker.settled_jobs & {job.name}),
+            changed_shards=frozenset(self._worker.changed_shards & {job.input_name}),
         )
 
     def report(self) -> WorkReport:

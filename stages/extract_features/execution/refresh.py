@@ -16,20 +16,20 @@ from stages.extract_features.config import ExtractConfig, Kind
 from stages.extract_features.execution.comparison import (
     Comparison,
     StoreComparison,
-    StoreShare,
+    StoreScope,
     compare,
-    refuse_another_dataset,
+    raise_if_other_dataset,
 )
 from stages.extract_features.execution.dataset_sources import DatasetSources, read_sources
-from stages.extract_features.execution.jobs import in_turn
+from stages.extract_features.execution.jobs import rank_order
 from stages.extract_features.fingerprints import SOURCES
 from stages.progress import Progress, SilentProgress
 
-_LOOKED_AT = 64
+_CLIPS_COMPARED_FIRST = 64
 """Clips that are compared before any work: on network storage each costs several round trips."""
 
 
-def look_at_one_shard(
+def compare_one_shard(
     dataset: ClipDataset,
     config: ExtractConfig,
     stores: Sequence[tuple[Kind, StoreWriter]],
@@ -58,9 +58,9 @@ def look_at_one_shard(
     by_kind: dict[Kind, list[StoreWriter]] = defaultdict(list)
     for kind, writer in stores:
         by_kind[kind].append(writer)
-    shards = in_turn(dataset.shards, rank, world_size)
+    shards = rank_order(dataset.shards, rank, world_size)
     sources: dict[str, DatasetSources] = {}
-    unlike = set[str]()
+    changed_shards = set[str]()
     for kind, writers in by_kind.items():
         finished = [writer.committed() for writer in writers]
         shard = next((one for one in shards if any(one.name in names for names in finished)), None)
@@ -68,7 +68,11 @@ def look_at_one_shard(
             continue
         if shard.name not in sources:
             sources[shard.name] = read_sources(
-                [shard], config.kinds, config.teacher, SilentProgress(), most_clips=_LOOKED_AT
+                [shard],
+                config.kinds,
+                config.teacher,
+                SilentProgress(),
+                max_clips=_CLIPS_COMPARED_FIRST,
             )
         readers = [
             StoreReader(
@@ -78,10 +82,10 @@ def look_at_one_shard(
         ]
         found = compare(((kind, reader) for reader in readers), sources[shard.name])
         if not found.kinds[kind].settled_N.any():
-            refuse_another_dataset(kind, [StoreReader(one.path) for one in writers], dataset)
-        if found.is_unlike:
-            unlike.add(shard.name)
-    return unlike
+            raise_if_other_dataset(kind, [StoreReader(one.path) for one in writers], dataset)
+        if found.has_changes:
+            changed_shards.add(shard.name)
+    return changed_shards
 
 
 def compare_and_refresh(
@@ -89,7 +93,7 @@ def compare_and_refresh(
     shards: Sequence[InputShard],
     config: ExtractConfig,
     stores: Sequence[tuple[Kind, StoreWriter]],
-    share: StoreShare,
+    share: StoreScope,
     progress: Progress,
     *,
     refresh_changed: bool,
@@ -115,8 +119,8 @@ def compare_and_refresh(
     sources = read_sources(shards, config.kinds, config.teacher, progress)
     found = compare(_readers(stores), sources, share)
     if not refresh_changed:
-        found.refuse_changed()
-    if not found.is_unlike:
+        found.raise_if_changed()
+    if not found.has_changes:
         return found
     lock = cache_root / ".refresh.lock"
     with FileLock(lock, wait=True, what=f"making {cache_root} fit its dataset"):
@@ -125,8 +129,8 @@ def compare_and_refresh(
         for kind, writer in stores:
             store = next(left[kind])
             if refresh_changed:
-                _take_out(writer.path, kind, store, sources, progress)
-            _rebind(writer.path, kind, store, sources)
+                _drop_changed(writer.path, kind, store, sources, progress)
+            _update_video_hashes(writer.path, kind, store, sources)
         return compare(_readers(stores), sources, share)
 
 
@@ -135,7 +139,7 @@ def _readers(stores: Sequence[tuple[Kind, StoreWriter]]) -> Iterator[tuple[Kind,
     return ((kind, StoreReader(writer.path, kind=kind)) for kind, writer in stores)
 
 
-def _take_out(
+def _drop_changed(
     path: Path, kind: Kind, found: StoreComparison, sources: DatasetSources, progress: Progress
 ) -> None:
     keys = [sources.keys[int(row)] for row in np.flatnonzero(found.changed_N)]
@@ -145,8 +149,10 @@ def _take_out(
         progress.log(f"{kind}: {len(keys)} clips {detail} are taken out and made again")
 
 
-def _rebind(path: Path, kind: Kind, found: StoreComparison, sources: DatasetSources) -> None:
-    rows = np.flatnonzero(found.rebound_N)
+def _update_video_hashes(
+    path: Path, kind: Kind, found: StoreComparison, sources: DatasetSources
+) -> None:
+    rows = np.flatnonzero(found.other_video_N)
     if len(rows):
         digits = sources.fingerprints[kind][rows].tolist()
         keys = (sources.keys[int(row)] for row in rows)

@@ -19,7 +19,7 @@ from cache_schema import AlreadyCommitted, ShardBusy, ShardWriter, StoreReader, 
 from stages.clips import BadRecord, ClipRecord, ClipSkipped, InputShard, belongs
 from stages.clips.fingerprints import NO_VIDEO, hash_video
 from stages.extract_features.config import Kind, TeacherConfig
-from stages.extract_features.execution.comparison import compare, knows_some
+from stages.extract_features.execution.comparison import compare, has_clip_of
 from stages.extract_features.execution.dataset_sources import read_sources
 from stages.extract_features.execution.jobs import ShardJob, plan_jobs
 from stages.extract_features.execution.prefetch import prefetch_map
@@ -117,7 +117,7 @@ class WriteBehind(Generic[Item]):
             error.add_note(f"writing what was computed before failed too: {self._error}")
 
 
-_PREPARING_THREADS = 2
+_PREPARE_THREADS = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -172,9 +172,9 @@ class ShardWorker:
         self._readers: dict[Path, StoreReader] = {}
         self.captions_cut = 0
         """Captions of which the text encoder read a part, over all jobs."""
-        self.left_alone: set[str] = set()
+        self.settled_jobs: set[str] = set()
         """Names of jobs of which no store lacked a clip: their clips are in other shards."""
-        self.unlike: set[str] = set()
+        self.changed_shards: set[str] = set()
         """Names of the dataset's shards of which a store has a clip from another source."""
 
     def __enter__(self) -> Self:
@@ -200,14 +200,14 @@ class ShardWorker:
         Raises:
             ShardBusy: Another process writes it; nothing was done.
         """
-        compared = self._compared(job)
-        if compared is None:
+        remaining = self._compare(job)
+        if remaining is None:
             return Counter()
         with ExitStack() as held:
-            outs = self._take(compared, held)
-            return self._fill(compared, outs) if outs else Counter()
+            outs = self._open_shards(remaining, held)
+            return self._write_shards(remaining, outs) if outs else Counter()
 
-    def _compared(self, job: ShardJob) -> ShardJob | None:
+    def _compare(self, job: ShardJob) -> ShardJob | None:
         """The job without what the stores have of it in other shards; None if that is all of it."""
         if job.earlier is None:
             return job
@@ -218,12 +218,12 @@ class ShardWorker:
         readers = [
             (kind, self._reader(path)) for kind, of in job.earlier.paths.items() for path in of
         ]
-        if not knows_some((reader for _, reader in readers), shard):
+        if not has_clip_of((reader for _, reader in readers), shard):
             return job
         sources = read_sources([shard], tuple(self._writers), self._teacher, SilentProgress())
         found = compare(readers, sources)
-        if found.is_unlike:
-            self.unlike.add(shard.name)
+        if found.has_changes:
+            self.changed_shards.add(shard.name)
         plan = plan_jobs(
             [shard],
             self._writers,
@@ -233,7 +233,7 @@ class ShardWorker:
         )
         whole = next((one for one in plan.jobs if one.name == job.name), None)
         if whole is None:
-            self.left_alone.add(job.name)
+            self.settled_jobs.add(job.name)
         return whole
 
     def _reader(self, path: Path) -> StoreReader:
@@ -242,7 +242,7 @@ class ShardWorker:
             self._readers[path] = StoreReader(path)
         return self._readers[path]
 
-    def _take(self, job: ShardJob, held: ExitStack) -> dict[Kind, ShardWriter]:
+    def _open_shards(self, job: ShardJob, held: ExitStack) -> dict[Kind, ShardWriter]:
         outs = {}
         is_current = _IsCurrent(lambda: self._fingerprints(job))
         for kind in job.keys:
@@ -261,30 +261,32 @@ class ShardWorker:
         video = NO_VIDEO if isinstance(record, BadRecord) else hash_video(record.video)
         return fingerprint_of(record, next(iter(self._writers)), self._teacher, video)
 
-    def _fill(self, job: ShardJob, outs: dict[Kind, ShardWriter]) -> Counter[Kind]:
-        book = _Book(outs, job.source, self._log)
+    def _write_shards(self, job: ShardJob, outs: dict[Kind, ShardWriter]) -> Counter[Kind]:
+        outcome_writer = _OutcomeWriter(outs, job.source, self._log)
         size = self._extraction.clips_per_batch
         with (
-            WriteBehind(book.write) as behind,
-            closing(self._prepared(job, outs, ahead=size)) as clips,
+            WriteBehind(outcome_writer.write) as writer,
+            closing(self._prepare_clips(job, outs, ahead=size)) as clips,
         ):
             for batch in _batches(clips, size):
                 for clip, outcome in zip(batch, self._outcomes(batch, job), strict=True):
                     if outcome is not None:
-                        behind.put((clip, outcome))
+                        writer.put((clip, outcome))
                 self._advance(job, len(batch))
-            behind.drain()
+            writer.drain()
             for out in outs.values():
                 out.commit()
-        self.captions_cut += book.captions_cut
-        return book.written
+        self.captions_cut += outcome_writer.captions_cut
+        return outcome_writer.written
 
-    def _prepared(
+    def _prepare_clips(
         self, job: ShardJob, outs: Mapping[Kind, ShardWriter], *, ahead: int
     ) -> Generator[_Clip, None, None]:
         def prepare(record: ClipRecord | BadRecord) -> _Clip:
-            kinds = tuple(kind for kind, out in outs.items() if _lacks(out, job, kind, record.key))
-            if kinds and not self._is_of_this_size(record, job):
+            kinds = tuple(
+                kind for kind, out in outs.items() if _is_missing(out, job, kind, record.key)
+            )
+            if kinds and not self._has_this_size(record, job):
                 kinds = ()
             fingerprint = self._fingerprint(record) if kinds else ""
             prepared = self._prepare(record, job.source) if kinds else None
@@ -294,11 +296,11 @@ class ShardWorker:
             prepare,
             job.records(self._shards),
             ahead=ahead,
-            threads=_PREPARING_THREADS,
+            threads=_PREPARE_THREADS,
             describe=lambda record: f"decoding clip {record.key!r} of {job.source}",
         )
 
-    def _is_of_this_size(self, record: ClipRecord | BadRecord, job: ShardJob) -> bool:
+    def _has_this_size(self, record: ClipRecord | BadRecord, job: ShardJob) -> bool:
         """Whether these stores are the clip's; what a store has left out, it takes at a retry."""
         size = self._extraction.size
         return size is None or record.key in job.retried or belongs(record, size)
@@ -316,18 +318,18 @@ class ShardWorker:
 
     def _outcomes(self, batch: Sequence[_Clip], job: ShardJob) -> list[Outcome | None]:
         """What became of each clip; None where no store lacks it."""
-        computed = iter(self._computed([clip for clip in batch if clip.needs_model], job))
+        computed = iter(self._compute([clip for clip in batch if clip.needs_model], job))
         return [
             next(computed) if clip.needs_model else clip.prepared if clip.kinds else None
             for clip in batch
         ]
 
-    def _computed(self, clips: Sequence[_Clip], job: ShardJob) -> Sequence[Outcome]:
+    def _compute(self, clips: Sequence[_Clip], job: ShardJob) -> Sequence[Outcome]:
         if not clips:
             return []
         try:
             if self._extract is None:
-                self._extract = self._model.enter_context(self._extraction.opened(self._device))
+                self._extract = self._model.enter_context(self._extraction.load_model(self._device))
             outcomes = self._extract([clip.prepared for clip in clips])
         except Exception as error:
             kinds, keys = " and ".join(job.keys), ", ".join(repr(clip.key) for clip in clips)
@@ -350,7 +352,7 @@ class _IsCurrent:
         return self._fingerprints.get(key) == fingerprint
 
 
-def _lacks(out: ShardWriter, job: ShardJob, kind: Kind, key: str) -> bool:
+def _is_missing(out: ShardWriter, job: ShardJob, kind: Kind, key: str) -> bool:
     """Whether a store still lacks a clip, which other processes may have written meanwhile."""
     return job.wants(kind, key) and not out.has(key) and out.shard_holding(key) is None
 
@@ -361,18 +363,18 @@ def _batches(clips: Iterable[_Clip], size: int) -> Iterator[list[_Clip]]:
     What needs no model waits only for what came before it.
     """
     batch: list[_Clip] = []
-    for_model = 0
+    num_for_model = 0
     for clip in clips:
         batch.append(clip)
-        for_model += clip.needs_model
-        if for_model in (0, size):
+        num_for_model += clip.needs_model
+        if num_for_model in (0, size):
             yield batch
-            batch, for_model = [], 0
+            batch, num_for_model = [], 0
     if batch:
         yield batch
 
 
-class _Book:
+class _OutcomeWriter:
     """Writes outcomes into the stores that are held, and counts what it added."""
 
     def __init__(

@@ -21,7 +21,7 @@ from stages.extract_features.prompts.salience import (
     select_candidates,
 )
 from stages.sam2_tracking.encoder import EncodedFrames
-from stages.sam2_tracking.tracker import TwoWayTracker
+from stages.sam2_tracking.tracker import Tracker
 
 _POINTS_PER_SIDE = 16
 _GAPS = (1, 2, 4, 8)
@@ -58,7 +58,7 @@ class AutomaticSource:
         """Nothing was needed."""
 
     @torch.inference_mode()
-    def find(self, clip: Clip, tracker: TwoWayTracker, encoded: EncodedFrames) -> ChosenPrompt:
+    def find(self, clip: Clip, tracker: Tracker, encoded: EncodedFrames) -> ChosenPrompt:
         """The mask that the rule picks, on frame 0.
 
         Raises:

@@ -99,8 +99,8 @@ def _matches(similarities_HWK: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     mean_HW2 = probability_HWK @ offsets_K2
     variance_HW = probability_HWK @ offsets_K2.square().sum(-1) - mean_HW2.square().sum(-1)
     best_HW2 = offsets_K2[similarities_HWK.argmax(-1)]
-    beside_HWK = (offsets_K2 - best_HW2[..., None, :]).abs().amax(-1) <= 1
-    near_HWK = logits_HWK.masked_fill(~beside_HWK, -torch.inf).softmax(-1)
+    adjacent_HWK = (offsets_K2 - best_HW2[..., None, :]).abs().amax(-1) <= 1
+    near_HWK = logits_HWK.masked_fill(~adjacent_HWK, -torch.inf).softmax(-1)
     return (near_HWK @ offsets_K2).numpy(), (1 / (1 + variance_HW.clamp(min=0))).numpy()
 
 

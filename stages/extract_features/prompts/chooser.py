@@ -14,7 +14,7 @@ from stages.extract_features.prompts.grounding import GroundingSource, phrases_o
 from stages.extract_features.prompts.prompt import ChosenPrompt
 from stages.sam2_tracking.encoder import EncodedFrames
 from stages.sam2_tracking.inputs import prompt_for_sam2
-from stages.sam2_tracking.tracker import TwoWayTracker
+from stages.sam2_tracking.tracker import Tracker
 
 
 class _Source(Protocol):
@@ -28,7 +28,7 @@ class _Source(Protocol):
     def unload(self) -> None:
         """Let go of it."""
 
-    def find(self, clip: Clip, tracker: TwoWayTracker, encoded: EncodedFrames) -> ChosenPrompt:
+    def find(self, clip: Clip, tracker: Tracker, encoded: EncodedFrames) -> ChosenPrompt:
         """The clip's prompt.
 
         Raises:
@@ -94,7 +94,7 @@ class PromptChooser:
         }
 
     @contextmanager
-    def opened(self, device: torch.device) -> Iterator[None]:
+    def load_models(self, device: torch.device) -> Iterator[None]:
         """Load the models that the sources need beside SAM2; `choose` works inside."""
         with ExitStack() as stack:
             for source in self._sources.values():
@@ -106,7 +106,7 @@ class PromptChooser:
         """`check_prompt` with these sources."""
         check_prompt(self._config, clip)
 
-    def choose(self, clip: Clip, tracker: TwoWayTracker, encoded: EncodedFrames) -> ChosenPrompt:
+    def choose(self, clip: Clip, tracker: Tracker, encoded: EncodedFrames) -> ChosenPrompt:
         """Ask the sources that have anything to go by.
 
         The first one decides; with `prompt_fallback`, the first one that finds something.
@@ -149,7 +149,7 @@ class DatasetSource:
     def unload(self) -> None:
         """Nothing was needed."""
 
-    def find(self, clip: Clip, tracker: TwoWayTracker, encoded: EncodedFrames) -> ChosenPrompt:
+    def find(self, clip: Clip, tracker: Tracker, encoded: EncodedFrames) -> ChosenPrompt:
         """The subjects that are still there at SAM2's size.
 
         Raises:

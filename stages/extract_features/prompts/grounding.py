@@ -17,7 +17,7 @@ from stages.extract_features.extraction import release_memory, sha256_of_file
 from stages.extract_features.prompts.prompt import ChosenPrompt
 from stages.files.weight_checks import check_weights, load_model, read_config
 from stages.sam2_tracking.encoder import EncodedFrames
-from stages.sam2_tracking.tracker import TwoWayTracker
+from stages.sam2_tracking.tracker import Tracker
 
 # Legend: H W pixels, Q query (a box that may be there), N token of the text.
 
@@ -264,13 +264,13 @@ class GroundingSource:
         self._model = None
         release_memory()
 
-    def find(self, clip: Clip, tracker: TwoWayTracker, encoded: EncodedFrames) -> ChosenPrompt:
+    def find(self, clip: Clip, tracker: Tracker, encoded: EncodedFrames) -> ChosenPrompt:
         """The best box of each phrase, on the first frame looked at that has any.
 
         Raises:
             ClipSkipped: nothing_found.
         """
-        assert self._model is not None, "choose a prompt inside PromptChooser.opened"
+        assert self._model is not None, "choose a prompt inside PromptChooser.load_models"
         config = self._config
         phrases = phrases_of(config, clip)
         highest = 0.0

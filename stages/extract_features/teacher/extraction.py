@@ -29,7 +29,7 @@ from stages.extract_features.teacher.stores import (
 from stages.extract_features.teacher.two_way import Subject, SubjectTrack, SubjectTracker
 from stages.sam2_tracking.build import build_sam2, check_sam2, find_checkpoint
 from stages.sam2_tracking.inputs import resize_for_sam2
-from stages.sam2_tracking.tracker import TwoWayTracker
+from stages.sam2_tracking.tracker import Tracker
 from stages.teacher_store.config import GramFlowConfig
 from stages.teacher_store.encoder import FlowMaker
 
@@ -43,7 +43,7 @@ class _Prepared:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Start:
+class _StartedClip:
     """Where a clip's tracks set out from."""
 
     chosen: ChosenPrompt
@@ -83,22 +83,22 @@ class SubjectExtraction:
         self.size: ClipsConfig | None = clips
         self._checkpoint = find_checkpoint(config.checkpoint)
         # Checked in advance: a checkpoint that does not fit must not show after hours of work.
-        self._facts = check_sam2(config.config, self._checkpoint, image_size=config.image_size)
+        self._sam2 = check_sam2(config.config, self._checkpoint, image_size=config.image_size)
         self._chooser = PromptChooser(config, clips)
         settings = self._all_settings(gram_flow)
         self._flow_maker = FlowMaker.of(settings["teacher"], gram_flow, clips.token_grid)
         self.settings: Mapping[Kind, StoreSettings] = {kind: settings[kind] for kind in self._kinds}
 
     def _all_settings(self, gram_flow: GramFlowConfig) -> dict[Kind, StoreSettings]:
-        config, clips, facts = self._config, self._clips, self._facts
+        config, clips, sam2 = self._config, self._clips, self._sam2
         tracking = tracking_settings(
             config,
             clips,
             checkpoint_sha256=sha256_of_file(self._checkpoint),
-            architecture=facts.config,
+            architecture=sam2.config,
             prompts=self._chooser.settings,
         )
-        channels = facts.hidden_dim if config.features == "memory_attention" else facts.mem_dim
+        channels = sam2.hidden_dim if config.features == "memory_attention" else sam2.mem_dim
         return subject_settings(config, clips, tracking, gram_flow=gram_flow, channels=channels)
 
     def prepare(self, record: ClipRecord) -> _Prepared:
@@ -114,26 +114,26 @@ class SubjectExtraction:
         return _Prepared(clip=clip, frames_TSS3=frames_TSS3)
 
     @contextmanager
-    def opened(
+    def load_model(
         self, device: torch.device
     ) -> Iterator[Callable[[Sequence[_Prepared]], Sequence[Outcome]]]:
         """Load SAM2, and Grounding DINO where it is asked for."""
         config = self._config
         model = build_sam2(
-            self._facts.config_name, self._checkpoint, image_size=config.image_size, device=device
+            self._sam2.config_name, self._checkpoint, image_size=config.image_size, device=device
         )
-        tracker = TwoWayTracker(
+        tracker = Tracker(
             model,
             precision=config.precision,
             frames_per_batch=config.frames_per_batch,
             keep_encoded=config.keep_encoded,
             compile=config.compile,
         )
-        with self._chooser.opened(device):
+        with self._chooser.load_models(device):
             yield partial(self._extract, tracker)
 
     @torch.inference_mode()
-    def _extract(self, tracker: TwoWayTracker, batch: Sequence[_Prepared]) -> list[Outcome]:
+    def _extract(self, tracker: Tracker, batch: Sequence[_Prepared]) -> list[Outcome]:
         """Track the batch's clips side by side."""
         with ExitStack() as encodings:
             started = [self._start(tracker, prepared, encodings) for prepared in batch]
@@ -159,7 +159,7 @@ class SubjectExtraction:
     def _keeps_features(self) -> bool:
         return "teacher" in self._kinds or "gram_flow" in self._kinds
 
-    def _subject_tracker(self, tracker: TwoWayTracker) -> SubjectTracker:
+    def _subject_tracker(self, tracker: Tracker) -> SubjectTracker:
         config = self._config
         on_device = config.keep_encoded == "device"
         return SubjectTracker(
@@ -172,8 +172,8 @@ class SubjectExtraction:
         )
 
     def _start(
-        self, tracker: TwoWayTracker, prepared: _Prepared, encodings: ExitStack
-    ) -> _Start | ClipSkipped:
+        self, tracker: Tracker, prepared: _Prepared, encodings: ExitStack
+    ) -> _StartedClip | ClipSkipped:
         """Encode a clip and find its subjects; what is encoded is closed with `encodings`."""
         encoded = encodings.enter_context(tracker.encode(prepared.frames_TSS3))
         try:
@@ -181,7 +181,7 @@ class SubjectExtraction:
             subjects = subjects_to_track(
                 prepared.clip, chosen, config=self._config, tracker=tracker, encoded=encoded
             )
-            return _Start(chosen=chosen, subjects=subjects)
+            return _StartedClip(chosen=chosen, subjects=subjects)
         except ClipSkipped as skipped:
             encoded.close()
             return skipped

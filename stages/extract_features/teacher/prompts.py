@@ -9,7 +9,7 @@ from stages.extract_features.prompts import ChosenPrompt
 from stages.extract_features.teacher.two_way import Subject
 from stages.sam2_tracking.encoder import EncodedFrames
 from stages.sam2_tracking.inputs import Sam2Prompt, prompt_for_sam2
-from stages.sam2_tracking.tracker import EmptyMaskError, TwoWayTracker
+from stages.sam2_tracking.tracker import EmptyMaskError, Tracker
 
 
 def subjects_to_track(
@@ -17,7 +17,7 @@ def subjects_to_track(
     chosen: ChosenPrompt,
     *,
     config: TeacherConfig,
-    tracker: TwoWayTracker,
+    tracker: Tracker,
     encoded: EncodedFrames,
 ) -> tuple[Subject, ...]:
     """One subject that is the union of all that are prompted, or each by itself.
@@ -60,7 +60,7 @@ def too_many_subjects(count: int, config: TeacherConfig) -> ClipSkipped:
     return ClipSkipped("too_many_subjects", detail)
 
 
-def _last_prompts(clip: Clip, tracker: TwoWayTracker) -> list[tuple[int | None, Sam2Prompt]]:
+def _last_prompts(clip: Clip, tracker: Tracker) -> list[tuple[int | None, Sam2Prompt]]:
     """Those of the dataset's for the last frame that do not vanish at SAM2's size, by subject."""
     kept = []
     for subject in clip.last_frame_prompts:
@@ -71,7 +71,7 @@ def _last_prompts(clip: Clip, tracker: TwoWayTracker) -> list[tuple[int | None, 
     return kept
 
 
-def _sam2_prompt(clip: Clip, subject: SubjectPrompt, tracker: TwoWayTracker) -> Sam2Prompt:
+def _sam2_prompt(clip: Clip, subject: SubjectPrompt, tracker: Tracker) -> Sam2Prompt:
     height, width = clip.frames_THWC.shape[1:3]
     return prompt_for_sam2(
         subject,
@@ -83,7 +83,7 @@ def _sam2_prompt(clip: Clip, subject: SubjectPrompt, tracker: TwoWayTracker) -> 
 
 
 def _union(
-    prompts: list[Sam2Prompt], frame: int, tracker: TwoWayTracker, encoded: EncodedFrames
+    prompts: list[Sam2Prompt], frame: int, tracker: Tracker, encoded: EncodedFrames
 ) -> Sam2Prompt:
     """A single prompt as it is; several as the mask of everything SAM2 takes them for."""
     if len(prompts) == 1:

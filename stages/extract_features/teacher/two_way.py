@@ -26,8 +26,8 @@ from stages.sam2_tracking.inputs import Sam2Prompt
 from stages.sam2_tracking.tracker import (
     EmptyMaskError,
     TrackedFrame,
+    Tracker,
     TrackRequest,
-    TwoWayTracker,
 )
 
 
@@ -150,7 +150,7 @@ _Passes = Generator[tuple[_Pass, ...], tuple[Track, ...], SubjectTrack]
 class SubjectTracker:
     """Follows subjects through the passes that the module's docstring lists."""
 
-    tracker: TwoWayTracker
+    tracker: Tracker
     both_ways: bool
     """Whether there is a backward pass."""
     features: FeatureKind | None

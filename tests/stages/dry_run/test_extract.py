@@ -221,7 +221,7 @@ def test_few_shards_speak_for_all(from_the_dataset, tiny_base, tmp_path, draw_fr
     rows = [{"file_name": f"{n}/missing.mp4"} for n in range(40)]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     clips = ClipsConfig(path=folder, num_frames=9, height=64, width=96, clips_per_shard=4)
-    found = look(config, clips, tiny_base, tmp_path / "cache", most_probed=8)
+    found = look(config, clips, tiny_base, tmp_path / "cache", max_probed=8)
     (kind,) = found.kinds
     assert (found.clips, found.shards, found.clips_probed) == (40, 10, 8)
     assert {clip.shard for clip in kind.skipped_clips} == {"00000", "00005"}

@@ -22,7 +22,7 @@ from stages.sam2_tracking.build import (
     official_configs,
 )
 from stages.sam2_tracking.inputs import Sam2Prompt
-from stages.sam2_tracking.tracker import TrackRequest, TwoWayTracker
+from stages.sam2_tracking.tracker import Tracker, TrackRequest
 
 CLIPS = ClipsConfig(path="clips", num_frames=17, height=64, width=96)
 
@@ -91,9 +91,7 @@ def changed(tracker_config):
 
 
 def test_the_tracker_costs_on_shapes_what_it_costs_on_values(tracker_config, single):
-    tracker = TwoWayTracker(
-        build_sam2(tracker_config.config, None, image_size=128), precision="fp32"
-    )
+    tracker = Tracker(build_sam2(tracker_config.config, None, image_size=128), precision="fp32")
     box = Sam2Prompt(
         points_1P2=torch.tensor([[[20.0, 20.0], [90.0, 90.0]]]),
         point_labels_1P=torch.tensor([[2, 3]], dtype=torch.int32),

@@ -261,7 +261,7 @@ def test_each_finished_shard_is_compared_by_one_process(
     read = refresh.read_sources
 
     def noting(shards: Any, *rest: Any, **options: Any) -> Any:
-        if "most_clips" not in options:
+        if "max_clips" not in options:
             compared.append([shard.name for shard in shards])
         return read(shards, *rest, **options)
 

@@ -193,7 +193,7 @@ def test_a_shard_that_another_process_is_at_is_waited_for(
             assert text == "waiting for other processes, which are writing 00000"
             held.close()
 
-    monkeypatch.setattr(other_writers, "ASK_EVERY_S", 0.0)
+    monkeypatch.setattr(other_writers, "POLL_INTERVAL_S", 0.0)
     teacher = write_teacher()
     settings = gram_flow_settings(
         StoreReader(teacher).settings, radius=2, dtype="float16", token_grid=(3, 4)

@@ -14,7 +14,7 @@ from cache_schema.names import retry_number
 from stages.clips import ClipsConfig, retry_shard_name
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig
-from stages.extract_features.execution.jobs import ShardJob, in_turn
+from stages.extract_features.execution.jobs import ShardJob, rank_order
 from stages.extract_features.run import extract_features
 from stages.extract_features.summary import ExtractSummary
 from stages.progress import SilentProgress
@@ -217,14 +217,14 @@ def test_a_skipped_clip_that_has_left_the_dataset_is_not_retried(
 def test_workers_begin_with_their_own_share_and_take_the_others_from_the_back() -> None:
     jobs = [
         ShardJob(
-            input_name=str(n), name=str(n), source="", keys={}, left_out={}, retried=frozenset()
+            input_name=str(n), name=str(n), source="", keys={}, excluded={}, retried=frozenset()
         )
         for n in range(7)
     ]
-    orders = [[int(job.name) for job in in_turn(jobs, rank, 3)] for rank in range(3)]
+    orders = [[int(job.name) for job in rank_order(jobs, rank, 3)] for rank in range(3)]
     assert orders == [
         [0, 3, 6, 4, 1, 5, 2],
         [1, 4, 5, 2, 6, 3, 0],
         [2, 5, 6, 3, 0, 4, 1],
     ]
-    assert [job.name for job in in_turn(jobs, 0, 1)] == [job.name for job in jobs]
+    assert [job.name for job in rank_order(jobs, 0, 1)] == [job.name for job in jobs]

@@ -336,7 +336,7 @@ def test_a_shard_that_another_process_writes_is_waited_for(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(other_writers, "ASK_EVERY_S", 0.0)
+    monkeypatch.setattr(other_writers, "POLL_INTERVAL_S", 0.0)
     reader = StoreReader(whole.kinds[0].store)
     other = StoreWriter.open(tmp_path, reader.settings, provenance={})
     with contextlib.ExitStack() as held:
@@ -443,13 +443,13 @@ def test_a_model_is_gone_before_the_next_is_loaded(
     alive_at_loading: list[int] = []
 
     @contextmanager
-    def opened(self: Any, device: torch.device) -> Iterator[Any]:
+    def load_model(self: Any, device: torch.device) -> Iterator[Any]:
         alive_at_loading.append(sum(model() is not None for model in models))
         model = torch.nn.Linear(1, 1)
         models.append(weakref.ref(model))
         yield lambda prepared: (model, self._extract(prepared))[1]
 
-    monkeypatch.setattr(stub_tracking, "opened", opened)
+    monkeypatch.setattr(stub_tracking, "load_model", load_model)
     pair = [
         stub_tracking(extract_config.teacher, two_shards, gram_flow=None, kinds=(kind,))
         for kind in ("teacher", "masks")

@@ -34,7 +34,7 @@ def test_text_equals_the_pipelines_prompt_encoding(
     caption: str, tiny_base: BaseModelConfig
 ) -> None:
     extraction = TextExtraction(TextConfig(), facts(tiny_base))
-    with extraction.opened(CPU) as extract:
+    with extraction.load_model(CPU) as extract:
         (outcome,) = extract([caption])
     extracted = outcome["text"]
     pipeline = CogVideoXPipeline.from_pretrained(tiny_base.path)
@@ -65,7 +65,7 @@ def test_latents_are_the_vaes_posterior(
     record: ClipRecord, two_shards: ClipsConfig, tiny_base: BaseModelConfig
 ) -> None:
     extraction = LatentsExtraction(LatentsConfig(), two_shards, facts(tiny_base), seed=0)
-    with extraction.opened(CPU) as extract:
+    with extraction.load_model(CPU) as extract:
         (outcome,) = extract([extraction.prepare(record)])
     arrays = outcome["latents"].arrays
     vae = AutoencoderKLCogVideoX.from_pretrained(tiny_base.path, subfolder="vae")
@@ -88,7 +88,7 @@ def test_image_to_video_adds_the_first_frames_posterior(
     record: ClipRecord, two_shards: ClipsConfig, tiny_image_base: BaseModelConfig
 ) -> None:
     extraction = LatentsExtraction(LatentsConfig(), two_shards, facts(tiny_image_base), seed=3)
-    with extraction.opened(CPU) as extract:
+    with extraction.load_model(CPU) as extract:
         first, second = (extract([extraction.prepare(record)])[0] for _ in range(2))
     arrays, again = first["latents"].arrays, second["latents"].arrays
     assert sorted(arrays) == sorted(extraction.settings["latents"].arrays)
@@ -242,7 +242,7 @@ def test_a_caption_that_is_too_long_is_counted_without_a_warning_of_indexing_err
     of_library.addHandler(caplog.handler)
     try:
         extraction = TextExtraction(TextConfig(), facts(tiny_base))
-        with extraction.opened(CPU) as extract:
+        with extraction.load_model(CPU) as extract:
             (outcome,) = extract([LONG])
     finally:
         of_library.removeHandler(caplog.handler)

@@ -9,7 +9,7 @@ import torch
 
 from stages.sam2_tracking.build import build_sam2
 from stages.sam2_tracking.encoder import EncodedFrames
-from stages.sam2_tracking.tracker import TwoWayTracker
+from stages.sam2_tracking.tracker import Tracker
 
 SIZE = 128
 
@@ -32,15 +32,15 @@ def assert_close(compiled: EncodedFrames, plain: EncodedFrames) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_compiled_encoder_differs_by_rounding_only(tiny_sam2: tuple[Path, Path]) -> None:
-    plain = TwoWayTracker(build_sam2(*tiny_sam2), precision="fp32")
-    compiled = TwoWayTracker(build_sam2(*tiny_sam2), precision="fp32", compile=True)
+    plain = Tracker(build_sam2(*tiny_sam2), precision="fp32")
+    compiled = Tracker(build_sam2(*tiny_sam2), precision="fp32", compile=True)
     assert_close(compiled.encode(frames(2)), plain.encode(frames(2)))
 
 
 def test_the_traced_encoder_equals_the_plain_one(tiny_sam2: tuple[Path, Path]) -> None:
     """Compilation without its last and longest part, the machine code."""
-    plain = TwoWayTracker(build_sam2(*tiny_sam2), precision="fp32").encode(frames(2))
-    traced = TwoWayTracker(build_sam2(*tiny_sam2), precision="fp32", frames_per_batch=2)
+    plain = Tracker(build_sam2(*tiny_sam2), precision="fp32").encode(frames(2))
+    traced = Tracker(build_sam2(*tiny_sam2), precision="fp32", frames_per_batch=2)
     traced.model.image_encoder.compile(dynamic=False, fullgraph=True, backend="aot_eager")
     assert_close(traced.encode(frames(2)), plain)
 
@@ -52,9 +52,9 @@ def test_the_encoder_is_what_is_compiled(
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda module, **_: compiled.append(type(module).__name__)
     )
-    TwoWayTracker(build_sam2(*tiny_sam2), precision="fp32")
+    Tracker(build_sam2(*tiny_sam2), precision="fp32")
     assert compiled == []
-    TwoWayTracker(build_sam2(*tiny_sam2), precision="fp32", compile=True)
+    Tracker(build_sam2(*tiny_sam2), precision="fp32", compile=True)
     assert compiled == ["ImageEncoder"]
 
 
@@ -63,7 +63,7 @@ def test_a_failure_to_compile_names_the_setting(tiny_sam2: tuple[Path, Path]) ->
         raise RuntimeError("no C++ compiler")
 
     model = build_sam2(*tiny_sam2)
-    tracker = TwoWayTracker(model, precision="fp32")
+    tracker = Tracker(model, precision="fp32")
     # What compile() leaves behind, with a backend that fails as one without a compiler does.
     model.image_encoder.compile(backend=broken)
     with pytest.raises(ValueError, match=r"(?s)no C\+\+ compiler.*extract\.teacher\.compile=false"):
@@ -73,7 +73,7 @@ def test_a_failure_to_compile_names_the_setting(tiny_sam2: tuple[Path, Path]) ->
 def test_other_errors_of_the_encoder_stay_what_they_are(
     tiny_sam2: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracker = TwoWayTracker(build_sam2(*tiny_sam2), precision="fp32")
+    tracker = Tracker(build_sam2(*tiny_sam2), precision="fp32")
 
     def out_of_memory(_: torch.Tensor) -> Any:
         raise torch.OutOfMemoryError("out of memory")

@@ -19,7 +19,7 @@ from stages.sam2_tracking.encoder import (
     open_store,
 )
 from stages.sam2_tracking.inputs import Sam2Prompt
-from stages.sam2_tracking.tracker import TrackRequest, TwoWayTracker
+from stages.sam2_tracking.tracker import Tracker, TrackRequest
 
 SIZE = 128
 CPU = torch.device("cpu")
@@ -81,7 +81,7 @@ def test_where_frames_wait_changes_no_bit(precision: Any, tiny_sam2: tuple[Path,
     frames_TSS3 = random_frames(4)
     tracks = []
     for keep in KEEP:
-        tracker = TwoWayTracker(build_sam2(*tiny_sam2), precision=precision, keep_encoded=keep)
+        tracker = Tracker(build_sam2(*tiny_sam2), precision=precision, keep_encoded=keep)
         with tracker.encode(frames_TSS3) as encoded:
             request = TrackRequest(encoded=encoded, prompt=box(), order=range(4))
             tracks.append([frame for (frame,) in tracker.track([request])])
@@ -98,8 +98,8 @@ def test_encoding_several_frames_at_once_changes_rounding_only(
 ) -> None:
     frames_TSS3 = random_frames(7)
     model = build_sam2(*tiny_sam2)
-    single = TwoWayTracker(model, precision="fp32").encode(frames_TSS3)
-    batched = TwoWayTracker(model, precision="fp32", frames_per_batch=frames_per_batch).encode(
+    single = Tracker(model, precision="fp32").encode(frames_TSS3)
+    batched = Tracker(model, precision="fp32", frames_per_batch=frames_per_batch).encode(
         frames_TSS3
     )
     assert single.sizes == batched.sizes == ((32, 32), (16, 16), (8, 8))
@@ -110,7 +110,7 @@ def test_encoding_several_frames_at_once_changes_rounding_only(
 
 
 def test_no_frames_are_refused(tiny_sam2: tuple[Path, Path]) -> None:
-    tracker = TwoWayTracker(build_sam2(*tiny_sam2), precision="fp32")
+    tracker = Tracker(build_sam2(*tiny_sam2), precision="fp32")
     with pytest.raises(ValueError, match="no frames to encode"):
         tracker.encode(random_frames(0))
 
@@ -146,7 +146,7 @@ class _LiveBytes(TorchDispatchMode):
             self.bytes_now -= size
 
 
-def peak_bytes(tracker: TwoWayTracker, num_frames: int, *, tracked: bool) -> int:
+def peak_bytes(tracker: Tracker, num_frames: int, *, tracked: bool) -> int:
     """Of the tensors that are alive at once while a clip is encoded and tracked."""
     frames_TSS3 = np.repeat(random_frames(1), num_frames, axis=0)
     with _LiveBytes() as live, tracker.encode(frames_TSS3) as encoded:
@@ -165,11 +165,11 @@ def test_the_memory_on_the_accelerator_does_not_grow_with_the_clip(
 ) -> None:
     """Both lengths fill the bank, which holds 16 steps."""
     model = build_sam2(*tiny_sam2)
-    disk = TwoWayTracker(model, precision="fp32", keep_encoded="disk")
+    disk = Tracker(model, precision="fp32", keep_encoded="disk")
     before, after = (peak_bytes(disk, length, tracked=True) for length in (shorter, longer))
     assert after - before < 0.01 * before
     # What is measured does see the frames where they are kept.
-    device = TwoWayTracker(model, precision="fp32", keep_encoded="device")
+    device = Tracker(model, precision="fp32", keep_encoded="device")
     before, after = (peak_bytes(device, length, tracked=False) for length in (shorter, longer))
     bytes_per_frame = 4 * (32 * 32 * 4 + 16 * 16 * 8 + 8 * 8 * 32)
     assert after - before == pytest.approx((longer - shorter) * bytes_per_frame, rel=0.02)
@@ -196,7 +196,7 @@ def test_a_full_disk_names_the_folder_and_the_setting(
         return opened[0]
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
-    tracker = TwoWayTracker(build_sam2(*tiny_sam2), precision="fp32", keep_encoded="disk")
+    tracker = Tracker(build_sam2(*tiny_sam2), precision="fp32", keep_encoded="disk")
     with pytest.raises(OSError, match="No space left") as caught:
         tracker.encode(random_frames(1))
     assert "extract.teacher.keep_encoded=disk" in caught.value.__notes__[0]

@@ -17,8 +17,8 @@ from stages.sam2_tracking.encoder import EncodedFrames
 from stages.sam2_tracking.inputs import Sam2Prompt
 from stages.sam2_tracking.tracker import (
     TrackedFrame,
+    Tracker,
     TrackRequest,
-    TwoWayTracker,
 )
 
 SIZE, NUM_FRAMES = 128, 18  # longer than the bank is deep
@@ -46,25 +46,25 @@ BACKWARD = FORWARD[::-1]
 
 
 @pytest.fixture(scope="module")
-def tracker(tiny_sam2: tuple[Path, Path]) -> TwoWayTracker:
-    return TwoWayTracker(build_sam2(*tiny_sam2), precision="fp32")
+def tracker(tiny_sam2: tuple[Path, Path]) -> Tracker:
+    return Tracker(build_sam2(*tiny_sam2), precision="fp32")
 
 
 @pytest.fixture
-def exact(tracker: TwoWayTracker, monkeypatch: pytest.MonkeyPatch) -> TwoWayTracker:
+def exact(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> Tracker:
     """With memories that are not rounded."""
     monkeypatch.setattr(tracker, "memory_dtype", torch.float32)
     return tracker
 
 
 @pytest.fixture(scope="module")
-def encoded_clips(tracker: TwoWayTracker) -> dict[int, EncodedFrames]:
+def encoded_clips(tracker: Tracker) -> dict[int, EncodedFrames]:
     return {}
 
 
 @pytest.fixture
 def clips(
-    tracker: TwoWayTracker,
+    tracker: Tracker,
     draw_frames: Callable[..., Any],
     encoded_clips: dict[int, EncodedFrames],
 ) -> list[EncodedFrames]:
@@ -75,7 +75,7 @@ def clips(
     return list(encoded_clips.values())
 
 
-def run(tracker: TwoWayTracker, *requests: TrackRequest) -> list[list[TrackedFrame]]:
+def run(tracker: Tracker, *requests: TrackRequest) -> list[list[TrackedFrame]]:
     """The frames of each request."""
     return [list(stream) for stream in zip(*tracker.track(requests), strict=True)]
 
@@ -113,7 +113,7 @@ STREAMS = {
 
 @pytest.mark.parametrize("case", STREAMS)
 def test_streams_side_by_side_equal_single_ones(
-    case: str, exact: TwoWayTracker, clips: list[EncodedFrames]
+    case: str, exact: Tracker, clips: list[EncodedFrames]
 ) -> None:
     requests = [
         TrackRequest(encoded=clips[clip], prompt=prompt, order=order)
@@ -126,10 +126,10 @@ def test_streams_side_by_side_equal_single_ones(
 
 
 def test_with_rounded_memories_streams_differ_by_what_rounding_changes(
-    tracker: TwoWayTracker, clips: list[EncodedFrames], nudged: Callable[[Any], Any]
+    tracker: Tracker, clips: list[EncodedFrames], nudged: Callable[[Any], Any]
 ) -> None:
     requests = [TrackRequest(encoded=clip, prompt=BOX, order=FORWARD) for clip in clips]
-    other = TwoWayTracker(nudged(tracker.model), precision="fp32")
+    other = Tracker(nudged(tracker.model), precision="fp32")
     for request, together in zip(requests, run(tracker, *requests), strict=True):
         (alone,) = run(tracker, request)
         (rounded,) = run(other, request)
@@ -146,7 +146,7 @@ def largest_difference(ours: list[TrackedFrame], theirs: list[TrackedFrame]) -> 
     )
 
 
-def test_streams_are_not_all_alike(tracker: TwoWayTracker, clips: list[EncodedFrames]) -> None:
+def test_streams_are_not_all_alike(tracker: Tracker, clips: list[EncodedFrames]) -> None:
     streams = run(
         tracker,
         TrackRequest(encoded=clips[0], prompt=BOX, order=FORWARD),
@@ -163,7 +163,7 @@ def test_a_lost_subject_does_not_disturb_its_neighbour(
     tiny_sam2: tuple[Path, Path], clips: list[EncodedFrames]
 ) -> None:
     model = build_sam2(*tiny_sam2)
-    tracker = TwoWayTracker(model, precision="fp32")
+    tracker = Tracker(model, precision="fp32")
     tracker.memory_dtype = torch.float32
     requests = [
         TrackRequest(encoded=clips[0], prompt=prompt, order=range(6)) for prompt in (BOX, CLICK)
@@ -183,7 +183,7 @@ def test_a_lost_subject_does_not_disturb_its_neighbour(
 
 
 def test_a_part_of_a_clip_is_tracked_like_a_clip_of_that_part(
-    tracker: TwoWayTracker, clips: list[EncodedFrames], draw_frames: Callable[..., Any]
+    tracker: Tracker, clips: list[EncodedFrames], draw_frames: Callable[..., Any]
 ) -> None:
     frames_TSS3: np.ndarray = draw_frames(NUM_FRAMES, SIZE, SIZE, seed=0)
     cut = tracker.encode(frames_TSS3[9:2:-1].copy())
@@ -197,7 +197,7 @@ def test_a_part_of_a_clip_is_tracked_like_a_clip_of_that_part(
 
 @pytest.mark.parametrize("wanted", [(), ("memory_attention",), ("memory_encoder",)])
 def test_features_that_are_not_wanted_change_nothing_else(
-    wanted: Any, tracker: TwoWayTracker, clips: list[EncodedFrames]
+    wanted: Any, tracker: Tracker, clips: list[EncodedFrames]
 ) -> None:
     request = TrackRequest(encoded=clips[0], prompt=BOX, order=range(4))
     for (some,), (everything,) in zip(
@@ -215,7 +215,7 @@ def test_objects_of_different_clips_may_overlap(
     """sam2 can keep the masks of one video's objects apart; here a batch is no one video."""
     model = build_sam2(*tiny_sam2)
     model.non_overlap_masks_for_mem_enc = True
-    tracker = TwoWayTracker(model, precision="fp32")
+    tracker = Tracker(model, precision="fp32")
     tracker.memory_dtype = torch.float32
     request = TrackRequest(encoded=clips[0], prompt=mask(), order=range(3))
     streams = run(tracker, request, request)
@@ -234,7 +234,7 @@ def test_objects_of_different_clips_may_overlap(
     ],
 )
 def test_orders_that_cannot_be_tracked_are_refused_at_once(
-    orders: list[Sequence[int]], message: str, tracker: TwoWayTracker, clips: list[EncodedFrames]
+    orders: list[Sequence[int]], message: str, tracker: Tracker, clips: list[EncodedFrames]
 ) -> None:
     requests = [TrackRequest(encoded=clips[0], prompt=BOX, order=order) for order in orders]
     with pytest.raises(ValueError, match=message):

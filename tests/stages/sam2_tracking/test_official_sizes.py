@@ -17,7 +17,7 @@ from stages.sam2_tracking.build import (
     official_configs,
 )
 from stages.sam2_tracking.inputs import Sam2Prompt
-from stages.sam2_tracking.tracker import TrackRequest, TwoWayTracker
+from stages.sam2_tracking.tracker import Tracker, TrackRequest
 
 OFFICIAL = [
     f"{version}_hiera_{size}" for version in ("sam2", "sam2.1") for size in ("t", "s", "b+", "l")
@@ -114,7 +114,7 @@ def test_every_official_size_tracks_like_the_stock_predictor(
     model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.fill_(3.0)
     frames_TSS3 = draw_frames(3, SMALL, SMALL)
 
-    tracker = TwoWayTracker(model, precision="fp32")
+    tracker = Tracker(model, precision="fp32")
     encoded = tracker.encode(frames_TSS3)
     request = TrackRequest(encoded=encoded, prompt=prompt(), order=range(3))
     ours = [frame for (frame,) in tracker.track([request])]

@@ -11,15 +11,15 @@ import torch
 from stages.sam2_tracking.build import build_sam2
 from stages.sam2_tracking.encoder import EncodedFrames
 from stages.sam2_tracking.inputs import Sam2Prompt, normalise_for_sam2
-from stages.sam2_tracking.tracker import TrackRequest, TwoWayTracker
+from stages.sam2_tracking.tracker import Tracker, TrackRequest
 
 SIZE = 128
 POINTS = np.array([[54.0, 64.0], [10.0, 10.0], [100.5, 30.25], [64.0, 120.0], [3.0, 90.0]])
 
 
 @pytest.fixture(scope="module")
-def tracker(tiny_sam2: tuple[Path, Path]) -> TwoWayTracker:
-    return TwoWayTracker(build_sam2(*tiny_sam2), precision="fp32")
+def tracker(tiny_sam2: tuple[Path, Path]) -> Tracker:
+    return Tracker(build_sam2(*tiny_sam2), precision="fp32")
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def frames_TSS3(draw_frames: Callable[..., np.ndarray]) -> np.ndarray:
 
 
 @pytest.fixture
-def encoded(tracker: TwoWayTracker, frames_TSS3: np.ndarray) -> EncodedFrames:
+def encoded(tracker: Tracker, frames_TSS3: np.ndarray) -> EncodedFrames:
     return tracker.encode(frames_TSS3)
 
 
@@ -71,7 +71,7 @@ def stock_click(
 
 
 def test_proposals_equal_clicks_on_an_image(
-    tracker: TwoWayTracker, encoded: EncodedFrames, frames_TSS3: np.ndarray
+    tracker: Tracker, encoded: EncodedFrames, frames_TSS3: np.ndarray
 ) -> None:
     proposals = tracker.propose_masks(encoded, 1, torch.from_numpy(POINTS), points_per_batch=2)
     assert proposals.logits.shape == (5, 3, 32, 32)
@@ -84,9 +84,7 @@ def test_proposals_equal_clicks_on_an_image(
     assert (proposals.logits[0] - proposals.logits[1]).abs().max() > 1e-3
 
 
-def test_proposals_do_not_depend_on_the_batch(
-    tracker: TwoWayTracker, encoded: EncodedFrames
-) -> None:
+def test_proposals_do_not_depend_on_the_batch(tracker: Tracker, encoded: EncodedFrames) -> None:
     points_N2 = torch.from_numpy(POINTS)
     together = tracker.propose_masks(encoded, 0, points_N2)
     single = tracker.propose_masks(encoded, 0, points_N2, points_per_batch=1)
@@ -97,13 +95,13 @@ def test_proposals_do_not_depend_on_the_batch(
 def test_proposals_are_float32_whatever_the_arithmetic(
     tiny_sam2: tuple[Path, Path], frames_TSS3: np.ndarray
 ) -> None:
-    rough = TwoWayTracker(build_sam2(*tiny_sam2), precision="bf16")
+    rough = Tracker(build_sam2(*tiny_sam2), precision="bf16")
     proposals = rough.propose_masks(rough.encode(frames_TSS3), 0, torch.from_numpy(POINTS))
     assert proposals.logits.dtype == proposals.predicted_iou.dtype == torch.float32
 
 
 def test_masks_on_a_frame_are_those_that_tracks_begin_with(
-    tracker: TwoWayTracker, encoded: EncodedFrames
+    tracker: Tracker, encoded: EncodedFrames
 ) -> None:
     masks_NHW = tracker.masks_on_frame(encoded, 1, prompts())
     assert masks_NHW.shape == (3, 32, 32) and masks_NHW.dtype == torch.float32
@@ -114,7 +112,7 @@ def test_masks_on_a_frame_are_those_that_tracks_begin_with(
 
 
 def test_a_tracked_mask_becomes_a_prompt_as_the_stock_predictor_enlarges_it(
-    tracker: TwoWayTracker,
+    tracker: Tracker,
 ) -> None:
     logits_HW = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
     prompt: Any = tracker.prompt_from_logits(logits_HW)
@@ -125,6 +123,6 @@ def test_a_tracked_mask_becomes_a_prompt_as_the_stock_predictor_enlarges_it(
     assert torch.equal(prompt.mask_11SS, (enlarged > 0).float())
 
 
-def test_an_empty_mask_is_no_prompt(tracker: TwoWayTracker) -> None:
+def test_an_empty_mask_is_no_prompt(tracker: Tracker) -> None:
     with pytest.raises(ValueError, match="the mask is empty"):
         tracker.prompt_from_logits(torch.full((32, 32), -1024.0))

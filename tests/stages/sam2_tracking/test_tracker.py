@@ -19,8 +19,8 @@ from stages.sam2_tracking.inputs import (
 )
 from stages.sam2_tracking.tracker import (
     TrackedFrame,
+    Tracker,
     TrackRequest,
-    TwoWayTracker,
 )
 
 HEIGHT, WIDTH, SIZE = 96, 144, 128
@@ -30,8 +30,8 @@ POINTS = np.array([[43.0, 48.0], [50.0, 40.0], [120.0, 80.0]])
 LABELS = np.array([1, 1, 0])
 
 
-def tracker_of(tiny_sam2: tuple[Path, Path], **settings: Any) -> TwoWayTracker:
-    return TwoWayTracker(build_sam2(*tiny_sam2), precision="fp32", **settings)
+def tracker_of(tiny_sam2: tuple[Path, Path], **settings: Any) -> Tracker:
+    return Tracker(build_sam2(*tiny_sam2), precision="fp32", **settings)
 
 
 def square(prompt: SubjectPrompt) -> Any:
@@ -39,7 +39,7 @@ def square(prompt: SubjectPrompt) -> Any:
 
 
 def one(
-    tracker: TwoWayTracker, encoded: EncodedFrames, prompt: Sam2Prompt, *, backward: bool = False
+    tracker: Tracker, encoded: EncodedFrames, prompt: Sam2Prompt, *, backward: bool = False
 ) -> list[TrackedFrame]:
     """A single stream over the whole clip."""
     order = range(encoded.num_frames)[:: -1 if backward else 1]
@@ -48,7 +48,7 @@ def one(
 
 
 def both_ways(
-    tracker: TwoWayTracker, frames_THWC: np.ndarray, prompt: SubjectPrompt
+    tracker: Tracker, frames_THWC: np.ndarray, prompt: SubjectPrompt
 ) -> tuple[list[TrackedFrame], list[TrackedFrame]]:
     encoded = tracker.encode(resize_for_sam2(frames_THWC, SIZE))
     forward = one(tracker, encoded, square(prompt))
@@ -192,7 +192,7 @@ def test_reduced_precision_stays_close(
     frames_TSS3 = resize_for_sam2(draw_frames(4, HEIGHT, WIDTH), SIZE)
     features = []
     for arithmetic in ("fp32", precision):
-        tracker = TwoWayTracker(build_sam2(*tiny_sam2), precision=arithmetic)
+        tracker = Tracker(build_sam2(*tiny_sam2), precision=arithmetic)
         encoded = tracker.encode(frames_TSS3)
         frames = one(tracker, encoded, square(SubjectPrompt(box_xyxy=BOX)))
         features.append(torch.stack([frame.features["memory_attention"] for frame in frames]))
@@ -213,9 +213,7 @@ def test_the_official_tiny_architecture_equals_the_stock_predictor(
     torch.save({"model": predictor.state_dict()}, checkpoint)
     frames_THWC = draw_frames(3, 480, 720)
     box = (120.0, 110.0, 350.0, 370.0)
-    tracker = TwoWayTracker(
-        build_sam2("sam2.1_hiera_t", checkpoint, image_size=512), precision="fp32"
-    )
+    tracker = Tracker(build_sam2("sam2.1_hiera_t", checkpoint, image_size=512), precision="fp32")
     prompt = prompt_for_sam2(
         SubjectPrompt(box_xyxy=box), height=480, width=720, image_size=512, device=CPU
     )

@@ -26,8 +26,8 @@ from stages.sam2_tracking.build import build_sam2
 from stages.sam2_tracking.inputs import Sam2Prompt, normalise_for_sam2
 from stages.sam2_tracking.tracker import (
     TrackedFrame,
+    Tracker,
     TrackRequest,
-    TwoWayTracker,
 )
 
 SIZE, WIDTH, TRUNK_WIDTH = 128, 128, 16
@@ -210,7 +210,7 @@ def track_with(
 
 
 def track(model: Any, frames_TSS3: np.ndarray, prompt: Sam2Prompt) -> list[TrackedFrame]:
-    tracker = TwoWayTracker(model, precision="fp32")
+    tracker = Tracker(model, precision="fp32")
     encoded = tracker.encode(frames_TSS3)
     request = TrackRequest(encoded=encoded, prompt=prompt, order=range(encoded.num_frames))
     return [frame for (frame,) in tracker.track([request])]

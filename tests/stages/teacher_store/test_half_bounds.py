@@ -8,14 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.teacher_store.features import half_at_least, half_at_most
+from stages.teacher_store.features import round_down_to_float16, round_up_to_float16
 
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
 @given(st.floats(-70000, 70000, width=32))
 def test_the_result_is_the_closest_float16_on_its_side(value: float) -> None:
     tensor = torch.tensor([value])
-    below, above = half_at_most(tensor).numpy()[0], half_at_least(tensor).numpy()[0]
+    below, above = round_down_to_float16(tensor).numpy()[0], round_up_to_float16(tensor).numpy()[0]
     assert float(below) <= value <= float(above)
     if math.isfinite(float(below)):
         assert float(np.nextafter(below, np.float16(np.inf))) > value
@@ -26,4 +26,4 @@ def test_the_result_is_the_closest_float16_on_its_side(value: float) -> None:
 @given(st.floats(width=16, allow_nan=False, allow_infinity=False))
 def test_a_float16_stays_as_it_is(value: float) -> None:
     tensor = torch.tensor([value])
-    assert half_at_most(tensor).item() == value == half_at_least(tensor).item()
+    assert round_down_to_float16(tensor).item() == value == round_up_to_float16(tensor).item()

@@ -207,7 +207,7 @@ def test_a_worker_that_does_not_answer_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ray_engine, "RayWorker", StopsOnce)
-    monkeypatch.setattr(ray_engine, "SILENCE_S", 5.0)
+    monkeypatch.setattr(ray_engine, "REPORT_TIMEOUT_S", 5.0)
     progress = Lines()
     found = extract(config, two_shards, tiny_base, tmp_path, progress=progress).kinds[0]
     assert [line for line in progress.lines if "has not answered for 5 s" in line]

@@ -15,7 +15,7 @@ from stages.extract_features.prompts.automatic import AutomaticSource, motion_of
 from stages.sam2_tracking.build import build_sam2
 from stages.sam2_tracking.inputs import resize_for_sam2
 from stages.sam2_tracking.step import MaskProposals
-from stages.sam2_tracking.tracker import TwoWayTracker
+from stages.sam2_tracking.tracker import Tracker
 
 SIZE, FRAMES = 256, 9
 Box = tuple[int, int, int, int]
@@ -150,7 +150,7 @@ def test_a_real_sam2_gives_one_mask_of_the_clips_size_and_always_the_same(
         monkeypatch.setattr(salience, bound, -1e9)  # random weights are sure of nothing
     monkeypatch.setattr(salience, "_MAX_AREA", 1.0)
     configuration, checkpoint = tiny_sam2
-    tracker = TwoWayTracker(build_sam2(configuration, checkpoint, image_size=128), precision="fp32")
+    tracker = Tracker(build_sam2(configuration, checkpoint, image_size=128), precision="fp32")
     clip = make_clip()
     with tracker.encode(resize_for_sam2(clip.frames_THWC, 128)) as encoded:
         first, second = (AutomaticSource(128).find(clip, tracker, encoded) for _ in range(2))

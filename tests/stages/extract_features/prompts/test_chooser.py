@@ -45,7 +45,7 @@ def automatic_finds(monkeypatch: pytest.MonkeyPatch) -> ChosenPrompt:
 
 
 def choose(chooser: PromptChooser, clip: Clip) -> ChosenPrompt:
-    with chooser.opened(CPU):
+    with chooser.load_models(CPU):
         return chooser.choose(clip, NOT_NEEDED, NOT_NEEDED)
 
 
@@ -176,7 +176,7 @@ def test_grounding_dino_is_there_inside_opened_alone(
     events: list[str] = []
     monkeypatch.setattr(GroundingSource, "load", lambda *_: events.append("load"))
     monkeypatch.setattr(GroundingSource, "unload", lambda *_: events.append("unload"))
-    with pytest.raises(KeyError), make_chooser(*ALL).opened(CPU):
+    with pytest.raises(KeyError), make_chooser(*ALL).load_models(CPU):
         assert events == ["load"]
         raise KeyError
     assert events == ["load", "unload"]

@@ -25,7 +25,7 @@ from stages.extract_features.prompts import ChosenPrompt, PromptChooser
 from stages.extract_features.teacher import extraction, stores
 from stages.extract_features.teacher.extraction import SubjectExtraction
 from stages.local_gram_flow import local_gram_flow, neighbour_mask
-from stages.sam2_tracking.tracker import TwoWayTracker
+from stages.sam2_tracking.tracker import Tracker
 from stages.teacher_store.config import GramFlowConfig
 from tests.stages.extract_features.teacher.grid_reference import (
     RADIUS,
@@ -108,7 +108,7 @@ def extract(
     def run(*records: ClipRecord, kinds: tuple[Kind, ...] = BOTH, **options: Any) -> list[Outcome]:
         config = teacher.model_copy(update=options)
         extraction = SubjectExtraction(config, clips, gram_flow=FLOW, kinds=kinds)
-        with extraction.opened(CPU) as opened:
+        with extraction.load_model(CPU) as opened:
             outcomes = list(opened([extraction.prepare(record) for record in records]))
         for outcome in outcomes:
             if isinstance(outcome, ClipSkipped):
@@ -211,7 +211,7 @@ def test_the_project_gram_flow_of_stored_features_agrees_within_float16(
     raw_directions: Callable[[str], tuple[np.ndarray, np.ndarray]],
 ) -> None:
     extraction = SubjectExtraction(teacher, clips, gram_flow=FLOW, kinds=("teacher",))
-    with extraction.opened(CPU) as opened:
+    with extraction.load_model(CPU) as opened:
         (outcome,) = opened([extraction.prepare(record)])
     features_THWG = entry(outcome).arrays["features"]
     assert features_THWG.dtype == np.float16
@@ -296,9 +296,9 @@ def lose_subject(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, in
     """Makes the tracker see no subject where `lost(frame, frames of the pass)` says so."""
 
     def install(lost: Callable[[int, int], bool]) -> None:
-        track = TwoWayTracker.track
+        track = Tracker.track
 
-        def losing(self: TwoWayTracker, requests: Any, **options: Any) -> Any:
+        def losing(self: Tracker, requests: Any, **options: Any) -> Any:
             for frames in track(self, requests, **options):
                 for frame in frames:
                     if lost(frame.index, len(requests[0].order)):
@@ -306,7 +306,7 @@ def lose_subject(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, in
                         frame.object_score.fill_(-4.0)
                 yield frames
 
-        monkeypatch.setattr(TwoWayTracker, "track", losing)
+        monkeypatch.setattr(Tracker, "track", losing)
 
     return install
 
