@@ -1,1 +1,1 @@
-"""SAM2 as a batched tracker that runs through a clip in a given order of frames."""
+"""SAM2 as a batched tracker that visits the frames of a clip in a given order."""

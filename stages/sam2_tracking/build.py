@@ -1,8 +1,4 @@
-"""Builds SAM2 from an official configuration and checkpoint; the one file that imports sam2.
-
-`two_way_tracking` drives what is built here; the subject extraction checks and loads it here; the
-demo builds its tiny SAM2 here too.
-"""
+"""Build SAM2 from an official configuration and checkpoint. No other file imports sam2."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -41,8 +37,8 @@ _CLASSES: Mapping[str, type[torch.nn.Module]] = {
         *(MemoryAttention, MemoryAttentionLayer, MemoryEncoder, MaskDownSampler, Fuser, CXBlock),
     )
 }
-"""What a configuration may build, by name: the classes of the official inference configurations.
-A name is looked up here and never imported: a file can come from anybody."""
+"""Classes that a configuration may instantiate: those of the official inference configurations.
+Names are looked up here and never imported, since the file may come from an untrusted source."""
 
 _TARGET = "_target_"
 
@@ -54,32 +50,31 @@ _PREDICTOR_SETTINGS: dict[str, Any] = {
         "dynamic_multimask_stability_thresh": 0.98,
     },
 }
-"""What sam2.build_sam.build_sam2_video_predictor adds to a configuration by default, save for the
-filling of holes in its output masks (fill_hole_area), which would change the tracked masks only
-where a CUDA extension happens to be installed."""
+"""Overrides that sam2.build_sam.build_sam2_video_predictor applies by default, except for
+fill_hole_area: it changes the tracked masks only where sam2's CUDA extension is installed."""
 
 
 HUB_CHECKPOINTS: Mapping[str, tuple[str, str]] = {
     hub_id: (Path(config).stem, file) for hub_id, (config, file) in HF_MODEL_ID_TO_FILENAMES.items()
 }
-"""Official checkpoints by hub id: the name of the configuration, and of the file there."""
+"""Official checkpoints by hub id: configuration name and file name in the repository."""
 
 
 def official_configs() -> dict[str, Path]:
-    """Official configurations by name: sam2.1_hiera_l -> its YAML file in the sam2 package."""
+    """Return the official configurations: sam2.1_hiera_l -> its YAML file in the sam2 package."""
     files = (file for folder in _OFFICIAL_FOLDERS for file in (_CONFIGS / folder).glob("*.yaml"))
     return {file.stem: file for file in sorted(files)}
 
 
 def find_checkpoint(name: str, *, download: bool = True) -> Path:
-    """The file of a checkpoint: a path, or the hub id of an official one.
+    """Return the path of a checkpoint given by path or by the hub id of an official one.
 
     Args:
         name: A path on this machine, or an id such as facebook/sam2.1-hiera-large.
-        download: Fetch an official one that is not in the hub's cache.
+        download: Download an official checkpoint that is not in the hub cache.
 
     Raises:
-        ValueError: It is neither, or it cannot be downloaded.
+        ValueError: `name` is neither, or the download fails.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -89,26 +84,26 @@ def find_checkpoint(name: str, *, download: bool = True) -> Path:
         return download_checkpoint(name, file, local_files_only=not download)
     raise ValueError(
         f"extract.teacher.checkpoint={name} is "
-        + ("a folder: name the .pt file in it" if path.is_dir() else "no file on this machine")
+        + ("a folder: name the .pt file in it" if path.is_dir() else "not a file on this machine")
         + "; give the path of a SAM2 checkpoint, or the hub id of an official one: "
         + ", ".join(HUB_CHECKPOINTS)
     )
 
 
 def load_sam2_config(config: str | Path, *, image_size: int | None = None) -> dict[str, Any]:
-    """Read a configuration and fit it to the image size and to video.
+    """Read a configuration and set it up for video and for the image size.
 
     Args:
-        config: Name of an official configuration, or a YAML file in their format.
-        image_size: Side in pixels of the square SAM2 sees; None keeps the file's own. The rotary
-            position grids of the memory attention are fitted to it.
+        config: Name of an official configuration, or a YAML file in the same format.
+        image_size: Side in pixels of SAM2's square input; None keeps the file's value. The rotary
+            position grids of the memory attention are set to match.
 
     Returns:
-        The resolved tree under the file's `model` key: everything that shapes the arithmetic apart
-        from the weights.
+        The resolved tree under the file's `model` key: everything that determines the outputs
+        apart from the weights.
 
     Raises:
-        ValueError: No such configuration, or the file is not one.
+        ValueError: The configuration does not exist or is not valid.
     """
     file = _config_file(config)
     where = f"the SAM2 configuration {file}"
@@ -123,7 +118,7 @@ def load_sam2_config(config: str | Path, *, image_size: int | None = None) -> di
         )
     if "defaults" in document:
         raise ValueError(
-            f"{where} has a list of `defaults`, which is not followed: give the composed file"
+            f"{where} has a `defaults` list, which is not supported: give the composed file"
         )
     _check_tree(model, "model", where)
     model |= _PREDICTOR_SETTINGS | {
@@ -141,23 +136,23 @@ def load_sam2_config(config: str | Path, *, image_size: int | None = None) -> di
     except KeyError as error:
         raise ValueError(f"{where} is incomplete: it has no {error}") from error
     except TypeError as error:
-        raise ValueError(f"{where} is not one of SAM2: {error}") from error
+        raise ValueError(f"{where} is not a SAM2 configuration: {error}") from error
     return model
 
 
 def _check_tree(node: Any, path: str, where: str) -> None:
-    """Refuse what is more than values and official classes (`ValueError`)."""
+    """Raise ValueError for anything other than plain values and official classes."""
     if isinstance(node, list):
         for number, item in enumerate(node):
             _check_tree(item, f"{path}[{number}]", where)
     elif isinstance(node, str) and "${" in node:
         raise ValueError(
-            f"{where}: {path} is {node!r}; references are not followed, write the value itself"
+            f"{where}: {path} is {node!r}; references are not supported, write the value itself"
         )
     elif isinstance(node, dict):
         for key, value in node.items():
             if not isinstance(key, str) or (key.startswith("_") and key != _TARGET):
-                raise ValueError(f"{where}: {path} has the key {key!r}, which is not read")
+                raise ValueError(f"{where}: {path} has the key {key!r}, which is not supported")
             if key == _TARGET and (not isinstance(value, str) or value not in _CLASSES):
                 raise ValueError(
                     f"{where}: {path} builds {value}; only the classes of sam2's inference "
@@ -173,10 +168,10 @@ def _check_tree(node: Any, path: str, where: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sam2Spec:
-    """What is known of a SAM2 before it is loaded."""
+    """A SAM2 model's configuration and dimensions, known before its weights are loaded."""
 
     config: dict[str, Any]
-    """The resolved configuration: everything that shapes the arithmetic apart from the weights."""
+    """The resolved configuration: everything that determines the outputs apart from the weights."""
     config_name: str
     """The official configuration's name, or the YAML file's path."""
     hidden_dim: int
@@ -188,16 +183,16 @@ class Sam2Spec:
 def check_sam2(
     config: str | Path | None, checkpoint: Path, *, image_size: int | None = None
 ) -> Sam2Spec:
-    """Find out whether a configuration and a checkpoint fit each other; loads neither.
+    """Check that a configuration and a checkpoint match, without loading the model.
 
     Args:
         config: Name of an official configuration, a YAML file, or None for the official one that
-            fits the checkpoint.
+            matches the checkpoint.
         checkpoint: An official checkpoint, {"model": state dict}.
-        image_size: Side in pixels of the square SAM2 sees; None keeps the configuration's.
+        image_size: Side in pixels of SAM2's square input; None keeps the configuration's.
 
     Raises:
-        ValueError: As `build_sam2`.
+        ValueError: See `build_sam2`.
     """
     name, model, _ = _load_checked(config, checkpoint, image_size)
     return Sam2Spec(
@@ -221,11 +216,11 @@ def build_sam2(
 
     Args:
         config: Name of an official configuration such as sam2.1_hiera_l, a YAML file, or None for
-            the official one that fits the checkpoint.
-        checkpoint: An official checkpoint, {"model": state dict}; None leaves random weights.
-        image_size: Side in pixels of the square SAM2 sees, a multiple of 32; None keeps the
+            the official one that matches the checkpoint.
+        checkpoint: An official checkpoint, {"model": state dict}; None keeps random weights.
+        image_size: Side in pixels of SAM2's square input, a multiple of 32; None keeps the
             configuration's.
-        device: Where the model goes; meta builds it without values, for its shapes.
+        device: Device of the model; meta builds it without values, for its shapes.
 
     Returns:
         The model in evaluation mode, without gradients.
@@ -242,8 +237,8 @@ def build_sam2(
     else:
         _, model, weights = _load_checked(config, checkpoint, image_size)
         expected = model.state_dict()
-        # Copied, so that the model does not depend on the file; straight to the device, so that
-        # the host never holds the whole of it.
+        # Copied, so that the model does not depend on the mapped file; directly to the device, so
+        # that the host never holds a full copy.
         copies = {
             key: value.to(device, expected[key].dtype, copy=True) for key, value in weights.items()
         }
@@ -254,7 +249,7 @@ def build_sam2(
 def _load_checked(
     config: str | Path | None, checkpoint: Path, image_size: int | None
 ) -> tuple[str, SAM2Base, dict[str, torch.Tensor]]:
-    """The configuration's name, the model without values, and the weights that fit it."""
+    """Return the configuration's name, the model on the meta device, and matching weights."""
     weights = read_checkpoint(checkpoint)
     if config is None:
         config = _matching_config(weights)
@@ -291,7 +286,7 @@ def _instantiate(config: str | Path, image_size: int | None) -> SAM2Base:
     tree = load_sam2_config(config, image_size=image_size)
     try:
         model = _build_tree(tree)
-    except Exception as error:  # whatever the classes say of arguments that are not theirs
+    except Exception as error:  # constructors raise anything on wrong arguments
         raise ValueError(f"the SAM2 configuration {config} cannot be built: {error}") from error
     if not isinstance(model, SAM2Base):
         raise ValueError(
@@ -302,7 +297,7 @@ def _instantiate(config: str | Path, image_size: int | None) -> SAM2Base:
 
 
 def _build_tree(node: Any) -> Any:
-    """`node` with every mapping that names a class replaced by an object of it, innermost first."""
+    """Replace every mapping that names a class by an instance of it, innermost first."""
     if isinstance(node, list):
         return [_build_tree(item) for item in node]
     if not isinstance(node, dict):

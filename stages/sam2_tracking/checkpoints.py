@@ -1,4 +1,4 @@
-"""Reads SAM2 checkpoints and says which configuration they fit; `sam2_tracker` uses it."""
+"""Download and read SAM2 checkpoints, and find the official configuration that they match."""
 
 import pickle
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ from stages.files.weight_checks import refuse_lfs_pointer
 
 
 def download_checkpoint(hub_id: str, file: str, *, local_files_only: bool) -> Path:
-    """Fetch an official checkpoint from the hub, or find it in the hub's cache.
+    """Download an official checkpoint from the hub, or find it in the hub cache.
 
     Args:
-        hub_id: Such as facebook/sam2.1-hiera-large.
-        file: Its name there.
-        local_files_only: Look into the cache alone.
+        hub_id: For example facebook/sam2.1-hiera-large.
+        file: File name in the repository.
+        local_files_only: Look in the cache only.
 
     Raises:
-        ValueError: It cannot be had; the message says what to do.
+        ValueError: The checkpoint is not available; the message says what to do.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -31,17 +31,17 @@ def download_checkpoint(hub_id: str, file: str, *, local_files_only: bool) -> Pa
         raise ValueError(
             f"the SAM2 checkpoint {hub_id} is not on this machine and "
             + (
-                "must not be downloaded now"
+                "downloads are disabled"
                 if local_files_only
                 else f"could not be downloaded ({error})"
             )
-            + f"; fetch it where there is a network (hf download {hub_id} {file} --local-dir "
+            + f"; download it where there is a network (hf download {hub_id} {file} --local-dir "
             f"checkpoints) and set extract.teacher.checkpoint=checkpoints/{file}"
         ) from error
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Map the state dict of an official checkpoint into memory, running no code in it.
+    """Memory-map the state dict of an official checkpoint, without running code from it.
 
     Raises:
         ValueError: The file is missing, unreadable, or not {"model": state dict}.
@@ -65,7 +65,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class _Architecture:
-    """The few facts that tell the official models apart."""
+    """The values that distinguish the official models."""
 
     embed_dim: int
     num_blocks: int
@@ -83,7 +83,7 @@ class _Architecture:
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> "_Architecture":
         trunk = config["image_encoder"]["trunk"]
-        # The defaults of sam2's Hiera, which sam2_hiera_b+.yaml leaves out in part.
+        # The defaults of sam2's Hiera, since sam2_hiera_b+.yaml omits some.
         return cls(
             trunk.get("embed_dim", 96),
             sum(trunk.get("stages", (2, 3, 16, 3))),
@@ -94,14 +94,14 @@ class _Architecture:
 def find_matching_config(
     weights: Mapping[str, torch.Tensor], configs: Mapping[str, Mapping[str, Any]]
 ) -> str | None:
-    """The name of the configuration that a checkpoint was made for.
+    """Return the name of the configuration that a checkpoint matches.
 
     Args:
         weights: A checkpoint's tensors.
-        configs: The official configurations by name, as `sam2_tracker.load_sam2_config` reads them.
+        configs: The official configurations by name, as read by `build.load_sam2_config`.
 
     Returns:
-        None when it is none of them.
+        None if none matches.
     """
     architecture = _Architecture.of_weights(weights)
     for name, config in configs.items():
@@ -113,7 +113,7 @@ def find_matching_config(
 def differences(
     expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]
 ) -> list[str]:
-    """Names and shapes that differ between a model's tensors and a checkpoint's, in words."""
+    """Describe each tensor whose name or shape differs between a model and a checkpoint."""
     return [
         f"{key} is {_shape(found, key)}, expected {_shape(expected, key)}"
         for key in sorted({*expected, *found})

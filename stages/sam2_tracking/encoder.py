@@ -1,13 +1,12 @@
-"""SAM2's image encoder over a clip's frames, each once, and storage of its outputs.
+"""SAM2's image encoder, run once per frame, and storage of its outputs.
 
-Outputs wait on the accelerator, in host memory, or in a file.
+Outputs are kept on the accelerator, in host memory, or in a temporary file.
 """
 
-# Legend: N position on a level of the image encoder (row-major), B frame of a batch, C channel.
+# Legend: T frame, S side of SAM2's square input, N position on a level of the image encoder
+# (row-major), B frame of a batch, C channel.
 
 import tempfile
-
-# Legend: T frame of a batch, S side of SAM2's square input, N position on a level, C channel.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
@@ -18,27 +17,27 @@ import torch
 from stages.sam2_tracking.inputs import normalise_for_sam2
 
 KeepEncoded = Literal["device", "host", "disk"]
-"""Where encoded frames wait."""
+"""Where encoded frames are stored until they are tracked."""
 
 
 class FrameStore(Protocol):
-    """The levels of each frame, in the order they were appended."""
+    """Storage of each frame's levels, in the order they were appended."""
 
     def __len__(self) -> int:
-        """How many frames there are."""
+        """Return the number of frames."""
 
     def append(self, levels_NC: Sequence[torch.Tensor]) -> None:
-        """Copy one frame's levels from the device; what is given may be a view of a batch."""
+        """Copy one frame's levels from the device; they may be views of a batch."""
 
     def read(self, index: int) -> list[torch.Tensor]:
-        """One frame's levels [N, C], on the device."""
+        """Return one frame's levels [N, C] on the device."""
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Free the memory or the file."""
 
 
 class EncodedFrames:
-    """A clip's encoded frames; every track of the clip reads them. Close it when they are done.
+    """A clip's encoded frames, shared by all tracks of the clip. Close it after the last track.
 
     Args:
         frames: The levels of every frame, highest resolution first.
@@ -63,7 +62,7 @@ class EncodedFrames:
         return len(self._frames)
 
     def levels_at(self, indices: Sequence[int]) -> list[torch.Tensor]:
-        """The levels of some frames, on the device.
+        """Return the levels of some frames on the device.
 
         Args:
             indices: Positions in the clip, in any order; one may occur several times.
@@ -74,17 +73,17 @@ class EncodedFrames:
         return gather_levels([(self, index) for index in indices])
 
     def read(self, index: int) -> list[torch.Tensor]:
-        """The levels [N, C] of one frame, on the device.
+        """Return the levels [N, C] of one frame on the device.
 
         Raises:
-            IndexError: The clip has no such frame.
+            IndexError: `index` is out of range.
         """
         if not 0 <= index < self.num_frames:
-            raise IndexError(f"frame {index} of a clip of {self.num_frames} frames")
+            raise IndexError(f"no frame {index} of a clip of {self.num_frames} frames")
         return self._frames.read(index)
 
     def close(self) -> None:
-        """Let go of the frames, and of the file where they are in one."""
+        """Free the frames, and the temporary file if there is one."""
         self._frames.close()
 
     def __enter__(self) -> "EncodedFrames":
@@ -95,7 +94,7 @@ class EncodedFrames:
 
 
 def gather_levels(picks: Sequence[tuple[EncodedFrames, int]]) -> list[torch.Tensor]:
-    """One batch of frames, of one clip or of several; each is read once.
+    """Return a batch of frames from one or several clips; each frame is read once.
 
     Args:
         picks: Clip and position in it, in the order of the batch.
@@ -114,12 +113,12 @@ def gather_levels(picks: Sequence[tuple[EncodedFrames, int]]) -> list[torch.Tens
 
 
 def open_store(keep: KeepEncoded, device: torch.device, dtype: torch.dtype) -> FrameStore:
-    """An empty store.
+    """Return an empty store.
 
     Args:
-        keep: Where the frames wait.
-        device: Where they come from, and go to when they are read.
-        dtype: The format in which they are kept.
+        keep: Where the frames are stored.
+        device: Device that frames are copied from, and to when read.
+        dtype: Storage dtype.
     """
     match keep:
         case "device":
@@ -132,7 +131,7 @@ def open_store(keep: KeepEncoded, device: torch.device, dtype: torch.dtype) -> F
 
 
 class _OnDevice:
-    """As they come."""
+    """Frames on the accelerator."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -142,7 +141,7 @@ class _OnDevice:
         return len(self._frames)
 
     def append(self, levels_NC: Sequence[torch.Tensor]) -> None:
-        # Copied, because a view would keep the whole batch.
+        # Copied, because a view would keep the whole batch alive.
         self._frames.append(
             [
                 level_NC.to(self._dtype, copy=True, memory_format=torch.contiguous_format)
@@ -158,10 +157,10 @@ class _OnDevice:
 
 
 class _OnHost:
-    """In the host's memory; page-locked where the device is a GPU, so that copies do not wait.
+    """Frames in host memory; page-locked if the device is a GPU, so that copies are asynchronous.
 
-    One allocation per frame and level: torch rounds page-locked memory up to powers of two, which
-    SAM2's levels are and a clip's are not.
+    One allocation per frame and level: torch rounds page-locked allocations up to powers of two,
+    which SAM2's levels are and a whole clip's are not.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -178,8 +177,8 @@ class _OnHost:
             kept_NC = torch.empty(
                 level_NC.shape, dtype=self._dtype, pin_memory=self._device.type == "cuda"
             )
-            # The device may still be at it when this returns; only the device reads it again, in
-            # the same stream, so that it comes later there.
+            # The copy may not have finished when this returns. Only the device reads the values
+            # again, in the same stream, so the read is ordered after the copy.
             kept_NC.copy_(level_NC, non_blocking=True)
             frame.append(kept_NC)
         self._frames.append(frame)
@@ -192,9 +191,9 @@ class _OnHost:
 
 
 class _OnDisk:
-    """In an unlinked temporary file, one frame after the other, each its levels one by one.
+    """Frames in an unlinked temporary file, frame by frame and level by level.
 
-    Plain reads and writes: a memory map would count as this process's memory as it is read.
+    Plain reads and writes: pages of a memory map would count as this process's memory.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -218,15 +217,15 @@ class _OnDisk:
         except OSError as error:
             error.add_note(
                 f"writing encoded frames to a temporary file in {tempfile.gettempdir()}: "
-                f"{self._bytes_per_frame()} bytes a frame (extract.teacher.keep_encoded=disk); "
-                "TMPDIR names another folder"
+                f"{self._bytes_per_frame()} bytes per frame (extract.teacher.keep_encoded=disk); "
+                "set TMPDIR to use another folder"
             )
             raise
         self._num_frames += 1
 
     def read(self, index: int) -> list[torch.Tensor]:
-        # A fresh buffer each time: the copy to a GPU may still be going on at the next read, and
-        # torch does not hand page-locked memory out again before.
+        # A new buffer each time: the previous copy to the GPU may still be running, and torch does
+        # not reuse page-locked memory before it has finished.
         buffer = torch.empty(
             self._bytes_per_frame(), dtype=torch.uint8, pin_memory=self._device.type == "cuda"
         )
@@ -250,8 +249,8 @@ class _OnDisk:
 
 
 def compile_image_encoder(model: Any) -> None:
-    """Have a SAM2Base's image encoder compiled, in place, when it is next used."""
-    # The last batch of a clip is often smaller: a second fixed shape beats one of unknown size.
+    """Compile a SAM2Base's image encoder in place, on its next use."""
+    # The last batch of a clip is often smaller; two static shapes are faster than a dynamic one.
     model.image_encoder.compile(dynamic=False)
 
 
@@ -263,17 +262,17 @@ def encode_frames(
     frames_per_batch: int,
     arithmetic: Callable[[], AbstractContextManager[Any]],
 ) -> EncodedFrames:
-    """Encode frames into an empty store; it is closed when that fails.
+    """Encode frames into an empty store, which is closed on failure.
 
     Args:
         model: A SAM2Base.
         frames_TSS3: uint8, at least one.
-        store: Where the levels go, a batch at a time.
+        store: Receives the levels, batch by batch.
         frames_per_batch: Frames per pass.
-        arithmetic: Makes the context in which the encoder runs.
+        arithmetic: Returns the context (autocast) in which the encoder runs.
 
     Raises:
-        ValueError: There is no frame, or torch.compile fails.
+        ValueError: There are no frames, or torch.compile fails.
     """
     if not len(frames_TSS3):
         raise ValueError("there are no frames to encode")
@@ -311,7 +310,7 @@ def _encode_batch(
 
 
 def _is_from_compiler(error: RuntimeError) -> bool:
-    # Importing it takes seconds, which only those who compile should wait.
+    # Imported here, because it takes seconds.
     from torch._dynamo.exc import TorchDynamoException
 
     return isinstance(error, TorchDynamoException)

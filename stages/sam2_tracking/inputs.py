@@ -1,4 +1,4 @@
-"""Frames and prompts as SAM2 takes them: squashed to its square, as its own predictor does it."""
+"""Frames and prompts in SAM2's input format: resized to a square like in its own predictor."""
 
 # Legend: T frame, S side of SAM2's square input, P point, H W pixels of the training frame.
 
@@ -20,7 +20,7 @@ _BOX_LABELS = (2, 3)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sam2Prompt:
-    """A subject on the first frame visited, in SAM2's square: a mask, or points."""
+    """A prompt on the first visited frame, in coordinates of SAM2's square: a mask, or points."""
 
     mask_11SS: torch.Tensor | None = None
     """1 on the subject, 0 elsewhere, float32."""
@@ -31,7 +31,7 @@ class Sam2Prompt:
 
 
 def resize_for_sam2(frames_THWC: np.ndarray, image_size: int) -> np.ndarray:
-    """Squash frames to SAM2's square as sam2 does with a folder of images: bicubic, by PIL.
+    """Resize frames to SAM2's square as sam2 does for a folder of images: bicubic, with PIL.
 
     Args:
         frames_THWC: uint8 RGB.
@@ -45,13 +45,13 @@ def resize_for_sam2(frames_THWC: np.ndarray, image_size: int) -> np.ndarray:
 
 
 def normalise_for_sam2(frames_TSS3: np.ndarray, device: torch.device) -> torch.Tensor:
-    """uint8 frames -> [T, 3, S, S] float32, with the mean and deviation SAM2 was trained with.
+    """uint8 frames -> [T, 3, S, S] float32, normalised with SAM2's mean and standard deviation.
 
-    Channels are outermost in memory, as sam2 has them: another layout rounds differently.
+    Channels-first in memory, as in sam2: another memory layout rounds differently.
     """
     bytes_TSS3 = torch.from_numpy(frames_TSS3)
     if device.type == "cuda":
-        # From page-locked memory the copy overlaps with what the GPU is still at.
+        # A copy from page-locked memory overlaps with the GPU's current work.
         bytes_TSS3 = bytes_TSS3.pin_memory()
     mean = torch.tensor(_IMAGE_MEAN, device=device)[:, None, None]
     std = torch.tensor(_IMAGE_STD, device=device)[:, None, None]
@@ -62,19 +62,19 @@ def normalise_for_sam2(frames_TSS3: np.ndarray, device: torch.device) -> torch.T
 def prompt_for_sam2(
     prompt: SubjectPrompt, *, height: int, width: int, image_size: int, device: torch.device
 ) -> Sam2Prompt:
-    """Bring a prompt from training-frame pixels to SAM2's square.
+    """Convert a prompt from training-frame pixels to SAM2's square.
 
-    The same arithmetic as SAM2VideoPredictor.add_new_mask and add_new_points_or_box.
+    The arithmetic is that of SAM2VideoPredictor.add_new_mask and add_new_points_or_box.
 
     Args:
         prompt: A mask, a box or points on frame 0.
-        height: Of the training frame, in pixels.
-        width: Of the training frame, in pixels.
+        height: Height of the training frame in pixels.
+        width: Width of the training frame in pixels.
         image_size: S.
-        device: Where the prompt goes.
+        device: Device of the result.
 
     Raises:
-        ClipSkipped: bad_prompt, when nothing of the mask is left at SAM2's size.
+        ClipSkipped: bad_prompt, if the mask is empty at SAM2's size.
     """
     if prompt.mask_HW is not None:
         mask_11SS = _square_mask(torch.from_numpy(prompt.mask_HW), image_size)

@@ -1,6 +1,4 @@
-"""What SAM2 remembers along a track, and no more than later steps can reach; for
-`two_way_tracking`.
-"""
+"""SAM2's memory bank, limited to the memories that later steps can read."""
 
 # Legend: B stream of the batch, C channel, H W grid of the memories.
 
@@ -12,26 +10,26 @@ import torch
 
 @dataclass(slots=True)
 class MemoryBank:
-    """Memories and object pointers by step, in the layout that sam2's SAM2Base reads; old ones go.
+    """Memories and object pointers by step, in the layout that sam2's SAM2Base reads.
 
-    The prompted step's stay for good. Dropping the others changes nothing: SAM2 looks back over a
-    fixed number of steps.
+    The prompted step's entry is kept; older ones are dropped once SAM2, which looks back over a
+    fixed number of steps, no longer reads them. The results do not change.
     """
 
     memory_reach: int
-    """Steps back to the oldest memory that is looked at."""
+    """Number of steps back to the oldest memory that SAM2 reads."""
     pointer_reach: int
-    """Steps back to the oldest object pointer that is looked at."""
+    """Number of steps back to the oldest object pointer that SAM2 reads."""
     outputs: dict[str, dict[int, dict[str, Any]]] = field(
         default_factory=lambda: {"cond_frame_outputs": {}, "non_cond_frame_outputs": {}}
     )
-    """The prompted step's entry, and the later ones'."""
+    """The prompted step's entry, and those of later steps."""
     _positions_1CHW: torch.Tensor | None = None
 
     @classmethod
     def of(cls, model: Any) -> "MemoryBank":
-        """An empty bank that reaches back as far as a `SAM2Base` does."""
-        # With a stride r the memories lie at multiples of r, so the oldest can be r - 1 further.
+        """Return an empty bank with the reach of a `SAM2Base`."""
+        # With a stride r, memories are at multiples of r, so the oldest can be r - 1 steps further.
         stride = model.memory_temporal_stride_for_eval
         return cls(
             memory_reach=max(1, 1 + (model.num_maskmem - 2) * stride),
@@ -46,11 +44,11 @@ class MemoryBank:
         positions_BCHW: torch.Tensor,
         pointer_BC: torch.Tensor,
     ) -> None:
-        """Keep the step's memory and pointer; drop what no later step can reach.
+        """Store the step's memory and pointer; drop what no later step can read.
 
         Args:
             step: Number of the visit, from 0, the prompted one.
-            memory_BCHW: In the format that memories are kept in.
+            memory_BCHW: The memories, in the storage dtype.
             positions_BCHW: Their position encoding, the same at every step and for every stream.
             pointer_BC: The object pointers.
         """

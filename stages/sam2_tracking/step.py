@@ -1,16 +1,13 @@
-"""One step of SAM2 over a batch of streams, and its mask decoder on a frame without memory."""
+"""One tracking step of SAM2 over a batch of streams, and mask proposals on a single frame."""
 
-# Legend: S side of SAM2's square input, N point or position on a level, B point of a batch, M mask
-# of a point, C channel, H W grid.
+# Legend: S side of SAM2's square input, N point or position on a level (row-major), B stream or
+# point of the batch, M mask of a point, C channel, H W grid.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-# Legend: S side of SAM2's square input, N position on a level (row-major), B stream of the batch,
-# C channel, H W grid.
 import torch.nn.functional as F  # noqa: N812
 
 from stages.sam2_tracking.inputs import Sam2Prompt
@@ -21,7 +18,7 @@ _ON_SUBJECT = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskProposals:
-    """What SAM2 takes each of N points for: a part, a whole, or what it is on, in no fixed order.
+    """Three candidate masks per point (a part, the object, what it is on), in no fixed order.
 
     On the model's device, in float32.
     """
@@ -29,7 +26,7 @@ class MaskProposals:
     logits: torch.Tensor
     """[N, 3, S/4, S/4]; positive on the mask."""
     predicted_iou: torch.Tensor
-    """[N, 3]: how well SAM2 expects each mask to fit."""
+    """[N, 3]: IoU that SAM2 predicts for each mask."""
 
 
 def propose_masks(
@@ -40,9 +37,9 @@ def propose_masks(
     *,
     points_per_batch: int,
 ) -> MaskProposals:
-    """Decode three masks for every point, as sam2's SAM2ImagePredictor does it.
+    """Decode three masks for every point, like sam2's SAM2ImagePredictor.
 
-    Unlike the tracker's, these masks do not depend on the score of the object being visible.
+    Unlike the tracker's masks, these do not depend on the object score.
 
     Args:
         model: A SAM2Base.
@@ -98,21 +95,21 @@ def _decode(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FrameStep:
-    """The frames that the streams visit at one step."""
+    """The frame that each stream visits at one step."""
 
     levels_NBC: list[torch.Tensor]
-    """Of the image encoder, highest resolution first."""
+    """Image encoder levels, highest resolution first."""
     positions_NBC: torch.Tensor
     """Position encoding of the last level."""
     sizes: tuple[tuple[int, int], ...]
     """Height and width of each level."""
     step: int
-    """Which visit this is, from 0, the prompted one."""
+    """Number of the visit; 0 is the prompted one."""
     num_steps: int
-    """How many there will be; SAM2 takes it for the number of frames."""
+    """Number of visits; passed to SAM2 as the number of frames."""
 
     def stream(self, b: int) -> "FrameStep":
-        """One stream's part."""
+        """Return the part of one stream."""
         return FrameStep(
             levels_NBC=[level_NBC[:, b : b + 1] for level_NBC in self.levels_NBC],
             positions_NBC=self.positions_NBC[:, :1],
@@ -130,7 +127,7 @@ class FrameStep:
         mask_B1SS: torch.Tensor | None = None,
         prompted: bool = False,
     ) -> tuple[Any, torch.Tensor]:
-        """SAM2Base._track_step: the outputs of the mask heads, and the features they saw."""
+        """Run SAM2Base._track_step; return the mask heads' outputs and the features they got."""
         _, heads, _, features_BCHW = model._track_step(
             frame_idx=self.step,
             is_init_cond_frame=prompted,
@@ -149,22 +146,22 @@ class FrameStep:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepOutputs:
-    """What a step says of every stream."""
+    """Per-stream outputs of one tracking step."""
 
     logits_B1HW: torch.Tensor
-    """Of the mask, at a quarter of S."""
+    """Mask logits [B, 1, S/4, S/4]."""
     score_B1: torch.Tensor
-    """Logit of the subject being visible."""
+    """Object score: logit of the subject being visible."""
     memory_BCHW: torch.Tensor
-    """The memory of the frame."""
+    """Memory encoder output for the frame."""
     attended_BCHW: torch.Tensor | None
-    """The frame after memory attention; None on a prompted frame, see `attend`."""
+    """Memory attention output for the frame; None on a prompted frame, see `attend`."""
 
 
 def prompted_masks(
     model: Any, frames: FrameStep, prompt: Sam2Prompt
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What SAM2 takes a prompt for, on the one frame of `frames`; nothing is stored.
+    """Decode a prompt's mask on the single frame of `frames`, without storing a memory.
 
     Returns:
         Mask logits [1, 1, S/4, S/4], object pointer [1, C], score [1, 1].
@@ -188,18 +185,18 @@ def visit(
 
     Args:
         model: A SAM2Base.
-        frames: The frames.
+        frames: One frame per stream.
         bank: The streams' memories.
-        prompts: One for each stream; read at step 0 only.
-        memory_dtype: The format in which memories are kept.
+        prompts: One per stream; used at step 0 only.
+        memory_dtype: Storage dtype of memories.
     """
     attended_BCHW = None
     if frames.step == 0:
-        # One by one, since prompts have different numbers of points.
+        # One at a time, since prompts have different numbers of points.
         streams = [prompted_masks(model, frames.stream(b), p) for b, p in enumerate(prompts)]
         logits_B1HW, pointer_BC, score_B1 = (torch.cat(part) for part in zip(*streams, strict=True))
-        # As SAM2VideoPredictor.propagate_in_video_preflight: the memory of a prompted frame is
-        # made from its low-resolution mask.
+        # As in SAM2VideoPredictor.propagate_in_video_preflight, the memory of a prompted frame is
+        # computed from its low-resolution mask.
         mask_B1SS = enlarge_mask(model, logits_B1HW)
     else:
         heads, attended_BCHW = frames.track(model, bank.outputs)
@@ -226,10 +223,10 @@ def visit(
 
 
 def attend(model: Any, frames: FrameStep, bank: MemoryBank) -> torch.Tensor:
-    """Let prompted frames attend to their own memories, [B, C, S/16, S/16].
+    """Apply memory attention of prompted frames to their own memories: [B, C, S/16, S/16].
 
-    SAM2 skips memory attention there, which gives features of other statistics than on every later
-    frame.
+    SAM2 skips memory attention on prompted frames, which would give features with different
+    statistics from those of every later frame.
     """
     return model._prepare_memory_conditioned_features(
         frame_idx=frames.step,
@@ -243,7 +240,7 @@ def attend(model: Any, frames: FrameStep, bank: MemoryBank) -> torch.Tensor:
 
 
 def enlarge_mask(model: Any, logits_B1HW: torch.Tensor) -> torch.Tensor:
-    """[B, 1, S/4, S/4] mask logits -> [B, 1, S, S], as SAM2 does it."""
+    """Upsample mask logits like SAM2: [B, 1, S/4, S/4] -> [B, 1, S, S]."""
     side = model.image_size
     return F.interpolate(
         logits_B1HW.float(), size=(side, side), mode="bilinear", align_corners=False

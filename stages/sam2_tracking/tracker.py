@@ -1,8 +1,8 @@
-"""Tracks subjects with SAM2, in any direction, from one encoding of each clip's frames.
+"""SAM2 tracker over frames in a given order, with each frame encoded once.
 
-The subject extraction and the prompt sources drive it. It calls the single-frame step of the model
-that `sam2_tracker.build_sam2` makes, so that memory features come out and every frame passes the
-image encoder once; equal to sam2's SAM2VideoPredictor on the same weights.
+It calls the model's single-frame step directly, which gives access to the memory features and lets
+tracks share the encoded frames. Results equal those of sam2's SAM2VideoPredictor with the same
+weights.
 """
 
 # Legend: T frame, S side of SAM2's square input, N prompt or point, C channel, H W grid.
@@ -38,55 +38,55 @@ from stages.sam2_tracking.step import (
 )
 
 ALL_FEATURES: tuple[FeatureKind, ...] = get_args(FeatureKind)
-"""Every kind of feature that a track can give."""
+"""Every kind of feature that a track can return."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackRequest:
-    """One stream: a subject of a clip, followed over its frames in some order."""
+    """One stream: a subject of a clip, tracked over its frames in a given order."""
 
     encoded: EncodedFrames
     prompt: Sam2Prompt
-    """The subject on the first frame of `order`."""
+    """Prompt on the first frame of `order`."""
     order: Sequence[int]
-    """The frames in the order they are visited, at least two. Backward tracking is forward
-    tracking over the reversed order: sam2's own reverse mode changes the temporal encodings."""
+    """Frame indices in the order they are visited, at least two. Backward tracking is tracking
+    in reversed order, since sam2's own reverse mode changes the temporal encodings."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackedFrame:
-    """One visited frame of one stream. All tensors are on the tracker's device, in float32."""
+    """Outputs for one frame of one stream, as float32 tensors on the tracker's device."""
 
     index: int
-    """Position in the clip, whichever direction it was visited in."""
+    """Index of the frame in the clip, regardless of direction."""
     features: dict[FeatureKind, torch.Tensor]
-    """[C, S/16, S/16] each: the frame after memory attention; and the memory stored of it."""
+    """[C, S/16, S/16] each: output of memory attention, and of the memory encoder."""
     mask_logits_HW: torch.Tensor
-    """[S/4, S/4]; positive on the subject; -1024 everywhere when it is not visible."""
+    """[S/4, S/4]; positive on the subject, -1024 everywhere if it is not visible."""
     object_score: torch.Tensor
-    """Logit of the subject being visible, a scalar."""
+    """Logit of the subject being visible: a scalar."""
 
     @property
     def visible(self) -> torch.Tensor:
-        """Whether the score is positive and the mask is not empty: a bool scalar on the device."""
+        """Whether the score is positive and the mask is not empty: bool scalar on the device."""
         return (self.object_score > 0) & (self.mask_logits_HW > 0).any()
 
 
 class EmptyMaskError(ValueError):
-    """A tracked mask that is empty at SAM2's size."""
+    """A tracked mask is empty at SAM2's size."""
 
 
 class Tracker:
-    """SAM2 driven frame by frame.
+    """Run SAM2 frame by frame.
 
     Args:
-        model: What `sam2_tracker.build_sam2` returns, on its device.
-        precision: Arithmetic (autocast) and format in which encoded frames are kept.
+        model: Model from `build.build_sam2`, on its device.
+        precision: Autocast dtype, and storage dtype of encoded frames.
         frames_per_batch: Frames per pass of the image encoder. Above 1 the results differ from the
             stock predictor's by rounding.
-        keep_encoded: Where encoded frames wait for their tracks; changes no value.
-        compile: Compile the model's image encoder in place when it is first used; values then
-            differ by rounding.
+        keep_encoded: Where encoded frames are stored; does not change results.
+        compile: Compile the model's image encoder in place on first use; results then differ by
+            rounding.
     """
 
     def __init__(
@@ -100,8 +100,8 @@ class Tracker:
     ) -> None:
         if model.num_maskmem < 1:
             raise ValueError("the SAM2 configuration has num_maskmem 0, so there are no memories")
-        # It would keep the masks of one batch apart, as if they were one video's objects. The
-        # stock predictor runs every object by itself, so that it has no effect there either.
+        # It would make the masks of a batch exclusive, as if they were objects of one video. The
+        # stock predictor runs each object separately, so it has no effect there either.
         model.non_overlap_masks_for_mem_enc = False
         if compile:
             compile_image_encoder(model)
@@ -109,7 +109,7 @@ class Tracker:
         self.precision: Precision = precision
         self.frames_per_batch = frames_per_batch
         self.keep_encoded: KeepEncoded = keep_encoded
-        # SAM2VideoPredictor keeps memories in bfloat16, even in fp32; fp16 autocast refuses that.
+        # SAM2VideoPredictor stores memories in bfloat16, even in fp32; fp16 autocast rejects that.
         self.memory_dtype = torch.float16 if precision == "fp16" else torch.bfloat16
 
     def _arithmetic(self) -> AbstractContextManager[Any]:
@@ -119,16 +119,16 @@ class Tracker:
 
     @torch.inference_mode()
     def encode(self, frames_TSS3: np.ndarray) -> EncodedFrames:
-        """Run the image encoder over every frame once.
+        """Run the image encoder once on every frame.
 
         Args:
-            frames_TSS3: uint8 frames, at least one, as `sam2_inputs.resize_for_sam2` makes them.
+            frames_TSS3: uint8 frames from `inputs.resize_for_sam2`, at least one.
 
         Returns:
-            The frames where `keep_encoded` says; to be closed when its tracks are done.
+            The encoded frames, stored as `keep_encoded` says. Close them after tracking.
 
         Raises:
-            ValueError: There is no frame, or torch.compile fails.
+            ValueError: There are no frames, or torch.compile fails.
         """
         return encode_frames(
             self.model,
@@ -144,21 +144,21 @@ class Tracker:
         *,
         features: Sequence[FeatureKind] = ALL_FEATURES,
     ) -> Iterator[tuple[TrackedFrame, ...]]:
-        """Follow every stream from its prompt, side by side, each with a fresh state.
+        """Track every stream from its prompt as one batch, each with a fresh state.
 
-        Streams do not influence each other: several differ from one at a time by rounding only.
+        Streams are independent: batching changes results by rounding only.
 
         Args:
-            requests: The streams, whose orders are equally long; of one clip or of several.
-            features: Which features to give of every frame; those left out are not computed where
-                they can be spared.
+            requests: The streams, of one or several clips, with orders of equal length.
+            features: Features to return for every frame; others are not computed unless SAM2
+                itself needs them.
 
         Yields:
-            At each step the frame that each stream visits, in the order of `requests`.
+            For each step, the frame that each stream visits, in the order of `requests`.
 
         Raises:
-            ValueError: No request; an order has fewer than two frames (SAM2's temporal encoding is
-                undefined), another length than the first, or frames that the clip does not have.
+            ValueError: There are no requests; an order has fewer than two frames (SAM2's temporal
+                encoding is undefined), a different length from the first, or an index out of range.
         """
         _check_orders(requests)
         return self._steps(requests, features)
@@ -180,7 +180,7 @@ class Tracker:
         bank: MemoryBank,
         features: Sequence[FeatureKind],
     ) -> tuple[TrackedFrame, ...]:
-        """Visit the streams' `step`-th frames, and store their memories."""
+        """Track the `step`-th frame of every stream, and store its memory."""
         clip = requests[0].encoded
         frames = FrameStep(
             levels_NBC=gather_levels(
@@ -215,12 +215,12 @@ class Tracker:
     def masks_on_frame(
         self, encoded: EncodedFrames, index: int, prompts: Sequence[Sam2Prompt]
     ) -> torch.Tensor:
-        """What the tracker takes prompts for on a frame: the first step of a track, nothing stored.
+        """Decode the masks of prompts on a frame, as in the first step of a track.
 
         Args:
             encoded: The clip's frames.
-            index: The frame that the prompts are on.
-            prompts: At least one; each by itself.
+            index: Index of the prompts' frame.
+            prompts: At least one; each is decoded separately.
 
         Returns:
             Mask logits [N, S/4, S/4], float32, in the order of `prompts`.
@@ -245,13 +245,13 @@ class Tracker:
         *,
         points_per_batch: int = 64,
     ) -> MaskProposals:
-        """Decode three masks for every point, each point a prompt by itself.
+        """Decode three masks for every point, each point as a separate prompt.
 
         Args:
             encoded: The clip's frames.
-            index: The frame that the points are on.
+            index: Index of the points' frame.
             points_N2: x, y in pixels of SAM2's square, at least one point.
-            points_per_batch: Points decoded at once; bounds the memory this takes.
+            points_per_batch: Points decoded at once; bounds memory use.
         """
         with self._arithmetic():
             return propose_masks(
@@ -264,31 +264,31 @@ class Tracker:
 
     @torch.inference_mode()
     def prompt_from_logits(self, mask_logits_HW: torch.Tensor) -> Sam2Prompt:
-        """Make a prompt of a tracked mask, such as the backward track's of the forward track's.
+        """Convert a tracked mask to a prompt, for example for the backward track.
 
         Args:
             mask_logits_HW: [S/4, S/4].
 
         Raises:
-            EmptyMaskError: No pixel is left of the mask.
+            EmptyMaskError: The mask is empty at SAM2's size.
         """
         mask_11SS = (enlarge_mask(self.model, mask_logits_HW[None, None]) > 0).float()
         if not mask_11SS.any():
-            raise EmptyMaskError("the mask is empty, so that it cannot be a prompt")
+            raise EmptyMaskError("the mask is empty at SAM2's size and cannot be a prompt")
         return Sam2Prompt(mask_11SS=mask_11SS)
 
 
 def _check_orders(requests: Sequence[TrackRequest]) -> None:
     if not requests:
-        raise ValueError("there is nothing to track: no request")
+        raise ValueError("there is nothing to track: requests is empty")
     for request in requests:
         length, num_frames = len(request.order), request.encoded.num_frames
         if length < 2:
             raise ValueError(f"tracking needs at least 2 frames, got {length}")
         if length != len(requests[0].order):
             raise ValueError(
-                f"orders of {len(requests[0].order)} and {length} frames cannot be tracked side by "
-                "side; track those of equal length together"
+                f"orders of {len(requests[0].order)} and {length} frames cannot be tracked in one "
+                "batch; batch orders of equal length"
             )
         if not all(0 <= index < num_frames for index in request.order):
             raise ValueError(

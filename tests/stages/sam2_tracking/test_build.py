@@ -155,7 +155,7 @@ def test_a_checkpoint_may_be_an_official_hub_id(
     ("download", "message"),
     [
         (True, r"could not be downloaded \(no route\); .*hf download facebook/sam2-hiera-tiny"),
-        (False, r"must not be downloaded now; .*checkpoint=checkpoints/sam2_hiera_tiny\.pt"),
+        (False, r"downloads are disabled; .*checkpoint=checkpoints/sam2_hiera_tiny\.pt"),
     ],
 )
 def test_a_failed_download_says_how_to_get_the_file(
@@ -171,7 +171,7 @@ def test_a_failed_download_says_how_to_get_the_file(
 
 @pytest.mark.parametrize("name", ["absent.pt", "someone/sam2-finetuned"])
 def test_a_name_that_is_neither_lists_the_official_ids(name: str) -> None:
-    message = rf"{name} is no file on this machine.*facebook/sam2\.1-hiera-large"
+    message = rf"{name} is not a file on this machine.*facebook/sam2\.1-hiera-large"
     with pytest.raises(ValueError, match=message):
         find_checkpoint(name)
 
@@ -262,13 +262,13 @@ _ATTACK = {"_target_": "sam2.build_sam.torch.utils.collect_env.run", "command": 
         ("model.a", {"b": [[1, {"c": _ATTACK}]]}, r"model\.a\.b\[0\]\[1\]\.c builds"),
         ("model._target_", "sam2.build_sam.torch.hub.load", "builds sam2.build_sam.torch.hub"),
         ("model._target_", ["os.system"], r"builds \['os.system'\]"),
-        ("model._args_", [_ATTACK], "model has the key '_args_', which is not read"),
+        ("model._args_", [_ATTACK], "model has the key '_args_', which is not supported"),
         ("model.memory_encoder._partial_", True, "model.memory_encoder has the key '_partial_'"),
         ("model._recursive_", False, "model has the key '_recursive_'"),
         ("model._convert_", "all", "model has the key '_convert_'"),
-        ("model.num_maskmem", "${oc.env:HOME}", "references are not followed"),
+        ("model.num_maskmem", "${oc.env:HOME}", "references are not supported"),
         ("model.image_encoder.trunk.weights_path", "w.pt", r"trunk\.weights_path loads a file"),
-        ("defaults", ["other"], "a list of `defaults`, which is not followed"),
+        ("defaults", ["other"], "a `defaults` list, which is not supported"),
     ],
 )
 def test_a_configuration_builds_official_classes_of_its_values_alone(

@@ -227,7 +227,7 @@ def test_objects_of_different_clips_may_overlap(
     ("orders", "message"),
     [
         ([], "nothing to track"),
-        ([range(4), range(5)], r"orders of 4 and 5 frames cannot be tracked side by side"),
+        ([range(4), range(5)], r"orders of 4 and 5 frames cannot be tracked in one batch"),
         ([range(1)], "at least 2 frames, got 1"),
         ([range(15, 19)], "visits frames 15 to 18 of a clip of 18"),
         ([range(2, -2, -1)], "visits frames -1 to 2 of a clip of 18"),
