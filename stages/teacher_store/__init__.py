@@ -1,4 +1,4 @@
-"""The two forms in which a teacher is cached: fused features, or the Gram flow made from them.
+"""Storage encodings of teacher signals: fused features, and the Gram flow computed from them.
 
-Stage one writes both, training and inspection read either. The maths is in `local_gram_flow`.
+The maths is in `local_gram_flow`.
 """

@@ -1,4 +1,4 @@
-"""Settings of the Gram flow that is cached, and the names of both forms' number formats."""
+"""Settings of the stored Gram flow, and the dtypes of stored features and Gram flows."""
 
 from typing import Literal
 
@@ -7,28 +7,27 @@ from pydantic import Field
 from stages.config import Section
 
 FeatureDtype = Literal["float16", "int8"]
-"""How fused features are stored: as they are, or as bytes with a scale for each token."""
+"""Storage of fused features: float16 values, or int8 values with a scale per token."""
 
 FlowDtype = Literal["float16", "uint8"]
-"""How a Gram flow is stored: as it is, or as bytes with the lowest value and the step of each
-token's window."""
+"""Storage of a Gram flow: float16 values, or uint8 codes with a minimum and a step per token."""
 
 
 StoredPairs = Literal["forward", "crossed"]
-"""Which similarities a store holds; `GramFlowConfig.pairs`."""
+"""Similarities that a store holds; see `GramFlowConfig.pairs`."""
 
 
 class GramFlowConfig(Section):
-    """The Gram flow of the teacher's features: a fraction of their size, for one window."""
+    """Gram flow of the teacher's features for one window: a fraction of the features' size."""
 
     radius: int = Field(default=3, ge=1)
-    """Half the window that is stored; training may use this one or a smaller one. 3 gives
+    """Radius of the stored window in tokens; training may use this or a smaller one. 3 gives
     7x7 tokens."""
     pairs: StoredPairs = "forward"
-    """forward: each map to the next, from fused features, which serves train.lgf.pairs=forward,
-    backward and both. crossed, of twice the size: each map to the next from the backward track and
-    to the one before from the forward track, for train.lgf.pairs=crossed."""
+    """forward: each map to the next, from fused features; supports train.lgf.pairs=forward,
+    backward and both. crossed: each map to the next from the backward track, and to the previous
+    one from the forward track; needed by train.lgf.pairs=crossed, twice the size."""
     dtype: FlowDtype = "float16"
-    """float16, compressed and exact to 2^-11: 2 to 4 MB a clip of 49 frames and 30x45 tokens, for
-    temperatures of 0.07 and more. Or uint8, 3.4 MB: faster to read, and less exact where a window's
+    """float16: compressed, exact to 2^-11; 2 to 4 MB per clip of 49 frames and 30x45 tokens, for
+    temperatures of 0.07 and above. uint8: 3.4 MB, faster to read, less exact where a window's
     similarities span more than 0.4."""

@@ -1,7 +1,6 @@
-"""A clip's entry in the teacher store becomes its entry in the Gram flow's store.
+"""Computes a clip's Gram-flow entry from its entry in a teacher store.
 
-Extraction and derivation both come through here, from the same stored values, so that their
-entries are equal.
+Extraction and derivation both start from the stored values, so their entries are equal.
 """
 
 from collections.abc import Mapping
@@ -19,17 +18,17 @@ from stages.teacher_store.gram_flow import encode_gram_flow, gram_flow_of, with_
 from stages.teacher_store.settings import forward_share, gram_flow_settings, native_parts
 
 _PAIRS_PER_BATCH = 8
-"""Pairs of maps that are on the device together: its memory does not grow with a clip's length."""
+"""Pairs of maps on the device at once, so that device memory does not depend on clip length."""
 
 
 class FlowMaker:
-    """Makes the Gram flow of clips of one teacher store.
+    """Computes the Gram flow of clips of one teacher store.
 
     Args:
-        settings: of the Gram flow's store.
-        config: which pairs, the window, and how it is stored.
-        token_grid: of the student.
-        teacher: settings of the teacher store.
+        settings: Settings of the Gram-flow store.
+        config: Pairs, window and storage dtype.
+        token_grid: Rows and columns of the student's tokens.
+        teacher: Settings of the teacher store.
     """
 
     def __init__(
@@ -49,10 +48,10 @@ class FlowMaker:
     def of(
         cls, teacher: StoreSettings, config: GramFlowConfig, token_grid: tuple[int, int]
     ) -> Self:
-        """For the clips of a store with the settings `teacher`.
+        """Build for a teacher store with the settings `teacher`.
 
         Raises:
-            ValueError: What `gram_flow_settings` raises.
+            ValueError: See `gram_flow_settings`.
         """
         settings = gram_flow_settings(
             teacher,
@@ -66,9 +65,9 @@ class FlowMaker:
     def __call__(
         self, teacher_arrays: Mapping[str, np.ndarray], device: torch.device
     ) -> dict[str, np.ndarray]:
-        """A clip's arrays, from what the teacher store holds of it.
+        """Compute a clip's arrays from its arrays in the teacher store.
 
-        The same arrays give the same bytes on the same device and number of threads.
+        Deterministic for the same device and number of threads.
         """
         if self._config.pairs == "crossed":
             arrays = self._flow(teacher_arrays, device, "backward")
@@ -85,7 +84,7 @@ class FlowMaker:
         *,
         reverse: bool = False,
     ) -> dict[str, np.ndarray]:
-        """Of those tracks, each map to the next; or the next to it."""
+        """Compute the Gram flow of each map to the next; `reverse`: of the next to it."""
 
         def features(start: int, stop: int) -> Tensor:
             return self._select_directions(
@@ -125,7 +124,7 @@ class FlowMaker:
 def _decode_maps(
     teacher_arrays: Mapping[str, np.ndarray], maps: slice, device: torch.device
 ) -> Tensor:
-    """The features of some maps, decoded on the device."""
+    """Decode the features of a slice of maps on the device."""
     return decode_features(
         {
             name: torch.from_numpy(values[maps]).to(device)

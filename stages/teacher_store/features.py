@@ -1,4 +1,4 @@
-"""Fused features as stored: float16, or int8 with one scale per token.
+"""Storage encoding of fused features: float16, or int8 with one scale per token.
 
 Legend: T map of the teacher, H W token grid, G fused channel.
 """
@@ -13,36 +13,36 @@ from cache_schema import ArraySpec
 from stages.teacher_store.config import FeatureDtype as FeatureDtype
 
 _BITS_BELOW_ZERO = -(2**15) + 1
-"""Bits of the float16 just below zero, as int16."""
+"""Bits of the largest float16 below zero, as int16."""
 
 
 def round_down_to_float16(values: Tensor) -> Tensor:
-    """The largest float16 that is not above each value."""
+    """Round to float16 towards negative infinity."""
     nearest = values.to(torch.float16)
     bits = nearest.view(torch.int16)
-    # Sign and magnitude: towards negative infinity the magnitude falls above zero, and grows below.
+    # Sign-magnitude bits: towards negative infinity the magnitude falls above 0 and grows below.
     below = torch.where(nearest > 0, bits - 1, bits + 1)
     below = torch.where(nearest == 0, _BITS_BELOW_ZERO, below).to(torch.int16)
     return torch.where(nearest > values, below.view(torch.float16), nearest)
 
 
 def round_up_to_float16(values: Tensor) -> Tensor:
-    """The smallest float16 that is not below each value."""
+    """Round to float16 towards positive infinity."""
     return -round_down_to_float16(-values)
 
 
 _INT8_MAX = 127
-"""The largest magnitude of a stored int8; -128 does not occur."""
+"""Largest magnitude of a stored int8; -128 is not used."""
 
 
 def feature_arrays_spec(
     shape: tuple[int, int, int, int], dtype: FeatureDtype
 ) -> dict[str, ArraySpec]:
-    """What a store holds of each clip's features of shape (t, h, w, g).
+    """Array specs for features of shape (t, h, w, g).
 
-    float16: `features`. int8: `features`, and `scale`, float16 for each token, which alone is
-    compressed: features would shrink little for what unpacking them costs. `valid` is the store's
-    own.
+    float16: `features`. int8: `features`, and a float16 `scale` per token. Only `scale` is
+    compressed: compression of `features` saves too little for the cost of decompression. `valid`
+    is added by the store.
     """
     axes = ("t", "h", "w", "c")
     specs = {"features": ArraySpec(dtype=dtype, shape=shape, dimension_names=axes)}
@@ -58,15 +58,14 @@ def feature_arrays_spec(
 
 @torch.no_grad()
 def encode_features(fused_THWG: Tensor, dtype: FeatureDtype) -> dict[str, np.ndarray]:
-    """The arrays of a clip's features, on the host.
+    """Encode a clip's features as arrays on the host.
 
-    int8 holds value / scale, rounded, where the scale is the token's largest magnitude over 127,
-    rounded up to float16: what `decode_features` returns is off by half a scale at most. A token of
-    zeros stays zero.
+    int8 stores value / scale, rounded, where scale is the token's largest magnitude / 127, rounded
+    up to float16; `decode_features` is exact to half a scale. Zero tokens stay zero.
 
     Args:
-        fused_THWG: any floating type. What is not finite, or too large for float16, is not finite
-            in `features` or `scale` either.
+        fused_THWG: Any floating dtype. Values that are NaN, infinite or too large for float16 give
+            NaN or infinite values in `features` or `scale`.
     """
     if dtype == "float16":
         return {"features": _on_host(fused_THWG.to(torch.float16))}
@@ -80,13 +79,13 @@ def encode_features(fused_THWG: Tensor, dtype: FeatureDtype) -> dict[str, np.nda
 
 
 def decode_features(arrays: Mapping[str, Tensor]) -> Tensor:
-    """The features of a clip or a batch, on the arrays' device.
+    """Decode the features of a clip or a batch on the arrays' device.
 
     Args:
-        arrays: as they were stored; with any leading axes.
+        arrays: The stored arrays, with any leading axes.
 
     Returns:
-        fused [..., T, H, W, G]: float16 as it was stored, from int8 float32.
+        fused [..., T, H, W, G]: float16 if stored as float16, float32 if stored as int8.
     """
     if "scale" not in arrays:
         return arrays["features"]

@@ -1,7 +1,7 @@
-"""The Gram flow as a store holds it: float16, or uint8 with a range for each token's window.
+"""Storage encoding of Gram flows: float16, or uint8 with a range per token's window.
 
 Legend: T map of the teacher, P pair of maps (T-1), H W token grid, G fused channel, K neighbour.
-Everything that takes a flow takes it with any leading axes.
+Functions that take a flow accept any leading axes.
 """
 
 from collections.abc import Mapping
@@ -23,16 +23,16 @@ from stages.teacher_store.config import StoredPairs
 from stages.teacher_store.features import round_down_to_float16, round_up_to_float16
 
 FLOAT16_STEP = 2.0**-10
-"""A float16 flow holds multiples of this, each of them exactly.
+"""Values of a float16 flow are rounded to multiples of this; float16 represents each exactly.
 
 At temperature tau this adds step^2 / (24 tau^2) nats to the KL divergence, to second order: 4e-6 at
-0.1, whatever the similarities are. float16's own steps are finer where similarities are small,
-which no softmax sees, and which would not compress."""
+0.1, whatever the similarities are. float16's own finer steps near 0 make no difference to a softmax
+and would not compress."""
 _UINT8_MAX = 255
 Value = TypeVar("Value")
 
 _BACK = "_back"
-"""Ends the names of the arrays of a crossed flow's second half."""
+"""Suffix of array names of a crossed flow's second half."""
 
 
 def flow_arrays_spec(
@@ -44,23 +44,23 @@ def flow_arrays_spec(
     *,
     stored: StoredPairs = "forward",
 ) -> dict[str, ArraySpec]:
-    """What a store holds of each clip's Gram flow.
+    """Array specs for a clip's Gram flow.
 
-    float16: `gram_flow`, compressed. uint8: `gram_flow`, and `low` and `step`, float16 for each
-    token. Crossed: the same once more, the names ending in `_back`. `valid` is the store's own.
+    float16: `gram_flow`, compressed. uint8: `gram_flow`, and float16 `low` and `step` per token.
+    Crossed: additionally the same arrays with the suffix `_back`. `valid` is added by the store.
     """
     one_direction = _one_direction_spec(pairs, height, width, radius, dtype)
     return one_direction if stored == "forward" else one_direction | with_back_suffix(one_direction)
 
 
 def with_back_suffix(arrays: Mapping[str, Value]) -> dict[str, Value]:
-    """The names that a crossed flow's arrays from each map to the one before are stored under."""
+    """Rename arrays to those of a crossed flow from each map to the previous one."""
     return {name + _BACK: value for name, value in arrays.items()}
 
 
 def back_arrays(arrays: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Those arrays under their plain names, as `decode_gram_flow` takes them; None of a flow that
-    is not crossed."""
+    """Return the arrays with the suffix `_back`, without it, for `decode_gram_flow`; None if the
+    flow is not crossed."""
     found = {name.removesuffix(_BACK): a for name, a in arrays.items() if name.endswith(_BACK)}
     return found or None
 
@@ -89,27 +89,28 @@ def gram_flow_of(
     native_parts: int | None = None,
     norm_P: Tensor | None = None,
 ) -> Tensor:
-    """The similarities a clip's stored features imply, on the student's token grid.
+    """Compute the similarities of a clip's stored features on the student's token grid.
 
     Args:
-        features_THWG: as `decode_features` returns them.
-        radius: half the window.
-        token_grid: rows and columns of the student's tokens.
-        native_parts: the features' `parts` where they lie on SAM2's own grid and are resampled;
-            None where they lie on the student's.
-        norm_P: of the parts over the clip, where these are some of its maps; see `regrid_fused`.
+        features_THWG: Features from `decode_features`.
+        radius: Radius of the window in tokens.
+        token_grid: Rows and columns of the student's tokens.
+        native_parts: Number of parts of features on SAM2's own grid, which are resampled; None
+            for features on the student's grid.
+        norm_P: Norms of the parts over the whole clip, if `features_THWG` is a slice of its maps;
+            see `regrid_fused`.
 
     Returns:
-        flow_PHWK, float32 (float64 if given it); neighbours outside the grid hold 0.
+        flow_PHWK, float32 (float64 for float64 input); 0 for neighbours outside the grid.
 
     Raises:
-        ValueError: The features lie on another grid, or are of fewer than two maps.
+        ValueError: The features are on another grid, or there are fewer than two maps.
     """
     if native_parts is not None:
         features_THWG = regrid_fused(features_THWG, *token_grid, native_parts, norm_P=norm_P)
     T, H, W, _ = features_THWG.shape
     if token_grid != (H, W):
-        raise ValueError(f"features lie on a grid of {(H, W)} tokens, not {token_grid}")
+        raise ValueError(f"features are on a grid of {(H, W)} tokens, not {token_grid}")
     if T < 2:
         raise ValueError(f"a Gram flow needs two maps or more, got {T}")
     return local_gram_flow(features_THWG[None], radius)[0]
@@ -117,14 +118,13 @@ def gram_flow_of(
 
 @torch.no_grad()
 def encode_gram_flow(flow_PHWK: Tensor, dtype: FlowDtype) -> dict[str, np.ndarray]:
-    """The arrays of a clip's Gram flow, on the host.
+    """Encode a clip's Gram flow as arrays on the host.
 
-    float16 holds the nearest multiple of `FLOAT16_STEP`: off by half of it at most.
+    float16 stores the nearest multiple of `FLOAT16_STEP`: exact to half of it.
 
-    uint8 holds (value - low) / step, rounded, where low and step are those of a token's neighbours
-    inside the grid: the lowest value rounded down to float16, and the rest of the range over 255
-    rounded up. What `decode_gram_flow` returns is off by half a step at most; a window whose values
-    are all one float16 number is exact.
+    uint8 stores (value - low) / step, rounded. Over a token's neighbours inside the grid, low is
+    the minimum rounded down to float16, and step is (maximum - low) / 255 rounded up.
+    `decode_gram_flow` is exact to half a step; windows with a single float16 value are exact.
     """
     if dtype == "float16":
         steps_PHWK = (flow_PHWK.float() / FLOAT16_STEP).round()
@@ -146,10 +146,10 @@ def encode_gram_flow(flow_PHWK: Tensor, dtype: FlowDtype) -> dict[str, np.ndarra
 
 
 def decode_gram_flow(arrays: Mapping[str, Tensor]) -> Tensor:
-    """The Gram flow of a clip or a batch, float32 [..., P, H, W, K], on the arrays' device.
+    """Decode the Gram flow of a clip or a batch: float32 [..., P, H, W, K] on the arrays' device.
 
     Args:
-        arrays: as they were stored; with any leading axes, and of any number of pairs.
+        arrays: The stored arrays, with any leading axes and any number of pairs.
     """
     flow = arrays["gram_flow"].float()
     if "step" not in arrays:
@@ -159,14 +159,14 @@ def decode_gram_flow(arrays: Mapping[str, Tensor]) -> Tensor:
 
 
 def narrow_window(flow_PHWK: Tensor, radius_stored: int, radius_wanted: int) -> Tensor:
-    """The Gram flow of a smaller window: the middle of the one that is stored.
+    """Crop a Gram flow to the centre of its window.
 
     Raises:
-        ValueError: The wanted window is larger, or K is not that of the stored one.
+        ValueError: The requested radius is larger, or K does not match the stored radius.
     """
     if radius_of_window(flow_PHWK.shape[-1]) != radius_stored:
         raise ValueError(
-            f"{flow_PHWK.shape[-1]} neighbours are no window of radius {radius_stored}"
+            f"{flow_PHWK.shape[-1]} neighbours are not a window of radius {radius_stored}"
         )
     if not 1 <= radius_wanted <= radius_stored:
         raise ValueError(
@@ -180,7 +180,7 @@ def narrow_window(flow_PHWK: Tensor, radius_stored: int, radius_wanted: int) -> 
 
 
 def _inside(flow_PHWK: Tensor) -> Tensor:
-    """Which neighbours lie inside the grid: bool [H, W, K]."""
+    """Mask of neighbours inside the grid: bool [H, W, K]."""
     H, W, K = flow_PHWK.shape[-3:]
     return neighbour_mask(H, W, radius_of_window(K), flow_PHWK.device)
 

@@ -1,7 +1,4 @@
-"""The settings of a Gram flow's store, made from those of the features it comes from.
-
-Extraction, derivation and what reads either form use them.
-"""
+"""Store settings of a Gram flow, derived from those of the teacher features."""
 
 from cache_schema import JSON, ArraySpec, StoreSettings
 from stages.teacher_store.config import FlowDtype, StoredPairs
@@ -24,39 +21,38 @@ def gram_flow_settings(
     token_grid: tuple[int, int],
     pairs: StoredPairs = "forward",
 ) -> StoreSettings:
-    """Settings of the Gram flow of a teacher store's features.
+    """Return the store settings of the Gram flow of a teacher store's features.
 
-    They are the same whether the features were stored before or are written beside it. Its values
-    are those of the features, with `grid` the token grid, and `features_dtype` and `features_grid`
-    what the similarities were computed from;
-    `rounded_to` is the step of a float16 flow.
+    They do not depend on whether the features were stored earlier or are written in the same run.
+    Values are those of the features, except: `grid` is the token grid, `features_dtype` and
+    `features_grid` describe the features, and `rounded_to` is the step of a float16 flow.
 
     Args:
-        teacher: of the features' store.
-        radius: half the window.
-        dtype: of the stored flow.
-        token_grid: rows and columns of the student's tokens; features on SAM2's own grid are
+        teacher: Settings of the teacher store.
+        radius: Radius of the window in tokens.
+        dtype: Storage dtype of the flow.
+        token_grid: Rows and columns of the student's tokens; features on SAM2's own grid are
             resampled to it.
-        pairs: which similarities are stored.
+        pairs: Which similarities are stored.
 
     Raises:
-        ValueError: The store holds no features, has a single map per clip, lies on another grid,
-            or holds no two tracks for `crossed`.
+        ValueError: The store holds no features, has one map per clip or another grid, or lacks
+            the separate tracks that `crossed` needs.
     """
     features = teacher.arrays.get("features")
     if teacher.kind != "teacher" or features is None or len(features.shape) != 4:
         raise ValueError(
-            f"a Gram flow is made from the features of a teacher store; this one is of kind "
+            f"a Gram flow is computed from the features of a teacher store; this store is of kind "
             f"{teacher.kind!r} and holds {', '.join(teacher.arrays)}"
         )
     maps, height, width, _ = features.shape
     if maps < 2:
-        raise ValueError(f"a Gram flow needs two maps a clip or more; the teacher has {maps}")
+        raise ValueError(f"a Gram flow needs at least two maps per clip; the teacher has {maps}")
     if native_parts(teacher) is None and token_grid != (height, width):
         raise ValueError(
-            f"the teacher's features lie on a grid of {height}x{width} tokens, and data.height and "
+            f"the teacher's features are on a grid of {height}x{width} tokens, but data.height and "
             f"data.width make {token_grid[0]}x{token_grid[1]}; set these to what the features were "
-            "extracted for, or extract with extract.teacher.grid=native, which serves any size"
+            "extracted for, or extract with extract.teacher.grid=native, which supports any size"
         )
     if pairs == "crossed":
         check_both_tracks(teacher, "the teacher", wanted_by="extract.gram_flow.pairs=crossed")
@@ -77,26 +73,25 @@ def gram_flow_settings(
 
 
 def native_parts(teacher: StoreSettings) -> int | None:
-    """Parts of the features' channels where they lie on SAM2's own grid; None where they do not.
+    """Return the number of channel parts of features on SAM2's own grid; None on the student's.
 
     Raises:
-        ValueError: They lie there and do not say how many parts they have.
+        ValueError: The features are on SAM2's own grid but `parts` is missing or wrong.
     """
     if teacher.values.get("grid_source") != "native":
         return None
     parts = teacher.values.get("parts")
     if type(parts) is not int or parts < 1 or teacher.arrays["features"].shape[-1] % parts:
         raise ValueError(
-            f"features of {teacher.arrays['features'].shape[-1]} channels on SAM2's own grid say "
-            f"that they fall into {parts} parts; without equal parts they cannot be resampled: "
-            "extract again"
+            f"features of {teacher.arrays['features'].shape[-1]} channels on SAM2's own grid are "
+            f"resampled in equal parts, but fall into {parts} parts; extract them again"
         )
     return parts
 
 
 def forward_share(teacher: StoreSettings) -> float | None:
-    """Share of the forward track in features whose parts are pairs of tracks, fused in Gram-flow
-    space; None for others."""
+    """Return the forward track's weight in features fused in Gram-flow space, whose parts are pairs
+    of tracks; None for others."""
     values = teacher.values
     share, parts = values.get("forward_weight"), values.get("parts")
     paired = values.get("fusion") == "gram_flow" and isinstance(parts, int) and parts % 2 == 0
@@ -104,19 +99,19 @@ def forward_share(teacher: StoreSettings) -> float | None:
 
 
 def check_both_tracks(teacher: StoreSettings, name: str, *, wanted_by: str) -> None:
-    """Refuse features of which the two tracks cannot be had apart (`ValueError`).
+    """Raise ValueError if the two tracks cannot be separated in the features.
 
     Args:
-        teacher: of the features' store.
-        name: of the store, for the message.
-        wanted_by: the setting that needs both tracks, for the message.
+        teacher: Settings of the teacher store.
+        name: Name of the store, for the message.
+        wanted_by: Setting that needs both tracks, for the message.
     """
     share = forward_share(teacher)
     if share is None or not 0.0 < share < 1.0:
         held = (
-            f"the fusion {teacher.values.get('fusion')}, of which they cannot be had apart"
+            f"the fusion {teacher.values.get('fusion')}, which does not keep the tracks separate"
             if share is None
-            else f"a forward share of {share:g}, which leaves one of them out"
+            else f"a forward share of {share:g}, which omits one of them"
         )
         raise ValueError(
             f"{wanted_by} compares each direction with a track of its own, and {name} has {held}; "
@@ -125,5 +120,5 @@ def check_both_tracks(teacher: StoreSettings, name: str, *, wanted_by: str) -> N
 
 
 def valid_spec(maps: int) -> ArraySpec:
-    """Which maps show every subject in every direction: `valid` of every form, 0 or 1."""
+    """Spec of `valid`: 1 for maps on which every track sees every subject, else 0."""
     return ArraySpec(dtype="uint8", shape=(maps,), dimension_names=("t",))
