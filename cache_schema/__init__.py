@@ -1,4 +1,4 @@
-"""The contract on disk between the two stages: numpy and zarr only. README.md specifies it."""
+"""The on-disk format of feature stores: reading, writing, maintenance; specified in README.md."""
 
 from cache_schema.checksummed_json import JSON
 from cache_schema.clip_index import ShardFacts

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, also after a crash, and file locks."""
+"""Atomic file writes, `fsync` helpers and file locks."""
 
 import ctypes
 import errno
@@ -16,9 +16,10 @@ from cache_schema.errors import LockLost, LockUnsupported, ShardBusy
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Put the file or folder that the block writes into an `OSError` that names none.
+    """Add the path of the file or folder written in the block to any `OSError` without one.
 
-    The system names files where they are opened or moved, not where bytes are written or synced.
+    The operating system reports a path when a file is opened or moved, but not when it is written
+    or synced.
     """
     try:
         yield
@@ -47,7 +48,7 @@ def sync_upwards(path: Path, root: Path) -> None:
 
 
 def sync_folders(path: Path) -> None:
-    """Sync the directory `path` and every directory below it; what files hold is not meant."""
+    """Sync the directory `path` and every directory below it, but not the contents of files."""
     if _sync_file_system(path):
         return
     for folder, _, _ in os.walk(path, topdown=False):
@@ -55,7 +56,7 @@ def sync_folders(path: Path) -> None:
 
 
 def _sync_file_system(path: Path) -> bool:
-    """Sync the whole file system of `path`, where the system can: thousands of folders at once."""
+    """Sync the whole file system of `path` where `syncfs` exists; fast for thousands of folders."""
     syncfs = getattr(ctypes.CDLL(None), "syncfs", None)
     if syncfs is None:
         return False
@@ -67,15 +68,15 @@ def _sync_file_system(path: Path) -> bool:
 
 
 def open_for_writing(path: Path) -> BinaryIO:
-    """An empty file at `path`, open for writing; `OSError` where a symbolic link lies there."""
+    """Open an empty file at `path` for writing; `OSError` if it is a symbolic link."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.fdopen(os.open(path, flags, 0o666), "wb")
 
 
 def write_whole(path: Path, data: bytes, *, temporary: Path) -> None:
-    """Write `data` to `path` by way of `temporary`, so that `path` is never seen half-written.
+    """Write `data` to `temporary` and rename it to `path`, which is never seen partly written.
 
-    `temporary` lies on the same file system, and nobody else writes it at the same time.
+    `temporary` must be on the same file system and have no other writer.
     """
     with naming(path), open_for_writing(temporary) as file:
         file.write(data)
@@ -86,7 +87,7 @@ def write_whole(path: Path, data: bytes, *, temporary: Path) -> None:
 
 
 def make_directories(path: Path) -> None:
-    """Create the directory `path` and whatever is missing above it, durably."""
+    """Create the directory `path` and its missing parents, and sync them."""
     if path.is_dir():
         return
     existing = next(folder for folder in path.parents if folder.is_dir())
@@ -97,7 +98,7 @@ def make_directories(path: Path) -> None:
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
-"""What `flock` fails with where a file system has no locks."""
+"""Error numbers of `flock` on file systems without locks."""
 
 _LOCAL_LOCKS = {
     "nfs": {"nolock", "local_lock=all", "local_lock=flock"},
@@ -106,31 +107,31 @@ _LOCAL_LOCKS = {
     "cifs": {"nobrl"},
     "smb3": {"nobrl"},
 }
-"""Mount options, by file system, with which other machines do not see a lock."""
+"""Mount options, by file system, that make locks invisible to other machines."""
 
 _MOUNTS = Path("/proc/self/mountinfo")
 
 _checked_devices: set[int] = set()
-"""File systems on which locks were found to work, by `st_dev`."""
+"""File systems whose locks are known to work, by `st_dev`."""
 
 
 class FileLock:
-    """Exclusive `flock` on a file that exists only while somebody writes.
+    """Exclusive `flock` on a file that exists only while the lock is held.
 
-    The file holds a random token of its holder, and is removed on release. A process that dies
-    leaves it behind unlocked, which hinders nobody. Forked processes do not inherit the lock.
+    The file contains a random token of the holder and is removed on release. A process that dies
+    leaves the file unlocked, so it blocks nobody. Forked processes do not inherit the lock.
 
-    A lock can be lost while it is held, when the file is deleted or a server forgets it: `check`
-    finds that out, and `ShardClaim` says what holds then.
+    A lock can be lost while it is held, when the file is deleted or a server forgets the lock.
+    `check` detects this; `ShardClaim` describes the consequences.
     """
 
     def __init__(self, path: Path, *, wait: bool, what: str) -> None:
-        """Nothing is locked before `__enter__`.
+        """Prepare the lock; `__enter__` takes it.
 
         Args:
-            path: the lock file; its folder exists.
+            path: the lock file; its folder must exist.
             wait: wait for another holder; otherwise raise `ShardBusy`.
-            what: the locked thing, for the message.
+            what: name of the locked object, for error messages.
         """
         self._path = path
         self._wait = wait
@@ -143,14 +144,14 @@ class FileLock:
 
         Raises:
             ShardBusy: another process holds it, and `wait` is false.
-            LockUnsupported: the file system keeps no locks, or only within this machine.
+            LockUnsupported: the file system does not support locks, or only within this machine.
         """
         while self._descriptor is None:
             descriptor = os.open(self._path, _FLAGS, 0o644)
             try:
                 self._lock(descriptor)
                 if self._is_current(descriptor):
-                    _refuse_useless_locks(descriptor, self._path)
+                    _check_locks_are_shared(descriptor, self._path)
                     with naming(self._path):
                         os.pwrite(descriptor, self._token, 0)
                     self._descriptor = descriptor
@@ -164,15 +165,15 @@ class FileLock:
         return self
 
     def check(self) -> None:
-        """Raise `LockLost` if the lock is not this process's any more."""
+        """Raise `LockLost` if this process no longer holds the lock."""
         if self._descriptor is None or not self._is_held(self._descriptor):
             raise LockLost(
                 f"the lock {self._path} was deleted, or taken over by another process, while this "
-                f"one held it to change {self._what}; run the same command again"
+                f"process held it to change {self._what}; run the same command again"
             )
 
-    def leave_to_parent(self) -> None:
-        """Let go of a lock that was held when this process was forked: it is the parent's."""
+    def release_in_child(self) -> None:
+        """Close the descriptor in a forked child; the lock stays with the parent."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -191,7 +192,7 @@ class FileLock:
             raise
 
     def _is_current(self, descriptor: int) -> bool:
-        """Whether the locked file is still the one at the path: its last holder may remove it."""
+        """Whether the path still refers to the locked file; the last holder may have removed it."""
         try:
             found = self._path.stat()
         except FileNotFoundError:
@@ -199,12 +200,14 @@ class FileLock:
         return os.path.samestat(found, os.fstat(descriptor))
 
     def _is_held(self, descriptor: int) -> bool:
-        """Whether nobody has taken the lock since."""
+        """Whether the lock file is still this process's."""
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # again, if a server forgot it
+            fcntl.flock(
+                descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # take it again if a server forgot it
         except OSError:
             return False
-        try:  # opening it asks the server, while `stat` may know the path from before
+        try:  # opening contacts the server; `stat` may be answered from a cache
             found = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             return False
@@ -229,20 +232,20 @@ class FileLock:
 
 
 _held: set[FileLock] = set()
-"""The locks of this process."""
+"""Locks held by this process."""
 
 
-def _leave_to_parent() -> None:
+def _release_in_child() -> None:
     while _held:
-        _held.pop().leave_to_parent()
+        _held.pop().release_in_child()
 
 
-os.register_at_fork(after_in_child=_leave_to_parent)
+os.register_at_fork(after_in_child=_release_in_child)
 
 
 def is_locked(path: Path) -> bool:
-    """Whether somebody holds the lock at this moment; false where that cannot be found out."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a FIFO would wait
+    """Whether any process holds the lock now; false if that cannot be determined."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # opening a FIFO would block
     try:
         descriptor = os.open(path, flags)
     except OSError as error:
@@ -259,17 +262,17 @@ def is_locked(path: Path) -> bool:
 
 
 def locks_unsupported(path: Path, why: str) -> LockUnsupported:
-    """The error for a folder whose file system keeps no locks."""
+    """The error for a folder whose file system does not support locks."""
     return LockUnsupported(
-        f"the file system of {path.parent} keeps no file locks between processes and machines "
-        f"({why}), so two writers could not keep apart there; mount it with locks (NFS without "
-        "nolock and local_lock, Lustre with -o flock), or choose another folder, such as one on a "
-        "local disk; stores that several machines have written so can be merged or copied"
+        f"the file system of {path.parent} does not support file locks between processes and "
+        f"machines ({why}), so concurrent writers cannot be excluded; mount it with locks (NFS "
+        "without nolock and local_lock, Lustre with -o flock), or use another folder, such as one "
+        "on a local disk; stores that several machines write to local disks can be merged or copied"
     )
 
 
-def _refuse_useless_locks(descriptor: int, path: Path) -> None:
-    """`LockUnsupported` if a lock that is held keeps nobody out; once for each file system."""
+def _check_locks_are_shared(descriptor: int, path: Path) -> None:
+    """Raise `LockUnsupported` if a held lock excludes nobody; checked once per file system."""
     device = os.fstat(descriptor).st_dev
     if device in _checked_devices:
         return
@@ -282,23 +285,23 @@ def _refuse_useless_locks(descriptor: int, path: Path) -> None:
     except BlockingIOError:
         _checked_devices.add(device)
     else:
-        if os.path.sameopenfile(descriptor, second):  # and was not deleted meanwhile
+        if os.path.sameopenfile(descriptor, second):  # the file was not deleted meanwhile
             raise locks_unsupported(path, "two locks on one file were granted")
     finally:
         os.close(second)
 
 
 def _local_lock_option(device: int) -> str | None:
-    """The option with which a file system was mounted that keeps its locks to this machine."""
+    """The mount option that keeps locks local to this machine, or None."""
     try:
         mounts = _MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not Linux
         return None
     for line in mounts:
         # https://man7.org/linux/man-pages/man5/proc_pid_mountinfo.5.html
-        of_mount, _, of_system = line.partition(" - ")
-        kind, _, options = of_system.split(" ", 2)
-        if of_mount.split(" ")[2] == f"{os.major(device)}:{os.minor(device)}":
+        mount_fields, _, file_system_fields = line.partition(" - ")
+        kind, _, options = file_system_fields.split(" ", 2)
+        if mount_fields.split(" ")[2] == f"{os.major(device)}:{os.minor(device)}":
             found = _LOCAL_LOCKS.get(kind, set()).intersection(options.split(","))
             if found:
                 return min(found)

@@ -1,8 +1,7 @@
-"""All clips of a store in packed columns, sorted by key: where each lies, its size and checksum.
+"""Index of all clips of a store in packed columns, sorted by key: location, size and checksum.
 
-Commit records are what a store consists of, and this is derived from them. `index.npz` keeps it,
-so that a million clips open in a second or two, and so that a store can be read from where folders
-cannot be listed. Used by the reader, written by the writer and by the upkeep of stores.
+It is derived from the commit records and stored in `index.npz`, so that a store of a million clips
+opens in a second or two, and so that a store can be read where folders cannot be listed.
 """
 
 import os
@@ -37,47 +36,47 @@ from cache_schema.records import (
     CommitRecord,
     SkippedClip,
     committed_shards,
-    mend_hint,
     parse_commit,
     read_record_file,
+    repair_hint,
 )
 from cache_schema.schema import StoreSettings
-from cache_schema.storage import UNREADABLE, LocalPlace, Place
+from cache_schema.storage import UNREADABLE, LocalStorage, Storage
 from cache_schema.zarr_shard import FileFacts
 
 _HEAD_BYTES = 22
-"""Of a sealed file: as much as ends with its own checksum."""
+"""Length of the start of a record, up to and including its checksum."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardFacts:
-    """What is known of a finished shard without reading its record."""
+    """Facts about a committed shard that are known without reading its record."""
 
     name: str
     source: str
     """The input it was made from, such as the name of a tar."""
     generation: int
-    """How often its record was replaced."""
+    """Number of times its record was replaced."""
     group: int
-    """The generation that the folder of its group was made for."""
+    """Generation in the name of its group's folder."""
     num_clips: int
     num_bytes: int
-    """Of its clips on disk, without metadata."""
+    """Size of its clips on disk, without metadata."""
 
 
 class ClipIndex:
-    """The columns of `index.npz`; a row is a clip, and rows are in ascending order of keys."""
+    """The columns of `index.npz`; each row is a clip, in ascending order of keys."""
 
     def __init__(self, columns: Mapping[str, np.ndarray], arrays: Iterable[str]) -> None:
-        """Take the columns that `index_file` lists for these arrays of a store.
+        """Take the columns listed in `index_file` for these arrays.
 
-        Raises `ValueError` where they do not fit each other.
+        Raises `ValueError` if they are inconsistent.
         """
         self.arrays = tuple(arrays)
         self.columns = {name: columns[name] for name in column_types(self.arrays)}
         self.store_crc32c: int | None = None
-        """The checksum that `store.json` opened with when this index was written; None where it is
-        not the one on disk."""
+        """The `crc32c` of `store.json` when this index was written; None if this index is not the
+        one on disk."""
         self.keys = SortedText(columns["keys.text"], columns["keys.ends"])
         self.shard_names = SortedText(columns["shards.name.text"], columns["shards.name.ends"])
         self._check()
@@ -109,15 +108,15 @@ class ClipIndex:
     def from_records(
         cls, records: Iterable[tuple[CommitRecord, int]], arrays: Iterable[str]
     ) -> "ClipIndex":
-        """The index of a store with these commit records, each with the checksum it opens with.
+        """Build the index from commit records, each with its `crc32c`.
 
-        Raises `DuplicateKey` if two clips have one key.
+        Raises `DuplicateKey` if two clips have the same key.
         """
         names = tuple(arrays)
         return cls(columns_of_records(records, names), names)
 
     def with_shards(self, newer: "ClipIndex") -> "ClipIndex":
-        """This index with the shards of another, in place of those of their names.
+        """This index with the shards of another added, replacing shards of the same name.
 
         Raises `DuplicateKey` if a key is in shards of both.
         """
@@ -130,7 +129,7 @@ class ClipIndex:
 
     @cached_property
     def shards(self) -> dict[str, ShardFacts]:
-        """The finished shards by name, sorted."""
+        """The committed shards by name, sorted."""
         number = len(self.shard_names)
         of_clips = self.columns["clips.shard"]
         num_clips = np.bincount(of_clips, minlength=number).tolist()
@@ -152,23 +151,23 @@ class ClipIndex:
         )
         return {shard.name: shard for shard in facts}
 
-    def place_of(self, row: int) -> tuple[str, int, int]:
-        """Name of a clip's shard, generation of the shard's group, and the clip's index there."""
+    def locate(self, row: int) -> tuple[str, int, int]:
+        """A clip's shard, the generation of the shard's group, and the clip's index there."""
         shard = int(self.columns["clips.shard"][row])
         group = int(self.columns["shards.group"][shard])
         return self.shard_names[shard], group, int(self.columns["clips.index"][row])
 
-    def file_of(self, row: int, array: str) -> FileFacts:
-        """What is recorded of a clip's file of an array."""
+    def file_facts(self, row: int, array: str) -> FileFacts:
+        """Recorded facts about a clip's file of one array."""
         columns = (self.columns[f"arrays.{array}.{name}"] for name in FileFacts._fields)
         return FileFacts(*(int(column[row]) for column in columns))
 
     def record_crc32c(self, shard: str) -> int:
-        """The checksum that a shard's commit record opens with."""
+        """The `crc32c` of a shard's commit record."""
         return int(self.columns["shards.crc32c"][self.shard_names.index(shard)])
 
-    def skipped_elsewhere(self) -> set[str]:
-        """Keys that are skipped several times, or skipped and held."""
+    def ambiguous_skips(self) -> set[str]:
+        """Keys that are skipped more than once, or both skipped and stored."""
         ends = self.columns["skipped.key.ends"]
         keys = sorted(PackedText(self.columns["skipped.key.text"], ends))
         found = {key for key, following in pairwise(keys) if key == following}
@@ -179,13 +178,13 @@ class ClipIndex:
         return found
 
     def all_skipped(self) -> Iterator[SkippedClip]:
-        """What the commit records say of skipped clips, shard by shard."""
+        """All skipped clips in the commit records, shard by shard."""
         texts = (
             PackedText(self.columns[f"skipped.{name}.text"], self.columns[f"skipped.{name}.ends"])
             for name in ("key", "reason", "detail")
         )
         names = list(self.shard_names)
-        # Not as lists, which would hold an object for each of a million.
+        # Not lists, which would hold a Python object per skipped clip.
         fingerprints = map(bytes, self.columns["skipped.fingerprint"])
         shards = self.columns["skipped.shard"].data
         for key, reason, detail, fingerprint, shard in zip(
@@ -194,11 +193,11 @@ class ClipIndex:
             yield SkippedClip(key, reason, detail, fingerprint.decode("ascii"), names[shard])
 
 
-def read_index(place: Place, settings: StoreSettings) -> ClipIndex:
-    """`index.npz` as it is; `DamagedIndex`, or `FileNotFoundError` where there is none."""
-    local = place.folder / INDEX_FILE if isinstance(place, LocalPlace) else None
+def read_index(storage: Storage, settings: StoreSettings) -> ClipIndex:
+    """Read `index.npz`; raises `DamagedIndex`, or `FileNotFoundError` if there is none."""
+    local = storage.folder / INDEX_FILE if isinstance(storage, LocalStorage) else None
     try:
-        return parse_index(local or place.read(INDEX_FILE, MAX_INDEX_BYTES), settings)
+        return parse_index(local or storage.read(INDEX_FILE, MAX_INDEX_BYTES), settings)
     except OSError as error:
         if error.errno not in UNREADABLE:
             raise
@@ -206,58 +205,60 @@ def read_index(place: Place, settings: StoreSettings) -> ClipIndex:
 
 
 def parse_index(source: bytes | Path, settings: StoreSettings) -> ClipIndex:
-    """The index in an archive, checked as if a stranger had written it; raises `DamagedIndex`."""
+    """Parse an index archive, treating it as untrusted input; raises `DamagedIndex`."""
     columns = read_columns(source, settings)
     try:
         index = ClipIndex(columns, settings.arrays)
         check_columns(columns, settings)
         (index.store_crc32c,) = columns[STORE_CRC32C].tolist()
     except ValueError as error:
-        raise DamagedIndex(f"it contradicts itself ({error})") from error
+        raise DamagedIndex(f"it is inconsistent ({error})") from error
     return index
 
 
-def load_index(place: Place, settings: StoreSettings) -> ClipIndex:
-    """The clips of a store as of now.
+def load_index(storage: Storage, settings: StoreSettings) -> ClipIndex:
+    """The current index of a store.
 
-    In a local folder commit records decide: what `index.npz` does not have of them, or has of an
-    older generation, is read from them, and without the file all of it is. Elsewhere `index.npz`
-    decides.
+    In a local folder the commit records are authoritative: records that `index.npz` lacks, or lists
+    with an older generation, are read, and all of them if the file is missing. Elsewhere
+    `index.npz` is authoritative.
 
     Raises:
-        CorruptRecord: a commit record is damaged, contradicts another, or is lost: `index.npz`
-            lists it and it is not there; elsewhere, the index is damaged.
-        StoreUnreachable: a network place did not answer.
+        CorruptRecord: a commit record is damaged, contradicts another, or is lost (listed in
+            `index.npz` but missing); elsewhere, the index is damaged.
+        StoreUnreachable: a network storage did not respond.
     """
-    if isinstance(place, LocalPlace):
-        return _current_index(place, settings)
-    again = "run sam2vx-pipeline cache copy to this address again"
+    if isinstance(storage, LocalStorage):
+        return _current_index(storage, settings)
+    again = "run sam2vx-pipeline cache copy to this URL again"
     try:
-        return read_index(place, settings)
+        return read_index(storage, settings)
     except FileNotFoundError:
         raise CorruptRecord(
-            f"{place.where} has no {INDEX_FILE}, without which a store can be read from a local "
-            f"folder only; {again}"
+            f"{storage.location} has no {INDEX_FILE}; only stores in local folders can be read "
+            f"without it; {again}"
         ) from None
     except DamagedIndex as error:
-        raise CorruptRecord(f"{place.where}/{INDEX_FILE} is damaged: {error}; {again}") from error
+        raise CorruptRecord(
+            f"{storage.location}/{INDEX_FILE} is damaged: {error}; {again}"
+        ) from error
 
 
 def write_index(
     layout: StoreLayout, settings: StoreSettings, lock: FileLock, known: ClipIndex | None = None
 ) -> ClipIndex:
-    """Bring `index.npz` up to date with the commit records; what it holds then.
+    """Update `index.npz` from the commit records and return the new index.
 
-    `known` is what the caller knows of them; what it lacks is read, and without it what
-    `index.npz` lacks.
+    `known` is an index that the caller already has; records that it (or, without it, `index.npz`)
+    lacks are read.
 
     Raises:
-        CorruptRecord: a commit record is damaged or lost, or two shards hold one key.
-        LockLost: `lock`, the store's, is not held any more.
+        CorruptRecord: a commit record is damaged or lost, or two shards hold the same key.
+        LockLost: `lock`, the store's lock, is no longer held.
     """
-    place = LocalPlace(layout.root)
-    index = _current_index(place, settings, known)
-    store_crc32c = sealed_crc32c(place, STORE_FILE)
+    storage = LocalStorage(layout.root)
+    index = _current_index(storage, settings, known)
+    store_crc32c = read_crc32c(storage, STORE_FILE)
     if index.store_crc32c == store_crc32c:
         return index
     layout.staging.mkdir(exist_ok=True)
@@ -274,128 +275,128 @@ def write_index(
 
 
 def is_indexed(layout: StoreLayout, settings: StoreSettings) -> bool:
-    """Whether `index.npz` is whole and lists the commit records as they are; parses none."""
-    place = LocalPlace(layout.root)
+    """Whether `index.npz` is valid and matches the commit records; parses no record."""
+    storage = LocalStorage(layout.root)
     try:
-        index = read_index(place, settings)
+        index = read_index(storage, settings)
     except (FileNotFoundError, DamagedIndex):
         return False
     listed = set(index.shard_names)
     return (
-        index.store_crc32c == sealed_crc32c(place, STORE_FILE)
+        index.store_crc32c == read_crc32c(storage, STORE_FILE)
         and listed == set(committed_shards(layout))
-        and listed == _same_records(place, index)
+        and listed == _unchanged_shards(storage, index)
     )
 
 
-def index_of_records(place: Place, settings: StoreSettings, shards: Iterable[str]) -> ClipIndex:
-    """The index as the commit records of these shards give it, whatever `index.npz` says.
+def index_of_records(storage: Storage, settings: StoreSettings, shards: Iterable[str]) -> ClipIndex:
+    """Build the index from the commit records of these shards, ignoring `index.npz`.
 
     Raises `CorruptRecord`.
     """
     try:
-        return ClipIndex.from_records(_read_records(place, settings, shards), settings.arrays)
+        return ClipIndex.from_records(_read_records(storage, settings, shards), settings.arrays)
     except DuplicateKey as error:
-        raise _duplicate(place, error) from error
+        raise _duplicate_key_error(storage, error) from error
 
 
-def record_head(place: Place, shard: str) -> bytes:
-    """The checksum a commit record opens with, in hexadecimal digits as a rule."""
-    return place.read_range(commit_path(shard), 0, _HEAD_BYTES)[-8:]
+def read_commit_crc32c_digits(storage: Storage, shard: str) -> bytes:
+    """The `crc32c` digits of a commit record; not validated."""
+    return storage.read_range(commit_path(shard), 0, _HEAD_BYTES)[-8:]
 
 
-def sealed_crc32c(place: Place, path: str) -> int:
-    """The checksum that a sealed file, which is in order, opens with."""
-    return int(place.read_range(path, 0, _HEAD_BYTES)[-8:], 16)
+def read_crc32c(storage: Storage, path: str) -> int:
+    """The `crc32c` of an intact record."""
+    return int(storage.read_range(path, 0, _HEAD_BYTES)[-8:], 16)
 
 
 def commit_path(shard: str) -> str:
-    """The record that makes a shard visible to readers, relative to the store."""
+    """Path of a shard's commit record, relative to the store."""
     return f"commits/{shard}.json"
 
 
 def _current_index(
-    place: LocalPlace, settings: StoreSettings, known: ClipIndex | None = None
+    storage: LocalStorage, settings: StoreSettings, known: ClipIndex | None = None
 ) -> ClipIndex:
-    # The index before the records: what it lists has been committed when they are looked for.
+    # Read the index before listing the records, so that every record it lists is already committed.
     index = known
     if index is None:
         with suppress(FileNotFoundError, DamagedIndex):
-            index = read_index(place, settings)
-    shards = committed_shards(StoreLayout(place.folder))
+            index = read_index(storage, settings)
+    shards = committed_shards(StoreLayout(storage.folder))
     if index is None:
-        return index_of_records(place, settings, shards)
-    kept = _same_records(place, index)
+        return index_of_records(storage, settings, shards)
+    kept = _unchanged_shards(storage, index)
     changed = [shard for shard in shards if shard not in kept]
     if not changed and len(kept) == len(index.shard_names):
         return index
-    newer = index_of_records(place, settings, changed)
-    _refuse_lost_records(place, index, newer, kept)
+    newer = index_of_records(storage, settings, changed)
+    _check_lost_records(storage, index, newer, kept)
     try:
         return index.with_shards(newer)
     except DuplicateKey as error:
-        raise _duplicate(place, error) from error
+        raise _duplicate_key_error(storage, error) from error
 
 
-def _refuse_lost_records(
-    place: Place, index: ClipIndex, newer: ClipIndex, kept: Collection[str]
+def _check_lost_records(
+    storage: Storage, index: ClipIndex, newer: ClipIndex, kept: Collection[str]
 ) -> None:
-    """`CorruptRecord` where the index knows of a record that is not there any more."""
+    """Raise `CorruptRecord` if the index lists a commit record that is no longer there."""
     for shard, known in index.shards.items():
         if shard in kept:
             continue
         found = newer.shards.get(shard)
         if found is None or found.generation <= known.generation:
             raise CorruptRecord(
-                f"{place.where}/{commit_path(shard)} {lost_record(known, found)}; "
-                f"{mend_hint(place.where)}"
+                f"{storage.location}/{commit_path(shard)} {describe_lost_record(known, found)}; "
+                f"{repair_hint(storage.location)}"
             )
 
 
-def lost_record(known: ShardFacts, found: ShardFacts | None) -> str:
-    """What is wrong with a shard whose commit record is not the one that the index lists.
+def describe_lost_record(known: ShardFacts, found: ShardFacts | None) -> str:
+    """Describe a shard whose commit record is not the one listed in the index.
 
-    `found` is of an older generation than `known`, or of the same; None where there is none. A
-    newer one is in order: the index is written after the records.
+    `found` has an older generation than `known`, or the same; None if there is no record. A newer
+    record is valid: the index is written after the records.
     """
     if found is None:
-        return f"cannot be found, and {INDEX_FILE} lists {known.num_clips} clips of it"
+        return f"cannot be found, but {INDEX_FILE} lists {known.num_clips} clips of it"
     if found.generation < known.generation:
         return (
-            f"is of generation {found.generation}, and {INDEX_FILE} lists generation "
+            f"has generation {found.generation}, but {INDEX_FILE} lists generation "
             f"{known.generation}: an older state was put back"
         )
-    return f"is not the one that {INDEX_FILE} lists: it was changed, or another was put there"
+    return f"is not the one that {INDEX_FILE} lists: it was changed or replaced"
 
 
-def _same_records(place: LocalPlace, index: ClipIndex) -> set[str]:
-    """The shards of an index whose commit records are those that it lists."""
+def _unchanged_shards(storage: LocalStorage, index: ClipIndex) -> set[str]:
+    """Shards of an index whose commit records still have the checksum it lists."""
     crc32cs = index.columns["shards.crc32c"].tolist()
     same = set()
     for shard, crc32c in zip(index.shard_names, crc32cs, strict=True):
-        with suppress(OSError):  # whatever it is, it is read once more as a whole
-            if record_head(place, shard) == b"%08x" % crc32c:
+        with suppress(OSError):  # the whole record is read again, and reports the error
+            if read_commit_crc32c_digits(storage, shard) == b"%08x" % crc32c:
                 same.add(shard)
     return same
 
 
 def _read_records(
-    place: Place, settings: StoreSettings, shards: Iterable[str]
+    storage: Storage, settings: StoreSettings, shards: Iterable[str]
 ) -> Iterator[tuple[CommitRecord, int]]:
     for shard in shards:
         path = commit_path(shard)
         try:
-            data = read_record_file(place, path)
-        except FileNotFoundError:  # taken out just now
+            data = read_record_file(storage, path)
+        except FileNotFoundError:  # removed meanwhile
             continue
         record = parse_commit(
-            data, settings, shard, where=f"{place.where}/{path}", store=place.where
+            data, settings, shard, location=f"{storage.location}/{path}", store=storage.location
         )
         yield record, int(data[_HEAD_BYTES - 8 : _HEAD_BYTES], 16)
 
 
-def _duplicate(place: Place, error: DuplicateKey) -> CorruptRecord:
+def _duplicate_key_error(storage: Storage, error: DuplicateKey) -> CorruptRecord:
     return CorruptRecord(
-        f"{error} of {place.where}; keys must be unique, so rename one of the two in the dataset, "
-        f"and {mend_hint(place.where)}"
+        f"{error} of {storage.location}; keys must be unique, so rename one of the two in the "
+        f"dataset, and {repair_hint(storage.location)}"
     )

@@ -1,22 +1,22 @@
-"""Turning a staged group into a finished shard, and cleaning up what killed processes left."""
+"""Committing a staged group as a shard, and cleaning up after killed processes."""
 
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
 from cache_schema.atomic_io import make_directories, sync, sync_upwards, write_whole
-from cache_schema.checksummed_json import HEAD_BYTES, crc32c_hex, opening_crc32c, seal
+from cache_schema.checksummed_json import HEAD_BYTES, crc32c_digits, crc32c_hex, encode_record
 from cache_schema.claim import ShardClaim
 from cache_schema.errors import CorruptRecord, LockLost, ShardBusy
 from cache_schema.names import StoreLayout, parse_group_name
 from cache_schema.records import CommitRecord, StoredFile, committed_shards, read_commit
 from cache_schema.schema import StoreSettings
-from cache_schema.storage import LocalPlace
+from cache_schema.storage import LocalStorage
 from cache_schema.zarr_shard import metadata_paths
 
 
-def safe_metadata(group: Path, settings: StoreSettings) -> dict[str, StoredFile]:
-    """Sync the metadata that Zarr wrote in a group; sizes and checksums, as a record lists them."""
+def sync_metadata(group: Path, settings: StoreSettings) -> dict[str, StoredFile]:
+    """Sync the metadata that Zarr wrote in a group; returns sizes and checksums for the record."""
     files = {}
     for path in metadata_paths(settings):
         file = group / path
@@ -35,15 +35,15 @@ def commit_group(
     *,
     replaced: int | None,
 ) -> None:
-    """Publish a complete, synced group: one rename, then the commit record that readers trust.
+    """Publish a complete, synced group: rename it, then write the commit record.
 
     Args:
-        claim: the shard's.
-        settings: the store's.
-        group: lies in the claim's folder.
-        record: of the group.
-        replaced: the checksum that the shard's record opened with when the caller read it; None
-            where there was no record.
+        claim: the shard's claim.
+        settings: the store's settings.
+        group: folder of the group, inside the claim's folder.
+        record: commit record of the group.
+        replaced: the `crc32c` of the shard's record when the caller read it; None if there was no
+            record.
 
     Raises `LockLost` if another writer took the shard over; nothing committed has changed then.
     """
@@ -51,9 +51,9 @@ def commit_group(
     target = layout.group(record.shard, record.group)
     make_directories(layout.shards)
     make_directories(layout.commits)
-    _refuse_changed(claim, replaced)
+    _check_unchanged(claim, replaced)
     if target.exists():
-        raise _changed(claim, target)
+        raise _changed_error(claim, target)
     with claim.guarded():
         group.rename(target)
         sync(layout.shards)
@@ -65,42 +65,41 @@ def commit_record(
 ) -> int:
     """Replace a shard's commit record by one of clips in the same group.
 
-    Args and errors are those of `commit_group`. Returns the checksum that the new record opens
-    with.
+    Args and errors as in `commit_group`. Returns the `crc32c` of the new record.
     """
-    _refuse_changed(claim, replaced)
+    _check_unchanged(claim, replaced)
     with claim.guarded():
         return _write_record(claim, settings, record)
 
 
-def _refuse_changed(claim: ShardClaim, replaced: int | None) -> None:
+def _check_unchanged(claim: ShardClaim, replaced: int | None) -> None:
     claim.check()
     committed = claim.layout.commit(claim.shard)
     found = None
     with suppress(FileNotFoundError):
-        head = LocalPlace(committed.parent).read_range(committed.name, 0, HEAD_BYTES)
-        found = opening_crc32c(head)
+        head = LocalStorage(committed.parent).read_range(committed.name, 0, HEAD_BYTES)
+        found = crc32c_digits(head)
     if found != (None if replaced is None else b"%08x" % replaced):
-        raise _changed(claim, committed)
+        raise _changed_error(claim, committed)
 
 
-def _changed(claim: ShardClaim, path: Path) -> LockLost:
+def _changed_error(claim: ShardClaim, path: Path) -> LockLost:
     return LockLost(
-        f"{path} was written by another process while this one held the lock "
-        f"{claim.layout.lock(claim.shard)}; nothing committed was changed, run the same command "
-        "again"
+        f"{path} was written by another process while this process held the lock "
+        f"{claim.layout.lock(claim.shard)}; nothing committed was changed. Run the same "
+        "command again"
     )
 
 
 def _write_record(claim: ShardClaim, settings: StoreSettings, record: CommitRecord) -> int:
-    data = seal(record.as_dict(settings.hash))
+    data = encode_record(record.as_dict(settings.hash))
     path = claim.layout.commit(record.shard)
     write_whole(path, data, temporary=claim.records / "commit.json")
-    return int(opening_crc32c(data), 16)
+    return int(crc32c_digits(data), 16)
 
 
-def sweep_store(layout: StoreLayout, settings: StoreSettings) -> None:
-    """Remove staging, lock files and replaced groups of finished shards nobody is working on."""
+def clean_up_store(layout: StoreLayout, settings: StoreSettings) -> None:
+    """Remove staging, lock files and replaced groups of committed shards that have no writer."""
     staging = {path.name for path in layout.staging.iterdir()}
     generations = group_generations(layout)
     for shard in committed_shards(layout):
@@ -111,14 +110,14 @@ def sweep_store(layout: StoreLayout, settings: StoreSettings) -> None:
             with ShardClaim(layout, shard) as claim:
                 if not layout.commit(shard).exists():
                     continue
-                _sweep_replaced(claim, settings, generations[shard])
-                claim.sweep()
+                _remove_replaced(claim, settings, generations[shard])
+                claim.clear()
         except (ShardBusy, LockLost):
-            continue  # another process is at it
+            continue  # another process is changing it
 
 
 def group_generations(layout: StoreLayout) -> defaultdict[str, list[int]]:
-    """The generations of every shard that have a folder, committed or not, sorted."""
+    """Sorted generations of every shard that has group folders, committed or not."""
     found: defaultdict[str, list[int]] = defaultdict(list)
     if layout.shards.is_dir():
         for path in layout.shards.iterdir():
@@ -129,11 +128,11 @@ def group_generations(layout: StoreLayout) -> defaultdict[str, list[int]]:
     return found
 
 
-def _sweep_replaced(claim: ShardClaim, settings: StoreSettings, generations: list[int]) -> None:
+def _remove_replaced(claim: ShardClaim, settings: StoreSettings, generations: list[int]) -> None:
     try:
         record = read_commit(claim.layout, settings, claim.shard)
     except CorruptRecord:
-        return  # which group is the shard's is not known; that is for a repair
+        return  # the shard's group is unknown; a repair handles this
     for generation in generations:
         group = claim.layout.group(claim.shard, generation)
         if generation != record.group and group.exists():

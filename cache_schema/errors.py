@@ -1,75 +1,72 @@
-"""What can be wrong with a store; every message says what, where and what to do next.
-
-Raised throughout `cache_schema`, caught by the commands of the pipeline.
-"""
+"""Errors of stores. Every message says what is wrong, where, and what to do next."""
 
 from cache_schema.shown_text import without_credentials
 
-# ruff: noqa: N818 (the names say what was found; `CacheError` is what they all are)
+# ruff: noqa: N818 (names describe the condition; all derive from `CacheError`)
 
 
 class CacheError(Exception):
-    """Base of everything a store can complain about, apart from wrong arguments (`ValueError`).
+    """Base class of all store errors, except for wrong arguments (`ValueError`).
 
-    Messages name stores by their URLs, and are printed, kept and sent between processes: they hold
-    no credentials.
+    Messages contain store URLs and are printed, saved and sent between processes, so credentials
+    are removed.
     """
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(without_credentials(a) if isinstance(a, str) else a for a in args))
 
     def __str__(self) -> str:
-        # KeyError would print the message quoted and escaped.
+        # KeyError.__str__ would quote and escape the message.
         return Exception.__str__(self)
 
 
 class StoreNotFound(CacheError):
-    """There is no store, or not exactly one, where one was expected."""
+    """No store was found, or more than one."""
 
 
 class ClipMissing(CacheError, KeyError):
-    """The store has no committed clip of that key."""
+    """The store has no committed clip with this key."""
 
 
 class ClipChanged(CacheError):
-    """A clip was made again, with other values, since the store was opened."""
+    """A clip was extracted again, with other values, since the store was opened."""
 
 
 class CorruptClip(CacheError):
-    """A committed clip's bytes are absent, of the wrong size, or fail a checksum."""
+    """A committed clip's file is missing, has the wrong size, or fails a checksum."""
 
 
 class CorruptRecord(CacheError):
-    """`store.json` or a commit record is damaged or contradicts the store it lies in."""
+    """`store.json` or a commit record is damaged or contradicts its store."""
 
 
 class UnknownSchemaVersion(CacheError):
-    """The store was written by a version of this package that lays it out differently."""
+    """The store was written with another schema version."""
 
 
 class SettingsMismatch(CacheError):
-    """The store on disk was made with other settings than the ones asked for."""
+    """The store on disk has other settings than requested."""
 
 
 class SymlinkInStore(CacheError):
-    """A store that is to be changed has a symbolic link where only its own files may be."""
+    """A store to be changed contains a symbolic link among its own files."""
 
 
 class StoreUnreachable(CacheError):
-    """A place behind a network did not answer; nothing is known about the store's bytes."""
+    """A network storage did not respond; the state of the store's data is unknown."""
 
 
 class ShardBusy(CacheError):
-    """Another process is writing this shard at the moment."""
+    """Another process is writing this shard."""
 
 
 class LockLost(CacheError):
-    """Another process has taken over what this one was writing; nothing committed was changed."""
+    """Another process has taken over the shard being written; nothing committed was changed."""
 
 
 class LockUnsupported(CacheError):
-    """The file system does not keep locks, so that nothing may be written there."""
+    """The file system does not support locks, so writing is refused."""
 
 
 class AlreadyCommitted(CacheError):
-    """The shard is finished; it is never written twice."""
+    """The shard is committed; a committed shard is never written again."""

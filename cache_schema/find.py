@@ -1,21 +1,21 @@
-"""Finding stores under a cache folder or URL; used by training, inspection and the console."""
+"""Finding stores under a cache folder or URL."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from cache_schema.errors import StoreNotFound
 from cache_schema.names import STORE_FILE, check_identifier
-from cache_schema.storage import LocalPlace, is_url, open_place
+from cache_schema.storage import LocalStorage, is_url, open_place
 
 
 def list_stores(cache_root: Path | str) -> list[Path | str]:
-    """Folders or URLs of all stores directly under `cache_root`, sorted; none if it does not exist.
+    """Sorted folders or URLs of all stores directly under `cache_root`; empty if it does not exist.
 
     Raises:
-        StoreNotFound: what lies there cannot be listed, as on a web server.
-        StoreUnreachable: a network place did not answer.
+        StoreNotFound: `cache_root` cannot be listed, for example on a web server.
+        StoreUnreachable: a network storage did not respond.
     """
-    stores = _listed(cache_root)
+    stores = _list_stores(cache_root)
     if stores is None:
         raise StoreNotFound(f"{cache_root} cannot be listed; name the folder of the store")
     return stores
@@ -24,67 +24,67 @@ def list_stores(cache_root: Path | str) -> list[Path | str]:
 def find_store(cache_root: Path | str, kind: str, *, folder: str | None = None) -> Path | str:
     """The store of a kind: the one in `folder`, or else the only one under `cache_root`.
 
-    Behind a URL a `folder` is taken as it is: whoever opens it sees whether a store is there.
+    Behind a URL, `folder` is not checked; opening the store fails if there is none.
 
     Raises:
-        StoreNotFound: there is none, there are several to choose from, or they cannot be listed.
-        StoreUnreachable: a network place did not answer.
+        StoreNotFound: there is no such store, there are several, or they cannot be listed.
+        StoreUnreachable: a network storage did not respond.
     """
     check_identifier(kind, "kind")
     if folder is not None:
-        return _named(cache_root, kind, folder)
-    stores = _listed(cache_root)
+        return _store_in_folder(cache_root, kind, folder)
+    stores = _list_stores(cache_root)
     if stores is None:
         raise StoreNotFound(
             f"{cache_root} cannot be listed; set train.stores.{kind} to the folder of its {kind} "
             "store"
         )
-    of_kind = [store for store in stores if _name(store).startswith(f"{kind}-")]
-    if not of_kind:
+    matching = [store for store in stores if _folder_name(store).startswith(f"{kind}-")]
+    if not matching:
         raise StoreNotFound(
             f"no {kind} store in {cache_root}; run sam2vx-pipeline extract-features to make it"
         )
-    if len(of_kind) > 1:
+    if len(matching) > 1:
         raise StoreNotFound(
-            f"several {kind} stores in {cache_root}: {_names(of_kind)}; set train.stores.{kind} to "
-            "the one to use"
+            f"several {kind} stores in {cache_root}: {_folder_names(matching)}; set "
+            f"train.stores.{kind} to the one to use"
         )
-    return of_kind[0]
+    return matching[0]
 
 
-def _named(cache_root: Path | str, kind: str, folder: str) -> Path | str:
+def _store_in_folder(cache_root: Path | str, kind: str, folder: str) -> Path | str:
     if is_url(cache_root):
         if folder in ("", ".", "..") or "/" in folder:
-            raise StoreNotFound(f"train.stores.{kind} is {folder!r}, which is no folder's name")
+            raise StoreNotFound(f"train.stores.{kind} is {folder!r}, which is not a folder name")
         return f"{str(cache_root).rstrip('/')}/{folder}"
     stores = list_stores(cache_root)
     for store in stores:
-        if _name(store) == folder:
+        if _folder_name(store) == folder:
             return store
     raise StoreNotFound(
-        f"no store {folder!r} in {cache_root}; there are {_names(stores)}. Set "
+        f"no store {folder!r} in {cache_root}; found {_folder_names(stores)}. Set "
         f"train.stores.{kind} to one of them, or run sam2vx-pipeline extract-features"
     )
 
 
-def _listed(cache_root: Path | str) -> list[Path | str] | None:
-    place = open_place(cache_root)
-    names = place.list_folder("")
+def _list_stores(cache_root: Path | str) -> list[Path | str] | None:
+    storage = open_place(cache_root)
+    names = storage.list_folder("")
     if names is None:
         return None
-    if isinstance(place, LocalPlace):
-        folders = (place.folder / name for name in names)
+    if isinstance(storage, LocalStorage):
+        folders = (storage.folder / name for name in names)
         return [folder for folder in folders if (folder / STORE_FILE).is_file()]
     return [
-        f"{place.where}/{name}"
+        f"{storage.location}/{name}"
         for name in names
-        if name not in ("", ".", "..") and STORE_FILE in (place.list_folder(name) or ())
+        if name not in ("", ".", "..") and STORE_FILE in (storage.list_folder(name) or ())
     ]
 
 
-def _name(store: Path | str) -> str:
+def _folder_name(store: Path | str) -> str:
     return str(store).rsplit("/", 1)[-1]
 
 
-def _names(stores: Sequence[Path | str]) -> str:
-    return ", ".join(_name(store) for store in stores) or "none"
+def _folder_names(stores: Sequence[Path | str]) -> str:
+    return ", ".join(_folder_name(store) for store in stores) or "none"

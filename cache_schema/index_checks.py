@@ -1,7 +1,7 @@
-"""Whether an index is one that records could have given; as if a stranger had written it.
+"""Validation of an index from an untrusted source: only contents that commit records could have.
 
-Checked once for all rows, in numpy: a million clips take a fraction of a second. Block by block, so
-that a check takes no memory worth mentioning beside the columns.
+All rows are checked in numpy, a fraction of a second for a million clips, and block by block, so
+that temporary memory stays small compared to the columns.
 """
 
 import itertools
@@ -24,19 +24,19 @@ from cache_schema.zarr_shard import file_bytes_range
 _SLASH, _DOT = b"/."
 _HEX = b"0123456789abcdef"
 
-_ROWS = 16_384
-"""In a block."""
+_BLOCK_ROWS = 16_384
+"""Rows per block."""
 
 
 def check_columns(columns: Mapping[str, np.ndarray], settings: StoreSettings) -> None:
-    """`ValueError` for names, keys, sizes or numbers that no record may have."""
+    """Raise `ValueError` for names, keys, sizes or numbers that no record may have."""
     shards = SortedText(columns["shards.name.text"], columns["shards.name.ends"])
     names = list(shards)
     for name in names:
         if not is_shard_name(name):
-            raise ValueError(f"it has a shard of the name {name!r}")
+            raise ValueError(f"it has a shard with the invalid name {name!r}")
     if any(a >= b for a, b in itertools.pairwise(names)):
-        raise ValueError("its shards are not in order")
+        raise ValueError("its shards are not in ascending order of names")
     if (columns["shards.generation"] > MAX_GENERATION).any():
         raise ValueError("a shard's generation is too large")
     if (columns["shards.group"] > columns["shards.generation"]).any():
@@ -53,28 +53,28 @@ def check_columns(columns: Mapping[str, np.ndarray], settings: StoreSettings) ->
     for reason in set(itertools.chain.from_iterable(reasons.pieces())):
         check_identifier(reason.decode("utf-8"), "reason for skipping a clip")
     for column in ("clips.fingerprint", "skipped.fingerprint"):
-        for first in range(0, len(columns[column]), _ROWS):
-            if columns[column][first : first + _ROWS].tobytes().translate(None, _HEX):
-                raise ValueError(f"{column} holds what is no fingerprint")
+        for first in range(0, len(columns[column]), _BLOCK_ROWS):
+            if columns[column][first : first + _BLOCK_ROWS].tobytes().translate(None, _HEX):
+                raise ValueError(f"{column} has a value that is not a fingerprint")
     if (columns["clips.index"] > MAX_CLIP_INDEX).any():
         raise ValueError("a clip's index is too large")
     for name, spec in settings.arrays.items():
-        least, most = file_bytes_range(spec)
+        minimum, maximum = file_bytes_range(spec)
         sizes = columns[f"arrays.{name}.bytes"]
-        if ((sizes < least) | (sizes > most)).any():
-            raise ValueError(f"a file of array {name} has a size that no clip has")
+        if ((sizes < minimum) | (sizes > maximum)).any():
+            raise ValueError(f"a file of array {name} is not of {minimum} to {maximum} bytes")
 
 
 def _blocks(texts: PackedText) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Some texts at a time: the row of the first, their bytes, and where each one ends in them."""
-    for first in range(0, len(texts), _ROWS):
-        ends = texts.ends[first : first + _ROWS]
+    """Texts block by block: the first one's row, their bytes, and the end of each in these."""
+    for first in range(0, len(texts), _BLOCK_ROWS):
+        ends = texts.ends[first : first + _BLOCK_ROWS]
         origin = texts.ends[first - 1] if first else np.uint64(0)
         yield first, texts.blob[origin : ends[-1]], ends - origin
 
 
 def _check_utf8(blob: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Where each text of a block starts; `ValueError` unless all of them are UTF-8."""
+    """Start of each text of a block; `ValueError` unless all of them are UTF-8."""
     blob.tobytes().decode("utf-8")
     starts = np.concatenate([np.zeros(1, np.uint64), ends[:-1]])
     if (blob[starts[starts < len(blob)]] & 0xC0 == 0x80).any():
@@ -83,14 +83,14 @@ def _check_utf8(blob: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 
 def _check_keys(keys: PackedText) -> None:
-    """By the rule of `check_key`: only texts that might break it are looked at one by one."""
+    """Apply `check_key`, but call it only for texts that might violate it."""
     for first, blob, ends in _blocks(keys):
         starts = _check_utf8(blob, ends)
         lengths = ends - starts
         doubtful = (lengths == 0) | (lengths > 256)
         doubtful[lengths > 0] |= blob[starts[lengths > 0]] == _SLASH
         odd = (blob < 0x20) | (blob == 0x7F)
-        # A C1 control is 0xC2 and a byte below 0xA0; '..' is looked for as two bytes.
+        # A C1 control is 0xC2 followed by a byte below 0xA0; '..' is any two dots in a row.
         odd[1:] |= (blob[:-1] == 0xC2) & (blob[1:] < 0xA0)
         odd[1:] |= (blob[:-1] == _DOT) & (blob[1:] == _DOT)
         doubtful[np.searchsorted(ends, np.flatnonzero(odd), side="right")] = True

@@ -1,8 +1,7 @@
-"""`index.npz`: named columns in one file; used by `clip_index`, which says what they mean.
+"""`index.npz`: reading and writing named columns in one file.
 
 An ordinary NumPy archive, uncompressed and without pickled objects. Its checksums are those of zip:
-every member is read to its end, which is where zip checks it. Nothing larger than the file is
-allocated for it.
+every member is read to its end, where zip verifies it. No allocation exceeds the size of the file.
 """
 
 import io
@@ -40,49 +39,48 @@ COLUMNS = {
     "skipped.fingerprint": f"S{FINGERPRINT_DIGITS}",
     "skipped.shard": "<u4",
 }
-"""Type of every column but those of the arrays.
+"""Data types of all columns except those of arrays.
 
-Per clip, in ascending order of keys: `clips.shard`, the row of its shard, `clips.index`, its
-index there, and what it was made from. Per shard, in ascending order of names: what its commit
-record says, and the checksum that the record opens with. Per skipped clip, shard by shard: what
-the record says. Texts are UTF-8 one after the other (`text`), and where each one ends (`ends`).
-"""
+Per clip, in ascending order of keys: `clips.shard`, the row of its shard; `clips.index`, its index
+there; and its fingerprint. Per shard, in ascending order of names: contents of its commit record,
+and the record's `crc32c`. Per skipped clip, shard by shard: contents of the record. Texts are
+concatenated UTF-8 (`text`) and the end of each one (`ends`)."""
 
 ARRAY_COLUMNS = {"bytes": "<u8", "crc32c": "<u4", "table_crc32c": "<u4"}
-"""Per array and clip, as `arrays.<name>.<column>`: size of the file, checksum of the values, and of
-the table of its chunks."""
+"""Per array and clip, as `arrays.<name>.<column>`: size of the file, checksum of the values, and
+checksum of the file's table of chunks."""
 
 STORE_CRC32C = "store.crc32c"
-"""The checksum that `store.json` opened with when the index was written: one number."""
+"""Column with one number: the `crc32c` of `store.json` when the index was written."""
 
 _VERSION = "schema_version"
 _SETTINGS = "settings_hash"
 
 
-class DamagedIndex(ValueError):  # noqa: N818 (says what was found, like the other errors)
-    """The bytes are not an index, or not this store's."""
+class DamagedIndex(ValueError):  # noqa: N818 (named after the condition, like the other errors)
+    """The bytes are not an index, or not the index of this store."""
 
 
 def column_types(arrays: Iterable[str]) -> dict[str, str]:
-    """Type of every column of a store with these arrays."""
-    of_arrays = {
+    """Data types of all columns of a store with these arrays."""
+    array_columns = {
         f"arrays.{name}.{column}": dtype
         for name in arrays
         for column, dtype in ARRAY_COLUMNS.items()
     }
-    return COLUMNS | of_arrays
+    return COLUMNS | array_columns
 
 
 def write_columns(
     file: BinaryIO, columns: Mapping[str, np.ndarray], settings: StoreSettings, store_crc32c: int
 ) -> None:
-    """Write an archive whose bytes follow from the columns and from `store.json` alone.
+    """Write an archive whose bytes depend only on the columns and on `store.json`.
 
     Args:
         file: open for writing.
-        columns: those of `column_types`.
-        settings: the store's.
-        store_crc32c: the checksum that its `store.json` opens with.
+        columns: the columns of `column_types`.
+        settings: the store's settings.
+        store_crc32c: the `crc32c` of its `store.json`.
     """
     head = {
         STORE_CRC32C: np.array([store_crc32c], "<u4"),
@@ -95,13 +93,13 @@ def write_columns(
 
 
 def read_columns(source: bytes | Path, settings: StoreSettings) -> dict[str, np.ndarray]:
-    """The columns of an archive and its `STORE_CRC32C`, in memory and not to be changed.
+    """The columns of an archive, with `STORE_CRC32C`, as read-only arrays in memory.
 
-    Raises `DamagedIndex`, or `FileNotFoundError` for a path that is not there.
+    Raises `DamagedIndex`, or `FileNotFoundError` for a path that does not exist.
     """
     try:
-        with _opened(source) as opened, zipfile.ZipFile(opened) as file:
-            _refuse_bombs(file, opened)
+        with _open(source) as opened, zipfile.ZipFile(opened) as file:
+            _check_sizes(file, opened)
             (version,) = _column(file, _VERSION, "<u4").tolist()
             if version != SCHEMA_VERSION:
                 raise DamagedIndex(f"it has schema version {version}, not {SCHEMA_VERSION}")
@@ -117,23 +115,23 @@ def read_columns(source: bytes | Path, settings: StoreSettings) -> dict[str, np.
 
 
 def num_listed_shards(path: Path) -> int:
-    """How many shards an archive lists, by one column alone; 0 where there is none, or damage."""
+    """Number of shards an archive lists, read from one column; 0 if it is missing or damaged."""
     try:
-        with _opened(path) as opened, zipfile.ZipFile(opened) as file:
-            _refuse_bombs(file, opened)
+        with _open(path) as opened, zipfile.ZipFile(opened) as file:
+            _check_sizes(file, opened)
             return len(_column(file, "shards.crc32c", COLUMNS["shards.crc32c"]))
     except Exception:  # whatever damaged bytes make zipfile and NumPy raise
         return 0
 
 
-def _opened(source: bytes | Path) -> BinaryIO:
+def _open(source: bytes | Path) -> BinaryIO:
     if isinstance(source, bytes):
         return io.BytesIO(source)
     return os.fdopen(open_regular(str(source)), "rb")
 
 
-def _refuse_bombs(file: zipfile.ZipFile, opened: BinaryIO) -> None:
-    """Members must be stored as they are, and be no more than the archive all together."""
+def _check_sizes(file: zipfile.ZipFile, opened: BinaryIO) -> None:
+    """Check that members are uncompressed and together no larger than the archive."""
     size = opened.seek(0, os.SEEK_END)
     if size > MAX_INDEX_BYTES:
         raise DamagedIndex(f"it has {size} bytes, more than {MAX_INDEX_BYTES}")

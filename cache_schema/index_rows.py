@@ -1,4 +1,4 @@
-"""Making the columns of `clip_index`: from commit records, and from columns and newer records."""
+"""Building index columns from commit records, and merging them with newer shards."""
 
 from array import array
 from collections.abc import Iterable, Mapping
@@ -14,8 +14,8 @@ Columns = dict[str, np.ndarray]
 _FINGERPRINT = COLUMNS["clips.fingerprint"]
 
 
-class DuplicateKey(ValueError):  # noqa: N818 (says what was found, like the other errors)
-    """Two clips of the store have one key."""
+class DuplicateKey(ValueError):  # noqa: N818 (named after the condition, like the other errors)
+    """Two clips of the store have the same key."""
 
     def __init__(self, key: str, shards: tuple[str, str]) -> None:
         super().__init__(f"clip {key!r} is in shards {shards[0]!r} and {shards[1]!r}")
@@ -24,9 +24,10 @@ class DuplicateKey(ValueError):  # noqa: N818 (says what was found, like the oth
 def columns_of_records(
     records: Iterable[tuple[CommitRecord, int]], arrays: Iterable[str]
 ) -> Columns:
-    """The columns of a store with these commit records, each with the checksum it opens with.
+    """Build the columns from commit records, each with its `crc32c`.
 
-    The records are taken one after the other and not kept. `DuplicateKey` if two clips have one.
+    Records are consumed one at a time and not kept. Raises `DuplicateKey` if two clips have the
+    same key.
     """
     names = tuple(arrays)
     keys: list[bytes] = []
@@ -49,9 +50,9 @@ def columns_of_records(
                 sizes[name].append(facts.bytes)
                 checksums[name].append(facts.crc32c)
                 tables[name].append(facts.table_crc32c)
-        for left_out in record.skipped:
-            skipped.append((left_out.key, left_out.reason, left_out.detail))
-            skipped_fingerprints += left_out.fingerprint.encode("ascii")
+        for skipped_clip in record.skipped:
+            skipped.append((skipped_clip.key, skipped_clip.reason, skipped_clip.detail))
+            skipped_fingerprints += skipped_clip.fingerprint.encode("ascii")
             skipped_shard.append(number)
     order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
     found: Columns = {
@@ -81,26 +82,26 @@ def columns_of_records(
 
 
 def merged_columns(old: Columns, kept: np.ndarray, new: Columns) -> Columns:
-    """The columns of the `kept` shards of `old`, a boolean each, and of all shards of `new`.
+    """Merge the `kept` shards of `old` (one boolean each) with all shards of `new`.
 
-    No shard is in both. `DuplicateKey` if a key is.
+    No shard may be in both. Raises `DuplicateKey` if a key is.
     """
     old = _of_shards(old, kept)
     old_keys = SortedText(old["keys.text"], old["keys.ends"])
     new_keys = SortedText(new["keys.text"], new["keys.ends"])
-    places = np.empty(len(new_keys), np.int64)
+    positions = np.empty(len(new_keys), np.int64)
     row = 0
     for piece in new_keys.pieces():
         for key in piece:
-            places[row] = place = old_keys.position(key)
-            if place < len(old_keys) and old_keys.utf8(place) == key:
-                shards = (_shard_name(old, place), _shard_name(new, row))
+            positions[row] = position = old_keys.position(key)
+            if position < len(old_keys) and old_keys.utf8(position) == key:
+                shards = (_shard_name(old, position), _shard_name(new, row))
                 raise DuplicateKey(key.decode("utf-8"), shards)
             row += 1
-    order = np.insert(np.arange(len(old_keys)), places, np.arange(len(new_keys)) + len(old_keys))
+    order = np.insert(np.arange(len(old_keys)), positions, np.arange(len(new_keys)) + len(old_keys))
     num_shards = len(old["shards.crc32c"])
     found: Columns = {}
-    for name in old:  # one after the other: together they are as large as the index
+    for name in old:  # one column at a time: together they are as large as the index
         if name.endswith(".text"):
             ends = f"{name[:-5]}.ends"
             text = PackedText(
@@ -135,13 +136,13 @@ def _with_skipped(columns: Columns, rows: np.ndarray) -> Columns:
 
 
 def _with_shards(columns: Columns, rows: np.ndarray) -> Columns:
-    """Shards in the order of `rows`, with the numbers of clips' shards to fit."""
+    """Reorder the shards by `rows`, and renumber the shards of clips accordingly."""
     number = np.zeros(len(columns["shards.crc32c"]), np.uint32)
     number[rows] = np.arange(len(rows), dtype=np.uint32)
     found = _rows(columns, rows, "shards.")
     found["clips.shard"] = number[columns["clips.shard"]]
     found["skipped.shard"] = number[columns["skipped.shard"]]
-    # Stable: within a shard as its record has them.
+    # A stable sort keeps the order of the record within each shard.
     return _with_skipped(found, np.argsort(found["skipped.shard"], kind="stable"))
 
 
@@ -165,10 +166,10 @@ def _refuse_duplicates(
     keys: list[bytes], order: np.ndarray, columns: Mapping[str, np.ndarray]
 ) -> None:
     rows = order.tolist()
-    for place in range(1, len(rows)):
-        if keys[rows[place]] == keys[rows[place - 1]]:
-            shards = (_shard_name(columns, place - 1), _shard_name(columns, place))
-            raise DuplicateKey(keys[rows[place]].decode("utf-8"), shards)
+    for position in range(1, len(rows)):
+        if keys[rows[position]] == keys[rows[position - 1]]:
+            shards = (_shard_name(columns, position - 1), _shard_name(columns, position))
+            raise DuplicateKey(keys[rows[position]].decode("utf-8"), shards)
 
 
 def _shard_name(columns: Mapping[str, np.ndarray], row: int) -> str:

@@ -1,20 +1,20 @@
-"""Where everything of a store lies, and which names are safe there; used by every other module."""
+"""Paths inside a store, limits, and validation of names and keys."""
 
 import os
 import re
 from pathlib import Path
 
 SCHEMA_VERSION = 4
-"""Version of everything README.md describes; a reader refuses every other."""
+"""Version of the format that README.md specifies; readers refuse every other."""
 
 MAX_KEY_BYTES = 1024
-"""Longest clip key, in bytes of UTF-8."""
+"""Maximum length of a clip key, in bytes of UTF-8."""
 
 MAX_RECORD_BYTES = 2**28
-"""Largest record that is read or written; one of 100,000 clips has about a quarter of it."""
+"""Maximum size of a record; a record of 100,000 clips takes about a quarter of it."""
 
 MAX_INDEX_BYTES = 2**34
-"""Largest index that is read; one of 100 million clips has about half of it."""
+"""Maximum size of an index to read; an index of 100 million clips takes about half of it."""
 
 MAX_GENERATION = 10**9 - 1
 MAX_CLIP_INDEX = 2**31 - 1
@@ -35,7 +35,7 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 
 
 def check_identifier(name: object, what: str) -> str:
-    """`name` if it is a lower-case identifier, as kinds, arrays and dimensions are named."""
+    """Return `name` if it is a valid kind, array or dimension name, else raise `ValueError`."""
     if not isinstance(name, str) or not _IDENTIFIER.fullmatch(name):
         raise ValueError(
             f"{what} is {name!r}; it must be a lower-case letter, then at most 63 lower-case "
@@ -54,7 +54,7 @@ def is_shard_name(name: object) -> bool:
 
 
 def check_shard_name(name: object) -> str:
-    """`name` if it is safe as a file name on every system, else `ValueError`."""
+    """Return `name` if it is a safe file name everywhere, else raise `ValueError`."""
     if not isinstance(name, str) or not is_shard_name(name):
         raise ValueError(
             f"unsafe shard name {name!r}; use at most 128 ASCII letters, digits, '.', '_' and '-', "
@@ -64,22 +64,22 @@ def check_shard_name(name: object) -> str:
 
 
 def retry_number(shard: str) -> int:
-    """Which retry a shard is, by its name `<shard>-retry<number>`; 0 where it is none."""
+    """Number of a retry shard, from its name `<shard>-retry<number>`; 0 for other shards."""
     retry = _RETRY.fullmatch(shard)
     return int(retry[1]) if retry else 0
 
 
 def without_retry(shard: str) -> str:
-    """The shard that a retry is of; itself where it is none."""
+    """The shard that a retry belongs to; other names are returned unchanged."""
     retry = _RETRY.fullmatch(shard)
     return shard[: shard.rindex("-retry")] if retry else shard
 
 
 def check_key(key: object) -> str:
-    """`key` if it can be a clip's key: Unicode text without control characters.
+    """Return `key` if it is a valid clip key, else raise `ValueError`.
 
-    The store never uses it as a path. Tools that name files by it may: so it neither starts with
-    '/' nor has '..' between slashes.
+    A key is Unicode text without control characters. The store never uses keys as paths, but other
+    tools may, so a key must neither start with '/' nor have '..' between slashes.
     """
     if not isinstance(key, str) or not key:
         raise ValueError(f"clip key is {key!r}; it must be non-empty text")
@@ -89,7 +89,7 @@ def check_key(key: object) -> str:
         raise ValueError(f"clip key {key!r} is not valid Unicode text") from None
     if size > MAX_KEY_BYTES:
         raise ValueError(
-            f"clip key {key[:40]!r}... has {size} bytes of UTF-8; at most {MAX_KEY_BYTES} fit"
+            f"clip key {key[:40]!r}... has {size} bytes of UTF-8; the maximum is {MAX_KEY_BYTES}"
         )
     if _CONTROL.search(key):
         raise ValueError(f"clip key {key!r} contains a control character; rename the clip")
@@ -102,7 +102,7 @@ def check_key(key: object) -> str:
 
 
 def check_fingerprint(fingerprint: object) -> str:
-    """`fingerprint` if it is one: lower-case hexadecimal digits of the one length."""
+    """Return `fingerprint` if it is 32 lower-case hexadecimal digits, or raise `ValueError`."""
     if not isinstance(fingerprint, str) or not _FINGERPRINT.fullmatch(fingerprint):
         raise ValueError(
             f"fingerprint is {fingerprint!r:.80}; it must be {FINGERPRINT_DIGITS} lower-case "
@@ -112,17 +112,17 @@ def check_fingerprint(fingerprint: object) -> str:
 
 
 def printable(name: str) -> str:
-    """A name that lies on disk, with bytes that are no UTF-8 written as escapes."""
+    """A file name from disk, with bytes that are not valid UTF-8 escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def group_name(shard: str, generation: int) -> str:
-    """The folder of a shard's group; a shard that was replaced has its generation behind a '~'."""
+    """Folder name of a shard's group: the shard's name, and `~<generation>` unless that is 0."""
     return shard if generation == 0 else f"{shard}~{generation}"
 
 
 def parse_group_name(name: str) -> tuple[str, int] | None:
-    """Shard and generation of a group's folder; None for any other name."""
+    """Shard and generation from the name of a group's folder; None for any other name."""
     group = _GROUP.fullmatch(name)
     if group is None or not is_shard_name(group[1]):
         return None
@@ -130,7 +130,7 @@ def parse_group_name(name: str) -> tuple[str, int] | None:
 
 
 class StoreLayout:
-    """The paths of one store; pure, touches no file."""
+    """The paths of one store. Accesses no file."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -143,7 +143,7 @@ class StoreLayout:
         self.store_lock = self.staging / ".store.lock"
 
     def group(self, shard: str, generation: int) -> Path:
-        """The published Zarr group of a shard; `group` of its record is the generation."""
+        """The published Zarr group of a shard; `generation` is `group` of its commit record."""
         return self.shards / group_name(shard, generation)
 
     def commit(self, name: str) -> Path:
@@ -151,9 +151,9 @@ class StoreLayout:
         return self.commits / f"{name}.json"
 
     def lock(self, name: str) -> Path:
-        """The file whose lock the shard's writer holds."""
+        """Lock file held by the shard's writer."""
         return self.staging / f"{name}.lock"
 
     def staged(self, name: str) -> Path:
-        """Everything of a shard that is not committed yet, in a folder of its writer."""
+        """Staging folder of a shard, with one subfolder per writer."""
         return self.staging / name

@@ -1,7 +1,6 @@
-"""The records of a store as Python values: `store.json`, commit records, staged records.
+"""Records of a store as Python values: `store.json`, commit records and staged records.
 
-Written by `writer` and `shard_writer`, read by them and by `reader` and `verify`. Everything read
-back is checked here, so the rest of the package can rely on it.
+Everything is validated when it is read, so the rest of the package can rely on it.
 """
 
 import itertools
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_schema.checksummed_json import JSON, opening_crc32c, plain_mapping, unseal
+from cache_schema.checksummed_json import JSON, crc32c_digits, decode_record, plain_mapping
 from cache_schema.errors import CorruptRecord, StoreNotFound
 from cache_schema.names import (
     MAX_CLIP_INDEX,
@@ -24,17 +23,17 @@ from cache_schema.names import (
     is_shard_name,
 )
 from cache_schema.schema import StoreSettings
-from cache_schema.storage import UNREADABLE, LocalPlace, Place
+from cache_schema.storage import UNREADABLE, LocalStorage, Storage
 from cache_schema.zarr_shard import FileFacts, chunk_path, file_bytes_range, metadata_paths
 
 _MAX_METADATA_BYTES = 2**20
-"""Of a file that Zarr describes an array in."""
+"""Maximum size of a Zarr metadata file."""
 
 _CRC32C = re.compile(r"[0-9a-f]{8}")
 
 
 class OtherSettings(CorruptRecord):
-    """A commit record is whole, and of a store with other settings."""
+    """A commit record is intact, but belongs to a store with other settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +47,15 @@ class StoredArray:
     crc32c: str
     """CRC-32C of the decoded values, in C order and little-endian; eight hexadecimal digits."""
     table_crc32c: str
-    """CRC-32C of the file's table of chunks, in such digits too."""
+    """CRC-32C of the file's table of chunks; eight hexadecimal digits."""
 
     @property
     def facts(self) -> FileFacts:
-        """What reading the file is checked against."""
+        """The facts that the file is verified against when read."""
         return FileFacts(self.bytes, int(self.crc32c, 16), int(self.table_crc32c, 16))
 
     def as_dict(self) -> dict[str, JSON]:
-        """The entry as it is written in a record."""
+        """The entry as written in a record."""
         return {
             "path": self.path,
             "bytes": self.bytes,
@@ -67,7 +66,7 @@ class StoredArray:
 
 @dataclass(frozen=True, slots=True)
 class ClipEntry:
-    """One clip: where it lies and what is known of it."""
+    """A committed or staged clip: its location, fingerprint and attributes."""
 
     key: str
     shard: str
@@ -76,12 +75,12 @@ class ClipEntry:
     source: str
     """The input the shard was made from, such as the name of a tar."""
     fingerprint: str
-    """What the clip was made from; another one means that it must be made again."""
+    """Identifies what the clip was made from; if it changes, the clip must be made again."""
     attributes: dict[str, JSON]
     arrays: dict[str, StoredArray]
 
     def as_dict(self) -> dict[str, JSON]:
-        """The entry as it is written in a record, which names shard and source once for all."""
+        """The entry as written in a record, which has shard and source once for all clips."""
         return {
             "key": self.key,
             "index": self.index,
@@ -93,19 +92,19 @@ class ClipEntry:
 
 @dataclass(frozen=True, slots=True)
 class SkippedClip:
-    """One clip of the input that is not in the store, and why."""
+    """A clip of the input that is not in the store, and why."""
 
     key: str
     reason: str
     """A word for counting, such as `too_short`."""
     detail: str
-    """A sentence for people."""
+    """A sentence for users."""
     fingerprint: str
-    """What there was of the clip, as in `ClipEntry`."""
+    """Fingerprint of what was available of the clip; see `ClipEntry`."""
     shard: str
 
     def as_dict(self) -> dict[str, JSON]:
-        """The entry as it is written in a record."""
+        """The entry as written in a record."""
         return {
             "key": self.key,
             "reason": self.reason,
@@ -116,33 +115,33 @@ class SkippedClip:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file of the shard's group that is not a clip's: the metadata of Zarr."""
+    """A file of the shard's group that belongs to no clip: Zarr metadata."""
 
     bytes: int
     crc32c: str
     """CRC-32C of the file itself."""
 
     def as_dict(self) -> dict[str, JSON]:
-        """The entry as it is written in a record."""
+        """The entry as written in a record."""
         return {"bytes": self.bytes, "crc32c": self.crc32c}
 
 
 @dataclass(frozen=True, slots=True)
 class CommitRecord:
-    """A finished shard."""
+    """A committed shard."""
 
     shard: str
     generation: int
-    """How often the record was replaced."""
+    """Number of times the record was replaced."""
     group: int
-    """The generation that the folder of the group was made for; see `layout.group_name`."""
+    """Generation in the name of the group's folder; see `names.group_name`."""
     source: str
     clips: tuple[ClipEntry, ...]
     skipped: tuple[SkippedClip, ...]
     files: dict[str, StoredFile]
 
     def as_dict(self, settings_hash: str) -> dict[str, JSON]:
-        """The record as it is sealed in `commits/<shard>.json`."""
+        """The record as written in `commits/<shard>.json`."""
         return {
             "settings_hash": settings_hash,
             "shard": self.shard,
@@ -157,13 +156,13 @@ class CommitRecord:
 
 @dataclass(frozen=True, slots=True)
 class StoreManifest:
-    """What `store.json` holds."""
+    """Contents of `store.json`."""
 
     settings: StoreSettings
     provenance: dict[str, JSON]
 
     def as_dict(self) -> dict[str, JSON]:
-        """The record as it is sealed in `store.json`."""
+        """The record as written in `store.json`."""
         return {
             **self.settings.as_dict(),
             "settings_hash": self.settings.hash,
@@ -171,110 +170,113 @@ class StoreManifest:
         }
 
 
-def read_record_file(place: Place, path: str) -> bytes:
+def read_record_file(storage: Storage, path: str) -> bytes:
     """The bytes of a record.
 
-    Raises `CorruptRecord` where something else lies at its path, such as a folder, a device or a
-    file that is too large, or where the disk cannot give it back.
+    Raises `CorruptRecord` if its path is not a regular file of acceptable size (but for example a
+    folder or a device), or if the disk cannot read it.
     """
     try:
-        return place.read(path)
+        return storage.read(path)
     except OSError as error:
         if error.errno not in UNREADABLE:
             raise
         raise CorruptRecord(
-            f"{place.where}/{path} cannot be read ({error.strerror}); {mend_hint(place.where)}"
+            f"{storage.location}/{path} cannot be read ({error.strerror}); "
+            f"{repair_hint(storage.location)}"
         ) from error
 
 
 def read_manifest(layout: StoreLayout) -> StoreManifest:
-    """The store's own record; `StoreNotFound` if the folder holds no store."""
+    """Read `store.json`; `StoreNotFound` if the folder holds no store."""
     path = layout.store_file
     try:
-        data = read_record_file(LocalPlace(layout.root), path.name)
+        data = read_record_file(LocalStorage(layout.root), path.name)
     except (FileNotFoundError, NotADirectoryError):
         raise StoreNotFound(
             f"{layout.root} is not a feature store: it has no {path.name}; run "
             "sam2vx-pipeline extract-features to make one"
         ) from None
-    return parse_manifest(data, where=str(path), store=layout.root)
+    return parse_manifest(data, location=str(path), store=layout.root)
 
 
-def parse_manifest(data: bytes, *, where: str, store: Path | str) -> StoreManifest:
-    """`store.json` from its bytes; `where` and `store` name file and store in errors."""
+def parse_manifest(data: bytes, *, location: str, store: Path | str) -> StoreManifest:
+    """Parse the bytes of `store.json`; `location` and `store` name file and store in errors."""
     try:
-        found = unseal(data, where, store=store)
+        found = decode_record(data, location, store=store)
     except CorruptRecord as error:
-        raise CorruptRecord(f"{error}; {mend_hint(store)}") from error
-    return manifest_from_dict(found, where=where, store=store)
+        raise CorruptRecord(f"{error}; {repair_hint(store)}") from error
+    return manifest_from_dict(found, location=location, store=store)
 
 
-def manifest_from_dict(found: Mapping[str, Any], *, where: str, store: Path | str) -> StoreManifest:
-    """An unsealed `store.json`, checked; `where` and `store` name file and store in errors."""
+def manifest_from_dict(
+    found: Mapping[str, Any], *, location: str, store: Path | str
+) -> StoreManifest:
+    """Validate a decoded `store.json`; `location` and `store` name file and store in errors."""
     try:
         settings = StoreSettings.from_dict(found)
         provenance = plain_mapping(found["provenance"], "provenance")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CorruptRecord(f"{where} is damaged: {error}; {mend_hint(store)}") from error
+        raise CorruptRecord(f"{location} is damaged: {error}; {repair_hint(store)}") from error
     if settings.hash != found.get("settings_hash"):
         raise CorruptRecord(
-            f"{where} is damaged: its settings do not have the hash written beside them; "
-            f"{mend_hint(store)}"
+            f"{location} is damaged: its settings do not match its settings_hash; "
+            f"{repair_hint(store)}"
         )
     return StoreManifest(settings, provenance)
 
 
 def committed_shards(layout: StoreLayout) -> list[str]:
-    """Names of the finished shards, sorted."""
-    files = LocalPlace(layout.root).list_folder(layout.commits.name)
+    """Names of the committed shards, sorted."""
+    files = LocalStorage(layout.root).list_folder(layout.commits.name)
     names = (file.removesuffix(".json") for file in files if file.endswith(".json"))
     return sorted(name for name in names if is_shard_name(name))
 
 
 def read_commit(layout: StoreLayout, settings: StoreSettings, shard: str) -> CommitRecord:
-    """The record of a finished shard, checked against the store's settings.
+    """Read the record of a committed shard and validate it against the store's settings.
 
-    Raises `CorruptRecord` if it is damaged or points at anything but the shard's own files.
+    Raises `CorruptRecord` if it is damaged or refers to anything but the shard's own files.
     """
-    return read_sealed_commit(layout, settings, shard)[0]
+    return read_commit_with_crc32c(layout, settings, shard)[0]
 
 
-def read_sealed_commit(
+def read_commit_with_crc32c(
     layout: StoreLayout, settings: StoreSettings, shard: str
 ) -> tuple[CommitRecord, int]:
-    """`read_commit`, and the checksum that the record opens with."""
+    """`read_commit`, and the record's `crc32c`."""
     path = layout.commit(shard)
     try:
-        data = read_record_file(LocalPlace(layout.root), f"{path.parent.name}/{path.name}")
+        data = read_record_file(LocalStorage(layout.root), f"{path.parent.name}/{path.name}")
     except FileNotFoundError:
         raise CorruptRecord(f"shard {shard!r} of {layout.root} is not committed") from None
-    record = parse_commit(data, settings, shard, where=str(path), store=layout.root)
-    return record, int(opening_crc32c(data), 16)
+    record = parse_commit(data, settings, shard, location=str(path), store=layout.root)
+    return record, int(crc32c_digits(data), 16)
 
 
 def parse_commit(
-    data: bytes, settings: StoreSettings, shard: str, *, where: str, store: Path | str
+    data: bytes, settings: StoreSettings, shard: str, *, location: str, store: Path | str
 ) -> CommitRecord:
-    """A commit record from its bytes; `where` and `store` name file and store in errors."""
+    """Parse the bytes of a commit record; `location` and `store` name file and store in errors."""
     try:
-        found = unseal(data, f"commit record {where}", store=store)
+        found = decode_record(data, f"commit record {location}", store=store)
     except CorruptRecord as error:
-        raise CorruptRecord(f"{error}; {mend_hint(store)}") from error
+        raise CorruptRecord(f"{error}; {repair_hint(store)}") from error
     if found.get("settings_hash") != settings.hash:
         raise OtherSettings(
-            f"commit record {where} cannot be trusted (it belongs to a store with other "
-            f"settings); {mend_hint(store)}"
+            f"commit record {location} cannot be trusted (it belongs to a store with other "
+            f"settings); {repair_hint(store)}"
         )
     try:
         return commit_from_dict(found, settings, shard)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptRecord(
-            f"commit record {where} cannot be trusted ({error}); {mend_hint(store)}"
+            f"commit record {location} cannot be trusted ({error}); {repair_hint(store)}"
         ) from error
 
 
-def mend_hint(store: Path | str) -> str:
-    """How to replace what is damaged in a store."""
+def repair_hint(store: Path | str) -> str:
+    """Command for repairing a damaged store, for error messages."""
     return (
         f"run sam2vx-pipeline cache repair {shlex.quote(str(store))}, then extract-features "
         "--retry-failed"
@@ -282,17 +284,19 @@ def mend_hint(store: Path | str) -> str:
 
 
 def commit_from_dict(found: Mapping[str, Any], settings: StoreSettings, shard: str) -> CommitRecord:
-    """An unsealed commit record, checked against the store's settings and the file's name."""
+    """Validate a decoded commit record against the store's settings and the file's name."""
     if found["settings_hash"] != settings.hash:
         raise ValueError("it belongs to a store with other settings")
     if found["shard"] != shard:
-        raise ValueError(f"it names shard {found['shard']!r}, its file name {shard!r}")
+        raise ValueError(
+            f"it names shard {found['shard']!r}, but its file name is that of {shard!r}"
+        )
     generation = found["generation"]
     if type(generation) is not int or not 0 <= generation <= MAX_GENERATION:
-        raise ValueError(f"it has the generation {generation!r}")
+        raise ValueError(f"its generation is invalid: {generation!r}")
     group = found["group"]
     if type(group) is not int or not 0 <= group <= generation:
-        raise ValueError(f"it has the group {group!r:.80}")
+        raise ValueError(f"its group is invalid: {group!r:.80}")
     source = _text(found["source"])
     clips = tuple(
         parse_clip(clip, settings, shard=shard, source=source, index=clip["index"])
@@ -319,7 +323,7 @@ def commit_from_dict(found: Mapping[str, Any], settings: StoreSettings, shard: s
 def parse_clip(
     found: Mapping[str, Any], settings: StoreSettings, *, shard: str, source: str, index: int
 ) -> ClipEntry:
-    """A clip's entry, whose paths must be exactly those that its index gives."""
+    """Validate a clip's entry; its paths must be exactly those that its index gives."""
     key = check_key(found["key"])
     if type(index) is not int or found["index"] != index or not 0 <= index <= MAX_CLIP_INDEX:
         raise ValueError(f"clip {key!r} has the index {found['index']!r:.80}")
@@ -338,7 +342,7 @@ def parse_clip(
 
 
 def parse_skipped(found: Mapping[str, Any], shard: str) -> SkippedClip:
-    """A skipped clip's entry."""
+    """Validate a skipped clip's entry."""
     return SkippedClip(
         check_key(found["key"]),
         check_identifier(found["reason"], "reason for skipping a clip"),
@@ -352,10 +356,10 @@ def _file(found: Mapping[str, Any]) -> StoredFile:
     return StoredFile(*_size_and_crc(found, 1, _MAX_METADATA_BYTES))
 
 
-def _size_and_crc(found: Mapping[str, Any], least: int, most: int) -> tuple[int, str]:
+def _size_and_crc(found: Mapping[str, Any], minimum: int, maximum: int) -> tuple[int, str]:
     size = found["bytes"]
-    if type(size) is not int or not least <= size <= most:
-        raise ValueError(f"{size!r:.80} is not the size of such a file")
+    if type(size) is not int or not minimum <= size <= maximum:
+        raise ValueError(f"{size!r:.80} is not a valid size of such a file")
     return size, _crc(found["crc32c"])
 
 

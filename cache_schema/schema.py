@@ -1,7 +1,4 @@
-"""What decides a store's values: its kind, arrays and settings, and the hash that names it.
-
-Built by stage one, compared by every writer, read by every reader.
-"""
+"""Settings of a store: its kind, its arrays, the values that determine them, and their hash."""
 
 import hashlib
 import json
@@ -29,20 +26,22 @@ DTYPES = (
     "uint32",
     "uint64",
 )
-"""Data types a store can hold; all of them exist in Zarr's own specification."""
+"""Data types a store can hold; all are part of the Zarr v3 specification."""
 
 CLIP_DIMENSION = "clip"
 
 Compression = Literal["none", "blosc-zstd-shuffle"]
-"""How inner chunks are packed; the second is Zstandard level 1 behind Blosc's byte shuffle."""
+"""Compression of inner chunks; `blosc-zstd-shuffle` is Zstandard level 1 after Blosc's byte
+shuffle."""
 
 MAX_SHARED_CHUNK_BYTES = 2**20
 
 MAX_ARRAY_BYTES = 2**33
-"""Largest array of a clip. Whoever reads a store makes room for what its `store.json` says."""
+"""Maximum size of one array of a clip; bounds the memory that an untrusted `store.json` can make a
+reader allocate."""
 
 MAX_CHUNKS = 2**16
-"""Most inner chunks of an array of a clip."""
+"""Maximum number of inner chunks of one array of a clip."""
 
 _MAX_ARRAYS = 64
 _MAX_AXES = 16
@@ -50,9 +49,9 @@ _MAX_AXES = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArraySpec:
-    """One array of every clip: its type, its shape without the clip axis, the axes' names.
+    """One array of every clip: its data type, its shape without the clip axis, the axes' names.
 
-    The leading axis (frames, as a rule) is the one that is stored in pieces.
+    The leading axis (usually frames) is the one that is split into inner chunks.
     """
 
     dtype: str
@@ -62,7 +61,7 @@ class ArraySpec:
     dimension_names: tuple[str, ...]
     """One name per axis of `shape`."""
     compression: Compression = "none"
-    """How the array lies on disk. It changes no value, so the settings' hash leaves it out."""
+    """How the array is compressed on disk. It changes no value, so it is not part of the hash."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -86,7 +85,7 @@ class ArraySpec:
         if len(shape) > _MAX_AXES or self.num_bytes > MAX_ARRAY_BYTES:
             raise ValueError(
                 f"shape is {shape} of {self.dtype}; at most {_MAX_AXES} axes and "
-                f"{MAX_ARRAY_BYTES / 2**30:g} GiB a clip can be stored"
+                f"{MAX_ARRAY_BYTES / 2**30:g} GiB per clip can be stored"
             )
         if self.num_chunks > MAX_CHUNKS:
             raise ValueError(
@@ -96,11 +95,11 @@ class ArraySpec:
 
     @property
     def chunk_length(self) -> int:
-        """Entries of the leading axis in one inner chunk.
+        """Entries of the leading axis per inner chunk.
 
-        One frame of a teacher's features, so that some frames can be read without the others.
-        Smaller entries go together, as many as divide the axis evenly and stay within
-        `MAX_SHARED_CHUNK_BYTES`: every inner chunk costs time whatever its size.
+        One frame of a teacher's features, so that single frames can be read. Smaller entries are
+        combined, as many as divide the axis evenly and fit in `MAX_SHARED_CHUNK_BYTES`, since every
+        inner chunk costs time regardless of its size.
         """
         return _chunk_length(self.shape[0], self.num_bytes // self.shape[0], MAX_SHARED_CHUNK_BYTES)
 
@@ -111,20 +110,20 @@ class ArraySpec:
 
     @property
     def num_bytes(self) -> int:
-        """Of one clip's values, not compressed."""
+        """Uncompressed size of one clip's values."""
         return math.prod(self.shape) * self.numpy_dtype.itemsize
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
-        """The type in this machine's byte order."""
+        """The NumPy data type, in native byte order."""
         return np.dtype(self.dtype)
 
     def as_dict(self) -> dict[str, JSON]:
-        """The specification as it is written in `store.json`."""
+        """The specification as written in `store.json`."""
         return {**self.hashed_dict(), "compression": self.compression}
 
     def hashed_dict(self) -> dict[str, JSON]:
-        """What of it decides values, as the settings' hash takes it."""
+        """The part of the specification that is hashed: everything that affects values."""
         return {
             "dtype": self.dtype,
             "shape": list(self.shape),
@@ -134,16 +133,16 @@ class ArraySpec:
 
 @lru_cache(maxsize=64)
 def _chunk_length(length: int, entry_bytes: int, chunk_bytes: int) -> int:
-    most = max(1, min(length, chunk_bytes // entry_bytes))
-    return next(count for count in range(most, 0, -1) if length % count == 0)
+    longest = max(1, min(length, chunk_bytes // entry_bytes))
+    return next(count for count in range(longest, 0, -1) if length % count == 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreSettings:
-    """Everything that changes a value in the store, and how its arrays are compressed.
+    """Everything that affects values in the store, and how its arrays are compressed.
 
-    Settings that give equal values have equal hashes, however they are compressed. Facts about a
-    run that do not change a value (versions, machine, date) are provenance and do not belong here.
+    Equal settings have equal hashes, regardless of compression. Facts about a run that do not
+    affect values (versions, machine, date) are provenance and do not belong here.
     """
 
     kind: str
@@ -187,7 +186,7 @@ class StoreSettings:
         return f"{self.kind}-{self.hash[:12]}"
 
     def as_dict(self) -> dict[str, JSON]:
-        """The settings as they are written in `store.json`."""
+        """The settings as written in `store.json`."""
         return {
             "kind": self.kind,
             "arrays": {name: spec.as_dict() for name, spec in self.arrays.items()},
@@ -196,7 +195,7 @@ class StoreSettings:
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Self:
-        """Settings read back from `store.json`; `ValueError` where they make no sense."""
+        """Settings read from `store.json`; `ValueError` if they are invalid."""
         try:
             arrays = {
                 name: ArraySpec(
@@ -209,11 +208,11 @@ class StoreSettings:
             }
             return cls(kind=found["kind"], arrays=arrays, values=found["values"])
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"settings lack or mistype {error}") from error
+            raise ValueError(f"settings have a missing or mistyped member: {error}") from error
 
 
 def differing_settings(found: StoreSettings, wanted: StoreSettings) -> list[str]:
-    """Dotted names of the settings that differ, for messages."""
+    """Dotted names of the settings that differ, for error messages."""
 
     def flat(value: JSON, name: str) -> dict[str, JSON]:
         if isinstance(value, dict) and value:

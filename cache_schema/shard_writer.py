@@ -1,7 +1,4 @@
-"""Writing one shard: checks what comes in, stages it clip by clip, commits it as a whole.
-
-Made by `StoreWriter.shard`, used by stage one.
-"""
+"""Writing one shard: validates clips, stages them one by one, and commits them together."""
 
 from collections.abc import Mapping
 from types import TracebackType
@@ -13,7 +10,7 @@ from cache_schema.checksummed_json import plain_mapping
 from cache_schema.claim import ShardClaim
 from cache_schema.commit import commit_group
 from cache_schema.errors import AlreadyCommitted
-from cache_schema.known_shards import KnownShards
+from cache_schema.known_shards import CommittedShards
 from cache_schema.names import (
     StoreLayout,
     check_fingerprint,
@@ -27,7 +24,7 @@ from cache_schema.staging import IsCurrent, Staging
 
 
 class ShardWriter:
-    """Context manager around one shard that nobody else can write meanwhile.
+    """Context manager for exclusive writing of one shard.
 
     Entering it takes the shard's lock and adopts the intact clips of a writer that was killed.
     Leaving it without `commit` keeps what is staged for a later writer.
@@ -39,7 +36,7 @@ class ShardWriter:
         settings: StoreSettings,
         name: str,
         source: str,
-        known: KnownShards,
+        committed: CommittedShards,
         is_current: IsCurrent | None,
     ) -> None:
         """Touches no file before `__enter__`."""
@@ -48,21 +45,21 @@ class ShardWriter:
         self._settings = settings
         self.name = check_shard_name(name)
         self._source = source
-        self._known = known
+        self._committed = committed
         self._claim = ShardClaim(layout, name)
         self._staging: Staging | None = None
 
     def __enter__(self) -> Self:
-        """Take the shard: `ShardBusy` if somebody has it, `AlreadyCommitted` if it is finished."""
+        """Claim the shard; `ShardBusy` if it has a writer, `AlreadyCommitted` if committed."""
         self._claim.__enter__()
         try:
             if self._layout.commit(self.name).exists():
-                self._claim.sweep()
+                self._claim.clear()
                 raise AlreadyCommitted(
-                    f"shard {self.name!r} of {self._layout.root} is finished; ask is_committed "
-                    "before writing it"
+                    f"shard {self.name!r} of {self._layout.root} is already committed; check "
+                    "is_committed before writing it"
                 )
-            self._known.refresh(self.name)
+            self._committed.refresh(self.name)
             self._staging = Staging(self._claim, self._settings, self._source, self._is_current)
             self._clip_keys = {clip.key for clip in self._staging.clips}
             skipped = self._staging.skipped
@@ -83,14 +80,14 @@ class ShardWriter:
         self._claim.__exit__(kind, error, traceback)
 
     def has(self, key: str) -> bool:
-        """Whether the clip is staged or skipped already, by this writer or a killed one."""
+        """Whether the clip is already staged or skipped, by this writer or a killed one."""
         self._open_staging()
         return key in self._clip_keys or key in self._skipped_keys
 
     def shard_holding(self, key: str) -> str | None:
-        """The other, finished shard that the clip is in, of those that `KnownShards` tells of."""
+        """The other, committed shard that holds the clip, if `CommittedShards` knows one."""
         self._open_staging()
-        return self._known.shard_of(key)
+        return self._committed.shard_of(key)
 
     def add(
         self,
@@ -103,14 +100,14 @@ class ShardWriter:
         """Stage one clip; durable when this returns, visible to readers after `commit`.
 
         Args:
-            key: the clip's name, unique in the store; see `KnownShards`.
-            arrays: every array of the settings, of exactly its type and shape.
+            key: the clip's name, unique in the store; see `CommittedShards`.
+            arrays: every array of the settings, with exactly its data type and shape.
             attributes: JSON facts about this clip.
-            fingerprint: what the clip was made from, in 32 lower-case hexadecimal digits.
+            fingerprint: identifies what the clip was made from; 32 lower-case hexadecimal digits.
 
         Raises:
-            ValueError: a key, array, attribute or fingerprint that does not belong in this store;
-                nothing is written then.
+            ValueError: invalid key, array, attribute or fingerprint, or a duplicate key; nothing is
+                written.
             LockLost: another process took the shard over.
         """
         staging = self._open_staging()
@@ -119,31 +116,31 @@ class ShardWriter:
         if self.has(key):
             raise ValueError(
                 f"clip {key!r} is already in shard {self.name!r} of {self._layout.root}; keys must "
-                "be unique, and has() tells what an earlier run has done"
+                "be unique; has() reports clips that an earlier run staged"
             )
-        elsewhere = self._known.shard_of(key)
-        if elsewhere == self.name:
-            self._claim.check()  # another process took the shard over and finished it
-        if elsewhere is not None:
+        other_shard = self._committed.shard_of(key)
+        if other_shard == self.name:
+            self._claim.check()  # another process took the shard over and committed it
+        if other_shard is not None:
             raise ValueError(
                 f"clip {key!r} of shard {self.name!r} is already in shard "
-                f"{elsewhere!r} of {self._layout.root}; keys must be unique in a "
+                f"{other_shard!r} of {self._layout.root}; keys must be unique in a "
                 "dataset, so rename one of the two clips"
             )
-        where = f"clip {key!r} for {self._layout.root}"
-        plain = plain_mapping(attributes or {}, f"attributes of {where}")
-        staging.add(key, self._checked(arrays, where), plain, fingerprint)
+        subject = f"clip {key!r} for {self._layout.root}"
+        plain = plain_mapping(attributes or {}, f"attributes of {subject}")
+        staging.add(key, self._check_arrays(arrays, subject), plain, fingerprint)
         self._clip_keys.add(key)
 
     def skip(self, key: str, reason: str, detail: str, *, fingerprint: str) -> None:
-        """Record that a clip is left out, and why; saying the same again changes nothing.
+        """Record that a clip is skipped, and why; repeating the same call has no effect.
 
         Args:
-            key: the clip's name; it may be in the store too, when a second clip of that name is
-                what is skipped.
+            key: the clip's name; it may also be in the store, if the skipped clip is a second one
+                with that name.
             reason: a word for counting, such as `too_short`.
-            detail: a sentence for people.
-            fingerprint: what there was of the clip, as in `add`.
+            detail: a sentence for users.
+            fingerprint: fingerprint of what was available of the clip, as in `add`.
         """
         staging = self._open_staging()
         check_key(key)
@@ -156,14 +153,14 @@ class ShardWriter:
             self._skipped_keys.add(key)
 
     def commit(self) -> None:
-        """Publish the shard: one rename, then the commit record that readers trust.
+        """Publish the shard: rename the group, then write the commit record.
 
-        Then write the index, if nobody else is at it and it lacks many shards.
+        Then update the index, if it lacks many shards and no other process is doing so.
 
         Raises:
-            LockLost: another writer took the shard over; it has what was staged then.
+            LockLost: another writer took the shard over, with everything staged.
             CorruptRecord: the index cannot be written, since a record is damaged or two shards hold
-                one key. This shard is committed all the same.
+                the same key. This shard is committed nevertheless.
         """
         staging = self._open_staging()
         group, files = staging.finish()
@@ -172,9 +169,9 @@ class ShardWriter:
         )
         commit_group(self._claim, self._settings, group, record, replaced=None)
         self._staging = None
-        self._claim.sweep()
-        self._known.add(record)
-        self._known.keep_index()
+        self._claim.clear()
+        self._committed.add(record)
+        self._committed.update_index()
 
     def _open_staging(self) -> Staging:
         if self._staging is None:
@@ -184,24 +181,29 @@ class ShardWriter:
             )
         return self._staging
 
-    def _checked(self, arrays: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
+    def _check_arrays(
+        self, arrays: Mapping[str, np.ndarray], subject: str
+    ) -> dict[str, np.ndarray]:
         if sorted(arrays) != sorted(self._settings.arrays):
             raise ValueError(
-                f"{where} has the arrays {sorted(arrays)}; the store holds "
+                f"{subject} has the arrays {sorted(arrays)}; the store holds "
                 f"{sorted(self._settings.arrays)}"
             )
         for name, spec in self._settings.arrays.items():
             values = arrays[name]
             if not isinstance(values, np.ndarray):
-                raise ValueError(f"{name} of {where} is a {type(values).__name__}, not an ndarray")
+                raise ValueError(
+                    f"{name} of {subject} is a {type(values).__name__}, not an ndarray"
+                )
             if values.dtype != spec.numpy_dtype or values.shape != spec.shape:
                 raise ValueError(
-                    f"{name} of {where} is {values.dtype} {values.shape}; the store holds "
+                    f"{name} of {subject} is {values.dtype} {values.shape}; the store holds "
                     f"{spec.dtype} {spec.shape}"
                 )
             if spec.numpy_dtype.kind == "f" and not np.isfinite(values).all():
                 bad = int(values.size - np.isfinite(values).sum())
                 raise ValueError(
-                    f"{name} of {where} has {bad} of {values.size} values that are NaN or infinite"
+                    f"{name} of {subject} has {bad} of {values.size} values that are NaN or "
+                    "infinite"
                 )
         return {name: arrays[name] for name in self._settings.arrays}

@@ -1,10 +1,10 @@
-"""Text as it may be shown and kept: without the credentials of URLs, with controls made visible."""
+"""Making text safe to display and save: redacted credentials, escaped control characters."""
 
 import re
 from typing import Any
 
 REDACTED = "***"
-"""Stands in the place of a credential."""
+"""Replaces a credential."""
 
 _USER_INFO = re.compile(r"(?<=://)[^/\s?#]*@")
 _SECRET = re.compile(
@@ -15,18 +15,18 @@ _SECRET = re.compile(
 
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # category Cc without tabs and line ends
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # what turns the direction of text
-    "\u2028\u2029\ud800-\udfff]"  # other line ends, and halves of characters
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # bidirectional controls
+    "\u2028\u2029\ud800-\udfff]"  # other line separators, surrogates
 )
 
 
 def without_credentials(text: str) -> str:
-    """The text with `***` for user and password of each URL, and for secrets in queries."""
+    """Replace user and password of each URL, and secrets in URL queries, by `***`."""
     return _SECRET.sub(rf"\1{REDACTED}", _USER_INFO.sub(f"{REDACTED}@", text))
 
 
 def redacted(value: Any) -> Any:
-    """A copy of JSON values, each text of them `without_credentials`."""
+    """Copy JSON values, applying `without_credentials` to each text."""
     if isinstance(value, str):
         return without_credentials(value)
     if isinstance(value, dict):
@@ -37,20 +37,20 @@ def redacted(value: Any) -> Any:
 
 
 def lacks_credentials(url: str) -> bool:
-    """Whether a URL is one that credentials were taken out of."""
+    """Whether credentials were redacted from a URL."""
     return f"://{REDACTED}@" in url or f"={REDACTED}" in url
 
 
 def visible(text: str) -> str:
-    r"""The text with control characters and turns of direction escaped, such as `\x1b`.
+    r"""Escape control characters and bidirectional marks, for example as `\x1b`.
 
-    Tabs and line ends stay. A terminal would obey the others, whoever wrote them.
+    Tabs and line ends are kept. A terminal would execute the others, whatever their origin.
     """
     return _CONTROL.sub(lambda found: _escape(found[0], short=True), text)
 
 
 def visible_json(text: str) -> str:
-    """`visible` for JSON, where the escapes stand within strings and mean the same characters."""
+    """`visible` for JSON text, with escapes that decode to the same characters."""
     return _CONTROL.sub(lambda found: _escape(found[0], short=False), text)
 
 

@@ -1,9 +1,9 @@
-"""The clips of a shard that is being written, on disk: staged one by one, adopted after a kill.
+"""Clips of a shard that is being written: staged on disk one by one, adopted after a crash.
 
-Used by `shard_writer` alone, with the shard's claim. Nothing here is visible to readers. Every
-clip and every skip has a numbered record, written after the clip's files are safe; a restart keeps
-the longest run of records, from the first on, whose clips are intact, and sweeps everything else.
-Zarr's metadata is never taken over: it is written anew for the number of clips that were kept.
+Nothing here is visible to readers. Every clip and every skip has a numbered record, written after
+the clip's files are synced. A restart keeps the longest run of records, starting with the first,
+whose clips are intact, and removes everything else. Zarr's metadata is never adopted: it is
+rewritten for the number of clips that were kept.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from cache_schema.atomic_io import naming, sync, sync_upwards, write_whole
-from cache_schema.checksummed_json import seal, unseal
+from cache_schema.checksummed_json import decode_record, encode_record
 from cache_schema.claim import ShardClaim
-from cache_schema.commit import safe_metadata
+from cache_schema.commit import sync_metadata
 from cache_schema.errors import CacheError
 from cache_schema.records import (
     ClipEntry,
@@ -27,7 +27,7 @@ from cache_schema.records import (
     read_record_file,
 )
 from cache_schema.schema import StoreSettings
-from cache_schema.storage import LocalPlace
+from cache_schema.storage import LocalStorage
 from cache_schema.zarr_shard import (
     DamagedFile,
     chunk_path,
@@ -38,11 +38,11 @@ from cache_schema.zarr_shard import (
 )
 
 IsCurrent = Callable[[str, str], bool]
-"""Whether a clip, by key and fingerprint, is still made from what it was made from."""
+"""Whether a clip, given by key and fingerprint, is still up to date with its source."""
 
 
 class Staging:
-    """What one shard has so far: `clips` and `skipped`, in the order they came."""
+    """The staged contents of one shard: `clips` and `skipped`, in the order they were added."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Staging:
         source: str,
         is_current: IsCurrent | None,
     ) -> None:
-        """Adopt what an earlier writer left, sweep the rest, and be ready for the next clip."""
+        """Adopt what an earlier writer staged, and remove everything else."""
         self._is_current = is_current
         self._settings = settings
         self._claim = claim
@@ -64,7 +64,7 @@ class Staging:
         self.clips: list[ClipEntry] = []
         self.skipped: list[SkippedClip] = []
         with claim.guarded(), naming(self._group):
-            _take_back(claim)
+            _restore_unrecorded_group(claim)
             self._group.mkdir(exist_ok=True)
             self._adopt()
             sync_upwards(self._records, claim.layout.root)
@@ -76,9 +76,9 @@ class Staging:
         attributes: dict[str, Any],
         fingerprint: str,
     ) -> None:
-        """Stage one checked clip; when this returns, a restart will find it.
+        """Stage one validated clip; when this returns, a restart will find it.
 
-        Raises `LockLost` if another writer took the shard over; it has the clips before this one.
+        Raises `LockLost` if another writer took the shard over, with the clips before this one.
         """
         self._claim.check()
         with self._claim.guarded(), naming(self._group):
@@ -107,18 +107,18 @@ class Staging:
         self.clips.append(clip)
 
     def skip(self, key: str, reason: str, detail: str, fingerprint: str) -> None:
-        """Stage the fact that a clip is left out."""
+        """Stage a record that a clip is skipped."""
         skipped = SkippedClip(key, reason, detail, fingerprint, self._shard)
         with self._claim.guarded():
             self._write_record({"skipped": skipped.as_dict()})
         self.skipped.append(skipped)
 
     def finish(self) -> tuple[Path, dict[str, StoredFile]]:
-        """Make the group exactly its clips, and safe; its folder, and the metadata's checksums."""
+        """Reduce the group to its clips and sync it; returns its folder and the metadata files."""
         self._claim.check()
         with self._claim.guarded(), naming(self._group):
-            self._lay_out()
-            files = safe_metadata(self._group, self._settings)
+            self._prune_group()
+            files = sync_metadata(self._group, self._settings)
             sync(self._folder)
         return self._group, files
 
@@ -126,7 +126,9 @@ class Staging:
         number = len(self.clips) + len(self.skipped)
         record = {"settings_hash": self._settings.hash, "source": self._source, **entry}
         write_whole(
-            self._record_path(number), seal(record), temporary=self._records / ".incomplete"
+            self._record_path(number),
+            encode_record(record),
+            temporary=self._records / ".incomplete",
         )
 
     def _record_path(self, number: int) -> Path:
@@ -148,14 +150,14 @@ class Staging:
         for path in self._records.iterdir():
             if path not in kept:
                 path.unlink()
-        self._lay_out()
+        self._prune_group()
 
     def _read_record(self, number: int, index: int) -> ClipEntry | SkippedClip | None:
-        """A record, of clip `index` if it is a clip's; None where there is none of use."""
+        """Read a record, which has index `index` if it is a clip's; None if it cannot be used."""
         path = self._record_path(number)
         try:
-            data = read_record_file(LocalPlace(self._records), path.name)
-            found = unseal(data, str(path), store=self._store)
+            data = read_record_file(LocalStorage(self._records), path.name)
+            found = decode_record(data, str(path), store=self._store)
             if found["settings_hash"] != self._settings.hash:
                 return None
             entry: ClipEntry | SkippedClip
@@ -176,17 +178,17 @@ class Staging:
         return entry if found["source"] == self._source else None
 
     def _is_intact(self, clip: ClipEntry) -> bool:
-        place = LocalPlace(self._group)
+        storage = LocalStorage(self._group)
         try:
             for name, stored in clip.arrays.items():
-                with place.open(stored.path) as file:
+                with storage.open(stored.path) as file:
                     read_clip(file, self._settings.arrays[name], stored.facts)
         except (OSError, DamagedFile):
             return False
         return True
 
-    def _lay_out(self) -> None:
-        """Leave in the group the recorded clips' files and metadata for just as many clips."""
+    def _prune_group(self) -> None:
+        """Keep only the recorded clips' files, and write metadata for exactly these clips."""
         kept = {self._group / array.path for clip in self.clips for array in clip.arrays.values()}
         for path in sorted(self._group.rglob("*"), reverse=True):
             if path.is_dir() and not path.is_symlink():
@@ -198,8 +200,8 @@ class Staging:
         sync(self._group)
 
 
-def _take_back(claim: ShardClaim) -> None:
-    """Undo a publication that was killed before its commit record, so that it can be adopted."""
+def _restore_unrecorded_group(claim: ShardClaim) -> None:
+    """Move a group that was published without a commit record back to staging."""
     published = claim.layout.group(claim.shard, 0)
     if not published.exists():
         return

@@ -1,5 +1,4 @@
-"""Storage of a store's files: a local folder or an fsspec URL; read, listed, and written to by
-copies.
+"""Storage of a store's files: a local folder, or any URL supported by fsspec.
 
 Reads return the exact bytes of the file or raise; they never pad or truncate. Changing a store
 follows no symbolic link inside it; readers follow links to regular files only.
@@ -26,7 +25,7 @@ from cache_schema.shown_text import lacks_credentials
 
 
 def refuse_links(layout: StoreLayout) -> None:
-    """`SymlinkInStore` if the store's folders, or what lies directly in them, are links."""
+    """Raise `SymlinkInStore` if a store's folder, or a direct entry of one, is a symbolic link."""
     for folder in (
         layout.root,
         layout.shards,
@@ -41,100 +40,101 @@ def refuse_links(layout: StoreLayout) -> None:
 
 
 def refuse_links_below(folder: Path) -> None:
-    """`SymlinkInStore` if anything below a folder is a link."""
+    """Raise `SymlinkInStore` if anything below a folder is a symbolic link."""
     for at, folders, files in os.walk(folder):
         for name in (*folders, *files):
             if (Path(at) / name).is_symlink():
-                raise _error(Path(at) / name)
+                raise _symlink_error(Path(at) / name)
 
 
-def refuse_links_on_the_way(root: Path, path: str) -> None:
-    """`SymlinkInStore` if anything from `root` to `path`, `path` included, is a link."""
+def refuse_links_on_path(root: Path, path: str) -> None:
+    """Raise `SymlinkInStore` if any component of `path` below `root` is a symbolic link."""
     at = root
     for part in Path(path).parts:
         at /= part
         if at.is_symlink():
-            raise _error(at)
+            raise _symlink_error(at)
 
 
 def _refuse(entry: os.DirEntry[str]) -> None:
     if entry.is_symlink():
-        raise _error(Path(entry.path))
+        raise _symlink_error(Path(entry.path))
 
 
-def _error(path: Path) -> SymlinkInStore:
+def _symlink_error(path: Path) -> SymlinkInStore:
     return SymlinkInStore(
-        f"{path} is a symbolic link, through which something outside the store would be changed; "
-        "put the files themselves there, or remove the link"
+        f"{path} is a symbolic link, so a change could affect files outside the store; "
+        "replace it by the files themselves, or remove it"
     )
 
 
 RETRY_DELAYS_S = (0.2, 1.0, 4.0)
-"""Pauses before a network place is asked once more."""
+"""Delays between attempts to access a network storage."""
 
 UNREADABLE = (errno.EIO, errno.EFBIG, errno.EISDIR, errno.ELOOP, errno.ENXIO)
-"""Numbers of an `OSError`: the disk cannot give a file back, or it is no file of a store."""
+"""Values of `OSError.errno` that mean damage: the disk cannot read a file, or it is not a file of a
+store."""
 
-_Answer = TypeVar("_Answer")
+_Result = TypeVar("_Result")
 
 _PIECE_BYTES = 2**20
-_NO_ANSWER_S = 60
-_NO_CONNECTION_S = 20
+_READ_TIMEOUT_S = 60
+_CONNECT_TIMEOUT_S = 20
 
 
 class OpenFile(AbstractContextManager["OpenFile"], Protocol):
-    """A file, or a stretch of one, whose bytes can be had piece by piece."""
+    """A file, or a byte range of one, that is read into buffers."""
 
     size: int | None
-    """Bytes of the whole file, or None where only a stretch was fetched."""
+    """Size of the whole file, or None if only a byte range was fetched."""
 
     def fill(self, offset: int, buffers: Sequence[Any]) -> int:
-        """Read from `offset` of the file into buffers one after the other; returns how much came.
+        """Read from `offset` into consecutive buffers; returns the number of bytes read.
 
-        Fewer bytes than the buffers hold come only where the file ends before.
+        It is less than the size of the buffers only if the file ends before.
         """
 
 
-class Place(Protocol):
-    """A folder on some medium; paths in it are relative and have forward slashes."""
+class Storage(Protocol):
+    """A folder on some medium; paths in it are relative and use forward slashes."""
 
-    where: str
+    location: str
 
     def read(self, path: str, limit: int = MAX_RECORD_BYTES) -> bytes:
-        """A whole file of at most `limit` bytes.
+        """Read a whole file of at most `limit` bytes.
 
         Raises:
-            FileNotFoundError: the place has answered that there is no such file.
-            OSError: what is there is larger (EFBIG), or is not a regular file (EIO).
-            StoreUnreachable: the place has not answered properly, repeatedly.
+            FileNotFoundError: the storage responded that there is no such file.
+            OSError: the file is larger (EFBIG), or not a regular file (EIO).
+            StoreUnreachable: several attempts failed without a valid response.
         """
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
-        """Some bytes of a file; fewer only where the file ends before `stop`."""
+        """Read some bytes of a file; fewer only if the file ends before `stop`."""
 
     def open(self, path: str, start: int = 0, stop: int | None = None) -> OpenFile:
-        """A file, of which the bytes from `start` to `stop` will be asked for."""
+        """Open a file for reading bytes from `start` to `stop`."""
 
     def list_folder(self, path: str) -> list[str] | None:
-        """Sorted names in a folder, none if it does not exist; None where that cannot be known."""
+        """Sorted names in a folder, empty if it does not exist; None if it cannot be listed."""
 
 
-def is_url(where: Path | str) -> bool:
-    """Whether `where` is a URL and not a local path."""
-    return isinstance(where, str) and "://" in where
+def is_url(location: Path | str) -> bool:
+    """Whether `location` is a URL rather than a local path."""
+    return isinstance(location, str) and "://" in location
 
 
-def open_place(where: Path | str) -> Place:
-    """The place at a local path or a URL; nothing is asked of it yet."""
-    if isinstance(where, str) and is_url(where):
-        return FsspecPlace(where)
-    return LocalPlace(Path(where))
+def open_place(location: Path | str) -> Storage:
+    """The storage at a local path or a URL; nothing is accessed yet."""
+    if isinstance(location, str) and is_url(location):
+        return FsspecStorage(location)
+    return LocalStorage(Path(location))
 
 
 def open_regular(path: str) -> int:
-    """Descriptor of a regular file, for reading; a FIFO or device never blocks or feeds a reader.
+    """Open a regular file for reading and return its descriptor; never blocks on a FIFO or device.
 
-    Raises `FileNotFoundError`, `IsADirectoryError`, or `OSError` (EIO) for what is no file.
+    Raises `FileNotFoundError`, `IsADirectoryError`, or `OSError` (EIO) if it is not a regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     mode = os.fstat(descriptor).st_mode
@@ -151,36 +151,36 @@ def _refuse_larger(size: int, limit: int, path: str) -> None:
         raise OSError(errno.EFBIG, f"it has {size} bytes, more than {limit}", path)
 
 
-class LocalPlace:
+class LocalStorage:
     """A local folder."""
 
     def __init__(self, folder: Path) -> None:
         """The folder need not exist."""
         self.folder = Path(folder)
-        self.where = str(folder)
+        self.location = str(folder)
 
     def read(self, path: str, limit: int = MAX_RECORD_BYTES) -> bytes:
-        """A whole file of at most `limit` bytes."""
-        full = f"{self.where}/{path}"
+        """Read a whole file of at most `limit` bytes."""
+        full = f"{self.location}/{path}"
         with open(open_regular(full), "rb", buffering=0) as file:
             _refuse_larger(os.fstat(file.fileno()).st_size, limit, full)
             return file.readall()
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
-        """Some bytes of a file; fewer only where the file ends before `stop`."""
-        descriptor = open_regular(f"{self.where}/{path}")
+        """Read some bytes of a file; fewer only if the file ends before `stop`."""
+        descriptor = open_regular(f"{self.location}/{path}")
         with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123
             file.seek(start)
             return file.read(stop - start)
 
     def open(self, path: str, start: int = 0, stop: int | None = None) -> "LocalFile":
-        """A file; nothing is read before it is asked for."""
-        return LocalFile(f"{self.where}/{path}")
+        """Open a file; nothing is read yet."""
+        return LocalFile(f"{self.location}/{path}")
 
     def list_folder(self, path: str) -> list[str]:
-        """Sorted names in a folder, none if it does not exist."""
+        """Sorted names in a folder, empty if it does not exist."""
         try:
-            return sorted(os.listdir(self.folder / path))  # noqa: PTH208 (names are all it takes)
+            return sorted(os.listdir(self.folder / path))  # noqa: PTH208 (only names are needed)
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -189,12 +189,12 @@ class LocalFile(AbstractContextManager["LocalFile"]):
     """An open local file."""
 
     def __init__(self, path: str) -> None:
-        """`FileNotFoundError` if it is not there, `OSError` if it is not a regular file."""
+        """`FileNotFoundError` if it does not exist, `OSError` if it is not a regular file."""
         self._descriptor = open_regular(path)
         self.size: int | None = os.fstat(self._descriptor).st_size
 
     def fill(self, offset: int, buffers: Sequence[Any]) -> int:
-        """Read from `offset` into the buffers, straight from the kernel."""
+        """Read from `offset` into the buffers without intermediate copies."""
         return os.preadv(self._descriptor, buffers, offset)
 
     def __exit__(
@@ -207,10 +207,10 @@ class LocalFile(AbstractContextManager["LocalFile"]):
 
 
 class FetchedFile(AbstractContextManager["FetchedFile"]):
-    """Bytes of a file that are in memory already."""
+    """Bytes of a file that are already in memory."""
 
     def __init__(self, data: bytes | memoryview, *, offset: int = 0, whole: bool = True) -> None:
-        """`offset` is where in the file `data` begins; `whole` if it is all of it."""
+        """`offset` is the position of `data` in the file; `whole` if it is the entire file."""
         self._data = np.frombuffer(data, np.uint8)
         self._offset = offset
         self.size = len(self._data) if whole else None
@@ -234,56 +234,57 @@ class FetchedFile(AbstractContextManager["FetchedFile"]):
         pass
 
 
-class FsspecPlace:
-    """A folder behind a URL of any protocol that fsspec knows, such as http, https or s3.
+class FsspecStorage:
+    """A folder behind a URL with any protocol that fsspec supports, such as http, https or s3.
 
-    It can be pickled, and used in processes made by fork or spawn: each makes its own connections.
+    It can be pickled, and used in forked or spawned processes: each opens its own connections.
     """
 
     _inherited: list[Any] = []  # noqa: RUF012 (shared on purpose)
-    """File systems of the parent process. Letting go of one would close its connections."""
+    """File systems of the parent process, kept alive because releasing one would close its
+    connections."""
 
     def __init__(self, url: str) -> None:
-        """Nothing is connected to before the first question.
+        """Nothing is accessed before the first request.
 
-        `ValueError` for the URL of a record, whose credentials were left out.
+        Raises `ValueError` for a URL whose credentials were redacted.
         """
         if lacks_credentials(url):
             raise ValueError(
-                f"{url} stands without its credentials, which are never written down; give the "
-                "whole URL again, or a URL without any and the credentials as its protocol's own "
-                "settings take them"
+                f"{url} is shown without its credentials, which are never saved; give the whole "
+                "URL again, or a URL without credentials and configure them in the settings of its "
+                "protocol"
             )
-        self.where = url.rstrip("/")
+        self.location = url.rstrip("/")
         self._connected: tuple[int, Any, str] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_connected": None}
 
     def read(self, path: str, limit: int = MAX_RECORD_BYTES) -> bytes:
-        """A whole file of at most `limit` bytes."""
-        data = self._ask(path, lambda fs, full: _fetch_whole(fs, full, limit))
-        _refuse_larger(len(data), limit, f"{self.where}/{path}")
+        """Read a whole file of at most `limit` bytes."""
+        data = self._with_retries(path, lambda fs, full: _fetch_whole(fs, full, limit))
+        _refuse_larger(len(data), limit, f"{self.location}/{path}")
         return data
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
-        """Some bytes of a file; fewer only where the file ends before `stop`."""
+        """Read some bytes of a file; fewer only if the file ends before `stop`."""
         if start >= stop:
             return b""
-        return self._ask(path, lambda fs, full: _fetch_range(fs, full, start, stop))
+        return self._with_retries(path, lambda fs, full: _fetch_range(fs, full, start, stop))
 
     def open(self, path: str, start: int = 0, stop: int | None = None) -> FetchedFile:
-        """A file, or some bytes of it, fetched in one request."""
+        """Fetch a file, or some bytes of it, in one request."""
         if stop is None:
             return FetchedFile(self.read(path))
         data = self.read_range(path, start, stop)
-        # Whoever asks for more than there is has all of it.
+        # A range that ends past the end of the file is the entire file.
         whole = start == 0 and len(data) < stop
         return FetchedFile(data, offset=start, whole=whole)
 
     def list_folder(self, path: str) -> list[str] | None:
-        """Sorted names in a folder, none if it does not exist; None on web servers."""
-        if self.where.startswith(("http://", "https://")):
+        """Sorted names in a folder, empty if it does not exist; None on web servers."""
+        if self.location.startswith(("http://", "https://")):
             return None
 
         def names(fs: Any, full: str) -> list[str]:
@@ -292,25 +293,25 @@ class FsspecPlace:
             return sorted(found)
 
         try:
-            return self._ask(path, names)
+            return self._with_retries(path, names)
         except FileNotFoundError:
             return []
 
-    def _ask(self, path: str, question: Callable[[Any, str], _Answer]) -> _Answer:
+    def _with_retries(self, path: str, operation: Callable[[Any, str], _Result]) -> _Result:
         for delay_s in (*RETRY_DELAYS_S, None):
             try:
                 fs, root = self._file_system()
-                return question(fs, f"{root}/{path}".rstrip("/"))
+                return operation(fs, f"{root}/{path}".rstrip("/"))
             except FileNotFoundError:
                 raise
-            except Exception as error:  # each protocol's client has its own
+            except Exception as error:  # each protocol's client raises its own types
                 if isinstance(error, OSError) and error.errno in UNREADABLE:
                     raise
                 if _ends_before_range(error):
                     return b""  # type: ignore[return-value]
-                if delay_s is None or not _may_pass(error):
+                if delay_s is None or not _is_transient(error):
                     raise StoreUnreachable(
-                        f"{self.where}/{path} could not be read ({_words(error)}); check the "
+                        f"{self.location}/{path} could not be read ({_describe(error)}); check the "
                         "address, the network and the credentials, and try again"
                     ) from error
                 time.sleep(delay_s)
@@ -322,7 +323,7 @@ class FsspecPlace:
 
             if self._connected is not None:
                 self._inherited.append(self._connected)
-            fs, root = fsspec.core.url_to_fs(self.where, **_client_options(self.where))
+            fs, root = fsspec.core.url_to_fs(self.location, **_client_options(self.location))
             self._connected = (os.getpid(), fs, root.rstrip("/"))
         return self._connected[1:]
 
@@ -348,16 +349,16 @@ def _fetch_range(fs: Any, full: str, start: int, stop: int) -> bytes:
 
 
 async def _stream_range(fs: Any, url: str, start: int, stop: int) -> bytes:
-    """As fsspec asks a web server, and no more is taken of an answer than was asked for."""
+    """Send a range request as fsspec does, but read no more of the response than requested."""
     options = {**fs.kwargs}
     headers = {**options.pop("headers", {}), "Range": f"bytes={start}-{stop - 1}"}
     session = await fs.set_session()
-    async with session.get(fs.encode_url(url), headers=headers, **options) as answer:
-        fs._raise_not_found_for_status(answer, url)
-        # A server that knows nothing of ranges sends everything.
-        skip = start if answer.status == 200 else 0
+    async with session.get(fs.encode_url(url), headers=headers, **options) as response:
+        fs._raise_not_found_for_status(response, url)
+        # A server without support for ranges sends the whole file.
+        skip = start if response.status == 200 else 0
         wanted, data = skip + stop - start, bytearray()
-        async for piece in answer.content.iter_chunked(_PIECE_BYTES):
+        async for piece in response.content.iter_chunked(_PIECE_BYTES):
             data += piece
             if len(data) > wanted:
                 break
@@ -379,7 +380,7 @@ def _client_options(url: str) -> dict[str, Any]:
     import aiohttp
 
     timeout = aiohttp.ClientTimeout(
-        total=None, sock_connect=_NO_CONNECTION_S, sock_read=_NO_ANSWER_S
+        total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=_READ_TIMEOUT_S
     )
     return {"client_kwargs": {"timeout": timeout}}
 
@@ -389,8 +390,8 @@ def _status(error: BaseException) -> int | None:
     return status if isinstance(status, int) else None
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Whether asking once more can help."""
+def _is_transient(error: BaseException) -> bool:
+    """Whether another attempt can help."""
     if isinstance(error, PermissionError | ImportError | ValueError | TypeError):
         return False
     status = _status(error)
@@ -398,61 +399,61 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _ends_before_range(error: BaseException) -> bool:
-    """Whether the answer is that the file ends before the first byte asked for."""
+    """Whether the error says that the file ends before the start of the range."""
     cause = error.__cause__
     response = getattr(cause, "response", None)
     code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
     return _status(error) == 416 or code in ("InvalidRange", "416")
 
 
-def _words(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 COPYING = ".staging/.copy"
-"""What a copy keeps in its target until it is done; no shard can have that name."""
+"""Folder for a copy's markers and temporary files in its target; not a valid shard name."""
 
 
 def is_inside(path: str) -> bool:
-    """Whether a path that a listing gave stays inside the folder it is relative to."""
+    """Whether a path from a listing stays inside the folder that it is relative to."""
     return not path.startswith("/") and not {"", ".", ".."} & set(path.split("/"))
 
 
-class Target(Place, Protocol):
-    """A place that files can be put to; a file is whole or absent."""
+class Target(Storage, Protocol):
+    """A writable storage; a file is either complete or absent."""
 
     def put(self, path: str, data: bytes) -> None:
-        """Write a file, with the folders it lies in, over one that is there."""
+        """Write a file, creating its folders and replacing an existing one."""
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Size of every file below a folder, by path relative to it; none if it does not exist."""
+        """Size of every file below a folder, by relative path; empty if it does not exist."""
 
     def remove(self, path: str) -> None:
-        """Remove a file, or a folder with all it holds, if it is there."""
+        """Remove a file, or a folder with its contents, if it exists."""
 
 
-def open_target(where: Path | str) -> Target:
-    """The target at a local path or a URL; nothing is asked of it yet.
+def open_target(location: Path | str) -> Target:
+    """The writable storage at a local path or a URL; nothing is accessed yet.
 
     Raises `ValueError` for a web server, which cannot be written to.
     """
-    if isinstance(where, str) and is_url(where):
-        if where.startswith(("http://", "https://")):
+    if isinstance(location, str) and is_url(location):
+        if location.startswith(("http://", "https://")):
             raise ValueError(
-                f"{where} is on a web server, which takes no files; copy to the folder that it "
+                f"{location} is on a web server, which takes no files; copy to the folder that it "
                 "serves, or to an object store such as s3://bucket/cache"
             )
-        return UrlTarget(where)
-    return FolderTarget(Path(where))
+        return UrlTarget(location)
+    return FolderTarget(Path(location))
 
 
-class FolderTarget(LocalPlace):
-    """A local folder; what is put there is on the disk when `put` returns."""
+class FolderTarget(LocalStorage):
+    """A local folder; files are synced to disk when `put` returns."""
 
     def put(self, path: str, data: bytes) -> None:
-        """Write a file by way of a temporary one."""
-        refuse_links_on_the_way(self.folder, path)
-        refuse_links_on_the_way(self.folder, COPYING)
+        """Write a file by renaming a temporary one."""
+        refuse_links_on_path(self.folder, path)
+        refuse_links_on_path(self.folder, COPYING)
         copying = self.folder / COPYING
         make_directories(copying)
         file = self.folder / path
@@ -461,14 +462,14 @@ class FolderTarget(LocalPlace):
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Size of every file below a folder."""
-        refuse_links_on_the_way(self.folder, folder)
+        refuse_links_on_path(self.folder, folder)
         root = self.folder / folder
         files = (Path(at) / name for at, _, names in os.walk(root) for name in names)
         return {file.relative_to(root).as_posix(): file.lstat().st_size for file in files}
 
     def remove(self, path: str) -> None:
-        """Remove a file, or a folder with all it holds, if it is there."""
-        refuse_links_on_the_way(self.folder, path)
+        """Remove a file, or a folder with its contents, if it exists."""
+        refuse_links_on_path(self.folder, path)
         found = self.folder / path
         if found.is_dir() and not found.is_symlink():
             shutil.rmtree(found)
@@ -478,17 +479,17 @@ class FolderTarget(LocalPlace):
             sync(found.parent)
 
 
-class UrlTarget(FsspecPlace):
-    """A folder of an object store, or of anything else that fsspec writes to."""
+class UrlTarget(FsspecStorage):
+    """A folder of an object store, or of any other storage that fsspec can write to."""
 
     def put(self, path: str, data: bytes) -> None:
-        """Write a file; object stores show it when all of it has arrived."""
+        """Write a file; object stores show it only once it is complete."""
 
         def write(fs: Any, full: str) -> None:
             fs.makedirs(full.rsplit("/", 1)[0], exist_ok=True)
             fs.pipe_file(full, data)
 
-        self._ask(path, write)
+        self._with_retries(path, write)
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Size of every file below a folder."""
@@ -501,16 +502,16 @@ class UrlTarget(FsspecPlace):
             return {path: size for path, size in paths.items() if is_inside(path)}
 
         try:
-            return self._ask(folder, find)
+            return self._with_retries(folder, find)
         except FileNotFoundError:
             return {}
 
     def remove(self, path: str) -> None:
-        """Remove a file, or a folder with all it holds, if it is there."""
+        """Remove a file, or a folder with its contents, if it exists."""
 
         def remove(fs: Any, full: str) -> None:
             fs.invalidate_cache()
             if fs.exists(full):
                 fs.rm(full, recursive=True)
 
-        self._ask(path, remove)
+        self._with_retries(path, remove)

@@ -1,4 +1,4 @@
-"""Opening a store for writing; used by stage one, one writer per process, one process per shard."""
+"""Opening a store for writing: one writer per process, one process per shard."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from cache_schema.atomic_io import FileLock, is_locked, make_directories, sync, write_whole
-from cache_schema.checksummed_json import plain_mapping, seal
+from cache_schema.checksummed_json import encode_record, plain_mapping
 from cache_schema.clip_index import ClipIndex, is_indexed, write_index
-from cache_schema.commit import sweep_store
+from cache_schema.commit import clean_up_store
 from cache_schema.errors import SettingsMismatch
-from cache_schema.known_shards import KnownShards
+from cache_schema.known_shards import CommittedShards
 from cache_schema.names import StoreLayout, check_shard_name
 from cache_schema.records import StoreManifest, committed_shards, read_manifest
 from cache_schema.schema import Compression, StoreSettings, differing_settings
@@ -21,32 +21,32 @@ from cache_schema.zarr_shard import found_compression
 
 
 class StoreWriter:
-    """One store, made by `open`; hands out `ShardWriter`s."""
+    """A store opened for writing with `open`; creates `ShardWriter`s."""
 
     def __init__(self, path: Path, settings: StoreSettings) -> None:
-        """For a store that exists; use `open`."""
+        """Use `open` instead; the store must exist."""
         self.path = path
         self.settings = settings
         self._layout = StoreLayout(path)
-        self._known = KnownShards(self._layout, settings)
+        self._committed = CommittedShards(self._layout, settings)
 
     @classmethod
     def open(
         cls, cache_root: Path, settings: StoreSettings, *, provenance: Mapping[str, Any]
     ) -> "StoreWriter":
-        """Create the store of these settings under `cache_root`, or reopen it.
+        """Create the store with these settings under `cache_root`, or reopen it.
 
         Args:
-            cache_root: folder of all stores; made if missing.
-            settings: everything that changes a value; names the store. A store that exists goes
-                on with its own compression.
-            provenance: JSON facts about the run, kept from the run that created the store.
+            cache_root: folder of all stores; created if missing.
+            settings: everything that affects values; determines the store's name. An existing store
+                keeps its own compression.
+            provenance: JSON facts about the run; kept from the run that created the store.
 
         Raises:
-            UnknownSchemaVersion: the store is there in another layout.
+            UnknownSchemaVersion: the store exists with another schema version.
             SettingsMismatch: the folder of that name holds other settings.
             CorruptRecord: its `store.json` is damaged.
-            SymlinkInStore: it has a symbolic link where only its own files may be.
+            SymlinkInStore: it contains a symbolic link among its own files.
         """
         plain_provenance = plain_mapping(provenance, "provenance")
         layout = StoreLayout(Path(cache_root) / settings.folder_name)
@@ -57,7 +57,7 @@ class StoreWriter:
                 manifest = StoreManifest(_as_stored(layout, settings), plain_provenance)
                 write_whole(
                     layout.store_file,
-                    seal(manifest.as_dict()),
+                    encode_record(manifest.as_dict()),
                     temporary=layout.staging / ".store.json",
                 )
                 sync(layout.root.parent)
@@ -70,19 +70,19 @@ class StoreWriter:
             )
         make_directories(layout.shards)
         make_directories(layout.commits)
-        sweep_store(layout, found)
+        clean_up_store(layout, found)
         return cls(layout.root, found)
 
     def is_committed(self, shard: str) -> bool:
-        """Whether the shard is finished."""
+        """Whether the shard is committed."""
         return self._layout.commit(check_shard_name(shard)).exists()
 
     def committed(self) -> frozenset[str]:
-        """Names of all finished shards; lists a folder once."""
+        """Names of all committed shards, from one directory listing."""
         return frozenset(committed_shards(self._layout))
 
     def is_busy(self, shard: str) -> bool:
-        """Whether somebody is writing the shard at this moment."""
+        """Whether a process is writing the shard now."""
         return is_locked(self._layout.lock(check_shard_name(shard)))
 
     def shard(self, name: str, *, source: str, is_current: IsCurrent | None = None) -> ShardWriter:
@@ -90,27 +90,27 @@ class StoreWriter:
 
         Args:
             name: names the shard's files; `ValueError` if it is not safe for that.
-            source: the input the shard is made from.
-            is_current: told key and fingerprint of each clip that a killed writer has staged; the
-                clips up to the first that it refuses are adopted. Without it, those are whose
-                source was the same.
+            source: the input that the shard is made from.
+            is_current: called with key and fingerprint of each clip that a killed writer has
+                staged; the clips before the first that it rejects are adopted. If None, clips with
+                the same source are adopted.
         """
-        return ShardWriter(self._layout, self.settings, name, source, self._known, is_current)
+        return ShardWriter(self._layout, self.settings, name, source, self._committed, is_current)
 
     def write_index(self, known: ClipIndex | None = None) -> None:
-        """Write `index.npz` anew from the commit records; readers open large stores faster by it.
+        """Update `index.npz` from the commit records, so that readers open large stores faster.
 
-        What `known` has of them is not read again.
-        A store behind a URL is read by its index alone, so it has to be written before copying.
-        Of processes that ask for it at once one writes, and the others look at what it wrote.
+        Records that `known` contains are not read again. A store behind a URL is read by its index
+        alone, so the index must be written before copying. If several processes call this at once,
+        one writes, and the others check what it wrote.
 
         Raises:
-            CorruptRecord: a commit record is damaged or lost, or two shards hold one key.
+            CorruptRecord: a commit record is damaged or lost, or two shards hold the same key.
         """
         self._layout.staging.mkdir(exist_ok=True)
         while True:
             before = _version_of(self._layout.index)
-            # Not under the lock, where a thousand processes would read it one after the other.
+            # Checked without the lock, which would make a thousand processes read it in turn.
             if known is None and is_indexed(self._layout, self.settings):
                 return
             with FileLock(self._layout.store_lock, wait=True, what=f"store {self.path}") as lock:
@@ -120,7 +120,7 @@ class StoreWriter:
 
 
 def _version_of(path: Path) -> tuple[int, int] | None:
-    """What tells a file from those that replace it; None where there is none."""
+    """Inode and modification time, which change when a file is replaced; None if missing."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -129,7 +129,7 @@ def _version_of(path: Path) -> tuple[int, int] | None:
 
 
 def _as_stored(layout: StoreLayout, settings: StoreSettings) -> StoreSettings:
-    """The settings with the compression of the groups that are there: `store.json` may be lost."""
+    """The settings with the compression of existing groups, in case `store.json` was lost."""
     groups = sorted(layout.shards.iterdir()) if layout.shards.is_dir() else []
     arrays = {}
     for name, spec in settings.arrays.items():

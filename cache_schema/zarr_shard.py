@@ -1,11 +1,11 @@
-"""A shard's Zarr v3 group: chunk layout, metadata, and the checked read of one clip's file.
+"""Zarr v3 group of a shard: chunk layout, metadata, and verified decoding of one clip's file.
 
 One array per name in the settings, with a leading clip axis. One Zarr shard (file) per clip; one
 inner chunk per frame, or per several small frames, each with a CRC-32C. The file ends with the
-index of the chunks.
+table of its chunks.
 
-Files are decoded here rather than by Zarr, which reads missing bytes as fill values, opens a file
-several times and copies what it reads. README.md specifies the bytes.
+Files are decoded here instead of by Zarr, which reads missing bytes as fill values, opens a file
+several times and copies the data. README.md specifies the bytes.
 """
 
 import math
@@ -16,7 +16,7 @@ import numpy as np
 
 from cache_schema.checksummed_json import crc32c_hex, parse_json
 from cache_schema.schema import CLIP_DIMENSION, ArraySpec, Compression, StoreSettings
-from cache_schema.storage import LocalPlace
+from cache_schema.storage import LocalStorage
 
 if TYPE_CHECKING:
     import zarr
@@ -30,33 +30,33 @@ import google_crc32c
 from numcodecs import blosc
 
 from cache_schema.atomic_io import naming
-from cache_schema.storage import FetchedFile, OpenFile, Place
+from cache_schema.storage import FetchedFile, OpenFile, Storage
 
 METADATA_FILE = "zarr.json"
 
 _BLOSC_BLOCK_BYTES = 2**19
-"""Blosc's own choice, 32 KiB here, takes longer to decode and up to an eighth more space."""
+"""Blosc's default, 32 KiB here, takes longer to decode and up to an eighth more space."""
 
 
 def chunk_path(name: str, spec: ArraySpec, index: int) -> str:
-    """The file of clip `index` of an array, relative to the group."""
+    """File of clip `index` of an array, relative to the group."""
     return f"{name}/c.{index}" + ".0" * len(spec.shape)
 
 
 def metadata_paths(settings: StoreSettings) -> list[str]:
-    """Zarr's own files, relative to the group."""
+    """Zarr's metadata files, relative to the group."""
     return [METADATA_FILE, *(f"{name}/{METADATA_FILE}" for name in settings.arrays)]
 
 
 def create_group(path: Path, settings: StoreSettings, num_clips: int) -> "dict[str, ClipArray]":
-    """Write the metadata of a group of `num_clips` clips, whose chunks may be there already.
+    """Write the metadata of a group of `num_clips` clips, whose chunks may already exist.
 
-    The bytes depend on the settings and `num_clips` alone. Files of an earlier attempt at the same
-    paths are replaced.
+    The bytes depend only on the settings and `num_clips`. Metadata of an earlier attempt is
+    replaced.
     """
     for relative in metadata_paths(settings):
         (path / relative).unlink(missing_ok=True)
-    # Here, since zarr takes as long to import as `--help` may, and readers do without it.
+    # Imported lazily: zarr is slow to import (`--help` must stay fast), and readers do not need it.
     import zarr
 
     group = zarr.create_group(str(path), zarr_format=3)
@@ -92,18 +92,18 @@ def _create_array(group: "zarr.Group", name: str, spec: ArraySpec, num_clips: in
         filters=None,
         compressors=[*packing[spec.compression], Crc32cCodec()],
         fill_value=math.nan if is_float else 0,
-        # Without folders on the way to it, each clip's file costs one inode.
+        # Chunk names without folders: each clip's file costs one inode.
         chunk_key_encoding={"name": "default", "separator": "."},
         dimension_names=[CLIP_DIMENSION, *spec.dimension_names],
-        # Without it a clip that equals the fill value has no file.
+        # Otherwise a clip that equals the fill value would have no file.
         config={"write_empty_chunks": True},
     )
 
 
 def found_compression(group: Path, name: str) -> Compression | None:
-    """How an array of a group is compressed, by its metadata; None where that cannot be told."""
+    """Compression of an array of a group, from its metadata; None if it cannot be determined."""
     try:
-        metadata = parse_json(LocalPlace(group / name).read(METADATA_FILE))
+        metadata = parse_json(LocalStorage(group / name).read(METADATA_FILE))
         inner = metadata["codecs"][0]["configuration"]["codecs"]
         names = {codec["name"] for codec in inner}
     except (OSError, ValueError, KeyError, IndexError, TypeError):
@@ -123,9 +123,9 @@ class ClipArray:
         return tuple(self._array.shape)
 
     def write(self, index: int, values: np.ndarray) -> None:
-        """Write one clip in a single assignment, growing the clip axis to hold it.
+        """Write one clip in a single assignment, extending the clip axis if needed.
 
-        Anything smaller than a clip would rewrite the clip's file each time.
+        Smaller assignments would rewrite the clip's file each time.
         """
         if self.shape[0] <= index:
             self._array.resize((index + 1, *self.shape[1:]))
@@ -138,48 +138,48 @@ def content_crc32c(values: np.ndarray) -> str:
     return crc32c_hex(little.reshape(-1).view(np.uint8))
 
 
-# Threads of its own would neither survive a fork nor help: readers run side by side. Zarr's codec
-# does the same.
+# Blosc's threads do not survive a fork, and do not help, since readers run in parallel. Zarr's
+# codec disables them too.
 blosc.use_threads = False
 
 _CRC_BYTES = 4
 _PAIR_BYTES = 16
 _BLOSC_HEADER = struct.Struct("<4x3I")
-"""Bytes when decoded, bytes of a block, bytes as they are."""
+"""Decoded size, block size and compressed size, in bytes."""
 
 
-class DamagedFile(ValueError):  # noqa: N818 (says what was found, like the other errors)
-    """The bytes are not a clip's of that specification, or fail a checksum."""
+class DamagedFile(ValueError):  # noqa: N818 (named after the condition, like the other errors)
+    """The bytes are not a clip with that specification, or fail a checksum."""
 
 
 class FileFacts(NamedTuple):
-    """What is recorded of the file of a clip's array."""
+    """Recorded facts about the file of one array of a clip."""
 
     bytes: int
-    """Its size."""
+    """Size of the file."""
     crc32c: int
     """CRC-32C of the decoded values, in C order and little-endian."""
     table_crc32c: int
-    """CRC-32C of the table of its chunks, by which each chunk is known for this clip's."""
+    """CRC-32C of the file's table of chunks, which ties each chunk to this clip."""
 
 
 class _Chunk(NamedTuple):
     offset: int
     size: int
-    """With its own checksum behind it."""
+    """Including the checksum at its end."""
     crc32c: int
 
 
 def decode_clip(data: bytes | memoryview, spec: ArraySpec, facts: FileFacts) -> np.ndarray:
-    """The values of a clip, from all bytes of its file; `DamagedFile` unless they are whole."""
+    """Decode a clip from all bytes of its file; `DamagedFile` if they are damaged."""
     return read_clip(FetchedFile(data), spec, facts)
 
 
 def read_clip(file: OpenFile, spec: ArraySpec, facts: FileFacts) -> np.ndarray:
-    """The values of a clip, from its open file, whose size is known.
+    """Decode a clip from its open file, whose size must be known.
 
-    Checking their CRC-32C costs next to nothing: chunks that are not compressed carry theirs, and
-    of others it is computed while they are in the processor's cache.
+    Verifying the CRC-32C of the values is cheap: it is combined from those of uncompressed chunks,
+    or computed while decompressed chunks are in the CPU cache.
     """
     if file.size != facts.bytes:
         raise DamagedFile(f"it has {file.size} bytes instead of {facts.bytes}")
@@ -190,24 +190,24 @@ def read_clip(file: OpenFile, spec: ArraySpec, facts: FileFacts) -> np.ndarray:
 
 
 def read_part(
-    place: Place, path: str, spec: ArraySpec, facts: FileFacts, start: int, stop: int
+    storage: Storage, path: str, spec: ArraySpec, facts: FileFacts, start: int, stop: int
 ) -> np.ndarray:
-    """Entries `start` to `stop` of a clip's leading axis.
+    """Read entries `start` to `stop` of a clip's leading axis.
 
-    Over a network these are two requests: the table of the chunks, and the chunks that are needed.
+    Over a network this takes two requests: the table of chunks, then the chunks that are needed.
 
     Args:
-        place: where the file lies.
-        path: the file, relative to the place.
-        spec: of the array.
-        facts: what is recorded of the file.
+        storage: storage that holds the file.
+        path: the file, relative to the storage.
+        spec: specification of the array.
+        facts: recorded facts about the file.
         start: the first entry, from 0.
         stop: the entry after the last one, more than `start`.
     """
     if not 0 <= start < stop <= spec.shape[0]:
-        raise ValueError(f"entries {start} to {stop} asked of {spec.shape[0]}")
+        raise ValueError(f"cannot read entries {start} to {stop} of {spec.shape[0]}")
     first, last = start // spec.chunk_length, -(-stop // spec.chunk_length)
-    with place.open(path, facts.bytes - _tail_bytes(spec.num_chunks), facts.bytes) as file:
+    with storage.open(path, facts.bytes - _tail_bytes(spec.num_chunks), facts.bytes) as file:
         if file.size not in (None, facts.bytes):
             raise DamagedFile(f"it has {file.size} bytes instead of {facts.bytes}")
         chunks = _read_table(file, spec, facts)[first:last]
@@ -215,17 +215,18 @@ def read_part(
     if values is None:
         begin = min(chunk.offset for chunk in chunks)
         end = max(chunk.offset + chunk.size for chunk in chunks)
-        with place.open(path, begin, end) as file:
+        with storage.open(path, begin, end) as file:
             values, _ = _read_chunks(file, spec, chunks)
     origin = first * spec.chunk_length
     return values[start - origin : stop - origin]
 
 
 def write_chunk_table(path: Path, spec: ArraySpec) -> int:
-    """Put the chunks' checksums before the end of a file that Zarr has written.
+    """Insert the chunks' checksums before Zarr's own table, at the end of a file written by Zarr.
 
-    Zarr's own table is at the very end, and says where the chunks lie; what is between them and it
-    Zarr does not look at. Not atomic: the file is nobody's yet. Returns the table's CRC-32C.
+    Zarr's table says where the chunks are; Zarr ignores bytes between them and the table. Not
+    atomic: the file is not visible to readers yet. Returns the CRC-32C of the table of chunks: the
+    checksums and Zarr's table.
     """
     pairs_bytes = _PAIR_BYTES * spec.num_chunks
     with naming(path), path.open("r+b") as file:
@@ -243,11 +244,11 @@ def write_chunk_table(path: Path, spec: ArraySpec) -> int:
 
 
 def file_bytes_range(spec: ArraySpec) -> tuple[int, int]:
-    """Least and most bytes that the file of a clip can have, however it is compressed."""
+    """Minimum and maximum size of a clip's file, whether compressed or not."""
     num_chunks, num_bytes = spec.num_chunks, spec.num_bytes
-    around = _CRC_BYTES * num_chunks + _tail_bytes(num_chunks)
+    overhead = _CRC_BYTES * num_chunks + _tail_bytes(num_chunks)
     headers = _BLOSC_HEADER.size * num_chunks
-    return around + min(headers, num_bytes), around + headers + num_bytes
+    return overhead + min(headers, num_bytes), overhead + headers + num_bytes
 
 
 def _tail_bytes(num_chunks: int) -> int:
@@ -255,7 +256,7 @@ def _tail_bytes(num_chunks: int) -> int:
 
 
 def _read_table(file: OpenFile, spec: ArraySpec, facts: FileFacts) -> list[_Chunk]:
-    """The inner chunks in the order of the leading axis, known for those of this clip."""
+    """The inner chunks in the order of the leading axis, verified to be this clip's."""
     tail = np.empty(_tail_bytes(spec.num_chunks), np.uint8)
     end = facts.bytes - len(tail)
     if end < 0:
@@ -263,12 +264,15 @@ def _read_table(file: OpenFile, spec: ArraySpec, facts: FileFacts) -> list[_Chun
     _fill(file, end, [tail])
     table, pairs = tail[:-_CRC_BYTES], tail[_CRC_BYTES * spec.num_chunks : -_CRC_BYTES]
     _check(pairs, tail[-_CRC_BYTES:], "the table of its chunks")
-    # Without the last four bytes: behind its own CRC every text has the same one.
+    # Without the last four bytes: the CRC of any data followed by its own CRC is constant.
     if google_crc32c.value(table) != facts.table_crc32c:
         raise DamagedFile("the table of its chunks is not the clip's")
     crcs = table[: len(table) - len(pairs)].view("<u4").tolist()
-    places = pairs.view("<u8").tolist()
-    chunks = [_Chunk(*chunk) for chunk in zip(places[::2], places[1::2], crcs, strict=True)]
+    offsets_and_sizes = pairs.view("<u8").tolist()
+    chunks = [
+        _Chunk(*chunk)
+        for chunk in zip(offsets_and_sizes[::2], offsets_and_sizes[1::2], crcs, strict=True)
+    ]
     for chunk in chunks:
         if chunk.size <= _CRC_BYTES or chunk.offset + chunk.size > end:
             raise DamagedFile("the table of its chunks points outside it")
@@ -280,12 +284,12 @@ def _read_chunks(
 ) -> tuple[np.ndarray, int]:
     shape = (len(chunks) * spec.chunk_length, *spec.shape[1:])
     values = np.empty(shape, spec.numpy_dtype.newbyteorder("<"))
-    # [chunk, byte]: what a chunk decodes to is written where it belongs.
+    # [chunk, byte]: each chunk is decoded directly into its row.
     decoded = values.reshape(len(chunks), -1).view(np.uint8)
     chunk_bytes = spec.num_bytes // spec.num_chunks
     crc = np.empty(_CRC_BYTES, np.uint8)
     packed = np.empty(max(chunk.size for chunk in chunks), np.uint8)
-    joined = 0
+    combined = 0
     for number, (offset, whole_size, crc32c) in enumerate(chunks):
         size = whole_size - _CRC_BYTES
         if spec.compression == "none":
@@ -293,13 +297,13 @@ def _read_chunks(
                 raise DamagedFile(f"chunk {number} has {size} bytes instead of {chunk_bytes}")
             _fill(file, offset, [decoded[number], crc])
             _check_chunk(decoded[number], crc, crc32c, number)
-            joined = _joined_crc32c(joined, crc32c, chunk_bytes)
+            combined = _combine_crc32c(combined, crc32c, chunk_bytes)
         else:
             _fill(file, offset, [packed[:size], crc])
             _check_chunk(packed[:size], crc, crc32c, number)
             _decompress(packed[:size], decoded[number], number)
-            joined = google_crc32c.extend(joined, decoded[number])
-    return values.astype(spec.numpy_dtype, copy=False), joined
+            combined = google_crc32c.extend(combined, decoded[number])
+    return values.astype(spec.numpy_dtype, copy=False), combined
 
 
 def _fill(file: OpenFile, offset: int, buffers: Sequence[np.ndarray]) -> None:
@@ -321,28 +325,28 @@ def _check_chunk(data: np.ndarray, crc: np.ndarray, crc32c: int, number: int) ->
         raise DamagedFile(f"chunk {number} is not the clip's")
 
 
-def _joined_crc32c(first: int, second: int, second_bytes: int) -> int:
-    """CRC-32C of two stretches of bytes one after the other, from that of each."""
-    joined = second
-    for bit, shifted in enumerate(_shifted_bits(second_bytes)):
+def _combine_crc32c(first: int, second: int, second_bytes: int) -> int:
+    """CRC-32C of two concatenated byte strings, from the CRC-32C of each."""
+    combined = second
+    for bit, shifted in enumerate(_crc32c_shift_table(second_bytes)):
         if first >> bit & 1:
-            joined ^= shifted
-    return joined
+            combined ^= shifted
+    return combined
 
 
 @lru_cache(maxsize=64)
-def _shifted_bits(num_bytes: int) -> tuple[int, ...]:
-    """What each bit of a CRC-32C becomes when so many more bytes follow, apart from their own.
+def _crc32c_shift_table(num_bytes: int) -> tuple[int, ...]:
+    """Effect of each bit of a CRC-32C after `num_bytes` more bytes, apart from that of the bytes.
 
-    The CRC of what follows adds to it without carry, so that zeros can stand for any bytes.
+    CRCs are linear over XOR, so appending zeros is enough to compute it.
     """
     zeros = np.zeros(num_bytes, np.uint8)
-    of_zeros = google_crc32c.value(zeros)
-    return tuple(google_crc32c.extend(1 << bit, zeros) ^ of_zeros for bit in range(32))
+    zeros_crc32c = google_crc32c.value(zeros)
+    return tuple(google_crc32c.extend(1 << bit, zeros) ^ zeros_crc32c for bit in range(32))
 
 
 def _decompress(packed: np.ndarray, into: np.ndarray, number: int) -> None:
-    # Blosc itself believes the sizes in its header.
+    # Blosc trusts the sizes in its header.
     sizes = (
         _BLOSC_HEADER.unpack_from(packed.data) if len(packed) >= _BLOSC_HEADER.size else (0, 0, 0)
     )
@@ -350,5 +354,5 @@ def _decompress(packed: np.ndarray, into: np.ndarray, number: int) -> None:
         raise DamagedFile(f"chunk {number} is not a compressed one of {len(into)} bytes")
     try:
         blosc.decompress(packed, into)
-    except Exception as error:  # whatever it makes of bytes that are not its own
+    except Exception as error:  # Blosc raises various types for invalid data
         raise DamagedFile(f"chunk {number} cannot be decompressed ({error})") from error

@@ -1,1 +1,1 @@
-"""What is done to stores that exist: checking, mending, changing, growing and moving them."""
+"""Maintenance of existing stores: verify, repair, drop, merge, copy."""

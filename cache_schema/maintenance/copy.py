@@ -1,8 +1,8 @@
-"""Copying a store to another folder or to a URL; used by the console's `cache copy`.
+"""Copying a store to another folder or to a URL.
 
-A file is compared with its record before it is sent. Per shard the files go first and its commit
-record after them; then `index.npz`, and `store.json` at the very end. So whatever a copy that was
-killed has left is either no store yet, or one whose every clip is there.
+Each file is compared with its record before it is sent. Per shard, the files are sent first, then
+its commit record; then `index.npz`, and `store.json` last. An interrupted first copy is therefore
+not a store yet, and an interrupted update leaves a store whose every clip is there.
 """
 
 import io
@@ -16,8 +16,8 @@ from cache_schema.clip_index import (
     ClipIndex,
     commit_path,
     load_index,
-    record_head,
-    sealed_crc32c,
+    read_commit_crc32c_digits,
+    read_crc32c,
 )
 from cache_schema.errors import CacheError, SettingsMismatch, StoreNotFound
 from cache_schema.index_file import write_columns
@@ -44,8 +44,8 @@ from cache_schema.schema import StoreSettings, differing_settings
 from cache_schema.storage import (
     COPYING,
     FolderTarget,
-    LocalPlace,
-    Place,
+    LocalStorage,
+    Storage,
     Target,
     open_place,
     open_target,
@@ -55,69 +55,82 @@ from cache_schema.storage import (
 Advance = Callable[[int], None]
 
 _STREAMS = 4
-"""Files on their way at once over a network; each is held in memory, packed and decoded."""
+"""Concurrent transfers over a network; each file is held in memory, encoded and decoded."""
 
-_NAMED = 3
-"""How many of a list a message names."""
+_MAX_NAMED = 3
+"""Maximum number of list items named in a message."""
 
 
 @dataclass(frozen=True, slots=True)
 class CopyReport:
-    """What `copy_store` did."""
+    """Result of `copy_store`."""
 
     store: str
     """The copy's folder or URL."""
     num_shards: int
     num_clips: int
-    """In the copy, as it is now."""
+    """Clips in the copy now."""
     num_sent: int
-    """Files of shards that were sent now."""
+    """Files of shards sent by this run."""
     num_bytes_sent: int
     num_present: int
-    """Files of shards that were there already."""
+    """Files of shards that already existed."""
 
 
 def copy_store(
     source: Path | str, target: Path | str, *, advance: Advance | None = None
 ) -> CopyReport:
-    """Make `target` hold what `source` holds; a second run sends only what is missing.
+    """Copy all of `source` to `target`; another run sends only what is missing.
 
-    Clips that were dropped from the source since an earlier copy are removed from the copy too.
-    Staging and quarantine are not copied. Nobody else may write to the target meanwhile.
+    Clips dropped from the source since an earlier copy are also removed from the copy. Staging and
+    quarantine are not copied. The target must have no other writer meanwhile.
 
     Args:
         source: the store's folder or URL; over HTTP it needs an `index.npz`.
         target: the copy's folder or URL, which ends with the store's name.
-        advance: called with the bytes done, of files that are there already too.
+        advance: called with the number of bytes done, including files that already exist.
 
     Raises:
-        SettingsMismatch, ValueError: another store is at the target, or it cannot be written to.
-            Nothing was done.
-        StoreNotFound, UnknownSchemaVersion, CorruptRecord, CorruptClip: from the source; what is
-            damaged is not sent.
-        SymlinkInStore: the target has a symbolic link where only its own files may be.
-        StoreUnreachable: a network place did not answer.
+        SettingsMismatch, ValueError: the target is another store, or cannot be written to. Nothing
+            was done.
+        StoreNotFound, UnknownSchemaVersion, CorruptRecord, CorruptClip: from the source; damaged
+            files are not sent.
+        SymlinkInStore: the target contains a symbolic link among its own files.
+        StoreUnreachable: a network storage did not respond.
     """
-    here, there = open_place(source), open_target(target)
-    if isinstance(there, FolderTarget):
-        refuse_links(StoreLayout(there.folder))
-    data = _read_or_none(here, STORE_FILE)
+    source_storage, target_storage = open_place(source), open_target(target)
+    if isinstance(target_storage, FolderTarget):
+        refuse_links(StoreLayout(target_storage.folder))
+    data = _read_or_none(source_storage, STORE_FILE)
     if data is None:
-        raise StoreNotFound(f"{here.where} is not a feature store: it has no {STORE_FILE}")
-    manifest = parse_manifest(data, where=f"{here.where}/{STORE_FILE}", store=here.where)
-    index = load_index(here, manifest.settings)
+        raise StoreNotFound(
+            f"{source_storage.location} is not a feature store: it has no {STORE_FILE}"
+        )
+    manifest = parse_manifest(
+        data, location=f"{source_storage.location}/{STORE_FILE}", store=source_storage.location
+    )
+    index = load_index(source_storage, manifest.settings)
     with ExitStack() as stack:
-        local = isinstance(here, LocalPlace) and isinstance(there, FolderTarget)
+        local = isinstance(source_storage, LocalStorage) and isinstance(
+            target_storage, FolderTarget
+        )
         pool = ThreadPoolExecutor(1 if local else _STREAMS)
         stack.callback(pool.shutdown, cancel_futures=True)
-        copy = _Copy(here, there, manifest.settings, index, pool, advance or (lambda _: None))
+        copy = _Copy(
+            source_storage,
+            target_storage,
+            manifest.settings,
+            index,
+            pool,
+            advance or (lambda _: None),
+        )
         copy.check_target(manifest)
         copy.send_shards()
         copy.send_index()
-        there.put(STORE_FILE, data)
+        target_storage.put(STORE_FILE, data)
         copy.clean_up()
     return CopyReport(
-        there.where,
+        target_storage.location,
         len(index.shards),
         len(index),
         copy.num_sent,
@@ -128,9 +141,9 @@ def copy_store(
 
 @dataclass
 class _Copy:
-    """One copy under way."""
+    """State of one copy operation."""
 
-    source: Place
+    source: Storage
     target: Target
     settings: StoreSettings
     index: ClipIndex
@@ -140,22 +153,24 @@ class _Copy:
     num_bytes_sent: int = 0
     num_present: int = 0
     _surplus: list[str] = field(default_factory=list)
-    """Files in the target that are no longer the source's, to be removed at the end."""
+    """Files in the target that are no longer in the source, to be removed at the end."""
 
     def check_target(self, manifest: StoreManifest) -> None:
-        """Refuse a target that holds, or might hold, anything but an older copy."""
-        where = self.target.where
-        if where == self.source.where:
-            raise ValueError(f"{where} cannot be copied to itself")
+        """Refuse a target that is, or might be, anything but an older copy."""
+        location = self.target.location
+        if location == self.source.location:
+            raise ValueError(f"{location} cannot be copied to itself")
         data = _read_or_none(self.target, STORE_FILE)
         if data is None:
             self._check_name(manifest)
         else:
-            found = parse_manifest(data, where=f"{where}/{STORE_FILE}", store=where).settings
+            found = parse_manifest(
+                data, location=f"{location}/{STORE_FILE}", store=location
+            ).settings
             if differing := differing_settings(found, self.settings):
                 raise SettingsMismatch(
-                    f"{where} is a store that differs in {', '.join(differing)}; copy to another "
-                    "place"
+                    f"{location} is a store that differs in {', '.join(differing)}; copy to "
+                    "another folder or URL"
                 )
         files = self.target.list_folder("commits") or []
         names = [file.removesuffix(".json") for file in files if file.endswith(".json")]
@@ -166,27 +181,28 @@ class _Copy:
             if not older
         ]
         if foreign:
-            named = ", ".join(map(repr, foreign[:_NAMED]))
-            more = f" and {len(foreign) - _NAMED} more" if len(foreign) > _NAMED else ""
+            named = ", ".join(map(repr, foreign[:_MAX_NAMED]))
+            more = f" and {len(foreign) - _MAX_NAMED} more" if len(foreign) > _MAX_NAMED else ""
             raise ValueError(
-                f"{where} holds clips in shards {named}{more} that {self.source.where} does not "
-                f"hold; bring stores together with sam2vx-pipeline cache merge, copy to another "
-                f"place, or delete these shards' files in {where}/commits if they are not wanted"
+                f"{location} holds clips in shards {named}{more} that {self.source.location} "
+                "does not hold; combine the stores with sam2vx-pipeline cache merge, copy to "
+                "another folder or URL, or delete these shards' files in "
+                f"{location}/commits if they are not needed"
             )
 
     def _check_name(self, manifest: StoreManifest) -> None:
-        name = self.target.where.rstrip("/").rsplit("/", 1)[-1]
+        name = self.target.location.rstrip("/").rsplit("/", 1)[-1]
         wanted = manifest.settings.folder_name
-        if name not in (wanted, self.source.where.rstrip("/").rsplit("/", 1)[-1]):
+        if name not in (wanted, self.source.location.rstrip("/").rsplit("/", 1)[-1]):
             raise ValueError(
-                f"there is no store at {self.target.where}; the copy's own name must be {wanted}, "
-                f"such as {self.target.where}/{wanted}"
+                f"there is no store at {self.target.location}; the copy's own name must be "
+                f"{wanted}, such as {self.target.location}/{wanted}"
             )
 
     def _is_older(self, shard: str) -> bool:
-        """Whether the target's shard is the source's, or what that was before clips were dropped.
+        """Whether the target's shard equals the source's, or an earlier state with more clips.
 
-        Only then nothing is lost that the source does not hold.
+        Only then does replacing it lose nothing that the source does not hold.
         """
         if shard not in self.index.shards:
             return False
@@ -203,24 +219,28 @@ class _Copy:
         )
 
     def _is_same(self, shard: str) -> bool:
-        return record_head(self.target, shard) == b"%08x" % self.index.record_crc32c(shard)
+        return read_commit_crc32c_digits(self.target, shard) == b"%08x" % self.index.record_crc32c(
+            shard
+        )
 
-    def _record(self, place: Place, shard: str) -> CommitRecord:
+    def _record(self, storage: Storage, shard: str) -> CommitRecord:
         path = commit_path(shard)
-        where = f"{place.where}/{path}"
-        data = read_record_file(place, path)
-        return parse_commit(data, self.settings, shard, where=where, store=place.where)
+        location = f"{storage.location}/{path}"
+        data = read_record_file(storage, path)
+        return parse_commit(data, self.settings, shard, location=location, store=storage.location)
 
     def _source_record(self, shard: str) -> CommitRecord:
-        if record_head(self.source, shard) != b"%08x" % self.index.record_crc32c(shard):
+        if read_commit_crc32c_digits(self.source, shard) != b"%08x" % self.index.record_crc32c(
+            shard
+        ):
             raise CacheError(
-                f"shard {shard!r} of {self.source.where} was replaced while the store was being "
+                f"shard {shard!r} of {self.source.location} was replaced while the store was being "
                 "copied; run the same command again"
             )
         return self._record(self.source, shard)
 
     def send_shards(self) -> None:
-        """Every shard's files, then its commit record."""
+        """Send every shard's files, then its commit record."""
         committed = set(self.target.list_folder("commits") or [])
         for shard in self.index.shards:
             record = self._source_record(shard)
@@ -229,8 +249,8 @@ class _Copy:
             marker = f"{COPYING}/{shard}.json"
             group = f"shards/{group_name(shard, record.group)}"
             files = group_files(record, self.settings)
-            # Sizes say what is there only of files that were sent for this very record, or that
-            # the copy's own record lists just so.
+            # Matching sizes suffice only for files that were sent for this very record, or that the
+            # copy's own record lists identically.
             if done or _read_or_none(self.target, marker) == data:
                 sent = {file.path for file in files}
             else:
@@ -239,11 +259,11 @@ class _Copy:
                 )
                 self.target.put(marker, data)
             sizes = self.target.sizes(group)
-            there = {
+            present = {
                 f.path for f in files if f.path in sent and sizes.get(f.path) == f.recorded.bytes
             }
-            self._send(record, group, [file for file in files if file.path not in there])
-            self._count_present([file for file in files if file.path in there])
+            self._send(record, group, [file for file in files if file.path not in present])
+            self._count_present([file for file in files if file.path in present])
             surplus = sizes.keys() - {file.path for file in files}
             self._surplus += [f"{group}/{path}" for path in sorted(surplus)]
             if not done:
@@ -251,7 +271,7 @@ class _Copy:
                 self.target.remove(marker)
 
     def _committed_files(self, shard: str, record: CommitRecord) -> set[str]:
-        """The files that the target's older record of a shard lists as the source's does."""
+        """Files that the target's older record of a shard lists exactly as the source's does."""
         older = self._record(self.target, shard)
         if older.group != record.group:
             return set()
@@ -275,16 +295,16 @@ class _Copy:
             self.advance(file.recorded.bytes)
 
     def send_index(self) -> None:
-        """The index of exactly the records that were sent."""
+        """Send the index of exactly the records that were sent."""
         file = io.BytesIO()
-        store_crc32c = sealed_crc32c(self.source, STORE_FILE)
+        store_crc32c = read_crc32c(self.source, STORE_FILE)
         write_columns(file, self.index.columns, self.settings, store_crc32c)
         data = file.getvalue()
         if _read_or_none(self.target, INDEX_FILE, MAX_INDEX_BYTES) != data:
             self.target.put(INDEX_FILE, data)
 
     def clean_up(self) -> None:
-        """Remove groups and files that nothing names any more, and this copy's notes."""
+        """Remove groups and files that no record names any more, and this copy's markers."""
         for path in self._surplus:
             self.target.remove(path)
         for name in self.target.list_folder("shards") or []:
@@ -296,9 +316,9 @@ class _Copy:
         self.target.remove(COPYING)
 
 
-def _read_or_none(place: Place, path: str, limit: int = MAX_RECORD_BYTES) -> bytes | None:
+def _read_or_none(storage: Storage, path: str, limit: int = MAX_RECORD_BYTES) -> bytes | None:
     try:
-        return place.read(path, limit)
+        return storage.read(path, limit)
     except FileNotFoundError:
         return None
 

@@ -1,8 +1,8 @@
-"""Bringing the shards of several stores together in one; used by the console's `cache merge`.
+"""Merging the shards of several stores into one store.
 
-Everything that could be refused is refused before any work. Then shard after shard is brought in
-whole: its files are read, compared with their checksums, linked or copied into staging under the
-shard's lock, renamed into place and committed. What is committed is not done again.
+All conflicts are refused before any work. Then shards are imported one by one: a shard's files are
+read, compared with their checksums, and linked or copied into staging under the shard's lock; then
+the group is renamed into place and committed. Committed shards are not imported again.
 """
 
 import hashlib
@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cache_schema.atomic_io import FileLock, make_directories, sync, sync_folders, write_whole
-from cache_schema.checksummed_json import seal, unseal
+from cache_schema.checksummed_json import decode_record, encode_record
 from cache_schema.claim import ShardClaim, staged_records
 from cache_schema.clip_index import load_index
-from cache_schema.commit import commit_group, sweep_store
+from cache_schema.commit import clean_up_store, commit_group
 from cache_schema.errors import CacheError, SettingsMismatch
 from cache_schema.maintenance.check_shard import GroupFile, group_files, num_bytes, read_intact
 from cache_schema.names import StoreLayout, check_shard_name
@@ -26,34 +26,34 @@ from cache_schema.records import (
     read_manifest,
 )
 from cache_schema.schema import StoreSettings, differing_settings
-from cache_schema.storage import LocalPlace, refuse_links
+from cache_schema.storage import LocalStorage, refuse_links
 from cache_schema.writer import StoreWriter
 
 Advance = Callable[[int], None]
 
-_NAMED = 3
-"""How many of a list a message names."""
+_MAX_NAMED = 3
+"""Maximum number of list items named in a message."""
 
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What `merge_stores` did."""
+    """Result of `merge_stores`."""
 
     store: Path
     shards: tuple[str, ...]
-    """Names, in the target, of the shards that were brought in now."""
+    """Names, in the target, of the shards imported by this run."""
     num_present: int
-    """Shards of the sources that the target had already."""
+    """Shards of the sources that the target already had."""
     num_clips: int
-    """Clips of the shards that were brought in now."""
+    """Clips of the imported shards."""
     num_bytes: int
     num_linked_bytes: int
-    """Bytes of them that both stores share on disk."""
+    """Bytes of them that are hard-linked, shared by both stores."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Arrival:
-    """A shard of a source, and what it will be called in the target."""
+class _IncomingShard:
+    """A shard of a source, and its name in the target."""
 
     source: StoreLayout
     shard: str
@@ -68,25 +68,25 @@ def merge_stores(
     prefix: str | None = None,
     advance: Advance | None = None,
 ) -> MergeReport:
-    """Bring every shard of the sources into the target; a second run goes on where one ended.
+    """Import every shard of the sources into the target; another run resumes an interrupted merge.
 
-    Files are shared with the source by hard links on one file system, and copied elsewhere. Each
-    is read and compared with its checksum on the way.
+    Files are hard-linked to the source on the same file system, and copied otherwise. Each is read
+    and compared with its checksum.
 
     Args:
-        target: folder of a store; where there is none, one is made with the first source's
+        target: folder of a store; if it does not exist, it is created with the first source's
             settings and provenance.
         sources: folders of stores with the same settings and compression.
-        prefix: put before the shards' names, where two stores use the same ones.
-        advance: called with the bytes done, of files that are there already too.
+        prefix: prepended to the shards' names, for stores that use the same ones.
+        advance: called with the number of bytes done, including files that already exist.
 
     Raises:
-        SettingsMismatch: the stores hold different things, or the same packed differently.
+        SettingsMismatch: the stores have other settings or another compression.
         ValueError: two shards of one name differ, a clip's key is in two shards, or the target's
-            folder has not the name of such a store. Nothing was done.
+            folder does not have the name of such a store. Nothing was done.
         CorruptRecord: a record of a store is damaged or lost. Nothing was done.
-        CorruptClip: a source is damaged. Shards before that one are merged.
-        SymlinkInStore: a store has a symbolic link where only its own files may be.
+        CorruptClip: a source is damaged. The shards before that one are merged.
+        SymlinkInStore: a store contains a symbolic link among its own files.
         ShardBusy, LockLost: another process writes one of the shards.
     """
     target = Path(target)
@@ -98,28 +98,30 @@ def merge_stores(
     for each in (StoreLayout(target), *layouts):
         refuse_links(each)
         if each.store_file.exists():
-            load_index(LocalPlace(each.root), settings)  # a lost record must not be covered up
-    arrivals = _plan(StoreLayout(target), layouts, settings, prefix or "")
+            load_index(LocalStorage(each.root), settings)  # refuse stores with lost records
+    incoming_shards = _plan(StoreLayout(target), layouts, settings, prefix or "")
     layout = _target_layout(target, manifest)
-    tell = advance or (lambda _: None)
-    brought: list[str] = []
+    advance_by = advance or (lambda _: None)
+    imported: list[str] = []
     clips = total = linked = 0
-    for arrival in arrivals:
-        record = read_commit(arrival.source, settings, arrival.shard)
-        if arrival.present:
-            tell(num_bytes(record))
+    for incoming in incoming_shards:
+        record = read_commit(incoming.source, settings, incoming.shard)
+        if incoming.present:
+            advance_by(num_bytes(record))
             continue
-        linked += _bring(arrival, record, layout, settings, tell)
-        brought.append(arrival.name)
+        linked += _import_shard(incoming, record, layout, settings, advance_by)
+        imported.append(incoming.name)
         clips += len(record.clips)
         total += num_bytes(record)
-    sweep_store(layout, settings)
+    clean_up_store(layout, settings)
     StoreWriter(target, settings).write_index()
-    return MergeReport(target, tuple(brought), len(arrivals) - len(brought), clips, total, linked)
+    return MergeReport(
+        target, tuple(imported), len(incoming_shards) - len(imported), clips, total, linked
+    )
 
 
 def _common_manifest(target: StoreLayout, sources: Sequence[StoreLayout]) -> StoreManifest:
-    """The target's record, or the first source's where there is no target yet."""
+    """The target's manifest, or the first source's if there is no target yet."""
     first = target if target.store_file.exists() else sources[0]
     manifest = read_manifest(first)
     for source in sources:
@@ -145,7 +147,7 @@ def _target_layout(target: Path, manifest: StoreManifest) -> StoreLayout:
         if not layout.store_file.exists():
             write_whole(
                 layout.store_file,
-                seal(manifest.as_dict()),
+                encode_record(manifest.as_dict()),
                 temporary=layout.staging / ".store.json",
             )
             sync(target.parent)
@@ -156,13 +158,13 @@ def _target_layout(target: Path, manifest: StoreManifest) -> StoreLayout:
 
 def _plan(
     target: StoreLayout, sources: Sequence[StoreLayout], settings: StoreSettings, prefix: str
-) -> list[_Arrival]:
+) -> list[_IncomingShard]:
     """Every shard of the sources; `ValueError` if they cannot all be in one store."""
-    contents: dict[str, str] = {}  # of the target as it will be, by shard
+    contents: dict[str, str] = {}  # contents of the future target, by shard
     shard_of_key: dict[str, str] = {}
-    arrivals: list[_Arrival] = []
-    clashes: list[str] = []
-    twice: list[str] = []
+    incoming_shards: list[_IncomingShard] = []
+    conflicts: list[str] = []
+    duplicates: list[str] = []
     for layout, shard in _shards_of(target, sources):
         record = read_commit(layout, settings, shard)
         is_source = layout is not target
@@ -170,28 +172,28 @@ def _plan(
         content = _content(record, settings)
         if is_source:
             present = content in (contents.get(name), contents.get(shard))
-            arrivals.append(_Arrival(layout, shard, name, present))
+            incoming_shards.append(_IncomingShard(layout, shard, name, present))
             if present:
                 continue
-        if name in contents or (is_source and _begun_otherwise(target, record, name)):
-            clashes.append(f"{name!r} of {layout.root}")
+        if name in contents or (is_source and _is_staged_from_other_source(target, record, name)):
+            conflicts.append(f"{name!r} of {layout.root}")
         contents[name] = content
         for clip in record.clips:
             other = shard_of_key.setdefault(clip.key, name)
             if other != name:
-                twice.append(f"{clip.key!r} (shards {other!r} and {name!r})")
-    if clashes:
+                duplicates.append(f"{clip.key!r} (shards {other!r} and {name!r})")
+    if conflicts:
         raise ValueError(
             f"{target.root} has, or would get, other shards of the same names as "
-            f"{_some(clashes)}; name the ones that are merged differently with --prefix, such as "
+            f"{_first_few(conflicts)}; rename the merged shards with --prefix, such as "
             "--prefix second-"
         )
-    if twice:
+    if duplicates:
         raise ValueError(
-            f"clips would be in {target.root} twice: {_some(twice)}; take them out of one of the "
-            "stores with sam2vx-pipeline cache drop"
+            f"clips would be in {target.root} twice: {_first_few(duplicates)}; remove them from "
+            "one of the stores with sam2vx-pipeline cache drop"
         )
-    return arrivals
+    return incoming_shards
 
 
 def _shards_of(
@@ -203,97 +205,97 @@ def _shards_of(
 
 
 def _content(record: CommitRecord, settings: StoreSettings) -> str:
-    """Equal for shards that hold the same, whatever they are called and how often replaced."""
-    unnamed = replace(record, shard="", generation=0, group=0)
-    return hashlib.sha256(seal(unnamed.as_dict(settings.hash))).hexdigest()
+    """Digest of a shard's contents, independent of its name and of how often it was replaced."""
+    anonymous = replace(record, shard="", generation=0, group=0)
+    return hashlib.sha256(encode_record(anonymous.as_dict(settings.hash))).hexdigest()
 
 
-def _begun_otherwise(target: StoreLayout, record: CommitRecord, name: str) -> bool:
-    """Whether a writer has begun, and not finished, a shard of that name from another input."""
+def _is_staged_from_other_source(target: StoreLayout, record: CommitRecord, name: str) -> bool:
+    """Whether an uncommitted shard of that name is staged from another source."""
     records = staged_records(target, name)
     if records is None:
         return False
     first = f"{0:08d}.json"
     try:
-        data = LocalPlace(records).read(first)
-        found = unseal(data, f"{records}/{first}", store=target.root)
+        data = LocalStorage(records).read(first)
+        found = decode_record(data, f"{records}/{first}", store=target.root)
         return bool(found["source"] != record.source)
     except (OSError, CacheError, KeyError):
-        return False  # a writer would not go on from there either
+        return False  # a writer would not adopt it either
 
 
-def _some(things: Sequence[str]) -> str:
-    more = f" and {len(things) - _NAMED} more" if len(things) > _NAMED else ""
-    return ", ".join(things[:_NAMED]) + more
+def _first_few(things: Sequence[str]) -> str:
+    more = f" and {len(things) - _MAX_NAMED} more" if len(things) > _MAX_NAMED else ""
+    return ", ".join(things[:_MAX_NAMED]) + more
 
 
-def _bring(
-    arrival: _Arrival,
+def _import_shard(
+    incoming: _IncomingShard,
     record: CommitRecord,
     target: StoreLayout,
     settings: StoreSettings,
-    tell: Advance,
+    advance_by: Advance,
 ) -> int:
-    """Make one shard the target's; returns the bytes that both stores share."""
-    name = arrival.name
-    place = LocalPlace(arrival.source.root)
+    """Import one shard into the target; returns the number of bytes that are hard-linked."""
+    name = incoming.name
+    storage = LocalStorage(incoming.source.root)
     with ShardClaim(target, name) as claim:
         if target.commit(name).exists():
             raise ValueError(
-                f"shard {name!r} of {target.root} was finished by another process; run the same "
+                f"shard {name!r} of {target.root} was committed by another process; run the same "
                 "command again"
             )
-        # A folder of its own: a writer of that shard must not take its files for its own.
-        incoming = claim.folder / "incoming"
+        # Not `claim.group`: a writer of that shard must not adopt these files.
+        folder = claim.folder / "incoming"
         group = target.group(name, 0)
-        if group.exists():  # published without a commit record, perhaps by a merge killed there
-            if incoming.exists():
+        if group.exists():  # published without a commit record, perhaps by a killed merge
+            if folder.exists():
                 claim.discard(group)
             else:
                 with claim.guarded():
-                    group.rename(incoming)
-        make_directories(incoming)
+                    group.rename(folder)
+        make_directories(folder)
         files = group_files(record, settings)
         linked = 0
         for file in files:
-            original = arrival.source.group(record.shard, record.group) / file.path
-            if _take(place, record, file, original, incoming):
+            original = incoming.source.group(record.shard, record.group) / file.path
+            if _link_or_copy(storage, record, file, original, folder):
                 linked += file.recorded.bytes
-            tell(file.recorded.bytes)
-        _keep_only(incoming, {incoming / file.path for file in files})
-        sync_folders(incoming)
-        sync(incoming.parent)
+            advance_by(file.recorded.bytes)
+        _remove_others(folder, {folder / file.path for file in files})
+        sync_folders(folder)
+        sync(folder.parent)
         arrived = replace(record, shard=name, generation=0, group=0)
-        commit_group(claim, settings, incoming, arrived, replaced=None)
-        claim.sweep()
+        commit_group(claim, settings, folder, arrived, replaced=None)
+        claim.clear()
     return linked
 
 
-def _take(
-    place: LocalPlace, record: CommitRecord, file: GroupFile, original: Path, incoming: Path
+def _link_or_copy(
+    storage: LocalStorage, record: CommitRecord, file: GroupFile, original: Path, folder: Path
 ) -> bool:
-    """Have the intact file in `incoming`; whether it is the source's own by a hard link."""
-    copy = incoming / file.path
+    """Put the verified file into `folder`; returns whether it is a hard link to the source's."""
+    copy = folder / file.path
     if copy.exists() and not (original.exists() and copy.samefile(original)):
         size = copy.stat().st_size if copy.is_file() else None
-        # A run that was killed brought it.
+        # A run that was killed copied it.
         if size == file.recorded.bytes and file.is_intact(copy.read_bytes()):
             sync(copy)
             return False
         copy.unlink()
-    data = read_intact(place, record, file)
+    data = read_intact(storage, record, file)
     copy.parent.mkdir(parents=True, exist_ok=True)
     if copy.exists():
         return True
     try:
-        copy.hardlink_to(original.resolve())  # of a symbolic link, what it points to
+        copy.hardlink_to(original.resolve())  # resolve symbolic links
     except OSError:  # another file system, or one without links
-        write_whole(copy, data, temporary=incoming / ".incomplete")
+        write_whole(copy, data, temporary=folder / ".incomplete")
         return False
     return True
 
 
-def _keep_only(folder: Path, kept: set[Path]) -> None:
+def _remove_others(folder: Path, kept: set[Path]) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir() and not path.is_symlink():
             if not any(path.iterdir()):

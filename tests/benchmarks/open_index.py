@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from cache_schema import ArraySpec, ClipEntry, StoredArray, StoreReader, StoreSettings, StoreWriter
-from cache_schema.checksummed_json import seal
+from cache_schema.checksummed_json import encode_record
 from cache_schema.index_file import write_columns
 from cache_schema.index_rows import columns_of_records
 from cache_schema.names import StoreLayout
@@ -49,7 +49,7 @@ def make_store(root: Path, kind: str, clips: range, per_shard: int, *, indexed: 
             record = make_record(settings, f"{first // per_shard:05d}", present)
             data = b'{\n "crc32c": "%08x' % first
             if not indexed:
-                data = seal(record.as_dict(settings.hash))
+                data = encode_record(record.as_dict(settings.hash))
             layout.commit(record.shard).write_bytes(data)
             yield record, first
 

@@ -125,7 +125,7 @@ def repeat_shard(
             that `drop_spread` takes, or none where it is 1.
         key: of a clip, by the numbers of its shard and in it; skipped ones count after the others.
     """
-    from cache_schema.checksummed_json import seal
+    from cache_schema.checksummed_json import encode_record
     from cache_schema.names import StoreLayout
     from cache_schema.records import read_commit
 
@@ -154,7 +154,7 @@ def repeat_shard(
                 link = layout.group(name, 0) / path
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.hardlink_to(layout.group("00000", 0) / path)
-        layout.commit(name).write_bytes(seal(record.as_dict(writer.settings.hash)))
+        layout.commit(name).write_bytes(encode_record(record.as_dict(writer.settings.hash)))
 
 
 def store_of(folder: Path) -> Path:

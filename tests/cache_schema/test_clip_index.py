@@ -30,7 +30,7 @@ from cache_schema.maintenance.drop import drop_clips
 from cache_schema.names import StoreLayout
 from cache_schema.packed_strings import PackedText
 from cache_schema.records import CommitRecord, committed_shards
-from cache_schema.storage import LocalPlace
+from cache_schema.storage import LocalStorage
 from tests.fingerprints import fingerprint_of
 
 Arrays = dict[str, np.ndarray]
@@ -91,9 +91,9 @@ def test_an_index_brought_up_to_date_is_the_one_made_anew(
         assert expected.record_crc32c(record.shard) == crc32c
         for clip in record.clips:
             row = expected.keys.index(clip.key)
-            assert expected.place_of(row) == (record.shard, record.group, clip.index)
+            assert expected.locate(row) == (record.shard, record.group, clip.index)
             for name, stored in clip.arrays.items():
-                assert expected.file_of(row, name) == (
+                assert expected.file_facts(row, name) == (
                     stored.bytes,
                     int(stored.crc32c, 16),
                     int(stored.table_crc32c, 16),
@@ -119,13 +119,13 @@ def indexed(store: Path, settings: StoreSettings) -> Path:
 
 def _from_records(store: Path, settings: StoreSettings) -> ClipIndex:
     shards = committed_shards(StoreLayout(store))
-    return index_of_records(LocalPlace(store), settings, shards)
+    return index_of_records(LocalStorage(store), settings, shards)
 
 
 def test_the_index_on_disk_is_the_one_made_from_records(
     indexed: Path, settings: StoreSettings
 ) -> None:
-    assert read_index(LocalPlace(indexed), settings) == _from_records(indexed, settings)
+    assert read_index(LocalStorage(indexed), settings) == _from_records(indexed, settings)
     with np.load(indexed / "index.npz", allow_pickle=False) as file:
         assert bytes(file["settings_hash"]).decode() == settings.hash
         assert bytes(file["keys.text"]) == b"a0a1a2b0b1"
@@ -153,17 +153,17 @@ def test_the_index_depends_on_the_records_and_the_store_file_alone(
 def test_what_a_writer_knows_does_not_stand_in_for_records_that_came_since(
     indexed: Path, settings: StoreSettings, write_shard: Callable[..., None]
 ) -> None:
-    known = load_index(LocalPlace(indexed), settings)
+    known = load_index(LocalStorage(indexed), settings)
     writer = StoreWriter.open(indexed.parent, settings, provenance={})
     drop_clips(indexed, ["a1"], detail="")
     write_shard(writer, "00002", ["c0"])
     writer.write_index(known)
-    assert read_index(LocalPlace(indexed), settings) == _from_records(indexed, settings)
+    assert read_index(LocalStorage(indexed), settings) == _from_records(indexed, settings)
 
 
 def _assert_reads_the_same(store: Path, settings: StoreSettings, clip_of: ClipOf) -> None:
     reader = StoreReader(store)
-    assert load_index(LocalPlace(store), settings) == _from_records(store, settings)
+    assert load_index(LocalStorage(store), settings) == _from_records(store, settings)
     for key in reader.keys:
         np.testing.assert_array_equal(reader.read(key)["mask"], clip_of(key)["mask"])
 
@@ -192,7 +192,7 @@ def test_a_damaged_index_is_harmless_and_known_for_damaged(
     indexed: Path, settings: StoreSettings, clip_of: ClipOf
 ) -> None:
     path = indexed / "index.npz"
-    good, place = path.read_bytes(), LocalPlace(indexed)
+    good, place = path.read_bytes(), LocalStorage(indexed)
     expected = read_index(place, settings)
     for position in range(0, len(good), 17):
         data = bytearray(good)
@@ -222,7 +222,7 @@ def test_an_index_of_another_store_is_not_taken(
     writer.write_index()
     (indexed / "index.npz").write_bytes((writer.path / "index.npz").read_bytes())
     with pytest.raises(DamagedIndex, match="other settings"):
-        read_index(LocalPlace(indexed), settings)
+        read_index(LocalStorage(indexed), settings)
     _assert_reads_the_same(indexed, settings, clip_of)
 
 
@@ -264,7 +264,7 @@ def test_a_key_in_two_shards_of_a_store_is_refused(
 
 def _large_index(indexed: Path, settings: StoreSettings, keys: PackedText) -> Arrays:
     """Columns with these keys, in all else like the first clip of a store."""
-    columns = dict(read_index(LocalPlace(indexed), settings).columns)
+    columns = dict(read_index(LocalStorage(indexed), settings).columns)
     for name in columns:
         if name.startswith(("clips.", "arrays.")):
             columns[name] = np.repeat(columns[name][:1], len(keys))
@@ -281,7 +281,7 @@ def test_opening_takes_little_more_memory_than_the_file(
     del columns
     tracemalloc.start()
     try:
-        assert read_index(LocalPlace(indexed), settings).keys == keys
+        assert read_index(LocalStorage(indexed), settings).keys == keys
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -295,7 +295,7 @@ def test_opening_takes_little_more_memory_than_the_file(
         ("key", "leaves its folder"),
         ("order", "not in order"),
         ("character", "utf-8|inside a character"),
-        ("fingerprint", "no fingerprint"),
+        ("fingerprint", "not a fingerprint"),
     ],
 )
 def test_every_row_of_a_large_index_is_checked(
@@ -314,10 +314,10 @@ def test_every_row_of_a_large_index_is_checked(
     with (indexed / "index.npz").open("wb") as file:
         write_columns(file, columns, settings, 0)
     if message is None:
-        assert read_index(LocalPlace(indexed), settings).keys == texts
+        assert read_index(LocalStorage(indexed), settings).keys == texts
     else:
         with pytest.raises(DamagedIndex, match=message):
-            read_index(LocalPlace(indexed), settings)
+            read_index(LocalStorage(indexed), settings)
 
 
 def _send_keys(reader: StoreReader, results: Connection) -> None:

@@ -12,7 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from cache_schema import ArraySpec, Compression, CorruptRecord, StoreSettings
-from cache_schema.checksummed_json import seal, unseal
+from cache_schema.checksummed_json import decode_record, encode_record
 from cache_schema.names import SCHEMA_VERSION
 from tests.cache_schema import tampering
 
@@ -54,7 +54,9 @@ all_settings = st.builds(
 @hypothesis_settings(max_examples=40)
 @given(all_settings)
 def test_settings_survive_a_sealed_file(settings: StoreSettings) -> None:
-    back = StoreSettings.from_dict(unseal(seal(settings.as_dict()), "test", store="s"))
+    back = StoreSettings.from_dict(
+        decode_record(encode_record(settings.as_dict()), "test", store="s")
+    )
     assert back == settings
     assert back.hash == settings.hash
     assert list(back.arrays) == list(settings.arrays)
@@ -63,27 +65,27 @@ def test_settings_survive_a_sealed_file(settings: StoreSettings) -> None:
 @hypothesis_settings(max_examples=40)
 @given(all_settings)
 def test_white_space_of_a_record_changes_nothing_of_what_is_read(settings: StoreSettings) -> None:
-    compact = seal(settings.as_dict())
+    compact = encode_record(settings.as_dict())
     record = json.loads(compact)
     indented = tampering.seal(record)
     assert indented != compact
     for data in (compact, indented):
-        found = unseal(data, "test", store="s")
+        found = decode_record(data, "test", store="s")
         assert found == {k: v for k, v in record.items() if k not in ("crc32c", "schema_version")}
 
 
 def test_a_record_has_each_of_its_clips_on_a_line() -> None:
     clips = [{"key": f"clip {i}", "arrays": {"a": {"bytes": i}}} for i in range(3)]
-    lines = seal({"shard": "0", "clips": clips}).decode("utf-8").splitlines()
+    lines = encode_record({"shard": "0", "clips": clips}).decode("utf-8").splitlines()
     assert [json.loads(line.rstrip(",")) for line in lines if "clip " in line] == clips
 
 
 def test_a_changed_version_is_damage_and_not_an_older_store() -> None:
-    sealed = seal({"a": 1})
+    sealed = encode_record({"a": 1})
     data = sealed.replace(b'"schema_version": %d' % SCHEMA_VERSION, b'"schema_version": 2')
     assert data != sealed
     with pytest.raises(CorruptRecord, match="checksum"):
-        unseal(data, "test", store="s")
+        decode_record(data, "test", store="s")
 
 
 @hypothesis_settings(max_examples=40)

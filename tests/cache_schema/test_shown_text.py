@@ -8,7 +8,7 @@ import pytest
 from cache_schema import StoreReader
 from cache_schema.errors import StoreNotFound
 from cache_schema.shown_text import redacted, visible, visible_json, without_credentials
-from cache_schema.storage import FsspecPlace
+from cache_schema.storage import FsspecStorage
 
 SECRET = "s3cr3t"
 
@@ -59,6 +59,6 @@ def test_errors_hold_no_credentials_in_other_processes_either() -> None:
 def test_a_url_whose_credentials_were_taken_out_is_not_used() -> None:
     for url in ("http://***@host/cache", "http://host/cache?sig=***"):
         with pytest.raises(ValueError, match=r"without its credentials.*give the whole URL again"):
-            FsspecPlace(url)
+            FsspecStorage(url)
         with pytest.raises(ValueError, match="without its credentials"):
             StoreReader(url)

@@ -26,7 +26,7 @@ from cache_schema import (
 )
 from cache_schema.maintenance.copy import copy_store
 from cache_schema.maintenance.drop import drop_clips
-from cache_schema.storage import FsspecPlace, LocalPlace, is_url, open_place
+from cache_schema.storage import FsspecStorage, LocalStorage, is_url, open_place
 from tests.cache_schema.servers import FileServer, serving
 
 Arrays = dict[str, np.ndarray]
@@ -306,7 +306,7 @@ def test_a_shard_replaced_behind_a_url_is_read_from_its_next_generation(
 def test_places_say_the_same_of_files_and_ranges(
     cache_url: str, indexed: Path, tmp_path: Path
 ) -> None:
-    local: Any = LocalPlace(indexed)
+    local: Any = LocalStorage(indexed)
     for place in (local, open_place(f"{cache_url}/{indexed.name}")):
         data = place.read("store.json")
         assert data == (indexed / "store.json").read_bytes()
@@ -320,9 +320,9 @@ def test_places_say_the_same_of_files_and_ranges(
     assert is_url(cache_url)
     assert not is_url(indexed)
     assert not is_url("relative/folder")
-    assert LocalPlace(tmp_path).list_folder("nowhere") == []
+    assert LocalStorage(tmp_path).list_folder("nowhere") == []
 
 
 def test_a_place_behind_a_url_asks_nothing_before_it_is_asked() -> None:
-    place = FsspecPlace("http://127.0.0.1:1/nothing")
-    assert pickle.loads(pickle.dumps(place)).where == "http://127.0.0.1:1/nothing"
+    place = FsspecStorage("http://127.0.0.1:1/nothing")
+    assert pickle.loads(pickle.dumps(place)).location == "http://127.0.0.1:1/nothing"

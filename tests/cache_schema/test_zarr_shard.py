@@ -19,7 +19,7 @@ from numcodecs import blosc
 from cache_schema import ArraySpec, StoreSettings
 from cache_schema import schema as settings_module
 from cache_schema.schema import DTYPES
-from cache_schema.storage import FetchedFile, LocalPlace
+from cache_schema.storage import FetchedFile, LocalStorage
 from cache_schema.zarr_shard import (
     DamagedFile,
     FileFacts,
@@ -36,10 +36,10 @@ COMPRESSIONS = ("none", "blosc-zstd-shuffle")
 class Fetched:
     """A place as it is over a network: every opening is one request, which is counted."""
 
-    where = "memory"
+    location = "memory"
 
     def __init__(self, folder: Path) -> None:
-        self._local = LocalPlace(folder)
+        self._local = LocalStorage(folder)
         self.asked: list[tuple[int, int | None]] = []
 
     def open(self, path: str, start: int = 0, stop: int | None = None) -> FetchedFile:
@@ -115,7 +115,7 @@ def test_decoding_equals_zarrs_own_reading(
                     decode_clip(stored, spec, wrong)
             start = data.draw(st.integers(0, spec.shape[0] - 1))
             stop = data.draw(st.integers(start + 1, spec.shape[0]))
-            for place in (LocalPlace(Path(name)), Fetched(Path(name))):
+            for place in (LocalStorage(Path(name)), Fetched(Path(name))):
                 part = read_part(place, path, spec, facts, start, stop)  # type: ignore[arg-type]
                 np.testing.assert_array_equal(part, clip[start:stop], strict=True)
 
@@ -170,7 +170,7 @@ def test_parts_of_damaged_files_are_refused(
     path = chunk_path("a", spec, 0)
     file = tmp_path / path
     size = len(stored)
-    for place in (LocalPlace(tmp_path), Fetched(tmp_path)):
+    for place in (LocalStorage(tmp_path), Fetched(tmp_path)):
         for end in (0, 1, 40, size // 2, size - 53, size - 1):
             file.write_bytes(stored[:end])
             with pytest.raises(DamagedFile):
@@ -203,7 +203,7 @@ def test_entries_that_are_not_there_are_refused(
     tmp_path: Path, spec: ArraySpec, facts: FileFacts, start: int, stop: int
 ) -> None:
     with pytest.raises(ValueError, match="entries"):
-        read_part(LocalPlace(tmp_path), chunk_path("a", spec, 0), spec, facts, start, stop)
+        read_part(LocalStorage(tmp_path), chunk_path("a", spec, 0), spec, facts, start, stop)
 
 
 def _sealed(data: bytes) -> bytes:
@@ -286,7 +286,7 @@ def test_a_chunk_of_another_clip_is_refused_in_a_part(
         swapped += [other[:-64] + stored[-64:], stored[:-64] + other[-64:]]
     for data in swapped:
         (tmp_path / path).write_bytes(data)
-        for place in (LocalPlace(tmp_path), Fetched(tmp_path)):
+        for place in (LocalStorage(tmp_path), Fetched(tmp_path)):
             with pytest.raises(DamagedFile):
                 read_part(place, path, spec, facts, 2, 4)  # type: ignore[arg-type]
 

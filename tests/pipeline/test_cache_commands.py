@@ -184,7 +184,7 @@ class TestList:
         text = store(cache, "text")
         record = json.loads((text / "store.json").read_bytes())
         del record["crc32c"], record["schema_version"]
-        (text / "store.json").write_bytes(checksummed_json.seal(record))
+        (text / "store.json").write_bytes(checksummed_json.encode_record(record))
         monkeypatch.undo()
         old = answer("list", cache)["text"]
         assert old["schema_version"] == version

@@ -22,7 +22,7 @@ from cache_schema import (
     StoreWriter,
     verify_store,
 )
-from cache_schema.commit import sweep_store
+from cache_schema.commit import clean_up_store
 from cache_schema.maintenance.drop import drop_clips
 from cache_schema.maintenance.merge import merge_stores
 from cache_schema.maintenance.repair import repair_store
@@ -296,7 +296,7 @@ def test_a_sweep_leaves_a_shard_that_another_process_takes_over(tmp_path: Path) 
         (store / "shards" / f"{shard}~1").mkdir()
     layout = StoreLayout(store)
     ended = _zombie_and_other(
-        lambda: sweep_store(layout, SETTINGS),
+        lambda: clean_up_store(layout, SETTINGS),
         CHANGES["before something is removed"](),
         lambda _: _take_over_and_drop(store, "a2"),
     )

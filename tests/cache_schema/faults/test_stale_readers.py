@@ -15,8 +15,8 @@ from cache_schema.maintenance.drop import drop_clips
 from cache_schema.maintenance.repair import repair_store
 from cache_schema.maintenance.replace_shard import change_fingerprints, keep_clips
 from cache_schema.names import StoreLayout
-from cache_schema.records import read_sealed_commit
-from cache_schema.storage import LocalPlace
+from cache_schema.records import read_commit_with_crc32c
+from cache_schema.storage import LocalStorage
 from tests.cache_schema.faults.small_store import (
     SETTINGS,
     SHARDS,
@@ -42,10 +42,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     """How often each file of a store was opened, or read from."""
     counts: Asked = Counter()
     for name in ("open", "read", "read_range"):
-        method: Callable[..., Any] = getattr(LocalPlace, name)
+        method: Callable[..., Any] = getattr(LocalStorage, name)
 
         def counted(
-            self: LocalPlace,
+            self: LocalStorage,
             path: str,
             *rest: Any,
             method: Callable[..., Any] = method,
@@ -54,7 +54,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
             counts[path] += 1
             return method(self, path, *rest, **options)
 
-        monkeypatch.setattr(LocalPlace, name, counted)
+        monkeypatch.setattr(LocalStorage, name, counted)
     return counts
 
 
@@ -62,7 +62,7 @@ def _move(store: Path, shard: str) -> None:
     """Replace a shard by one of all its clips in another folder."""
     layout = StoreLayout(store)
     with ShardClaim(layout, shard) as claim:
-        record, crc32c = read_sealed_commit(layout, SETTINGS, shard)
+        record, crc32c = read_commit_with_crc32c(layout, SETTINGS, shard)
         keep_clips(
             claim,
             SETTINGS,
@@ -86,7 +86,7 @@ def test_a_clip_that_a_repair_took_out_is_missed_and_its_neighbours_are_read(
     reader = _open_and_read(store)
     _hurt(store, "00000", "mask", 1)
     repair_store(store)
-    with pytest.raises(ClipMissing, match=r"taken out of shard '00000' .*skipped as damaged"):
+    with pytest.raises(ClipMissing, match=r"removed from shard '00000' .*skipped as damaged"):
         reader.read("a1")
     for key in ("a0", "a2", *SHARDS["00001"]):
         assert_equals_the_clip(reader, key)
@@ -211,14 +211,14 @@ def test_a_shard_replaced_between_its_record_and_its_file_is_looked_for_again(
     reader = _open_and_read(store)
     _move(store, "00000")
     left = iter(range(times))
-    opened = LocalPlace.open
+    opened = LocalStorage.open
 
-    def replaced_first(self: LocalPlace, path: str, *rest: Any) -> Any:
+    def replaced_first(self: LocalStorage, path: str, *rest: Any) -> Any:
         if path.startswith("shards/00000") and next(left, None) is not None:
             _move(store, "00000")
         return opened(self, path, *rest)
 
-    monkeypatch.setattr(LocalPlace, "open", replaced_first)
+    monkeypatch.setattr(LocalStorage, "open", replaced_first)
     if times < 99:
         assert_equals_the_clip(reader, "a2")
         assert next(left, None) is None

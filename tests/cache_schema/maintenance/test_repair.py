@@ -218,7 +218,7 @@ def test_a_store_of_another_version_is_not_touched(
     monkeypatch.setattr(checksummed_json, "SCHEMA_VERSION", 2)
     record = json.loads((store / "store.json").read_bytes())
     del record["crc32c"], record["schema_version"]
-    (store / "store.json").write_bytes(checksummed_json.seal(record))
+    (store / "store.json").write_bytes(checksummed_json.encode_record(record))
     monkeypatch.undo()
     before = files_of(store)
     with pytest.raises(UnknownSchemaVersion, match="extracted again"):
