@@ -1,1 +1,1 @@
-"""Clips from the cache: which stores, which clip when, and what stands in for a damaged one."""
+"""Training data from the cache: stores, splits, sample order, samples, loader processes."""

@@ -1,7 +1,4 @@
-"""The stores of every size of a run, with the clips to hold out chosen among all of them.
-
-`train` calls this; one size is the usual case of several.
-"""
+"""Joined stores of every clip size of a run, with one held-out split over all sizes."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,8 +14,8 @@ from stages.train_student.data.stores import (
     JoinedStores,
     array_shape,
     common_keys,
-    joined,
-    no_common_clip,
+    describe_no_common_clip,
+    join_readers,
     open_stores,
     rows_without,
 )
@@ -26,22 +23,22 @@ from stages.train_student.data.stores import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Buckets:
-    """The clips of a run, by size."""
+    """Joined stores of a run, one per clip size."""
 
     stores: tuple[JoinedStores, ...]
-    """Of each size, at least one."""
+    """One per size, at least one."""
     held_out: tuple[str, ...]
-    """Keys of the clips for validation, in the order in which they were chosen."""
+    """Keys of the validation clips, in the order in which they were chosen."""
     left_out: LeftOut
-    """Of all sizes together."""
+    """Excluded clips, over all sizes."""
 
     @property
     def clips(self) -> dict[str, int]:
-        """How many clips of each size there are to train on."""
+        """Number of training clips by size."""
         return {stores.size: len(stores.keys) for stores in self.stores}
 
     def told(self) -> list[str]:
-        """For people: how many clips there are, and what is not trained on."""
+        """Clauses for the log: number of training clips, held-out and excluded clips."""
         clips = self.clips
         by_size = [f"{size}: {count}" for size, count in clips.items()] if len(clips) > 1 else []
         clauses = [f"training on {sum(clips.values())} clips"]
@@ -52,7 +49,7 @@ class Buckets:
 
     @property
     def readers(self) -> dict[str, StoreReader]:
-        """The stores that are read, by kind; those of one size among several name it too."""
+        """Store readers by kind; with several sizes the key of a sized store includes the size."""
         if len(self.stores) == 1:
             return self.stores[0].readers
         named = {
@@ -64,17 +61,17 @@ class Buckets:
 
     @property
     def teacher(self) -> StoreReader | None:
-        """The teacher's store of the first size: what it says of the teacher, all of them say."""
+        """Teacher store of the first size; the stores of all sizes share the teacher's settings."""
         return self.stores[0].teacher
 
     @property
     def teacher_form(self) -> TeacherForm | None:
-        """What is stored of the teacher, or None without one."""
+        """Stored form of the teacher; None without one."""
         return self.stores[0].teacher_form
 
     @property
     def frame_rate(self) -> bool:
-        """Whether the teacher has a map for each frame; the same at every size."""
+        """Whether the teacher has one map per frame; the same at every size."""
         return self.stores[0].teacher_maps == self.stores[0].num_frames
 
 
@@ -90,22 +87,22 @@ def join_buckets(
 ) -> Buckets:
     """Open the stores of each size and join them by key.
 
-    A clip that is held out is so at every size that it has.
+    A held-out clip is held out at every size.
 
     Args:
         cache_root: folder of the stores, or its URL.
         sizes: `ClipsConfig.sizes`.
-        chosen: folder names per kind, needed where several stores of a kind hold clips of one size.
-        kinds: what is read beside text and latents: teacher or gram_flow, and masks.
-        leave_out: manifest of clips to leave out (`left_out.read_keys`).
-        held_out: how many clips to keep for validation, of all sizes together.
-        held_out_before: those that the run held out when it began: of them those that are there
-            are held out, and no others.
+        chosen: folder names per kind, needed if several stores of a kind hold clips of one size.
+        kinds: kinds to read in addition to text and latents: teacher or gram_flow, and masks.
+        leave_out: manifest of clips to exclude (`splits.read_keys`).
+        held_out: number of validation clips, over all sizes.
+        held_out_before: clips that a resumed run held out when it started; exactly those of them
+            that still exist are held out.
 
     Raises:
-        ValueError: `chosen` names an unknown kind, the manifest is malformed, or a size has no
-            clip, none that is left to train on, or another teacher than the first; or the entries
-            of a clip were made from different sources.
+        ValueError: `chosen` names an unknown kind, the manifest is malformed, a size has no clip or
+            none left to train on, the teacher differs between sizes, or the entries of a clip were
+            made from different sources.
         CacheError: a store is missing, ambiguous or damaged.
     """
     named = frozenset() if leave_out is None else read_keys(leave_out)
@@ -113,53 +110,53 @@ def join_buckets(
     common = [common_keys(readers) for readers in opened]
     for size, readers, keys in zip(sizes, opened, common, strict=True):
         if not keys:
-            told = no_common_clip(cache_root, readers)
+            message = describe_no_common_clip(cache_root, readers)
             if len(sizes) > 1:
-                told = f"{size.size_name}: {told}, or take it out of data.buckets"
-            raise ValueError(told)
+                message = f"{size.size_name}: {message}, or remove this size from data.buckets"
+            raise ValueError(message)
     remaining = [keys.take(rows_without(keys, named)) for keys in common]
     if held_out_before is None:
         held = choose_held_out(remaining, held_out)
     else:
         held = tuple(key for key in held_out_before if any(key in keys for keys in remaining))
     stores = tuple(
-        joined(readers, keys, leave_out=leave_out, named=named, held_out=held)
+        join_readers(readers, keys, leave_out=leave_out, named=named, held_out=held)
         for readers, keys in zip(opened, common, strict=True)
     )
     for other in stores[1:]:
-        _check_one_teacher(stores[0], other)
+        _check_same_teacher(stores[0], other)
     left_out = stores[0].left_out if len(stores) == 1 else _all_left_out(stores, opened, common)
     return Buckets(stores=stores, held_out=held, left_out=left_out)
 
 
-_SAM2 = ("checkpoint_sha256", "image_size", "subjects", "directions")
+_SAM2_SETTINGS = ("checkpoint_sha256", "image_size", "subjects", "directions")
 
 
-def _check_one_teacher(first: JoinedStores, other: JoinedStores) -> None:
-    """One projector learns from the teacher's stores of all sizes."""
+def _check_same_teacher(first: JoinedStores, other: JoinedStores) -> None:
+    """Check that the teacher stores agree, since all sizes train one projector."""
     if first.teacher is None or other.teacher is None:
         return
-    found, wanted = _about_teacher(other), _about_teacher(first)
+    found, expected = _teacher_properties(other), _teacher_properties(first)
     for name, value in found.items():
-        if value != wanted[name]:
+        if value != expected[name]:
             raise ValueError(
                 f"{other.teacher.path} ({other.size}) has {name} {value!r}, "
-                f"{first.teacher.path} ({first.size}) has {wanted[name]!r}; all sizes of a run "
-                "need one teacher: choose stores with train.stores, or extract again"
+                f"{first.teacher.path} ({first.size}) has {expected[name]!r}; all sizes of a run "
+                "need the same teacher: choose stores with train.stores, or extract again"
             )
 
 
-def _about_teacher(stores: JoinedStores) -> dict[str, Any]:
+def _teacher_properties(stores: JoinedStores) -> dict[str, Any]:
     teacher = stores.teacher
     assert teacher is not None
     values = teacher.settings.values
-    names = (*_SAM2, "features", "fusion", "forward_weight", "parts")
-    about: dict[str, Any] = {name: values.get(name) for name in names}
-    about["a map for each frame"] = stores.teacher_maps == stores.num_frames
+    names = (*_SAM2_SETTINGS, "features", "fusion", "forward_weight", "parts")
+    properties: dict[str, Any] = {name: values.get(name) for name in names}
+    properties["one map per frame"] = stores.teacher_maps == stores.num_frames
     if stores.teacher_form == "features":
-        about["native parts"] = stores.native_parts
-        about["channels"] = array_shape(teacher, "features")[-1]
-    return about
+        properties["native parts"] = stores.native_parts
+        properties["channels"] = array_shape(teacher, "features")[-1]
+    return properties
 
 
 def _all_left_out(
@@ -167,7 +164,7 @@ def _all_left_out(
     opened: Sequence[Mapping[str, StoreReader]],
     common: Sequence[Sequence[str]],
 ) -> LeftOut:
-    """The counts of all sizes; text is one store, read at every size."""
+    """Sum the counts over sizes; text is one store shared by all sizes."""
     lacking: Counter[str] = Counter()
     skipped: dict[str, Counter[str]] = {kind: Counter() for kind in opened[0]}
     for of_size in stores:

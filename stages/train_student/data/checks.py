@@ -1,7 +1,4 @@
-"""Whether stores belong to this model, this training size, and each other; `train` asks first.
-
-Everything here happens before a weight is loaded.
-"""
+"""Checks that stores match the model, the clip size and each other, made before loading weights."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -14,32 +11,34 @@ from stages.local_gram_flow import radius_of_window
 from stages.teacher_store.settings import native_parts
 from stages.train_student.data.stores import JoinedStores, array_shape
 
-_FRAMES = "frames, height, width"
-_PAIRS = "pairs, rows, columns, neighbours"
+_FRAME_AXES = "frames, height, width"
+_PAIR_AXES = "pairs, rows, columns, neighbours"
 
 
 def check_stores(
     stores: JoinedStores, facts: BaseFacts, clips: ClipsConfig, *, radius: int
 ) -> None:
-    """Refuse stores that do not belong to this model, this training size, or each other.
+    """Reject stores that do not match the model, the clip size or each other.
 
     Args:
-        radius: of the objective's window, which a stored Gram flow must hold.
+        radius: window radius of the objective, which a stored Gram flow must cover.
 
     Raises:
-        ValueError: naming the store, what it holds and what is needed.
+        ValueError: names the store, what it holds and what is needed.
     """
     height = clips.height // VAE_SPATIAL_COMPRESSION
     width = clips.width // VAE_SPATIAL_COMPRESSION
     frames, channels = clips.num_latent_frames, facts.latent_channels
     axes = "latent frames, channels, height, width"
-    wanted = (frames, channels, height, width)
+    expected = (frames, channels, height, width)
     for name in ("mean", "std"):
-        _same(stores.latents, name, wanted, axes, "data.num_frames, data.height, data.width")
+        _check_shape(
+            stores.latents, name, expected, axes, "data.num_frames, data.height, data.width"
+        )
     if facts.image_to_video:
-        _check_first_frames(stores.latents, wanted[1:])
+        _check_first_frames(stores.latents, expected[1:])
     text = (facts.transformer["max_text_seq_length"], facts.transformer["text_embed_dim"])
-    _same(stores.text, "embeds", text, "text length, text width", "the transformer")
+    _check_shape(stores.text, "embeds", text, "text length, text width", "the transformer")
     _check_learned_positions(facts, clips, height, width)
     _check_scaling(stores.latents, facts)
     if stores.teacher is not None:
@@ -48,33 +47,36 @@ def check_stores(
             _check_features(stores.teacher, grid, clips)
         else:
             _check_gram_flow(stores.teacher, grid, clips, radius)
-        _check_one_origin(stores.teacher, stores.latents)
+        _check_same_origin(stores.teacher, stores.latents)
     if stores.masks is not None:
         _check_masks(stores.masks, clips)
-        _check_one_origin(stores.masks, stores.latents)
+        _check_same_origin(stores.masks, stores.latents)
 
 
-def _same(reader: StoreReader, name: str, wanted: tuple[int, ...], axes: str, because: str) -> None:
+def _check_shape(
+    reader: StoreReader, name: str, expected: tuple[int, ...], axes: str, source: str
+) -> None:
+    """`source` names, in the message, what determines the expected shape."""
     found = array_shape(reader, name)
-    if found != wanted:
+    if found != expected:
         raise ValueError(
-            f"{reader.path} holds {name} of {found} ({axes}); {because} need {wanted}; choose "
+            f"{reader.path} holds {name} of {found} ({axes}); {source} need {expected}; choose "
             f"another store with train.stores.{reader.settings.kind}, or extract again"
         )
 
 
-def _check_first_frames(latents: StoreReader, wanted: tuple[int, ...]) -> None:
+def _check_first_frames(latents: StoreReader, expected: tuple[int, ...]) -> None:
     draws = array_shape(latents, "image_mean")[0]
     noise = latents.settings.values.get("image_noise")
     if not isinstance(noise, dict) or noise.get("draws") != draws:
         raise ValueError(
-            f"{latents.path} does not say how many draws of noise it holds of each first frame "
+            f"{latents.path} does not record how many noise draws it holds per first frame "
             "(image_noise.draws); extract latents again, or choose another store with "
             "train.stores.latents"
         )
     axes = "draws, channels, height, width"
     for name in ("image_mean", "image_std"):
-        _same(latents, name, (draws, *wanted), axes, "the image-to-video model")
+        _check_shape(latents, name, (draws, *expected), axes, "the image-to-video model")
 
 
 def _check_features(teacher: StoreReader, grid: tuple[int, int], clips: ClipsConfig) -> None:
@@ -83,7 +85,7 @@ def _check_features(teacher: StoreReader, grid: tuple[int, int], clips: ClipsCon
     if dtype not in ("float16", "int8"):
         raise ValueError(f"{teacher.path} holds features of {dtype}, not of float16 or int8")
     _check_companions(teacher, "features", ["scale"] if dtype == "int8" else [])
-    _same(teacher, "valid", (maps,), "maps", "its features")
+    _check_shape(teacher, "valid", (maps,), "maps", "its features")
     try:
         native = native_parts(teacher.settings) is not None
     except ValueError as error:
@@ -103,19 +105,25 @@ def _check_gram_flow(
     stored = radius_of_window(neighbours)
     _check_companions(teacher, "gram_flow", ["low", "step"] if dtype == "uint8" else [])
     if teacher.settings.values.get("pairs") == "crossed":
-        _same(teacher, "gram_flow_back", array_shape(teacher, "gram_flow"), _PAIRS, "its gram_flow")
+        _check_shape(
+            teacher,
+            "gram_flow_back",
+            array_shape(teacher, "gram_flow"),
+            _PAIR_AXES,
+            "its gram_flow",
+        )
         _check_companions(
             teacher, "gram_flow_back", ["low_back", "step_back"] if dtype == "uint8" else []
         )
-    _same(teacher, "valid", (pairs + 1,), "maps", "its gram_flow")
+    _check_shape(teacher, "valid", (pairs + 1,), "maps", "its gram_flow")
     _check_grid(teacher, (rows, columns), grid)
     _check_maps(teacher, pairs + 1, clips)
     if stored < radius:
         raise ValueError(
             f"{teacher.path} holds windows of radius {stored}; train.lgf.radius={radius} "
             f"needs {radius} or more: train with train.lgf.radius={stored}, or make a store "
-            f"with extract.gram_flow.radius={radius}, by sam2vx-pipeline cache derive gram-flow or "
-            "by extract-features"
+            f"with extract.gram_flow.radius={radius}, using sam2vx-pipeline cache derive gram-flow "
+            "or extract-features"
         )
 
 
@@ -123,21 +131,23 @@ def _check_masks(masks: StoreReader, clips: ClipsConfig) -> None:
     for name in ("forward", "backward"):
         if name == "forward" or name in masks.settings.arrays:
             shape = array_shape(masks, name)
-            _same(masks, name, (clips.num_frames, *shape[1:]), _FRAMES, "data.num_frames")
-    _same(masks, "valid", (clips.num_frames,), "frames", "its masks")
+            _check_shape(
+                masks, name, (clips.num_frames, *shape[1:]), _FRAME_AXES, "data.num_frames"
+            )
+    _check_shape(masks, "valid", (clips.num_frames,), "frames", "its masks")
 
 
 def _check_companions(teacher: StoreReader, name: str, companions: Sequence[str]) -> None:
-    """What bytes cannot be read without: numbers for each token."""
+    """Check the per-token arrays that are needed to decode 8-bit values."""
     for companion in companions:
         tokens = array_shape(teacher, name)[:3]
-        _same(teacher, companion, tokens, "maps, rows, columns", f"its {name}")
+        _check_shape(teacher, companion, tokens, "maps, rows, columns", f"its {name}")
 
 
 def _check_grid(teacher: StoreReader, found: tuple[int, int], grid: tuple[int, int]) -> None:
     if found != grid:
         raise ValueError(
-            f"{teacher.path} is on a grid of {found} tokens; data.height and data.width make "
+            f"{teacher.path} is on a grid of {found} tokens; data.height and data.width give "
             f"{grid}; choose another store with train.stores.{teacher.settings.kind}, or extract "
             "again"
         )
@@ -156,19 +166,19 @@ def _check_learned_positions(facts: BaseFacts, clips: ClipsConfig, height: int, 
     config = facts.transformer
     if not config["use_learned_positional_embeddings"]:
         return
-    # diffusers refuses another height or width, and gives another length positions of its own.
+    # diffusers rejects other heights and widths; for other lengths it uses its own positions.
     frames, *trained = (config[f"sample_{name}"] for name in ("frames", "height", "width"))
     if (frames, *trained) != (clips.num_frames, height, width):
         area = "x".join(str(side * VAE_SPATIAL_COMPRESSION) for side in trained)
         raise ValueError(
-            f"the base model has learned positions and runs at one size alone, {frames}x{area} "
-            f"(frames x height x width), not at {clips.size_name}; set data.num_frames, "
-            "data.height and data.width to it, and data.buckets to []"
+            f"the base model has learned positions and runs only at {frames}x{area} (frames x "
+            f"height x width), not at {clips.size_name}; set data.num_frames, data.height and "
+            "data.width to that size, and data.buckets to []"
         )
 
 
 def _check_scaling(latents: StoreReader, facts: BaseFacts) -> None:
-    """The latents' VAE and the base model's must agree on what training multiplies by."""
+    """Check that the latents' VAE and the base model's have the same scaling."""
     found = latents.settings.values.get("base")
     if not isinstance(found, dict):
         return
@@ -180,27 +190,27 @@ def _check_scaling(latents: StoreReader, facts: BaseFacts) -> None:
             )
 
 
-def _check_one_origin(other: StoreReader, latents: StoreReader) -> None:
-    """Stores that say how their clips were cut must say the same."""
-    cuts: list[Any] = [reader.settings.values.get("clips") for reader in (other, latents)]
-    if None in cuts:
+def _check_same_origin(other: StoreReader, latents: StoreReader) -> None:
+    """Check that stores that record how their clips were cropped and sampled agree."""
+    origins: list[Any] = [reader.settings.values.get("clips") for reader in (other, latents)]
+    if None in origins:
         return
     any_size = other.settings.values.get("grid_source") == "native" or "forward" in (
         other.settings.arrays
     )
-    if _cut(cuts[0], any_size) != _cut(cuts[1], any_size):
+    if _comparable(origins[0], any_size) != _comparable(origins[1], any_size):
         raise ValueError(
-            f"the clips of {other.path} were cut as {cuts[0]}, those of {latents.path} as "
-            f"{cuts[1]}; training needs both from the same frames: choose stores with "
+            f"the clips of {other.path} were made with {origins[0]}, those of {latents.path} with "
+            f"{origins[1]}; training needs both from the same frames: choose stores with "
             "train.stores, or extract again"
         )
 
 
-def _cut(origin: dict[str, Any], any_size: bool) -> dict[str, Any]:
-    """How clips were cut; with `any_size`, the shape of the frame stands for its size.
+def _comparable(origin: dict[str, Any], any_size: bool) -> dict[str, Any]:
+    """Settings that determine a clip's frames; with `any_size`, the aspect ratio replaces the size.
 
-    SAM2 sees every frame at its own size, and masks are resampled: of one shape, they show the same
-    picture. Which clips there are, `buckets` decides; not how they were cut.
+    SAM2 resizes frames itself and masks are resampled, so stores of the same aspect ratio agree at
+    any size. `buckets` selects clips, not crops, so it is ignored.
     """
     origin = {name: value for name, value in origin.items() if name != "buckets"}
     if not any_size or not {"height", "width"} <= origin.keys():

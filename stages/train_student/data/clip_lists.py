@@ -1,10 +1,10 @@
-"""The clips that a run began with, kept in its folder: it may go on with fewer, not with others.
+"""Lists of the clips that a run started with: it may resume with fewer clips, but not with others.
 
     <run_dir>/
-        clips/9x32x48.txt      the keys of the clips of a size that are trained on, one a line
-        new_clips.jsonl        clips that the cache has gained, for train.leave_out
+        clips/9x32x48.txt      keys of the training clips of a size, one per line
+        new_clips.jsonl        clips added to the cache since, for train.leave_out
 
-A clip is on one side of the held-out split for the whole of a run.
+A clip stays on one side of the held-out split for the whole run.
 """
 
 import hashlib
@@ -19,19 +19,19 @@ from cache_schema.atomic_io import make_directories, write_whole
 
 _FOLDER = "clips"
 _NEW_CLIPS_FILE = "new_clips.jsonl"
-_NAMED = 3
-"""Keys that a message names."""
+_MAX_KEYS_SHOWN = 3
+"""Keys listed in a message."""
 
 
 def digest(keys: SortedText) -> str:
-    """Of keys, 12 hexadecimal digits."""
-    found = hashlib.sha256(keys.blob.data)
-    found.update(keys.ends.astype("<u8", copy=False).data)
-    return found.hexdigest()[:12]
+    """SHA-256 of the keys, first 12 hexadecimal digits."""
+    sha256 = hashlib.sha256(keys.blob.data)
+    sha256.update(keys.ends.astype("<u8", copy=False).data)
+    return sha256.hexdigest()[:12]
 
 
 def write_clips(run_dir: Path, clips: Mapping[str, SortedText]) -> None:
-    """Write down the clips of each size."""
+    """Write the list of training clips of each size."""
     make_directories(run_dir / _FOLDER)
     for size, keys in clips.items():
         data = b"".join(b"%s\n" % key for piece in keys.pieces() for key in piece)
@@ -48,20 +48,23 @@ def compare_clips(
     held_out: Sequence[str],
     leave_out: Path | None,
 ) -> str | None:
-    """What to tell of a run that goes on with fewer clips than it began with; None if it does not.
+    """Compare the current training clips with those that the run started with.
 
     Args:
-        digests: `digest` of the keys that the run began with, by size.
-        clips: those there are to train on now, of the same sizes.
-        held_out_before: clips held out when the run began.
+        digests: `digest` of the keys that the run started with, by size.
+        clips: current training clips, of the same sizes.
+        held_out_before: clips held out when the run started.
         held_out: clips held out now.
-        leave_out: the manifest of clips that are left out now.
+        leave_out: current manifest of excluded clips.
+
+    Returns:
+        A message if the run continues with fewer clips, otherwise None.
 
     Raises:
-        ValueError: there are clips that the run did not begin with, or that were on the other side
-            of the held-out split; or the list of those it began with is damaged.
+        ValueError: there are clips that the run did not start with, or that were on the other side
+            of the held-out split; or the run's own list is damaged.
     """
-    gone: list[str] = []
+    missing: list[str] = []
     new: list[str] = []
     total = 0
     for size, keys in clips.items():
@@ -70,30 +73,31 @@ def compare_clips(
             continue
         before = _read_clips(run_dir, size, digests.get(size))
         total += len(before)
-        gone += before.take(np.flatnonzero(keys.rows_of(before) < 0))
+        missing += before.take(np.flatnonzero(keys.rows_of(before) < 0))
         new += keys.take(np.flatnonzero(before.rows_of(keys) < 0))
-    swapped = sorted({*gone} & {*held_out} | {*new} & {*held_out_before})
+    swapped = sorted({*missing} & {*held_out} | {*new} & {*held_out_before})
     if swapped:
         raise ValueError(
-            f"{run_dir} holds a run that began with train.validation.clips="
+            f"{run_dir} holds a run that started with train.validation.clips="
             f"{len(held_out_before)}; another number would train on clips that were held out, or "
-            f"hold out clips that were trained on: {_named(swapped)}. Set it to that number, or "
-            "choose another train.run_dir"
+            f"hold out clips that were trained on: {_abbreviate(swapped)}. Set it to that number, "
+            "or choose another train.run_dir"
         )
     if new:
-        manifest = _list_new(run_dir, new, leave_out)
+        manifest = _write_new_clips(run_dir, new, leave_out)
         raise ValueError(
-            f"{run_dir} holds a run on {total} clips, and there are {len(new)} to train on now "
-            f"that are not among them: {_named(new)}. To go on without those, set "
+            f"{run_dir} holds a run on {total} clips, but there are {len(new)} to train on now "
+            f"that it did not start with: {_abbreviate(new)}. To continue without them, set "
             f"train.leave_out={manifest}, which lists them; to train on them, choose another "
             "train.run_dir"
         )
-    if not gone:
+    if not missing:
         return None
     return (
-        f"{len(gone)} of the {total} clips that the run began with are not there any more, or "
-        f"left out: {_named(gone)}. It goes on with the {total - len(gone)} others, whose order is "
-        "drawn anew from the seed: in the epoch that has begun, some can come twice and others not"
+        f"{len(missing)} of the {total} clips that the run started with are missing or left out "
+        f"now: {_abbreviate(missing)}. It continues with the {total - len(missing)} others, whose "
+        "order is redrawn from the seed: in the current epoch, some may appear twice and others "
+        "not at all"
     )
 
 
@@ -101,32 +105,32 @@ def _path(run_dir: Path, size: str) -> Path:
     return run_dir / _FOLDER / f"{size}.txt"
 
 
-def _read_clips(run_dir: Path, size: str, wanted: str | None) -> SortedText:
+def _read_clips(run_dir: Path, size: str, expected: str | None) -> SortedText:
     path = _path(run_dir, size)
     try:
         keys = SortedText.from_utf8(path.read_bytes().split(b"\n")[:-1])
-        what = None if digest(keys) == wanted else "is not what the run wrote"
+        problem = None if digest(keys) == expected else "is not what the run wrote"
     except OSError as error:
-        what = f"cannot be read ({error.strerror})"
-    if what is not None:
+        problem = f"cannot be read ({error.strerror})"
+    if problem is not None:
         raise ValueError(
-            f"the clips are not those that the run in {run_dir} began with, and {path}, which "
-            f"lists them, {what}; restore it, or choose another train.run_dir"
+            f"the clips are not those that the run in {run_dir} started with, and {path}, which "
+            f"lists them, {problem}; restore it, or choose another train.run_dir"
         )
     return keys
 
 
-def _list_new(run_dir: Path, new: Sequence[str], leave_out: Path | None) -> Path:
-    """A manifest of the new clips and of those that are left out already."""
+def _write_new_clips(run_dir: Path, new: Sequence[str], leave_out: Path | None) -> Path:
+    """Write a manifest of the new clips and of those in `leave_out`; returns its path."""
     path = run_dir / _NEW_CLIPS_FILE
     text = "" if leave_out is None else leave_out.expanduser().read_text(encoding="utf-8")
-    listed = (line for line in text.split("\n") if line)  # splitlines would split in a key, too
+    listed = (line for line in text.split("\n") if line)  # splitlines would also split within keys
     lines = [*listed, *(json.dumps({"key": key}) for key in dict.fromkeys(new))]
     data = "".join(f"{line}\n" for line in lines).encode()
     write_whole(path, data, temporary=path.with_name(f".{path.name}.partial"))
     return path
 
 
-def _named(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
-    return ", ".join(map(repr, keys[:_NAMED])) + more
+def _abbreviate(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - _MAX_KEYS_SHOWN} more" if len(keys) > _MAX_KEYS_SHOWN else ""
+    return ", ".join(map(repr, keys[:_MAX_KEYS_SHOWN])) + more

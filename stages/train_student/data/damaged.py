@@ -1,6 +1,6 @@
-"""Clips that cannot be read, and which clips stand in for them; the dataset asks here.
+"""Replacement of clips that cannot be read.
 
-Which clip stands in follows from the sample's number alone, as everything else about a sample.
+The replacement depends only on the sample's number, like everything else about a sample.
 """
 
 from collections.abc import Callable
@@ -8,37 +8,37 @@ from dataclasses import dataclass
 from typing import Self, TypeVar
 
 from cache_schema import CacheError, ClipChanged, ClipMissing, CorruptClip
-from stages.train_student.data.order import hashed
+from stages.train_student.data.order import hash63
 
 ATTEMPTS = 8
-"""How many damaged clips are met for one sample; where there are so many, the cache is damaged."""
+"""Maximum damaged clips tried for one sample; so many mean that the cache is damaged."""
 
 GONE_ATTEMPTS = 1000
-"""How many clips are tried for one sample where clips were taken out of the cache: one that is left
-is found even where 99 of 100 were."""
+"""Maximum clips tried for one sample if clips were removed from the cache; enough to find a
+remaining one even after 99 of 100 were removed."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DamagedClip:
-    """A clip that was to be shown and could not be read."""
+    """A clip that could not be read."""
 
     key: str
     message: str
-    """What is wrong, and where."""
+    """The error, with the file."""
     gone: bool
-    """Whether it was taken out of its store, or made again with other values, since the run opened
-    it; otherwise it is damaged."""
+    """Whether the clip was removed from its store, or rewritten with other values, since the run
+    opened it; otherwise it is damaged."""
 
     @classmethod
     def because_of(cls, error: CacheError, key: str) -> Self:
-        """What reading the clip raised: one of `UNREADABLE`."""
+        """Build from the error that reading the clip raised, one of `UNREADABLE`."""
         return cls(key=key, message=str(error), gone=not isinstance(error, CorruptClip))
 
 
 UNREADABLE = (CorruptClip, ClipMissing, ClipChanged)
-"""What is raised for a clip in whose place another can stand."""
+"""Errors of a clip that can be replaced by another."""
 
 
 def read_or_replace(
@@ -50,24 +50,24 @@ def read_or_replace(
     num_clips: int,
     seed: int,
 ) -> tuple[int, T, tuple[DamagedClip, ...]]:
-    """What `read` says of a clip, or of the first one in its place that can be read.
+    """Read a clip or, if it is unreadable, the first readable replacement.
 
     Args:
-        read: reads the clip of that index.
-        key_of: the clip's key.
-        clip: the one to show.
-        sample: number of the sample, which decides the others.
-        num_clips: among how many they are chosen.
-        seed: of the run.
+        read: reads the clip with an index.
+        key_of: returns the key of the clip with an index.
+        clip: index of the sample's own clip.
+        sample: number of the sample, which determines the replacements.
+        num_clips: number of clips to choose from.
+        seed: seed of the run.
 
     Returns:
-        Index of the clip read, what was read, and the clips that could not be: the sample's own
-        clip, and the damaged ones among those tried in its place.
+        Index of the clip that was read, the result of `read`, and the unreadable clips: the
+        sample's own, and the damaged ones among the replacements that were tried.
 
     Raises:
-        CorruptClip: of the clips tried `ATTEMPTS` are damaged.
+        CorruptClip: `ATTEMPTS` of the clips tried are damaged.
         ClipMissing: all of `GONE_ATTEMPTS` clips are gone.
-        StoreUnreachable: nothing is known of the clip; that is not its fault.
+        StoreUnreachable: the cache cannot be reached; nothing is known about the clip.
     """
     found: list[DamagedClip] = []
     damaged = 0
@@ -81,11 +81,12 @@ def read_or_replace(
         damaged += not unreadable.gone
         if damaged == ATTEMPTS:
             raise CorruptClip(
-                f"{ATTEMPTS} of {attempt} clips tried in a row cannot be read, the last one "
-                f"because {last}"
+                f"{ATTEMPTS} of {attempt} clips tried in a row cannot be read; the last error: "
+                f"{last}"
             ) from last
-        clip = hashed(f"{seed}/sample/{sample}/instead/{attempt}") % num_clips
+        clip = hash63(f"{seed}/sample/{sample}/instead/{attempt}") % num_clips
     raise ClipMissing(
-        f"{GONE_ATTEMPTS} clips in a row are gone since the run opened its stores, the last one "
-        f"because {last}; run the same command again: it goes on with the clips that are left"
+        f"{GONE_ATTEMPTS} clips in a row were removed or rewritten since the run opened its "
+        f"stores; the last error: {last}; run the same command again to continue with the "
+        "remaining clips"
     ) from last

@@ -1,7 +1,7 @@
-"""Training samples from the cache, random by their number alone; the training loop reads them.
+"""Training samples from the cache, each determined by its number and the run's seed.
 
-A sample's number decides its clip, its draw from the VAE's posterior, its noise and its timestep,
-so one run gives the same samples on any number of processes, and after a resume.
+A sample's number determines its clip, its draw from the VAE's posterior, its noise and its
+timestep, so a run has the same samples on any number of processes, and after resuming.
 
 Legend: B clip, F latent frame, C channel, H W latent, L text token, D width, T map of the teacher
 or frame, h w pixels of a stored mask.
@@ -24,11 +24,11 @@ from stages.train_student.data.stores import JoinedStores
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """What one forward pass needs, on the host until `to`."""
+    """Inputs of one forward pass, on the host until `to`."""
 
     keys: tuple[str, ...]
     clean_BFCHW: Tensor
-    """Scaled latents x0, float32, padded in front where the model asks for it."""
+    """Scaled latents x0, float32, padded in front if the model needs it."""
     noise_BFCHW: Tensor
     timestep_B: Tensor
     """int64."""
@@ -37,24 +37,24 @@ class Batch:
     image_BFCHW: Tensor | None
     """First frame's scaled latents, then zeros; None for text-to-video."""
     teacher: Mapping[str, Tensor] | None
-    """The teacher's arrays by name, as stored, with B in front: `Teacher.arrays`; None without an
+    """The teacher's stored arrays by name, with a leading B: `Teacher.arrays`; None without an
     auxiliary loss."""
     teacher_valid_BT: Tensor | None
-    """bool, the maps that show the tracked subject; None without an auxiliary loss."""
+    """bool, maps that show the tracked subject; None without an auxiliary loss."""
     masks: Mapping[str, Tensor] | None = None
-    """The masks store's arrays by name, as stored, with B in front: uint8 `forward` and, of two
+    """Stored arrays of the masks store by name, with a leading B: uint8 `forward` and, with two
     directions, `backward` [B, T, h, w], `valid` [B, T]; None unless a loss reads them."""
     num_frames: int
-    """Of the clips, T of one clip; the same for all of a batch."""
+    """Frames T per clip; the same for the whole batch."""
     damaged: tuple[DamagedClip, ...] = ()
-    """Clips that these samples should have shown; others stand in for them."""
+    """Unreadable clips that were replaced in these samples."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`; the copy overlaps work if the host memory is pinned."""
+        """Copy to `device`, asynchronously if the host memory is pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory."""
+        """Copy to page-locked memory."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
@@ -69,7 +69,7 @@ class Batch:
 
 
 class CachedSamples:
-    """Samples by number, as batches of one clip; and the clips held out, at any timestep."""
+    """Training samples by number, and held-out clips at any timestep, as batches of one clip."""
 
     def __init__(
         self, buckets: Sequence[JoinedStores], facts: BaseFacts, *, seed: int, batch_size: int
@@ -77,10 +77,10 @@ class CachedSamples:
         """Read from the stores.
 
         Args:
-            buckets: the stores of each size that is trained at.
-            facts: what the base model asks of its inputs.
-            seed: of the run.
-            batch_size: samples per step over all ranks; all of a step are of one bucket.
+            buckets: joined stores of each size.
+            facts: configurations of the base model.
+            seed: seed of the run.
+            batch_size: samples per step over all ranks; a step's samples are from one bucket.
         """
         self._buckets = tuple(buckets)
         self._facts = facts
@@ -91,14 +91,14 @@ class CachedSamples:
 
     @property
     def held_out(self) -> tuple[str, ...]:
-        """The keys of the clips that are never trained on, in a fixed order."""
+        """Keys of the held-out clips, in a fixed order."""
         return tuple(dict.fromkeys(key for stores in self._buckets for key in stores.held_out))
 
     def __getitem__(self, sample: int) -> Batch:
-        """Read and draw sample number `sample`.
+        """Read sample number `sample` and draw its latents, noise and timestep.
 
         Raises:
-            CacheError: so many clips are damaged that none could stand in, or the cache cannot be
+            CacheError: too many clips are damaged to find a replacement, or the cache cannot be
                 reached.
         """
         bucket, clip = self._order.place(sample)
@@ -114,11 +114,11 @@ class CachedSamples:
             num_clips=len(stores.keys),
             seed=self._seed,
         )
-        batch = self._drawn(stores, stores.keys[clip], arrays, timestep_1, generator)
+        batch = self._make_batch(stores, stores.keys[clip], arrays, timestep_1, generator)
         return replace(batch, damaged=damaged)
 
     def held_out_batch(self, key: str, timestep: int) -> Batch:
-        """A held-out clip at a timestep: the same draw and noise whenever it is asked for.
+        """Read a held-out clip at a timestep, always with the same draw and noise.
 
         Raises:
             ValueError: the clip is not held out.
@@ -131,9 +131,9 @@ class CachedSamples:
             raise ValueError(f"clip {key!r} is not among the {len(self.held_out)} held out")
         generator = torch.Generator().manual_seed(seed_of_held_out(key, timestep))
         arrays = read_clip(stores, key)
-        return self._drawn(stores, key, arrays, torch.tensor([timestep]), generator)
+        return self._make_batch(stores, key, arrays, torch.tensor([timestep]), generator)
 
-    def _drawn(
+    def _make_batch(
         self,
         stores: JoinedStores,
         key: str,
@@ -141,16 +141,18 @@ class CachedSamples:
         timestep_1: Tensor,
         generator: torch.Generator,
     ) -> Batch:
-        """A batch of one clip: its latents drawn, its noise too."""
+        """Build a batch of one clip: draw its latents and its noise."""
         facts, latents = self._facts, arrays["latents"]
-        clean_FCHW = facts.latent_scale * draw(latents["mean"], latents["std"], generator)
+        clean_FCHW = facts.latent_scale * sample_posterior(
+            latents["mean"], latents["std"], generator
+        )
         clean_FCHW = pad_in_front(clean_FCHW, facts.padding(len(clean_FCHW)))
         noise_FCHW = torch.randn(clean_FCHW.shape, generator=generator)
         image_FCHW = None
         if facts.image_to_video:
             mean_NCHW, std_NCHW = latents["image_mean"], latents["image_std"]
             chosen = int(torch.randint(len(mean_NCHW), (1,), generator=generator))
-            image_1CHW = draw(
+            image_1CHW = sample_posterior(
                 mean_NCHW[chosen : chosen + 1], std_NCHW[chosen : chosen + 1], generator
             )
             image_FCHW = image_condition(facts.image_latent_scale * image_1CHW, len(clean_FCHW))
@@ -176,7 +178,7 @@ class CachedSamples:
 
 
 def read_clip(stores: JoinedStores, key: str) -> dict[str, dict[str, Tensor]]:
-    """A clip's arrays as stored, by name, of text, latents, teacher and masks as they are read.
+    """Read a clip's stored arrays, by store (text, latents, teacher, masks) and array name.
 
     Raises:
         CacheError: the clip is damaged or gone, or the cache cannot be reached.
@@ -194,13 +196,13 @@ def read_clip(stores: JoinedStores, key: str) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def draw(mean: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
-    """A draw from the VAE's posterior, float32: mean + std * noise."""
+def sample_posterior(mean: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
+    """Sample from the VAE's posterior: mean + std * noise, float32."""
     return mean.float() + std.float() * torch.randn(mean.shape, generator=generator)
 
 
 def join_batches(batches: Sequence[Batch]) -> Batch:
-    """One batch of several, in their order."""
+    """Concatenate batches, in order."""
     first = batches[0]
     if len(batches) == 1:
         return first

@@ -1,9 +1,9 @@
-"""Training batches read ahead by worker processes, in order.
+"""Data loader: worker processes that prefetch training batches in order.
 
-A worker sends each batch as an anonymous file, which the training process maps without a copy:
-nothing of it lies in /dev/shm, where torch's DataLoader waits for ever once it is full. A worker
-that dies, or is silent for too long, ends the iteration with an error; none is waited for without a
-limit.
+A worker sends each batch as an anonymous file, which the training process maps without a copy.
+Nothing is stored in /dev/shm, on which torch's DataLoader blocks forever once it is full. A worker
+that dies, or sends nothing for too long, ends the iteration with an error; every wait has a
+timeout.
 """
 
 import mmap
@@ -30,25 +30,25 @@ from stages.train_student.config import WorkerStart
 from stages.train_student.data.dataset import Batch, join_batches
 
 SILENCE_PER_CLIP_S = 300.0
-"""How long a worker may take for each clip of a batch before it counts as stuck."""
+"""Timeout of a worker, per clip of a batch."""
 
 BATCHES_AHEAD = 2
-"""How many batches each worker reads ahead of the step that needs them."""
+"""Batches that each worker prefetches."""
 
 _ALIGNMENT = 64
 _LENGTHS = struct.Struct("=QQ")
-"""A message: bytes of the file, and where in it the pickle starts."""
+"""Message format: size of the file in bytes, and offset of the pickle in it."""
 
 
 class Samples(Protocol):
-    """Batches of one clip, by number: `CachedSamples`."""
+    """Samples by number, as batches of one clip."""
 
     def __getitem__(self, sample: int) -> Batch:
-        """Read and draw a sample."""
+        """Read a sample."""
 
 
 class BatchLoader(Iterator[Batch]):
-    """Iterates over batches; close it, or leave its context, to end the workers."""
+    """Iterator over batches; `close` it, or use it as a context manager, to stop the workers."""
 
     def __init__(
         self,
@@ -62,12 +62,12 @@ class BatchLoader(Iterator[Batch]):
         """Start the workers.
 
         Args:
-            samples: what is read.
-            numbers: the samples of each batch.
-            workers: processes that read; 0 reads in this one.
-            start: how they are started.
-            pin_memory: put batches into page-locked memory, from where they are copied faster; a
-                thread does that while the batch before is in use.
+            samples: samples by number.
+            numbers: sample numbers of each batch.
+            workers: number of worker processes; 0 reads in this process.
+            start: start method of the workers.
+            pin_memory: copy batches to page-locked memory, for faster transfers to the GPU, in a
+                thread while the previous batch is in use.
         """
         self._samples = samples
         self._numbers = iter(numbers)
@@ -76,8 +76,8 @@ class BatchLoader(Iterator[Batch]):
         for _ in range(workers):
             self._workers.append(_Worker(samples, start, self._workers))
         self._idle = deque(worker for _ in range(BATCHES_AHEAD) for worker in self._workers)
-        self._asked: deque[tuple[_Worker, list[int]]] = deque()
-        self._ask()
+        self._pending: deque[tuple[_Worker, list[int]]] = deque()
+        self._submit()
         self._thread: ThreadPoolExecutor | None = None
         if workers and pin_memory:
             device = torch.cuda.current_device()
@@ -88,9 +88,9 @@ class BatchLoader(Iterator[Batch]):
         """The next batch.
 
         Raises:
-            ChildProcessError: its worker has died.
-            TimeoutError: its worker was silent for `SILENCE_PER_CLIP_S` per clip.
-            Exception: what reading it raised in the worker.
+            ChildProcessError: its worker died.
+            TimeoutError: its worker sent nothing for `SILENCE_PER_CLIP_S` per clip.
+            Exception: the error that reading it raised in the worker.
         """
         if self._thread is None:
             batch = self._receive()
@@ -102,7 +102,7 @@ class BatchLoader(Iterator[Batch]):
         return batch
 
     def close(self) -> None:
-        """End the workers at once: they only read."""
+        """Kill the workers; this is safe because they only read."""
         for worker in self._workers:
             worker.end()
         if self._thread is not None:
@@ -114,20 +114,20 @@ class BatchLoader(Iterator[Batch]):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _ask(self) -> None:
+    def _submit(self) -> None:
         while self._idle and (numbers := next(self._numbers, None)) is not None:
             worker = self._idle.popleft()
-            worker.ask(numbers)
-            self._asked.append((worker, numbers))
+            worker.submit(numbers)
+            self._pending.append((worker, numbers))
 
     def _receive(self) -> Batch | None:
         if self._workers:
-            if not self._asked:
+            if not self._pending:
                 return None
-            worker, numbers = self._asked.popleft()
+            worker, numbers = self._pending.popleft()
             batch = worker.receive(numbers)
             self._idle.append(worker)
-            self._ask()
+            self._submit()
         elif (numbers := next(self._numbers, [])) == []:
             return None
         else:
@@ -136,115 +136,118 @@ class BatchLoader(Iterator[Batch]):
 
 
 def read_batch(samples: Samples, numbers: Sequence[int]) -> Batch:
-    """One batch of those samples."""
+    """Read samples and join them into one batch."""
     return join_batches([samples[number] for number in numbers])
 
 
 class _Worker:
-    """A process that reads one batch after the other."""
+    """A process that reads batches one at a time."""
 
     def __init__(self, samples: Samples, start: WorkerStart, others: Sequence["_Worker"]) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # A fork has these too, and would not notice that the training process is gone.
+        # A fork inherits these sockets, which would stay open after the training process dies.
         inherited = [w._socket for w in (self, *others)] if start == "fork" else []
         context: Any = multiprocessing.get_context(start)
         self._process = context.Process(
             target=_work, args=(theirs, samples, inherited), name="loader", daemon=True
         )
-        # The worker keeps this mask. A terminal and schedulers signal every process of a run, and
-        # the training process finishes its step, for which it needs its workers.
+        # The worker inherits this mask. Terminals and schedulers signal every process of a run, but
+        # the training process needs its workers to finish the step.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         try:
             self._process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
-        # An interpreter that exits would send SIGTERM, and wait for it without a limit.
+        # Without this, the interpreter would send SIGTERM at exit and wait without a timeout.
         self._finalizer = Finalize(self, _kill, args=(self._process,), exitpriority=100)
 
-    def ask(self, numbers: list[int]) -> None:
+    def submit(self, numbers: list[int]) -> None:
         try:
             self._socket.send(pickle.dumps(numbers))
         except OSError:
-            raise ChildProcessError(self._death(numbers)) from None
+            raise ChildProcessError(self._describe_death(numbers)) from None
 
     def receive(self, numbers: Sequence[int]) -> Batch:
-        """The batch it was asked for longest ago."""
-        limit = SILENCE_PER_CLIP_S * len(numbers)
-        self._socket.settimeout(limit)
+        """Receive the oldest submitted batch."""
+        timeout_s = SILENCE_PER_CLIP_S * len(numbers)
+        self._socket.settimeout(timeout_s)
         try:
             message, files, _, _ = socket.recv_fds(
                 self._socket, _LENGTHS.size, 1, flags=socket.MSG_CMSG_CLOEXEC
             )
         except TimeoutError:
             raise TimeoutError(
-                f"loader process {self._process.pid} has sent nothing for {limit:g} s while "
-                f"reading {len(numbers)} clips: it is stopped, or its storage does not answer. "
+                f"loader process {self._process.pid} has sent nothing for {timeout_s:g} s while "
+                f"reading {len(numbers)} clips: it is stopped, or its storage does not respond. "
                 f"{_REMEDY}"
             ) from None
         except ConnectionError:
             message, files = b"", []
         if not message:
-            raise ChildProcessError(self._death(numbers))
+            raise ChildProcessError(self._describe_death(numbers))
         (file,) = files
         try:
-            answer = _read(file, *_LENGTHS.unpack(message))
+            result = _read(file, *_LENGTHS.unpack(message))
         finally:
             os.close(file)
-        if isinstance(answer, Exception):
-            raise answer
-        assert isinstance(answer, Batch), "a worker sends batches and errors"
-        return answer
+        if isinstance(result, Exception):
+            raise result
+        assert isinstance(result, Batch), "workers send batches or errors"
+        return result
 
     def end(self) -> None:
         self._finalizer()
         self._socket.close()
 
-    def _death(self, numbers: Sequence[int]) -> str:
+    def _describe_death(self, numbers: Sequence[int]) -> str:
         self._process.join(timeout=5)
         code = self._process.exitcode
-        how = f"exit code {code}"
+        cause = f"exit code {code}"
         if code is not None and code < 0:
-            how = f"killed by {signal.Signals(-code).name}"
+            cause = f"killed by {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
-            how += ", which is how memory that runs out ends a process"
+            cause += ", as the system does when memory runs out"
         return (
-            f"loader process {self._process.pid} died while reading {len(numbers)} clips ({how}). "
-            f"{_REMEDY}"
+            f"loader process {self._process.pid} died while reading {len(numbers)} clips "
+            f"({cause}). {_REMEDY}"
         )
 
 
 _REMEDY = (
-    "train.loader_workers=0 reads in the training process, and takes less memory; run the same "
-    "command again, and it continues from the last checkpoint"
+    "train.loader_workers=0 reads in the training process and needs less memory; run the same "
+    "command again to continue from the last checkpoint"
 )
 
 
 def _kill(process: BaseProcess) -> None:
-    """End a process, stopped ones too."""
+    """Kill a process, even if it is stopped."""
     process.kill()
     process.join()
 
 
 def _work(ours: socket.socket, samples: Samples, inherited: Sequence[socket.socket]) -> None:
-    """Read what is asked for until the training process closes its end, or is gone."""
+    """Worker main loop: serve requests until the training process closes its socket or dies."""
     for one in inherited:
         one.close()
-    torch.set_num_threads(1)  # after a fork, a pool of several would wait for ever
-    while question := ours.recv(1 << 20):
+    torch.set_num_threads(1)  # after a fork, a larger pool would deadlock
+    while request := ours.recv(1 << 20):
         try:
-            answer: Any = read_batch(samples, pickle.loads(question))  # noqa: S301 (our own)
-            parts = _pickled(answer)
+            result: Any = read_batch(samples, pickle.loads(request))  # noqa: S301 (our own)
+            parts = _pickled(result)
         except Exception as error:
-            parts = _pickled(_that_travels(error))
+            parts = _pickled(_picklable(error))
         try:
             _send(ours, *parts)
         except (BrokenPipeError, ConnectionResetError):
             return
 
 
-def _that_travels(error: Exception) -> Exception:
-    """The error as the training process raises it."""
+def _picklable(error: Exception) -> Exception:
+    """The error, or a RuntimeError if it cannot be pickled; adds the worker's traceback as a note.
+
+    Cache errors get no note.
+    """
     if not isinstance(error, CacheError):
         error.add_note(f"in a loader's process:\n{traceback.format_exc()}")
     try:
@@ -255,7 +258,7 @@ def _that_travels(error: Exception) -> Exception:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles tensors as arrays, whose bytes stay outside the pickle."""
+    """Pickles tensors as arrays, whose bytes are out-of-band buffers."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -263,8 +266,8 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-class _Sink:
-    """Collects what a pickler writes."""
+class _BytesWriter:
+    """In-memory output of a pickler."""
 
     def __init__(self) -> None:
         self.data = bytearray()
@@ -275,14 +278,14 @@ class _Sink:
 
 
 def _pickled(value: Any) -> tuple[bytes, list[memoryview]]:
-    """The pickle, and the bytes outside it."""
-    sink, buffers = _Sink(), list[memoryview]()
-    _Pickler(sink, protocol=5, buffer_callback=lambda b: buffers.append(b.raw())).dump(value)
-    return bytes(sink.data), buffers
+    """Pickle a value: the pickle and its out-of-band buffers."""
+    writer, buffers = _BytesWriter(), list[memoryview]()
+    _Pickler(writer, protocol=5, buffer_callback=lambda b: buffers.append(b.raw())).dump(value)
+    return bytes(writer.data), buffers
 
 
 def _send(ours: socket.socket, pickled: bytes, buffers: Sequence[memoryview]) -> None:
-    """Write a file of the arrays' bytes, each aligned, then their lengths and the pickle."""
+    """Send a file with the aligned buffers, followed by their lengths and the pickle."""
     file = _anonymous_file()
     try:
         end = 0
@@ -298,7 +301,7 @@ def _send(ours: socket.socket, pickled: bytes, buffers: Sequence[memoryview]) ->
 
 
 def _anonymous_file() -> int:
-    """A file without a name: in memory on Linux, in the temporary folder elsewhere."""
+    """An unnamed file: in memory on Linux, in the temporary folder elsewhere."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("batch", os.MFD_CLOEXEC)
     with tempfile.TemporaryFile() as file:
@@ -312,7 +315,7 @@ def _write(file: int, data: memoryview, offset: int) -> None:
 
 
 def _read(file: int, length: int, pickle_at: int) -> Any:
-    """What `_send` was given; tensors lie in the file's memory, which goes with the last one."""
+    """Unpickle a file of `_send`; tensors share its mapped memory, freed with the last of them."""
     memory = mmap.mmap(file, length)
     memory.seek(pickle_at)
     buffers, offset, whole = [], 0, memoryview(memory)

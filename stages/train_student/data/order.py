@@ -1,7 +1,7 @@
-"""Which clip is seen when: stateless, so that a resumed run goes on where it was.
+"""Order of samples over a run: stateless, so that a resumed run continues where it stopped.
 
-Samples are numbered from 0 over the whole run, `batch_size` per step, however many processes share
-them; each number decides its clip, noise and timestep. The dataset and its loader use this.
+Samples are numbered from 0 over the whole run, `batch_size` per step, whatever the number of
+processes; the number determines a sample's clip, noise and timestep.
 """
 
 import hashlib
@@ -12,21 +12,20 @@ import numpy as np
 
 
 class SampleOrder:
-    """Which bucket and which of its clips each sample shows.
+    """Maps a sample's number to its bucket and clip.
 
-    All samples of a step are of one bucket. In an epoch each bucket has as many steps as its clips
-    fill, rounded, at least one; they follow one another in an order of the epoch's own. Each
-    bucket goes through its clips at its own pace, in permutations that its steps go on with where
-    the one before it stopped.
+    All samples of a step are from one bucket. Per epoch, bucket b gets
+    max(1, round(n_b / batch_size)) steps, shuffled across buckets. Each bucket walks its own
+    permutations of its clips, and each of its steps continues where the previous one stopped.
     """
 
     def __init__(self, num_clips: Sequence[int], *, batch_size: int, seed: int) -> None:
-        """Order the clips.
+        """Compute the steps of each bucket per epoch.
 
         Args:
-            num_clips: of every bucket.
+            num_clips: number of clips of every bucket.
             batch_size: samples per step over all ranks.
-            seed: of the run.
+            seed: seed of the run.
 
         Raises:
             ValueError: a bucket has no clip.
@@ -42,11 +41,11 @@ class SampleOrder:
 
     @property
     def steps_per_epoch(self) -> tuple[int, ...]:
-        """Of every bucket."""
+        """Steps per epoch of every bucket."""
         return self._steps
 
     def place(self, sample: int) -> tuple[int, int]:
-        """Bucket of a sample, and the index of its clip in that bucket."""
+        """Bucket of a sample, and its clip's index in that bucket."""
         step, position = divmod(sample, self._batch_size)
         bucket, step_of_bucket = self.step(step)
         number = step_of_bucket * self._batch_size + position
@@ -54,7 +53,7 @@ class SampleOrder:
         return bucket, clip_of_sample(number, self._num_clips[bucket], self._seed, stream)
 
     def step(self, step: int) -> tuple[int, int]:
-        """The bucket of a step, and how many steps that bucket had before it."""
+        """Bucket of a step, and the number of earlier steps of that bucket."""
         if len(self._steps) == 1:
             return 0, step
         epoch, position = divmod(step, sum(self._steps))
@@ -64,27 +63,27 @@ class SampleOrder:
 
 
 def clip_of_sample(sample: int, num_clips: int, seed: int, stream: str = "") -> int:
-    """Index of the clip that sample shows: every epoch a fresh permutation of all clips.
+    """Index of a sample's clip, from a new permutation of all clips in every epoch.
 
     Args:
-        stream: sets the permutations apart from those of others.
+        stream: name that makes the permutations independent of those of other streams.
     """
     epoch, position = divmod(sample, num_clips)
     return int(_permutations(num_clips, f"{seed}{stream}").of_epoch(epoch)[position])
 
 
 def seed_of_sample(sample: int, seed: int) -> int:
-    """Seed of everything random about a sample, in 63 bits."""
-    return hashed(f"{seed}/sample/{sample}")
+    """63-bit seed of a sample's random numbers."""
+    return hash63(f"{seed}/sample/{sample}")
 
 
 def micro_batches(
     steps: range, *, batch_size: int, micro_batch_size: int, rank: int, world_size: int
 ) -> Iterator[list[int]]:
-    """The sample numbers of each forward pass of one rank, in order.
+    """Sample numbers of each forward pass of one rank, in order.
 
     Args:
-        steps: the steps still to make.
+        steps: the remaining steps.
         batch_size: samples per step over all ranks, a multiple of micro_batch_size * world_size.
     """
     for step in steps:
@@ -93,44 +92,44 @@ def micro_batches(
             yield list(range(first, first + micro_batch_size))
 
 
-def largest_micro_batch(batch_size: int, most: int, world_size: int) -> int:
-    """Clips per forward pass and rank: as many as go evenly into each rank's share, up to `most`.
+def largest_micro_batch(batch_size: int, limit: int, world_size: int) -> int:
+    """Clips per forward pass and rank: the largest divisor of the rank's clips up to `limit`.
 
     Raises:
-        ValueError: the batch cannot be shared evenly among the ranks.
+        ValueError: the batch cannot be divided evenly among the ranks.
     """
     if batch_size % world_size:
         raise ValueError(
             f"train.batch_size must be a multiple of the number of processes, {world_size}, got "
-            f"{batch_size}; {max(batch_size // world_size, 1) * world_size} would do"
+            f"{batch_size}; {max(batch_size // world_size, 1) * world_size} works"
         )
-    share = batch_size // world_size
-    return max(clips for clips in range(1, min(most, share) + 1) if share % clips == 0)
+    per_rank = batch_size // world_size
+    return max(clips for clips in range(1, min(limit, per_rank) + 1) if per_rank % clips == 0)
 
 
 def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """Forward passes per rank and step, for a micro-batch that `largest_micro_batch` gave."""
+    """Forward passes per rank and step, for a micro-batch size from `largest_micro_batch`."""
     passes, rest = divmod(batch_size, micro_batch_size * world_size)
-    assert rest == 0, "the micro-batch goes evenly into every rank's share"
+    assert rest == 0, "the micro-batch size does not divide the rank's clips"
     return passes
 
 
 class _Permutations:
-    """The orders of one bucket's clips, epoch by epoch; a million of them take 8 MB each."""
+    """Permutations of one bucket's clips by epoch; 8 MB each for a million clips."""
 
     def __init__(self, num_clips: int, name: str) -> None:
         self._num_clips = num_clips
         self._name = name
-        self._kept: dict[int, np.ndarray] = {}
+        self._cache: dict[int, np.ndarray] = {}
 
     def of_epoch(self, epoch: int) -> np.ndarray:
-        """Made when it is first needed; only two are kept, as a batch may lie across them."""
-        if epoch not in self._kept:
+        """Permutation of an epoch; caches the last two, since a batch may span two epochs."""
+        if epoch not in self._cache:
             name = f"{self._name}/epoch/{epoch}"
-            while len(self._kept) > 1:
-                del self._kept[next(iter(self._kept))]
-            self._kept[epoch] = np.random.default_rng(hashed(name)).permutation(self._num_clips)
-        return self._kept[epoch]
+            while len(self._cache) > 1:
+                del self._cache[next(iter(self._cache))]
+            self._cache[epoch] = np.random.default_rng(hash63(name)).permutation(self._num_clips)
+        return self._cache[epoch]
 
 
 @lru_cache(maxsize=64)
@@ -140,16 +139,16 @@ def _permutations(num_clips: int, name: str) -> _Permutations:
 
 @lru_cache(maxsize=2)
 def _steps_of_epoch(steps: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """The bucket of each step of an epoch, and how many of the same came before it in the epoch."""
+    """Bucket of each step of an epoch, and the number of its earlier steps in the epoch."""
     buckets = np.repeat(np.arange(len(steps)), steps)
-    np.random.default_rng(hashed(f"{seed}/buckets/epoch/{epoch}")).shuffle(buckets)
+    np.random.default_rng(hash63(f"{seed}/buckets/epoch/{epoch}")).shuffle(buckets)
     before = np.empty_like(buckets)
     for bucket, count in enumerate(steps):
         before[buckets == bucket] = np.arange(count)
     return buckets, before
 
 
-def hashed(name: str) -> int:
-    """63 bits that follow from the name."""
+def hash63(name: str) -> int:
+    """63-bit hash of a name."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -1,8 +1,8 @@
 """Clips that a run does not train on: excluded, missing from some store, or held out for
 validation.
 
-A clip is held out by the hash of its key alone. So the held-out clips do not depend on the seed or
-on the order of clips, and new clips change the choice only where they rank higher.
+Held-out clips are chosen by the hash of the key, so the choice does not depend on the seed or on
+the order of clips, and new clips change it only if their hashes are lower.
 """
 
 import heapq
@@ -18,20 +18,19 @@ from cache_schema.checksummed_json import parse_json
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeftOut:
-    """Clips that are not trained on, counted."""
+    """Numbers of excluded clips."""
 
     not_in_every_store: dict[str, int]
-    """Clips of each kind that some other kind lacks."""
+    """By kind: clips that some other kind lacks."""
     skipped: dict[str, dict[str, int]]
-    """Clips that extraction has skipped, of each kind by reason."""
+    """By kind and reason: clips that extraction skipped."""
     manifest: str | None
-    """The manifest that `train.leave_out` names."""
+    """Path of the manifest `train.leave_out`."""
     named: int
-    """Clips of every store that are left out because the manifest names them; those that it names
-    and that some store lacks anyway are not counted here."""
+    """Clips present in every store that the manifest excludes."""
 
     def as_dict(self) -> dict[str, JSON]:
-        """For run.json."""
+        """Convert to JSON, for run.json."""
         return {
             "not_in_every_store": dict(self.not_in_every_store),
             "skipped": {kind: dict(reasons) for kind, reasons in self.skipped.items()},
@@ -40,37 +39,37 @@ class LeftOut:
         }
 
     def told(self) -> list[str]:
-        """For people: a clause for each way in which clips were left out."""
+        """Clauses for the log, one per reason of exclusion."""
         clauses = []
         lacking = [f"{n} of {kind}" for kind, n in self.not_in_every_store.items() if n]
         if lacking:
             clauses.append(f"left out, not in every store: {', '.join(lacking)}")
         skipped = [
-            f"{sum(reasons.values())} of {kind} ({_counted(reasons)})"
+            f"{sum(reasons.values())} of {kind} ({_format_counts(reasons)})"
             for kind, reasons in self.skipped.items()
             if reasons
         ]
         if skipped:
             clauses.append(f"skipped by extraction: {', '.join(skipped)}")
         if self.manifest is not None:
-            clauses.append(f"left out besides, named in {self.manifest}: {self.named}")
+            clauses.append(f"left out by {self.manifest}: {self.named}")
         return clauses
 
 
-def _counted(reasons: Mapping[str, int]) -> str:
+def _format_counts(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in reasons.items())
 
 
 def count_reasons(skipped: tuple[SkippedClip, ...]) -> dict[str, int]:
-    """How many clips were skipped for each reason, the most frequent first."""
+    """Count skipped clips by reason, the most frequent first."""
     counts = Counter(clip.reason for clip in skipped)
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def read_keys(manifest: Path) -> frozenset[str]:
-    """The clips that a manifest names: JSON lines, each an object with a `key`.
+    """Read the keys of a manifest: JSON lines, each an object with a `key`.
 
-    Other members, such as those of extraction's failures.jsonl, may be there; empty lines too.
+    Other members (as in extraction's failures.jsonl) and empty lines are ignored.
 
     Raises:
         ValueError: the file cannot be read, or a line has no key; names the line.
@@ -79,8 +78,8 @@ def read_keys(manifest: Path) -> frozenset[str]:
         text = manifest.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"train.leave_out {manifest} cannot be read ({error}); give a file of JSON lines with "
-            "a key each, such as the cache's failures.jsonl, or null"
+            f"train.leave_out {manifest} cannot be read ({error}); give a JSON lines file with a "
+            "key per line, such as the cache's failures.jsonl, or null"
         ) from error
     keys = set()
     for number, line in enumerate(text.split("\n"), start=1):
@@ -93,7 +92,7 @@ def _key(line: str, place: str) -> str:
     try:
         found = parse_json(line)
     except ValueError as error:
-        raise ValueError(f"{place} is no JSON ({error}): {line[:80]!r}") from error
+        raise ValueError(f"{place} is not JSON ({error}): {line[:80]!r}") from error
     key = found.get("key") if isinstance(found, dict) else None
     if not isinstance(key, str) or not key:
         raise ValueError(
@@ -104,10 +103,10 @@ def _key(line: str, place: str) -> str:
 
 
 def choose_held_out(keys: Sequence[Iterable[str]], count: int) -> tuple[str, ...]:
-    """The `count` keys of the lowest ranks, the lowest first; all keys if there are fewer.
+    """The `count` keys with the lowest hashes, lowest first; all keys if there are fewer.
 
     Args:
-        keys: those of every bucket; a key that is in several counts once.
+        keys: keys of every bucket; a key in several buckets counts once.
     """
     if count == 0:
         return ()
@@ -118,7 +117,7 @@ def choose_held_out(keys: Sequence[Iterable[str]], count: int) -> tuple[str, ...
 
 
 def seed_of_held_out(key: str, timestep: int) -> int:
-    """Seed of everything random about a held-out clip at a timestep, in 63 bits."""
+    """63-bit seed of a held-out clip's random numbers at a timestep."""
     digest = blake2b(f"{timestep}/{key}".encode(), digest_size=8, person=b"validation")
     return int.from_bytes(digest.digest(), "little") >> 1
 

@@ -1,6 +1,6 @@
-"""The cache as training reads it at one size: one store of each kind, joined by clip key.
+"""Stores of one clip size, one of each kind, joined by clip key.
 
-Joined clips must come from the same video and prompt.
+The joined entries of a clip must come from the same video and prompt.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,72 +21,71 @@ from stages.train_student.data.splits import LeftOut, choose_held_out, count_rea
 def find_stores(
     cache_root: Path | str, kind: str, folders: Sequence[str], *, size: ClipsConfig | None
 ) -> StoreReader:
-    """The store of a kind, opened.
+    """Find and open the store of a kind.
 
-    Where several would do, the one whose clips are of that size is taken; text has none. A store
-    that is the only one, or the only one named, is taken as it is: the checks say what is wrong
-    with it.
+    If several stores match, pick the one with this clip size (text stores have no size). A single
+    match is returned unchecked; checks.py reports mismatches.
 
     Args:
         cache_root: folder of the stores, or its URL.
-        kind: of the store.
-        folders: names of those to choose from; none takes all of the cache.
-        size: of the clips.
+        kind: kind of the store.
+        folders: folder names to choose from; empty means all stores of the cache.
+        size: size of the clips.
 
     Raises:
         StoreNotFound: there is none, or not exactly one of that size.
         CacheError: a store is damaged or cannot be reached.
     """
     if len(folders) == 1:
-        return StoreReader(_find(cache_root, kind, folders[0]), kind=kind)
+        return StoreReader(_find_with_hints(cache_root, kind, folders[0]), kind=kind)
     if folders:
         paths = [find_store(cache_root, kind, folder=name) for name in folders]
     else:
-        paths = _of_kind(cache_root, kind)
+        paths = _stores_of_kind(cache_root, kind)
         if len(paths) < 2 or size is None or kind == "text":
-            return StoreReader(_find(cache_root, kind, None), kind=kind)
+            return StoreReader(_find_with_hints(cache_root, kind, None), kind=kind)
     if size is None:
-        raise ValueError(f"train.stores.{kind} names several stores; a run of one size reads one")
+        raise ValueError(f"train.stores.{kind} names several stores; a run of one size needs one")
     readers = [StoreReader(path, kind=kind) for path in paths]
-    fitting = [reader for reader in readers if _is_of_size(reader, size)]
-    # A store of SAM2's own grid serves all sizes of one shape; one made at this size comes first.
-    exact = [reader for reader in fitting if _cut_to(reader, size) is not False]
+    fitting = [reader for reader in readers if _fits_size(reader, size)]
+    # Stores on SAM2's own grid fit all sizes of one aspect ratio; prefer one made at this size.
+    exact = [reader for reader in fitting if _has_size(reader, size) is not False]
     found = exact or fitting
     if len(found) == 1:
         return found[0]
-    among = ", ".join(reader.name for reader in (found or readers))
+    names = ", ".join(reader.name for reader in (found or readers))
     how_many = "several" if found else "none"
     raise StoreNotFound(
         f"{how_many} of the {kind} stores of {cache_root} hold clips of {size.size_name} (frames x "
-        f"height x width): {among}; set train.stores.{kind} to the one to use, or, for several "
-        "sizes, to a list with one of each; or run sam2vx-pipeline extract-features"
+        f"height x width): {names}; set train.stores.{kind} to the one to use or, for several "
+        "sizes, to a list with one per size; or run sam2vx-pipeline extract-features"
     )
 
 
-def _is_of_size(reader: StoreReader, size: ClipsConfig) -> bool:
-    """Whether a store's clips are of that size, or of its shape on SAM2's own grid."""
-    cut = _cut_to(reader, size)
-    if cut is None:
-        return _shapes_fit(reader, size)
-    if cut:
+def _fits_size(reader: StoreReader, size: ClipsConfig) -> bool:
+    """Whether a store's clips have this size, or its aspect ratio on SAM2's own grid."""
+    same_size = _has_size(reader, size)
+    if same_size is None:
+        return _shapes_match(reader, size)
+    if same_size:
         return True
     if reader.settings.values.get("grid_source") != "native":
         return False
     origin = _origin(reader)
     same_shape = origin["height"] * size.width == origin["width"] * size.height
-    # A Gram flow is on the student's grid, whatever its features were on.
-    on_grid = reader.settings.kind != "gram_flow" or _shapes_fit(reader, size)
+    # A Gram flow is on the student's grid, whatever grid its features had.
+    on_grid = reader.settings.kind != "gram_flow" or _shapes_match(reader, size)
     return origin["num_frames"] == size.num_frames and same_shape and on_grid
 
 
-def _cut_to(reader: StoreReader, size: ClipsConfig) -> bool | None:
-    """Whether clips were cut to that size; None where the store does not say."""
+def _has_size(reader: StoreReader, size: ClipsConfig) -> bool | None:
+    """Whether clips were cropped to this size; None if the store does not record it."""
     origin = _origin(reader)
     names = ("num_frames", "height", "width")
     if not set(names) <= origin.keys():
         return None
-    cut = all(origin[name] == getattr(size, name) for name in names)
-    return cut and (reader.settings.kind != "gram_flow" or _shapes_fit(reader, size))
+    same_size = all(origin[name] == getattr(size, name) for name in names)
+    return same_size and (reader.settings.kind != "gram_flow" or _shapes_match(reader, size))
 
 
 def _origin(reader: StoreReader) -> dict[str, Any]:
@@ -94,7 +93,7 @@ def _origin(reader: StoreReader) -> dict[str, Any]:
     return origin if isinstance(origin, dict) else {}
 
 
-def _shapes_fit(reader: StoreReader, size: ClipsConfig) -> bool:
+def _shapes_match(reader: StoreReader, size: ClipsConfig) -> bool:
     arrays = reader.settings.arrays
     maps = (size.num_frames, size.num_latent_frames)
     if "mean" in arrays:
@@ -111,26 +110,26 @@ def _shapes_fit(reader: StoreReader, size: ClipsConfig) -> bool:
     return True
 
 
-def _of_kind(cache_root: Path | str, kind: str) -> list[Path | str]:
+def _stores_of_kind(cache_root: Path | str, kind: str) -> list[Path | str]:
     try:
         stores = list_stores(cache_root)
-    except StoreNotFound:  # a URL that cannot be listed; `find_store` says what to do
+    except StoreNotFound:  # a URL that cannot be listed; `find_store` explains what to do
         return []
     return [path for path in stores if str(path).rsplit("/", 1)[-1].startswith(f"{kind}-")]
 
 
-def _find(cache_root: Path | str, kind: str, folder: str | None) -> Path | str:
+def _find_with_hints(cache_root: Path | str, kind: str, folder: str | None) -> Path | str:
     try:
         return find_store(cache_root, kind, folder=folder)
     except StoreNotFound as error:
-        listed = not is_url(cache_root) or bool(_of_kind(cache_root, "latents"))
-        if folder is not None or not listed or _of_kind(cache_root, kind):
+        listed = not is_url(cache_root) or bool(_stores_of_kind(cache_root, "latents"))
+        if folder is not None or not listed or _stores_of_kind(cache_root, kind):
             raise
         if kind == "gram_flow":
             raise StoreNotFound(
                 f"no gram_flow store in {cache_root}, which train.teacher_form=gram_flow reads; "
-                "make one of the teacher store with sam2vx-pipeline cache derive gram-flow, or add "
-                "gram_flow to extract.kinds and run sam2vx-pipeline extract-features"
+                "derive one from the teacher store with sam2vx-pipeline cache derive gram-flow, or "
+                "add gram_flow to extract.kinds and run sam2vx-pipeline extract-features"
             ) from error
         if kind == "masks":
             raise StoreNotFound(
@@ -141,25 +140,25 @@ def _find(cache_root: Path | str, kind: str, folder: str | None) -> Path | str:
         raise
 
 
-_NAMED = 5
-"""Keys that a message names."""
+_MAX_KEYS_SHOWN = 5
+"""Keys listed in a message."""
 
-_PROMPTED_BY = ("prompts", "backward_prompt")
-"""Settings that say what of a clip's prompt goes into a fingerprint."""
+_PROMPT_SETTINGS = ("prompts", "backward_prompt")
+"""Settings that determine which prompt data enter a fingerprint."""
 
 
-def refuse_other_sources(readers: Mapping[str, StoreReader], keys: SortedText) -> None:
-    """Refuse stores whose entries of a clip must not be trained on together.
+def check_same_sources(readers: Mapping[str, StoreReader], keys: SortedText) -> None:
+    """Reject stores whose entries of a clip were made from different sources.
 
-    Compares fingerprints in the stores' indexes; no clip and no record is read.
+    Compares the fingerprints in the stores' indexes; reads no clips or records.
 
     Args:
-        readers: By kind; latents among them.
-        keys: Clips that all of them hold.
+        readers: store readers by kind, including latents.
+        keys: clips that all of them hold.
 
     Raises:
-        ValueError: A clip's entries were made from different videos; or teacher and masks, where
-            they are prompted alike, from different prompts.
+        ValueError: a clip's entries were made from different videos; or teacher and masks with the
+            same prompt settings from different prompts.
     """
     fingerprints = {
         kind: reader.fingerprints[reader.keys.rows_of(keys)] for kind, reader in readers.items()
@@ -167,14 +166,15 @@ def refuse_other_sources(readers: Mapping[str, StoreReader], keys: SortedText) -
     for kind in readers:
         _compare("latents", kind, readers, fingerprints, keys, video_half, "videos")
     for kind in ("teacher", "gram_flow"):
-        if kind in readers and "masks" in readers and _prompted_alike(readers, kind):
+        if kind in readers and "masks" in readers and _same_prompt_settings(readers, kind):
             _compare("masks", kind, readers, fingerprints, keys, sources_half, "prompts")
 
 
-def _prompted_alike(readers: Mapping[str, StoreReader], kind: str) -> bool:
+def _same_prompt_settings(readers: Mapping[str, StoreReader], kind: str) -> bool:
     teacher, masks = readers[kind].settings.values, readers["masks"].settings.values
     return all(
-        name in teacher and name in masks and teacher[name] == masks[name] for name in _PROMPTED_BY
+        name in teacher and name in masks and teacher[name] == masks[name]
+        for name in _PROMPT_SETTINGS
     )
 
 
@@ -190,59 +190,59 @@ def _compare(
     rows = np.flatnonzero(half(fingerprints[kind]) != half(fingerprints[other]))
     if not len(rows):
         return
-    named = ", ".join(repr(keys[int(row)]) for row in rows[:_NAMED])
-    more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+    listed = ", ".join(repr(keys[int(row)]) for row in rows[:_MAX_KEYS_SHOWN])
+    more = f" and {len(rows) - _MAX_KEYS_SHOWN} more" if len(rows) > _MAX_KEYS_SHOWN else ""
     raise ValueError(
         f"{readers[kind].path} and {readers[other].path} were made from different {what} of "
-        f"{len(rows)} of {len(keys)} clips: {named}{more}. Run sam2vx-pipeline extract-features "
-        f"--kinds {','.join(readers)} on the dataset that is meant; it says which clips to make "
-        "again with --refresh-changed. Or leave the clips out with train.leave_out"
+        f"{len(rows)} of {len(keys)} clips: {listed}{more}. Run sam2vx-pipeline extract-features "
+        f"--kinds {','.join(readers)} on the intended dataset; it reports which clips to extract "
+        "again with --refresh-changed. Or exclude the clips with train.leave_out"
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JoinedStores:
-    """Readers of one store per kind, the keys to train on, sorted, and those held out."""
+    """Readers of one store per kind, with the sorted keys to train on and the held-out keys."""
 
     text: StoreReader
     latents: StoreReader
     teacher: StoreReader | None
-    """The teacher store, or the gram_flow store; None where no auxiliary loss reads one."""
+    """The teacher or gram_flow store; None if no auxiliary loss reads one."""
     masks: StoreReader | None
-    """The tracked subject's masks; None where no auxiliary loss reads them."""
+    """The masks store; None if no auxiliary loss reads it."""
     keys: SortedText
-    """Those that all stores hold, without those left out by name and those held out."""
+    """Training clips: in all stores, neither excluded nor held out."""
     held_out: tuple[str, ...]
-    """Clips for validation, in the order in which they were chosen."""
+    """Validation clips, in the order in which they were chosen."""
     left_out: LeftOut
 
     @property
     def readers(self) -> dict[str, StoreReader]:
-        """The stores that are read, by kind."""
+        """Store readers by kind."""
         readers = (self.text, self.latents, self.teacher, self.masks)
         return {reader.settings.kind: reader for reader in readers if reader is not None}
 
     @property
     def num_frames(self) -> int:
-        """Of the clips, as the latents' shape says."""
+        """Frames per clip, from the latents' shape."""
         return 4 * (array_shape(self.latents, "mean")[0] - 1) + 1
 
     @property
     def size(self) -> str:
-        """Frames, height and width of the clips as the latents' shape says: `49x480x720`."""
+        """Frames, height and width of the clips, from the latents' shape: `49x480x720`."""
         _, _, height, width = array_shape(self.latents, "mean")
         return f"{self.num_frames}x{8 * height}x{8 * width}"
 
     @property
     def teacher_form(self) -> TeacherForm | None:
-        """What is stored of the teacher, or None without one."""
+        """Stored form of the teacher; None without one."""
         if self.teacher is None:
             return None
         return "gram_flow" if self.teacher.settings.kind == "gram_flow" else "features"
 
     @property
     def teacher_maps(self) -> int | None:
-        """Maps per clip in the teacher's store, or None without a teacher."""
+        """Maps per clip in the teacher's store; None without a teacher."""
         if self.teacher is None:
             return None
         if self.teacher_form == "gram_flow":
@@ -251,9 +251,9 @@ class JoinedStores:
 
     @property
     def native_parts(self) -> int | None:
-        """Into how many parts the teacher's channels fall, if they must be brought to the grid.
+        """Number of channel parts of teacher features on SAM2's own grid.
 
-        None without a teacher, and for one that is on the student's grid already.
+        None without a teacher, and if features are on the student's grid already.
         """
         if self.teacher is None or self.teacher_form != "features":
             return None
@@ -276,11 +276,11 @@ def join_stores(
 
     Args:
         cache_root: folder of the stores, or its URL.
-        chosen: folder names per kind, needed where the cache holds several that would do.
-        kinds: what is read beside text and latents: teacher or gram_flow, and masks.
-        size: of the clips; where the cache holds stores of several sizes it decides among them.
-        leave_out: manifest of clips to leave out (`left_out.read_keys`).
-        held_out: how many clips to keep for validation.
+        chosen: folder names per kind, needed if the cache holds several that match.
+        kinds: kinds to read in addition to text and latents: teacher or gram_flow, and masks.
+        size: size of the clips, to choose between stores of several sizes.
+        leave_out: manifest of clips to exclude (`splits.read_keys`).
+        held_out: number of validation clips.
 
     Raises:
         ValueError: `chosen` names an unknown kind, the manifest is malformed, no clip is left, or
@@ -291,10 +291,10 @@ def join_stores(
     readers = open_stores(cache_root, chosen, kinds=kinds, size=size)
     common = common_keys(readers)
     if not common:
-        raise ValueError(no_common_clip(cache_root, readers))
+        raise ValueError(describe_no_common_clip(cache_root, readers))
     remaining = common.take(rows_without(common, named))
     held = choose_held_out((remaining,), held_out)
-    return joined(readers, common, leave_out=leave_out, named=named, held_out=held)
+    return join_readers(readers, common, leave_out=leave_out, named=named, held_out=held)
 
 
 def open_stores(
@@ -304,10 +304,11 @@ def open_stores(
     kinds: Sequence[str],
     size: ClipsConfig | None,
 ) -> dict[str, StoreReader]:
-    """A reader of every kind that is needed.
+    """Open the store of every kind.
 
     Raises:
-        As `join_stores`.
+        ValueError: `chosen` names an unknown kind.
+        CacheError: a store is missing, ambiguous or damaged.
     """
     unknown = sorted(set(chosen) - set(_KINDS))
     if unknown:
@@ -319,13 +320,13 @@ def open_stores(
 
 
 def common_keys(readers: Mapping[str, StoreReader]) -> SortedText:
-    """The clips that are in every store."""
+    """Clips that are in every store."""
     first, *others = (reader.keys for reader in readers.values())
     return first.in_all(*others)
 
 
-def no_common_clip(cache_root: Path | str, readers: Mapping[str, StoreReader]) -> str:
-    """What to say when `common_keys` are none."""
+def describe_no_common_clip(cache_root: Path | str, readers: Mapping[str, StoreReader]) -> str:
+    """Error message for an empty result of `common_keys`."""
     counts = ", ".join(f"{kind} {len(reader)}" for kind, reader in readers.items())
     return (
         f"no clip is in every store of {cache_root} ({counts}); extract all kinds from the "
@@ -333,7 +334,7 @@ def no_common_clip(cache_root: Path | str, readers: Mapping[str, StoreReader]) -
     )
 
 
-def joined(
+def join_readers(
     readers: Mapping[str, StoreReader],
     common: SortedText,
     *,
@@ -341,15 +342,16 @@ def joined(
     named: Iterable[str],
     held_out: Sequence[str],
 ) -> JoinedStores:
-    """The stores, and of the keys in common those to train on.
+    """Join opened stores: the common keys without excluded and held-out clips.
 
     Args:
-        leave_out: manifest that names clips to leave out.
-        named: the clips it names.
-        held_out: clips to keep for validation; those that are not here are no concern of it.
+        leave_out: path of the manifest of excluded clips.
+        named: keys in that manifest.
+        held_out: validation clips; keys that are not in these stores are ignored.
 
     Raises:
-        ValueError: nothing is left to train on, or a clip's entries do not belong together.
+        ValueError: nothing is left to train on, or the entries of a clip were made from different
+            sources.
     """
     remaining = common.take(rows_without(common, named))
     if not remaining:
@@ -357,7 +359,7 @@ def joined(
             f"train.leave_out {leave_out} names every one of the {len(common)} clips that are in "
             "every store; nothing is left to train on"
         )
-    refuse_other_sources(readers, remaining)
+    check_same_sources(readers, remaining)
     keys = remaining.take(rows_without(remaining, held_out))
     if not keys:
         raise ValueError(
@@ -385,7 +387,7 @@ def joined(
 
 
 def rows_without(keys: SortedText, named: Iterable[str]) -> np.ndarray:
-    """Rows of the keys that are not named."""
+    """Rows of the keys that are not in `named`."""
     rows = [row for key in named if (row := keys.find(key)) is not None]
     return np.delete(np.arange(len(keys)), rows)
 

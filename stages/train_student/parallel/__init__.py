@@ -1,1 +1,1 @@
-"""Process group, DeepSpeed engine, optimisers and weight averages."""
+"""Process group, DeepSpeed engine, optimizers and EMA weights."""

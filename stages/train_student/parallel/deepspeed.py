@@ -1,6 +1,6 @@
-"""DeepSpeed: its import, process group, configuration, and the engine around the student.
+"""DeepSpeed: import, process group, configuration, and the engine around the student.
 
-The only file that imports DeepSpeed, and only when needed: the import takes seconds.
+The only module that imports DeepSpeed, and only when needed: the import takes seconds.
 """
 
 import collections
@@ -34,7 +34,7 @@ _LINEAR = nn.functional.linear
 
 
 def import_deepspeed() -> Any:
-    """The module, ready for the machine at hand."""
+    """Import DeepSpeed, configured for this machine's accelerator."""
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -42,17 +42,17 @@ def import_deepspeed() -> Any:
         import deepspeed
         import deepspeed.ops
     for handler in logging.getLogger("DeepSpeed").handlers:
-        if type(handler) is logging.StreamHandler:  # its own, bound to the standard output
+        if type(handler) is logging.StreamHandler:  # DeepSpeed's own, bound to standard output
             handler.setStream(sys.stderr)
     if on_cpu:
-        # Otherwise its compiled CPU operators are built on first use: a minute, or a wait for ever
-        # on the lock of a build that was killed.
+        # Otherwise the CPU operators are compiled on first use: a minute, or a deadlock on the lock
+        # of a build that was killed.
         deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
     return deepspeed
 
 
 def join_group(world: World) -> Any:
-    """Let DeepSpeed use the process group that is there; return DeepSpeed. May be called again."""
+    """Let DeepSpeed use the existing process group; idempotent. Returns the module."""
     deepspeed = import_deepspeed()
     with local_rank_in_environment(world), quiet():
         deepspeed.comm.init_distributed(
@@ -64,19 +64,19 @@ def join_group(world: World) -> Any:
 
 
 def leave_group() -> None:
-    """End the process group and what DeepSpeed changed in this process."""
+    """Destroy the process group and undo DeepSpeed's changes to this process."""
     deepspeed = import_deepspeed()
-    # ZeRO 3 leaves its own in place, which rounds differently: what runs in this process
-    # afterwards must not.
+    # ZeRO 3 leaves its own `linear` in place, which rounds differently and would affect whatever
+    # runs in this process afterwards.
     nn.functional.linear = _LINEAR
-    # DeepSpeed keeps handles on the group: it must end the group itself to drop them.
+    # DeepSpeed keeps handles to the group, which only its own destroy function releases.
     if deepspeed.comm.comm.cdb is not None:
         deepspeed.comm.destroy_process_group()
     deepspeed.comm.comm.cdb = None
 
 
 def why_no_nvme() -> str | None:
-    """Why tensors cannot wait on a disk here, or None if they can."""
+    """Why NVMe offload is unavailable on this machine; None if it is available."""
     if importlib.util.find_spec("ninja") is None:
         return "ninja, which builds DeepSpeed's async_io, is missing: pip install ninja"
     import_deepspeed()
@@ -94,7 +94,7 @@ def why_no_nvme() -> str | None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Send what DeepSpeed prints to the error stream: the standard output is for results."""
+    """Redirect DeepSpeed's output to stderr, since stdout is for results."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
         yield
@@ -102,7 +102,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def local_rank_in_environment(world: World) -> Iterator[None]:
-    """DeepSpeed asks the environment for the local rank, also without a launcher."""
+    """Set LOCAL_RANK, which DeepSpeed requires even without a launcher."""
     missing = "LOCAL_RANK" not in os.environ
     if missing:
         os.environ["LOCAL_RANK"] = str(world.local_rank)
@@ -114,10 +114,10 @@ def local_rank_in_environment(world: World) -> Iterator[None]:
 
 
 def check_engine_settings(config: TrainConfig) -> None:
-    """Refuse what no engine can do, before anything is loaded.
+    """Reject unsupported combinations of settings, before anything is loaded.
 
     Raises:
-        ValueError: naming the fields and what would do.
+        ValueError: names the fields and values that work.
     """
     check_optimizer(config.optimizer)
     deepspeed = config.deepspeed
@@ -132,7 +132,7 @@ def check_engine_settings(config: TrainConfig) -> None:
         )
     if deepspeed.zero_stage < 3 and deepspeed.offload_parameters != "none":
         raise ValueError(
-            "train.deepspeed.offload_parameters needs zero_stage 3, which alone shards the "
+            "train.deepspeed.offload_parameters needs zero_stage 3, the only one that shards the "
             f"weights, got {deepspeed.zero_stage}"
         )
     if "nvme" in (deepspeed.offload_optimizer, deepspeed.offload_parameters):
@@ -144,43 +144,45 @@ def _check_nvme(config: TrainConfig) -> None:
     if deepspeed.zero_stage < 3:
         raise ValueError(
             "train.deepspeed.offload_optimizer nvme needs zero_stage 3, since DeepSpeed keeps the "
-            f"states in host memory at the others, got {deepspeed.zero_stage}; set it to cpu"
+            "states in host memory at lower stages, got "
+            f"{deepspeed.zero_stage}; set it to cpu"
         )
     if config.optimizer.name == "adamw8bit" and deepspeed.offload_optimizer == "nvme":
         raise ValueError(
-            "train.optimizer.name adamw8bit cannot wait on a disk, whose files hold float32 "
-            "moments alone; set train.deepspeed.offload_optimizer to cpu, or the optimizer to adamw"
+            "train.optimizer.name adamw8bit cannot be offloaded to nvme, whose files only hold "
+            "float32 moments; set train.deepspeed.offload_optimizer to cpu, or the optimizer to "
+            "adamw"
         )
     folder = deepspeed.nvme_path
     if folder is None:
         raise ValueError(
-            "train.deepspeed.nvme_path must name a folder on a fast local disk for what is "
-            "offloaded to nvme, got null"
+            "train.deepspeed.nvme_path must name a folder on a fast local disk for the nvme "
+            "offload, got null"
         )
     if not folder.is_dir():
-        raise ValueError(f"train.deepspeed.nvme_path {folder} is no folder on this machine")
+        raise ValueError(f"train.deepspeed.nvme_path {folder} is not a folder on this machine")
     if (reason := why_no_nvme()) is not None:
         raise ValueError(f"train.deepspeed offloads to nvme, but {reason}; or set it to cpu")
 
 
 def batch_told(config: TrainConfig, world_size: int) -> str:
-    """How a step's clips are shared among the processes, and that the rate stays."""
+    """Log line: a step's clips by process and forward pass, and the learning rate."""
     passes = accumulation_steps(config.batch_size, config.micro_batch_size, world_size)
     clips, processes = config.micro_batch_size, world_size
     return (
-        f"batch {config.batch_size} = {clips} {_s('clip', clips)} x "
-        f"{processes} {_s('process', processes)} x {passes} {_s('pass', passes)}; learning rate "
-        f"{config.optimizer.learning_rate:g} whatever the number of processes"
+        f"batch {config.batch_size} = {clips} {_plural('clip', clips)} x "
+        f"{processes} {_plural('process', processes)} x {passes} {_plural('pass', passes)}; "
+        f"learning rate {config.optimizer.learning_rate:g} whatever the number of processes"
     )
 
 
-def _s(noun: str, number: int) -> str:
+def _plural(noun: str, number: int) -> str:
     plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
     return noun if number == 1 else plural
 
 
 def weights_dtype(config: DeepSpeedConfig) -> torch.dtype:
-    """Format of the weights in the forward and backward pass."""
+    """Dtype of the weights in the forward and backward pass."""
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
@@ -188,13 +190,12 @@ def weights_dtype(config: DeepSpeedConfig) -> torch.dtype:
 def deepspeed_engine(
     student: Student, config: TrainConfig, world: World, *, universal: bool = False
 ) -> Iterator[Any]:
-    """A DeepSpeed engine for the length of the block; the process group ends with it.
+    """Context manager of a DeepSpeed engine; on exit, the process group is destroyed too.
 
-    Inside the block the standard output goes to the error stream, since DeepSpeed prints to it at
-    any time.
+    Within the context stdout is redirected to stderr, since DeepSpeed prints at any time.
 
     Args:
-        universal: checkpoints that it loads are universal ones, which fit any number of processes.
+        universal: load checkpoints in the universal format, which fits any number of processes.
     """
     parameters = [p for p in student.parameters() if p.requires_grad]
     in_host_memory = world.device.type != "cpu" and config.deepspeed.offload_optimizer != "none"
@@ -222,21 +223,21 @@ def deepspeed_engine(
                 engine.destroy()
         finally:
             leave_group()
-            _drop_swapped(config, world)
+            _remove_swap_files(config, world)
 
 
 def largest_parameter(module: nn.Module) -> int:
-    """Values in the largest parameter, sharded ones counted whole."""
+    """Number of elements of the largest parameter, counting sharded ones whole."""
     return max(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
 
 
 def deepspeed_settings(
     config: TrainConfig, world_size: int, *, largest: int = 0, universal: bool = False
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration, in its own words.
+    """Build DeepSpeed's configuration.
 
     Args:
-        largest: values in the largest parameter, for the buffers between disk and device.
+        largest: elements of the largest parameter, the size of NVMe offload buffers.
         universal: see `deepspeed_engine`.
     """
     settings: dict[str, Any] = {
@@ -262,29 +263,29 @@ def deepspeed_settings(
 def _zero_settings(config: TrainConfig, largest: int) -> dict[str, Any]:
     deepspeed = config.deepspeed
     zero: dict[str, Any] = {"stage": deepspeed.zero_stage}
-    for name, where in (
+    for name, device in (
         ("offload_optimizer", deepspeed.offload_optimizer),
         ("offload_param", deepspeed.offload_parameters),
     ):
-        if where != "none":
-            zero[name] = {"device": where}
-        if where == "nvme":
+        if device != "none":
+            zero[name] = {"device": device}
+        if device == "nvme":
             zero[name]["nvme_path"] = str(_nvme_folder(config))
     if deepspeed.offload_parameters == "nvme":
-        # Its default, five times 1e8 values, is gigabytes of locked host memory.
+        # The default, five buffers of 1e8 elements, takes gigabytes of page-locked memory.
         zero["offload_param"]["buffer_size"] = largest
     return zero
 
 
 def _nvme_folder(config: TrainConfig) -> Path:
-    """The run's own: DeepSpeed names files by rank alone, and clears them when it starts."""
-    assert config.deepspeed.nvme_path is not None, "check_engine_settings asks for it"
+    """A folder per run, since DeepSpeed names files only by rank and deletes them at start."""
+    assert config.deepspeed.nvme_path is not None, "checked by check_engine_settings"
     run = hashlib.sha256(str(config.run_dir.absolute()).encode()).hexdigest()[:12]
     return config.deepspeed.nvme_path / f"sam2vx-{run}"
 
 
-def _drop_swapped(config: TrainConfig, world: World) -> None:
-    """Remove what this rank left on the disk; checkpoints hold all of it."""
+def _remove_swap_files(config: TrainConfig, world: World) -> None:
+    """Delete this rank's offloaded files; checkpoints do not need them."""
     deepspeed = config.deepspeed
     if "nvme" in (deepspeed.offload_optimizer, deepspeed.offload_parameters):
         for folder in _nvme_folder(config).glob(f"*/*/rank{world.rank}"):
@@ -292,7 +293,7 @@ def _drop_swapped(config: TrainConfig, world: World) -> None:
 
 
 def gradient_norm_before_step(engine: Any) -> float | None:
-    """Norm of the gradients where DeepSpeed itself reports none (ZeRO 0); None elsewhere."""
+    """Gradient norm under ZeRO 0, where DeepSpeed does not report it; None at other stages."""
     if engine.zero_optimization_stage() != 0:
         return None
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
@@ -301,7 +302,7 @@ def gradient_norm_before_step(engine: Any) -> float | None:
 
 @contextmanager
 def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Whole parameters for the length of the block, on every rank, whatever the ZeRO stage."""
+    """Context manager that gathers whole parameters on every rank, at any ZeRO stage."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:
         yield

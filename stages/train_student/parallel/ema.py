@@ -1,12 +1,12 @@
-"""A running average of the trained weights, kept in float32, in shares.
+"""Exponential moving average (EMA) of the trained weights, in float32, sharded over the ranks.
 
-Each rank averages only the part of the weights that it updates itself: with ZeRO 1 to 3 its own
-shard of DeepSpeed's float32 weights, so that nothing is gathered; without ZeRO some of the
-parameters. `train` owns one where `train.ema.decay` is set; checkpoints hold it as
+Each rank averages only the weights that it updates itself: with ZeRO 1 to 3 its shard of
+DeepSpeed's float32 weights, so that nothing is gathered; without ZeRO a subset of the parameters.
+Checkpoints store the average as
 
     checkpoint-500/weight_average_rank_00000.safetensors    one file per rank
 
-of flat pieces `<parameter>@<first element>`, which any number of ranks can read; `export` does.
+with flat pieces `<parameter>@<first element>`, which any number of ranks can read.
 """
 
 import json
@@ -28,34 +28,33 @@ from stages.train_student.config import TrainConfig
 from stages.train_student.parallel.process_group import World
 
 _FILE = "weight_average_rank_{:05d}.safetensors"
-_ABOUT = "weight_average"
+_METADATA_KEY = "weight_average"
 
 
 def check_average(config: TrainConfig) -> None:
-    """Refuse an average that would be too slow to keep; before anything is loaded.
+    """Reject an EMA that would be too slow to update, before anything is loaded.
 
     Raises:
-        ValueError: the weights it follows wait on a disk.
+        ValueError: the float32 weights are offloaded to NVMe.
     """
     if config.ema.decay is not None and config.deepspeed.offload_optimizer == "nvme":
         raise ValueError(
-            "train.ema.decay needs the float32 weights at every step, and "
-            "train.deepspeed.offload_optimizer=nvme keeps them on a disk; cpu or none would do"
+            "train.ema.decay needs the float32 weights at every step, but "
+            "train.deepspeed.offload_optimizer=nvme keeps them on a disk; set it to cpu or none"
         )
 
 
 def effective_decay(decay: float, updates: int) -> float:
-    """What stays of the average at the update after `updates` of them.
+    """Decay of the update after n = `updates` updates: min(decay, (1 + n) / (10 + n)).
 
-    Less at first, min(decay, (1 + n) / (10 + n)), so that a short run's average is not mostly the
-    weights it began with.
+    The warm-up keeps the initial weights from dominating the average of a short run.
     """
     return min(decay, (1 + updates) / (10 + updates))
 
 
 @dataclass(kw_only=True, slots=True)
 class _Piece:
-    """The part of one parameter that this rank averages: elements start to stop, flat."""
+    """This rank's part of one parameter: elements start to stop of the flattened parameter."""
 
     name: str
     parameter: nn.Parameter
@@ -67,7 +66,7 @@ class _Piece:
         return f"{self.name}@{self.start}"
 
     def current(self) -> Tensor:
-        """The weights as they are, as float32 where DeepSpeed keeps float32; flat."""
+        """The current weights, flat; float32 if DeepSpeed keeps a float32 copy."""
         parameter: Any = self.parameter
         if hasattr(parameter, "ds_id"):
             local = parameter._z3_optimizer.get_local_fp32_param(parameter)
@@ -78,42 +77,42 @@ class _Piece:
 
 
 class WeightAverage:
-    """The exponential moving average of a student's trained weights; this rank's share of it."""
+    """This rank's part of the exponential moving average of a student's trained weights."""
 
     def __init__(self, student: nn.Module, decay: float, world: World) -> None:
-        """Begin with the weights as they are.
+        """Start from the current weights.
 
         Args:
-            student: driven by its DeepSpeed engine already, which says what each rank's share is.
-            decay: what stays of the average at each update, once there have been enough.
+            student: already wrapped by its DeepSpeed engine, which determines each rank's part.
+            decay: decay after the warm-up.
             world: this process among all.
         """
         self.decay = decay
         self.updates = 0
         self._world = world
-        self._pieces = _share(student, world)
+        self._pieces = _local_pieces(student, world)
         self._averages = [piece.current().float().clone() for piece in self._pieces]
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights after a step of the optimiser."""
+        """Update the average after an optimizer step."""
         weight = 1.0 - effective_decay(self.decay, self.updates)
         for piece, average in zip(self._pieces, self._averages, strict=True):
             average.lerp_(piece.current().to(average), weight)
         self.updates += 1
 
     def save(self, folder: Path) -> None:
-        """Write this rank's share into `folder`; every rank must call this."""
-        about = {"updates": self.updates, "decay": self.decay, "world_size": self._world.size}
+        """Write this rank's part into `folder`; every rank must call this."""
+        info = {"updates": self.updates, "decay": self.decay, "world_size": self._world.size}
         tensors = {
             piece.key: average.cpu()
             for piece, average in zip(self._pieces, self._averages, strict=True)
         }
-        metadata = {"format": "pt", _ABOUT: json.dumps(about)}
+        metadata = {"format": "pt", _METADATA_KEY: json.dumps(info)}
         save_tensors(tensors, folder / _FILE.format(self._world.rank), metadata)
 
     def load(self, folder: Path, world_size_of_checkpoint: int) -> None:
-        """Go on from what as many ranks as that have saved.
+        """Load from a checkpoint of `world_size_of_checkpoint` ranks.
 
         Raises:
             ValueError: a file is missing, damaged, or of other weights.
@@ -125,14 +124,14 @@ class WeightAverage:
 
 
 class SavedAverage:
-    """The average in a checkpoint's folder, whatever number of ranks wrote it; a context."""
+    """Reader of a checkpoint's average, written by any number of ranks; a context manager."""
 
     def __init__(self, folder: Path, world_size: int) -> None:
-        """Name the files; they are opened on entering.
+        """Set the file names; files are opened on entering the context.
 
         Args:
-            folder: of the checkpoint.
-            world_size: how many ranks wrote it.
+            folder: folder of the checkpoint.
+            world_size: number of ranks that wrote it.
         """
         self.updates = 0
         self.decay = 0.0
@@ -142,10 +141,10 @@ class SavedAverage:
         self._pieces: dict[str, list[tuple[int, int, Any, str]]] = defaultdict(list)
 
     def __enter__(self) -> "SavedAverage":
-        """Open the files and learn where each piece lies.
+        """Open the files and index their pieces.
 
         Raises:
-            ValueError: one is missing or damaged.
+            ValueError: a file is missing or damaged.
         """
         for path in self._files:
             if not path.is_file():
@@ -158,20 +157,20 @@ class SavedAverage:
             except SafetensorError as error:
                 raise ValueError(f"{path} is damaged ({error}); use another checkpoint") from error
             try:
-                self._learn(file)
+                self._index_pieces(file)
             except (ValueError, TypeError, KeyError, OverflowError) as error:
                 raise ValueError(
-                    f"{path} is no share of an average ({error!r}); use another checkpoint"
+                    f"{path} is not a file of averaged weights ({error!r}); use another checkpoint"
                 ) from error
         return self
 
-    def _learn(self, file: Any) -> None:
-        about = parse_json(file.metadata()[_ABOUT])
-        self.updates, self.decay = int(about["updates"]), float(about["decay"])
-        for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+    def _index_pieces(self, file: Any) -> None:
+        info = parse_json(file.metadata()[_METADATA_KEY])
+        self.updates, self.decay = int(info["updates"]), float(info["decay"])
+        for key in file.keys():  # noqa: SIM118 - a safetensors file is not a mapping
             named = re.fullmatch(r"(.*)@(\d{1,18})", key)
             if named is None:
-                raise ValueError(f"{key!r:.80} is no piece of a weight")
+                raise ValueError(f"{key!r:.80} is not <parameter>@<first element>")
             name, start = named[1], int(named[2])
             (numel,) = file.get_slice(key).get_shape()
             self._pieces[name].append((start, start + numel, file, key))
@@ -183,7 +182,7 @@ class SavedAverage:
         return name in self._pieces
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements start to stop of a parameter, flat, in float32.
+        """Read elements start to stop of a flattened parameter, in float32.
 
         Raises:
             ValueError: the files do not hold all of them.
@@ -203,21 +202,21 @@ class SavedAverage:
         return values
 
 
-def _share(student: nn.Module, world: World) -> list[_Piece]:
-    """This rank's pieces of the trained parameters; all ranks' together are each element once."""
+def _local_pieces(student: nn.Module, world: World) -> list[_Piece]:
+    """This rank's pieces of the trained parameters; each element belongs to exactly one rank."""
     trained = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
     if any(hasattr(p, "ds_id") for _, p in trained):
-        return [piece for name, p in trained if (piece := _shard(name, p, world)) is not None]
+        return [piece for name, p in trained if (piece := _zero3_piece(name, p, world)) is not None]
     if any(hasattr(p, "_hp_mapping") for _, p in trained):
-        return [piece for name, p in trained if (piece := _fragment(name, p)) is not None]
+        return [piece for name, p in trained if (piece := _zero12_piece(name, p)) is not None]
     return [
         _Piece(name=name, parameter=p, start=0, stop=p.numel())
-        for name, p in _dealt_out(trained, world)
+        for name, p in _assigned_parameters(trained, world)
     ]
 
 
-def _shard(name: str, parameter: Any, world: World) -> _Piece | None:
-    """ZeRO 3: every rank has a part of the same size, the last ones padded."""
+def _zero3_piece(name: str, parameter: Any, world: World) -> _Piece | None:
+    """ZeRO 3: ranks have partitions of equal size, the last ones padded."""
     size = parameter.partition_numel()
     start = min(world.rank * size, parameter.ds_numel)
     stop = min(start + size, parameter.ds_numel)
@@ -226,8 +225,8 @@ def _shard(name: str, parameter: Any, world: World) -> _Piece | None:
     return _Piece(name=name, parameter=parameter, start=start, stop=stop)
 
 
-def _fragment(name: str, parameter: Any) -> _Piece | None:
-    """ZeRO 1 and 2: the rank's part of all weights laid end to end."""
+def _zero12_piece(name: str, parameter: Any) -> _Piece | None:
+    """ZeRO 1 and 2: the rank's fragment of the parameter in the flat buffer of all weights."""
     if parameter._hp_mapping is None:
         return None
     address = parameter._hp_mapping.lp_fragment_address
@@ -235,10 +234,10 @@ def _fragment(name: str, parameter: Any) -> _Piece | None:
     return _Piece(name=name, parameter=parameter, start=address.start, stop=stop)
 
 
-def _dealt_out(
+def _assigned_parameters(
     trained: Iterable[tuple[str, nn.Parameter]], world: World
 ) -> list[tuple[str, nn.Parameter]]:
-    """Whole parameters, the largest first, each to the rank that has the least."""
+    """Without ZeRO: whole parameters, largest first, each to the rank with the smallest load."""
     loads = [0] * world.size
     mine = []
     for name, parameter in sorted(trained, key=lambda item: (-item[1].numel(), item[0])):

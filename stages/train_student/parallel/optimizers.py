@@ -1,4 +1,4 @@
-"""The optimiser and the learning rate of each step; the engine uses them."""
+"""AdamW optimizers and the learning-rate schedule."""
 
 import importlib.util
 import math
@@ -14,10 +14,10 @@ INSTALL_8BIT = "pip install 'sam2videox[adamw8bit]'"
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
-    """Refuse an optimiser whose package is missing; imports nothing.
+    """Reject an optimizer whose package is missing, without importing it.
 
     Raises:
-        ValueError: with the command that installs it.
+        ValueError: names the command that installs the package.
     """
     if config.name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
@@ -29,20 +29,21 @@ def check_optimizer(config: OptimizerConfig) -> None:
 def build_optimizer(
     parameters: Sequence[nn.Parameter], config: OptimizerConfig, *, in_host_memory: bool
 ) -> torch.optim.Optimizer:
-    """AdamW over `parameters`, with moments in float32 or in 8 bits.
+    """Build AdamW over `parameters`, with moments in float32 or in 8 bits.
 
-    torch's own, since DeepSpeed's would be compiled on first use. The 8-bit one is bitsandbytes':
-    blocks of 256 values share a scale (Dettmers et al., "8-bit Optimizers via Block-wise
-    Quantization"), tensors under 4096 values keep float32 moments. torchao's falls back to float32
-    wherever a tensor is no multiple of its block, which ZeRO's flat shards rarely are.
+    float32: torch's AdamW, since DeepSpeed's would be compiled on first use. 8 bits: that of
+    bitsandbytes, in which blocks of 256 values share a scale (Dettmers et al., "8-bit Optimizers
+    via Block-wise Quantization") and tensors under 4096 values keep float32 moments. torchao's
+    falls back to float32 for tensors that are not a multiple of its block size, which ZeRO's flat
+    shards rarely are.
 
     Args:
-        in_host_memory: the optimiser's tensors are on the CPU while the model's are not; the whole
-            update is then made in one pass over memory.
+        in_host_memory: the optimizer's tensors are offloaded to the CPU; the fused update is then
+            used, which makes one pass over memory.
     """
     if config.name == "adamw8bit":
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it tells of each GPU library that is not here
+            warnings.simplefilter("ignore")  # it warns about every missing GPU library
             from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(
@@ -61,22 +62,22 @@ def build_optimizer(
 
 
 def learning_rate_factor(step: int, config: OptimizerConfig, steps: int) -> float:
-    """Share of the peak rate at `step` (from 0) of `steps`: linear warm-up, then the schedule."""
+    """Fraction of the peak rate at `step` (from 0) of `steps`: linear warm-up, then schedule."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return 1.0
-    share = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
-    return 0.5 * (1.0 + math.cos(math.pi * min(share, 1.0)))
+    progress = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
+    return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def describe_new_length(config: TrainConfig, done: int, planned: int) -> str:
-    """What another number of steps than the run was planned with means for its schedules.
+    """Log message: effect of a changed `train.steps` on the run's schedules.
 
     Args:
-        config: with the new number.
-        done: steps made.
-        planned: the number until now.
+        config: settings with the new number of steps.
+        done: completed steps.
+        planned: previous number of steps.
     """
     optimizer, steps = config.optimizer, config.steps
     before, now = (
@@ -90,10 +91,10 @@ def describe_new_length(config: TrainConfig, done: int, planned: int) -> str:
             f"the learning rate falls to zero over {steps} steps as if planned so from the start, "
             f"{now:.3g} at step {done + 1} instead of {before:.3g}"
         )
-    falling = [
+    decaying = [
         name
         for name in config.objectives
         if getattr(config, name.replace("-", "_")).schedule != "constant"
     ]
-    weights = f"; so does the weight of {' and '.join(falling)}" if falling else ""
+    weights = f"; so does the weight of {' and '.join(decaying)}" if decaying else ""
     return f"train.steps is {steps}, was {planned}: {rate}{weights}"

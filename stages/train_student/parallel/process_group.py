@@ -1,8 +1,8 @@
-"""The processes of a run: who this one is, and how all of them agree; the training loop uses it.
+"""Ranks and process group of a run, and collectives over Python objects.
 
-`torchrun` and `deepspeed` tell each process its place through the environment, and the command line
-does the same where `srun` alone started it. Without them there is one process, and its group meets
-through a file, so no port is opened.
+`torchrun` and `deepspeed` pass the rank to each process through the environment; with plain `srun`
+the command line sets the same variables. Without a launcher there is one process, whose group
+initialises through a file, so no port is opened.
 """
 
 import os
@@ -31,15 +31,15 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this is rank 0, which writes the run's files."""
         return self.rank == 0
 
 
 def world_from_environment() -> World:
-    """Read the launcher's variables; one process without them.
+    """Read the launcher's variables; a single process without them.
 
     Raises:
-        ValueError: the variables contradict each other.
+        ValueError: the variables are inconsistent.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -58,7 +58,7 @@ def world_from_environment() -> World:
 
 @contextmanager
 def process_group(world: World) -> Iterator[None]:
-    """Join the group for the length of the block: NCCL on GPUs, Gloo on CPUs."""
+    """Context manager of the default process group: NCCL on GPUs, Gloo on CPUs."""
     backend = "gloo"
     if world.device.type == "cuda":
         backend = "nccl"
@@ -73,41 +73,40 @@ def process_group(world: World) -> Iterator[None]:
         try:
             yield
         finally:
-            if dist.is_initialized():  # not if an engine has ended the group already
+            if dist.is_initialized():  # an engine may have destroyed it already
                 dist.destroy_process_group()
 
 
 def on_first_rank(world: World, action: Callable[[], T], *, patience: timedelta | None = None) -> T:
-    """Run `action` on rank 0 and hand its result to every rank; its error is raised on every rank.
+    """Run `action` on rank 0 and broadcast its result; its error is raised on every rank.
 
     Args:
-        patience: how long the other ranks wait; without it, as long as the group's collectives do,
-            which is ten minutes on GPUs.
+        patience: timeout of the other ranks; None uses the default group's, ten minutes on GPUs.
 
     Raises:
-        Exception: what `action` raised; on other ranks a RuntimeError with its message.
+        Exception: the error that `action` raised; on other ranks a RuntimeError with its message.
     """
     if world.size == 1:
         return action()
-    told: list[Any] = [None, None]
+    result_and_error: list[Any] = [None, None]
     error: Exception | None = None
-    with _waiting_group(patience) as group:
+    with _group_with_timeout(patience) as group:
         if world.is_first:
             try:
-                told[0] = action()
+                result_and_error[0] = action()
             except Exception as caught:
-                error, told[1] = caught, str(caught)
-        dist.broadcast_object_list(told, src=0, group=group)
+                error, result_and_error[1] = caught, str(caught)
+        dist.broadcast_object_list(result_and_error, src=0, group=group)
     if error is not None:
         raise error
-    if told[1] is not None:
-        raise RuntimeError(f"rank 0 failed: {told[1]}")
-    return told[0]
+    if result_and_error[1] is not None:
+        raise RuntimeError(f"rank 0 failed: {result_and_error[1]}")
+    return result_and_error[0]
 
 
 @contextmanager
-def _waiting_group(patience: timedelta | None) -> Iterator[Any]:
-    """A group whose collectives wait that long; None, the usual one, without."""
+def _group_with_timeout(patience: timedelta | None) -> Iterator[Any]:
+    """A group with this timeout; None, for the default group, without one."""
     if patience is None:
         yield None
         return
@@ -119,15 +118,15 @@ def _waiting_group(patience: timedelta | None) -> Iterator[Any]:
 
 
 def gather(world: World, value: T, *, patience: timedelta | None = None) -> list[T]:
-    """The value of every rank, in order of rank, on every rank.
+    """Gather the values of all ranks, in rank order, on every rank.
 
     Args:
-        patience: how long a rank waits for the others, as for `on_first_rank`.
+        patience: timeout, as for `on_first_rank`.
     """
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size
-    with _waiting_group(patience) as group:
+    with _group_with_timeout(patience) as group:
         dist.all_gather_object(values, value, group=group)
     return values
 

@@ -350,7 +350,7 @@ def test_clips_named_in_a_manifest_are_not_trained_on(tiny, train, monkeypatch, 
         steps=2,
     )
     assert seen == {"clip/0", "clip/2", "clip/3"}
-    assert progress.lines[0] == f"training on 3 clips; left out besides, named in {manifest}: 2"
+    assert progress.lines[0] == f"training on 3 clips; left out by {manifest}: 2"
     assert (summary.clips, summary.left_out_by_name) == (3, 2)
     about = json.loads((run_dir / "run.json").read_text())
     assert about["left_out"]["manifest"] == str(manifest)

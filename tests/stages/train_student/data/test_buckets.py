@@ -187,7 +187,7 @@ def test_a_size_without_clips_is_an_error(tiny, tmp_path):
     ("other", "told"),
     [
         ({"width": 12}, "channels 12"),
-        ({"maps": 3}, "a map for each frame False"),
+        ({"maps": 3}, "one map per frame False"),
         ({"change": {"fusion": "average"}}, "fusion 'average'"),
     ],
 )
@@ -208,7 +208,7 @@ def test_models_with_learned_positions_know_one_size(tiny, sized_cache, tmp_path
     joined = join_buckets(sized_cache, config.sizes, {}, kinds=())
     check_stores(joined.stores[0], facts, config.sizes[0], radius=1)
     for size, stores in list(zip(config.sizes, joined.stores, strict=True))[1:]:
-        with pytest.raises(ValueError, match="at one size alone, 9x32x48"):
+        with pytest.raises(ValueError, match="runs only at 9x32x48"):
             check_stores(stores, facts, size, radius=1)
 
 

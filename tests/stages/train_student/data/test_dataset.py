@@ -7,7 +7,7 @@ import torch
 from cache_schema import CorruptClip, StoreReader, StoreWriter
 from stages.cogvideox.configs import read_base_facts
 from stages.train_student.config import KIND_OF_FORM
-from stages.train_student.data.dataset import CachedSamples, draw, join_batches
+from stages.train_student.data.dataset import CachedSamples, join_batches, sample_posterior
 from stages.train_student.data.loader import BatchLoader
 from stages.train_student.data.order import clip_of_sample
 from stages.train_student.data.stores import join_stores
@@ -92,7 +92,7 @@ def test_valid_maps_are_those_the_store_says(tiny, tmp_path, facts):
 def test_draws_follow_the_posterior():
     mean, std = torch.tensor([1.0, -2.0]).half(), torch.tensor([0.5, 0.0]).half()
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.stack([draw(mean, std, generator) for _ in range(4000)])
+    drawn = torch.stack([sample_posterior(mean, std, generator) for _ in range(4000)])
     assert drawn.dtype == torch.float32
     torch.testing.assert_close(drawn.mean(0), mean.float(), atol=0.03, rtol=0)
     torch.testing.assert_close(drawn.std(0), std.float(), atol=0.03, rtol=0)

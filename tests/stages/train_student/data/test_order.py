@@ -141,7 +141,7 @@ def test_seeds_of_samples_differ():
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_with_one_that_can():
-    with pytest.raises(ValueError, match="number of processes, 4, got 30; 28 would do"):
+    with pytest.raises(ValueError, match="number of processes, 4, got 30; 28 works"):
         largest_micro_batch(30, 2, 4)
 
 

@@ -247,7 +247,7 @@ def test_learned_positions_hold_for_one_size(tiny, tmp_path):
         transformer=tiny.tiny_transformer(sample_height=8, use_learned_positional_embeddings=True),
     )
     stores = join_stores(tiny.write_cache(tmp_path / "cache"), {}, kinds=())
-    with pytest.raises(ValueError, match="at one size alone, 9x64x48"):
+    with pytest.raises(ValueError, match="runs only at 9x64x48"):
         check_stores(stores, read_base_facts(base), tiny.CLIPS, radius=1)
 
 
@@ -351,13 +351,13 @@ def test_clips_named_in_a_manifest_are_left_out(tiny, cache, tmp_path):
     assert stores.keys == ("clip/0", "clip/2", "clip/4")
     assert stores.left_out.named == 2
     assert stores.left_out.not_in_every_store == {"text": 0, "latents": 0, "teacher": 0}
-    assert stores.left_out.told() == [f"left out besides, named in {manifest}: 2"]
+    assert stores.left_out.told() == [f"left out by {manifest}: 2"]
 
 
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("{", "line 2 is no JSON"),
+        ("{", "line 2 is not JSON"),
         ('"clip/1"', "line 2 names no clip"),
         ('{"file": "clip/1"}', "line 2 names no clip"),
         ('{"key": 7}', "line 2 names no clip"),

@@ -240,7 +240,7 @@ def test_a_resumed_run_exports_the_same_average_to_the_last_bit(train, tmp_path)
 def test_averaging_weights_that_lie_on_a_disk_is_refused(tmp_path):
     nvme = {"zero_stage": 3, "offload_optimizer": "nvme", "nvme_path": tmp_path}
     check_average(TrainConfig(deepspeed=nvme))
-    with pytest.raises(ValueError, match=r"train\.ema\.decay needs .* cpu or none would do"):
+    with pytest.raises(ValueError, match=r"train\.ema\.decay needs .* set it to cpu or none"):
         check_average(TrainConfig(deepspeed=nvme, ema={"decay": 0.9}))
 
 

@@ -39,7 +39,7 @@ NVME = {"zero_stage": 3, "offload_optimizer": "nvme"}
         ({"zero_stage": 2, "offload_parameters": "cpu"}, "offload_parameters needs zero_stage 3"),
         (NVME | {"zero_stage": 2}, "nvme needs zero_stage 3.* got 2; set it to cpu"),
         (NVME, "nvme_path must name a folder.* got null"),
-        (NVME | {"nvme_path": "/not/there"}, "/not/there is no folder"),
+        (NVME | {"nvme_path": "/not/there"}, "/not/there is not a folder"),
     ],
 )
 def test_combinations_no_engine_can_do_are_refused(deepspeed, told):
@@ -60,7 +60,7 @@ def test_a_disk_is_refused_where_its_operator_cannot_be_built(monkeypatch, tmp_p
 def test_8_bit_moments_are_refused_without_their_package_and_on_a_disk(monkeypatch, tmp_path):
     optimizer = OptimizerConfig(name="adamw8bit")
     on_disk = DeepSpeedConfig(**NVME, nvme_path=tmp_path)
-    with pytest.raises(ValueError, match="cannot wait on a disk"):
+    with pytest.raises(ValueError, match="cannot be offloaded to nvme"):
         check_engine_settings(TrainConfig(optimizer=optimizer, deepspeed=on_disk))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'sam2videox\[adamw8bit\]'"):
