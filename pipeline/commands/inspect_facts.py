@@ -33,12 +33,12 @@ def store_facts(reader: StoreReader) -> list[tuple[str, str]]:
 
 def clip_facts(entry: ClipEntry) -> list[tuple[str, str]]:
     """Rows about a clip: how it was prompted and tracked, its caption, its source's size."""
-    from stages.inspect_cache.clip_facts import facts_of
+    from stages.inspect_cache.clip_facts import describe_track
 
     known: dict[str, Any] = dict(entry.attributes)
     rows = [("clip", entry.key)]
     if "prompt" in known:
-        rows.append(("  track", ", ".join(facts_of(known, known["num_frames"]))))
+        rows.append(("  track", ", ".join(describe_track(known, known["num_frames"]))))
     if "caption" in known:
         rows.append(("  caption", str(known["caption"])))
     if known.get("tokens_cut"):

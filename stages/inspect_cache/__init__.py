@@ -1,1 +1,1 @@
-"""Pictures of a store: frames, feature colours, implied flow."""
+"""Images and videos of stored clips: frames, features as colours, implied flow, masks."""

@@ -1,4 +1,4 @@
-"""What a store knows of its clips, in words and in columns; used by `overlay` and `inspect`."""
+"""Facts recorded about clips, as columns of a table and as short phrases."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -7,31 +7,31 @@ from typing import Any
 from cache_schema import StoreReader
 
 COLUMNS = ("clip", "quality", "valid", "lost", "lost_at", "prompt", "confidence", "shard")
-"""Of `ClipLine`, as they are named in lists and in `--sort`."""
+"""Columns of `ClipLine`, as named in lists and in `--sort`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipLine:
-    """One clip of a list; None where the store's kind does not know it."""
+    """One row of the clip table; None for facts that the store's kind does not record."""
 
     clip: str
     quality: float | None
-    """How well the forward and the backward track agree, 0 to 1; also None for one direction."""
+    """Agreement of the forward and backward tracks, 0 to 1; None for a single direction."""
     valid: int | None
-    """Frames that training uses."""
+    """Number of frames that training uses."""
     lost: int | None
-    """Frames that it leaves out."""
+    """Number of frames that training masks out."""
     lost_at: int | None
-    """The first frame where the subject was lost for good."""
+    """The first frame from which the subject stays lost."""
     prompt: str | None
-    """Source and form, such as `dataset mask`."""
+    """Source and kind, such as `dataset mask`."""
     confidence: float | None
-    """Of a prompt that was found."""
+    """Confidence of an automatically found prompt."""
     shard: str
 
 
 def clip_lines(reader: StoreReader) -> Iterator[ClipLine]:
-    """Every clip of a store, in the order of its shards.
+    """Yield a row for every clip of a store, in shard order.
 
     Raises:
         CacheError: A record is damaged.
@@ -59,8 +59,8 @@ def _number(value: Any) -> float | None:
     return value if isinstance(value, int | float) else None
 
 
-def facts_of(attributes: Mapping[str, Any], num_frames: int) -> tuple[str, ...]:
-    """What a store of tracks knows of a clip, in a few words each: the prompt, then the track."""
+def describe_track(attributes: Mapping[str, Any], num_frames: int) -> tuple[str, ...]:
+    """Short phrases about a tracked clip: first its prompt, then its track."""
     prompt = attributes["prompt"]
     kinds = "+".join(prompt["kinds"])
     facts = [f"prompt: {prompt['source']} {kinds} on frame {prompt['frame']}"]

@@ -1,4 +1,4 @@
-"""The files that a drawing becomes, and their names; used by `draw_store` and `overlay`."""
+"""Output files of a drawn clip, and their names."""
 
 import hashlib
 import re
@@ -11,17 +11,17 @@ from PIL import Image
 
 from stages.clips import write_video
 
-# Legend: T frame of the video, H W its pixels.
+# Legend: T frame of the video, H W pixels of the video.
 
-USUAL_FPS = 8.0
-"""CogVideoX 1.0's rate, for clips whose own rate is kept."""
+DEFAULT_FPS = 8.0
+"""CogVideoX 1.0's frame rate, used if the clips keep their own rate."""
 
-_LONGEST_NAME = 80
+_MAX_STEM_CHARS = 80
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drawing:
-    """Where a clip's picture and video lie, and what they had to leave out."""
+    """Paths of a clip's image and video, and notes on what they lack."""
 
     key: str
     picture: Path
@@ -30,17 +30,17 @@ class Drawing:
 
 
 class FileStems:
-    """File names of clips that lead out of no folder, each clip's its own."""
+    """Unique file names for clips, without path separators."""
 
     def __init__(self, keys: Iterable[str]) -> None:
-        """Take the keys of all clips of a store."""
+        """Find the keys of a store whose readable names collide."""
         seen: set[str] = set()
         self._shared: set[str] = set()
         for readable in map(_readable, keys):
             (self._shared if readable in seen else seen).add(readable)
 
     def of(self, key: str) -> str:
-        """The clip's name; with a digest of the key where another one reads alike."""
+        """The clip's file name, with a hash of the key if another clip has the same one."""
         readable = _readable(key)
         if readable in self._shared:
             return f"{readable}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
@@ -48,22 +48,22 @@ class FileStems:
 
 
 def _readable(key: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", key).strip("-.")[:_LONGEST_NAME] or "clip"
+    return re.sub(r"[^\w.-]+", "-", key).strip("-.")[:_MAX_STEM_CHARS] or "clip"
 
 
 def write_drawing(
     drawing: Drawing, picture: Image.Image, video_THW3: np.ndarray, fps: float
 ) -> None:
-    """Write both files; each appears whole or not at all.
+    """Write both files, each atomically.
 
     Args:
-        drawing: where they go; the folder is made when missing.
+        drawing: the paths; the folder is created if missing.
         picture: written as PNG.
-        video_THW3: uint8, sides even.
+        video_THW3: uint8, even height and width.
         fps: frames per second of the video.
     """
     drawing.picture.parent.mkdir(parents=True, exist_ok=True)
-    half_written = drawing.picture.with_suffix(".png.part")
-    picture.save(half_written, format="PNG")
-    half_written.replace(drawing.picture)
+    partial = drawing.picture.with_suffix(".png.part")
+    picture.save(partial, format="PNG")
+    partial.replace(drawing.picture)
     write_video(drawing.video, video_THW3, fps)

@@ -1,4 +1,4 @@
-"""Many feature channels to three colours, the same ones through a whole clip; used by `view`."""
+"""Features as RGB colours by PCA, consistent over a whole clip."""
 
 import numpy as np
 
@@ -9,21 +9,21 @@ def pca_colours(features_THWC: np.ndarray, valid_T: np.ndarray | None = None) ->
     """Colour tokens by their first three principal components: uint8 [T, H, W, 3].
 
     The components are fitted to all valid tokens of the clip, so that a part keeps its colour while
-    it moves. Their signs are fixed (the largest weight is positive), so that a picture is
-    repeatable. Each component's 1st to 99th percentile fills the range of its colour.
+    it moves. Their signs are fixed (the largest weight is positive), so that the result is
+    reproducible. Each component's 1st to 99th percentile spans the range of its colour.
 
     Args:
-        features_THWC: any real dtype; fewer than three channels leave colours at mid-grey.
-        valid_T: bool, the moments that decide about the colours; None, or none of them, is all.
+        features_THWC: any real dtype; with fewer than three channels, the other colours are 0.5.
+        valid_T: bool, the moments to fit to; None, or all False, uses every moment.
 
     Raises:
-        ValueError: not four axes, or values that are not finite.
+        ValueError: not four axes, or NaN or infinite values.
     """
     if features_THWC.ndim != 4:
         raise ValueError(f"features must be [T, H, W, C], got shape {features_THWC.shape}")
     tokens_NC = features_THWC.reshape(-1, features_THWC.shape[-1]).astype(np.float32)
     if not np.isfinite(tokens_NC).all():
-        raise ValueError("features hold values that are not finite; extract the clip again")
+        raise ValueError("features are NaN or infinite; extract the clip again")
     if valid_T is None or not valid_T.any():
         valid_T = np.ones(len(features_THWC), bool)
     fitted_N = np.repeat(valid_T, len(tokens_NC) // len(valid_T))

@@ -1,7 +1,7 @@
-"""A flow field as colours, arrows and a legend; used by `picture`.
+"""A flow field as colours and arrows, and the colour wheel of the legend.
 
-Hue is the direction, saturation the length: white stands still. Arrows are drawn to the same
-scale through a clip.
+Hue is the direction, saturation the length: white is no motion. All arrows of a clip have the same
+scale.
 """
 
 import math
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 _SUPERSAMPLING = 3
 _INK = (20, 20, 20)
 _STILL = 0.08
-"""Arrows shorter than this share of the largest are a dot."""
+"""Arrows shorter than this fraction of the longest are drawn as a dot."""
 
 
 def flow_colours(flow_HW2: np.ndarray, largest: float) -> np.ndarray:
@@ -22,19 +22,19 @@ def flow_colours(flow_HW2: np.ndarray, largest: float) -> np.ndarray:
 
     Args:
         flow_HW2: (dx, dy) in any unit.
-        largest: the length, in the same unit, that gets full colour.
+        largest: the length, in the same unit, drawn at full saturation.
     """
     dx, dy = flow_HW2[..., 0], flow_HW2[..., 1]
     hue = np.mod(np.arctan2(dy, dx) / (2 * np.pi), 1.0)
     saturation = np.clip(np.hypot(dx, dy) / largest, 0.0, 1.0)
-    # HSV with value 1, for all six sectors at once.
+    # HSV to RGB with value 1, all six sectors at once.
     sector = np.mod(np.array([5.0, 3.0, 1.0]) + hue[..., None] * 6.0, 6.0)
     ramp = np.clip(np.minimum(sector, 4.0 - sector), 0.0, 1.0)
     return ((1.0 - saturation[..., None] * ramp) * 255).round().astype(np.uint8)
 
 
 def flow_panel(flow_HW2: np.ndarray, size: tuple[int, int], largest: float) -> Image.Image:
-    """Draw a flow field as an image of `size` (width, height): colours below, arrows above."""
+    """Draw a flow field as an image of `size` (width, height): arrows over colours."""
     height, width = flow_HW2.shape[:2]
     large = (size[0] * _SUPERSAMPLING, size[1] * _SUPERSAMPLING)
     image = Image.fromarray(flow_colours(flow_HW2, largest)).resize(large, Image.Resampling.NEAREST)
@@ -78,7 +78,7 @@ def _arrow(
 
 
 def wheel(diameter: int, background: tuple[int, int, int]) -> Image.Image:
-    """Draw the legend: the colour of every direction and length."""
+    """Draw the colour wheel: the colour of every direction and length."""
     large = diameter * _SUPERSAMPLING
     image = Image.new("RGB", (large, large), background)
     axis = (np.arange(large) + 0.5) / large * 2 - 1

@@ -1,4 +1,4 @@
-"""Type and colours that all pictures share; used by `picture` and `overlay_picture`."""
+"""Font, text fitting and colours shared by all images."""
 
 from collections.abc import Sequence
 
@@ -10,16 +10,16 @@ PAPER: Colour = (250, 250, 248)
 INK: Colour = (30, 30, 30)
 FAINT: Colour = (110, 110, 110)
 WARNING: Colour = (200, 30, 30)
-"""Of what is not valid."""
+"""Marks frames that are not valid."""
 
 
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The typeface of all lettering, `size` pixels high."""
+    """The font of all text, `size` pixels high."""
     return ImageFont.load_default(size)
 
 
-def fitted(text: str, width: int, size: int) -> str:
-    """`text`, cut where it is wider than `width` pixels."""
+def truncated(text: str, width: int, size: int) -> str:
+    """`text`, truncated with an ellipsis if wider than `width` pixels."""
     face = font(size)
     if face.getlength(text) <= width:
         return text
@@ -28,8 +28,8 @@ def fitted(text: str, width: int, size: int) -> str:
     return text + "…"
 
 
-def packed(clauses: Sequence[str], width: int, size: int) -> list[str]:
-    """Lines of comma-parted clauses, each at most `width` pixels wide; a longer clause is cut."""
+def wrapped(clauses: Sequence[str], width: int, size: int) -> list[str]:
+    """Join clauses with commas into lines of at most `width` pixels, truncating longer clauses."""
     face = font(size)
     lines: list[str] = []
     for clause in clauses:
@@ -38,4 +38,4 @@ def packed(clauses: Sequence[str], width: int, size: int) -> list[str]:
             lines[-1] = joined
         else:
             lines.append(clause)
-    return [fitted(line, width, size) for line in lines]
+    return [truncated(line, width, size) for line in lines]

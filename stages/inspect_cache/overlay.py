@@ -1,4 +1,4 @@
-"""Draws a masks store over its clips' frames, as a video and a contact sheet; used by `inspect`."""
+"""Draw the masks of a store over the clips' frames, as a contact sheet and a video."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,15 +8,15 @@ import numpy as np
 
 from cache_schema import ClipEntry, StoreReader
 from stages.clips import Clip, ClipDataset, ClipsConfig, SubjectPrompt
-from stages.inspect_cache.clip_facts import facts_of
-from stages.inspect_cache.drawing import USUAL_FPS, Drawing, FileStems, write_drawing
+from stages.inspect_cache.clip_facts import describe_track
+from stages.inspect_cache.drawing import DEFAULT_FPS, Drawing, FileStems, write_drawing
 from stages.inspect_cache.overlay_picture import (
     OverlayView,
     compose_overlay_video,
     compose_sheet,
     sheet_moments,
 )
-from stages.inspect_cache.source_clips import find_clip
+from stages.inspect_cache.source_clips import load_source_clip
 from stages.progress import Progress
 
 _SHEET_FRAMES = 8
@@ -32,23 +32,23 @@ def draw_overlay(
     dataset: ClipDataset | None,
     progress: Progress,
 ) -> Iterator[Drawing]:
-    """Draw clips' tracked masks over their frames.
+    """Draw tracked masks over the frames of their clips.
 
-    Each direction's mask is tinted and outlined in its colour; where both outlines are one, the
-    colours take turns along it. Frames that are not valid are dimmed and framed; prompts stand on
-    the frame they were given on.
+    Each direction's mask is tinted and outlined in its colour; where the outlines coincide, the
+    colours alternate. Frames that are not valid are dimmed and framed; prompts are drawn on their
+    frame.
 
     Args:
         reader: A masks store.
-        keys: Which clips.
-        out_dir: Where `<clip>.overlay.png` and `<clip>.overlay.mp4` are written; made when missing.
-        clips: The clips' length, size and rate, as at extraction.
-        dataset: Where the frames come from; None draws the masks on grey.
-        progress: Told of the clips.
+        keys: Keys of the clips.
+        out_dir: Folder for `<clip>.overlay.png` and `<clip>.overlay.mp4`; created if missing.
+        clips: Length, size and frame rate of the clips, as at extraction.
+        dataset: Source of the frames; None draws the masks on grey.
+        progress: Advanced once per clip.
 
     Raises:
-        CacheError: No such clip, or one that does not pass its checks.
-        ValueError: A store of another kind, or of other clips than `clips` says.
+        CacheError: No such clip, or one that fails its checks.
+        ValueError: A store of another kind, or whose clips do not match `clips`.
     """
     kind = reader.settings.kind
     if kind != "masks":
@@ -59,7 +59,7 @@ def draw_overlay(
         for entry in map(reader.record, keys):
             masks = reader.read(entry.key, arrays)
             _check_size(reader, masks["forward"].shape, clips)
-            clip = find_clip(dataset, clips, shard=entry.shard, key=entry.key)
+            clip = load_source_clip(dataset, clips, shard=entry.shard, key=entry.key)
             view = _view(entry, masks, None if isinstance(clip, str) else clip, clips, reader.name)
             stem = stems.of(entry.key)
             drawing = Drawing(
@@ -69,7 +69,7 @@ def draw_overlay(
                 notes=(f"no frames: {clip}",) if isinstance(clip, str) else (),
             )
             sheet = compose_sheet(view, _moments(view))
-            write_drawing(drawing, sheet, compose_overlay_video(view), clips.fps or USUAL_FPS)
+            write_drawing(drawing, sheet, compose_overlay_video(view), clips.fps or DEFAULT_FPS)
             task.advance()
             yield drawing
 
@@ -78,9 +78,9 @@ def _check_size(reader: StoreReader, shape: tuple[int, ...], clips: ClipsConfig)
     num_frames, height, width = shape
     if num_frames != clips.num_frames or height * clips.width != width * clips.height:
         raise ValueError(
-            f"{reader.path} holds {num_frames} masks of {height}x{width} a clip, but the "
-            f"configuration makes {clips.num_frames} frames of {clips.height}x{clips.width}; draw "
-            "it with the configuration it was made with"
+            f"{reader.path} holds {num_frames} masks of {height}x{width} per clip, but the "
+            f"configuration sets {clips.num_frames} frames of {clips.height}x{clips.width}; use "
+            "the configuration that the store was made with"
         )
 
 
@@ -94,7 +94,7 @@ def _view(
     shape = (clips.num_frames, clips.height, clips.width, 3)
     return OverlayView(
         title=f"{entry.key} in {store}",
-        facts=facts_of(entry.attributes, clips.num_frames),
+        facts=describe_track(entry.attributes, clips.num_frames),
         frames_THW3=np.full(shape, _GREY, np.uint8) if clip is None else clip.frames_THWC,
         forward_Thw=arrays["forward"],
         backward_Thw=arrays.get("backward"),
@@ -104,7 +104,7 @@ def _view(
 
 
 def _moments(view: OverlayView) -> list[int]:
-    """The sheet's frames: among them where prompts are, and where the track is first not valid."""
+    """Frames of the contact sheet, including prompted ones and the first that is not valid."""
     invalid = np.flatnonzero(~view.valid_T)[:1].tolist()
     return sheet_moments(len(view.valid_T), _SHEET_FRAMES, [*sorted(view.prompts), *invalid])
 
@@ -112,7 +112,7 @@ def _moments(view: OverlayView) -> list[int]:
 def prompts_of(
     attributes: Mapping[str, Any], clip: Clip | None
 ) -> dict[int, Sequence[SubjectPrompt]]:
-    """Prompts by frame: the boxes that were found, or the dataset's own, which need the clip."""
+    """Prompts by frame: boxes found at extraction, or the dataset's prompts, read from the clip."""
     prompt = attributes["prompt"]
     found: dict[int, Sequence[SubjectPrompt]] = {}
     if boxes := prompt.get("boxes"):

@@ -1,4 +1,4 @@
-"""Lays an `OverlayView` out as a contact sheet, and as the frames of a video; used by `overlay`."""
+"""Layout of mask overlays: a contact sheet, and the frames of a video."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,53 +13,54 @@ from stages.inspect_cache.lettering import (
     PAPER,
     WARNING,
     Colour,
-    fitted,
     font,
-    packed,
+    truncated,
+    wrapped,
 )
 from stages.inspect_cache.mask_painting import (
-    checks,
-    mask_at_size,
+    checkerboard,
+    draw_outline,
+    draw_prompt,
     outline,
-    outlined,
-    prompt_painted,
-    tinted,
+    resized_mask,
+    tint,
 )
 
 # Legend: T frame, H W pixels of the training frame, h w of a stored mask.
 
-# Colours that are rare in filmed scenes, and that colour-blind people can tell apart.
+# Colours that are rare in natural scenes and distinguishable for colour-blind people.
 FORWARD: Colour = (255, 40, 200)
 BACKWARD: Colour = (0, 225, 255)
 PROMPT: Colour = (255, 240, 60)
 _BOTH: Colour = (128, 132, 228)
-"""Halfway between the two tracks' colours."""
-_TINT = 0.35
-_DIMMED = 0.55
+"""The mean of the two tracks' colours."""
+_TINT_OPACITY = 0.35
+_DIM_OPACITY = 0.55
 _GAP = 8
 _COLUMNS = 4
 _PANEL_LONG_SIDE = 320
 _VIDEO_LONG_SIDE = 480
-"""Smaller clips are shown enlarged by a whole factor, so that lines and letters stay fine."""
+"""Smaller clips are enlarged by an integer factor, so that lines and text stay thin."""
 _TITLE, _TEXT, _LABEL = 16, 13, 14
+"""Font sizes in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class OverlayView:
-    """A clip's frames and tracks, ready to be drawn; every array has the same T."""
+    """Frames and tracks of a clip to draw; all arrays have the same T."""
 
     title: str
     facts: tuple[str, ...]
-    """What stands under the title."""
+    """Printed under the title."""
     frames_THW3: np.ndarray
     """uint8, the training frames."""
     forward_Thw: np.ndarray
-    """uint8, 255 times the probability that the forward track gives."""
+    """uint8, 255 times the probability of the forward track."""
     backward_Thw: np.ndarray | None
     valid_T: np.ndarray
     """bool."""
     prompts: Mapping[int, Sequence[SubjectPrompt]]
-    """In training-frame pixels, by the frame they are given on."""
+    """In training-frame pixels, by frame."""
 
     @property
     def frame_size(self) -> tuple[int, int]:
@@ -67,11 +68,11 @@ class OverlayView:
         return self.frames_THW3.shape[2], self.frames_THW3.shape[1]
 
 
-def sheet_moments(num_frames: int, wanted: int, never_missing: Sequence[int]) -> list[int]:
-    """At most `wanted` frames, evenly spread, moved so that those of `never_missing` are there."""
+def sheet_moments(num_frames: int, wanted: int, required: Sequence[int]) -> list[int]:
+    """At most `wanted` frames, evenly spaced, adjusted to include the `required` ones."""
     moments = {round(moment) for moment in np.linspace(0, num_frames - 1, wanted)}
     pinned: set[int] = set()
-    for frame in never_missing[:wanted]:
+    for frame in required[:wanted]:
         if frame not in moments and moments - pinned:
             moments.remove(min(moments - pinned, key=lambda moment: abs(moment - frame)))
         moments.add(frame)
@@ -80,7 +81,7 @@ def sheet_moments(num_frames: int, wanted: int, never_missing: Sequence[int]) ->
 
 
 def compose_sheet(view: OverlayView, moments: Sequence[int]) -> Image.Image:
-    """The title, `moments` in rows of four, and what the colours mean."""
+    """Draw the title, the frames of `moments` in rows of four, and the legend."""
     panels = [
         _panel(view, moment, _scaled(view.frame_size, _PANEL_LONG_SIDE)) for moment in moments
     ]
@@ -88,7 +89,7 @@ def compose_sheet(view: OverlayView, moments: Sequence[int]) -> Image.Image:
 
 
 def compose_overlay_video(view: OverlayView) -> np.ndarray:
-    """Every frame under the title: uint8 [T, height, width, 3], sides even."""
+    """Draw every frame under the title: uint8 [T, height, width, 3], even height and width."""
     size = view.frame_size
     enlarged = max(1, _VIDEO_LONG_SIDE // max(size))
     shown = size[0] * enlarged, size[1] * enlarged
@@ -102,24 +103,24 @@ def _scaled(size: tuple[int, int], long_side: int) -> tuple[int, int]:
 
 
 def _panel(view: OverlayView, moment: int, size: tuple[int, int]) -> Image.Image:
-    """One frame with its masks, its prompt, its number, and a warning if it is not valid."""
+    """Draw one frame with masks, prompts, frame number, and a warning if it is not valid."""
     frame = Image.fromarray(view.frames_THW3[moment]).resize(size, Image.Resampling.BICUBIC)
     image_HW3 = np.asarray(frame)
     valid = bool(view.valid_T[moment])
     if not valid:
-        image_HW3 = tinted(image_HW3, np.ones(image_HW3.shape[:2], bool), INK, _DIMMED)
+        image_HW3 = tint(image_HW3, np.ones(image_HW3.shape[:2], bool), INK, _DIM_OPACITY)
     thickness = max(2, round(max(size) / 240))
-    forward_HW = mask_at_size(view.forward_Thw[moment], size)
+    forward_HW = resized_mask(view.forward_Thw[moment], size)
     if view.backward_Thw is None:
-        image_HW3 = tinted(image_HW3, forward_HW, FORWARD, _TINT)
-        image_HW3 = outlined(image_HW3, forward_HW, FORWARD, thickness)
+        image_HW3 = tint(image_HW3, forward_HW, FORWARD, _TINT_OPACITY)
+        image_HW3 = draw_outline(image_HW3, forward_HW, FORWARD, thickness)
     else:
-        backward_HW = mask_at_size(view.backward_Thw[moment], size)
+        backward_HW = resized_mask(view.backward_Thw[moment], size)
         image_HW3 = _both_tracks(image_HW3, forward_HW, backward_HW, thickness)
     prompts = view.prompts.get(moment, ())
     scale = size[0] / view.frame_size[0], size[1] / view.frame_size[1]
     for prompt in prompts:
-        image_HW3 = prompt_painted(image_HW3, prompt, PROMPT, scale=scale, thickness=thickness)
+        image_HW3 = draw_prompt(image_HW3, prompt, PROMPT, scale=scale, thickness=thickness)
     image = Image.fromarray(image_HW3)
     _label(image, moment, valid=valid, prompted=bool(prompts), thickness=2 * thickness)
     return image
@@ -128,17 +129,17 @@ def _panel(view: OverlayView, moment: int, size: tuple[int, int]) -> Image.Image
 def _both_tracks(
     image_HW3: np.ndarray, forward_HW: np.ndarray, backward_HW: np.ndarray, thickness: int
 ) -> np.ndarray:
-    """Both masks, neither of which hides the other: where their outlines meet, they take turns."""
+    """Draw both masks so that neither hides the other; coinciding outlines alternate colours."""
     for region_HW, colour in (
         (forward_HW & ~backward_HW, FORWARD),
         (backward_HW & ~forward_HW, BACKWARD),
         (forward_HW & backward_HW, _BOTH),
     ):
-        image_HW3 = tinted(image_HW3, region_HW, colour, _TINT)
-    image_HW3 = outlined(image_HW3, forward_HW, FORWARD, thickness)
-    image_HW3 = outlined(image_HW3, backward_HW, BACKWARD, thickness)
+        image_HW3 = tint(image_HW3, region_HW, colour, _TINT_OPACITY)
+    image_HW3 = draw_outline(image_HW3, forward_HW, FORWARD, thickness)
+    image_HW3 = draw_outline(image_HW3, backward_HW, BACKWARD, thickness)
     shared_HW = outline(forward_HW, thickness) & outline(backward_HW, thickness)
-    return tinted(image_HW3, shared_HW & checks(shared_HW.shape, 3 * thickness), FORWARD, 1.0)
+    return tint(image_HW3, shared_HW & checkerboard(shared_HW.shape, 3 * thickness), FORWARD, 1.0)
 
 
 def _label(image: Image.Image, moment: int, *, valid: bool, prompted: bool, thickness: int) -> None:
@@ -146,30 +147,30 @@ def _label(image: Image.Image, moment: int, *, valid: bool, prompted: bool, thic
     if not valid:
         pen.rectangle((0, 0, image.width - 1, image.height - 1), outline=WARNING, width=thickness)
     text = f"frame {moment}" + (", prompt" if prompted else "") + ("" if valid else ", not valid")
-    text = fitted(text, image.width - 12, _LABEL)
+    text = truncated(text, image.width - 12, _LABEL)
     box = pen.textbbox((6, 4), text, font=font(_LABEL))
     pen.rectangle((box[0] - 4, box[1] - 3, box[2] + 4, box[3] + 3), fill=INK if valid else WARNING)
     pen.text((6, 4), text, fill=PAPER, font=font(_LABEL))
 
 
 def _framed(view: OverlayView, panels: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Panels in rows below the title and above the legend; the size is even, as H.264 needs."""
+    """Arrange panels in rows between title and legend; the size is even, as H.264 requires."""
     panel_width, panel_height = panels[0].size
     rows = -(-len(panels) // columns)
     width = columns * (panel_width + _GAP) + _GAP
     inner = width - 2 * _GAP
-    facts = packed(view.facts, inner, _TEXT)
+    facts = wrapped(view.facts, inner, _TEXT)
     legend = _legend(view, inner)
     top = 34 + 18 * len(facts) + _GAP
     below = top + rows * (panel_height + _GAP)
     height = below + legend.height + _GAP
     image = Image.new("RGB", (width + width % 2, height + height % 2), PAPER)
     pen = ImageDraw.Draw(image)
-    pen.text((_GAP, 9), fitted(view.title, inner, _TITLE), fill=INK, font=font(_TITLE))
+    pen.text((_GAP, 9), truncated(view.title, inner, _TITLE), fill=INK, font=font(_TITLE))
     for line, text in enumerate(facts):
         pen.text((_GAP, 34 + 18 * line), text, fill=FAINT, font=font(_TEXT))
-    for place, panel in enumerate(panels):
-        row, column = divmod(place, columns)
+    for index, panel in enumerate(panels):
+        row, column = divmod(index, columns)
         corner = _GAP + column * (panel_width + _GAP), top + row * (panel_height + _GAP)
         image.paste(panel, corner)
     image.paste(legend, (_GAP, below))
@@ -177,16 +178,16 @@ def _framed(view: OverlayView, panels: Sequence[Image.Image], columns: int) -> I
 
 
 def _legend(view: OverlayView, width: int) -> Image.Image:
-    """What the colours mean, in as many lines as they need."""
+    """Draw the legend of the colours, in as many lines as needed."""
     entries = [("forward track", FORWARD)]
     if view.backward_Thw is not None:
-        entries += [("backward track", BACKWARD), ("both: outlines take turns", _BOTH)]
+        entries += [("backward track", BACKWARD), ("both: outlines alternate", _BOTH)]
     entries += [("prompt", PROMPT)] if view.prompts else []
-    entries += [] if view.valid_T.all() else [("not valid: left out of training", WARNING)]
+    entries += [] if view.valid_T.all() else [("not valid: masked out in training", WARNING)]
     places: list[tuple[int, int, str, Colour]] = []
     x = line = 0
     for text, colour in entries:
-        text = fitted(text, width - 18, _TEXT)
+        text = truncated(text, width - 18, _TEXT)
         needed = 18 + round(font(_TEXT).getlength(text))
         if x and x + needed > width:
             x, line = 0, line + 1

@@ -1,4 +1,4 @@
-"""Lays a `ClipView` out as one picture, and as the frames of a video; used by `draw_store`."""
+"""Layout of a `ClipView`: one image, and the frames of a video."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from stages.inspect_cache.flow_colours import flow_panel, wheel
-from stages.inspect_cache.lettering import FAINT, INK, PAPER, WARNING, fitted, font
+from stages.inspect_cache.lettering import FAINT, INK, PAPER, WARNING, font, truncated
 from stages.inspect_cache.view import ClipView
 
 _LONG_SIDE = 288
@@ -18,15 +18,16 @@ _CAPTIONS_HEIGHT = 24
 
 
 def chosen_moments(view: ClipView, rows: int) -> list[int]:
-    """Return at most `rows` moments, evenly spread; only those with a flow, if there is one."""
+    """Return at most `rows` evenly spaced moments; with a flow, only those that have one."""
     count = len(view.labels) if view.flow_PHW2 is None else len(view.flow_PHW2)
     return sorted({round(moment) for moment in np.linspace(0, count - 1, rows)})
 
 
 def compose(view: ClipView, moments: Sequence[int]) -> Image.Image:
-    """Draw one row per moment; columns frame, feature colours, implied flow, then the legend.
+    """Draw one row per moment with the columns frame, principal components and implied flow, and
+    the legend.
 
-    Columns whose data the view lacks are left out. The size is even both ways, as H.264 needs.
+    Columns without data are omitted. Height and width are even, as H.264 requires.
     """
     panel_width, panel_height = _panel_size(view.grid)
     captions = _captions(view)
@@ -38,7 +39,7 @@ def compose(view: ClipView, moments: Sequence[int]) -> Image.Image:
         height = max(height, rows_top + _LEGEND_WIDTH + 60)
     image = Image.new("RGB", (width + width % 2, height + height % 2), PAPER)
     pen = ImageDraw.Draw(image)
-    pen.text((_GAP, 9), fitted(view.title, width - 2 * _GAP, 16), fill=INK, font=font(16))
+    pen.text((_GAP, 9), truncated(view.title, width - 2 * _GAP, 16), fill=INK, font=font(16))
     for column, caption in enumerate(captions):
         x = _LABELS_WIDTH + column * (panel_width + _GAP)
         pen.text((x, _TITLE_HEIGHT + 4), caption, fill=FAINT, font=font(13))
@@ -59,7 +60,7 @@ def compose(view: ClipView, moments: Sequence[int]) -> Image.Image:
 
 
 def compose_video(view: ClipView) -> np.ndarray:
-    """Draw every moment as one picture: uint8 [T, height, width, 3]."""
+    """Draw each moment as one video frame: uint8 [T, height, width, 3]."""
     moments = chosen_moments(view, len(view.labels))
     return np.stack([np.asarray(compose(view, [moment])) for moment in moments])
 

@@ -1,4 +1,4 @@
-"""A stored clip's frames and prompts, from the dataset; used by `draw_store` and `overlay`."""
+"""Loading the source clip of a stored clip from the dataset."""
 
 from stages.clips import (
     Clip,
@@ -11,16 +11,16 @@ from stages.clips import (
 )
 
 
-def find_clip(
+def load_source_clip(
     dataset: ClipDataset | None, clips: ClipsConfig, *, shard: str, key: str
 ) -> Clip | str:
-    """Decode the clip that a store holds, or say in words why it cannot be had.
+    """Decode the source of a stored clip, or return why that is not possible.
 
     Args:
-        dataset: Where to look; None if there is none.
-        clips: The length, size and rate it is brought to.
-        shard: The store's shard that the clip is in, perhaps one of a retry.
-        key: The clip.
+        dataset: The dataset; None if there is none.
+        clips: Length, size and frame rate to decode to.
+        shard: Name of the clip's shard in the store, possibly a retry shard.
+        key: The clip's key.
     """
     if dataset is None:
         return f"no dataset at {clips.path}"
@@ -31,5 +31,5 @@ def find_clip(
                 try:
                     return load_clip(record, clips)
                 except ClipSkipped as problem:
-                    return f"the dataset's clip cannot be read any more ({problem})"
+                    return f"the dataset's clip can no longer be read ({problem})"
     return f"the dataset at {clips.path} has no clip {key!r} in shard {name or shard}"

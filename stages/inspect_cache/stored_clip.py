@@ -1,4 +1,4 @@
-"""What a store holds of one clip, as features or flow to be looked at; used by `draw_store`."""
+"""Reading a stored clip as features or implied flow, for drawing."""
 
 # Legend: T moment in the store (frame or latent frame), P pair of moments, H W grid, C G channel,
 # K neighbour.
@@ -19,14 +19,14 @@ from stages.teacher_store.settings import native_parts
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StoredClip:
-    """One of features and flow, or both; T = P + 1."""
+    """Features, flow, or both; T = P + 1."""
 
     features_THWC: np.ndarray | None
     flow_PHW2: np.ndarray | None
     valid_T: np.ndarray | None
-    """bool; None where all moments count."""
+    """bool; None if all moments are valid."""
     notes: tuple[str, ...]
-    """What was done to it, for people."""
+    """Notes for the user on how the data was converted."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -42,13 +42,13 @@ def read_clip(
     """Read a clip of a teacher, gram_flow or latents store.
 
     Args:
-        clips: the training size, to which features on SAM2's own grid are brought.
-        radius: half the window of the flow; a gram_flow store with a smaller one shows that.
-        temperature: of the flow's softmax.
+        clips: the training size, to which features on SAM2's own grid are resampled.
+        radius: half the window of the flow; limited to the window of a gram_flow store.
+        temperature: softmax temperature of the flow.
 
     Raises:
-        CacheError: No such clip, or one that does not pass its checks.
-        ValueError: A store that does not say which moments are valid.
+        CacheError: No such clip, or one that fails its checks.
+        ValueError: A store without a `valid` array.
     """
     if reader.settings.kind == "latents":
         mean_THWC = reader.read(key, ["mean"])["mean"].transpose(0, 2, 3, 1)
@@ -60,27 +60,25 @@ def read_clip(
         stored_PHWK = decode_gram_flow(tensors)
         stored = radius_of_window(stored_PHWK.shape[-1])
         shown_PHWK = narrow_window(stored_PHWK, stored, min(radius, stored))
-        about = [f"the flow of radius {stored}, all that is stored"] if radius > stored else []
+        notes = [f"flow of radius {stored}, the largest stored"] if radius > stored else []
         if reader.settings.values.get("pairs") == "crossed":
-            about.append(
-                "the flow of the backward track; that of the forward one runs back in time"
-            )
+            notes.append("flow of the backward track; the forward track's flow runs back in time")
         return StoredClip(
             features_THWC=None,
             flow_PHW2=flow_of_similarities(shown_PHWK, temperature),
             valid_T=valid_T,
-            notes=tuple(about),
+            notes=tuple(notes),
         )
-    features_THWC, notes = _on_the_grid(decode_features(tensors), reader, clips)
+    features_THWC, regrid_notes = _on_training_grid(decode_features(tensors), reader, clips)
     return StoredClip(
         features_THWC=features_THWC,
         flow_PHW2=flow_of_features(features_THWC, radius, temperature),
         valid_T=valid_T,
-        notes=notes,
+        notes=regrid_notes,
     )
 
 
-def _on_the_grid(
+def _on_training_grid(
     fused_THWG: torch.Tensor, reader: StoreReader, clips: ClipsConfig
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     parts = native_parts(reader.settings)
@@ -88,5 +86,5 @@ def _on_the_grid(
         return fused_THWG.numpy(), ()
     height, width = fused_THWG.shape[1:3]
     to_height, to_width = clips.token_grid
-    note = f"{height}x{width} tokens are shown as training reads them, at {to_height}x{to_width}"
+    note = f"{height}x{width} tokens resampled to {to_height}x{to_width}, as in training"
     return regrid_fused(fused_THWG, to_height, to_width, parts).numpy(), (note,)

@@ -1,4 +1,4 @@
-"""What there is to see of one clip in a store, as arrays; `picture` lays it out."""
+"""Arrays of a stored clip to draw: features as colours, implied flow, frames."""
 
 from dataclasses import dataclass
 
@@ -18,30 +18,30 @@ from stages.local_gram_flow import (
 # K neighbour.
 
 _SMALLEST_FULL_COLOUR = 0.2
-"""Tokens per step. A clip that hardly moves is shown hardly coloured, not as magnified noise."""
+"""Tokens per moment. Keeps the colours of a nearly static clip pale instead of magnifying noise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ClipView:
-    """One clip, ready to be laid out; every array has the same T."""
+    """One clip to draw; all arrays have the same T."""
 
     title: str
     labels: tuple[str, ...]
-    """A name for each moment: frame 4."""
+    """A name for each moment, such as `frame 4`."""
     colours_THWC: np.ndarray | None
-    """uint8 [T, H, W, 3]: principal components as colours; None where the store has no features."""
+    """uint8 [T, H, W, 3]: principal components as RGB; None if the store has no features."""
     flow_PHW2: np.ndarray | None
-    """(dx, dy) in tokens from each moment to the next; None where the store implies none."""
+    """(dx, dy) in tokens from each moment to the next; None if the store implies none."""
     grid: tuple[int, int]
     """H and W."""
     frames_THWC: np.ndarray | None
-    """uint8 [T, height, width, 3] of the dataset's clip; None where it was not found."""
+    """uint8 [T, height, width, 3] of the dataset's clip; None if it was not found."""
     valid_T: np.ndarray
-    """bool: whether the moment counts in training."""
+    """bool: whether training uses the moment."""
 
     @property
     def largest_flow(self) -> float:
-        """The length in tokens that gets full colour: the 99th percentile of valid pairs."""
+        """The length in tokens drawn at full saturation: the 99th percentile of valid pairs."""
         if self.flow_PHW2 is None:
             return _SMALLEST_FULL_COLOUR
         lengths = np.hypot(self.flow_PHW2[..., 0], self.flow_PHW2[..., 1])
@@ -57,7 +57,7 @@ def flow_of_features(features_THWC: np.ndarray, radius: int, temperature: float)
     Args:
         features_THWC: any real dtype, T >= 2.
         radius: Half the window, in tokens.
-        temperature: Of the softmax over neighbours.
+        temperature: Temperature of the softmax over neighbours.
     """
     features_BTHWC = torch.from_numpy(features_THWC.astype(np.float32))[None]
     return flow_of_similarities(local_gram_flow(features_BTHWC, radius)[0], temperature)
@@ -66,8 +66,8 @@ def flow_of_features(features_THWC: np.ndarray, radius: int, temperature: float)
 def flow_of_similarities(similarities_PHWK: torch.Tensor, temperature: float) -> np.ndarray:
     """Return the flow that similarities to the next moment imply: float32 [P, H, W, 2].
 
-    Near the grid's edge only neighbours whose mirror image is inside too count. Windows that are
-    cut on one side would make every edge seem to flow inwards, more than anything really moves.
+    Near the grid's edge, only neighbours whose mirror image is also inside the grid are used. A
+    window clipped on one side would imply an inward flow larger than the real motion.
     """
     _, height, width, neighbours = similarities_PHWK.shape
     inside_HWK = neighbour_mask(height, width, radius_of_window(neighbours))
@@ -86,15 +86,15 @@ def view_clip(
     frames_THWC: np.ndarray | None,
     valid_T: np.ndarray | None,
 ) -> ClipView:
-    """Make a view of what is stored of a clip, at frame rate or at latent rate.
+    """Make the view of a stored clip, at frame rate or at latent rate.
 
     Args:
-        features_THWC: the clip's tokens, shown as colours; None where only their flow is stored.
-        flow_PHW2: the flow to the next moment; None leaves it out.
-        title: Shown above the picture.
-        num_frames: Frames of the clip; with T it tells the rate.
+        features_THWC: the clip's features, shown as colours; None if only their flow is stored.
+        flow_PHW2: the flow to the next moment; None omits it.
+        title: Shown above the image.
+        num_frames: Frames of the clip; T equals it at frame rate.
         frames_THWC: uint8, the clip's `num_frames` frames, or None.
-        valid_T: bool, the moments that count; None where all do.
+        valid_T: bool, the valid moments; None if all are.
 
     Raises:
         ValueError: T fits neither `num_frames` nor its latent frames.
@@ -117,10 +117,10 @@ def view_clip(
 
 
 def frames_of_moments(num_moments: int, num_frames: int) -> list[int]:
-    """Return the frame that stands for each moment of a store: itself, or a group's last.
+    """Return the frame shown for each moment: the frame itself, or the last of a latent's group.
 
     Raises:
-        ValueError: the store has neither the clip's frames nor its latent frames.
+        ValueError: `num_moments` is neither the number of frames nor of latent frames.
     """
     if num_moments == num_frames:
         return list(range(num_frames))
@@ -128,7 +128,7 @@ def frames_of_moments(num_moments: int, num_frames: int) -> list[int]:
     if num_moments == len(last_frames):
         return list(last_frames.values())
     raise ValueError(
-        f"the store has {num_moments} moments a clip, but data.num_frames={num_frames} makes "
-        f"{num_frames} frames or {len(last_frames)} latent frames; inspect it with the "
-        "configuration it was made with"
+        f"the store has {num_moments} moments per clip, but data.num_frames={num_frames} gives "
+        f"{num_frames} frames or {len(last_frames)} latent frames; use the configuration that the "
+        "store was made with"
     )

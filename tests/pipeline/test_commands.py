@@ -379,7 +379,7 @@ class TestInspect:
         told = "float16 [p 8, h 2, w 3, k 9], blosc-zstd-shuffle"
         assert dict(answer.rows)["array gram_flow"] == told
         assert answer.data["arrays"]["gram_flow"]["compression"] == "blosc-zstd-shuffle"
-        assert "the flow of radius 1, all that is stored" in answer.notes
+        assert "flow of radius 1, the largest stored" in answer.notes
         assert Path(answer.data["picture"]).is_file()
 
     @pytest.mark.parametrize(

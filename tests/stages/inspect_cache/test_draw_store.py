@@ -108,7 +108,7 @@ def test_an_unknown_clip_is_named(moving_features, write_store, clips, tmp_path)
 
 def test_a_store_without_a_picture_says_so(write_store, clips, tmp_path):
     store = write_store("text", "embeds", np.zeros((4, 8), np.float16), axes="ld")
-    with pytest.raises(ValueError, match="is a text store, which has no picture of its own"):
+    with pytest.raises(ValueError, match="is a text store, which cannot be drawn by itself"):
         draw(store, clips, tmp_path)
 
 
@@ -134,7 +134,7 @@ def test_features_on_sam2s_own_grid_are_shown_on_the_students(
     settings = {"grid": [8, 8], "grid_source": "native", "parts": 2}
     store = write_store("teacher", "features", native, settings=settings)
     drawing = draw(store, clips, tmp_path / "native", dataset=dataset(clips))
-    assert drawing.notes == ("8x8 tokens are shown as training reads them, at 6x8",)
+    assert drawing.notes == ("8x8 tokens resampled to 6x8, as in training",)
     resampled = regrid_fused(torch.from_numpy(native), *clips.token_grid, 2).numpy()
     other = write_store("teacher", "features", resampled, shard="00001")
     same = draw(other, clips, tmp_path / "student", dataset=dataset(clips, name="00001"))
@@ -214,7 +214,7 @@ def test_a_smaller_window_than_is_stored_is_shown_on_request(
     narrow = draw(flow, clips, tmp_path / "narrow", radius=1)
     wide = draw(flow, clips, tmp_path / "wide", radius=7)
     stored = draw(flow, clips, tmp_path / "stored")
-    assert "the flow of radius 2, all that is stored" in wide.notes
+    assert "flow of radius 2, the largest stored" in wide.notes
     assert len(wide.notes) == len(narrow.notes) + 1
     assert (pixels(wide) == pixels(stored)).all()
     assert (pixels(narrow) != pixels(stored)).any()

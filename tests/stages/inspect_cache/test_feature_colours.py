@@ -53,7 +53,7 @@ def test_a_constant_clip_is_grey():
 def test_values_that_are_not_finite_are_refused():
     broken = features()
     broken[0, 0, 0, 0] = np.nan
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="NaN or infinite"):
         pca_colours(broken)
 
 

@@ -5,7 +5,7 @@ from PIL import Image
 from cache_schema import ClipMissing, StoreReader
 from stages.clips import Clip, ClipsConfig, SubjectPrompt, read_video
 from stages.clips.geometry import cover_and_crop
-from stages.inspect_cache.clip_facts import facts_of
+from stages.inspect_cache.clip_facts import describe_track
 from stages.inspect_cache.overlay import draw_overlay, prompts_of
 from stages.inspect_cache.overlay_picture import BACKWARD, FORWARD, PROMPT, sheet_moments
 from stages.progress import SilentProgress
@@ -155,14 +155,14 @@ def test_other_stores_and_other_sizes_are_refused(store, write_store, clips, tmp
 
 
 def test_facts_tell_source_confidence_and_consistency():
-    assert facts_of(attributes(), 9) == (
+    assert describe_track(attributes(), 9) == (
         "prompt: dataset box on frame 0",
         "cycle consistency 0.91",
         "9 of 9 frames valid",
     )
     found = {"source": "grounding", "kinds": ["box", "box"], "frame": 4, "confidence": 0.4321}
     given = attributes(prompt=found | {"phrase": "a dog."}, lost_at=7, valid_frames=3)
-    assert facts_of(given, 9) == (
+    assert describe_track(given, 9) == (
         "prompt: grounding box+box on frame 4",
         "looked for 'a dog.'",
         "confidence 0.43",
@@ -171,8 +171,8 @@ def test_facts_tell_source_confidence_and_consistency():
         "lost at frame 7",
     )
     chosen = {"source": "automatic", "kinds": ["mask"], "moves": True, "tokens_per_frame": 0.456}
-    assert "moves 0.46 tokens a frame" in facts_of(attributes(prompt=chosen), 9)
-    assert "stands still" in facts_of(attributes(prompt=chosen | {"moves": False}), 9)
+    assert "moves 0.46 tokens a frame" in describe_track(attributes(prompt=chosen), 9)
+    assert "stands still" in describe_track(attributes(prompt=chosen | {"moves": False}), 9)
 
 
 def clip(**prompts):

@@ -33,7 +33,7 @@ def test_moments_at_latent_rate_are_each_groups_last_frame():
 
 
 def test_a_store_of_other_clips_is_refused():
-    with pytest.raises(ValueError, match=r"8 moments .*num_frames=9 makes 9 frames or 3 latent"):
+    with pytest.raises(ValueError, match=r"8 moments .*num_frames=9 gives 9 frames or 3 latent"):
         frames_of_moments(8, 9)
 
 
