@@ -1,6 +1,6 @@
-# Every target makes the environment by itself when it is missing or older than the lock file.
-# CONFIG is a preset or a YAML file; without it, extract-features, train and sample work on the demo.
-#   make demo                                   the whole road on the built-in demo
+# Every target first creates the environment if it is missing or older than the lock file.
+# CONFIG is a preset or a YAML file; without it, extract-features, train and sample use the demo.
+#   make demo                                   all steps on the built-in demo
 #   make extract-features CONFIG=my.yaml ARGS="extract.device=cuda:1"
 #   make train CONFIG=cogvideox-5b-lora
 #   make sample PROMPT="a dog runs over a meadow"
@@ -12,14 +12,14 @@ ARGS   ?=
 PROMPT ?=
 OUT    ?=
 NAME   ?=
-# How many the tests are shared by; each takes up to a core and 1.5 GB.
+# Number of test processes; each takes up to one core and 1.5 GB.
 PROCESSES ?= 2
 
 TORCH       := torch==2.13.0
 TORCHVISION := torchvision==0.28.0
 BUILD_TOOLS := $(shell grep -oE '^(setuptools|wheel)==[^ ]+' requirements.lock)
-# A machine with an NVIDIA driver gets torchvision, which sam2 lists but its tracker does not use;
-# without CUDA the plain torchvision wheel does not fit a CPU build of torch. CUDA=1 or 0 overrides.
+# torchvision is installed only with an NVIDIA driver: sam2 lists it but its tracker does not use it,
+# and the default torchvision wheel does not fit a CPU build of torch. CUDA=1 or CUDA=0 overrides.
 CUDA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 1 || echo 0)
 
 BIN       := $(VENV)/bin
@@ -30,14 +30,14 @@ RUN       := $(BIN)/sam2vx-pipeline
 .DEFAULT_GOAL := help
 .PHONY: help install demo extract-features train sample test test-faults lint typecheck check bench lock clean
 
-help:  ## this list
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
 
-install: $(INSTALLED)  ## the environment in .venv, from requirements.lock
+install: $(INSTALLED)  ## create the environment in .venv from requirements.lock
 
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
-	  { echo "$(PYTHON) is not Python 3.11 or 3.12; name one: make install PYTHON=python3.11"; exit 1; }
+	  { echo "$(PYTHON) is not Python 3.11 or 3.12; choose one: make install PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(BUILD_TOOLS) $(TORCH) $(if $(filter 1,$(CUDA)),$(TORCHVISION))
 	DS_BUILD_OPS=0 SAM2_BUILD_CUDA=0 $(PIP) install --quiet --no-deps --no-build-isolation \
@@ -45,41 +45,41 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: install  ## the whole road on the built-in demo: data, features, training, a video, a picture
+demo: install  ## run all steps on the built-in demo: data, features, training, a video, an image
 	$(RUN) demo $(ARGS)
 
-extract-features: install  ## stage one (CONFIG=preset or file, ARGS="dotted.key=value …")
+extract-features: install  ## stage one (CONFIG=preset or file, ARGS="key.key=value …")
 	$(RUN) extract-features --config $(CONFIG) $(ARGS)
 
-# On the demo preset stage one goes first, since it is quick and skips what is there.
-train: install $(if $(filter demo,$(CONFIG)),extract-features)  ## stage two, resumed where it stopped
+# For the demo, run stage one first: it is quick and keeps finished clips.
+train: install $(if $(filter demo,$(CONFIG)),extract-features)  ## stage two; resumes a stopped run
 	$(RUN) train --config $(CONFIG) $(ARGS)
 
-sample: install  ## a video: make sample PROMPT="…" [OUT=video.mp4]
-	@test -n "$(PROMPT)" || { echo 'say what to draw: make sample PROMPT="a quadruped walks to the left"'; exit 2; }
+sample: install  ## sample a video: make sample PROMPT="…" [OUT=video.mp4]
+	@test -n "$(PROMPT)" || { echo 'PROMPT is not set: make sample PROMPT="a quadruped walks to the left"'; exit 2; }
 	$(RUN) sample --config $(CONFIG) --prompt "$(PROMPT)" $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-test: install  ## the default tests: CPU only, offline (PROCESSES=2)
+test: install  ## run the default tests: CPU only, offline (PROCESSES=2)
 	$(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 
-test-faults: install  ## the cache under every fault: kills, full disks, 3,600 changed stores, races
+test-faults: install  ## test the cache under faults: kills, full disks, 3,600 changed stores, races
 	$(BIN)/python -m pytest tests/cache_schema/faults --full-faults -q
 
-lint: install  ## style, formatting, import directions
+lint: install  ## check style, formatting and import directions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-typecheck: install  ## mypy
+typecheck: install  ## run mypy
 	$(BIN)/mypy
 
-check: lint typecheck test  ## all of them
+check: lint typecheck test  ## lint, typecheck and test
 
-bench: install  ## a benchmark: make bench NAME=stage_one
-	@test -n "$(NAME)" || { echo "name a script of tests/benchmarks: make bench NAME=stage_one"; exit 2; }
+bench: install  ## run a benchmark: make bench NAME=stage_one
+	@test -n "$(NAME)" || { echo "NAME is not set; it is a script of tests/benchmarks: make bench NAME=stage_one"; exit 2; }
 	$(BIN)/python tests/benchmarks/$(NAME).py $(ARGS)
 
-lock: install  ## remake requirements.lock from pyproject.toml (needs uv)
+lock: install  ## regenerate requirements.lock from pyproject.toml (needs uv)
 	.ci/lock
 
 clean:  ## remove the environment, the demo and caches; data, checkpoints and runs stay
