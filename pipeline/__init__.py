@@ -1,1 +1,1 @@
-"""The command line: presets, overrides, consoles and run folders around `stages`."""
+"""Command line: commands, configuration and presets, console output."""

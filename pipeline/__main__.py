@@ -1,6 +1,6 @@
-"""The entry point of `sam2vx-pipeline` and of `python -m pipeline`, which launchers start.
+"""Entry point of `sam2vx-pipeline` and `python -m pipeline`.
 
-Signals are taken before anything else is imported.
+Signal handlers are installed before anything else is imported.
 """
 
 import signal
@@ -19,12 +19,12 @@ def main() -> None:
             except KeyboardInterrupt:
                 raise SystemExit(ENDED_BY_SIGNAL) from None
             except SystemExit as ending:
-                # Outside of a command's own work, typer makes 1 of it.
+                # Outside a command's own work, typer turns an interrupt into exit code 1.
                 raise SystemExit(
                     ENDED_BY_SIGNAL if stop.made and ending.code else ending.code
                 ) from None
     finally:
-        # While the interpreter ends, it may wait for threads: another signal ends it all the same.
+        # The interpreter may wait for threads at exit; a further signal must end it.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
 

@@ -1,6 +1,6 @@
-"""The commands `sam2vx-pipeline cache …`: looking after the stores, once they are written.
+"""The commands `sam2vx-pipeline cache …`, which maintain stores.
 
-They take folders as they are given and read no configuration, but for `derive`, which computes.
+They take folders as arguments and read no configuration, except `derive`.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from pipeline.cli_options import (
     Json,
     Overrides,
     Traceback,
-    carry_out,
-    finish,
     load_settings,
+    print_result,
+    run_command,
 )
 
 cache_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 derive_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
-cache_app.add_typer(derive_app, name="derive", help="Make one store from another.")
+cache_app.add_typer(derive_app, name="derive", help="Compute one store from another.")
 
 
 def _local(text: str) -> Path:
-    """A folder on this machine, whether it is there yet or not."""
+    """A local folder, existing or not."""
     if "://" in text:
         raise typer.BadParameter(
-            f"{text} is a URL, and stores are changed in local folders alone; change the store "
-            "that it was copied from, and copy it again: sam2vx-pipeline cache copy"
+            f"{text} is a URL, but stores can only be changed in local folders; change the local "
+            "store it was copied from, then copy it again with sam2vx-pipeline cache copy"
         )
     return Path(text)
 
 
 def _there(text: str) -> Path:
-    """A folder on this machine that is there."""
+    """An existing local folder."""
     folder = _local(text)
     if not folder.is_dir():
         raise typer.BadParameter(f"there is no folder {text}")
@@ -64,13 +64,13 @@ Writable = Annotated[
 
 @cache_app.command("list")
 def list_(cache: Readable, as_json: Json = False, traceback: Traceback = False) -> None:
-    """List the stores: kind, clips, size, schema version, settings, made when and by what.
+    """List stores: kind, clips, size, schema version, settings, date and version of the writer.
 
     sam2vx-pipeline cache list cache
     """
     from pipeline.commands.maintenance import listing as command
 
-    finish(carry_out(lambda p: command.run(cache, p), traceback), as_json)
+    print_result(run_command(lambda p: command.run(cache, p), traceback), as_json)
 
 
 @cache_app.command()
@@ -78,31 +78,32 @@ def verify(
     cache: Readable,
     fast: Annotated[
         bool,
-        typer.Option("--fast", help="Compare listings and sizes only; decode nothing."),
+        typer.Option("--fast", help="Compare file listings and sizes only; read no data."),
     ] = False,
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Compare every committed byte with its checksum; changes nothing, exits with 1 on problems.
+    """Check every committed byte against its checksum; changes nothing, exits with 1 on problems.
 
     sam2vx-pipeline cache verify cache
     """
     from pipeline.commands.maintenance import verify as command
 
-    finish(carry_out(lambda p: command.run(cache, p, fast=fast), traceback), as_json)
+    print_result(run_command(lambda p: command.run(cache, p, fast=fast), traceback), as_json)
 
 
 @cache_app.command()
 def repair(cache: Writable, as_json: Json = False, traceback: Traceback = False) -> None:
-    """Check as verify does, set aside what is damaged, and keep the rest.
+    """Check like verify, quarantine what is damaged, and keep the rest.
 
-    What is taken out lies in the store's quarantine; extract-features --retry-failed makes it anew.
+    Removed files are moved to the store's quarantine folder; extract-features --retry-failed
+    recomputes the clips.
 
     sam2vx-pipeline cache repair cache
     """
     from pipeline.commands.maintenance import repair as command
 
-    finish(carry_out(lambda p: command.run(cache, p), traceback, resumable=True), as_json)
+    print_result(run_command(lambda p: command.run(cache, p), traceback, resumable=True), as_json)
 
 
 @cache_app.command()
@@ -118,22 +119,22 @@ def drop(
             "--from",
             exists=True,
             dir_okay=False,
-            help='A list of them: JSON lines with a "key" each, like failures.jsonl.',
+            help='File of clips to drop: JSON lines with a "key" each, like failures.jsonl.',
         ),
     ] = None,
     because: Annotated[
-        str, typer.Option(help="Why; kept with the clips, and listed in failures.jsonl.")
+        str, typer.Option(help="The reason, recorded with the clips and in failures.jsonl.")
     ] = "by cache drop",
     redo: Annotated[
         bool,
-        typer.Option("--redo", help="Have extract-features --retry-failed make them again."),
+        typer.Option("--redo", help="Let extract-features --retry-failed recompute the clips."),
     ] = False,
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Take clips out, of every store of a folder or of one.
+    """Remove clips from one store, or from every store of a folder.
 
-    A dropped clip counts as skipped: extract-features leaves it out, also with --retry-failed,
+    A dropped clip counts as skipped: extract-features leaves it out, even with --retry-failed,
     unless it was dropped with --redo.
 
     sam2vx-pipeline cache drop cache walk/0017 --because "a cut in the middle"
@@ -141,9 +142,9 @@ def drop(
     from pipeline.commands.maintenance import drop as command
 
     if not keys and listed is None:
-        raise typer.BadParameter("name the clips to drop, or give a list of them: --from list")
-    finish(
-        carry_out(
+        raise typer.BadParameter("name the clips to drop, or list them in a file: --from FILE")
+    print_result(
+        run_command(
             lambda p: command.run(cache, keys or [], p, listed=listed, because=because, redo=redo),
             traceback,
             resumable=True,
@@ -159,7 +160,7 @@ def merge(
         typer.Argument(
             metavar="TARGET",
             parser=_local,
-            help="The folder of stores, or the store, to merge into; made where there is none.",
+            help="The folder of stores, or the store, to merge into; created if missing.",
             show_default=False,
         ),
     ],
@@ -168,7 +169,7 @@ def merge(
         typer.Argument(
             metavar="CACHE_OR_STORE",
             parser=_there,
-            help="Folders of stores, or stores, to take from; they stay as they are.",
+            help="Folders of stores, or stores, to merge from; they are not changed.",
             show_default=False,
         ),
     ],
@@ -176,21 +177,21 @@ def merge(
         str | None,
         typer.Option(
             metavar="TEXT",
-            help="Put before the names of the shards taken, where both sides use the same names "
-            "for different shards.",
+            help="Prefix for the names of the incoming shards, for when both sides use the same "
+            "names for different shards.",
         ),
     ] = None,
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Bring stores of several machines together, by kind and settings; each clip is checked.
+    """Merge stores of several machines by kind and settings; every clip is verified.
 
     sam2vx-pipeline cache merge cache node1/cache node2/cache
     """
     from pipeline.commands.maintenance import merge as command
 
-    finish(
-        carry_out(
+    print_result(
+        run_command(
             lambda p: command.run(target, sources, p, prefix=prefix), traceback, resumable=True
         ),
         as_json,
@@ -204,20 +205,22 @@ def copy(
         str,
         typer.Argument(
             metavar="TARGET",
-            help="The folder or URL to copy into; a store keeps its name there.",
+            help="The folder or URL to copy into; a store keeps its name.",
             show_default=False,
         ),
     ],
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Copy stores to another disk or an object store; again, only what is missing.
+    """Copy stores to another disk or an object store; a rerun copies only what is missing.
 
     sam2vx-pipeline cache copy cache s3://bucket/cache
     """
     from pipeline.commands.maintenance import copying as command
 
-    finish(carry_out(lambda p: command.run(source, target, p), traceback, resumable=True), as_json)
+    print_result(
+        run_command(lambda p: command.run(source, target, p), traceback, resumable=True), as_json
+    )
 
 
 @derive_app.command("gram-flow")
@@ -227,13 +230,15 @@ def derive_gram_flow(
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Make the Gram-flow store, the compact form of the teacher, from its stored features.
+    """Compute the Gram-flow store, the teacher's compact form, from its stored features.
 
-    extract.gram_flow says which window and number format.
+    extract.gram_flow sets the window and the number format.
 
     sam2vx-pipeline cache derive gram-flow --config mine.yaml extract.gram_flow.radius=4
     """
     from pipeline.commands.maintenance import derive as command
 
     settings = load_settings(config, overrides, traceback, needed=())
-    finish(carry_out(lambda p: command.run(settings, p), traceback, resumable=True), as_json)
+    print_result(
+        run_command(lambda p: command.run(settings, p), traceback, resumable=True), as_json
+    )

@@ -1,6 +1,6 @@
-"""The command line `sam2vx-pipeline`: arguments in, a command carried out, an answer printed.
+"""The command line `sam2vx-pipeline`.
 
-Commands and configuration are imported when a command runs, so that `--help` answers at once.
+Commands and configuration are imported when a command runs, so that `--help` stays fast.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pipeline.cli_options import (
     Json,
     Overrides,
     Traceback,
-    carry_out,
-    finish,
+    config_file_of_run,
     load_settings,
-    settings_of_run,
+    print_result,
+    run_command,
 )
-from pipeline.console import Answer, print_file, print_json, write_any_text
-from pipeline.environment import take_place_from_slurm
+from pipeline.console import CommandResult, escape_unencodable_output, print_file, print_json
+from pipeline.environment import set_rank_from_slurm
 from pipeline.inspect_cli import inspect
 
 app = typer.Typer(
@@ -36,21 +36,21 @@ app = typer.Typer(
     "130 stopped with Ctrl-C or SIGTERM.",
 )
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
-app.add_typer(config_app, name="config", help="Look at configurations.")
-app.add_typer(cache_app, name="cache", help="Look after the stores: check, mend, thin out, move.")
+app.add_typer(config_app, name="config", help="Show configurations.")
+app.add_typer(cache_app, name="cache", help="Maintain stores: list, verify, repair, drop, copy, …")
 
 LocalRank = Annotated[
     int | None,
-    # deepspeed's launcher adds it, before or after the command; LOCAL_RANK says the same.
+    # Added by deepspeed's launcher before or after the command; LOCAL_RANK has the same value.
     typer.Option("--local_rank", "--local-rank", hidden=True, expose_value=False),
 ]
 
 
 def main() -> None:
-    """Run the command line; `pipeline.__main__` takes signals for it."""
-    write_any_text()
+    """Run the command line. Signal handlers are installed by `pipeline.__main__`."""
+    escape_unencodable_output()
     try:
-        take_place_from_slurm()
+        set_rank_from_slurm()
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     app(prog_name="sam2vx-pipeline")
@@ -78,12 +78,12 @@ def _top(
     ] = False,
     local_rank: LocalRank = None,
 ) -> None:
-    """Teach CogVideoX how structure moves, from SAM2's memory features.
+    """Fine-tune CogVideoX on the structure of motion in SAM2's memory features.
 
-    The road: extract-features makes a cache from a folder of clips, train teaches the model from
-    the cache alone, sample draws a video with what was learnt. export turns any checkpoint into
-    weights for diffusers. inspect looks into the cache, cache looks after it; demo walks the whole
-    road on data and models that are made here.
+    extract-features computes a cache from a folder of clips, train fine-tunes the model from the
+    cache alone, sample generates videos with the result. export converts any checkpoint to weights
+    for diffusers. inspect shows what the cache holds, cache maintains it; demo runs all steps on a
+    generated dataset with tiny models.
     """
 
 
@@ -95,43 +95,41 @@ def extract_features(
         str | None,
         typer.Option(
             metavar="KIND,KIND",
-            help="Which stores to write: text, latents, teacher, gram_flow, masks; extract.kinds "
-            "says the same.",
+            help="Stores to write: text, latents, teacher, gram_flow, masks. Sets extract.kinds.",
         ),
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option(help="Where the work runs: local or ray; extract.engine says the same."),
+        typer.Option(help="Execution engine: local or ray. Sets extract.engine."),
     ] = None,
     retry_failed: Annotated[
         bool,
-        typer.Option("--retry-failed", help="Also try again what earlier runs had to skip."),
+        typer.Option("--retry-failed", help="Also retry clips that earlier runs skipped."),
     ] = False,
     refresh_changed: Annotated[
         bool,
         typer.Option(
             "--refresh-changed",
-            help="Make clips again whose caption, video or prompt has changed since; the others "
-            "are kept.",
+            help="Recompute clips whose caption, video or prompt has changed; keep the others.",
         ),
     ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run",
-            help="Read the dataset's headers, compare all of its clips with the cache, and print "
-            "what the run would need and skip; write nothing.",
+            help="Read the headers of the videos, compare all clips with the cache, and print what "
+            "the run would need and skip. Writes nothing.",
         ),
     ] = False,
     as_json: Json = False,
     traceback: Traceback = False,
     local_rank: LocalRank = None,
 ) -> None:
-    """Stage one: teacher features, masks, latents and text states of every clip, into the cache.
+    """Stage one: write teacher features, masks, latents and text embeddings to the cache.
 
-    What is in the cache already is kept, and compared with the dataset: a part of it first, the
-    rest when all shards are done. Run it again after an interruption, and it goes on; with clips
-    added to the dataset, and it extracts those.
+    Clips that are in the cache are kept, and compared with the dataset: a part of them before the
+    work, the rest when all shards are done. Run it again to resume after an interruption, or to
+    process clips that were added to the dataset.
     """
     from pipeline.commands import estimate, extract
 
@@ -140,12 +138,12 @@ def extract_features(
     chosen += [] if engine is None else [f"extract.engine={engine}"]
     settings = load_settings(config, chosen, traceback)
     run = estimate.run if dry_run else extract.run
-    answer = carry_out(
+    result = run_command(
         lambda p: run(settings, p, retry_failed=retry_failed, refresh_changed=refresh_changed),
         traceback,
         resumable=not dry_run,
     )
-    finish(answer, as_json)
+    print_result(result, as_json)
 
 
 @app.command()
@@ -156,29 +154,29 @@ def train(
         bool,
         typer.Option(
             "--dry-run",
-            help="Print what the run would take of memory and time, and whether it fits; needs "
-            "neither the cache nor weights.",
+            help="Print the memory and time the run would take, and whether it fits. Needs neither "
+            "the cache nor weights.",
         ),
     ] = False,
     gpu: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="With --dry-run: for this GPU, such as h100 or a100-80gb; by default this "
+            help="With --dry-run: estimate for this GPU, such as h100 or a100-80gb; default: this "
             "machine's.",
         ),
     ] = None,
     gpus: Annotated[
         int | None,
-        typer.Option(min=1, help="With --dry-run: for so many of them; by default this machine's."),
+        typer.Option(min=1, help="With --dry-run: number of GPUs; default: this machine's."),
     ] = None,
     as_json: Json = False,
     traceback: Traceback = False,
     local_rank: LocalRank = None,
 ) -> None:
-    """Stage two: train the model from the cache; again in the same run_dir, go on where it stopped.
+    """Stage two: train the model from the cache; resumes if train.run_dir holds a stopped run.
 
-    With several GPUs: deepspeed --module pipeline train …, or torchrun --nproc-per-node 8
+    On several GPUs: deepspeed --module pipeline train …, or torchrun --nproc-per-node 8
     -m pipeline train …
     """
     from pipeline.commands import train as command
@@ -186,14 +184,16 @@ def train(
 
     settings = load_settings(config, overrides, traceback, needed=("model.path",))
     if dry_run:
-        answer = carry_out(lambda p: train_estimate.run(settings, p, gpu=gpu, gpus=gpus), traceback)
+        result = run_command(
+            lambda p: train_estimate.run(settings, p, gpu=gpu, gpus=gpus), traceback
+        )
     elif gpu is not None or gpus is not None:
         raise typer.BadParameter(
-            "--gpu and --gpus go with --dry-run; deepspeed or torchrun start a run on several"
+            "--gpu and --gpus need --dry-run; to train on several GPUs, use deepspeed or torchrun"
         )
     else:
-        answer = carry_out(lambda p: command.run(settings, p), traceback, resumable=True)
-    finish(answer, as_json)
+        result = run_command(lambda p: command.run(settings, p), traceback, resumable=True)
+    print_result(result, as_json)
 
 
 @app.command()
@@ -204,46 +204,45 @@ def export(
     checkpoint: Annotated[
         int | None,
         typer.Option(
-            metavar="STEP", help="Which complete checkpoint; by default the one of the most steps."
+            metavar="STEP", help="Step of a complete checkpoint; default: the latest one."
         ),
     ] = None,
     weights: Annotated[
         Literal["average", "last"] | None,
-        typer.Option(help="By default the average, where the run keeps one."),
+        typer.Option(help="The EMA or the last weights; default: the EMA if the run keeps one."),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
             file_okay=False,
-            help="The folder to write; by default RUN/export, or RUN/export-STEP for a checkpoint "
-            "that is named.",
+            help="Output folder; default: RUN/export, or RUN/export-STEP with --checkpoint.",
         ),
     ] = None,
     form: Annotated[
         Literal["diffusers", "comfyui", "kohya"],
         typer.Option(
             "--format",
-            help="Key form of adapters: diffusers (also for ComfyUI-CogVideoXWrapper and this "
-            "program), comfyui (ComfyUI's own CogVideoX), or kohya (VideoX-Fun).",
+            help="LoRA key format: diffusers (also for ComfyUI-CogVideoXWrapper and this program), "
+            "comfyui (ComfyUI's own CogVideoX nodes), or kohya (VideoX-Fun).",
         ),
     ] = "diffusers",
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Write a checkpoint's weights as diffusers loads them: adapters, or a whole transformer.
+    """Export a checkpoint's weights for diffusers: a LoRA, or a whole transformer.
 
-    A finished run has its export already; this is for other steps, also of a run that goes on, and
-    for other programs.
+    A finished run already has its export; use this for other steps, for a run that is still
+    training, and for other programs.
     """
     from pipeline.commands import export as command
 
-    answer = carry_out(
+    result = run_command(
         lambda p: command.run(
             p, run_dir=run, checkpoint=checkpoint, weights=weights, out=out, form=form
         ),
         traceback,
     )
-    finish(answer, as_json)
+    print_result(result, as_json)
 
 
 @app.command()
@@ -254,8 +253,8 @@ def sample(
             "--prompt",
             "-p",
             metavar="TEXT",
-            help="What to draw; given several times, a video each. @prompts.txt stands for the "
-            "lines of that file.",
+            help="Text prompt; repeat it for several videos. @prompts.txt reads one prompt per "
+            "line of that file.",
             show_default=False,
         ),
     ],
@@ -268,35 +267,34 @@ def sample(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The .mp4 to write; by default a new name in outputs.")
+        Path | None, typer.Option(help="The .mp4 to write; default: a new name in outputs.")
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Let --out replace a video that is there.")
+        bool, typer.Option("--overwrite", help="Let --out replace an existing video.")
     ] = False,
     run: Annotated[
         Path | None,
         typer.Option(
             exists=True,
             file_okay=False,
-            help="The training run's folder, or one that export wrote; by default the run that "
-            "finished last.",
+            help="The folder of a training run or of an export; default: the newest finished run.",
         ),
     ] = None,
     base: Annotated[
-        bool, typer.Option("--base", help="Draw from the base model, without a run.")
+        bool, typer.Option("--base", help="Use the base model alone, without a run's weights.")
     ] = False,
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Draw a video with the model that was trained.
+    """Generate videos with the trained model.
 
-    Without --config, the settings that the run of --run was trained with.
+    Without --config, the settings of the run named by --run apply.
     """
     from pipeline.commands import sample as command
 
-    config = config or settings_of_run(run)
+    config = config or config_file_of_run(run)
     settings = load_settings(config, overrides, traceback, needed=("model.path",))
-    answer = carry_out(
+    result = run_command(
         lambda p: command.run(
             settings,
             p,
@@ -309,7 +307,7 @@ def sample(
         ),
         traceback,
     )
-    finish(answer, as_json)
+    print_result(result, as_json)
 
 
 @app.command()
@@ -321,25 +319,25 @@ def report(
         typer.Option(
             exists=True,
             file_okay=False,
-            help="The training run's folder; by default train.run_dir.",
+            help="The training run's folder; default: train.run_dir.",
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(dir_okay=False, help="The .html to write; by default report.html in the run."),
+        typer.Option(dir_okay=False, help="The .html to write; default: report.html in the run."),
     ] = None,
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Make one page of a training run: curves, sample videos, settings; it opens without network.
+    """Write a self-contained HTML page about a training run: curves, sample videos, settings.
 
-    A run that is still going on can be looked at, too.
+    Also works while the run is training.
     """
     from pipeline.commands import report as command
 
     settings = load_settings(config, overrides, traceback, needed=())
-    answer = carry_out(lambda p: command.run(settings, p, run_dir=run, out=out), traceback)
-    finish(answer, as_json)
+    result = run_command(lambda p: command.run(settings, p, run_dir=run, out=out), traceback)
+    print_result(result, as_json)
 
 
 app.command()(inspect)
@@ -352,17 +350,17 @@ def demo(
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """The whole road on drawn figures and tiny models: extract, train, sample, inspect."""
+    """Run all steps on a generated dataset with tiny models: extract, train, sample, inspect."""
     from pipeline.commands import demo as command
 
     settings = load_settings(config, overrides, traceback)
-    answers: dict[str, Answer] = {}
-    with failures.failures(traceback=traceback):
+    results: dict[str, CommandResult] = {}
+    with failures.exit_on_error(traceback=traceback):
         for name, step in command.steps(settings):
-            answers[name] = carry_out(step, traceback, resumable=True)
-            if not as_json or answers[name].exit_code:
-                finish(answers[name], as_json)
-    finish(command.summary(answers), as_json)
+            results[name] = run_command(step, traceback, resumable=True)
+            if not as_json or results[name].exit_code:
+                print_result(results[name], as_json)
+    print_result(command.summary(results), as_json)
 
 
 @config_app.command("show")
@@ -372,7 +370,7 @@ def config_show(
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Print the configuration with every default filled in, as YAML that can be edited and used."""
+    """Print the configuration with all defaults filled in, as YAML to edit and reuse."""
     from pipeline.config.text import commented_yaml
 
     settings = load_settings(config, overrides, traceback)

@@ -1,4 +1,4 @@
-"""What `pipeline.cli` and `pipeline.cache_cli` share: options, and how a command is run."""
+"""Options shared by several commands, and helpers to run a command and print its result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline import console, failures
-from pipeline.console import Answer
+from pipeline.console import CommandResult
 from stages.progress import Progress
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ _CONFIG = typer.Option(
     metavar="NAME_OR_PATH",
     help="A preset (demo, cogvideox-2b-lora, cogvideox-5b-lora, cogvideox-5b-i2v-lora, these "
     "three also with -gram-flow; cogvideox-2b-full, cogvideox1.5-5b-lora, "
-    "cogvideox1.5-5b-i2v-lora) or a YAML file; without it, the settings given here. Relative paths "
-    "of settings start from the current folder, that of `extends:` from the file it stands in.",
+    "cogvideox1.5-5b-i2v-lora) or a YAML file; without it, only the settings given here apply. "
+    "Relative paths are resolved from the current folder, that of `extends:` from its own file.",
     show_default=False,
 )
 Config = Annotated[str | None, _CONFIG]
@@ -30,14 +30,14 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="Settings to change, such as train.steps=20; config show lists them all.",
+        help="Settings to override, such as train.steps=20; config show --config demo lists all.",
         show_default=False,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")]
 Traceback = Annotated[
     bool,
-    typer.Option("--traceback", envvar="SAM2VX_TRACEBACK", help="Show where an error comes from."),
+    typer.Option("--traceback", envvar="SAM2VX_TRACEBACK", help="Show the traceback of an error."),
 ]
 
 
@@ -48,42 +48,48 @@ def load_settings(
     *,
     needed: Sequence[str] | None = None,
 ) -> RunConfig:
-    """Read the configuration a command was given; what is wrong with it is bad usage.
+    """Load the configuration of a command; errors exit with the code for bad usage.
 
     Args:
-        config: a preset or file; None where only `overrides` are given.
-        overrides: as they were given.
-        traceback: let errors through.
-        needed: those settings without a default that the command reads; None is all of them.
+        config: preset name or path; None uses `overrides` only.
+        overrides: `key.key=value` arguments.
+        traceback: let errors propagate with their traceback.
+        needed: the settings without a default that the command reads; None requires all of them.
     """
     from pipeline.config.load import NEEDED, load_config
 
-    with failures.failures(traceback=traceback):
+    with failures.exit_on_error(traceback=traceback):
         return load_config(config, overrides or [], needed=NEEDED if needed is None else needed)
 
 
-def settings_of_run(run: Path | None) -> str | None:
-    """The configuration that a training run keeps in its folder; None if it has none."""
+def config_file_of_run(run: Path | None) -> str | None:
+    """Path of the configuration saved in a training run's folder; None if there is none."""
     from stages.train_student.logging.rows import CONFIG_FILE
 
     file = None if run is None else run / CONFIG_FILE
     return str(file) if file is not None and file.is_file() else None
 
 
-def carry_out(
-    work: Callable[[Progress], Answer], traceback: bool, *, resumable: bool = False
-) -> Answer:
-    """Do a command's work with bars on stderr and nothing on stdout."""
+def run_command(
+    work: Callable[[Progress], CommandResult], traceback: bool, *, resumable: bool = False
+) -> CommandResult:
+    """Run a command's work with progress bars on stderr and nothing on stdout.
+
+    Args:
+        work: called with the progress to report to.
+        traceback: let errors propagate with their traceback.
+        resumable: whether running the same command again resumes interrupted work.
+    """
     with (
-        failures.failures(traceback=traceback, resumable=resumable),
-        console.stdout_for_the_answer(),
+        failures.exit_on_error(traceback=traceback, resumable=resumable),
+        console.stdout_to_stderr(),
         console.console_progress() as progress,
     ):
         return work(progress)
 
 
-def finish(answer: Answer, as_json: bool) -> None:
-    """Print the answer, and exit with its code where that is not 0."""
-    console.present(answer, as_json=as_json)
-    if answer.exit_code:
-        raise typer.Exit(answer.exit_code)
+def print_result(result: CommandResult, as_json: bool) -> None:
+    """Print the result, and exit with its exit code if that is not 0."""
+    console.write_result(result, as_json=as_json)
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)

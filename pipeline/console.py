@@ -1,8 +1,7 @@
-"""What people see: bars and lines on stderr, one table or one JSON object on stdout.
+"""Console output: progress bars and lines on stderr, one table or JSON object on stdout.
 
-Implements `stages.progress.Progress` with rich; every command reports through it. Text that comes
-from the user's files is never read as rich's markup, and nothing in it is obeyed by the terminal
-(`plain`).
+Implements `stages.progress.Progress` with rich. Text from the user's files is never parsed as rich
+markup, and its control characters are escaped (`plain`).
 """
 
 import contextlib
@@ -32,57 +31,57 @@ from stages.progress import Progress, SilentProgress, Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """What a command found out, for people (rows, last lines) and for scripts (data)."""
+class CommandResult:
+    """Result of a command: rows and notes for people, data for scripts."""
 
     title: str
     rows: list[tuple[str, str]]
     data: dict[str, Any]
-    """JSON values; what `--json` prints."""
+    """JSON values printed by `--json`."""
     notes: list[str] = field(default_factory=list)
-    """Lines under the table, such as the paths of what was made."""
+    """Lines under the table, such as the paths of written files."""
     exit_code: int = 0
     text: str | None = None
-    """Printed as it is in place of title, rows and notes: CSV."""
+    """Printed verbatim instead of title, rows and notes: CSV."""
 
 
 def plain(text: str) -> Text:
-    """Text of any origin as it is printed: no markup, no controls, no credentials."""
+    """Make any text safe to print: no markup, control characters or credentials."""
     return Text(visible(without_credentials(text)))
 
 
-def present(answer: Answer, *, as_json: bool) -> None:
-    """Print the answer to stdout; only the first of several processes does."""
+def write_result(result: CommandResult, *, as_json: bool) -> None:
+    """Print the result to stdout, on rank 0 only."""
     if rank() != 0:
         return
     if as_json:
-        print_json(answer.data)
+        print_json(result.data)
         return
-    if answer.text is not None:
-        print_file(answer.text)
+    if result.text is not None:
+        print_file(result.text)
         return
     console = Console()
-    if console.width < _NARROWEST_TABLE or not answer.rows:
-        lines = [answer.title, *(f"{name}: {value}" for name, value in answer.rows)]
+    if console.width < _MIN_TABLE_WIDTH or not result.rows:
+        lines = [result.title, *(f"{name}: {value}" for name, value in result.rows)]
         console.print(plain("\n".join(lines)), soft_wrap=True)
     else:
-        table = Table(title=plain(answer.title), show_header=False, title_justify="left")
-        # Folded, never cut: an ellipsis would lose part of a name, and is no ASCII.
+        table = Table(title=plain(result.title), show_header=False, title_justify="left")
+        # Fold instead of truncating: an ellipsis would lose part of a name, and is not ASCII.
         table.add_column(style="bold", overflow="fold")
         table.add_column(overflow="fold")
-        for name, value in answer.rows:
+        for name, value in result.rows:
             table.add_row(plain(name), plain(value))
         console.print(table)
-    for note in answer.notes:
+    for note in result.notes:
         console.print(plain(note), soft_wrap=True)
 
 
-_NARROWEST_TABLE = 40
-"""Columns of the terminal; a narrower one gets a line per row."""
+_MIN_TABLE_WIDTH = 40
+"""Terminal columns; narrower terminals get one line per row."""
 
 
 def print_json(data: Any) -> None:
-    """Print one JSON object to stdout, in ASCII where stdout's encoding lacks a character."""
+    """Print one JSON object to stdout, as ASCII if stdout cannot encode a character."""
     text = visible_json(json.dumps(redacted(data), ensure_ascii=False))
     try:
         text.encode(sys.stdout.encoding or "ascii")
@@ -92,7 +91,7 @@ def print_json(data: Any) -> None:
 
 
 def print_file(text: str) -> None:
-    """Print what is going to be kept in a file: as UTF-8 in any locale, for it is read as that."""
+    """Print text meant to be saved as a file, as UTF-8 in every locale."""
     text = without_credentials(text)
     if sys.stdout.isatty():
         text = visible(text)
@@ -101,8 +100,8 @@ def print_file(text: str) -> None:
     print(text, end="")
 
 
-def write_any_text() -> None:
-    """Have stdout and stderr escape what their encoding lacks, and file names that are no text."""
+def escape_unencodable_output() -> None:
+    """Make stdout and stderr escape characters they cannot encode, and undecodable file names."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -112,17 +111,17 @@ def write_any_text() -> None:
 def _print_traceback(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    complain("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"))
+    print_error("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"))
 
 
-def complain(text: str) -> None:
-    """Print a line for people to stderr."""
+def print_error(text: str) -> None:
+    """Print a message to stderr."""
     Console(stderr=True).print(plain(text), soft_wrap=True)
 
 
 @contextmanager
 def console_progress() -> Iterator[Progress]:
-    """Show bars on stderr while the block runs; nothing on any process but the first."""
+    """Show progress bars on stderr while the block runs, on rank 0 only."""
     if rank() != 0:
         yield SilentProgress()
         return
@@ -131,17 +130,17 @@ def console_progress() -> Iterator[Progress]:
 
 
 @contextmanager
-def stdout_for_the_answer() -> Iterator[None]:
-    """Send whatever libraries print to stderr, child processes included."""
+def stdout_to_stderr() -> Iterator[None]:
+    """Redirect stdout to stderr, also for C libraries and child processes."""
     sys.stdout.flush()
     with contextlib.redirect_stdout(sys.stderr):
-        kept = os.dup(1)
+        saved_stdout = os.dup(1)
         os.dup2(2, 1)
         try:
             yield
         finally:
-            os.dup2(kept, 1)
-            os.close(kept)
+            os.dup2(saved_stdout, 1)
+            os.close(saved_stdout)
 
 
 class _Rate(ProgressColumn):
@@ -153,20 +152,20 @@ class _Rate(ProgressColumn):
             return Text("")
         unit = task.fields["unit"]
         if unit == "bytes":
-            return Text(f"{in_bytes(speed)}/s")
-        one = unit.removesuffix("s")
-        return Text(f"{speed:.1f} {unit}/s" if speed >= 1 else f"{1 / speed:.1f} s/{one}")
+            return Text(f"{format_bytes(speed)}/s")
+        singular = unit.removesuffix("s")
+        return Text(f"{speed:.1f} {unit}/s" if speed >= 1 else f"{1 / speed:.1f} s/{singular}")
 
 
 class _Count(ProgressColumn):
-    """Done of total, with the unit."""
+    """Completed and total units."""
 
     def render(self, task: RichTask) -> Text:
-        in_bytes_too = task.fields["unit"] == "bytes"
-        write: Callable[[float], str] = in_bytes if in_bytes_too else lambda number: f"{number:.0f}"
-        total = "" if task.total is None else f"/{write(task.total)}"
-        unit = "" if in_bytes_too else f" {task.fields['unit']}"
-        return Text(f"{write(task.completed)}{total}{unit}")
+        is_bytes = task.fields["unit"] == "bytes"
+        shown: Callable[[float], str] = format_bytes if is_bytes else lambda number: f"{number:.0f}"
+        total = "" if task.total is None else f"/{shown(task.total)}"
+        unit = "" if is_bytes else f" {task.fields['unit']}"
+        return Text(f"{shown(task.completed)}{total}{unit}")
 
 
 class _Bars:
@@ -188,14 +187,14 @@ class _Bars:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._shown:  # else there is nothing to end, and rich would print an empty line
+        if self._shown:  # stopping bars that were never started would print an empty line
             self._bars.stop()
 
     @contextmanager
     def task(
         self, description: str, total: int | None, *, completed: int = 0, unit: str = "it"
     ) -> Iterator[Task]:
-        """Open a bar; it stays, stopped, when the block ends."""
+        """Open a bar; when the block ends it stops and stays visible."""
         check_stop()
         if not self._shown:
             self._bars.start()
@@ -213,24 +212,24 @@ class _Bars:
         check_stop()
 
 
-_SECONDS_BETWEEN_LINES = 30.0
-"""How often a bar says where it is when stderr is a file, which shows no moving bar."""
+_LINE_INTERVAL_S = 30.0
+"""Interval of the progress lines printed when stderr is not a terminal."""
 
 
 class _Bar:
     def __init__(self, bars: RichBars, bar: TaskID) -> None:
         self._bars = bars
         self._bar = bar
-        self._said_at = time.monotonic()
+        self._printed_at = time.monotonic()
 
     def advance(self, amount: int = 1) -> None:
         self._bars.advance(self._bar, amount)
         now = time.monotonic()
-        if not self._bars.console.is_terminal and now - self._said_at >= _SECONDS_BETWEEN_LINES:
-            self._said_at = now
+        if not self._bars.console.is_terminal and now - self._printed_at >= _LINE_INTERVAL_S:
+            self._printed_at = now
             (task,) = (task for task in self._bars.tasks if task.id == self._bar)
-            words = (task.description, _Count().render(task), _Rate().render(task))
-            self._bars.console.print(Text(" ".join(map(str, words))), soft_wrap=True)
+            parts = (task.description, _Count().render(task), _Rate().render(task))
+            self._bars.console.print(Text(" ".join(map(str, parts))), soft_wrap=True)
         check_stop()
 
     def expect(self, total: int) -> None:
@@ -242,8 +241,8 @@ class _Bar:
         check_stop()
 
 
-def in_flop(number: float) -> str:
-    """Write a number of operations for people: 842 TFLOP."""
+def format_flop(number: float) -> str:
+    """Format a number of operations: 842 TFLOP."""
     for unit in ("MFLOP", "GFLOP", "TFLOP", "PFLOP"):
         number /= 1000 if unit != "MFLOP" else 1e6
         if number < 1000:
@@ -251,8 +250,8 @@ def in_flop(number: float) -> str:
     return f"{number:.3g} {unit}"
 
 
-def in_bytes(number: float) -> str:
-    """Write a number of bytes for people: 67.7 MB."""
+def format_bytes(number: float) -> str:
+    """Format a number of bytes: 67.7 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
@@ -260,8 +259,8 @@ def in_bytes(number: float) -> str:
     return f"{number:.1f} TB"
 
 
-def in_time(seconds: float) -> str:
-    """Write a duration for people: 4.2 s, 3 min 07 s, 2 h 05 min."""
+def format_time(seconds: float) -> str:
+    """Format a duration: 4.2 s, 3 min 07 s, 2 h 05 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""The process's rank, from its launcher, and provenance: code and library versions."""
+"""Rank and world size set by the launcher, and provenance: code and library versions."""
 
 import os
 import platform
@@ -12,14 +12,14 @@ from typing import Any
 from cache_schema.shown_text import redacted
 
 
-def take_place_from_slurm() -> None:
-    """Where srun alone starts several processes, tell each its place as torchrun would.
+def set_rank_from_slurm() -> None:
+    """Set RANK, WORLD_SIZE and the like, as torchrun would, for processes started by srun alone.
 
-    Only a step's own variables count: those of the allocation are also set where one process runs
-    in it. What a launcher has set already stays.
+    Reads the variables of the job step only: those of the allocation are also set for a single
+    process in it. Variables that a launcher has set are kept.
 
     Raises:
-        ValueError: the first node's name cannot be found out.
+        ValueError: the first node's name cannot be determined.
     """
     size = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if size == "1" or "RANK" in os.environ:
@@ -48,14 +48,14 @@ def _first_node() -> str:
     if not names:
         raise ValueError(
             f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} processes, but scontrol does not "
-            f"name their nodes ({nodes or 'SLURM_STEP_NODELIST is not set'}); export MASTER_ADDR, "
+            f"list their nodes ({nodes or 'SLURM_STEP_NODELIST is not set'}); export MASTER_ADDR, "
             "the first node's name, in the batch script"
         )
     return names[0]
 
 
 def rank() -> int:
-    """Return this process's number, 0 without a launcher."""
+    """Return this process's rank, 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -79,9 +79,9 @@ _LIBRARIES = (
 
 
 def provenance_of_run() -> dict[str, Any]:
-    """Return `provenance` with this command's arguments and the time now, in UTC.
+    """Return `provenance` plus this command's arguments and the current time in UTC.
 
-    For what is written once for a whole run, such as `store.json`.
+    For files written once per run, such as `store.json`.
     """
     return provenance() | {
         "arguments": redacted(sys.argv[1:]),
@@ -92,7 +92,7 @@ def provenance_of_run() -> dict[str, Any]:
 def provenance() -> dict[str, Any]:
     """Return versions and the commit, as JSON values.
 
-    Neither times, host names nor folders: making the same thing twice must leave the same bytes.
+    Without times, host names and folders, so that the same work writes the same bytes again.
     """
     return {
         "sam2videox": _version("sam2videox"),
@@ -112,12 +112,12 @@ def _version(distribution: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """Ask git about this code's own checkout; None where it is installed without one."""
+    """Run git on this code's own checkout; None if it is installed without one."""
     checkout = Path(__file__).resolve().parent.parent
     if not (checkout / ".git").exists():
         return None
     try:
-        answer = subprocess.run(  # fixed arguments, no shell
+        completed = subprocess.run(  # fixed arguments, no shell
             ["git", "-C", str(checkout), *arguments],
             capture_output=True,
             text=True,
@@ -126,4 +126,4 @@ def _git(*arguments: str) -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip()
+    return completed.stdout.strip()

@@ -1,5 +1,5 @@
-"""What each command does between reading the configuration and printing the answer.
+"""The commands: from a configuration to a `CommandResult`.
 
-A command's module imports its stage inside the function, so that `--help` loads none of them and
-training loads neither SAM2 nor the code of stage one.
+Each module imports its stage inside the function, so that `--help` loads no stage and training
+loads neither SAM2 nor the code of stage one.
 """

@@ -1,4 +1,4 @@
-"""The demo's data and models, made before a command that reads them."""
+"""The demo's data and models, generated when missing."""
 
 import os
 from collections.abc import Sequence
@@ -16,22 +16,21 @@ PARTS_OF_KIND: dict[Kind, DemoPart] = {
     "gram_flow": "sam2",
     "masks": "sam2",
 }
-"""Which of the demo's models a kind of store is computed with."""
+"""The demo model that each kind of store is computed with."""
 
 
 def make_missing_assets(
     config: RunConfig, progress: Progress, *, reads: Sequence[DemoPart]
 ) -> None:
-    """Make what a command reads of the built-in demo and is missing; nothing without a demo.
+    """Generate the missing parts of the built-in demo that a command reads.
 
-    What the settings place elsewhere (`data.path`, `model.path`, `extract.teacher.checkpoint`) is
-    not made.
+    Does nothing without a demo section, nor for parts that the settings do not use (`data.path`,
+    `model.path` or `extract.teacher.checkpoint` point elsewhere).
 
-    Models this small gain little from a second thread, and where another program wants the
-    processor, waiting for each other slows them down tenfold; so the demo computes on one, unless
-    OMP_NUM_THREADS says otherwise.
+    The demo computes on one thread unless OMP_NUM_THREADS is set: models this small gain little
+    from a second one, and on a busy machine threads that wait for each other are ten times slower.
     """
-    parts = [part for part in reads if is_of_demo(config, part)]
+    parts = [part for part in reads if uses_demo_part(config, part)]
     if config.demo is None or not parts:
         return
     if "OMP_NUM_THREADS" not in os.environ:
@@ -43,8 +42,8 @@ def make_missing_assets(
     ensure_demo(config.demo, config.data, parts=parts, progress=progress)
 
 
-def is_of_demo(config: RunConfig, part: DemoPart) -> bool:
-    """Whether the settings name the demo's own part, made or not."""
+def uses_demo_part(config: RunConfig, part: DemoPart) -> bool:
+    """Whether the settings point to the demo's own part, generated or not."""
     if config.demo is None:
         return False
     paths = demo_paths(config.demo.root.expanduser())
@@ -58,6 +57,6 @@ def is_of_demo(config: RunConfig, part: DemoPart) -> bool:
         ],
     }
     return any(
-        path is not None and Path(path).expanduser().resolve() == of_demo.resolve()
-        for path, of_demo in named[part]
+        path is not None and Path(path).expanduser().resolve() == demo_path.resolve()
+        for path, demo_path in named[part]
     )

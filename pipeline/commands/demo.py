@@ -1,23 +1,23 @@
-"""`demo`: the whole road, from drawing the data to a sampled video and a picture."""
+"""`demo`: all steps, from generating the data to a sampled video and an image of the cache."""
 
 from collections.abc import Callable, Iterator
 
 from pipeline.commands import extract, inspect, sample, train
 from pipeline.config.load import ConfigError, RunConfig
-from pipeline.console import Answer
+from pipeline.console import CommandResult
 from stages.progress import Progress
 
-Step = Callable[[Progress], Answer]
+Step = Callable[[Progress], CommandResult]
 
 
 def steps(config: RunConfig) -> Iterator[tuple[str, Step]]:
-    """Yield the commands of the road by name, each to be carried out before the next is asked for.
+    """Yield the demo's commands by name, each to be run before the next one is requested.
 
     Raises:
         ConfigError: The configuration has no demo section.
     """
     if config.demo is None:
-        raise ConfigError("the demo needs a demo section; use --config demo")
+        raise ConfigError("the configuration has no demo section; use --config demo")
     yield "extract", lambda progress: extract.run(config, progress)
     yield "train", lambda progress: train.run(config, progress)
     yield (
@@ -29,24 +29,24 @@ def steps(config: RunConfig) -> Iterator[tuple[str, Step]]:
     yield "inspect", lambda progress: inspect.run(config, progress)
 
 
-def summary(answers: dict[str, Answer]) -> Answer:
-    """Sum the road up: what training did to the held-out clips, and where there is what to see."""
-    video = answers["sample"].data["video"]
-    picture = answers["inspect"].data["picture"]
-    page = answers["train"].data["page"]
+def summary(results: dict[str, CommandResult]) -> CommandResult:
+    """Summarise the demo: held-out losses, and the paths of the video, image and report."""
+    video = results["sample"].data["video"]
+    picture = results["inspect"].data["picture"]
+    page = results["train"].data["page"]
     made = [("sampled video", video), ("picture of the cache", picture)]
     if page is not None:
-        made.append(("page of the training", page))
-    trained = answers["train"].data["figures"]
+        made.append(("training report", page))
+    trained = results["train"].data["figures"]
     held_out = [
         (name, f"{figure['value']} ({figure['note']})")
         for name, figure in trained.items()
         if name.startswith("held-out")
     ]
-    return Answer(
-        title="the demo is done",
+    return CommandResult(
+        title="demo finished",
         rows=[*held_out, *made],
-        data={name: answer.data for name, answer in answers.items()},
+        data={name: result.data for name, result in results.items()},
         notes=[path for _, path in made],
     )
 
@@ -59,4 +59,7 @@ def _first_caption(config: RunConfig) -> str:
             caption = getattr(record, "caption", None)
             if caption:
                 return str(caption)
-    raise ValueError(f"no clip of {config.data.path} has a caption to draw a video from")
+    raise ValueError(
+        f"no clip of {config.data.path} has a caption to sample a video from; add one, or run "
+        "sam2vx-pipeline sample --prompt …"
+    )

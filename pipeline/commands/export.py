@@ -1,10 +1,10 @@
-"""`export`: a checkpoint's weights as diffusers and others load them."""
+"""`export`: a checkpoint's weights for diffusers, ComfyUI or VideoX-Fun."""
 
 import time
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.console import Answer, in_time
+from pipeline.console import CommandResult, format_time
 from stages.progress import Progress
 
 _LOADED_BY = {
@@ -26,16 +26,16 @@ def run(
     weights: Literal["average", "last"] | None = None,
     out: Path | None = None,
     form: Literal["diffusers", "comfyui", "kohya"] = "diffusers",
-) -> Answer:
+) -> CommandResult:
     """Export a complete checkpoint.
 
     Args:
-        progress: Told when it begins and ends.
+        progress: Shows one task.
         run_dir: The run's folder.
-        checkpoint: Its step; None takes the one of the most steps.
-        weights: None takes the average where the run keeps one.
-        out: The folder to write; None takes one within the run's.
-        form: Key form of adapters.
+        checkpoint: Step of the checkpoint; None uses the latest one.
+        weights: None uses the average if the run keeps one.
+        out: Output folder; None writes a folder inside the run's.
+        form: Key format of a LoRA.
     """
     from stages.train_student.checkpoints.export import export_checkpoint
 
@@ -56,16 +56,16 @@ def run(
         "seconds": round(seconds, 3),
     }
     here = f"sam2vx-pipeline sample --run {summary.folder} --prompt …"
-    kind = "adapters" if summary.method == "lora" else "a whole transformer"
-    return Answer(
+    kind = "LoRA" if summary.method == "lora" else "whole transformer"
+    return CommandResult(
         title=f"exported {run_dir}",
         rows=[
             ("step", str(summary.step)),
-            ("weights", f"the {summary.weights} ones" if summary.weights == "last" else "averaged"),
-            ("what", f"{kind}, {summary.parameters:,} numbers"),
+            ("weights", "of the last step" if summary.weights == "last" else "averaged"),
+            ("exported", f"{kind}, {summary.parameters:,} parameters"),
             (loaded_by[0], loaded_by[1].format(folder=str(summary.folder))),
             *([("in this project", here)] if form == "diffusers" else []),
-            ("time", in_time(seconds)),
+            ("time", format_time(seconds)),
         ],
         data=data,
         notes=[str(summary.folder)],

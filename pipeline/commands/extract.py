@@ -3,9 +3,9 @@
 from typing import Any
 
 from pipeline.commands.assets import PARTS_OF_KIND, make_missing_assets
-from pipeline.commands.skipped_notes import counted_reasons, skipped_notes
+from pipeline.commands.skipped_notes import count_by_reason, skipped_notes
 from pipeline.config.load import RunConfig
-from pipeline.console import Answer, in_bytes, in_time
+from pipeline.console import CommandResult, format_bytes, format_time
 from pipeline.environment import provenance_of_run, rank, world_size
 from pipeline.failures import TOO_MANY_SKIPPED
 from stages.progress import Progress
@@ -17,14 +17,14 @@ def run(
     *,
     retry_failed: bool = False,
     refresh_changed: bool = False,
-) -> Answer:
-    """Write the stores; with a launcher, this process's share of the shards.
+) -> CommandResult:
+    """Write the stores; with a launcher, this process's part of the shards.
 
     Args:
         config: The whole configuration.
-        progress: Told of the clips.
-        retry_failed: Take the clips again that earlier runs had to skip.
-        refresh_changed: Make clips again whose source has changed.
+        progress: Advanced once per clip.
+        retry_failed: Retry clips that earlier runs skipped.
+        refresh_changed: Recompute clips whose source has changed.
     """
     from stages.extract_features.run import extract_features
 
@@ -53,14 +53,14 @@ def run(
         rows.append((kind.name, str(kind.store)))
         there = f", {kind.clips_already_there} already there" if kind.clips_already_there else ""
         rows.append(("  clips", f"{kind.clips_written} written{there}"))
-        reasons = f"{len(kind.skipped)} ({counted_reasons(kind.skipped)})"
+        reasons = f"{len(kind.skipped)} ({count_by_reason(kind.skipped)})"
         rows.append(("  skipped", reasons if kind.skipped else "none"))
         if kind.captions_cut:
             notes.append(
-                f"captions longer than the text encoder reads, cut at its length: "
-                f"{kind.captions_cut} (tokens_cut in each clip's attributes)"
+                f"captions truncated to the text encoder's length: {kind.captions_cut} "
+                "(tokens_cut in each clip's attributes)"
             )
-        rows.append(("  size, time", f"{in_bytes(kind.bytes)}, {in_time(kind.seconds)}"))
+        rows.append(("  size, time", f"{format_bytes(kind.bytes)}, {format_time(kind.seconds)}"))
         data[kind.name] = {
             "store": str(kind.store),
             "clips_written": kind.clips_written,
@@ -74,7 +74,7 @@ def run(
         }
     if notes and summary.failures is not None:
         data["failures"] = str(summary.failures)
-        notes.append(f"all that was left out, one per line: {summary.failures}")
+        notes.append(f"all skipped clips, one per line: {summary.failures}")
     notes += summary.notes
     data["notes"] = list(summary.notes)
     too_many = summary.skipped_share > config.extract.max_skipped
@@ -83,7 +83,7 @@ def run(
             f"{summary.skipped_share:.0%} of the clips were skipped, more than "
             f"extract.max_skipped={config.extract.max_skipped:g} allows"
         )
-    return Answer(
+    return CommandResult(
         title=f"extracted with {config.name}",
         rows=rows,
         data=data,

@@ -1,4 +1,4 @@
-"""`inspect`: what a store holds, and what its clips look like."""
+"""`inspect`: a summary of a store, and images of its clips."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, get_args
 from cache_schema import SCHEMA_VERSION, ClipEntry, ClipMissing, StoreReader, find_store
 from cache_schema.names import STORE_FILE
 from cache_schema.storage import is_url
-from pipeline.commands.inspect_facts import clip_facts, nearest_keys, store_facts
+from pipeline.commands.inspect_facts import clip_facts, similar_keys, store_facts
 from pipeline.commands.skipped_notes import skipped_notes
 from pipeline.config.load import NOT_GIVEN, ConfigError, RunConfig
-from pipeline.console import Answer, in_bytes
+from pipeline.console import CommandResult, format_bytes
 from stages.extract_features.config import Kind
 from stages.progress import Progress
 from stages.train_student.config import KIND_OF_FORM
@@ -33,28 +33,31 @@ def run(
     overlay: bool = False,
     verbose: bool = False,
     out: Path | None = None,
-) -> Answer:
-    """Tell what a store holds, and draw one of its clips, or all of them.
+) -> CommandResult:
+    """Summarise a store, and draw one of its clips or all of them.
 
     Args:
         config: The whole configuration.
-        progress: Told of the steps.
-        store: A kind, a store's folder in the cache, or the path or URL of one; None takes the
-            masks for an overlay, and the form of the teacher that training reads otherwise.
-        clip: The clip's key; None takes the first.
-        every_clip: Draw all clips of the store; what is told of one is told of the first.
-        overlay: Draw the masks of a masks store over the clip's own frames.
-        verbose: Show every setting of the store and all that is known of the clip.
-        out: Folder of the pictures; None takes one named for the store in `config.outputs`.
+        progress: Advanced once per clip.
+        store: A kind, a store's folder in the cache, or the path or URL of a store; None uses the
+            masks for an overlay, else the form of the teacher that training reads.
+        clip: The clip's key; None uses the first clip.
+        every_clip: Draw all clips of the store; the printed facts are those of the first.
+        overlay: Draw the masks of a masks store over the clip's frames.
+        verbose: Show every setting of the store and the clip's whole record.
+        out: Folder of the images; None uses one named after the store in `config.outputs`.
     """
     reader = open_store(config, store, overlay=overlay)
     kind = reader.settings.kind
     if overlay and kind != "masks":
-        raise ConfigError(f"--overlay draws a masks store; {reader.name} is a {kind}")
+        raise ConfigError(
+            f"--overlay draws a masks store, but {reader.name} is a {kind} store; leave the store "
+            "out to draw the masks"
+        )
     if clip is None and len(reader):
         clip = reader.keys[0]
     entry = None if clip is None else _record(reader, clip)
-    data = _manifest(reader)
+    data = _store_data(reader)
     if entry is not None:
         data["clip"] = {"shard": entry.shard, "source": entry.source, **entry.as_dict()}
     if verbose:
@@ -67,17 +70,17 @@ def run(
         keys = reader.keys if every_clip else (entry.key,)
         draw = _overlays if overlay else _pictures
         drawn = draw(config, progress, reader, keys, out or config.outputs / reader.name)
-        notes += _tell(drawn, data)
+        notes += _record_drawings(drawn, data)
     title = f"{kind} store"
-    return Answer(title=title, rows=rows, data=data, notes=notes)
+    return CommandResult(title=title, rows=rows, data=data, notes=notes)
 
 
 def open_store(config: RunConfig, store: str | None, *, overlay: bool = False) -> StoreReader:
     """Open a store by kind, folder in the cache, path or URL.
 
     Raises:
-        ConfigError: it is none of them.
-        CacheError: there is no such store, or several.
+        ConfigError: it is none of these.
+        CacheError: no store matches, or several do.
     """
     if store is None:
         store = "masks" if overlay else KIND_OF_FORM[config.train.teacher_form]
@@ -93,11 +96,11 @@ def open_store(config: RunConfig, store: str | None, *, overlay: bool = False) -
     if isinstance(root, str):
         return StoreReader(f"{root.rstrip('/')}/{store}")
     raise ConfigError(
-        f"{store} is neither a kind of store ({', '.join(kinds)}) nor the folder of one"
+        f"{store} is neither a kind of store ({', '.join(kinds)}) nor a store's folder"
     )
 
 
-def _manifest(reader: StoreReader) -> dict[str, Any]:
+def _store_data(reader: StoreReader) -> dict[str, Any]:
     settings = reader.settings
     return {
         "store": str(reader.path),
@@ -129,9 +132,9 @@ def _record(reader: StoreReader, clip: str) -> ClipEntry:
     try:
         return reader.record(clip)
     except ClipMissing as error:
-        near = nearest_keys(clip, reader.keys)
-        meant = f"did you mean {' or '.join(near)}? " if near else ""
-        error.add_note(f"{meant}inspect --list prints every clip")
+        similar = similar_keys(clip, reader.keys)
+        hint = f"did you mean {' or '.join(similar)}? " if similar else ""
+        error.add_note(f"{hint}inspect --list prints every clip")
         raise
 
 
@@ -140,13 +143,13 @@ def _all_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
         ("store", data["store"]),
         ("schema version", str(data["schema_version"])),
         ("clips", f"{data['clips']}, and {len(data['skipped'])} skipped"),
-        ("on disk", in_bytes(data["bytes"])),
+        ("on disk", format_bytes(data["bytes"])),
     ]
     for name, array in data["arrays"].items():
         axes = zip(array["dimension_names"], array["shape"], strict=True)
         sizes = ", ".join(f"{axis} {size}" for axis, size in axes)
-        packed = "" if array["compression"] == "none" else f", {array['compression']}"
-        rows.append((f"array {name}", f"{array['dtype']} [{sizes}]{packed}"))
+        compression = "" if array["compression"] == "none" else f", {array['compression']}"
+        rows.append((f"array {name}", f"{array['dtype']} [{sizes}]{compression}"))
     rows.append(("settings", data["settings_hash"]))
     rows += [(f"  {name}", _inline(value)) for name, value in data["values"].items()]
     rows.append(("made with", _inline(data["made_with"])))
@@ -160,11 +163,11 @@ def _inline(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _tell(drawn: Sequence[Drawing], data: dict[str, Any]) -> list[str]:
-    """Add the drawings to `data`, and return what to print under the table."""
+def _record_drawings(drawn: Sequence[Drawing], data: dict[str, Any]) -> list[str]:
+    """Add the drawings to `data`, and return the lines to print under the table."""
     if not drawn:
         remedy = "; --overlay draws its masks over their frames" if data["kind"] == "masks" else ""
-        return [f"a {data['kind']} store has no picture of its own{remedy}"]
+        return [f"a {data['kind']} store cannot be drawn by itself{remedy}"]
     data["drawings"] = [
         {"key": one.key, "picture": str(one.picture), "video": str(one.video)} for one in drawn
     ]
@@ -175,7 +178,7 @@ def _tell(drawn: Sequence[Drawing], data: dict[str, Any]) -> list[str]:
 def _pictures(
     config: RunConfig, progress: Progress, reader: StoreReader, keys: Sequence[str], out: Path
 ) -> list[Drawing]:
-    """Draw what the store itself holds; nothing where its kind has no picture."""
+    """Draw what the store itself holds; nothing for kinds that cannot be drawn."""
     from stages.clips import open_dataset
     from stages.inspect_cache.draw_store import DRAWN_KINDS, draw_store
 
@@ -189,7 +192,7 @@ def _pictures(
         reader,
         keys,
         out_dir=out,
-        clips=_size_of(config, reader),
+        clips=_clips_config_of(config, reader),
         dataset=dataset,
         radius=config.train.lgf.radius,
         temperature=config.train.lgf.temperature,
@@ -198,29 +201,27 @@ def _pictures(
     return list(drawings)
 
 
-def _size_of(config: RunConfig, reader: StoreReader) -> ClipsConfig:
-    """The dataset, with the length, size and rate that the store's clips were brought to."""
-    cut = reader.settings.values.get("clips")
-    told: dict[str, Any] = dict(cut) if isinstance(cut, dict) else {}
-    if not told:
+def _clips_config_of(config: RunConfig, reader: StoreReader) -> ClipsConfig:
+    """The dataset's settings, with the length, size and frame rate of the store's clips."""
+    recorded = reader.settings.values.get("clips")
+    stored: dict[str, Any] = dict(recorded) if isinstance(recorded, dict) else {}
+    if not stored:
         return config.data.sizes[0]
-    known = {name: told[name] for name in type(config.data).model_fields if name in told}
+    known = {name: stored[name] for name in type(config.data).model_fields if name in stored}
     return config.data.model_copy(update=known | {"buckets": ()})
 
 
 def _overlays(
     config: RunConfig, progress: Progress, reader: StoreReader, keys: Sequence[str], out: Path
 ) -> list[Drawing]:
-    """Draw the masks over the clips' frames, which must still be there."""
+    """Draw the masks over the clips' frames, read from the dataset."""
     from stages.clips import open_dataset
     from stages.inspect_cache.overlay import draw_overlay
 
     if config.data.path == Path(NOT_GIVEN):
-        raise ConfigError(
-            "--overlay draws over the clips' own frames; set data.path=…, or --config"
-        )
+        raise ConfigError("--overlay draws over the dataset's frames; set data.path=… or --config")
     dataset = open_dataset(config.data)
-    clips = _size_of(config, reader)
+    clips = _clips_config_of(config, reader)
     drawings = draw_overlay(
         reader, keys, out_dir=out, clips=clips, dataset=dataset, progress=progress
     )

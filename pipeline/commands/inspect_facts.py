@@ -1,20 +1,20 @@
-"""The few facts that `inspect` prints of a store and a clip, and the keys near to a wrong one."""
+"""Short facts about a store and a clip, and suggestions for a mistyped key."""
 
 import difflib
 from collections.abc import Sequence
 from typing import Any
 
 from cache_schema import ClipEntry, StoreReader
-from pipeline.commands.skipped_notes import counted_reasons
-from pipeline.console import in_bytes
+from pipeline.commands.skipped_notes import count_by_reason
+from pipeline.console import format_bytes
 
-_MOST_COMPARED = 20_000
-"""Keys that are compared letter by letter: a second's work."""
+_MAX_COMPARED_KEYS = 20_000
+"""Largest number of keys for fuzzy matching, which takes about a second for as many."""
 
 
 def store_facts(reader: StoreReader) -> list[tuple[str, str]]:
-    """Rows about a store: what it holds of how many clips, how large it is, who made it."""
-    reasons = f" ({counted_reasons(reader.skipped)})" if reader.skipped else ""
+    """Rows about a store: clips, size, arrays of a clip, date and version of the writer."""
+    reasons = f" ({count_by_reason(reader.skipped)})" if reader.skipped else ""
     arrays = [
         f"{name} {spec.dtype} [{', '.join(map(str, spec.shape))}]"
         for name, spec in reader.settings.arrays.items()
@@ -25,14 +25,14 @@ def store_facts(reader: StoreReader) -> list[tuple[str, str]]:
     rows = [
         ("store", str(reader.path)),
         ("clips", f"{len(reader)}, and {len(reader.skipped)} skipped{reasons}"),
-        ("on disk", in_bytes(reader.num_bytes)),
+        ("on disk", format_bytes(reader.num_bytes)),
         ("each clip", ", ".join(arrays)),
     ]
     return [*rows, ("made", ", ".join(filter(None, (date, version))))] if date or version else rows
 
 
 def clip_facts(entry: ClipEntry) -> list[tuple[str, str]]:
-    """Rows about a clip: how it was prompted and tracked, its caption, its source's size."""
+    """Rows about a clip: prompt and track, caption, size of its source."""
     from stages.inspect_cache.clip_facts import describe_track
 
     known: dict[str, Any] = dict(entry.attributes)
@@ -42,21 +42,21 @@ def clip_facts(entry: ClipEntry) -> list[tuple[str, str]]:
     if "caption" in known:
         rows.append(("  caption", str(known["caption"])))
     if known.get("tokens_cut"):
-        rows.append(("  cut", f"{known['tokens_cut']} tokens of the caption"))
+        rows.append(("  truncated", f"{known['tokens_cut']} tokens of the caption"))
     if geometry := known.get("geometry"):
         size = f"{geometry['source_width']}x{geometry['source_height']}"
         rows.append(("  source", f"{size} at {geometry['source_fps']:g} frames/s"))
     return rows
 
 
-def nearest_keys(wanted: str, keys: Sequence[str]) -> list[str]:
-    """Up to three keys that hold the words of `wanted`, or are written nearly alike."""
+def similar_keys(wanted: str, keys: Sequence[str]) -> list[str]:
+    """Up to three keys that contain `wanted`, or else are spelled similarly."""
     within: list[str] = []
     for key in keys:
         if wanted and wanted.lower() in key.lower():
             within.append(key)
             if len(within) == 3:
                 break
-    if within or len(keys) > _MOST_COMPARED:
+    if within or len(keys) > _MAX_COMPARED_KEYS:
         return within
     return difflib.get_close_matches(wanted, list(keys), n=3, cutoff=0.7)

@@ -1,4 +1,4 @@
-"""`inspect --list`: the clips of a store with their quality, lost frames and prompts."""
+"""`inspect --list`: the clips of a store with quality, lost frames and prompts."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from cache_schema import StoreReader
-from pipeline.commands.skipped_notes import counted_reasons
+from pipeline.commands.skipped_notes import count_by_reason
 from pipeline.config.load import ConfigError
-from pipeline.console import Answer
+from pipeline.console import CommandResult
 
 if TYPE_CHECKING:
     from stages.inspect_cache.clip_facts import ClipLine
 
 
-def list_clips(reader: StoreReader, *, sort: str | None, as_csv: bool) -> Answer:
+def list_clips(reader: StoreReader, *, sort: str | None, as_csv: bool) -> CommandResult:
     """List the clips of a store.
 
     Args:
         reader: the store.
-        sort: a column, ascending, with a dash before it descending; None keeps the store's order.
-            What has no value comes last.
-        as_csv: answer with CSV in place of a table.
+        sort: a column name for ascending order, with a leading dash for descending; None keeps the
+            store's order. Clips without a value come last.
+        as_csv: return CSV instead of a table.
 
     Raises:
         ConfigError: no such column.
@@ -35,16 +35,16 @@ def list_clips(reader: StoreReader, *, sort: str | None, as_csv: bool) -> Answer
     column = (sort or "").removeprefix("-")
     if column and column not in COLUMNS:
         raise ConfigError(
-            f"--sort {sort}: there is no such column; there are {', '.join(COLUMNS)}, and -quality "
-            "begins with the best"
+            f"--sort {sort}: no such column; there are {', '.join(COLUMNS)}. A leading dash "
+            "reverses the order: -quality lists the best first"
         )
     lines = list(clip_lines(reader))
     if column:
         lines = _sorted(lines, column, descending=(sort or "").startswith("-"))
     rows = [asdict(line) for line in lines]
     shown = [name for name in COLUMNS if any(row[name] is not None for row in rows)]
-    reasons = f": {counted_reasons(reader.skipped)}" if reader.skipped else ""
-    return Answer(
+    reasons = f": {count_by_reason(reader.skipped)}" if reader.skipped else ""
+    return CommandResult(
         title=f"{len(rows)} clips in {reader.name}, and {len(reader.skipped)} skipped{reasons}",
         rows=[],
         data={
@@ -71,7 +71,7 @@ def _shown(value: Any) -> str:
 
 
 def _columns(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of aligned columns; a long key makes its column wider, and is never cut."""
+    """Lines of aligned columns; long keys widen their column and are never truncated."""
     table = [list(names), *map(list, rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]

@@ -1,4 +1,4 @@
-"""`sample`: videos from the base pipeline and a run's weights."""
+"""`sample`: videos from the base model and a run's weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cache_schema.atomic_io import naming
 from cache_schema.shown_text import redacted
 from pipeline.commands.assets import make_missing_assets
 from pipeline.config.load import ConfigError, RunConfig
-from pipeline.console import Answer, in_time
+from pipeline.console import CommandResult, format_time
 from pipeline.environment import provenance
 from stages.progress import Progress
 
@@ -25,32 +25,34 @@ if TYPE_CHECKING:
     from stages.sample_videos.sample import SampleSummary
 
 
-_LONGEST_WORDS = 60
-_LONGEST_BYTES = 120
-"""Of the prompt's words in UTF-8: file systems allow 255 for the whole name."""
+_MAX_PROMPT_CHARS = 60
+_MAX_PROMPT_BYTES = 120
+"""Limit of the prompt in a file name, in UTF-8; file systems allow 255 bytes for the name."""
 
 
 def file_stem(source: str, prompt: str, seed: int) -> str:
-    """A name that can be read; a prompt that is cut ends in a digest of the whole of it.
+    """A readable file name; a truncated prompt ends in a hash of the whole prompt.
 
     Args:
-        source: the run, or `base`.
-        prompt: of any length and alphabet.
-        seed: of the noise.
+        source: the run's name, or `base`.
+        prompt: any text.
+        seed: seed of the noise.
     """
     words = re.sub(r"\W+", "-", prompt.lower()).strip("-")
-    short = words[:_LONGEST_WORDS].encode()[:_LONGEST_BYTES].decode(errors="ignore").strip("-")
+    short = (
+        words[:_MAX_PROMPT_CHARS].encode()[:_MAX_PROMPT_BYTES].decode(errors="ignore").strip("-")
+    )
     if short != words:
         short += f"-{hashlib.sha256(prompt.encode(errors='surrogateescape')).hexdigest()[:6]}"
     return f"{source}-{short or 'video'}-seed{seed}"
 
 
 @contextmanager
-def new_file(folder: Path, stem: str) -> Iterator[Path]:
-    """Claim `<stem>.mp4` in a folder that is made when missing, or the first number that is free.
+def claim_new_file(folder: Path, stem: str) -> Iterator[Path]:
+    """Claim `<stem>.mp4`, or the first free `<stem>-<number>.mp4`; creates the folder if missing.
 
     Yields:
-        An empty file that no other process gets; it is gone afterwards if nothing was written.
+        An empty file that no other process gets; deleted afterwards if still empty.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -64,34 +66,34 @@ def new_file(folder: Path, stem: str) -> Iterator[Path]:
             file.open("xb").close()
         except FileExistsError:
             continue
-        with _gone_if_empty(file):
+        with _remove_if_empty(file):
             yield file
         return
 
 
 @contextmanager
-def named_file(file: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Claim the mp4 that the user named, and the JSON beside it; its folder is made when missing.
+def claim_named_file(file: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Claim the mp4 named by the user and its JSON file; creates the folder if missing.
 
     Yields:
-        The file, empty, or with `overwrite` as it was. An empty one is gone afterwards.
+        The file: empty, or unchanged with `overwrite`. Deleted afterwards if empty.
 
     Raises:
-        ConfigError: one of the two is there already.
+        ConfigError: one of the two files exists.
         OSError: the folder cannot be written to.
     """
-    there = [one for one in (file, file.with_suffix(".json")) if one.exists()]
-    if there and not overwrite:
-        raise ConfigError(f"{there[0]} is there already; give another --out, or --overwrite")
+    existing = [path for path in (file, file.with_suffix(".json")) if path.exists()]
+    if existing and not overwrite:
+        raise ConfigError(f"{existing[0]} already exists; give another --out, or --overwrite")
     file.parent.mkdir(parents=True, exist_ok=True)
     _check_writable(file.parent)
     file.open("ab").close()
-    with _gone_if_empty(file):
+    with _remove_if_empty(file):
         yield file
 
 
 def _check_writable(folder: Path) -> None:
-    """A video is written beside its place and then moved: the folder must take new files."""
+    """Check that the folder accepts new files: a video is written to a temporary file in it."""
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -99,7 +101,7 @@ def _check_writable(folder: Path) -> None:
 
 
 @contextmanager
-def _gone_if_empty(file: Path) -> Iterator[None]:
+def _remove_if_empty(file: Path) -> Iterator[None]:
     try:
         yield
     finally:
@@ -117,22 +119,22 @@ def run(
     overwrite: bool = False,
     run_dir: Path | None = None,
     base_only: bool = False,
-) -> Answer:
-    """Draw a video of each prompt; beside it a JSON file says how.
+) -> CommandResult:
+    """Sample a video for each prompt; a JSON file beside it records the settings.
 
-    Where a video goes is settled, and made sure to be writable, before any model is loaded.
+    Output files are claimed, and checked to be writable, before any model is loaded.
 
     Args:
         config: The whole configuration.
-        progress: Told of the steps.
-        prompts: What to draw; `@file` stands for the lines of a text file.
-        image: The first frame, for image-to-video.
+        progress: Shows loading and denoising steps.
+        prompts: Text prompts; `@file` is replaced by the lines of that file.
+        image: The first frame, for image-to-video models.
         out: The mp4 of a single prompt; None makes a name from run, prompt and seed in
-            `config.outputs`, with a number where that one is taken.
-        overwrite: Let `out` take the place of what is there.
-        run_dir: The run; None takes the one that finished last, of this base model, beside
-            `config.train.run_dir`.
-        base_only: Draw without any run's weights.
+            `config.outputs`, numbered if taken.
+        overwrite: Let `out` replace an existing file.
+        run_dir: The run; None uses the newest finished run of this base model in the parent folder
+            of `config.train.run_dir`.
+        base_only: Use the base model without a run's weights.
     """
     prompts = _read_prompts(prompts)
     _check_options(len(prompts), out, overwrite, run_dir, base_only)
@@ -140,18 +142,18 @@ def run(
 
     make_missing_assets(config, progress, reads=("cogvideox",))
     if takes_image(config.model) and image is None:
-        raise ConfigError(f"{config.model.path} makes video from an image; name one with --image")
+        raise ConfigError(f"{config.model.path} is an image-to-video model; add --image FILE")
     if not takes_image(config.model) and image is not None:
-        raise ConfigError(f"{config.model.path} makes video from text alone; leave --image out")
+        raise ConfigError(f"{config.model.path} is a text-to-video model; remove --image")
     if not base_only and run_dir is None:
         run_dir = _newest_run(config)
     source = run_dir.name if run_dir else "base"
     with ExitStack() as claims:
         outs = [
             claims.enter_context(
-                new_file(config.outputs, file_stem(source, prompt, config.sample.seed))
+                claim_new_file(config.outputs, file_stem(source, prompt, config.sample.seed))
                 if out is None
-                else named_file(out, overwrite=overwrite)
+                else claim_named_file(out, overwrite=overwrite)
             )
             for prompt in prompts
         ]
@@ -167,19 +169,19 @@ def run(
             progress=progress,
         ):
             drawn.append(summary)
-            _tell_how(config, summary, image)
+            _write_record(config, summary, image)
     return _answer(config, drawn, image)
 
 
 def _read_prompts(given: Sequence[str]) -> list[str]:
-    """The prompts, with `@file` replaced by the file's lines."""
+    """The prompts, with each `@file` replaced by the file's lines."""
     prompts: list[str] = []
     for text in given:
         if text.startswith("@"):
             prompts += _lines_of(text[1:])
-        elif os.path.isfile(text):  # noqa: PTH113  a long prompt is no path, and no error
+        elif os.path.isfile(text):  # noqa: PTH113  Path.is_file raises on a long prompt
             raise ConfigError(
-                f"--prompt {text} is a file; --prompt @{text} draws a video for each of its lines"
+                f"--prompt {text} is a file; --prompt @{text} samples a video for each of its lines"
             )
         else:
             prompts.append(text)
@@ -193,7 +195,7 @@ def _lines_of(file: str) -> list[str]:
         raise ConfigError(f"cannot read the prompts of --prompt @{file}: {error}") from error
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
-        raise ConfigError(f"--prompt @{file}: the file holds no prompt; write one a line")
+        raise ConfigError(f"--prompt @{file}: the file holds no prompts; write one per line")
     return lines
 
 
@@ -201,19 +203,19 @@ def _check_options(
     num_prompts: int, out: Path | None, overwrite: bool, run_dir: Path | None, base_only: bool
 ) -> None:
     if base_only and run_dir is not None:
-        raise ConfigError("--base draws without a run; leave --run out")
+        raise ConfigError("--base uses the base model without a run; remove --run")
     if out is not None and out.suffix != ".mp4":
         raise ConfigError(f"--out must end in .mp4, got {out}")
     if out is not None and num_prompts > 1:
         raise ConfigError(
-            f"--out names one video, and there are {num_prompts} prompts; leave it out, and set "
-            "outputs=folder"
+            f"--out names one video, but there are {num_prompts} prompts; remove it, and set "
+            "outputs=FOLDER instead"
         )
     if overwrite and out is None:
-        raise ConfigError("--overwrite goes with --out; names that are made here are new ones")
+        raise ConfigError("--overwrite needs --out; generated names never replace a file")
 
 
-def _tell_how(config: RunConfig, summary: SampleSummary, image: Path | None) -> None:
+def _write_record(config: RunConfig, summary: SampleSummary, image: Path | None) -> None:
     record = redacted(_data(config, summary, image)) | {"made_with": provenance()}
     text = json.dumps(record, indent=1)
     file = summary.out.with_suffix(".json")
@@ -238,7 +240,7 @@ def _data(config: RunConfig, summary: SampleSummary, image: Path | None) -> dict
     }
 
 
-def _answer(config: RunConfig, drawn: Sequence[SampleSummary], image: Path | None) -> Answer:
+def _answer(config: RunConfig, drawn: Sequence[SampleSummary], image: Path | None) -> CommandResult:
     first = drawn[0]
     size = f"{first.num_frames} frames of {first.width}x{first.height}"
     rows = [("prompt", summary.prompt) for summary in drawn]
@@ -247,10 +249,10 @@ def _answer(config: RunConfig, drawn: Sequence[SampleSummary], image: Path | Non
         ("video" if len(drawn) == 1 else "videos", f"{size} at {first.fps:g} frames/s"),
         ("steps, guidance", f"{config.sample.steps}, {config.sample.guidance:g}"),
         ("seed", str(config.sample.seed)),
-        ("time", in_time(sum(summary.seconds for summary in drawn))),
+        ("time", format_time(sum(summary.seconds for summary in drawn))),
     ]
     data = [_data(config, summary, image) for summary in drawn]
-    return Answer(
+    return CommandResult(
         title=f"sampled with {config.name}",
         rows=rows,
         data=data[0] if len(data) == 1 else {"videos": data},
@@ -266,6 +268,6 @@ def _newest_run(config: RunConfig) -> Path:
     if newest is None:
         raise ValueError(
             f"no finished run of {config.model.path} in {runs}; run sam2vx-pipeline train, name a "
-            "run with --run, or draw from the base model alone with --base"
+            "run with --run, or use the base model alone with --base"
         )
     return newest

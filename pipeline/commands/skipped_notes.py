@@ -1,10 +1,10 @@
-"""What commands print of clips that are left out: how many for which reason, and which."""
+"""Notes on skipped clips: counts by reason, and a line for each clip."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-_SHOWN = 20
+_MAX_NOTES = 20
 
 
 class _Skipped(Protocol):
@@ -16,18 +16,18 @@ class _Skipped(Protocol):
     def detail(self) -> str: ...
 
 
-def counted_reasons(skipped: Sequence[_Skipped]) -> str:
-    """Write how many were left out for each reason, the most frequent first: 2 too_short."""
+def count_by_reason(skipped: Sequence[_Skipped]) -> str:
+    """Count skipped clips by reason, the most frequent first: 2 too_short."""
     counts = Counter(clip.reason for clip in skipped)
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
 
 def skipped_notes(skipped: Iterable[tuple[str, _Skipped]], verb: str = "skipped") -> list[str]:
-    """Say which clips were left out of which kinds of store, and why.
+    """A line for each skipped clip: kinds of store, key, reason.
 
     Args:
-        skipped: Kind and clip. What is said of one clip by several kinds becomes one line.
-        verb: Between the kinds and the clip.
+        skipped: Kind and clip. Kinds that skipped a clip for the same reason share a line.
+        verb: Printed between the kinds and the clip.
     """
     kinds: dict[tuple[str, str, str], list[str]] = {}
     for kind, clip in skipped:
@@ -36,6 +36,6 @@ def skipped_notes(skipped: Iterable[tuple[str, _Skipped]], verb: str = "skipped"
         f"{', '.join(names)} {verb} {key}: {reason} ({detail})"
         for (key, reason, detail), names in kinds.items()
     ]
-    if len(notes) > _SHOWN:
-        notes[_SHOWN:] = [f"… and {len(notes) - _SHOWN} more; --json lists them"]
+    if len(notes) > _MAX_NOTES:
+        notes[_MAX_NOTES:] = [f"… and {len(notes) - _MAX_NOTES} more; --json lists them"]
     return notes

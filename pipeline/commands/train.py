@@ -7,13 +7,13 @@ from typing import Any
 
 from pipeline.commands.assets import make_missing_assets
 from pipeline.config.load import RunConfig
-from pipeline.console import Answer, in_bytes
+from pipeline.console import CommandResult, format_bytes
 from pipeline.environment import provenance_of_run
 from stages.progress import Progress
 
 
-def run(config: RunConfig, progress: Progress) -> Answer:
-    """Train, or go on with a run that was stopped."""
+def run(config: RunConfig, progress: Progress) -> CommandResult:
+    """Train, or resume a stopped run."""
     from stages.train_student.logging.rows import DAMAGED_FILE, SKIPPED_FILE
     from stages.train_student.report.figures import by_name, loss_figures, speed_figures
     from stages.train_student.report.records import read_run
@@ -55,23 +55,23 @@ def run(config: RunConfig, progress: Progress) -> Answer:
     rows = [
         ("run", str(summary.run_dir)),
         ("steps", _steps(data)),
-        ("clips", f"{summary.clips}{_left_out(summary.left_out, summary.left_out_by_name)}"),
+        ("clips", f"{summary.clips}{_excluded(summary.left_out, summary.left_out_by_name)}"),
     ]
     rows += [(one.name, one.told) for one in losses]
     if summary.skipped_steps:
-        skipped = f"{summary.skipped_steps}, with a loss or gradient that is no number"
+        skipped = f"{summary.skipped_steps}, with a NaN or infinite loss or gradient"
         rows.append(("skipped steps", f"{skipped}; see {SKIPPED_FILE} in the run's folder"))
     unreadable = (("damaged clips", summary.damaged_clips), ("gone clips", summary.gone_clips))
     for name, count in unreadable:
         if count:
-            told = f"{count}, others took their places; see {DAMAGED_FILE} in the run's folder"
-            rows.append((name, told))
+            replaced = f"{count}, replaced by other clips; see {DAMAGED_FILE} in the run's folder"
+            rows.append((name, replaced))
     rows += [(one.name, one.told) for one in speed]
-    rows.append(("peak memory", in_bytes(summary.peak_memory_bytes)))
+    rows.append(("peak memory", format_bytes(summary.peak_memory_bytes)))
     rows.append(("weights", str(summary.export)))
     if data["page"] is not None:
         rows.append(("curves, samples", data["page"]))
-    return Answer(title=f"trained with {config.name}", rows=rows, data=data)
+    return CommandResult(title=f"trained with {config.name}", rows=rows, data=data)
 
 
 def _steps(data: dict[str, Any]) -> str:
@@ -81,7 +81,7 @@ def _steps(data: dict[str, Any]) -> str:
     return f"{data['steps_done']}" + (f", resumed after {resumed}" if resumed else "")
 
 
-def _left_out(left_out: dict[str, int], by_name: int) -> str:
+def _excluded(left_out: dict[str, int], by_name: int) -> str:
     listed = [f"{count} of {kind}" for kind, count in left_out.items() if count]
-    lacking = f"; not in every store: {', '.join(listed)}" if listed else ""
-    return lacking + (f"; {by_name} left out by train.leave_out" if by_name else "")
+    incomplete = f"; not in every store: {', '.join(listed)}" if listed else ""
+    return incomplete + (f"; {by_name} left out by train.leave_out" if by_name else "")

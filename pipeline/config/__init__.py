@@ -1,1 +1,1 @@
-"""Configuration files: reading, merging, checking."""
+"""Configuration: presets and files, overrides, validation."""

@@ -1,7 +1,6 @@
-"""Presets and configuration files, read with what they extend into one tree of settings.
+"""Presets and configuration files, merged with the ones they extend.
 
-A file holds what differs; `extends: preset-or-path` names the one that holds the rest. Used by
-`pipeline.config.load`.
+A file holds what differs; `extends: preset-or-path` names the base that holds the rest.
 """
 
 import difflib
@@ -16,7 +15,7 @@ from stages.files.text import read_text
 from stages.files.yaml import MAX_FILE_BYTES, YamlError, parse_yaml
 
 EXTENDS = "extends"
-"""The key of a file that names another one; no setting, and gone from the tree."""
+"""The key that names the base file; not a setting, removed from the tree."""
 
 _PRESETS = resources.files("pipeline") / "presets"
 
@@ -29,43 +28,43 @@ def preset_names() -> list[str]:
 
 
 def read_config(preset_or_path: str) -> dict[str, Any]:
-    """Read a preset or file, laid over the one it extends, and so on.
+    """Read a preset or file, merged over the one it extends, recursively.
 
-    Sections are laid over each other key by key; anything else takes the place of what was there,
-    lists too. A relative path after `extends` is looked for beside the file that names it.
+    Sections are merged key by key; all other values, including lists, replace those of the base. A
+    relative path after `extends` is resolved from the folder of the file that names it.
 
     Raises:
-        ConfigError: no such preset or file, no YAML of settings, or files that extend each other
-            in a circle.
+        ConfigError: no such preset or file, not a YAML mapping of settings, or files that extend
+            each other in a circle.
     """
     trees: list[dict[str, Any]] = []
     sources: list[str] = []
     name: str | None = preset_or_path
     folder = Path()
     while name is not None:
-        text, source, folder = _text_of(name, folder, sources)
+        text, source, folder = _load_text(name, folder, sources)
         if source in sources:
             circle = " extends ".join([*sources[sources.index(source) :], source])
-            raise ConfigError(f"{circle}; one of them must hold its settings itself")
+            raise ConfigError(f"{circle}, in a circle; remove extends from one of them")
         sources.append(source)
         tree = _parse(text, source)
-        name = _extended(tree, source)
+        name = _pop_extends(tree, source)
         trees.append(tree)
     merged: dict[str, Any] = {}
     for tree in reversed(trees):
-        merged = _laid_over(merged, tree)
+        merged = _merge(merged, tree)
     return merged
 
 
-def _text_of(name: str, folder: Path, sources: list[str]) -> tuple[str, str, Path]:
-    """A configuration's text, what to call it, and the folder that its own paths start from."""
+def _load_text(name: str, folder: Path, sources: list[str]) -> tuple[str, str, Path]:
+    """Text of a configuration, its name in messages, and the folder its `extends` starts from."""
     if name in preset_names():
         return (_PRESETS / f"{name}.yaml").read_text(encoding="utf-8"), name, Path()
     path = folder / Path(name).expanduser()
     if not path.is_file():
-        asked = f"{sources[-1]} extends {name!r}, but there is " if sources else ""
+        origin = f"{sources[-1]} extends {name!r}, but there is " if sources else ""
         raise ConfigError(
-            f"{asked}no preset and no file called {str(path)!r}{_meant(path)} "
+            f"{origin}no preset and no file called {str(path)!r}{_suggestion(path)} "
             f"{', '.join(preset_names())}"
         )
     try:
@@ -74,20 +73,20 @@ def _text_of(name: str, folder: Path, sources: list[str]) -> tuple[str, str, Pat
         raise ConfigError(str(error)) from error
 
 
-def _meant(path: Path) -> str:
-    """The end of a sentence: the preset, or the file beside `path`, that was probably meant."""
-    plain = {_plain(preset): preset for preset in preset_names()}
+def _suggestion(path: Path) -> str:
+    """End of the error message: the most similar preset or file in the same folder, if any."""
+    known = {_normalized(preset): preset for preset in preset_names()}
     files = [*path.parent.glob("*.yaml"), *path.parent.glob("*.yml")]
-    plain |= {_plain(file.name): str(file) for file in files}
-    wanted = _plain(path.name)
-    alike = difflib.get_close_matches(wanted, plain, n=1, cutoff=0.75)
-    ends = [one for one in plain if wanted and one.endswith(wanted)]
-    meant = alike or (ends if len(ends) == 1 else [])
-    return f"; did you mean {plain[meant[0]]}? The presets are" if meant else "; presets are"
+    known |= {_normalized(file.name): str(file) for file in files}
+    wanted = _normalized(path.name)
+    similar = difflib.get_close_matches(wanted, known, n=1, cutoff=0.75)
+    ends = [name for name in known if wanted and name.endswith(wanted)]
+    best = similar or (ends if len(ends) == 1 else [])
+    return f"; did you mean {known[best[0]]}? The presets are" if best else "; presets are"
 
 
-def _plain(name: str) -> str:
-    """A name without its suffix, and without what people write in several ways."""
+def _normalized(name: str) -> str:
+    """A name in lower case, without its suffix and separators."""
     return re.sub(r"[-_. ]", "", re.sub(r"\.ya?ml$", "", name.lower()))
 
 
@@ -98,13 +97,14 @@ def _parse(text: str, source: str) -> dict[str, Any]:
         raise ConfigError(f"{source}: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(
-            f"{source} holds no settings; `sam2vx-pipeline config show --config demo` prints some"
+            f"{source} holds no settings; for an example, run sam2vx-pipeline config show --config "
+            "demo"
         )
     return tree
 
 
-def _extended(tree: dict[str, Any], source: str) -> str | None:
-    """Take `extends` out of the tree."""
+def _pop_extends(tree: dict[str, Any], source: str) -> str | None:
+    """Remove `extends` from the tree and return its value."""
     if EXTENDS not in tree:
         return None
     name = tree.pop(EXTENDS)
@@ -116,11 +116,11 @@ def _extended(tree: dict[str, Any], source: str) -> str | None:
     return name
 
 
-def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        under = merged.get(key)
-        if isinstance(under, Mapping) and isinstance(value, Mapping):
-            value = _laid_over(under, value)
+def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in overrides.items():
+        base_value = merged.get(key)
+        if isinstance(base_value, Mapping) and isinstance(value, Mapping):
+            value = _merge(base_value, value)
         merged[key] = value
     return merged

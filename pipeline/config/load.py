@@ -1,6 +1,6 @@
-"""The configuration of a run: a preset or YAML file, then dotted overrides, typed and checked.
+"""The configuration of a run: a preset or YAML file plus dotted overrides, validated.
 
-Used by every command. Defaults live in the sections' classes alone; a preset holds what differs.
+Defaults are defined in the section classes only; a preset holds what differs.
 """
 
 import math
@@ -31,59 +31,59 @@ __all__ = ["SETTINGS", "ConfigError", "RunConfig", "load_config", "preset_names"
 
 
 class RunConfig(Section):
-    """Everything a command needs to know; each stage is handed the sections it reads."""
+    """The whole configuration; each stage receives the sections it reads."""
 
     name: str = Field(min_length=1)
-    """What this configuration is called in summaries; a preset's own name is usual."""
+    """Name of this configuration in summaries; presets use their own name."""
     cache: str = Field(default="cache", min_length=1)
-    """Folder of the stores that stage one writes and the other commands read; those that only read
-    also take a URL, such as s3://bucket/cache."""
+    """Folder of the stores that stage one writes and other commands read; commands that only read
+    also accept a URL, such as s3://bucket/cache."""
     outputs: Path = Path("outputs")
-    """Folder of sampled videos and of inspect's pictures."""
+    """Folder for sampled videos and the images of inspect."""
     data: ClipsConfig
-    """Which clips, and the size, length and rate they are brought to."""
+    """The dataset, and the size, length and frame rate of its clips."""
     model: BaseModelConfig
-    """The CogVideoX pipeline that is taught."""
+    """The CogVideoX pipeline to fine-tune."""
     extract: ExtractConfig = ExtractConfig()
     """Stage one: what is computed from the clips."""
     train: TrainConfig = TrainConfig()
-    """Stage two: what is trained."""
+    """Stage two: training."""
     sample: SampleConfig = SampleConfig()
-    """How a video is drawn."""
+    """Sampling videos."""
     demo: DemoConfig | None = None
-    """The built-in demo, made when it is missing; null works with your own files alone."""
+    """The built-in demo, generated if missing; null for your own data and models."""
 
     @property
     def cache_root(self) -> Path | str:
-        """Where stores are read: a folder or a URL."""
+        """Folder or URL that stores are read from."""
         return self.cache if "://" in self.cache else Path(self.cache)
 
     @property
     def cache_folder(self) -> Path:
-        """Where stores are written.
+        """Folder that stores are written to.
 
         Raises:
             ConfigError: `cache` is a URL.
         """
         if "://" in self.cache:
             raise ConfigError(
-                f"cache={self.cache} is a URL, and stores are written to a local folder; set "
-                "cache=folder, and take it there with sam2vx-pipeline cache copy"
+                f"cache={self.cache} is a URL, but stores can only be written to a local folder; "
+                "set cache to a folder, then upload it with sam2vx-pipeline cache copy"
             )
         return Path(self.cache)
 
 
 SETTINGS = {setting.path: setting for setting in settings_of(RunConfig)}
-"""Every key of the configuration by its dotted path."""
+"""Every setting by its dotted path."""
 
 
 NEEDED = ("data.path", "model.path")
-"""The settings without a default."""
+"""Settings without a default."""
 
 NOT_GIVEN = "(not given)"
-"""Stands in the place of a setting that the command does without."""
+"""Placeholder for a required setting that the command does not read."""
 
-_TAKES_PATTERNS = "data.path"
+_PATTERN_SETTING = "data.path"
 
 
 def load_config(
@@ -92,25 +92,25 @@ def load_config(
     *,
     needed: Sequence[str] = NEEDED,
 ) -> RunConfig:
-    """Read a configuration, apply `key.key=value` overrides in order, fill in and check it.
+    """Read a configuration, apply `key.key=value` overrides in order, add defaults and validate.
 
-    A file may extend another (`config_files`). Values of overrides are YAML (`true`, `1e-4`,
-    `null`, `[a, b]`). `${key.key}` within a text stands for another setting's value, after the
-    overrides. A leading `~/` is the home folder.
+    A file may extend another (`pipeline.config.files`). Override values are YAML (`true`, `1e-4`,
+    `null`, `[a, b]`). `${key.key}` in a string is replaced by the value of that setting after the
+    overrides. A leading `~/` is expanded to the home folder.
 
     Args:
-        preset_or_path: None takes the overrides alone.
+        preset_or_path: None uses the overrides only.
         overrides: as `key.key=value`.
-        needed: those of `NEEDED` that the command reads; without a preset or file it does without
-            the others.
+        needed: those of `NEEDED` that the command reads; without a preset or file the others may
+            be missing.
 
     Raises:
-        ConfigError: no such preset or file, or none where one is needed; not YAML, or a key twice
-            in a file; files that extend each other; two data.path; an unknown key, with the closest
-            known one; a value out of range, with the range and the field's help.
+        ConfigError: no such preset or file, or none although one is needed; not YAML, or a
+            duplicate key in a file; files that extend each other; two data.path; an unknown key,
+            with the closest known one; a value out of range, with the range and the field's help.
     """
-    tree = _from_nothing(needed) if preset_or_path is None else read_config(preset_or_path)
-    _refuse_expanded_pattern(overrides)
+    tree = _empty_tree(needed) if preset_or_path is None else read_config(preset_or_path)
+    _reject_expanded_pattern(overrides)
     for override in overrides:
         _apply(tree, override)
     tree = _resolve(tree, tree, "")
@@ -118,24 +118,24 @@ def load_config(
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
         if preset_or_path is None:
-            _ask_for_a_configuration(error)
+            _raise_if_only_required_missing(error)
         raise ConfigError("\n".join(explain(error, SETTINGS))) from error
-    _refuse_true_for_one(tree, config, "")
+    _reject_bool_for_number(tree, config, "")
     return config
 
 
-def _refuse_expanded_pattern(overrides: Sequence[str]) -> None:
-    """A shell makes four settings of data.path=clips/{00000..00003}.tar; the last would win."""
-    given = [override for override in overrides if override.startswith(f"{_TAKES_PATTERNS}=")]
+def _reject_expanded_pattern(overrides: Sequence[str]) -> None:
+    """A shell expands data.path=clips/{00000..00003}.tar to four settings; the last would win."""
+    given = [override for override in overrides if override.startswith(f"{_PATTERN_SETTING}=")]
     if len(set(given)) > 1:
         raise ConfigError(
-            f"{given[0]} and {given[-1]} are both given; a pattern such as {{00000..00003}} stands "
-            "in quotes, or the shell expands it"
+            f"{given[0]} and {given[-1]} are both given; put a pattern such as {{00000..00003}} in "
+            "quotes, so that the shell does not expand it"
         )
 
 
-def _from_nothing(needed: Sequence[str]) -> dict[str, Any]:
-    """The tree that overrides alone are laid over."""
+def _empty_tree(needed: Sequence[str]) -> dict[str, Any]:
+    """The base tree when there is no preset or file."""
     tree: dict[str, Any] = {"name": "settings"}
     for key in NEEDED:
         section, _, leaf = key.partition(".")
@@ -143,15 +143,15 @@ def _from_nothing(needed: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def _ask_for_a_configuration(error: ValidationError) -> None:
-    """Raise where nothing but settings without a default is missing."""
-    missing = {".".join(map(str, problem["loc"])) for problem in error.errors()}
-    lacking = [key for key in NEEDED if key in missing]
-    if lacking and all(problem["type"] == "missing" for problem in error.errors()):
+def _raise_if_only_required_missing(error: ValidationError) -> None:
+    """Raise a hint at --config if settings without a default are all that is missing."""
+    absent = {".".join(map(str, problem["loc"])) for problem in error.errors()}
+    missing = [key for key in NEEDED if key in absent]
+    if missing and all(problem["type"] == "missing" for problem in error.errors()):
         raise ConfigError(
-            "which configuration? Name a preset or a file with --config, such as --config "
+            "no configuration given; name a preset or a file with --config, such as --config "
             f"cogvideox-5b-lora or --config mine.yaml (--config demo is the built-in demo), or set "
-            f"{' and '.join(f'{key}=…' for key in lacking)}"
+            f"{' and '.join(f'{key}=…' for key in missing)}"
         ) from error
 
 
@@ -159,24 +159,24 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     """Set one dotted key in `tree`."""
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise ConfigError(f"{override!r} sets nothing; overrides look like train.steps=20")
+        raise ConfigError(f"{override!r} is not key=value; overrides look like train.steps=20")
     if path == EXTENDS:
-        raise ConfigError(f"{EXTENDS} belongs into a file; give {text} itself as --config")
+        raise ConfigError(f"{EXTENDS} is only allowed in a file; use --config {text}")
     if _NOT_UTF_8.search(override):
         raise ConfigError(
-            f"{path}: {text!r} is not UTF-8, and could not be kept with what is made; rename the "
-            "file or folder, or make a link to it under another name"
+            f"{path}: {text!r} is not UTF-8 and could not be recorded with the outputs; rename the "
+            "file or folder, or link to it under another name"
         )
     *parents, leaf = path.split(".")
     setting = SETTINGS.get(path)
     try:
-        # To YAML *.tar is an alias, and {00000..00003}.tar a mapping.
-        is_pattern = path == _TAKES_PATTERNS and text[:1] in ("*", "{", "[")
+        # YAML would parse *.tar as an alias, and {00000..00003}.tar as a mapping.
+        is_pattern = path == _PATTERN_SETTING and text[:1] in ("*", "{", "[")
         value = text if is_pattern else parse_yaml(text)
     except YamlError as error:
         raise ConfigError(f"{path}: cannot read the value {text!r} ({error})") from error
-    holder = SETTINGS.get(".".join(parents))
-    if setting is None and not (holder and holder.is_mapping):
+    parent_setting = SETTINGS.get(".".join(parents))
+    if setting is None and not (parent_setting and parent_setting.is_mapping):
         raise ConfigError(unknown_key(path, SETTINGS))
     if setting and setting.section and not (value is None and setting.is_optional):
         first = next(iter(setting.section.model_fields))
@@ -189,13 +189,13 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 _NOT_UTF_8 = re.compile("[\udc80-\udcff]")
-"""How Python reads the bytes of an argument that are not UTF-8."""
+"""Surrogates that Python decodes the non-UTF-8 bytes of an argument to."""
 
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
 
 def _resolve(value: Any, tree: Mapping[str, Any], path: str) -> Any:
-    """Replace references and `~/` in every text of `value`, make keys text; refuse infinities."""
+    """Resolve references and `~/` in all strings, make keys strings, reject infinite numbers."""
     if isinstance(value, Mapping):
         return {
             str(k): _resolve(v, tree, f"{path}.{k}".removeprefix(".")) for k, v in value.items()
@@ -205,12 +205,12 @@ def _resolve(value: Any, tree: Mapping[str, Any], path: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(with_help(f"{path} must be finite, got {value}", path, SETTINGS))
     if isinstance(value, str):
-        value = _REFERENCE.sub(lambda found: _refer(found[1], tree, path), value)
+        value = _REFERENCE.sub(lambda found: _resolve_reference(found[1], tree, path), value)
         return str(Path(value).expanduser()) if value.startswith("~/") else value
     return value
 
 
-def _refer(target: str, tree: Mapping[str, Any], path: str) -> str:
+def _resolve_reference(target: str, tree: Mapping[str, Any], path: str) -> str:
     setting = SETTINGS.get(target)
     if setting is None:
         raise ConfigError(f"{path} refers to ${{{target}}}: {unknown_key(target, SETTINGS)}")
@@ -220,20 +220,22 @@ def _refer(target: str, tree: Mapping[str, Any], path: str) -> str:
     if value is None:
         value = setting.field.default
     if isinstance(value, str) and "${" in value:
-        raise ConfigError(f"{path} refers to ${{{target}}}, which refers on; name the last one")
+        raise ConfigError(
+            f"{path} refers to ${{{target}}}, which is a reference itself; name its target instead"
+        )
     if not isinstance(value, str | int | float | Path):
-        raise ConfigError(f"{path} refers to ${{{target}}}, which holds no single value")
+        raise ConfigError(f"{path} refers to ${{{target}}}, which is not a single value")
     return str(value)
 
 
-def _refuse_true_for_one(raw: Any, checked: Any, path: str) -> None:
-    """`steps: true` would pass as 1."""
+def _reject_bool_for_number(raw: Any, checked: Any, path: str) -> None:
+    """Reject booleans for numbers; pydantic would accept `steps: true` as 1."""
     if isinstance(raw, Mapping) and not isinstance(checked, Mapping):
         for key, value in raw.items():
-            _refuse_true_for_one(value, getattr(checked, key), f"{path}.{key}" if path else key)
+            _reject_bool_for_number(value, getattr(checked, key), f"{path}.{key}" if path else key)
     elif isinstance(raw, list):
-        for one, taken in zip(raw, checked, strict=True):
-            _refuse_true_for_one(one, taken, path)
+        for raw_item, checked_item in zip(raw, checked, strict=True):
+            _reject_bool_for_number(raw_item, checked_item, path)
     elif isinstance(raw, bool) and not isinstance(checked, bool):
         text = f"{path} must be a number, got {str(raw).lower()}"
         raise ConfigError(with_help(text, path, SETTINGS))

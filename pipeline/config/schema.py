@@ -1,4 +1,4 @@
-"""The tree of settings by dotted path, and the words for what is wrong with a value."""
+"""All settings by dotted path, and error messages for invalid ones."""
 
 import difflib
 import types
@@ -15,37 +15,37 @@ from stages.config import Section
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names field, value, range and remedy."""
+    """An invalid configuration; the message names field, value, range and remedy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """One key of the configuration: where it is, and what it takes."""
+    """One key of the configuration: its path and field."""
 
     path: str
     field: FieldInfo
     section: type[Section] | None
-    """The section's class if the key holds a section, else None."""
+    """The section's class if the key is a section, else None."""
 
     @property
     def help(self) -> str:
-        """The docstring under the field (or of the section), on one line."""
+        """The docstring of the field or section, on one line."""
         text = self.field.description or (self.section.__doc__ if self.section else "") or ""
         return " ".join(text.split())
 
     @property
     def is_mapping(self) -> bool:
-        """Whether the keys beneath it are the user's own names."""
+        """Whether the keys below it are chosen by the user."""
         return typing.get_origin(self.field.annotation) is dict
 
     @property
     def is_optional(self) -> bool:
-        """Whether null is one of its values."""
+        """Whether null is allowed."""
         return types.NoneType in typing.get_args(self.field.annotation)
 
 
 def settings_of(section: type[Section], prefix: str = "") -> Iterator[Setting]:
-    """Yield every key of `section` and of the sections in it, depth first, in order."""
+    """Yield every key of `section` and its subsections, depth first, in order."""
     for name, field in section.model_fields.items():
         inner = _section_class(field.annotation)
         yield Setting(path=prefix + name, field=field, section=inner)
@@ -61,7 +61,7 @@ def _section_class(annotation: Any) -> type[Section] | None:
 
 
 def unknown_key(path: str, known: Mapping[str, Setting]) -> str:
-    """Say that `path` is no setting, and which setting was probably meant."""
+    """Error message for an unknown key, with the most similar setting or the valid keys."""
     closest = _closest(path, known)
     if closest:
         return f"unknown key {path}; did you mean {closest}?"
@@ -75,24 +75,24 @@ def unknown_key(path: str, known: Mapping[str, Setting]) -> str:
 
 
 def _closest(path: str, known: Mapping[str, Setting]) -> str | None:
-    """The setting whose own name is most alike; its place in the tree breaks ties."""
+    """The setting with the most similar name; the similarity of the paths breaks ties."""
     leaf = path.rpartition(".")[2]
     best: tuple[float, str] | None = None
     for candidate in known:
-        name_alike = _ratio(leaf, candidate.rpartition(".")[2])
-        if name_alike >= 0.7:
-            score = name_alike + 0.5 * _ratio(path, candidate)
+        name_score = _similarity(leaf, candidate.rpartition(".")[2])
+        if name_score >= 0.7:
+            score = name_score + 0.5 * _similarity(path, candidate)
             if best is None or score > best[0]:
                 best = (score, candidate)
     return best[1] if best else None
 
 
-def _ratio(a: str, b: str) -> float:
+def _similarity(a: str, b: str) -> float:
     return difflib.SequenceMatcher(None, a, b).ratio()
 
 
 def explain(error: ValidationError, known: Mapping[str, Setting]) -> list[str]:
-    """Put each problem that pydantic found into one sentence, with the setting's help."""
+    """Return a message for each pydantic error, with the setting's help."""
     return [_explain_one(dict(problem), known) for problem in error.errors()]
 
 
@@ -121,13 +121,13 @@ def _explain_one(problem: Mapping[str, Any], known: Mapping[str, Setting]) -> st
         return f"{path}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"])
     given = problem["input"]
     remedy = (
-        "; put it in quotes" if _wanted(problem) in _TEXTS and isinstance(given, Number) else ""
+        "; put it in quotes" if _expected(problem) in _TEXTS and isinstance(given, Number) else ""
     )
     shown = "null" if given is None else repr(given)
-    return with_help(f"{path} must be {_wanted(problem)}, got {shown}{remedy}", path, known)
+    return with_help(f"{path} must be {_expected(problem)}, got {shown}{remedy}", path, known)
 
 
-def _wanted(problem: Mapping[str, Any]) -> str:
+def _expected(problem: Mapping[str, Any]) -> str:
     limits = problem.get("ctx") or {}
     for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
         if name in limits:
@@ -143,7 +143,7 @@ def _wanted(problem: Mapping[str, Any]) -> str:
 
 
 def with_help(text: str, path: str, known: Mapping[str, Setting]) -> str:
-    """Append the help of the setting at `path`, or of the nearest one above it."""
+    """Append the help of the setting at `path`, or of its nearest parent."""
     while path and path not in known:
         path = path.rpartition(".")[0]
     return f"{text}\n    {known[path].help}" if path and known[path].help else text

@@ -1,4 +1,4 @@
-"""The resolved configuration as YAML with each field's help above it, for `config show`."""
+"""The resolved configuration as YAML, each field preceded by its help."""
 
 import textwrap
 from typing import Any
@@ -6,22 +6,22 @@ from typing import Any
 from pipeline.config.load import SETTINGS, RunConfig
 from stages.files.yaml import dump_value
 
-_WHERE = (
-    "# Relative paths start from the folder in which a command runs; that of `extends:` from the",
-    "# folder of the file it stands in.",
+_HEADER = (
+    "# Relative paths are resolved from the folder in which a command runs, that of `extends:`",
+    "# from its own file.",
 )
 
 
 def commented_yaml(config: RunConfig) -> str:
-    """Return YAML that `load_config` reads back as an equal configuration."""
+    """Return YAML that `load_config` reads back to an equal configuration."""
     values: Any = config.model_dump(mode="json")
-    lines = list(_WHERE)
+    lines = list(_HEADER)
     for path, setting in SETTINGS.items():
-        holder: Any = values
+        section_values: Any = values
         *parents, leaf = path.split(".")
         for parent in parents:
-            holder = holder[parent] if holder is not None else None
-        if holder is None:  # a key of a section that is null
+            section_values = section_values[parent] if section_values is not None else None
+        if section_values is None:  # the section is null
             continue
         indent = "  " * len(parents)
         if setting.section is not None and not parents:
@@ -33,7 +33,7 @@ def commented_yaml(config: RunConfig) -> str:
             subsequent_indent=f"{indent}# ",
             break_on_hyphens=False,
         )
-        value = holder[leaf]
+        value = section_values[leaf]
         if setting.section is not None and value is not None:
             lines.append(f"{indent}{leaf}:")
         else:

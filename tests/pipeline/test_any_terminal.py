@@ -13,7 +13,7 @@ import typer
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from pipeline import cli, console
 from pipeline.commands import train
-from pipeline.console import Answer
+from pipeline.console import CommandResult
 from tests.fingerprints import fingerprint_of
 
 TERMINALS = [
@@ -74,7 +74,7 @@ def test_the_help_of_every_command(run):
 
 
 def test_a_table_and_its_notes(run, monkeypatch):
-    answer = Answer(title=AWKWARD, rows=[(AWKWARD * 3, AWKWARD)], data={}, notes=[AWKWARD])
+    answer = CommandResult(title=AWKWARD, rows=[(AWKWARD * 3, AWKWARD)], data={}, notes=[AWKWARD])
     monkeypatch.setattr(train, "run", lambda config, progress: answer)
     code, out, _ = run("train", "model.path=base")
     assert code == 0
@@ -82,7 +82,7 @@ def test_a_table_and_its_notes(run, monkeypatch):
 
 
 def test_json_says_the_same_in_any_of_them(run, monkeypatch):
-    answer = Answer(title="", rows=[], data={"words": AWKWARD})
+    answer = CommandResult(title="", rows=[], data={"words": AWKWARD})
     monkeypatch.setattr(train, "run", lambda config, progress: answer)
     _, out, _ = run("train", "model.path=base", "--json")
     assert json.loads(out) == {"words": AWKWARD}
@@ -132,6 +132,6 @@ def test_a_path_that_is_no_utf_8_is_refused_in_one_line(run):
 
 def test_a_narrow_terminal_gets_a_line_per_row(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "20")
-    answer = Answer(title="a title", rows=[("a long name of a row", "v" * 50)], data={})
-    console.present(answer, as_json=False)
+    answer = CommandResult(title="a title", rows=[("a long name of a row", "v" * 50)], data={})
+    console.write_result(answer, as_json=False)
     assert capsys.readouterr().out == f"a title\na long name of a row: {'v' * 50}\n"

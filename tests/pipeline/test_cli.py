@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 from cache_schema.errors import StoreNotFound
 from pipeline.cli import app
 from pipeline.commands import demo, estimate, extract, inspect, sample, train
-from pipeline.console import Answer
+from pipeline.console import CommandResult
 
-DONE = Answer(title="done", rows=[("key", "value")], data={"key": "value"})
+DONE = CommandResult(title="done", rows=[("key", "value")], data={"key": "value"})
 DEMO = ("--config", "demo")
 WORKING = [
     (extract, ["extract-features", *DEMO]),
@@ -260,7 +260,7 @@ def test_ctrl_c_exits_with_130(monkeypatch, module, arguments):
 
 
 def test_too_many_skipped_clips_exit_with_3_after_the_table(monkeypatch):
-    stub(monkeypatch, extract, Answer(title="t", rows=[("a", "b")], data={}, exit_code=3))
+    stub(monkeypatch, extract, CommandResult(title="t", rows=[("a", "b")], data={}, exit_code=3))
     result = invoke("extract-features", *DEMO)
     assert result.exit_code == 3
     assert "a" in result.stdout
@@ -412,11 +412,11 @@ class TestDemo:
             held_out = {"value": "0.1", "note": "0.2 before training"}
             figures = {"a step": held_out, "held-out lgf loss": held_out}
             data = {"video": "v.mp4", "page": "r.html", "figures": figures}
-            answer = Answer(title=name, rows=[(name, "x")], data=data)
+            answer = CommandResult(title=name, rows=[(name, "x")], data=data)
             monkeypatch.setattr(
                 module, "run", lambda *_, a=answer, n=name, **__: (order.append(n), a)[1]
             )
-        drawn = Answer(title="inspect", rows=[], data={"picture": "p.png"})
+        drawn = CommandResult(title="inspect", rows=[], data={"picture": "p.png"})
         monkeypatch.setattr(inspect, "run", lambda *_, **__: (order.append("inspect"), drawn)[1])
         monkeypatch.setattr(demo, "_first_caption", lambda _: "a person walks")
         return order
@@ -434,7 +434,7 @@ class TestDemo:
         assert list(answers) == ["extract", "train", "sample", "inspect"]
 
     def test_stops_with_3_when_too_many_clips_were_skipped(self, road, monkeypatch):
-        few = Answer(title="t", rows=[], data={}, exit_code=3)
+        few = CommandResult(title="t", rows=[], data={}, exit_code=3)
         monkeypatch.setattr(extract, "run", lambda *_, **__: few)
         assert invoke("demo").exit_code == 3
         assert road == []

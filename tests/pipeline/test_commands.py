@@ -105,8 +105,8 @@ class TestExtract:
         assert rows["  skipped"] == "30 (30 too_short)"
         assert answer.notes[0] == "teacher skipped clip/0: too_short (3 frames)"
         assert "and 10 more" in answer.notes[20]
-        assert answer.notes[22] == "all that was left out, one per line: cache/failures.jsonl"
-        assert "cut at its length: 2" in answer.notes[21]
+        assert answer.notes[22] == "all skipped clips, one per line: cache/failures.jsonl"
+        assert "text encoder's length: 2" in answer.notes[21]
         assert answer.data["failures"] == "cache/failures.jsonl"
         assert len(answer.data["teacher"]["skipped"]) == 30
         json.dumps(answer.data)
@@ -404,7 +404,7 @@ class TestInspect:
     def test_text_is_told_but_not_drawn(self, config, store):
         store("text", np.zeros((4, 8), np.float16), name="embeds", axes="ld")
         answer = inspect.run(config, QUIET, store="text")
-        assert answer.notes[-1] == "a text store has no picture of its own"
+        assert answer.notes[-1] == "a text store cannot be drawn by itself"
         assert "picture" not in answer.data
 
     def test_a_store_where_every_clip_was_skipped_is_told(self, config, store, features):

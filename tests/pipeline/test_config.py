@@ -94,7 +94,7 @@ def test_patterns_of_tars_are_no_yaml(minimal, pattern):
 
 def test_a_pattern_that_the_shell_expanded_is_refused(minimal):
     expanded = [f"data.path=clips/{number:05d}.tar" for number in range(4)]
-    with pytest.raises(ConfigError, match="stands in quotes"):
+    with pytest.raises(ConfigError, match="in quotes, so that the shell"):
         load_config(minimal, expanded)
     assert load_config(minimal, expanded[:1] * 2).data.path == Path("clips/00000.tar")
 
@@ -127,8 +127,8 @@ def test_a_configuration_is_frozen(minimal):
         ("train.lgf.raduis=1", "did you mean train.lgf.radius?"),
         ("train.foo=1", "unknown key train.foo; train has run_dir, steps,"),
         ("train.steps.x=1", "unknown key train.steps.x; train has"),
-        ("train.steps", "'train.steps' sets nothing; overrides look like train.steps=20"),
-        ("=1", "sets nothing"),
+        ("train.steps", "'train.steps' is not key=value; overrides look like train.steps=20"),
+        ("=1", "is not key=value"),
         ("train.steps=[1", "train.steps: cannot read the value '[1'"),
         ("train.lgf=1", "train.lgf is a section; set one of its keys"),
         ("train=null", "train is a section"),
@@ -155,7 +155,7 @@ def test_a_configuration_is_frozen(minimal):
         ("data.fps=.nan", "data.fps must be finite, got nan"),
         ("data.path=${demo.rot}/x", "data.path refers to ${demo.rot}: unknown key demo.rot; did "
          "you mean demo.root?"),
-        ("data.path=${train}", "data.path refers to ${train}, which holds no single value"),
+        ("data.path=${train}", "data.path refers to ${train}, which is not a single value"),
         ("data.path=null", "data.path must be a path, got null"),
     ],
 )  # fmt: skip
@@ -166,7 +166,7 @@ def test_an_override_that_cannot_be_used_says_what_to_write_instead(minimal, ove
 
 
 def test_a_reference_to_a_reference_is_refused(minimal):
-    with pytest.raises(ConfigError, match="which refers on"):
+    with pytest.raises(ConfigError, match="which is a reference itself"):
         load_config(minimal, ["cache=${outputs}", "outputs=${name}"])
 
 
@@ -305,7 +305,7 @@ class TestExtends:
         names = re.findall(r"(\w)\.yaml", str(caught.value))
         assert names == ["c", "a", "b", "c"]
         itself = write("d.yaml", "extends: d.yaml\n")
-        with pytest.raises(ConfigError, match=r"d\.yaml extends /.*d\.yaml; one of them must"):
+        with pytest.raises(ConfigError, match=r"d\.yaml extends /.*d\.yaml, in a circle"):
             load_config(itself)
 
     @pytest.mark.parametrize(
@@ -327,5 +327,5 @@ class TestExtends:
             load_config(write("mine.yaml", text))
 
     def test_an_override_extends_nothing(self, minimal):
-        with pytest.raises(ConfigError, match="belongs into a file; give demo itself as --config"):
+        with pytest.raises(ConfigError, match="only allowed in a file; use --config demo"):
             load_config(minimal, ["extends=demo"])

@@ -7,9 +7,9 @@ import pytest
 
 from cache_schema.shown_text import without_credentials
 from pipeline import console
-from pipeline.console import Answer, in_bytes, in_time
+from pipeline.console import CommandResult, format_bytes, format_time
 
-ANSWER = Answer(
+ANSWER = CommandResult(
     title="a [title]",
     rows=[("name", "[bold]not markup[/bold]"), ("path", "x" * 300)],
     data={"name": "é", "number": 1.5},
@@ -18,7 +18,7 @@ ANSWER = Answer(
 
 
 def test_the_table_shows_text_as_it_is_and_cuts_nothing(capsys):
-    console.present(ANSWER, as_json=False)
+    console.write_result(ANSWER, as_json=False)
     out, err = capsys.readouterr()
     assert "a [title]" in out
     assert "[bold]not markup[/bold]" in out
@@ -28,7 +28,7 @@ def test_the_table_shows_text_as_it_is_and_cuts_nothing(capsys):
 
 
 def test_json_is_one_object_on_stdout(capsys):
-    console.present(ANSWER, as_json=True)
+    console.write_result(ANSWER, as_json=True)
     assert json.loads(capsys.readouterr().out) == {"name": "é", "number": 1.5}
 
 
@@ -37,17 +37,18 @@ SHOWN = "\\x1b]0;owned\\x07\\x9b2J\\u202e http://***@host/a?sig=***"
 
 
 def test_nothing_that_is_printed_is_obeyed_or_holds_credentials(capfd, monkeypatch):
-    monkeypatch.setattr(console, "_SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(console, "_LINE_INTERVAL_S", 0)
     monkeypatch.setenv("COLUMNS", "300")
-    console.present(
-        Answer(title=HOSTILE, rows=[(HOSTILE, HOSTILE)], data={}, notes=[HOSTILE]), as_json=False
+    console.write_result(
+        CommandResult(title=HOSTILE, rows=[(HOSTILE, HOSTILE)], data={}, notes=[HOSTILE]),
+        as_json=False,
     )
     with console.console_progress() as progress:
         progress.log(HOSTILE)
         with progress.task(HOSTILE, 2) as task:
             task.note(HOSTILE)
             task.advance()
-    console.complain(HOSTILE)
+    console.print_error(HOSTILE)
     out, err = capfd.readouterr()
     assert out.count(SHOWN) == 4
     assert err.count(SHOWN) >= 5
@@ -56,7 +57,7 @@ def test_nothing_that_is_printed_is_obeyed_or_holds_credentials(capfd, monkeypat
 
 
 def test_json_spells_controls_out_and_holds_no_credentials(capsys):
-    console.present(Answer(title="", rows=[], data={"key": HOSTILE}), as_json=True)
+    console.write_result(CommandResult(title="", rows=[], data={"key": HOSTILE}), as_json=True)
     out = capsys.readouterr().out
     assert out.rstrip("\n").isprintable()
     assert json.loads(out) == {"key": without_credentials(HOSTILE)}
@@ -64,8 +65,8 @@ def test_json_spells_controls_out_and_holds_no_credentials(capsys):
 
 def test_a_traceback_is_printed_by_the_same_rules():
     script = (
-        "from pipeline.console import write_any_text\n"
-        "write_any_text()\n"
+        "from pipeline.console import escape_unencodable_output\n"
+        "escape_unencodable_output()\n"
         f"raise AttributeError({HOSTILE!r}) from ValueError({HOSTILE!r})\n"
     )
     done = subprocess.run(
@@ -85,7 +86,7 @@ def test_a_traceback_is_printed_by_the_same_rules():
 @pytest.mark.parametrize("as_json", [False, True])
 def test_only_the_first_process_prints(capfd, monkeypatch, as_json):
     monkeypatch.setenv("RANK", "1")
-    console.present(ANSWER, as_json=as_json)
+    console.write_result(ANSWER, as_json=as_json)
     with console.console_progress() as progress:
         progress.log("hello")
         with progress.task("work", 2) as task:
@@ -109,7 +110,7 @@ def test_bars_and_lines_go_to_stderr_with_counts_units_and_notes(capfd):
 
 
 def test_a_bar_says_where_it_is_when_stderr_is_a_file(capfd, monkeypatch):
-    monkeypatch.setattr(console, "_SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(console, "_LINE_INTERVAL_S", 0)
     with console.console_progress() as progress, progress.task("read", 3, unit="files") as task:
         for _ in range(3):
             task.advance()
@@ -146,8 +147,8 @@ def test_an_error_within_a_bar_passes_through():
 def test_stdout_holds_the_answer_alone_whoever_prints(tmp_path):
     script = (
         "import os, subprocess, sys\n"
-        "from pipeline.console import stdout_for_the_answer\n"
-        "with stdout_for_the_answer():\n"
+        "from pipeline.console import stdout_to_stderr\n"
+        "with stdout_to_stderr():\n"
         "    print('library', flush=True)\n"
         "    os.write(1, b'descriptor')\n"
         "    subprocess.run([sys.executable, '-c', 'print(\"child\")'])\n"
@@ -169,7 +170,7 @@ def test_stdout_holds_the_answer_alone_whoever_prints(tmp_path):
     [(0, "0 B"), (999, "999 B"), (67_700_000, "67.7 MB"), (2e12, "2.0 TB"), (5e15, "5000.0 TB")],
 )
 def test_bytes_are_written_for_people(number, text):
-    assert in_bytes(number) == text
+    assert format_bytes(number) == text
 
 
 @pytest.mark.parametrize(
@@ -177,4 +178,4 @@ def test_bytes_are_written_for_people(number, text):
     [(0.04, "0.0 s"), (59.94, "59.9 s"), (187, "3 min 07 s"), (7500, "2 h 05 min")],
 )
 def test_times_are_written_for_people(seconds, text):
-    assert in_time(seconds) == text
+    assert format_time(seconds) == text

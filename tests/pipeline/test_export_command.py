@@ -59,7 +59,7 @@ def test_step_weights_and_folder_are_passed_on(calls, tmp_path):
     done = call("--run", tmp_path, "--checkpoint", 20, "--weights", "last", "--out", out)
     assert done.exit_code == 0, done.output
     assert calls == [(tmp_path, 20, out, "last", "diffusers")]
-    assert "1,234,567 numbers" in done.stdout
+    assert "1,234,567 parameters" in done.stdout
     assert "load_lora_weights" in done.stdout
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from cache_schema import ArraySpec, ClipMissing, StoreReader, StoreSettings, StoreWriter
 from pipeline.cli import app
 from pipeline.commands import inspect
-from pipeline.commands.inspect_facts import nearest_keys
+from pipeline.commands.inspect_facts import similar_keys
 from pipeline.commands.inspect_list import list_clips
 from pipeline.config.load import NOT_GIVEN, ConfigError, load_config
 from stages.progress import SilentProgress
@@ -92,7 +92,7 @@ def test_a_store_is_drawn_at_its_own_size_without_a_configuration(config):
 
 
 def test_masks_need_their_frames(config, store):
-    with pytest.raises(ConfigError, match=r"set data\.path=…, or --config"):
+    with pytest.raises(ConfigError, match=r"set data\.path=… or --config"):
         inspect._overlays(config, QUIET, StoreReader(store), (), Path())
 
 
@@ -114,8 +114,8 @@ def test_an_unknown_clip_suggests_near_ones(store, wanted, near):
 
 def test_many_keys_are_searched_for_words_alone():
     keys = [f"clip/{number:06d}" for number in range(30_000)]
-    assert nearest_keys("029999", keys) == ["clip/029999"]
-    assert nearest_keys("clip-029999", keys) == []
+    assert similar_keys("029999", keys) == ["clip/029999"]
+    assert similar_keys("clip-029999", keys) == []
 
 
 class TestList:
@@ -171,9 +171,9 @@ class TestList:
             (["--list", "--sort", "qualty"], "there are clip, quality"),
             (["--list", "--clip", "walk/0001"], "--list draws nothing"),
             (["--list", "--all"], "--list draws nothing"),
-            (["--sort", "quality"], "go with --list"),
-            (["--csv"], "go with --list"),
-            (["--list", "--csv", "--json"], "not both"),
+            (["--sort", "quality"], "need --list"),
+            (["--csv"], "need --list"),
+            (["--list", "--csv", "--json"], "exclude each other"),
         ],
     )
     def test_what_does_not_go_together_is_bad_usage(self, store, arguments, words):

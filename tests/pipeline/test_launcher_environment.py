@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from pipeline.environment import take_place_from_slurm
+from pipeline.environment import set_rank_from_slurm
 
 STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
 
@@ -33,14 +33,14 @@ def scontrol(tmp_path, environment):
 
 def test_srun_alone_tells_each_process_its_place(environment, scontrol):
     environment(**STEP, SLURM_STEP_NODELIST="gpu[07-08]", SLURM_JOB_ID="123456")
-    take_place_from_slurm()
+    set_rank_from_slurm()
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     assert [os.environ[name] for name in names] == ["4", "3", "1", "gpu07", "29956"]
 
 
 def test_an_address_that_is_set_stays(environment):
     environment(**STEP, MASTER_ADDR="head", MASTER_PORT="1234")
-    take_place_from_slurm()
+    set_rank_from_slurm()
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("head", "1234")
 
 
@@ -55,12 +55,12 @@ def test_an_address_that_is_set_stays(environment):
 def test_other_processes_of_an_allocation_keep_their_place(environment, variables):
     environment(**variables)
     before = dict(os.environ)
-    take_place_from_slurm()
+    set_rank_from_slurm()
     assert dict(os.environ) == before
 
 
 def test_without_scontrol_the_address_is_asked_for(environment, tmp_path):
     environment(**STEP, SLURM_STEP_NODELIST="gpu[07-08]", PATH=str(tmp_path))
     with pytest.raises(ValueError, match=r"gpu\[07-08\].*export MASTER_ADDR"):
-        take_place_from_slurm()
+        set_rank_from_slurm()
     assert "RANK" not in os.environ

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.commands import sample
-from pipeline.commands.sample import file_stem, named_file, new_file
+from pipeline.commands.sample import claim_named_file, claim_new_file, file_stem
 from pipeline.config.load import ConfigError, load_config
 from stages.progress import SilentProgress
 from stages.sample_videos.sample import SampleSummary
@@ -104,11 +104,11 @@ def test_without_a_finished_run_the_remedies_are_named(config, stage):
 @pytest.mark.parametrize(
     ("wants_image", "options", "message"),
     [
-        (True, {}, "makes video from an image"),
-        (False, {"image": Path("dog.png")}, "from text alone"),
+        (True, {}, "is an image-to-video model"),
+        (False, {"image": Path("dog.png")}, "is a text-to-video model"),
         (False, {"out": Path("dog.avi")}, r"must end in \.mp4"),
-        (False, {"overwrite": True}, "--overwrite goes with --out"),
-        (False, {"run_dir": Path("run"), "base_only": True}, "leave --run out"),
+        (False, {"overwrite": True}, "--overwrite needs --out"),
+        (False, {"run_dir": Path("run"), "base_only": True}, "remove --run"),
         (False, {"prompts": ["a", "b"], "out": Path("x.mp4")}, "there are 2 prompts"),
     ],
 )
@@ -138,7 +138,7 @@ class TestPrompts:
 
     def test_a_file_given_as_words_is_refused_with_the_hint(self, config, stage, tmp_path):
         (tmp_path / "prompts.txt").write_text("a dog\n")
-        with pytest.raises(ConfigError, match=r"is a file; --prompt @.*prompts\.txt draws"):
+        with pytest.raises(ConfigError, match=r"is a file; --prompt @.*prompts\.txt samples"):
             draw(config, str(tmp_path / "prompts.txt"))
         assert not stage.calls
 
@@ -148,7 +148,7 @@ class TestPrompts:
 
     @pytest.mark.parametrize(
         ("content", "message"),
-        [(None, "No such file"), (b"\n \n", "holds no prompt"), (b"\xff\xfe", "cannot read")],
+        [(None, "No such file"), (b"\n \n", "holds no prompts"), (b"\xff\xfe", "cannot read")],
     )
     def test_a_file_without_prompts_is_bad_usage(self, config, stage, tmp_path, content, message):
         listed = tmp_path / "prompts.txt"
@@ -185,7 +185,7 @@ class TestNothingIsReplaced:
         self, config, stage, tmp_path, end
     ):
         (tmp_path / f"dog.{end}").write_text("mine")
-        with pytest.raises(ConfigError, match=rf"dog\.{end} is there already; .*--overwrite"):
+        with pytest.raises(ConfigError, match=rf"dog\.{end} already exists; .*--overwrite"):
             draw(config, "a dog", out=tmp_path / "dog.mp4")
         assert not stage.calls
         assert (tmp_path / f"dog.{end}").read_text() == "mine"
@@ -216,13 +216,13 @@ class TestNothingIsReplaced:
         assert not stage.calls
 
     def test_two_processes_get_two_names(self, tmp_path):
-        with new_file(tmp_path, "dog") as first, new_file(tmp_path, "dog") as second:
+        with claim_new_file(tmp_path, "dog") as first, claim_new_file(tmp_path, "dog") as second:
             assert [first.name, second.name] == ["dog.mp4", "dog-2.mp4"]
         assert not files(tmp_path)
 
     def test_a_folder_is_no_video_to_replace(self, tmp_path):
         (tmp_path / "dog.mp4").mkdir()
-        with pytest.raises(OSError), named_file(tmp_path / "dog.mp4", overwrite=True):
+        with pytest.raises(OSError), claim_named_file(tmp_path / "dog.mp4", overwrite=True):
             pass
         assert (tmp_path / "dog.mp4").is_dir()
 

@@ -35,7 +35,7 @@ def test_it_fits_and_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, told, _ = dry_run("--gpu", "h100", "--gpus", "8")
     assert code == 0
-    for words in ("1.69B parameters", "memory of each GPU", "NVIDIA H100", "8 GPUs x 4 passes"):
+    for words in ("1.69B parameters", "memory per GPU", "NVIDIA H100", "8 GPUs x 4 passes"):
         assert words in told
     assert "assumed" in told
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ import pytest
 
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from cache_schema.atomic_io import write_whole
-from pipeline.failures import in_words
+from pipeline.failures import error_text
 from stages.clips.video import write_video
 from stages.extract_features.execution.failures import write_failure_manifest
 from stages.train_student.logging.rows import RowFile
@@ -121,7 +121,7 @@ def test_a_refused_write_names_its_file(
     with no_room(100), pytest.raises(OSError) as caught:
         work()
     assert str(tmp_path) in str(caught.value.filename)
-    assert in_words(caught.value).startswith(str(tmp_path))
+    assert error_text(caught.value).startswith(str(tmp_path))
 
 
 @pytest.mark.parametrize("make", [one for one in WRITERS if one is not a_video])
@@ -131,7 +131,7 @@ def test_a_refused_sync_names_its_file_and_says_what_to_do(
     work = make(tmp_path)
     with no_sync(monkeypatch), pytest.raises(OSError) as caught:
         work()
-    words = in_words(caught.value)
+    words = error_text(caught.value)
     assert words.startswith(str(tmp_path))
     assert "free some space" in words
 

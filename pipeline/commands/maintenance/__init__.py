@@ -1,1 +1,1 @@
-"""What each `cache` command does between its arguments and the printed answer."""
+"""The `cache` commands: from arguments to a `CommandResult`."""

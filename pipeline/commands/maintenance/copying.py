@@ -1,43 +1,43 @@
-"""`cache copy`: stores on another disk, or on an object store."""
+"""`cache copy`: copy stores to another disk or an object store."""
 
 from __future__ import annotations
 
 from cache_schema.maintenance.copy import copy_store
 from pipeline.commands.maintenance.stores import (
     Outcome,
-    Where,
-    bar_of_bytes,
-    counted,
-    each_store,
+    PathOrUrl,
+    bytes_bar,
     indented,
-    name_of,
-    place_of,
+    path_or_url,
+    pluralize,
+    run_on_each_store,
+    store_name,
     stores_at,
-    target_of,
+    target_store,
 )
-from pipeline.console import Answer, in_bytes
+from pipeline.console import CommandResult, format_bytes
 from stages.progress import Progress
 
 
-def run(source: str, target: str, progress: Progress) -> Answer:
-    """Copy a store, or every store of a folder; what is there already is not sent again.
+def run(source: str, target: str, progress: Progress) -> CommandResult:
+    """Copy a store, or every store of a folder; files that exist at the target are not sent again.
 
     Args:
-        source: A store, or a folder of stores; or the URL of either.
-        target: The folder or URL they are copied into, each under its own name.
-        progress: Told of the bytes.
+        source: A store or a folder of stores, or the URL of either.
+        target: The folder or URL to copy into; each store keeps its name.
+        progress: Advanced by bytes.
     """
-    destination = place_of(target)
+    destination = path_or_url(target)
 
-    def copy(store: Where) -> Outcome:
-        goes_to = target_of(destination, name_of(store))
-        with bar_of_bytes(progress, "copy", store) as task:
-            report = copy_store(store, goes_to, advance=task.advance)
-        there = f", {report.num_present} there already" if report.num_present else ""
+    def copy(store: PathOrUrl) -> Outcome:
+        store_target = target_store(destination, store_name(store))
+        with bytes_bar(progress, "copy", store) as task:
+            report = copy_store(store, store_target, advance=task.advance)
+        present = f", {report.num_present} already there" if report.num_present else ""
         rows = [
             ("to", report.store),
-            ("clips", f"{report.num_clips} in {counted(report.num_shards, 'shard')}"),
-            ("files", f"{report.num_sent} sent, {in_bytes(report.num_bytes_sent)}{there}"),
+            ("clips", f"{report.num_clips} in {pluralize(report.num_shards, 'shard')}"),
+            ("files", f"{report.num_sent} sent, {format_bytes(report.num_bytes_sent)}{present}"),
         ]
         data = {
             "target": report.store,
@@ -49,8 +49,8 @@ def run(source: str, target: str, progress: Progress) -> Answer:
         }
         return Outcome(rows=indented(rows), data=data)
 
-    return each_store(
-        stores_at(place_of(source)),
+    return run_on_each_store(
+        stores_at(path_or_url(source)),
         copy,
-        title=lambda found: f"copied {counted(len(found), 'store')} to {destination}",
+        title=lambda found: f"copied {pluralize(len(found), 'store')} to {destination}",
     )

@@ -1,14 +1,14 @@
-"""`cache derive gram-flow`: the compact form of the teacher, from its stored features."""
+"""`cache derive gram-flow`: compute the Gram-flow store from stored teacher features."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.commands.maintenance.stores import list_failures_again
-from pipeline.commands.skipped_notes import counted_reasons
+from pipeline.commands.maintenance.stores import update_failures_file
+from pipeline.commands.skipped_notes import count_by_reason
 from pipeline.config.load import RunConfig
-from pipeline.console import Answer, in_bytes, in_time
+from pipeline.console import CommandResult, format_bytes, format_time
 from pipeline.environment import provenance_of_run, rank
 from stages.progress import Progress
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from stages.extract_features.derive import DeriveSummary
 
 
-def run(config: RunConfig, progress: Progress) -> Answer:
-    """Write the Gram-flow store beside the teacher's; several processes may share the shards.
+def run(config: RunConfig, progress: Progress) -> CommandResult:
+    """Write the Gram-flow store next to the teacher store; several processes may share the shards.
 
-    With `data.buckets`, one of every size.
+    With `data.buckets`, write one store per size.
     """
     from stages.extract_features.derive import derive_gram_flow
     from stages.extract_features.kinds import device_named
@@ -44,23 +44,23 @@ def run(config: RunConfig, progress: Progress) -> Answer:
         data.append({"teacher": str(teacher.path), **_data(summary)})
     crossed = config.extract.gram_flow.pairs == "crossed"
     pairs = " with train.lgf.pairs=crossed" if crossed else ""
-    list_failures_again([Path(one["store"]) for one in data], progress)
-    return Answer(
+    update_failures_file([Path(one["store"]) for one in data], progress)
+    return CommandResult(
         title=f"derived from {', '.join(teacher.name for teacher in teachers)}",
         rows=rows,
         data={"derived": data},
-        notes=[f"train.teacher_form=gram_flow{pairs} trains from it"],
+        notes=[f"to train from it: train.teacher_form=gram_flow{pairs}"],
     )
 
 
 def _rows(summary: DeriveSummary, size: str) -> list[tuple[str, str]]:
     there = f", {summary.clips_already_there} already there" if summary.clips_already_there else ""
-    reasons = counted_reasons(summary.skipped)
+    reasons = count_by_reason(summary.skipped)
     return [
         (f"gram_flow{size}", str(summary.store)),
         ("  clips", f"{summary.clips_written} written{there}"),
         ("  skipped", f"{len(summary.skipped)} ({reasons})" if summary.skipped else "none"),
-        ("  size, time", f"{in_bytes(summary.bytes)}, {in_time(summary.seconds)}"),
+        ("  size, time", f"{format_bytes(summary.bytes)}, {format_time(summary.seconds)}"),
     ]
 
 

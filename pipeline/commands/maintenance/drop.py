@@ -1,4 +1,4 @@
-"""`cache drop`: clips out of one store, or of every store of a folder."""
+"""`cache drop`: remove clips from one store or from every store of a folder."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from cache_schema import StoreReader
 from cache_schema.maintenance.drop import DROPPED, REDO, drop_clips
 from pipeline.commands.maintenance.stores import (
     Outcome,
-    Where,
-    counted,
-    each_store,
+    PathOrUrl,
     indented,
-    list_failures_again,
+    pluralize,
+    run_on_each_store,
     stores_at,
+    update_failures_file,
 )
-from pipeline.console import Answer
+from pipeline.console import CommandResult
 from stages.progress import Progress
 from stages.train_student.data.splits import read_keys
 
-_SHOWN = 5
+_MAX_KEYS = 5
+"""Keys listed in an error message."""
 
 
 def run(
@@ -31,41 +32,41 @@ def run(
     listed: Path | None,
     because: str,
     redo: bool = False,
-) -> Answer:
-    """Take clips out of the stores that have them; run again, it finishes what was begun.
+) -> CommandResult:
+    """Remove clips from the stores that have them; a rerun completes an interrupted one.
 
     Args:
         cache: A store, or a folder of stores.
-        keys: The clips.
-        progress: Told of the stores.
-        listed: A file that names more clips, one JSON object with a `key` per line.
-        because: Why, in words.
-        redo: Whether extraction is to make them again, when it is told to retry.
+        keys: Keys of the clips.
+        progress: Advanced once per store.
+        listed: A file with more keys: one JSON object with a `key` per line.
+        because: The reason, recorded with the clips.
+        redo: Whether extraction may recompute the clips with --retry-failed.
 
     Raises:
-        ValueError: No store knows one of the clips; nothing was done.
+        ValueError: A clip is in no store; nothing was dropped.
     """
     wanted = set(keys) | (read_keys(listed) if listed is not None else frozenset())
     stores = stores_at(cache)
     of_store = {store: _known(store, wanted) for store in stores}
     unknown = sorted(wanted - set().union(*of_store.values()))
     if unknown:
-        more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+        more = f" and {len(unknown) - _MAX_KEYS} more" if len(unknown) > _MAX_KEYS else ""
         raise ValueError(
-            f"no store of {cache} knows clip {', '.join(map(repr, unknown[:_SHOWN]))}{more}; "
-            "nothing was dropped. Keys are written as inspect and failures.jsonl show them"
+            f"no store of {cache} has clip {', '.join(map(repr, unknown[:_MAX_KEYS]))}{more}; "
+            "nothing was dropped. Write keys as inspect and failures.jsonl show them"
         )
 
     reason = REDO if redo else DROPPED
-    again = (
-        "extract-features --retry-failed makes them again"
+    effect = (
+        "extract-features --retry-failed recomputes them"
         if redo
-        else "extract-features leaves them out, now and later; --redo lets it make them again"
+        else "extract-features leaves them out from now on, unless they are dropped with --redo"
     )
 
     with progress.task("drop", len(stores), unit="stores") as task:
 
-        def drop(store: Where) -> Outcome:
+        def drop(store: PathOrUrl) -> Outcome:
             report = drop_clips(Path(store), sorted(of_store[store]), detail=because, reason=reason)
             task.advance()
             already = f", {report.num_already} already" if report.num_already else ""
@@ -78,18 +79,18 @@ def run(
                 },
             )
 
-        answer = each_store(
+        result = run_on_each_store(
             stores,
             drop,
-            title=lambda found: f"dropped from {counted(len(found), 'store')}: {cache}",
-            notes=[f"{counted(len(wanted), 'clip')} named; {again}"],
+            title=lambda found: f"dropped from {pluralize(len(found), 'store')}: {cache}",
+            notes=[f"{pluralize(len(wanted), 'clip')} named; {effect}"],
         )
-    list_failures_again(stores, progress)
-    return answer
+    update_failures_file(stores, progress)
+    return result
 
 
-def _known(store: Where, wanted: set[str]) -> set[str]:
-    """Those of the clips that the store has, or has skipped."""
+def _known(store: PathOrUrl, wanted: set[str]) -> set[str]:
+    """The wanted clips that are in the store or among its skipped clips."""
     reader = StoreReader(store)
     skipped = {clip.key for clip in reader.iter_skipped() if clip.key in wanted}
     return skipped.union(key for key in wanted if key in reader)

@@ -1,4 +1,4 @@
-"""`cache list`: what stores there are."""
+"""`cache list`: the stores of a folder or URL."""
 
 from __future__ import annotations
 
@@ -14,49 +14,51 @@ from cache_schema.names import STORE_FILE, StoreLayout
 from cache_schema.storage import open_place
 from pipeline.commands.maintenance.stores import (
     Outcome,
-    Where,
-    counted,
-    each_store,
+    PathOrUrl,
     indented,
-    place_of,
+    path_or_url,
+    pluralize,
+    run_on_each_store,
     stores_at,
 )
-from pipeline.commands.skipped_notes import counted_reasons
-from pipeline.console import Answer, in_bytes
+from pipeline.commands.skipped_notes import count_by_reason
+from pipeline.console import CommandResult, format_bytes
 from stages.progress import Progress
 
 
-def run(where: str, progress: Progress) -> Answer:
-    """List the stores of a folder or URL; one that cannot be read is told with what is wrong."""
-    del progress  # commit records are read in seconds
-    cache = place_of(where)
-    answer = each_store(stores_at(cache), _look, title=lambda found: _title(found, cache))
-    old = sum("remedy" in store for store in answer.data["stores"])
+def run(location: str, progress: Progress) -> CommandResult:
+    """List the stores of a folder or URL; unreadable ones with the error."""
+    del progress  # reading the commit records takes seconds
+    cache = path_or_url(location)
+    result = run_on_each_store(
+        stores_at(cache), _describe_store, title=lambda found: _title(found, cache)
+    )
+    old = sum("remedy" in store for store in result.data["stores"])
     if old:
-        answer.notes.append(
-            f"{counted(old, 'store')} of an older schema version, which cannot be read: set "
-            "another cache folder, or remove them, and run sam2vx-pipeline extract-features"
+        result.notes.append(
+            f"{pluralize(old, 'store')} with an older schema version cannot be read: set another "
+            "cache folder, or delete them, and run sam2vx-pipeline extract-features"
         )
-    return answer
+    return result
 
 
-def _title(found: Sequence[Outcome], cache: Where) -> str:
+def _title(found: Sequence[Outcome], cache: PathOrUrl) -> str:
     sizes = [outcome.data["bytes"] for outcome in found if "bytes" in outcome.data]
-    size = f", {in_bytes(sum(sizes))}" if sizes else ""
-    return f"{counted(len(found), 'store')}{size}: {cache}"
+    size = f", {format_bytes(sum(sizes))}" if sizes else ""
+    return f"{pluralize(len(found), 'store')}{size}: {cache}"
 
 
-def _look(store: Where) -> Outcome:
+def _describe_store(store: PathOrUrl) -> Outcome:
     try:
         reader = StoreReader(store)
     except UnknownSchemaVersion as error:
-        return _of_another_version(store, error)
+        return _unsupported_version(store, error)
     settings, skipped = reader.settings, reader.skipped
-    reasons = f" ({counted_reasons(skipped)})" if skipped else ""
+    reasons = f" ({count_by_reason(skipped)})" if skipped else ""
     written = _written(store, reader.provenance)
     rows = [
         ("clips", f"{len(reader)}, and {len(skipped)} skipped{reasons}"),
-        ("size", in_bytes(reader.num_bytes)),
+        ("size", format_bytes(reader.num_bytes)),
         ("schema version", str(SCHEMA_VERSION)),
         ("made", _made(written, reader.provenance)),
         ("settings", settings.hash),
@@ -73,13 +75,15 @@ def _look(store: Where) -> Outcome:
         "made_with": reader.provenance,
     }
     if isinstance(store, Path) and (quarantine := StoreLayout(store).quarantine).is_dir():
-        data["quarantine_bytes"] = size = _bytes_of_its_own(quarantine)
-        rows.append(("quarantine", f"what repair took out; deleting it frees {in_bytes(size)}"))
+        data["quarantine_bytes"] = size = _bytes_freed(quarantine)
+        rows.append(
+            ("quarantine", f"files removed by repair; deleting it frees {format_bytes(size)}")
+        )
     return Outcome(rows=indented(rows), data=data)
 
 
-def _of_another_version(store: Where, error: UnknownSchemaVersion) -> Outcome:
-    """What can be said of a store that is older or newer than this package."""
+def _unsupported_version(store: PathOrUrl, error: UnknownSchemaVersion) -> Outcome:
+    """Facts about a store whose schema version this package cannot read."""
     record = parse_json(open_place(store).read(STORE_FILE))
     found, made_with = record["schema_version"], record.get("provenance") or {}
     written = _written(store, made_with)
@@ -106,10 +110,11 @@ def _of_another_version(store: Where, error: UnknownSchemaVersion) -> Outcome:
     )
 
 
-def _written(store: Where, made_with: Mapping[str, Any]) -> datetime | None:
-    """When the store was begun; where it does not say, the date of the oldest file written once.
+def _written(store: PathOrUrl, made_with: Mapping[str, Any]) -> datetime | None:
+    """When the store was created, from its provenance or else its oldest file.
 
-    Repairing can have store.json written again, dropping clips a shard's group.
+    Several files are compared, since a repair can rewrite store.json, and dropping clips rewrites a
+    shard's zarr.json.
     """
     with suppress(ValueError):
         return datetime.fromisoformat(str(made_with.get("date"))).astimezone()
@@ -128,7 +133,7 @@ def _made(written: datetime | None, made_with: Mapping[str, Any]) -> str:
     return ", ".join([*day, *by]) or "unknown"
 
 
-def _bytes_of_its_own(folder: Path) -> int:
-    """What deleting a folder would free: a file that is linked elsewhere too stays there."""
+def _bytes_freed(folder: Path) -> int:
+    """Bytes that deleting a folder would free; files with other hard links do not count."""
     found = (file.stat() for file in folder.rglob("*") if file.is_file())
     return sum(status.st_size for status in found if status.st_nlink == 1)

@@ -1,4 +1,4 @@
-"""`cache merge`: stores of several machines in one."""
+"""`cache merge`: merge stores of several machines."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ from cache_schema.maintenance.merge import merge_stores
 from cache_schema.schema import differing_settings
 from pipeline.commands.maintenance.stores import (
     Outcome,
-    Where,
-    bar_of_bytes,
-    counted,
-    each_store,
+    PathOrUrl,
+    bytes_bar,
     indented,
-    list_failures_again,
+    pluralize,
+    run_on_each_store,
     stores_at,
-    target_of,
+    target_store,
+    update_failures_file,
 )
-from pipeline.console import Answer, in_bytes
+from pipeline.console import CommandResult, format_bytes
 from stages.progress import Progress
 
 
 def run(
     target: Path, sources: Sequence[Path], progress: Progress, *, prefix: str | None = None
-) -> Answer:
-    """Bring the shards of all sources into the stores of the same settings in `target`.
+) -> CommandResult:
+    """Add the shards of all sources to the stores with the same settings in `target`.
 
     Args:
-        target: A store, or a folder of stores; made where there is none.
-        sources: Stores, and folders of stores.
-        progress: Told of the bytes.
-        prefix: Put before the names of the shards that are brought in.
+        target: A store, or a folder of stores; created if missing.
+        sources: Stores, or folders of stores.
+        progress: Advanced by bytes.
+        prefix: Prepended to the names of the incoming shards.
     """
     settings = {
         Path(store): StoreReader(store).settings
         for source in sources
         for store in stores_at(source)
     }
-    into: dict[Where, list[Path]] = {}
-    for store, its_settings in settings.items():
-        into.setdefault(target_of(target, its_settings.folder_name), []).append(store)
+    into: dict[PathOrUrl, list[Path]] = {}
+    for store, store_settings in settings.items():
+        into.setdefault(target_store(target, store_settings.folder_name), []).append(store)
 
-    def merge(store: Where) -> Outcome:
-        with bar_of_bytes(progress, "merge", *into[store]) as task:
+    def merge(store: PathOrUrl) -> Outcome:
+        with bytes_bar(progress, "merge", *into[store]) as task:
             report = merge_stores(Path(store), into[store], prefix=prefix, advance=task.advance)
-        there = f", {report.num_present} there already" if report.num_present else ""
-        linked = f", {in_bytes(report.num_linked_bytes)} of it shared with the sources"
+        present = f", {report.num_present} already there" if report.num_present else ""
+        linked = f", {format_bytes(report.num_linked_bytes)} of it hard-linked to the sources"
         rows = [
             ("from", ", ".join(map(str, into[store]))),
-            ("shards", f"{len(report.shards)} brought in{there}"),
-            ("clips", f"{report.num_clips}, {in_bytes(report.num_bytes)}"),
+            ("shards", f"{len(report.shards)} added{present}"),
+            ("clips", f"{report.num_clips}, {format_bytes(report.num_bytes)}"),
         ]
         if report.num_linked_bytes:
             rows[-1] = (rows[-1][0], rows[-1][1] + linked)
@@ -66,33 +66,33 @@ def run(
         }
         return Outcome(rows=indented(rows), data=data)
 
-    answer = each_store(
+    result = run_on_each_store(
         list(into),
         merge,
-        title=lambda found: f"merged into {counted(len(found), 'store')}: {target}",
+        title=lambda found: f"merged into {pluralize(len(found), 'store')}: {target}",
     )
-    answer.notes.extend(_unlike(into, settings))
-    list_failures_again(into, progress)
-    return answer
+    result.notes.extend(_stores_kept_apart(into, settings))
+    update_failures_file(into, progress)
+    return result
 
 
-def _unlike(into: Iterable[Where], settings: dict[Path, StoreSettings]) -> list[str]:
-    """Say where stores of one kind stay apart, since a run takes one of them."""
-    named = {its.folder_name: its for its in settings.values()}
+def _stores_kept_apart(into: Iterable[PathOrUrl], settings: dict[Path, StoreSettings]) -> list[str]:
+    """Notes on stores of one kind that were not merged; a training run reads one of them."""
+    named = {store.folder_name: store for store in settings.values()}
     for folder in {Path(store).parent for store in into}:
         for store in list_stores(folder):
             named.setdefault(Path(store).name, StoreReader(store).settings)
-    merged = {its.folder_name for its in settings.values()}
+    merged = {store.folder_name for store in settings.values()}
     return [
-        f"{first} and {second} stay two stores, since they differ in "
-        f"{_differences(named[first], named[second])}; train.stores.{named[first].kind} says which "
-        "one a run takes"
+        f"{first} and {second} remain separate stores, since they differ in "
+        f"{_differences(named[first], named[second])}; set train.stores.{named[first].kind} to the "
+        "one a run should read"
         for first, second in combinations(sorted(named), 2)
         if named[first].kind == named[second].kind and merged & {first, second}
     ]
 
 
 def _differences(first: StoreSettings, second: StoreSettings) -> str:
-    """The settings that differ, each array once."""
+    """Names of the settings that differ, each array once."""
     names = [name.split(".") for name in differing_settings(first, second)]
     return ", ".join(dict.fromkeys(".".join(parts[:2]) for parts in names))

@@ -1,4 +1,4 @@
-"""What `cache verify` and `cache repair` print of what is wrong."""
+"""Problems found by `cache verify` and `cache repair`, as printed lines and JSON values."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from collections.abc import Sequence
 from typing import Any
 
 from cache_schema.maintenance.verify import MENDS, Problem
-from pipeline.commands.maintenance.stores import Where, counted, name_of
+from pipeline.commands.maintenance.stores import PathOrUrl, pluralize, store_name
 
-_SHOWN = 20
+_MAX_NOTES = 20
 
 
 def is_harmless(problem: Problem) -> bool:
-    """Whether readers are not concerned, and the next extraction clears it up."""
+    """Whether readers are unaffected and the next extraction cleans it up."""
     return problem.mend == "extract"
 
 
 def counted_problems(problems: Sequence[Problem]) -> str:
-    """Write how many there are: 2, and 1 harmless leftover."""
+    """Count problems and harmless leftovers: 2, and 1 harmless leftover."""
     harmless = sum(map(is_harmless, problems))
-    rest = f", and {counted(harmless, 'harmless leftover')}" if harmless else ""
+    rest = f", and {pluralize(harmless, 'harmless leftover')}" if harmless else ""
     return f"{len(problems) - harmless or 'none'}{rest}"
 
 
-def problem_notes(store: Where, problems: Sequence[Problem]) -> list[str]:
-    """A line for each problem; of many, the first ones."""
-    notes = [_told(store, one) for one in problems[:_SHOWN]]
-    if len(problems) > _SHOWN:
-        more = f"… and {len(problems) - _SHOWN} more; --json lists them"
-        notes.append(f"{name_of(store)} {more}")
+def problem_notes(store: PathOrUrl, problems: Sequence[Problem]) -> list[str]:
+    """A line for each problem, up to a limit."""
+    notes = [_describe(store, one) for one in problems[:_MAX_NOTES]]
+    if len(problems) > _MAX_NOTES:
+        more = f"… and {len(problems) - _MAX_NOTES} more; --json lists them"
+        notes.append(f"{store_name(store)} {more}")
     return notes
 
 
@@ -39,9 +39,9 @@ def problem_data(problems: Sequence[Problem]) -> list[dict[str, Any]]:
     ]
 
 
-def _told(store: Where, problem: Problem) -> str:
+def _describe(store: PathOrUrl, problem: Problem) -> str:
     clip = f" clip {problem.key!r}" if problem.key is not None else ""
     shard = f" shard {problem.shard}" if problem.shard is not None else ""
-    # The other remedies are one command for all.
+    # The other remedies are printed once for all problems.
     remedy = f"; {MENDS[problem.mend]}" if problem.mend in ("extract", "by hand") else ""
-    return f"{name_of(store)}{shard}{clip}: {problem.what}{remedy}"
+    return f"{store_name(store)}{shard}{clip}: {problem.what}{remedy}"

@@ -1,4 +1,4 @@
-"""`cache repair`: what is damaged set aside, what is intact kept."""
+"""`cache repair`: quarantine what is damaged, keep what is intact."""
 
 from __future__ import annotations
 
@@ -13,57 +13,57 @@ from pipeline.commands.maintenance.problem_notes import (
 )
 from pipeline.commands.maintenance.stores import (
     Outcome,
-    Where,
-    bar_of_bytes,
-    counted,
-    each_store,
+    PathOrUrl,
+    bytes_bar,
     indented,
-    list_failures_again,
+    pluralize,
+    run_on_each_store,
     stores_at,
+    update_failures_file,
 )
-from pipeline.console import Answer
+from pipeline.console import CommandResult
 from stages.progress import Progress
 
-_AGAIN = (
-    "what was taken out is made again by extract-features --retry-failed, with the configuration "
+_RECOMPUTE = (
+    "extract-features --retry-failed recomputes what was removed; run it with the configuration "
     "the store was made with"
 )
 
 
-def run(cache: Path, progress: Progress) -> Answer:
-    """Repair a store, or every store of a folder; the exit code is 1 where something is left."""
+def run(cache: Path, progress: Progress) -> CommandResult:
+    """Repair a store, or every store of a folder; the exit code is 1 if problems remain."""
     stores = stores_at(cache)
-    lacking = False
+    any_removed = False
 
-    def repair(store: Where) -> Outcome:
-        nonlocal lacking
-        with bar_of_bytes(progress, "repair", store) as task:
+    def repair(store: PathOrUrl) -> Outcome:
+        nonlocal any_removed
+        with bytes_bar(progress, "repair", store) as task:
             report = repair_store(Path(store), advance=task.advance)
-        lacking |= bool(report.clips or report.shards)
-        return _told(store, report)
+        any_removed |= bool(report.clips or report.shards)
+        return _outcome(store, report)
 
-    answer = each_store(
+    result = run_on_each_store(
         stores,
         repair,
         title=lambda found: (
             f"{sum(one.data.get('damaged', True) for one in found)} of "
-            f"{counted(len(found), 'store')} needed repair: {cache}"
+            f"{pluralize(len(found), 'store')} needed repair: {cache}"
         ),
     )
-    if lacking:
-        answer.notes.append(_AGAIN)
-    list_failures_again(stores, progress)
-    return answer
+    if any_removed:
+        result.notes.append(_RECOMPUTE)
+    update_failures_file(stores, progress)
+    return result
 
 
-def _told(store: Where, report: RepairReport) -> Outcome:
+def _outcome(store: PathOrUrl, report: RepairReport) -> Outcome:
     left = [problem for problem in report.left if not is_harmless(problem)]
-    still = f"; {len(left)} left" if left else ""
-    rows = [("problems", counted_problems(report.found) + still)]
-    taken = [counted(len(report.clips), "clip")] if report.clips else []
-    taken += [counted(len(report.shards), "whole shard")] if report.shards else []
-    if taken:
-        rows.append(("taken out", " and ".join(taken)))
+    remaining = f"; {len(left)} not repaired" if left else ""
+    rows = [("problems", counted_problems(report.found) + remaining)]
+    removed = [pluralize(len(report.clips), "clip")] if report.clips else []
+    removed += [pluralize(len(report.shards), "whole shard")] if report.shards else []
+    if removed:
+        rows.append(("removed", " and ".join(removed)))
     if report.quarantine is not None:
         rows.append(("quarantine", str(report.quarantine)))
     data = {
@@ -78,5 +78,5 @@ def _told(store: Where, report: RepairReport) -> Outcome:
         "shards": list(report.shards),
     }
     notes = problem_notes(store, [one for one in report.found if one not in report.left])
-    notes += [f"left: {line}" for line in problem_notes(store, report.left)]
+    notes += [f"not repaired: {line}" for line in problem_notes(store, report.left)]
     return Outcome(rows=indented(rows), data=data, notes=notes, failed=bool(left))

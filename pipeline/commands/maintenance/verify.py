@@ -1,4 +1,4 @@
-"""`cache verify`: is every committed byte what it was."""
+"""`cache verify`: check every committed byte against its checksum."""
 
 from __future__ import annotations
 
@@ -14,64 +14,64 @@ from pipeline.commands.maintenance.problem_notes import (
 )
 from pipeline.commands.maintenance.stores import (
     Outcome,
-    Where,
-    bar_of_bytes,
+    PathOrUrl,
+    bytes_bar,
     command,
-    counted,
-    each_store,
     indented,
-    place_of,
+    path_or_url,
+    pluralize,
+    run_on_each_store,
     stores_at,
 )
-from pipeline.console import Answer, in_bytes
+from pipeline.console import CommandResult, format_bytes
 from stages.progress import Progress
 
 
-def run(where: str, progress: Progress, *, fast: bool = False) -> Answer:
+def run(location: str, progress: Progress, *, fast: bool = False) -> CommandResult:
     """Check the store at a folder or URL, or every store in it.
 
     Args:
-        where: A store or a folder of stores, or the URL of either.
-        progress: Told of the bytes.
-        fast: Compare listings and sizes, and read no clip.
+        location: A store or a folder of stores, or the URL of either.
+        progress: Advanced by bytes.
+        fast: Compare file listings and sizes only; read no clip.
     """
-    cache = place_of(where)
+    cache = path_or_url(location)
 
-    def check(store: Where) -> Outcome:
-        with bar_of_bytes(progress, "verify", store) as task:
+    def check(store: PathOrUrl) -> Outcome:
+        with bytes_bar(progress, "verify", store) as task:
             try:
                 report = verify_store(store, fast=fast, advance=task.advance)
-            except CorruptRecord as error:  # of the store itself
+            except CorruptRecord as error:  # the store's own record, not a shard's
                 report = VerifyReport((Problem(None, None, str(error), "repair"),), 0, 0)
-        return _told(store, report, fast=fast)
+        return _outcome(store, report, fast=fast)
 
-    answer = each_store(stores_at(cache), check, title=lambda found: _title(found, cache))
-    problems = [one for store in answer.data["stores"] for one in store.get("problems", [])]
+    result = run_on_each_store(stores_at(cache), check, title=lambda found: _title(found, cache))
+    problems = [one for store in result.data["stores"] for one in store.get("problems", [])]
     mends = {one["mend"] for one in problems}
     if "repair" in mends:
-        answer.notes.append(
+        result.notes.append(
             f"run {command('cache', 'repair', cache)}, then extract-features --retry-failed with "
             "the configuration the stores were made with"
         )
     if "copy" in mends:
-        answer.notes.append(MENDS["copy"])
-    return answer
+        result.notes.append(MENDS["copy"])
+    return result
 
 
-def _title(found: Sequence[Outcome], cache: Where) -> str:
+def _title(found: Sequence[Outcome], cache: PathOrUrl) -> str:
     bad = sum(outcome.failed for outcome in found)
     return (
-        f"{bad} of {counted(len(found), 'store')} not intact: {cache}"
+        f"{bad} of {pluralize(len(found), 'store')} not intact: {cache}"
         if bad
         else (f"intact: {cache}")
     )
 
 
-def _told(store: Where, report: VerifyReport, *, fast: bool) -> Outcome:
+def _outcome(store: PathOrUrl, report: VerifyReport, *, fast: bool) -> Outcome:
     intact = all(map(is_harmless, report.problems))
     how = "listings and sizes compared" if fast else "every checksum compared"
     rows = [
-        ("clips", f"{report.num_clips}, {in_bytes(report.num_bytes)}; {how}"),
+        ("clips", f"{report.num_clips}, {format_bytes(report.num_bytes)}; {how}"),
         ("problems", counted_problems(report.problems)),
     ]
     data = {
