@@ -1,12 +1,12 @@
-"""Stage one: a video dataset in; teacher, mask, latent and text stores out.
+"""Stage one: extracts teacher, mask, latent and text stores from a video dataset.
 
-    run               checks everything, then runs one model after the other
-    kinds             what is computed, from the configuration
-    text, latents     the extractions of the base model's parts
-    teacher/          both directions of SAM2, their fusion, and what is stored of them
-    prompts/          what is tracked: the dataset's prompts, Grounding DINO, the moving subject
+    run               checks the settings, then runs one model after the other
+    kinds             the extractions of a configuration
+    text, latents     extractions with the base model's text encoder and VAE
+    teacher/          tracking in both directions with SAM2, fusion, stored arrays
+    prompts/          prompts for SAM2: the dataset's, Grounding DINO's, or the moving subject
     execution/        jobs, threads, processes, Ray, failures; comparison with the dataset
     derive            Gram flow from stored features
 
-Nothing is imported here: commands that must not load SAM2 read this stage's configuration.
+Nothing is imported here, so that importing the configuration does not load SAM2.
 """

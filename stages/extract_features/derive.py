@@ -1,9 +1,9 @@
-"""A store of the Gram flow from a store of features, without SAM2; `cache derive` calls it.
+"""Derives a Gram-flow store from a store of features, without SAM2.
 
-The store is the one that extraction would have written: shard by shard with the same names,
-sources, clips, attributes, fingerprints and skipped clips. Clips whose features were made again
-from another source are taken out first. Those, and clips that it has lost by a repair, go into
-retry shards, as extraction would do it. Several processes may share the work: whoever holds a
+The result equals the store that extraction would have written, shard by shard, with the same
+names, sources, clips, attributes, fingerprints and skipped clips. Clips whose features were
+extracted again from another source are dropped first. These clips, and clips lost in a repair, are
+written to retry shards as in extraction. Several processes may share the work: the holder of a
 shard's lock writes it, and the others wait for it at the end.
 """
 
@@ -40,19 +40,19 @@ from stages.teacher_store.encoder import FlowMaker
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeriveSummary:
-    """What the derived store holds after a run, and what the run did."""
+    """Contents of the derived store after a run, and what the run did."""
 
     store: Path
     clips_written: int
-    """By this process."""
+    """Clips written by this process."""
     clips_already_there: int
-    """By earlier runs, or by processes beside this one; in finished shards."""
+    """Clips in finished shards that earlier runs or other processes wrote."""
     skipped: tuple[SkippedClip, ...]
-    """That are in the features' store's list, or were taken out of this one."""
+    """Clips skipped in the feature store or dropped from this one."""
     seconds: float
     """Wall-clock time of this run."""
     bytes: int
-    """On disk, of the finished shards' clips."""
+    """Size on disk of the clips in finished shards."""
 
 
 def derive_gram_flow(
@@ -65,19 +65,19 @@ def derive_gram_flow(
     provenance: Mapping[str, JSON],
     progress: Progress,
 ) -> DeriveSummary:
-    """Write the Gram flow of every clip of a teacher store. What is finished is not done again.
+    """Write the Gram flow of every clip of a teacher store. Finished shards are not repeated.
 
     Args:
-        cache_root: Folder the derived store is written to.
+        cache_root: Folder that the derived store is written to.
         teacher: Folder of the teacher store.
-        config: The window and how it is stored.
+        config: Window and storage of the Gram flow.
         token_grid: Rows and columns of the student's tokens.
-        device: Where it is computed.
-        provenance: Facts about the run, kept in a store that this run creates.
-        progress: A bar over the clips.
+        device: Device to compute on.
+        provenance: Information on the run, recorded in a store that this run creates.
+        progress: Shows a bar over the clips.
 
     Raises:
-        ValueError: The teacher store does not fit, before any work is done.
+        ValueError: The teacher store does not match; raised before any work is done.
         CacheError: A clip or a record is damaged.
     """
     started = time.perf_counter()
@@ -105,7 +105,7 @@ def derive_gram_flow(
 
 
 class _Derivation:
-    """Goes through the shards of one store."""
+    """Derives the shards of one store."""
 
     def __init__(
         self,
@@ -125,28 +125,28 @@ class _Derivation:
         self.clips_written = 0
 
     def derive(self, shard: str) -> bool:
-        """Finish a shard; False where another process is at it."""
+        """Finish a shard; return False if another process is writing it."""
         facts = self._reader.shards[shard]
         if shard in self._finished or self._writer.is_committed(shard):
             self._task.advance(facts.num_clips)
             return True
-        # The record itself: a reader leaves out the skipped clips that a retry brought in.
+        # The commit record, since a reader omits skipped clips that a retry has added.
         record = read_commit(self._layout, self._reader.settings, shard)
         try:
             self._write(shard, record.source, record.clips, record.skipped)
         except ShardBusy:
             return False
-        except AlreadyCommitted:  # in the moment since it was asked
+        except AlreadyCommitted:  # committed since the check above
             self._task.advance(facts.num_clips)
         return True
 
     def unfinished(self, shards: Sequence[str]) -> dict[str, bool]:
-        """Those of some shards that are not finished, and whether another process is at them."""
+        """Return the unfinished shards among some, and whether another process writes each."""
         writer = self._writer
         return {name: writer.is_busy(name) for name in shards if not writer.is_committed(name)}
 
     def derive_missing(self) -> list[str]:
-        """Make again what finished shards have lost; the shards that another process is at."""
+        """Derive the clips that finished shards lack; return shards that other processes write."""
         missing: dict[str, list[ClipEntry]] = defaultdict(list)
         for key in self._missing_keys():
             entry = self._reader.record(key)
@@ -162,15 +162,15 @@ class _Derivation:
                 self._write(name, f"{origin}, retry {attempt}", clips, ())
             except ShardBusy:
                 remaining.append(name)
-            except AlreadyCommitted:  # in the moment since it was asked
+            except AlreadyCommitted:  # committed since the check above
                 continue
         return remaining
 
     def _missing_keys(self) -> Iterator[str]:
-        """Clips of the features that the store lacks, and not because they were dropped."""
+        """Yield clips of the feature store that this store lacks, unless they were dropped."""
         made = StoreReader(self._writer.path)
         skipped = {clip.key: clip for clip in made.skipped}
-        # Both ways in order: looking up a million keys one by one takes half a minute.
+        # Merge the sorted keys: looking up a million keys one by one takes half a minute.
         held = iter(self._reader.keys.in_all(made.keys))
         next_held = next(held, None)
         for key in self._reader.keys:
@@ -180,7 +180,7 @@ class _Derivation:
                 yield key
 
     def _is_wanted(self, skipped: SkippedClip) -> bool:
-        """Whether a clip that was skipped is wanted again, or was skipped for another source."""
+        """Whether a skipped clip should be derived again, or was skipped for another source."""
         if skipped.reason in (REDO, DAMAGED):
             return True
         made_from = self._reader.record(skipped.key).fingerprint
@@ -197,7 +197,7 @@ class _Derivation:
             is_current=lambda key, fingerprint: made_from.get(key) == fingerprint,
         )
         with out:
-            # Another shard may hold it: a retry that the features' store has put elsewhere.
+            # Another shard may hold it, if the feature store has it in a different retry shard.
             missing = [
                 clip
                 for clip in clips
@@ -220,21 +220,23 @@ class _Derivation:
 
 
 def _drop_changed(reader: StoreReader, derived: Path, progress: Progress) -> None:
-    """Take out the clips whose features are made from another source now."""
+    """Drop the clips whose features are now extracted from another source."""
     made = StoreReader(derived)
     rows = made.keys.rows_of(reader.keys)
     held = rows >= 0
     changed = np.flatnonzero(held)[made.fingerprints[rows[held]] != reader.fingerprints[held]]
     if len(changed):
-        detail = "its features were made again from another source"
+        detail = "its features were extracted again from another source"
         drop_clips(derived, [reader.keys[int(row)] for row in changed], detail=detail, reason=REDO)
-        progress.log(f"gram_flow: {len(changed)} clips are made again, as their features were")
+        progress.log(
+            f"gram_flow: {len(changed)} clips are derived again, because their features changed"
+        )
 
 
 def _read_ahead(
     reader: StoreReader, clips: Sequence[ClipEntry]
 ) -> Iterator[tuple[ClipEntry, dict[str, np.ndarray]]]:
-    """The clips' arrays in turn, each read while the one before is at work."""
+    """Yield the clips' arrays, reading each while the previous one is processed."""
     with DaemonPool(1, "read-ahead") as thread:
         following = [thread.submit(reader.read, clip.key) for clip in clips[:1]]
         for place, clip in enumerate(clips):

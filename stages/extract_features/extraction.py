@@ -1,4 +1,4 @@
-"""The interface of an extraction (one model, one or more kinds of store), and content hashes."""
+"""Interface of an extraction (one model, one or more kinds of stores), and content hashes."""
 
 import gc
 import hashlib
@@ -17,26 +17,26 @@ from stages.extract_features.config import Kind
 
 
 def sha256_of_file(file: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sha256_of_folder(folder: Path) -> str:
-    """SHA-256 over the names and bytes of a folder's files, in hexadecimal.
+    """Return the SHA-256 of the names and bytes of a folder's files in hexadecimal.
 
-    Hidden files do not count: download tools leave them there. Where the folder lies and when its
-    files were written does not matter.
+    Hidden files, which download tools create, are ignored. The hash does not depend on the
+    folder's location or on modification times.
 
     Raises:
-        ValueError: The folder holds no file.
+        ValueError: The folder holds no files.
     """
     files = {
         file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()
     }
     names = [name for name in sorted(files) if not any(p.startswith(".") for p in name.split("/"))]
     if not names:
-        raise ValueError(f"{folder} holds no files; a part of the base model was expected there")
+        raise ValueError(f"{folder} holds no files; expected a part of the base model")
     whole = hashlib.sha256()
     for name in names:
         whole.update(f"{sha256_of_file(files[name])}  {name}\n".encode())
@@ -45,44 +45,44 @@ def sha256_of_folder(folder: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Extracted:
-    """What a store keeps of one clip."""
+    """One clip's entry in a store."""
 
     arrays: dict[str, np.ndarray]
     attributes: dict[str, JSON] = field(default_factory=dict)
 
 
 Outcome = Mapping[Kind, Extracted] | ClipSkipped
-"""What became of a clip: an entry for every kind, or why there is none."""
+"""Result for a clip: an entry per kind, or the reason why it was skipped."""
 
 
 class Extraction(Protocol):
-    """What one model writes: the settings of its stores, and how a clip becomes its entries."""
+    """One model's extraction: settings of its stores, and computation of a clip's entries."""
 
     settings: Mapping[Kind, StoreSettings]
-    """Of every store it writes, by kind."""
+    """Settings of each store, by kind."""
     size: ClipsConfig | None
-    """Of its clips; None where they are of no size, as text."""
+    """Size of the clips; None for text, which has no size."""
     clips_per_batch: int
-    """How many clips the model is given at once, at most."""
+    """Maximum number of clips per call of the model."""
 
     def prepare(self, record: ClipRecord) -> Any:
-        """Do the work that needs no model; runs in a thread, ahead of the model.
+        """Prepare a clip without the model, such as decoding it; runs ahead in a thread.
 
         Raises:
-            ClipSkipped: The clip has no place in these stores.
+            ClipSkipped: The clip cannot be extracted.
         """
 
     def load_model(
         self, device: torch.device
     ) -> AbstractContextManager[Callable[[Sequence[Any]], Sequence[Outcome]]]:
-        """Load the model; what is entered turns what `prepare` returned into outcomes, in order.
+        """Load the model; the context yields a function from prepared clips to outcomes, in order.
 
-        The model is freed on leaving.
+        The model is freed on exit.
         """
 
 
 def clip_settings(clips: ClipsConfig) -> dict[str, JSON]:
-    """The settings by which a clip's frames are made; equal ones mean equal frames."""
+    """Return the settings that determine a clip's frames; equal settings give equal frames."""
     buckets: list[JSON] = [*sorted(clips.buckets)]
     return {
         "num_frames": clips.num_frames,
@@ -95,23 +95,23 @@ def clip_settings(clips: ClipsConfig) -> dict[str, JSON]:
         "hdr": clips.hdr,
         "interlaced": clips.interlaced,
         "fit": "bicubic to cover, centre crop",
-        # They decide which clips a store holds; a shard that is finished must not lack some.
+        # They determine which clips a store holds; a finished shard must not lack any.
         **({"buckets": buckets} if buckets else {}),
     }
 
 
 def bucket_name(size: ClipsConfig | None) -> str | None:
-    """What a size is called where there are several; None where there is one, or none."""
+    """Return the name of a size bucket; None without buckets or without a size."""
     return size.size_name if size is not None and size.buckets else None
 
 
 def to_float16(values: torch.Tensor) -> np.ndarray:
-    """A contiguous float16 array on the host."""
+    """Convert to a contiguous float16 array on the host."""
     return np.ascontiguousarray(values.to("cpu", torch.float16).numpy())
 
 
 def release_memory() -> None:
-    """Return the memory of models that are no longer referenced, on the host and on the GPU."""
+    """Free the memory of models that are no longer referenced, on the host and on the GPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What each kind's entry of a clip is made from; see `stages.clips.fingerprints` for the format."""
+"""Fingerprints of the inputs of each kind; see `stages.clips.fingerprints` for the format."""
 
 from stages.clips import BadRecord, ClipRecord
 from stages.clips.fingerprints import NO_CLIP, hash_parts, hash_prompts
@@ -13,18 +13,18 @@ SOURCES: dict[Kind, str] = {
     "gram_flow": "video or prompt",
     "masks": "video or prompt",
 }
-"""In words."""
+"""Inputs of each kind, for messages."""
 
 
 def fingerprint_of(
     record: ClipRecord | BadRecord, kind: Kind, teacher: TeacherConfig, video_hash: str
 ) -> str:
-    """The fingerprint of a clip's entry of a kind; what the kind does not read does not change it.
+    """Return the fingerprint of a clip's entry of a kind; it covers only the inputs of the kind.
 
     Args:
-        record: The clip as the dataset has it.
-        kind: Of the store; those of one pass of SAM2 have the same one.
-        teacher: Which sources prompts come from.
+        record: The clip's record in the dataset.
+        kind: Kind of the store; kinds written in one pass of SAM2 have equal fingerprints.
+        teacher: Sources of prompts.
         video_hash: `hash_video` of the record's video; unused for a bad record.
     """
     if isinstance(record, BadRecord):
@@ -37,7 +37,7 @@ def fingerprint_of(
 
 
 def _prompt_parts(record: ClipRecord, config: TeacherConfig) -> list[str]:
-    """Of the sources that may be asked for this clip's prompt, what they go by."""
+    """Return the inputs of the prompt sources that may be used for this clip."""
     sources = usable_sources(config, record)
     consulted = sources if config.prompt_fallback else sources[:1]
     parts: list[str] = []

@@ -1,4 +1,4 @@
-"""Which extractions a configuration asks for, checked as they are made; the engines use it."""
+"""Build and check the extractions of a configuration."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,25 +18,25 @@ _BASE_PARTS: Mapping[Kind, tuple[Part, ...]] = {
     "latents": ("vae",),
 }
 TRACKED_KINDS: tuple[Kind, ...] = ("teacher", "gram_flow", "masks")
-"""What one pass of SAM2 over a clip fills."""
+"""Kinds that are written in one pass of SAM2 over a clip."""
 
 
 def make_extractions(
     config: ExtractConfig, sizes: Sequence[ClipsConfig], model: BaseModelConfig
 ) -> list[Extraction]:
-    """One extraction per model that `config.kinds` needs and size, in the order of the kinds.
+    """Build one extraction per required model and clip size, in the order of `config.kinds`.
 
-    What SAM2 fills comes from one pass, which stands where the first of these kinds does.
-    Everything that can be checked in advance is checked here; no model is loaded.
+    The kinds that SAM2 fills share one extraction, at the position of the first of them.
+    Everything that can be checked without loading a model is checked here.
 
     Args:
-        config: What is computed.
-        sizes: `ClipsConfig.sizes`, or those of them that are asked for; text has no size.
+        config: Kinds to extract and their settings.
+        sizes: Clip sizes, some or all of `ClipsConfig.sizes`; text has no size.
         model: The base pipeline.
 
     Raises:
-        ValueError: A part of the base model, SAM2's checkpoint or another file that a kind needs is
-            missing or does not fit.
+        ValueError: A part of the base model, SAM2's checkpoint or another required file is missing
+            or does not match.
     """
     made: list[Extraction] = []
     parts = [part for kind in config.kinds for part in _BASE_PARTS.get(kind, ())]
@@ -46,7 +46,7 @@ def make_extractions(
         check_base_weights(base.folder, parts)
     for kinds in group_kinds(config.kinds):
         if kinds[0] in TRACKED_KINDS:
-            # Brings in sam2, which the other kinds do without.
+            # Imports sam2, which the other kinds do not need.
             from stages.extract_features.teacher.extraction import SubjectExtraction
 
             made += [
@@ -65,7 +65,7 @@ def make_extractions(
 
 
 def group_kinds(kinds: tuple[Kind, ...]) -> list[tuple[Kind, ...]]:
-    """The kinds, those of one pass together; a kind named twice counts once."""
+    """Group the kinds that are written in one pass; duplicates are dropped."""
     unique = tuple(dict.fromkeys(kinds))
     groups: list[tuple[Kind, ...]] = []
     for kind in unique:
@@ -78,10 +78,10 @@ def group_kinds(kinds: tuple[Kind, ...]) -> list[tuple[Kind, ...]]:
 
 
 def device_named(name: str, rank: int) -> torch.device:
-    """The device a worker computes on; auto deals out the machine's GPUs by rank.
+    """Return a worker's device; auto assigns the machine's GPUs by rank.
 
     Raises:
-        ValueError: There is no such device here.
+        ValueError: The device does not exist.
     """
     gpus = torch.cuda.device_count()
     if name == "auto":
@@ -89,7 +89,7 @@ def device_named(name: str, rank: int) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"extract.device={name} is no torch device; auto is usual") from error
+        raise ValueError(f"extract.device={name} is not a torch device; auto is usual") from error
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise ValueError(f"extract.device={name}, but this machine has {gpus} CUDA devices")
     return device

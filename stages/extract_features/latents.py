@@ -1,5 +1,5 @@
-"""The latents store: the VAE's posterior of each clip, and of its first frame when images are
-conditioned on.
+"""Extraction of the latents store: the VAE posterior of each clip, and of its first frame for
+image-to-video.
 """
 
 # Legend: T frame, F latent frame, N draw of noise, B batch (always 1), C channel, H W pixels or
@@ -31,22 +31,22 @@ from stages.local_gram_flow.alignment import TEMPORAL_COMPRESSION
 from stages.precision import DTYPES
 
 _NOISE_LOG_MEAN, _NOISE_LOG_STD = -3.0, 0.5
-"""Of the noise's standard deviation on an image-to-video first frame, as CogVideoX was trained."""
+"""Log-normal noise level on image-to-video first frames, from the training of CogVideoX."""
 
 
 class LatentsExtraction:
-    """Encodes each clip with the VAE and keeps mean and deviation, so that training can sample.
+    """Encodes each clip with the VAE and stores mean and standard deviation for sampling.
 
-    The values are the VAE's own: not multiplied by its scaling factor.
+    The values are not multiplied by the VAE's scaling factor.
 
     Args:
-        config: Arithmetic and tiling.
-        clips: The size and length clips are brought to.
-        base: Facts of the base pipeline.
-        seed: Seeds the noise on first frames, together with the clip's key.
+        config: Precision, tiling and noisy draws.
+        clips: Size and length of clips.
+        base: Configuration of the base pipeline.
+        seed: Seed of the noise on first frames, together with the clip's key.
 
     Raises:
-        ValueError: The folder holds no VAE, or one of another compression than CogVideoX's.
+        ValueError: The folder holds no VAE, or its compression differs from CogVideoX's.
     """
 
     clips_per_batch = 1
@@ -89,7 +89,7 @@ class LatentsExtraction:
         """Decode the clip.
 
         Raises:
-            ClipSkipped: What `load_clip` raises.
+            ClipSkipped: See `load_clip`.
         """
         return load_clip(record, self._clips)
 
@@ -137,11 +137,11 @@ def pixels_for_vae(frames_THWC: np.ndarray) -> torch.Tensor:
 def image_noise_draws(
     image_BCTHW: torch.Tensor, key: str, seed: int, draws: int
 ) -> Iterator[torch.Tensor]:
-    """The image with the noise CogVideoX puts on first frames, sigma = exp(N(-3, 0.5)), N times.
+    """Yield the image with N draws of CogVideoX's noise on first frames, sigma = exp(N(-3, 0.5)).
 
     CogVideoX draws sigma and noise anew at each step. Here they depend on the seed and the clip's
-    key, not on the order of the clips; the sigmas of a clip are stratified, one from each of N
-    equally likely parts of the distribution, so that few draws have its spread.
+    key, not on the order of clips. The sigmas of a clip are stratified: one from each of N equally
+    likely parts of the distribution, so that few draws cover its spread.
     """
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     noise = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
@@ -153,7 +153,7 @@ def image_noise_draws(
 
 
 def _posterior(vae: Any, pixels_BCTHW: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation, [F, C, H, W] each."""
+    """Return mean and standard deviation, [F, C, H, W] each."""
     posterior = vae.encode(pixels_BCTHW.to(vae.device, vae.dtype)).latent_dist
     mean_CFHW, std_CFHW = posterior.mean[0], posterior.std[0]
     return to_float16(mean_CFHW.transpose(0, 1)), to_float16(std_CFHW.transpose(0, 1))
@@ -166,14 +166,14 @@ def _check_compression(base: BaseFacts) -> None:
     if found != wanted:
         raise ValueError(
             f"the VAE in {base.folder} compresses time and space by {found}; a CogVideoX VAE "
-            f"does by {wanted}"
+            f"compresses by {wanted}"
         )
 
 
 def latents_arrays(
     config: LatentsConfig, clips: ClipsConfig, base: BaseFacts
 ) -> dict[str, ArraySpec]:
-    """What the store holds of each clip."""
+    """Return the array specs of a clip."""
     per_frame = (int(base.vae["latent_channels"]), *clips.latent_size)
     arrays = dict.fromkeys(("mean", "std"), _spec("f", clips.num_latent_frames, per_frame))
     if base.image_to_video:

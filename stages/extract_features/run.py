@@ -1,4 +1,4 @@
-"""Stage one from end to end: every kind over the dataset's shards; the pipeline calls it."""
+"""Stage one from end to end: extract every kind for all shards of the dataset."""
 
 import time
 from collections.abc import Mapping, Sequence, Set
@@ -45,38 +45,41 @@ def extract_features(
 ) -> ExtractSummary:
     """Write the stores of `config.kinds` for every shard of the dataset.
 
-    One model after the other, so that one big model is loaded at a time; with `clips.buckets`, one
-    size after the other, each into stores of its own, and every clip into those of one size.
+    Models run one after the other, so that one large model is loaded at a time. With
+    `clips.buckets`, sizes run one after the other, each with its own stores; a clip is in the
+    stores of one size.
 
-    Unfinished shards come first, each compared with the stores when it is taken. Then each process
-    compares its share of the shards that were finished before: clips that one lacks go into further
-    shards, and nothing finished is written again. Before any work one finished shard is compared,
-    and if it does not fit, the process's whole share. An unfinished shard goes on after the clips
-    that are safely staged. Shards that other processes are writing are waited for, and taken over
-    if such a process ends before its shard is done. Clips that have left the dataset stay in the
-    store. A clip that cannot be used is recorded with its reason and skipped; `failures.jsonl` in
-    the cache folder lists all of them afterwards, also when an error ended the run.
+    1. One finished shard is compared with the dataset. If it differs, all finished shards of this
+       process's share are.
+    2. Unfinished shards are extracted, each compared with the stores first. A partially written
+       shard continues after its staged clips.
+    3. Each process compares its share of the shards that were finished before the run. Missing
+       clips go into retry shards; finished shards are not written again.
+
+    Shards that other processes are writing are waited for, and taken over if such a process ends
+    early. Clips that are no longer in the dataset stay in the store. Unusable clips are skipped
+    and recorded with a reason; `failures.jsonl` in the cache folder lists them after the run, also
+    if it ended with an error.
 
     Args:
-        config: What to compute, and where.
-        clips: The dataset, and the size, length and rate of its clips.
+        config: Kinds to extract, and where to run.
+        clips: The dataset, and the size, length and frame rate of clips.
         model: The base pipeline whose VAE and text encoder are used.
-        cache_root: Folder of the stores; made when missing.
-        provenance: Facts about the run, kept in stores that this run creates.
-        progress: Bars and lines.
-        rank: This process's number; the shards rank, rank + world_size, ... are its share, after
-            which it goes on to what the others have not finished.
-        world_size: Number of processes at work.
-        retry_failed: Take the clips again that finished shards left out; what comes of them goes
-            into further shards, and nothing finished is touched.
-        refresh_changed: Make clips again whose source (caption, video or prompt, whatever the kind
-            depends on) is another one than the store's; the rest of their shards is kept.
+        cache_root: Folder of the stores; created if missing.
+        provenance: Information on the run, recorded in stores that this run creates.
+        progress: Shows bars and log lines.
+        rank: Rank of this process. Its share is the shards rank, rank + world_size, ...; then it
+            continues with shards that others have not finished.
+        world_size: Number of processes.
+        retry_failed: Retry the skipped clips of finished shards; they go into retry shards.
+        refresh_changed: Extract clips again whose source (caption, video or prompt, depending on
+            the kind) differs from the store's; the rest of their shards is kept.
 
     Raises:
-        ValueError: A setting does not fit, before any work is done: dataset, base model, SAM2
-            checkpoint, device or Ray is missing or wrong.
-            Or a store is another dataset's; or, found before any work or at the end, it holds clips
-            made from other sources, without `refresh_changed`. What was extracted stays.
+        ValueError: The dataset, base model, SAM2 checkpoint, device or Ray is missing or wrong;
+            raised before any work is done. Or a store belongs to another dataset, or holds clips
+            from other sources without `refresh_changed`; raised before any work or at the end,
+            and extracted clips are kept.
         CacheError: A store is damaged.
     """
     if not 0 <= rank < world_size:
@@ -117,7 +120,7 @@ def extract_features(
 
 
 class _Run:
-    """One process's run over all stores, and what it found of them."""
+    """One process's run over all stores."""
 
     def __init__(
         self,
@@ -141,12 +144,12 @@ class _Run:
         self._open_stores()
         self._finished_before = {writer.path: writer.committed() for _, writer in self._stores()}
         self.comparison = Comparison()
-        """Of this process's share of what was finished before."""
+        """Comparison of this process's share of the shards that were finished before the run."""
 
     def run_all(
         self, engine: RayEngine | LocalEngine, *, retry_failed: bool, refresh_changed: bool
     ) -> None:
-        """The shards that no run has finished; then what is lacking of those that one had."""
+        """Extract unfinished shards, then the missing clips of shards finished before the run."""
         changed_shards = compare_one_shard(
             self._dataset,
             self._config,
@@ -155,9 +158,8 @@ class _Run:
             world_size=self._world_size,
         )
         if changed_shards and not refresh_changed:
-            self._compare_finished(
-                changed_shards, refresh_changed=False
-            )  # refuses, and names them all
+            # Raises an error that names all changed clips.
+            self._compare_finished(changed_shards, refresh_changed=False)
         for task in self._tasks:
             earlier = self._existing_stores(task, retry_failed)
             task.plan = whole_shard_jobs(self._dataset.shards, task.writers, earlier)
@@ -165,7 +167,7 @@ class _Run:
         if any(self._finished_before.values()):
             changed_shards = {name for task in self._tasks for name in task.report.changed_shards}
             shards = self._compare_finished(changed_shards, refresh_changed=refresh_changed)
-            self._open_stores()  # what a writer knows of a store is of before clips were taken out
+            self._open_stores()  # open writers do not see the clips dropped by the comparison
             for task in self._tasks:
                 task.plan = plan_jobs(
                     shards,
@@ -174,7 +176,7 @@ class _Run:
                     size=self._size_index(task),
                     retry_failed=retry_failed,
                 )
-                task.report.settled_jobs.clear()  # clips of these may have been taken out
+                task.report.settled_jobs.clear()  # some of their clips may have been dropped
             self._run_tasks(engine)
 
     def _open_stores(self) -> None:
@@ -188,7 +190,7 @@ class _Run:
         return [entry for task in self._tasks for entry in task.writers.items()]
 
     def _tasks_of_all_sizes(self, task: "_ExtractionTask") -> list["_ExtractionTask"]:
-        """The works of all sizes of some kinds."""
+        """Return the tasks with the same kinds, one per size."""
         return [one for one in self._tasks if one.writers.keys() == task.writers.keys()]
 
     def _size_index(self, task: "_ExtractionTask") -> int:
@@ -217,7 +219,7 @@ class _Run:
     def _compare_finished(
         self, changed_shards: Set[str], *, refresh_changed: bool
     ) -> list[InputShard]:
-        """Compare this process's share of the shards that were finished before, and some more."""
+        """Compare this process's share of the shards finished before the run, and changed ones."""
         share = self._dataset.shards[self._rank :: self._world_size]
         names = {shard.name for shard in share}
         finished = frozenset[str]().union(*self._finished_before.values())
@@ -248,7 +250,7 @@ class _Run:
         return shards
 
     def summaries(self) -> list[KindSummary]:
-        """Of every store."""
+        """Summarise every store."""
         return [
             self._summary(kind, writer, task)
             for task in self._tasks
@@ -256,7 +258,7 @@ class _Run:
         ]
 
     def _summary(self, kind: Kind, writer: StoreWriter, task: "_ExtractionTask") -> KindSummary:
-        """What the store holds of the dataset, whoever wrote it, and what this process did."""
+        """Summarise the store's clips of the dataset, by any writer, and this process's work."""
         writer.write_index()
         reader = StoreReader(writer.path)
         of_dataset = {
@@ -264,7 +266,7 @@ class _Run:
             for name, facts in reader.shards.items()
             if input_shard_name(name, self._dataset) is not None
         }
-        # Of older shards with other names, clips that moved to another shard of the dataset.
+        # Shards with old names count too: their clips may be in other shards of the dataset now.
         counted = of_dataset.keys() | self._finished_before[writer.path]
         gone, gone_skipped = 0, frozenset[str]()
         if kind in self.comparison.kinds:
@@ -290,7 +292,7 @@ class _Run:
 
 
 class _ExtractionTask:
-    """One extraction's part of a run, and what came of it."""
+    """One extraction in a run, and its results."""
 
     writers: Mapping[Kind, StoreWriter]
 
@@ -301,7 +303,7 @@ class _ExtractionTask:
         self.plan = JobPlan(jobs=(), num_settled=0)
 
     def run(self, engine: RayEngine | LocalEngine, progress: Progress) -> None:
-        """Do what is left and nobody else is at."""
+        """Run the pending jobs, unless other processes are writing all of them."""
         started = time.perf_counter()
         pending = pending_jobs(self._unsettled_jobs(), self.writers)
         if not all(map(self._is_busy, pending)):
@@ -310,7 +312,7 @@ class _ExtractionTask:
         self.seconds += time.perf_counter() - started
 
     def unfinished(self) -> dict[str, bool]:
-        """The unfinished shards, and whether another process is writing them."""
+        """Return the unfinished shards, and whether another process is writing each."""
         self.plan = replace(self.plan, jobs=pending_jobs(self._unsettled_jobs(), self.writers))
         kinds = " and ".join(self.writers)
         return {f"{kinds} {job.name}": self._is_busy(job) for job in self.plan.jobs}

@@ -1,4 +1,4 @@
-"""What stage one reports when it is done; the command line prints it."""
+"""Summary of an extraction run."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -10,52 +10,52 @@ from stages.extract_features.config import Kind
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KindSummary:
-    """One kind of store: what it holds of the dataset after a run, and what the run did."""
+    """One store: its clips of the dataset after a run, and what the run did."""
 
     kind: Kind
     bucket: str | None
-    """The size of its clips, where there are several; None for text too."""
+    """Size bucket of its clips; None without buckets, and for text."""
     store: Path
     clips_written: int
-    """By this process."""
+    """Clips written by this process."""
     clips_already_there: int
-    """By earlier runs, or by processes beside this one; in finished shards."""
+    """Clips in finished shards that earlier runs or other processes wrote."""
     skipped: tuple[SkippedClip, ...]
-    """By this run and earlier ones, without those that a retry brought in."""
+    """Clips skipped by this run and earlier ones, except those that a retry has added since."""
     seconds: float
     """Wall-clock time of this run."""
     bytes: int
-    """On disk, of the finished shards' clips."""
+    """Size on disk of the clips in finished shards."""
     captions_cut: int = 0
-    """Captions of this run that were longer than the text encoder reads."""
+    """Captions in this run that were truncated to the text encoder's length."""
 
     @property
     def name(self) -> str:
-        """The kind, and the size where there are several."""
+        """The kind, and the size bucket if there are buckets."""
         return self.kind if self.bucket is None else f"{self.kind} {self.bucket}"
 
     @property
     def clips(self) -> int:
-        """All clips, skipped ones included."""
+        """Number of clips, including skipped ones."""
         return self.clips_written + self.clips_already_there + len(self.skipped)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtractSummary:
-    """All kinds, in the order in which they were written."""
+    """Summary of a whole run."""
 
     kinds: tuple[KindSummary, ...]
-    """Of each, one for every size."""
+    """In the order in which they were written; one per kind and size."""
     dataset: str
-    """Which layout was recognised."""
+    """The detected dataset layout."""
     failures: Path | None = None
-    """The list of everything that was left out."""
+    """List of all skipped clips."""
     notes: tuple[str, ...] = ()
-    """What of the stores the dataset does not account for, in lines for people."""
+    """Human-readable notes on store contents that do not match the dataset."""
 
     @property
     def skipped_share(self) -> float:
-        """The largest share of skipped clips of any kind, its sizes together; 0 without clips."""
+        """Largest fraction of skipped clips over the kinds, all sizes together; 0 without clips."""
         skipped, clips = Counter[Kind](), Counter[Kind]()
         for of_size in self.kinds:
             skipped[of_size.kind] += len(of_size.skipped)

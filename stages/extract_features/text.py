@@ -1,4 +1,4 @@
-"""The text store: the text encoder's states of each caption."""
+"""Extraction of the text store: text encoder states of each caption."""
 
 # Legend: L text token, D width of the text encoder.
 
@@ -18,15 +18,15 @@ from stages.files.weight_checks import load_model
 from stages.precision import DTYPES
 
 TOKENS_CUT = "tokens_cut"
-"""Attribute of a clip: how many of its caption's tokens are beyond what the text encoder reads."""
+"""Clip attribute: number of caption tokens beyond the text encoder's length."""
 
 
 class TextExtraction:
-    """Encodes captions as CogVideoXPipeline does: padded to the full length, no attention mask.
+    """Encodes captions like CogVideoXPipeline: padded to the full length, no attention mask.
 
     Args:
-        config: Arithmetic.
-        base: Facts of the base pipeline.
+        config: Precision.
+        base: Configuration of the base pipeline.
 
     Raises:
         ValueError: The folder holds no tokenizer or text encoder.
@@ -54,7 +54,7 @@ class TextExtraction:
         }
 
     def prepare(self, record: ClipRecord) -> str:
-        """Take the caption.
+        """Return the caption.
 
         Raises:
             ClipSkipped: no_caption.
@@ -101,6 +101,6 @@ class TextExtraction:
 
 
 def text_arrays(base: BaseFacts) -> dict[str, ArraySpec]:
-    """What the store holds of each clip."""
+    """Return the array specs of a clip."""
     shape = (int(base.transformer["max_text_seq_length"]), int(base.transformer["text_embed_dim"]))
     return {"embeds": ArraySpec(dtype="float16", shape=shape, dimension_names=("l", "d"))}

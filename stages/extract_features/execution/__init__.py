@@ -1,1 +1,1 @@
-"""How stage one's shards get done: shared among workers, resumed, retried; `extract` leads."""
+"""Execution of an extraction: jobs per shard, shared by workers, resumed and retried."""

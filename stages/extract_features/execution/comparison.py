@@ -1,7 +1,6 @@
-"""What the stores hold of the dataset as it is now: what is done, lacking, or made from another.
+"""Comparison of stores with the dataset: clips that are present, missing, or from other sources.
 
-`extract-features` and its `--dry-run` share this: a run compares some shards of the dataset at a
-time, the dry run all of them.
+A run compares some shards of the dataset at a time; a dry run compares all of them.
 """
 
 from collections import defaultdict
@@ -19,53 +18,53 @@ from stages.extract_features.execution.dataset_sources import DatasetSources
 from stages.extract_features.fingerprints import SOURCES
 
 _MAX_NAMED = 5
-"""Keys that a message names."""
+"""Maximum number of keys named in a message."""
 
-# Legend: N clip of the shards that are compared, in ascending order of keys.
+# Legend: N clip of the compared shards, in ascending order of keys.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreScope:
-    """Which clips of the stores the dataset must have, or they have left it."""
+    """Clips of the stores to look up in the dataset, to find those that it no longer has."""
 
     covers: Callable[[str], bool]
-    """Whether the clips of a store's shard of this name are looked for."""
+    """Whether the clips of a store's shard, given by name, are looked up."""
     unread: Sequence[InputShard] = ()
-    """Of the dataset, where a clip can be beside the shards that are compared."""
+    """Further shards of the dataset that may have the clips, besides the compared ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StoreComparison:
-    """One store against shards of the dataset; masks are bool [N]."""
+    """Comparison of one store with shards of the dataset; masks are bool [N]."""
 
     held_N: np.ndarray
-    """The store holds the clip, from whatever source."""
+    """The store holds the clip, from any source."""
     changed_N: np.ndarray
-    """It does, and made it from another source than the dataset has."""
+    """The store holds the clip, extracted from another source than the dataset has."""
     other_video_N: np.ndarray
-    """It does from the same source, which belongs to another video now."""
+    """The store holds the clip from the same source, which now belongs to another video."""
     unreadable_N: np.ndarray
-    """It does, and the clip's video cannot be read now to compare."""
+    """The store holds the clip, but its video cannot be read for the comparison."""
     failed_N: np.ndarray
-    """The clip was skipped for a reason that `--retry-failed` may overcome, from this source."""
+    """The clip from this source was skipped, and `--retry-failed` may succeed."""
     dropped_N: np.ndarray
-    """Somebody took it out for good."""
+    """The clip was dropped permanently."""
     gone: SortedText
-    """Clips of the store that the dataset lacks, of those that were looked for."""
+    """Looked-up clips of the store that the dataset lacks."""
     gone_skipped: frozenset[str]
-    """Clips that the store has skipped and the dataset lacks."""
+    """Looked-up clips that the store has skipped and the dataset lacks."""
 
 
 def compare_store(
     reader: StoreReader | None, kind: Kind, sources: DatasetSources, share: StoreScope | None
 ) -> StoreComparison:
-    """Join a store with shards of the dataset by key; reads the store's index alone.
+    """Join a store with shards of the dataset by key; reads only the store's index.
 
     Args:
-        reader: The store; None where there is none yet.
-        kind: Of the store.
-        sources: The shards.
-        share: The store's clips that the dataset must have; None to look for none.
+        reader: The store; None if it does not exist yet.
+        kind: Kind of the store.
+        sources: Fingerprints of the shards.
+        share: Clips of the store to look up in the dataset; None for none.
     """
     of_dataset_N = sources.fingerprints[kind]
     if reader is None:
@@ -126,7 +125,7 @@ def _skipped(
 def _gone(
     reader: StoreReader, held_rows: np.ndarray, sources: DatasetSources, share: StoreScope
 ) -> tuple[SortedText, frozenset[str]]:
-    """Clips held, and skipped ones, that the dataset has nowhere."""
+    """Return the held and the skipped clips that the dataset lacks."""
     is_of_share = np.array([share.covers(name) for name in reader.shards], bool)
     is_open = is_of_share[reader.shard_numbers]
     is_open[held_rows] = False
@@ -143,7 +142,7 @@ def _gone(
 
 
 def _found(keys: SortedText, shards: Iterable[InputShard]) -> set[str]:
-    """Which of the keys the shards have; reads those alone that may have one."""
+    """Return the keys that the shards have; reads only shards that may have one."""
     found: set[str] = set()
     for shard in shards:
         if _may_be_in(shard, keys):
@@ -153,33 +152,33 @@ def _found(keys: SortedText, shards: Iterable[InputShard]) -> set[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class KindComparison:
-    """The stores of one kind, one for every size, against the dataset."""
+    """Comparison of the stores of one kind, one per size, with the dataset."""
 
     kind: Kind
     stores: Sequence[StoreComparison]
 
     @property
     def settled_N(self) -> np.ndarray:
-        """bool [N], the clips that some size's store holds, has skipped, or has dropped."""
+        """bool [N]: clips that the store of any size holds, has skipped, or has dropped."""
         return np.logical_or.reduce(
             [self.held_or_dropped_N, *(one.failed_N for one in self.stores)]
         )
 
     @property
     def held_or_dropped_N(self) -> np.ndarray:
-        """bool [N], the clips that some size's store holds, or somebody has dropped."""
+        """bool [N]: clips that the store of any size holds or has dropped."""
         masks = ((one.held_N, one.dropped_N) for one in self.stores)
         return np.logical_or.reduce([mask for of_store in masks for mask in of_store])
 
     def wanted_N(
         self, size: int, *, retry_failed: bool = False, refresh_changed: bool = False
     ) -> np.ndarray:
-        """bool [N], the clips that a run would put into the store of one size, if they fit it.
+        """bool [N]: clips that a run would add to the store of one size, if they have that size.
 
         Args:
-            size: Which of the stores.
-            retry_failed: Those too that the store has skipped.
-            refresh_changed: Those too that were made from another source.
+            size: Index of the store.
+            retry_failed: Include clips that the store has skipped.
+            refresh_changed: Include clips extracted from another source.
         """
         wanted_N = ~self.settled_N
         if retry_failed:
@@ -187,33 +186,33 @@ class KindComparison:
         return wanted_N | self.changed_N if refresh_changed else wanted_N
 
     def retried_N(self, size: int) -> np.ndarray:
-        """bool [N], the clips of one size's store that `--retry-failed` takes again."""
+        """bool [N]: clips that `--retry-failed` retries for the store of one size."""
         return self.stores[size].failed_N & ~self.held_or_dropped_N
 
     @property
     def changed_N(self) -> np.ndarray:
-        """bool [N], the clips that some size's store made from another source."""
+        """bool [N]: clips that the store of any size holds from another source."""
         return np.logical_or.reduce([one.changed_N for one in self.stores])
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Comparison:
-    """Stores against shards of the dataset; None of `sources` where nothing was compared."""
+    """Comparison of all stores with shards of the dataset; `sources` is None if nothing was."""
 
     sources: DatasetSources | None = None
     kinds: dict[Kind, KindComparison] = field(default_factory=dict)
 
     @property
     def has_changes(self) -> bool:
-        """Whether a store holds a clip from another source, or beside another video."""
+        """Whether a store holds a clip from another source, or whose video has changed."""
         stores = (one for found in self.kinds.values() for one in found.stores)
         return any(one.changed_N.any() or one.other_video_N.any() for one in stores)
 
     def raise_if_changed(self) -> None:
-        """Refuse clips that were made from other sources than the dataset's.
+        """Raise if stores hold clips from other sources than the dataset's.
 
         Raises:
-            ValueError: There are some.
+            ValueError: There are such clips.
         """
         notes = []
         for kind, found in self.kinds.items():
@@ -225,17 +224,17 @@ class Comparison:
                 notes.append(f"{kind} of {len(rows)} (another {SOURCES[kind]}): {named}{more}")
         if notes:
             raise ValueError(
-                "the cache holds clips that were made from other sources than the dataset's: "
+                "the cache holds clips that were extracted from other sources than the dataset's: "
                 f"{'; '.join(notes)}. If the dataset was changed, extract-features "
-                "--refresh-changed makes these again and leaves the rest; another dataset needs "
+                "--refresh-changed extracts these again and keeps the rest; another dataset needs "
                 "another cache folder"
             )
 
     def notes(self, world_size: int = 1) -> list[str]:
-        """For people: what of the stores the dataset does not account for.
+        """Return human-readable notes on store contents that do not match the dataset.
 
         Args:
-            world_size: How many processes have a share of the shards that were finished before.
+            world_size: Number of processes that share the shards finished before the run.
         """
         lines = []
         where = f" (in this process's share, one of {world_size})" if world_size > 1 else ""
@@ -247,7 +246,7 @@ class Comparison:
                 lines.append(
                     f"{kind}: {gone} clips of the store are not in the dataset{where} "
                     f"({', '.join(map(repr, keys))}{more}); they are kept and trained on until "
-                    "cache drop takes them out or train.leave_out names them"
+                    "cache drop removes them or train.leave_out excludes them"
                 )
             unreadable = np.logical_or.reduce([one.unreadable_N for one in found.stores])
             if unreadable.any():
@@ -259,13 +258,13 @@ class Comparison:
 
 
 Readers = Iterable[tuple[Kind, StoreReader | None]]
-"""The stores of every kind and, within a kind, size; None where there is none yet."""
+"""The stores of every kind and, within a kind, size; None if a store does not exist yet."""
 
 
 def compare(
     readers: Readers, sources: DatasetSources, share: StoreScope | None = None
 ) -> Comparison:
-    """Every store against shards of the dataset."""
+    """Compare every store with shards of the dataset."""
     kinds: dict[Kind, list[StoreComparison]] = defaultdict(list)
     for kind, reader in readers:
         kinds[kind].append(compare_store(reader, kind, sources, share))
@@ -278,17 +277,17 @@ def compare(
 def raise_if_other_dataset(
     kind: Kind, readers: Sequence[StoreReader], dataset: ClipDataset
 ) -> None:
-    """Refuse stores that have no clip in common with the dataset, but a shard of the same name.
+    """Raise if stores have a shard of the dataset's name but no clip in common with it.
 
-    Names are read up to the first shard with a clip that a store knows.
+    Keys of the dataset are read up to the first shard with a known clip.
 
     Args:
-        kind: Of the stores.
-        readers: One for every size.
-        dataset: In shards.
+        kind: Kind of the stores.
+        readers: One store per size.
+        dataset: The dataset.
 
     Raises:
-        ValueError: The stores hold clips, and know none of the dataset's.
+        ValueError: The stores hold clips, but none of the dataset's.
     """
     names = {name for reader in readers for name in reader.shards}
     if names.isdisjoint(dataset.by_name):
@@ -297,14 +296,14 @@ def raise_if_other_dataset(
     likely_first = sorted(dataset.shards, key=lambda shard: shard.name not in names)
     if held and not any(has_clip_of(readers, shard) for shard in likely_first):
         raise ValueError(
-            f"the cache holds {kind} of another dataset: shards of the same names, and none of the "
-            f"dataset's clips, but {', '.join(map(repr, held[:_MAX_NAMED]))}; "
+            f"the cache holds {kind} of another dataset: its shards have the same names but none "
+            f"of the dataset's clips; they hold {', '.join(map(repr, held[:_MAX_NAMED]))}; "
             "use another cache folder"
         )
 
 
 def has_clip_of(readers: Iterable[StoreReader], shard: InputShard) -> bool:
-    """Whether a store holds a clip of a shard, or has skipped one; reads names, and no video."""
+    """Whether a store holds or has skipped a clip of a shard; reads keys, but no videos."""
     likely = [
         reader
         for reader in readers
@@ -321,6 +320,6 @@ def has_clip_of(readers: Iterable[StoreReader], shard: InputShard) -> bool:
 
 
 def _may_be_in(shard: InputShard, keys: SortedText) -> bool:
-    """Whether the beginning of a key allows that it is one of the shard's."""
+    """Whether any of the keys has the prefix of the shard's keys."""
     prefix = shard.key_prefix.encode("utf-8")
     return keys.position(prefix) < keys.position(prefix + b"\xff")  # which no text has

@@ -1,4 +1,4 @@
-"""Clips of the dataset as fingerprints, from a pass over captions, prompts and video samples."""
+"""Fingerprints of the dataset's clips, from captions, prompts and samples of the videos."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,22 +17,22 @@ from stages.extract_features.kinds import group_kinds
 from stages.progress import Progress
 
 _NUM_THREADS = 8
-"""Shards read at once: on network storage the samples of a video cost a round trip each."""
+"""Shards read at once: on network storage each sample of a video takes a round trip."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DatasetSources:
-    """Every clip of some shards, bad records included, in ascending order of keys."""
+    """All clips of some shards, including bad records, in ascending order of keys."""
 
     keys: SortedText
     shard_names: tuple[str, ...]
     shard_N: np.ndarray
-    """uint32, the place in `shard_names` of the shard that a clip is in."""
+    """uint32, index of each clip's shard in `shard_names`."""
     fingerprints: Mapping[Kind, np.ndarray]
     """S32 [N] by kind."""
 
     def keys_by_shard(self, mask_N: np.ndarray) -> dict[str, frozenset[str]]:
-        """Keys of the clips in a mask, by the name of their shard; shards without any are left out.
+        """Return the keys of masked clips by shard name; shards without any are omitted.
 
         Args:
             mask_N: bool [N].
@@ -55,14 +55,14 @@ def read_sources(
     *,
     max_clips: int | None = None,
 ) -> DatasetSources:
-    """Read what fingerprints are made of; no video but its samples.
+    """Compute the fingerprints of shards; of videos, only samples are read.
 
     Args:
-        shards: Of the dataset.
-        kinds: Whose fingerprints are needed.
-        teacher: Which sources prompts come from.
-        progress: A bar.
-        max_clips: Of each shard, from its beginning; None for all.
+        shards: Shards of the dataset.
+        kinds: Kinds to compute fingerprints for.
+        teacher: Sources of prompts.
+        progress: Shows a bar.
+        max_clips: Maximum number of clips per shard, from its start; None for all.
     """
     groups = group_kinds(kinds)
     keys: list[bytes] = []
@@ -100,7 +100,7 @@ def _read_shard(
     teacher: TeacherConfig,
     groups: Sequence[tuple[Kind, ...]],
 ) -> tuple[list[bytes], list[bytes]]:
-    """Keys, and for each group of kinds the digits of all fingerprints on end."""
+    """Return the keys, and per group of kinds the concatenated digits of all fingerprints."""
     keys = []
     digits = [bytearray() for _ in groups]
     for record in records:

@@ -1,7 +1,6 @@
-"""Lists every clip that the stores of a cache left out, and why; written at the end of each run.
+"""List of all clips that the stores of a cache have skipped, with reasons.
 
-Training reads such a list (`train.leave_out`), people read it, and `--retry-failed` makes it
-shorter.
+It is written at the end of each run and can be given to training as `train.leave_out`.
 """
 
 import json
@@ -20,20 +19,19 @@ _READ_BYTES = 1 << 20
 
 
 def write_failure_manifest(cache_root: Path, log: Callable[[str], None]) -> Path:
-    """Write `<cache_root>/failures.jsonl` anew, as a whole: one JSON object per line.
+    """Rewrite `<cache_root>/failures.jsonl`, with one JSON object per line.
 
-    A line has `kind`, `store`, `shard`, `source`, `key`, `reason` and `detail`; the lines are
-    sorted by these. Clips that a later retry brought into the store are not listed. No failure is
-    an empty file; a list that would not change is not touched. Several processes may do this at
-    once: the last one has seen all that was committed before.
+    A line has `kind`, `store`, `shard`, `source`, `key`, `reason` and `detail`, and lines are
+    sorted by these. Clips that a later retry added to the store are not listed. Without failures
+    the file is empty; an unchanged file is not rewritten. Concurrent calls are safe: the last one
+    has read everything committed before.
 
     Args:
         cache_root: Folder of the stores.
-        log: Told of stores that cannot be read: one that this run has nothing to do with must not
-            spoil its end.
+        log: Called for each store that cannot be read; an unrelated store must not fail the run.
 
     Returns:
-        The file.
+        Path of the file.
     """
     root = Path(cache_root)
     path = root / FAILURES_FILE
@@ -44,7 +42,7 @@ def write_failure_manifest(cache_root: Path, log: Callable[[str], None]) -> Path
                 try:
                     reader = StoreReader(store)
                 except CacheError as error:
-                    log(f"{FAILURES_FILE} says nothing of {store.name}: {error}")
+                    log(f"{FAILURES_FILE} does not cover {store.name}: {error}")
                     continue
                 file.writelines(_lines(reader))
             file.flush()
@@ -62,7 +60,7 @@ def _by_kind(store: Path) -> tuple[str, str]:
 
 
 def _lines(reader: StoreReader) -> Iterator[bytes]:
-    """Sorted; no more than one shard's are held."""
+    """Yield sorted lines, holding at most one shard's in memory."""
     for shard, clips in groupby(reader.iter_skipped(), key=attrgetter("shard")):
         fixed = {
             "kind": reader.settings.kind,
@@ -87,7 +85,7 @@ def _are_equal(first: Path, second: Path) -> bool:
 
 @contextmanager
 def failures_listed(cache_root: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Write the manifest when the block ends, also when it ends with an error."""
+    """Write the manifest when the block ends, also on an error."""
     try:
         yield
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""What is to be done with which shard; planned here, carried out by the engines."""
+"""Extraction jobs, one per shard, and their planning."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,51 +16,51 @@ from stages.extract_features.execution.comparison import Comparison
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EarlierStores:
-    """The stores that hold something of a job's kinds; plain data, sent to workers."""
+    """Existing stores of a job's kinds; plain data, sent to workers."""
 
     paths: Mapping[Kind, tuple[Path, ...]]
-    """By kind, of every size."""
+    """Stores of every size, by kind."""
     size: int
-    """Which of them the job writes to."""
+    """Index of the size that the job writes."""
     retry_failed: bool
-    """Take clips again that were skipped."""
+    """Retry skipped clips."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardJob:
-    """One shard to be written in the stores of one extraction; plain data, sent to workers."""
+    """A shard to write in the stores of one extraction; plain data, sent to workers."""
 
     input_name: str
-    """The dataset's shard that is read."""
+    """Shard of the dataset to read."""
     name: str
-    """The stores' shard that is written."""
+    """Shard of the stores to write."""
     source: str
     keys: Mapping[Kind, frozenset[str] | None]
-    """The stores it concerns, and which clips of the input shard; None for all of them."""
+    """Kinds of stores to write, and the clips of the input shard; None for all clips."""
     excluded: Mapping[Kind, frozenset[str]]
-    """Of all of them, those that are settled in other shards of the store."""
+    """Clips to exclude from all: they are settled in other shards of the store."""
     retried: frozenset[str]
-    """Clips that the stores of this size have skipped, so that they are known to be of it."""
+    """Clips that the stores of this size have skipped; they are known to have this size."""
     earlier: "EarlierStores | None" = None
-    """What it must be compared with first; None where it was, or no store holds anything."""
+    """Stores to compare the shard with first; None if it was compared or all stores are empty."""
 
     def wants(self, kind: Kind, key: str) -> bool:
-        """Whether a clip is to be written into the store of a kind."""
+        """Whether to write a clip into the store of a kind."""
         keys = self.keys[kind]
         return key not in self.excluded.get(kind, ()) if keys is None else key in keys
 
     def is_pending(self, writers: Mapping[Kind, StoreWriter]) -> bool:
-        """Whether a store still lacks the shard, as of now."""
+        """Whether a store still lacks the shard."""
         return not all(writers[kind].is_committed(self.name) for kind in self.keys)
 
     def listed_clips(self, shards: Mapping[str, InputShard]) -> int | None:
-        """How many clips it goes through, where that is known without reading the shard."""
+        """Return the number of clips, or None if unknown without reading the shard."""
         if None in self.keys.values():
             return shards[self.input_name].listed_clips
         return len(self._listed_keys())
 
     def records(self, shards: Mapping[str, InputShard]) -> Iterator[ClipRecord | BadRecord]:
-        """The clips it concerns, in the order of the input shard."""
+        """Yield the job's clips in the order of the input shard."""
         wanted = None if None in self.keys.values() else self._listed_keys()
         for record in shards[self.input_name].records():
             if wanted is None or record.key in wanted:
@@ -71,24 +71,24 @@ class ShardJob:
 
 
 def pending_jobs(jobs: Iterable[ShardJob], writers: Mapping[Kind, StoreWriter]) -> list[ShardJob]:
-    """The jobs of which a store lacks the shard, as of now; lists each store's shards once."""
+    """Return the jobs whose shard a store still lacks; lists each store's shards once."""
     finished = {kind: writer.committed() for kind, writer in writers.items()}
     return [job for job in jobs if not all(job.name in finished[kind] for kind in job.keys)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobPlan:
-    """What one extraction has to do."""
+    """The jobs of one extraction."""
 
     jobs: Sequence[ShardJob]
     num_settled: int
-    """Clips of the dataset that none of the jobs concerns."""
+    """Clips of the dataset that are in none of the jobs."""
 
 
 def whole_shard_jobs(
     shards: Sequence[InputShard], kinds: Iterable[Kind], earlier: EarlierStores | None
 ) -> JobPlan:
-    """A job for every shard, which its worker compares with the stores when it takes it."""
+    """Return a job per shard; its worker compares the shard with the stores first."""
     jobs = [
         ShardJob(
             input_name=shard.name,
@@ -112,24 +112,24 @@ def plan_jobs(
     size: int = 0,
     retry_failed: bool = False,
 ) -> JobPlan:
-    """The shards that the stores of one extraction lack, and further ones for single clips.
+    """Plan jobs for the shards that the stores of one extraction lack, and for missing clips.
 
-    A finished shard is never written again: clips of it that a store lacks go into a shard
-    `<name>-retry<number>`. A shard none of whose clips is lacking is left alone, whatever it is
-    called: rows may have moved from one shard to another.
+    A finished shard is never written again: clips that it lacks go into a retry shard
+    `<name>-retry<number>`. A shard without missing clips needs no job, whatever its name: rows may
+    have moved from one shard to another.
 
     Args:
-        shards: Those that were compared, in the order of `comparison.sources`.
+        shards: The compared shards, in the order of `comparison.sources`.
         writers: The stores of the extraction.
-        comparison: Of the shards with all stores.
-        size: Which of several sizes the stores are of.
-        retry_failed: Take clips again that were skipped.
+        comparison: Comparison of the shards with all stores.
+        size: Index of the stores' size.
+        retry_failed: Retry skipped clips.
     """
     return _Plan(shards, writers, comparison, size, retry_failed).build()
 
 
 class _Plan:
-    """One extraction's jobs for shards that were compared."""
+    """Planning of one extraction's jobs for compared shards."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class _Plan:
         self._writers = writers
         self._keys: SortedText = comparison.sources.keys
         shard_N = comparison.sources.shard_N
-        # Rows shard by shard, and where each shard's begin.
+        # Rows in the order of shards, and the start of each shard.
         self._rows = np.argsort(shard_N, kind="stable")
         self._starts = np.searchsorted(shard_N[self._rows], np.arange(len(shards) + 1))
         self._wanted_by_kind: dict[Kind, np.ndarray] = {}
@@ -156,7 +156,7 @@ class _Plan:
                 self._retried_N |= found.retried_N(size)
 
     def build(self) -> JobPlan:
-        """Whole shards first, then further ones."""
+        """Return jobs for whole shards, followed by retry jobs."""
         whole: list[ShardJob] = []
         retries: list[ShardJob] = []
         num_settled = 0
@@ -196,7 +196,7 @@ class _Plan:
     def _retry_jobs(
         self, index: int, shard: InputShard, kinds: Sequence[Kind]
     ) -> Iterator[ShardJob]:
-        """A job per number; stores that have as many further shards of it share one."""
+        """Yield a job per retry number, shared by stores with as many retry shards."""
         by_number: dict[int, dict[Kind, frozenset[str] | None]] = defaultdict(dict)
         for kind in kinds:
             number = _next_retry_number(shard.name, self._writers[kind])
@@ -213,7 +213,7 @@ class _Plan:
 
 
 def _next_retry_number(name: str, writer: StoreWriter) -> int:
-    """The first further shard that is not finished."""
+    """Return the number of the first unfinished retry shard."""
     number = 1
     while writer.is_committed(retry_shard_name(name, number)):
         number += 1
@@ -224,9 +224,9 @@ _Item = TypeVar("_Item")
 
 
 def rank_order(jobs: Sequence[_Item], rank: int, world_size: int) -> list[_Item]:
-    """The order in which a worker looks at jobs or shards: its own share, then the others'.
+    """Return the order in which a worker takes jobs or shards: its own share, then the others'.
 
-    Other workers go through their shares from the front, so it takes these from the back.
+    Other workers process their shares from the front, so theirs are taken from the back.
     """
     order = list(jobs[rank::world_size])
     for step in range(1, world_size):

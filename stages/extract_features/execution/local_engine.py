@@ -1,8 +1,8 @@
-"""The local engine: this process, alone or beside others, carries out the jobs; `extract` uses it.
+"""Local engine: runs jobs in this process, which may share them with other processes.
 
-Workers share the jobs without talking to each other: whoever holds a shard's lock writes it, and a
-lock dies with its process. Each begins with its own share and goes on to what the others have not
-finished, so that what a dead worker left is taken over by whoever passes by.
+Processes share jobs without communication: the holder of a shard's lock writes it, and a lock is
+released when its process ends. Each process starts with its own share and continues with jobs that
+others have not finished, including those of a process that died.
 """
 
 import time
@@ -24,19 +24,19 @@ from stages.progress import Progress
 
 @dataclass(kw_only=True, slots=True)
 class EngineReport:
-    """What a run did to the stores of one extraction."""
+    """Results of a run for the stores of one extraction."""
 
     written: Counter[Kind] = field(default_factory=Counter)
     """Clips added to each store."""
     captions_cut: int = 0
-    """Captions that were longer than the text encoder reads."""
+    """Captions truncated by the text encoder."""
     settled_jobs: set[str] = field(default_factory=set)
-    """Jobs of which no store lacked a clip."""
+    """Names of jobs with nothing to do: no store lacked a clip."""
     changed_shards: set[str] = field(default_factory=set)
-    """Shards of the dataset of which a store has a clip from another source."""
+    """Names of dataset shards for which a store has a clip from another source."""
 
     def add(self, other: "EngineReport") -> None:
-        """Take in what a further run did."""
+        """Add the results of another run."""
         self.written += other.written
         self.captions_cut += other.captions_cut
         self.settled_jobs |= other.settled_jobs
@@ -44,14 +44,14 @@ class EngineReport:
 
 
 class LocalEngine:
-    """Carries out the jobs that nobody else has carried out or is at.
+    """Runs the jobs that no other process has finished or is running.
 
     Args:
-        shards: The dataset's, by name.
-        teacher: Which sources prompts come from.
-        device: Where this process computes.
-        rank: Its number among those that share the work.
-        world_size: How many there are.
+        shards: The dataset's shards by name.
+        teacher: Sources of prompts.
+        device: Device of this process.
+        rank: Rank of this process.
+        world_size: Number of processes that share the jobs.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class LocalEngine:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Nothing is kept open between runs."""
+        """Do nothing: no resources are kept between runs."""
 
     def run(
         self,
@@ -82,7 +82,7 @@ class LocalEngine:
         plan: JobPlan,
         progress: Progress,
     ) -> EngineReport:
-        """Write one extraction's stores, but for shards that other processes are writing."""
+        """Write one extraction's stores, except for shards that other processes are writing."""
         report = EngineReport()
         with (
             JobsBar(extraction, writers, self._counts, plan, progress) as bar,
@@ -118,24 +118,24 @@ def _run_jobs(
             report.written += worker.work(job)
             bar.done(job)
         except ShardBusy as error:
-            progress.log(f"{' and '.join(job.keys)}: left alone for now, {error}")
+            progress.log(f"{' and '.join(job.keys)}: postponed, {error}")
         bar.count_others()
 
 
 class ClipCounts:
-    """How many clips the dataset's shards have, of as many as were read; for all kinds of a run."""
+    """Number of clips per shard of the dataset, cached for all kinds of a run."""
 
     def __init__(self, shards: Mapping[str, InputShard]) -> None:
         self._shards = shards
         self._read: dict[str, int] = {}
 
     def known(self, job: ShardJob) -> int | None:
-        """Clips of a job; None where its shard was not read."""
+        """Return the number of clips of a job; None if its shard has not been read."""
         listed = job.listed_clips(self._shards)
         return self._read.get(job.input_name) if listed is None else listed
 
     def read(self, job: ShardJob) -> int:
-        """Clips of a job; may read the headers of a tar."""
+        """Return the number of clips of a job; may read the headers of a tar."""
         known = self.known(job)
         if known is None:
             known = self._read[job.input_name] = self._shards[job.input_name].num_clips()
@@ -143,14 +143,14 @@ class ClipCounts:
 
 
 _LISTING_INTERVAL_S = 10.0
-"""How often to ask which shards others have finished: a listing of each store's."""
+"""Interval of listing the shards that other processes have finished."""
 
 
 class JobsBar:
-    """The bar over all jobs: those of this run, clip by clip, and those that others finish.
+    """Progress bar over all jobs, including those that other processes finish.
 
-    A tar's clips are counted when the first of them is done. Until then, and where others do it, it
-    is taken to have as many as the others have on average.
+    A tar's clips are counted when its first clip is done. Until then, or if another process writes
+    it, the mean over the counted shards is assumed.
     """
 
     def __init__(
@@ -167,9 +167,9 @@ class JobsBar:
         self._num_settled = plan.num_settled
         self._num_jobs = len(self._unfinished)
         self._clips_by_job: dict[str, int] = {}
-        """Clips by job, of finished ones too."""
+        """Number of clips by job, including finished jobs."""
         self._num_counted = 0
-        """Clips of these jobs."""
+        """Total clips of these jobs."""
         for job in self._unfinished.values():
             clips = counts.known(job)
             if clips is not None:
@@ -192,21 +192,21 @@ class JobsBar:
         self._bar.__exit__(None, None, None)
 
     def advance(self, job: ShardJob, clips: int) -> None:
-        """Clips of a job of this run are done."""
+        """Add finished clips of a job of this process."""
         if clips and job.name not in self._clips_by_job:
             self._count(job, self._counts.read(job))
             self._update_total()
         self._task.advance(clips)
 
     def done(self, job: ShardJob) -> None:
-        """A job of this run is done, and its clips were counted one by one."""
+        """Mark a job of this process as done; its clips were added by `advance`."""
         self._unfinished.pop(job.name, None)
         if job.name not in self._clips_by_job:
             self._count(job, 0)
             self._update_total()
 
     def count_others(self) -> None:
-        """Count, every now and then, the jobs that other processes have finished meanwhile."""
+        """Add the jobs that other processes have finished, at most once per listing interval."""
         if time.monotonic() - self._listed_at >= _LISTING_INTERVAL_S:
             self._count_others()
             self._listed_at = time.monotonic()

@@ -9,17 +9,17 @@ from stages.progress import Progress
 POLL_INTERVAL_S = 5.0
 
 _MAX_NAMED = 5
-"""Shards that a message names."""
+"""Maximum number of shards named in a message."""
 
 
 def wait_for_others(left: Callable[[], Mapping[str, bool]], progress: Progress) -> None:
-    """Return when nothing is left, or when something is that nobody is writing.
+    """Wait until no shard is left, or until one is left that no process is writing.
 
-    There is no time limit: a shard takes as long as its clips do. A lock ends with its process.
+    There is no time limit, since a shard may take long. A lock is released when its process ends.
 
     Args:
-        left: The unfinished shards as of now, and whether another process is writing them.
-        progress: Told what is being waited for, whenever that changes.
+        left: Returns the unfinished shards, and whether another process is writing each.
+        progress: Logs the shards that are waited for, whenever they change.
     """
     logged: set[str] = set()
     while (shards := left()) and all(shards.values()):

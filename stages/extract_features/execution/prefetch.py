@@ -1,4 +1,4 @@
-"""Reads and decodes in threads, a little ahead of whoever consumes it; used by `shard_work`."""
+"""Iterators that are read and mapped in threads, ahead of their consumer."""
 
 import queue
 import threading
@@ -18,13 +18,13 @@ _POLL_S = 0.1
 
 
 def prefetch(items: Iterable[Item], *, ahead: int = 1) -> Generator[Item, None, None]:
-    """Yield the items in order while the next `ahead` of them are made in a thread.
+    """Yield the items in order while a thread reads up to `ahead` further ones.
 
-    An exception of the iterator is raised at its place. Closing the returned generator stops the
-    thread after the item it is making, for which it is not waited for long.
+    An exception of the iterator is raised in its place. Closing the returned generator stops the
+    thread after its current item, with a short wait.
 
     Raises:
-        TimeoutError: an item takes longer than `background.PATIENCE_S`.
+        TimeoutError: An item takes longer than `background.PATIENCE_S`.
     """
     slots: queue.Queue[tuple[str, Item | BaseException | None]] = queue.Queue(maxsize=ahead)
     closed = threading.Event()
@@ -75,17 +75,17 @@ def prefetch_map(
     threads: int,
     describe: Callable[[Item], str],
 ) -> Generator[Made, None, None]:
-    """Yield `function(item)` in order, the next `ahead` of them under way in `threads` threads.
+    """Yield `function(item)` in order, with up to `ahead` further calls in `threads` threads.
 
-    The items themselves are made in one thread, one after the other. An exception, of the iterator
-    or of the function, is raised at its place. Closing the returned generator waits for the calls
-    under way and makes no others.
+    The items themselves are read in one thread. An exception of the iterator or the function is
+    raised in its place. Closing the returned generator waits for running calls and starts no
+    others.
 
     Args:
-        describe: what a call does, for the error when it takes too long.
+        describe: Returns a description of a call, for the timeout error.
 
     Raises:
-        TimeoutError: a call takes longer than `background.PATIENCE_S`.
+        TimeoutError: A call takes longer than `background.PATIENCE_S`.
     """
     results: deque[tuple[Future[Made], Item]] = deque()
     with closing(prefetch(items)) as source, DaemonPool(threads, "prepare") as pool:
@@ -98,7 +98,7 @@ def prefetch_map(
                     results.append((pool.submit(function, item), item))
                 except StopIteration:
                     more = False
-                except Exception as error:  # raised after what came before it
+                except Exception as error:  # raised after the results before it
                     more, failure = False, error
             if not results:
                 break

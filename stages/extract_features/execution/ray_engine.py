@@ -1,8 +1,8 @@
-"""The Ray engine: workers on a cluster whose machines come and go; `extract` uses it.
+"""Ray engine: runs jobs on workers of a cluster whose machines may come and go.
 
-The driver hands out one shard at a time. A worker that dies, or does not answer, gives its shard
-back: what it had staged is adopted by whoever gets the shard next, and a new worker takes its
-place. The stores lie in a folder that every machine of the cluster sees under the same path.
+The driver assigns one shard at a time. If a worker dies or does not respond, it is replaced and its
+shard is reassigned; the next worker continues after the staged clips. The stores are in a folder
+that all machines of the cluster share under the same path.
 """
 
 import logging
@@ -27,17 +27,17 @@ from stages.progress import Progress
 _POLL_S = 0.5
 _IDLE_POLLS = 60
 REPORT_TIMEOUT_S = 600.0
-"""How long a worker may leave questions about its progress unanswered before another takes over."""
+"""Time without a progress report after which a worker is replaced."""
 _STARTING = "starting"
 _OBJECT_STORE_BYTES = 100 * 2**20
-"""Ray's smallest is 75 MB; clips do not travel through it."""
+"""Small, since clips do not pass through the object store; Ray requires at least 75 MB."""
 
 
 def import_ray() -> Any:
-    """Ray itself.
+    """Import Ray.
 
     Raises:
-        ValueError: It is not installed.
+        ValueError: Ray is not installed.
     """
     try:
         import ray
@@ -51,7 +51,7 @@ def import_ray() -> Any:
 
 @contextmanager
 def ray_cluster(config: RayConfig) -> Iterator[Any]:
-    """Be connected to the cluster; what was not connected before is left afterwards.
+    """Connect to the cluster, unless connected already; disconnect on exit.
 
     Raises:
         ValueError: Ray is not installed, or there is no cluster at the address.
@@ -85,29 +85,29 @@ def ray_cluster(config: RayConfig) -> Iterator[Any]:
 
 
 class RayEngine:
-    """Hands the jobs to workers on a Ray cluster.
+    """Runs jobs on workers of a Ray cluster.
 
     Args:
-        setup: What the workers need to know; `kinds` and `store_hashes` are filled in per run.
-        shards: The dataset's, by name.
+        setup: Setup of the workers; kinds and `store_hashes` are filled in per run.
+        shards: The dataset's shards by name.
 
     Raises:
-        ValueError: `extract.device` is none.
+        ValueError: `extract.device` is not a device.
     """
 
     def __init__(self, setup: WorkerSetup, shards: Mapping[str, InputShard]) -> None:
-        if not setup.config.device.startswith("cuda"):  # of which this machine may have none
+        if not setup.config.device.startswith("cuda"):  # the driver may have no GPU
             device_named(setup.config.device, 0)
         self._setup = setup
         self._counts = ClipCounts(shards)
         self._cluster = ray_cluster(setup.config.ray)
 
     def __enter__(self) -> Self:
-        """Connect.
+        """Connect to the cluster.
 
         Raises:
-            ValueError: Ray is not installed, no cluster at the address, or no GPU in it though
-                `extract.device` names one.
+            ValueError: Ray is not installed, there is no cluster at the address, or the cluster
+                has no GPU although `extract.device` is one.
         """
         self._ray = self._cluster.__enter__()
         device = self._setup.config.device
@@ -126,11 +126,11 @@ class RayEngine:
         plan: JobPlan,
         progress: Progress,
     ) -> EngineReport:
-        """Write one extraction's stores, but for shards that other processes are writing.
+        """Write one extraction's stores, except for shards that other processes are writing.
 
         Raises:
-            RuntimeError: Workers kept dying.
-            Exception: What stopped a worker; the others are stopped too.
+            RuntimeError: Workers died repeatedly.
+            Exception: An error in a worker; the other workers are stopped.
         """
         setup = self._setup.for_stores(
             {kind: settings.hash for kind, settings in extraction.settings.items()},
@@ -149,18 +149,19 @@ class RayEngine:
 
 @dataclass(slots=True, eq=False)
 class _Worker:
-    """A worker, and what it was asked to do last."""
+    """A worker actor and its current call."""
 
     actor: Any
-    answer: Any
+    result: Any
+    """Object reference of the current call's result."""
     job: ShardJob | None = None
-    """None while it starts."""
+    """None while the worker starts."""
     unanswered_since: float | None = None
-    """When it was first asked without an answer."""
+    """Time of the first progress request without a response."""
 
 
 class _WorkerPool:
-    """The workers, started as they are needed and replaced when they die."""
+    """Workers that are started on demand and replaced when they die."""
 
     def __init__(
         self, ray: Any, setup: WorkerSetup, bar: JobsBar, report: EngineReport, progress: Progress
@@ -176,43 +177,43 @@ class _WorkerPool:
         self._idle_polls = 0
 
     def run(self, jobs: Sequence[ShardJob]) -> None:
-        """Have every job done, but those that processes outside this run are at."""
+        """Run all jobs, except those that processes outside this run are writing."""
         queue = deque(jobs)
         while queue or any(worker.job for worker in self._workers):
             self._spawn(len(queue))
-            answers = {worker.answer: worker for worker in self._workers}
-            ready, _ = self._ray.wait(list(answers), timeout=_POLL_S)
-            for answer in ready:
-                self._on_result(answers[answer], queue)
+            workers = {worker.result: worker for worker in self._workers}
+            ready, _ = self._ray.wait(list(workers), timeout=_POLL_S)
+            for result in ready:
+                self._on_result(workers[result], queue)
             if not ready:
                 self._poll_progress(queue)
                 self._log_when_idle()
 
     def shutdown(self) -> None:
-        """End every worker."""
+        """Kill all workers."""
         for worker in self._workers:
             self._ray.kill(worker.actor)
         self._workers = []
 
-    def _spawn(self, queue: int) -> None:
+    def _spawn(self, num_queued: int) -> None:
         resources = self._ray.cluster_resources()
         config = self._setup.config
         gpus = 0 if config.device == "cpu" else int(resources.get("GPU", 0))
         wanted = config.ray.workers or max(1, gpus)
         working = sum(worker.job is not None for worker in self._workers)
-        while len(self._workers) < min(wanted, queue + working):
-            worker = self._ray.remote(concurrency_groups={"report": 1})(RayWorker)
-            actor = worker.options(num_cpus=1, num_gpus=1 if gpus else 0).remote(self._setup)
+        while len(self._workers) < min(wanted, num_queued + working):
+            actor_class = self._ray.remote(concurrency_groups={"report": 1})(RayWorker)
+            actor = actor_class.options(num_cpus=1, num_gpus=1 if gpus else 0).remote(self._setup)
             self._workers.append(_Worker(actor, actor.prepare.remote()))
 
     def _on_result(self, worker: _Worker, queue: deque[ShardJob]) -> None:
-        """Take a worker's answer, and give it the next job."""
+        """Process a worker's result, and assign it the next job."""
         errors, job = self._ray.exceptions, worker.job
         try:
-            answer = self._ray.get(worker.answer)
+            result = self._ray.get(worker.result)
         except errors.RayTaskError as error:
             if isinstance(error.cause, Exception):
-                raise error.cause from error  # with the worker's traceback
+                raise error.cause from error  # keeps the worker's traceback
             raise
         except errors.RayError as error:
             self._on_death(worker, str(error))
@@ -221,14 +222,14 @@ class _WorkerPool:
             return
         if job is None:
             self._deaths[_STARTING] = 0
-            self._progress.log(f"ray: {answer} is ready")
+            self._progress.log(f"ray: {result} is ready")
         else:
-            self._show(job, answer.clips, answer.lines)
-            if answer.written is not None:
-                self._report.written += answer.written
-                self._report.captions_cut += answer.captions_cut
-                self._report.settled_jobs |= answer.settled_jobs
-                self._report.changed_shards |= answer.changed_shards
+            self._show(job, result.clips, result.lines)
+            if result.written is not None:
+                self._report.written += result.written
+                self._report.captions_cut += result.captions_cut
+                self._report.settled_jobs |= result.settled_jobs
+                self._report.changed_shards |= result.changed_shards
                 self._bar.done(job)
         worker.job = queue.popleft() if queue else None
         if worker.job is None:
@@ -236,11 +237,11 @@ class _WorkerPool:
             self._ray.kill(worker.actor)
         else:
             worker.unanswered_since = None
-            worker.answer = worker.actor.work.remote(worker.job)
+            worker.result = worker.actor.work.remote(worker.job)
 
     def _on_death(self, worker: _Worker, why: str) -> None:
         self._workers.remove(worker)
-        # It may only be out of reach; it must not go on beside the one that takes its place.
+        # It may only be unreachable, and must not continue beside its replacement.
         self._ray.kill(worker.actor)
         what = f"shard {worker.job.name!r}" if worker.job else _STARTING
         self._deaths[what] += 1
@@ -249,37 +250,37 @@ class _WorkerPool:
         if self._deaths[what] > restarts:
             raise RuntimeError(
                 f"{self._deaths[what]} workers in a row died on {what} (extract.ray.restarts="
-                f"{restarts}): {first_line} Their memory is the usual suspect; ray logs has more. "
-                "What they had finished is kept"
+                f"{restarts}): {first_line} The usual cause is running out of memory; see ray "
+                "logs. Finished clips are kept"
             )
-        self._progress.log(f"ray: a worker died on {what}, another one takes over: {first_line}")
+        self._progress.log(f"ray: a worker died on {what}, starting another one: {first_line}")
 
     def _poll_progress(self, queue: deque[ShardJob]) -> None:
-        """Show how far the workers are, and give the shards of those that do not say to others."""
+        """Show the workers' progress, and replace those that do not respond."""
         working = {m.actor.report.remote(): m for m in self._workers if m.job is not None}
         if not working:
             return
         ready, unanswered = self._ray.wait(list(working), num_returns=len(working), timeout=_POLL_S)
         now = time.monotonic()
-        for question in unanswered:
-            worker = working[question]
+        for request in unanswered:
+            worker = working[request]
             if worker.unanswered_since is None:
                 worker.unanswered_since = now
             elif now - worker.unanswered_since > REPORT_TIMEOUT_S and worker.job is not None:
                 queue.append(worker.job)
-                self._on_death(worker, f"it has not answered for {REPORT_TIMEOUT_S:g} s.")
-        for answer in ready:
-            working[answer].unanswered_since = None
-            job = working[answer].job
+                self._on_death(worker, f"it has not responded for {REPORT_TIMEOUT_S:g} s.")
+        for request in ready:
+            working[request].unanswered_since = None
+            job = working[request].job
             try:
-                found = self._ray.get(answer)
+                report = self._ray.get(request)
             except self._ray.exceptions.RayError:
-                continue  # its work's answer tells
-            if job is not None and found.job == job.name:
-                self._show(job, found.clips, found.lines)
+                continue  # the result of its job raises the error
+            if job is not None and report.job == job.name:
+                self._show(job, report.clips, report.lines)
 
     def _show(self, job: ShardJob, clips: int, lines: Sequence[str]) -> None:
-        """Count what is new: a job that a second worker goes through again is counted once."""
+        """Advance the bar by new clips: clips that a second worker repeats are counted once."""
         self._bar.advance(job, max(0, clips - self._clips_shown[job.name]))
         self._clips_shown[job.name] = max(clips, self._clips_shown[job.name])
         for line in lines:
@@ -290,6 +291,6 @@ class _WorkerPool:
         self._idle_polls = 0 if working else self._idle_polls + 1
         if self._idle_polls == _IDLE_POLLS:
             self._progress.log(
-                "ray: no worker has started yet; each asks for one CPU, and one GPU where the "
-                f"cluster has some. The cluster has {self._ray.cluster_resources()}"
+                "ray: no worker has started yet; each needs one CPU, and one GPU if the cluster "
+                f"has any. The cluster has {self._ray.cluster_resources()}"
             )

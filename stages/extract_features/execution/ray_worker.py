@@ -1,4 +1,4 @@
-"""A worker of the Ray engine: an actor with one extraction that writes one shard at a time."""
+"""Worker of the Ray engine: an actor for one extraction that writes one shard at a time."""
 
 import contextlib
 import os
@@ -20,20 +20,20 @@ from stages.extract_features.kinds import device_named, make_extractions
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerSetup:
-    """What a worker needs to know; plain data."""
+    """Setup of a worker; plain data."""
 
     config: ExtractConfig
     clips: ClipsConfig
-    """The dataset, and the size of its clips."""
+    """The dataset and its clip size."""
     model: BaseModelConfig
     cache_root: Path
     folder: Path
-    """What relative paths in the configuration are relative to."""
+    """Base folder of relative paths in the configuration."""
     store_hashes: Mapping[Kind, str] = field(default_factory=dict)
-    """The stores of the one extraction, by kind."""
+    """Hashes of the extraction's stores, by kind."""
 
     def for_stores(self, hashes: Mapping[Kind, str], size: ClipsConfig | None) -> Self:
-        """The same for the stores of one extraction, of which clips have this size."""
+        """Return a copy for the stores of one extraction and clip size."""
         config = self.config.model_copy(update={"kinds": tuple(hashes)})
         clips = self.clips if size is None else size
         return replace(self, config=config, clips=clips, store_hashes=dict(hashes))
@@ -41,25 +41,25 @@ class WorkerSetup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkReport:
-    """How far a worker is with a job."""
+    """Progress or result of a job."""
 
     job: str
     clips: int
-    """Gone through."""
+    """Number of clips processed."""
     lines: tuple[str, ...]
-    """To be shown."""
+    """Log lines."""
     written: Counter[Kind] | None = None
-    """Clips added to each store; None where another process has the shard, or work goes on."""
+    """Clips added to each store; None if another process has the shard or the job is running."""
     captions_cut: int = 0
-    """Of the clips written."""
+    """Captions truncated by the text encoder."""
     settled_jobs: frozenset[str] = frozenset()
-    """As of `EngineReport`; this job's name, or nothing."""
+    """See `EngineReport`; this job's name, or empty."""
     changed_shards: frozenset[str] = frozenset()
-    """As of `EngineReport`; this job's shard, or nothing."""
+    """See `EngineReport`; this job's shard, or empty."""
 
 
 class RayWorker:
-    """The actor; Ray calls `report` in a thread of its own."""
+    """The actor; Ray calls `report` in a separate thread."""
 
     def __init__(self, setup: WorkerSetup) -> None:
         self._setup = setup
@@ -68,13 +68,13 @@ class RayWorker:
         self._lines: list[str] = []
 
     def prepare(self) -> str:
-        """Make the extraction and open its stores; returns who this is.
+        """Build the extraction and open its stores; return the worker's name.
 
         Raises:
-            ValueError: This machine has other weights than the driver's, no such files, or does not
-                see the stores.
+            ValueError: This machine lacks the model files, has other weights than the driver, or
+                does not see the stores.
         """
-        with contextlib.suppress(FileNotFoundError):  # absolute paths do without it
+        with contextlib.suppress(FileNotFoundError):  # absolute paths do not need it
             os.chdir(self._setup.folder)
         config, cache_root = self._setup.config, self._setup.cache_root
         (extraction,) = make_extractions(config, (self._setup.clips,), self._setup.model)
@@ -83,8 +83,8 @@ class RayWorker:
         for kind, settings in extraction.settings.items():
             if settings.hash != self._setup.store_hashes[kind]:
                 raise ValueError(
-                    f"machine {host} makes another {kind} store than the driver: its model files "
-                    "or its installation differ"
+                    f"machine {host} would write another {kind} store than the driver: its model "
+                    "files or its installation differ"
                 )
             if settings.folder_name not in here:
                 raise ValueError(
@@ -96,7 +96,7 @@ class RayWorker:
             for kind, settings in extraction.settings.items()
         }
         shards = {shard.name: shard for shard in open_dataset(self._setup.clips).shards}
-        # Ray shows a worker its own GPU alone, whatever its number on the machine.
+        # Ray makes only the worker's own GPU visible, as device 0.
         device = device_named("auto" if config.device.startswith("cuda") else config.device, 0)
         self._worker = ShardWorker(
             extraction,
@@ -110,13 +110,13 @@ class RayWorker:
         return f"worker {os.getpid()} on {host}"
 
     def work(self, job: ShardJob) -> WorkReport:
-        """Write and commit a shard, or find that another process has it."""
+        """Write and commit a shard, unless another process is writing it."""
         self._job, self._clips = job.name, 0
         cut_before = self._worker.captions_cut
         try:
             written = self._worker.work(job)
         except ShardBusy as busy:
-            self._lines.append(f"{' and '.join(job.keys)}: left alone for now, {busy}")
+            self._lines.append(f"{' and '.join(job.keys)}: postponed, {busy}")
             return self.report()
         cut = self._worker.captions_cut - cut_before
         return replace(
@@ -128,7 +128,7 @@ class RayWorker:
         )
 
     def report(self) -> WorkReport:
-        """How far this is, and the lines since the last report."""
+        """Return the progress, and the log lines since the last report."""
         lines = tuple(self._lines)
         del self._lines[: len(lines)]
         return WorkReport(job=self._job, clips=self._clips, lines=lines)

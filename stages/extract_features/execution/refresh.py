@@ -1,4 +1,4 @@
-"""Comparing the cache with shards of the dataset, and making it fit."""
+"""Comparison of the cache with shards of the dataset, and removal of outdated clips."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ from stages.extract_features.fingerprints import SOURCES
 from stages.progress import Progress, SilentProgress
 
 _CLIPS_COMPARED_FIRST = 64
-"""Clips that are compared before any work: on network storage each costs several round trips."""
+"""Clips compared before any work: on network storage each takes several round trips."""
 
 
 def compare_one_shard(
@@ -39,21 +39,21 @@ def compare_one_shard(
 ) -> set[str]:
     """Compare the first clips of the first finished shard of each kind, before any work.
 
-    Only the commit records of this shard are read, and of a store that knows none of the clips the
-    index: so a dataset that has nothing to do with the cache is refused before any work.
+    Reads the commit records of this shard only, and the index of a store that has none of the
+    clips. A cache of another dataset is thus rejected before any work.
 
     Args:
         dataset: The dataset.
-        config: Which kinds, and what prompts are made from.
-        stores: Of every kind and size.
-        rank: This process's number; it looks into its own share first.
-        world_size: Number of processes at work.
+        config: Kinds to extract and sources of prompts.
+        stores: Stores of every kind and size.
+        rank: Rank of this process; shards of its own share come first.
+        world_size: Number of processes.
 
     Returns:
-        The shards, of those, of which a store has a clip from another source.
+        The compared shards for which a store has a clip from another source.
 
     Raises:
-        ValueError: A store is another dataset's.
+        ValueError: A store belongs to another dataset.
     """
     by_kind: dict[Kind, list[StoreWriter]] = defaultdict(list)
     for kind, writer in stores:
@@ -98,23 +98,23 @@ def compare_and_refresh(
     *,
     refresh_changed: bool,
 ) -> Comparison:
-    """Compare every store with shards of the dataset, and refuse or take out what is from others.
+    """Compare every store with shards of the dataset; drop clips from other sources, or raise.
 
-    Processes of one run may do this at once. A process killed in here has taken out some clips,
-    which are then lacking, and the next run makes them.
+    Processes of one run may call this concurrently. If a process is killed here, the clips that it
+    has dropped are missing, and the next run extracts them.
 
     Args:
         cache_root: Folder of the stores.
-        shards: Of the dataset.
-        config: Which kinds, and what prompts are made from.
-        stores: Of every kind and size.
-        share: The stores' clips that the dataset must have.
-        progress: A bar while the shards are read; lines.
-        refresh_changed: Take out clips whose source has changed, so that the run makes them again.
+        shards: Shards of the dataset.
+        config: Kinds to extract and sources of prompts.
+        stores: Stores of every kind and size.
+        share: Clips of the stores that the dataset must have.
+        progress: Shows a bar while the shards are read, and log lines.
+        refresh_changed: Drop clips whose source has changed, so that the run extracts them again.
 
     Raises:
-        ValueError: Clips were made from other sources, and `refresh_changed` is not set. Nothing
-            has changed.
+        ValueError: Clips were extracted from other sources and `refresh_changed` is not set. The
+            stores are not modified.
     """
     sources = read_sources(shards, config.kinds, config.teacher, progress)
     found = compare(_readers(stores), sources, share)
@@ -123,8 +123,8 @@ def compare_and_refresh(
     if not found.has_changes:
         return found
     lock = cache_root / ".refresh.lock"
-    with FileLock(lock, wait=True, what=f"making {cache_root} fit its dataset"):
-        found = compare(_readers(stores), sources)  # others may have taken out the same
+    with FileLock(lock, wait=True, what=f"the cache {cache_root}"):
+        found = compare(_readers(stores), sources)  # others may have dropped the same clips
         left = {kind: iter(of_kind.stores) for kind, of_kind in found.kinds.items()}
         for kind, writer in stores:
             store = next(left[kind])
@@ -135,7 +135,7 @@ def compare_and_refresh(
 
 
 def _readers(stores: Sequence[tuple[Kind, StoreWriter]]) -> Iterator[tuple[Kind, StoreReader]]:
-    """One after the other: the index of a million clips takes over 100 MB."""
+    """Open one store at a time: the index of a million clips takes over 100 MB."""
     return ((kind, StoreReader(writer.path, kind=kind)) for kind, writer in stores)
 
 
@@ -146,7 +146,7 @@ def _drop_changed(
     if keys:
         detail = f"made from another {SOURCES[kind]} than the dataset has now"
         drop_clips(path, keys, detail=detail, reason=REDO)
-        progress.log(f"{kind}: {len(keys)} clips {detail} are taken out and made again")
+        progress.log(f"{kind}: {len(keys)} clips {detail} are dropped and extracted again")
 
 
 def _update_video_hashes(

@@ -1,4 +1,4 @@
-"""Carries out one job at a time with one model: reads ahead, computes, and writes in a thread."""
+"""Runs one job at a time with one model: reads ahead, computes, and writes in a thread."""
 
 import contextlib
 import queue
@@ -35,15 +35,14 @@ _WRITING = "writing a clip into the cache"
 
 
 class WriteBehind(Generic[Item]):
-    """Hands items to `write`, in order, in a thread of its own.
+    """Writes items in order in a background thread.
 
-    After the first error nothing more is written, and the error is raised by whatever is called
-    next. Leaving the context writes what was put in before, whether or not the block failed: that
-    work is done.
+    After the first error nothing more is written, and the next call raises the error. Exiting the
+    context writes all queued items, even if the block failed, since they are already computed.
 
     Args:
         write: Called with one item at a time.
-        waiting: How many items may wait; `put` blocks beyond that, which bounds the memory held.
+        waiting: Maximum number of queued items; `put` blocks beyond it, which bounds memory.
     """
 
     def __init__(self, write: Callable[[Item], None], *, waiting: int = 1) -> None:
@@ -57,22 +56,22 @@ class WriteBehind(Generic[Item]):
             if self._error is None:
                 try:
                     self._write(*item)
-                except BaseException as error:  # raised again by whoever puts or drains
+                except BaseException as error:  # raised by the next put() or drain()
                     self._error = error
             self._items.task_done()
         self._items.task_done()
 
     def put(self, item: Item) -> None:
-        """Queue an item; raises what writing an earlier one raised.
+        """Queue an item; raise the error of an earlier write.
 
         Raises:
-            TimeoutError: an item takes longer than `background.PATIENCE_S` to write.
+            TimeoutError: An item takes longer than `background.PATIENCE_S` to write.
         """
         self._raise_error()
         self._put((item,))
 
     def drain(self) -> None:
-        """Return when everything is written; raises what writing raised."""
+        """Wait until everything is written; raise the error of an earlier write."""
         deadline = time.monotonic() + (self._items.maxsize + 1) * background.PATIENCE_S
         with self._items.all_tasks_done:
             while self._items.unfinished_tasks:
@@ -100,9 +99,8 @@ class WriteBehind(Generic[Item]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if isinstance(
-            error, TimeoutError
-        ):  # of this thread or another; no storage answers for long
+        # A timeout of this thread or another: storage may not respond for long.
+        if isinstance(error, TimeoutError):
             with contextlib.suppress(queue.Full):
                 self._items.put(None, timeout=background.LAST_WAIT_S)
             self._thread.join(background.LAST_WAIT_S)
@@ -122,14 +120,14 @@ _PREPARE_THREADS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Clip:
-    """A clip on its way through; `kinds` are the stores of its size that still lack it."""
+    """A clip being extracted; `kinds` are the stores of its size that still lack it."""
 
     key: str
     kinds: tuple[Kind, ...]
     fingerprint: str
-    """Of what it is made from, in these stores."""
+    """Fingerprint of its inputs in these stores."""
     prepared: Any
-    """What the extraction made of it, or `ClipSkipped`."""
+    """Result of `Extraction.prepare`, or `ClipSkipped`."""
 
     @property
     def needs_model(self) -> bool:
@@ -137,15 +135,15 @@ class _Clip:
 
 
 class ShardWorker:
-    """Writes shards of one extraction's stores; the model is loaded when the first one needs it.
+    """Writes shards of one extraction's stores; the model is loaded when first needed.
 
     Args:
-        extraction: What is computed.
-        teacher: Which sources prompts come from.
-        writers: Its stores.
+        extraction: The extraction.
+        teacher: Sources of prompts.
+        writers: Stores of the extraction.
         shards: The dataset's shards by name.
-        device: Where it is computed.
-        advance: Called with a job and the number of clips gone through, skipped ones included.
+        device: Device to compute on.
+        advance: Called with a job and a number of processed clips, including skipped ones.
         log: Called with a line for every skipped clip.
     """
 
@@ -171,11 +169,11 @@ class ShardWorker:
         self._extract: Callable[[Sequence[Any]], Sequence[Outcome]] | None = None
         self._readers: dict[Path, StoreReader] = {}
         self.captions_cut = 0
-        """Captions of which the text encoder read a part, over all jobs."""
+        """Number of captions truncated by the text encoder, over all jobs."""
         self.settled_jobs: set[str] = set()
-        """Names of jobs of which no store lacked a clip: their clips are in other shards."""
+        """Names of jobs with nothing to do: all their clips are in other shards of the stores."""
         self.changed_shards: set[str] = set()
-        """Names of the dataset's shards of which a store has a clip from another source."""
+        """Names of dataset shards for which a store has a clip from another source."""
 
     def __enter__(self) -> Self:
         return self
@@ -195,10 +193,10 @@ class ShardWorker:
         """Write and commit a shard in every store that lacks it.
 
         Returns:
-            How many clips were added to each store. None where others were faster.
+            Number of clips added to each store; empty if other processes wrote the shard first.
 
         Raises:
-            ShardBusy: Another process writes it; nothing was done.
+            ShardBusy: Another process is writing the shard; nothing was done.
         """
         remaining = self._compare(job)
         if remaining is None:
@@ -208,7 +206,7 @@ class ShardWorker:
             return self._write_shards(remaining, outs) if outs else Counter()
 
     def _compare(self, job: ShardJob) -> ShardJob | None:
-        """The job without what the stores have of it in other shards; None if that is all of it."""
+        """Return the job without clips that stores have in other shards; None if none is left."""
         if job.earlier is None:
             return job
         for kind in job.keys:
@@ -237,7 +235,7 @@ class ShardWorker:
         return whole
 
     def _reader(self, path: Path) -> StoreReader:
-        """A store as it was when this worker began: opening one takes seconds where it is large."""
+        """Return a store's reader, opened once per worker: a large store takes seconds to open."""
         if path not in self._readers:
             self._readers[path] = StoreReader(path)
         return self._readers[path]
@@ -250,7 +248,7 @@ class ShardWorker:
                 out = self._writers[kind].shard(job.name, source=job.source, is_current=is_current)
                 try:
                     outs[kind] = held.enter_context(out)
-                except AlreadyCommitted:  # in the moment since it was asked
+                except AlreadyCommitted:  # committed since the check above
                     continue
         return outs
 
@@ -301,7 +299,7 @@ class ShardWorker:
         )
 
     def _has_this_size(self, record: ClipRecord | BadRecord, job: ShardJob) -> bool:
-        """Whether these stores are the clip's; what a store has left out, it takes at a retry."""
+        """Whether the clip has the size of these stores; retried clips are known to."""
         size = self._extraction.size
         return size is None or record.key in job.retried or belongs(record, size)
 
@@ -317,7 +315,7 @@ class ShardWorker:
             raise
 
     def _outcomes(self, batch: Sequence[_Clip], job: ShardJob) -> list[Outcome | None]:
-        """What became of each clip; None where no store lacks it."""
+        """Return the outcome of each clip; None if no store lacks it."""
         computed = iter(self._compute([clip for clip in batch if clip.needs_model], job))
         return [
             next(computed) if clip.needs_model else clip.prepared if clip.kinds else None
@@ -340,7 +338,7 @@ class ShardWorker:
 
 
 class _IsCurrent:
-    """Whether staged clips are made from what the dataset has now, read when first asked."""
+    """Checks that staged clips match the dataset, whose fingerprints are read on first use."""
 
     def __init__(self, read: Callable[[], dict[str, str]]) -> None:
         self._read = read
@@ -353,14 +351,14 @@ class _IsCurrent:
 
 
 def _is_missing(out: ShardWriter, job: ShardJob, kind: Kind, key: str) -> bool:
-    """Whether a store still lacks a clip, which other processes may have written meanwhile."""
+    """Whether a store still lacks a clip; other processes may have written it meanwhile."""
     return job.wants(kind, key) and not out.has(key) and out.shard_holding(key) is None
 
 
 def _batches(clips: Iterable[_Clip], size: int) -> Iterator[list[_Clip]]:
-    """The clips in order, in lists with at most `size` that need the model.
+    """Yield the clips in order, in lists with at most `size` clips that need the model.
 
-    What needs no model waits only for what came before it.
+    Clips that do not need it wait only for those before them.
     """
     batch: list[_Clip] = []
     num_for_model = 0
@@ -375,7 +373,7 @@ def _batches(clips: Iterable[_Clip], size: int) -> Iterator[list[_Clip]]:
 
 
 class _OutcomeWriter:
-    """Writes outcomes into the stores that are held, and counts what it added."""
+    """Writes outcomes into the open shards, and counts the clips added."""
 
     def __init__(
         self, outs: Mapping[Kind, ShardWriter], source: str, log: Callable[[str], None]
@@ -401,7 +399,7 @@ class _OutcomeWriter:
 
     def _add(self, clip: _Clip, kind: Kind, extracted: Extracted) -> None:
         if not all(np.isfinite(values).all() for values in extracted.arrays.values()):
-            # Without the array's name: a store derived from this one says the same.
+            # Without the array's name, so that a derived store has the same detail.
             detail = "NaN or values beyond float16; fp32 precision may help"
             self._skip(clip, (kind,), ClipSkipped("not_finite", detail))
             return

@@ -1,4 +1,4 @@
-"""Where a clip's prompt comes from: the dataset, words, or the picture itself."""
+"""Sources of a clip's prompt: the dataset, text (Grounding DINO), or motion in the video."""
 
 from stages.extract_features.prompts.chooser import PromptChooser, check_prompt, usable_sources
 from stages.extract_features.prompts.prompt import ChosenPrompt

@@ -1,8 +1,8 @@
-"""The most salient moving region, by SAM2's own masks; one of `PromptChooser`'s sources.
+"""Automatic prompts: the most salient moving region among SAM2's mask proposals.
 
-A grid of points on frame 0 goes through SAM2's mask decoder, which proposes up to three masks for
-each. `camera_motion` says how fast each part of the frame moves against the camera, and `salience`
-documents and applies the rule by which one of the masks is taken for the subject.
+SAM2's mask decoder proposes up to three masks for each point of a grid on frame 0. `camera_motion`
+estimates the speed of each token relative to the camera, and `salience` documents and applies the
+rule that chooses one of the masks as the subject.
 """
 
 # Legend: N point or proposal, S side of SAM2's square input, H W pixels or token grid, C channel,
@@ -25,15 +25,15 @@ from stages.sam2_tracking.tracker import Tracker
 
 _POINTS_PER_SIDE = 16
 _GAPS = (1, 2, 4, 8)
-"""How many frames after frame 0 the frames lie that it is compared with."""
+"""Frames that frame 0 is compared with, as distances from it."""
 _LEVEL = 1
 _GRID = 64
-"""Most tokens a side that motion is measured on: a window of `RADIUS` of them is then the same part
-of the frame at 512 and 1024 pixels."""
+"""Maximum tokens per side for motion estimation, so that a window of `RADIUS` tokens covers the
+same part of the frame at 512 and 1024 pixels."""
 
 
 class AutomaticSource:
-    """Picks a subject when nobody names one.
+    """Chooses a subject without a given prompt.
 
     Args:
         image_size: S.
@@ -52,17 +52,17 @@ class AutomaticSource:
         }
 
     def load(self, device: torch.device) -> None:
-        """Nothing is needed beside the tracker."""
+        """Do nothing: only the tracker is needed."""
 
     def unload(self) -> None:
-        """Nothing was needed."""
+        """Do nothing: only the tracker was needed."""
 
     @torch.inference_mode()
     def find(self, clip: Clip, tracker: Tracker, encoded: EncodedFrames) -> ChosenPrompt:
-        """The mask that the rule picks, on frame 0.
+        """Return the mask chosen by the rule, on frame 0.
 
         Raises:
-            ClipSkipped: nothing_found, when SAM2 proposes no mask that could be a subject.
+            ClipSkipped: nothing_found, if SAM2 proposes no mask that could be a subject.
         """
         proposals = tracker.propose_masks(encoded, 0, self._grid_of_points())
         candidates = select_candidates(
@@ -95,18 +95,18 @@ class AutomaticSource:
         )
 
     def _grid_of_points(self) -> torch.Tensor:
-        """x, y of the centres of equal cells, in pixels of SAM2's square: [N, 2]."""
+        """Return x, y of the centres of equal cells, in pixels of SAM2's square: [N, 2]."""
         places = (torch.arange(_POINTS_PER_SIDE) + 0.5) * self._image_size / _POINTS_PER_SIDE
         y, x = torch.meshgrid(places, places, indexing="ij")
         return torch.stack([x.flatten(), y.flatten()], dim=-1)
 
 
 def motion_of_tokens(encoded: EncodedFrames) -> OwnMotion:
-    """How the tokens of frame 0 move against the camera, over the next frames.
+    """Estimate the motion of frame 0's tokens relative to the camera over the next frames.
 
-    On the second level of the image encoder, averaged to at most 64 tokens a side: it sees texture,
-    which tells where a token went. The last level sees meaning, and the borders of the encoder's
-    windows, which do not move.
+    Uses the second level of the image encoder, averaged to at most 64 tokens per side: its features
+    describe texture, which can be matched. The last level's describe semantics, and the borders of
+    the encoder's windows, which do not move.
     """
     gaps = [gap for gap in _GAPS if gap < encoded.num_frames]
     features_NFC = encoded.levels_at([0, *gaps])[_LEVEL]
@@ -119,7 +119,7 @@ def motion_of_tokens(encoded: EncodedFrames) -> OwnMotion:
 
 
 def _enlarge(logits_SS: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """From SAM2's square to the training frame: [H, W]."""
+    """Resize from SAM2's square to the training frame: [H, W]."""
     return F.interpolate(
         logits_SS[None, None], size=(height, width), mode="bilinear", align_corners=False
     )[0, 0]

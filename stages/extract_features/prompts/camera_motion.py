@@ -1,12 +1,12 @@
-"""What moves by itself: the motion of tokens without the camera's; read by `AutomaticSource`.
+"""Motion of tokens relative to the camera.
 
-1. Tokens of frame 0 are matched with those of a few later frames: the best of their Local Gram
-   Flow's similarities, refined between tokens.
-2. An affine motion (pan, zoom, roll, and what little perspective a clip has) is fitted to all
-   matches robustly, so that it is the background's as long as that is the larger part.
-3. Tokens are matched again, each token off the camera's way costing `PRIOR` of similarity: only
-   what a token's look cannot otherwise explain counts as a motion of its own, and plain surfaces,
-   which match anywhere, stand still.
+1. Tokens of frame 0 are matched with those of a few later frames by the highest similarity of their
+   Local Gram Flow, refined to sub-token precision.
+2. An affine motion (pan, zoom, roll, approximate perspective) is fitted to all matches robustly. It
+   is the background's motion, as long as the background is the larger part.
+3. Tokens are matched again with a penalty of `PRIOR` similarity per token of distance from the
+   camera motion. Only differences that the penalty does not outweigh count as own motion, so that
+   textureless surfaces, which match anywhere, are still.
 
 Legend: F frame compared with frame 0, H W token grid, C channel, K neighbour, N token.
 """
@@ -20,39 +20,39 @@ import torch
 from stages.local_gram_flow import local_gram_flow, neighbour_mask, neighbour_offsets
 
 RADIUS = 6
-"""How far a token is looked for, in tokens."""
+"""Search radius in tokens."""
 PRIOR = 0.05
-"""Similarity that a match must gain for every token that it lies off the camera's motion."""
+"""Similarity penalty per token of distance from the camera's motion."""
 _TEMPERATURE = 0.02
-"""Of the softmax that refines a match between tokens, and that tells sure matches from others."""
+"""Temperature of the softmax that refines matches and measures their certainty."""
 _ITERATIONS = 50
 _SMALLEST_SCALE = 0.05
-"""Tokens; matches are not better than that, and a clip that fits exactly has a spread of 0."""
+"""Lower limit of the scale in tokens: the precision of matches; an exact fit has a scale of 0."""
 _MAD_TO_DEVIATION = 1.4826
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OwnMotion:
-    """How frame 0's tokens move against the camera."""
+    """Motion of frame 0's tokens relative to the camera."""
 
     speed_HW: np.ndarray
-    """float64, tokens per frame: the distances over all pairs of frames by their time, since a
-    match is about as exact over many frames as over one."""
+    """float64, tokens per frame: total distance over all pairs of frames / total time, since the
+    precision of a match does not depend much on the number of frames between."""
     certainty_HW: np.ndarray
-    """float64, 0..1: small where a token looks like what is around it, so that standing still says
-    nothing; 0 where the camera takes it out of the picture."""
+    """float64, 0..1: small if a token is similar to its surroundings, so that its motion is
+    uncertain; 0 if the camera moves it out of the frame."""
 
 
 def own_motion(
     features_HWC: torch.Tensor, later_FHWC: torch.Tensor, gaps: Sequence[int]
 ) -> OwnMotion:
-    """Match frame 0 with later frames and take off the camera's motion.
+    """Match frame 0 with later frames and subtract the camera's motion.
 
     Args:
-        features_HWC: Of frame 0.
-        later_FHWC: Of the frames it is compared with.
-        gaps: How many frames each of them is later, growing. Frames that the camera's motion so
-            far would take out of the window do not count.
+        features_HWC: Features of frame 0.
+        later_FHWC: Features of the frames to compare it with.
+        gaps: Distance of each of them from frame 0, ascending. Frames for which the camera's
+            motion so far would exceed the window are not used.
     """
     similarities_FHWK = _similarities(features_HWC, later_FHWC)
     height, width = similarities_FHWK.shape[1:3]
@@ -76,10 +76,10 @@ def own_motion(
 
 
 def _similarities(features_HWC: torch.Tensor, later_FHWC: torch.Tensor) -> torch.Tensor:
-    """similarities_FHWK of frame 0's tokens with each later frame; -inf outside the grid."""
+    """Return similarities_FHWK of frame 0's tokens with each later frame; -inf outside the grid."""
     first_FHWC = features_HWC.float().expand_as(later_FHWC)
     pairs_F2HWC = torch.stack([first_FHWC, later_FHWC.float()], dim=1)
-    # What all tokens have in common makes everything look alike.
+    # The common mean would make all tokens similar.
     pairs_F2HWC = pairs_F2HWC - pairs_F2HWC.mean(dim=(0, 1, 2, 3))
     similarities_FHWK = local_gram_flow(pairs_F2HWC, RADIUS)[:, 0]
     _, height, width, _ = similarities_FHWK.shape
@@ -88,10 +88,10 @@ def _similarities(features_HWC: torch.Tensor, later_FHWC: torch.Tensor) -> torch
 
 
 def _matches(similarities_HWK: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Where each token went: flow_HW2, (dx, dy) in tokens, and certainty_HW.
+    """Match each token: flow_HW2, (dx, dy) in tokens, and certainty_HW.
 
-    The best neighbour, refined by the softmax over it and those beside it. The certainty is
-    1 / (1 + v), v the variance of the softmax over the whole window in tokens squared.
+    The best neighbour, refined by the softmax over it and adjacent ones. The certainty is
+    1 / (1 + v), where v is the variance of the softmax over the whole window in tokens squared.
     """
     offsets_K2 = neighbour_offsets(RADIUS).double()
     logits_HWK = similarities_HWK.double() / _TEMPERATURE
@@ -105,7 +105,7 @@ def _matches(similarities_HWK: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _distances(camera_HW2: np.ndarray, similarities_HWK: torch.Tensor) -> torch.Tensor:
-    """How far each neighbour lies from where the camera takes the token: [H, W, K], in tokens."""
+    """Return each neighbour's distance from the token's camera motion: [H, W, K], in tokens."""
     offsets_K2 = neighbour_offsets(RADIUS).double()
     return torch.linalg.vector_norm(
         offsets_K2 - torch.from_numpy(camera_HW2)[:, :, None], dim=-1
@@ -113,20 +113,21 @@ def _distances(camera_HW2: np.ndarray, similarities_HWK: torch.Tensor) -> torch.
 
 
 def fit_affine(tokens_HW2: np.ndarray, flow_HW2: np.ndarray, weights_HW: np.ndarray) -> np.ndarray:
-    """The affine motion that most tokens share: camera_HW2, in tokens.
+    """Fit the affine motion of the majority of tokens: camera_HW2, in tokens.
 
-    Iteratively reweighted least squares with Geman-McClure's weights, 1 / (1 + (r / s)^2)^2, whose
-    scale s is the weighted median of the distances r: half of the tokens may do anything else.
+    Iteratively reweighted least squares with Geman-McClure weights, 1 / (1 + (r / s)^2)^2, where
+    the scale s is the weighted median of the distances r, so that up to half of the tokens may be
+    outliers.
 
     Args:
         tokens_HW2: x, y of the tokens.
-        flow_HW2: dx, dy of each.
-        weights_HW: How much each counts, >= 0.
+        flow_HW2: dx, dy of each token.
+        weights_HW: Weight of each token, >= 0.
     """
     tokens_N2, flow_N2 = tokens_HW2.reshape(-1, 2), flow_HW2.reshape(-1, 2)
     prior_N = weights_HW.reshape(-1)
     terms_N3 = np.concatenate([np.ones((len(tokens_N2), 1)), tokens_N2], axis=1)
-    # Start from the median motion: a start by least squares is drawn off by a big subject.
+    # Start from the median motion, since least squares would be biased by a large subject.
     camera_N2 = np.tile(
         [weighted_median(component_N, prior_N) for component_N in flow_N2.T], (len(flow_N2), 1)
     )
@@ -141,7 +142,7 @@ def fit_affine(tokens_HW2: np.ndarray, flow_HW2: np.ndarray, weights_HW: np.ndar
 
 
 def weighted_median(values_N: np.ndarray, weights_N: np.ndarray) -> float:
-    """The value below which half of the weight lies; 0 where there is no weight."""
+    """Return the value below which half of the weight lies; 0 if the total weight is 0."""
     order_N = np.argsort(values_N, kind="stable")
     total_N = np.cumsum(weights_N[order_N])
     if total_N[-1] == 0:
@@ -150,7 +151,7 @@ def weighted_median(values_N: np.ndarray, weights_N: np.ndarray) -> float:
 
 
 def _tokens(height: int, width: int) -> np.ndarray:
-    """x, y of every token: [H, W, 2]."""
+    """Return x, y of every token: [H, W, 2]."""
     y_HW, x_HW = np.mgrid[:height, :width].astype(np.float64)
     return np.stack([x_HW, y_HW], axis=-1)
 

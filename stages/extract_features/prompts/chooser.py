@@ -1,4 +1,4 @@
-"""Asks the configured sources for a clip's prompt, in order; used by the tracking of subjects."""
+"""Choice of a clip's prompt from the configured sources, in order."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,18 +18,18 @@ from stages.sam2_tracking.tracker import Tracker
 
 
 class _Source(Protocol):
-    """One way to come by a prompt."""
+    """A source of prompts."""
 
     settings: dict[str, JSON]
 
     def load(self, device: torch.device) -> None:
-        """Bring what `find` needs onto the device."""
+        """Load the model that `find` needs, if any, onto the device."""
 
     def unload(self) -> None:
-        """Let go of it."""
+        """Free the model."""
 
     def find(self, clip: Clip, tracker: Tracker, encoded: EncodedFrames) -> ChosenPrompt:
-        """The clip's prompt.
+        """Return the clip's prompt.
 
         Raises:
             ClipSkipped: bad_prompt or nothing_found.
@@ -37,10 +37,10 @@ class _Source(Protocol):
 
 
 def usable_sources(config: TeacherConfig, clip: Clip | ClipRecord) -> tuple[PromptSource, ...]:
-    """The sources, in order, that have anything to go by for this clip; none: it has no prompt.
+    """Return the sources, in order, that have input for this clip; if empty, it has no prompt.
 
-    The dataset needs a mask, a box or points, and grounding a phrase or a caption; the automatic
-    source needs the picture alone.
+    The dataset source needs a mask, a box or points; grounding needs a phrase or a caption; the
+    automatic source needs only the video.
     """
     has_material: dict[PromptSource, bool] = {
         "dataset": bool(clip.prompts) or _prompt_problem(clip) is not None,
@@ -51,10 +51,9 @@ def usable_sources(config: TeacherConfig, clip: Clip | ClipRecord) -> tuple[Prom
 
 
 def check_prompt(config: TeacherConfig, clip: Clip | ClipRecord) -> None:
-    """Refuse, before anything is computed, a clip that `PromptChooser.choose` would refuse unseen.
+    """Raise in advance for a clip that `PromptChooser.choose` would skip without looking at it.
 
-    A record already tells whether there is anything to go by; the clip, whether the crop left any
-    of it.
+    A record shows whether a source has input; a decoded clip, whether the crop left any of it.
 
     Raises:
         ClipSkipped: no_prompt, or bad_prompt.
@@ -72,15 +71,15 @@ class PromptChooser:
     """The configured sources of prompts.
 
     Args:
-        config: Which sources in which order, and their settings.
-        clips: The size clips are brought to.
+        config: Sources, their order, and their settings.
+        clips: Size of clips.
 
     Raises:
-        ValueError: Grounding DINO is asked for, and is missing or is something else.
+        ValueError: Grounding DINO is configured, but is missing or is another model.
     """
 
     settings: dict[str, JSON]
-    """Everything that decides about prompts, for a store's settings."""
+    """Settings that determine prompts, recorded in a store's settings."""
 
     def __init__(self, config: TeacherConfig, clips: ClipsConfig) -> None:
         self._config = config
@@ -95,7 +94,7 @@ class PromptChooser:
 
     @contextmanager
     def load_models(self, device: torch.device) -> Iterator[None]:
-        """Load the models that the sources need beside SAM2; `choose` works inside."""
+        """Load the models that the sources need besides SAM2; call `choose` inside the context."""
         with ExitStack() as stack:
             for source in self._sources.values():
                 stack.callback(source.unload)
@@ -103,18 +102,18 @@ class PromptChooser:
             yield
 
     def check(self, clip: Clip | ClipRecord) -> None:
-        """`check_prompt` with these sources."""
+        """Call `check_prompt` with these sources."""
         check_prompt(self._config, clip)
 
     def choose(self, clip: Clip, tracker: Tracker, encoded: EncodedFrames) -> ChosenPrompt:
-        """Ask the sources that have anything to go by.
+        """Choose the prompt from the first source with input for the clip.
 
-        The first one decides; with `prompt_fallback`, the first one that finds something.
+        With `prompt_fallback`, from the first such source that finds something.
 
         Args:
-            clip: At the training size.
-            tracker: Given to the automatic source, which asks SAM2 itself.
-            encoded: The clip's frames as the tracker encoded them.
+            clip: The clip at the training size.
+            tracker: Tracker for the automatic source, which uses SAM2's mask proposals.
+            encoded: The clip's encoded frames.
 
         Raises:
             ClipSkipped: no_prompt, bad_prompt or nothing_found.
@@ -144,16 +143,16 @@ class DatasetSource:
         self._clips = clips
 
     def load(self, device: torch.device) -> None:
-        """Nothing is needed."""
+        """Do nothing: there is no model."""
 
     def unload(self) -> None:
-        """Nothing was needed."""
+        """Do nothing: there is no model."""
 
     def find(self, clip: Clip, tracker: Tracker, encoded: EncodedFrames) -> ChosenPrompt:
-        """The subjects that are still there at SAM2's size.
+        """Return the prompts that are not empty at SAM2's size.
 
         Raises:
-            ClipSkipped: bad_prompt, when none is.
+            ClipSkipped: bad_prompt, if there are none.
         """
         problem = clip.prompt_problem
         kept: list[SubjectPrompt] = []
@@ -175,7 +174,7 @@ class DatasetSource:
 
 
 def _prompt_problem(clip: Clip | ClipRecord) -> str | None:
-    """Why nothing is left of the dataset's prompts; a record does not know yet."""
+    """Return why no dataset prompt is usable; None for a record, where it is not known yet."""
     return clip.prompt_problem if isinstance(clip, Clip) else None
 
 

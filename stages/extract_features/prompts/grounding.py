@@ -1,4 +1,4 @@
-"""Boxes from words: Grounding DINO, asked on successive frames until it finds one."""
+"""Grounding DINO prompts: boxes from text, on the first frame with a detection."""
 
 import hashlib
 from collections.abc import Sequence
@@ -29,22 +29,22 @@ _MODEL_TYPE = "grounding-dino"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Detection:
-    """The best box that Grounding DINO has for a phrase."""
+    """Grounding DINO's best box for a phrase."""
 
     phrase: str
     label: str
-    """The words of the text that the box goes with."""
+    """Words of the text that the box matches."""
     score: float
     box_xyxy: tuple[float, float, float, float]
-    """In pixels of the frame, inside it."""
+    """In pixels, clipped to the frame."""
 
 
 def find_grounding_dino(config: GroundingConfig) -> Path:
-    """The model's folder, downloaded when `config.model` is a hub id; its weights are not read.
+    """Return the model's folder, downloaded if `config.model` is a hub id; does not load weights.
 
     Raises:
-        ValueError: It cannot be downloaded, lacks a file, or is not a Grounding DINO whose weights
-            fit its configuration.
+        ValueError: The download fails, a file is missing, or it is not a Grounding DINO whose
+            weights match its configuration.
     """
     local = Path(config.model).expanduser()
     folder = local if local.is_dir() else _download(config)
@@ -69,9 +69,9 @@ def find_grounding_dino(config: GroundingConfig) -> Path:
 
 
 def hash_of_grounding_dino(folder: Path) -> str:
-    """SHA-256 over the names and bytes of the files that are loaded.
+    """Return the SHA-256 of the names and bytes of the files that are loaded.
 
-    Others, such as the README of a clone, do not count: the hub id and the clone are one model.
+    Other files, such as the README of a clone, are ignored, so that a hub id and its clone agree.
     """
     names = {
         file.name
@@ -88,8 +88,8 @@ class GroundingDino:
     """Grounding DINO in float32 with its processor.
 
     Args:
-        folder: What `find_grounding_dino` returned.
-        device: Where it runs.
+        folder: Folder from `find_grounding_dino`.
+        device: Device to run on.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -103,7 +103,7 @@ class GroundingDino:
         model = load_model(_model_class(), folder, dtype=torch.float32)
         self._model = model.requires_grad_(False).eval().to(device)
         self._tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
-        # The processor on PIL: it needs no torchvision, and gives the same on every machine.
+        # The PIL processor needs no torchvision and gives the same results on every machine.
         images = GroundingDinoImageProcessorPil.from_pretrained(folder, local_files_only=True)
         self._processor = GroundingDinoProcessor(images, self._tokenizer)
 
@@ -111,16 +111,16 @@ class GroundingDino:
     def detect(
         self, image_HW3: np.ndarray, phrases: Sequence[str], *, text_threshold: float
     ) -> list[Detection]:
-        """The best box of each phrase, however low its score; all phrases in one pass.
+        """Return the best box of each phrase, with any score; all phrases in one pass.
 
         Args:
             image_HW3: uint8 RGB.
-            phrases: Lower case, without full stops where there are several.
-            text_threshold: Score below which a word does not belong to a box's label.
+            phrases: Lower case; without full stops if there are several.
+            text_threshold: Minimum score of a word in a box's label.
 
         Returns:
-            One detection per phrase, in order. A phrase beyond the model's text length, or whose
-            box lies outside the frame, has none.
+            One detection per phrase, in order, except for phrases beyond the model's text length
+            or whose box is outside the frame.
         """
         text = ". ".join(phrases) + "."
         limits = {"truncation": True, "max_length": self._model.config.max_text_len}
@@ -131,7 +131,7 @@ class GroundingDino:
         start = 0
         for phrase in phrases:
             end = start + len(phrase)
-            # One phrase has every token to itself, as the model's own post-processing has it.
+            # A single phrase uses every token, as in the model's own post-processing.
             tokens = [
                 token
                 for token, (first, last) in enumerate(spans_N2)
@@ -152,7 +152,7 @@ class GroundingDino:
         image_HW3: np.ndarray,
         text_threshold: float,
     ) -> Detection | None:
-        """The box with the highest score on these tokens of the text."""
+        """Return the box with the highest score on these tokens of the text."""
         height, width, _ = image_HW3.shape
         logits_1QN = torch.full_like(outputs.logits, -torch.inf)
         logits_1QN[..., tokens] = outputs.logits[..., tokens]
@@ -209,21 +209,21 @@ def _download(config: GroundingConfig) -> Path:
         raise ValueError(
             f"the Grounding DINO {config.model!r} is not a folder here, and it could not be "
             f"downloaded as a hub id ({error}); set extract.teacher.grounding.model to a folder in "
-            f"transformers' format, or fetch one first: hf download {config.model} "
+            f"transformers' format, or download one first: hf download {config.model} "
             f"--local-dir checkpoints/{Path(config.model).name}"
         ) from error
 
 
 _SAME_BOX = 0.8
-"""Overlap (IoU) from which two phrases are taken to mean one subject."""
+"""IoU from which boxes of two phrases are considered the same subject."""
 
 
 def phrases_of(config: GroundingConfig, clip: Clip | ClipRecord) -> tuple[str, ...]:
-    """What to look for: the configured phrase, else the clip's own, else its caption.
+    """Return the phrases to detect: the configured one, or the clip's own, or its caption.
 
-    Full stops part a phrase into several subjects. A caption stays whole: its sentences are about
-    one subject more often than not. Lower case, as Grounding DINO was trained. Empty when the clip
-    has no words.
+    Full stops separate a phrase into several subjects. A caption is kept whole, since its sentences
+    usually describe one subject. Lower case, as in Grounding DINO's training. Empty if there is no
+    text.
     """
     for text in (config.phrase, clip.phrase):
         phrases = [" ".join(part.lower().split()) for part in (text or "").split(".")]
@@ -234,13 +234,13 @@ def phrases_of(config: GroundingConfig, clip: Clip | ClipRecord) -> tuple[str, .
 
 
 class GroundingSource:
-    """Grounding DINO, asked frame after frame.
+    """Grounding DINO, run on successive frames until something is found.
 
     Args:
-        config: Which model, which words, which thresholds.
+        config: Model, phrase and thresholds.
 
     Raises:
-        ValueError: The model is missing or is something else.
+        ValueError: The model is missing or is another model.
     """
 
     def __init__(self, config: GroundingConfig) -> None:
@@ -260,12 +260,12 @@ class GroundingSource:
         self._model = GroundingDino(self._folder, device)
 
     def unload(self) -> None:
-        """Free it."""
+        """Free Grounding DINO."""
         self._model = None
         release_memory()
 
     def find(self, clip: Clip, tracker: Tracker, encoded: EncodedFrames) -> ChosenPrompt:
-        """The best box of each phrase, on the first frame looked at that has any.
+        """Return the best box of each phrase, on the first examined frame with any.
 
         Raises:
             ClipSkipped: nothing_found.
@@ -310,7 +310,7 @@ def _chosen(found: list[Detection], frame: int, phrases: tuple[str, ...]) -> Cho
 
 
 def _distinct(detections: list[Detection]) -> list[Detection]:
-    """Without boxes that another phrase has too, with a better score; in the order given."""
+    """Drop boxes that overlap a box with a higher score; keep the order."""
     kept: list[Detection] = []
     for detection in sorted(detections, key=lambda d: -d.score):
         if all(_overlap(detection.box_xyxy, other.box_xyxy) < _SAME_BOX for other in kept):
@@ -322,7 +322,7 @@ _Box = tuple[float, float, float, float]
 
 
 def _overlap(a: _Box, b: _Box) -> float:
-    """Area that two boxes share over the area that they cover together."""
+    """Return the IoU of two boxes."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     shared = max(width, 0.0) * max(height, 0.0)

@@ -1,4 +1,4 @@
-"""What choosing a prompt gives; made by every source, read by the tracking of subjects."""
+"""The result of choosing a clip's prompt."""
 
 from dataclasses import dataclass, field
 
@@ -9,14 +9,14 @@ from stages.extract_features.config import PromptSource
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ChosenPrompt:
-    """A clip's subjects on one of its frames, and where that knowledge is from."""
+    """Prompts for a clip's subjects on one of its frames, and their source."""
 
     source: PromptSource
     frame: int = 0
-    """Index of the clip's frame that the subjects are given on."""
+    """Index of the prompted frame."""
     subjects: tuple[SubjectPrompt, ...]
     """At least one, in training-frame pixels."""
     confidence: float | None = None
-    """0..1, how sure the source is; None for the dataset's, which are taken at their word."""
+    """Confidence of the source, 0 to 1; None for the dataset's prompts."""
     detail: dict[str, JSON] = field(default_factory=dict)
-    """What a reader of the store wants to know of the choice."""
+    """Details of the choice, recorded in the store."""

@@ -1,26 +1,26 @@
-"""Which of SAM2's proposals is the subject: pure functions for `AutomaticSource`.
+"""Choice of the subject among SAM2's mask proposals, as pure functions.
 
-The rule, RULE_VERSION 1. Numbers are shares of the frame or of 1 unless they say otherwise.
+The rule, RULE_VERSION 1. Areas and lengths are fractions of the frame.
 
-1. A proposal is kept when SAM2 expects it to fit (predicted IoU >= 0.7), it is stable (IoU of the
-   masks at logits above +1 and above -1 >= 0.85), and it covers 0.5% to 60% of the frame. Of two
-   that overlap by more than 0.7 (IoU), the one with the better quality stays.
-2. quality = predicted IoU * stability * (1 - share of the frame's border that it covers): what
-   lines the border is scenery.
-3. inside and around are the mean speeds, against the camera, of its tokens and of a ring around it,
-   in tokens per frame on a grid of at most 64 tokens a side; tokens count by how certain their
-   match is, so that a plain body has the speed of its outline.
-   contrast = (inside - around) / (inside + around + 0.05), at least 0: a part of a moving body has
-   moving surroundings, and so has a mask that is cut too wide.
-   share = part of all motion above the frame's median that lies in it: of two that move alike, the
-   one that accounts for more.
+1. A proposal is kept if its predicted IoU is >= 0.7, it is stable (IoU of the masks at logits above
+   +1 and above -1 >= 0.85), and it covers 0.5% to 60% of the frame. Of two with an IoU above 0.7,
+   the one with the higher quality is kept.
+2. quality = predicted IoU * stability * (1 - fraction of the frame's border that it covers), since
+   masks along the border are usually background.
+3. inside and around are the mean speeds, relative to the camera, of its tokens and of a ring around
+   it, in tokens per frame on a grid of at most 64 tokens per side. Tokens are weighted by the
+   certainty of their match, so that a textureless body has the speed of its outline.
+   contrast = (inside - around) / (inside + around + 0.05), at least 0. It is low for a part of a
+   moving body and for a mask that is too large, since their surroundings move too.
+   share = fraction of all motion above the frame's median that is inside it; of two that move
+   alike, it prefers the one with more of the motion.
    score = quality * contrast * sqrt(share).
-4. Something moves when a proposal's inside - around is at least 0.05 tokens per frame; the highest
-   score among those wins.
-5. When nothing does: score = quality * sqrt(area / 60%) * exp(-d^2), d the distance of the mask's
-   centre from the frame's, in half sides.
+4. A proposal moves if inside - around is at least 0.05 tokens per frame. The highest score among
+   moving proposals wins.
+5. If none moves: score = quality * sqrt(area / 60%) * exp(-d^2), where d is the distance of the
+   mask's centre from the frame's, in half sides.
 
-Ties go to the proposal that comes first. The score, between 0 and 1, is the choice's confidence.
+Ties go to the first proposal. The score, between 0 and 1, is the confidence of the choice.
 
 Legend: N proposal, S side of a mask, H W token grid.
 """
@@ -42,13 +42,13 @@ _MAX_AREA = 0.6
 _SAME_MASK = 0.7
 _MIN_SPEED = 0.05
 _RING = 1 / 16
-"""Width of the ring around a mask, in sides of the grid."""
+"""Width of the ring around a mask, as a fraction of the grid's longer side."""
 _TINY = float(np.finfo(np.float64).tiny)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidates:
-    """Proposals that may be the subject, best quality first; on the CPU."""
+    """Proposals that may be the subject, highest quality first, on the CPU."""
 
     logits_NSS: torch.Tensor
     predicted_iou_N: np.ndarray
@@ -60,14 +60,14 @@ class Candidates:
         return len(self.logits_NSS)
 
     def masks_on_grid(self, height: int, width: int) -> np.ndarray:
-        """How much of every token each mask covers: float64 [N, H, W]."""
+        """Return the fraction of every token that each mask covers: float64 [N, H, W]."""
         masks_N1SS = (self.logits_NSS > 0).double()[:, None]
         return F.adaptive_avg_pool2d(masks_N1SS, (height, width))[:, 0].numpy()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
-    """The candidate that the rule picks."""
+    """The candidate that the rule chooses."""
 
     index: int
     score: float
@@ -77,11 +77,11 @@ class Choice:
 
 
 def select_candidates(logits_NSS: torch.Tensor, predicted_iou_N: torch.Tensor) -> Candidates:
-    """Steps 1 and 2 of the rule.
+    """Apply steps 1 and 2 of the rule.
 
     Args:
-        logits_NSS: Positive on each proposal's mask.
-        predicted_iou_N: How well SAM2 expects each to fit.
+        logits_NSS: Mask logits of the proposals.
+        predicted_iou_N: IoU that SAM2 predicts for each.
     """
     area_N = (logits_NSS > 0).sum((1, 2)) / logits_NSS.shape[1:].numel()
     inner_N = (logits_NSS > _STABILITY_MARGIN).sum((1, 2))
@@ -108,11 +108,11 @@ def select_candidates(logits_NSS: torch.Tensor, predicted_iou_N: torch.Tensor) -
 
 
 def choose_subject(candidates: Candidates, motion: OwnMotion) -> Choice:
-    """Steps 3 to 5 of the rule.
+    """Apply steps 3 to 5 of the rule.
 
     Args:
-        candidates: At least one.
-        motion: Of the tokens of the frame that they are on.
+        candidates: At least one candidate.
+        motion: Motion of the tokens of the candidates' frame.
     """
     speed_HW, certainty_HW = motion.speed_HW, motion.certainty_HW
     masks_NHW = candidates.masks_on_grid(*speed_HW.shape)
@@ -146,7 +146,7 @@ def _border_share(masks_NSS: torch.Tensor) -> torch.Tensor:
 
 
 def _distinct(masks_NSS: torch.Tensor) -> torch.Tensor:
-    """Indices of the masks that overlap none before them that stays."""
+    """Return the indices of masks that do not overlap an earlier kept one."""
     flat_ND = masks_NSS.flatten(1).float()
     shared_NN = flat_ND @ flat_ND.T
     areas_N = flat_ND.sum(1)
@@ -163,7 +163,7 @@ def _to_float64(values_N: torch.Tensor) -> np.ndarray:
 
 
 def _rings(masks_NHW: np.ndarray) -> np.ndarray:
-    """What surrounds each mask, but for the tokens next to it, whose features see both."""
+    """Return a ring around each mask, excluding adjacent tokens, whose features cover both."""
     width = max(1, round(max(masks_NHW.shape[1:]) * _RING))
     touched_N1HW = torch.from_numpy(masks_NHW > 0).float()[:, None]
     near_N1HW, far_N1HW = (
@@ -174,7 +174,7 @@ def _rings(masks_NHW: np.ndarray) -> np.ndarray:
 
 
 def _mean(values_HW: np.ndarray, weights_NHW: np.ndarray) -> np.ndarray:
-    """Mean under each map of weights; 0 where it is empty."""
+    """Return the mean under each map of weights; 0 if all weights are 0."""
     return (weights_NHW * values_HW).sum((1, 2)) / np.maximum(weights_NHW.sum((1, 2)), _TINY)
 
 
@@ -187,5 +187,5 @@ def _centrality(masks_NHW: np.ndarray) -> np.ndarray:
 
 
 def _places(length: int) -> np.ndarray:
-    """Centres of tokens from -1 to 1."""
+    """Return the centres of tokens, from -1 to 1."""
     return (2 * np.arange(length) + 1) / length - 1

@@ -1,1 +1,1 @@
-"""The subjects of a clip: tracked both ways, rated, fused, stored; `subject_extraction` leads."""
+"""Teacher signals of a clip's subjects: tracking in both directions, quality, fusion, storage."""

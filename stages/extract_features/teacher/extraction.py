@@ -1,6 +1,4 @@
-"""Features and masks of each clip's subjects, from SAM2 both ways: the stores of the teacher in its
-two forms, and of the masks.
-"""
+"""Extraction of teacher features, Gram flow and masks of each clip's subjects with SAM2."""
 
 # Legend: T frame, S side of SAM2's square input.
 
@@ -36,7 +34,7 @@ from stages.teacher_store.encoder import FlowMaker
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Prepared:
-    """A decoded clip, and its frames as SAM2 takes them."""
+    """A decoded clip, and its frames in SAM2's input format."""
 
     clip: Clip
     frames_TSS3: np.ndarray
@@ -44,27 +42,27 @@ class _Prepared:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _StartedClip:
-    """Where a clip's tracks set out from."""
+    """A clip's prompt, and the subjects to track."""
 
     chosen: ChosenPrompt
     subjects: tuple[Subject, ...]
 
 
 class SubjectExtraction:
-    """Tracks each clip's subjects and keeps the fused features, their Gram flow and the masks.
+    """Tracks each clip's subjects and stores fused features, their Gram flow, and masks.
 
-    The Gram flow is that of the features as they are stored, so that one derived from them later is
-    the same.
+    The Gram flow is computed from the stored values of the features, so that a later derivation
+    gives the same.
 
     Args:
-        config: Which SAM2, how it is prompted, which features, how they are fused and stored.
-        clips: The size and length clips are brought to.
-        gram_flow: Its window, and how it is stored.
+        config: SAM2 model, prompts, features, fusion and storage.
+        clips: Size and length of clips.
+        gram_flow: Window and storage of the Gram flow.
         kinds: Some of teacher, gram_flow and masks.
 
     Raises:
-        ValueError: Options contradict each other; or a model that is needed (SAM2's configuration
-            or checkpoint, Grounding DINO) is missing or does not fit.
+        ValueError: Settings contradict each other; or a required model (SAM2's configuration or
+            checkpoint, Grounding DINO) is missing or does not match.
     """
 
     def __init__(
@@ -82,7 +80,7 @@ class SubjectExtraction:
         self.clips_per_batch = config.clips_per_batch
         self.size: ClipsConfig | None = clips
         self._checkpoint = find_checkpoint(config.checkpoint)
-        # Checked in advance: a checkpoint that does not fit must not show after hours of work.
+        # Checked here, so that a wrong checkpoint is not found after hours of work.
         self._sam2 = check_sam2(config.config, self._checkpoint, image_size=config.image_size)
         self._chooser = PromptChooser(config, clips)
         settings = self._all_settings(gram_flow)
@@ -102,10 +100,10 @@ class SubjectExtraction:
         return subject_settings(config, clips, tracking, gram_flow=gram_flow, channels=channels)
 
     def prepare(self, record: ClipRecord) -> _Prepared:
-        """Decode the clip and squash its frames to SAM2's square.
+        """Decode the clip and resize its frames to SAM2's square.
 
         Raises:
-            ClipSkipped: no_prompt or bad_prompt, or what `load_clip` raises.
+            ClipSkipped: no_prompt or bad_prompt; or see `load_clip`.
         """
         self._chooser.check(record)
         clip = load_clip(record, self._clips)
@@ -117,7 +115,7 @@ class SubjectExtraction:
     def load_model(
         self, device: torch.device
     ) -> Iterator[Callable[[Sequence[_Prepared]], Sequence[Outcome]]]:
-        """Load SAM2, and Grounding DINO where it is asked for."""
+        """Load SAM2, and Grounding DINO if it is configured."""
         config = self._config
         model = build_sam2(
             self._sam2.config_name, self._checkpoint, image_size=config.image_size, device=device
@@ -134,7 +132,7 @@ class SubjectExtraction:
 
     @torch.inference_mode()
     def _extract(self, tracker: Tracker, batch: Sequence[_Prepared]) -> list[Outcome]:
-        """Track the batch's clips side by side."""
+        """Track the clips of a batch together."""
         with ExitStack() as encodings:
             started = [self._start(tracker, prepared, encodings) for prepared in batch]
             subjects = [
@@ -174,7 +172,7 @@ class SubjectExtraction:
     def _start(
         self, tracker: Tracker, prepared: _Prepared, encodings: ExitStack
     ) -> _StartedClip | ClipSkipped:
-        """Encode a clip and find its subjects; what is encoded is closed with `encodings`."""
+        """Encode a clip and find its subjects; `encodings` closes the encoded frames."""
         encoded = encodings.enter_context(tracker.encode(prepared.frames_TSS3))
         try:
             chosen = self._chooser.choose(prepared.clip, tracker, encoded)
@@ -193,7 +191,7 @@ class SubjectExtraction:
         tracks: Sequence[SubjectTrack | ClipSkipped],
         device: torch.device,
     ) -> Outcome:
-        """A clip's entries, or why it has none; what is still to be computed is on the device."""
+        """Return a clip's entries, or why it is skipped; computes the Gram flow on the device."""
         found: list[SubjectTrack] = []
         for number, track in enumerate(tracks):
             if isinstance(track, SubjectTrack):
@@ -216,17 +214,17 @@ class SubjectExtraction:
 
 
 def _check_directions(config: TeacherConfig) -> None:
-    """Refuse options that ask something of a backward pass that there is not."""
+    """Raise if settings need a backward pass that the fusion does not have."""
     if config.fusion != "forward":
         return
     if config.min_cycle_consistency > 0:
         raise ValueError(
             f"extract.teacher.min_cycle_consistency={config.min_cycle_consistency:g} compares both "
-            "directions, and extract.teacher.fusion=forward has one; set it to 0, or fusion to "
-            "gram_flow"
+            "directions, but extract.teacher.fusion=forward has only one; set it to 0, or set "
+            "fusion to gram_flow"
         )
     if config.backward_prompt != "track":
         raise ValueError(
-            f"extract.teacher.backward_prompt={config.backward_prompt} is for the backward pass, "
-            "and extract.teacher.fusion=forward has none; leave it at track"
+            f"extract.teacher.backward_prompt={config.backward_prompt} needs a backward pass, but "
+            "extract.teacher.fusion=forward has none; leave it at track"
         )

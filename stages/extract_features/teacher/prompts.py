@@ -1,7 +1,4 @@
-"""From the prompt that was chosen for a clip to the subjects that are tracked in it.
-
-Used by `subject_extraction`.
-"""
+"""Conversion of a clip's chosen prompt to the subjects to track."""
 
 from stages.clips import Clip, ClipSkipped, SubjectPrompt
 from stages.extract_features.config import TeacherConfig
@@ -20,14 +17,15 @@ def subjects_to_track(
     tracker: Tracker,
     encoded: EncodedFrames,
 ) -> tuple[Subject, ...]:
-    """One subject that is the union of all that are prompted, or each by itself.
+    """Return one subject for the union of all prompts, or one per prompt.
 
-    The dataset's prompts for the last frame are used where `backward_prompt` asks for them and the
-    clip has some. Several subjects are matched with them by `SubjectPrompt.number`, so that the
-    first frame's must be the dataset's too; a subject without one takes the track's own mask.
+    With `backward_prompt=dataset`, the dataset's prompts for the last frame are used if the clip
+    has any. Several subjects are matched with them by `SubjectPrompt.number`, which requires that
+    the first frame's prompts are the dataset's too; a subject without a match uses the mask of its
+    forward track.
 
     Raises:
-        ClipSkipped: too_many_subjects; or bad_prompt, when SAM2 sees nothing where they are.
+        ClipSkipped: too_many_subjects; or bad_prompt, if SAM2 returns an empty mask.
     """
     if config.subjects == "each" and len(chosen.subjects) > config.max_subjects:
         raise too_many_subjects(len(chosen.subjects), config)
@@ -55,18 +53,18 @@ def subjects_to_track(
 
 
 def too_many_subjects(count: int, config: TeacherConfig) -> ClipSkipped:
-    """The outcome of a clip with more subjects than `subjects=each` has room for."""
+    """Return the outcome of a clip with more than `max_subjects` subjects."""
     detail = f"{count} subjects, extract.teacher.max_subjects is {config.max_subjects}"
     return ClipSkipped("too_many_subjects", detail)
 
 
 def _last_prompts(clip: Clip, tracker: Tracker) -> list[tuple[int | None, Sam2Prompt]]:
-    """Those of the dataset's for the last frame that do not vanish at SAM2's size, by subject."""
+    """Return the dataset's last-frame prompts, by subject, that are not empty at SAM2's size."""
     kept = []
     for subject in clip.last_frame_prompts:
         try:
             kept.append((subject.number, _sam2_prompt(clip, subject, tracker)))
-        except ClipSkipped:  # dropped, as loading drops what lies outside the crop
+        except ClipSkipped:  # ignored, as loading ignores prompts outside the crop
             continue
     return kept
 
@@ -85,7 +83,7 @@ def _sam2_prompt(clip: Clip, subject: SubjectPrompt, tracker: Tracker) -> Sam2Pr
 def _union(
     prompts: list[Sam2Prompt], frame: int, tracker: Tracker, encoded: EncodedFrames
 ) -> Sam2Prompt:
-    """A single prompt as it is; several as the mask of everything SAM2 takes them for."""
+    """Return a single prompt unchanged; several as the union of their decoded masks."""
     if len(prompts) == 1:
         return prompts[0]
     logits_NHW = tracker.masks_on_frame(encoded, frame, prompts)

@@ -1,7 +1,4 @@
-"""Whether a clip's tracks are good enough to be kept, and what the stores say of them.
-
-Used by `subject_extraction`.
-"""
+"""Quality checks of a clip's tracks, and the attributes stored with them."""
 
 from collections.abc import Sequence
 
@@ -13,11 +10,11 @@ from stages.extract_features.teacher.two_way import SubjectTrack
 
 
 def refusal(tracks: Sequence[SubjectTrack], *, min_cycle_consistency: float) -> ClipSkipped | None:
-    """Why a clip is not kept, or None.
+    """Return why a clip is skipped, or None if its tracks are good enough.
 
     Returns:
-        subject_lost, when no two neighbouring frames are valid, so that there is no motion to
-        learn from; inconsistent, when forward and backward masks overlap too little.
+        subject_lost, if no two consecutive frames are valid, so that there is no motion to learn;
+        inconsistent, if the forward and backward masks overlap too little.
     """
     valid_T = valid_frames(tracks)
     if not (valid_T[:-1] & valid_T[1:]).any():
@@ -39,11 +36,11 @@ def refusal(tracks: Sequence[SubjectTrack], *, min_cycle_consistency: float) -> 
 def track_attributes(
     clip: Clip, chosen: ChosenPrompt, tracks: Sequence[SubjectTrack]
 ) -> dict[str, JSON]:
-    """What a store keeps of a clip beside its arrays.
+    """Return the attributes stored with a clip's arrays.
 
-    first_frame and last_frame span the frames that every subject's forward track covers; lost_at is
-    the frame after it, null where the end of the clip is reached. quality is the cycle consistency,
-    the mean over the subjects, null without a backward pass.
+    first_frame to last_frame is the range covered by every subject's forward track; lost_at is the
+    next frame, null if the range reaches the end of the clip. quality is the mean cycle consistency
+    over the subjects, null without a backward pass.
     """
     last_frame, valid_T = _last(tracks), valid_frames(tracks)
     return {

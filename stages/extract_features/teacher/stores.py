@@ -1,8 +1,4 @@
-"""The stores of the teacher and of the masks: their settings, and a clip's arrays from its tracks.
-
-`subject_extraction` writes them from the same passes; the Gram flow is made from the teacher's
-arrays.
-"""
+"""Settings of the teacher and mask stores, and a clip's arrays, computed from its tracks."""
 
 # Legend: T frame, M map of the teacher (a frame or a latent frame), H W grid or mask, C channel,
 # G fused channel.
@@ -33,7 +29,7 @@ from stages.teacher_store.features import encode_features, feature_arrays_spec
 from stages.teacher_store.settings import gram_flow_settings, valid_spec
 
 MASK_STRIDE = 4
-"""Pixels of the training frame per pixel of a stored mask, each way."""
+"""Pixels of the training frame per pixel of a stored mask, in each dimension."""
 _SAM2_STRIDE = 16
 _PASSES = (
     "seek from the prompted frame to frame 0, forward from the earliest frame seen, backward from "
@@ -50,12 +46,12 @@ def tracking_settings(
     architecture: Mapping[str, Any],
     prompts: Mapping[str, JSON],
 ) -> dict[str, JSON]:
-    """What decides about the tracks, the same for all stores that are filled from them.
+    """Return the settings that determine the tracks, common to all stores filled from them.
 
     Args:
-        config: Which SAM2, how it is prompted, which directions.
-        clips: How clips are brought to the training size.
-        checkpoint_sha256: Of the checkpoint's content.
+        config: SAM2 model, prompts and directions.
+        clips: Size and length of clips.
+        checkpoint_sha256: SHA-256 of the checkpoint file.
         architecture: The resolved SAM2 configuration.
         prompts: The prompt chooser's settings.
     """
@@ -86,14 +82,14 @@ def subject_settings(
     gram_flow: GramFlowConfig,
     channels: int,
 ) -> dict[Kind, StoreSettings]:
-    """Settings of every store that is filled from tracks, whether it is written or not.
+    """Return the settings of all stores that can be filled from tracks.
 
     Args:
-        config: Which features, how they are fused and stored.
-        clips: How clips are brought to the training size.
-        tracking: What `tracking_settings` returned.
-        gram_flow: The Gram flow's window, and how it is stored.
-        channels: Of the features of one direction of one subject.
+        config: Features, fusion and storage.
+        clips: Size and length of clips.
+        tracking: Settings from `tracking_settings`.
+        gram_flow: Window and storage of the Gram flow.
+        channels: Feature channels of one direction of one subject.
     """
     teacher = teacher_settings(config, clips, tracking, channels=channels)
     flow = gram_flow_settings(
@@ -113,7 +109,7 @@ def subject_settings(
 def teacher_settings(
     config: TeacherConfig, clips: ClipsConfig, tracking: Mapping[str, JSON], *, channels: int
 ) -> StoreSettings:
-    """Settings of the teacher store; `channels` are those of one direction of one subject."""
+    """Return the settings of the teacher store; see `subject_settings`."""
     height, width = feature_grid(config, clips)
     maps = clips.num_frames if config.time_rate == "frame" else clips.num_latent_frames
     parts = (2 if config.fusion == "gram_flow" else 1) * _subject_slots(config)
@@ -135,7 +131,7 @@ def teacher_settings(
 def masks_settings(
     config: TeacherConfig, clips: ClipsConfig, tracking: Mapping[str, JSON]
 ) -> StoreSettings:
-    """Settings of the masks store."""
+    """Return the settings of the masks store."""
     mask = ArraySpec(
         dtype="uint8",
         shape=(clips.num_frames, *_mask_size(clips)),
@@ -148,7 +144,7 @@ def masks_settings(
 
 
 def feature_grid(config: TeacherConfig, clips: ClipsConfig) -> tuple[int, int]:
-    """Rows and columns of the stored feature maps."""
+    """Return the rows and columns of the stored feature maps."""
     if config.grid == "student":
         return clips.token_grid
     side = config.image_size // _SAM2_STRIDE
@@ -156,7 +152,7 @@ def feature_grid(config: TeacherConfig, clips: ClipsConfig) -> tuple[int, int]:
 
 
 def features_on_grid(frame: TrackedFrame, config: TeacherConfig, clips: ClipsConfig) -> Tensor:
-    """One frame's features on the store's grid: [H, W, C]."""
+    """Return one frame's features on the store's grid: [H, W, C]."""
     features_CHW = frame.features[config.features]
     if config.grid == "native":
         return features_CHW.permute(1, 2, 0)
@@ -164,15 +160,15 @@ def features_on_grid(frame: TrackedFrame, config: TeacherConfig, clips: ClipsCon
 
 
 def teacher_arrays(tracks: Sequence[SubjectTrack], config: TeacherConfig) -> dict[str, np.ndarray]:
-    """A clip's entry in the teacher store.
+    """Return a clip's arrays in the teacher store.
 
-    Maps that some direction of some subject never visited hold zeros; maps where one does not see
-    its subject hold what SAM2 makes of them, and are not valid either. At the latent rate a map is
-    valid where all its frames are.
+    Maps that any track has not visited are zero. Maps on which a track does not see its subject
+    hold SAM2's output, but are not valid either. At the latent rate a map is valid if all its
+    frames are.
 
     Args:
-        tracks: Of the clip's subjects, with features.
-        config: How directions and subjects become one.
+        tracks: Tracks of the clip's subjects, with features.
+        config: Fusion of directions and subjects.
     """
     fused_MHWG = [_fused(track, config) for track in tracks]
     joined_MHWG = (
@@ -188,7 +184,7 @@ def teacher_arrays(tracks: Sequence[SubjectTrack], config: TeacherConfig) -> dic
 
 
 def mask_arrays(tracks: Sequence[SubjectTrack], clips: ClipsConfig) -> dict[str, np.ndarray]:
-    """A clip's entry in the masks store: of several subjects the likeliest at each pixel."""
+    """Return a clip's arrays in the masks store: the maximum over the subjects at each pixel."""
     directions = [track.directions for track in tracks]
     names = ("forward", "backward")[: len(directions[0])]
     return {
@@ -201,7 +197,7 @@ def mask_arrays(tracks: Sequence[SubjectTrack], clips: ClipsConfig) -> dict[str,
 
 
 def valid_frames(tracks: Sequence[SubjectTrack]) -> Tensor:
-    """bool [T], on the host: every direction of every subject sees it."""
+    """bool [T] on the host: frames on which every track sees its subject."""
     return _all(track.usable_T for track in tracks)
 
 
@@ -232,7 +228,7 @@ def _mask_bytes(tracks: Sequence[Track], clips: ClipsConfig) -> np.ndarray:
 
 
 def _of_maps(flags_T: Tensor, config: TeacherConfig) -> Tensor:
-    """bool by frame -> bool by map: true where all of the map's frames are."""
+    """bool per frame -> bool per map: true if all frames of the map are true."""
     if config.time_rate == "frame":
         return flags_T
     share_L111 = frames_to_latents(flags_T[:, None, None, None].float())

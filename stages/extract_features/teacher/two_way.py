@@ -1,16 +1,15 @@
-"""Forward and backward passes over a clip's subjects, and how well they agree.
+"""Forward and backward tracking passes over a clip's subjects, and their cycle consistency.
 
-    chosen frame p:  seek      p .. 0    only when p > 0: to the earliest frame q that shows it
-                     forward   q .. T-1  ends where the subject is lost: r, the last frame seen
-                     backward  r .. q    from the forward track's mask on r, or from T-1 with the
-                                         dataset's own prompt for that frame
+    prompted frame p:  seek      p .. 0    if p > 0: find the earliest frame q with the subject
+                       forward   q .. T-1  r is the last frame on which the subject is seen
+                       backward  r .. q    from the forward track's mask on r, or from T-1 with
+                                           the dataset's own prompt for that frame
 
-Passes of equal length, of several subjects and several clips, run side by side.
+Passes of equal length, of several subjects and clips, run as one batch.
 """
 
-# Legend: T frame, H W mask.
-
 # Legend: T frame, S side of SAM2's square input, H W grid or mask, C channel.
+
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,20 +33,20 @@ from stages.sam2_tracking.tracker import (
 def cycle_consistency(
     forward_logits_THW: Tensor, backward_logits_THW: Tensor, seen_by_both_T: Tensor
 ) -> float | None:
-    """Mean overlap of the two tracks' masks over the frames on which both see the subject.
+    """Return the mean IoU of the two tracks' masks over the frames on which both see the subject.
 
-    The overlap is the intersection over the union of the pixels with positive logits.
+    A mask is the set of pixels with positive logits.
 
     Args:
-        forward_logits_THW: masks of the forward track by frame.
-        backward_logits_THW: masks of the backward track for the same frames in the same order.
-        seen_by_both_T: bool, the frames that count. A mask that counts is not empty.
+        forward_logits_THW: Mask logits of the forward track.
+        backward_logits_THW: The same for the backward track, with frames in the same order.
+        seen_by_both_T: bool, the frames to average over; their masks must not be empty.
 
     Returns:
-        0 to 1, or None when no frame counts.
+        0 to 1, or None if there are no such frames.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: The shapes differ.
     """
     expected = (len(seen_by_both_T), *forward_logits_THW.shape[1:])
     for logits_THW in (forward_logits_THW, backward_logits_THW):
@@ -68,24 +67,24 @@ def cycle_consistency(
 
 BackwardPrompt = Literal["track", "dataset"]
 ReadFeatures = Callable[[TrackedFrame], Tensor]
-"""A frame's features as they are kept: [H, W, C]."""
+"""Returns the features of a frame to store: [H, W, C]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Subject:
-    """What is to be followed: one subject of one clip, or the union of several."""
+    """A subject to track in a clip, or the union of several."""
 
     encoded: EncodedFrames
     frame: int
-    """Index of the frame that `prompt` is for."""
+    """Index of the prompted frame."""
     prompt: Sam2Prompt
     last_prompt: Sam2Prompt | None = None
-    """The subject on the clip's last frame, for the backward pass to start from there."""
+    """Prompt on the clip's last frame, to start the backward pass from there."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Track:
-    """One pass. What belongs to frames that it did not visit is zero, or false."""
+    """Result of one pass. Values of frames that it did not visit are zero or false."""
 
     visited_T: Tensor
     """bool, on the host."""
@@ -94,17 +93,17 @@ class Track:
     logits_THW: Tensor
     """[T, S/4, S/4] mask logits in float32."""
     features_THWC: Tensor | None
-    """float32, or None when they are not wanted."""
+    """float32, or None if features are not stored."""
 
     @property
     def seen(self) -> list[int]:
-        """The frames on which the subject is seen, in the order of the clip."""
+        """Indices of the frames on which the subject is seen, in ascending order."""
         return [int(index) for index in self.seen_T.nonzero()]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SubjectTrack:
-    """Everything about one subject."""
+    """The tracks of one subject."""
 
     first_frame: int
     """q, the first frame of the forward pass."""
@@ -113,29 +112,29 @@ class SubjectTrack:
     forward: Track
     backward: Track | None
     backward_prompt: BackwardPrompt | None
-    """What the backward pass started from; None without one."""
+    """Source of the backward pass's prompt; None without a backward pass."""
     cycle_consistency: float | None
-    """None without a backward pass, or when no frame is seen by both."""
+    """None without a backward pass, or if no frame is seen by both."""
 
     @property
     def directions(self) -> tuple[Track, ...]:
-        """The passes that count."""
+        """The forward track, and the backward track if there is one."""
         return (self.forward,) if self.backward is None else (self.forward, self.backward)
 
     @property
     def usable_T(self) -> Tensor:
-        """bool: every direction sees the subject."""
+        """bool [T]: every direction sees the subject."""
         return torch.stack([track.seen_T for track in self.directions]).all(dim=0)
 
     @property
     def visited_T(self) -> Tensor:
-        """bool: every direction has been there."""
+        """bool [T]: every direction has visited the frame."""
         return torch.stack([track.visited_T for track in self.directions]).all(dim=0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pass:
-    """A track that is wanted."""
+    """A pass to run."""
 
     encoded: EncodedFrames
     prompt: Sam2Prompt
@@ -148,25 +147,25 @@ _Passes = Generator[tuple[_Pass, ...], tuple[Track, ...], SubjectTrack]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SubjectTracker:
-    """Follows subjects through the passes that the module's docstring lists."""
+    """Runs the passes described in the module docstring."""
 
     tracker: Tracker
     both_ways: bool
     """Whether there is a backward pass."""
     features: FeatureKind | None
-    """Which features are kept; None keeps masks alone."""
+    """Features to store; None stores masks only."""
     read_features: ReadFeatures
     passes_at_once: int
-    """How many passes run side by side, at most; 1 equals running each by itself exactly."""
+    """Maximum number of passes in a batch; with 1, results equal separate runs exactly."""
     keep_on: torch.device
-    """Where masks and features gather; on the host, accelerator memory does not grow with T."""
+    """Device for masks and features; with the host, accelerator memory does not grow with T."""
 
     @torch.inference_mode()
     def track(self, subjects: Sequence[Subject]) -> list[SubjectTrack | ClipSkipped]:
-        """Follow every subject; one that is lost at once is an outcome and disturbs no other.
+        """Track all subjects; a lost subject does not affect the others.
 
         Returns:
-            In the order of `subjects`: the tracks, or a ClipSkipped with the reason subject_lost.
+            For each subject in order, its tracks, or a ClipSkipped with the reason subject_lost.
         """
         outcomes: dict[int, SubjectTrack | ClipSkipped] = {}
         running = {number: self._passes(subject) for number, subject in enumerate(subjects)}
@@ -191,7 +190,7 @@ class SubjectTracker:
         return [outcomes[number] for number in running]
 
     def _passes(self, subject: Subject) -> _Passes:
-        """Yield the passes one after the other, given each one's track; return what they make."""
+        """Yield passes to run and receive their tracks; return the subject's tracks."""
         encoded, first, prompt = subject.encoded, subject.frame, subject.prompt
         end = encoded.num_frames
         if first > 0:
@@ -236,9 +235,9 @@ class SubjectTracker:
         )
 
     def _first_prompt(self, track: Track, frames: Sequence[int]) -> tuple[int, Sam2Prompt] | None:
-        """The first of the frames whose mask can be a prompt, and that prompt; None if none can.
+        """Return the first frame whose mask can be a prompt, and the prompt; None if none can.
 
-        A mask of a few uncertain pixels is gone once it is enlarged to SAM2's size.
+        A mask of a few uncertain pixels becomes empty when it is upsampled to SAM2's size.
         """
         for frame in frames:
             try:
@@ -250,7 +249,7 @@ class SubjectTracker:
         return None
 
     def _run(self, passes: Sequence[_Pass]) -> Iterator[Track]:
-        """The tracks of all passes, in order; equally long ones run side by side."""
+        """Return the tracks of all passes in order; passes of equal length run as one batch."""
         alike: dict[tuple[int, bool], list[int]] = defaultdict(list)
         for place, one in enumerate(passes):
             alike[len(one.order), one.keeps_features].append(place)
@@ -276,7 +275,7 @@ class SubjectTracker:
 
 
 class _Collector:
-    """Gathers the frames of one pass."""
+    """Collects the frames of one pass."""
 
     def __init__(self, wanted: _Pass, keep_on: torch.device, read: ReadFeatures | None) -> None:
         self._num_frames = wanted.encoded.num_frames
@@ -288,9 +287,7 @@ class _Collector:
         self._features_THWC: Tensor | None = None
 
     def add(self, frame: TrackedFrame) -> None:
-        """Take what is kept of a frame. Nothing here waits for the accelerator when all of it
-        stays there.
-        """
+        """Store a frame. Does not synchronise with the accelerator if everything is kept there."""
         self._seen.append(frame.visible)
         self._logits_THW = self._put(self._logits_THW, frame.index, frame.mask_logits_HW)
         if self._read is not None:
@@ -303,7 +300,7 @@ class _Collector:
         return rows
 
     def track(self) -> Track:
-        """What was gathered."""
+        """Return the collected track."""
         assert self._logits_THW is not None
         order = torch.tensor(list(self._order))
         visited_T = torch.zeros(self._num_frames, dtype=torch.bool)

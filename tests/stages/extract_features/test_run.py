@@ -477,7 +477,7 @@ def test_another_dataset_under_the_same_shard_names_is_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"device": "warp"}, "extract.device=warp is no torch device"),
+        ({"device": "warp"}, "extract.device=warp is not a torch device"),
         ({"device": "cuda:97"}, "extract.device=cuda:97, but this machine has"),
         ({"teacher": "missing"}, "nowhere"),
     ],

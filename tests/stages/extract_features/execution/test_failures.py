@@ -85,7 +85,7 @@ def test_a_damaged_store_is_told_of_and_spoils_nothing(tmp_path: Path) -> None:
     path = write_failure_manifest(tmp_path, told.append)
     assert [line["key"] for line in lines(path)] == ["k"]
     assert len(told) == 1
-    assert told[0].startswith(f"failures.jsonl says nothing of {damaged.name}: ")
+    assert told[0].startswith(f"failures.jsonl does not cover {damaged.name}: ")
 
 
 def test_a_list_that_cannot_be_written_hides_no_error(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_a_launcher_and_ray_together_are_refused(
     ("device", "message"),
     [
         ("cuda", "extract.device=cuda, but the Ray cluster has no GPU"),
-        ("warp", "extract.device=warp is no torch device"),
+        ("warp", "extract.device=warp is not a torch device"),
     ],
 )
 def test_a_device_that_the_cluster_lacks_is_refused_before_any_work(
@@ -210,7 +210,7 @@ def test_a_worker_that_does_not_answer_is_replaced(
     monkeypatch.setattr(ray_engine, "REPORT_TIMEOUT_S", 5.0)
     progress = Lines()
     found = extract(config, two_shards, tiny_base, tmp_path, progress=progress).kinds[0]
-    assert [line for line in progress.lines if "has not answered for 5 s" in line]
+    assert [line for line in progress.lines if "has not responded for 5 s" in line]
     assert found.clips_written == 6
 
 
