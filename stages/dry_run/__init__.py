@@ -1,1 +1,1 @@
-"""What a run of stage one would take, from headers and shapes alone; `estimate` leads."""
+"""Dry runs: cost estimates of extraction and training from headers, configurations and shapes."""

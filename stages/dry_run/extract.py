@@ -1,10 +1,10 @@
-"""What a run of stage one would take, before it starts; `extract-features --dry-run` prints it.
+"""Estimate of an extraction run: clips, disk, memory and time. Writes nothing.
 
-Clips and what would be skipped come from the dataset's headers (`survey`). Disk is that of the
-stores' arrays: exact where they are stored raw, by a usual share where they are compressed. Memory
-and operations come from the models' shapes (`model_costs`). Time is operations over this device's
-measured rate of matrix products times a usual share of it; reading and decoding videos, which
-overlap with the models' work, and loading them are not in it. Writes nothing.
+Clips and skips come from the dataset's headers (`survey`). Disk space is that of the stores'
+arrays: exact for raw arrays, with a typical ratio for compressed ones. Memory and FLOPs come from
+the models' shapes (`extract_costs`). Time is FLOPs / (the device's measured matmul rate * a typical
+fraction of it). It excludes loading the models, and reading and decoding videos, which overlaps
+with computation.
 """
 
 import os
@@ -47,64 +47,64 @@ MATMUL_RATE_FRACTION: Mapping[str, Mapping[Kind, float]] = {
     "cpu": {"text": 0.7, "latents": 0.85, **dict.fromkeys(TRACKED_KINDS, 0.65)},
     "cuda": {"text": 0.3, "latents": 0.3, **dict.fromkeys(TRACKED_KINDS, 0.25)},
 }
-"""What a model reaches of the rate of matrix products, by device. On a CPU as measured on one
-thread: two layers as wide as half of T5-XXL, a VAE of the official widths, sam2.1_hiera_t at 512
-pixels. On a GPU assumed, not measured. Models of a few million weights reach a tenth of it."""
+"""Typical fraction of the matmul rate that a model reaches, by device type. For a CPU, measured on
+one thread with two layers half as wide as T5-XXL, a VAE of the official widths, and sam2.1_hiera_t
+at 512 pixels. For a GPU, assumed. Models of a few million weights reach a tenth of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KindEstimate:
-    """One kind of store."""
+    """Estimate for one store."""
 
     kind: Kind
     bucket: str | None
-    """The size of its clips, where there are several; None for text too."""
+    """Size bucket of its clips; None without buckets, and for text."""
     store: Path | None
-    """None when the weights, whose hash names it, are not on this machine."""
+    """None if the weights, whose hash is part of its name, are not on this machine."""
     clips_already_there: int
-    """In finished shards, skipped ones not counted."""
+    """Clips in finished shards, without skipped ones."""
     clips: int
-    """Still to be extracted."""
+    """Clips to extract."""
     skipped: int
-    """Of those that are left, clips that would be skipped."""
+    """Remaining clips that would be skipped."""
     skipped_clips: tuple[SkippedClip, ...]
-    """The same one by one, of the clips whose headers were read."""
+    """The skipped clips among those whose headers were read."""
     bytes_per_clip: int | None
-    """Of the arrays; the store adds checksums and records, well under 1%."""
+    """Size of the arrays; checksums and records add well under 1%."""
     is_compressed: bool
-    """The size is about this."""
+    """Whether the size is approximate, because of compression."""
 
     @property
     def name(self) -> str:
-        """The kind, and the size where there are several."""
+        """The kind, and the size bucket if there are buckets."""
         return self.kind if self.bucket is None else f"{self.kind} {self.bucket}"
 
     @property
     def bytes(self) -> int | None:
-        """That the run would add; None when it cannot be known."""
+        """Bytes that the run would add; None if unknown."""
         return None if self.bytes_per_clip is None else self.clips * self.bytes_per_clip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassEstimate:
-    """One model's work; teacher, gram_flow and masks come from one pass."""
+    """Estimate for one model; teacher, gram_flow and masks are written in one pass."""
 
     kinds: tuple[Kind, ...]
     bucket: str | None
-    """The size of its clips, where there are several; None for text too."""
+    """Size bucket of its clips; None without buckets, and for text."""
     clips: int
-    """That go through the model."""
+    """Clips that the model processes."""
     cost: ModelCost | None
-    """Of one clip, and in memory; None when it cannot be known."""
+    """Cost per clip and in memory; None if unknown."""
     flops: float | None
     flops_per_second: float
-    """Of matrix products on this device, measured just now."""
+    """Matmul rate measured on this device."""
     usual_share: float
-    """Of that rate, by which the time is reckoned."""
+    """Assumed fraction of that rate."""
 
     @property
     def seconds(self) -> float | None:
-        """On one worker like this one."""
+        """Time on one worker with this device."""
         if self.flops is None:
             return None
         return self.flops / (self.flops_per_second * self.usual_share)
@@ -112,57 +112,57 @@ class PassEstimate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FormEstimate:
-    """One form of the teacher, whether the run writes it or not."""
+    """Estimate for one encoding of the teacher signal, whether the run writes it or not."""
 
     size: FormSize
     bucket: str | None
-    """The size of its clips, where there are several."""
+    """Size bucket of its clips; None without buckets."""
     clips: int
-    """Of the dataset, without those that would be skipped."""
+    """Clips of the dataset that would not be skipped."""
 
     @property
     def bytes(self) -> int:
-        """For the whole dataset."""
+        """Bytes for the whole dataset."""
         return self.clips * self.size.bytes_per_clip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """The whole run."""
+    """Estimate of a whole run."""
 
     dataset: str
-    """Which layout was recognised."""
+    """The detected dataset layout."""
     shards: int
     clips: int
-    """Of the dataset, bad records included."""
+    """Clips of the dataset, including bad records."""
     frames_per_clip: tuple[int, ...]
-    """Of every size."""
+    """Number of frames of a clip, for every size."""
     dataset_bytes: int
     clips_probed: int
-    """Whose headers were read; what is said of the others is in proportion."""
+    """Clips whose headers were read; counts are extrapolated to the others."""
     prompts: Mapping[PromptSource, int]
-    """How many of the clips probed are prompted by which source."""
+    """Number of probed clips per prompt source."""
     conversions: Mapping[str, int]
-    """How many of the clips probed have frames that are deinterlaced, tone-mapped, …."""
+    """Number of probed clips per conversion of frames: deinterlaced, tone-mapped, …."""
     kinds: tuple[KindEstimate, ...]
     passes: tuple[PassEstimate, ...]
     forms: tuple[FormEstimate, ...]
-    """Of the teacher, where SAM2 runs."""
+    """Encodings of the teacher signal, if SAM2 runs."""
     device: str
     device_bytes: int
     """Memory of the device."""
     free_bytes: int
-    """On the disk of the cache."""
+    """Free space on the disk of the cache."""
     notes: tuple[str, ...]
 
     @property
     def bytes(self) -> int:
-        """That the run would write, as far as it is known."""
+        """Bytes that the run would write, as far as known."""
         return sum(kind.bytes or 0 for kind in self.kinds)
 
     @property
     def seconds(self) -> float:
-        """Of all passes on one worker, as far as it is known."""
+        """Time of all passes on one worker, as far as known."""
         return sum(one.seconds or 0.0 for one in self.passes)
 
 
@@ -177,21 +177,21 @@ def estimate(
     retry_failed: bool = False,
     refresh_changed: bool = False,
 ) -> Estimate:
-    """Reckon what `extract_features` with the same arguments would do.
+    """Estimate a run of `extract_features` with the same arguments.
 
     Args:
-        config: What to compute, and where.
-        clips: The dataset, and the size, length and rate of its clips.
-        model: The base pipeline; of a hub id only configuration files are downloaded.
+        config: Kinds to extract, and where to run.
+        clips: The dataset, and the size, length and frame rate of clips.
+        model: The base pipeline; for a hub id only configuration files are downloaded.
         cache_root: Folder of the stores; need not exist.
-        progress: Bars.
-        max_probed: About how many clips' headers are read, at most.
-        retry_failed: As of the run.
-        refresh_changed: As of the run.
+        progress: Shows bars.
+        max_probed: Approximate maximum number of clips whose headers are read.
+        retry_failed: As in `extract_features`.
+        refresh_changed: As in `extract_features`.
 
     Raises:
-        ValueError: A setting does not fit, or a store was made from other sources than the
-            dataset's, as the run would say. All clips are compared.
+        ValueError: A setting is wrong, or a store has clips from other sources than the dataset's,
+            with the message of the run itself. All clips are compared.
         CacheError: A store in the cache is damaged.
     """
     device = device_named(config.device, 0)
@@ -203,8 +203,8 @@ def estimate(
             found = (reader for one, reader in _open_stores(plans, cache_root) if one == kind)
             raise_if_other_dataset(kind, [reader for reader in found if reader], dataset)
         sources = read_sources(dataset.shards, config.kinds, config.teacher, progress)
-        share = StoreScope(covers=lambda _: True)
-        comparison = compare(_open_stores(plans, cache_root), sources, share)
+        scope = StoreScope(covers=lambda _: True)
+        comparison = compare(_open_stores(plans, cache_root), sources, scope)
     if not refresh_changed:
         comparison.raise_if_changed()
     missing = _MissingClips(
@@ -220,7 +220,7 @@ def estimate(
         for kind in plan.kinds:
             remaining = _Remaining.of(surveys, missing.of((kind,), size))
             kinds.append(_kind(kind, plan, remaining, missing.num_held(kind, size), cache_root))
-        # A clip that one of two stores lacks is gone through again for it.
+        # A clip that only one of a pass's stores lacks is tracked again.
         passes.append(
             _pass(plan, _Remaining.of(surveys, missing.of(plan.kinds, size)), config, device)
         )
@@ -254,19 +254,19 @@ def estimate(
 
 
 Keys = Mapping[str, frozenset[str]]
-"""Clips, by the name of their shard."""
+"""Keys of clips by shard name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _MissingClips:
-    """What the stores lack of the dataset, as a run would see it."""
+    """Clips of the dataset that a run would find missing in the stores."""
 
     comparison: Comparison
     retry_failed: bool
     refresh_changed: bool
 
     def of(self, kinds: Sequence[Kind], size: int) -> Keys | None:
-        """The clips that a run would go through for some kinds; None for all."""
+        """Return the clips that a run would process for some kinds; None for all."""
         sources = self.comparison.sources
         if sources is None:
             return None
@@ -279,7 +279,7 @@ class _MissingClips:
         return sources.keys_by_shard(np.logical_or.reduce(wanted))
 
     def num_held(self, kind: Kind, size: int) -> int:
-        """Clips of the dataset that a store holds and keeps."""
+        """Return the number of the dataset's clips that a store holds and keeps."""
         if self.comparison.sources is None:
             return 0
         store = self.comparison.kinds[kind].stores[size]
@@ -288,11 +288,11 @@ class _MissingClips:
 
 @dataclass(frozen=True, slots=True)
 class _Remaining:
-    """The clips that a store lacks, and how far those probed speak for them."""
+    """Clips that a store lacks, and the probed ones that counts are extrapolated from."""
 
     num_clips: int
     probed: tuple[tuple[ShardSurvey, frozenset[str] | None], ...]
-    """Shards whose headers were read, and which of their clips count; None for all."""
+    """Shards whose headers were read, and the clips of each to count; None for all."""
 
     @classmethod
     def of(cls, surveys: Sequence[ShardSurvey], keys: Keys | None) -> "_Remaining":
@@ -304,18 +304,18 @@ class _Remaining:
             for survey in surveys
             if survey.probed and survey.name in keys
         )
-        # Where none of them was probed, the others speak for them.
+        # If none of them was probed, extrapolate from all probed clips.
         return cls(sum(map(len, keys.values())), probed or everywhere)
 
     def extrapolate(self, counted: float) -> float:
-        """What was counted among the clips that were probed, in proportion."""
+        """Extrapolate a count over the probed clips."""
         probed = sum(
             survey.num_clips if keys is None else len(keys) for survey, keys in self.probed
         )
         return counted * self.num_clips / probed if probed else 0.0
 
     def kept(self, kind: Kind) -> float:
-        """Clips of this size that would not be skipped."""
+        """Return the estimated number of clips of this size that would not be skipped."""
         other_size = sum(
             len(survey.other_size if keys is None else survey.other_size & keys)
             for survey, keys in self.probed
@@ -323,7 +323,7 @@ class _Remaining:
         return self.num_clips - self.extrapolate(len(self.skipped(kind)) + other_size)
 
     def subjects(self) -> float:
-        """Subjects that would be tracked."""
+        """Return the estimated number of tracked subjects."""
         return self.extrapolate(
             sum(
                 count
@@ -334,7 +334,7 @@ class _Remaining:
         )
 
     def skipped(self, kind: Kind) -> tuple[SkippedClip, ...]:
-        """Clips that would be skipped, of those that were probed."""
+        """Return the probed clips that would be skipped."""
         return tuple(
             clip
             for survey, keys in self.probed
@@ -410,7 +410,7 @@ def _memory_of(device: torch.device) -> int:
 
 
 def _free_bytes(cache_root: Path) -> int:
-    """On the disk where the cache lies or will lie."""
+    """Return the free bytes on the disk of the cache folder, which may not exist yet."""
     folder = cache_root.absolute()
     while not folder.exists():
         folder = folder.parent

@@ -1,7 +1,7 @@
-"""What a clip costs each model of stage one: operations, weights, memory; from shapes alone.
+"""Cost of each extraction model per clip: FLOPs, weights and memory, from shapes alone.
 
-`estimate` asks. The models are built from their configurations on torch's meta device and run
-there under a `Meter`, so that no weight is needed and nothing is computed.
+The models are built from their configurations on torch's meta device and run there under a
+`Meter`, so that no weights are needed and nothing is computed.
 """
 
 # Legend: T frame, S side of SAM2's square input, L text token.
@@ -25,47 +25,47 @@ from stages.sam2_tracking.inputs import Sam2Prompt
 from stages.sam2_tracking.tracker import Tracker, TrackRequest
 
 _FIRST_STEPS = 2
-"""After the prompted one: with one memory in the bank, and with two."""
+"""Measured steps after the prompted one: with one memory in the bank, and with two."""
 _META = torch.device("meta")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelCost:
-    """One model's part of stage one, per clip and while it runs."""
+    """Cost of one model: per clip, and in memory while it runs."""
 
     flops_per_clip: float
     weight_bytes: int
     working_bytes: int
-    """The most that is alive beside the weights while the model runs: activations."""
+    """Peak of activations while the model runs."""
     waiting_bytes: int = 0
-    """What waits on the device beside that: encoded frames, and maps of tracks under way."""
+    """Other data on the device: encoded frames, and feature maps of unfinished tracks."""
 
     @property
     def memory_bytes(self) -> int:
-        """On the device, without what libraries and the allocator add."""
+        """Memory on the device, without libraries and allocator overhead."""
         return self.weight_bytes + self.working_bytes + self.waiting_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackerCost:
-    """SAM2's part; its clips differ in the number of subjects."""
+    """Cost of SAM2, which depends on the number of subjects of a clip."""
 
     encoder_flops: float
-    """Per clip."""
+    """FLOPs per clip."""
     passes_flops: float
-    """Per subject: the forward pass, and the backward one where there is one."""
+    """FLOPs per subject: the forward pass, and the backward pass if there is one."""
     cost: ModelCost
-    """Of a clip with one subject."""
+    """Cost of a clip with one subject."""
     hidden_dim: int
     mem_dim: int
 
     def flops(self, num_clips: float, num_subjects: float) -> float:
-        """Of clips that have so many subjects together."""
+        """Return the FLOPs of clips with a total number of subjects."""
         return num_clips * self.encoder_flops + num_subjects * self.passes_flops
 
 
 def text_cost(config: TextConfig, base: BaseFacts) -> ModelCost:
-    """The text encoder, from its configuration, on one padded caption."""
+    """Return the cost of the text encoder for one padded caption."""
     from transformers import T5Config, T5EncoderModel
 
     assert base.text_encoder is not None
@@ -83,8 +83,8 @@ def text_cost(config: TextConfig, base: BaseFacts) -> ModelCost:
 
 
 def latents_cost(config: LatentsConfig, clips: ClipsConfig, base: BaseFacts) -> ModelCost:
-    """The VAE's encoder, from `vae/config.json`, on a clip, and on the draws of its first frame
-    where it takes one."""
+    """Return the cost of the VAE's encoder for a clip, and for the noisy draws of its first frame
+    for image-to-video."""
     from diffusers import AutoencoderKLCogVideoX
 
     with _META:
@@ -111,15 +111,15 @@ def latents_cost(config: LatentsConfig, clips: ClipsConfig, base: BaseFacts) -> 
 
 
 def tracker_cost(config: TeacherConfig, clips: ClipsConfig, sam2_config: str) -> TrackerCost:
-    """SAM2 over a clip, both ways, as `config` sets it.
+    """Return the cost of SAM2 over a clip in the configured directions.
 
     Counted in float32: with bf16, which torch does not simulate here, activations take about half.
-    The seek to frame 0 from a later prompt, and what looks for prompts, are not counted; nor is the
-    memory of a full bank, some per cent of the rest.
+    Not included: the seek to frame 0 from a later prompt, the search for prompts, and the memory of
+    a full memory bank, a few per cent of the rest.
 
     Args:
-        config: Image size, batches, directions, where encoded frames wait.
-        clips: The length of clips.
+        config: Image size, batch sizes, directions, and storage of encoded frames.
+        clips: Length of clips.
         sam2_config: Name of an official configuration, or a YAML file.
     """
     model = build_sam2(sam2_config, None, image_size=config.image_size, device=_META)
@@ -152,16 +152,16 @@ def _frames(num_frames: int, image_size: int) -> np.ndarray:
 def _step_flops(
     tracker: Tracker, encoded: EncodedFrames, config: TeacherConfig, clips: ClipsConfig
 ) -> tuple[float, int]:
-    """Operations of one pass over the clip, and the most bytes alive meanwhile.
+    """Return the FLOPs of one pass over the clip, and its peak bytes.
 
-    Every memory in the bank costs the same, so the first steps tell of all; pointers that outlive
-    their memories, a few tokens each, are left out.
+    Every memory in the bank costs the same, so all steps are extrapolated from the first ones.
+    Object pointers kept longer than their memories, a few tokens each, are not counted.
     """
     box = Sam2Prompt(
         points_1P2=torch.zeros(1, 2, 2, device=_META),
         point_labels_1P=torch.zeros(1, 2, dtype=torch.int32, device=_META),
     )
-    # Which frame is visited does not matter to what it costs.
+    # The cost does not depend on which frame is visited.
     order = [0] * (_FIRST_STEPS + 1)
     request = TrackRequest(encoded=encoded, prompt=box, order=order)
     flops: list[int] = []
@@ -178,7 +178,7 @@ def _step_flops(
 def _waiting_bytes(
     encoded: EncodedFrames, model: Any, config: TeacherConfig, clips: ClipsConfig
 ) -> int:
-    """Encoded frames, and both directions' maps and mask logits, of a batch of clips."""
+    """Return the bytes of encoded frames, feature maps and mask logits of a batch of clips."""
     if config.keep_encoded != "device":
         return 0
     itemsize = DTYPES[config.precision].itemsize

@@ -1,6 +1,6 @@
-"""Stores that an extraction would write: which ones, bytes per clip, and the cost of each model.
+"""Stores that an extraction would write: their names, bytes per clip, and the cost of each model.
 
-Nothing is downloaded but configuration files.
+Only configuration files are downloaded.
 """
 
 import math
@@ -37,30 +37,30 @@ from stages.sam2_tracking.build import (
 from stages.teacher_store.config import FeatureDtype, FlowDtype
 
 COMPRESSED_SHARE = 0.5
-"""What is left of a compressed array. Measured on Gram flows of 49 maps and 30x45 tokens: 0.30 on
-real clips with an untrained sam2.1_hiera_t, whose features are smooth, to 0.69 on rough noise."""
+"""Assumed ratio of compressed to raw size. Measured on Gram flows of 49 maps and 30x45 tokens: 0.30
+on real clips with an untrained sam2.1_hiera_t, whose features are smooth, to 0.69 on noise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FormSize:
-    """One form of the teacher, in one number format."""
+    """Size of one encoding of the teacher signal, in one dtype."""
 
     kind: Kind
     dtype: str
     bytes_per_clip: int
     is_compressed: bool
-    """The size is about this, by `COMPRESSED_SHARE`."""
+    """The size is an estimate, based on `COMPRESSED_SHARE`."""
     is_chosen: bool
-    """The run writes it."""
+    """Whether the run writes it."""
 
 
 def bytes_of(arrays: Mapping[str, ArraySpec]) -> int:
-    """Of one clip; the store adds checksums and records, well under 1%."""
+    """Return the bytes of one clip's arrays; checksums and records add well under 1%."""
     return round(sum(_array_bytes(spec) for spec in arrays.values()))
 
 
 def is_compressed(arrays: Mapping[str, ArraySpec]) -> bool:
-    """Whether the size of most of it is not known before it is written."""
+    """Whether more than half of the size is an estimate, because it is compressed."""
     packed = sum(_array_bytes(spec) for spec in arrays.values() if spec.compression != "none")
     return 2 * packed > bytes_of(arrays)
 
@@ -68,12 +68,12 @@ def is_compressed(arrays: Mapping[str, ArraySpec]) -> bool:
 def teacher_form_sizes(
     config: ExtractConfig, clips: ClipsConfig, *, channels: int
 ) -> tuple[FormSize, ...]:
-    """What a clip takes in every form of the teacher, chosen or not.
+    """Return the size of a clip in every encoding of the teacher signal.
 
     Args:
-        config: What would be extracted.
-        clips: The size and length of clips.
-        channels: Of the features of one direction of one subject.
+        config: Settings of the extraction.
+        clips: Size and length of clips.
+        channels: Feature channels of one direction of one subject.
     """
     choices: list[tuple[Kind, str]] = [
         *(("teacher", dtype) for dtype in get_args(FeatureDtype)),
@@ -112,26 +112,26 @@ class PlannedPass:
 
     kinds: tuple[Kind, ...]
     bucket: str | None = None
-    """The size of its clips, where there are several; None for text too."""
+    """Size bucket of its clips; None without buckets, and for text."""
     arrays: Mapping[Kind, Mapping[str, ArraySpec]] | None
-    """Of every clip, by kind; None when not even the configuration is at hand."""
+    """Array specs of a clip by kind; None if the model's configuration is not available."""
     folders: Mapping[Kind, str] | None
-    """Names of the stores; None when the weights, whose hash is in them, are not here."""
+    """Store names by kind; None if the weights, whose hash they contain, are not available."""
     cost: ModelCost | TrackerCost | None
     forms: tuple[FormSize, ...] = ()
-    """Of a pass of SAM2, what each form of the teacher takes, chosen or not."""
+    """For a pass of SAM2, the size of each encoding of the teacher signal."""
     notes: tuple[str, ...] = ()
-    """What could not be known, and why."""
+    """Unknown values, and why they are unknown."""
 
 
 def planned_passes(
     config: ExtractConfig, clips: ClipsConfig, model: BaseModelConfig
 ) -> list[PlannedPass]:
-    """The passes of a run, in its order.
+    """Return the passes of a run in order.
 
     Raises:
-        ValueError: A setting does not fit, as the run itself would say. Weights of a hub id that
-            are not on this machine are no error.
+        ValueError: A setting is wrong, with the message of the run itself. Weights of a hub id
+            that are not on this machine are not an error.
     """
     base, notes = _read_base(config, model)
     passes: list[PlannedPass] = []
@@ -160,7 +160,7 @@ def _with_bucket(size: ClipsConfig, planned: PlannedPass) -> PlannedPass:
 def _read_base(
     config: ExtractConfig, model: BaseModelConfig
 ) -> tuple[BaseFacts | None, tuple[str, ...]]:
-    """Facts of the base pipeline, or None, and what is to be said of them."""
+    """Return the configuration of the base pipeline, if available, and notes on it."""
     if not {"text", "latents"} & set(config.kinds):
         return None, ()
     try:
@@ -168,7 +168,7 @@ def _read_base(
     except ValueError as error:
         if model.is_local:
             raise
-        return None, (f"nothing is known of {model.path}: {error}",)
+        return None, (f"the configuration of {model.path} is not available: {error}",)
 
 
 def _text(config: ExtractConfig, base: BaseFacts, model: BaseModelConfig) -> PlannedPass:
@@ -252,8 +252,8 @@ def _without_store_names(
     forms: tuple[FormSize, ...] = (),
 ) -> PlannedPass:
     note = (
-        f"{' and '.join(kinds)}: {missing} is not on this machine yet, so that what the cache "
-        "holds already cannot be told; the run downloads it"
+        f"{' and '.join(kinds)}: {missing} is not on this machine yet, so the clips "
+        "already in the cache cannot be counted; the run downloads it"
     )
     return PlannedPass(
         kinds=kinds, arrays=arrays, folders=None, cost=cost, forms=forms, notes=(note,)

@@ -1,7 +1,7 @@
-"""What a dataset's headers tell before any work: how many clips, and which would be skipped.
+"""Survey of a dataset from headers: number of clips, and which would be skipped.
 
-`estimate` adds up from here. Nothing is decoded, so that damage inside a video, a subject outside
-the crop and a subject that gets lost show in the run alone.
+Nothing is decoded, so damage inside a video, a subject outside the crop and a lost subject are
+found in the run only.
 """
 
 from collections import Counter
@@ -25,7 +25,7 @@ from stages.extract_features.teacher.prompts import too_many_subjects
 from stages.progress import Progress
 
 MAX_PROBED = 10_000
-"""Clips whose headers are read, at most; of a larger dataset, evenly spread shards speak for it."""
+"""Maximum number of clips whose headers are read; larger datasets are sampled by shards."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,25 +34,25 @@ class ShardSurvey:
 
     name: str
     num_clips: int
-    """Records of every size, bad ones included."""
+    """Number of records of every size, including bad ones."""
     num_bytes: int
     probed: bool = False
-    """Whether its clips' headers were read; what follows is empty otherwise."""
+    """Whether its clips' headers were read; otherwise the following fields are empty."""
     skipped: dict[Kind, list[SkippedClip]] = field(default_factory=dict)
-    """By kind: the clips that would be left out."""
+    """Clips that would be skipped, by kind."""
     prompts: Counter[PromptSource] = field(default_factory=Counter)
-    """How many clips would be prompted by each source."""
+    """Number of clips per prompt source."""
     conversions: Counter[str] = field(default_factory=Counter)
-    """How many clips' frames would be deinterlaced, tone-mapped, …; or come from one of several
-    video streams."""
+    """Number of clips whose frames would be deinterlaced, tone-mapped, …; or come from one of
+    several video streams."""
     subjects: dict[str, int] = field(default_factory=dict)
-    """Of the clips that are tracked, by key."""
+    """Number of subjects of each tracked clip, by key."""
     other_size: set[str] = field(default_factory=set)
-    """Keys of clips that go to another size than this survey's."""
+    """Keys of clips of another size than this survey's."""
 
 
 Surveys = dict[str | None, list[ShardSurvey]]
-"""Of every shard, by size; under None of what has no size, or of everything without buckets."""
+"""Surveys of every shard by size bucket; None for kinds without a size, or without buckets."""
 
 
 def survey_shards(
@@ -63,14 +63,15 @@ def survey_shards(
     *,
     max_probed: int = MAX_PROBED,
 ) -> Surveys:
-    """Count every shard's clips and read the headers of all of them, or of evenly spread shards.
+    """Count every shard's clips, and read the headers of all or of evenly spread shards.
 
     Args:
-        shards: Of the dataset, in order.
-        config: Which kinds, and where prompts come from.
-        clips: The sizes and the rate that clips are brought to.
-        progress: Gets a bar for each of the two.
-        max_probed: Read the headers of about as many clips, at most; one shard at least.
+        shards: Shards of the dataset, in order.
+        config: Kinds to extract and sources of prompts.
+        clips: Sizes and frame rate of clips.
+        progress: Shows a bar for each of the two.
+        max_probed: Approximate maximum number of clips whose headers are read; at least one shard
+            is read.
     """
     counted = []
     with progress.task("count", len(shards), unit="shards") as task:
@@ -119,7 +120,7 @@ def _survey_all_sizes(
 
 
 def _evenly_spread(num_clips: Sequence[int], max_probed: int) -> list[int]:
-    """Places of shards that hold about `max_probed` clips together, from all over the dataset."""
+    """Return indices of evenly spread shards with about `max_probed` clips in total."""
     total = sum(num_clips)
     if total <= max_probed:
         return list(range(len(num_clips)))
@@ -153,9 +154,9 @@ def _survey_record(
 def find_problems(
     record: ClipRecord | BadRecord, config: ExtractConfig, clips: ClipsConfig
 ) -> tuple[Mapping[Kind, ClipSkipped], Sequence[str]]:
-    """Why each kind would leave a clip out, and what would be done to its frames.
+    """Return why each kind would skip a clip, and the conversions of its frames.
 
-    The former has nothing for the kinds that take it; the latter is `ClipProbe.conversions`.
+    The former has no entry for kinds that extract the clip; the latter is `ClipProbe.conversions`.
     """
     if isinstance(record, BadRecord):
         return {kind: ClipSkipped(record.reason, record.detail) for kind in config.kinds}, ()

@@ -1,8 +1,8 @@
-"""What a training would take, before anything of it is there; `train --dry-run` prints it.
+"""Estimate of a training run: parameters, memory, and time per step.
 
-Weights are counted and a step is run on shapes alone, from the base model's configuration files;
-memory follows from them (`memory`). Time is a step's operations over the GPU's peak rate times an
-assumed share of it. Where a step does not fit, settings are tried in turn until one does.
+Parameters and FLOPs come from shapes, built from the base model's configuration files; memory is
+computed from them (`train_memory`). Time is a step's FLOPs / (the GPU's peak rate * an assumed
+fraction of it). If a step does not fit into GPU memory, settings are tried in turn until one does.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,53 +23,53 @@ from stages.train_student.data.order import accumulation_steps, largest_micro_ba
 from stages.train_student.step_costs import StepCost, meta_student, step_cost
 
 ASSUMED_SHARE = 0.4
-"""Of a GPU's peak rate that a step reaches, communication and loading included: assumed."""
+"""Assumed fraction of a GPU's peak rate that a step reaches, with communication and loading."""
 MAX_GPUS = 64
-"""How far more GPUs are tried."""
+"""Maximum number of GPUs that is tried."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SizedStores:
-    """One size of clips, and the settings its stores have or would have."""
+    """A clip size, and the settings of its stores, which need not exist."""
 
     size: ClipsConfig
     teacher: StoreSettings | None
-    """Of the store that `teacher_form` names; None where no objective reads it."""
+    """Settings of the teacher or Gram-flow store; None if no objective reads it."""
     masks: StoreSettings | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Remedy:
-    """Settings with which a training fits that does not as it is."""
+    """Changed settings with which the training fits into GPU memory."""
 
     settings: Mapping[str, str | int | bool]
-    """By dotted name within `train`."""
+    """Values by dotted name within `train`."""
     gpus: int
     memory: MemoryEstimate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainEstimate:
-    """The whole training."""
+    """Estimate of a training run."""
 
     counts: ParameterCounts
     costs: tuple[StepCost, ...]
-    """Of a clip of each size, in the order of the sizes."""
+    """Cost of a clip of each size, in the order of the sizes."""
     passes: int
-    """Forward and backward passes of each GPU in a step."""
+    """Micro-batches per GPU and step."""
     step_flops: float
-    """Of all GPUs, as done; of several sizes the mean."""
+    """FLOPs of a step on all GPUs, including recomputation; the mean over the sizes."""
     memory: MemoryEstimate
-    """Of the largest size."""
+    """Memory for the largest size."""
     checkpoint_bytes: int
     gpu: Gpu | None
     gpus: int
     seconds_per_step: float | None
-    """At `ASSUMED_SHARE`; None where the GPU is not known."""
+    """At `ASSUMED_SHARE` of the peak rate; None if the GPU is unknown."""
     fits: bool | None
-    """None where the GPU is not known."""
+    """Whether a step fits into GPU memory; None if the GPU is unknown."""
     remedy: Remedy | None
-    """Where it does not fit: the first that was found to; None if none was."""
+    """If it does not fit, the first change that makes it fit; None if none was found."""
 
 
 def estimate(
@@ -80,17 +80,18 @@ def estimate(
     gpu: Gpu | None,
     gpus: int,
 ) -> TrainEstimate:
-    """Reckon a training on so many GPUs, one process each.
+    """Estimate a training run with one process per GPU.
 
     Args:
-        config: What is trained, and how.
-        facts: The base model's configuration.
-        stores: One for each size of clips.
-        gpu: Which; None where it is not known.
-        gpus: How many.
+        config: Training settings.
+        facts: Configuration of the base model.
+        stores: One entry per clip size.
+        gpu: GPU model; None if unknown.
+        gpus: Number of GPUs.
 
     Raises:
-        ValueError: The settings do not fit the model or the number of GPUs, as the run would say.
+        ValueError: The settings do not match the model or the number of GPUs, with the message of
+            the run itself.
     """
     config = _with_micro_batch(config, gpus)
     passes = accumulation_steps(config.batch_size, config.micro_batch_size, gpus)
@@ -126,7 +127,7 @@ def _with_micro_batch(config: TrainConfig, gpus: int) -> TrainConfig:
 
 
 class _CostCache:
-    """Costs of the configurations that are tried, each reckoned once."""
+    """Costs of the tried configurations, cached."""
 
     def __init__(self, facts: BaseFacts, stores: Sequence[SizedStores]) -> None:
         self._facts = facts
@@ -135,7 +136,7 @@ class _CostCache:
         self._counts: dict[tuple[object, ...], ParameterCounts] = {}
 
     def costs(self, config: TrainConfig) -> tuple[StepCost, ...]:
-        """Of a clip of each size."""
+        """Return the cost of a clip of each size."""
         key = (config.method, config.gradient_checkpointing, config.micro_batch_size)
         if key not in self._costs:
             self._costs[key] = tuple(
@@ -145,14 +146,14 @@ class _CostCache:
         return self._costs[key]
 
     def counts(self, config: TrainConfig) -> ParameterCounts:
-        """Of the student."""
+        """Return the student's parameter counts."""
         key = (config.method,)
         if key not in self._counts:
             self._counts[key] = parameter_counts(config, self._facts, self._stores[0].teacher)
         return self._counts[key]
 
     def memory(self, config: TrainConfig, gpus: int) -> MemoryEstimate:
-        """Of the largest size."""
+        """Return the memory for the largest size."""
         costs = self.costs(config)
         return memory(
             config,
@@ -166,7 +167,7 @@ class _CostCache:
 def parameter_counts(
     config: TrainConfig, facts: BaseFacts, teacher: StoreSettings | None
 ) -> ParameterCounts:
-    """Count the student's weights on the meta device."""
+    """Count the student's parameters on the meta device."""
     student = meta_student(config, facts, teacher)
     adapters = sum(
         parameter.numel()
@@ -184,7 +185,7 @@ def parameter_counts(
 
 
 def _remedy(config: TrainConfig, cost_cache: _CostCache, gpu: Gpu, gpus: int) -> Remedy | None:
-    """The first of `_tries` that fits."""
+    """Return the first of `_candidates` that fits."""
     for settings, number in _candidates(config, gpus):
         if config.batch_size % number:
             continue
@@ -204,7 +205,7 @@ _REMEDIES: tuple[dict[str, str | int | bool], ...] = (
     {"deepspeed.offload_optimizer": "cpu"},
     {"deepspeed.zero_stage": 3, "deepspeed.offload_parameters": "cpu"},
 )
-"""From what costs little to what costs most. Each is tried alone, then with all before it."""
+"""Changes from least to most costly. Each is tried alone, then with all before it."""
 
 
 def _candidates(
@@ -226,7 +227,7 @@ def _candidates(
 def _changes(
     config: TrainConfig, step: Mapping[str, str | int | bool]
 ) -> dict[str, str | int | bool]:
-    """What of a step is not so already; a ZeRO stage is never lowered."""
+    """Return the settings of a step that change anything; a ZeRO stage is never lowered."""
     changed = {name: value for name, value in step.items() if _value(config, name) != value}
     wanted = changed.get("deepspeed.zero_stage")
     if isinstance(wanted, int) and wanted < config.deepspeed.zero_stage:
@@ -246,7 +247,7 @@ def _value(config: TrainConfig, name: str) -> object:
 
 
 def changed_config(config: TrainConfig, settings: Mapping[str, object]) -> TrainConfig:
-    """The configuration with settings changed, by their dotted names."""
+    """Return the configuration with settings changed, given by dotted names."""
     values = config.model_dump()
     for name, value in settings.items():
         section, *inner = name.split(".")

@@ -1,7 +1,7 @@
-"""What a training keeps in memory: on each GPU, on the host, on the disk it offloads to.
+"""Memory of a training run: on each GPU, on the host, and on the disk for NVMe offload.
 
-Arithmetic on counts of parameters, after what DeepSpeed 0.19 allocates at each ZeRO stage; what a
-micro-batch takes comes from `step_costs`. `estimate` asks.
+Computed from parameter counts, following the allocations of DeepSpeed 0.19 at each ZeRO stage. The
+activations of a micro-batch come from `step_costs`.
 """
 
 from collections.abc import Mapping
@@ -14,63 +14,63 @@ from stages.train_student.parallel.deepspeed import weights_dtype
 
 FLOAT32 = 4
 BUCKET_VALUES = 500_000_000
-"""Values in DeepSpeed's buffers for gradients on their way; its default."""
+"""Values per DeepSpeed gradient bucket; its default."""
 GATHERED_VALUES = 1_000_000_000
-"""Values of gathered weights that ZeRO 3 keeps at once; its default."""
+"""Maximum gathered parameters that ZeRO 3 keeps at once; its default."""
 SUBGROUP_VALUES = 1_000_000_000
-"""Values that ZeRO 3 updates at once; its default."""
+"""Parameters that ZeRO 3 updates at once; its default."""
 _SCALE_BLOCK = 256
-"""Values that share a scale in 8-bit moments."""
+"""Values per scale in 8-bit moments."""
 _SWAP_BUFFERS = 5
-"""Buffers on the host between a disk and the device; DeepSpeed's default."""
+"""Host buffers for NVMe offload; DeepSpeed's default."""
 
 LIBRARY_BYTES = int(1.5 * GIB)
-"""CUDA's context, workspaces of cuBLAS and buffers of NCCL on each GPU: assumed, not measured."""
+"""CUDA context, cuBLAS workspaces and NCCL buffers on each GPU: assumed, not measured."""
 FRAGMENTED_FRACTION = 0.05
-"""Share of activations that the allocator cannot use again: assumed, not measured."""
+"""Fraction of activations lost to allocator fragmentation: assumed, not measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParameterCounts:
-    """How many weights the student has."""
+    """Numbers of parameters of the student."""
 
     transformer: int
-    """The base model's own."""
+    """Parameters of the base model."""
     adapters: int
     heads: int
     trained: int
-    """Of all of them."""
+    """Trained parameters, of any of these."""
 
     @property
     def total(self) -> int:
-        """All weights."""
+        """All parameters."""
         return self.transformer + self.adapters + self.heads
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryEstimate:
-    """Bytes by what they are for; parts of 0 are left out."""
+    """Bytes by purpose; entries of 0 are omitted."""
 
     gpu: Mapping[str, int]
-    """On each GPU at its fullest moment, in the backward pass or in the update."""
+    """Peak on each GPU, in the backward pass or in the update."""
     host: Mapping[str, int]
-    """Of each process, beside what Python and the loader take."""
+    """Per process, without Python and the data loader."""
     disk: Mapping[str, int]
-    """Of each process, in the folder that is offloaded to."""
+    """Per process, in the offload folder."""
 
     @property
     def gpu_bytes(self) -> int:
-        """On each GPU."""
+        """Peak bytes on each GPU."""
         return sum(self.gpu.values())
 
     @property
     def host_bytes(self) -> int:
-        """Of each process."""
+        """Bytes per process."""
         return sum(self.host.values())
 
     @property
     def disk_bytes(self) -> int:
-        """Of each process."""
+        """Bytes per process."""
         return sum(self.disk.values())
 
 
@@ -82,14 +82,14 @@ def memory(
     activation_bytes: int,
     batch_bytes: int,
 ) -> MemoryEstimate:
-    """Reckon what every process needs; one GPU each.
+    """Estimate the memory of each process, with one GPU each.
 
     Args:
-        config: ZeRO stage, offload, formats, optimiser, average.
-        counts: of the student.
-        processes: that share the states.
-        activation_bytes: of a micro-batch: `StepCost.activation_bytes`.
-        batch_bytes: of a micro-batch: `StepCost.batch_bytes`.
+        config: ZeRO stage, offload, dtypes, optimiser and EMA.
+        counts: Parameter counts of the student.
+        processes: Number of processes that share the optimiser states.
+        activation_bytes: `StepCost.activation_bytes` of a micro-batch.
+        batch_bytes: `StepCost.batch_bytes` of a micro-batch.
     """
     deepspeed = config.deepspeed
     stage, itemsize = deepspeed.zero_stage, weights_dtype(deepspeed).itemsize
@@ -99,11 +99,11 @@ def memory(
     disk: dict[str, float] = {}
     by_place: dict[str, dict[str, float]] = {"none": gpu, "cpu": host, "nvme": disk}
 
-    # Whatever moment it is.
+    # Present at all times.
     weights_here = counts.total / (processes if stage == 3 else 1) * itemsize
     by_place[deepspeed.offload_parameters]["weights"] = weights_here
     optimizer = by_place[deepspeed.offload_optimizer]
-    # float32 weights of ZeRO 3 are their own master copy.
+    # With ZeRO 3, float32 weights need no separate master copy.
     if itemsize < FLOAT32 or stage in (1, 2):
         optimizer["float32 weights"] = FLOAT32 * trained_here
     optimizer["moments"] = moment_bytes(config, trained_here)
@@ -116,7 +116,7 @@ def memory(
     if deepspeed.offload_optimizer == "nvme":
         host["buffers to the disk"] = _SWAP_BUFFERS * FLOAT32 * min(trained_here, SUBGROUP_VALUES)
 
-    # The fuller of two moments.
+    # The larger of two peaks.
     backward: dict[str, float] = {
         "activations": activation_bytes,
         "fragmentation, assumed": FRAGMENTED_FRACTION * activation_bytes,
@@ -131,16 +131,16 @@ def memory(
 
 
 def moment_bytes(config: TrainConfig, values: float) -> float:
-    """The optimiser's two moments of so many weights."""
+    """Return the bytes of the optimiser's two moments for a number of parameters."""
     if config.optimizer.name == "adamw8bit":
         return 2 * values * (1 + FLOAT32 / _SCALE_BLOCK)
     return 2 * FLOAT32 * values
 
 
 def checkpoint_bytes(config: TrainConfig, counts: ParameterCounts) -> int:
-    """One checkpoint of all processes together: weights, optimiser, average.
+    """Return the size of a checkpoint of all processes: weights, optimiser states, EMA.
 
-    With adapters the frozen weights are left out.
+    With LoRA the frozen weights are not included.
     """
     kept = counts.trained if config.method == "lora" else counts.total
     weights = kept * weights_dtype(config.deepspeed).itemsize
@@ -158,11 +158,11 @@ def _gradients(
     trained_here: float,
     by_place: Mapping[str, dict[str, float]],
 ) -> None:
-    """Gradients that wait for the update, into the place where they wait."""
+    """Add the gradients kept until the update to the device that holds them."""
     deepspeed = config.deepspeed
     stage, itemsize = deepspeed.zero_stage, weights_dtype(deepspeed).itemsize
     if stage in (0, 1):
-        # Whole on every rank; with bf16 weights they add up in float32 beside the newest.
+        # Complete on every rank; bf16 gradients also accumulate in float32.
         by_place["none"]["gradients"] = counts.trained * (
             FLOAT32 if itemsize == FLOAT32 else FLOAT32 + itemsize
         )
@@ -173,25 +173,26 @@ def _gradients(
     waiting = FLOAT32 * trained_here
     passes = accumulation_steps(config.batch_size, config.micro_batch_size, processes)
     if offloaded and stage == 2 and passes > 1:
-        waiting += itemsize * trained_here  # the sum of the passes before
+        waiting += itemsize * trained_here  # accumulated gradients of earlier micro-batches
     by_place["cpu" if offloaded else "none"]["gradients"] = waiting
 
 
 def _communication_bytes(
     config: TrainConfig, counts: ParameterCounts, processes: int, itemsize: int
 ) -> float:
-    """Buffers in which gradients travel."""
+    """Return the bytes of gradient communication buffers."""
     stage = config.deepspeed.zero_stage
     if stage == 0 or (stage == 1 and itemsize < FLOAT32):
-        # All gradients are there, and are flattened bucket by bucket.
+        # All gradients are present and are flattened bucket by bucket.
         return FLOAT32 * min(counts.trained, BUCKET_VALUES) if processes > 1 else 0
-    # Allocated whole, however few weights are trained; ZeRO 3 flattens each bucket once more.
+    # Allocated in full, regardless of the number of trained parameters; ZeRO 3 flattens each
+    # bucket into another buffer.
     bucket = BUCKET_VALUES * itemsize
     return bucket + min(counts.trained, BUCKET_VALUES) * itemsize if stage == 3 else bucket
 
 
 def _update_bytes(config: TrainConfig, trained_here: float) -> float:
-    """What AdamW takes beside its states: the square root of the second moment."""
+    """Return AdamW's temporary bytes: the square root of the second moment."""
     if config.deepspeed.offload_optimizer != "none" or config.optimizer.name == "adamw8bit":
         return 0
     if config.deepspeed.zero_stage == 3:

@@ -56,7 +56,7 @@ class StoreComparison:
 
 
 def compare_store(
-    reader: StoreReader | None, kind: Kind, sources: DatasetSources, share: StoreScope | None
+    reader: StoreReader | None, kind: Kind, sources: DatasetSources, scope: StoreScope | None
 ) -> StoreComparison:
     """Join a store with shards of the dataset by key; reads only the store's index.
 
@@ -64,7 +64,7 @@ def compare_store(
         reader: The store; None if it does not exist yet.
         kind: Kind of the store.
         sources: Fingerprints of the shards.
-        share: Clips of the store to look up in the dataset; None for none.
+        scope: Clips of the store to look up in the dataset; None for none.
     """
     of_dataset_N = sources.fingerprints[kind]
     if reader is None:
@@ -78,8 +78,8 @@ def compare_store(
     is_video_N = video_N != NO_VIDEO.encode("ascii")
     failed_N, dropped_N = _skipped(reader, sources, of_dataset_N)
     gone, gone_skipped = SortedText.from_utf8(()), frozenset[str]()
-    if share is not None:
-        gone, gone_skipped = _gone(reader, rows_N[held_N], sources, share)
+    if scope is not None:
+        gone, gone_skipped = _gone(reader, rows_N[held_N], sources, scope)
     return StoreComparison(
         held_N=held_N,
         changed_N=held_N & ~same_source_N & is_video_N,
@@ -123,19 +123,19 @@ def _skipped(
 
 
 def _gone(
-    reader: StoreReader, held_rows: np.ndarray, sources: DatasetSources, share: StoreScope
+    reader: StoreReader, held_rows: np.ndarray, sources: DatasetSources, scope: StoreScope
 ) -> tuple[SortedText, frozenset[str]]:
     """Return the held and the skipped clips that the dataset lacks."""
-    is_of_share = np.array([share.covers(name) for name in reader.shards], bool)
-    is_open = is_of_share[reader.shard_numbers]
+    in_scope = np.array([scope.covers(name) for name in reader.shards], bool)
+    is_open = in_scope[reader.shard_numbers]
     is_open[held_rows] = False
     held = reader.keys.take(np.flatnonzero(is_open))
     skipped = {
         clip.key
         for clip in reader.skipped
-        if clip.key not in sources.keys and share.covers(clip.shard)
+        if clip.key not in sources.keys and scope.covers(clip.shard)
     }
-    moved = _found(SortedText.from_strings(sorted({*held, *skipped})), share.unread)
+    moved = _found(SortedText.from_strings(sorted({*held, *skipped})), scope.unread)
     if moved:
         held = SortedText.from_strings(key for key in held if key not in moved)
     return held, frozenset(skipped - moved)
@@ -262,12 +262,12 @@ Readers = Iterable[tuple[Kind, StoreReader | None]]
 
 
 def compare(
-    readers: Readers, sources: DatasetSources, share: StoreScope | None = None
+    readers: Readers, sources: DatasetSources, scope: StoreScope | None = None
 ) -> Comparison:
     """Compare every store with shards of the dataset."""
     kinds: dict[Kind, list[StoreComparison]] = defaultdict(list)
     for kind, reader in readers:
-        kinds[kind].append(compare_store(reader, kind, sources, share))
+        kinds[kind].append(compare_store(reader, kind, sources, scope))
     return Comparison(
         sources=sources,
         kinds={kind: KindComparison(kind=kind, stores=found) for kind, found in kinds.items()},
@@ -322,4 +322,4 @@ def has_clip_of(readers: Iterable[StoreReader], shard: InputShard) -> bool:
 def _may_be_in(shard: InputShard, keys: SortedText) -> bool:
     """Whether any of the keys has the prefix of the shard's keys."""
     prefix = shard.key_prefix.encode("utf-8")
-    return keys.position(prefix) < keys.position(prefix + b"\xff")  # which no text has
+    return keys.position(prefix) < keys.position(prefix + b"\xff")  # 0xff never occurs in UTF-8

@@ -93,7 +93,7 @@ def compare_and_refresh(
     shards: Sequence[InputShard],
     config: ExtractConfig,
     stores: Sequence[tuple[Kind, StoreWriter]],
-    share: StoreScope,
+    scope: StoreScope,
     progress: Progress,
     *,
     refresh_changed: bool,
@@ -108,7 +108,7 @@ def compare_and_refresh(
         shards: Shards of the dataset.
         config: Kinds to extract and sources of prompts.
         stores: Stores of every kind and size.
-        share: Clips of the stores that the dataset must have.
+        scope: Clips of the stores to look up in the dataset.
         progress: Shows a bar while the shards are read, and log lines.
         refresh_changed: Drop clips whose source has changed, so that the run extracts them again.
 
@@ -117,7 +117,7 @@ def compare_and_refresh(
             stores are not modified.
     """
     sources = read_sources(shards, config.kinds, config.teacher, progress)
-    found = compare(_readers(stores), sources, share)
+    found = compare(_readers(stores), sources, scope)
     if not refresh_changed:
         found.raise_if_changed()
     if not found.has_changes:
@@ -131,7 +131,7 @@ def compare_and_refresh(
             if refresh_changed:
                 _drop_changed(writer.path, kind, store, sources, progress)
             _update_video_hashes(writer.path, kind, store, sources)
-        return compare(_readers(stores), sources, share)
+        return compare(_readers(stores), sources, scope)
 
 
 def _readers(stores: Sequence[tuple[Kind, StoreWriter]]) -> Iterator[tuple[Kind, StoreReader]]:

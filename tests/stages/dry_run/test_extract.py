@@ -305,7 +305,7 @@ class TestWithoutWeights:
         assert text.bytes is latents.bytes is None
         assert teacher.bytes == teacher.clips * teacher.bytes_per_clip > 0
         assert found.passes[0].seconds is None
-        assert "nothing is known of someone/some-model: no network" in found.notes
+        assert "the configuration of someone/some-model is not available: no network" in found.notes
 
     def test_a_checkpoint_that_is_no_file_and_no_hub_id_is_refused(
         self, from_the_dataset, two_shards, tiny_base, tmp_path
