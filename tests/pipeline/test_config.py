@@ -134,7 +134,7 @@ def test_a_configuration_is_frozen(minimal):
         ("train=null", "train is a section"),
         ("train.lgf.radius=0", "train.lgf.radius must be >= 1, got 0\n"
          "    Half the window; 3 gives the 7x7 window of a public re-implementation."),
-        ("train.optimizer.learning_rate=0", "must be > 0, got 0\n    Peak rate;"),
+        ("train.optimizer.learning_rate=0", "must be > 0, got 0\n    Peak learning rate;"),
         ("train.optimizer.learning_rate=fast", "must be a number, got 'fast'"),
         ("extract.max_skipped=2", "must be <= 1, got 2"),
         ("train.steps=1.5", "train.steps must be a whole number, got 1.5"),

@@ -101,7 +101,7 @@ def test_a_configuration_of_any_content_gives_an_error_with_its_path(
 def test_components_of_other_classes(base: Path, name: str, value: Any) -> None:
     change(base / "model_index.json", **{name: value})
     message = (
-        rf"model_index\.json: {name} is .*, expected (no such part|diffusers\.|transformers\.)"
+        rf"model_index\.json: {name} is .*, expected (no such component|diffusers\.|transformers\.)"
     )
     for reads in (read_model_index, read_base_facts, pipeline_class, build_pipeline):
         with pytest.raises(ValueError, match=message):

@@ -231,7 +231,7 @@ def test_only_the_parts_asked_for_are_downloaded(
 
 def test_a_base_model_that_is_nowhere_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="is not a folder here, and it could not be downloaded"):
+    with pytest.raises(ValueError, match="is not a local folder, and it could not be downloaded"):
         resolve_base_model(BaseModelConfig(path="not//an id"), ("vae",))
 
 

@@ -111,7 +111,7 @@ def test_a_run_goes_on_with_the_clips_that_are_left(changing, train, lines, keys
     summary = train(run_dir, cache_root=changing, steps=6, progress=lines)
     assert (summary.resumed_from, summary.steps_done, summary.clips) == (3, 6, 3)
     (told,) = [line for line in lines.lines if line.startswith("warning")]
-    assert "2 of the 5 clips that the run began with" in told
+    assert "2 of the 5 clips that the run started with" in told
     assert "'clip/1', 'clip/3'. It continues with the 3 others" in told
     left = ["clip/0", "clip/2", "clip/4"]
     assert keys_read == {n: left[clip_of_sample(n, 3, 0)] for n in range(6, 12)}
