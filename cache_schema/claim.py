@@ -33,8 +33,8 @@ _TOKEN = re.compile(r"[0-9a-f]{16}", re.ASCII)
 class ShardClaim:
     """Context manager: the exclusive right to change one shard, with a folder to stage changes in.
 
-    Entering it moves whatever earlier writers staged to `folder`. Leaving it keeps what is staged,
-    unless `clear` was called.
+    After entering it, `folder` holds what earlier writers had staged. Leaving it keeps what is
+    staged, unless `clear` was called.
     """
 
     def __init__(self, layout: StoreLayout, shard: str) -> None:
@@ -68,7 +68,7 @@ class ShardClaim:
             with self.guarded():
                 refuse_links_below(self.layout.staged(self.shard))
                 self._own.mkdir(parents=True)
-                self._adopt_others()
+                self._take_over_staging()
         except BaseException:
             self._lock.__exit__(None, None, None)
             raise
@@ -129,7 +129,7 @@ class ShardClaim:
         with suppress(LockLost):  # the process that took it over cleans up
             self.discard(self.folder)
 
-    def _adopt_others(self) -> None:
+    def _take_over_staging(self) -> None:
         """Move other writers' folders into this one; adopt the staging with the most records."""
         others = [other for other in sorted(self._own.parent.iterdir()) if other != self._own]
         for other in others:

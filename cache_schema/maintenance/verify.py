@@ -303,8 +303,8 @@ class Survey:
         """Check that the index is, bit for bit, the one that the records give."""
         crc32cs = index.columns["shards.crc32c"].tolist()
         indexed = dict(zip(index.shard_names, crc32cs, strict=True))
-        unreadable = {shard for shard, found in self._generations.items() if found is None}
-        changed = {name for name, _ in indexed.items() ^ self.crc32cs.items()} - unreadable
+        unusable = {shard for shard, found in self._generations.items() if found is None}
+        changed = {name for name, _ in indexed.items() ^ self.crc32cs.items()} - unusable
         for shard in sorted(changed & indexed.keys()):
             known, found = index.shards[shard], self._generations.get(shard)
             if found is not None and found > known.generation:
@@ -326,7 +326,7 @@ class Survey:
                 f"{min(changed)!r}",
                 mend="extract" if isinstance(self.storage, LocalStorage) else "copy",
             )
-        elif self.fast or unreadable or self.duplicates or self.index_is_damaged:
+        elif self.fast or unusable or self.duplicates or self.index_is_damaged:
             return  # the index to compare with cannot be built from the records
         else:
             self._compare_index()
