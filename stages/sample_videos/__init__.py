@@ -1,1 +1,1 @@
-"""Video from a base pipeline and the weights that a run trained."""
+"""Video generation with a base pipeline and the exported weights of a run."""

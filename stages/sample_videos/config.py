@@ -7,7 +7,7 @@ from stages.config import Precision, Section
 
 
 class SampleConfig(Section):
-    """How a video is drawn from the model."""
+    """Settings of video generation."""
 
     steps: int = Field(default=50, ge=1)
     """Denoising steps; 50 is usual."""
@@ -16,11 +16,11 @@ class SampleConfig(Section):
     seed: int = 0
     """Seeds the initial noise."""
     num_frames: int | None = Field(default=None, ge=9)
-    """Frames to draw, 8N+1; null takes the clips' length (49)."""
+    """Frames to generate, 8N+1; null takes the clips' length (49)."""
     device: str = "auto"
-    """auto takes CUDA when there is one; otherwise a torch device."""
+    """A torch device, or auto: CUDA if available, otherwise the CPU."""
     precision: Precision = "bf16"
-    """Arithmetic of the models; bf16 on a GPU, fp32 on a CPU."""
+    """Dtype of the models; bf16 is usual on a GPU, fp32 on a CPU."""
     cpu_offload: bool = False
     """Move each model to the GPU only while it runs: slower, fits a 24 GB card."""
 

@@ -1,4 +1,4 @@
-"""Finds what a training run exported, before anything big is loaded; used by `sampling`."""
+"""Finding and checking the exported weights of a training run."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from stages.files.text import read_object
 from stages.files.yaml import read_yaml
 
 LoraFormat = Literal["diffusers", "comfyui", "kohya"]
-"""Key forms of exported adapters; this project reads diffusers' alone."""
+"""Key formats of exported adapters; this project reads only diffusers."""
 
 LORA_FILES: Mapping[LoraFormat, str] = {
     "diffusers": "pytorch_lora_weights.safetensors",
@@ -26,31 +26,31 @@ LORA_FILES: Mapping[LoraFormat, str] = {
 }
 LORA_FILE = LORA_FILES["diffusers"]
 ABOUT = "export.json"
-"""Record of an export: its step, and its files with their checksums."""
+"""Record of an export: its step, and the checksums of its files."""
 _METADATA_KEY = "lora_adapter_metadata"
-"""Where diffusers keeps alpha and the rank, by names that begin with `_PREFIX`."""
+"""Safetensors metadata key of diffusers for alpha and rank, whose names start with `_PREFIX`."""
 _PREFIX = "transformer."
 
 BASE_SETTING = "model.weights"
-"""Name in run.json's settings of the hash of the transformer that a run was trained from."""
+"""Name in run.json's settings of the base transformer's hash."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Export:
-    """The weights that a run left for diffusers."""
+    """Exported weights of a run."""
 
     method: Literal["lora", "full"]
     folder: Path
-    """Holds pytorch_lora_weights.safetensors, or transformer/."""
+    """Contains pytorch_lora_weights.safetensors, or transformer/."""
     lora_shapes: dict[str, tuple[int, ...]]
-    """Shape of each adapter weight by its name in the file; empty for full tuning."""
+    """Adapter weight name in the file -> shape; empty for full tuning."""
 
 
 def newest_finished_run(runs_root: Path, model: BaseModelConfig) -> Path | None:
-    """Return the run under `runs_root` that finished last, or None if none has.
+    """Return the run under `runs_root` that finished last, or None if there is none.
 
-    Only runs trained from `model` count; runs of several base models may lie side by side. What its
-    transformer holds is compared, or its path alone where the transformer is not on this machine.
+    Only runs trained from `model` count. Transformers are compared by their hash, or by path if the
+    transformer is not on this machine.
     """
     finished = sorted(
         runs_root.glob("*/finished.json"), key=lambda file: (file.stat().st_mtime_ns, file)
@@ -61,30 +61,30 @@ def newest_finished_run(runs_root: Path, model: BaseModelConfig) -> Path | None:
         base = None
     for file in reversed(finished):
         run_dir = file.parent
-        same = _path_of_base(run_dir) == model.path if base is None else _base_of(run_dir) == base
+        same = _base_path(run_dir) == model.path if base is None else _base_hash(run_dir) == base
         if same:
             return run_dir
     return None
 
 
-def _path_of_base(run_dir: Path) -> str | None:
+def _base_path(run_dir: Path) -> str | None:
     try:
         settings = read_yaml(run_dir / "config.yaml")
         return str(settings["model"]["path"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # no run of ours, or one that cannot be read: --run can still name it
+        return None  # not a run, or unreadable: --run can still name it
 
 
-def _base_of(run_dir: Path) -> str | None:
+def _base_hash(run_dir: Path) -> str | None:
     try:
-        about = read_object(run_dir / "run.json")
-        return str(about["settings"][BASE_SETTING])
+        record = read_object(run_dir / "run.json")
+        return str(record["settings"][BASE_SETTING])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def find_export(run_dir: Path) -> Export:
-    """Look for the exported weights of a run and check that they are what was written.
+    """Find the exported weights of a run and verify their checksums.
 
     Args:
         run_dir: A run's folder, or one that `sam2vx-pipeline export` wrote.
@@ -104,8 +104,8 @@ def find_export(run_dir: Path) -> Export:
     for form, name in LORA_FILES.items():
         if form != "diffusers" and (run_dir / name).is_file():
             raise ValueError(
-                f"{run_dir} holds adapters in {form}'s form, which is not read here; export them "
-                "for diffusers: sam2vx-pipeline export without --format"
+                f"{run_dir} holds adapters in the {form} format, which cannot be read here; export "
+                "them for diffusers: sam2vx-pipeline export without --format"
             )
     if not lora.is_file():
         raise ValueError(
@@ -120,7 +120,7 @@ def _is_export(folder: Path) -> bool:
 
 
 def _refuse_damage(folder: Path) -> None:
-    """Compare an export's files with its record; a folder of other origin has none."""
+    """Verify the checksums of an export's files; a folder from elsewhere has none."""
     record = folder / ABOUT
     if not record.is_file():
         return
@@ -128,7 +128,7 @@ def _refuse_damage(folder: Path) -> None:
         files = checksums_from_json(read_object(record, files=dict)["files"])
     except ValueError as error:
         raise ValueError(
-            f"{record} holds no checksums of the export's files ({error}); export the run again"
+            f"{record} has no checksums of the export's files ({error}); export the run again"
         ) from error
     for name, recorded in files.items():
         damage = damage_of(folder / name, recorded)
@@ -150,10 +150,10 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _check_strength(file: Path, stored: str | None) -> None:
-    """Refuse adapters whose metadata do not say how strongly they are applied (`ValueError`).
+    """Check that the metadata have the adapters' alpha and rank (`ValueError`).
 
     Args:
-        stored: what diffusers and peft write of an adapter's settings, as JSON.
+        stored: adapter settings as diffusers and peft write them, in JSON.
     """
     try:
         metadata = parse_json(stored or "{}")
@@ -168,8 +168,8 @@ def _check_strength(file: Path, stored: str | None) -> None:
         )
     if _PREFIX + "lora_alpha" not in metadata:
         raise ValueError(
-            f"{file} does not say its alpha ({_METADATA_KEY} in its metadata), so its strength is "
-            "unknown; export the run again"
+            f"{file} has no alpha ({_METADATA_KEY} in its metadata), so the scale of the adapters "
+            "is unknown; export the run again"
         )
     if metadata.get(_PREFIX + "megatron_config"):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Draws videos from a base pipeline and a run's weights; used by `sample` and `demo`."""
+"""Generating videos with a base pipeline and the weights of a run."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ _PARTS = (*_WEIGHTS, "scheduler")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleSummary:
-    """A drawn video, and what it was drawn with."""
+    """A generated video, and how it was generated."""
 
     out: Path
     prompt: str
@@ -47,14 +47,14 @@ class SampleSummary:
     width: int
     fps: float
     seconds: float
-    """Of drawing and writing; the first video's hold loading the models, too."""
+    """Time of generating and writing; for the first video including loading the models."""
 
 
 def takes_image(model: BaseModelConfig) -> bool:
     """Return whether the base model makes video from an image (and a prompt).
 
     Raises:
-        ValueError: It is no CogVideoX pipeline.
+        ValueError: It is not a CogVideoX pipeline.
     """
     return PIPELINES[pipeline_class(resolve_base_model(model, ()))]
 
@@ -70,26 +70,26 @@ def sample_videos(
     outs: Sequence[Path],
     progress: Progress,
 ) -> Iterator[SampleSummary]:
-    """Draw a video of each prompt and write it as mp4; the models are loaded once.
+    """Generate a video of each prompt and write it as mp4; the models are loaded once.
 
     Args:
-        config: Steps, guidance, seed (each video's), length, device.
-        model: The base pipeline, of CogVideoXPipeline or CogVideoXImageToVideoPipeline.
-        clips: Height, width, rate and usual length: the model is asked for what it was taught;
-            of several sizes, for the first.
-        run_dir: The training run whose export is applied; None draws from the base alone.
-        prompts: What to draw.
-        image: First frame, scaled and cropped as clips are; image-to-video only.
+        config: Denoising steps, guidance, seed (the same for each video), length, device.
+        model: The base pipeline, CogVideoXPipeline or CogVideoXImageToVideoPipeline.
+        clips: Height, width, frame rate and default length of the videos, as in training; the first
+            of several sizes.
+        run_dir: The training run whose export is applied; None uses the base model alone.
+        prompts: One prompt per video.
+        image: First frame, scaled and cropped like clips; image-to-video only.
         outs: The file to write for each prompt; ends in .mp4.
-        progress: Told of loading and of each denoising step.
+        progress: Reports loading and each denoising step.
 
     Raises:
-        ValueError: An export that is missing or does not fit, an image where there must be none
-            (or none where there must be one).
+        ValueError: The export is missing or does not fit the base model, or an image is given to a
+            text-to-video model (or none to an image-to-video model).
     """
     started = time.monotonic()
     if not all(prompt.strip() for prompt in prompts):
-        raise ValueError("the prompt is empty; say what to draw")
+        raise ValueError("the prompt is empty; describe the video")
     clips = clips.sizes[0]
     device = _device(config)
     export = None if run_dir is None else find_export(run_dir)
@@ -147,8 +147,8 @@ def _draw(
         )
     if not np.isfinite(video_THWC).all():
         raise ValueError(
-            f"the video holds values that are not finite at sample.precision={config.precision}; "
-            "bf16 or fp32 may help, unless training itself diverged"
+            f"the video has NaN or infinite values at sample.precision={config.precision}; bf16 or "
+            "fp32 may help, unless training itself diverged"
         )
     return to_frames(video_THWC)
 
@@ -172,7 +172,7 @@ def _device(config: SampleConfig) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"sample.device={name} is no torch device; auto is usual") from error
+        raise ValueError(f"sample.device={name} is not a torch device; auto is usual") from error
     if config.cpu_offload and device.type == "cpu":
         raise ValueError("sample.cpu_offload moves models to a GPU, but sample.device is the CPU")
     return device
@@ -183,6 +183,6 @@ def _place(pipeline: Any, config: SampleConfig, device: torch.device) -> None:
         pipeline.to(device)
         return
     pipeline.enable_model_cpu_offload(device=device)
-    # Decoding 49 frames of 480x720 at once is the largest part of the memory.
+    # Decoding 49 frames of 480x720 at once would dominate peak memory.
     pipeline.vae.enable_slicing()
     pipeline.vae.enable_tiling()

@@ -1,7 +1,7 @@
-"""Puts a run's exported weights into a CogVideoX pipeline, or says why they do not fit.
+"""Loading a run's exported weights into a CogVideoX pipeline.
 
-Used by `sampling`. Loaders in diffusers pass over names that they do not know; a run that silently
-has no effect is the one thing that must not happen here.
+Loaders in diffusers ignore unknown names, so everything is checked here: trained weights must never
+be ignored silently.
 """
 
 from pathlib import Path
@@ -17,28 +17,28 @@ _ADAPTER = "run"
 
 
 def load_full_transformer(export: Export, base: Path, dtype: torch.dtype) -> Any:
-    """Load a fully tuned transformer, made for the base pipeline in folder `base`.
+    """Load a fully tuned transformer for the base pipeline in folder `base`.
 
     Raises:
-        ValueError: It is of another architecture than the base's, or incomplete.
+        ValueError: Its architecture differs from the base's, or it is incomplete.
     """
     folder = export.folder / "transformer"
-    _refuse_other_architecture(folder, base)
+    _check_architecture(folder, base)
     try:
         return load_model(CogVideoXTransformer3DModel, folder, dtype=dtype)
     except ValueError as error:
         raise ValueError(
-            f"{folder} is not a whole transformer, export the run again: {error}"
+            f"{folder} is not a complete transformer; export the run again: {error}"
         ) from error
 
 
-def _refuse_other_architecture(folder: Path, base: Path) -> None:
-    ours = read_config(folder / "config.json")
-    theirs = read_config(base / "transformer" / "config.json")
+def _check_architecture(folder: Path, base: Path) -> None:
+    trained = read_config(folder / "config.json")
+    expected = read_config(base / "transformer" / "config.json")
     differing = [
-        f"{name} {ours[name]!r} instead of {theirs[name]!r}"
-        for name in sorted(ours.keys() & theirs.keys())
-        if not name.startswith("_") and ours[name] != theirs[name]
+        f"{name} {trained[name]!r} instead of {expected[name]!r}"
+        for name in sorted(trained.keys() & expected.keys())
+        if not name.startswith("_") and trained[name] != expected[name]
     ]
     if differing:
         raise ValueError(
@@ -48,12 +48,12 @@ def _refuse_other_architecture(folder: Path, base: Path) -> None:
 
 
 def add_lora(pipeline: Any, export: Export) -> None:
-    """Load a run's adapters into a pipeline and check that every one of them arrived.
+    """Load a run's adapters into a pipeline and check that all of them were loaded.
 
     Raises:
-        ValueError: Adapters of another transformer, or adapters that diffusers left out.
+        ValueError: The adapters do not fit the transformer, or diffusers did not load all of them.
     """
-    _refuse_unfitting_adapters(pipeline.transformer, export)
+    _check_adapters(pipeline.transformer, export)
     try:
         pipeline.load_lora_weights(
             export.folder,
@@ -69,15 +69,15 @@ def add_lora(pipeline: Any, export: Export) -> None:
             f"diffusers and peft cannot load {export.folder / LORA_FILE} ({error}): its weights do "
             "not fit the settings in its metadata; export the run again"
         ) from error
-    arrived = sum(f".{_ADAPTER}." in name for name, _ in pipeline.transformer.named_parameters())
-    if arrived != len(export.lora_shapes):
+    num_loaded = sum(f".{_ADAPTER}." in name for name, _ in pipeline.transformer.named_parameters())
+    if num_loaded != len(export.lora_shapes):
         raise ValueError(
-            f"{arrived} of {len(export.lora_shapes)} adapter weights in {export.folder} were taken "
-            "by the transformer; the run was not trained from this base model"
+            f"{num_loaded} of {len(export.lora_shapes)} adapter weights in {export.folder} were "
+            "loaded into the transformer; the run was not trained from this base model"
         )
 
 
-def _refuse_unfitting_adapters(transformer: torch.nn.Module, export: Export) -> None:
+def _check_adapters(transformer: torch.nn.Module, export: Export) -> None:
     sizes = {
         name: (module.in_features, module.out_features)
         for name, module in transformer.named_modules()

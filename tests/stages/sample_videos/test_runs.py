@@ -89,7 +89,7 @@ def test_adapters_whose_strength_is_unknown_are_an_error(lora_run):
     run = lora_run()
     file = run / "export" / LORA_FILE
     save_file(load_file(file), file)
-    with pytest.raises(ValueError, match="does not say its alpha"):
+    with pytest.raises(ValueError, match="has no alpha"):
         find_export(run)
 
 
@@ -99,7 +99,7 @@ METADATA = {
     "too deep": (DEEP, "is not JSON"),
     "a list": ("[]", "must be an object of settings, got a list"),
     "a text with alpha in it": ('"alpha"', "must be an object of settings, got a str"),
-    "alpha of another module": ({"text_encoder.lora_alpha": 1.0}, "does not say its alpha"),
+    "alpha of another module": ({"text_encoder.lora_alpha": 1.0}, "has no alpha"),
     "alpha as text": ({"transformer.lora_alpha": "4"}, "lora_alpha .* positive number, got '4'"),
     "alpha that is no number": ({"transformer.lora_alpha": None}, "positive number, got None"),
     "alpha without end": ('{"transformer.lora_alpha": Infinity}', "positive number, got inf"),

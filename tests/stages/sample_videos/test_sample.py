@@ -253,7 +253,7 @@ class TestUnfittingRuns:
         del weights["proj_out.weight"]
         save_file(weights, file)
         with pytest.raises(
-            ValueError, match=r"not a whole transformer, export .* missing: 1 \(proj_out\.weight"
+            ValueError, match=r"not a complete transformer; export .* missing: 1 \(proj_out\.weight"
         ):
             draw(config, base, clips, tmp_path, run=run)
 
@@ -275,7 +275,7 @@ class TestUnfittingRuns:
     ("update", "message"),
     [
         ({"cpu_offload": True}, "cpu_offload moves models to a GPU"),
-        ({"device": "toaster"}, r"sample\.device=toaster is no torch device"),
+        ({"device": "toaster"}, r"sample\.device=toaster is not a torch device"),
         ({"prompt": " "}, "the prompt is empty"),
     ],
 )
@@ -296,6 +296,6 @@ def test_a_video_that_is_not_finite_is_not_written(config, base, clips, tmp_path
     weights = load_file(file)
     weights["proj_out.weight"] += torch.inf
     save_file(weights, file)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="NaN or infinite"):
         draw(config, base, clips, tmp_path, run=run)
     assert not (tmp_path / "video.mp4").exists()
