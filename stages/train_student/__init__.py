@@ -1,1 +1,1 @@
-"""Stage two: CogVideoX trained from the cache alone; never imports sam2."""
+"""Stage two: training CogVideoX from the cache only; never imports sam2."""

@@ -1,8 +1,8 @@
-"""What keeps a run going, and stops it: steps with NaN or infinite losses, and damaged clips.
+"""Guards against NaN or infinite losses and damaged clips: skip a step, or stop the run.
 
-A bad loss is turned into a bad gradient, which the reduction carries to all ranks. ZeRO 1 to 3 skip
-an update whose gradient norm is NaN or infinite, on every rank alike, and drop what was
-accumulated.
+A non-finite loss is made NaN, so that the gradient reduction spreads it to all ranks. ZeRO 1 to 3
+skip an update whose gradient norm is NaN or infinite on every rank, and discard the accumulated
+gradients.
 """
 
 import math
@@ -28,13 +28,13 @@ from stages.train_student.step import Losses
 
 
 class TrainingDivergedError(RuntimeError):
-    """Too many losses or gradients in a row are infinite or no number."""
+    """The loss or gradient is NaN or infinite for too many steps in a row."""
 
 
 def nan_if_nonfinite(losses: Losses) -> Tensor:
-    """The loss to go backward from: itself, or one of whose gradient nothing is finite.
+    """Return the total loss, multiplied by NaN if any clip's loss is NaN or infinite.
 
-    Nothing is waited for, and a finite loss is the same to the last bit.
+    Does not synchronise with the device; a finite loss is returned bit for bit.
     """
     parts = [losses.total.detach()[None], losses.diffusion_B, *losses.auxiliary_B.values()]
     finite = torch.cat([part.isfinite() for part in parts]).all()
@@ -42,67 +42,67 @@ def nan_if_nonfinite(losses: Losses) -> Tensor:
 
 
 def update(engine: Any) -> float | None:
-    """Move the weights by the accumulated gradient, and the schedule by a step.
+    """Update the weights from the accumulated gradient, and advance the learning-rate schedule.
 
     Returns:
-        The gradient's norm before clipping; None where it is no number, and the weights and the
-        optimiser's moments are as they were.
+        The gradient norm before clipping; None if it is NaN or infinite, in which case the weights
+        and the optimiser's moments are unchanged.
     """
     if engine.zero_optimization_stage() == 0:
         norm = gradient_norm_before_step(engine)
-        assert norm is not None, "without ZeRO the gradients lie whole on every rank"
+        assert norm is not None, "without ZeRO every rank holds the whole gradients"
         if math.isfinite(norm):
             engine.step()
             return norm
         engine.zero_grad()
         engine.set_gradient_accumulation_boundary(False)
-        engine.step()  # only counts the forward pass
-        engine.set_gradient_accumulation_boundary(None)  # where it is follows from the count again
-        _move_schedule_on(engine)
+        engine.step()  # only counts the micro-step
+        engine.set_gradient_accumulation_boundary(None)  # derived from the count again
+        _advance_schedule(engine)
         return None
     engine.step()
     if engine.was_step_applied():
         return float(engine.get_global_grad_norm())
-    _move_schedule_on(engine)  # DeepSpeed holds it back: it takes this for fp16's loss scaling
+    _advance_schedule(engine)  # DeepSpeed does not: it assumes an fp16 loss-scaling overflow
     return None
 
 
-def _move_schedule_on(engine: Any) -> None:
+def _advance_schedule(engine: Any) -> None:
     with warnings.catch_warnings():
-        # torch warns where the very first step is skipped: the schedule goes before the optimiser.
+        # torch warns if the first step is skipped: the scheduler steps before the optimiser.
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
         engine.lr_scheduler.step()
 
 
-class SkippedInARow:
-    """Counts the steps skipped in a row, on every rank alike, and stops the run at too many."""
+class ConsecutiveSkipGuard:
+    """Stops the run after too many consecutive skipped steps; counts alike on every rank."""
 
-    def __init__(self, run_dir: Path, steps_done: int, *, most: int, world: World) -> None:
-        """Go on from the skipped steps that a run of `steps_done` steps ended with."""
-        self._most = most
-        self._count = on_first_rank(world, lambda: _at_the_end(run_dir, steps_done))
+    def __init__(self, run_dir: Path, steps_done: int, *, max_skipped: int, world: World) -> None:
+        """Start from the number of skipped steps at the end of the `steps_done` steps so far."""
+        self._max_skipped = max_skipped
+        self._count = on_first_rank(world, lambda: _count_trailing_skips(run_dir, steps_done))
 
     def add(self, skipped: SkippedRow | None) -> None:
-        """Count a step.
+        """Count a step; None for one that was not skipped.
 
         Raises:
-            TrainingDivergedError: naming the step and the clips.
+            TrainingDivergedError: too many in a row; names the step and the clips.
         """
         self._count = 0 if skipped is None else self._count + 1
-        if skipped is None or self._count <= self._most:
+        if skipped is None or self._count <= self._max_skipped:
             return
-        in_a_row = f" for the {_ordinal(self._count)} time in a row" if self._count > 1 else ""
+        in_a_row = f" for the {_ordinal(self._count)} consecutive step" if self._count > 1 else ""
         raise TrainingDivergedError(
-            f"the {skipped.what} is no number{in_a_row} at step {skipped.step}, clips "
+            f"the {skipped.what} is NaN or infinite{in_a_row} at step {skipped.step}, clips "
             f"{', '.join(map(repr, skipped.suspects()))}; training stopped, and the last "
-            f"checkpoint is from before. {SKIPPED_FILE} in the run's folder has every clip's loss "
-            "and timestep: look at the clips with sam2vx-pipeline inspect, and leave them out with "
-            "train.leave_out; if they are sound, a lower train.optimizer.learning_rate or "
+            f"checkpoint is from before. {SKIPPED_FILE} in the run's folder lists the loss and "
+            "timestep of every clip: view the clips with sam2vx-pipeline inspect, and exclude them "
+            "with train.leave_out; if they are sound, a lower train.optimizer.learning_rate or "
             "train.deepspeed.precision fp32 may help"
         )
 
 
-def _at_the_end(run_dir: Path, steps_done: int) -> int:
+def _count_trailing_skips(run_dir: Path, steps_done: int) -> int:
     skipped = {row["step"] for row in read_rows(run_dir / SKIPPED_FILE)}
     count = 0
     while steps_done - count in skipped:
@@ -120,23 +120,23 @@ class TooManyDamaged(CacheError):  # noqa: N818 (as the cache's other errors)
     """More clips are damaged than `train.max_damaged` allows."""
 
 
-class DamagedClips:
-    """Counts the damaged clips of all ranks, on every rank alike."""
+class DamagedClipGuard:
+    """Stops the run after too many damaged clips; counts those of all ranks on every rank."""
 
-    def __init__(self, *, clips: int, most: float, world: World) -> None:
-        """Begin with none, also in a resumed run: the cache may have been repaired.
+    def __init__(self, *, clips: int, max_fraction: float, world: World) -> None:
+        """Start from zero, also when a run is resumed: the cache may have been repaired.
 
         Args:
-            clips: how many there are to train on.
-            most: largest share of them that may be damaged.
+            clips: number of training clips.
+            max_fraction: largest fraction of them that may be damaged.
         """
         self._clips = clips
-        self._most = most
+        self._max_fraction = max_fraction
         self._world = world
         self._keys: set[str] = set()
 
-    def of_all_ranks(self, step: int, mine: list[DamagedClip]) -> tuple[DamagedRow, ...]:
-        """The damaged clips of every rank's passes; every rank asks, if any has one."""
+    def gather_rows(self, step: int, mine: list[DamagedClip]) -> tuple[DamagedRow, ...]:
+        """The damaged clips of all ranks; every rank must call this if any rank has one."""
         return tuple(
             DamagedRow(step=step, key=clip.key, message=clip.message, gone=clip.gone)
             for rank in gather(self._world, mine)
@@ -144,22 +144,23 @@ class DamagedClips:
         )
 
     def add(self, rows: tuple[DamagedRow, ...]) -> None:
-        """Count the damaged ones; the same clip counts once.
+        """Count the damaged clips, each once.
 
-        Clips that were dropped are somebody's decision, and what is left of the cache is whole.
+        Clips that were dropped from the cache do not count: that was deliberate, and the rest of
+        the cache is intact.
 
         Raises:
-            TooManyDamaged: naming some, and what would help.
+            TooManyDamaged: more than allowed; names some, and how to repair the cache.
         """
         self._keys.update(row.key for row in rows if not row.gone)
-        if not rows or len(self._keys) <= self._most * self._clips:
+        if not rows or len(self._keys) <= self._max_fraction * self._clips:
             return
         named = ", ".join(map(repr, sorted(self._keys)[:3]))
         more = f" and {len(self._keys) - 3} more" if len(self._keys) > 3 else ""
         raise TooManyDamaged(
             f"{len(self._keys)} of {self._clips} clips cannot be read, more than "
-            f"train.max_damaged={self._most} allows: {named}{more}; {DAMAGED_FILE} in the run's "
-            "folder says why. sam2vx-pipeline cache verify finds all of them, cache repair takes "
-            "them out, extract-features --retry-failed makes them again; then run the same command "
-            "again: it goes on, also without them"
+            f"train.max_damaged={self._max_fraction} allows: {named}{more}; {DAMAGED_FILE} in the "
+            "run's folder has the reasons. sam2vx-pipeline cache verify finds all of them, cache "
+            "repair removes them, extract-features --retry-failed extracts them again; then run "
+            "the same command again: it resumes, also without them"
         )

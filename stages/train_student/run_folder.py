@@ -1,18 +1,16 @@
 """The folder of a run: its settings, its lock, and whether it is finished.
 
-    <run_dir>/
-        config.yaml            the resolved configuration
-        run.json               what may not change between resumes, provenance, processes, stores,
-                               clips left out, clips held out
-        clips/                 the clips that it began with (data/clip_lists.py)
-        losses.jsonl           one line per step; and further files of lines (logging/run_log.py)
-        tensorboard/, wandb/   as train.report_to says
-        checkpoints/           (checkpoints)
-        heads.safetensors      the objectives' projectors, kept for more training
-        export/                the trained weights in diffusers' format (checkpoints/export.py)
-        finished.json          written last
-
-The training loop uses it; sampling looks for finished.json and export/.
+<run_dir>/
+    config.yaml            the resolved configuration
+    run.json               settings that may not change on resume, provenance, processes, stores,
+                           excluded and held-out clips
+    clips/                 the clips at the start of the run (data/clip_lists.py)
+    losses.jsonl           one line per step; further logs are in logging/run_log.py
+    tensorboard/, wandb/   as set by train.report_to
+    checkpoints/           (checkpoints/__init__.py)
+    heads.safetensors      the objectives' projectors, for further training
+    export/                the trained weights in diffusers format (checkpoints/export.py)
+    finished.json          written last
 """
 
 import io
@@ -58,10 +56,10 @@ FREE_SETTINGS = (
     "stores",
     "leave_out",
 )
-"""Settings of a run, with all below them, that a resume may change, as may the number of processes.
-They say how the work is done and what is shown of it, not what is learnt: `stores`, `leave_out` and
-`validation.clips` are compared by what comes of them, what the stores hold and which clips are
-left to train on, which may become fewer."""
+"""Settings, including nested ones, that may change when a run is resumed, as may the number of
+processes. They change how the work is done and reported, not what is learnt. `stores`, `leave_out`
+and `validation.clips` are compared by their effect: the settings of the stores, and the clips to
+train on, which may become fewer."""
 
 
 def fixed_settings(
@@ -72,10 +70,10 @@ def fixed_settings(
     *,
     base_weights: str,
 ) -> dict[str, Any]:
-    """What decides a run's weights, by dotted name; two runs with equal ones are the same run.
+    """Settings that determine a run's weights, by dotted name; they may not change on resume.
 
     Args:
-        base_weights: hash of the transformer's weights; where they lie may change.
+        base_weights: hash of the transformer's weights; their path may change.
     """
     nested = {
         "train": config.model_dump(mode="json"),
@@ -85,16 +83,16 @@ def fixed_settings(
         "scheduler": {k: v for k, v in facts.scheduler.items() if not k.startswith("_")},
         "stores": {kind: reader.settings.hash for kind, reader in stores.readers.items()},
     }
-    # Through JSON, so that what was just computed equals what a run read back.
+    # Through JSON, so that the values compare equal to those read from run.json.
     flat = _flat(json.loads(json.dumps(nested)), "")
     return {name: value for name, value in flat if not _is_free(name)}
 
 
 def held_out_before(run_dir: Path, count: int) -> tuple[str, ...] | None:
-    """The clips that the run in this folder holds out, present or not.
+    """Keys of the clips that the run in this folder holds out, present in the cache or not.
 
-    They stay the same for the whole of a run: a clip that was trained on is not validated with.
-    None where there is no run yet, or one that holds out another number than `count`.
+    They are fixed for the whole run, so that no clip is used for both training and validation.
+    None if there is no run yet, or if it does not hold out exactly `count` clips.
     """
     file = run_dir / "run.json"
     if not file.is_file():
@@ -113,26 +111,26 @@ def open_run(
     held_out: Sequence[str],
     leave_out: Path | None,
 ) -> str | None:
-    """Make the folder, or check that it holds a run of the same settings.
+    """Create the folder, or check that it holds a run with the same settings.
 
     Credentials in URLs are neither written nor compared.
 
     Args:
-        settings: `fixed_settings`.
+        settings: from `fixed_settings`.
         resolved_config: written as config.yaml.
-        about: further facts for run.json, such as provenance; not compared.
-        clips: keys of the clips to train on, by size.
-        held_out: keys of the clips for validation.
-        leave_out: manifest of clips that are left out.
+        about: further metadata for run.json, such as provenance; not compared.
+        clips: keys of the training clips, by size.
+        held_out: keys of the validation clips.
+        leave_out: manifest of excluded clips.
 
     Returns:
-        What to tell of a run that goes on with fewer clips than it began with.
+        A warning if the run resumes with fewer clips than it started with.
 
     Raises:
-        ValueError: the folder holds another run, or something else.
+        ValueError: the folder holds another run, or run.json is damaged.
     """
     settings, resolved_config, about = map(redacted, (settings, resolved_config, about))
-    told = None
+    warning = None
     file = run_dir / "run.json"
     if file.is_file():
         known = _read_run(file)
@@ -147,10 +145,10 @@ def open_run(
                 f"{name} was {found.get(name)!r}, is {settings.get(name)!r}" for name in differing
             )
             raise ValueError(
-                f"{run_dir} holds a run with other settings: {changes}. Choose another "
-                "train.run_dir, or the settings it was started with"
+                f"{run_dir} holds a run with different settings: {changes}. Choose another "
+                "train.run_dir, or restore the settings that the run was started with"
             )
-        told = compare_clips(
+        warning = compare_clips(
             run_dir,
             known["clip_digests"],
             clips,
@@ -165,14 +163,14 @@ def open_run(
     if not file.is_file():
         write_clips(run_dir, clips)
         digests = {size: digest(keys) for size, keys in clips.items()}
-        of_clips = {"clip_digests": digests, "held_out": list(held_out)}
-        _write(file, json.dumps({"settings": settings, **about, **of_clips}, indent=1))
+        clip_records = {"clip_digests": digests, "held_out": list(held_out)}
+        _write(file, json.dumps({"settings": settings, **about, **clip_records}, indent=1))
     make_directories(run_dir / "checkpoints")
-    return told
+    return warning
 
 
 def finished_steps(run_dir: Path) -> int | None:
-    """How many steps the finished run in this folder made; None while it is not finished."""
+    """Number of steps of the finished run in this folder; None if it is not finished."""
     file = run_dir / "finished.json"
     if not file.is_file():
         return None
@@ -180,26 +178,26 @@ def finished_steps(run_dir: Path) -> int | None:
 
 
 def mark_finished(run_dir: Path, steps: int, export: Path) -> None:
-    """Say that everything is written."""
+    """Write finished.json, once everything else is written."""
     content = {"steps": steps, "export": export.relative_to(run_dir).as_posix()}
     _write(run_dir / "finished.json", json.dumps(content, indent=1))
 
 
 class RunLock:
-    """Context manager: holds the folder against a second training; it dies with the process."""
+    """Context manager: locks the folder against a second training; released with the process."""
 
     def __init__(self, run_dir: Path) -> None:
-        """Touches no file before `__enter__`."""
+        """Prepare the lock; no file is touched before `__enter__`."""
         self._run_dir = run_dir
         self._file = run_dir / ".lock"
         self._lock = FileLock(self._file, wait=False, what=f"the run {run_dir}")
 
     def __enter__(self) -> None:
-        """Take the folder.
+        """Acquire the lock.
 
         Raises:
-            ValueError: another process trains here.
-            LockUnsupported: the file system keeps no locks.
+            ValueError: another process is training here.
+            LockUnsupported: the file system does not support locks.
         """
         make_directories(self._run_dir)
         try:
@@ -211,15 +209,15 @@ class RunLock:
             ) from None
 
     def check(self) -> None:
-        """Raise `LockLost` if another process may be training here; before anything is changed."""
+        """Raise `LockLost` if another process may be training here; call before any change."""
         try:
             self._lock.check()
         except LockLost:
             raise LockLost(
-                f"training in {self._run_dir} stops here, and what lies there is left as it is: "
-                f"its lock {self._file} was deleted or taken over, so another process may be "
-                "training there. End every other training in that folder, or wait for it; then "
-                "the same command resumes from the last checkpoint"
+                f"training in {self._run_dir} stops here and leaves the folder unchanged: its lock "
+                f"{self._file} was deleted or taken over, so another process may be training "
+                "there. Stop any other training in that folder, or wait for it; then the same "
+                "command resumes from the last checkpoint"
             ) from None
 
     def __exit__(
@@ -234,7 +232,7 @@ class RunLock:
 def _read_run(file: Path) -> dict[str, Any]:
     found = read_object(file, settings=dict, clip_digests=dict, held_out=list)
     if not all(isinstance(key, str) for key in found["held_out"]):
-        raise ValueError(f"{file} is damaged: held_out holds what is no key; restore it")
+        raise ValueError(f"{file} is damaged: held_out must be a list of clip keys; restore it")
     return found
 
 

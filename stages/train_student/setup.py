@@ -1,6 +1,6 @@
-"""Checks before anything large is loaded, and the fixed parts of a run.
+"""Checks before anything large is loaded, and the constant parts of a run.
 
-Everything here is made before, or independently of, the DeepSpeed engine.
+Everything here is created before the DeepSpeed engine, or does not depend on it.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from stages.train_student.data.order import (
 )
 from stages.train_student.data.stores import JoinedStores, array_shape
 from stages.train_student.logging.run_log import RunLog
-from stages.train_student.logging.trackers import Boards, check_boards
+from stages.train_student.logging.trackers import Trackers, check_trackers
 from stages.train_student.model.lora import check_targets
 from stages.train_student.model.teacher import TeacherLayout
 from stages.train_student.objectives.build import build_heads, build_objectives
@@ -41,12 +41,12 @@ from stages.train_student.run_folder import RunLock, fixed_settings, held_out_be
 from stages.train_student.step import TrainingStep
 
 CONFIGURATIONS = ("transformer/config.json", "vae/config.json", "scheduler")
-"""What of the base model is read before anything big is."""
+"""Base-model files that are read before any weights are loaded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """One training: its settings, what they refer to, and this process's place in it."""
+    """One training run: its settings, the model facts and stores they refer to, and this rank."""
 
     config: TrainConfig
     clips: ClipsConfig
@@ -57,22 +57,22 @@ class Run:
     world: World
     progress: Progress
     lock: RunLock
-    """Held by rank 0, which asks it before it changes anything in the run's folder."""
+    """Held by rank 0, which checks it before any change to the run's folder."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Format of the weights in the forward and backward pass."""
+        """Dtype of the weights in the forward and backward pass."""
         return weights_dtype(self.config.deepspeed)
 
     @property
     def accumulation(self) -> int:
-        """Forward passes per rank and step."""
+        """Micro-batches per rank and step."""
         config = self.config
         return accumulation_steps(config.batch_size, config.micro_batch_size, self.world.size)
 
     @property
     def timesteps(self) -> int:
-        """How many the base model's schedule has."""
+        """Number of timesteps of the base model's schedule."""
         return int(self.facts.scheduler["num_train_timesteps"])
 
     @property
@@ -82,24 +82,24 @@ class Run:
 
     @property
     def num_clips(self) -> int:
-        """Clips to train on, of every size together."""
+        """Number of training clips, over all sizes."""
         return sum(self.stores.clips.values())
 
     @property
     def sizes(self) -> list[tuple[ClipsConfig, JoinedStores]]:
-        """The sizes of the clips, and the stores of each."""
+        """Clip sizes, and the stores of each."""
         return list(zip(self.clips.sizes, self.stores.stores, strict=True))
 
     @property
     def samples(self) -> CachedSamples:
-        """The clips as they are trained on."""
+        """The training samples."""
         config = self.config
         return CachedSamples(
             self.stores.stores, self.facts, seed=config.seed, batch_size=config.batch_size
         )
 
     def heads(self) -> nn.ModuleDict:
-        """A projector for each objective, freshly made."""
+        """Build a new projector for each objective."""
         transformer, teacher = self.facts.transformer, self.stores.teacher
         has_features = teacher is not None and "features" in teacher.settings.arrays
         return build_heads(
@@ -111,7 +111,7 @@ class Run:
         )
 
     def training_step(self) -> TrainingStep:
-        """The forward pass with its losses."""
+        """Build the forward pass with its losses."""
         return TrainingStep(
             self.facts,
             build_objectives(self.config),
@@ -121,7 +121,7 @@ class Run:
         )
 
     def batches(self, steps: range) -> BatchLoader:
-        """What this rank sees in those steps."""
+        """Load this rank's micro-batches of those steps."""
         config, world = self.config, self.world
         numbers = micro_batches(
             steps,
@@ -138,23 +138,23 @@ class Run:
             pin_memory=world.device.type == "cuda",
         )
 
-    def log(self, boards: Boards, steps_done: int) -> RunLog:
-        """What is written down of every step, going on after `steps_done` of them."""
+    def log(self, trackers: Trackers, steps_done: int) -> RunLog:
+        """Open the run's logs, to append after `steps_done` steps."""
         config = self.config
         return RunLog(
             config.run_dir,
             steps_done,
-            boards,
+            trackers,
             check=self.lock.check,
             objectives=config.objectives,
             log_every=config.log_every,
             progress=self.progress,
         )
 
-    def boards(self, steps_done: int) -> Boards:
-        """Where curves and videos go besides."""
+    def trackers(self, steps_done: int) -> Trackers:
+        """Open the TensorBoard and W&B loggers of this run."""
         config = self.config
-        return Boards(
+        return Trackers(
             config.run_dir,
             config.report_to,
             steps_done=steps_done,
@@ -162,13 +162,13 @@ class Run:
             settings=config.model_dump(mode="json"),
         )
 
-    def refuse_ranks_with_other_clips(self) -> None:
-        """Refuse stores that changed while the processes opened them; every rank must call this.
+    def check_ranks_agree(self) -> None:
+        """Check that all ranks opened the same stores and clips; every rank must call this.
 
         Raises:
-            ValueError: a rank found other clips than the others.
+            ValueError: the ranks found different clips.
         """
-        mine = ([digest(of_size.keys) for of_size in self.stores.stores], self.stores.held_out)
+        mine = ([digest(joined.keys) for joined in self.stores.stores], self.stores.held_out)
         clips = gather(self.world, (mine, self.num_clips))
         if any(of_rank != clips[0] for of_rank in clips):
             counts = ", ".join(str(count) for _, count in clips)
@@ -180,23 +180,23 @@ class Run:
     def open(
         self, base: Path, resolved_config: dict[str, Any], provenance: dict[str, Any]
     ) -> str | None:
-        """Make the run's folder, or check that it holds this run.
+        """Create the run's folder, or check that it holds this run.
 
         Args:
             base: folder of the base model, with the transformer's weights.
 
         Returns:
-            What to tell of a run that goes on with fewer clips than it began with.
+            A warning if the run resumes with fewer clips than it started with.
 
         Raises:
-            ValueError: it holds another run.
+            ValueError: the folder holds another run.
             LockLost: another process may be training in it.
         """
         stores = {
             kind: {"folder": reader.name, "settings_hash": reader.settings.hash}
             for kind, reader in self.stores.readers.items()
         }
-        about = {
+        metadata = {
             "provenance": provenance,
             "model": self.model.model_dump(mode="json"),
             "processes": self.world.size,
@@ -216,8 +216,8 @@ class Run:
             self.config.run_dir,
             settings,
             resolved_config,
-            about,
-            clips={of_size.size: of_size.keys for of_size in self.stores.stores},
+            metadata,
+            clips={joined.size: joined.keys for joined in self.stores.stores},
             held_out=self.stores.held_out,
             leave_out=self.config.leave_out,
         )
@@ -231,7 +231,7 @@ def prepare(
     world: World,
     progress: Progress,
 ) -> Run:
-    """Read what is small, and refuse what cannot be trained before anything big is loaded.
+    """Read configurations and stores, and check everything before any weights are loaded.
 
     Raises:
         ValueError: settings contradict each other, the stores, or the model.
@@ -241,7 +241,7 @@ def prepare(
     config = config.model_copy(update={"micro_batch_size": micro_batch})
     check_engine_settings(config)
     check_average(config)
-    check_boards(config.report_to)
+    check_trackers(config.report_to)
     kinds = kinds_needed(config)
     facts = read_base_facts(resolve_base_model(model, CONFIGURATIONS))
     check_block(config, facts)
@@ -256,11 +256,11 @@ def prepare(
         held_out=config.validation.clips,
         held_out_before=held_out_before(config.run_dir, config.validation.clips),
     )
-    for size, of_size in zip(clips.sizes, stores.stores, strict=True):
-        check_stores(of_size, facts, size, radius=config.lgf.radius)
-    for of_size in stores.stores:
-        if of_size.teacher is not None:
-            check_teacher(config, of_size.teacher.settings, str(of_size.teacher.path))
+    for size, joined in zip(clips.sizes, stores.stores, strict=True):
+        check_stores(joined, facts, size, radius=config.lgf.radius)
+    for joined in stores.stores:
+        if joined.teacher is not None:
+            check_teacher(config, joined.teacher.settings, str(joined.teacher.path))
     check_validation(config, facts, model, clips.sizes[0])
     if model.is_local:  # others are checked once they are downloaded
         check_base_weights(facts.folder, weights_needed(config))
@@ -278,55 +278,53 @@ def prepare(
 
 
 def weights_needed(config: TrainConfig) -> tuple[Part, ...]:
-    """Parts of the base model that a run loads the weights of."""
+    """Parts of the base model whose weights a run loads."""
     if config.samples.prompts:
         return ("transformer", "tokenizer", "text_encoder", "vae")
     return ("transformer",)
 
 
 def check_block(config: TrainConfig, facts: BaseFacts) -> None:
-    """Refuse a block that the transformer does not have (`ValueError`)."""
+    """Check that the transformer has the block (`ValueError`)."""
     blocks = facts.transformer["num_layers"]
     if config.objectives and config.block >= blocks:
         raise ValueError(
             f"train.block must be under {blocks}, the base model's number of blocks, got "
-            f"{config.block}; it counts from 0, and the presets teach about 0.6 of the depth, "
-            f"{int(0.6 * blocks)}"
+            f"{config.block}; blocks count from 0, and the presets use one at about 0.6 of the "
+            f"depth, {int(0.6 * blocks)}"
         )
 
 
 def check_validation(
     config: TrainConfig, facts: BaseFacts, model: BaseModelConfig, clips: ClipsConfig
 ) -> None:
-    """Refuse what could not be measured or drawn.
+    """Check the settings of validation and samples.
 
     Args:
-        clips: the size that is drawn.
+        clips: the size of the sample videos.
 
     Raises:
-        ValueError: naming the field and what would do.
+        ValueError: an invalid setting; names the field and a valid value.
     """
-    timesteps, most = config.validation.timesteps, facts.scheduler["num_train_timesteps"] - 1
+    timesteps, last = config.validation.timesteps, facts.scheduler["num_train_timesteps"] - 1
     if config.validation.clips and (
         not timesteps
         or len(set(timesteps)) < len(timesteps)
-        or not all(0 <= timestep <= most for timestep in timesteps)
+        or not all(0 <= timestep <= last for timestep in timesteps)
     ):
         raise ValueError(
-            f"train.validation.timesteps must be one or more of 0 to {most}, each once, got "
+            f"train.validation.timesteps must be one or more of 0 to {last}, without repeats, got "
             f"{list(timesteps)}; [100, 300, 500, 700, 900] is usual"
         )
     samples = config.samples
     if not all(prompt.strip() for prompt in samples.prompts):
-        raise ValueError("train.samples.prompts holds an empty prompt; say what to draw")
+        raise ValueError("train.samples.prompts holds an empty prompt; remove it, or fill it in")
     if not facts.image_to_video and samples.images:
-        raise ValueError(
-            f"{model.path} makes video from text alone; leave train.samples.images out"
-        )
+        raise ValueError(f"{model.path} is a text-to-video model; leave out train.samples.images")
     if facts.image_to_video and len(samples.images) != len(samples.prompts):
         raise ValueError(
-            f"{model.path} makes video from an image: train.samples.images must name one for each "
-            f"of the {len(samples.prompts)} prompts, got {len(samples.images)}"
+            f"{model.path} is an image-to-video model: train.samples.images must name one image "
+            f"for each of the {len(samples.prompts)} prompts, got {len(samples.images)}"
         )
     for image in samples.images:
         first_frame(image, clips)

@@ -1,9 +1,9 @@
-"""One forward pass with its losses, and the sums of an optimiser step over passes and ranks.
+"""Forward pass and losses of one micro-batch, and loss means over micro-batches and ranks.
 
-Sums are float64 and added in a fixed order, so that equal runs write equal rows.
+Sums are float64 and added in a fixed order, so identical runs log identical values.
 
 Legend: B clip, F latent frame, C channel, H W latent or token grid, S timestep of the schedule or
-bin of timesteps, T map of an objective, J token in time, V value of a clip (1 for the count,
+timestep bin, T feature map of an objective, J token in time, V value of a clip (1 for the count,
 diffusion, each objective).
 """
 
@@ -28,18 +28,18 @@ from stages.train_student.parallel.process_group import World, gather
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """What is minimised, and its parts for each clip before weighting; on the device."""
+    """Total loss, and the unweighted losses of each clip; on the device."""
 
     total: Tensor
-    """A scalar, with gradient."""
+    """Scalar, with gradient."""
     diffusion_B: Tensor
     auxiliary_B: dict[str, Tensor]
-    """By objective."""
+    """Objective name -> loss of each clip."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """What of the student's inputs depends on the size of a batch alone."""
+    """Inputs of the student that depend only on the shape of a batch."""
 
     token_grid: tuple[int, int, int]
     rotary: tuple[Tensor, Tensor] | None
@@ -47,7 +47,7 @@ class _Shape:
 
 
 class TrainingStep:
-    """Everything about a forward pass that stays the same over the run."""
+    """Forward pass and losses; holds what stays constant over the run."""
 
     def __init__(
         self,
@@ -58,13 +58,13 @@ class TrainingStep:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """Prepare the schedule; what depends on a batch's size is made when one comes.
+        """Compute the noise schedule; inputs that depend on batch shape are cached on first use.
 
         Args:
             objectives: the auxiliary losses; empty for plain fine-tuning.
-            layout: of the stored features; None for such as lie on the student's grid.
-            device: where batches lie; meta works.
-            dtype: format the transformer computes in; losses are float32.
+            layout: layout of the stored features; None if they are on the student's token grid.
+            device: device of the batches; meta works.
+            dtype: dtype the transformer computes in; losses are float32.
         """
         self._facts = facts
         self._objectives = objectives
@@ -76,15 +76,15 @@ class TrainingStep:
         self._shapes: dict[tuple[int | None, ...], _Shape] = {}
 
     def __call__(self, student: Any, batch: Batch, step: int) -> Losses:
-        """Losses of a batch that lies on the device.
+        """Compute the losses of a batch that is already on the device.
 
         Args:
-            student: a `Student`, or the engine around one.
-            step: number of the optimiser step, from 0; weights of objectives may depend on it.
+            student: a `Student`, or the engine that wraps one.
+            step: index of the optimiser step, from 0; objective weights may depend on it.
 
         Returns:
-            total = mean of the clips' diffusion losses + for each objective its weight at this step
-            times the mean of the clips' losses, each weighted by the clip's noise.
+            total = mean of the diffusion losses of the clips + sum over objectives of (weight at
+            this step * mean of the clips' losses, each weighted by its timestep).
         """
         shape = self._shape(batch)
         abar_B = self._abar_S[batch.timestep_B]
@@ -98,7 +98,7 @@ class TrainingStep:
             shape.token_grid,
             shape.rotary,
             self._ofs,
-            dict(shape.time_weights),  # the engine may write into what it is given
+            dict(shape.time_weights),  # a copy: the engine may modify its arguments
         )
         diffusion_B = diffusion_loss(velocity_BFCHW, batch.clean_BFCHW, batch.noise_BFCHW, abar_B)
         total = diffusion_B.mean()
@@ -153,14 +153,14 @@ class _Pass:
 
 
 class StepTotals:
-    """Sums the losses of this rank, then of all."""
+    """Accumulates losses over the micro-batches of this rank, then over all ranks."""
 
     def __init__(self, objectives: tuple[str, ...], timesteps: int, device: torch.device) -> None:
-        """Begin a step.
+        """Start from zero.
 
         Args:
             objectives: names of the auxiliary losses.
-            timesteps: how many the schedule has.
+            timesteps: number of timesteps of the schedule.
         """
         self._objectives = objectives
         self._timesteps = timesteps
@@ -170,18 +170,18 @@ class StepTotals:
         self._sums = torch.zeros(size, dtype=torch.float64, device=device)
 
     def add(self, keys: tuple[str, ...], timestep_B: Tensor, losses: Losses, damaged: int) -> None:
-        """Add a forward pass; nothing is waited for.
+        """Add a micro-batch, without synchronising with the device.
 
         Args:
-            keys: of its clips.
-            damaged: how many clips it should have shown, but could not.
+            keys: keys of its clips.
+            damaged: number of clips that could not be read and were replaced.
         """
         auxiliary = [losses.auxiliary_B[name] for name in self._objectives]
         columns = [torch.ones_like(losses.diffusion_B), losses.diffusion_B, *auxiliary]
         values_BV = torch.stack(columns, dim=1).double()
         bin_B = timestep_B * TIMESTEP_BINS // self._timesteps
         bins_S = torch.arange(TIMESTEP_BINS, device=self._device)
-        # A product, since index_add_ sums in any order on a GPU.
+        # A matrix product, since index_add_ is not deterministic on a GPU.
         sums_SV = (bins_S[:, None] == bin_B).double() @ values_BV
         self._sums[_TOTAL] += losses.total.detach()
         self._sums[_PASSES] += 1
@@ -190,13 +190,13 @@ class StepTotals:
         self._passes.append(_Pass(keys=keys, timestep_B=timestep_B, values_BV=values_BV))
 
     def over_ranks(self, world: World) -> "StepMeans":
-        """Sum over the ranks and wait for the numbers."""
+        """Sum over the ranks; synchronises with the device."""
         if world.size > 1:
             dist.all_reduce(self._sums)
         return StepMeans(self._sums.tolist(), self._objectives)
 
     def clips(self, world: World) -> tuple[SkippedClip, ...]:
-        """Every clip of the step with its losses, of all ranks; every rank asks."""
+        """Every clip of the step with its losses, from all ranks; every rank must call this."""
         mine = [clip for one in self._passes for clip in self._clips_of(one)]
         return tuple(clip for rank in gather(world, mine) for clip in rank)
 
@@ -214,7 +214,7 @@ class StepTotals:
 
 
 class StepMeans:
-    """What a step's losses were over the whole batch."""
+    """Means of a step's losses over the whole batch."""
 
     def __init__(self, sums: list[float], objectives: tuple[str, ...]) -> None:
         self._objectives = objectives
@@ -224,13 +224,13 @@ class StepMeans:
             for start in range(_FIRST_BIN, len(sums), self._values)
         ]
         self.finite = all(map(math.isfinite, sums))
-        """Whether every loss of every clip is a number."""
+        """Whether every loss of every clip is finite."""
         self.loss = sums[_TOTAL] / sums[_PASSES]
         self.damaged = round(sums[_DAMAGED])
-        """How many clips the ranks could not read."""
+        """Number of clips that the ranks could not read."""
 
-    def row(self, step: int, grad_norm: float, rate: float) -> LossRow:
-        """Only of a step that is `finite`."""
+    def row(self, step: int, grad_norm: float, learning_rate: float) -> LossRow:
+        """The log row of the step; requires `finite`."""
         clips, *sums = (math.fsum(column) for column in zip(*self._bins, strict=True))
         means = [value / clips for value in sums]
         return LossRow(
@@ -239,19 +239,19 @@ class StepMeans:
             diffusion=means[0],
             auxiliary=dict(zip(self._objectives, means[1:], strict=True)),
             grad_norm=grad_norm,
-            lr=rate,
+            lr=learning_rate,
             by_timestep=self._by_timestep(),
         )
 
     def _by_timestep(self) -> dict[str, list[Any]]:
         counts = [round(values[0]) for values in self._bins]
-        told: dict[str, list[Any]] = {"count": counts}
+        means: dict[str, list[Any]] = {"count": counts}
         for column, name in enumerate(("diffusion", *self._objectives), 1):
-            told[name] = [
+            means[name] = [
                 values[column] / count if count else None
                 for values, count in zip(self._bins, counts, strict=True)
             ]
-        return told
+        return means
 
 
 def _as_json(value: float) -> float | str:

@@ -1,10 +1,9 @@
-"""What one clip costs a training step: operations and live bytes, from shapes alone.
+"""FLOPs and activation memory of a training step, from tensor shapes only.
 
-The student is built from its configuration on torch's meta device and goes through the run's own
-`TrainingStep`, forward and backward, under a `Meter`: no weight is needed and nothing is computed.
-`memory` and `estimate` ask, and the run itself, for its share of the peak rate.
+The student is built from its configuration on torch's meta device, and the run's own `TrainingStep`
+runs forward and backward under a `Meter`: no weights are needed and nothing is computed.
 
-Legend: B clip, F latent frame, C channel, H W latent, L text token, D width, T map of the teacher.
+Legend: B clip, F latent frame, C channel, H W latent, L text token, D width, T teacher feature map.
 """
 
 from dataclasses import dataclass, replace
@@ -29,23 +28,22 @@ from stages.train_student.step import TrainingStep
 
 _META = torch.device("meta")
 _SHORT, _LONGER = 2, 4
-"""Blocks of the transformers that stand in for a deep one."""
+"""Depths, in blocks, that are measured; the costs of the real depth are extrapolated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepCost:
-    """One clip's share of a step, and what one micro-batch keeps in memory meanwhile."""
+    """FLOPs per clip of a step, and memory of one micro-batch."""
 
     flops_per_clip: float
-    """Of the forward and backward pass as they are done: what gradient checkpointing and fused
-    attention make again counts again."""
+    """Executed FLOPs of the forward and backward pass, including recomputation by gradient
+    checkpointing and fused attention."""
     model_flops_per_clip: float
-    """Without what is run again, attention's scores included: what a share of the peak rate is
-    reckoned by."""
+    """FLOPs without recomputation, be it of blocks or of attention scores; the numerator of MFU."""
     activation_bytes: int
-    """The most that is alive beside weights, gradients of weights and the batch itself."""
+    """Peak memory, excluding weights, weight gradients and the batch."""
     batch_bytes: int
-    """Of one micro-batch on the device."""
+    """Size of one micro-batch on the device."""
 
 
 def step_cost(
@@ -56,18 +54,18 @@ def step_cost(
     teacher: StoreSettings | None = None,
     masks: StoreSettings | None = None,
 ) -> StepCost:
-    """Reckon a step on clips of one size. Takes some seconds for the official models.
+    """Compute the cost of a step on clips of one size. Takes a few seconds for official models.
 
-    A transformer of a few blocks goes through the step; every further block costs what the last of
-    them did, in operations and in what it keeps.
+    Two transformers of a few blocks run the step; FLOPs and memory are extrapolated linearly to the
+    full depth.
 
     Args:
-        config: the objectives, adapters, micro-batch and format of the weights.
+        config: the objectives, adapters, micro-batch size and dtype of the weights.
         facts: the base model's configuration.
-        size: of the clips; its buckets are not looked at.
-        teacher: of the store that `config.teacher_form` names, for clips of this size; None without
-            an auxiliary loss that needs it.
-        masks: of the masks store; None where no objective needs masks.
+        size: clip size; its buckets are ignored.
+        teacher: settings of the store named by `config.teacher_form`, for clips of this size; None
+            if no auxiliary loss needs it.
+        masks: settings of the masks store; None if no objective needs masks.
 
     Raises:
         ValueError: the settings do not fit the model.
@@ -75,27 +73,29 @@ def step_cost(
     blocks = int(facts.transformer["num_layers"])
     short, longer = min(_SHORT, blocks), min(_LONGER, blocks)
     plain = config.model_copy(update={"objectives": ()})
-    without = plain.model_copy(update={"gradient_checkpointing": False})
+    no_checkpointing = plain.model_copy(update={"gradient_checkpointing": False})
     batch = _meta_batch(config, facts, size, teacher, masks)
 
-    def run(of: TrainConfig, num_blocks: int) -> Meter:
-        return _run(of, facts, num_blocks, batch, teacher)
+    def run(variant: TrainConfig, num_blocks: int) -> Meter:
+        return _run(variant, facts, num_blocks, batch, teacher)
 
     few, more = run(plain, short), run(plain, longer)
-    whole = run(config, short) if config.objectives else few
-    again = few.flops - run(without, short).flops if config.gradient_checkpointing else 0
-    further = (blocks - short) / max(longer - short, 1)
+    with_objectives = run(config, short) if config.objectives else few
+    recomputed = 0
+    if config.gradient_checkpointing:
+        recomputed = few.flops - run(no_checkpointing, short).flops
+    slope = (blocks - short) / max(longer - short, 1)
 
-    def at_full_depth(of_short: int, of_few: int, of_more: int) -> float:
-        return of_short + further * (of_more - of_few)
+    def at_full_depth(base: int, at_short: int, at_longer: int) -> float:
+        return base + slope * (at_longer - at_short)
 
-    flops = at_full_depth(whole.flops, few.flops, more.flops)
-    scores = blocks / short * few.scores_again_flops
-    peak = at_full_depth(whole.peak_bytes, few.peak_bytes, more.peak_bytes)
+    flops = at_full_depth(with_objectives.flops, few.flops, more.flops)
+    recomputed_scores = blocks / short * few.scores_again_flops
+    peak = at_full_depth(with_objectives.peak_bytes, few.peak_bytes, more.peak_bytes)
     clips = config.micro_batch_size
     return StepCost(
         flops_per_clip=flops / clips,
-        model_flops_per_clip=(flops - blocks / short * again - scores) / clips,
+        model_flops_per_clip=(flops - blocks / short * recomputed - recomputed_scores) / clips,
         activation_bytes=round(peak),
         batch_bytes=sum(t.numel() * t.element_size() for t in _tensors(batch)),
     )
@@ -104,10 +104,10 @@ def step_cost(
 def meta_student(
     config: TrainConfig, facts: BaseFacts, teacher: StoreSettings | None = None
 ) -> Student:
-    """The student as a run would train it, on the meta device.
+    """Build the student as a run would train it, on the meta device.
 
     Args:
-        teacher: of the store that the run would read; tells the width of features.
+        teacher: settings of the store that the run would read; gives the width of features.
     """
     dtype = weights_dtype(config.deepspeed)
     with _META:
@@ -117,7 +117,7 @@ def meta_student(
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         heads = _heads(config, facts, teacher) if config.objectives else None
-    # Not diffusers' own `to`, which warns of modules to keep in float32 that are none.
+    # Not diffusers' own `to`, which warns about float32 modules that this model does not have.
     nn.Module.to(transformer, dtype)
     return Student(transformer, None if heads is None else heads.to(dtype), config.block)
 
@@ -129,9 +129,9 @@ def _run(
     batch: Batch,
     teacher: StoreSettings | None,
 ) -> Meter:
-    """Of one micro-batch, forward and backward, through so many blocks."""
+    """Count one micro-batch, forward and backward, through `num_blocks` blocks."""
     shallow = replace(facts, transformer=facts.transformer | {"num_layers": num_blocks})
-    # Where blocks follow the taught one, their backward pass finds the objectives' graph alive.
+    # If blocks follow the taught one, the objectives' graph is alive during their backward pass.
     last = config.block >= facts.transformer["num_layers"] - 1
     taught = num_blocks - 1 if last else 0
     student = meta_student(config.model_copy(update={"block": taught}), shallow, teacher)
@@ -142,7 +142,7 @@ def _run(
         device=_META,
         dtype=weights_dtype(config.deepspeed),
     )
-    # Each gradient goes as it comes: where it stays is a matter of the ZeRO stage.
+    # Drop each gradient at once: where gradients are kept depends on the ZeRO stage.
     hooks = [
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
         for parameter in student.parameters()
@@ -158,7 +158,7 @@ def _run(
 
 @dataclass(frozen=True, slots=True)
 class _Store:
-    """A store that may not be there yet: what the layout asks of one."""
+    """Stands in for a store that may not exist yet; provides what `TeacherLayout` reads."""
 
     settings: StoreSettings
 
@@ -180,7 +180,7 @@ def _meta_batch(
         clips, frames, facts.latent_channels, *size.latent_size, device=_META
     )
     text = facts.transformer["max_text_seq_length"], facts.transformer["text_embed_dim"]
-    arrays = None if teacher is None else _stored(teacher, clips)
+    arrays = None if teacher is None else _store_batch(teacher, clips)
     return Batch(
         keys=("",) * clips,
         clean_BFCHW=latents_BFCHW,
@@ -190,13 +190,13 @@ def _meta_batch(
         image_BFCHW=torch.empty_like(latents_BFCHW) if facts.image_to_video else None,
         teacher=arrays,
         teacher_valid_BT=None if arrays is None else arrays.pop("valid") != 0,
-        masks=None if masks is None else _stored(masks, clips),
+        masks=None if masks is None else _store_batch(masks, clips),
         num_frames=size.num_frames,
     )
 
 
-def _stored(settings: StoreSettings, clips: int) -> dict[str, Tensor]:
-    """A batch of a store's arrays."""
+def _store_batch(settings: StoreSettings, clips: int) -> dict[str, Tensor]:
+    """Empty meta tensors of a batch of a store's arrays."""
     return {name: _empty(spec, clips) for name, spec in settings.arrays.items()}
 
 
@@ -217,7 +217,7 @@ def _leaves(value: object) -> list[Tensor]:
 
 
 def _heads(config: TrainConfig, facts: BaseFacts, teacher: StoreSettings | None) -> nn.ModuleDict:
-    """As the run makes them: the teacher's width and rate decide about their shapes."""
+    """Build the projectors; their shapes depend on the teacher's width and time rate."""
     channels, frame_rate = None, True
     if teacher is not None:
         frame_rate = teacher.values.get("time_rate", "frame") == "frame"

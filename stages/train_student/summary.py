@@ -1,4 +1,4 @@
-"""What a training did; `train` fills it in, the command shows it."""
+"""Summary of a training run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,29 +8,29 @@ from stages.train_student.logging.rows import LossRow
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSummary:
-    """What a training did, for the end of the command."""
+    """Outcome of a training run."""
 
     run_dir: Path
     steps_done: int
     resumed_from: int | None
-    """Steps that were done before; None for a run that started now."""
+    """Steps that were done before this start; None for a new run."""
     first: LossRow | None
-    """None if every step was skipped."""
+    """First logged step; None if every step was skipped."""
     last: LossRow | None
     skipped_steps: int
-    """Steps of the whole run that left the weights as they were."""
+    """Skipped steps of the whole run."""
     damaged_clips: int
     """Clips that were damaged at some step of the whole run."""
     gone_clips: int
-    """Clips that were taken out of the cache, or made again, while the run went on."""
+    """Clips that were removed from the cache, or extracted again, during the run."""
     seconds_per_step: float | None
-    """Mean over this process's steps, as the page of the run has it; None if it made none."""
+    """Mean over the steps since this start; None if there were none."""
     peak_memory_bytes: int
     """Of the GPU if there is one, otherwise of this process."""
     export: Path
     clips: int
     left_out: dict[str, int]
-    """Clips of each kind that some other kind lacks."""
+    """Number of clips of each kind of store that are missing from another kind."""
     left_out_by_name: int
-    """Clips of every kind that `train.leave_out` names."""
+    """Number of clips excluded by `train.leave_out`."""
     already_finished: bool

@@ -1,7 +1,4 @@
-"""Stage two from beginning to end: checks, engine, loop, checkpoints, export.
-
-`pipeline` calls `train_student` in every process of a run.
-"""
+"""Training of the student: checks, DeepSpeed engine, training loop, checkpoints, export."""
 
 import statistics
 from collections.abc import Iterator
@@ -23,7 +20,12 @@ from stages.train_student.checkpoints.save import save_checkpoint
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.damaged import DamagedClip
 from stages.train_student.data.dataset import Batch
-from stages.train_student.guards import DamagedClips, SkippedInARow, nan_if_nonfinite, update
+from stages.train_student.guards import (
+    ConsecutiveSkipGuard,
+    DamagedClipGuard,
+    nan_if_nonfinite,
+    update,
+)
 from stages.train_student.logging.performance import (
     DeviceRate,
     StepClock,
@@ -36,8 +38,8 @@ from stages.train_student.logging.rows import (
     DamagedRow,
     SkippedRow,
     StepRows,
-    each_of,
-    each_row,
+    iter_records,
+    iter_rows,
     read_losses,
 )
 from stages.train_student.model.loading import build_student
@@ -57,7 +59,7 @@ from stages.train_student.summary import TrainSummary
 from stages.train_student.validation.validation import build_validation, embed_prompts
 
 _DOWNLOAD_TIME = timedelta(hours=6)
-"""How long the ranks wait until each has the transformer's weights."""
+"""How long the ranks wait for each other to download the transformer's weights."""
 
 
 def train_student(
@@ -70,27 +72,28 @@ def train_student(
     provenance: dict[str, Any],
     progress: Progress,
 ) -> TrainSummary:
-    """Train, or go on training, the student of `config.run_dir` from the cache alone.
+    """Train the student, or resume the run in `config.run_dir`; reads all data from the cache.
 
-    Every process of a run calls this alike; `torchrun` or `deepspeed` tell each its place.
+    Every rank must call this. Rank and world size come from the launcher's environment variables
+    (`torchrun`, `deepspeed`).
 
     Args:
-        config: what is trained, how long, and where the run is kept.
-        clips: size and length of the clips the cache was made from.
+        config: training settings.
+        clips: size and length of the clips in the cache.
         model: the base pipeline.
         cache_root: folder of the stores, or its URL.
-        resolved_config: the whole configuration, kept with the run.
-        provenance: versions and the like, kept with the run.
-        progress: used on rank 0 alone.
+        resolved_config: the whole configuration, saved with the run.
+        provenance: software versions and the like, saved with the run.
+        progress: used on rank 0 only.
 
     Raises:
         ValueError: settings contradict each other, the stores, the model or an earlier run;
-            raised before any weight is loaded.
-        CacheError: a store is missing, or too much of it damaged.
+            raised before any weights are loaded.
+        CacheError: a store is missing, or too many of its clips are damaged.
         LockUnsupported: the run's folder is on a file system without locks.
-        LockLost: another process may be training in the run's folder by now.
-        TrainingDivergedError: too many losses or gradients in a row are no number.
-        KeyboardInterrupt: asked to stop by Ctrl-C or SIGTERM; a checkpoint has what was done.
+        LockLost: another process may be training in the run's folder.
+        TrainingDivergedError: the loss or gradient is NaN or infinite for too many steps in a row.
+        KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after saving a checkpoint.
     """
     world = world_from_environment()
     if not world.is_first:
@@ -98,7 +101,7 @@ def train_student(
     run = prepare(config, clips, model, cache_root, world, progress)
     with process_group(world), ExitStack() as stack:
         on_first_rank(world, lambda: stack.enter_context(run.lock))
-        run.refuse_ranks_with_other_clips()
+        run.check_ranks_agree()
         base = resolve_base_model(run.model, (*CONFIGURATIONS, "transformer"))
         check_base_weights(base, ("transformer",))
         # Other machines may still be downloading.
@@ -132,29 +135,33 @@ def _train(run: Run) -> TrainSummary:
         universal = plan is not None and plan.universal
         engine = stack.enter_context(deepspeed_engine(student, config, world, universal=universal))
         average = _average(run, student)
-        load = [] if average is None else [average.load]
-        done = resume(engine, plan, world, strict=not only_trained, beside=load)
+        extra_loaders = [] if average is None else [average.load]
+        done = resume(engine, plan, world, strict=not only_trained, extra_loaders=extra_loaders)
         if done:
             run.progress.log(f"resuming after step {done}")
         if plan is not None and plan.checkpoint.planned_steps != config.steps:
             run.progress.log(describe_new_length(config, done, plan.checkpoint.planned_steps))
         steps = range(done, max(done, config.steps))
 
-        # Logs, validation, and what stops a run that goes wrong.
-        boards = run.boards(done) if world.is_first else None
-        log = None if boards is None else stack.enter_context(run.log(boards, done))
+        # Logs, validation, and guards against divergence and damaged clips.
+        trackers = run.trackers(done) if world.is_first else None
+        log = None if trackers is None else stack.enter_context(run.log(trackers, done))
         task = stack.enter_context(
             run.progress.task("train", steps.stop, completed=done, unit="steps")
         )
-        validation = build_validation(run, student, embeds, boards=boards, note=task.note)
-        skipped = SkippedInARow(config.run_dir, done, most=config.max_skipped_steps, world=world)
-        damaged = DamagedClips(clips=run.num_clips, most=config.max_damaged, world=world)
+        validation = build_validation(run, student, embeds, trackers=trackers, note=task.note)
+        skipped = ConsecutiveSkipGuard(
+            config.run_dir, done, max_skipped=config.max_skipped_steps, world=world
+        )
+        damaged = DamagedClipGuard(
+            clips=run.num_clips, max_fraction=config.max_damaged, world=world
+        )
         durations: list[float] = []
 
         validation.start(done)
         with (
             stop_on_signals() as stop,
-            stop.deferred("stopping after this step, which is kept"),
+            stop.deferred("stopping after this step, with a checkpoint"),
             run.batches(steps) as batches,
         ):
             training_step = run.training_step()
@@ -189,15 +196,15 @@ def _train(run: Run) -> TrainSummary:
                         planned_steps=config.steps,
                         kept=config.checkpoints_kept,
                         only_trained=only_trained,
-                        beside=[] if average is None else [average.save],
+                        extra_savers=[] if average is None else [average.save],
                     )
                 if is_last or not stopping:
                     validation.after_step(step + 1)
                 if stopping and not is_last:
-                    run.progress.log(f"stopped after step {step + 1}, which is kept")
+                    run.progress.log(f"stopped after step {step + 1}; its checkpoint is saved")
                     stop.fulfil()
                     raise KeyboardInterrupt
-            stop.fulfil()  # a signal during the last step: the run finishes in any case
+            stop.fulfil()  # a signal during the last step: the run finishes anyway
 
         export = export_weights(
             student, config.run_dir, world, step=steps.stop, average=average, check=check
@@ -214,14 +221,14 @@ def _train_step(
     batches: Iterator[Batch],
     step: int,
     average: WeightAverage | None,
-    damaged: DamagedClips,
+    damaged: DamagedClipGuard,
     device: DeviceRate | None,
     stop: StopRequest,
 ) -> tuple[StepRows, bool]:
-    """One optimiser step, over all micro-batches and ranks.
+    """Run one optimiser step, over all micro-batches and ranks.
 
     Returns:
-        Its rows for the logs, and whether any rank was asked to stop.
+        The step's log rows, and whether any rank was asked to stop.
     """
     world = run.world
     learning_rate = float(engine.get_lr()[0])
@@ -237,7 +244,7 @@ def _train_step(
         if device is not None:
             clock.add_flops(device.model_flops(batch))
         if micro_step < run.accumulation - 1:
-            engine.step()  # counts the forward pass; the last one moves the weights
+            engine.step()  # only counts the micro-step; `update` changes the weights after the last
 
     grad_norm = update(engine)
     if grad_norm is not None and average is not None:
@@ -250,7 +257,7 @@ def _train_step(
         skipped_row = SkippedRow(step=step + 1, what=what, clips=totals.clips(world))
     else:
         losses_row = means.row(step + 1, grad_norm, learning_rate)
-    damaged_rows = damaged.of_all_ranks(step + 1, damaged_here) if means.damaged else ()
+    damaged_rows = damaged.gather_rows(step + 1, damaged_here) if means.damaged else ()
     performance, stopping = clock.row(
         step + 1,
         clips=run.config.batch_size,
@@ -286,13 +293,13 @@ def _summary(
     for last in read_losses(run_dir):
         first = first or last
     unreadable: dict[bool, set[str]] = {False: set(), True: set()}
-    for row in each_of(run_dir / DAMAGED_FILE, DamagedRow):
+    for row in iter_records(run_dir / DAMAGED_FILE, DamagedRow):
         unreadable[row.gone].add(row.key)
-    num_skipped = sum(1 for _ in each_row(run_dir / SKIPPED_FILE))
+    num_skipped = sum(1 for _ in iter_rows(run_dir / SKIPPED_FILE))
     if last is None and num_skipped < steps:
         raise ValueError(
-            f"{run_dir} has lost its losses.jsonl, though the run made {steps} steps; restore it, "
-            "or choose another train.run_dir"
+            f"losses.jsonl is missing or empty in {run_dir}, though the run made {steps} steps; "
+            "restore it, or choose another train.run_dir"
         )
     return TrainSummary(
         run_dir=run_dir,

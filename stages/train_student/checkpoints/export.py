@@ -1,12 +1,11 @@
-"""Trained weights in the formats that diffusers loads: at the end of a run, or of any checkpoint.
+"""Export of trained weights in formats that diffusers loads, from a run or any checkpoint.
 
     export/pytorch_lora_weights.safetensors   LoRA, alpha = rank: pipe.load_lora_weights(folder)
     export/transformer/                       full tuning: from_pretrained(folder / "transformer")
-    export/export.json                        which step, whether the average or the last, and the
-                                              size and CRC-32C of every file; `sample` checks them
+    export/export.json                        step, EMA ("average") or last weights, and the size
+                                              and CRC-32C of every file, verified on sampling
 
-`train` calls `export_weights`, the `export` command `export_checkpoint`. Where the run keeps an
-average of its weights, that is what is exported, unless the last weights are asked for.
+If the run keeps an EMA of its weights, the EMA is exported, unless the last weights are requested.
 """
 
 import json
@@ -51,14 +50,14 @@ from stages.train_student.parallel.process_group import World, barrier, on_first
 
 EXPORT_FOLDER = "export"
 Which = Literal["average", "last"]
-"""The running average of the weights, or the weights after the last step."""
+"""The EMA of the weights, or the weights after the last step."""
 
-_ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+_SINGLE_PROCESS = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportSummary:
-    """What was exported, and where to."""
+    """Outcome of an export."""
 
     folder: Path
     method: Literal["lora", "full"]
@@ -79,17 +78,16 @@ def export_weights(
 ) -> Path:
     """Write the export and the heads of a run; every rank must call this, rank 0 writes.
 
-    The folder is replaced by one rename. One weight at a time is made whole, and rank 0 holds those
-    of one file.
+    The export is written to a temporary folder, which then replaces the old one by a rename.
+    Weights are gathered one at a time, and rank 0 holds those of one file in memory.
 
     Args:
-        student: as it is trained.
-        run_dir: folder of the run; its `heads.safetensors` gets what was trained beside.
-        world: this process among all.
-        step: how many steps were made.
-        average: what is exported in place of the last weights.
-        check: called on rank 0 before anything is removed or put in its place; raises if the folder
-            may be another process's.
+        student: the student, as wrapped by the engine.
+        run_dir: folder of the run; the heads go to its `heads.safetensors`.
+        world: rank and world size.
+        step: number of steps done.
+        average: exported instead of the last weights, if given.
+        check: called on rank 0 before each change; raises if another process may own the folder.
 
     Returns:
         The export's folder.
@@ -98,7 +96,7 @@ def export_weights(
     which: Which = "last" if average is None else "average"
     configs: Mapping[str, LoraConfig] = getattr(student.transformer, "peft_config", {})
     on_first_rank(world, check)
-    with _live(student, average, run_dir, world) as weights:
+    with _student_weights(student, average, run_dir, world) as weights:
         settings = dict(student.transformer.config)
         adapter = configs.get(ADAPTER)
         _write(weights, adapter, settings, folder, world, step=step, which=which, check=check)
@@ -108,7 +106,7 @@ def export_weights(
             check()
             save_tensors(heads, run_dir / "heads.safetensors")
 
-        if weights.within(HEADS):
+        if weights.names_under(HEADS):
             on_first_rank(world, save_heads)
     return folder
 
@@ -121,23 +119,22 @@ def export_checkpoint(
     which: Which | None = None,
     form: LoraFormat = "diffusers",
 ) -> ExportSummary:
-    """Write what `export_weights` would have written after another step; one process does it.
+    """Export a checkpoint in a single process; same result as `export_weights` at that step.
 
     Args:
         run_dir: folder of the run, finished or not.
-        step: of a complete checkpoint; None takes the newest.
-        out: folder to write; None takes the run's own export/ for the newest checkpoint, and
-            export-STEP/ for one that is named; -FORM is appended for another form than diffusers'.
-        which: None takes the average where the run keeps one.
-        form: key form of adapters.
+        step: step of a complete checkpoint; None takes the newest.
+        out: folder to write; None takes the run's export/ for the newest checkpoint, and
+            export-STEP/ for a given step; -FORM is appended for other formats than diffusers.
+        which: EMA or last weights; None takes the EMA if the run keeps one.
+        form: key format of adapters.
 
     Raises:
-        ValueError: there is no such run or complete checkpoint, the checkpoint is damaged, no
-            average, a form that cannot hold what was trained, or `out` holds something else than an
-            export.
+        ValueError: there is no such run or complete checkpoint, the checkpoint is damaged or has no
+            EMA, the format cannot hold the trained weights, or `out` exists and is not an export.
     """
     settings = _settings(run_dir)
-    checkpoint = _complete(run_dir, step)
+    checkpoint = _select_checkpoint(run_dir, step)
     out = out or run_dir / _folder_name(step, form)
     which = which or ("last" if settings.get("train.ema.decay") is None else "average")
     lora = None
@@ -146,22 +143,22 @@ def export_checkpoint(
         check_format(form, dora=lora.use_dora)
     elif form != "diffusers":
         raise ValueError(
-            f"{run_dir} tuned the whole transformer, and --format {form} is a form of adapters; a "
-            "whole transformer is exported for diffusers alone"
+            f"{run_dir} trained the full transformer, but --format {form} is for LoRA adapters; "
+            "leave out --format, since full transformers are exported only for diffusers"
         )
-    with _stored(checkpoint, settings, which) as weights:
+    with _checkpoint_weights(checkpoint, settings, which) as weights:
         transformer = _section(settings, "transformer.")
         _write(
             weights,
             lora,
             transformer,
             out,
-            _ALONE,
+            _SINGLE_PROCESS,
             step=checkpoint.step,
             which=which,
             form=form,
         )
-        parameters = _number_of(weights, lora is not None)
+        parameters = _count_parameters(weights, lora is not None)
     return ExportSummary(
         folder=out,
         method="full" if lora is None else "lora",
@@ -184,19 +181,19 @@ def _write(
     form: LoraFormat = "diffusers",
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Replace `folder` by an export of `weights`; it is whole or not there."""
+    """Replace `folder` by an export of `weights`; it is either complete or absent."""
     partial = folder.with_name(f".{folder.name}.partial")
 
     def begin() -> None:
         check()
-        _refuse_what_is_no_export(folder)
+        _refuse_to_overwrite(folder)
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "transformer" if lora is None else partial).mkdir(parents=True)
 
     def finish() -> None:
         files = {name: asdict(checksum_of(path)) for name, path in files_below(partial).items()}
-        about = {"step": step, "weights": which, "files": files}
-        (partial / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        record = {"step": step, "weights": which, "files": files}
+        (partial / ABOUT).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         sync_tree(partial)
         check()
         shutil.rmtree(folder, ignore_errors=True)
@@ -217,10 +214,10 @@ def _write(
 
 
 @contextmanager
-def _live(
+def _student_weights(
     student: Student, average: WeightAverage | None, run_dir: Path, world: World
 ) -> Iterator[Weights]:
-    """The trained weights of a student in memory, or their average."""
+    """Trained weights of a student in memory, or their EMA."""
     parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
     buffers = {}
     if not hasattr(student.transformer, "peft_config"):
@@ -242,39 +239,41 @@ def _live(
     if average is None:
         yield weights
         return
-    shares = run_dir / ".average.partial"
-    on_first_rank(world, lambda: _make_empty(shares))
-    average.save(shares)
+    ema_folder = run_dir / ".average.partial"
+    on_first_rank(world, lambda: _recreate(ema_folder))
+    average.save(ema_folder)
     barrier(world)
     try:
         if world.is_first:
-            with SavedAverage(shares, world.size) as saved:
-                yield _averaged(weights, saved)
+            with SavedAverage(ema_folder, world.size) as saved:
+                yield _with_average(weights, saved)
         else:
-            # No other rank is needed to read the average: only what is not in it is walked through.
+            # Rank 0 reads the EMA from files; the other ranks only go through the same names.
             yield Weights(shapes=shapes, dtype=dtype, read=lambda name: None)
     finally:
         if world.is_first:
-            shutil.rmtree(shares, ignore_errors=True)
+            shutil.rmtree(ema_folder, ignore_errors=True)
 
 
 @contextmanager
-def _stored(checkpoint: Checkpoint, settings: Mapping[str, Any], which: Which) -> Iterator[Weights]:
-    """The trained weights of a checkpoint, or their average."""
+def _checkpoint_weights(
+    checkpoint: Checkpoint, settings: Mapping[str, Any], which: Which
+) -> Iterator[Weights]:
+    """Trained weights of a checkpoint, or their EMA."""
     bf16 = settings["train.deepspeed.precision"] == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
-    stored = CheckpointWeights(checkpoint, dtype, weights_needed=which == "last")
-    shapes = {name: stored.shape(name) for name in stored.names}
-    weights = Weights(shapes=shapes, dtype=dtype, read=stored.read)
+    trained = CheckpointWeights(checkpoint, dtype, weights_needed=which == "last")
+    shapes = {name: trained.shape(name) for name in trained.names}
+    weights = Weights(shapes=shapes, dtype=dtype, read=trained.read)
     if which == "last":
         yield weights
         return
     with SavedAverage(checkpoint.folder, checkpoint.world_size) as saved:
-        yield _averaged(weights, saved)
+        yield _with_average(weights, saved)
 
 
-def _averaged(weights: Weights, saved: SavedAverage) -> Weights:
-    """The average where there is one; buffers, which are not trained, as they are."""
+def _with_average(weights: Weights, saved: SavedAverage) -> Weights:
+    """Replace the trained weights by their EMA; buffers, which have none, stay."""
 
     def read(name: str) -> Tensor | None:
         if name not in saved:
@@ -295,25 +294,25 @@ def _settings(run_dir: Path) -> dict[str, Any]:
 
 def _folder_name(step: int | None, form: LoraFormat) -> str:
     name = EXPORT_FOLDER if step is None else f"{EXPORT_FOLDER}-{step}"
-    # The run's own export is what `sample` reads.
+    # `sample` reads the run's export/, which must be in the diffusers format.
     return name if form == "diffusers" else f"{name}-{form}"
 
 
-def _number_of(weights: Weights, adapters_only: bool) -> int:
-    names = weights.within(TRANSFORMER)
-    chosen = [name for name in names if not adapters_only or ".lora_" in name]
-    return sum(torch.Size(weights.shapes[name]).numel() for name in chosen)
+def _count_parameters(weights: Weights, adapters_only: bool) -> int:
+    names = weights.names_under(TRANSFORMER)
+    exported = [name for name in names if not adapters_only or ".lora_" in name]
+    return sum(torch.Size(weights.shapes[name]).numel() for name in exported)
 
 
 def _section(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)}
 
 
-def _complete(run_dir: Path, step: int | None) -> Checkpoint:
-    """The checkpoint of a step, or the newest, with all its files sound.
+def _select_checkpoint(run_dir: Path, step: int | None) -> Checkpoint:
+    """Select the checkpoint of `step`, or the newest if None, and verify its files.
 
-    One that was not written to the end is none; a damaged newest one is an error, since an export
-    of an earlier step is not what was asked for.
+    Incomplete checkpoints are ignored. A damaged one is an error: an earlier step would not be what
+    was requested.
     """
     complete = complete_checkpoints(run_dir / "checkpoints")
     if not complete:
@@ -323,23 +322,23 @@ def _complete(run_dir: Path, step: int | None) -> Checkpoint:
     steps = ", ".join(str(checkpoint.step) for checkpoint in complete)
     for checkpoint in complete:
         if step in (None, checkpoint.step):
-            damage = find_damage(checkpoint, _ALONE)
+            damage = find_damage(checkpoint, _SINGLE_PROCESS)
             if damage is None:
                 return checkpoint
             raise ValueError(
                 f"{checkpoint.folder} is damaged: {damage}; restore it from a copy, or name "
-                f"another with --checkpoint, of those of {steps}"
+                f"another with --checkpoint; complete are those of {steps}"
             )
     raise ValueError(
         f"{run_dir} has no complete checkpoint of step {step}; complete are those of {steps}"
     )
 
 
-def _refuse_what_is_no_export(folder: Path) -> None:
+def _refuse_to_overwrite(folder: Path) -> None:
     if folder.exists() and not (folder / ABOUT).is_file():
-        raise ValueError(f"{folder} is there already and is no export; name another folder")
+        raise ValueError(f"{folder} exists and is not an export; name another folder")
 
 
-def _make_empty(folder: Path) -> None:
+def _recreate(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -1,11 +1,11 @@
-"""Key forms of exported adapters, by the program that reads them.
+"""Key formats of exported LoRA adapters.
 
     diffusers  transformer.transformer_blocks.0.attn1.to_q.lora_B.weight
     comfyui    diffusion_model.blocks.0.q.lora_B.weight
     kohya      lora_unet__transformer_blocks_0_attn1_to_q.lora_up.weight, and ….alpha
 
-In all of them alpha is the rank: lora_B already holds the scale, so that a reader which passes over
-alpha, or knows no rank-stabilized scale, applies the adapters at the strength they were trained at.
+In all of them alpha equals the rank, and the scale is folded into lora_B, so that programs that
+ignore alpha or rank-stabilized scaling apply the adapters at the strength they were trained with.
 """
 
 import math
@@ -30,46 +30,47 @@ _COMFYUI = (
     (r"\.ff\.net\.2$", ".ff_out"),
     (r"^(time|ofs)_embedding\.", r"\1_embedding_"),
 )
-"""Modules of diffusers' CogVideoXTransformer3DModel by their names in ComfyUI's own
-(comfy/ldm/cogvideo/model.py); the others are named alike."""
+"""Module names of diffusers' CogVideoXTransformer3DModel -> ComfyUI's
+(comfy/ldm/cogvideo/model.py); all others are the same."""
 
-_SIDES = {"A": "lora_down", "B": "lora_up"}
-"""kohya's names of the two factors."""
+_KOHYA_FACTORS = {"A": "lora_down", "B": "lora_up"}
+"""LoRA factors -> kohya's names."""
 
 
-def strength(settings: LoraConfig) -> float:
-    """What peft multiplies lora_B @ lora_A by."""
+def lora_scale(settings: LoraConfig) -> float:
+    """The factor by which peft multiplies lora_B @ lora_A."""
     rank = math.sqrt(settings.r) if settings.use_rslora else settings.r
     return float(settings.lora_alpha / rank)
 
 
 def check_format(form: LoraFormat, *, dora: bool) -> None:
-    """Refuse a form that cannot hold the adapters (`ValueError`)."""
+    """Check that the format can hold the adapters (`ValueError`)."""
     if dora and form != "diffusers":
         raise ValueError(
-            f"the run trains DoRA (train.lora.dora), whose magnitudes are exported for diffusers "
-            f"alone; leave out --format {form}"
+            f"the run trains DoRA (train.lora.dora), whose magnitudes can be exported for "
+            f"diffusers alone; leave out --format {form}"
         )
 
 
 def write_adapters(
     layers: Mapping[str, Tensor], settings: LoraConfig, folder: Path, form: LoraFormat
 ) -> None:
-    """Write adapters in a key form, their strength folded into lora_B.
+    """Write adapters in a key format, with the scale folded into lora_B.
 
     Args:
-        layers: by peft's names within the transformer, such as `….to_q.lora_A.weight`.
-        settings: as they were trained; no ranks or alphas of single modules.
-        folder: where the file of `LORA_FILES` goes.
-        form: the key form.
+        layers: adapter weights by peft's names within the transformer, such as
+            `….to_q.lora_A.weight`.
+        settings: settings of the trained adapters; without per-module ranks or alphas.
+        folder: receives the file named by `LORA_FILES`.
+        form: the key format.
 
     Raises:
-        ValueError: DoRA's magnitudes in a form other than diffusers'.
+        ValueError: DoRA in a format other than diffusers.
     """
     assert form in get_args(LoraFormat)
     assert not settings.rank_pattern and not settings.alpha_pattern
     check_format(form, dora=settings.use_dora)
-    scale = strength(settings)
+    scale = lora_scale(settings)
     folded = {
         name: (value.float() * scale).to(value.dtype) if ".lora_B." in name else value
         for name, value in layers.items()
@@ -87,17 +88,17 @@ def write_adapters(
 
 
 def _metadata(settings: LoraConfig) -> dict[str, Any]:
-    """The settings that every peft knows: an older one refuses a file that names others."""
-    about: dict[str, Any] = {
+    """Adapter settings that all peft versions know; older versions reject unknown ones."""
+    metadata: dict[str, Any] = {
         "r": settings.r,
         "lora_alpha": settings.r,
         "rank_pattern": {},
         "alpha_pattern": {},
-        # A set's order differs from process to process; equal weights should make equal files.
+        # Sorted, since the order of a set varies: equal weights should give identical files.
         "target_modules": sorted(settings.target_modules),
     }
-    # Without it, a loader that goes by the metadata leaves the magnitudes out.
-    return about | ({"use_dora": True} if settings.use_dora else {})
+    # Without use_dora, loaders that rely on the metadata ignore the magnitudes.
+    return metadata | ({"use_dora": True} if settings.use_dora else {})
 
 
 def _comfyui(layers: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -115,6 +116,6 @@ def _kohya(layers: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     for name, value in layers.items():
         module, factor = name.split(".lora_")
         layer = f"lora_unet__{module.replace('.', '_')}"
-        renamed[f"{layer}.{_SIDES[factor[0]]}.weight"] = value
+        renamed[f"{layer}.{_KOHYA_FACTORS[factor[0]]}.weight"] = value
         renamed[f"{layer}.alpha"] = torch.tensor(float(rank))
     return renamed

@@ -1,7 +1,4 @@
-"""Which checkpoints are complete and sound: their records, checking and removing them.
-
-Saving, resuming and exporting use it.
-"""
+"""Checkpoint records: finding complete checkpoints, verifying and removing them."""
 
 import json
 import os
@@ -26,11 +23,11 @@ from stages.train_student.parallel.process_group import World, gather
 
 PREFIX = "checkpoint-"
 UNIVERSAL = "universal"
-"""Folder beside the checkpoints that holds their copies for another number of processes."""
+"""Subfolder for universal copies, which can be loaded with any number of processes."""
 _RECORD_SUFFIX = ".complete.json"
 
 CHECKING_TIME = timedelta(hours=6)
-"""How long a rank waits for the others to read their files: some 100 GB over a slow network."""
+"""How long a rank waits for others to read their files: about 100 GB over a slow network."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,23 +39,23 @@ class Checkpoint:
     world_size: int
     zero_stage: int
     planned_steps: int
-    """Length of the run when it was written, at which falling schedules ended."""
+    """`train.steps` when it was saved, the end of decaying schedules."""
     files: Mapping[str, FileChecksum] = field(repr=False)
-    """By their paths from the folder."""
+    """Path relative to the folder -> size and checksum."""
 
     @property
     def on_nvme(self) -> bool:
-        """Whether its optimizer states are the swap files of each rank."""
+        """Whether its optimizer states are NVMe swap files."""
         return (self.folder / "offloaded_tensors").is_dir()
 
 
-def folder_of(root: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps lies."""
+def checkpoint_folder(root: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step` steps."""
     return root / f"{PREFIX}{step}"
 
 
 def complete_checkpoints(root: Path) -> list[Checkpoint]:
-    """Checkpoints with a record and with files of the recorded sizes, newest first."""
+    """Checkpoints that have a record and files of the recorded sizes, newest first."""
     found = []
     for record in root.glob(f"{PREFIX}*{_RECORD_SUFFIX}"):
         checkpoint = read_record(root / record.name.removesuffix(_RECORD_SUFFIX))
@@ -68,58 +65,56 @@ def complete_checkpoints(root: Path) -> list[Checkpoint]:
 
 
 def read_record(folder: Path) -> Checkpoint | None:
-    """The checkpoint in `folder`; None if its record or a file is missing or of another size.
+    """The checkpoint in `folder`; None if the record or a file is missing, or a size differs.
 
-    What the files hold is not looked at: `find_damage` does that.
+    Checksums are not verified; `find_damage` does that.
     """
     return None if why_incomplete(folder) is not None else _parse(folder)
 
 
 def why_incomplete(folder: Path) -> str | None:
-    """Why a folder counts as no checkpoint, or None if it is complete."""
+    """Return why the folder is not a complete checkpoint; None if it is."""
     try:
         checkpoint = _parse(folder)
     except FileNotFoundError:
-        return "it was not written to the end"
+        return "it is incomplete"
     except (OSError, ValueError):
         return (
-            f"its record {record_of(folder).name} is damaged, or was written by another version of "
-            "this software"
+            f"its record {record_path(folder).name} is damaged, or was written by another version "
+            "of this software"
         )
     found = files_below(folder)
     for name in sorted(found.keys() | checkpoint.files.keys()):
         recorded = checkpoint.files.get(name)
         size = found[name].stat().st_size if name in found else None
         if recorded is None or size != recorded.bytes:
-            told = "is missing" if size is None else f"has {size} bytes"
-            expected = "none" if recorded is None else f"{recorded.bytes} bytes"
-            return (
-                "its files are not those that its record names: "
-                f"{name} {told}, the record says {expected}"
-            )
+            actual = "is missing" if size is None else f"has {size} bytes"
+            expected = "no such file" if recorded is None else f"{recorded.bytes} bytes"
+            return f"its files differ from its record: {name} {actual}, expected {expected}"
     return None
 
 
 def find_damage(checkpoint: Checkpoint, world: World) -> str | None:
-    """Compare every file's bytes with the record; every rank must call this, and gets the answer.
+    """Verify the checksums of all files; every rank must call this.
 
-    Each rank reads its share of the files, its own ones among them, so that the time is that of
-    reading what one rank wrote.
+    Each rank reads a part of the files, including those it wrote, so this takes as long as reading
+    one rank's files.
 
     Returns:
-        What is wrong, with the files' names; None for a sound checkpoint.
+        What is wrong, with file names; None if the checkpoint is intact. The same on every rank.
     """
     names = own_files(checkpoint.files, world)
-    faults = (damage_of(checkpoint.folder / name, checkpoint.files[name]) for name in names)
-    first = next((fault for fault in faults if fault is not None), None)
+    errors = (damage_of(checkpoint.folder / name, checkpoint.files[name]) for name in names)
+    first = next((error for error in errors if error is not None), None)
     found = gather(world, first, patience=CHECKING_TIME)
-    return "; ".join(fault for fault in found if fault is not None) or None
+    return "; ".join(error for error in found if error is not None) or None
 
 
 def own_files(names: Iterable[str], world: World) -> list[str]:
-    """The files that this rank reads to compute checksums; each is one rank's.
+    """Names of the files that this rank reads to compute checksums; each is read by one rank.
 
-    DeepSpeed's and the average's names say which rank wrote a file, which may have it in memory.
+    File names of DeepSpeed and of the EMA contain the rank that wrote them; that rank may still
+    have them in its page cache.
     """
     mine = []
     for number, name in enumerate(sorted(names)):
@@ -131,24 +126,29 @@ def own_files(names: Iterable[str], world: World) -> list[str]:
 
 
 def write_record(checkpoint: Checkpoint) -> None:
-    """Say that the folder, whose files are synced, is complete."""
-    record = record_of(checkpoint.folder)
+    """Mark the folder complete; its files must be synced already."""
+    record = record_path(checkpoint.folder)
     content = {
         "step": checkpoint.step,
         "world_size": checkpoint.world_size,
         "zero_stage": checkpoint.zero_stage,
         "planned_steps": checkpoint.planned_steps,
-        "files": {name: asdict(one) for name, one in checkpoint.files.items()},
+        "files": {name: asdict(checksum) for name, checksum in checkpoint.files.items()},
     }
-    sealed = {"crc32c": _seal(content), **content}
+    checksummed = {"crc32c": _record_crc(content), **content}
     temporary = record.with_name(f".{record.name}.partial")
-    write_whole(record, json.dumps(sealed, indent=1).encode(), temporary=temporary)
+    write_whole(record, json.dumps(checksummed, indent=1).encode(), temporary=temporary)
 
 
 def _parse(folder: Path) -> Checkpoint:
-    """What a record says; raises what a missing or damaged one gives."""
+    """Read a record.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged.
+    """
     content = read_object(
-        record_of(folder),
+        record_path(folder),
         crc32c=str,
         step=int,
         world_size=int,
@@ -156,8 +156,8 @@ def _parse(folder: Path) -> Checkpoint:
         planned_steps=int,
         files=dict,
     )
-    if content.pop("crc32c") != _seal(content):
-        raise ValueError(f"{record_of(folder)} has another CRC-32C than it says")
+    if content.pop("crc32c") != _record_crc(content):
+        raise ValueError(f"{record_path(folder)} does not match its CRC-32C")
     return Checkpoint(
         folder=folder,
         step=content["step"],
@@ -168,53 +168,53 @@ def _parse(folder: Path) -> Checkpoint:
     )
 
 
-def _seal(content: dict[str, Any]) -> str:
-    """The record's own checksum: of its JSON without that."""
+def _record_crc(content: dict[str, Any]) -> str:
+    """CRC-32C of the record's JSON, without the checksum itself."""
     return checksum_of_bytes(json.dumps(content).encode())
 
 
-def record_of(folder: Path) -> Path:
-    """The file whose presence says that `folder` is complete."""
+def record_path(folder: Path) -> Path:
+    """Path of the record; its presence marks `folder` as complete."""
     return folder.with_name(folder.name + _RECORD_SUFFIX)
 
 
-def torn_checkpoints(root: Path) -> list[Path]:
-    """Folders of checkpoints that are not complete."""
+def incomplete_checkpoints(root: Path) -> list[Path]:
+    """Checkpoint folders that are not complete."""
     folders = (folder for folder in root.glob(f"{PREFIX}*") if folder.is_dir())
     return sorted(folder for folder in folders if read_record(folder) is None)
 
 
-def clear(folder: Path) -> None:
-    """Remove a checkpoint, its record first, so that no record stands for a half-removed folder.
+def delete_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint and its universal copy.
 
-    Its universal copy goes with it.
+    Records are removed first, so that none marks a partly removed folder as complete.
     """
-    for part in (folder, folder.parent / UNIVERSAL / folder.name):
-        record_of(part).unlink(missing_ok=True)
-        if part.is_dir():
-            sync(part.parent)
-            shutil.rmtree(part)
+    for copy in (folder, folder.parent / UNIVERSAL / folder.name):
+        record_path(copy).unlink(missing_ok=True)
+        if copy.is_dir():
+            sync(copy.parent)
+            shutil.rmtree(copy)
 
 
 def keep_newest(root: Path, kept: int, step: int) -> None:
-    """Remove all complete checkpoints but the newest, and what an interrupted run left unfinished.
+    """Remove incomplete checkpoints, and all complete ones except the newest `kept`.
 
-    A damaged checkpoint that has a record stays: somebody may restore its files.
+    A damaged checkpoint that has a record stays, since its files may be restored.
 
     Args:
-        step: of the last checkpoint. Later ones were found damaged when the run was resumed from an
-            earlier one: they neither count nor go.
+        step: step of the last checkpoint. Later checkpoints were found damaged when the run was
+            resumed from an earlier one: they are neither counted nor removed.
     """
     reached = [found for found in complete_checkpoints(root) if found.step <= step]
     for old in reached[kept:]:
-        clear(old.folder)
-    for torn in torn_checkpoints(root):
-        if not record_of(torn).exists():
-            clear(torn)
+        delete_checkpoint(old.folder)
+    for folder in incomplete_checkpoints(root):
+        if not record_path(folder).exists():
+            delete_checkpoint(folder)
 
 
 def sync_tree(folder: Path) -> None:
-    """Make everything below `folder` survive a power failure."""
+    """Sync all files and folders below `folder`, so that they survive a power failure."""
     for parent, _, files in os.walk(folder):
         for name in files:
             sync(Path(parent) / name)

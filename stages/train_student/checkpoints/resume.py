@@ -1,4 +1,4 @@
-"""Going on from the newest complete checkpoint, on the same number of processes or on another."""
+"""Resuming from the newest intact checkpoint, with the same or another number of processes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ import torch
 from stages.progress import Progress
 from stages.train_student.checkpoints.records import (
     Checkpoint,
-    clear,
     complete_checkpoints,
+    delete_checkpoint,
     find_damage,
+    incomplete_checkpoints,
     read_record,
-    record_of,
-    torn_checkpoints,
+    record_path,
     why_incomplete,
 )
 from stages.train_student.checkpoints.universal import (
@@ -29,17 +29,17 @@ from stages.train_student.checkpoints.unpickling import deepspeed_loads_weights_
 from stages.train_student.parallel.process_group import World, gather, on_first_rank
 
 _CONVERSION_TIME = timedelta(hours=6)
-"""How long the ranks wait for the universal copy; two copies of all optimizer states are written,
-which for five billion weights is some 130 GB."""
+"""How long the ranks wait for the universal copy. All optimizer states are written twice: about
+130 GB for five billion weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResumePlan:
-    """What a run goes on from; the engine must be made as `universal` says."""
+    """Checkpoint to resume from; the engine must be built for a universal one if `universal`."""
 
     checkpoint: Checkpoint
     folder: Path
-    """What DeepSpeed loads: the checkpoint's folder, or its universal copy."""
+    """Folder that DeepSpeed loads: the checkpoint, or its universal copy."""
 
     @property
     def universal(self) -> bool:
@@ -55,22 +55,22 @@ def plan_resume(
     nvme: bool,
     check: Callable[[], None],
 ) -> ResumePlan | None:
-    """Find the newest sound checkpoint, and make its universal copy if that is needed.
+    """Find the newest intact checkpoint, and convert it to a universal one if needed.
 
-    Called by every rank, before the engine is made. All files are compared with their checksums
-    first; the ranks agree on what is damaged, so that all of them load the same checkpoint.
+    Every rank must call this, before the engine is built. The checksums of all files are verified;
+    the ranks agree on what is damaged, so that all of them load the same checkpoint.
 
     Args:
         root: folder of the checkpoints.
-        nvme: whether the run offloads anything to nvme, which no checkpoint brings back.
-        check: called on rank 0 before anything is removed or written; raises if the run's folder
-            may be another process's.
+        nvme: whether the run offloads to NVMe, which a checkpoint cannot restore.
+        check: called on rank 0 before each change; raises if another process may own the run's
+            folder.
 
     Raises:
-        ValueError: the checkpoint cannot be loaded as this run is set up, or none is sound; says
-            what would do.
+        ValueError: the checkpoint cannot be loaded with these settings, or none is intact; says
+            what to do.
     """
-    newest = _newest_sound(root, world, progress, check)
+    newest = _newest_intact(root, world, progress, check)
     if newest is None:
         return None
     _check_nvme(newest, nvme)
@@ -78,7 +78,7 @@ def plan_resume(
         return ResumePlan(checkpoint=newest, folder=newest.folder)
     progress.log(
         f"{newest.folder} was written by {newest.world_size} processes, now there are "
-        f"{world.size}: sharing it out anew"
+        f"{world.size}: converting it to a universal checkpoint"
     )
     on_first_rank(world, check)
     _drop_damaged_copy(newest, world, progress)
@@ -92,22 +92,22 @@ def resume(
     world: World,
     *,
     strict: bool,
-    beside: Sequence[Callable[[Path, int], None]] = (),
+    extra_loaders: Sequence[Callable[[Path, int], None]] = (),
 ) -> int:
-    """Load what `plan_resume` found into the engine, and return the number of steps done.
+    """Load the planned checkpoint into the engine, and return the number of steps done.
 
     Args:
-        strict: whether the checkpoint holds every weight (not only the trained ones).
-        beside: each reads what its twin in `save_checkpoint` wrote; given the checkpoint's folder
-            and the number of processes that wrote it.
+        strict: whether the checkpoint holds all weights, not only the trained ones.
+        extra_loaders: called with the checkpoint's folder and the number of processes that wrote
+            it, to read what the `extra_savers` of `save_checkpoint` wrote.
 
     Raises:
-        ValueError: there are too many processes for so few weights.
+        ValueError: there are more processes than the trained weights can be partitioned over.
     """
     if plan is None:
         return 0
     if plan.universal:
-        _check_shares(engine, world)
+        _check_partitions(engine, world)
     with deepspeed_loads_weights_only():
         loaded, client_state = engine.load_checkpoint(
             str(plan.folder.parent), tag=plan.folder.name, load_module_strict=strict
@@ -116,16 +116,18 @@ def resume(
         raise RuntimeError(f"DeepSpeed could not load {plan.folder}")
     if plan.universal and is_eight_bit(engine.optimizer.optimizer):
         quantize_moments(engine)
-    _set_rates(engine.lr_scheduler)
-    for read in beside:
-        read(plan.checkpoint.folder, plan.checkpoint.world_size)
+    _set_learning_rates(engine.lr_scheduler)
+    for load in extra_loaders:
+        load(plan.checkpoint.folder, plan.checkpoint.world_size)
     _set_random_state(client_state["rng"], world)
     return int(client_state["step"])
 
 
-def _set_rates(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
-    """The next step's learning rate by the schedule as it is now: the checkpoint holds the rate of
-    the run's length at that time, which after the last step of a falling one is zero.
+def _set_learning_rates(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """Recompute the next step's learning rate from the current schedule.
+
+    The checkpoint's rate follows the `train.steps` of that time; at the end of a decaying schedule
+    it is zero.
     """
     rates = [
         base * factor(schedule.last_epoch)
@@ -136,24 +138,24 @@ def _set_rates(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
     schedule._last_lr = rates
 
 
-def _newest_sound(
+def _newest_intact(
     root: Path, world: World, progress: Progress, check: Callable[[], None]
 ) -> Checkpoint | None:
-    """The newest checkpoint whose files are those that were written; None in a new run."""
+    """The newest checkpoint whose checksums match; None in a new run."""
 
-    def look() -> tuple[list[Checkpoint], dict[Path, str]]:
+    def scan() -> tuple[list[Checkpoint], dict[Path, str]]:
         check()
         damaged = {}
-        for folder in torn_checkpoints(root):
+        for folder in incomplete_checkpoints(root):
             why = why_incomplete(folder) or ""
-            progress.log(f"passing over {folder}: {why}")
-            if record_of(folder).exists():
+            progress.log(f"skipping {folder}: {why}")
+            if record_path(folder).exists():
                 damaged[folder] = why
             else:
-                clear(folder)  # a full disk may have no room for another beside it
+                delete_checkpoint(folder)  # frees room for the next one, in case the disk is full
         return complete_checkpoints(root), damaged
 
-    complete, damaged = on_first_rank(world, look)
+    complete, damaged = on_first_rank(world, scan)
     for checkpoint in complete:
         damage = find_damage(checkpoint, world)
         if damage is None:
@@ -161,39 +163,39 @@ def _newest_sound(
                 progress.log(f"using {checkpoint.folder} instead")
             return checkpoint
         damaged[checkpoint.folder] = f"it is damaged: {damage}"
-        progress.log(f"passing over {checkpoint.folder}: {damaged[checkpoint.folder]}")
+        progress.log(f"skipping {checkpoint.folder}: {damaged[checkpoint.folder]}")
     if damaged:
-        told = "; ".join(f"{folder.name}: {why}" for folder, why in damaged.items())
+        reasons = "; ".join(f"{folder.name}: {why}" for folder, why in damaged.items())
         raise ValueError(
-            f"no checkpoint in {root} is sound ({told}); restore the files from a copy, or delete "
-            f"{root} to train from the first step"
+            f"no checkpoint in {root} is intact ({reasons}); restore the files from a copy, or "
+            f"delete {root} to train from the first step"
         )
     return None
 
 
 def _drop_damaged_copy(checkpoint: Checkpoint, world: World, progress: Progress) -> None:
-    """Take the record from a universal copy whose files are not those that were written."""
+    """Remove the record of a universal copy whose checksums do not match."""
     folder = universal_folder(checkpoint)
     copy = on_first_rank(world, lambda: read_record(folder))
     damage = None if copy is None else find_damage(copy, world)
     if damage is not None:
-        progress.log(f"making {folder} again, which is damaged: {damage}")
-        on_first_rank(world, record_of(folder).unlink)
+        progress.log(f"converting {folder} again, which is damaged: {damage}")
+        on_first_rank(world, record_path(folder).unlink)
 
 
 def _check_nvme(checkpoint: Checkpoint, nvme: bool) -> None:
-    """DeepSpeed 0.19 saves what waits on a disk, and loads not all of it: losses would differ."""
+    """Refuse NVMe offload: DeepSpeed 0.19 saves its state, but does not load all of it."""
     if checkpoint.on_nvme or nvme:
         raise ValueError(
-            f"{checkpoint.folder} cannot be gone on from: DeepSpeed does not bring back all that "
-            "waits on nvme, and losses would be others. Choose another train.run_dir, with "
-            "train.deepspeed.offload_optimizer and offload_parameters set to cpu for a run that "
-            "can be stopped"
+            f"{checkpoint.folder} cannot be resumed: DeepSpeed does not restore all "
+            "NVMe-offloaded state, so the losses would differ. Choose another train.run_dir; for "
+            "a run that can be resumed, set train.deepspeed.offload_optimizer and "
+            "offload_parameters to cpu"
         )
 
 
-def _check_shares(engine: Any, world: World) -> None:
-    """With ZeRO 1 and 2 DeepSpeed loads universal checkpoints only where every rank has weights."""
+def _check_partitions(engine: Any, world: World) -> None:
+    """Check that every rank has weights, as ZeRO 1 and 2 need to load universal checkpoints."""
     if engine.zero_optimization_stage() > 2:
         return
     trained = [p for p in engine.module.parameters() if p.requires_grad]
@@ -201,13 +203,13 @@ def _check_shares(engine: Any, world: World) -> None:
     if not all(gather(world, holds_some)):
         raise ValueError(
             f"{sum(p.numel() for p in trained)} trained weights are too few for {world.size} "
-            "processes, some of which would have none, to go on from a checkpoint of another "
-            "number of them; start fewer processes, or as many as wrote the checkpoint"
+            "processes to resume from a checkpoint of another number of processes: some would "
+            "have no weights. Start fewer processes, or as many as wrote the checkpoint"
         )
 
 
 def _set_random_state(states: list[dict[str, torch.Tensor]], world: World) -> None:
-    """Each rank's own; ranks that were not there before go on from another's, moved on."""
+    """Restore this rank's RNG state; additional ranks are seeded from another rank's state."""
     state = states[world.rank % len(states)]
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Writing a checkpoint on every rank, and its record when all of it lies there."""
+"""Saving a checkpoint: every rank writes its files, then rank 0 writes the record."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,9 +13,9 @@ from stages.files.write_errors import why_not_written
 from stages.train_student.checkpoints.records import (
     CHECKING_TIME,
     Checkpoint,
-    clear,
+    checkpoint_folder,
     complete_checkpoints,
-    folder_of,
+    delete_checkpoint,
     keep_newest,
     own_files,
     sync_tree,
@@ -34,30 +34,30 @@ def save_checkpoint(
     planned_steps: int,
     kept: int,
     only_trained: bool,
-    beside: Sequence[Callable[[Path], None]] = (),
+    extra_savers: Sequence[Callable[[Path], None]] = (),
 ) -> None:
-    """Write the state after `step` steps, record it as complete, drop all but the newest `kept`.
+    """Save the state after `step` steps, and remove all but the newest `kept` checkpoints.
 
     Args:
         engine: the DeepSpeed engine.
         root: folder of the checkpoints.
-        check: called on rank 0 before anything is removed or recorded; raises if the run's folder
-            may be another process's.
-        planned_steps: length of the run.
-        only_trained: leave out frozen weights, which the base model has.
-        beside: each writes further files of this rank into the folder it is given, before the
-            checkpoint is recorded; names must differ between ranks.
+        check: called on rank 0 before each change; raises if another process may own the run's
+            folder.
+        planned_steps: `train.steps`.
+        only_trained: exclude frozen weights, which are those of the base model.
+        extra_savers: called with the checkpoint's folder to write more files of this rank, such as
+            the EMA, before the checkpoint is marked complete; file names must differ between ranks.
 
     Raises:
-        OSError: a file could not be written; says where, how much a checkpoint takes, and which
-            one is left.
+        OSError: a file could not be written; gives the path, the size of a checkpoint, and the one
+            to resume from.
     """
-    folder = folder_of(root, step)
-    with _telling_what_is_left(root, folder, step):
+    folder = checkpoint_folder(root, step)
+    with _explain_write_errors(root, folder, step):
 
         def begin() -> None:
             check()
-            clear(folder)
+            delete_checkpoint(folder)
 
         on_first_rank(world, begin)
         client_state = {"step": step, "rng": gather(world, _random_state())}
@@ -68,15 +68,15 @@ def save_checkpoint(
             save_latest=False,
             exclude_frozen_parameters=only_trained,
         )
-        for write in beside:
-            write(folder)
+        for save in extra_savers:
+            save(folder)
         barrier(world)
         written = on_first_rank(world, lambda: list(files_below(folder)))
-        # Each rank reads what it has just written, which its machine still has in memory.
-        mine = {name: checksum_of(folder / name) for name in own_files(written, world)}
+        # Each rank reads the files that it has just written, likely still in the page cache.
+        checksums = {name: checksum_of(folder / name) for name in own_files(written, world)}
         if world.local_rank == 0:
             sync_tree(folder)
-        parts = gather(world, mine, patience=CHECKING_TIME)
+        checksums_of_ranks = gather(world, checksums, patience=CHECKING_TIME)
 
         def finish() -> None:
             checkpoint = Checkpoint(
@@ -85,7 +85,7 @@ def save_checkpoint(
                 world_size=world.size,
                 zero_stage=engine.zero_optimization_stage(),
                 planned_steps=planned_steps,
-                files={name: one for part in parts for name, one in part.items()},
+                files={n: checksum for rank in checksums_of_ranks for n, checksum in rank.items()},
             )
             check()
             write_record(checkpoint)
@@ -96,26 +96,26 @@ def save_checkpoint(
 
 
 @contextmanager
-def _telling_what_is_left(root: Path, folder: Path, step: int) -> Iterator[None]:
-    """Say of a failed write where it was, what a checkpoint needs, and what can be resumed from."""
+def _explain_write_errors(root: Path, folder: Path, step: int) -> Iterator[None]:
+    """Explain a failed write: where, the size of a checkpoint, and which one can be resumed."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         why = why_not_written(error, folder)
         if why is None:
             raise
-        whole = next((one for one in complete_checkpoints(root) if one.step <= step), None)
-        if whole is None:
-            left = "no earlier checkpoint is complete"
+        newest = next((found for found in complete_checkpoints(root) if found.step <= step), None)
+        if newest is None:
+            state = "no earlier checkpoint is complete"
         else:
-            size = sum(file.bytes for file in whole.files.values())
-            left = (
-                f"{whole.folder.name} took {size / 1e9:.2f} GB and is complete: the same command "
-                f"resumes after step {whole.step}"
+            size = sum(file.bytes for file in newest.files.values())
+            state = (
+                f"{newest.folder.name} has {size / 1e9:.2f} GB and is complete: the same command "
+                f"resumes after step {newest.step}"
             )
         raise OSError(
-            f"the checkpoint {folder} could not be written: {why}; {left}. The disk must hold one "
-            "checkpoint more than train.checkpoints_kept"
+            f"the checkpoint {folder} could not be written: {why}; {state}. The disk needs room "
+            "for one checkpoint more than train.checkpoints_kept"
         ) from error
 
 

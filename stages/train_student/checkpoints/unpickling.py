@@ -1,7 +1,7 @@
-"""Loading checkpoints without running code that a file of theirs names.
+"""Loading checkpoints without executing code from them.
 
-A checkpoint's files are pickles, which can name any function to be called while they are read.
-torch's `weights_only` reads tensors, plain values and a list of classes alone.
+Checkpoint files are pickles, which can name any function to be called on load. torch's
+`weights_only` loads only tensors, plain values and allow-listed classes.
 """
 
 import os
@@ -15,19 +15,19 @@ import torch
 from stages.train_student.parallel.deepspeed import import_deepspeed
 
 _WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-_ANYTHING = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-"""Environment variables that torch.load looks at in every call."""
+_NO_WEIGHTS_ONLY = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+"""Environment variables that torch.load reads on every call."""
 
 
 @contextmanager
 def deepspeed_loads_weights_only() -> Iterator[None]:
-    """Within the block torch.load reads tensors, plain values and DeepSpeed's own classes alone.
+    """Context manager: torch.load reads only tensors, plain values and three DeepSpeed classes.
 
-    DeepSpeed calls it with `weights_only=False`, which torch's environment variable overrules. The
-    classes are those that its checkpoints hold.
+    DeepSpeed calls torch.load with `weights_only=False`; torch's environment variable overrides
+    that. The classes are those found in DeepSpeed's checkpoints.
 
     Raises:
-        ValueError: a file names anything else; nothing of it was run.
+        ValueError: a file names anything else; none of its code was executed.
     """
     import_deepspeed()
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
@@ -35,10 +35,10 @@ def deepspeed_loads_weights_only() -> Iterator[None]:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     classes = [LossScaler, ZeroStageEnum, fragment_address]
-    before = {name: os.environ.pop(name, None) for name in (_WEIGHTS_ONLY, _ANYTHING)}
+    before = {name: os.environ.pop(name, None) for name in (_WEIGHTS_ONLY, _NO_WEIGHTS_ONLY)}
     os.environ[_WEIGHTS_ONLY] = "1"
     try:
-        with code_refused(), torch.serialization.safe_globals(classes):
+        with refuse_unsafe_pickles(), torch.serialization.safe_globals(classes):
             yield
     finally:
         del os.environ[_WEIGHTS_ONLY]
@@ -46,15 +46,15 @@ def deepspeed_loads_weights_only() -> Iterator[None]:
 
 
 @contextmanager
-def code_refused() -> Iterator[None]:
-    """Say of a file that `weights_only` refuses what it names (`ValueError`)."""
+def refuse_unsafe_pickles() -> Iterator[None]:
+    """Context manager: explain why `weights_only` refuses a file (`ValueError`)."""
     try:
         yield
     except pickle.UnpicklingError as error:
-        # Most of torch's message is advice to trust the file.
+        # torch's own message mostly advises how to load the file anyway.
         named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"names {named.group(1)}" if named else f"is no checkpoint ({error})"
+        what = f"names {named.group(1)}" if named else f"is not a checkpoint ({error})"
         raise ValueError(
-            f"a file of the checkpoint {what}, as none of this software's does: it could run code, "
-            "and was not loaded. Use another checkpoint, of a folder that you trust"
+            f"a file of the checkpoint {what}, unlike any file that this software writes: it could "
+            "execute code, and was not loaded. Use another checkpoint, from a source you trust"
         ) from error

@@ -1,12 +1,12 @@
-"""Whole weights: read from a checkpoint's files one at a time, and written in diffusers' formats.
+"""Full weights: read one at a time from a checkpoint's files, and written in diffusers formats.
 
-Reading needs no engine and no DeepSpeed: files are memory-mapped, and only the requested weight is
-read. With ZeRO 0 to 2, rank 0's file holds the weights as trained. With ZeRO 3 they are only in
-each rank's optimizer file: flat float32 groups, in which every parameter takes the same number of
-elements on every rank, the last one padded.
+Reading needs neither an engine nor DeepSpeed: files are memory-mapped, and only the requested
+weight is read. With ZeRO 0 to 2, rank 0's file holds the weights as trained. With ZeRO 3 they are
+only in the optimizer files of all ranks: flat float32 groups, in which every parameter takes the
+same number of elements on every rank, padded on the last.
 
-Writing takes names, shapes and a function that reads one weight. With ZeRO 3 every rank must read,
-since that gathers a weight, so all ranks go through the same names; rank 0 writes.
+Writing takes names, shapes and a function that reads one weight. With ZeRO 3 reading a weight is a
+collective gather, so all ranks read the same names in the same order; rank 0 writes.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from stages.files.safetensors import save_tensors
 from stages.sample_videos.runs import LoraFormat
 from stages.train_student.checkpoints.lora_formats import write_adapters
 from stages.train_student.checkpoints.records import Checkpoint
-from stages.train_student.checkpoints.unpickling import code_refused
+from stages.train_student.checkpoints.unpickling import refuse_unsafe_pickles
 from stages.train_student.model.lora import exported_name
 from stages.train_student.parallel.process_group import World, on_first_rank
 
@@ -37,7 +37,7 @@ _OPTIMIZER = "*zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 
 
 class CheckpointWeights:
-    """The trained weights in a complete checkpoint, by their names in the student."""
+    """The trained weights in a complete checkpoint, by parameter name of the student."""
 
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype, *, weights_needed: bool = True
@@ -45,9 +45,9 @@ class CheckpointWeights:
         """Open the files.
 
         Args:
-            checkpoint: a complete one.
-            dtype: format in which the weights were trained.
-            weights_needed: without, `read` has the buffers alone where ZeRO 3 wrote the files.
+            checkpoint: a complete checkpoint.
+            dtype: dtype of the weights in training.
+            weights_needed: if False, `read` may only be used for buffers (with ZeRO 3).
 
         Raises:
             ValueError: the files do not hold the weights.
@@ -57,67 +57,67 @@ class CheckpointWeights:
         partitioned = checkpoint.zero_stage == 3
         state = _load(self._folder / (_PARTITIONED if partitioned else _WHOLE))
         self._whole: dict[str, Tensor] = state["module"]
-        self._parts: dict[str, _Parts] = {}
+        self._layout: dict[str, _Partition] = {}
         self._ranks: list[list[Tensor]] = []
         if partitioned:
             shapes = dict(itertools.chain.from_iterable(s.items() for s in state["param_shapes"]))
-            self._place(shapes, checkpoint.world_size)
+            self._compute_offsets(shapes, checkpoint.world_size)
             if weights_needed:
                 self._open_partitions(checkpoint)
 
     @property
     def names(self) -> list[str]:
-        """Of all weights that the checkpoint holds."""
+        """Names of all weights in the checkpoint."""
         return list(self._whole)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a weight, when whole."""
-        return self._parts[name].shape if name in self._parts else tuple(self._whole[name].shape)
+        """Shape of a full weight."""
+        return self._layout[name].shape if name in self._layout else tuple(self._whole[name].shape)
 
     def read(self, name: str) -> Tensor:
-        """A whole weight, in the format in which it was trained."""
-        if name not in self._parts:
+        """Read a full weight, in its dtype in training."""
+        if name not in self._layout:
             return self._whole[name].clone()
-        parts = self._parts[name]
-        numel = math.prod(parts.shape)
+        partition = self._layout[name]
+        numel = math.prod(partition.shape)
         flat = torch.empty(numel, dtype=self._dtype)
         for rank, groups in enumerate(self._ranks):
-            start = min(rank * parts.per_rank, numel)
-            stop = min(start + parts.per_rank, numel)
+            start = min(rank * partition.per_rank, numel)
+            stop = min(start + partition.per_rank, numel)
             if start < stop:
-                flat[start:stop] = _slice(groups, parts.offset, stop - start)
-        return flat.view(parts.shape)
+                flat[start:stop] = _slice(groups, partition.offset, stop - start)
+        return flat.view(partition.shape)
 
-    def _place(self, shapes: dict[str, torch.Size], world_size: int) -> None:
+    def _compute_offsets(self, shapes: dict[str, torch.Size], world_size: int) -> None:
         offset = 0
         for name, shape in shapes.items():
             per_rank = math.ceil(shape.numel() / world_size)
-            self._parts[name] = _Parts(shape=tuple(shape), offset=offset, per_rank=per_rank)
+            self._layout[name] = _Partition(shape=tuple(shape), offset=offset, per_rank=per_rank)
             offset += per_rank
 
     def _open_partitions(self, checkpoint: Checkpoint) -> None:
-        expected = sum(parts.per_rank for parts in self._parts.values())
+        expected = sum(partition.per_rank for partition in self._layout.values())
         for rank in range(checkpoint.world_size):
             paths = list(self._folder.glob(_OPTIMIZER.format(rank)))
             if len(paths) != 1:
                 raise ValueError(
-                    f"{self._folder} has {len(paths)} optimizer files of rank {rank}, not one; use "
-                    "another checkpoint"
+                    f"{self._folder} has {len(paths)} optimizer files of rank {rank}, expected 1; "
+                    "use another checkpoint"
                 )
             groups = _load(paths[0])["optimizer_state_dict"]["fp32_flat_groups"]
             held = sum(group.numel() for group in groups)
             if held != expected:
                 raise ValueError(
-                    f"{self._folder} holds {held} of rank {rank}'s {expected} weights; those that "
-                    "were offloaded to nvme are in no checkpoint: let the run finish, which "
+                    f"{self._folder} holds {held} of rank {rank}'s {expected} weights; weights "
+                    "offloaded to NVMe are not saved in checkpoints: let the run finish, which "
                     "exports them"
                 )
             self._ranks.append(groups)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Parts:
-    """Where a partitioned parameter lies in each rank's groups laid end to end."""
+class _Partition:
+    """Location of a ZeRO 3 parameter in each rank's concatenated groups."""
 
     shape: tuple[int, ...]
     offset: int
@@ -125,7 +125,7 @@ class _Parts:
 
 
 def _slice(groups: Iterable[Tensor], start: int, numel: int) -> Tensor:
-    """`numel` elements from `start` of the groups laid end to end."""
+    """Elements `start` to `start + numel` of the concatenated groups."""
     pieces = []
     for group in groups:
         size = group.numel()
@@ -139,7 +139,7 @@ def _slice(groups: Iterable[Tensor], start: int, numel: int) -> Tensor:
 
 
 class _Ignored:
-    """Stands in for what DeepSpeed's files hold beside tensors; no code of it is run."""
+    """Placeholder for other objects in DeepSpeed's files; none of their code is executed."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -148,22 +148,22 @@ class _Ignored:
 def _load(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"{path} is missing; use another checkpoint")
-    # (class, name) is how torch takes a stand-in for what a file calls `name`.
-    stand_ins: list[Any] = [
+    # torch accepts (class, name) to load the class in place of the global `name`.
+    placeholders: list[Any] = [
         (_Ignored, name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)
     ]
-    with code_refused(), torch.serialization.safe_globals(stand_ins):
+    with refuse_unsafe_pickles(), torch.serialization.safe_globals(placeholders):
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 TRANSFORMER = "transformer."
-"""What the names of the transformer's weights begin with in the student."""
+"""Prefix of the transformer's weights in the student."""
 
 HEADS = "heads."
-"""What the names of the heads' weights begin with."""
+"""Prefix of the heads' weights in the student."""
 
 LARGEST_FILE = "5GB"
-"""A whole transformer is written in files of up to this size; rank 0 holds one at a time."""
+"""Largest file of an exported transformer; rank 0 holds one file in memory at a time."""
 
 _FILE_NAMES = "diffusion_pytorch_model{suffix}.safetensors"
 _INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -171,56 +171,58 @@ _INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    """Weights by their names in the student, read one at a time."""
+    """Weights by parameter name of the student, read one at a time."""
 
     shapes: Mapping[str, tuple[int, ...]]
     dtype: torch.dtype
     read: Callable[[str], Tensor | None]
-    """The whole weight on the CPU; None where rank 0 alone gets it."""
+    """Returns the full weight on the CPU; may return None on other ranks than 0."""
 
-    def within(self, prefix: str) -> list[str]:
+    def names_under(self, prefix: str) -> list[str]:
         """The names that begin with `prefix`."""
         return [name for name in self.shapes if name.startswith(prefix)]
 
     def read_all(self, prefix: str, world: World) -> dict[str, Tensor]:
-        """On rank 0 all weights that begin with `prefix`, by the rest of their names."""
-        return _kept({name: name.removeprefix(prefix) for name in self.within(prefix)}, self, world)
+        """All weights under `prefix`, by name without it; empty on other ranks than 0."""
+        return _read_renamed(
+            {name: name.removeprefix(prefix) for name in self.names_under(prefix)}, self, world
+        )
 
 
 def write_lora(
     weights: Weights, settings: LoraConfig, folder: Path, world: World, form: LoraFormat
 ) -> None:
-    """Write adapters in a key form; every rank must call this."""
-    names = [name for name in weights.within(TRANSFORMER) if ".lora_" in name]
+    """Write LoRA adapters in a key format; every rank must call this."""
+    names = [name for name in weights.names_under(TRANSFORMER) if ".lora_" in name]
     new_names = {name: exported_name(name.removeprefix(TRANSFORMER)) for name in names}
-    layers = _kept(new_names, weights, world)
+    layers = _read_renamed(new_names, weights, world)
     on_first_rank(world, lambda: write_adapters(layers, settings, folder, form))
 
 
 def write_transformer(
     weights: Weights, settings: Mapping[str, Any], folder: Path, world: World
 ) -> None:
-    """Write a whole transformer for `from_pretrained`, file by file; every rank must call this.
+    """Write a full transformer for `from_pretrained`, file by file; every rank must call this.
 
     Args:
-        weights: of the student, all of the transformer's among them.
+        weights: the student's weights, including all of the transformer.
         settings: the transformer's configuration.
-        folder: made here.
-        world: this process among all.
+        folder: created here.
+        world: rank and world size.
 
     Raises:
-        ValueError: weights are missing, too many, or of other shapes than the configuration says.
+        ValueError: weights are missing or unexpected, or differ in shape from the configuration.
     """
     with torch.device("meta"):
         empty = CogVideoXTransformer3DModel.from_config(dict(settings))
     expected = {name: tuple(value.shape) for name, value in empty.state_dict().items()}
-    _refuse_other_weights(weights, expected)
-    blanks = {
+    _check_shapes(weights, expected)
+    empty_weights = {
         name: torch.empty(shape, dtype=weights.dtype, device="meta")
         for name, shape in expected.items()
     }
     plan = split_torch_state_dict_into_shards(
-        blanks, filename_pattern=_FILE_NAMES, max_shard_size=LARGEST_FILE
+        empty_weights, filename_pattern=_FILE_NAMES, max_shard_size=LARGEST_FILE
     )
     on_first_rank(world, lambda: empty.save_config(str(folder)))
     for file, names in plan.filename_to_tensors.items():
@@ -232,30 +234,33 @@ def write_transformer(
 
 
 def _write_file(weights: Weights, names: list[str], path: Path, world: World) -> None:
-    part = _kept({TRANSFORMER + name: name for name in names}, weights, world)
-    on_first_rank(world, lambda: save_tensors(part, path, {"format": "pt"}))
+    tensors = _read_renamed({TRANSFORMER + name: name for name in names}, weights, world)
+    on_first_rank(world, lambda: save_tensors(tensors, path, {"format": "pt"}))
 
 
-def _refuse_other_weights(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> None:
     found = {
-        name.removeprefix(TRANSFORMER): weights.shapes[name] for name in weights.within(TRANSFORMER)
+        name.removeprefix(TRANSFORMER): weights.shapes[name]
+        for name in weights.names_under(TRANSFORMER)
     }
     wrong = [name for name in found.keys() | expected if found.get(name) != expected.get(name)]
     if wrong:
         name = min(wrong)
         raise ValueError(
-            f"{len(wrong)} weights do not fit the transformer's configuration, such as {name}: "
-            f"{found.get(name, 'missing')} where it says {expected.get(name, 'none')}; the run was "
-            "trained from another base model, or its files are damaged"
+            f"{len(wrong)} weights do not match the transformer's configuration, such as {name}: "
+            f"shape {found.get(name, 'missing')}, expected {expected.get(name, 'none')}; the run "
+            "was trained from another base model, or its files are damaged"
         )
 
 
-def _kept(new_names: Mapping[str, str], weights: Weights, world: World) -> dict[str, Tensor]:
-    """Read weights on every rank, keep them on rank 0, under new names."""
-    kept = {}
+def _read_renamed(
+    new_names: Mapping[str, str], weights: Weights, world: World
+) -> dict[str, Tensor]:
+    """Read weights on every rank; rank 0 returns them under new names, other ranks nothing."""
+    renamed = {}
     for name, new in new_names.items():
         value = weights.read(name)
         if world.is_first:
             assert value is not None, f"rank 0 got no {name}"
-            kept[new] = value.contiguous()
-    return kept
+            renamed[new] = value.contiguous()
+    return renamed

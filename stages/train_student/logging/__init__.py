@@ -1,1 +1,1 @@
-"""What a training writes down as it goes: rows of JSON, the console's table, TensorBoard, W&B."""
+"""Logs of a training run: JSON lines, console table, TensorBoard, W&B."""

@@ -1,4 +1,4 @@
-"""How long a step takes, what of it is waiting, and what it uses; the training loop asks."""
+"""Step time, time spent waiting for data, peak memory, and FLOP/s relative to the GPU's peak."""
 
 import resource
 import time
@@ -25,55 +25,55 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceRate:
-    """What batches cost, and how much of that the device can do in a second."""
+    """FLOPs of a batch, and the device's peak FLOP/s."""
 
     flops_per_clip: Mapping[tuple[int, int, int], float]
-    """Of a forward and backward pass, without what is run again; by latent frames (with padding),
-    height and width."""
+    """FLOPs of a forward and backward pass, without recomputation; by latent frames (with padding),
+    latent height and latent width."""
     peak_flops: float
-    """Operations per second by the device's data sheet."""
+    """Peak FLOP/s from the device's data sheet."""
 
     def model_flops(self, batch: Batch) -> float | None:
-        """Operations of a batch; None for a size that was not reckoned."""
+        """FLOPs of a batch; None for a size whose cost is unknown."""
         clips, frames, _, height, width = batch.clean_BFCHW.shape
         per_clip = self.flops_per_clip.get((frames, height, width))
         return None if per_clip is None else clips * per_clip
 
 
 class StepClock:
-    """Times one step."""
+    """Timer of one step."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._waited = 0.0
+        self._wait_seconds = 0.0
         self._flops: float | None = 0.0
 
     def next(self, batches: Iterator[T]) -> T:
-        """The next batch; waiting for it is counted apart."""
+        """Return the next batch, and time the wait for it."""
         start = time.perf_counter()
         batch = next(batches)
-        self._waited += time.perf_counter() - start
+        self._wait_seconds += time.perf_counter() - start
         return batch
 
     def add_flops(self, flops: float | None) -> None:
-        """Count the operations of a forward and backward pass on this rank."""
+        """Add the FLOPs of a micro-batch on this rank; None if unknown."""
         self._flops = None if self._flops is None or flops is None else self._flops + flops
 
     def row(
         self, step: int, *, clips: int, world: World, peak_flops: float | None, stop: bool
     ) -> tuple[PerformanceRow, bool]:
-        """End the step; every rank asks.
+        """End the step; every rank must call this.
 
         Args:
-            clips: of the whole batch.
-            peak_flops: operations per second that this rank's device can do; None if not known.
+            clips: clips of the whole batch.
+            peak_flops: peak FLOP/s of this rank's device; None if unknown.
             stop: whether this process was asked to stop.
 
         Returns:
             The row, and whether any process was asked to stop.
         """
-        mine = [self._waited, float(peak_memory_bytes()), float(stop)]
-        # All ranks wait here for the slowest, so the seconds are the same on all.
+        mine = [self._wait_seconds, float(peak_memory_bytes()), float(stop)]
+        # The all-reduce waits for the slowest rank, so all ranks measure the same time.
         wait, memory, any_stop = _maximum(mine, world)
         seconds = time.perf_counter() - self._start
         share = None
@@ -91,7 +91,7 @@ class StepClock:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this process has used: of the GPU if there is one, otherwise of the host."""
+    """Peak memory of this process: of the GPU if there is one, otherwise of the host."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -111,9 +111,9 @@ def device_rate(
     stores: Iterable[tuple[ClipsConfig, JoinedStores]],
     progress: Progress,
 ) -> DeviceRate | None:
-    """Reckon what clips of each size cost; None where this device's peak rate is not known.
+    """Compute the FLOPs of clips of each size; None if this device's peak FLOP/s is unknown.
 
-    What goes wrong here is told and does not stop a training.
+    An error here is logged, and does not stop training.
     """
     gpu = gpu_here()
     if gpu is None:
@@ -130,7 +130,7 @@ def device_rate(
                 masks=None if joined.masks is None else joined.masks.settings,
             ).model_flops_per_clip
     except Exception as error:
-        progress.log(f"the share of {gpu.name}'s peak rate is not told: {error}")
+        progress.log(f"the share of {gpu.name}'s peak FLOP/s will not be logged: {error}")
         return None
     peak = gpu.bf16_flops if config.deepspeed.precision == "bf16" else gpu.fp32_flops
     return DeviceRate(flops_per_clip=flops, peak_flops=peak)

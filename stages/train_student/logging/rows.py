@@ -1,4 +1,4 @@
-"""Rows that a run logs, and their files: one JSON object per line, each with its `step`."""
+"""Log rows of a run, and their JSON-lines files; every row has a `step`."""
 
 import json
 import os
@@ -15,59 +15,59 @@ from cache_schema.atomic_io import naming, write_whole
 Row = TypeVar("Row")
 
 _MAX_LINE_BYTES = 64 << 20
-"""Of a skipped step's line, which names every clip of every rank."""
+"""Limit for one line; the longest are skipped steps, which list every clip of every rank."""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Every whole line; empty where there is no file.
+    """Read all complete lines; empty if there is no file.
 
     Raises:
         ValueError: a line is damaged.
     """
-    return list(each_row(path))
+    return list(iter_rows(path))
 
 
-def each_of(path: Path, kind: type[Row]) -> Iterator[Row]:
-    """The same as the dataclass that the lines were written from.
+def iter_records(path: Path, kind: type[Row]) -> Iterator[Row]:
+    """Iterate over all complete lines, as the dataclass `kind` that they were written from.
 
     Raises:
-        ValueError: a line is damaged, or has other fields than the dataclass.
+        ValueError: a line is damaged, or its fields differ from those of the dataclass.
     """
     adapter = TypeAdapter(kind)
-    for line in _whole_lines(path):
-        _parsed(line, path)
+    for line in _complete_lines(path):
+        _parse(line, path)
         try:
             yield adapter.validate_json(line, strict=True)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             name = ".".join(map(str, first["loc"]))
-            is_there = "" if first["type"] == "missing" else f" is {first['input']!r:.80}"
+            found = "" if first["type"] == "missing" else f" is {first['input']!r:.80}"
             raise ValueError(
-                f"{path} has a damaged line: {name}{is_there} ({first['msg']})"
+                f"{path} has a damaged line: {name}{found} ({first['msg']})"
             ) from error
 
 
-def each_row(path: Path) -> Iterator[dict[str, Any]]:
-    """The same, a line at a time: a long run's file is larger than memory should be."""
-    return (_parsed(line, path) for line in _whole_lines(path))
+def iter_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Iterate over all complete lines; the file of a long run is too large to load at once."""
+    return (_parse(line, path) for line in _complete_lines(path))
 
 
 def count_rows(path: Path) -> int:
-    """How many whole lines there are; 0 where there is no file."""
-    return sum(1 for _ in _whole_lines(path))
+    """Count the complete lines; 0 if there is no file."""
+    return sum(1 for _ in _complete_lines(path))
 
 
 class RowFile:
-    """Appends rows while a run goes on."""
+    """JSON-lines file that rows are appended to during a run."""
 
     def __init__(self, path: Path, steps_done: int, check: Callable[[], None]) -> None:
-        """Open the file, dropping what an interrupted run wrote after `steps_done` steps.
+        """Open the file, and truncate rows that an interrupted run wrote after `steps_done` steps.
 
         Args:
-            check: called before the file is changed; raises if it may be another process's.
+            check: called before each change to the file; raises if another process may own it.
 
         Raises:
-            ValueError: a line is damaged, or its step comes after a later one.
+            ValueError: a line is damaged, or steps are not in ascending order.
         """
         self._check = check
         if not path.is_file():
@@ -81,30 +81,30 @@ class RowFile:
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Append a row; floats are written as their shortest exact decimals."""
+        """Append a row; floats are written so that they are read back exactly."""
         self._check()
         with naming(self._path):
             self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
             self._file.flush()
 
     def sync(self) -> None:
-        """Make the rows so far survive a power failure."""
+        """Sync the rows to disk, so that they survive a power failure."""
         with naming(self._path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
 
 
 def _bytes_until(path: Path, steps_done: int) -> int:
-    """Where the lines of later steps begin: they follow those of earlier ones."""
+    """Size of the file up to the last line of `steps_done` or an earlier step."""
     kept_bytes, last = 0, None
-    for line in _whole_lines(path):
-        step = _parsed(line, path)["step"]
+    for line in _complete_lines(path):
+        step = _parse(line, path)["step"]
         if last is not None and step < last:
             raise ValueError(
-                f"{path} has a line of step {step} after one of step {last}: two runs wrote it; "
+                f"{path} has a line of step {step} after one of step {last}: two runs wrote to it; "
                 "restore it, or choose another train.run_dir"
             )
         last = step
@@ -112,8 +112,8 @@ def _bytes_until(path: Path, steps_done: int) -> int:
     return kept_bytes
 
 
-def _whole_lines(path: Path) -> Iterator[bytes]:
-    """Lines with their ends; the last one is left out where it is not whole."""
+def _complete_lines(path: Path) -> Iterator[bytes]:
+    """Lines with their newlines; an incomplete last line is omitted."""
     if path.is_file():
         with path.open("rb") as file:
             while (line := file.readline(_MAX_LINE_BYTES)).endswith(b"\n"):
@@ -122,12 +122,12 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
             raise ValueError(f"{path} has a line of more than {_MAX_LINE_BYTES:,} bytes")
 
 
-def _parsed(line: bytes, path: Path) -> dict[str, Any]:
+def _parse(line: bytes, path: Path) -> dict[str, Any]:
     try:
         # Several times as fast as json.loads.
         row: dict[str, Any] = from_json(line, allow_inf_nan=False)
         if type(row["step"]) is not int or not 0 <= row["step"] < 2**63:
-            raise ValueError(f"step is {row['step']!r:.80}, no number of steps")
+            raise ValueError(f"step is {row['step']!r:.80}, not a step number")
     except (ValueError, TypeError, KeyError) as error:
         start = line[:80].decode("utf-8", "backslashreplace").rstrip("\n")
         raise ValueError(f"{path} has a damaged line: {start!r} ({error})") from error
@@ -135,99 +135,99 @@ def _parsed(line: bytes, path: Path) -> dict[str, Any]:
 
 
 CONFIG_FILE = "config.yaml"
-"""The settings a run was last started with."""
+"""Settings of the last start of a run."""
 LOSSES_FILE = "losses.jsonl"
 PERFORMANCE_FILE = "performance.jsonl"
 SKIPPED_FILE = "skipped_steps.jsonl"
 DAMAGED_FILE = "damaged_clips.jsonl"
 
 TIMESTEP_BINS = 10
-"""The schedule's timesteps are told in so many equal parts."""
+"""Number of equal bins of the schedule's timesteps in `by_timestep`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossRow:
-    """One optimiser step, averaged over the batch; independent of timing and of who computed it."""
+    """Means of one optimiser step over the batch; independent of timing and number of ranks."""
 
     step: int
-    """From 1: the number of steps done with it."""
+    """From 1: the number of steps done, including this one."""
     loss: float
     diffusion: float
     auxiliary: dict[str, float]
-    """By objective, before weighting; empty for plain fine-tuning."""
+    """Objective name -> loss before weighting; empty for plain fine-tuning."""
     grad_norm: float
     """Before clipping."""
     lr: float
     by_timestep: dict[str, list[float | None]]
-    """Ten values each, the first for the least noise: `count` of clips, and the means of
-    `diffusion` and of every objective, null where no clip fell."""
+    """Lists of ten values, ordered from least to most noise: `count` of clips, and the means of
+    `diffusion` and of every objective, null for bins without clips."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PerformanceRow:
-    """How long a step took and what it used: the slowest rank's wait, the fullest rank's memory."""
+    """Time and memory of a step: maxima over the ranks."""
 
     step: int
     seconds: float
     wait_seconds: float
-    """Of `seconds`, spent waiting for the loader."""
+    """Part of `seconds` spent waiting for the data loader."""
     clips_per_second: float
     peak_memory_bytes: int
-    """Since the process started: of the GPU if there is one, otherwise of the process."""
+    """Since the process started; of the GPU if there is one, otherwise of the process."""
     share_of_peak: float | None
-    """Of the GPU's stated FLOP/s, without counting recomputed work; null where it is not known."""
+    """Model FLOP/s, without recomputation, divided by the GPU's peak (MFU); null if unknown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SkippedClip:
-    """One clip of a step that was skipped."""
+    """One clip of a skipped step."""
 
     key: str
     timestep: int
     diffusion: float | str
-    """As text where JSON has no number for it: nan, inf."""
+    """NaN and infinite values as text, since JSON has no such numbers."""
     auxiliary: dict[str, float | str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SkippedRow:
-    """A step that left the weights as they were."""
+    """A step whose update was skipped."""
 
     step: int
     what: str
-    """What was no number: `loss` or `gradient`."""
+    """What was NaN or infinite: `loss` or `gradient`."""
     clips: tuple[SkippedClip, ...]
-    """Of every rank."""
+    """Clips of all ranks."""
 
     def suspects(self) -> list[str]:
-        """Keys of the clips whose own losses are no number; of all clips where every one is."""
-        bad = [clip.key for clip in self.clips if _is_text(clip)]
+        """Keys of the clips with a NaN or infinite loss; of all clips if there are none."""
+        bad = [clip.key for clip in self.clips if _has_nonfinite_loss(clip)]
         return sorted(set(bad or [clip.key for clip in self.clips]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DamagedRow:
-    """A clip that could not be read; another one took its place."""
+    """A clip that could not be read, and was replaced by another."""
 
     step: int
     key: str
     message: str
     gone: bool
-    """Whether it was taken out of the cache, or made again, while the run went on: no damage."""
+    """Whether it was dropped from the cache, or extracted again, during the run, not damaged."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationRow:
-    """A line of validation.jsonl: means over the held-out clips; null where one is no number."""
+    """A line of validation.jsonl: means over the held-out clips; null if NaN or infinite."""
 
     step: int
     """Steps done; 0 is the model before training."""
     clips: int
-    """How many could be read."""
+    """Number of clips that could be read."""
     diffusion: float | None
-    """Over all timesteps alike."""
+    """Mean over all timesteps."""
     auxiliary: dict[str, float | None]
-    """By objective, before weighting."""
+    """Objective name -> loss before weighting."""
     by_timestep: dict[str, list[float | None]]
     """Lists of equal length: `timestep`, `diffusion`, and every objective."""
 
@@ -236,12 +236,12 @@ class ValidationRow:
         if {"timestep", "diffusion", *self.auxiliary} - self.by_timestep.keys() or len(lengths) > 1:
             raise ValueError("by_timestep needs a value of every loss for each timestep")
         if None in self.by_timestep["timestep"]:
-            raise ValueError("by_timestep.timestep needs numbers alone")
+            raise ValueError("by_timestep.timestep must not hold null")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepRows:
-    """Everything about one step."""
+    """All log rows of one step."""
 
     performance: PerformanceRow
     losses: LossRow | None
@@ -251,18 +251,18 @@ class StepRows:
 
 
 def read_losses(run_dir: Path) -> Iterator[LossRow]:
-    """Every whole line of a run's losses, one at a time; none where there is no file.
+    """Iterate over the rows of a run's losses.jsonl; none if there is no file.
 
     Raises:
         ValueError: a line is damaged.
     """
-    return each_of(run_dir / LOSSES_FILE, LossRow)
+    return iter_records(run_dir / LOSSES_FILE, LossRow)
 
 
 def as_dict(row: Any) -> dict[str, Any]:
-    """A row as it is written."""
+    """A row as it is written to its file."""
     return asdict(row)
 
 
-def _is_text(clip: SkippedClip) -> bool:
+def _has_nonfinite_loss(clip: SkippedClip) -> bool:
     return any(isinstance(value, str) for value in (clip.diffusion, *clip.auxiliary.values()))

@@ -1,11 +1,11 @@
-"""Everything that a training logs as it runs; rank 0 only.
+"""Logs of a training run: JSON lines, console table and experiment trackers; on rank 0 only.
 
 <run_dir>/
-    losses.jsonl          a line per step that moved the weights: equal for equal runs
-    performance.jsonl     a line per step: seconds, waiting, memory; differs from run to run
+    losses.jsonl          a line per step that updated the weights: identical for identical runs
+    performance.jsonl     a line per step: time, wait, memory; differs from run to run
     skipped_steps.jsonl   a line per skipped step, with its clips
-    damaged_clips.jsonl   a line per clip and step that was damaged or gone
-    tensorboard/, wandb/  the same numbers, as set by train.report_to
+    damaged_clips.jsonl   a line per step and clip that was damaged or gone
+    tensorboard/, wandb/  the same values, as set by train.report_to
 """
 
 from collections.abc import Callable
@@ -26,29 +26,29 @@ from stages.train_student.logging.rows import (
     StepRows,
     as_dict,
 )
-from stages.train_student.logging.trackers import Boards
+from stages.train_student.logging.trackers import Trackers
 
-_NARROWEST = 11
+_MIN_WIDTH = 11
 
 
 class Table:
-    """Lays out headings and rows in columns of equal width."""
+    """Formats the headings and rows of the console table."""
 
     def __init__(self, objectives: tuple[str, ...]) -> None:
         self._objectives = objectives
         names = ("step", "loss", "diffusion", *objectives, "grad norm", "rate", "s/step", "wait")
         self._names = names
-        self._widths = [max(_NARROWEST, len(name) + 2) for name in names]
-        self.begun = False
-        """Whether the headings were asked for."""
+        self._widths = [max(_MIN_WIDTH, len(name) + 2) for name in names]
+        self.has_headings = False
+        """Whether the headings were formatted."""
 
     def headings(self) -> str:
         """The first line."""
-        self.begun = True
+        self.has_headings = True
         return self._line(self._names)
 
     def row(self, losses: LossRow, performance: PerformanceRow) -> str:
-        """One step's line."""
+        """The line of one step."""
         cells = (
             str(losses.step),
             f"{losses.loss:.4f}",
@@ -66,24 +66,24 @@ class Table:
 
 
 class RunLog:
-    """Writes every step to the run's files and boards, and shows some of them."""
+    """Writes every step to the run's files and trackers, and some of them to the console."""
 
     def __init__(
         self,
         run_dir: Path,
         steps_done: int,
-        boards: Boards,
+        trackers: Trackers,
         *,
         check: Callable[[], None],
         objectives: tuple[str, ...],
         log_every: int,
         progress: Progress,
     ) -> None:
-        """Open the files, dropping what an interrupted run wrote after `steps_done` steps.
+        """Open the files, and truncate rows that an interrupted run wrote after `steps_done` steps.
 
         Args:
-            boards: closed with the log.
-            check: called before a file is changed; raises if it may be another process's.
+            trackers: closed together with the log.
+            check: called before each change to a file; raises if another process may own it.
             objectives: names of the auxiliary losses, in the order of the table's columns.
             log_every: steps between rows of the table.
         """
@@ -91,35 +91,35 @@ class RunLog:
         self._performance = RowFile(run_dir / PERFORMANCE_FILE, steps_done, check)
         self._skipped = RowFile(run_dir / SKIPPED_FILE, steps_done, check)
         self._damaged = RowFile(run_dir / DAMAGED_FILE, steps_done, check)
-        self._boards = boards
+        self._trackers = trackers
         self._log_every = log_every
         self._progress = progress
         self._table = Table(objectives)
         self._warned: set[str] = set()
 
     def add(self, rows: StepRows) -> None:
-        """Write a step down, and show it when its turn has come."""
+        """Log a step; print it every `log_every` steps."""
         for damaged in rows.damaged:
             self._damaged.add(as_dict(damaged))
             self._warn(damaged)
         if rows.skipped is not None:
             self._skipped.add(as_dict(rows.skipped))
             self._progress.log(
-                f"step {rows.skipped.step} skipped: its {rows.skipped.what} is no number; clips "
-                f"{', '.join(map(repr, rows.skipped.suspects()))}"
+                f"step {rows.skipped.step} skipped: its {rows.skipped.what} is NaN or infinite; "
+                f"clips {', '.join(map(repr, rows.skipped.suspects()))}"
             )
         if rows.losses is not None:
             self._losses.add(as_dict(rows.losses))
         self._performance.add(as_dict(rows.performance))
-        self._boards.add_scalars(rows.performance.step, _curves(rows))
+        self._trackers.add_scalars(rows.performance.step, _curves(rows))
         if rows.losses is not None:
             self._show(rows.losses, rows.performance)
 
     def sync(self) -> None:
-        """Make the rows so far survive a power failure; before each checkpoint is completed."""
+        """Sync the rows to disk; called before each checkpoint."""
         for file in self._files:
             file.sync()
-        self._boards.flush()
+        self._trackers.flush()
 
     @property
     def _files(self) -> tuple[RowFile, ...]:
@@ -130,11 +130,11 @@ class RunLog:
             self._warned.add(damaged.key)
             what = "is gone" if damaged.gone else "cannot be read"
             self._progress.log(
-                f"warning: clip {damaged.key!r} {what}, another takes its place: {damaged.message}"
+                f"warning: clip {damaged.key!r} {what}, using another instead: {damaged.message}"
             )
 
     def _show(self, losses: LossRow, performance: PerformanceRow) -> None:
-        if not self._table.begun:
+        if not self._table.has_headings:
             self._progress.log(self._table.headings())
         elif losses.step % self._log_every:
             return
@@ -151,7 +151,7 @@ class RunLog:
     ) -> None:
         for file in self._files:
             file.close()
-        self._boards.close(failed=error is not None)
+        self._trackers.close(failed=error is not None)
 
 
 def _curves(rows: StepRows) -> dict[str, float]:

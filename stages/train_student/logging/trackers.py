@@ -1,7 +1,7 @@
-"""Curves and videos on TensorBoard and Weights & Biases; rank 0 of a training keeps one `Boards`.
+"""TensorBoard and Weights & Biases loggers for curves and sample videos; on rank 0 only.
 
-Weights & Biases stays offline unless it was given a key or WANDB_MODE says otherwise: nothing
-leaves the machine unasked. Its files lie in <run_dir>/wandb, to be sent later with `wandb sync`.
+Weights & Biases runs offline unless an API key is configured or WANDB_MODE says otherwise, so no
+data leaves the machine unasked. Its files are in <run_dir>/wandb; `wandb sync` uploads them later.
 """
 
 import importlib.util
@@ -22,13 +22,13 @@ from cache_schema.atomic_io import naming
 from cache_schema.shown_text import redacted
 from stages.files.text import read_text
 
-BoardName = Literal["tensorboard", "wandb"]
+TrackerName = Literal["tensorboard", "wandb"]
 
-_WIDEST_GIF = 480
-"""TensorBoard holds every picture in memory; wider videos are shown smaller."""
+_MAX_GIF_WIDTH = 480
+"""Wider videos are downscaled, since TensorBoard holds all images in memory."""
 
 
-class _Board(Protocol):
+class _Tracker(Protocol):
     def add_scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def add_video(self, step: int, name: str, video: Path, caption: str) -> None: ...
@@ -38,11 +38,11 @@ class _Board(Protocol):
     def close(self, *, failed: bool) -> None: ...
 
 
-def check_boards(report_to: Sequence[BoardName]) -> None:
-    """Refuse a board whose package is not installed, before any work.
+def check_trackers(report_to: Sequence[TrackerName]) -> None:
+    """Check that the packages of the trackers are installed.
 
     Raises:
-        ValueError: with the command that installs it.
+        ValueError: one is not; gives the command that installs it.
     """
     if "wandb" in report_to and importlib.util.find_spec("wandb") is None:
         raise ValueError(
@@ -51,51 +51,51 @@ def check_boards(report_to: Sequence[BoardName]) -> None:
         )
 
 
-class Boards:
-    """Every board that `train.report_to` names, written together; none of them is fine."""
+class Trackers:
+    """All trackers that `train.report_to` names; may be empty."""
 
     def __init__(
         self,
         run_dir: Path,
-        report_to: Sequence[BoardName],
+        report_to: Sequence[TrackerName],
         *,
         steps_done: int,
         project: str,
         settings: Mapping[str, Any],
     ) -> None:
-        """Open the boards.
+        """Open the trackers.
 
         Args:
-            steps_done: what TensorBoard has been told of later steps is dropped: they come again.
-            project: of Weights & Biases.
-            settings: shown beside the curves of Weights & Biases.
+            steps_done: TensorBoard events of later steps are purged, since the steps are repeated.
+            project: W&B project name.
+            settings: logged as the W&B config.
         """
-        self._boards: list[_Board] = []
+        self._trackers: list[_Tracker] = []
         if "tensorboard" in report_to:
-            self._boards.append(_TensorBoard(run_dir, steps_done))
+            self._trackers.append(_TensorBoard(run_dir, steps_done))
         if "wandb" in report_to:
-            self._boards.append(_WandB(run_dir, project, settings))
+            self._trackers.append(_WandB(run_dir, project, settings))
 
     def add_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add a point to each named curve, such as `train/loss`."""
-        for board in self._boards:
-            board.add_scalars(step, values)
+        for tracker in self._trackers:
+            tracker.add_scalars(step, values)
 
     def add_video(self, step: int, name: str, video: Path, caption: str) -> None:
         """Add an mp4 under a name such as `samples/0`."""
-        for board in self._boards:
-            board.add_video(step, name, video, caption)
+        for tracker in self._trackers:
+            tracker.add_video(step, name, video, caption)
 
     def flush(self) -> None:
-        """Write out what is held back; before each checkpoint is completed."""
-        for board in self._boards:
-            board.flush()
+        """Flush buffered events; called before each checkpoint."""
+        for tracker in self._trackers:
+            tracker.flush()
 
     def close(self, *, failed: bool = False) -> None:
-        """Write everything out and let go of the files."""
-        for board in self._boards:
-            board.close(failed=failed)
-        self._boards = []
+        """Flush and close all trackers."""
+        for tracker in self._trackers:
+            tracker.close(failed=failed)
+        self._trackers = []
 
     def __enter__(self) -> Self:
         return self
@@ -113,8 +113,8 @@ class _TensorBoard:
     def __init__(self, run_dir: Path, steps_done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        purged = steps_done + 1 if steps_done else None
-        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purged)
+        purge_step = steps_done + 1 if steps_done else None
+        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
 
     def add_scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -123,8 +123,8 @@ class _TensorBoard:
     def add_video(self, step: int, name: str, video: Path, caption: str) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        gif, height, width = _gif_of(video)
-        # As torch's own add_video writes it, which needs moviepy to make the GIF.
+        gif, height, width = _to_gif(video)
+        # Same format as torch's add_video, which would need moviepy.
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
         summary = Summary(value=[Summary.Value(tag=name, image=image)])
         self._writer._get_file_writer().add_summary(summary, step)
@@ -145,20 +145,20 @@ class _WandB:
         self._run: Any = wandb.init(
             project=project,
             name=run_dir.name,
-            id=_kept_id(run_dir / "wandb" / "id"),
+            id=_run_id(run_dir / "wandb" / "id"),
             resume="allow",
             dir=str(run_dir),
             config=redacted(dict(settings)),
             mode=_wandb_mode(),
-            # The console belongs to the command, and its standard output to the answer.
+            # No console output: stdout is reserved for the command's result.
             settings=wandb.Settings(
                 console="off",
                 silent=True,
-                # W&B's metadata has the command's arguments as they are.
+                # W&B's metadata would hold the command line, including credentials.
                 x_disable_meta=redacted(sys.argv) != sys.argv,
             ),
         )
-        # After a resume some steps come again; W&B's own step counter only goes up.
+        # Steps may repeat after a resume; W&B's own step counter only increases.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -166,18 +166,18 @@ class _WandB:
         self._run.log({"step": step, **values})
 
     def add_video(self, step: int, name: str, video: Path, caption: str) -> None:
-        shown = self._wandb.Video(str(video), caption=caption, format="mp4")
-        self._run.log({"step": step, name: shown})
+        clip = self._wandb.Video(str(video), caption=caption, format="mp4")
+        self._run.log({"step": step, name: clip})
 
     def flush(self) -> None:
-        """Nothing: W&B's own process writes each row as it comes."""
+        """Do nothing: W&B's background process writes each row at once."""
 
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=1 if failed else 0)
 
 
-def _kept_id(file: Path) -> str:
-    """The run's id, the same after every resume."""
+def _run_id(file: Path) -> str:
+    """W&B id of the run, saved so that a resume continues the same W&B run."""
     if not file.is_file():
         file.parent.mkdir(exist_ok=True)
         with naming(file):
@@ -186,7 +186,7 @@ def _kept_id(file: Path) -> str:
 
 
 def _wandb_mode() -> Literal["offline", "online"] | None:
-    """None, W&B's own choice, where the environment says one; online only with a key."""
+    """None (let W&B read WANDB_MODE) if that is set; otherwise online only with an API key."""
     if os.environ.get("WANDB_MODE"):
         return None
     return "online" if os.environ.get("WANDB_API_KEY") or _key_in_netrc() else "offline"
@@ -201,8 +201,8 @@ def _key_in_netrc() -> bool:
         return False
 
 
-def _gif_of(video: Path) -> tuple[bytes, int, int]:
-    """The video as a GIF for ever, with its height and width."""
+def _to_gif(video: Path) -> tuple[bytes, int, int]:
+    """Encode the video as a looping GIF; returns it with its height and width."""
     from PIL import Image
 
     from stages.clips.video import read_video
@@ -210,8 +210,8 @@ def _gif_of(video: Path) -> tuple[bytes, int, int]:
     frames_THWC, fps = read_video(video)
     pictures = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames_THWC]
     width, height = pictures[0].size
-    if width > _WIDEST_GIF:
-        width, height = _WIDEST_GIF, round(height * _WIDEST_GIF / width)
+    if width > _MAX_GIF_WIDTH:
+        width, height = _MAX_GIF_WIDTH, round(height * _MAX_GIF_WIDTH / width)
         pictures = [picture.resize((width, height)) for picture in pictures]
     file = io.BytesIO()
     pictures[0].save(

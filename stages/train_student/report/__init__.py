@@ -1,4 +1,4 @@
-"""One HTML page that says how a training run went, made from the files of its folder."""
+"""Report page of a training run: one HTML file, made from the files of the run's folder."""
 
 from stages.train_student.report.report import REPORT_FILE, write_report
 

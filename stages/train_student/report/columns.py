@@ -1,4 +1,4 @@
-"""The lines of a long file of numbers as columns: eight bytes a step and number."""
+"""JSON-lines logs as NumPy columns: eight bytes per value."""
 
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,69 +9,69 @@ from typing import Any
 
 import numpy as np
 
-from stages.train_student.logging.rows import TIMESTEP_BINS, count_rows, each_row
+from stages.train_student.logging.rows import TIMESTEP_BINS, count_rows, iter_rows
 
 Points = tuple[np.ndarray, np.ndarray]
-"""Steps, and a value for each."""
+"""Steps, and a value at each."""
 
 TIMESTEPS = 1000
 
 _NAN = float("nan")
-_ROWS_AT_ONCE = 256
+_BATCH_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Columns:
-    """One number a line."""
+    """Numeric columns of a JSON-lines file, one row per line."""
 
     steps: np.ndarray
     """int64 [N]."""
     values: Mapping[str, np.ndarray]
-    """float64 [N] each; NaN where a line has no such number."""
+    """Name -> float64 [N]; NaN where a line has no such field."""
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def of(self, name: str) -> np.ndarray:
-        """A column; NaN everywhere where no line has it."""
+        """A column; all NaN if no line has it."""
         found = self.values.get(name)
         return np.full(len(self), _NAN) if found is None else found
 
     def points(self, name: str) -> Points:
-        """The lines that have a finite number of that name."""
+        """Steps and values of a column, where it is finite."""
         return self.finite(self.of(name))
 
     def finite(self, values: np.ndarray) -> Points:
-        """Steps and values of the lines whose value is finite."""
+        """Steps and values, where `values` [N] is finite."""
         there = np.isfinite(values)
         return self.steps[there], values[there]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingLosses(Columns):
-    """What `losses.jsonl` says; an objective's column is called as the objective."""
+    """Columns of `losses.jsonl`; auxiliary losses are under their objectives' names."""
 
     objectives: Sequence[str]
-    """As they first appear."""
+    """In order of first appearance."""
     by_noise: Mapping[str, Mapping[str, Points]]
-    """Of the first and of the last quarter of the lines, or of all where they are few: timesteps,
-    and each loss's mean over the clips that were seen at about that noise."""
+    """Part of the run (first and last quarter, or all steps of a short run) -> loss name ->
+    timesteps, and mean loss of the clips near each timestep."""
 
 
 def read_columns(path: Path, names: Sequence[str]) -> Columns:
-    """The named numbers of every whole line; none where there is no file.
+    """Read the named fields of all complete lines; empty if there is no file.
 
     Raises:
         ValueError: a line is damaged.
     """
-    made = _Growing(path, names)
+    columns = _ColumnBuilder(path, names)
     for rows in _batches(path):
-        made.add(rows, rows)
-    return Columns(steps=made.steps(), values=made.values())
+        columns.add(rows, rows)
+    return Columns(steps=columns.steps(), values=columns.values())
 
 
 def read_training_losses(path: Path, names: Sequence[str]) -> TrainingLosses:
-    """The same of `losses.jsonl`; lines that a run adds meanwhile are not read.
+    """Read `losses.jsonl`; lines that a run appends meanwhile are not read.
 
     Raises:
         ValueError: a line is damaged.
@@ -82,10 +82,10 @@ def read_training_losses(path: Path, names: Sequence[str]) -> TrainingLosses:
     if not quarter:
         parts = {"all steps": MeansByNoise()}
     first, last = next(iter(parts.values())), list(parts.values())[-1]
-    made, auxiliary = _Growing(path, names), _Growing(path, ())
+    columns, auxiliary = _ColumnBuilder(path, names), _ColumnBuilder(path, ())
     start = 0
     for rows in _batches(path, num_rows):
-        made.add(rows, rows)
+        columns.add(rows, rows)
         try:
             auxiliary.add(rows, [row.get("auxiliary") or {} for row in rows], new_names=True)
             by_timestep = [row.get("by_timestep") or {} for row in rows]
@@ -96,27 +96,27 @@ def read_training_losses(path: Path, names: Sequence[str]) -> TrainingLosses:
             raise _damaged(path, rows, error) from error
         start += len(rows)
     return TrainingLosses(
-        steps=made.steps(),
-        values=auxiliary.values() | made.values(),
+        steps=columns.steps(),
+        values=auxiliary.values() | columns.values(),
         objectives=auxiliary.names,
         by_noise={part: means.all() for part, means in parts.items()},
     )
 
 
 def _batches(path: Path, num_rows: int | None = None) -> Iterator[list[dict[str, Any]]]:
-    rows = islice(each_row(path), num_rows)
-    return iter(lambda: list(islice(rows, _ROWS_AT_ONCE)), [])
+    rows = islice(iter_rows(path), num_rows)
+    return iter(lambda: list(islice(rows, _BATCH_ROWS)), [])
 
 
 class MeansByNoise:
-    """Means over all clips in each part of the schedule, each at the part's middle."""
+    """Mean losses in each timestep bin, at the middle of the bin."""
 
     def __init__(self) -> None:
         self._sums: dict[str, np.ndarray] = {}
-        """Clips, and the sum of their losses: [2, parts]."""
+        """Loss -> number of clips, and sum of their losses: [2, bins]."""
 
     def add(self, by_timestep: Sequence[Mapping[str, Sequence[float | None]]]) -> None:
-        """Take in steps: `count` of clips, and the mean of each loss or None, per part."""
+        """Add steps: `count` of clips, and the mean of each loss or None, per bin."""
         for name in _names(by_timestep):
             if name == "count":
                 continue
@@ -128,13 +128,13 @@ class MeansByNoise:
             self._sums[name] = self._sums.get(name, np.zeros((2, TIMESTEP_BINS))) + sums
 
     def all(self) -> dict[str, Points]:
-        """Timesteps and means of each loss, where a clip was seen."""
+        """Loss -> timesteps and means of the bins with clips."""
         width = TIMESTEPS // TIMESTEP_BINS
         middles = np.arange(TIMESTEP_BINS) * width + width // 2
         found = {}
         for name, (clips, total) in self._sums.items():
-            seen = clips > 0
-            found[name] = (middles[seen], total[seen] / clips[seen])
+            nonempty = clips > 0
+            found[name] = (middles[nonempty], total[nonempty] / clips[nonempty])
         return found
 
 
@@ -142,12 +142,12 @@ def _bins(rows: Iterable[Sequence[float | None]]) -> np.ndarray:
     """[N, bins]; NaN for None."""
     lists = list(rows)
     if any(len(values) != TIMESTEP_BINS for values in lists):
-        raise TypeError(f"by_timestep needs {TIMESTEP_BINS} values of each loss")
+        raise TypeError(f"by_timestep must have {TIMESTEP_BINS} values of each loss")
     return np.array(_as_numbers(list(chain.from_iterable(lists)))).reshape(-1, TIMESTEP_BINS)
 
 
 def _as_numbers(values: Sequence[float | None]) -> array:
-    """NaN for None. Several times as fast as NumPy's own reading of such lists."""
+    """NaN for None. Several times as fast as `np.array` on such lists."""
     try:
         return array("d", values)
     except TypeError:
@@ -155,7 +155,7 @@ def _as_numbers(values: Sequence[float | None]) -> array:
 
 
 def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of all rows' fields, as they first appear."""
+    """Field names of all rows, in order of first appearance."""
     return list(dict.fromkeys(chain.from_iterable(rows)))
 
 
@@ -163,8 +163,8 @@ def _damaged(path: Path, rows: Sequence[Mapping[str, Any]], error: Exception) ->
     return ValueError(f"{path} has a damaged line at step {rows[0]['step']} or after it: {error!r}")
 
 
-class _Growing:
-    """Columns while their lines are read."""
+class _ColumnBuilder:
+    """Builds columns row by row."""
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
         self._path = path
@@ -182,7 +182,7 @@ class _Growing:
         *,
         new_names: bool = False,
     ) -> None:
-        """Take the steps from `rows`, and the rest from `numbers`."""
+        """Append the steps of `rows` and the fields of `numbers`."""
         if new_names:
             for name in _names(numbers):
                 if name not in self._columns:

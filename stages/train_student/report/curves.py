@@ -1,7 +1,7 @@
-"""Curves as SVG, drawn by matplotlib without a display; the page of a run embeds them.
+"""Curves as SVG, drawn by matplotlib without a display.
 
-A long run has more steps than a picture has pixels: it is drawn as the mean of each block of steps,
-over the band from the block's least to its greatest value.
+A long run has more steps than a picture has pixels, so it is drawn as the mean of each block of
+steps, over a band from the block's minimum to its maximum.
 """
 
 import io
@@ -14,10 +14,10 @@ import numpy as np
 from stages.train_student.report.columns import Points
 
 COLOURS = ("#2f6f9f", "#c8642b", "#4b8b3b", "#8a4f9e", "#9a7b1c", "#5b6770")
-"""Told apart by people who see fewer colours, too: their lightness differs."""
+"""Of different lightness, so that they can be distinguished with colour blindness."""
 _GRID = "#e3e6ea"
 _TEXT = "#4a5260"
-_MOST_POINTS = 300
+_MAX_POINTS = 300
 _SIZE_INCHES = (6.4, 2.9)
 _AXES = (0.115, 0.155, 0.86, 0.79)
 """Left, bottom, width and height within the picture."""
@@ -25,20 +25,20 @@ _AXES = (0.115, 0.155, 0.86, 0.79)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curve:
-    """One line of a picture."""
+    """One line of a plot."""
 
     label: str
     points: Points
     dots: bool = False
-    """Few values, each worth a dot: validations."""
+    """Mark each value with a dot, for curves with few values."""
     exact: bool = False
-    """A smooth function of the step, drawn as it is: the learning rate."""
+    """Draw without smoothing, for functions of the step such as the learning rate."""
     colour: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Picture:
-    """A picture of the page: its words, and how its axes are drawn."""
+    """A plot of the page: its curves, texts and axes."""
 
     title: str
     caption: str
@@ -48,11 +48,11 @@ class Picture:
     logarithmic: bool = False
     from_zero: bool = False
     marked: Sequence[int] = field(default_factory=tuple)
-    """Steps marked at the foot: those that were skipped."""
+    """Skipped steps, marked on the x axis."""
 
 
 def as_svg(picture: Picture) -> bytes:
-    """Draw a picture; equal pictures give equal bytes."""
+    """Draw a plot; equal inputs give equal bytes."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -72,43 +72,43 @@ def as_svg(picture: Picture) -> bytes:
     out = io.BytesIO()
     with rc_context(settings):
         figure = Figure(figsize=_SIZE_INCHES)
-        # matplotlib's own layouts would draw every picture twice.
+        # matplotlib's layout engines would draw every plot twice.
         axes = figure.add_axes(_AXES)
         for number, curve in enumerate(picture.curves):
             _draw(axes, curve, curve.colour or COLOURS[number % len(COLOURS)])
-        _dress(axes, picture)
+        _style_axes(axes, picture)
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     return out.getvalue()
 
 
 def _draw(axes: Any, curve: Curve, colour: str) -> None:
     x, y = (np.asarray(side, dtype=float) for side in curve.points)
-    if curve.exact and len(x) > _MOST_POINTS:
-        kept = extremes(y, _MOST_POINTS)
+    if curve.exact and len(x) > _MAX_POINTS:
+        kept = extremes(y, _MAX_POINTS)
         x, y = x[kept], y[kept]
-    if (curve.dots and len(x) <= _MOST_POINTS) or len(x) < 3:
+    if (curve.dots and len(x) <= _MAX_POINTS) or len(x) < 3:
         axes.plot(x, y, "o-", color=colour, markersize=3.5, linewidth=1.4, label=curve.label)
     elif curve.exact:
         axes.plot(x, y, color=colour, linewidth=1.6, label=curve.label)
-    elif len(x) <= _MOST_POINTS:
+    elif len(x) <= _MAX_POINTS:
         smooth = running_mean(y, len(x) // 20)
         axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.35 if len(x) >= 40 else 0.9)
         axes.plot(x, smooth, color=colour, linewidth=1.6, label=curve.label)
     else:
-        blocks = np.array_split(np.arange(len(x)), _MOST_POINTS)
+        blocks = np.array_split(np.arange(len(x)), _MAX_POINTS)
         middle = [x[block].mean() for block in blocks]
-        least, most = ([reduce(y[b]) for b in blocks] for reduce in (np.min, np.max))
-        axes.fill_between(middle, least, most, color=colour, alpha=0.18, linewidth=0)
-        mean = running_mean(np.array([y[block].mean() for block in blocks]), _MOST_POINTS // 60)
+        low, high = ([reduce(y[b]) for b in blocks] for reduce in (np.min, np.max))
+        axes.fill_between(middle, low, high, color=colour, alpha=0.18, linewidth=0)
+        mean = running_mean(np.array([y[block].mean() for block in blocks]), _MAX_POINTS // 60)
         axes.plot(middle, mean, color=colour, linewidth=1.6, label=curve.label)
 
 
 def extremes(values: np.ndarray, num_blocks: int) -> np.ndarray:
-    """Places of the first, least, greatest and last value of each block: what a line shows."""
+    """Indices of the first, smallest, largest and last value of each block."""
     kept = [
-        place
+        index
         for block in np.array_split(np.arange(len(values)), min(num_blocks, len(values)))
-        for place in (
+        for index in (
             block[0],
             block[values[block].argmin()],
             block[values[block].argmax()],
@@ -119,14 +119,14 @@ def extremes(values: np.ndarray, num_blocks: int) -> np.ndarray:
 
 
 def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
-    """Each value's mean with its neighbours up to `reach` to both sides, fewer at the ends."""
+    """Mean of each value and up to `reach` neighbours on both sides, fewer at the ends."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    places = np.arange(len(values))
-    first, last = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
+    indices = np.arange(len(values))
+    first, last = np.maximum(indices - reach, 0), np.minimum(indices + reach + 1, len(values))
     return (sums[last] - sums[first]) / (last - first)
 
 
-def _dress(axes: Any, picture: Picture) -> None:
+def _style_axes(axes: Any, picture: Picture) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=_GRID, linewidth=0.7)
     axes.set_axisbelow(True)

@@ -1,4 +1,4 @@
-"""What a run came to, in a few figures; the page of a run opens with them."""
+"""Key figures of a run: steps, losses, speed and memory."""
 
 import math
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from stages.train_student.report.records import RunRecords, loss_of, objectives,
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figure:
-    """One number, what it is, and a few words to judge it by."""
+    """A key figure: name, value, and a note to put it in context."""
 
     name: str
     value: str
@@ -24,18 +24,18 @@ class Figure:
 
 
 def by_name(found: Iterable[Figure]) -> dict[str, dict[str, str]]:
-    """As JSON: value and note of each."""
+    """Name -> value and note, for JSON."""
     return {one.name: {"value": one.value, "note": one.note} for one in found}
 
 
 def figures(run: RunRecords) -> list[Figure]:
-    """Those that the run's files can tell."""
-    wanted = run.steps_wanted
+    """All figures that the run's files have data for."""
+    planned = run.planned_steps
     found = [
         Figure(
             name="steps",
             value=f"{run.steps_done:,}",
-            note="finished" if run.finished else f"of {wanted:,}" if wanted else "going on",
+            note="finished" if run.finished else f"of {planned:,}" if planned else "in progress",
         ),
         *loss_figures(run),
         *speed_figures(run),
@@ -46,7 +46,7 @@ def figures(run: RunRecords) -> list[Figure]:
             Figure(
                 name="mishaps",
                 value=str(len(run.skipped) + len(run.damaged)),
-                note=f"steps skipped: {len(run.skipped)}, damaged or gone clips met: "
+                note=f"skipped steps: {len(run.skipped)}, damaged or gone clips: "
                 f"{len(run.damaged)}",
             )
         )
@@ -54,9 +54,9 @@ def figures(run: RunRecords) -> list[Figure]:
 
 
 def loss_figures(run: RunRecords) -> list[Figure]:
-    """Training losses as means over several steps, then every loss on the held-out clips.
+    """Training loss as a mean over several steps, and all losses on the held-out clips.
 
-    A single step's loss says little: it is of few clips, each at one noise drawn at random.
+    A single step's loss is noisy: it is of few clips, each at one random timestep.
     """
     found = []
     _, loss = run.losses.points("loss")
@@ -74,13 +74,13 @@ def loss_figures(run: RunRecords) -> list[Figure]:
     for name in ("diffusion", *objectives(run.validation)):
         steps, values = points(run.validation, loss_of(name))
         if len(values):
-            note = _since_the_start(steps, values)
+            note = _compare_to_start(steps, values)
             found.append(Figure(name=f"held-out {name} loss", value=_number(values[-1]), note=note))
     return found
 
 
-def _since_the_start(steps: np.ndarray, values: np.ndarray) -> str:
-    """What it was at first, and where it was lowest if it has risen since."""
+def _compare_to_start(steps: np.ndarray, values: np.ndarray) -> str:
+    """The first value, and the lowest if the loss has risen since."""
     first = "before training" if steps[0] == 0 else f"at step {steps[0]}"
     if len(values) == 1:
         return first
@@ -94,31 +94,31 @@ def _since_the_start(steps: np.ndarray, values: np.ndarray) -> str:
 
 
 def speed_figures(run: RunRecords) -> list[Figure]:
-    """Means over all steps, so that they multiply to the whole: time a step, clips a second.
+    """Mean step time and clips per second, over all steps.
 
-    A step's time is from the batch asked for to the weights moved; validation, samples and
-    checkpoints lie between steps.
+    A step is timed from requesting its first batch to the end of the update, without validation,
+    samples and checkpoints.
     """
     timed = run.performance.of("seconds") > 0
     count = int(timed.sum())
     if not count:
         return []
     found = []
-    taken = run.performance.of("seconds")[timed]
-    seconds = float(taken.sum())
+    step_seconds = run.performance.of("seconds")[timed]
+    seconds = float(step_seconds.sum())
     waited = np.nansum(run.performance.of("wait_seconds")[timed])
-    median = float(np.partition(taken, count // 2)[count // 2])
+    median = float(np.partition(step_seconds, count // 2)[count // 2])
     note = f"mean; {in_time(seconds)} for {_steps(count)}, waiting for data {waited / seconds:.1%}"
     if abs(median - seconds / count) > 0.1 * median:
         note += f"; the median is {in_time(median)}"
     note += "; without validation, samples and checkpoints"
     found.append(Figure(name="a step", value=in_time(seconds / count), note=note))
-    clips = np.nansum(run.performance.of("clips_per_second")[timed] * taken)
+    clips = np.nansum(run.performance.of("clips_per_second")[timed] * step_seconds)
     shares = run.performance.of("share_of_peak")[timed]
     known = np.isfinite(shares)
     peak = ""
     if known.any():
-        share = (shares[known] * taken[known]).sum() / taken[known].sum()
+        share = (shares[known] * step_seconds[known]).sum() / step_seconds[known].sum()
         peak = f"{share:.0%} of the GPUs' peak"
     found.append(Figure(name="clips a second", value=_number(clips / seconds), note=peak))
     return found
@@ -136,7 +136,7 @@ def _steps(count: int) -> str:
 
 
 def in_time(seconds: float) -> str:
-    """A duration for people: 0.21 s, 3 min 07 s, 2 h 05 min."""
+    """Format a duration: 0.21 s, 3 min 07 s, 2 h 05 min."""
     if seconds < 60 or not math.isfinite(seconds):
         if seconds >= 10:
             return f"{seconds:.0f} s"

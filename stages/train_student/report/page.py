@@ -1,4 +1,4 @@
-"""The HTML of a run's page: every text that comes from outside is escaped, nothing is fetched."""
+"""HTML of the report page: all external text is escaped, and no resources are fetched."""
 
 import base64
 import html
@@ -10,29 +10,29 @@ from stages.train_student.report.curves import Picture, as_svg
 from stages.train_student.report.figures import Figure
 from stages.train_student.report.records import Row
 from stages.train_student.report.style import STYLE
-from stages.train_student.report.videos import Shown
+from stages.train_student.report.videos import PageVideo
 
-_MOST_ROWS = 200
+_MAX_ROWS = 200
 
-_NOTHING_FROM_OUTSIDE = (
+_CONTENT_SECURITY_POLICY = (
     "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
 )
-"""Told to the browser: what slipped through unescaped could still load and run nothing."""
+"""Prevents unescaped text, should there be any, from loading resources or running scripts."""
 
 
 def escape(value: object) -> str:
-    """A value as text of the page, within elements and within quoted attributes."""
+    """Escape a value for use in elements and quoted attributes."""
     return html.escape(visible(without_credentials(str(value))), quote=True)
 
 
 def page(title: str, subtitle: str, sections: Iterable[str]) -> str:
-    """A whole page, within itself."""
+    """A complete, self-contained page."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_NOTHING_FROM_OUTSIDE}">
+<meta http-equiv="Content-Security-Policy" content="{_CONTENT_SECURITY_POLICY}">
 <title>{escape(title)}</title>
 <style>{STYLE}</style>
 </head>
@@ -47,15 +47,15 @@ def page(title: str, subtitle: str, sections: Iterable[str]) -> str:
 
 
 def section(title: str, *content: str, note: str = "") -> str:
-    """A heading and what is under it; nothing at all where there is nothing under it."""
+    """A heading with content; empty if there is no content."""
     if not any(content):
         return ""
-    words = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f"<section><h2>{escape(title)}</h2>{words}{''.join(content)}</section>\n"
+    paragraph = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f"<section><h2>{escape(title)}</h2>{paragraph}{''.join(content)}</section>\n"
 
 
 def tiles(figures: Iterable[Figure]) -> str:
-    """Figures side by side."""
+    """Key figures as tiles."""
     made = [
         f'<div class="tile"><div class="name">{escape(figure.name)}</div>'
         f'<div class="value">{escape(figure.value)}</div>'
@@ -66,7 +66,7 @@ def tiles(figures: Iterable[Figure]) -> str:
 
 
 def pictures(chosen: Iterable[Picture]) -> str:
-    """Curves side by side, each an image of its own: names within one cannot meet another's."""
+    """Plots in a grid, each as a separate image, so that ids within the SVGs cannot clash."""
     made = []
     for picture in chosen:
         data = base64.b64encode(as_svg(picture)).decode("ascii")
@@ -78,8 +78,8 @@ def pictures(chosen: Iterable[Picture]) -> str:
     return f'<div class="pictures">{"".join(made)}</div>\n' if made else ""
 
 
-def videos(shown: Mapping[str, Sequence[Shown]]) -> str:
-    """One row per prompt: the first drawing, the newest."""
+def videos(shown: Mapping[str, Sequence[PageVideo]]) -> str:
+    """One row per prompt: its first and newest video."""
     made = []
     for prompt, of_prompt in shown.items():
         cells = "".join(_video(one) for one in of_prompt)
@@ -87,10 +87,10 @@ def videos(shown: Mapping[str, Sequence[Shown]]) -> str:
     return "".join(made)
 
 
-def _video(shown: Shown) -> str:
-    drawing = shown.drawing
+def _video(shown: PageVideo) -> str:
+    step = shown.sample.step
     source = escape(shown.source)
-    caption = "base model" if drawing.step == 0 else f"step {escape(drawing.step)}"
+    caption = "base model" if step == 0 else f"step {escape(step)}"
     if not shown.embedded:
         link = f'<a href="{source}">{source}</a>'
         return f'<figure class="far">{link}<figcaption>{caption}</figcaption></figure>'
@@ -99,21 +99,21 @@ def _video(shown: Shown) -> str:
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """The newest of the rows, one line each; missing values are left empty."""
+    """A table of the newest rows; missing values are left empty."""
     if not rows:
         return ""
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(_text(row.get(name)))}</td>" for name in columns) + "</tr>"
-        for row in rows[-_MOST_ROWS:]
+        for row in rows[-_MAX_ROWS:]
     )
-    left_out = len(rows) - _MOST_ROWS
-    note = f'<p class="note">{left_out} earlier ones are not shown.</p>' if left_out > 0 else ""
+    num_hidden = len(rows) - _MAX_ROWS
+    note = f'<p class="note">{num_hidden} earlier rows are not shown.</p>' if num_hidden > 0 else ""
     return f"{note}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def facts(values: Mapping[str, Any]) -> str:
-    """Names and values, nested ones by dotted names."""
+    """A table of names and values; nested ones have dotted names."""
     rows = "".join(
         f"<tr><th>{escape(name)}</th><td>{escape(_text(value))}</td></tr>"
         for name, value in _flat(values)
@@ -122,14 +122,14 @@ def facts(values: Mapping[str, Any]) -> str:
 
 
 def folded(title: str, content: str) -> str:
-    """Content that is shown on a click."""
+    """Collapsible content."""
     if not content:
         return ""
     return f"<details><summary>{escape(title)}</summary>{content}</details>"
 
 
 def text(content: str) -> str:
-    """Text as it is."""
+    """Preformatted text."""
     return f"<pre>{escape(content)}</pre>" if content else ""
 
 

@@ -1,6 +1,6 @@
-"""What a run's folder says, read for its page; a run that is still going on can be read too.
+"""Records of a run, read from its folder; the run may still be in progress.
 
-Nothing but `run.json` has to be there. Lines of `*.jsonl` that are not whole yet are passed over.
+Only `run.json` is required. Incomplete lines of `*.jsonl` are skipped.
 """
 
 import math
@@ -22,7 +22,7 @@ from stages.train_student.logging.rows import (
     DamagedRow,
     SkippedRow,
     ValidationRow,
-    each_of,
+    iter_records,
 )
 from stages.train_student.report.columns import (
     Columns,
@@ -34,7 +34,7 @@ from stages.train_student.report.columns import (
 
 Row = dict[str, Any]
 VALIDATION_FILE = "validation.jsonl"
-"""A line per validation; `stages.train_student.validation` writes it."""
+"""One line per validation."""
 
 _LOSSES = ("loss", "diffusion", "grad_norm", "lr")
 _PERFORMANCE = (
@@ -46,50 +46,50 @@ _PERFORMANCE = (
 )
 
 SAMPLES_RECORD = "samples.json"
-"""Written last into each folder under samples/: without it the drawing is not complete."""
+"""Written last into each folder under samples/; marks the samples as complete."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Drawing:
+class SampleVideo:
     """One sample video."""
 
     step: int
     prompt: str
     file: Path
-    drawn: Row
-    """How it was drawn: denoising steps, guidance, seed, frames per second."""
+    settings: Row
+    """Denoising steps, guidance, seed, frames per second."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecords:
-    """Everything the page shows."""
+    """All records shown on the report page."""
 
     run_dir: Path
     about: Row
-    """run.json: settings, provenance, stores, clips left out and held out."""
+    """run.json: settings, provenance, stores, excluded and held-out clips."""
     config_yaml: str
-    """The settings the run was last started with, as text."""
+    """Settings of the last start of the run, as YAML text."""
     config: Row
-    """The same, read."""
+    """The parsed `config_yaml`."""
     losses: TrainingLosses
     performance: Columns
     validation: list[Row]
     skipped: list[Row]
     damaged: list[Row]
-    drawings: list[Drawing]
-    """From the first step to the last, then as the prompts were given."""
+    samples: list[SampleVideo]
+    """In order of steps, then of prompts."""
     checkpoints: list[int]
     finished: bool
 
     @property
-    def steps_wanted(self) -> int | None:
-        """`train.steps`, if the settings are there."""
+    def planned_steps(self) -> int | None:
+        """`train.steps`, if the settings have it."""
         steps = (self.config.get("train") or {}).get("steps")
         return None if steps is None else int(steps)
 
     @property
     def steps_done(self) -> int:
-        """The last step whose losses are written."""
+        """The last step with logged losses."""
         return int(self.losses.steps[-1]) if len(self.losses) else 0
 
 
@@ -97,7 +97,7 @@ def read_run(run_dir: Path) -> RunRecords:
     """Read the folder of a run.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: it is not the folder of a run, or a file is damaged.
     """
     file = run_dir / "run.json"
     if not file.is_file():
@@ -114,13 +114,15 @@ def read_run(run_dir: Path) -> RunRecords:
     if not isinstance(settings, dict) or not all(
         isinstance(settings.get(name) or {}, dict) for name in ("train", "model")
     ):
-        raise ValueError(f"{config} holds no settings of a run")
+        raise ValueError(f"{config} does not hold the settings of a run")
     train = settings.get("train") or {}
     for name, kind in (("steps", int), ("method", str), ("objectives", list)):
         if not isinstance(train.get(name, kind()), kind):
-            raise ValueError(f"{config}: train.{name} is {train[name]!r:.80}, no {kind.__name__}")
+            raise ValueError(
+                f"{config}: train.{name} is {train[name]!r:.80}, expected {kind.__name__}"
+            )
     if not all(isinstance(name, str) for name in train.get("objectives", ())):
-        raise ValueError(f"{config}: train.objectives holds what is no name")
+        raise ValueError(f"{config}: train.objectives must be a list of names")
     return RunRecords(
         run_dir=run_dir,
         about=read_object(file),
@@ -128,10 +130,10 @@ def read_run(run_dir: Path) -> RunRecords:
         config=settings,
         losses=read_training_losses(run_dir / LOSSES_FILE, _LOSSES),
         performance=read_columns(run_dir / PERFORMANCE_FILE, _PERFORMANCE),
-        validation=[asdict(row) for row in each_of(run_dir / VALIDATION_FILE, ValidationRow)],
-        skipped=[asdict(row) for row in each_of(run_dir / SKIPPED_FILE, SkippedRow)],
-        damaged=[asdict(row) for row in each_of(run_dir / DAMAGED_FILE, DamagedRow)],
-        drawings=_drawings(run_dir / "samples"),
+        validation=[asdict(row) for row in iter_records(run_dir / VALIDATION_FILE, ValidationRow)],
+        skipped=[asdict(row) for row in iter_records(run_dir / SKIPPED_FILE, SkippedRow)],
+        damaged=[asdict(row) for row in iter_records(run_dir / DAMAGED_FILE, DamagedRow)],
+        samples=_read_samples(run_dir / "samples"),
         checkpoints=sorted(
             int(path.name.split(".")[0].removeprefix("checkpoint-"))
             for path in (run_dir / "checkpoints").glob("checkpoint-*.complete.json")
@@ -141,7 +143,7 @@ def read_run(run_dir: Path) -> RunRecords:
 
 
 def points(rows: Iterable[Row], value: Callable[[Row], Any]) -> Points:
-    """Steps and values of the rows that have a finite one."""
+    """Steps and values of the rows whose value is finite."""
     steps, values = [], []
     for row in rows:
         found = value(row)
@@ -152,31 +154,31 @@ def points(rows: Iterable[Row], value: Callable[[Row], Any]) -> Points:
 
 
 def objectives(rows: Iterable[Row]) -> list[str]:
-    """Names of the auxiliary losses in the rows, as they first appear."""
+    """Names of the auxiliary losses in the rows, in order of first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row.get("auxiliary") or {}))
 
 
 def loss_of(name: str) -> Callable[[Row], float | None]:
-    """Take a loss from a row of validation: `diffusion`, or an objective's."""
+    """Getter of a loss in a validation row: `diffusion`, or an objective's name."""
     return lambda row: row["diffusion"] if name == "diffusion" else row["auxiliary"].get(name)
 
 
-def _drawings(folder: Path) -> list[Drawing]:
+def _read_samples(folder: Path) -> list[SampleVideo]:
     found = []
     for record in sorted(folder.glob(f"step-*/{SAMPLES_RECORD}")):
-        drawn = read_object(record, step=int, prompts=list, denoising_steps=int, seed=int)
-        prompts = drawn.pop("prompts")
-        if not all(isinstance(one, str) for one in prompts):
-            raise ValueError(f"{record} is damaged: prompts holds what is no text")
-        if type(drawn.get("guidance")) not in (int, float):
-            raise ValueError(f"{record} is damaged: guidance is {drawn.get('guidance')!r:.80}")
+        settings = read_object(record, step=int, prompts=list, denoising_steps=int, seed=int)
+        prompts = settings.pop("prompts")
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"{record} is damaged: prompts must be a list of texts")
+        if type(settings.get("guidance")) not in (int, float):
+            raise ValueError(f"{record} is damaged: guidance is {settings.get('guidance')!r:.80}")
         found += [
-            Drawing(
-                step=drawn["step"],
+            SampleVideo(
+                step=settings["step"],
                 prompt=prompt,
                 file=record.with_name(f"{number}.mp4"),
-                drawn=drawn,
+                settings=settings,
             )
             for number, prompt in enumerate(prompts)
         ]
-    return sorted(found, key=lambda drawing: drawing.step)
+    return sorted(found, key=lambda sample: sample.step)

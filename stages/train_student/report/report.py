@@ -1,6 +1,6 @@
-"""Writes <run_dir>/report.html, one page within itself; training and the command `report` use it.
+"""The report page of a run, <run_dir>/report.html.
 
-It opens from the file, without network: curves are SVG and sample videos mp4 in the page itself.
+The page is self-contained and works offline: curves (SVG) and sample videos (mp4) are embedded.
 """
 
 from pathlib import Path
@@ -25,30 +25,30 @@ from stages.train_student.report.pictures import (
     validation_pictures,
 )
 from stages.train_student.report.records import Row, RunRecords, read_run
-from stages.train_student.report.videos import Shown, embed, first_and_newest
+from stages.train_student.report.videos import PageVideo, embed, first_and_newest
 
 REPORT_FILE = "report.html"
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
-    """Make the page of a run, finished or going on.
+    """Write the report page of a run, finished or in progress.
 
     Args:
         run_dir: the run's folder.
-        out: the file to write; None is `report.html` in the run's folder, which other than
-            elsewhere finds the videos that are too large to be part of it.
+        out: the file to write; None is `report.html` in the run's folder. Links to videos that are
+            too large to embed work only there.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: no run, or a damaged one.
+        ValueError: there is no run in the folder, or it is damaged.
     """
     return write_page(read_run(run_dir), out)
 
 
 def write_page(run: RunRecords, out: Path | None = None) -> Path:
-    """The same of a run that has been read."""
+    """Write the report page from records that were already read."""
     path = out or run.run_dir / REPORT_FILE
     content = render(run).encode("utf-8")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,29 +57,29 @@ def write_page(run: RunRecords, out: Path | None = None) -> Path:
 
 
 def render(run: RunRecords) -> str:
-    """The page's HTML; equal records give equal pages."""
-    shown = embed(first_and_newest(run.drawings))
+    """Render the page as HTML; equal records give equal pages."""
+    shown = embed(first_and_newest(run.samples))
     return page(
         run.run_dir.name,
         _subtitle(run),
         [
             tiles(figures(run)),
-            section("Samples", videos(shown), note=_about_samples(run, shown)),
+            section("Samples", videos(shown), note=_describe_samples(run, shown)),
             section("Held-out clips", pictures(validation_pictures(run))),
             section("Training", pictures(training_pictures(run))),
             section("Speed and memory", pictures(speed_pictures(run))),
             section(
                 "Skipped steps",
                 table(_skipped(run), ("step", "what", "clip", "timestep", "losses")),
-                note="Their loss or gradient was no number: nothing was learnt from them.",
+                note="Their loss or gradient was NaN or infinite, so the weights were not updated.",
             ),
             section(
                 "Damaged and gone clips",
                 table(run.damaged, ("step", "key", "gone", "message")),
-                note="Each was replaced by another clip. Those that are gone were taken out of the "
-                "cache during the run; for others sam2vx-pipeline cache repair mends the stores.",
+                note="Each was replaced by another clip. Gone clips were removed from the cache "
+                "during the run; for damaged ones, run sam2vx-pipeline cache repair.",
             ),
-            section("The run", *_folds(run)),
+            section("The run", *_details(run)),
         ],
     )
 
@@ -87,21 +87,21 @@ def render(run: RunRecords) -> str:
 def _subtitle(run: RunRecords) -> str:
     settings: dict[str, Any] = run.config.get("train") or {}
     model = (run.config.get("model") or {}).get("path")
-    words = [str(model)] if model else []
+    parts = [str(model)] if model else []
     if "method" in settings:
-        words.append({"lora": "LoRA", "full": "all weights"}.get(settings["method"], ""))
+        parts.append({"lora": "LoRA", "full": "all weights"}.get(settings["method"], ""))
     if "objectives" in settings:
-        words.append(" + ".join(["diffusion", *settings["objectives"]]))
+        parts.append(" + ".join(["diffusion", *settings["objectives"]]))
     if "batch_size" in settings:
-        words.append(f"batch {settings['batch_size']}")
+        parts.append(f"batch {settings['batch_size']}")
     if "processes" in run.about:
         processes = run.about["processes"]
-        words.append("1 process" if processes == 1 else f"{processes} processes")
-    return " · ".join(word for word in words if word)
+        parts.append("1 process" if processes == 1 else f"{processes} processes")
+    return " · ".join(word for word in parts if word)
 
 
 def _skipped(run: RunRecords) -> list[Row]:
-    """A line per clip of each skipped step."""
+    """One row per clip of each skipped step."""
     return [
         {
             "step": row["step"],
@@ -118,21 +118,21 @@ def _skipped(run: RunRecords) -> list[Row]:
     ]
 
 
-def _about_samples(run: RunRecords, shown: dict[str, list[Shown]]) -> str:
+def _describe_samples(run: RunRecords, shown: dict[str, list[PageVideo]]) -> str:
     if not shown:
         return ""
-    drawn = next(iter(shown.values()))[-1].drawing.drawn
-    words = [
-        f"{drawn['denoising_steps']} denoising steps",
-        f"guidance {drawn['guidance']:g}",
-        f"seed {drawn['seed']}",
+    settings = next(iter(shown.values()))[-1].sample.settings
+    parts = [
+        f"{settings['denoising_steps']} denoising steps",
+        f"guidance {settings['guidance']:g}",
+        f"seed {settings['seed']}",
     ]
-    if any(not one.embedded for of_prompt in shown.values() for one in of_prompt):
-        words.append("videos too large for this page are links to the run's folder")
-    return ", ".join(words) + "."
+    if any(not video.embedded for of_prompt in shown.values() for video in of_prompt):
+        parts.append("videos too large to embed are linked from the run's folder")
+    return ", ".join(parts) + "."
 
 
-def _folds(run: RunRecords) -> list[str]:
+def _details(run: RunRecords) -> list[str]:
     rest = {name: value for name, value in run.about.items() if name not in ("settings",)}
     provenance = rest.pop("provenance", {})
     checkpoints = {"complete checkpoints": run.checkpoints} if run.checkpoints else {}

@@ -1,4 +1,4 @@
-"""How a run's page looks; `page` puts it in."""
+"""CSS of the report page."""
 
 STYLE = """
 :root { --ink: #1f2733; --soft: #667080; --line: #dfe3e8; --back: #f6f7f9; --accent: #2f6f9f; }

@@ -1,60 +1,60 @@
-"""Which sample videos the page of a run carries within itself, and which it only links to."""
+"""Selection of the sample videos that the report page embeds or links."""
 
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stages.train_student.report.records import Drawing
+from stages.train_student.report.records import SampleVideo
 
-MOST_BYTES = 24_000_000
-"""Of all videos within a page, before base64 makes them a third larger: a browser opens it at
-once, and it can still be sent by mail."""
+MAX_BYTES = 24_000_000
+"""Limit for all embedded videos, before base64 adds a third: the page opens quickly, and can be
+mailed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shown:
-    """A video of the page."""
+class PageVideo:
+    """A video on the page."""
 
-    drawing: Drawing
+    sample: SampleVideo
     source: str
-    """A data URL, or the file's place beside the page."""
+    """A data URL, or the file's path relative to the page."""
     embedded: bool
 
 
-def first_and_newest(drawings: Sequence[Drawing]) -> dict[str, list[Drawing]]:
-    """Each prompt's earliest and latest drawing whose file is there, as the prompts come."""
-    of_prompt: dict[str, list[Drawing]] = {}
-    for drawing in drawings:
-        if drawing.file.is_file():
-            of_prompt.setdefault(drawing.prompt, []).append(drawing)
+def first_and_newest(samples: Sequence[SampleVideo]) -> dict[str, list[SampleVideo]]:
+    """The first and newest existing video of each prompt, in the order of the prompts."""
+    of_prompt: dict[str, list[SampleVideo]] = {}
+    for sample in samples:
+        if sample.file.is_file():
+            of_prompt.setdefault(sample.prompt, []).append(sample)
     return {
-        prompt: drawn if len(drawn) == 1 else [drawn[0], drawn[-1]]
-        for prompt, drawn in of_prompt.items()
+        prompt: videos if len(videos) == 1 else [videos[0], videos[-1]]
+        for prompt, videos in of_prompt.items()
     }
 
 
 def embed(
-    chosen: dict[str, list[Drawing]], *, most_bytes: int = MOST_BYTES
-) -> dict[str, list[Shown]]:
-    """Read the videos as long as they fit, the newest of every prompt before any older one."""
-    left = most_bytes
+    chosen: dict[str, list[SampleVideo]], *, max_bytes: int = MAX_BYTES
+) -> dict[str, list[PageVideo]]:
+    """Embed the videos that fit into `max_bytes`, the newest of each prompt before older ones."""
+    bytes_left = max_bytes
     urls: dict[str, str] = {}
-    newest = [drawn[-1] for drawn in chosen.values()]
-    older = [drawing for drawn in chosen.values() for drawing in drawn[:-1]]
-    for drawing in (*newest, *older):
-        size = drawing.file.stat().st_size
-        if size <= left:
-            left -= size
-            data = base64.b64encode(drawing.file.read_bytes()).decode("ascii")
-            urls[str(drawing.file)] = f"data:video/mp4;base64,{data}"
+    newest = [videos[-1] for videos in chosen.values()]
+    older = [sample for videos in chosen.values() for sample in videos[:-1]]
+    for sample in (*newest, *older):
+        size = sample.file.stat().st_size
+        if size <= bytes_left:
+            bytes_left -= size
+            data = base64.b64encode(sample.file.read_bytes()).decode("ascii")
+            urls[str(sample.file)] = f"data:video/mp4;base64,{data}"
     return {
         prompt: [
-            Shown(
-                drawing=drawing,
-                source=urls.get(str(drawing.file), "/".join(("samples", *drawing.file.parts[-2:]))),
-                embedded=str(drawing.file) in urls,
+            PageVideo(
+                sample=sample,
+                source=urls.get(str(sample.file), "/".join(("samples", *sample.file.parts[-2:]))),
+                embedded=str(sample.file) in urls,
             )
-            for drawing in drawn
+            for sample in videos
         ]
-        for prompt, drawn in chosen.items()
+        for prompt, videos in chosen.items()
     }

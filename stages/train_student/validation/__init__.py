@@ -1,1 +1,1 @@
-"""What a training looks at besides its own losses: held-out clips, and videos drawn on the way."""
+"""Validation during training: losses on held-out clips, and sample videos."""

@@ -1,17 +1,17 @@
-"""Sample videos drawn while a model is trained, with the student as it is.
+"""Sample videos generated during training, with the current weights of the student.
 
     <run_dir>/samples/
         prompts.safetensors      (text.py)
         step-000500/0.mp4 ...    a video per prompt
-        step-000500/samples.json what was drawn and how; written last: without it the samples are
-                                 incomplete
+        step-000500/samples.json prompts and sampling settings; written last, marks the samples as
+                                 complete
 
-The diffusers pipeline denoises and decodes; where it calls its transformer, the student answers. So
-every pass goes through the module that the engine wraps, and ZeRO 3 gathers one block's weights
-after the other, as in training.
+The diffusers pipeline denoises and decodes, with the student in place of its transformer. Every
+forward pass thus goes through the module that the engine wraps, and ZeRO 3 gathers the weights one
+block at a time, as in training.
 
-The ranks share the prompts, and all draw the same number of videos, which ZeRO 3 needs: a rank
-without a prompt draws one again and discards it.
+The prompts are split over the ranks. All ranks generate the same number of videos, as ZeRO 3
+requires: a rank without a prompt repeats one and discards the result.
 """
 
 import json
@@ -41,14 +41,14 @@ from stages.train_student.report.records import SAMPLES_RECORD
 
 
 @contextmanager
-def undisturbed(student: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards modes and random numbers go on as before.
+def eval_mode(student: nn.Module, device: torch.device) -> Iterator[None]:
+    """Context manager: eval mode, no gradients; restores training modes and all RNG states after.
 
-    Gradient checkpointing rests meanwhile: it is for passes with gradients.
+    Gradient checkpointing is inactive meanwhile, since there are no gradients.
     """
     modules = [module for module in student.modules() if module.training]
     devices = [device] if device.type == "cuda" else []
-    of_python, of_numpy = random.getstate(), np.random.get_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         student.eval()
         try:
@@ -56,19 +56,22 @@ def undisturbed(student: nn.Module, device: torch.device) -> Iterator[None]:
         finally:
             for module in modules:
                 module.training = True
-            random.setstate(of_python)
-            np.random.set_state(of_numpy)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 
 class _LiveTransformer:
-    """What a pipeline needs of a `CogVideoXTransformer3DModel`; no module, so it is never moved."""
+    """Student with the interface of `CogVideoXTransformer3DModel` that the pipeline uses.
+
+    Not an `nn.Module`, so the pipeline does not move it between devices.
+    """
 
     def __init__(self, student: Student) -> None:
         self._student = student
         self.config = student.transformer.config
 
     def cache_context(self, name: str) -> Any:
-        """Nothing is cached between passes."""
+        """Do nothing: nothing is cached between passes."""
         return nullcontext()
 
     def __call__(
@@ -82,9 +85,11 @@ class _LiveTransformer:
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = False,
     ) -> tuple[Tensor]:
-        """The student's velocity."""
+        """Return the predicted velocity."""
         if attention_kwargs is not None or return_dict:
-            raise ValueError("the pipeline asks its transformer for more than training gives")
+            raise ValueError(
+                "attention_kwargs and return_dict=True are not supported during training"
+            )
         no_heads = (0, 0, 0)
         velocity_BFCHW, _ = self._student(
             hidden_states, encoder_hidden_states, timestep, no_heads, image_rotary_emb, ofs
@@ -96,14 +101,14 @@ class _LiveTransformer:
 def live_pipeline(
     student: Student, base: Path, *, dtype: torch.dtype, device: torch.device
 ) -> Iterator[Any]:
-    """The base's pipeline around the student, without tokenizer and text encoder.
+    """Context manager: the base pipeline around the student, without tokenizer and text encoder.
 
-    The VAE is loaded for the length of the block; on a GPU it decodes in tiles, since the training
-    needs most of the memory. The student's heads are set aside meanwhile.
+    The VAE is loaded for the duration of the block; on a GPU it decodes in tiles, since training
+    needs most of the memory. The student's heads are removed meanwhile.
 
     Args:
         base: the pipeline's folder, with vae/ and scheduler/.
-        dtype: arithmetic of the VAE: that of the student.
+        dtype: dtype of the VAE and the student.
     """
     vae = load_model(model_class_of("vae"), base / "vae", dtype=dtype)
     vae.requires_grad_(False).eval().to(device)
@@ -125,11 +130,11 @@ def live_pipeline(
 
 FOLDER = "samples"
 NEGATIVE_PROMPT = ""
-"""What guidance leads away from; the pipelines' own default."""
+"""Negative prompt of classifier-free guidance; the pipelines' default."""
 
 
 class TrainingSamples:
-    """Draws the prompts with the student, as often as it is called."""
+    """Callable that generates a video of each prompt with the student."""
 
     def __init__(
         self,
@@ -142,15 +147,15 @@ class TrainingSamples:
         dtype: torch.dtype,
         world: World,
     ) -> None:
-        """Get ready; nothing big is loaded.
+        """Load the first frames, if any; no model weights.
 
         Args:
-            config: what is drawn, with at least one prompt.
+            config: sampling settings, with at least one prompt.
             run_dir: the run's folder.
             model: the base pipeline.
-            clips: the size of the videos.
-            embeds: of every prompt and of the negative one.
-            dtype: arithmetic of the student.
+            clips: size of the videos.
+            embeds: text embeddings of all prompts and the negative prompt.
+            dtype: dtype of the student.
         """
         self._config = config
         self._folder = run_dir / FOLDER
@@ -161,12 +166,12 @@ class TrainingSamples:
         self._dtype = dtype
         self._world = world
 
-    def drawn(self, step: int) -> bool:
-        """Whether the videos of that step are complete."""
-        return (self._folder_of(step) / SAMPLES_RECORD).is_file()
+    def is_complete(self, step: int) -> bool:
+        """Whether the samples of that step are complete."""
+        return (self._step_folder(step) / SAMPLES_RECORD).is_file()
 
-    def drop_after(self, step: int) -> None:
-        """Remove what an interrupted run drew after `step` steps: it is drawn again."""
+    def delete_after(self, step: int) -> None:
+        """Delete samples that an interrupted run generated after `step` steps."""
         for folder in self._folder.glob("step-*"):
             if int(folder.name.removeprefix("step-")) > step:
                 shutil.rmtree(folder)
@@ -174,51 +179,53 @@ class TrainingSamples:
     def __call__(
         self, student: Student, step: int, note: Callable[[str], None]
     ) -> tuple[list[Path], float]:
-        """Draw after `step` steps; every rank must call this.
+        """Generate the samples after `step` steps; every rank must call this.
 
         Args:
-            note: told how far it is.
+            note: called with a progress text.
 
         Returns:
-            The videos in the order of the prompts, and the largest share of a video's values that
-            were no numbers and are drawn black.
+            The videos in the order of the prompts, and the largest fraction of NaN or infinite
+            values in one video, which are clipped (NaN to black).
         """
         started = time.monotonic()
         config, world = self._config, self._world
         base = resolve_base_model(self._model, ("vae", "scheduler"))
         passes = -(-len(config.prompts) // world.size)
-        spoiled = 0.0
+        nonfinite = 0.0
         done = 0
 
         def on_step() -> None:
             nonlocal done
             done += 1
-            note(f"drawing {done}/{passes * config.steps}")
+            note(f"sampling {done}/{passes * config.steps}")
 
         with (
-            undisturbed(student, world.device),
+            eval_mode(student, world.device),
             live_pipeline(student, base, dtype=self._dtype, device=world.device) as pipeline,
         ):
-            for turn in range(passes):
-                number = turn * world.size + world.rank
+            for pass_index in range(passes):
+                number = pass_index * world.size + world.rank
                 video_THWC = self._draw(pipeline, number % len(config.prompts), on_step)
                 if number < len(config.prompts):
-                    spoiled = max(spoiled, 1.0 - float(np.isfinite(video_THWC).mean()))
+                    nonfinite = max(nonfinite, 1.0 - float(np.isfinite(video_THWC).mean()))
                     frames_THWC = to_frames(np.nan_to_num(video_THWC, posinf=1.0, neginf=0.0))
                     write_video(self._video(step, number), frames_THWC, fps_of(self._clips))
-        spoiled = max(gather(world, spoiled))  # everything is written when this returns
+        nonfinite = max(
+            gather(world, nonfinite)
+        )  # also a barrier: all ranks have written their videos
         on_first_rank(world, lambda: self._record(step, time.monotonic() - started))
-        return [self._video(step, number) for number in range(len(config.prompts))], spoiled
+        return [self._video(step, number) for number in range(len(config.prompts))], nonfinite
 
     def _draw(self, pipeline: Any, number: int, on_step: Callable[[], None]) -> np.ndarray:
         config = self._config
 
-        def embeds_of(prompt: str) -> Tensor:
+        def embed(prompt: str) -> Tensor:
             return self._embeds[prompt].to(self._world.device)
 
-        inputs: dict[str, Any] = {"prompt_embeds": embeds_of(config.prompts[number])}
+        inputs: dict[str, Any] = {"prompt_embeds": embed(config.prompts[number])}
         if config.guidance > 1.0:
-            inputs["negative_prompt_embeds"] = embeds_of(NEGATIVE_PROMPT)
+            inputs["negative_prompt_embeds"] = embed(NEGATIVE_PROMPT)
         if self._images:
             inputs["image"] = self._images[number]
         return draw(
@@ -233,7 +240,7 @@ class TrainingSamples:
 
     def _record(self, step: int, seconds: float) -> None:
         config = self._config
-        about = {
+        record = {
             "step": step,
             "prompts": config.prompts,
             "images": [str(image) for image in config.images],
@@ -243,12 +250,12 @@ class TrainingSamples:
             "fps": fps_of(self._clips),
             "seconds": round(seconds, 3),
         }
-        path = self._folder_of(step) / SAMPLES_RECORD
-        data = json.dumps(about, indent=1, ensure_ascii=False).encode()
+        path = self._step_folder(step) / SAMPLES_RECORD
+        data = json.dumps(record, indent=1, ensure_ascii=False).encode()
         write_whole(path, data, temporary=path.with_name(f".{path.name}.partial"))
 
     def _video(self, step: int, number: int) -> Path:
-        return self._folder_of(step) / f"{number}.mp4"
+        return self._step_folder(step) / f"{number}.mp4"
 
-    def _folder_of(self, step: int) -> Path:
+    def _step_folder(self, step: int) -> Path:
         return self._folder / f"step-{step:06d}"

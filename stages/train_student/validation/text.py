@@ -1,7 +1,7 @@
-"""What the text encoder says of the prompts that training draws; kept beside the samples.
+"""Text embeddings of the sample prompts.
 
-Rank 0 loads the encoder once, before the model that is trained, and frees it again. The result is
-kept as <run_dir>/samples/prompts.safetensors, so that a resume loads no encoder.
+Rank 0 loads the text encoder once, before the transformer, and frees it again. The embeddings are
+cached in <run_dir>/samples/prompts.safetensors, so that a resume does not load the encoder.
 """
 
 import gc
@@ -25,8 +25,8 @@ from stages.files.weight_checks import load_model
 from stages.progress import Progress
 from stages.train_student.parallel.process_group import World, on_first_rank
 
-PATIENCE = timedelta(hours=12)
-"""How long the other ranks wait for rank 0: it may have to download the encoder."""
+_ENCODING_TIME = timedelta(hours=12)
+"""How long the other ranks wait for rank 0, which may have to download the encoder."""
 
 
 def encode_prompts(
@@ -35,18 +35,18 @@ def encode_prompts(
     *,
     length: int,
     dtype: torch.dtype,
-    kept: Path,
+    cache_file: Path,
     world: World,
     progress: Progress,
 ) -> dict[str, Tensor]:
-    """Embeddings of each prompt, [1, length, width] on the CPU, on every rank.
+    """Embed each prompt: [1, length, width] on the CPU, on every rank.
 
     Args:
-        prompts: without repetitions.
+        prompts: unique prompts.
         model: the base pipeline.
-        length: tokens that every prompt is padded to.
-        dtype: arithmetic of the encoder, as `sample` has it.
-        kept: the file that keeps them.
+        length: number of tokens that every prompt is padded to.
+        dtype: dtype of the encoder, the same as in `sample`.
+        cache_file: where the embeddings are cached.
 
     Raises:
         ValueError: the pipeline has no text encoder.
@@ -55,14 +55,14 @@ def encode_prompts(
     def on_first() -> dict[str, Tensor]:
         base = resolve_base_model(model, ("tokenizer", "text_encoder"))
         key = _key(prompts, base, length, dtype)
-        found = _read(kept, key, prompts)
+        found = _read(cache_file, key, prompts)
         if found is None:
             with progress.task("encode the prompts", len(prompts), unit="prompts") as task:
                 found = _encode(prompts, base, length, dtype, world.device, task.advance)
-            _write(kept, key, [found[prompt] for prompt in prompts])
+            _write(cache_file, key, [found[prompt] for prompt in prompts])
         return found
 
-    return on_first_rank(world, on_first, patience=PATIENCE)
+    return on_first_rank(world, on_first, patience=_ENCODING_TIME)
 
 
 def _encode(
@@ -73,7 +73,7 @@ def _encode(
     device: torch.device,
     advance: Any,
 ) -> dict[str, Tensor]:
-    """As the pipeline itself encodes them, one by one."""
+    """Encode the prompts one by one with the pipeline's own method."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         pipeline = build_pipeline(
@@ -101,11 +101,11 @@ def _encode(
 
 
 def _key(prompts: Sequence[str], base: Path, length: int, dtype: torch.dtype) -> str:
-    """Changes with the prompts and with the files of the encoder, which are too large to hash."""
+    """Hash of the prompts and of the encoder's file names, sizes and times."""
     files = sorted(
         path for part in ("tokenizer", "text_encoder") for path in (base / part).rglob("*")
     )
-    about = {
+    content = {
         "prompts": list(prompts),
         "length": length,
         "dtype": str(dtype),
@@ -115,24 +115,24 @@ def _key(prompts: Sequence[str], base: Path, length: int, dtype: torch.dtype) ->
             if path.is_file()
         ],
     }
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _read(kept: Path, key: str, prompts: Sequence[str]) -> dict[str, Tensor] | None:
-    if not kept.is_file():
+def _read(cache_file: Path, key: str, prompts: Sequence[str]) -> dict[str, Tensor] | None:
+    if not cache_file.is_file():
         return None
     try:
-        with safe_open(kept, framework="pt") as file:
+        with safe_open(cache_file, framework="pt") as file:
             if (file.metadata() or {}).get("key") != key:
                 return None
             return {prompt: file.get_tensor(str(n)) for n, prompt in enumerate(prompts)}
     except SafetensorError:
-        return None  # cut short when it was written; it is made again
+        return None  # written incompletely; encode again
 
 
-def _write(kept: Path, key: str, embeds: Sequence[Tensor]) -> None:
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    temporary = kept.with_name(f".{kept.name}.partial")
+def _write(cache_file: Path, key: str, embeds: Sequence[Tensor]) -> None:
+    cache_file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cache_file.with_name(f".{cache_file.name}.partial")
     tensors = {str(number): tensor.contiguous() for number, tensor in enumerate(embeds)}
     save_tensors(tensors, temporary, metadata={"key": key})
-    temporary.rename(kept)
+    temporary.rename(cache_file)

@@ -1,6 +1,6 @@
-"""Held-out losses and samples during training: when they are due, and building what they need.
+"""Schedule of held-out losses and sample videos during training.
 
-Both are also done before the first step, as the baseline for everything after it.
+Both are also computed before the first step, as the baseline.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 from stages.progress import Progress
 from stages.train_student.config import TrainConfig
 from stages.train_student.logging.rows import RowFile, ValidationRow, read_rows
-from stages.train_student.logging.trackers import Boards
+from stages.train_student.logging.trackers import Trackers
 from stages.train_student.model.student import Student
 from stages.train_student.parallel.process_group import World, on_first_rank
 from stages.train_student.report import write_report
@@ -25,11 +25,11 @@ from stages.train_student.validation.samples import FOLDER, NEGATIVE_PROMPT, Tra
 from stages.train_student.validation.text import encode_prompts
 
 PAGE_SHARE = 0.01
-"""Of a run's time, at most spent on its page while it goes on: all steps are read each time."""
+"""Largest fraction of a run's time spent on its report page, which reads all steps each time."""
 
 
 class Validation:
-    """Validates and draws when it is time, in every process alike."""
+    """Computes held-out losses and samples when due, and updates the report page."""
 
     def __init__(
         self,
@@ -38,61 +38,62 @@ class Validation:
         *,
         losses: HeldOutLosses | None,
         samples: TrainingSamples | None,
-        boards: Boards | None,
+        trackers: Trackers | None,
         check: Callable[[], None],
         world: World,
         progress: Progress,
         note: Callable[[str], None],
     ) -> None:
-        """Get ready.
+        """Store the arguments.
 
         Args:
-            losses: None where no clip is held out.
-            samples: None where nothing is drawn.
-            boards: on rank 0.
-            check: called on rank 0 before a file is changed; raises if the run's folder may be
-                another process's.
-            note: shows a few words beside the bar of the steps.
+            losses: None if no clips are held out.
+            samples: None if there are no sample prompts.
+            trackers: on rank 0 only.
+            check: called on rank 0 before each change; raises if another process may own the run's
+                folder.
+            note: shows a short text next to the progress bar.
         """
         self._student = student
         self._config = config
         self._losses = losses
         self._samples = samples
-        self._boards = boards
+        self._trackers = trackers
         self._check = check
         self._world = world
         self._progress = progress
         self._note = note
         self._last: ValidationRow | None = None
         self._page_due = -math.inf
-        """By `time.monotonic`; on rank 0."""
+        """Earliest `time.monotonic` of the next update; on rank 0."""
 
     def start(self, done: int) -> None:
-        """Drop what an interrupted run made after `done` steps, and make what it still owes."""
+        """Delete results of an interrupted run after `done` steps, and compute those missing."""
 
-        def clear() -> tuple[bool, bool]:
+        def prune() -> tuple[bool, bool]:
             self._check()
             file = self._run_dir / VALIDATION_FILE
             if self._losses is not None:
                 RowFile(file, done, self._check).close()
             if self._samples is not None:
-                self._samples.drop_after(done)
+                self._samples.delete_after(done)
             validated = {row["step"] for row in read_rows(file)}
-            return done in validated, self._samples is not None and self._samples.drawn(done)
+            has_samples = self._samples is not None and self._samples.is_complete(done)
+            return done in validated, has_samples
 
-        validated, drawn = on_first_rank(self._world, clear)
-        self._look(done, losses=not validated, samples=not drawn)
+        has_losses, has_samples = on_first_rank(self._world, prune)
+        self._run_due(done, losses=not has_losses, samples=not has_samples)
 
     def after_step(self, step: int) -> None:
-        """Look at the student if it is time to; every rank calls this after each step."""
-        self._look(step, losses=True, samples=True)
+        """Validate and sample if due; every rank must call this after each step."""
+        self._run_due(step, losses=True, samples=True)
 
     def write_page(self, *, only_when_due: bool = False) -> None:
-        """Make the run's page anew, on rank 0; every rank must call this.
+        """Write the run's report page, on rank 0; every rank must call this.
 
         Args:
-            only_when_due: leave the page as it is where making it would take more than
-                `PAGE_SHARE` of the time since it was last made.
+            only_when_due: skip if writing the page would take more than `PAGE_SHARE` of the time
+                since it was last written.
         """
 
         def write() -> None:
@@ -101,24 +102,24 @@ class Validation:
                 return
             try:
                 write_report(self._run_dir)
-            except Exception as error:  # the page can be made at any time, the steps not
-                self._progress.log(f"warning: the run's page could not be made: {error!r}")
+            except Exception as error:  # the page can be written later; do not stop training
+                self._progress.log(f"warning: the report page could not be written: {error!r}")
             ended = time.monotonic()
             self._page_due = ended + (ended - started) / PAGE_SHARE
 
         on_first_rank(self._world, write)
 
-    def _look(self, step: int, *, losses: bool, samples: bool) -> None:
-        """Whether each is still to do; either is done only when it is its time."""
+    def _run_due(self, step: int, *, losses: bool, samples: bool) -> None:
+        """Run what is due at this step; `losses` and `samples` say what is not done yet."""
         config, last = self._config, step == self._config.steps
-        looked = False
+        has_run = False
         if losses and self._losses and (last or step % config.validation.every == 0):
             self._validate(self._losses, step)
-            looked = True
+            has_run = True
         if samples and self._samples and (last or step % config.samples.every == 0):
             self._draw(self._samples, step)
-            looked = True
-        if looked:
+            has_run = True
+        if has_run:
             self.write_page(only_when_due=True)
 
     def _validate(self, losses: HeldOutLosses, step: int) -> None:
@@ -127,7 +128,7 @@ class Validation:
             return
         for clip in damaged:
             self._progress.log(
-                f"warning: held-out clip {clip.key!r} cannot be read, and is missing from the "
+                f"warning: held-out clip {clip.key!r} cannot be read and is excluded from this "
                 f"validation: {clip.message}"
             )
         file = RowFile(self._run_dir / VALIDATION_FILE, step, self._check)
@@ -135,38 +136,40 @@ class Validation:
         file.sync()
         file.close()
         values = {"diffusion": row.diffusion, **row.auxiliary}
-        if self._boards is not None:
+        if self._trackers is not None:
             curves = {f"validation/{n}": v for n, v in values.items() if v is not None}
-            self._boards.add_scalars(step, curves)
-        self._progress.log(_told(row, self._last))
+            self._trackers.add_scalars(step, curves)
+        self._progress.log(_format_row(row, self._last))
         self._last = row
 
     def _draw(self, samples: TrainingSamples, step: int) -> None:
-        videos, spoiled = samples(self._student, step, self._note)
+        videos, nonfinite = samples(self._student, step, self._note)
         if not self._world.is_first:
             return
         for number, (video, prompt) in enumerate(
             zip(videos, self._config.samples.prompts, strict=True)
         ):
-            if self._boards is not None:
-                self._boards.add_video(step, f"samples/{number}", video, prompt)
-        warning = f"; {spoiled:.0%} of one is no number, and black" if spoiled else ""
-        self._progress.log(f"step {step}, drawn: {_paths(videos)}{warning}")
+            if self._trackers is not None:
+                self._trackers.add_video(step, f"samples/{number}", video, prompt)
+        warning = f"; {nonfinite:.0%} of one video is NaN or infinite" if nonfinite else ""
+        self._progress.log(f"step {step}, samples: {_paths(videos)}{warning}")
 
     @property
     def _run_dir(self) -> Path:
         return self._config.run_dir
 
 
-def _told(row: ValidationRow, before: ValidationRow | None) -> str:
+def _format_row(row: ValidationRow, before: ValidationRow | None) -> str:
     values = {"diffusion": row.diffusion, **row.auxiliary}
     older = {} if before is None else {"diffusion": before.diffusion, **before.auxiliary}
-    told = []
+    parts = []
     for name, value in values.items():
-        shown = math.nan if value is None else value
-        change = older.get(name)
-        told.append(f"{name} {shown:.4f}" + (f" ({shown - change:+.4f})" if change else ""))
-    return f"step {row.step}, {row.clips} held-out clips: {', '.join(told)}"
+        current = math.nan if value is None else value
+        previous = older.get(name)
+        parts.append(
+            f"{name} {current:.4f}" + (f" ({current - previous:+.4f})" if previous else "")
+        )
+    return f"step {row.step}, {row.clips} held-out clips: {', '.join(parts)}"
 
 
 def _paths(videos: list[Path]) -> str:
@@ -174,9 +177,9 @@ def _paths(videos: list[Path]) -> str:
 
 
 def embed_prompts(run: Run) -> dict[str, Tensor]:
-    """What the samples need of the text encoder, before the model that is trained is loaded.
+    """Embed the sample prompts; call this before the transformer is loaded.
 
-    Every rank must call this; rank 0 encodes, unless an earlier start did.
+    Every rank must call this; rank 0 encodes, unless the embeddings are cached.
     """
     config = run.config.samples
     if not config.prompts:
@@ -187,7 +190,7 @@ def embed_prompts(run: Run) -> dict[str, Tensor]:
         run.model,
         length=run.facts.transformer["max_text_seq_length"],
         dtype=run.dtype,
-        kept=run.config.run_dir / FOLDER / "prompts.safetensors",
+        cache_file=run.config.run_dir / FOLDER / "prompts.safetensors",
         world=run.world,
         progress=run.progress,
     )
@@ -198,16 +201,16 @@ def build_validation(
     student: Student,
     embeds: dict[str, Tensor],
     *,
-    boards: Boards | None,
+    trackers: Trackers | None,
     note: Callable[[str], None],
 ) -> Validation:
-    """What looks at the student between the steps.
+    """Build the validation of a run.
 
     Args:
         student: the module inside the engine.
-        embeds: those of `embed_prompts`.
-        boards: on rank 0.
-        note: shows a few words beside the bar of the steps.
+        embeds: from `embed_prompts`.
+        trackers: on rank 0 only.
+        note: shows a short text next to the progress bar.
     """
     config, losses, samples = run.config, None, None
     if run.stores.held_out:
@@ -233,7 +236,7 @@ def build_validation(
         config,
         losses=losses,
         samples=samples,
-        boards=boards,
+        trackers=trackers,
         check=run.lock.check,
         world=run.world,
         progress=run.progress,

@@ -185,10 +185,10 @@ def test_ranks_that_opened_different_caches_are_refused(monkeypatch):
     object.__setattr__(run, "world", World(rank=0, local_rank=0, size=2, device=None))
     ranks = "stages.train_student.setup.gather"
     monkeypatch.setattr(ranks, lambda world, mine: [mine, mine])
-    run.refuse_ranks_with_other_clips()
+    run.check_ranks_agree()
     monkeypatch.setattr(ranks, lambda world, mine: [mine, (mine[0], 3)])
     with pytest.raises(ValueError, match=r"different clips .*\(4, 3\).*same command again"):
-        run.refuse_ranks_with_other_clips()
+        run.check_ranks_agree()
 
 
 @pytest.mark.slow

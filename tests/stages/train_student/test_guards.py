@@ -102,7 +102,7 @@ def test_a_skipped_step_is_written_down_and_told(train, lines, monkeypatch, tmp_
     assert 0 <= bad["timestep"] <= 999
     assert good["auxiliary"].keys() == {"lgf"}
     told = [line for line in lines.lines if "skipped" in line]
-    assert told == [f"step 2 skipped: its loss is no number; clips {bad['key']!r}"]
+    assert told == [f"step 2 skipped: its loss is NaN or infinite; clips {bad['key']!r}"]
     timed = [json.loads(line) for line in (tmp_path / "performance.jsonl").open()]
     assert [row["step"] for row in timed] == [1, 2, 3]
 
@@ -124,7 +124,7 @@ def test_too_many_in_a_row_stop_the_run_also_over_a_resume(train, monkeypatch, t
     read = faulty.spoiled_samples(CachedSamples.__getitem__, samples)
     monkeypatch.setattr(CachedSamples, "__getitem__", read)
     train(tmp_path, steps=3, max_skipped_steps=1)
-    with pytest.raises(TrainingDivergedError, match=r"2nd time in a row at step 4, .*inspect"):
+    with pytest.raises(TrainingDivergedError, match=r"2nd consecutive step at step 4, .*inspect"):
         train(tmp_path, steps=9, max_skipped_steps=1)
     assert [row["step"] for row in skipped(tmp_path)] == [1, 3, 4]
     assert not (tmp_path / "finished.json").exists() or (
@@ -136,7 +136,7 @@ def test_none_may_be_skipped_where_that_is_asked_for(train, monkeypatch, tmp_pat
     """A loss that is no number stops the run and names the step and the clip."""
     read = faulty.spoiled_samples(CachedSamples.__getitem__, {2})
     monkeypatch.setattr(CachedSamples, "__getitem__", read)
-    with pytest.raises(TrainingDivergedError, match="loss is no number at step 2, clips 'clip"):
+    with pytest.raises(TrainingDivergedError, match="NaN or infinite at step 2, clips 'clip"):
         train(tmp_path, max_skipped_steps=0)
     assert not (tmp_path / "finished.json").exists()
 

@@ -12,7 +12,7 @@ import pytest
 from stages.train_student import train as training
 from stages.train_student.data.damaged import DamagedClip
 from stages.train_student.data.dataset import CachedSamples
-from stages.train_student.guards import DamagedClips, TooManyDamaged
+from stages.train_student.guards import DamagedClipGuard, TooManyDamaged
 from stages.train_student.logging.rows import DamagedRow
 from stages.train_student.parallel.process_group import World
 
@@ -128,7 +128,7 @@ def test_damaged_clips_are_told_once_and_written_each_time(train, lines, monkeyp
     ]
     told = [line for line in lines.lines if line.startswith("warning")]
     assert told == [
-        "warning: clip 'clip/9' cannot be read, another takes its place: its checksum differs"
+        "warning: clip 'clip/9' cannot be read, using another instead: its checksum differs"
     ]
 
 
@@ -143,7 +143,7 @@ def test_too_many_damaged_clips_stop_the_run(train, monkeypatch, tmp_path):
 
 def test_the_share_of_damaged_clips_counts_each_once():
     world = World(rank=0, local_rank=0, size=1, device=None)
-    damaged = DamagedClips(clips=100, most=0.02, world=world)
+    damaged = DamagedClipGuard(clips=100, max_fraction=0.02, world=world)
     for step in range(5):
         damaged.add((DamagedRow(step=step, key="a", message="", gone=False),))
     damaged.add((DamagedRow(step=6, key="b", message="", gone=False),))

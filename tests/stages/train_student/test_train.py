@@ -208,7 +208,7 @@ def test_a_torn_checkpoint_is_never_loaded(whole, train, tmp_path):
     progress = Lines()
     summary = train(run_dir, steps=6, progress=progress)
     assert summary.resumed_from == 2
-    for why in ("not written to the end", "not those that its record names"):
+    for why in ("it is incomplete", "its files differ from its record"):
         assert sum(why in line for line in progress.lines) == 1
     assert losses(run_dir) == losses(whole[0])
 

@@ -12,8 +12,8 @@ from stages.files.checksums import checksum_of, files_below
 from stages.train_student.checkpoints.export import export_checkpoint
 from stages.train_student.checkpoints.records import (
     UNIVERSAL,
-    clear,
-    folder_of,
+    checkpoint_folder,
+    delete_checkpoint,
     read_record,
     write_record,
 )
@@ -62,11 +62,11 @@ def losses(run):
 
 @pytest.mark.parametrize("damage", [zero_moments, flip_exponent])
 def test_resuming_passes_over_a_damaged_checkpoint_and_says_so(made, run, train, lines, damage):
-    name = damage(folder_of(run / "checkpoints", 3))
+    name = damage(checkpoint_folder(run / "checkpoints", 3))
     summary = train(run, steps=4, progress=lines, **SETTINGS)
     assert summary.resumed_from == 2
     assert losses(run)[:3] == losses(made)
-    (told,) = [line for line in lines.lines if line.startswith("passing over")]
+    (told,) = [line for line in lines.lines if line.startswith("skipping")]
     assert f"checkpoint-3: it is damaged: {name} has the CRC-32C" in told
     (used,) = [line for line in lines.lines if "instead" in line]
     assert "checkpoint-2 instead" in used
@@ -74,16 +74,16 @@ def test_resuming_passes_over_a_damaged_checkpoint_and_says_so(made, run, train,
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(run, train, lines):
     for step in (1, 2, 3):
-        zero_moments(folder_of(run / "checkpoints", step))
+        zero_moments(checkpoint_folder(run / "checkpoints", step))
     before = losses(run)
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is sound \(.*checkpoint-1.*restore"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is intact \(.*point-1.*restore"):
         train(run, steps=4, progress=lines, **SETTINGS)
     assert losses(run) == before
 
 
 @pytest.mark.parametrize("damage", [zero_moments, flip_exponent])
 def test_exporting_a_damaged_checkpoint_fails_and_another_can_be_named(run, tmp_path, damage):
-    name = damage(folder_of(run / "checkpoints", 3))
+    name = damage(checkpoint_folder(run / "checkpoints", 3))
     for step in (None, 3):
         with pytest.raises(ValueError, match=rf"checkpoint-3 is damaged: {name} .* of 3, 2, 1"):
             export_checkpoint(run, step, tmp_path / "out")
@@ -96,7 +96,7 @@ def test_all_ranks_pass_over_what_one_of_them_finds_damaged(train_ranks, tmp_pat
     run = tmp_path / "run"
     answer = train_ranks(run, steps=2, **settings)
     assert not any(answer.codes)
-    file = folder_of(run / "checkpoints", 2) / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    file = checkpoint_folder(run / "checkpoints", 2) / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -107,11 +107,11 @@ def test_all_ranks_pass_over_what_one_of_them_finds_damaged(train_ranks, tmp_pat
 
 
 def test_a_damaged_universal_copy_is_made_again(run, train, lines):
-    checkpoint = read_record(folder_of(run / "checkpoints", 3))
+    checkpoint = read_record(checkpoint_folder(run / "checkpoints", 3))
     write_record(replace(checkpoint, world_size=2))
     assert train(run, steps=4, **SETTINGS).resumed_from == 3
     (run / "finished.json").unlink()
-    clear(folder_of(run / "checkpoints", 4))
+    delete_checkpoint(checkpoint_folder(run / "checkpoints", 4))
     victim = next((run / "checkpoints" / UNIVERSAL / "checkpoint-3").glob("zero/*/exp_avg.pt"))
     sound = victim.read_bytes()
     victim.write_bytes(sound[:-100] + bytes(100))
@@ -141,7 +141,7 @@ def hide_code(checkpoint, pattern, made_by_code):
 
 @pytest.mark.parametrize("file", ["*optim_states.pt", "*model_states.pt"])
 def test_code_in_a_checkpoint_is_refused_and_not_run(run, train, tmp_path, file):
-    hide_code(read_record(folder_of(run / "checkpoints", 3)), file, tmp_path / "ran")
+    hide_code(read_record(checkpoint_folder(run / "checkpoints", 3)), file, tmp_path / "ran")
     with pytest.raises(ValueError, match=r"names posix.mkdir, .* was not loaded\. Use another"):
         train(run, steps=4, **SETTINGS)
     assert not (tmp_path / "ran").exists()
@@ -153,7 +153,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(run, train, tmp_path, file)
 
 @pytest.mark.parametrize("file", ["*optim_states.pt", "*model_states.pt"])
 def test_code_is_not_run_where_a_checkpoint_is_shared_out_anew(run, train, tmp_path, file):
-    checkpoint = replace(read_record(folder_of(run / "checkpoints", 3)), world_size=2)
+    checkpoint = replace(read_record(checkpoint_folder(run / "checkpoints", 3)), world_size=2)
     hide_code(checkpoint, file, tmp_path / "ran")
     with pytest.raises(ValueError, match=r"names posix\.mkdir"):
         train(run, steps=4, **SETTINGS)
@@ -162,7 +162,8 @@ def test_code_is_not_run_where_a_checkpoint_is_shared_out_anew(run, train, tmp_p
 
 def test_the_environment_cannot_make_checkpoints_run_code(run, train, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    hide_code(read_record(folder_of(run / "checkpoints", 3)), "*optim_states.pt", tmp_path / "ran")
+    checkpoint = read_record(checkpoint_folder(run / "checkpoints", 3))
+    hide_code(checkpoint, "*optim_states.pt", tmp_path / "ran")
     with pytest.raises(ValueError, match=r"names posix\.mkdir"):
         train(run, steps=4, **SETTINGS)
     assert not (tmp_path / "ran").exists()

@@ -306,7 +306,7 @@ def test_adapters_are_exported_for_other_programs(train, tmp_path, form):
 
 def test_a_whole_transformer_is_exported_for_diffusers_alone(train, tmp_path):
     train(tmp_path, steps=1, method="full", **QUIET)
-    with pytest.raises(ValueError, match=r"--format kohya is a form of adapters"):
+    with pytest.raises(ValueError, match=r"--format kohya is for LoRA adapters"):
         export_checkpoint(tmp_path, None, None, form="kohya")
 
 
@@ -393,7 +393,7 @@ class TestRefusals:
 
     def test_a_folder_that_is_no_export_is_not_replaced(self, run, tmp_path):
         (tmp_path / "mine.txt").touch()
-        with pytest.raises(ValueError, match="is there already and is no export"):
+        with pytest.raises(ValueError, match="exists and is not an export"):
             export_checkpoint(run, None, tmp_path)
         assert (tmp_path / "mine.txt").exists()
         export_checkpoint(run, 1, tmp_path / "out")

@@ -66,12 +66,12 @@ def test_a_full_disk_is_told_with_what_is_left_and_the_run_can_go_on(
     size = sum(path.stat().st_size for path in complete.folder.iterdir()) / 1e9
     assert str(raised.value) == (
         f"the checkpoint {run}/checkpoints/checkpoint-2 could not be written: No space left on "
-        f"device (0.00 GB are free on that disk); checkpoint-1 took {size:.2f} GB and is complete: "
-        "the same command resumes after step 1. The disk must hold one checkpoint more than "
+        f"device (0.00 GB are free on that disk); checkpoint-1 has {size:.2f} GB and is complete: "
+        "the same command resumes after step 1. The disk needs room for one checkpoint more than "
         "train.checkpoints_kept"
     )
     assert train(run, progress=lines, **SETTINGS).resumed_from == 1
-    assert any("checkpoint-2: it was not written to the end" in line for line in lines.lines)
+    assert any("checkpoint-2: it is incomplete" in line for line in lines.lines)
 
 
 def test_other_errors_while_saving_stay_what_they_are(train, tmp_path, monkeypatch):

@@ -12,15 +12,15 @@ from stages.files.checksums import FileChecksum, checksum_of
 from stages.train_student.checkpoints.records import (
     UNIVERSAL,
     Checkpoint,
-    clear,
+    checkpoint_folder,
     complete_checkpoints,
+    delete_checkpoint,
     find_damage,
-    folder_of,
+    incomplete_checkpoints,
     keep_newest,
     own_files,
     read_record,
-    record_of,
-    torn_checkpoints,
+    record_path,
     why_incomplete,
     write_record,
 )
@@ -31,7 +31,7 @@ FILES = {"mp_rank_00_model_states.pt": b"weights", "zero/rank_0.pt": b"", "rank_
 
 
 def write_checkpoint(root, step, *, recorded=True):
-    folder = folder_of(root, step)
+    folder = checkpoint_folder(root, step)
     for name, content in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -55,28 +55,28 @@ def change_record(**changes):
 
 def replace_in_record(old, new):
     def change(folder):
-        text = record_of(folder).read_text()
+        text = record_path(folder).read_text()
         assert old in text
-        record_of(folder).write_text(text.replace(old, new))
+        record_path(folder).write_text(text.replace(old, new))
 
     return change
 
 
 TEARS = {
-    "no record": lambda folder: record_of(folder).unlink(),
-    "record half written": lambda folder: os.truncate(record_of(folder), 30),
-    "record empty": lambda folder: os.truncate(record_of(folder), 0),
+    "no record": lambda folder: record_path(folder).unlink(),
+    "record half written": lambda folder: os.truncate(record_path(folder), 30),
+    "record empty": lambda folder: os.truncate(record_path(folder), 0),
     "record of an endless step": change_record(step=float("inf")),
     "record of a step of 30 digits": change_record(step=10**30),
-    "record of files that are none": lambda folder: record_of(folder).write_text(
+    "record of files that are none": lambda folder: record_path(folder).write_text(
         '{"crc32c": "00000000", "step": 1, "world_size": 1, "zero_stage": 1, "planned_steps": 1, '
         '"files": [[]]}'
     ),
-    "record nested deep": lambda folder: record_of(folder).write_text(
+    "record nested deep": lambda folder: record_path(folder).write_text(
         '{"a":' * 900 + "1" + "}" * 900
     ),
-    "record of no object": lambda folder: record_of(folder).write_text("[]"),
-    "record without checksums": lambda folder: record_of(folder).write_text(
+    "record of no object": lambda folder: record_path(folder).write_text("[]"),
+    "record without checksums": lambda folder: record_path(folder).write_text(
         json.dumps({"step": 20, "world_size": 2, "files": {n: len(c) for n, c in FILES.items()}})
     ),
     "record of other sizes": change_record(files=dict.fromkeys(FILES, FileChecksum(3, "0" * 8))),
@@ -104,7 +104,7 @@ def test_a_torn_checkpoint_is_not_complete_and_the_one_before_is_the_newest(tmp_
     TEARS[tear](torn.folder)
     assert complete_checkpoints(tmp_path) == [before]
     assert why_incomplete(torn.folder) is not None
-    assert torn_checkpoints(tmp_path) == ([torn.folder] if torn.folder.is_dir() else [])
+    assert incomplete_checkpoints(tmp_path) == ([torn.folder] if torn.folder.is_dir() else [])
 
 
 def test_newest_is_by_steps_not_by_name(tmp_path):
@@ -119,7 +119,7 @@ def test_keeping_drops_old_ones_and_leftovers_but_nothing_that_was_once_complete
     for step in (1, 2, 3, 4):
         write_checkpoint(tmp_path, step)
     write_checkpoint(tmp_path, 5, recorded=False)
-    (folder_of(tmp_path, 2) / "rank_1.pt").write_bytes(b"other length")
+    (checkpoint_folder(tmp_path, 2) / "rank_1.pt").write_bytes(b"other length")
     write_checkpoint(tmp_path / UNIVERSAL, 1)
     write_checkpoint(tmp_path / UNIVERSAL, 4)
     keep_newest(tmp_path, 2, 4)
@@ -186,11 +186,11 @@ def test_what_dies_while_a_checkpoint_is_removed_never_leaves_a_record(
 
     monkeypatch.setattr(os, "unlink", die_in_time)
     with pytest.raises(KeyboardInterrupt):
-        clear(old.folder)
+        delete_checkpoint(old.folder)
     monkeypatch.undo()
     whole = [new, old] if kill_at == 1 else [new]
     assert complete_checkpoints(tmp_path) == whole
-    assert record_of(old.folder).exists() == (kill_at == 1)
+    assert record_path(old.folder).exists() == (kill_at == 1)
     keep_newest(tmp_path, 1, 2)
     assert sorted(tmp_path.glob("*/")) == [new.folder]
 
@@ -208,5 +208,5 @@ def test_a_checkpoint_is_on_the_disk_before_its_record(train, tmp_path, monkeypa
     disk.watch(monkeypatch)
     train(tmp_path / "run", steps=2, checkpoint_every=1, checkpoints_kept=1)
     (newest,) = complete_checkpoints(tmp_path / "run" / "checkpoints")
-    disk.check_tree(record_of(newest.folder), "at the end")
+    disk.check_tree(record_path(newest.folder), "at the end")
     assert disk.not_synced == []

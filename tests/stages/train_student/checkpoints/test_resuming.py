@@ -114,5 +114,5 @@ def test_what_waited_on_a_disk_is_not_gone_on_from(train, tmp_path):
     """DeepSpeed would load a part of it and train on, with other losses."""
     train(tmp_path, steps=1)
     (tmp_path / "checkpoints" / "checkpoint-1" / "offloaded_tensors").mkdir()
-    with pytest.raises(ValueError, match=r"checkpoint-1 cannot be gone on from: .* set to cpu"):
+    with pytest.raises(ValueError, match=r"checkpoint-1 cannot be resumed: .* to cpu"):
         train(tmp_path, steps=2)

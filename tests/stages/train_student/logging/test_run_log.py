@@ -17,7 +17,7 @@ from stages.train_student.logging.rows import (
     read_rows,
 )
 from stages.train_student.logging.run_log import RunLog
-from stages.train_student.logging.trackers import Boards
+from stages.train_student.logging.trackers import Trackers
 
 
 def losses(step):
@@ -54,12 +54,12 @@ def spoiled(step):
 
 
 def open_log(run_dir, done, progress, report_to=(), log_every=2):
-    boards = Boards(run_dir, report_to, steps_done=done, project="p", settings={})
+    trackers = Trackers(run_dir, report_to, steps_done=done, project="p", settings={})
     names = ("lgf", "token-relation")
     return RunLog(
         run_dir,
         done,
-        boards,
+        trackers,
         check=lambda: None,
         objectives=names,
         log_every=log_every,
@@ -162,9 +162,9 @@ def test_skipped_steps_and_damaged_clips_are_told(lines, tmp_path):
         log.add(rows(2, damaged=damaged))
     told = [line for line in lines.lines if "'" in line]
     assert told == [
-        "warning: clip 'b' cannot be read, another takes its place: torn",
-        "warning: clip 'c' is gone, another takes its place: dropped",
-        "step 1 skipped: its loss is no number; clips 'a'",
+        "warning: clip 'b' cannot be read, using another instead: torn",
+        "warning: clip 'c' is gone, using another instead: dropped",
+        "step 1 skipped: its loss is NaN or infinite; clips 'a'",
     ]
 
 

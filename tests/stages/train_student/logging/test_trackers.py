@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from stages.clips.video import write_video
 from stages.train_student.logging import trackers as module
-from stages.train_student.logging.trackers import Boards, check_boards
+from stages.train_student.logging.trackers import Trackers, check_trackers
 
 
 @pytest.fixture
@@ -21,18 +21,18 @@ def video(tmp_path):
     return tmp_path / "drawn.mp4"
 
 
-def open_boards(run_dir, *names, done=0):
-    return Boards(run_dir, names, steps_done=done, project="tests", settings={"train": {"a": 1}})
+def open_trackers(run_dir, *names, done=0):
+    return Trackers(run_dir, names, steps_done=done, project="tests", settings={"train": {"a": 1}})
 
 
 def test_curves_and_videos_reach_tensorboard_and_come_again_after_a_resume(video, tmp_path):
-    with open_boards(tmp_path, "tensorboard") as boards:
+    with open_trackers(tmp_path, "tensorboard") as trackers:
         for step in (1, 2, 3):
-            boards.add_scalars(step, {"train/loss": 1.0 / step})
-        boards.flush()
-    with open_boards(tmp_path, "tensorboard", done=1) as boards:
-        boards.add_scalars(2, {"train/loss": 5.0, "validation/diffusion": 6.0})
-        boards.add_video(2, "samples/0", video, "a dog & a cat")
+            trackers.add_scalars(step, {"train/loss": 1.0 / step})
+        trackers.flush()
+    with open_trackers(tmp_path, "tensorboard", done=1) as trackers:
+        trackers.add_scalars(2, {"train/loss": 5.0, "validation/diffusion": 6.0})
+        trackers.add_video(2, "samples/0", video, "a dog & a cat")
     read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in read.Scalars("train/loss")] == [(1, 1), (2, 5)]
     (image,) = read.Images("samples/0")
@@ -44,8 +44,8 @@ def test_curves_and_videos_reach_tensorboard_and_come_again_after_a_resume(video
 
 
 def test_wide_videos_are_shown_smaller(monkeypatch, video):
-    monkeypatch.setattr(module, "_WIDEST_GIF", 24)
-    data, height, width = module._gif_of(video)
+    monkeypatch.setattr(module, "_MAX_GIF_WIDTH", 24)
+    data, height, width = module._to_gif(video)
     with Image.open(io.BytesIO(data)) as gif:
         assert gif.size == (width, height) == (24, 16)
 
@@ -80,9 +80,9 @@ def test_a_resume_goes_on_in_the_same_run_of_wandb_and_nothing_leaves_the_machin
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     for done in (0, 2):
-        with open_boards(run_dir, "wandb", done=done) as boards:
-            boards.add_scalars(done + 1, {"train/loss": 1.0})
-            boards.add_video(done + 1, "samples/0", video, "a dog")
+        with open_trackers(run_dir, "wandb", done=done) as trackers:
+            trackers.add_scalars(done + 1, {"train/loss": 1.0})
+            trackers.add_video(done + 1, "samples/0", video, "a dog")
     name = (run_dir / "wandb" / "id").read_text()
     runs = sorted((run_dir / "wandb").glob("offline-run-*"))
     assert len(runs) == 2
@@ -109,16 +109,16 @@ def test_wandb_is_online_with_a_key_and_else_as_the_user_says(no_key, monkeypatc
 def test_no_board_at_all_is_fine(video, tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    with open_boards(run_dir) as boards:
-        boards.add_scalars(1, {"train/loss": 1.0})
-        boards.add_video(1, "samples/0", video, "")
-        boards.flush()
+    with open_trackers(run_dir) as trackers:
+        trackers.add_scalars(1, {"train/loss": 1.0})
+        trackers.add_video(1, "samples/0", video, "")
+        trackers.flush()
     assert list(run_dir.iterdir()) == []
 
 
 def test_a_board_that_is_not_installed_is_refused_with_the_command(monkeypatch):
-    check_boards(("tensorboard", "wandb"))
+    check_trackers(("tensorboard", "wandb"))
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    check_boards(("tensorboard",))
+    check_trackers(("tensorboard",))
     with pytest.raises(ValueError, match=r"pip install 'sam2videox\[wandb\]'"):
-        check_boards(("tensorboard", "wandb"))
+        check_trackers(("tensorboard", "wandb"))

@@ -12,8 +12,8 @@ import pytest
 from stages.train_student.report import write_report
 from stages.train_student.report.figures import figures
 from stages.train_student.report.page import videos
-from stages.train_student.report.records import Drawing, read_run
-from stages.train_student.report.videos import Shown, embed, first_and_newest
+from stages.train_student.report.records import SampleVideo, read_run
+from stages.train_student.report.videos import PageVideo, embed, first_and_newest
 
 
 class Page(HTMLParser):
@@ -112,8 +112,8 @@ def test_a_drawing_of_no_step_or_prompts_is_refused(make_run, draw, about):
 
 
 def test_the_step_of_a_drawing_is_escaped():
-    drawing = Drawing(step=NASTY, prompt="a", file=Path("0.mp4"), drawn={})
-    made = videos({"a": [Shown(drawing=drawing, source='"><b>', embedded=True)]})
+    sample = SampleVideo(step=NASTY, prompt="a", file=Path("0.mp4"), settings={})
+    made = videos({"a": [PageVideo(sample=sample, source='"><b>', embedded=True)]})
     assert "<script>" not in made
     assert "<b>" not in made
 
@@ -151,8 +151,8 @@ def test_what_is_too_large_is_linked_and_the_newest_goes_first(make_run, draw):
     folder = make_run()
     for step in (0, 40):
         draw(folder, step, ["a cat", "a dog"], size=100)
-    chosen = first_and_newest(read_run(folder).drawings)
-    shown = embed(chosen, most_bytes=350)
+    chosen = first_and_newest(read_run(folder).samples)
+    shown = embed(chosen, max_bytes=350)
     assert [[one.embedded for one in row] for row in shown.values()] == [
         [True, True],
         [False, True],
@@ -166,8 +166,8 @@ def test_prompts_that_changed_on_the_way_each_show_their_own(make_run, draw):
     draw(folder, 0, ["a cat"])
     draw(folder, 20, ["a dog", "a cat"])
     (folder / "samples" / "step-000030").mkdir()  # begun, not complete
-    chosen = first_and_newest(read_run(folder).drawings)
-    steps = {prompt: [drawing.step for drawing in drawn] for prompt, drawn in chosen.items()}
+    chosen = first_and_newest(read_run(folder).samples)
+    steps = {prompt: [video.step for video in videos] for prompt, videos in chosen.items()}
     assert steps == {"a cat": [0, 20], "a dog": [20]}
 
 
@@ -176,7 +176,7 @@ def test_a_run_that_goes_on_can_be_looked_at(make_run):
     with (folder / "losses.jsonl").open("a") as file:
         file.write('{"step": 13, "lo')
     run = read_run(folder)
-    assert (run.steps_done, run.steps_wanted, len(run.losses)) == (12, 40, 12)
+    assert (run.steps_done, run.planned_steps, len(run.losses)) == (12, 40, 12)
     assert figures(run)[0].note == "of 40"
     (folder / "finished.json").write_text("{}")
     assert figures(read_run(folder))[0].note == "finished"

@@ -13,7 +13,7 @@ from stages.train_student.parallel.process_group import World
 from stages.train_student.step import Losses
 from stages.train_student.validation import held_out
 from stages.train_student.validation.held_out import HeldOutLosses
-from stages.train_student.validation.samples import undisturbed
+from stages.train_student.validation.samples import eval_mode
 
 KEYS = ("a", "b", "c")
 TIMESTEPS = (100, 500, 900)
@@ -115,7 +115,7 @@ def test_looking_leaves_modes_and_random_numbers_as_they_were():
     student = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout())).train()
     student[1].eval()
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    with undisturbed(student, torch.device("cpu")):
+    with eval_mode(student, torch.device("cpu")):
         assert not student[0].training
         torch.rand(5)
         np.random.rand(5)
@@ -141,9 +141,9 @@ def test_a_model_that_learns_nothing_measures_the_same_again(train, tmp_path):
     ("changes", "words"),
     [
         ({"validation": {"clips": 2, "timesteps": [1000]}}, r"validation.timesteps must be .*999"),
-        ({"validation": {"clips": 2, "timesteps": [5, 5]}}, r"each once, got \[5, 5\]"),
+        ({"validation": {"clips": 2, "timesteps": [5, 5]}}, r"without repeats, got \[5, 5\]"),
         ({"samples": {"prompts": ["a", " "]}}, "holds an empty prompt"),
-        ({"samples": {"prompts": ["a"], "images": ["b.png"]}}, "leave train.samples.images out"),
+        ({"samples": {"prompts": ["a"], "images": ["b.png"]}}, "leave out train.samples.images"),
     ],
 )
 def test_what_cannot_be_measured_or_drawn_is_refused_before_any_work(

@@ -18,7 +18,7 @@ def encode(base, kept, prompts=("a cat", "")):
         BaseModelConfig(path=str(base)),
         length=32,
         dtype=torch.float32,
-        kept=kept,
+        cache_file=kept,
         world=WORLD,
         progress=SilentProgress(),
     )
