@@ -131,7 +131,7 @@ def _train(
             image_rotary_emb=positions,
             return_dict=False,
         )[0]
-        loss = diffusion_loss(predicted, clean, noise, abar_S[timestep_B])
+        loss = diffusion_loss(predicted, clean, noise, abar_S[timestep_B]).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)

@@ -84,8 +84,9 @@ def test_demo_walks_the_road_once_and_redoes_nothing(tmp_path: Path) -> None:
 def test_image_to_video_walks_the_same_road(tmp_path: Path) -> None:
     image = tmp_path / "first.png"
     Image.new("RGB", (96, 64), "tan").save(image)
-    run(tmp_path, "extract-features", "demo.image_to_video=true")
-    trained = run(tmp_path, "train", "demo.image_to_video=true")
+    demo = ("--config", "demo", "demo.image_to_video=true")
+    run(tmp_path, "extract-features", *demo)
+    trained = run(tmp_path, "train", *demo, f"train.samples.images=[{image}]")
     assert trained["steps_done"] == 2
     sampled = run(
         tmp_path,
@@ -94,6 +95,6 @@ def test_image_to_video_walks_the_same_road(tmp_path: Path) -> None:
         "A biped walks to the left.",
         "--image",
         str(image),
-        "demo.image_to_video=true",
+        *demo,
     )
     assert read_video(Path(sampled["video"]))[0].shape == (9, 64, 96, 3)
