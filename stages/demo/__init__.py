@@ -1,6 +1,6 @@
 """The built-in demo: a procedural dataset and tiny models of the official classes.
 
-`tiny_cogvideox`, `tiny_vae` and `tiny_sam2` load big libraries and are imported where needed.
+`tiny_cogvideox`, `tiny_vae` and `tiny_sam2` import large libraries, so they are imported lazily.
 """
 
 from stages.demo.config import DemoConfig

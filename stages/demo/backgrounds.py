@@ -1,4 +1,4 @@
-"""What is behind and before the figure: a textured wall and floor, and sometimes a post."""
+"""Scenery of a demo clip: a textured wall and floor, and sometimes a post in front."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from stages.demo.drawing import scrolled, smooth_noise
 
 # Legend: T frame, H W pixels, C colour (RGB, 0 to 1), J joint, 2 x and y.
 
-# Muted, so that no limb's colour occurs in them.
+# Muted colours, unlike those of any limb.
 _FLOORS = {
     "sand": (0.60, 0.53, 0.42),
     "grass": (0.36, 0.43, 0.33),
@@ -22,25 +22,25 @@ _WALLS = {
     "moss": (0.30, 0.34, 0.29),
 }
 _WALL_PARALLAX = 0.6
-"""Share of the camera's pan that the wall, farther away, shows."""
+"""Fraction of the camera's pan by which the distant wall moves."""
 _CONTRAST = 0.16
 _POST_COLOUR = np.array([0.12, 0.12, 0.13])
-_POST_SHARE = 0.3
-"""Share of clips with a post."""
+_POST_PROBABILITY = 0.3
+"""Fraction of clips with a post."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Background:
-    """Textures of one clip and where the camera is in each frame."""
+    """Textures and camera positions of one clip."""
 
     ground_y: float
-    """Pixels from the top to where feet stand."""
+    """Distance from the top of the frame to the ground, pixels."""
     words: str
-    """As a caption has it: "over sand, by a slate wall"."""
+    """Caption fragment: "over sand, by a slate wall"."""
     _wall_HWC: np.ndarray
     _floor_HWC: np.ndarray
     _camera_T: np.ndarray
-    """Pixels to the right, never negative."""
+    """Camera position in pixels to the right, never negative."""
     _width: int
     _horizon: int
     _post_left: float | None
@@ -48,11 +48,11 @@ class Background:
 
     @property
     def has_post(self) -> bool:
-        """Whether something stands between camera and figure."""
+        """Whether a post stands between camera and figure."""
         return self._post_left is not None
 
-    def behind(self, frame: int) -> np.ndarray:
-        """Wall and floor at a frame: a fresh float64 [H, W, 3]."""
+    def draw_backdrop(self, frame: int) -> np.ndarray:
+        """Draw wall and floor of a frame: a new float64 [H, W, 3] array."""
         camera = float(self._camera_T[frame])
         canvas_HWC = scrolled(self._wall_HWC, camera * _WALL_PARALLAX, self._width)
         canvas_HWC[self._horizon :] = scrolled(self._floor_HWC, camera, self._width)
@@ -66,8 +66,8 @@ class Background:
         y_H1 = (np.arange(height)[:, None] + 0.5 - self.ground_y - 0.02 * size) / (0.06 * size)
         canvas_HWC *= (1 - 0.45 * np.exp(-((x_1W**2 + y_H1**2) ** 2)))[..., None]
 
-    def cover(self, canvas_HWC: np.ndarray, frame: int) -> np.ndarray:
-        """Draw the post over the canvas, in place; its coverage [H, W] in 0..1."""
+    def draw_post(self, canvas_HWC: np.ndarray, frame: int) -> np.ndarray:
+        """Draw the post over the canvas, in place; returns its coverage [H, W] in 0..1."""
         height, width, _ = canvas_HWC.shape
         if self._post_left is None:
             return np.zeros((height, width))
@@ -93,24 +93,24 @@ def make_background(
     """Draw the textures of a clip.
 
     Args:
-        random: Source of every choice.
-        height: Of the frame, pixels.
-        width: Of the frame, pixels.
-        camera_T: Where the camera looks, pixels to the right of any fixed spot.
-        subject_T: Where the subject is on screen; a post is put where it passes.
+        random: Random generator.
+        height: Frame height, pixels.
+        width: Frame width, pixels.
+        camera_T: Camera position, pixels to the right of any fixed point.
+        subject_T: Subject position on screen, pixels; a post is placed on its path.
     """
     camera_T = camera_T - camera_T.min()
     horizon = round(height * random.uniform(0.62, 0.70))
     ground_y = height * random.uniform(0.84, 0.89)
     floor = list(_FLOORS)[int(random.integers(len(_FLOORS)))]
     wall = list(_WALLS)[int(random.integers(len(_WALLS)))]
-    reach = width + int(np.ceil(camera_T.max())) + 2
-    wall_HWC = _texture(random, _WALLS[wall], height, reach, cell=height / 6)
-    floor_HWC = _texture(random, _FLOORS[floor], height - horizon, reach, cell=height / 9)
+    texture_width = width + int(np.ceil(camera_T.max())) + 2
+    wall_HWC = _texture(random, _WALLS[wall], height, texture_width, cell=height / 6)
+    floor_HWC = _texture(random, _FLOORS[floor], height - horizon, texture_width, cell=height / 9)
     post_width = width * random.uniform(0.05, 0.08)
-    when = int(len(camera_T) * random.uniform(0.35, 0.65))
-    # In the world, so that figure and camera pass it.
-    post_left = camera_T[when] + subject_T[when] - post_width / 2
+    post_frame = int(len(camera_T) * random.uniform(0.35, 0.65))
+    # In world coordinates, so that figure and camera move past it.
+    post_left = camera_T[post_frame] + subject_T[post_frame] - post_width / 2
     return Background(
         ground_y=ground_y,
         words=f"over {floor}, by a {wall} wall",
@@ -119,7 +119,7 @@ def make_background(
         _camera_T=camera_T,
         _width=width,
         _horizon=horizon,
-        _post_left=float(post_left) if random.random() < _POST_SHARE else None,
+        _post_left=float(post_left) if random.random() < _POST_PROBABILITY else None,
         _post_width=post_width,
     )
 

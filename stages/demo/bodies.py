@@ -1,7 +1,4 @@
-"""Body plans of the figures: joints, limbs, proportions and colours.
-
-Used by `gaits` (which puts the joints in place) and `scenes` (which draws the limbs).
-"""
+"""Body plans of the demo's figures: joints, limbs, proportions and colours."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -41,8 +38,8 @@ PALETTE: dict[str, Colour] = {
     "left_finger": (255, 50, 225),
     "right_finger": (215, 0, 25),
 }
-"""The colour of each limb name. Within a figure no two are alike; limbs of different figures share
-one where they correspond (a front leg and an arm)."""
+"""Colour of each limb by name. Colours are unique within a figure; corresponding limbs of different
+figures, such as a front leg and an arm, share one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +48,14 @@ class Limb:
 
     name: str
     start: str
-    """Joint at its root."""
+    """Joint at the root of the limb."""
     end: str
     length: float
     radius: float
 
     @property
     def colour(self) -> Colour:
-        """Its colour in the palette."""
+        """RGB colour from `PALETTE`."""
         return PALETTE[self.name]
 
 
@@ -68,23 +65,23 @@ class BodyPlan:
 
     kind: Kind
     limbs: tuple[Limb, ...]
-    """From the far side to the near one, for a figure that faces right."""
+    """Back to front, for a figure that faces right."""
 
     @property
     def joint_names(self) -> tuple[str, ...]:
-        """Every joint once, in the order the limbs name them."""
+        """Every joint once, in the order of the limbs."""
         return tuple(dict.fromkeys(j for limb in self.limbs for j in (limb.start, limb.end)))
 
     def length(self, name: str) -> float:
         """Length of a limb, in units of the figure's size.
 
         Raises:
-            KeyError: No such limb.
+            KeyError: The body plan has no such limb.
         """
         return {limb.name: limb.length for limb in self.limbs}[name]
 
     def drawing_order(self, *, faces_left: bool) -> tuple[Limb, ...]:
-        """The limbs back to front: a figure that turns round shows its other side."""
+        """The limbs back to front; a figure that faces left shows its other side."""
         if not faces_left:
             return self.limbs
         return tuple(
@@ -159,4 +156,4 @@ BODY_PLANS: dict[Kind, BodyPlan] = {
     "quadruped": _quadruped(),
     "arm": _arm(),
 }
-"""The kinds of figure."""
+"""Body plan of each kind of figure."""

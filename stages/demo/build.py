@@ -1,7 +1,4 @@
-"""Makes what the built-in demo needs and lacks: clips, a tiny CogVideoX, a tiny SAM2.
-
-A command of a configuration with a `demo` section calls `ensure_demo` for what it reads.
-"""
+"""Builds the missing inputs of the built-in demo: clips, a tiny CogVideoX, a tiny SAM2."""
 
 import json
 import shutil
@@ -18,16 +15,16 @@ from stages.clips import ClipRecord, ClipsConfig, open_dataset
 from stages.progress import Progress
 
 _PRETRAINED = Path(__file__).parent / "pretrained"
-"""The pipeline that the package carries; `pretraining` trains one like it."""
+"""The packaged pipeline; `pretraining` reproduces it."""
 DemoPart = Literal["clips", "sam2", "cogvideox"]
 _RECIPE = "made_with.json"
 _FPS = 8.0
-"""Rate of the drawn clips where the configuration asks for frames as they are stored."""
+"""Frames per second of the clips if the configuration sets fps to null."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoPaths:
-    """Where the demo's parts lie."""
+    """Paths of the demo's parts."""
 
     clips: Path
     """Folder of webdataset tars."""
@@ -38,7 +35,7 @@ class DemoPaths:
 
 
 def demo_paths(root: Path) -> DemoPaths:
-    """Where the parts of a demo under `root` lie, made or not."""
+    """Paths of the parts of a demo under `root`, whether or not they exist."""
     sam2 = root / "models" / "sam2"
     return DemoPaths(
         clips=root / "clips",
@@ -55,25 +52,25 @@ def ensure_demo(
     progress: Progress,
     parts: Collection[DemoPart] = get_args(DemoPart),
 ) -> DemoPaths:
-    """Make the missing parts of the demo; one that exists is left as it is.
+    """Build the missing parts of the demo; existing ones are left unchanged.
 
-    A part appears whole, by one rename, or not at all. Several processes may call this at once:
-    one works, the others wait.
+    Each part is written atomically, by one rename. If several processes call this at once, one
+    builds and the others wait.
 
     Args:
-        config: What to make.
-        clips: Size, length and rate of the clips; its `path` is not read.
-        progress: Gets a bar per part that is made.
-        parts: Those that are wanted. An image-to-video pipeline that is made needs the clips, too:
-            its tokenizer is trained on their captions.
+        config: Settings of the demo.
+        clips: Size, length and rate of the clips; its `path` is ignored.
+        progress: Shows a bar for the clips.
+        parts: Parts to build. Building an image-to-video pipeline also builds the clips, since the
+            tokenizer's vocabulary is made from their captions.
 
     Raises:
-        ValueError: A part that is wanted exists that was made with other settings.
+        ValueError: A requested part exists but was built with different settings.
     """
     root = config.root.expanduser()
     paths = demo_paths(root)
     root.mkdir(parents=True, exist_ok=True)
-    drawn: dict[str, Any] = {
+    clip_recipe: dict[str, Any] = {
         "seed": config.seed,
         "num_clips": config.num_clips,
         "clips_per_tar": config.clips_per_tar,
@@ -82,18 +79,28 @@ def ensure_demo(
         "width": clips.width,
         "fps": clips.fps or _FPS,
     }
-    model: dict[str, Any] = {"image_to_video": config.image_to_video}
+    model_recipe: dict[str, Any] = {"image_to_video": config.image_to_video}
     if config.image_to_video:
-        model |= drawn
+        model_recipe |= clip_recipe
     local_clips = clips.model_copy(update={"path": paths.clips})
     with FileLock(root / ".lock", wait=True, what=f"the demo's inputs in {root}"):
         needs_captions = config.image_to_video and not paths.base_model.exists()
         if "clips" in parts or ("cogvideox" in parts and needs_captions):
-            _ensure(paths.clips, drawn, lambda out: _draw(out, config, clips, progress))
+            _ensure(
+                paths.clips, clip_recipe, lambda out: _build_clips(out, config, clips, progress)
+            )
         if "sam2" in parts:
-            _ensure(paths.sam2_config.parent, {"seed": config.seed}, lambda out: _sam2(out, config))
+            _ensure(
+                paths.sam2_config.parent,
+                {"seed": config.seed},
+                lambda out: _build_sam2(out, config),
+            )
         if "cogvideox" in parts:
-            _ensure(paths.base_model, model, lambda out: _cogvideox(out, config, local_clips))
+            _ensure(
+                paths.base_model,
+                model_recipe,
+                lambda out: _build_cogvideox(out, config, local_clips),
+            )
     return paths
 
 
@@ -127,11 +134,11 @@ def _check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     if differing:
         raise ValueError(
             f"{folder} was made with {', '.join(differing)}; "
-            "remove the folder to make it anew, or set another demo.root"
+            "remove the folder to rebuild it, or set another demo.root"
         )
 
 
-def _draw(out: Path, config: DemoConfig, clips: ClipsConfig, progress: Progress) -> None:
+def _build_clips(out: Path, config: DemoConfig, clips: ClipsConfig, progress: Progress) -> None:
     with progress.task("draw figures", config.num_clips, unit="clips") as task:
         write_clip_tars(
             out,
@@ -146,18 +153,18 @@ def _draw(out: Path, config: DemoConfig, clips: ClipsConfig, progress: Progress)
         )
 
 
-def _sam2(out: Path, config: DemoConfig) -> None:
+def _build_sam2(out: Path, config: DemoConfig) -> None:
     from stages.demo.tiny_sam2 import build_tiny_sam2
 
     build_tiny_sam2(out, config.seed)
 
 
-def _cogvideox(out: Path, config: DemoConfig, clips: ClipsConfig) -> None:
-    """The pretrained pipeline; for image-to-video its VAE, with a transformer of random weights."""
+def _build_cogvideox(out: Path, config: DemoConfig, clips: ClipsConfig) -> None:
+    """Copy the packaged pipeline; image-to-video uses its VAE and a random transformer."""
     if not config.image_to_video:
         shutil.copytree(_PRETRAINED, out, dirs_exist_ok=True)
         return
-    # Imported here: where the demo is complete, nobody should wait for diffusers to load.
+    # Imported here, so that a complete demo does not import diffusers.
     import torch
 
     from stages.demo.tiny_cogvideox import build_tiny_cogvideox

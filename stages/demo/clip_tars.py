@@ -1,4 +1,4 @@
-"""Writes drawn clips as webdataset tars, the form in which stage one reads any dataset."""
+"""Writes the demo's clips as webdataset tars."""
 
 import io
 import json
@@ -30,16 +30,16 @@ def write_clip_tars(
     `<key>.joints.json` (see `FigureClip.truth`). Equal arguments give equal bytes.
 
     Args:
-        out: Folder; made when missing.
-        seeds: One per clip.
-        clips_per_tar: Clips in each tar but perhaps the last.
+        out: Output folder; created if missing.
+        seeds: One seed per clip.
+        clips_per_tar: Clips per tar; the last one may have fewer.
         num_frames: Frames per clip.
         height: Pixels.
         width: Pixels.
         fps: Frames per second.
-        task: Advanced by one with each clip.
+        task: Advanced by one per clip.
     """
-    # Imported here, since it loads torch and a demo that is there needs no writer.
+    # Imported here, so that a complete demo does not import torch.
     from webdataset import TarWriter
 
     out.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def write_clip_tars(
 
 def _members(clip: FigureClip) -> dict[str, bytes]:
     return {
-        "joints.json": json.dumps(clip.truth()).encode(),
+        "joints.json": json.dumps(clip.ground_truth()).encode(),
         "mask.png": _png(clip.mask_HW),
         "mp4": encode_video(clip.frames_THWC, clip.fps),
         "txt": clip.caption.encode(),

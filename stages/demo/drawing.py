@@ -1,4 +1,4 @@
-"""Pixels of capsules and textures; pure numpy, used by `scenes`."""
+"""Rasterisation of capsules and noise textures."""
 
 import numpy as np
 from PIL import Image
@@ -9,18 +9,18 @@ from PIL import Image
 def capsule_coverage(
     start_2: np.ndarray, end_2: np.ndarray, radius: float, *, height: int, width: int
 ) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
-    """Which part of each pixel a capsule covers, from its exact distance field.
+    """Coverage of each pixel by a capsule, from its exact distance field.
 
     Args:
         start_2: Centre of one cap, pixels (x, y); pixel (0, 0) covers [0, 1) x [0, 1).
-        end_2: Centre of the other.
-        radius: Pixels.
-        height: Of the frame.
-        width: Of the frame.
+        end_2: Centre of the other cap.
+        radius: Radius of the capsule, pixels.
+        height: Frame height, pixels.
+        width: Frame width, pixels.
 
     Returns:
-        The window of the frame that it may touch (possibly empty), the coverage in 0..1 there, and
-        the distance from the axis in radii (0 on the axis, 1 on the edge).
+        The window of the frame around the capsule (possibly empty); within it the coverage in 0..1
+        and the distance from the axis in radii (0 on the axis, 1 on the edge).
     """
     low = np.floor(np.minimum(start_2, end_2) - radius - 1).astype(int)
     high = np.ceil(np.maximum(start_2, end_2) + radius + 1).astype(int)
@@ -44,10 +44,10 @@ def smooth_noise(
     """Value noise of three octaves, float64 [height, width], mean about 0, within -1..1.
 
     Args:
-        random: Source of the values.
+        random: Random generator.
         height: Pixels.
         width: Pixels.
-        cell: Pixels from one bump of the coarsest octave to the next.
+        cell: Grid spacing of the coarsest octave, pixels.
     """
     noise_HW = np.zeros((height, width))
     for octave, weight in enumerate((0.5, 0.3, 0.2)):
@@ -62,8 +62,8 @@ def smooth_noise(
 
 
 def scrolled(texture_HWC: np.ndarray, left: float, width: int) -> np.ndarray:
-    """A window `width` pixels wide, `left` pixels (a fraction too) into a texture."""
-    whole = int(np.floor(left))
-    part = left - whole
-    near = texture_HWC[:, whole : whole + width]
-    return near * (1 - part) + texture_HWC[:, whole + 1 : whole + 1 + width] * part
+    """A window of `width` pixels that starts at column `left`, interpolated between columns."""
+    column = int(np.floor(left))
+    fraction = left - column
+    near = texture_HWC[:, column : column + width]
+    return near * (1 - fraction) + texture_HWC[:, column + 1 : column + 1 + width] * fraction

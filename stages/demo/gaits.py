@@ -1,7 +1,7 @@
-"""How the figures move: joint positions over time by forward kinematics.
+"""Gaits of the demo's figures: joint positions over time by forward kinematics.
 
-Positions are in units of the figure's size, y downwards, the figure facing right; `scenes` brings
-them to pixels. A limb's direction is an angle from straight down, positive forwards.
+Positions are in units of the figure's size, with y downwards and the figure facing right. Limb
+directions are angles from straight down, positive forwards.
 """
 
 from collections.abc import Callable
@@ -19,24 +19,24 @@ Joints = dict[str, np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class Gait:
-    """A way of moving."""
+    """A periodic motion of one kind of figure."""
 
     name: str
     verb: str
-    """As a caption has it: "walks"."""
+    """Verb in the caption: "walks"."""
     kind: Kind
     pose: Callable[[BodyPlan, np.ndarray], Joints]
-    """The joints, relative to the hip (or base), at phases [T] in radians."""
+    """Joint positions, relative to the hip (or base), at phases [T] in radians."""
     travels: bool
-    """Whether the body moves over the ground."""
+    """Whether the figure moves over the ground."""
     cycles_per_second: tuple[float, float]
-    """Slowest and fastest."""
+    """Minimum and maximum."""
 
 
 def advance_per_cycle(gait: Gait) -> float:
-    """Ground covered in a cycle, in figure sizes: what the lowest foot pushes back.
+    """Distance travelled per cycle, in figure sizes.
 
-    Measured on the gait itself, so that feet hardly slide.
+    It is how far the lowest foot moves backwards in the gait, so that feet hardly slide.
     """
     if not gait.travels:
         return 0.0
@@ -49,7 +49,7 @@ def advance_per_cycle(gait: Gait) -> float:
 
 
 def drop_to_ground(kind: Kind, joints: Joints) -> Joints:
-    """Shift every instant vertically so that the lowest foot stands at y = 0."""
+    """Shift each instant vertically so that the lowest foot is at y = 0."""
     floor = np.max([joints[name][:, 1] for name in _ground_joints(kind)], axis=0)
     shift = np.stack([np.zeros_like(floor), -floor], axis=1)
     return {name: position + shift for name, position in joints.items()}
@@ -63,13 +63,13 @@ def _ground_joints(kind: Kind) -> tuple[str, ...]:
     return tuple(ends if kind == "biped" else paws)
 
 
-def _along(start: np.ndarray, angle: np.ndarray | float, length: float) -> np.ndarray:
+def _limb_end(start: np.ndarray, angle: np.ndarray | float, length: float) -> np.ndarray:
     direction = np.stack(np.broadcast_arrays(np.sin(angle), np.cos(angle)), axis=-1)
     return start + length * direction
 
 
-def _bent(phase: np.ndarray, rest: float, swing: float) -> np.ndarray:
-    """Flexion of a knee: `rest` on the ground, `swing` more while the leg comes forward."""
+def _knee_flexion(phase: np.ndarray, rest: float, swing: float) -> np.ndarray:
+    """Knee angle: `rest` on the ground, up to `swing` more while the leg moves forward."""
     return rest + swing * ((1 + np.cos(phase)) / 2) ** 2
 
 
@@ -78,27 +78,27 @@ def _biped_pose(
 ) -> Joints:
     hip = np.zeros((len(phase), 2))
     trunk_angle = np.pi - lean + 0.03 * np.sin(2 * phase)
-    shoulder = _along(hip, trunk_angle, plan.length("torso"))
-    neck = _along(shoulder, trunk_angle, 0.10)
+    shoulder = _limb_end(hip, trunk_angle, plan.length("torso"))
+    neck = _limb_end(shoulder, trunk_angle, 0.10)
     joints = {
         "hip": hip,
         "shoulder": shoulder,
         "neck": neck,
-        "crown": _along(neck, trunk_angle + 0.5 * lean, plan.length("head")),
+        "crown": _limb_end(neck, trunk_angle + 0.5 * lean, plan.length("head")),
     }
     for side, offset in (("right", 0.0), ("left", np.pi)):
         turn = phase + offset
         thigh = 0.1 * lean + stride * np.sin(turn)
-        shin = thigh - _bent(turn, 0.08, knee)
-        joints[f"{side}_knee"] = _along(hip, thigh, plan.length(f"{side}_thigh"))
-        ankle = _along(joints[f"{side}_knee"], shin, plan.length(f"{side}_shin"))
+        shin = thigh - _knee_flexion(turn, 0.08, knee)
+        joints[f"{side}_knee"] = _limb_end(hip, thigh, plan.length(f"{side}_thigh"))
+        ankle = _limb_end(joints[f"{side}_knee"], shin, plan.length(f"{side}_shin"))
         joints[f"{side}_ankle"] = ankle
         toe = np.pi / 2 + 0.6 * np.minimum(shin, 0.0) + 0.25 * np.maximum(shin, 0.0)
-        joints[f"{side}_toe"] = _along(ankle, toe, plan.length(f"{side}_foot"))
+        joints[f"{side}_toe"] = _limb_end(ankle, toe, plan.length(f"{side}_foot"))
         upper = -arm * np.sin(turn) - 0.05
         fore = upper + 0.25 + 0.9 * arm * (1 - 0.5 * np.sin(turn))
-        joints[f"{side}_elbow"] = _along(shoulder, upper, plan.length(f"{side}_upper_arm"))
-        joints[f"{side}_hand"] = _along(
+        joints[f"{side}_elbow"] = _limb_end(shoulder, upper, plan.length(f"{side}_upper_arm"))
+        joints[f"{side}_hand"] = _limb_end(
             joints[f"{side}_elbow"], fore, plan.length(f"{side}_forearm")
         )
     return joints
@@ -114,23 +114,23 @@ def _quadruped_pose(
     nod: float,
 ) -> Joints:
     hip = np.zeros((len(phase), 2))
-    shoulder = _along(hip, np.pi / 2 + 0.06 + 0.03 * np.sin(2 * phase), plan.length("torso"))
-    poll = _along(shoulder, np.pi / 2 + 0.75 + nod * np.sin(phase), plan.length("neck"))
+    shoulder = _limb_end(hip, np.pi / 2 + 0.06 + 0.03 * np.sin(2 * phase), plan.length("torso"))
+    poll = _limb_end(shoulder, np.pi / 2 + 0.75 + nod * np.sin(phase), plan.length("neck"))
     joints = {
         "hip": hip,
         "shoulder": shoulder,
         "poll": poll,
-        "muzzle": _along(poll, np.pi / 2 - 0.45 + nod * np.sin(phase), plan.length("head")),
-        "tail_tip": _along(hip, -np.pi / 2 + 0.5 + 0.35 * np.sin(phase), plan.length("tail")),
+        "muzzle": _limb_end(poll, np.pi / 2 - 0.45 + nod * np.sin(phase), plan.length("head")),
+        "tail_tip": _limb_end(hip, -np.pi / 2 + 0.5 + 0.35 * np.sin(phase), plan.length("tail")),
     }
     for name, offset in offsets.items():
         turn = phase + 2 * np.pi * offset
         front = name.endswith("front")
         upper = stride * np.sin(turn) + (0.12 if front else -0.02)
-        lower = upper - _bent(turn, 0.15, knee)
+        lower = upper - _knee_flexion(turn, 0.15, knee)
         root = shoulder if front else hip
-        joints[f"{name}_knee"] = _along(root, upper, plan.length(f"{name}_upper_leg"))
-        joints[f"{name}_foot"] = _along(
+        joints[f"{name}_knee"] = _limb_end(root, upper, plan.length(f"{name}_upper_leg"))
+        joints[f"{name}_foot"] = _limb_end(
             joints[f"{name}_knee"], lower, plan.length(f"{name}_lower_leg")
         )
     return joints
@@ -140,22 +140,22 @@ def _arm_pose(
     plan: BodyPlan, phase: np.ndarray, *, sway: float, reach: float, wave: float
 ) -> Joints:
     base = np.zeros((len(phase), 2))
-    swivel = _along(base, np.pi, plan.length("pedestal"))
+    swivel = _limb_end(base, np.pi, plan.length("pedestal"))
     lower = np.pi - 0.1 + sway * np.sin(phase)
     middle = lower - 1.0 + reach * np.sin(phase + 1.2)
     upper = middle - 0.5 + wave * np.sin(2 * phase + 0.6)
     grip = 0.35 + 0.25 * np.sin(2 * phase)
-    elbow = _along(swivel, lower, plan.length("lower_link"))
-    forearm_end = _along(elbow, middle, plan.length("middle_link"))
-    wrist = _along(forearm_end, upper, plan.length("upper_link"))
+    elbow = _limb_end(swivel, lower, plan.length("lower_link"))
+    forearm_end = _limb_end(elbow, middle, plan.length("middle_link"))
+    wrist = _limb_end(forearm_end, upper, plan.length("upper_link"))
     return {
         "base": base,
         "swivel": swivel,
         "elbow": elbow,
         "forearm_end": forearm_end,
         "wrist": wrist,
-        "left_tip": _along(wrist, upper + grip, plan.length("left_finger")),
-        "right_tip": _along(wrist, upper - grip, plan.length("right_finger")),
+        "left_tip": _limb_end(wrist, upper + grip, plan.length("left_finger")),
+        "right_tip": _limb_end(wrist, upper - grip, plan.length("right_finger")),
     }
 
 
@@ -205,4 +205,4 @@ GAITS: tuple[Gait, ...] = (
     Gait("reach", "reaches out", "arm", _reach, False, (0.25, 0.45)),
     Gait("wave", "waves", "arm", _wave, False, (0.25, 0.4)),
 )
-"""Every way of moving; each kind of figure has two or three."""
+"""All gaits; each kind of figure has two or three."""

@@ -1,10 +1,10 @@
-"""Trains a base model for the demo, like the one that the package carries in `pretrained/`.
+"""Trains the demo's base model, like the one packaged in `pretrained/`.
 
     python -m stages.demo.pretraining OUT
 
-The demo starts from it, as real training starts from an official CogVideoX: a VAE fitted to drawn
-figures, and a text-to-video transformer that has learnt the demo's own two dozen clips by heart.
-It shows that the road works and says nothing of quality. About 40 minutes on one core.
+It plays the part of an official CogVideoX: a VAE fitted to the demo's drawings, and a text-to-video
+transformer overfitted to the demo's own 24 clips. It tests that the pipeline works and says nothing
+about quality. Takes about 40 minutes on one core.
 """
 
 # Legend: N clip, B batch, T frame, F latent frame, C channel, H W pixels or latent grid.
@@ -31,23 +31,23 @@ from stages.files.safetensors import usual_modes
 from stages.cogvideox.diffusion import cumulative_alphas, diffusion_loss, noisy_latents
 
 _NUM_FRAMES, _HEIGHT, _WIDTH, _FPS = 17, 128, 192, 8.0
-_MORE_FIGURES = range(100, 172)
-"""Seeds of the clips that only the VAE sees."""
+_VAE_SEEDS = range(100, 172)
+"""Seeds of additional clips for the VAE."""
 _BATCH = 4
 _LEARNING_RATE = 2e-3
 _WARMUP_STEPS = 100
-_AVERAGE = 0.998
-"""Decay of the running mean of the weights, which is what is kept."""
+_EMA_DECAY = 0.998
+"""Decay of the EMA of the weights; the EMA is saved."""
 
 
-def pretrain(out: Path, *, vae_steps: int, minutes: float, tell: Callable[[str], None]) -> None:
+def pretrain(out: Path, *, vae_steps: int, minutes: float, log: Callable[[str], None]) -> None:
     """Write the pipeline folder, weights in float16.
 
     Args:
-        out: The folder.
-        vae_steps: Steps for which the VAE is fitted.
-        minutes: How long the transformer is trained; the rate falls to nearly zero over them.
-        tell: Called with a line now and then.
+        out: Output folder.
+        vae_steps: Training steps of the VAE.
+        minutes: Training time of the transformer; its learning rate decays to nearly zero.
+        log: Called with a progress line from time to time.
     """
     from diffusers import CogVideoXPipeline
 
@@ -55,14 +55,14 @@ def pretrain(out: Path, *, vae_steps: int, minutes: float, tell: Callable[[str],
     clips = [_draw(seed) for seed in range(config.num_clips)]
     captions = [clip.caption for clip in clips]
     frames_NTHWC = np.stack([clip.frames_THWC for clip in clips])
-    more_NTHWC = np.stack([_draw(seed).frames_THWC for seed in _MORE_FIGURES])
+    more_NTHWC = np.stack([_draw(seed).frames_THWC for seed in _VAE_SEEDS])
     vae = build_tiny_vae(config.seed)
     fit_tiny_vae(
         vae,
         np.concatenate([frames_NTHWC, more_NTHWC]),
         steps=vae_steps,
         seed=config.seed,
-        task=_Told("VAE", tell),
+        task=_LoggedTask("VAE", log),
     )
     build_tiny_cogvideox(
         out,
@@ -74,10 +74,10 @@ def pretrain(out: Path, *, vae_steps: int, minutes: float, tell: Callable[[str],
         vae=vae,
     )
     pipeline = CogVideoXPipeline.from_pretrained(out)
-    pipeline.transformer = _train(pipeline, frames_NTHWC, captions, minutes * 60, config.seed, tell)
+    pipeline.transformer = _train(pipeline, frames_NTHWC, captions, minutes * 60, config.seed, log)
     with usual_modes(out):
         pipeline.to(torch.float16).save_pretrained(out)
-    for file in out.rglob("*.json"):  # diffusers notes where it loaded each part from
+    for file in out.rglob("*.json"):  # diffusers records the path each part was loaded from
         content = parse_json(file.read_text(encoding="utf-8"))
         if content.pop("_name_or_path", None) is not None:
             file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -93,9 +93,9 @@ def _train(
     captions: list[str],
     seconds: float,
     seed: int,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> nn.Module:
-    """Plain diffusion training on a handful of clips; returns the averaged transformer."""
+    """Train the transformer with the diffusion loss; returns the EMA of its weights."""
     mean_NFCHW, std_NFCHW = _latents(pipeline.vae, frames_NTHWC)
     with torch.no_grad():
         text_NLD = torch.cat(
@@ -113,13 +113,13 @@ def _train(
     )
     abar_S = cumulative_alphas(pipeline.scheduler.config).float()
     student = pipeline.transformer.train()
-    average = copy.deepcopy(student).eval()
+    ema = copy.deepcopy(student).eval()
     optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), weight_decay=1e-4)
     random = torch.Generator().manual_seed(seed)
     started, step = time.monotonic(), 0
-    while (share := (time.monotonic() - started) / seconds) < 1:
+    while (progress := (time.monotonic() - started) / seconds) < 1:
         rate = _LEARNING_RATE * min(1.0, (step + 1) / _WARMUP_STEPS)
-        optimizer.param_groups[0]["lr"] = rate * (0.02 + 0.49 * (1 + math.cos(math.pi * share)))
+        optimizer.param_groups[0]["lr"] = rate * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
         index_B = torch.randint(len(captions), (_BATCH,), generator=random)
         timestep_B = torch.randint(len(abar_S), (_BATCH,), generator=random)
         clean, noise = (torch.randn(mean_NFCHW[index_B].shape, generator=random) for _ in range(2))
@@ -137,18 +137,18 @@ def _train(
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         step += 1
-        decay = min(_AVERAGE, (1 + step) / (10 + step))
+        decay = min(_EMA_DECAY, (1 + step) / (10 + step))
         with torch.no_grad():
-            for kept, new in zip(average.parameters(), student.parameters(), strict=True):
-                kept.lerp_(new, 1 - decay)
+            for mean, weight in zip(ema.parameters(), student.parameters(), strict=True):
+                mean.lerp_(weight, 1 - decay)
         if step % 200 == 0:
-            tell(f"transformer: step {step}, {share:.0%}, loss {loss.item():.3f}")
-    return average
+            log(f"transformer: step {step}, {progress:.0%}, loss {loss.item():.3f}")
+    return ema
 
 
 @torch.no_grad()
 def _latents(vae: Any, frames_NTHWC: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Scaled posterior mean and deviation, [N, F, C, H, W] each."""
+    """Scaled posterior mean and standard deviation, [N, F, C, H, W] each."""
     pixels_NCTHW = torch.from_numpy(frames_NTHWC).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     posteriors = [vae.encode(pixels_BCTHW).latent_dist for pixels_BCTHW in pixels_NCTHW.split(2)]
     mean, std = (
@@ -158,21 +158,21 @@ def _latents(vae: Any, frames_NTHWC: np.ndarray) -> tuple[Tensor, Tensor]:
     return mean * vae.config.scaling_factor, std * vae.config.scaling_factor
 
 
-class _Told:
-    """A task that tells every hundredth step."""
+class _LoggedTask:
+    """A task that logs every hundredth step."""
 
-    def __init__(self, what: str, tell: Callable[[str], None]) -> None:
-        self._what, self._tell, self._done = what, tell, 0
+    def __init__(self, what: str, log: Callable[[str], None]) -> None:
+        self._what, self._log, self._done = what, log, 0
 
     def advance(self, amount: int = 1) -> None:
         self._done += amount
 
     def expect(self, total: int) -> None:
-        """The total is not told."""
+        """Ignored; the total is not logged."""
 
     def note(self, text: str) -> None:
         if self._done % 100 == 0:
-            self._tell(f"{self._what}: step {self._done}, {text}")
+            self._log(f"{self._what}: step {self._done}, {text}")
 
 
 def main(
@@ -181,8 +181,8 @@ def main(
     minutes: Annotated[float, typer.Option(min=0.01)] = 33.0,
 ) -> None:
     """Train a base model for the demo and write it to OUT."""
-    torch.set_num_threads(1)  # models this small lose more to waiting for threads than they gain
-    pretrain(out, vae_steps=vae_steps, minutes=minutes, tell=print)
+    torch.set_num_threads(1)  # for models this small, threads cost more than they gain
+    pretrain(out, vae_steps=vae_steps, minutes=minutes, log=print)
 
 
 if __name__ == "__main__":

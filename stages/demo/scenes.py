@@ -1,6 +1,6 @@
-"""A clip of a figure: what it does and where, drawn frame by frame; the demo's dataset.
+"""Draws the demo's clips: a moving figure before a background, with ground truth.
 
-Everything follows from the seed; the truth about joints and limbs comes with the pixels.
+Each clip is a function of its seed and size; joints and limb visibility are returned with it.
 """
 
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ _SIZES: dict[Kind, tuple[float, float]] = {
     "quadruped": (0.70, 0.86),
     "arm": (0.72, 0.88),
 }
-"""Smallest and largest figure, in frame heights."""
+"""Minimum and maximum size of a figure, in frame heights."""
 _SHADING = 0.3
-"""How much darker a limb's edge is than its axis."""
-_LOOKS: dict[Kind, str] = {
+"""By how much a limb's edge is darker than its axis."""
+_CAPTION_SUBJECTS: dict[Kind, str] = {
     "biped": "A biped with blue and red arms, green and purple legs",
     "quadruped": "A quadruped with blue, red, green and purple legs",
     "arm": "A robot arm with blue, orange and green links",
@@ -33,28 +33,28 @@ _LOOKS: dict[Kind, str] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class FigureClip:
-    """A drawn clip and the truth about it; coordinates in pixels of the frame."""
+    """A drawn clip and its ground truth; coordinates in pixels of the frame."""
 
     frames_THWC: np.ndarray
     """uint8 [T, H, W, 3]."""
     fps: float
     caption: str
     mask_HW: np.ndarray
-    """bool [H, W]: where the figure is seen on frame 0."""
+    """bool [H, W]: visible pixels of the figure on frame 0."""
     kind: Kind
     gait: str
     joint_names: tuple[str, ...]
     joints_TJ2: np.ndarray
-    """float64 [T, J, 2]; joints may lie behind the occluder or outside the frame."""
+    """float64 [T, J, 2]; joints may be occluded or outside the frame."""
     limbs: tuple[Limb, ...]
-    """The body plan's; lengths and radii in units of `size`."""
+    """Limbs of the body plan; lengths and radii in units of `size`."""
     size: float
     """Pixels per unit of the body plan."""
     visible_TL: np.ndarray
-    """float64 [T, L], the share of each limb's own pixels that no other limb, no occluder and no
-    frame edge hides."""
+    """float64 [T, L]: fraction of each limb's area not hidden by other limbs, the occluder or the
+    frame edge."""
 
-    def truth(self) -> dict[str, Any]:
+    def ground_truth(self) -> dict[str, Any]:
         """Joints and limbs as JSON values."""
         return {
             "kind": self.kind,
@@ -83,16 +83,15 @@ def draw_clip(
 ) -> FigureClip:
     """Draw one clip; the same arguments give the same bytes.
 
-    The kind of figure cycles with the seed (biped, quadruped, arm); all else is drawn from it:
-    gait, size, speed, direction, background, whether the camera pans and whether something stands
-    in front.
+    The kind of figure cycles with the seed (biped, quadruped, arm). Gait, size, speed, direction,
+    background, camera pan and the post are sampled with the seed.
 
     Args:
-        seed: Any integer of at least 0.
-        num_frames: Frames.
-        height: Pixels.
-        width: Pixels.
-        fps: Frames per second; motion is the same in seconds at any rate.
+        seed: A non-negative integer.
+        num_frames: Number of frames.
+        height: Frame height, pixels.
+        width: Frame width, pixels.
+        fps: Frames per second; the motion per second does not depend on it.
     """
     random = np.random.default_rng(seed)
     kind = _KINDS[seed % len(_KINDS)]
@@ -149,12 +148,12 @@ def draw_clip(
 
 @dataclass(frozen=True, slots=True)
 class _Path:
-    """How far things go within the clip, in pixels to the right, and how fast the gait cycles."""
+    """Distances travelled in the clip, in pixels to the right, and the speed of the gait."""
 
     ground: float
-    """The figure over the ground."""
+    """Distance of the figure over the ground."""
     screen: float
-    """The figure over the frame; the camera makes up the difference."""
+    """Distance of the figure on screen; the camera moves by the difference."""
     cycles_per_second: float
 
 
@@ -170,17 +169,19 @@ def _path(
 ) -> _Path:
     slowest, fastest = gait.cycles_per_second
     cycles = random.uniform(slowest, fastest)
-    wanted = width * (random.uniform(0.1, 0.3) if pans else random.uniform(0.35, 0.55))
+    screen_distance = width * (random.uniform(0.1, 0.3) if pans else random.uniform(0.35, 0.55))
     if not gait.travels:
-        drift = wanted * random.choice((-1.0, 1.0)) if pans else 0.0
+        drift = screen_distance * random.choice((-1.0, 1.0)) if pans else 0.0
         return _Path(0.0, drift, cycles)
     pixels_per_cycle = advance_per_cycle(gait) * size
     if not pans:
-        # The crossing sets the pace. What is still too fast for the frame, the camera follows.
-        cycles = float(np.clip(wanted / (pixels_per_cycle * seconds), 0.6 * slowest, fastest))
+        # Choose the speed by the distance; if the figure is still too fast, the camera follows.
+        cycles = float(
+            np.clip(screen_distance / (pixels_per_cycle * seconds), 0.6 * slowest, fastest)
+        )
     ground = pixels_per_cycle * cycles * seconds
     sign = -1.0 if left else 1.0
-    return _Path(sign * ground, sign * min(ground, wanted), cycles)
+    return _Path(sign * ground, sign * min(ground, screen_distance), cycles)
 
 
 def _paint(
@@ -190,12 +191,12 @@ def _paint(
     joints: dict[str, np.ndarray],
     size: float,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-    """The uint8 frame, the index of the limb seen at each pixel (-1 none), visible shares."""
-    canvas_HWC = background.behind(frame)
+    """Draw a frame: uint8 image, index of the limb at each pixel (-1: none), visible fractions."""
+    canvas_HWC = background.draw_backdrop(frame)
     height, width, _ = canvas_HWC.shape
     background.cast_shadow(canvas_HWC, np.stack(list(joints.values())), size)
     labels_HW = np.full((height, width), -1)
-    own_pixels: dict[str, float] = {}
+    limb_areas: dict[str, float] = {}
     for index, limb in enumerate(limbs):
         radius = limb.radius * size
         window, coverage_HW, distance_HW = capsule_coverage(
@@ -205,24 +206,24 @@ def _paint(
         colour_HWC = shade_HW[..., None] * (np.array(limb.colour) / 255)
         canvas_HWC[window] += coverage_HW[..., None] * (colour_HWC - canvas_HWC[window])
         labels_HW[window][coverage_HW > 0.5] = index
-        own_pixels[limb.name] = _capsule_pixels(limb, size)
-    labels_HW[background.cover(canvas_HWC, frame) > 0.5] = -1
+        limb_areas[limb.name] = _capsule_area(limb, size)
+    labels_HW[background.draw_post(canvas_HWC, frame) > 0.5] = -1
     visible = {
-        limb.name: min(1.0, float((labels_HW == index).sum() / own_pixels[limb.name]))
+        limb.name: min(1.0, float((labels_HW == index).sum() / limb_areas[limb.name]))
         for index, limb in enumerate(limbs)
     }
     image_HWC = np.clip(np.rint(canvas_HWC * 255), 0, 255).astype(np.uint8)
     return image_HWC, labels_HW, visible
 
 
-def _capsule_pixels(limb: Limb, size: float) -> float:
+def _capsule_area(limb: Limb, size: float) -> float:
     radius, length = limb.radius * size, limb.length * size
     return np.pi * radius**2 + 2 * radius * length
 
 
 def _caption(gait: Gait, background: Background, *, faces_left: bool, pans: bool) -> str:
     side = "left" if faces_left else "right"
-    does = f"{gait.verb} to the {side}" if gait.travels else f"{gait.verb}, facing {side},"
+    action = f"{gait.verb} to the {side}" if gait.travels else f"{gait.verb}, facing {side},"
     ending = " while the camera pans" if pans else ""
     ending += ", behind a post" if background.has_post else ""
-    return f"{_LOOKS[gait.kind]} {does} {background.words}{ending}."
+    return f"{_CAPTION_SUBJECTS[gait.kind]} {action} {background.words}{ending}."

@@ -1,6 +1,6 @@
 """A tiny CogVideoX pipeline of the official classes, saved as an ordinary diffusers folder.
 
-The text encoder and the transformer are random; the VAE is `tiny_vae`'s. Used by `demo` and tests.
+The text encoder and the transformer have random weights; the VAE is that of `tiny_vae`.
 """
 
 import math
@@ -45,18 +45,18 @@ def build_tiny_cogvideox(
     """Write a pipeline folder that `from_pretrained` loads.
 
     Args:
-        out: The folder.
+        out: Output folder.
         height: Pixels, a multiple of 16.
         width: Pixels, a multiple of 16.
-        num_frames: 8N+1.
-        captions: Text from which the tokenizer's vocabulary is made.
-        seed: Seeds the weights.
-        image_to_video: Make the image-to-video pipeline: twice the input channels and learned
-            positions, as CogVideoX-5b-I2V has them.
-        vae: A fitted VAE; None makes a random one.
+        num_frames: Frames per video, 8N+1.
+        captions: Texts from which the tokenizer's vocabulary is made.
+        seed: Random seed of the weights.
+        image_to_video: Build the image-to-video pipeline: twice the input channels and learned
+            positional embeddings, as in CogVideoX-5b-I2V.
+        vae: A fitted VAE; None creates a random one.
         num_layers: Transformer blocks.
         num_heads: Attention heads.
-        head_width: Width of a head, a multiple of 8 (the rotary embedding's split).
+        head_width: Channels per head, a multiple of 8 (required by the rotary embedding).
     """
     tokenizer = _tokenizer(captions)
     with torch.random.fork_rng(devices=[]):
@@ -122,9 +122,9 @@ def _scheduler() -> CogVideoXDPMScheduler:
 
 
 def _tokenizer(captions: Sequence[str]) -> T5Tokenizer:
-    """A unigram vocabulary: every word of the captions whole, and letters for all others.
+    """A unigram tokenizer: one token per word of the captions, and letters for other words.
 
-    Scores are log frequencies; letters score far lower, so a known word is never spelt out.
+    Scores are log frequencies; letters score far lower, so known words are never split.
     """
     words = Counter(word for caption in captions for word in re.findall(r"\w+|[^\w\s]", caption))
     spaced = Counter(word for caption in captions for word in caption.split())

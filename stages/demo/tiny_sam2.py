@@ -13,16 +13,16 @@ _MEMORY_WIDTH = 16
 
 
 def build_tiny_sam2(out: Path, seed: int) -> None:
-    """Write `tiny.yaml` and `tiny.pt` into a folder.
+    """Write `tiny.yaml` and `tiny.pt` to a folder.
 
-    The configuration is the packaged sam2.1_hiera_t with smaller widths, fewer blocks and 128
-    pixels; the checkpoint is {"model": state dict}, as the official ones are.
+    The configuration is the packaged sam2.1_hiera_t with smaller widths, fewer blocks and 128-pixel
+    input; the checkpoint is {"model": state dict}, like the official ones.
 
     Args:
-        out: Folder to write into; made when missing.
-        seed: Seeds the weights.
+        out: Output folder; created if missing.
+        seed: Random seed of the weights.
     """
-    # Imported here so that a demo whose models exist trains and samples without sam2.
+    # Imported here, so that training and sampling with existing models do not need sam2.
     from omegaconf import OmegaConf
 
     from stages.sam2_tracking.build import build_sam2, official_configs
@@ -73,10 +73,10 @@ def _overrides() -> dict[str, Any]:
 
 
 def _randomise(model: torch.nn.Module) -> None:
-    """Give values to what SAM2 initialises to (almost) zero, so that every path has an effect.
+    """Randomise the parameters that SAM2 initialises to (almost) zero, so that all of them matter.
 
-    Layer scales, position embeddings and biases; and the object is taken to be present, since an
-    absent one blanks the memory.
+    These are layer scales, position embeddings and biases. The object score is biased towards
+    "present", since an absent object blanks the memory.
     """
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -1,4 +1,4 @@
-"""A small CogVideoX VAE with the true compression (4x in time, 8x in space), and its fitting."""
+"""A small CogVideoX VAE with the official compression (4x time, 8x space), and its training."""
 
 from collections.abc import Iterator
 
@@ -17,24 +17,26 @@ _NORM_GROUPS = 4
 
 _CROP = 64
 _CROP_FRAMES = 9
-"""Two latent frames and the first: the shortest clip with every temporal path in it."""
-_IMAGE_SHARE = 0.7
-"""Share of the steps that see single frames: a ninth of the work, and colours come first."""
+"""One latent frame for the first frame and two more: the shortest clip that exercises every
+temporal path."""
+_IMAGE_FRACTION = 0.7
+"""Fraction of the steps, at the start, that train on single frames; they cost a ninth and suffice
+to learn colours."""
 _IMAGE_BATCH, _CLIP_BATCH = 4, 2
 _LEARNING_RATE = 5e-3
 _KL_WEIGHT = 1e-4
-_SQUARED_WEIGHT = 2.0
-"""Weight of the squared error beside the absolute one: small bright limbs count for more."""
+_SQUARED_ERROR_WEIGHT = 2.0
+"""Weight of the squared error relative to the absolute one; emphasises small bright limbs."""
 
 
 def build_tiny_vae(seed: int) -> AutoencoderKLCogVideoX:
-    """A VAE that starts as a thumbnail: three latent channels hold the mean colours of each 8x8.
+    """Build a VAE initialised to downsample: three latent channels hold the mean colour of 8x8.
 
-    From there it learns detail in a few hundred steps; from the usual random weights it takes
-    thousands. In evaluation mode.
+    From there it learns details in a few hundred steps; from the usual random weights it takes
+    thousands. Returned in evaluation mode.
 
     Args:
-        seed: Seeds the weights.
+        seed: Random seed of the weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -56,29 +58,29 @@ def build_tiny_vae(seed: int) -> AutoencoderKLCogVideoX:
 def _start_as_thumbnail(vae: AutoencoderKLCogVideoX) -> None:
     for name, module in vae.named_modules():
         if name.endswith("conv2.conv"):
-            module.weight.mul_(0.2)  # residual branches begin as small corrections
+            module.weight.mul_(0.2)  # residual branches start small
         elif name.endswith(("conv_shortcut.conv", "conv_shortcut")) and hasattr(module, "weight"):
-            _pass_on(module)
+            _init_identity(module)
         elif name.endswith(("downsamplers.0.conv", "upsamplers.0.conv")):
-            _pass_on(module, mean="down" in name)
+            _init_identity(module, mean="down" in name)
         elif name.endswith("conv_y.conv"):
             module.weight.mul_(0.2)
             module.bias.fill_(1.0)
         elif name.endswith("conv_b.conv"):
             module.weight.mul_(0.2)
             module.bias.zero_()
-    # silu(x) - silu(-x) = x, so colours survive the last activation as pairs of opposites.
-    _opposites(vae.encoder.conv_in.conv)
-    _opposites(vae.decoder.conv_in.conv)
-    _reunite(vae.encoder.conv_out.conv)
-    _reunite(vae.decoder.conv_out.conv)
+    # silu(x) - silu(-x) = x, so pairs of opposite sign pass the last activation unchanged.
+    _split_signs(vae.encoder.conv_in.conv)
+    _split_signs(vae.decoder.conv_in.conv)
+    _merge_signs(vae.encoder.conv_out.conv)
+    _merge_signs(vae.decoder.conv_out.conv)
     log_variance = vae.encoder.conv_out.conv
     log_variance.weight[_LATENT_CHANNELS:].zero_()
     log_variance.bias[_LATENT_CHANNELS:].fill_(-4.0)
 
 
-def _pass_on(conv: nn.Conv2d | nn.Conv3d, *, mean: bool = False) -> None:
-    """Each output channel is its input channel (or a 2x2 mean of it), and a little of the rest."""
+def _init_identity(conv: nn.Conv2d | nn.Conv3d, *, mean: bool = False) -> None:
+    """Initialise to the identity (or a 2x2 mean) per channel, plus small random weights."""
     weight = conv.weight
     weight.mul_(0.3)
     if conv.bias is not None:
@@ -92,8 +94,8 @@ def _pass_on(conv: nn.Conv2d | nn.Conv3d, *, mean: bool = False) -> None:
             kernel[_centre(kernel)] += 1.0
 
 
-def _opposites(conv: nn.Conv3d) -> None:
-    """Channels 0-2 take the first three inputs, 3-5 their negatives."""
+def _split_signs(conv: nn.Conv3d) -> None:
+    """Channels 0-2 copy the first three inputs, channels 3-5 their negatives."""
     for channel in range(3):
         for out, sign in ((channel, 1.0), (channel + 3, -1.0)):
             conv.weight[out].mul_(0.1)
@@ -101,7 +103,7 @@ def _opposites(conv: nn.Conv3d) -> None:
             kernel[_centre(kernel)] += sign
 
 
-def _reunite(conv: nn.Conv3d) -> None:
+def _merge_signs(conv: nn.Conv3d) -> None:
     for channel in range(3):
         conv.weight[channel].mul_(0.1)
         for source, sign in ((channel, 1.0), (channel + 3, -1.0)):
@@ -110,7 +112,7 @@ def _reunite(conv: nn.Conv3d) -> None:
 
 
 def _centre(kernel: torch.Tensor) -> tuple[int, ...]:
-    """The tap on the same place and, the convolution being causal, on the last of its frames."""
+    """Index of the centre tap in space and, since the convolution is causal, the last in time."""
     middle = tuple(size // 2 for size in kernel.shape)
     return (kernel.shape[0] - 1, *middle[1:]) if kernel.ndim == 3 else middle
 
@@ -123,17 +125,18 @@ def fit_tiny_vae(
     seed: int,
     task: Task,
 ) -> None:
-    """Fit the VAE to clips, in place, and set its scaling factor to 1 / std of the latents.
+    """Train the VAE on clips, in place, and set its scaling factor to 1 / std of the latents.
 
-    Single frames first, then short clips; absolute plus squared error and a small KL; AdamW with
-    a cosine. The same arguments and number of threads give the same weights.
+    Trains on single frames first, then on short clips, with absolute plus squared error and a small
+    KL term, AdamW and a one-cycle cosine schedule. The same arguments and number of threads give
+    the same weights.
 
     Args:
         vae: From `build_tiny_vae`; left in evaluation mode.
         frames_NTHWC: uint8 [N, T, H, W, 3].
         steps: Optimizer steps.
-        seed: Seeds crops and noise.
-        task: Advanced by one with each step; shows the error.
+        seed: Random seed of crops and noise.
+        task: Advanced by one per step; shows the error.
     """
     vae.train()
     weights = list(vae.parameters())
@@ -148,7 +151,7 @@ def fit_tiny_vae(
         error_BCTHW = restored_BCTHW - pixels_BCTHW
         absolute = error_BCTHW.abs().mean()
         divergence = (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean() / 2
-        loss = absolute + _SQUARED_WEIGHT * (error_BCTHW**2).mean() + _KL_WEIGHT * divergence
+        loss = absolute + _SQUARED_ERROR_WEIGHT * (error_BCTHW**2).mean() + _KL_WEIGHT * divergence
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
@@ -163,14 +166,14 @@ def fit_tiny_vae(
 def _batches(frames_NTHWC: np.ndarray, *, steps: int, seed: int) -> Iterator[torch.Tensor]:
     random = np.random.default_rng(seed)
     for step in range(steps):
-        image = step < _IMAGE_SHARE * steps or frames_NTHWC.shape[1] < _CROP_FRAMES
+        image = step < _IMAGE_FRACTION * steps or frames_NTHWC.shape[1] < _CROP_FRAMES
         num_frames, batch_size = (1, _IMAGE_BATCH) if image else (_CROP_FRAMES, _CLIP_BATCH)
         crops = [_vivid_crop(random, frames_NTHWC, num_frames) for _ in range(batch_size)]
         yield _pixels(np.stack(crops))
 
 
 def _vivid_crop(random: np.random.Generator, frames_NTHWC: np.ndarray, frames: int) -> np.ndarray:
-    """Of three random crops the one with most saturated colour: figures fill little of a frame."""
+    """The most saturated of three random crops, since figures fill little of a frame."""
     num_clips, num_frames, height, width, _ = frames_NTHWC.shape
     tall, wide = min(_CROP, height), min(_CROP, width)
 
@@ -187,13 +190,13 @@ def _vivid_crop(random: np.random.Generator, frames_NTHWC: np.ndarray, frames: i
 
 
 def _pixels(frames_NTHWC: np.ndarray) -> torch.Tensor:
-    """uint8 -> float32 [N, 3, T, H, W] from -1 to 1."""
+    """uint8 [N, T, H, W, 3] -> float32 [N, 3, T, H, W] in -1..1."""
     return torch.from_numpy(frames_NTHWC).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
 @torch.no_grad()
 def _latent_std(vae: AutoencoderKLCogVideoX, frames_NTHWC: np.ndarray) -> float:
-    """Standard deviation of posterior samples, over the first frames of a few clips."""
+    """Standard deviation of posterior samples over the first frames of a few clips."""
     frames = min(2 * _CROP_FRAMES - 1, frames_NTHWC.shape[1])
     posterior = vae.encode(_pixels(frames_NTHWC[:4, :frames])).latent_dist
     return float((posterior.mean.var() + posterior.var.mean()).sqrt())

@@ -70,7 +70,7 @@ def test_the_carried_base_model_has_learnt_the_demos_clips():
 @pytest.mark.slow
 def test_pretraining_writes_a_pipeline_that_samples(tmp_path):
     told: list[str] = []
-    pretrain(tmp_path, vae_steps=2, minutes=0.05, tell=told.append)
+    pretrain(tmp_path, vae_steps=2, minutes=0.05, log=told.append)
     pipeline = CogVideoXPipeline.from_pretrained(tmp_path, torch_dtype=torch.float32)
     video = pipeline(
         "a biped walks", height=32, width=48, num_frames=9, num_inference_steps=1,

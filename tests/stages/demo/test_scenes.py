@@ -22,7 +22,7 @@ def joints_of(clip: FigureClip, name: str) -> np.ndarray:
 def test_a_seed_gives_the_same_bytes_and_another_seed_others():
     first, again, other = draw_clip(4, **_SIZE), draw_clip(4, **_SIZE), draw_clip(7, **_SIZE)
     assert np.array_equal(first.frames_THWC, again.frames_THWC)
-    assert first.truth() == again.truth()
+    assert first.ground_truth() == again.ground_truth()
     assert first.kind == other.kind
     assert not np.array_equal(first.frames_THWC, other.frames_THWC)
 
@@ -110,7 +110,7 @@ def test_posts_and_pans_occur_and_hide_things():
 
 def test_the_truth_is_json_with_what_an_evaluation_needs(clips):
     for clip in clips[:3]:
-        truth = json.loads(json.dumps(clip.truth()))
+        truth = json.loads(json.dumps(clip.ground_truth()))
         assert set(truth) == {
             "kind", "gait", "fps", "height", "width",
             "joint_names", "joints_xy", "limbs", "visible",
