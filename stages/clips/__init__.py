@@ -1,4 +1,4 @@
-"""Video datasets in: shards, folders, decoding, geometry, prompts."""
+"""Reading of video datasets: layouts, decoding, frame selection, resizing and subject prompts."""
 
 from stages.clips.bucketing import belongs, bucket_of
 from stages.clips.config import ClipsConfig

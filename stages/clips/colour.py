@@ -1,8 +1,9 @@
-"""Decoded frames to 8-bit RGB as a standard display shows it: BT.709 primaries, no HDR.
+"""Converts decoded frames to 8-bit SDR RGB with BT.709 primaries.
 
-FFmpeg converts the matrix and the range that a frame names, and takes BT.601, limited range, for
-one that names none. What it leaves is done here: PQ and HLG become SDR (BT.2390's roll-off from
-1,000 cd/m2 to the 203 cd/m2 of BT.2408's reference white), BT.2020 and P3 primaries BT.709's.
+FFmpeg converts the matrix and range signalled by a frame, and assumes BT.601, limited range, if
+there are none. This module does the rest: PQ and HLG are tone-mapped to SDR (BT.2390's roll-off
+from 1,000 cd/m2 to the 203 cd/m2 of BT.2408's reference white), and BT.2020 and P3 primaries are
+converted to BT.709.
 """
 
 from dataclasses import dataclass
@@ -21,13 +22,13 @@ EXACT = (
     | Interpolation.FULL_CHR_H_INT
     | Interpolation.BITEXACT
 )
-"""How libswscale converts between RGB and YUV: within 1 of 255 of the closed form, and the same on
-every processor. Without the last three flags values differ by up to 4 between instruction sets."""
+"""libswscale flags for RGB <-> YUV: within 1 of 255 of the exact result, and identical on every
+processor. Without the last three flags values differ by up to 4 between instruction sets."""
 
 _PEAK = 1000.0
-"""cd/m2 that HDR frames are taken to reach."""
+"""Assumed peak luminance of HDR frames, cd/m2."""
 _WHITE = 203.0
-"""cd/m2 that become full scale: BT.2408's reference white."""
+"""Luminance mapped to full scale, cd/m2: BT.2408's reference white."""
 
 _HDR = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
 _LINEAR_OR_LOG = {
@@ -37,85 +38,84 @@ _LINEAR_OR_LOG = {
     ColorTrc.SMPTE428: "SMPTE 428",
 }
 _MATRICES = (0, 1, 2, 3, 4, 5, 6, 7, 9)
-"""Colour matrices, by ITU-T H.273's numbers, that FFmpeg converts; 3 is reserved, as 2 unknown."""
+"""Colour matrices that FFmpeg converts, as numbered in ITU-T H.273; 3 is reserved, 2 unknown."""
 _MATRIX_NAMES = {8: "YCgCo", 10: "BT.2020 constant luminance", 14: "ICtCp", 15: "IPT-C2"}
 
-_WIDE = {
+_WIDE_GAMUTS = {
     ColorPrimaries.BT2020: ("BT.2020", (0.708, 0.292, 0.170, 0.797, 0.131, 0.046, 0.3127, 0.3290)),
     ColorPrimaries.SMPTE431: ("DCI-P3", (0.680, 0.320, 0.265, 0.690, 0.150, 0.060, 0.314, 0.351)),
     ColorPrimaries.SMPTE432: ("P3-D65", (0.680, 0.320, 0.265, 0.690, 0.150, 0.060, 0.3127, 0.3290)),
 }
-"""Chromaticities x, y of red, green, blue and white. BT.601's are within a few percent of BT.709's
-and left."""
+"""Chromaticities x, y of red, green, blue and white. BT.601 primaries are within a few percent of
+BT.709 and are not converted."""
 _BT709 = (0.640, 0.330, 0.300, 0.600, 0.150, 0.060, 0.3127, 0.3290)
 
 
 @dataclass(frozen=True, slots=True)
 class Colour:
-    """What a stream or a frame says of its colours, and what has to be done to them."""
+    """Colour description of a stream or frame, and its conversion."""
 
     transfer: int
-    """`av.video.reformatter.ColorTrc`; an unknown one is taken for SDR."""
+    """`av.video.reformatter.ColorTrc`; unknown values count as SDR."""
     primaries: int
-    """`ColorPrimaries`; unknown ones are taken for BT.709's, or BT.2020's where the transfer is
-    HDR."""
+    """`ColorPrimaries`; unknown values count as BT.709, or as BT.2020 if the transfer is HDR."""
     matrix: int
-    """By ITU-T H.273's numbers."""
+    """Colour matrix, as numbered in ITU-T H.273."""
 
     @property
     def hdr(self) -> str | None:
-        """PQ or HLG, where the frames are HDR."""
+        """ "PQ" or "HLG"; None for SDR frames."""
         return _HDR.get(self.transfer)  # type: ignore[call-overload]
 
     @property
     def conversions(self) -> tuple[str, ...]:
-        """What `rgb` does beyond FFmpeg's conversion, in words for a clip's record."""
-        wide = self._wide
+        """Conversions by `rgb` beyond those of FFmpeg, as stored in a clip's record."""
+        wide_gamut = self._wide_gamut
         return (
             *((f"{self.hdr} to SDR",) if self.hdr else ()),
-            *((f"{wide[0]} to BT.709",) if wide else ()),
+            *((f"{wide_gamut[0]} to BT.709",) if wide_gamut else ()),
         )
 
     @property
     def problem(self) -> str | None:
-        """Why such frames cannot be converted."""
+        """Why these colours cannot be converted; None if they can."""
         if self.transfer in _LINEAR_OR_LOG:
-            return f"frames of {_LINEAR_OR_LOG[self.transfer]} transfer are not converted"  # type: ignore[index]
+            return f"{_LINEAR_OR_LOG[self.transfer]} transfer is not supported"  # type: ignore[index]
         if self.matrix not in _MATRICES:
             name = _MATRIX_NAMES.get(self.matrix, f"number {self.matrix}")
-            return f"frames of the colour matrix {name} are not converted"
+            return f"colour matrix {name} is not supported"
         return None
 
     def rgb(self, frame: av.VideoFrame) -> np.ndarray:
-        """uint8 [H, W, 3], BT.709, of a frame that has these colours and no `problem`."""
+        """Convert a frame of these colours, without `problem`, to uint8 [H, W, 3] in BT.709."""
         if not self.conversions:
             return _to_ndarray(frame, "rgb24")
-        return self._standard(_to_ndarray(frame, "rgb48le"))
+        return self._to_bt709_bytes(_to_ndarray(frame, "rgb48le"))
 
-    def _standard(self, signal_HWC: np.ndarray) -> np.ndarray:
-        """uint16 RGB in these primaries and this transfer -> uint8 in BT.709's."""
-        wide = self._wide
+    def _to_bt709_bytes(self, signal_HWC: np.ndarray) -> np.ndarray:
+        """Convert uint16 RGB of these primaries and transfer to uint8 BT.709."""
+        wide_gamut = self._wide_gamut
         if self.hdr:
             nits_HWC = _pq_table()[signal_HWC] if self.hdr == "PQ" else _hlg_nits(signal_HWC)
-            light_HWC = _rolled_off(nits_HWC) / np.float32(_WHITE)
+            light_HWC = _roll_off(nits_HWC) / np.float32(_WHITE)
         else:
             light_HWC = _bt709_table()[signal_HWC]
-        if wide:
-            light_HWC = light_HWC @ _to_bt709(wide[1]).T
-        # By the root, so that steps are even finer than 8 bits in the dark.
+        if wide_gamut:
+            light_HWC = light_HWC @ _to_bt709(wide_gamut[1]).T
+        # Tables are indexed by the square root, so that steps stay below 8 bits in dark regions.
         roots_HWC = np.sqrt(np.clip(light_HWC, 0, 1))
         steps_HWC = np.rint(roots_HWC * np.float32(65535)).astype(np.uint16)
         return (_bt1886_bytes() if self.hdr else _bt709_bytes())[steps_HWC]
 
     @property
-    def _wide(self) -> tuple[str, tuple[float, ...]] | None:
+    def _wide_gamut(self) -> tuple[str, tuple[float, ...]] | None:
         if self.hdr and self.primaries in (0, ColorPrimaries.UNSPECIFIED, 3):  # 0, 3: reserved
-            return _WIDE[ColorPrimaries.BT2020]
-        return _WIDE.get(self.primaries)  # type: ignore[call-overload]
+            return _WIDE_GAMUTS[ColorPrimaries.BT2020]
+        return _WIDE_GAMUTS.get(self.primaries)  # type: ignore[call-overload]
 
 
 def colour_of(source: Any) -> Colour:
-    """The colours that a decoded frame or a codec context names."""
+    """The colour description of a decoded frame or a codec context."""
     return Colour(int(source.color_trc), int(source.color_primaries), int(source.colorspace))
 
 
@@ -129,13 +129,13 @@ def _unit() -> np.ndarray:
 
 @cache
 def _pq_table() -> np.ndarray:
-    """float32 cd/m2 of a 16-bit PQ signal (SMPTE ST 2084)."""
+    """16-bit PQ signal (SMPTE ST 2084) -> float32 cd/m2."""
     return _pq_to_nits(_unit()).astype(np.float32)
 
 
 @cache
 def _hlg_table() -> np.ndarray:
-    """float32 scene light, 0 to 1, of a 16-bit HLG signal (ARIB STD-B67, BT.2100)."""
+    """16-bit HLG signal (ARIB STD-B67, BT.2100) -> float32 scene light, 0 to 1."""
     signal = _unit()
     a, b, c = 0.17883277, 0.28466892, 0.55991073
     return np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12).astype(
@@ -145,7 +145,7 @@ def _hlg_table() -> np.ndarray:
 
 @cache
 def _bt709_table() -> np.ndarray:
-    """float32 light, 0 to 1, of a 16-bit BT.709 signal."""
+    """16-bit BT.709 signal -> float32 light, 0 to 1."""
     signal = _unit()
     return np.where(signal < 0.081, signal / 4.5, ((signal + 0.099) / 1.099) ** (1 / 0.45)).astype(
         np.float32
@@ -154,7 +154,7 @@ def _bt709_table() -> np.ndarray:
 
 @cache
 def _bt709_bytes() -> np.ndarray:
-    """uint8 BT.709 signal of light (step / 65,535)^2."""
+    """Light (step / 65,535)^2 -> uint8 BT.709 signal."""
     light = _unit() ** 2
     signal = np.where(light < 0.018, 4.5 * light, 1.099 * light**0.45 - 0.099)
     return np.rint(255 * signal).astype(np.uint8)
@@ -162,19 +162,19 @@ def _bt709_bytes() -> np.ndarray:
 
 @cache
 def _bt1886_bytes() -> np.ndarray:
-    """uint8 signal for a BT.1886 display of light (step / 65,535)^2 times its white."""
+    """Light (step / 65,535)^2, relative to white -> uint8 signal of a BT.1886 display."""
     return np.rint(255 * _unit() ** (2 / 2.4)).astype(np.uint8)
 
 
 def _hlg_nits(signal_HWC: np.ndarray) -> np.ndarray:
-    """BT.2100's display light of HLG on a display of 1,000 cd/m2 (system gamma 1.2)."""
+    """HLG signal -> display light, cd/m2, on a 1,000 cd/m2 display (BT.2100, system gamma 1.2)."""
     scene_HWC = _hlg_table()[signal_HWC]
     luminance_HW = scene_HWC @ np.array([0.2627, 0.6780, 0.0593], np.float32)
     return np.float32(_PEAK) * luminance_HW[..., None] ** np.float32(0.2) * scene_HWC
 
 
-def _rolled_off(nits_HWC: np.ndarray) -> np.ndarray:
-    """Bring cd/m2 up to the peak into those up to white; a pixel's hue stays (one factor)."""
+def _roll_off(nits_HWC: np.ndarray) -> np.ndarray:
+    """Compress luminance from the peak to white, by one factor per pixel, which keeps its hue."""
     brightest_HW = nits_HWC.max(axis=-1)
     steps_HW = np.rint(np.clip(brightest_HW / np.float32(_PEAK), 0, 1) ** np.float32(0.25) * 65535)
     return nits_HWC * _roll_off_factors()[steps_HW.astype(np.uint16)][..., None]
@@ -184,7 +184,7 @@ def _rolled_off(nits_HWC: np.ndarray) -> np.ndarray:
 def _roll_off_factors() -> np.ndarray:
     """float32 factor for a pixel whose brightest channel is peak * (step / 65,535)^4 cd/m2.
 
-    BT.2390's EETF: in PQ's scale the identity up to its knee, then a Hermite spline to white.
+    BT.2390's EETF: in the PQ domain the identity up to the knee, then a Hermite spline to white.
     """
     nits = _PEAK * _unit() ** 4
     top = _nits_to_pq(np.array(_PEAK))
@@ -217,8 +217,10 @@ def _nits_to_pq(nits: np.ndarray) -> np.ndarray:
 
 @cache
 def _to_bt709(chromaticities: tuple[float, ...]) -> np.ndarray:
-    """float32 [3, 3] from linear RGB of these primaries to BT.709's; white stays white."""
-    matrix = np.linalg.inv(_to_xyz(_BT709)) @ _adapted(chromaticities) @ _to_xyz(chromaticities)
+    """float32 [3, 3] matrix from linear RGB of these primaries to BT.709; white maps to white."""
+    matrix = (
+        np.linalg.inv(_to_xyz(_BT709)) @ _white_adaptation(chromaticities) @ _to_xyz(chromaticities)
+    )
     return matrix.astype(np.float32)
 
 
@@ -228,8 +230,8 @@ def _to_xyz(chromaticities: tuple[float, ...]) -> np.ndarray:
     return primaries * np.linalg.solve(primaries, white)
 
 
-def _adapted(chromaticities: tuple[float, ...]) -> np.ndarray:
-    """Bradford's adaptation of their white to BT.709's."""
+def _white_adaptation(chromaticities: tuple[float, ...]) -> np.ndarray:
+    """Bradford chromatic adaptation of the white point to that of BT.709."""
     bradford = np.array(
         [[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]]
     )

@@ -1,4 +1,4 @@
-"""Settings of the video dataset and of the training size; read by every stage."""
+"""Settings of the video dataset and of the training size."""
 
 import re
 from pathlib import Path
@@ -10,25 +10,25 @@ from stages.config import Section
 
 
 def check_num_frames(num_frames: int) -> None:
-    """Refuse a length that the VAE does not give back.
+    """Reject a number of frames that the VAE does not reconstruct.
 
-    It makes N latent frames of 4(N-1)+1 frames, but decodes latent frames in pairs with the odd one
-    first: an even N comes out three frames longer. So N is odd, and the length 8N+1.
+    The VAE encodes 4(N-1)+1 frames as N latent frames, but decodes latent frames in pairs with the
+    odd one first: an even N yields three additional frames. So N must be odd, and num_frames 8N+1.
 
     Raises:
-        ValueError: It is not 8N+1.
+        ValueError: num_frames is not of the form 8N+1.
     """
     if num_frames % 8 != 1:
         raise ValueError(f"num_frames must be 8N+1, got {num_frames}; 49 is usual")
 
 
 class ClipsConfig(Section):
-    """Which clips, and the size, length and rate they are brought to."""
+    """The video dataset, and the size, length and frame rate that clips are converted to."""
 
     path: Path
     """Folder, file or pattern: webdataset tars ('clips/{00000..00003}.tar'); metadata.jsonl or
     metadata.csv; prompts.txt and videos.txt; or videos with captions beside them. A relative path
-    starts from the folder in which the command runs."""
+    is resolved against the working directory."""
     num_frames: int = Field(default=49, ge=9)
     """Frames per clip, 8N+1 (9, 17, 25, 33, …); 49 for CogVideoX 1.0."""
     height: int = Field(default=480, ge=16, multiple_of=16)
@@ -36,24 +36,22 @@ class ClipsConfig(Section):
     width: int = Field(default=720, ge=16, multiple_of=16)
     """Training width in pixels, a multiple of 16; 720 for CogVideoX 1.0."""
     fps: float | None = Field(default=8.0, gt=0)
-    """Frames per second the clip is sampled at; 8 for CogVideoX 1.0. null takes consecutive frames
-    as they are stored."""
+    """Frames per second at which clips are sampled; 8 for CogVideoX 1.0. null takes consecutive
+    frames as stored."""
     hdr: Literal["tone_map", "skip"] = "tone_map"
-    """What becomes of HDR videos (PQ, HLG): tone_map brings them to SDR, skip leaves them out."""
+    """Handling of HDR videos (PQ, HLG): tone_map converts them to SDR, skip excludes them."""
     interlaced: Literal["deinterlace", "skip"] = "deinterlace"
-    """What becomes of interlaced videos: deinterlace makes whole frames (FFmpeg's bwdif), skip
-    leaves them out."""
+    """Handling of interlaced videos: deinterlace applies FFmpeg's bwdif, skip excludes them."""
     buckets: tuple[str, ...] = ()
-    """Several sizes in place of one, each as frames x height x width: [49x480x720, 49x720x480,
-    81x480x720]. Every clip goes to the one that fits it best; a training step shows clips of one
-    size. [] brings all clips to num_frames, height and width."""
+    """Several sizes instead of one, each as frames x height x width: [49x480x720, 49x720x480,
+    81x480x720]. Each clip is assigned to the one that fits it best; a training step uses clips of
+    one size. With [] all clips are converted to num_frames, height and width."""
     clips_per_shard: int = Field(default=64, ge=1)
-    """How many clips make one shard where they do not lie in tars (a tar is always one); 64 is
-    usual."""
+    """Clips per shard if the dataset is not stored in tars (each tar is one shard); 64 is usual."""
 
     @field_validator("buckets")
     @classmethod
-    def _buckets_are_sizes(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_buckets(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         sizes = [_parse_size(name) for name in names]
         written = tuple("x".join(map(str, size)) for size in sizes)
         twice = sorted({name for name in written if written.count(name) > 1})
@@ -62,13 +60,13 @@ class ClipsConfig(Section):
         return written
 
     @model_validator(mode="after")
-    def _frames_fit_the_vae(self) -> "ClipsConfig":
+    def _check_num_frames(self) -> "ClipsConfig":
         check_num_frames(self.num_frames)
         return self
 
     @property
     def sizes(self) -> tuple["ClipsConfig", ...]:
-        """These settings for each bucket; without buckets, themselves alone."""
+        """One copy of these settings per bucket; without buckets, only these settings."""
         if not self.buckets:
             return (self,)
         names = ("num_frames", "height", "width")
@@ -79,7 +77,7 @@ class ClipsConfig(Section):
 
     @property
     def size_name(self) -> str:
-        """Frames, height and width, as `buckets` writes them."""
+        """Frames x height x width, in the format of `buckets`."""
         return f"{self.num_frames}x{self.height}x{self.width}"
 
     @property
@@ -99,10 +97,10 @@ class ClipsConfig(Section):
 
 
 def _parse_size(name: str) -> tuple[int, int, int]:
-    """Frames, height and width of `49x480x720`.
+    """Parse a size such as `49x480x720` into frames, height and width.
 
     Raises:
-        ValueError: It is written otherwise, or no size that can be trained at.
+        ValueError: The format is wrong, or the size is not valid for training.
     """
     found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", name.strip())
     if found is None:

@@ -1,4 +1,4 @@
-"""A dataset as shards, whatever its layout."""
+"""Opens a dataset of any layout as a list of shards."""
 
 import hashlib
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from stages.clips.config import ClipsConfig
-from stages.clips.layout_hints import how_to_convert, what_else_is_there
+from stages.clips.layout_hints import conversion_hint, describe_contents
 from stages.clips.layouts import LAYOUTS, Layout, find_layout
 from stages.clips.line_lists import CAPTION_LISTS, VIDEO_LISTS, open_line_lists
 from stages.clips.metadata_folder import MetadataFile
@@ -23,11 +23,11 @@ _RETRY_NAME = re.compile(r"(.+)-retry[0-9]+")
 
 
 class InputShard(Protocol):
-    """A part of the dataset that one worker processes and that becomes one shard of each store."""
+    """A part of the dataset that one worker processes and writes as one shard of each store."""
 
     @property
     def name(self) -> str:
-        """Safe as a file name, unique in the dataset, the same at every run."""
+        """Name of the shard: a safe file name, unique in the dataset and stable between runs."""
 
     @property
     def source(self) -> str:
@@ -35,20 +35,20 @@ class InputShard(Protocol):
 
     @property
     def key_prefix(self) -> str:
-        """What the key of each of its clips begins with; empty where it says nothing."""
+        """Common prefix of the keys of its clips; empty if they have none."""
 
     @property
     def listed_clips(self) -> int | None:
-        """How many records there are, where that is known without reading the shard."""
+        """Number of records if it is known without reading the shard, otherwise None."""
 
     def num_clips(self) -> int:
-        """How many records there are, bad ones included; reads a tar's headers only."""
+        """Number of records, including bad ones; of a tar only the headers are read."""
 
     def num_bytes(self) -> int:
-        """Size on disk of what its clips are read from."""
+        """Size on disk of the files its clips are read from."""
 
     def records(self) -> Iterator[ClipRecord | BadRecord]:
-        """The records in their stored order; keys are unique over the whole dataset."""
+        """The records in stored order; keys are unique in the dataset."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ClipDataset:
 
     shards: tuple[InputShard, ...]
     layout: str
-    """Which layout was recognised, in a line for people, with what it leaves out."""
+    """One-line description of the recognised layout, including ignored files and fields."""
 
     @cached_property
     def by_name(self) -> Mapping[str, InputShard]:
@@ -66,12 +66,12 @@ class ClipDataset:
 
 
 def retry_shard_name(name: str, attempt: int) -> str:
-    """The store shard that holds what attempt `attempt` (1, 2, …) made of `name`'s failures."""
+    """Name of the store shard with the results of retry `attempt` (1, 2, …) of shard `name`."""
     return f"{name}-retry{attempt}"
 
 
 def input_shard_name(store_shard: str, dataset: ClipDataset) -> str | None:
-    """The dataset's shard that a store's shard came from; None when the dataset lacks it."""
+    """Name of the dataset shard from which a store shard was made; None if there is none."""
     if store_shard in dataset.by_name:
         return store_shard
     retry = _RETRY_NAME.fullmatch(store_shard)
@@ -79,11 +79,11 @@ def input_shard_name(store_shard: str, dataset: ClipDataset) -> str | None:
 
 
 class _ClipList(Protocol):
-    """Clips in a fixed order, of which ranges are read."""
+    """Clips in a fixed order, read by ranges."""
 
     @property
     def name(self) -> str:
-        """What the shards' sources call it."""
+        """Name of the list in `InputShard.source`."""
 
     def __len__(self) -> int: ...
 
@@ -140,40 +140,42 @@ class _RowsShard:
 
 
 def open_dataset(config: ClipsConfig) -> ClipDataset:
-    """List the shards of what lies at `config.path`; no tar and no video is opened.
+    """List the shards of the dataset at `config.path`, without opening tars or videos.
 
-    A tar is one shard named after its stem; its clips' keys are "<shard>/<member key>", so that
-    tars may number their clips alike. Of every other layout `config.clips_per_shard` clips are one
-    shard named by its number; keys are file names without the video suffix.
+    A tar is one shard named after its stem. The keys of its clips are "<shard>/<member key>", so
+    that different tars may use the same member keys. In other layouts every
+    `config.clips_per_shard` clips are one shard, named by its number; keys are file names without
+    the video suffix.
 
     Raises:
-        ValueError: There is no dataset at the path, or several; or it is malformed as a whole.
+        ValueError: There is no dataset at the path, or more than one; or it is malformed as a
+            whole.
     """
     layout = find_layout(config.path)
     if layout.kind == "tars":
         return _tar_dataset(layout)
-    clips, words = _clip_list(layout)
+    clips, description = _clip_list(layout)
     if len(clips) == 0:
-        raise ValueError(f"{layout.named} lists no clip")
+        raise ValueError(f"{layout.named} lists no clips")
     starts = range(0, len(clips), config.clips_per_shard)
     shards = [
         _RowsShard(f"{number:05d}", clips, start, min(start + config.clips_per_shard, len(clips)))
         for number, start in enumerate(starts)
     ]
-    return ClipDataset(tuple(shards), layout=words)
+    return ClipDataset(tuple(shards), layout=description)
 
 
 def _tar_dataset(layout: Layout) -> ClipDataset:
-    taken = Counter(tar.stem.lower() for tar in layout.files)
+    stem_counts = Counter(tar.stem.lower() for tar in layout.files)
     shards = []
     for tar in layout.files:
-        name = _shard_name(tar, layout.root, unique=taken[tar.stem.lower()] == 1)
+        name = _shard_name(tar, layout.root, unique=stem_counts[tar.stem.lower()] == 1)
         shards.append(_TarShard(name, tar.relative_to(layout.root).as_posix(), tar))
-    return ClipDataset(tuple(shards), layout=f"webdataset, {layout.shown}")
+    return ClipDataset(tuple(shards), layout=f"webdataset, {layout.description}")
 
 
 def _shard_name(tar: Path, root: Path, *, unique: bool) -> str:
-    # A tar named like a retry would claim the name of another's.
+    # A tar named like a retry shard could clash with the retry shard of another tar.
     if unique and _SAFE_NAME.fullmatch(tar.stem) and not _RETRY_NAME.fullmatch(tar.stem):
         return tar.stem
     readable = re.sub(r"[^A-Za-z0-9_-]+", "-", tar.stem).strip("-_")[:60]
@@ -183,21 +185,21 @@ def _shard_name(tar: Path, root: Path, *, unique: bool) -> str:
 
 
 def _clip_list(layout: Layout) -> tuple[_ClipList, str]:
-    """The clips of a layout that is no tar, and what it is in words."""
+    """The clips of a layout other than tars, and its description."""
     if layout.kind == "videos":
         return _videos(layout)
     if layout.kind == "line lists":
         lists = open_line_lists(*layout.files)
-        return lists, f"{layout.shown}, line by line"
+        return lists, f"{layout.description}, line by line"
     metadata = MetadataFile.open(layout.files[0])
-    words = [metadata.name]
+    description = [metadata.name]
     if metadata.caption_field != "caption":
-        words.append(f"captions from its {metadata.caption_field}")
+        description.append(f"captions from its {metadata.caption_field}")
     if metadata.unread_fields:
         shown = ", ".join(metadata.unread_fields[:8])
         more = f" and {len(metadata.unread_fields) - 8} more" if metadata.unread_fields[8:] else ""
-        words.append(f"fields not read: {shown}{more}")
-    return metadata, "; ".join(words)
+        description.append(f"fields not read: {shown}{more}")
+    return metadata, "; ".join(description)
 
 
 def _videos(layout: Layout) -> tuple[VideoFiles, str]:
@@ -208,31 +210,31 @@ def _videos(layout: Layout) -> tuple[VideoFiles, str]:
     )
     if len(found) == 0:
         raise ValueError(
-            f"no dataset at data.path {layout.root}{what_else_is_there(layout.root)}. Expected "
+            f"no dataset at data.path {layout.root}{describe_contents(layout.root)}. Expected "
             f"{LAYOUTS}"
         )
     without = len(found) - found.num_with_caption
     if without == len(found):
         raise ValueError(_no_captions(found, layout))
-    words = f"{len(found)} video{'s' if len(found) > 1 else ''} with captions beside them"
+    description = f"{len(found)} video{'s' if len(found) > 1 else ''} with captions beside them"
     if without:
-        words += f", {without} without"
-    if found.captions_alone:
-        shown = ", ".join(found.captions_alone[:3])
-        words += f"; {len(found.captions_alone)} .txt beside no video of their name: {shown}"
-    return found, words
+        description += f", {without} without"
+    if found.unmatched_captions:
+        shown = ", ".join(found.unmatched_captions[:3])
+        description += (
+            f"; {len(found.unmatched_captions)} .txt without a video of the same name: {shown}"
+        )
+    return found, description
 
 
 def _no_captions(found: VideoFiles, layout: Layout) -> str:
     first = found.clip(0)
     lists = [name for name in CAPTION_LISTS if (layout.root / name).is_file()]
     paired = (
-        f"; or beside {lists[0]} a {VIDEO_LISTS[0]} that names the video of each of its lines"
-        if lists
-        else ""
+        f"; or, beside {lists[0]}, a {VIDEO_LISTS[0]} with the video of each line" if lists else ""
     )
     where = layout.named if layout.files else layout.root
-    elsewhere = "" if layout.files else how_to_convert(layout.root)
+    elsewhere = "" if layout.files else conversion_hint(layout.root)
     return (
         f"{where} has {len(found)} video{'s' if len(found) > 1 else ''} and no caption. "
         f"{elsewhere}{'. ' if elsewhere else ''}"

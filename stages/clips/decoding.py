@@ -1,4 +1,4 @@
-"""Video files opened and decoded through PyAV: their streams, times and frames."""
+"""Opens and decodes video files with PyAV."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -23,14 +23,14 @@ _FORMATS = (
     "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,ivf,h264,hevc,m4v,mxf,dv,"
     "yuv4mpegpipe"
 )
-# FFmpeg guesses the container from the content; a playlist named .mp4 could otherwise make it open
-# other files or addresses.
+# FFmpeg detects the container from the content; without this whitelist a playlist named .mp4 could
+# make it open other files or URLs.
 
-_RATELESS = ("h264", "hevc", "m4v", "mpegvideo", "dv")
-"""Formats for which FFmpeg names a rate of its own making; the codec knows better."""
+_GUESSED_RATE_FORMATS = ("h264", "hevc", "m4v", "mpegvideo", "dv")
+"""Formats whose average rate is made up by FFmpeg; the guessed rate, from the codec, is better."""
 
 _INTERLACED_ORDERS = (2, 3, 4, 5)
-"""FFmpeg's AVFieldOrder: TT, BB, TB, BT."""
+"""Values of FFmpeg's AVFieldOrder: TT, BB, TB, BT."""
 
 
 class VideoError(ValueError):
@@ -39,22 +39,22 @@ class VideoError(ValueError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Frame:
-    """One decoded frame; its pixels are converted when they are asked for."""
+    """One decoded frame; pixels are converted on demand."""
 
     time: Fraction
-    """Seconds at which it appears; the first frame's need not be 0."""
+    """Presentation time in seconds; the first frame's need not be 0."""
     duration: Fraction
-    """Seconds; 0 where the file does not say."""
+    """Seconds; 0 if the file does not state it."""
     orientation: Orientation
     colour: Colour
     interlaced: bool
-    """Whether it was, before `open_video` filled its lines."""
+    """Whether the frame was interlaced before `open_video` deinterlaced it."""
     decoded: av.VideoFrame
-    """Progressive."""
+    """The progressive frame."""
 
     @property
     def conversions(self) -> tuple[str, ...]:
-        """What `image` shows otherwise than the file has it, its orientation aside."""
+        """Conversions applied to the image, other than orientation."""
         return (*(("deinterlaced",) if self.interlaced else ()), *self.colour.conversions)
 
     @property
@@ -64,84 +64,86 @@ class Frame:
         return stored[::-1] if self.orientation.rotation % 180 else stored
 
     def image(self) -> np.ndarray:
-        """uint8 [H, W, 3], upright, as a standard display shows it (see `stages.clips.colour`)."""
+        """Upright uint8 [H, W, 3] image in SDR BT.709 RGB (see `stages.clips.colour`)."""
         return self.orientation.upright(self.colour.rgb(self.decoded))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoInfo:
-    """What is known of the video stream that is decoded."""
+    """Properties of the decoded video stream."""
 
     fps: Fraction
-    """As the headers have it: an average, or a guess."""
+    """Frame rate by the headers: an average, or a guess."""
     orientation: Orientation
-    """By which decoded frames are turned upright."""
+    """Orientation applied to decoded frames."""
     pixel_aspect: float
-    """Width over height of a pixel of the upright frame."""
+    """Pixel width over height, of the upright frame."""
     stream: str | None
-    """Which of several video streams it is; None where there is one."""
+    """Which of several video streams it is; None if there is only one."""
 
 
 @contextmanager
 def open_stream(source: VideoSource) -> Iterator[tuple[Any, Any, Fraction]]:
-    """Open a video without decoding: the container, its video stream, frames/s as stated.
+    """Open a video without decoding; yields the container, the video stream and the stated fps.
 
-    Of several streams that are no cover pictures, the one marked as default, else the first.
+    Of several streams, cover pictures aside, the default one is taken, or the first if none is.
 
     Raises:
-        VideoError: Not a video, no video stream, no known codec, no rate, or giant frames.
+        VideoError: Not a video, no video stream, an unknown codec, no frame rate, or frames over
+            MAX_FRAME_PIXELS.
     """
     with ExitStack() as stack:
         try:
-            stream_in = stack.enter_context(open_source(source))
-            if _is_webp(stream_in):
+            file = stack.enter_context(open_source(source))
+            if _is_webp(file):
                 raise VideoError(
-                    "WebP animations are not decoded; convert them, for example to mp4"
+                    "WebP animations are not supported; convert them, for example to mp4"
                 )
             container = stack.enter_context(
                 av.open(
-                    stream_in,
+                    file,
                     options={"format_whitelist": _FORMATS},
-                    # A title in another encoding is no reason to refuse the frames.
+                    # Metadata in an unexpected encoding must not prevent decoding.
                     metadata_errors="replace",
                 )
             )
         except (av.error.FFmpegError, OSError, MemoryError) as error:
-            raise VideoError(f"cannot be opened as video: {_words(error)}") from error
+            raise VideoError(f"cannot be opened as video: {_error_text(error)}") from error
         stream = _video_streams(container)[0]
         context = stream.codec_context
         if context is None:
-            raise VideoError("the video's codec is not known here")
+            raise VideoError("the video codec is not supported by the installed FFmpeg")
         if context.width * context.height > MAX_FRAME_PIXELS:
             raise VideoError(
                 f"frames of {context.width}x{context.height} pixels; "
                 f"at most {MAX_FRAME_PIXELS:,} pixels are decoded"
             )
-        # The size can change later on; FFmpeg then refuses before it takes the memory.
+        # The frame size may change mid-stream; with this FFmpeg rejects it before allocating.
         context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
         stream.thread_type = "AUTO"
         rates = (stream.average_rate, stream.guessed_rate)
         rate = next(
-            filter(None, rates[::-1] if container.format.name in _RATELESS else rates), None
+            filter(None, rates[::-1] if container.format.name in _GUESSED_RATE_FORMATS else rates),
+            None,
         )
         if not rate or rate < 0:
-            raise VideoError("the file does not say how many frames it has per second")
+            raise VideoError("the file does not state its frame rate")
         yield container, stream, Fraction(rate)
 
 
 @contextmanager
 def open_video(source: VideoSource) -> Iterator[tuple[VideoInfo, Iterator[Frame]]]:
-    """Open a video; frames are decoded as they are asked for, in the order they are shown.
+    """Open a video and decode its frames lazily, in presentation order.
 
     Raises:
-        VideoError: As `open_stream`; also no frame, frames that change size or orientation, colours
-            that are not converted, damaged data (also while iterating).
+        VideoError: As `open_stream`; also no frame, a change of size or orientation, unsupported
+            colours, or damaged data (also while iterating).
     """
     with open_stream(source) as (container, stream, rate):
         frames = _decode(container, stream, rate)
         first = next(frames, None)
         if first is None:
-            raise VideoError("the video stream holds no frame")
+            raise VideoError("the video stream has no frames")
         aspect = float(stream.sample_aspect_ratio or 1)
         yield (
             VideoInfo(
@@ -155,7 +157,7 @@ def open_video(source: VideoSource) -> Iterator[tuple[VideoInfo, Iterator[Frame]
 
 
 def stream_name(container: Any, stream: Any) -> str | None:
-    """Which of a file's several video streams this is; None where it is the only one."""
+    """Name of a stream among several video streams; None if it is the only one."""
     streams = sorted(other.index for other in _video_streams(container))
     if len(streams) == 1:
         return None
@@ -163,34 +165,34 @@ def stream_name(container: Any, stream: Any) -> str | None:
 
 
 def interlaced_in_headers(stream: Any) -> bool:
-    """Whether a stream's headers say that its frames are interlaced."""
+    """Whether a stream is interlaced according to its headers."""
     context = stream.codec_context
     return context.field_order in _INTERLACED_ORDERS or context.name == "dvvideo"
 
 
 def lacks_times(container: Any) -> bool:
-    """Whether the format stores when packets are decoded but not when frames are shown.
+    """Whether the format stores decoding times but no presentation times.
 
-    FFmpeg makes times up for its frames; with B-frames these run backwards.
+    FFmpeg then invents presentation times, which run backwards with B-frames.
     """
     return container.format.name == "avi"
 
 
-def _is_webp(stream_in: IO[bytes]) -> bool:
-    start = stream_in.read(12)
-    stream_in.seek(0)
+def _is_webp(file: IO[bytes]) -> bool:
+    start = file.read(12)
+    file.seek(0)
     return start[:4] == b"RIFF" and start[8:] == b"WEBP"
 
 
 def _video_streams(container: Any) -> list[Any]:
-    """The real ones, the one to be decoded first."""
+    """The video streams that are not cover pictures, the preferred one first."""
     flags = av.stream.Disposition
     streams = [
         stream for stream in container.streams.video if not stream.disposition & flags.attached_pic
     ]
     if not streams:
-        raise VideoError("the file holds no video stream")
-    # A cover that is not marked as one is a stream of one frame.
+        raise VideoError("the file has no video stream")
+    # A cover picture without the flag is a stream of one frame.
     return sorted(
         streams,
         key=lambda stream: (stream.frames == 1, not stream.disposition & flags.default),
@@ -211,33 +213,33 @@ def _decode(container: Any, stream: Any, rate: Fraction) -> Iterator[Frame]:
                     f"frames change size from {size} to {(decoded.height, decoded.width)} (HxW)"
                 )
             size = (decoded.height, decoded.width)
-            time = _checked(stated, time, rate)
+            time = _check_time(stated, time, rate)
             frame = _frame(decoded, time, stream)
             first = first or frame
             if frame.orientation != first.orientation:
-                raise VideoError("frames change the way in which they are to be turned")
+                raise VideoError("frames change their orientation")
             if frame.interlaced and deinterlacer is None:
                 deinterlacer = Deinterlacer(decoded)
             if deinterlacer is None:
                 yield frame
                 continue
-            for whole, before in deinterlacer.push(decoded, frame):
-                yield replace(before, decoded=whole)
+            for progressive, original in deinterlacer.push(decoded, frame):
+                yield replace(original, decoded=progressive)
         if deinterlacer is not None:
-            for whole, before in deinterlacer.flush():
-                yield replace(before, decoded=whole)
+            for progressive, original in deinterlacer.flush():
+                yield replace(original, decoded=progressive)
     except (av.error.FFmpegError, OSError, MemoryError) as error:
-        raise VideoError(f"decoding failed: {_words(error)}") from error
+        raise VideoError(f"decoding failed: {_error_text(error)}") from error
 
 
 def _decoded_frames(container: Any, stream: Any) -> Iterator[tuple[av.VideoFrame, Fraction | None]]:
-    """Frames in the order they are shown, each with its time in seconds where the file gives it."""
+    """Frames in presentation order, each with its time in seconds or None if the file has none."""
     if not lacks_times(container):
         for decoded in container.decode(stream):
             stated = None if decoded.pts is None else decoded.pts * Fraction(decoded.time_base)
             yield decoded, stated
         return
-    # Where frames are shown in another order than decoded, the times are the same, in their order.
+    # Frames may be reordered, but the sorted presentation times equal the decoding times.
     times: deque[Fraction] = deque()
     for packet in container.demux(stream):
         if packet.dts is not None and packet.size:
@@ -246,11 +248,11 @@ def _decoded_frames(container: Any, stream: Any) -> Iterator[tuple[av.VideoFrame
             yield decoded, times.popleft() if times else None
 
 
-def _checked(stated: Fraction | None, previous: Fraction | None, rate: Fraction) -> Fraction:
+def _check_time(stated: Fraction | None, previous: Fraction | None, rate: Fraction) -> Fraction:
     if stated is None:
         return Fraction(0) if previous is None else previous + 1 / rate
     if previous is not None and stated <= previous:
-        raise VideoError(f"time stands still or runs backwards at {float(stated):.3f} s")
+        raise VideoError(f"frame times do not increase at {float(stated):.3f} s")
     return stated
 
 
@@ -280,5 +282,5 @@ def _chain(first: Frame, rest: Iterator[Frame]) -> Iterator[Frame]:
     yield from rest
 
 
-def _words(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

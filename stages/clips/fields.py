@@ -1,4 +1,4 @@
-"""What an entry of a dataset says of its clip: caption, subjects, words; for tars and folders."""
+"""Parsing of a clip's fields: caption, subject phrase and subject prompts."""
 
 import codecs
 import json
@@ -17,7 +17,7 @@ from stages.clips.prompts import SubjectPrompt
 # Legend: H W pixels, N points.
 
 MaskReader = Callable[[object], bytes]
-"""Reads the PNG that a `mask` field names; ValueError when it cannot."""
+"""Reads the PNG named by a `mask` field; ValueError if it is unreadable."""
 
 _PROMPT_FIELDS = ("mask", "box_xyxy", "points")
 
@@ -25,45 +25,45 @@ KNOWN_FIELDS = (
     *("caption", "subject", "subjects", "last_frame"),
     *(*_PROMPT_FIELDS, "mask_ids", "point_labels"),
 )
-"""What an entry may say of its clip; other fields mean nothing."""
+"""Fields that are read; others are ignored."""
 
-_OTHER_CAPTIONS = ("text", "prompt")
-"""Fields that hold the caption where there is no field of that name."""
+_CAPTION_ALIASES = ("text", "prompt")
+"""Fields used for the caption if there is no field `caption`."""
 
 
 def parse_object(content: bytes) -> dict[str, Any]:
-    """The JSON object that the bytes hold.
+    """Parse a JSON object.
 
     Raises:
-        ValueError: They hold anything else, or an object with one field twice.
+        ValueError: The content is not a JSON object, or has a duplicate field.
     """
     try:
-        plain = content.removeprefix(codecs.BOM_UTF8)
-        fields = _parse_fast(plain)
-        # Each field has a colon, so that with no more of them than fields none is given twice.
-        if not isinstance(fields, dict) or plain.count(b":") != len(fields):
-            fields = _STRICT_DECODER.decode(plain.decode("utf-8"))
+        text = content.removeprefix(codecs.BOM_UTF8)
+        fields = _parse_fast(text)
+        # Each field has a colon: if there are no more colons than fields, none is a duplicate.
+        if not isinstance(fields, dict) or text.count(b":") != len(fields):
+            fields = _STRICT_DECODER.decode(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON in UTF-8: {error}") from error
+        raise ValueError(f"not valid JSON in UTF-8: {error}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"not a JSON object: {_short(fields)}")
+        raise ValueError(f"not a JSON object: {_truncated(fields)}")
     return fields
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the field {_short(twice)} is given twice")
+        duplicate = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the field {_truncated(duplicate)} is given twice")
     return fields
 
 
-_STRICT_DECODER = json.JSONDecoder(object_pairs_hook=_without_doubles)
-"""Ten times slower than pydantic_core; takes deeper nesting and half surrogate pairs too."""
+_STRICT_DECODER = json.JSONDecoder(object_pairs_hook=_reject_duplicates)
+"""Ten times slower than pydantic_core, but also accepts deeper nesting and lone surrogates."""
 
 
 def _parse_fast(content: bytes) -> Any:
-    """What the bytes hold, of a name given twice the last; None for what the other must look at."""
+    """Parse JSON, keeping the last of duplicate fields; None if the strict decoder must decide."""
     try:
         return from_json(content, cache_strings="keys")
     except ValueError:
@@ -71,37 +71,37 @@ def _parse_fast(content: bytes) -> Any:
 
 
 def name_of_caption(fields: Collection[str]) -> str:
-    """Which of the fields holds the caption: caption, else text or prompt.
+    """Name of the caption field: caption, else text or prompt.
 
     Raises:
-        ValueError: Both text and prompt might.
+        ValueError: There are both text and prompt, but no caption.
     """
-    others = [name for name in _OTHER_CAPTIONS if name in fields]
-    if "caption" in fields or not others:
+    aliases = [name for name in _CAPTION_ALIASES if name in fields]
+    if "caption" in fields or not aliases:
         return "caption"
-    if len(others) > 1:
-        raise ValueError(f"no caption, but {' and '.join(others)}; call the one meant caption")
-    return others[0]
+    if len(aliases) > 1:
+        raise ValueError(f"no caption, but {' and '.join(aliases)}; rename one of them to caption")
+    return aliases[0]
 
 
 def caption_from_fields(fields: Mapping[str, Any], name: str = "caption") -> str | None:
-    """The caption among a record's fields; None when missing or blank.
+    """The caption; None if it is missing or blank.
 
     Args:
-        fields: The record's.
-        name: Of the field that holds it.
+        fields: Fields of the record.
+        name: Name of the caption field.
 
     Raises:
-        ValueError: It is something other than text, or longer than MAX_TEXT_BYTES.
+        ValueError: It is not a string, or longer than MAX_TEXT_BYTES.
     """
     return _text(fields, name)
 
 
 def phrase_from_fields(fields: Mapping[str, Any]) -> str | None:
-    """The words for the subject (`subject`) among a record's fields; None when missing or blank.
+    """The phrase that describes the subject (`subject`); None if it is missing or blank.
 
     Raises:
-        ValueError: It is something other than text, or longer than MAX_TEXT_BYTES.
+        ValueError: It is not a string, or longer than MAX_TEXT_BYTES.
     """
     return _text(fields, "subject")
 
@@ -112,23 +112,25 @@ def subjects_from_fields(
     mask_pngs: Mapping[int, bytes] | None = None,
     read_mask: MaskReader | None = None,
 ) -> tuple[SubjectPrompt, ...]:
-    """The subjects that a dataset gives for one frame, () when it gives none.
+    """Parse the subject prompts of one frame; () if there are none.
 
     Args:
-        fields: One subject's fields (`mask`, else `box_xyxy`, else `points` + `point_labels`), or
-            `subjects`, a list of objects with such fields. `mask_ids` names the values of a mask
-            that are the subject.
-        mask_pngs: Masks that lie beside the fields, by the subject's number; they go before a box
+        fields: Fields of one subject (`mask`, else `box_xyxy`, else `points` + `point_labels`), or
+            `subjects`, a list of objects with these fields. `mask_ids` are the mask values that
+            belong to the subject.
+        mask_pngs: Masks from separate files, by subject number; they take precedence over a box
             and points.
-        read_mask: Reads what `mask` names; None where masks lie beside, and `mask` means nothing.
+        read_mask: Reads the file named by `mask`; None to ignore `mask`, when masks come as
+            `mask_pngs`.
 
     Raises:
-        ValueError: What is given is malformed, given twice, unreadable, or more than MAX_SUBJECTS.
+        ValueError: A prompt is malformed, ambiguous or unreadable, or there are more than
+            MAX_SUBJECTS.
     """
     mask_pngs = mask_pngs or {}
     names = _PROMPT_FIELDS if read_mask else _PROMPT_FIELDS[1:]
     listed = fields.get("subjects")
-    ids = _ids(fields)
+    ids = _mask_ids(fields)
     if listed is None:
         _check_count(len(mask_pngs))
         if mask_pngs:
@@ -138,18 +140,18 @@ def subjects_from_fields(
             )
         prompt = _prompt(fields, read_mask, ids)
         if ids is not None and (prompt is None or prompt.kind != "mask"):
-            raise ValueError("mask_ids are given, and no mask that they could be values of")
+            raise ValueError("mask_ids are given without a mask")
         return () if prompt is None else (prompt,)
-    beside = [name for name in names if fields.get(name) is not None]
-    if beside or mask_pngs:
-        found = ", ".join(beside) or "mask images"
-        raise ValueError(f"subjects and {found} are both given; put every subject into subjects")
+    conflicting = [name for name in names if fields.get(name) is not None]
+    if conflicting or mask_pngs:
+        found = ", ".join(conflicting) or "mask images"
+        raise ValueError(f"subjects and {found} are both given; list every subject in subjects")
     if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
-        raise ValueError(f"subjects must be a list of objects, got {_short(listed)}")
+        raise ValueError(f"subjects must be a list of objects, got {_truncated(listed)}")
     _check_count(len(listed))
     prompts = []
     for number, entry in enumerate(listed):
-        prompt = _prompt(entry, read_mask, _ids(entry, ids), number)
+        prompt = _prompt(entry, read_mask, _mask_ids(entry, ids), number)
         if prompt is None:
             raise ValueError(f"subject {number} has none of {', '.join(names)}")
         prompts.append(prompt)
@@ -163,30 +165,30 @@ def last_frame_from_fields(
     mask_pngs: Mapping[int, bytes] | None = None,
     read_mask: MaskReader | None = None,
 ) -> tuple[SubjectPrompt, ...]:
-    """The subjects on the last training frame, from the object `last_frame`; else as above.
+    """Parse the subject prompts of the last training frame, from the object `last_frame`.
 
-    `mask_ids` of the first frame hold for it too, unless it has its own. Masks that lie beside are
-    the subjects of their numbers; those of a list are the first frame's in their order, where there
-    are as many.
+    It inherits `mask_ids` of the first frame unless it has its own. Subjects of separate mask files
+    are matched to the first frame by number, those of a list by position if both frames have
+    equally many.
 
     Args:
-        fields: As above.
-        first: The subjects on the first frame.
-        mask_pngs: As above.
-        read_mask: As above.
+        fields: As in `subjects_from_fields`.
+        first: Prompts of the first frame.
+        mask_pngs: As in `subjects_from_fields`.
+        read_mask: As in `subjects_from_fields`.
 
     Raises:
-        ValueError: As above.
+        ValueError: As `subjects_from_fields`.
     """
     last_frame = fields.get("last_frame")
     if last_frame is not None and not isinstance(last_frame, dict):
-        raise ValueError(f"last_frame must be an object, got {_short(last_frame)}")
-    of_last = dict(last_frame or {})
-    gives_mask = mask_pngs or (read_mask and of_last.get("mask") is not None)
-    if (gives_mask or of_last.get("subjects")) and fields.get("mask_ids") is not None:
-        of_last.setdefault("mask_ids", fields["mask_ids"])
+        raise ValueError(f"last_frame must be an object, got {_truncated(last_frame)}")
+    last_fields = dict(last_frame or {})
+    has_mask = mask_pngs or (read_mask and last_fields.get("mask") is not None)
+    if (has_mask or last_fields.get("subjects")) and fields.get("mask_ids") is not None:
+        last_fields.setdefault("mask_ids", fields["mask_ids"])
     try:
-        last = subjects_from_fields(of_last, mask_pngs=mask_pngs, read_mask=read_mask)
+        last = subjects_from_fields(last_fields, mask_pngs=mask_pngs, read_mask=read_mask)
     except ValueError as error:
         raise ValueError(f"last_frame: {error}") from error
     if len(first) == len(last) == 1:
@@ -209,50 +211,54 @@ def _prompt(
         box = _numbers(fields["box_xyxy"], "box_xyxy")
         if box.shape != (4,):
             raise ValueError(
-                f"box_xyxy must be four numbers x0 y0 x1 y1, got {_short(fields['box_xyxy'])}"
+                f"box_xyxy must be four numbers x0 y0 x1 y1, got {_truncated(fields['box_xyxy'])}"
             )
-        _refuse_shares(box, "box_xyxy")
+        _check_pixel_units(box, "box_xyxy")
         x0, y0, x1, y1 = box.tolist()
         return SubjectPrompt(box_xyxy=(x0, y0, x1, y1), number=number)
     if fields.get("points") is not None:
         points_xy = _numbers(fields["points"], "points")
         if len(np.atleast_1d(points_xy)) > MAX_POINTS:
-            raise ValueError(f"{len(points_xy)} points are given, at most {MAX_POINTS} are read")
-        _refuse_shares(points_xy, "points")
+            raise ValueError(f"{len(points_xy)} points; the limit is {MAX_POINTS}")
+        _check_pixel_units(points_xy, "points")
         labels = _numbers(fields.get("point_labels", np.ones(points_xy.shape[:1])), "point_labels")
         if (labels % 1).any():
-            raise ValueError(f"point_labels must be 0 or 1, got {_short(fields['point_labels'])}")
+            raise ValueError(
+                f"point_labels must be 0 or 1, got {_truncated(fields['point_labels'])}"
+            )
         return SubjectPrompt(
             points_xy=points_xy, point_labels=labels.astype(np.int64), number=number
         )
     return None
 
 
-def _refuse_shares(coordinates: np.ndarray, name: str) -> None:
-    """Refuse what would lie within a pixel of the corner: shares of the frame's size."""
-    # Detectors go over the edge by a little.
+def _check_pixel_units(coordinates: np.ndarray, name: str) -> None:
+    """Reject coordinates that are fractions of the frame size instead of pixels."""
+    # Up to 1.5, since detectors slightly exceed the frame.
     if coordinates.size and np.abs(coordinates).max() <= 1.5:
         raise ValueError(
-            f"{name} {_short(coordinates.tolist())} lies within a pixel of the corner; coordinates "
-            "are pixels of the video, not shares of its size: multiply x by its width and y by its "
-            "height"
+            f"{name} {_truncated(coordinates.tolist())} lies within a pixel of the corner; "
+            "coordinates must be pixels of the video, not fractions of its size: multiply x by its "
+            "width and y by its height"
         )
 
 
-def _ids(fields: Mapping[str, Any], otherwise: Sequence[int] | None = None) -> Sequence[int] | None:
-    """The values of a mask that are the subject, of `mask_ids`: a number or a list of them."""
+def _mask_ids(
+    fields: Mapping[str, Any], default: Sequence[int] | None = None
+) -> Sequence[int] | None:
+    """The mask values that belong to the subject, from `mask_ids`: an integer or a list."""
     given = fields.get("mask_ids")
     if given is None:
-        return otherwise
+        return default
     ids = given if isinstance(given, list) else [given]
     if not ids or not all(type(one) is int and 0 <= one <= 65535 for one in ids):
-        raise ValueError(f"mask_ids must be numbers from 0 to 65535, got {_short(given)}")
+        raise ValueError(f"mask_ids must be integers from 0 to 65535, got {_truncated(given)}")
     return ids
 
 
 def _check_count(count: int) -> None:
     if count > MAX_SUBJECTS:
-        raise ValueError(f"{count} subjects are given, at most {MAX_SUBJECTS} are read")
+        raise ValueError(f"{count} subjects; the limit is {MAX_SUBJECTS}")
 
 
 def _text(fields: Mapping[str, Any], name: str) -> str | None:
@@ -260,13 +266,13 @@ def _text(fields: Mapping[str, Any], name: str) -> str | None:
     if text is None:
         return None
     if not isinstance(text, str):
-        raise ValueError(f"{name} must be text, got {_short(text)}")
+        raise ValueError(f"{name} must be a string, got {_truncated(text)}")
     try:
         num_bytes = len(text.encode("utf-8"))
     except UnicodeEncodeError as error:
         raise ValueError(f"{name} is not UTF-8") from error
     if num_bytes > MAX_TEXT_BYTES:
-        raise ValueError(f"{name} has {num_bytes:,} bytes, at most {MAX_TEXT_BYTES:,} fit")
+        raise ValueError(f"{name} has {num_bytes:,} bytes; the limit is {MAX_TEXT_BYTES:,}")
     return text.strip() or None
 
 
@@ -274,12 +280,12 @@ def _numbers(value: Any, name: str) -> np.ndarray:
     try:
         numbers = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{name} must be numbers, got {_short(value)}") from error
+        raise ValueError(f"{name} must be numbers, got {_truncated(value)}") from error
     if not np.isfinite(numbers).all():
-        raise ValueError(f"{name} must be finite, got {_short(value)}")
+        raise ValueError(f"{name} must be finite, got {_truncated(value)}")
     return numbers
 
 
-def _short(value: object) -> str:
-    words = repr(value)
-    return words if len(words) <= 80 else f"{words[:79]}…"
+def _truncated(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"

@@ -1,14 +1,14 @@
-"""What stands in a store for the sources of a clip's entry: hashes of the video and of the rest.
+"""Fingerprints of the sources of a store's entry: a hash of its inputs and a hash of its video.
 
-A fingerprint has 32 hexadecimal digits. The first 16 are a hash of whatever the entry depends on:
-where they differ, the entry must be made again. The last 16 are a hash of the clip's video, whether
-the entry depends on it or not: entries of one key belong together only where these agree.
+A fingerprint has 32 hexadecimal digits. The first 16 are a hash of everything the entry depends on:
+if they differ, the entry must be recomputed. The last 16 are a hash of the clip's video, whether or
+not the entry depends on it: entries with the same key belong together only if these agree.
 
-A video is told by its size and three samples, so that a million of them take minutes to compare:
-any file of at most 48 KiB is hashed whole; of a larger one, 16 KiB each from the start, the middle
-and the end. The start holds container headers and the first frame, the end the last frames or the
-table of all frames' sizes, so two encodings differ in size or there. Times of modification are not
-looked at: a copy has others, and a file that was put in place of another can have the same.
+Videos are hashed by size and samples, so that a million of them are compared in minutes. Files of
+at most 48 KiB are hashed completely; of larger ones 16 KiB each from the start, the middle and the
+end. The start contains container headers and the first frame, the end the last frames or the table
+of frame sizes, so different encodings differ in size or there. Modification times are ignored: they
+change when a file is copied, and can stay the same when a file is replaced.
 """
 
 import hashlib
@@ -21,33 +21,33 @@ import numpy as np
 from stages.clips.prompts import SubjectPrompt
 from stages.clips.video_source import FilePart, VideoSource, open_source
 
-_HALF = 16
+_HASH_DIGITS = 16
 _SAMPLE_BYTES = 16 * 1024
 
-NO_VIDEO = "0" * _HALF
-"""Stands for a video that cannot be read."""
+NO_VIDEO = "0" * _HASH_DIGITS
+"""Hash of a video that cannot be read."""
 
-NO_CLIP = "f" * _HALF
-"""Stands for the video of an entry of the dataset that is no clip."""
+NO_CLIP = "f" * _HASH_DIGITS
+"""Video hash of a dataset entry that is not a clip."""
 
 
 def hash_parts(parts: Iterable[bytes | str | None]) -> str:
-    """16 digits for some pieces of data in order; None differs from an empty one."""
+    """Hash a sequence of values, as 16 digits; None and an empty value have different hashes."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
         digest.update(struct.pack("<q", -1 if data is None else len(data)))
         digest.update(data or b"")
-    return digest.hexdigest()[:_HALF]
+    return digest.hexdigest()[:_HASH_DIGITS]
 
 
 def hash_video(source: VideoSource) -> str:
-    """16 digits for a video, from its size and samples of its bytes; `NO_VIDEO` if unreadable."""
+    """Hash a video by its size and samples of its bytes, as 16 digits; `NO_VIDEO` if unreadable."""
     try:
         with open_source(source) as file:
             size = _size_of(source)
-            spare = size - _SAMPLE_BYTES
-            offsets = (0, spare // 2, spare) if size > 3 * _SAMPLE_BYTES else (0,)
+            end_offset = size - _SAMPLE_BYTES
+            offsets = (0, end_offset // 2, end_offset) if size > 3 * _SAMPLE_BYTES else (0,)
             length = size if len(offsets) == 1 else _SAMPLE_BYTES
             samples = []
             for offset in offsets:
@@ -59,7 +59,7 @@ def hash_video(source: VideoSource) -> str:
 
 
 def hash_prompts(prompts: Iterable[SubjectPrompt]) -> str:
-    """16 digits for subjects of a frame: what is prompted, whatever file it was read from."""
+    """Hash the subject prompts of a frame, as 16 digits, independently of their file format."""
     parts: list[bytes | None] = []
     for prompt in prompts:
         box, mask_HW = prompt.box_xyxy, prompt.mask_HW
@@ -74,7 +74,7 @@ def hash_prompts(prompts: Iterable[SubjectPrompt]) -> str:
 
 
 def sources_half(fingerprints: np.ndarray) -> np.ndarray:
-    """The part that says whether an entry must be made again.
+    """The hashes of everything the entries depend on.
 
     Args:
         fingerprints: S32 [clips].
@@ -86,12 +86,12 @@ def sources_half(fingerprints: np.ndarray) -> np.ndarray:
 
 
 def video_half(fingerprints: np.ndarray) -> np.ndarray:
-    """The part that says which entries of a key belong together; as `sources_half`."""
+    """The hashes of the clips' videos; shapes as in `sources_half`."""
     return _halves(fingerprints)[:, 1]
 
 
 def _halves(fingerprints: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(fingerprints).view(f"S{_HALF}").reshape(-1, 2)
+    return np.ascontiguousarray(fingerprints).view(f"S{_HASH_DIGITS}").reshape(-1, 2)
 
 
 def _size_of(source: VideoSource) -> int:

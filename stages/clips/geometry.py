@@ -1,7 +1,4 @@
-"""How a source frame becomes a training frame: scale to cover, crop the centre.
-
-Used by `stages.clips.loading`; the same transform is applied to prompts.
-"""
+"""Resizing of source frames and prompts to the training size: scale to cover, then centre crop."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -14,7 +11,7 @@ from stages.clips.orientation import Orientation
 # Legend: T frame, H W pixels, C colour, N points, 4 box corners x0 y0 x1 y1.
 
 Sampling = Literal["time", "consecutive"]
-"""Which frames were taken: the one shown at each instant k / fps, or one after the other."""
+"""How frames were sampled: the frame shown at each time k / fps, or consecutive frames."""
 
 
 _AS_STORED = Orientation()
@@ -22,49 +19,49 @@ _AS_STORED = Orientation()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FrameGeometry:
-    """One clip's way from source pixels to training pixels.
+    """Transform of a clip from source pixels to training pixels.
 
-    Coordinates are continuous: pixel (0, 0) covers [0, 1) x [0, 1). A source point (x, y) lands at
+    Coordinates are continuous: pixel (0, 0) covers [0, 1) x [0, 1). A source point (x, y) maps to
     ((x - left) * scale_x, (y - top) * scale_y).
     """
 
     source_height: int
-    """Pixels, of the frame as it is shown."""
+    """Height of the upright source frame, pixels."""
     source_width: int
     height: int
-    """Training size."""
+    """Training height, pixels."""
     width: int
     scale_y: float
     """Training pixels per source pixel; differs from scale_x only for non-square pixels."""
     scale_x: float
     top: float
-    """Source pixels cropped away above (and below)."""
+    """Source pixels cropped at the top (and at the bottom)."""
     left: float
-    """Source pixels cropped away on the left (and on the right)."""
+    """Source pixels cropped on the left (and on the right)."""
     rotation: int
-    """Degrees counter-clockwise by which the file asked its frames to be turned."""
+    """Rotation requested by the file, degrees counter-clockwise."""
     mirrored: bool
-    """Whether it asked for left and right to be swapped, before the rotation."""
+    """Whether the file requested a horizontal flip, before the rotation."""
     source_fps: float
     """Frames per second between the first and the last frame taken."""
     sampling: Sampling
     conversions: tuple[str, ...]
-    """What else was done to the source's frames: deinterlaced, PQ to SDR, …; which of several video
-    streams they are."""
+    """Other conversions of the source frames (deinterlaced, PQ to SDR, …), and the name of the
+    stream if there are several video streams."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON values, for a clip's attributes in a store."""
+        """The fields as JSON values, as stored in a clip's attributes."""
         return asdict(self) | {"conversions": list(self.conversions)}
 
     @property
     def is_identity(self) -> bool:
-        """Whether the frames keep their pixels."""
+        """Whether frames are neither scaled nor cropped."""
         return (self.source_height, self.source_width) == (self.height, self.width)
 
     def frame(self, frame_HWC: np.ndarray) -> np.ndarray:
         """Resample one uint8 [source_height, source_width, 3] frame to [height, width, 3].
 
-        Bicubic, antialiased when it shrinks (Pillow's convolution), straight from the exact
+        Bicubic, antialiased when downscaling (Pillow's convolution), directly from the exact
         source window: no intermediate size is rounded.
         """
         if self.is_identity:
@@ -72,10 +69,10 @@ class FrameGeometry:
         return self._resample(Image.fromarray(frame_HWC), Image.Resampling.BICUBIC)
 
     def mask(self, mask_HW: np.ndarray) -> np.ndarray:
-        """Resample a bool [source_height, source_width] mask: a pixel at least half covered is in.
+        """Resample a bool [source_height, source_width] mask; pixels at least half covered are set.
 
         Raises:
-            ValueError: The mask has another size than the source.
+            ValueError: The size of the mask differs from that of the source.
         """
         if mask_HW.shape != (self.source_height, self.source_width):
             raise ValueError(
@@ -88,18 +85,18 @@ class FrameGeometry:
         return self._resample(coverage, Image.Resampling.BILINEAR) >= 0.5
 
     def points(self, points_xy_N2: np.ndarray) -> np.ndarray:
-        """Map float [N, 2] (x, y) source points; they may land outside the training frame."""
+        """Map float [N, 2] (x, y) source points; results may lie outside the training frame."""
         origin = np.array([self.left, self.top])
         return (points_xy_N2 - origin) * np.array([self.scale_x, self.scale_y])
 
-    def _resample(self, image: Image.Image, filter_: Image.Resampling) -> np.ndarray:
+    def _resample(self, image: Image.Image, resampling: Image.Resampling) -> np.ndarray:
         window = (
             self.left,
             self.top,
             self.source_width - self.left,
             self.source_height - self.top,
         )
-        return np.asarray(image.resize((self.width, self.height), filter_, box=window))
+        return np.asarray(image.resize((self.width, self.height), resampling, box=window))
 
 
 def cover_and_crop(
@@ -114,18 +111,18 @@ def cover_and_crop(
     sampling: Sampling,
     conversions: tuple[str, ...] = (),
 ) -> FrameGeometry:
-    """The smallest scale at which the source covers the training frame, centred.
+    """Use the smallest scale at which the source covers the training frame, and crop the centre.
 
     Args:
-        source_height: Source pixels, of the frame as it is shown.
-        source_width: Source pixels, of the frame as it is shown.
-        height: Training pixels.
-        width: Training pixels.
+        source_height: Height of the upright source frame, pixels.
+        source_width: Width of the upright source frame, pixels.
+        height: Training height, pixels.
+        width: Training width, pixels.
         pixel_aspect: Width of a source pixel over its height.
-        orientation: As told by the file, kept for the record.
-        source_fps: Between the frames taken, kept for the record.
-        sampling: Which frames were taken, kept for the record.
-        conversions: What else was done to them, kept for the record.
+        orientation: Orientation stated by the file; only recorded.
+        source_fps: Frames per second between the frames taken; only recorded.
+        sampling: How frames were sampled; only recorded.
+        conversions: Other conversions of the frames; only recorded.
     """
     scale = max(height / source_height, width / (source_width * pixel_aspect))
     scale_y, scale_x = scale, scale * pixel_aspect

@@ -1,4 +1,4 @@
-"""Clip keys: the names that join a clip's entries across stores; used by both dataset forms."""
+"""Clip keys: validation, uniqueness and compact sets."""
 
 import hashlib
 import unicodedata
@@ -11,50 +11,50 @@ VIDEO_SUFFIXES = (
     *("mp4", "mov", "m4v", "mkv", "webm", "avi", "mpg", "mpeg", "3gp", "asf", "wmv", "flv", "ogv"),
     *("ts", "mts", "m2ts", "m2v", "vob", "mxf", "dv", "y4m", "gif"),
 )
-"""File suffixes taken for videos, lower case."""
+"""File suffixes of supported videos, lower case."""
 
-UNREAD_SUFFIXES = ("webp", "apng", "rm", "rmvb", "swf", "wtv", "r3d", "braw")
-"""Suffixes of videos and animations that are not decoded."""
+UNSUPPORTED_SUFFIXES = ("webp", "apng", "rm", "rmvb", "swf", "wtv", "r3d", "braw")
+"""File suffixes of videos and animations that are not supported, lower case."""
 
 MAX_KEY_BYTES = 1024
-"""Longest key a store accepts, in UTF-8."""
+"""Longest key accepted by a store, in UTF-8."""
 
 
 def has_video_suffix(name: str) -> bool:
-    """Whether a file's name ends in a dot and one of `VIDEO_SUFFIXES`, in any case."""
+    """Whether a file name ends in a dot and one of `VIDEO_SUFFIXES`, ignoring case."""
     _, dot, suffix = name.rpartition(".")
     return bool(dot) and suffix.lower() in VIDEO_SUFFIXES
 
 
 def videos_among(suffixes: Collection[str]) -> list[str]:
-    """Those of one clip's suffixes that are videos'; a gif beside another is its preview."""
+    """The video suffixes among a clip's suffixes; a gif beside another video is its preview."""
     found = [suffix for suffix in VIDEO_SUFFIXES if suffix in suffixes]
     return [suffix for suffix in found if suffix != "gif"] or found
 
 
-class KeyBook:
-    """Hands out every key once.
+class KeyRegistry:
+    """Ensures that keys are unique.
 
-    A taken or unusable key must still be recorded as a bad record, under a key of its own.
+    Entries with a duplicate or invalid key are recorded as bad records under a substitute key.
     """
 
-    def __init__(self, taken: Container[str] = ()) -> None:
-        """Begin with keys that no stand-in may have; `claim` does not look at them."""
-        self._taken_before = taken
+    def __init__(self, reserved: Container[str] = ()) -> None:
+        """Reserve keys that no substitute may have; `claim` ignores them."""
+        self._reserved = reserved
         self._taken: set[str] = set()
         self._next_number: dict[str, int] = {}
 
     def claim(self, key: str) -> str | None:
-        """Why `key` cannot be used, or None after taking it."""
+        """Register `key`; returns None, or the reason why it cannot be used."""
         if key in self._taken:
-            return f"a second entry has the key {key!r}"
+            return f"another entry has the same key {key!r}"
         if problem := key_problem(key):
             return problem
         self._taken.add(key)
         return None
 
-    def stand_in(self, key: str) -> str:
-        """A usable free key that resembles `key`, taken at once."""
+    def substitute(self, key: str) -> str:
+        """Register and return an unused valid key that resembles `key`."""
         readable = key if key_problem(key) is None else _printable(key)
         if _leaves_folder(readable):
             readable = readable.replace("/", "\\x2f")
@@ -66,45 +66,45 @@ class KeyBook:
         return candidate
 
     def _is_taken(self, key: str) -> bool:
-        return key in self._taken or key in self._taken_before
+        return key in self._taken or key in self._reserved
 
 
 class KeyHashes(Container[str]):
-    """Keys of numbered entries as hashes: 8 bytes each, where a set of them takes some 120."""
+    """Set of the keys of numbered entries, as hashes: 8 bytes per key instead of about 120."""
 
     NO_KEY = -1
-    """Stands for an entry without a key; no text has this hash."""
+    """Marks an entry without a key; no string has this hash."""
 
     def __init__(self, hashes: array) -> None:
-        """Take what `hash` gives for the key of each entry; int64."""
+        """Takes the int64 `hash` of each entry's key."""
         self._hashes = np.frombuffer(hashes, np.int64)
         self._sorted = np.sort(self._hashes)
 
     def __contains__(self, key: object) -> bool:
-        """Whether an entry has the key; at a million entries wrongly yes once in 10^13 keys."""
-        wanted = hash(key)
-        place = int(np.searchsorted(self._sorted, wanted))
-        return place < len(self._sorted) and int(self._sorted[place]) == wanted
+        """Whether an entry has the key; at a million entries one in 10^13 is a false positive."""
+        key_hash = hash(key)
+        index = int(np.searchsorted(self._sorted, key_hash))
+        return index < len(self._sorted) and int(self._sorted[index]) == key_hash
 
-    def maybe_equal(self) -> np.ndarray:
-        """Entries of whose hash there are several, ascending; int64. All others' keys differ."""
-        several = self._sorted[1:][self._sorted[1:] == self._sorted[:-1]]
-        several = several[several != self.NO_KEY]
-        return np.flatnonzero(np.isin(self._hashes, several))
+    def duplicate_candidates(self) -> np.ndarray:
+        """Entries that share their hash with another, int64, ascending; other keys are unique."""
+        repeated = self._sorted[1:][self._sorted[1:] == self._sorted[:-1]]
+        repeated = repeated[repeated != self.NO_KEY]
+        return np.flatnonzero(np.isin(self._hashes, repeated))
 
 
 def key_problem(key: str) -> str | None:
-    """Why no store would take `key`, or None."""
+    """Why `key` is invalid, or None."""
     if not key:
         return "the key is empty"
     try:
         size = len(key.encode("utf-8"))
     except UnicodeEncodeError:
         return f"the key {_printable(key)!r} is not UTF-8"
-    if size > MAX_KEY_BYTES - 16:  # leaves room for a stand-in's number
-        return f"the key has {size} bytes, at most {MAX_KEY_BYTES - 16} fit"
+    if size > MAX_KEY_BYTES - 16:  # leaves room for the number of a substitute key
+        return f"the key has {size} bytes; the limit is {MAX_KEY_BYTES - 16}"
     if not key.isprintable() and any(unicodedata.category(letter) == "Cc" for letter in key):
-        return f"the key {_printable(key)!r} holds control characters"
+        return f"the key {_printable(key)!r} contains control characters"
     if _leaves_folder(key):
         return f"the key {key!r} starts with '/' or has '..' between slashes"
     return None

@@ -1,4 +1,4 @@
-"""What lies where a dataset was expected, and the command that makes one of it."""
+"""Hints for paths that are not a dataset: what they contain, and commands to convert it."""
 
 import os
 import shlex
@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from stages.clips.keys import UNREAD_SUFFIXES, has_video_suffix
+from stages.clips.keys import UNSUPPORTED_SUFFIXES, has_video_suffix
 
-_UNPACK = {
+_UNPACK_COMMANDS = {
     (".tar.gz", ".tgz"): "gunzip --keep",
     (".tar.bz2", ".tbz2"): "bunzip2 --keep",
     (".tar.xz", ".txz"): "unxz --keep",
@@ -17,37 +17,37 @@ _UNPACK = {
 }
 _PICTURES = (".jpg", ".jpeg", ".png")
 _MAX_FILES = 20_000
-"""Files that are looked at, at most."""
+"""Maximum number of files examined."""
 
 
-def what_else_is_there(path: Path) -> str:
-    """What a file or a folder holds that could be made a dataset, and how; begins with ": "."""
-    if found := how_to_convert(path):
-        return f": {found}"
+def describe_contents(path: Path) -> str:
+    """Describe a file or folder and how to convert it to a dataset; starts with ": "."""
+    if hints := conversion_hint(path):
+        return f": {hints}"
     if path.is_file():
         return ""
     names = [entry.name for entry in path.iterdir() if not entry.name.startswith(".")]
     counted = Counter(Path(name).suffix or "files without suffix" for name in names)
     shown = ", ".join(f"{count} {suffix}" for suffix, count in counted.most_common(5))
-    return f": it holds {shown}" if shown else ": it is empty"
+    return f": it contains {shown}" if shown else ": it is empty"
 
 
-def how_to_convert(path: Path) -> str:
-    """What a file or a folder holds that could be made a dataset, and the commands; or ""."""
+def conversion_hint(path: Path) -> str:
+    """Commands that convert the content of a file or folder to a dataset; "" if none apply."""
     if path.is_file():
-        return ". ".join(_of_names(path.parent, [path.name]))
+        return ". ".join(_hints_for_files(path.parent, [path.name]))
     names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
-    return ". ".join(_of_names(path, names) + _of_folders(path, names))
+    return ". ".join(_hints_for_files(path, names) + _hints_for_folders(path, names))
 
 
-def _of_names(folder: Path, names: Sequence[str]) -> list[str]:
-    found = []
-    for suffixes, command in _UNPACK.items():
+def _hints_for_files(folder: Path, names: Sequence[str]) -> list[str]:
+    hints = []
+    for suffixes, command in _UNPACK_COMMANDS.items():
         packed = [name for name in names if name.lower().endswith(suffixes)]
         if packed:
             files = _quoted(folder, packed)
-            found.append(
-                f"{_counted(packed)} compressed, and tars are read as they are: {command} {files}"
+            hints.append(
+                f"{_counted(packed)} compressed; only uncompressed tars are read: {command} {files}"
             )
     tables = [name for name in names if name.lower().endswith(".parquet")]
     if tables:
@@ -55,43 +55,44 @@ def _of_names(folder: Path, names: Sequence[str]) -> list[str]:
             "import pandas, sys; pandas.concat(map(pandas.read_parquet, sys.argv[2:]))"
             ".to_json(sys.argv[1], orient='records', lines=True)"
         )
-        anew = shlex.quote(str(folder / "metadata.jsonl"))
-        found.append(
-            f"{_counted(tables)} parquet, which is not read. If it has the columns file_name and "
-            f'caption: python -c "{script}" {anew} {_quoted(folder, tables)}'
+        output = shlex.quote(str(folder / "metadata.jsonl"))
+        hints.append(
+            f"{_counted(tables)} parquet, which is not supported. If it has the columns file_name "
+            f'and caption: python -c "{script}" {output} {_quoted(folder, tables)}'
         )
-    unread = [name for name in names if name.lower().rpartition(".")[2] in UNREAD_SUFFIXES]
-    if unread:
-        found.append(f"{_counted(unread)} of a kind that is not decoded: convert to mp4")
+    unsupported = [
+        name for name in names if name.lower().rpartition(".")[2] in UNSUPPORTED_SUFFIXES
+    ]
+    if unsupported:
+        hints.append(f"{_counted(unsupported)} in an unsupported format: convert to mp4")
     lists = [name for name in names if name.lower().endswith((".jsonl", ".csv", ".json"))]
     if lists and len(names) > 1:
-        found.append(
-            f"{_counted(lists)} perhaps a list of clips; then name it: "
-            f"data.path={folder / lists[0]}"
+        hints.append(
+            f"{_counted(lists)} perhaps a list of clips; if so, set data.path={folder / lists[0]}"
         )
-    return found
+    return hints
 
 
-def _of_folders(folder: Path, names: Sequence[str]) -> list[str]:
-    found = []
+def _hints_for_folders(folder: Path, names: Sequence[str]) -> list[str]:
+    hints = []
     if {"videos", "labels"} <= set(names):
         videos, labels = folder / "videos", folder / "labels"
-        found.append(
-            f"captions lie in {labels}, videos in {videos}; put them side by side: "
+        hints.append(
+            f"captions are in {labels}, videos in {videos}; put them side by side: "
             f"cp {shlex.quote(str(labels))}/*.txt {shlex.quote(str(videos))}/ and set "
             f"data.path={videos}"
         )
     frames = _first_folder_of_frames(folder)
     if frames is not None:
-        found.append(
-            f"{frames[0]} holds a video as {frames[1]} files; make a video file of it, at the rate "
-            f"it was filmed at: {_encode(*frames, alone=frames[0] == folder)}"
+        hints.append(
+            f"{frames[0]} contains a video as {frames[1]} files; encode it at its original frame "
+            f"rate: {_encode(*frames, is_single=frames[0] == folder)}"
         )
     inside = [name for name in names if _holds_dataset(folder / name)]
     if inside:
         shown = ", ".join(f"data.path={folder / name}" for name in inside[:3])
-        found.append(f"there are datasets in folders of it: {shown}")
-    return found
+        hints.append(f"subfolders contain datasets: {shown}")
+    return hints
 
 
 def _holds_dataset(folder: Path) -> bool:
@@ -105,12 +106,12 @@ def _holds_dataset(folder: Path) -> bool:
 
 
 def _first_folder_of_frames(folder: Path) -> tuple[Path, str] | None:
-    """The first folder below this one that holds pictures and no video, and their suffix."""
-    seen = 0
+    """The first folder below this one with pictures but no video, and the pictures' suffix."""
+    num_files = 0
     for below, folders, names in os.walk(folder):
         folders.sort()
-        seen += len(names)
-        if seen > _MAX_FILES:
+        num_files += len(names)
+        if num_files > _MAX_FILES:
             return None
         counted = Counter(Path(name).suffix for name in names if not name.startswith("."))
         pictures = [suffix for suffix in counted if suffix.lower() in _PICTURES]
@@ -120,10 +121,10 @@ def _first_folder_of_frames(folder: Path) -> tuple[Path, str] | None:
     return None
 
 
-def _encode(frames: Path, suffix: str, *, alone: bool) -> str:
-    """The command that makes a video of a folder of pictures, or of each folder beside it."""
+def _encode(frames: Path, suffix: str, *, is_single: bool) -> str:
+    """Command that encodes a folder of pictures as a video, or every folder beside it."""
     options = "-c:v libx264 -crf 10 -pix_fmt yuv444p"
-    if alone:
+    if is_single:
         folder, video = shlex.quote(str(frames)), shlex.quote(f"{frames}.mp4")
         return f"ffmpeg -framerate 24 -pattern_type glob -i {folder}/'*{suffix}' {options} {video}"
     return (
@@ -137,7 +138,7 @@ def _counted(names: Sequence[str]) -> str:
 
 
 def _quoted(folder: Path, names: Sequence[str]) -> str:
-    """The files for a shell: one by its name, several by what their names end in."""
+    """Shell arguments for the files: the name of a single one, otherwise patterns by suffix."""
     if len(names) == 1:
         return shlex.quote(str(folder / names[0]))
     ends = sorted({name[name.index(".") :] for name in names})

@@ -1,4 +1,4 @@
-"""The layouts in which people keep video datasets, and which one a path holds."""
+"""Recognises the layout of the video dataset at a path."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from stages.clips.keys import has_video_suffix
-from stages.clips.layout_hints import what_else_is_there
+from stages.clips.layout_hints import describe_contents
 from stages.clips.line_lists import CAPTION_LISTS, VIDEO_LISTS
 
 _METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
@@ -19,27 +19,27 @@ LAYOUTS = (
     "or a pattern of tars; a folder with metadata.jsonl or metadata.csv (file_name, caption); with "
     "prompts.txt and videos.txt; or with videos and their captions beside them (lion.mp4, lion.txt)"
 )
-"""In words, for messages."""
+"""The supported layouts, for error messages."""
 
 LayoutKind = Literal["tars", "metadata", "line lists", "videos"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Where a dataset's files are, nothing of them read."""
+    """Layout and files of a dataset; no file is read."""
 
     kind: LayoutKind
     root: Path
-    """The folder that names are relative to."""
+    """The folder that file names are relative to."""
     files: tuple[Path, ...]
-    """The tars; the metadata file; the captions' list and the videos'; or the videos. () for every
-    video in the root and below."""
+    """The tars; the metadata file; the list of captions and the list of videos; or the videos. ()
+    stands for all videos in the root and below."""
     named: str
-    """A data.path that means this one and no other."""
+    """An unambiguous data.path for this dataset."""
 
     @property
-    def shown(self) -> str:
-        """In words, for people who have to choose."""
+    def description(self) -> str:
+        """Short description, for messages."""
         names = " and ".join(path.name for path in self.files[:2])
         if self.kind == "tars":
             return f"{len(self.files)} tar{'s' if self.files[1:] else ''}"
@@ -47,27 +47,27 @@ class Layout:
 
 
 def find_layout(path: Path) -> Layout:
-    """Which layout `data.path` holds; opens no file.
+    """Recognise the layout of the dataset at `data.path`; opens no file.
 
     Args:
         path: A folder, a file (tar, metadata file, list of videos, video), or a pattern of tars or
             of videos (`{00000..00003}.tar`, `*.tar`, `lion-?.mp4`).
 
     Raises:
-        ValueError: There is no dataset, with what is there instead and what would make it one; or
-            there are several, with the path that names each.
+        ValueError: There is no dataset, or more than one. The message says what is there and how
+            to convert it, or lists the path of each dataset.
     """
     path = path.expanduser()
     if path.is_file():
-        return _of_file(path)
+        return _layout_of_file(path)
     if path.is_dir():
-        return _of_folder(path)
+        return _layout_of_folder(path)
     if re.search(r"[*?\[{]", str(path)):
-        return _of_pattern(path)
-    raise ValueError(f"data.path {path} does not exist; it names {LAYOUTS}")
+        return _layout_of_pattern(path)
+    raise ValueError(f"data.path {path} does not exist; expected {LAYOUTS}")
 
 
-def _of_file(path: Path) -> Layout:
+def _layout_of_file(path: Path) -> Layout:
     folder = path.parent
     if path.suffix.lower() == ".tar":
         return Layout(kind="tars", root=folder, files=(path,), named=str(path))
@@ -78,11 +78,11 @@ def _of_file(path: Path) -> Layout:
     if path.name in VIDEO_LISTS:
         return _line_lists(folder, [path.name])
     raise ValueError(
-        f"data.path {path} is no dataset{what_else_is_there(path)}. It names {LAYOUTS}"
+        f"data.path {path} is not a dataset{describe_contents(path)}. Expected {LAYOUTS}"
     )
 
 
-def _of_folder(folder: Path) -> Layout:
+def _layout_of_folder(folder: Path) -> Layout:
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
     found: list[Layout] = []
@@ -96,19 +96,20 @@ def _of_folder(folder: Path) -> Layout:
             found.append(Layout(kind="metadata", root=folder, files=(file,), named=str(file)))
     videos = [name for name in names if has_video_suffix(name)]
     stems = {name.rpartition(".")[0] for name in videos}
-    # A video.txt beside a video.mp4 is its caption.
+    # A video.txt beside a video.mp4 is its caption, not a list.
     lists = [name for name in VIDEO_LISTS if name in names and name[: -len(".txt")] not in stems]
     if lists:
         found.append(_line_lists(folder, lists))
     captions = (name for name in names if name.endswith((".txt", ".json")))
     if not found or any(name.rpartition(".")[0] in stems for name in captions):
-        # What other layouts name lies deeper as a rule, and is not looked for there.
+        # If another layout was found, only videos with captions in this very folder count: those
+        # below usually belong to that layout.
         named = str(folder / f"*.{videos[0].rpartition('.')[2]}") if videos else str(folder)
         found.append(Layout(kind="videos", root=folder, files=(), named=named))
     if len(found) > 1:
-        choices = "; ".join(f"{one.shown}: data.path={one.named!r}" for one in found)
+        choices = "; ".join(f"{one.description}: data.path={one.named!r}" for one in found)
         raise ValueError(
-            f"data.path {folder} holds several datasets. Name the one meant: {choices}"
+            f"data.path {folder} contains several datasets. Choose one of them: {choices}"
         )
     return found[0]
 
@@ -116,20 +117,19 @@ def _of_folder(folder: Path) -> Layout:
 def _line_lists(folder: Path, video_lists: Sequence[str]) -> Layout:
     captions = [name for name in CAPTION_LISTS if (folder / name).is_file()]
     if len(captions) != 1 or len(video_lists) != 1:
-        what = "captions in one of " + ", ".join(CAPTION_LISTS)
-        there = ", ".join([*captions, *video_lists])
+        found = ", ".join([*captions, *video_lists])
         raise ValueError(
-            f"{folder / video_lists[0]} names videos, and line by line with it belong {what}; "
-            f"found {there}"
+            f"{folder / video_lists[0]} lists videos; expected one such list and, line by line, "
+            f"captions in one of {', '.join(CAPTION_LISTS)}; found {found}"
         )
     files = (folder / captions[0], folder / video_lists[0])
     return Layout(kind="line lists", root=folder, files=files, named=str(files[1]))
 
 
-def _of_pattern(pattern: Path) -> Layout:
+def _layout_of_pattern(pattern: Path) -> Layout:
     files: list[Path] = []
     missing: list[str] = []
-    for alternative in _alternatives(str(pattern)):
+    for alternative in _expand_braces(str(pattern)):
         if re.search(r"[*?\[]", alternative):
             folder = _fixed_folder(Path(alternative))
             found = sorted(folder.glob(str(Path(alternative).relative_to(folder))))
@@ -142,7 +142,7 @@ def _of_pattern(pattern: Path) -> Layout:
         shown = ", ".join(missing[:5]) + (", …" if missing[5:] else "")
         raise ValueError(f"data.path {pattern}: {len(missing)} of its files are missing: {shown}")
     if not files:
-        raise ValueError(f"data.path {pattern} fits no file")
+        raise ValueError(f"data.path {pattern} matches no file")
     files = list(dict.fromkeys(files))
     root = _fixed_folder(pattern)
     for kind, fits in (("tars", _is_tar), ("videos", _is_video)):
@@ -156,7 +156,7 @@ def _of_pattern(pattern: Path) -> Layout:
     known = [path.name for path in files if _is_tar(path) or _is_video(path)]
     others = [path.name for path in files if path.name not in known] or known
     raise ValueError(
-        f"data.path {pattern} must fit tars alone, or videos alone; it fits {len(files)} files, "
+        f"data.path {pattern} must match only tars or only videos; it matches {len(files)} files, "
         f"among them {', '.join(others[:3])}"
     )
 
@@ -170,7 +170,7 @@ def _is_video(path: Path) -> bool:
 
 
 def _fixed_folder(pattern: Path) -> Path:
-    """The deepest folder that every file of a pattern lies in or below."""
+    """The deepest folder that contains every file of a pattern."""
     fixed = []
     for part in pattern.parent.parts:
         if re.search(r"[*?\[{]", part):
@@ -179,34 +179,34 @@ def _fixed_folder(pattern: Path) -> Path:
     return Path(*fixed)
 
 
-def _alternatives(pattern: str) -> list[str]:
-    """As a shell expands braces: `{a,b}` and `{00000..00003}`, zeros in front kept.
+def _expand_braces(pattern: str) -> list[str]:
+    """Expand braces like a shell: `{a,b}` and `{00000..00003}`, keeping leading zeros.
 
     Raises:
         ValueError: There are more than _MAX_ALTERNATIVES.
     """
-    done, open_ones = [], [pattern]
-    while open_ones:
-        text = open_ones.pop()
+    expanded, pending = [], [pattern]
+    while pending:
+        text = pending.pop()
         found = re.search(r"\{([^{}]*)\}", text)
-        options = _options(found[1]) if found else None
+        options = _expand_group(found[1]) if found else None
         if found is None or options is None:
-            done.append(text)
+            expanded.append(text)
             continue
-        if len(open_ones) + len(done) + len(options) > _MAX_ALTERNATIVES:
-            raise ValueError(f"data.path {pattern} stands for over {_MAX_ALTERNATIVES:,} files")
+        if len(pending) + len(expanded) + len(options) > _MAX_ALTERNATIVES:
+            raise ValueError(f"data.path {pattern} expands to over {_MAX_ALTERNATIVES:,} files")
         before, after = text[: found.start()], text[found.end() :]
-        open_ones += [before + one + after for one in reversed(options)]
-    return done
+        pending += [before + one + after for one in reversed(options)]
+    return expanded
 
 
-def _options(inside: str) -> list[str] | None:
-    numbers = re.fullmatch(r"([0-9]+)\.\.([0-9]+)", inside)
+def _expand_group(group: str) -> list[str] | None:
+    numbers = re.fullmatch(r"([0-9]+)\.\.([0-9]+)", group)
     if numbers:
         first, last = int(numbers[1]), int(numbers[2])
         if last - first >= _MAX_ALTERNATIVES:
-            raise ValueError(f"{{{inside}}} stands for over {_MAX_ALTERNATIVES:,} files")
+            raise ValueError(f"{{{group}}} expands to over {_MAX_ALTERNATIVES:,} files")
         width = len(numbers[1]) if numbers[1].startswith("0") else 0
         width = max(width, len(numbers[2])) if width else 0
         return [str(number).zfill(width) for number in range(first, last + 1)]
-    return inside.split(",") if "," in inside else None
+    return group.split(",") if "," in group else None

@@ -1,6 +1,6 @@
-"""Captions and videos in two text files, line by line: `prompts.txt` and `videos.txt`.
+"""Datasets with captions and videos in two parallel text files, `prompts.txt` and `videos.txt`.
 
-The layout that the trainers of CogVideo and finetrainers read.
+This layout is also used by the trainers of CogVideo and finetrainers.
 """
 
 from codecs import BOM_UTF8
@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 from stages.clips.metadata_folder import MetadataFile
 from stages.clips.rows import (
     SPACES,
-    FieldsOf,
-    Place,
+    LoadFields,
+    RowLocation,
     UnchangedFile,
     check_length,
     line_at,
@@ -26,81 +26,81 @@ VIDEO_LISTS = ("videos.txt", "video.txt")
 
 
 def open_line_lists(captions: Path, videos: Path) -> MetadataFile:
-    """The clips whose captions stand in one file and whose videos stand in another.
+    """Open a dataset whose captions and videos are listed in separate files.
 
     Args:
-        captions: A caption per line.
-        videos: A video per line, relative to the file's folder.
+        captions: File with a caption per line.
+        videos: File with a video per line, relative to the file's folder.
 
     Raises:
-        ValueError: The files have other numbers of lines, or lines that are blank: which caption
-            belongs to which video is then not certain.
+        ValueError: The numbers of lines differ, or a line is blank, so that captions cannot be
+            matched to videos reliably.
     """
     return MetadataFile.of_rows(videos, _PairedLines(captions, videos))
 
 
 class _PairedLines:
-    """Line N of one file with line N of the other; blank ones at the end do not count."""
+    """Pairs line N of one file with line N of the other, ignoring blank lines at the end."""
 
-    place_size = 3  # number of the line, its offset in either file
+    location_size = 3  # line number, and the line's offset in each file
 
     def __init__(self, captions: Path, videos: Path) -> None:
         self._files = UnchangedFile(captions), UnchangedFile(videos)
 
-    def scan(self) -> Iterator[tuple[Place, FieldsOf]]:
+    def scan(self) -> Iterator[tuple[RowLocation, LoadFields]]:
         captions, videos = (file.path for file in self._files)
         with self._files[0].opened() as texts, self._files[1].opened() as names:
-            found = _UpToLast(texts), _UpToLast(names)
+            found = _WithoutTrailingBlanks(texts), _WithoutTrailingBlanks(names)
             for number, (text, name) in enumerate(zip_longest(*found), start=1):
                 if text is not None and name is not None:
                     yield (number, text[0], name[0]), partial(_fields, text[1], name[1])
         if found[0].count != found[1].count:
             raise ValueError(
                 f"{captions} has {found[0].count} lines and {videos} has {found[1].count}; line N "
-                "of the one belongs to line N of the other, so that they must have as many"
+                "of one belongs to line N of the other, so the numbers of lines must be equal"
             )
         for path, lines in ((captions, found[0]), (videos, found[1])):
             if blank := lines.blank:
                 raise ValueError(
                     f"{path} has blank lines ({', '.join(map(str, blank[:5]))}"
-                    f"{', …' if blank[5:] else ''}), which some programs count and others leave "
-                    "out; take the clips without caption out of both files"
+                    f"{', …' if blank[5:] else ''}), which some programs count and others skip; "
+                    "remove clips without caption from both files"
                 )
 
-    def read(self, places: Iterable[Place]) -> Iterator[FieldsOf]:
+    def read(self, locations: Iterable[RowLocation]) -> Iterator[LoadFields]:
         with self._files[0].opened() as texts, self._files[1].opened() as names:
-            for _, at_text, at_name in places:
-                yield partial(_fields, line_at(texts, at_text), line_at(names, at_name))
+            for _, text_offset, name_offset in locations:
+                yield partial(_fields, line_at(texts, text_offset), line_at(names, name_offset))
 
 
-class _UpToLast:
-    """Offset and bytes of a file's lines up to the last that is not blank."""
+class _WithoutTrailingBlanks:
+    """Iterates over offset and bytes of a file's lines, up to the last that is not blank."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.count = 0
-        """Lines so far."""
+        """Number of lines so far."""
         self.blank: list[int] = []
-        """Numbers of those that are blank."""
+        """Line numbers of blank lines."""
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        after_last: list[tuple[int, bytes]] = []
+        pending_blanks: list[tuple[int, bytes]] = []
         for line in lines_of(self._file):
             if _is_blank(line[1]):
-                after_last.append(line)
+                pending_blanks.append(line)
                 continue
-            if after_last:
+            if pending_blanks:
                 first = self.count + 1
-                self.blank += range(first, first + len(after_last))
-                self.count += len(after_last)
-                yield from after_last
-                after_last.clear()
+                self.blank += range(first, first + len(pending_blanks))
+                self.count += len(pending_blanks)
+                yield from pending_blanks
+                pending_blanks.clear()
             self.count += 1
             yield line
 
 
 def _text(line: bytes) -> str:
-    """Without the line break; a byte that is not UTF-8 spoils its own line alone."""
+    """Decode a line, without its line break; a byte that is not UTF-8 only affects this line."""
     text = line.removeprefix(BOM_UTF8).decode("utf-8", "surrogateescape")
     return text.removesuffix("\n").removesuffix("\r")
 

@@ -1,4 +1,4 @@
-"""A record of the dataset to a clip at the training size; used by stage one."""
+"""Decodes the clip of a dataset record at the training size, length and frame rate."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,16 +21,16 @@ TimelineReader = Callable[..., Timeline | None]
 
 
 def load_clip(record: ClipRecord, config: ClipsConfig) -> Clip:
-    """Decode a clip's frames at the asked rate, length and size, from the video's first frame on.
+    """Decode a clip at the configured rate, length and size, starting at the first frame.
 
-    Frames: see `timing.choose_frames`; never the same source frame twice. Pixels: upright, whole
-    (interlaced ones deinterlaced), standard range (HDR and wide gamut converted). Size: see
-    `geometry.cover_and_crop`. Subjects that the crop cut away are dropped; `Clip.prompt_problem`
-    says so when none of frame 0's is left.
+    Frames are selected by `timing.choose_frames`, which never repeats a source frame. They are
+    turned upright, deinterlaced, converted to SDR BT.709, and resized by
+    `geometry.cover_and_crop`. Subjects outside the crop are dropped; `Clip.prompt_problem` gives
+    the reason if none is left on frame 0.
 
     Raises:
-        ClipSkipped: undecodable, too_short, fps_too_low, or, where the settings ask for it, hdr or
-            interlaced.
+        ClipSkipped: undecodable, too_short or fps_too_low; hdr or interlaced if the settings
+            exclude them.
     """
     try:
         for read in (read_timeline, decode_timeline):
@@ -40,27 +40,27 @@ def load_clip(record: ClipRecord, config: ClipsConfig) -> Clip:
                 return clip
     except VideoError as error:
         raise ClipSkipped("undecodable", str(error)) from error
-    raise ClipSkipped("undecodable", "its frames come out at other times when decoded again")
+    raise ClipSkipped("undecodable", "its frame times differ when it is decoded again")
 
 
 def plan_clip(
     record: ClipRecord, config: ClipsConfig, read: TimelineReader
 ) -> tuple[Timeline, FrameChoice] | None:
-    """When a video's frames are shown, and which of them make the clip, as many as asked for.
+    """Read the timeline of a video and choose the frames of the clip.
 
     Args:
         record: The clip.
-        config: Its length and rate.
+        config: Length and frame rate of the clip.
         read: `read_timeline` or `decode_timeline`.
 
     Returns:
-        None where the former does not tell.
+        The timeline and exactly `config.num_frames` frames; None if `read_timeline` returns None.
 
     Raises:
         ClipSkipped: too_short or fps_too_low.
-        VideoError: What `read` raises; also a clip beyond `MAX_DECODED_FRAMES`.
+        VideoError: As `read`; also if the clip needs more than `MAX_DECODED_FRAMES` frames.
     """
-    fps = rate_of(config)
+    fps = target_fps(config)
     seconds = Fraction(0) if fps is None else config.num_frames / fps
     timeline = read(
         record.video, num_frames=config.num_frames, seconds=seconds, limit=MAX_DECODED_FRAMES
@@ -70,21 +70,21 @@ def plan_clip(
     choice = choose_frames(timeline, num_frames=config.num_frames, fps=fps)
     complete = len(choice.indices) == config.num_frames
     if (not complete and timeline.end is None) or choice.indices[-1] >= MAX_DECODED_FRAMES:
-        raise VideoError(f"of its first {MAX_DECODED_FRAMES:,} frames no clip can be made")
+        raise VideoError(f"the clip needs more than the first {MAX_DECODED_FRAMES:,} frames")
     if not complete:
         raise too_short(record, choice, config)
     return timeline, choice
 
 
-def rate_of(config: ClipsConfig) -> Fraction | None:
-    """Frames per second that were asked for; None for frames as stored."""
+def target_fps(config: ClipsConfig) -> Fraction | None:
+    """Configured frames per second; None for frames as stored."""
     return None if config.fps is None else Fraction(config.fps).limit_denominator(1001)
 
 
 def _load(
     record: ClipRecord, config: ClipsConfig, timeline: Timeline, choice: FrameChoice
 ) -> Clip | None:
-    """The clip; None where decoding gives other frames than the timeline has."""
+    """Decode the clip; None if the decoded frame times differ from the timeline."""
     geometry: FrameGeometry | None = None
     images_HWC: list[np.ndarray] = []
     conversions: dict[str, None] = {}
@@ -93,7 +93,7 @@ def _load(
         for index, frame in enumerate(islice(frames, choice.indices[-1] + 1)):
             if index >= len(timeline.times) or frame.time != timeline.times[index]:
                 return None
-            _refuse_unwanted(frame, config)
+            _check_allowed(frame, config)
             if index not in wanted:
                 continue
             image_HWC = frame.image()
@@ -103,9 +103,9 @@ def _load(
     if geometry is None or len(images_HWC) < config.num_frames:
         return None
     stream = () if info.stream is None else (info.stream,)
-    prompts, problem = _on_training_frame(record.prompts, geometry)
+    prompts, problem = _to_training_frame(record.prompts, geometry)
     try:
-        last_frame_prompts = _placed(record.last_frame_prompts, geometry)
+        last_frame_prompts = _cropped_prompts(record.last_frame_prompts, geometry)
     except ValueError as error:
         prompts, last_frame_prompts, problem = (), (), f"last_frame: {error}"
     return Clip(
@@ -120,57 +120,59 @@ def _load(
     )
 
 
-def _refuse_unwanted(frame: Frame, config: ClipsConfig) -> None:
+def _check_allowed(frame: Frame, config: ClipsConfig) -> None:
     if config.hdr == "skip" and frame.colour.hdr:
-        raise hdr_unwanted(frame.colour.hdr)
+        raise hdr_skipped(frame.colour.hdr)
     if config.interlaced == "skip" and frame.interlaced:
-        raise interlaced_unwanted()
+        raise interlaced_skipped()
 
 
-def hdr_unwanted(transfer: str) -> ClipSkipped:
-    """The outcome of an HDR clip where the settings ask to skip it."""
+def hdr_skipped(transfer: str) -> ClipSkipped:
+    """The outcome of an HDR clip if the settings exclude HDR."""
     return ClipSkipped("hdr", f"its frames are HDR ({transfer}), and data.hdr is skip")
 
 
-def interlaced_unwanted() -> ClipSkipped:
-    """The outcome of an interlaced clip where the settings ask to skip it."""
+def interlaced_skipped() -> ClipSkipped:
+    """The outcome of an interlaced clip if the settings exclude interlaced video."""
     return ClipSkipped("interlaced", "its frames are interlaced, and data.interlaced is skip")
 
 
-def _on_training_frame(
+def _to_training_frame(
     prompts: Sequence[SubjectPrompt], geometry: FrameGeometry
 ) -> tuple[tuple[SubjectPrompt, ...], str | None]:
-    """What the crop leaves of the prompts, and why nothing is left of any."""
+    """The prompts within the crop, and the reason if none is left."""
     try:
-        left = _placed(prompts, geometry)
+        remaining = _cropped_prompts(prompts, geometry)
     except ValueError as error:
         return (), str(error)
-    if left or not prompts:
-        return left, None
+    if remaining or not prompts:
+        return remaining, None
     kinds = ", ".join(prompt.kind for prompt in prompts)
     return (), f"the subject ({kinds}) lies outside the centre crop, or vanishes at its size"
 
 
-def _placed(prompts: Sequence[SubjectPrompt], geometry: FrameGeometry) -> tuple[SubjectPrompt, ...]:
-    """Those of the prompts of which the crop leaves something.
+def _cropped_prompts(
+    prompts: Sequence[SubjectPrompt], geometry: FrameGeometry
+) -> tuple[SubjectPrompt, ...]:
+    """The prompts within the crop, in training-frame pixels.
 
     Raises:
-        ValueError: One of them was made on a video of another size.
+        ValueError: A prompt was made for a video of a different size.
     """
-    placed = [prompt.on_training_frame(geometry) for prompt in prompts]
+    placed = [prompt.to_training_frame(geometry) for prompt in prompts]
     return tuple(prompt for prompt in placed if prompt is not None)
 
 
 def too_short(record: ClipRecord, choice: FrameChoice, config: ClipsConfig) -> ClipSkipped:
-    """The outcome of a clip that gives fewer frames than asked for, or than its headers promise."""
+    """The outcome of a clip with too few frames, noting if its headers state more."""
     rate = "" if config.fps is None else f" at {config.fps:g} frames/s"
     detail = f"{len(choice.indices)} frames{rate}, needs {config.num_frames}"
     if choice.held_from is not None:
-        detail += f"; its last frame stands still from {float(choice.held_from):.3f} s on"
+        detail += f"; its last frame is held from {float(choice.held_from):.3f} s on"
     with open_stream(record.video) as (_, stream, _):
-        promised = stream.frames
-    if choice.sampling == "consecutive" and promised >= config.num_frames:
-        detail += f"; the file promises {promised}, so it is cut off or damaged"
+        stated = stream.frames
+    if choice.sampling == "consecutive" and stated >= config.num_frames:
+        detail += f"; the file states {stated}, so it is truncated or damaged"
     return ClipSkipped("too_short", detail)
 
 

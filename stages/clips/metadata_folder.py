@@ -1,4 +1,4 @@
-"""Videos that a metadata.jsonl or metadata.csv lists."""
+"""Datasets whose videos are listed in a metadata.jsonl or metadata.csv."""
 
 import shlex
 from array import array
@@ -21,12 +21,12 @@ from stages.clips.fields import (
     phrase_from_fields,
     subjects_from_fields,
 )
-from stages.clips.keys import KeyBook, KeyHashes, has_video_suffix, key_problem
+from stages.clips.keys import KeyHashes, KeyRegistry, has_video_suffix, key_problem
 from stages.clips.limits import MAX_MASK_BYTES, read_at_most
 from stages.clips.records import BadRecord, ClipRecord
 from stages.clips.rows import (
-    FieldsOf,
-    Place,
+    LoadFields,
+    RowLocation,
     RowSource,
     UnchangedFile,
     check_length,
@@ -35,77 +35,77 @@ from stages.clips.rows import (
 )
 
 _Problem = tuple[str, str]
-"""What the key of a bad row's record is made from, and why the row is bad."""
+"""Base of the substitute key of a bad row, and the reason why the row is bad."""
 
-_MAX_BLANKS = 64 * 1024
-"""Bytes at each end of a file in which its first and last letters are looked for."""
+_MAX_BLANK_BYTES = 64 * 1024
+"""Bytes at each end of a file searched for its first and last non-blank character."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MetadataFile:
-    """The clips that a metadata file lists, in order, each under a key of its own.
+    """The clips listed in a metadata file, in order and with unique keys.
 
-    Fields: file_name (relative to the folder, inside it), caption (or text, or prompt, in a file
-    without captions), subject (words for grounding), and where the subject is on the first frame:
-    mask (the file name of a PNG; mask_ids for some of its values), else box_xyxy, else points
-    (+ point_labels); or subjects, a list of objects with those fields. last_frame is an object with
+    Fields: file_name (relative to the folder and inside it), caption (or text, or prompt, in a file
+    without captions), subject (phrase for grounding), and the subject on the first frame: mask (the
+    file name of a PNG; mask_ids to select some of its values), else box_xyxy, else points
+    (+ point_labels); or subjects, a list of objects with these fields. last_frame is an object with
     the same fields for the last training frame.
 
-    Every row is parsed once to tell its key; what is kept of it is where it lies. It is parsed
-    again when its record is asked for.
+    Each row is parsed once for its key, of which only its location is kept, and again when its
+    record is read.
     """
 
     path: Path
     caption_field: str
-    """Which field holds the captions."""
+    """Name of the caption field."""
     unread_fields: tuple[str, ...]
-    """Of any entry, that mean nothing here."""
+    """Names of fields that are ignored."""
     _rows: RowSource
-    _places: np.ndarray
-    """int64 [rows, integers of a place]."""
+    _locations: np.ndarray
+    """int64 [rows, integers per location]."""
     _bad: Mapping[int, BadRecord]
-    """By row, entries that are no clip or whose key is taken."""
+    """Invalid entries and those with a duplicate key, by row."""
 
     @classmethod
     def open(cls, path: Path) -> "MetadataFile":
-        """Read the file; the videos and masks it names are not touched.
+        """Read the file, without opening the videos and masks it names.
 
         Raises:
-            ValueError: A CSV without a file_name column, or with other delimiters; JSON that is no
-                JSON lines; or both text and prompt, and no caption.
+            ValueError: A CSV without a file_name column or with other delimiters; JSON that is not
+                JSON lines; or fields text and prompt, but no caption.
         """
         return cls.of_rows(path, CsvRows(path) if path.suffix == ".csv" else _JsonLines(path))
 
     @classmethod
     def of_rows(cls, path: Path, rows: RowSource) -> "MetadataFile":
-        """The same of rows that lie elsewhere.
+        """Read clips from a row source.
 
         Args:
-            path: The file that names the videos; their names are relative to its folder.
-            rows: A clip each.
+            path: The file that names the videos, relative to its folder.
+            rows: The rows, one per clip.
 
         Raises:
-            ValueError: What the rows raise; or there are both text and prompt, and no caption.
+            ValueError: As `rows.scan`; or there are fields text and prompt, but no caption.
         """
         integers, hashes = array("q"), array("q")
         problems: dict[int, _Problem] = {}
         names: dict[str, None] = {}
-        for row, (place, load) in enumerate(rows.scan()):
-            integers.extend(place)
+        for row, (location, load) in enumerate(rows.scan()):
+            integers.extend(location)
             try:
                 fields = load()
                 key = _key_of(fields)
             except ValueError as error:
-                problems[row] = f"line {place[0]}", str(error)
+                problems[row] = f"line {location[0]}", str(error)
             else:
-                if refusal := key_problem(key):
-                    problems[row] = key, refusal
+                if reason := key_problem(key):
+                    problems[row] = key, reason
                 elif not names.keys() >= fields.keys():
                     names.update(dict.fromkeys(fields))
             hashes.append(KeyHashes.NO_KEY if row in problems else hash(key))
-        places = np.frombuffer(integers, np.int64).reshape(-1, rows.place_size)
+        locations = np.frombuffer(integers, np.int64).reshape(-1, rows.location_size)
         keys = KeyHashes(hashes)
-        problems |= _second_entries(rows, places, keys.maybe_equal())
+        problems |= _find_duplicates(rows, locations, keys.duplicate_candidates())
         try:
             caption_field = name_of_caption(names)
         except ValueError as error:
@@ -116,20 +116,20 @@ class MetadataFile:
             caption_field=caption_field,
             unread_fields=tuple(name for name in names if name not in known),
             _rows=rows,
-            _places=places,
-            _bad=_bad_records(problems, places, KeyBook(keys)),
+            _locations=locations,
+            _bad=_bad_records(problems, locations, KeyRegistry(keys)),
         )
 
     @property
     def name(self) -> str:
-        """The file's, without its folder."""
+        """File name without its folder."""
         return self.path.name
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
     def records(self, start: int, stop: int) -> Iterator[ClipRecord | BadRecord]:
-        """The entries from `start` up to `stop`, with their masks read.
+        """Read the records from `start` up to `stop`, including their masks.
 
         Raises:
             ValueError: The file has changed since it was opened.
@@ -137,9 +137,9 @@ class MetadataFile:
         for row, load in self._loaders(start, stop):
             yield self._bad[row] if row in self._bad else self._record(load())
 
-    def _loaders(self, start: int, stop: int) -> Iterator[tuple[int, FieldsOf]]:
-        places = map(tuple, self._places[start:stop].tolist())
-        return enumerate(self._rows.read(places), start)
+    def _loaders(self, start: int, stop: int) -> Iterator[tuple[int, LoadFields]]:
+        locations = map(tuple, self._locations[start:stop].tolist())
+        return enumerate(self._rows.read(locations), start)
 
     def _record(self, fields: dict[str, Any]) -> ClipRecord | BadRecord:
         name = _relative_name(fields["file_name"], "file_name")
@@ -166,7 +166,7 @@ class MetadataFile:
         )
 
     def num_bytes(self, start: int, stop: int) -> int:
-        """Size of the videos of the entries from `start` up to `stop`; a missing one counts 0."""
+        """Total size of the videos from `start` up to `stop`; missing ones count 0."""
         total = 0
         for row, load in self._loaders(start, stop):
             if row not in self._bad:
@@ -182,42 +182,42 @@ class MetadataFile:
 
 
 class _JsonLines:
-    """A JSON object per line; blank lines are left out."""
+    """A JSON object per line; blank lines are skipped."""
 
-    place_size = 2  # number of the line, offset in bytes
+    location_size = 2  # line number, offset in bytes
 
     def __init__(self, path: Path) -> None:
         self._file = UnchangedFile(path)
 
-    def scan(self) -> Iterator[tuple[Place, FieldsOf]]:
+    def scan(self) -> Iterator[tuple[RowLocation, LoadFields]]:
         with self._file.opened() as file:
             if file.read(len(BOM_UTF8)) != BOM_UTF8:
                 file.seek(0)
-            _refuse_list(file, self._file.path)
+            _reject_json_list(file, self._file.path)
             for number, (offset, line) in enumerate(lines_of(file), start=1):
                 if not line.isspace():
                     yield (number, offset), partial(_json_fields, line)
 
-    def read(self, places: Iterable[Place]) -> Iterator[FieldsOf]:
+    def read(self, locations: Iterable[RowLocation]) -> Iterator[LoadFields]:
         with self._file.opened() as file:
-            for _, offset in places:
+            for _, offset in locations:
                 yield partial(_json_fields, line_at(file, offset))
 
 
-def _refuse_list(file: BinaryIO, path: Path) -> None:
-    """Refuse a file whose first and last letters are brackets; it is left where it stood."""
+def _reject_json_list(file: BinaryIO, path: Path) -> None:
+    """Reject a file that starts and ends with brackets; keeps the file position."""
     start = file.tell()
-    is_list = file.read(_MAX_BLANKS).lstrip().startswith(b"[")
-    file.seek(max(start, path.stat().st_size - _MAX_BLANKS))
-    is_list &= file.read(_MAX_BLANKS).rstrip().endswith(b"]")
+    is_list = file.read(_MAX_BLANK_BYTES).lstrip().startswith(b"[")
+    file.seek(max(start, path.stat().st_size - _MAX_BLANK_BYTES))
+    is_list &= file.read(_MAX_BLANK_BYTES).rstrip().endswith(b"]")
     file.seek(start)
     if is_list:
-        lines_of = "import json, sys; [print(json.dumps(entry)) for entry in json.load(sys.stdin)]"
-        anew = path.with_name(f"{path.stem}-lines.jsonl")
+        script = "import json, sys; [print(json.dumps(entry)) for entry in json.load(sys.stdin)]"
+        output = path.with_name(f"{path.stem}-lines.jsonl")
         raise ValueError(
             f"{path} is one JSON list; write a line per clip: "
-            f'python -c "{lines_of}" < {shlex.quote(str(path))} > {shlex.quote(str(anew))}'
-            f" and set data.path={anew}"
+            f'python -c "{script}" < {shlex.quote(str(path))} > {shlex.quote(str(output))}'
+            f" and set data.path={output}"
         )
 
 
@@ -227,51 +227,51 @@ def _json_fields(line: bytes) -> dict[str, Any]:
 
 
 def _key_of(fields: dict[str, Any]) -> str:
-    """A row's key.
+    """Key of a row.
 
     Raises:
-        ValueError: The row names no file inside the folder.
+        ValueError: The row does not name a file inside the folder.
     """
     return _key(_relative_name(fields.get("file_name"), "file_name"))
 
 
-def _second_entries(
-    rows: RowSource, places: np.ndarray, candidates: np.ndarray
+def _find_duplicates(
+    rows: RowSource, locations: np.ndarray, candidates: np.ndarray
 ) -> dict[int, _Problem]:
-    """Those of the rows whose key an earlier one has; the rows are read again."""
-    book, found = KeyBook(), {}
-    loads = rows.read(tuple(places[row].tolist()) for row in candidates)
+    """Candidates whose key equals that of an earlier row; reads the candidates again."""
+    registry, found = KeyRegistry(), {}
+    loads = rows.read(tuple(locations[row].tolist()) for row in candidates)
     for row, load in zip(candidates.tolist(), loads, strict=True):
         key = _key_of(load())
-        if refusal := book.claim(key):
-            found[row] = key, refusal
+        if reason := registry.claim(key):
+            found[row] = key, reason
     return found
 
 
 def _bad_records(
-    problems: Mapping[int, _Problem], places: np.ndarray, book: KeyBook
+    problems: Mapping[int, _Problem], locations: np.ndarray, registry: KeyRegistry
 ) -> dict[int, BadRecord]:
     return {
         row: BadRecord(
-            key=book.stand_in(problems[row][0]),
+            key=registry.substitute(problems[row][0]),
             reason="bad_record",
-            detail=f"line {places[row, 0]}: {problems[row][1]}",
+            detail=f"line {locations[row, 0]}: {problems[row][1]}",
         )
         for row in sorted(problems)
     }
 
 
 def _relative_name(name: object, field: str) -> str:
-    """`name` if it stays inside the folder, "./" dropped.
+    """`name` without "./", if it lies inside the folder.
 
     Raises:
-        ValueError: It is missing, no text, absolute, or climbs out.
+        ValueError: It is missing, not a string, absolute, or outside the folder.
     """
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{field} is missing or no text: {name!r}")
+        raise ValueError(f"{field} is missing or not a string: {name!r}")
     starts, ends = name[0] not in "/.", name[-1] != "/"
     if starts and ends and "/." not in name and "//" not in name and "\0" not in name:
-        return name  # pathlib would say the same, and takes most of a scan's time
+        return name  # as pathlib would, which would take most of the time of a scan
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name or path.name == "":
         raise ValueError(f"{field} must name a file inside the folder, got {name!r}")

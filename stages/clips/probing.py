@@ -1,4 +1,4 @@
-"""What a clip's container says of it, nothing decoded; used to estimate stage one's work."""
+"""Reads a clip's properties from its container, without decoding."""
 
 import math
 from dataclasses import dataclass
@@ -8,37 +8,37 @@ from typing import Any
 from stages.clips.colour import colour_of
 from stages.clips.config import ClipsConfig
 from stages.clips.decoding import VideoError, interlaced_in_headers, open_stream, stream_name
-from stages.clips.loading import hdr_unwanted, interlaced_unwanted, plan_clip, rate_of
+from stages.clips.loading import hdr_skipped, interlaced_skipped, plan_clip, target_fps
 from stages.clips.records import ClipRecord, ClipSkipped
 from stages.clips.timeline import read_timeline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipProbe:
-    """A source video by its headers."""
+    """Properties of a source video according to its headers."""
 
     width: int
-    """Pixels as stored, before a rotation that the file asks for."""
+    """Stored width in pixels, before any rotation requested by the file."""
     height: int
     fps: Fraction
-    """An average over the whole file, or a guess."""
+    """Average over the whole file, or a guess."""
     num_frames: int | None
-    """Of the source, as far as the headers tell; None when they do not."""
+    """Frames of the source; None if the headers do not state it."""
     conversions: tuple[str, ...] = ()
     """As `FrameGeometry.conversions`."""
 
 
 def probe_clip(record: ClipRecord, config: ClipsConfig) -> ClipProbe:
-    """Read a clip's headers; where by them it would be too slow or too short, its packets' times.
+    """Read a clip's headers; also its packet times if its rate or length may be insufficient.
 
-    They can be wrong: `load_clip`, which decodes, has the last word.
+    Headers can be wrong: only `load_clip`, which decodes, is conclusive.
 
     Raises:
-        ClipSkipped: undecodable, hdr, interlaced, fps_too_low or too_short, where they tell.
+        ClipSkipped: undecodable, hdr, interlaced, fps_too_low or too_short, if the headers show it.
     """
     try:
         probe = _read_headers(record, config)
-        if _in_doubt(probe, config):
+        if _may_be_skipped(probe, config):
             plan_clip(record, config, read_timeline)
     except VideoError as error:
         raise ClipSkipped("undecodable", str(error)) from error
@@ -52,9 +52,9 @@ def _read_headers(record: ClipRecord, config: ClipsConfig) -> ClipProbe:
         if colour.problem:
             raise VideoError(colour.problem)
         if config.hdr == "skip" and colour.hdr:
-            raise hdr_unwanted(colour.hdr)
+            raise hdr_skipped(colour.hdr)
         if config.interlaced == "skip" and interlaced:
-            raise interlaced_unwanted()
+            raise interlaced_skipped()
         name = stream_name(container, stream)
         return ClipProbe(
             width=context.width,
@@ -69,9 +69,9 @@ def _read_headers(record: ClipRecord, config: ClipsConfig) -> ClipProbe:
         )
 
 
-def _in_doubt(probe: ClipProbe, config: ClipsConfig) -> bool:
-    """Whether the headers, if they were right of every part of the video, ask for a skip."""
-    fps = rate_of(config)
+def _may_be_skipped(probe: ClipProbe, config: ClipsConfig) -> bool:
+    """Whether the clip would be too short or its rate too low if the headers are accurate."""
+    fps = target_fps(config)
     if fps is not None and probe.fps < fps:
         return True
     if probe.num_frames is None:
@@ -83,7 +83,7 @@ def _in_doubt(probe: ClipProbe, config: ClipsConfig) -> bool:
 def _num_frames(container: Any, stream: Any, fps: Fraction) -> int | None:
     if stream.frames:
         return int(stream.frames)
-    # A fragmented file's headers say 0 where they do not know.
+    # Headers of fragmented files state 0 for unknown durations.
     if stream.duration and stream.time_base:
         return round(stream.duration * Fraction(stream.time_base) * fps) or None
     if container.duration:  # microseconds

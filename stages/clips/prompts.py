@@ -1,4 +1,4 @@
-"""Where a subject is on a frame."""
+"""Prompts (mask, box or points) that mark a subject on a frame."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -17,7 +17,7 @@ class SubjectPrompt:
     """Exactly one of a mask, a box, or points, in pixels of some frame.
 
     Raises:
-        ValueError: None or several are given, or the one given is empty or malformed.
+        ValueError: Not exactly one is given, or it is empty or malformed.
     """
 
     mask_HW: np.ndarray | None = None
@@ -29,8 +29,8 @@ class SubjectPrompt:
     point_labels: np.ndarray | None = None
     """int64 [N], 1 on the subject and 0 off it; at least one 1."""
     number: int | None = None
-    """Which of the clip's subjects it is, on the first frame and on the last; None where that is
-    not known."""
+    """Number of the subject within the clip, the same on the first and the last frame; None if it
+    is unknown."""
 
     def __post_init__(self) -> None:
         given = [
@@ -43,7 +43,9 @@ class SubjectPrompt:
             if value is not None
         ]
         if len(given) != 1:
-            raise ValueError(f"a prompt is a mask, a box or points; got {given or 'none of them'}")
+            raise ValueError(
+                f"a prompt must be a mask, a box or points; got {given or 'none of them'}"
+            )
         if self.mask_HW is not None:
             _check_mask(self.mask_HW)
         elif self.box_xyxy is not None:
@@ -53,19 +55,19 @@ class SubjectPrompt:
 
     @property
     def kind(self) -> PromptKind:
-        """Which of the three it is."""
+        """Type of the prompt."""
         if self.mask_HW is not None:
             return "mask"
         return "box" if self.box_xyxy is not None else "points"
 
-    def on_training_frame(self, geometry: FrameGeometry) -> "SubjectPrompt | None":
-        """The prompt in the pixels of the training frame; None when the crop leaves nothing of it.
+    def to_training_frame(self, geometry: FrameGeometry) -> "SubjectPrompt | None":
+        """The prompt in training-frame pixels; None if it lies outside the crop.
 
-        Boxes are clipped to the frame; points that the crop cut away are dropped.
+        Boxes are clipped to the frame; points outside it are dropped.
 
         Raises:
-            ValueError: The mask has another size than the source; a point, or the middle of the
-                box, lies outside the source.
+            ValueError: The size of the mask differs from that of the source; or a point, or the
+                middle of the box, lies outside the source.
         """
         if self.mask_HW is not None:
             mask_HW = geometry.mask(self.mask_HW)
@@ -104,7 +106,7 @@ def _check_points(points_xy: np.ndarray, labels: np.ndarray | None) -> None:
     if labels is None or labels.shape != (len(points_xy),):
         got = None if labels is None else labels.shape
         raise ValueError(
-            f"point_labels must hold one label per point ({len(points_xy)}), got {got}"
+            f"point_labels must contain one label per point ({len(points_xy)}), got {got}"
         )
     if not np.isin(labels, (0, 1)).all() or not (labels == 1).any():
         raise ValueError(
@@ -114,7 +116,7 @@ def _check_points(points_xy: np.ndarray, labels: np.ndarray | None) -> None:
 
 
 def _check_inside(points_xy: np.ndarray, what: str, geometry: FrameGeometry) -> None:
-    """Refuse what was measured on a video of another size."""
+    """Reject coordinates outside the source, which were made for a video of a different size."""
     size = (geometry.source_width, geometry.source_height)
     outside = ((points_xy < 0) | (points_xy > size)).any(axis=1)
     if outside.any():

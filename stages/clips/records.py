@@ -1,4 +1,4 @@
-"""What a dataset holds and what loading makes of it; the vocabulary of `stages.clips`."""
+"""Records of a dataset, decoded clips, and the outcomes of loading."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from stages.clips.video_source import VideoSource
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ClipRecord:
-    """One clip as the dataset has it: nothing decoded, prompts in source pixels."""
+    """One clip of the dataset, not decoded; prompts in source pixels."""
 
     key: str
     """Unique in the dataset; never used as a path."""
@@ -24,15 +24,15 @@ class ClipRecord:
     last_frame_prompts: tuple[SubjectPrompt, ...] = ()
     """The same subjects on the last training frame, index num_frames - 1 after sampling."""
     phrase: str | None = None
-    """Words for the subject, such as "the brown bear"; what grounding looks for."""
+    """Phrase that describes the subject for grounding, such as "the brown bear"."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BadRecord:
-    """An entry of the dataset that is no clip, and why; to be recorded, never dropped."""
+    """An invalid entry of the dataset and the reason; it must be recorded, never dropped."""
 
     key: str
-    """Unique in the dataset, like a clip's; a second entry under a taken key gets a suffix."""
+    """Unique in the dataset, like a clip's; an entry with a duplicate key gets a suffix."""
     reason: str
     """bad_record or bad_prompt."""
     detail: str
@@ -44,7 +44,7 @@ class ClipSkipped(Exception):  # noqa: N818 - an outcome that callers record, no
     Attributes:
         reason: A slug. From loading: undecodable, too_short, fps_too_low; callers add their own,
             such as no_prompt, bad_prompt and no_caption.
-        detail: One line for people.
+        detail: One-line explanation.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -63,11 +63,10 @@ class Clip:
     geometry: FrameGeometry
     caption: str | None = None
     prompts: tuple[SubjectPrompt, ...] = ()
-    """The subjects on frame 0 that the crop left."""
+    """The subjects within the crop on frame 0."""
     last_frame_prompts: tuple[SubjectPrompt, ...] = ()
-    """The subjects on frame num_frames - 1 that the crop left."""
+    """The subjects within the crop on frame num_frames - 1."""
     phrase: str | None = None
-    """Words for the subject."""
+    """Phrase that describes the subject."""
     prompt_problem: str | None = None
-    """Why `prompts` is empty although the dataset gives some; None when it gives none, or when
-    some are left."""
+    """Why `prompts` is empty although the dataset has prompts for this clip; otherwise None."""

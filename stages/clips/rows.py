@@ -1,7 +1,7 @@
-"""Files that list one clip per row: gone through once, then read again row by row.
+"""Files that list one clip per row: scanned once, then read again row by row.
 
-A million rows are not held as objects: a row is remembered by a few integers that say where it
-lies, and parsed when its shard is read.
+To save memory with a million rows, only a few integers per row are kept, which locate it in the
+file; it is parsed when its shard is read.
 """
 
 import os
@@ -12,34 +12,34 @@ from typing import Any, BinaryIO, Protocol
 
 from stages.clips.limits import MAX_JSON_BYTES
 
-FieldsOf = Callable[[], dict[str, Any]]
-"""Gives a row's fields, or raises ValueError where the row is malformed."""
+LoadFields = Callable[[], dict[str, Any]]
+"""Returns the fields of a row; ValueError if the row is malformed."""
 
-Place = tuple[int, ...]
-"""Where a row lies: the number of its line, from 1, and what its source needs to find it."""
+RowLocation = tuple[int, ...]
+"""Location of a row: its line number, from 1, and whatever its source needs to find it."""
 
 MAX_LINE_BYTES = MAX_JSON_BYTES
 """Longest line that is read (16 MiB)."""
 
 SPACES = " \t\r\n\v\f"
-"""Dropped around the name of a file in a list; any other space may be part of the name."""
+"""Stripped from file names in a list; any other space may be part of the name."""
 
 
 class RowSource(Protocol):
-    """The rows of a file, or of several that belong together line by line."""
+    """The rows of a file, or of several parallel files."""
 
-    place_size: int
-    """Integers in a place."""
+    location_size: int
+    """Number of integers in a location."""
 
-    def scan(self) -> Iterator[tuple[Place, FieldsOf]]:
-        """Every row in order, with its place; a row's fields must be asked for before the next.
+    def scan(self) -> Iterator[tuple[RowLocation, LoadFields]]:
+        """Every row in order, with its location; its fields must be loaded before the next row.
 
         Raises:
             ValueError: The file is malformed as a whole.
         """
 
-    def read(self, places: Iterable[Place]) -> Iterator[FieldsOf]:
-        """The rows at some places.
+    def read(self, locations: Iterable[RowLocation]) -> Iterator[LoadFields]:
+        """The rows at the given locations.
 
         Raises:
             ValueError: The file has changed since it was scanned.
@@ -47,33 +47,33 @@ class RowSource(Protocol):
 
 
 class UnchangedFile:
-    """A file that is opened several times and must be the same each time."""
+    """A file that is opened several times and must not change in between."""
 
     def __init__(self, path: Path) -> None:
-        """Remember what the file is now."""
+        """Record the current identity of the file."""
         self.path = path
         self._identity = _identity(path.stat())
 
     @contextmanager
     def opened(self) -> Iterator[BinaryIO]:
-        """The file.
+        """Open the file for reading.
 
         Raises:
-            ValueError: It has changed, so that places in it mean nothing.
+            ValueError: The file has changed, so that row locations are invalid.
         """
         with self.path.open("rb") as file:
             if _identity(os.fstat(file.fileno())) != self._identity:
                 raise ValueError(
-                    f"{self.path} was changed while it was in use; run the command again, which "
-                    "goes on with the changed file"
+                    f"{self.path} was changed while it was in use; run the command again to "
+                    "continue with the changed file"
                 )
             yield file
 
 
 def lines_of(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Offset and bytes of each line, split at `\\n` alone, the line break included.
+    """Offset and bytes of each line, split only at `\\n` and including the line break.
 
-    Of a line longer than MAX_LINE_BYTES as many bytes are given, and one more.
+    Lines longer than MAX_LINE_BYTES are truncated to MAX_LINE_BYTES + 1 bytes.
     """
     offset = file.tell()
     while line := file.readline(MAX_LINE_BYTES + 1):
@@ -87,13 +87,13 @@ def lines_of(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def line_at(file: BinaryIO, offset: int) -> bytes:
-    """The line that begins at an offset, as `lines_of` gives it."""
+    """The line that starts at an offset, as returned by `lines_of`."""
     file.seek(offset)
     return file.readline(MAX_LINE_BYTES + 1)
 
 
 def check_length(line: bytes) -> None:
-    """Refuse a line that was not read to its end.
+    """Reject a line that was truncated.
 
     Raises:
         ValueError: It is longer than MAX_LINE_BYTES.

@@ -1,8 +1,8 @@
-"""Headers and contents of a tar, grouped into clips and bounded; `stages.clips.tars` reads them.
+"""Reads tar headers and members, grouped by clip and with size limits.
 
-All headers are read first, seeking from one to the next, so that the members of a clip may lie
-anywhere in the tar. webdataset's own reader groups neighbours alone, takes a member of any size
-into memory, unpacks compressed tars and loads torch, so tars are read here.
+All headers are read first, seeking from one to the next, so that the members of a clip may be
+anywhere in the tar. webdataset's reader is not used: it groups only adjacent members, reads members
+of any size into memory, unpacks compressed tars and imports torch.
 """
 
 import io
@@ -16,7 +16,7 @@ from pathlib import Path
 from stages.clips.video_source import FilePart
 
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
-"""Key up to the first dot of the file name, and suffix after it: webdataset's rule."""
+"""Key up to the first dot of the file name, and the suffix after it, as in webdataset."""
 
 _MAX_HEADER_BYTES = 1 << 20
 """Longest extended header (1 MiB); names and attributes are far shorter."""
@@ -29,19 +29,19 @@ _COMPRESSED = {
 }
 
 _UNREADABLE = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError)
-"""What tarfile raises on headers that are cut, damaged or made up."""
+"""Exceptions raised by tarfile for truncated, damaged or malicious headers."""
 
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """Where a member's content lies; of a hard link, where its target's does."""
+    """Location of a member's content; of a hard link, that of its target."""
 
     name: str
     offset: int
-    """Of the content, in bytes."""
+    """Offset of the content in the tar, bytes."""
     size: int
     problem: str | None = None
-    """Why its content cannot be used."""
+    """Why its content cannot be used, if it cannot."""
 
 
 @dataclass(slots=True)
@@ -50,13 +50,13 @@ class MemberGroup:
 
     key: str
     members: dict[str, TarMember] = field(default_factory=dict)
-    """By suffix, lower case."""
+    """Members by suffix, lower case."""
     problem: str | None = None
-    """Why they cannot be used together."""
+    """Why the group cannot be used, if it cannot."""
 
 
 class TarReader:
-    """One open tar: its groups, and the contents of their members."""
+    """An open tar."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -70,10 +70,10 @@ class TarReader:
         self._stack.close()
 
     def groups(self) -> list[MemberGroup]:
-        """The groups, in the order of their first members; reads every header, no content.
+        """Read all headers and return the groups, in the order of their first members.
 
-        Where the tar cannot be read on, the group that was being read has that problem, and so has
-        every group when members of different clips are mixed: each may have lost some.
+        If a header cannot be read, the last group gets a `problem`. If members of different clips
+        are interleaved, every group does, since any may lack members.
         """
         groups: dict[str, MemberGroup] = {}
         last: MemberGroup | None = None
@@ -84,89 +84,94 @@ class TarReader:
                 group = groups.setdefault(key, MemberGroup(key))
                 is_mixed |= not is_new and group is not last
                 if suffix in group.members:
-                    group.problem = f"the tar holds {key}.{suffix} twice"
+                    group.problem = f"the tar contains {key}.{suffix} twice"
                 group.members[suffix] = member
                 last = group
         except _UNREADABLE as error:
             last = last or groups.setdefault("start", MemberGroup("start"))
             for group in groups.values() if is_mixed else (last,):
-                group.problem = f"the tar cannot be read on from here: {error}"
+                group.problem = f"the tar cannot be read from here on: {error}"
                 if group is not last:
                     group.problem = (
-                        f"the tar cannot be read to its end, where members of this clip may lie: "
-                        f"{error}; `tar --sort=name` keeps them together"
+                        "the tar cannot be read to its end, which may contain members of this "
+                        f"clip: {error}; `tar --sort=name` keeps them together"
                     )
         return list(groups.values())
 
     def content(self, member: TarMember, limit: int) -> bytes:
-        """The bytes of a member.
+        """Read the content of a member.
 
         Raises:
-            ValueError: It is over the limit, sparse, a link that leads nowhere, cut off, or cannot
-                be read.
+            ValueError: It is over the limit, sparse, a broken link, truncated or unreadable.
         """
         if member.size > limit:
-            raise ValueError(f"{_shown(member)} has {member.size:,} bytes, at most {limit:,} fit")
+            raise ValueError(
+                f"{_display_name(member)} has {member.size:,} bytes; the limit is {limit:,}"
+            )
         if member.problem:
-            raise ValueError(f"{_shown(member)} {member.problem}")
+            raise ValueError(f"{_display_name(member)} {member.problem}")
         assert self._file is not None
         self._file.seek(member.offset)
         try:
             content = self._file.read(member.size, limit=limit)
         except OSError as error:
-            raise ValueError(f"{_shown(member)} cannot be read: {error}") from error
+            raise ValueError(f"{_display_name(member)} cannot be read: {error}") from error
         if len(content) != member.size:
-            raise ValueError(f"{_shown(member)} is cut off after {len(content):,} bytes")
+            raise ValueError(f"{_display_name(member)} is truncated after {len(content):,} bytes")
         return content
 
     def part(self, member: TarMember) -> FilePart:
-        """Where a member's bytes lie; none of them is read.
+        """Location of a member's content, which is not read.
 
         Raises:
-            ValueError: It is sparse, a link that leads nowhere, or cut off.
+            ValueError: It is sparse, a broken link, or truncated.
         """
         if member.problem:
-            raise ValueError(f"{_shown(member)} {member.problem}")
-        there = self._path.stat().st_size - member.offset
-        if there < member.size:
-            raise ValueError(f"{_shown(member)} is cut off after {max(0, there):,} bytes")
+            raise ValueError(f"{_display_name(member)} {member.problem}")
+        available = self._path.stat().st_size - member.offset
+        if available < member.size:
+            raise ValueError(
+                f"{_display_name(member)} is truncated after {max(0, available):,} bytes"
+            )
         return FilePart(self._path, member.offset, member.size)
 
     def _members(self) -> Iterator[tuple[str, str, TarMember]]:
-        """Key, suffix and place of each file that could be part of a clip."""
+        """Key, suffix and location of each file that may be part of a clip."""
         self._file = self._stack.enter_context(_BoundedFile(io.FileIO(self._path)))
-        _refuse_compression(self._file)
-        places: dict[str, TarMember] = {}
+        _reject_compressed(self._file)
+        regular_files: dict[str, TarMember] = {}
         with tarfile.open(fileobj=self._file, mode="r:") as tar:
-            reached = -1
+            last_offset = -1
             while (header := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
-                if header.size < 0 or header.offset <= reached:
-                    raise ValueError(f"the header of {_shown(header)} gives an impossible size")
-                reached = header.offset
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header
+                if header.size < 0 or header.offset <= last_offset:
+                    raise ValueError(
+                        f"the header of {_display_name(header)} states an impossible size"
+                    )
+                last_offset = header.offset
                 if not (header.isreg() or header.islnk() or header.issym()):
                     continue
-                member = _located(header, places)
+                member = _locate(header, regular_files)
                 if header.isreg():
-                    places[header.name] = member
-                key, suffix = _split(header.name)
+                    regular_files[header.name] = member
+                key, suffix = _split_name(header.name)
                 if key is not None:
                     yield key, suffix, member
-            # tarfile takes a header it cannot read for the end, which is a block of zeros.
+            # tarfile treats an unreadable header as the end, which is really a block of zeros.
             self._file.seek(tar.offset)
             if self._file.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise ValueError(f"the header at byte {tar.offset} is damaged")
 
 
-def _located(header: tarfile.TarInfo, earlier: dict[str, TarMember]) -> TarMember:
-    """A member's place; `earlier` are the files before it, among which a hard link's target is."""
+def _locate(header: tarfile.TarInfo, preceding: dict[str, TarMember]) -> TarMember:
+    """Locate a member; a hard link's target must be among the preceding files."""
     if header.issym():
         problem = "is a symbolic link; write the tar with --dereference"
         return TarMember(header.name, offset=0, size=0, problem=problem)
     if header.islnk():
-        target = earlier.get(header.linkname)
+        target = preceding.get(header.linkname)
         if target is None:
-            problem = f"is a hard link to {header.linkname[:80]!r}, which the tar lacks before it"
+            problem = f"is a hard link to {header.linkname[:80]!r}, which does not precede it"
             return TarMember(header.name, offset=0, size=0, problem=problem)
         return TarMember(header.name, target.offset, target.size, target.problem)
     sparse = "is a sparse member; write the tar without --sparse" if header.issparse() else None
@@ -174,31 +179,31 @@ def _located(header: tarfile.TarInfo, earlier: dict[str, TarMember]) -> TarMembe
 
 
 class _BoundedFile(io.BufferedReader):
-    """A file that is not read in big pieces unasked: a header can claim any size for itself."""
+    """A file with limited reads: a header can claim any size."""
 
     def read(self, size: int | None = -1, /, *, limit: int = _MAX_HEADER_BYTES) -> bytes:
-        """As always, but up to `limit` bytes.
+        """Read at most `limit` bytes.
 
         Raises:
-            ValueError: More are asked for.
+            ValueError: More are requested.
         """
         if size is None or not 0 <= size <= limit:
-            raise ValueError(f"a header claims {size} bytes, at most {limit:,} fit")
+            raise ValueError(f"a header claims {size} bytes; the limit is {limit:,}")
         return super().read(size)
 
 
-def _refuse_compression(file: _BoundedFile) -> None:
+def _reject_compressed(file: _BoundedFile) -> None:
     start = file.peek(8)[:8]
     for magic, (name, command) in _COMPRESSED.items():
         if start.startswith(magic):
             raise ValueError(
-                f"it is compressed with {name}; videos gain nothing by it, and what it unpacks to "
-                f"has no bounds: unpack it with {command}"
+                f"it is compressed with {name}, and only uncompressed tars are read: unpack it "
+                f"with {command}"
             )
 
 
-def _split(name: str) -> tuple[str | None, str]:
-    """Key and suffix; no key for hidden files (`.DS_Store`, `._lion.mp4`) and for `__MACOSX/`."""
+def _split_name(name: str) -> tuple[str | None, str]:
+    """Key and suffix; no key for hidden files (`.DS_Store`, `._lion.mp4`) and `__MACOSX/`."""
     *folders, base = name.removeprefix("./").split("/")
     if base.startswith(".") or "__MACOSX" in folders:
         return None, ""
@@ -206,5 +211,5 @@ def _split(name: str) -> tuple[str | None, str]:
     return (found[1], found[2].lower()) if found else (None, "")
 
 
-def _shown(member: TarMember | tarfile.TarInfo) -> str:
+def _display_name(member: TarMember | tarfile.TarInfo) -> str:
     return repr(member.name if len(member.name) <= 80 else f"{member.name[:79]}…")

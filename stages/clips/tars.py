@@ -1,32 +1,32 @@
-"""Webdataset tars to records; nothing is extracted, no name used as a path."""
+"""Reads the records of webdataset tars, without extracting files or using names as paths."""
 
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from stages.clips.clip_members import record_of_members
-from stages.clips.keys import KeyBook
+from stages.clips.keys import KeyRegistry
 from stages.clips.records import BadRecord, ClipRecord
 from stages.clips.tar_reading import MemberGroup, TarReader
 from stages.clips.video_source import FilePart
 
 
 def tar_records(path: Path, *, key_prefix: str) -> Iterator[ClipRecord | BadRecord]:
-    """The records of one tar: the members that share the name up to its first dot, in any order.
+    """Read the records of one tar, grouping members by their name up to its first dot.
 
-    Hidden files and a Mac's `__MACOSX/` are left out; hard links are followed. A tar that ends
-    early gives its readable part and a bad record. See `clip_members` for what a clip consists of.
+    Hidden files and macOS's `__MACOSX/` are ignored; hard links are followed. A truncated tar
+    yields its readable part and a bad record. See `clip_members` for the files of a clip.
 
     Args:
-        path: The tar, not compressed.
-        key_prefix: Put before each member key.
+        path: The uncompressed tar.
+        key_prefix: Prefix of each key.
     """
-    book = KeyBook()
+    registry = KeyRegistry()
     with TarReader(path) as reader:
         for group in reader.groups():
             key = key_prefix + group.key
-            if refusal := book.claim(key):
-                yield BadRecord(key=book.stand_in(key), reason="bad_record", detail=refusal)
+            if reason := registry.claim(key):
+                yield BadRecord(key=registry.substitute(key), reason="bad_record", detail=reason)
             elif group.problem:
                 yield BadRecord(key=key, reason="bad_record", detail=group.problem)
             else:
@@ -39,7 +39,7 @@ def tar_records(path: Path, *, key_prefix: str) -> Iterator[ClipRecord | BadReco
 
 
 def count_records(path: Path) -> int:
-    """How many records `tar_records` yields; seeks from header to header."""
+    """Number of records that `tar_records` yields; reads only the headers."""
     with TarReader(path) as reader:
         return len(reader.groups())
 

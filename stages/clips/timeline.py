@@ -1,4 +1,4 @@
-"""A video's times, read from its packets (nothing decoded) or, where these mislead, its frames."""
+"""Reads the frame times of a video from its packets, or if these are unreliable by decoding."""
 
 from fractions import Fraction
 from itertools import pairwise
@@ -14,18 +14,18 @@ from stages.clips.video_source import VideoSource
 def read_timeline(
     source: VideoSource, *, num_frames: int, seconds: Fraction, limit: int
 ) -> Timeline | None:
-    """The times of a video's frames as its packets have them.
+    """Read the frame times of a video from its packets.
 
-    Packets may be shown never, or not be decodable; who decodes sees, and `decode_timeline` tells.
+    Packets may be undecodable or never shown; only `decode_timeline` is conclusive.
 
     Args:
-        source: The encoded file, or where it lies.
-        num_frames: At least as many frames are covered, if there are as many.
-        seconds: So long after the first frame, or longer, the last one is shown, if any is.
-        limit: Of frames; what lies beyond is not read.
+        source: The encoded video or its location.
+        num_frames: Minimum number of frames to cover, if the video has as many.
+        seconds: Minimum time to cover after the first frame, if the video is as long.
+        limit: Maximum number of frames to read.
 
     Returns:
-        None when the packets do not tell.
+        None if the packets do not determine the times.
 
     Raises:
         VideoError: As `open_stream`.
@@ -44,7 +44,7 @@ def read_timeline(
                 if stamp is None:
                     return None
                 shown.append((stamp * tick, (packet.duration or 0) * tick))
-                # No packet is shown before it is decoded: those to come are shown later.
+                # No frame is shown before it is decoded, so all later packets are shown later.
                 known_until = None if packet.dts is None else packet.dts * tick
                 if len(shown) > limit:
                     break
@@ -63,7 +63,7 @@ def read_timeline(
 def decode_timeline(
     source: VideoSource, *, num_frames: int, seconds: Fraction, limit: int
 ) -> Timeline:
-    """As `read_timeline`, from the frames that come out of the decoder.
+    """Like `read_timeline`, but from decoded frames.
 
     Raises:
         VideoError: As `open_video`.
@@ -80,7 +80,7 @@ def decode_timeline(
                 known_until = frame.time
                 break
     timeline = _timeline(shown, known_until, tick, rates)
-    assert timeline is not None  # a decoder's times rise
+    assert timeline is not None  # `open_video` checks that times increase
     return timeline
 
 
@@ -90,13 +90,13 @@ def _timeline(
     tick: Fraction,
     rates: tuple[Fraction, ...],
 ) -> Timeline | None:
-    """Of frames' times and durations; None where two are shown at once, or there is none.
+    """Build a timeline from frame times and durations; None without frames or with equal times.
 
     Args:
-        shown: In any order.
-        known_until: Time up to which every frame is among them; None where all are.
-        tick: Seconds.
-        rates: As the headers state them.
+        shown: Time and duration of frames, in any order.
+        known_until: Time up to which all frames are included; None if all frames are.
+        tick: Time base, seconds.
+        rates: Frame rates stated by the headers.
     """
     shown = sorted(shown)
     times = tuple(time for time, _ in shown if known_until is None or time <= known_until)

@@ -1,4 +1,4 @@
-"""Whole videos in and out through PyAV."""
+"""Reads and writes whole videos with PyAV."""
 
 import io
 import secrets
@@ -22,7 +22,7 @@ def read_video(source: VideoSource) -> tuple[np.ndarray, float]:
     """Decode a whole video.
 
     Returns:
-        uint8 [T, H, W, 3] frames, upright, and the frames per second the file states.
+        Upright uint8 [T, H, W, 3] frames, and the frames per second stated by the file.
 
     Raises:
         VideoError: (a ValueError) the file cannot be decoded.
@@ -32,18 +32,18 @@ def read_video(source: VideoSource) -> tuple[np.ndarray, float]:
 
 
 def write_video(path: Path, frames_THWC: np.ndarray, fps: float, *, crf: int = 17) -> None:
-    """Write H.264 in yuv420p, which every player shows; the file appears whole or not at all.
+    """Write H.264 in yuv420p, which every player supports; the file is written atomically.
 
-    Frames are stored by BT.709, and say so: of files that do not, players guess by their height.
+    Frames are stored in BT.709 and tagged as such: without tags players guess by the height.
 
     Args:
-        path: Ends in .mp4; its folder is made when missing.
+        path: Must end in .mp4; its folder is created if missing.
         frames_THWC: uint8 [T, H, W, 3], H and W even.
         fps: Frames per second.
-        crf: x264's quality, 0 (lossless) to 51; 17 is visually lossless.
+        crf: Constant rate factor of x264, 0 (lossless) to 51; 17 is visually lossless.
 
     Raises:
-        ValueError: Shape, dtype, size or suffix do not fit.
+        ValueError: Invalid shape, dtype, size or suffix.
     """
     if path.suffix != ".mp4":
         raise ValueError(f"videos are written as .mp4, got {path}")
@@ -60,7 +60,7 @@ def write_video(path: Path, frames_THWC: np.ndarray, fps: float, *, crf: int = 1
 
 
 def encode_video(frames_THWC: np.ndarray, fps: float, *, crf: int = 17) -> bytes:
-    """The bytes of `write_video`'s file; equal frames give equal bytes."""
+    """Encode a video as in `write_video`; equal frames give equal bytes."""
     if frames_THWC.ndim != 4 or frames_THWC.shape[-1] != 3 or frames_THWC.dtype != np.uint8:
         raise ValueError(
             f"frames must be uint8 [T, H, W, 3], got {frames_THWC.dtype} {frames_THWC.shape}"
@@ -84,8 +84,8 @@ def encode_video(frames_THWC: np.ndarray, fps: float, *, crf: int = 17) -> bytes
             "preset": "medium",
             # x264's output depends on the number of threads.
             "threads": "1",
-            # x264's AVX-512 code for macroblock-tree rate control reads memory it never wrote, so
-            # that quantisers, and pixels with them, would vary from call to call.
+            # x264's AVX-512 code for macroblock-tree rate control reads uninitialised memory, so
+            # that quantisers, and thus pixels, would vary from call to call.
             "x264-params": "cpu-independent=1",
         }
         for image_HWC in frames_THWC:

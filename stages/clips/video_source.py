@@ -1,4 +1,4 @@
-"""Where an encoded video lies: in memory, in a file, or in a part of one; read on demand."""
+"""Sources of encoded videos: bytes in memory, a file, or a part of a file."""
 
 import io
 import os
@@ -10,7 +10,7 @@ from typing import IO
 
 @dataclass(frozen=True, slots=True)
 class FilePart:
-    """Some consecutive bytes of a file, such as a member of a tar."""
+    """A range of bytes of a file, such as a member of a tar."""
 
     path: Path
     offset: int
@@ -18,27 +18,27 @@ class FilePart:
 
 
 VideoSource = bytes | Path | FilePart
-"""The encoded video, or where it lies."""
+"""The encoded video or its location."""
 
 
 def open_source(source: VideoSource) -> IO[bytes]:
-    """The video as a file that can be read and sought in; nothing is read yet.
+    """Open a video as a seekable binary file.
 
     Raises:
-        OSError: It cannot be opened, or the path is no regular file.
+        OSError: It cannot be opened, or the path is not a regular file.
     """
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if isinstance(source, FilePart):
         return io.BufferedReader(_Window(source))
-    # A pipe or a device would be waited for, or read for ever.
+    # Opening a pipe could block, and reading a device might never end.
     if not stat.S_ISREG(source.stat().st_mode):
-        raise OSError("it is no file")
+        raise OSError("it is not a regular file")
     return source.open("rb")
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as if it were a file of its own."""
+    """Presents a part of a file as a separate file."""
 
     def __init__(self, part: FilePart) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class _Window(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         if origin + offset < 0:
-            raise ValueError(f"position {origin + offset} lies before the start")
+            raise ValueError(f"position {origin + offset} is before the start")
         self._position = origin + offset
         return self._position
 

@@ -177,7 +177,7 @@ class _Raw(tarfile.TarInfo):
 CASES = {
     "truncated mp4": one(lambda t: t.encode(t.counting_frames(9))[:-200], "undecodable"),
     "truncated mp4 with its index in front": one(
-        lambda t: faststart(t)[: len(faststart(t)) * 2 // 3], "too_short", "cut off"
+        lambda t: faststart(t)[: len(faststart(t)) * 2 // 3], "too_short", "truncated"
     ),
     "empty file": one(lambda t: b"", "undecodable"),
     "zero frames in mp4": one(lambda t: without_frames("mp4"), "undecodable"),
@@ -267,7 +267,7 @@ CASES = {
             ("bad.mp4", t.encode(t.counting_frames(9))),
         ],
         outcomes={"bad": "bad_prompt"},
-        words="not numbered",
+        words="numbered and unnumbered masks",
     ),
     "absolute names": Case(
         members=lambda t: [("/etc/bad.mp4", t.encode(t.counting_frames(9)))],
@@ -290,7 +290,7 @@ CASES = {
             ("first.mp4", t.encode(t.counting_frames(9))),
         ],
         outcomes={"first": "bad_record", "other": GOOD},
-        words="holds first.mp4 twice",
+        words="contains first.mp4 twice",
     ),
     "a hard link to a member": Case(
         members=lambda t: [
@@ -307,7 +307,7 @@ CASES = {
             link(tarfile.LNKTYPE, "bad.txt", "captions/bad.txt"),
         ],
         outcomes={"bad": "bad_record"},
-        words="hard link to 'captions/bad.txt', which the tar lacks",
+        words="hard link to 'captions/bad.txt', which does not precede it",
     ),
     "a symbolic link": Case(
         members=lambda t: [
@@ -328,7 +328,7 @@ CASES = {
     "a name with a dot before the suffix": Case(
         members=lambda t: [("bad.v2.mp4", t.encode(t.counting_frames(9)))],
         outcomes={"bad": "bad_record"},
-        words="named up to the first dot",
+        words="key ends at the first dot",
     ),
     "two masks of one number": Case(
         members=lambda t: [
@@ -337,7 +337,7 @@ CASES = {
             ("bad.mask.01.png", png(32, 48)),
         ],
         outcomes={"bad": "bad_prompt"},
-        words="two masks have one number",
+        words="two masks have the same number",
     ),
     "a video of 2 GiB of zeros": Case(
         members=lambda t: [hole("bad.mp4", 2 << 30)],
@@ -350,7 +350,7 @@ CASES = {
             hole("bad.txt", 1 << 30),
         ],
         outcomes={"bad": "bad_record"},
-        words="at most 65,536 fit",
+        words="the limit is 65,536",
     ),
     "JSON over the limit": Case(
         members=lambda t: [
@@ -358,7 +358,7 @@ CASES = {
             hole("bad.json", 1 << 30),
         ],
         outcomes={"bad": "bad_record"},
-        words="at most 16,777,216 fit",
+        words="the limit is 16,777,216",
     ),
     "a caption in JSON over the limit": Case(
         members=lambda t: [
@@ -366,7 +366,7 @@ CASES = {
             ("bad.json", json.dumps({"caption": "dog " * 20_000}).encode()),
         ],
         outcomes={"bad": "bad_record"},
-        words="80,000 bytes, at most 65,536 fit",
+        words="80,000 bytes; the limit is 65,536",
     ),
     "points without end": Case(
         members=lambda t: [
@@ -374,7 +374,7 @@ CASES = {
             ("bad.json", json.dumps({"points": [[1, 1]] * 2000}).encode()),
         ],
         outcomes={"bad": "bad_prompt"},
-        words="2000 points are given, at most 1024 are read",
+        words="2000 points; the limit is 1024",
     ),
     "a mask over the limit": Case(
         members=lambda t: [
@@ -382,7 +382,7 @@ CASES = {
             ("bad.mp4", t.encode(t.counting_frames(9))),
         ],
         outcomes={"bad": "bad_prompt"},
-        words="at most 67,108,864 fit",
+        words="the limit is 67,108,864",
     ),
     "a member nobody reads over the limit": Case(
         members=lambda t: [

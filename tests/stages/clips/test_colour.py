@@ -101,17 +101,19 @@ def test_hdr_is_brought_to_sdr_by_the_standards(transfer):
     nits_N3 = pq_nits(signal_N3) if transfer == PQ else hlg_nits(signal_N3)
     light_N3 = np.clip(rolled_off(nits_N3) / 203 @ BT2020_TO_BT709.T, 0, 1)
     colour = Colour(transfer, BT2020, 9)
-    seen = colour._standard(rgb48(signal_N3))[0]
+    seen = colour._to_bt709_bytes(rgb48(signal_N3))[0]
     # The matrix above has four places: 5e-5 of light is 4 of 255 in black, nothing elsewhere.
     errors = np.abs(seen - 255 * light_N3 ** (1 / 2.4))
     assert errors.max() <= 4 and errors[light_N3 > 0.002].max() <= 1
-    assert Colour(transfer, 2, 9)._standard(rgb48(signal_N3)).tolist() == [seen.tolist()]
+    assert Colour(transfer, 2, 9)._to_bt709_bytes(rgb48(signal_N3)).tolist() == [seen.tolist()]
 
 
 @pytest.mark.parametrize("transfer", [PQ, HLG])
 def test_hdr_greys_stay_grey_and_rise_from_black_to_white(transfer):
     signal = np.linspace(0, 1, 1001)
-    seen = Colour(transfer, BT2020, 9)._standard(rgb48(np.repeat(signal[:, None], 3, axis=1)))[0]
+    seen = Colour(transfer, BT2020, 9)._to_bt709_bytes(
+        rgb48(np.repeat(signal[:, None], 3, axis=1))
+    )[0]
     assert np.ptp(seen, axis=-1).max() <= 1
     assert (np.diff(seen[:, 1].astype(int)) >= 0).all()
     assert seen[0, 1] == 0 and seen[-1, 1] == 255
@@ -136,12 +138,12 @@ def test_wide_gamuts_of_standard_range_give_bt709s_own_colours_back(primaries, i
 
     light_N3 = np.random.default_rng(0).uniform(0.02, 0.98, (200, 3))
     colour = Colour(BT709, primaries, 1)
-    seen = colour._standard(rgb48(np.clip(encoded(light_N3 @ inside.T), 0, 1)))[0]
+    seen = colour._to_bt709_bytes(rgb48(np.clip(encoded(light_N3 @ inside.T), 0, 1)))[0]
     assert np.abs(seen - 255 * encoded(light_N3)).max() <= 1
     greys = rgb48(np.repeat(np.linspace(0, 1, 256)[:, None], 3, axis=1))
-    assert np.abs(colour._standard(greys)[0] - np.arange(256)[:, None]).max() <= 1
+    assert np.abs(colour._to_bt709_bytes(greys)[0] - np.arange(256)[:, None]).max() <= 1
     if pure:
-        assert tuple(colour._standard(rgb48(np.array([[1.0, 0, 0]])))[0, 0]) == pure
+        assert tuple(colour._to_bt709_bytes(rgb48(np.array([[1.0, 0, 0]])))[0, 0]) == pure
 
 
 def tagged(tools, transfer: int, primaries: int, matrix: int) -> bytes:

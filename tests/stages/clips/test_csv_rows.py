@@ -127,7 +127,7 @@ def test_open_quotes_in_every_row_take_no_longer_than_the_rows(read):
 def test_a_quote_in_a_cell_without_quotes_is_told(read):
     records = read('file_name,caption\na.mp4,A 5" screen\nb.mp4,"A 5"" screen"\n')
     assert told(records) == [("line 2", "bad"), ("b", 'A 5" screen')]
-    assert "not in quotes" in records[0].detail
+    assert "inside an unquoted cell" in records[0].detail
 
 
 WORDS = ["a dog", "runs, fast", '"stop"', 'said ""', "\n", "x", "b.mp4", '"', ",", "é"]

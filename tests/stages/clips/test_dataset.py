@@ -406,7 +406,7 @@ def test_bad_rows_of_a_metadata_file_are_told_row_by_row(tools, config, tmp_path
         [None] + ["bad_record"] * 9 + ["bad_prompt"] * 2 + ["bad_record"]
     )
     assert records[0].video == tmp_path / "a.mp4"
-    assert "line 10" in records[9].detail and "second" in records[9].detail
+    assert "line 10" in records[9].detail and "same key" in records[9].detail
 
 
 def test_wrong_places_say_what_is_expected(tools, config, tmp_path):

@@ -179,7 +179,7 @@ def test_a_cover_picture_is_no_video(tools, config):
 
 def test_a_webp_animation_is_named(tools, config):
     record = tools.record_of(b"RIFF\x10\x00\x00\x00WEBPVP8X" + bytes(16))
-    with pytest.raises(ClipSkipped, match="WebP animations are not decoded; convert"):
+    with pytest.raises(ClipSkipped, match="WebP animations are not supported; convert"):
         load_clip(record, config())
 
 
@@ -228,8 +228,8 @@ def test_a_gif_beside_another_video_is_its_preview(tools, config, tmp_path):
 def test_suffixes_that_are_not_decoded_are_named(suffix, tools, config, tmp_path):
     tools.write_tar(tmp_path / "0.tar", [(f"a.{suffix}", b"x"), ("a.txt", b"a dog")])
     (record,) = open_dataset(config(path=tmp_path / "0.tar")).shards[0].records()
-    assert f"{suffix} is not decoded: convert it to mp4" in record.detail
+    assert f"{suffix} is not supported: convert it to mp4" in record.detail
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / f"a.{suffix}").write_bytes(b"x")
-    with pytest.raises(ValueError, match=f"a.{suffix} is of a kind that is not decoded"):
+    with pytest.raises(ValueError, match=f"a.{suffix} is in an unsupported format"):
         open_dataset(config(path=tmp_path / "folder"))

@@ -121,7 +121,7 @@ def test_subjects_of_a_label_mask_are_chosen():
         assert np.array_equal(decode_mask(source, [1, 3]), np.isin(labels(), [1, 3]))
         # Not every subject is on every first frame.
         assert np.array_equal(decode_mask(source, [3, 7]), labels() == 3)
-        with pytest.raises(ValueError, match=r"none of mask_ids .* holds the values 0, 1, 2, 3"):
+        with pytest.raises(ValueError, match=r"none of mask_ids .* has the values 0, 1, 2, 3"):
             decode_mask(source, [7, 9])
     assert np.array_equal(decode_mask(png(MASK), [0]), ~MASK)
     with pytest.raises(ValueError, match="the mask is RGBA"):
@@ -151,11 +151,11 @@ REFUSED = {
     "one grey": (png(np.full((8, 8), 7, np.uint8)), "every pixel of the mask is 7"),
     "palette without background": (
         png(palette_image(BYTES + 1, DAVIS)),
-        "does not tell the subject from the rest; it holds the values 1, 2",
+        "does not distinguish the subject from the rest; it has the values 1, 2",
     ),
     "red and black palette": (
         png(palette_image(1 - BYTES, [(128, 0, 0), (0, 0, 0)])),
-        "does not tell the subject from the rest",
+        "does not distinguish the subject from the rest",
     ),
     "DAVIS as RGB": (
         png(palette_image(labels(), DAVIS).convert("RGB")),
@@ -170,11 +170,11 @@ REFUSED = {
         png(rgba(BYTES[..., None] * 255, (1 - BYTES) * 255)),
         "colours show one subject and its alpha",
     ),
-    "JPEG": (b"\xff\xd8\xff\xe0 and more", "the mask is no PNG but a JPEG"),
-    "text": (b"no picture", "no PNG but something that begins with b'no pictu'"),
-    "empty": (b"", "no PNG but an empty file"),
-    "cut off": (png(PHOTO)[:-30], "no readable PNG"),
-    "header alone": (b"\x89PNG\r\n\x1a\n" + bytes(40), "no readable PNG: its header is damaged"),
+    "JPEG": (b"\xff\xd8\xff\xe0 and more", "the mask is not a PNG but a JPEG"),
+    "text": (b"no picture", "not a PNG but a file that starts with b'no pictu'"),
+    "empty": (b"", "not a PNG but an empty file"),
+    "cut off": (png(PHOTO)[:-30], "not a readable PNG"),
+    "header alone": (b"\x89PNG\r\n\x1a\n" + bytes(40), "not a readable PNG: its header is damaged"),
 }
 
 

@@ -101,7 +101,7 @@ def test_anamorphic_pixels_are_turned_with_their_frame(tools, config):
         (matrix_of(1, 0.2, 0, 1), "neither a rotation"),
         (matrix_of(0, 0, 0, 0), "neither a rotation"),
         (matrix_of(1, 0, 0, 1, u=0.1), "perspective"),
-        (matrix_of(0, 2, -1, 0), "stretches"),
+        (matrix_of(0, 2, -1, 0), "scales them unevenly"),
     ],
     ids=["45 degrees", "shear", "nothing", "perspective", "stretched turn"],
 )

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from stages.clips import BadRecord, keys, metadata_folder, open_dataset, rows
 from stages.clips.fields import parse_object
-from stages.clips.keys import KeyBook
+from stages.clips.keys import KeyRegistry
 
 CAPTIONS = ("a\u2028b", "Äpfel, “rot”", "a\x0bb\x85c", "日本語", "plain")
 
@@ -133,14 +133,14 @@ def test_rows_are_parsed_as_by_the_standard_library(text):
     try:
         expected = by_json(content)
     except (ValueError, AssertionError):
-        with pytest.raises(ValueError, match=r"not JSON in UTF-8|not a JSON object"):
+        with pytest.raises(ValueError, match=r"not valid JSON in UTF-8|not a JSON object"):
             parse_object(content)
     else:
         assert repr(parse_object(content)) == repr(expected)
 
 
 def test_bytes_that_are_not_utf8_are_no_row():
-    with pytest.raises(ValueError, match="not JSON in UTF-8: 'utf-8' codec can't decode"):
+    with pytest.raises(ValueError, match="not valid JSON in UTF-8: 'utf-8' codec can't decode"):
         parse_object(b'{"caption": "\xff"}')
 
 
@@ -162,10 +162,10 @@ def test_of_equal_keys_the_first_is_the_clip_whatever_the_hashes(
     good = ["b", "a", None, None, "c", "a (2)", None, None, None, "a (3)"]
     assert [None if isinstance(r, BadRecord) else r.key for r in records] == good
     assert {row: r.detail for row, r in enumerate(records, 1) if isinstance(r, BadRecord)} == {
-        3: "line 3: file_name is missing or no text: None",
-        4: "line 4: a second entry has the key 'a'",
-        7: "line 7: a second entry has the key 'a'",
-        8: "line 8: a second entry has the key 'b'",
+        3: "line 3: file_name is missing or not a string: None",
+        4: "line 4: another entry has the same key 'a'",
+        7: "line 7: another entry has the same key 'a'",
+        8: "line 8: another entry has the same key 'b'",
         9: "line 9: file_name must name a file inside the folder, got '/d.mp4'",
     }
     assert [r.key for r in records if isinstance(r, BadRecord)] == [
@@ -181,8 +181,8 @@ def test_many_entries_of_one_key_are_named_in_a_walk_over_them():
             Counting.asked += 1
             return super().__contains__(key)
 
-    book = KeyBook()
-    book._taken = Counting()
-    names = [book.stand_in("k") for _ in range(200)]
+    registry = KeyRegistry()
+    registry._taken = Counting()
+    names = [registry.substitute("k") for _ in range(200)]
     assert names[:2] == ["k (2)", "k (3)"] and len(set(names)) == 200
     assert Counting.asked <= 400
