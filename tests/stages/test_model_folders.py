@@ -135,7 +135,7 @@ def test_an_adapter_in_the_folder_does_not_name_another_model(base: Path, tmp_pa
     other = Path(shutil.copytree(base / "text_encoder", tmp_path / "other"))
     adapter = {"base_model_name_or_path": str(other), "peft_type": "LORA"}
     (base / "text_encoder" / "adapter_config.json").write_text(json.dumps(adapter))
-    with pytest.raises(ValueError, match=r"holds adapter_config\.json"):
+    with pytest.raises(ValueError, match=r"contains adapter_config\.json"):
         check_base_weights(base, ("text_encoder",))
 
 

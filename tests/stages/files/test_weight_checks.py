@@ -149,7 +149,7 @@ def test_weights_in_shards_pass(base, part):
 def test_a_missing_shard_is_named(base, part):
     in_shards(base, part)
     next((base / part).glob("*-00002-of-*")).unlink()
-    refused(base, part, r"lacks 1 of the 2 files .*index\.json names: .*-00002-of-00002")
+    refused(base, part, r"lacks 1 of the 2 weight files .*index\.json: .*-00002-of-00002")
     assert not parts_are_here(BaseModelConfig(path="someone/model"), base, (part,))
 
 
