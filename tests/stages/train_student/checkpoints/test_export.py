@@ -412,7 +412,7 @@ class TestRefusals:
             find_export(tmp_path)
         record = tmp_path / "export" / "export.json"
         record.write_text(json.dumps({"step": 1, "weights": "last"}))
-        with pytest.raises(ValueError, match=r"export.json holds no checksums"):
+        with pytest.raises(ValueError, match=r"export.json has no checksums"):
             find_export(tmp_path)
 
     def test_a_torn_checkpoint(self, run, tmp_path):
