@@ -114,7 +114,8 @@ def test_a_second_run_changes_no_file_and_loads_no_model(
     before = [times(kind.store) for kind in whole.kinds]
     for name in ("text.TextExtraction", "latents.LatentsExtraction"):
         monkeypatch.setattr(
-            f"stages.extract_features.{name}.opened", lambda *_: pytest.fail("no model is needed")
+            f"stages.extract_features.{name}.load_model",
+            lambda *_: pytest.fail("no model is needed"),
         )
     again = extract(extract_config, two_shards, tiny_base, whole.kinds[0].store.parent)
     assert stub_tracking.batches == []
