@@ -153,6 +153,6 @@ def test_the_survey_counts_each_clip_at_its_size(
     for size, keys in HELD.items():
         of_size = surveys[size]
         skipped = [clip.key for one in of_size for clip in one.skipped.get("latents", ())]
-        elsewhere = sum(len(one.elsewhere) for one in of_size)
+        elsewhere = sum(len(one.other_size) for one in of_size)
         assert sum(one.num_clips for one in of_size) - elsewhere - len(skipped) == len(keys)
-    assert not any(one.skipped or one.elsewhere for one in surveys[None])
+    assert not any(one.skipped or one.other_size for one in surveys[None])

@@ -162,7 +162,7 @@ def test_other_forms_hold_no_magnitudes(written, form):
 @pytest.mark.parametrize("form", ["comfyui", "kohya"])
 def test_sampling_from_another_form_says_how_to_export(written, tmp_path, form):
     written("lora", form)
-    with pytest.raises(ValueError, match=rf"{form}'s form.* without --format"):
+    with pytest.raises(ValueError, match=rf"the {form} format.* without --format"):
         find_export(tmp_path)
 
 
