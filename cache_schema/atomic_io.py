@@ -15,7 +15,7 @@ from cache_schema.errors import LockLost, LockUnsupported, ShardBusy
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def add_path_to_errors(path: Path) -> Iterator[None]:
     """Add the path of the file or folder written in the block to any `OSError` without one.
 
     The operating system reports a path when a file is opened or moved, but not when it is written
@@ -33,7 +33,7 @@ def sync(path: Path) -> None:
     """Make a file's bytes, or a directory's entries, survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with naming(path):
+        with add_path_to_errors(path):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -73,12 +73,12 @@ def open_for_writing(path: Path) -> BinaryIO:
     return os.fdopen(os.open(path, flags, 0o666), "wb")
 
 
-def write_whole(path: Path, data: bytes, *, temporary: Path) -> None:
+def write_atomic(path: Path, data: bytes, *, temporary: Path) -> None:
     """Write `data` to `temporary` and rename it to `path`, which is never seen partly written.
 
     `temporary` must be on the same file system and have no other writer.
     """
-    with naming(path), open_for_writing(temporary) as file:
+    with add_path_to_errors(path), open_for_writing(temporary) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -152,7 +152,7 @@ class FileLock:
                 self._lock(descriptor)
                 if self._is_current(descriptor):
                     _check_locks_are_shared(descriptor, self._path)
-                    with naming(self._path):
+                    with add_path_to_errors(self._path):
                         os.pwrite(descriptor, self._token, 0)
                     self._descriptor = descriptor
                     _held.add(self)

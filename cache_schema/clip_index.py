@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cache_schema.atomic_io import FileLock, naming, open_for_writing, sync
+from cache_schema.atomic_io import FileLock, add_path_to_errors, open_for_writing, sync
 from cache_schema.errors import CorruptRecord
 from cache_schema.index_checks import check_columns
 from cache_schema.index_file import (
@@ -264,7 +264,7 @@ def write_index(
     layout.staging.mkdir(exist_ok=True)
     temporary = layout.staging / f".{INDEX_FILE}"
     temporary.unlink(missing_ok=True)  # a writer that lost the lock may still have it open
-    with naming(layout.index), open_for_writing(temporary) as file:
+    with add_path_to_errors(layout.index), open_for_writing(temporary) as file:
         write_columns(file, index.columns, settings, store_crc32c)
         file.flush()
         os.fsync(file.fileno())

@@ -4,7 +4,7 @@ from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
-from cache_schema.atomic_io import make_directories, sync, sync_upwards, write_whole
+from cache_schema.atomic_io import make_directories, sync, sync_upwards, write_atomic
 from cache_schema.checksummed_json import HEAD_BYTES, crc32c_digits, crc32c_hex, encode_record
 from cache_schema.claim import ShardClaim
 from cache_schema.errors import CorruptRecord, LockLost, ShardBusy
@@ -94,7 +94,7 @@ def _changed_error(claim: ShardClaim, path: Path) -> LockLost:
 def _write_record(claim: ShardClaim, settings: StoreSettings, record: CommitRecord) -> int:
     data = encode_record(record.as_dict(settings.hash))
     path = claim.layout.commit(record.shard)
-    write_whole(path, data, temporary=claim.records / "commit.json")
+    write_atomic(path, data, temporary=claim.records / "commit.json")
     return int(crc32c_digits(data), 16)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cache_schema.errors import StoreNotFound
 from cache_schema.names import STORE_FILE, check_identifier
-from cache_schema.storage import LocalStorage, is_url, open_place
+from cache_schema.storage import LocalStorage, is_url, open_storage
 
 
 def list_stores(cache_root: Path | str) -> list[Path | str]:
@@ -68,7 +68,7 @@ def _store_in_folder(cache_root: Path | str, kind: str, folder: str) -> Path | s
 
 
 def _list_stores(cache_root: Path | str) -> list[Path | str] | None:
-    storage = open_place(cache_root)
+    storage = open_storage(cache_root)
     names = storage.list_folder("")
     if names is None:
         return None

@@ -43,7 +43,7 @@ from cache_schema.records import (
     repair_hint,
 )
 from cache_schema.schema import StoreSettings
-from cache_schema.storage import is_url, open_place
+from cache_schema.storage import is_url, open_storage
 from cache_schema.zarr_shard import DamagedFile, FileFacts, chunk_path, read_clip, read_part
 
 _MAX_RECORDS = 16
@@ -82,7 +82,7 @@ class StoreReader:
             StoreUnreachable: a network storage did not respond.
         """
         self.path: Path | str = path if is_url(path) else Path(path)
-        self._storage = open_place(self.path)
+        self._storage = open_storage(self.path)
         file = f"{self.path}/{STORE_FILE}"
         try:
             data = read_record_file(self._storage, STORE_FILE)

@@ -9,8 +9,8 @@ import numpy as np
 from cache_schema.checksummed_json import plain_mapping
 from cache_schema.claim import ShardClaim
 from cache_schema.commit import commit_group
+from cache_schema.committed_shards import CommittedShards
 from cache_schema.errors import AlreadyCommitted
-from cache_schema.known_shards import CommittedShards
 from cache_schema.names import (
     StoreLayout,
     check_fingerprint,

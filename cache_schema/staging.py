@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cache_schema.atomic_io import naming, sync, sync_upwards, write_whole
+from cache_schema.atomic_io import add_path_to_errors, sync, sync_upwards, write_atomic
 from cache_schema.checksummed_json import decode_record, encode_record
 from cache_schema.claim import ShardClaim
 from cache_schema.commit import sync_metadata
@@ -63,7 +63,7 @@ class Staging:
         self._records = claim.records
         self.clips: list[ClipEntry] = []
         self.skipped: list[SkippedClip] = []
-        with claim.guarded(), naming(self._group):
+        with claim.guarded(), add_path_to_errors(self._group):
             _restore_unrecorded_group(claim)
             self._group.mkdir(exist_ok=True)
             self._adopt()
@@ -81,7 +81,7 @@ class Staging:
         Raises `LockLost` if another writer took the shard over, with the clips before this one.
         """
         self._claim.check()
-        with self._claim.guarded(), naming(self._group):
+        with self._claim.guarded(), add_path_to_errors(self._group):
             self._add(key, arrays, attributes, fingerprint)
 
     def _add(
@@ -116,7 +116,7 @@ class Staging:
     def finish(self) -> tuple[Path, dict[str, StoredFile]]:
         """Reduce the group to its clips and sync it; returns its folder and the metadata files."""
         self._claim.check()
-        with self._claim.guarded(), naming(self._group):
+        with self._claim.guarded(), add_path_to_errors(self._group):
             self._prune_group()
             files = sync_metadata(self._group, self._settings)
             sync(self._folder)
@@ -125,7 +125,7 @@ class Staging:
     def _write_record(self, entry: dict[str, Any]) -> None:
         number = len(self.clips) + len(self.skipped)
         record = {"settings_hash": self._settings.hash, "source": self._source, **entry}
-        write_whole(
+        write_atomic(
             self._record_path(number),
             encode_record(record),
             temporary=self._records / ".incomplete",

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from cache_schema.atomic_io import make_directories, sync, write_whole
+from cache_schema.atomic_io import make_directories, sync, write_atomic
 from cache_schema.errors import StoreUnreachable, SymlinkInStore
 from cache_schema.names import MAX_RECORD_BYTES, StoreLayout
 from cache_schema.shown_text import lacks_credentials
@@ -124,7 +124,7 @@ def is_url(location: Path | str) -> bool:
     return isinstance(location, str) and "://" in location
 
 
-def open_place(location: Path | str) -> Storage:
+def open_storage(location: Path | str) -> Storage:
     """The storage at a local path or a URL; nothing is accessed yet."""
     if isinstance(location, str) and is_url(location):
         return FsspecStorage(location)
@@ -458,7 +458,7 @@ class FolderTarget(LocalStorage):
         make_directories(copying)
         file = self.folder / path
         make_directories(file.parent)
-        write_whole(file, data, temporary=copying / f".{threading.get_ident()}")
+        write_atomic(file, data, temporary=copying / f".{threading.get_ident()}")
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Size of every file below a folder."""

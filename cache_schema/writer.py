@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cache_schema.atomic_io import FileLock, is_locked, make_directories, sync, write_whole
+from cache_schema.atomic_io import FileLock, is_locked, make_directories, sync, write_atomic
 from cache_schema.checksummed_json import encode_record, plain_mapping
 from cache_schema.clip_index import ClipIndex, is_indexed, write_index
 from cache_schema.commit import clean_up_store
+from cache_schema.committed_shards import CommittedShards
 from cache_schema.errors import SettingsMismatch
-from cache_schema.known_shards import CommittedShards
 from cache_schema.names import StoreLayout, check_shard_name
 from cache_schema.records import StoreManifest, committed_shards, read_manifest
 from cache_schema.schema import Compression, StoreSettings, differing_settings
@@ -55,7 +55,7 @@ class StoreWriter:
         with FileLock(layout.store_lock, wait=True, what=f"store {layout.root}"):
             if not layout.store_file.exists():
                 manifest = StoreManifest(_as_stored(layout, settings), plain_provenance)
-                write_whole(
+                write_atomic(
                     layout.store_file,
                     encode_record(manifest.as_dict()),
                     temporary=layout.staging / ".store.json",

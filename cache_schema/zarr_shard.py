@@ -29,7 +29,7 @@ from typing import NamedTuple
 import google_crc32c
 from numcodecs import blosc
 
-from cache_schema.atomic_io import naming
+from cache_schema.atomic_io import add_path_to_errors
 from cache_schema.storage import FetchedFile, OpenFile, Storage
 
 METADATA_FILE = "zarr.json"
@@ -229,7 +229,7 @@ def write_chunk_table(path: Path, spec: ArraySpec) -> int:
     checksums and Zarr's table.
     """
     pairs_bytes = _PAIR_BYTES * spec.num_chunks
-    with naming(path), path.open("r+b") as file:
+    with add_path_to_errors(path), path.open("r+b") as file:
         end = file.seek(-pairs_bytes - _CRC_BYTES, os.SEEK_END)
         pairs, pairs_crc = file.read(pairs_bytes), file.read()
         crcs = bytearray()

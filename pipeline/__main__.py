@@ -21,7 +21,7 @@ def main() -> None:
             except SystemExit as ending:
                 # Outside a command's own work, typer turns an interrupt into exit code 1.
                 raise SystemExit(
-                    ENDED_BY_SIGNAL if stop.made and ending.code else ending.code
+                    ENDED_BY_SIGNAL if stop.requested and ending.code else ending.code
                 ) from None
     finally:
         # The interpreter may wait for threads at exit; a further signal must end it.

@@ -47,7 +47,7 @@ from cache_schema.storage import (
     LocalStorage,
     Storage,
     Target,
-    open_place,
+    open_storage,
     open_target,
     refuse_links,
 )
@@ -98,7 +98,7 @@ def copy_store(
         SymlinkInStore: the target contains a symbolic link among its own files.
         StoreUnreachable: a network storage did not respond.
     """
-    source_storage, target_storage = open_place(source), open_target(target)
+    source_storage, target_storage = open_storage(source), open_target(target)
     if isinstance(target_storage, FolderTarget):
         refuse_links(StoreLayout(target_storage.folder))
     data = _read_or_none(source_storage, STORE_FILE)

@@ -30,7 +30,7 @@ class DropReport:
 
     num_dropped: int
     """Clips removed now, and skipped clips that are now listed as dropped."""
-    num_already: int
+    num_already_dropped: int
     """Clips that were already listed so."""
     shards: tuple[str, ...]
     """The shards whose records were replaced, sorted."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cache_schema.atomic_io import FileLock, make_directories, sync, sync_folders, write_whole
+from cache_schema.atomic_io import FileLock, make_directories, sync, sync_folders, write_atomic
 from cache_schema.checksummed_json import decode_record, encode_record
 from cache_schema.claim import ShardClaim, staged_records
 from cache_schema.clip_index import load_index
@@ -145,7 +145,7 @@ def _target_layout(target: Path, manifest: StoreManifest) -> StoreLayout:
     make_directories(layout.staging)
     with FileLock(layout.store_lock, wait=True, what=f"store {target}"):
         if not layout.store_file.exists():
-            write_whole(
+            write_atomic(
                 layout.store_file,
                 encode_record(manifest.as_dict()),
                 temporary=layout.staging / ".store.json",
@@ -290,7 +290,7 @@ def _link_or_copy(
     try:
         copy.hardlink_to(original.resolve())  # resolve symbolic links
     except OSError:  # another file system, or one without links
-        write_whole(copy, data, temporary=folder / ".incomplete")
+        write_atomic(copy, data, temporary=folder / ".incomplete")
         return False
     return True
 

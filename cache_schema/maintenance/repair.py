@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from cache_schema.atomic_io import FileLock, make_directories, naming, sync
+from cache_schema.atomic_io import FileLock, add_path_to_errors, make_directories, sync
 from cache_schema.claim import ShardClaim
 from cache_schema.clip_index import write_index
 from cache_schema.commit import clean_up_store, group_generations
@@ -48,7 +48,7 @@ class RepairReport:
 
     found: tuple[Problem, ...]
     """All problems that were found."""
-    left: tuple[Problem, ...]
+    remaining: tuple[Problem, ...]
     """Problems that remain: harmless, to be fixed by hand, or in shards of another writer."""
     quarantine: Path | None
     """Folder that the damaged files were moved to."""
@@ -95,12 +95,12 @@ def repair_store(store: Path, *, advance: Callable[[int], None] | None = None) -
     repair = _Repair(layout, settings, survey, _Quarantine(layout, survey.problems))
     repair.run()
     recheck = Survey(storage, settings, fast=True, advance=lambda _: None)
-    if any(problem.mend == "repair" for problem in survey.problems):
+    if any(problem.remedy == "repair" for problem in survey.problems):
         recheck.run()
-    remaining = (problem for problem in recheck.problems if problem.mend != "extract")
+    remaining = (problem for problem in recheck.problems if problem.remedy != "extract")
     return RepairReport(
         tuple(survey.problems),
-        tuple(dict.fromkeys([*repair.left, *remaining])),
+        tuple(dict.fromkeys([*repair.remaining, *remaining])),
         repair.quarantine.folder,
         tuple(repair.clips),
         tuple(repair.shards),
@@ -113,7 +113,7 @@ def _quarantine_store_file(layout: StoreLayout, what: str) -> RepairReport:
     quarantine.move(layout.store_file)
     if layout.index.exists():  # it refers to the quarantined store.json
         quarantine.move(layout.index)
-    left = Problem(
+    remaining = Problem(
         None,
         None,
         f"{layout.store_file} was damaged and quarantined; run sam2vx-pipeline extract-features "
@@ -121,7 +121,7 @@ def _quarantine_store_file(layout: StoreLayout, what: str) -> RepairReport:
         "shard, then repair again",
         "by hand",
     )
-    return RepairReport((problem,), (left,), quarantine.folder, (), ())
+    return RepairReport((problem,), (remaining,), quarantine.folder, (), ())
 
 
 class _Quarantine:
@@ -154,7 +154,7 @@ class _Quarantine:
             ]
             text = json.dumps(found, indent=1)
             findings = folder / FINDINGS_FILE
-            with naming(findings):
+            with add_path_to_errors(findings):
                 findings.write_text(text, encoding="utf-8")
             sync(self._layout.quarantine)
             self.folder = folder
@@ -169,15 +169,17 @@ class _Repair:
     settings: StoreSettings
     survey: Survey
     quarantine: _Quarantine
-    left: list[Problem] = field(default_factory=list)
+    remaining: list[Problem] = field(default_factory=list)
     clips: list[SkippedClip] = field(default_factory=list)
     shards: list[str] = field(default_factory=list)
 
     def run(self) -> None:
         """Repair everything that can be repaired."""
-        self.left += [problem for problem in self.survey.problems if problem.mend != "repair"]
-        repairable = [problem for problem in self.survey.problems if problem.mend == "repair"]
-        by_hand = {problem.shard for problem in self.left if problem.mend == "by hand"}
+        self.remaining += [
+            problem for problem in self.survey.problems if problem.remedy != "repair"
+        ]
+        repairable = [problem for problem in self.survey.problems if problem.remedy == "repair"]
+        by_hand = {problem.shard for problem in self.remaining if problem.remedy == "by hand"}
         busy: set[str] = set()
         # In ascending order: a key in two shards is kept in the first, unless it has been found
         # damaged and removed there before the second is repaired.
@@ -190,8 +192,8 @@ class _Repair:
             except ShardBusy:
                 busy.add(shard)
             except LockLost as error:
-                self.left.append(Problem(shard, None, f"skipped: {error}", "repair"))
-        self.left += [problem for problem in repairable if problem.shard in busy]
+                self.remaining.append(Problem(shard, None, f"skipped: {error}", "repair"))
+        self.remaining += [problem for problem in repairable if problem.shard in busy]
         for path in self._foreign():
             self.quarantine.move(path)
         # An index that lists a quarantined shard would make its record look lost.
@@ -208,9 +210,9 @@ class _Repair:
             return  # because of a remaining problem; a store can be read without the index
         except LockLost as error:
             detail = f"{INDEX_FILE} was not written: {error}"
-            self.left.append(Problem(None, None, detail, "repair"))
+            self.remaining.append(Problem(None, None, detail, "repair"))
             return
-        self.left = [problem for problem in self.left if problem.shard is not None]
+        self.remaining = [problem for problem in self.remaining if problem.shard is not None]
 
     def _repair_shard(self, claim: ShardClaim) -> None:
         shard = claim.shard
@@ -290,7 +292,7 @@ class _Repair:
         if os.path.lexists(self.layout.commit(shard)):
             self._quarantine_path(claim, self.layout.commit(shard))
         self.shards.append(shard)
-        self.left += [
+        self.remaining += [
             Problem(shard, key, _DROPPED_ONCE, "by hand") for key in self._dropped.get(shard, ())
         ]
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from os import link
 from pathlib import Path
 
-from cache_schema.atomic_io import make_directories, naming, sync, sync_folders
+from cache_schema.atomic_io import add_path_to_errors, make_directories, sync, sync_folders
 from cache_schema.claim import ShardClaim
 from cache_schema.clip_index import ClipIndex, load_index
 from cache_schema.commit import commit_group, commit_record, sync_metadata
@@ -176,7 +176,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
     except FileNotFoundError:
         raise
     except OSError:
-        with naming(target):
+        with add_path_to_errors(target):
             shutil.copyfile(source, target)
         sync(target)
 

@@ -41,11 +41,11 @@ from cache_schema.names import (
 )
 from cache_schema.records import CommitRecord, OtherSettings, parse_manifest
 from cache_schema.schema import StoreSettings
-from cache_schema.storage import LocalStorage, Storage, open_place
+from cache_schema.storage import LocalStorage, Storage, open_storage
 
-Mend = Literal["repair", "extract", "copy", "by hand"]
+Remedy = Literal["repair", "extract", "copy", "by hand"]
 
-MENDS: dict[Mend, str] = {
+REMEDIES: dict[Remedy, str] = {
     "repair": "run sam2vx-pipeline cache repair, then extract-features --retry-failed",
     "extract": "harmless: readers ignore it, and extract-features finishes or removes it",
     "copy": "run sam2vx-pipeline cache copy again from the store it was copied from",
@@ -66,7 +66,7 @@ class Problem:
     key: str | None
     """The clip, if the problem concerns one."""
     what: str
-    mend: Mend
+    remedy: Remedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def verify_store(
             are in the report.
         StoreUnreachable, OSError: files that may be intact cannot be read.
     """
-    storage = open_place(store)
+    storage = open_storage(store)
     survey = Survey(storage, read_settings(storage), fast, advance or (lambda _: None))
     survey.run()
     return VerifyReport(tuple(survey.problems), survey.num_clips, survey.num_bytes)
@@ -179,11 +179,16 @@ class Survey:
             self._check_group_folders(StoreLayout(self.storage.folder), groups or [])
 
     def _report(
-        self, what: str, *, shard: str | None = None, key: str | None = None, mend: Mend = "repair"
+        self,
+        what: str,
+        *,
+        shard: str | None = None,
+        key: str | None = None,
+        remedy: Remedy = "repair",
     ) -> None:
-        if mend == "repair" and not isinstance(self.storage, LocalStorage):
-            mend = "copy"
-        self.problems.append(Problem(shard, key, what, mend))
+        if remedy == "repair" and not isinstance(self.storage, LocalStorage):
+            remedy = "copy"
+        self.problems.append(Problem(shard, key, what, remedy))
 
     def _read_index(self) -> ClipIndex | None:
         try:
@@ -220,7 +225,7 @@ class Survey:
             return  # it was removed since it was listed, or only the index lists it
         except UnknownSchemaVersion as error:
             self._generations[shard] = None
-            self._report(str(error), shard=shard, mend="by hand")
+            self._report(str(error), shard=shard, remedy="by hand")
             return
         except CorruptRecord as error:
             self._generations[shard] = None
@@ -235,7 +240,7 @@ class Survey:
             stored.bytes for clip in record.clips for stored in clip.arrays.values()
         )
         if damage and (what := compression_mismatch(self.storage, self.settings, record)):
-            self._report(what, shard=shard, mend="by hand")
+            self._report(what, shard=shard, remedy="by hand")
             return
         for what in damage.metadata:
             self._report(what, shard=shard)
@@ -281,9 +286,9 @@ class Survey:
         """Report an unrecorded path below `shards`; harmless while the shard's lock is held."""
         assert isinstance(self.storage, LocalStorage), "only local folders are listed"
         layout = StoreLayout(self.storage.folder)
-        mend: Mend = "extract" if is_locked(layout.lock(shard)) else "repair"
+        remedy: Remedy = "extract" if is_locked(layout.lock(shard)) else "repair"
         if os.path.lexists(layout.shards / path):  # it was not removed meanwhile
-            self._report(what, shard=shard, mend=mend)
+            self._report(what, shard=shard, remedy=remedy)
 
     def _check_until_stable(self, shard: str) -> tuple[CommitRecord, int, Damage]:
         """Record, its `crc32c`, and damage of a shard; checked again if replaced meanwhile."""
@@ -324,7 +329,7 @@ class Survey:
             self._report(
                 f"{INDEX_FILE} is not up to date with {len(changed)} shards, such as "
                 f"{min(changed)!r}",
-                mend="extract" if isinstance(self.storage, LocalStorage) else "copy",
+                remedy="extract" if isinstance(self.storage, LocalStorage) else "copy",
             )
         elif self.fast or unusable or self.duplicates or self.index_is_damaged:
             return  # the index to compare with cannot be built from the records
@@ -353,7 +358,7 @@ class Survey:
         if shard in self.lost:
             return
         if layout.staged(shard).exists():
-            self._report(f"shards/{shard} has no commit record", shard=shard, mend="extract")
+            self._report(f"shards/{shard} has no commit record", shard=shard, remedy="extract")
         elif not layout.commit(shard).exists() and layout.group(shard, 0).exists():
             # It was neither committed nor removed meanwhile.
             self.lost.add(shard)

@@ -13,8 +13,8 @@ from stages.progress import Progress
 
 if TYPE_CHECKING:
     from stages.dry_run.extract import (
+        EncodingEstimate,
         Estimate,
-        FormEstimate,
         KindEstimate,
         PassEstimate,
     )
@@ -66,7 +66,7 @@ def run(
             if kind.kind in one.kinds and kind.bucket == one.bucket:
                 rows += _kind_rows(kind)
         rows += _pass_rows(one)
-    rows += _form_rows(found.forms)
+    rows += _encoding_rows(found.encodings)
     at_least = "at least " if any(one.cost is None for one in found.passes) else ""
     about = "about " if any(kind.is_compressed for kind in found.kinds) else ""
     size, free = format_bytes(found.bytes), format_bytes(found.free_bytes)
@@ -117,18 +117,16 @@ def _kind_rows(kind: KindEstimate) -> list[tuple[str, str]]:
     return [*rows, ("  disk", _size(kind.bytes, kind.bytes_per_clip, about=kind.is_compressed))]
 
 
-def _form_rows(forms: Sequence[FormEstimate]) -> list[tuple[str, str]]:
+def _encoding_rows(encodings: Sequence[EncodingEstimate]) -> list[tuple[str, str]]:
     """Sizes of all forms of the teacher, for comparison."""
-    rows = [
-        (
-            f"  {form.size.kind} {form.size.dtype}{f' {form.bucket}' if form.bucket else ''}",
-            _size(form.bytes, form.size.bytes_per_clip, about=form.size.is_compressed)
-            + (", chosen" if form.size.is_chosen else ""),
-        )
-        for form in forms
-    ]
-    clips = sum({form.bucket: form.clips for form in forms}.values())
-    return [("teacher forms", f"for {clips} clips"), *rows] if forms else []
+    rows = []
+    for encoding in encodings:
+        size, bucket = encoding.size, f" {encoding.bucket}" if encoding.bucket else ""
+        amount = _size(encoding.bytes, size.bytes_per_clip, about=size.is_compressed)
+        chosen = ", chosen" if size.is_chosen else ""
+        rows.append((f"  {size.kind} {size.dtype}{bucket}", amount + chosen))
+    clips = sum({encoding.bucket: encoding.clips for encoding in encodings}.values())
+    return [("teacher forms", f"for {clips} clips"), *rows] if encodings else []
 
 
 def _size(total: int, per_clip: int, *, about: bool) -> str:
@@ -146,7 +144,7 @@ def _pass_rows(one: PassEstimate) -> list[tuple[str, str]]:
     )
     if cost.waiting_bytes:
         parts += f", frames and maps {format_bytes(cost.waiting_bytes)}"
-    rate = f"{format_flop(one.flops_per_second * one.usual_share)}/s"
+    rate = f"{format_flop(one.flops_per_second * one.assumed_peak_fraction)}/s"
     together = [(", ".join(one.kinds), "from one pass")] if len(one.kinds) > 1 else []
     return [
         *together,
@@ -212,7 +210,7 @@ def _data(config: RunConfig, found: Estimate) -> dict[str, Any]:
         "device_bytes": found.device_bytes,
         "warnings": [*found.notes, *_warnings(config, found)],
         "passes": [_pass_data(one) for one in found.passes],
-        "forms": [_form_data(form) for form in found.forms],
+        "forms": [_encoding_data(encoding) for encoding in found.encodings],
     }
     return data | {kind.name: _kind_data(kind) for kind in found.kinds}
 
@@ -226,7 +224,7 @@ def _pass_data(one: PassEstimate) -> dict[str, Any]:
         "flops": one.flops,
         "flops_per_clip": None if cost is None else cost.flops_per_clip,
         "flops_per_second": one.flops_per_second,
-        "usual_share": one.usual_share,
+        "usual_share": one.assumed_peak_fraction,
         "seconds": one.seconds,
         "memory_bytes": None if cost is None else cost.memory_bytes,
         "weight_bytes": None if cost is None else cost.weight_bytes,
@@ -235,16 +233,16 @@ def _pass_data(one: PassEstimate) -> dict[str, Any]:
     }
 
 
-def _form_data(form: FormEstimate) -> dict[str, Any]:
+def _encoding_data(encoding: EncodingEstimate) -> dict[str, Any]:
     return {
-        "kind": form.size.kind,
-        "dtype": form.size.dtype,
-        "bucket": form.bucket,
-        "chosen": form.size.is_chosen,
-        "clips": form.clips,
-        "bytes_per_clip": form.size.bytes_per_clip,
-        "bytes": form.bytes,
-        "compressed": form.size.is_compressed,
+        "kind": encoding.size.kind,
+        "dtype": encoding.size.dtype,
+        "bucket": encoding.bucket,
+        "chosen": encoding.size.is_chosen,
+        "clips": encoding.clips,
+        "bytes_per_clip": encoding.size.bytes_per_clip,
+        "bytes": encoding.bytes,
+        "compressed": encoding.size.is_compressed,
     }
 
 

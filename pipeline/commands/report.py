@@ -29,7 +29,7 @@ def run(
         page = write_page(records, out)
         task.advance()
     size = page.stat().st_size
-    rows = [(one.name, one.told) for one in found]
+    rows = [(one.name, one.text) for one in found]
     return CommandResult(
         title=f"run {run_dir}",
         rows=[*rows, ("page", format_bytes(size))],

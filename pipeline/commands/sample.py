@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache_schema.atomic_io import naming
+from cache_schema.atomic_io import add_path_to_errors
 from cache_schema.shown_text import redacted
 from pipeline.commands.assets import make_missing_assets
 from pipeline.config.load import ConfigError, RunConfig
@@ -219,7 +219,7 @@ def _write_record(config: RunConfig, summary: SampleSummary, image: Path | None)
     record = redacted(_data(config, summary, image)) | {"made_with": provenance()}
     text = json.dumps(record, indent=1)
     file = summary.out.with_suffix(".json")
-    with naming(file):
+    with add_path_to_errors(file):
         file.write_text(text + "\n", "utf-8")
 
 

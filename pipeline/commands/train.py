@@ -39,8 +39,8 @@ def run(config: RunConfig, progress: Progress) -> CommandResult:
         "resumed_from": summary.resumed_from,
         "already_finished": summary.already_finished,
         "clips": summary.clips,
-        "left_out": summary.left_out,
-        "left_out_by_name": summary.left_out_by_name,
+        "left_out": summary.excluded,
+        "left_out_by_name": summary.excluded_by_name,
         "skipped_steps": summary.skipped_steps,
         "damaged_clips": summary.damaged_clips,
         "gone_clips": summary.gone_clips,
@@ -55,9 +55,9 @@ def run(config: RunConfig, progress: Progress) -> CommandResult:
     rows = [
         ("run", str(summary.run_dir)),
         ("steps", _steps(data)),
-        ("clips", f"{summary.clips}{_excluded(summary.left_out, summary.left_out_by_name)}"),
+        ("clips", f"{summary.clips}{_excluded(summary.excluded, summary.excluded_by_name)}"),
     ]
-    rows += [(one.name, one.told) for one in losses]
+    rows += [(one.name, one.text) for one in losses]
     if summary.skipped_steps:
         skipped = f"{summary.skipped_steps}, with a NaN or infinite loss or gradient"
         rows.append(("skipped steps", f"{skipped}; see {SKIPPED_FILE} in the run's folder"))
@@ -66,7 +66,7 @@ def run(config: RunConfig, progress: Progress) -> CommandResult:
         if count:
             replaced = f"{count}, replaced by other clips; see {DAMAGED_FILE} in the run's folder"
             rows.append((name, replaced))
-    rows += [(one.name, one.told) for one in speed]
+    rows += [(one.name, one.text) for one in speed]
     rows.append(("peak memory", format_bytes(summary.peak_memory_bytes)))
     rows.append(("weights", str(summary.export)))
     if data["page"] is not None:
@@ -81,7 +81,7 @@ def _steps(data: dict[str, Any]) -> str:
     return f"{data['steps_done']}" + (f", resumed after {resumed}" if resumed else "")
 
 
-def _excluded(left_out: dict[str, int], by_name: int) -> str:
-    listed = [f"{count} of {kind}" for kind, count in left_out.items() if count]
+def _excluded(excluded: dict[str, int], by_name: int) -> str:
+    listed = [f"{count} of {kind}" for kind, count in excluded.items() if count]
     incomplete = f"; not in every store: {', '.join(listed)}" if listed else ""
     return incomplete + (f"; {by_name} left out by train.leave_out" if by_name else "")

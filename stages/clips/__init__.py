@@ -1,6 +1,6 @@
 """Reading of video datasets: layouts, decoding, frame selection, resizing and subject prompts."""
 
-from stages.clips.bucketing import belongs, bucket_of
+from stages.clips.bucketing import bucket_of, is_in_bucket
 from stages.clips.config import ClipsConfig
 from stages.clips.dataset import (
     ClipDataset,
@@ -29,10 +29,10 @@ __all__ = [
     "InputShard",
     "SubjectPrompt",
     "VideoError",
-    "belongs",
     "bucket_of",
     "encode_video",
     "input_shard_name",
+    "is_in_bucket",
     "load_clip",
     "open_dataset",
     "probe_clip",

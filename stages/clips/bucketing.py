@@ -32,7 +32,7 @@ class _Source:
     """Numbers of frames among the sizes that the video can fill at the configured fps."""
 
 
-def belongs(record: ClipRecord | BadRecord, size: ClipsConfig) -> bool:
+def is_in_bucket(record: ClipRecord | BadRecord, size: ClipsConfig) -> bool:
     """Whether a clip is assigned to `size`, one of `ClipsConfig.sizes`; True without buckets."""
     return not size.buckets or bucket_of(record, size).size_name == size.size_name
 

@@ -73,7 +73,7 @@ def hash_prompts(prompts: Iterable[SubjectPrompt]) -> str:
     return hash_parts(parts)
 
 
-def sources_half(fingerprints: np.ndarray) -> np.ndarray:
+def source_hashes(fingerprints: np.ndarray) -> np.ndarray:
     """The hashes of everything the entries depend on.
 
     Args:
@@ -85,8 +85,8 @@ def sources_half(fingerprints: np.ndarray) -> np.ndarray:
     return _halves(fingerprints)[:, 0]
 
 
-def video_half(fingerprints: np.ndarray) -> np.ndarray:
-    """The hashes of the clips' videos; shapes as in `sources_half`."""
+def video_hashes(fingerprints: np.ndarray) -> np.ndarray:
+    """The hashes of the clips' videos; shapes as in `source_hashes`."""
     return _halves(fingerprints)[:, 1]
 
 

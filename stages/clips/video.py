@@ -10,7 +10,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
-from cache_schema.atomic_io import naming
+from cache_schema.atomic_io import add_path_to_errors
 from stages.clips.colour import EXACT
 from stages.clips.decoding import open_video
 from stages.clips.video_source import VideoSource
@@ -51,7 +51,7 @@ def write_video(path: Path, frames_THWC: np.ndarray, fps: float, *, crf: int = 1
     encoded = encode_video(frames_THWC, fps, crf=crf)
     temporary = path.with_name(f".{path.stem[:40]}-{secrets.token_hex(8)}")
     try:
-        with naming(path):
+        with add_path_to_errors(path):
             temporary.write_bytes(encoded)
         temporary.replace(path)
     except BaseException:

@@ -51,7 +51,7 @@ def read_model_index(folder: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BaseFacts:
+class CogVideoXConfigs:
     """Transformer, VAE and scheduler configs of a CogVideoX pipeline, with diffusers' keys."""
 
     folder: Path
@@ -106,12 +106,12 @@ class BaseFacts:
 
 
 BASE_CONFIGS = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
-"""Files that `read_base_facts` requires; it reads `TEXT_ENCODER_CONFIG` too if present."""
+"""Files that `read_configs` requires; it reads `TEXT_ENCODER_CONFIG` too if present."""
 
 TEXT_ENCODER_CONFIG = "text_encoder/config.json"
 
 
-def read_base_facts(folder: Path) -> BaseFacts:
+def read_configs(folder: Path) -> CogVideoXConfigs:
     """Read the configuration files of a diffusers pipeline folder.
 
     Raises:
@@ -119,19 +119,19 @@ def read_base_facts(folder: Path) -> BaseFacts:
     """
     read_model_index(folder)
     text_encoder = folder / TEXT_ENCODER_CONFIG
-    facts = BaseFacts(
+    configs = CogVideoXConfigs(
         folder=folder,
         text_encoder=read_config(text_encoder) if text_encoder.is_file() else None,
         **{Path(name).parent.name: _read(folder / name) for name in BASE_CONFIGS},
     )
-    channels = facts.transformer["in_channels"], facts.transformer["out_channels"]
+    channels = configs.transformer["in_channels"], configs.transformer["out_channels"]
     if channels[0] not in (channels[1], 2 * channels[1]):
         raise ValueError(
             f"the transformer in {folder} has {channels[0]} input and {channels[1]} output "
             "channels; CogVideoX has equally many (text-to-video) or twice as many input channels "
             "(image-to-video)"
         )
-    return facts
+    return configs
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch import Tensor
 
-from stages.cogvideox.configs import BaseFacts
+from stages.cogvideox.configs import CogVideoXConfigs
 
 
 def pad_in_front(latents_FCHW: Tensor, frames: int) -> Tensor:
@@ -28,7 +28,11 @@ def image_condition(image_1CHW: Tensor, num_latents: int) -> Tensor:
 
 
 def rotary_positions(
-    facts: BaseFacts, num_latents: int, latent_height: int, latent_width: int, device: torch.device
+    configs: CogVideoXConfigs,
+    num_latents: int,
+    latent_height: int,
+    latent_width: int,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor] | None:
     """Cosines and sines of the rotary embedding, each [tokens, head_dim]; None for sin-cos models.
 
@@ -37,7 +41,7 @@ def rotary_positions(
 
     Source: CogVideoXPipeline._prepare_rotary_positional_embeddings.
     """
-    config = facts.transformer
+    config = configs.transformer
     if not config["use_rotary_positional_embeddings"]:
         return None
     patch = config["patch_size"]

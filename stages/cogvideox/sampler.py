@@ -55,7 +55,7 @@ def build_pipeline(base: Path, **parts: Any) -> Any:
         ) from error
 
 
-def fps_of(clips: ClipsConfig) -> float:
+def output_fps(clips: ClipsConfig) -> float:
     """Frames per second of generated videos."""
     return clips.fps or _DEFAULT_FPS
 
@@ -75,13 +75,13 @@ def first_frame(image: Path, clips: ClipsConfig) -> Image.Image:
         *picture_HWC.shape[:2],
         height=clips.height,
         width=clips.width,
-        source_fps=fps_of(clips),
+        source_fps=output_fps(clips),
         sampling="consecutive",
     )
     return Image.fromarray(geometry.frame(picture_HWC))
 
 
-def draw(
+def generate_video(
     pipeline: Any,
     clips: ClipsConfig,
     *,

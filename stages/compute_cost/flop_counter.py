@@ -21,7 +21,7 @@ _REPEATS = 4
 _MIN_SIDE, _MAX_SIDE = 256, 8192
 
 
-class Meter:
+class FlopCounter:
     """Context manager that counts FLOPs and the peak bytes of live tensors.
 
     A multiply-add is two FLOPs. Matrix products, convolutions and attention are counted, which are
@@ -55,7 +55,7 @@ class Meter:
         return self._operations.flops + self._attention.flops
 
     @property
-    def scores_again_flops(self) -> int:
+    def recomputed_flops(self) -> int:
         """FLOPs spent by the fused kernel to recompute its scores in the backward pass."""
         return self._attention.recomputed_flops
 

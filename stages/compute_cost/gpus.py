@@ -68,7 +68,7 @@ _DEVICE_NAME_PATTERNS: tuple[tuple[str, str], ...] = (
 """Regex on the device name -> name in `GPUS`; the first match wins."""
 
 
-def gpu_named(name: str) -> Gpu:
+def find_gpu(name: str) -> Gpu:
     """Return the GPU with this name in `GPUS`.
 
     Raises:
@@ -93,7 +93,7 @@ def gpu_of_device(name: str) -> Gpu | None:
     return None
 
 
-def gpu_here() -> Gpu | None:
+def local_gpu() -> Gpu | None:
     """Return this machine's first GPU; None if there is none or it is not in `GPUS`."""
     if not torch.cuda.is_available():
         return None

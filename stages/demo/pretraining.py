@@ -27,7 +27,7 @@ from stages.demo.config import DemoConfig
 from stages.demo.scenes import draw_clip
 from stages.demo.tiny_cogvideox import MAX_TEXT_TOKENS, build_tiny_cogvideox
 from stages.demo.tiny_vae import build_tiny_vae, fit_tiny_vae
-from stages.files.safetensors import usual_modes
+from stages.files.safetensors import umask_modes
 from stages.cogvideox.diffusion import cumulative_alphas, diffusion_loss, noisy_latents
 
 _NUM_FRAMES, _HEIGHT, _WIDTH, _FPS = 17, 128, 192, 8.0
@@ -75,7 +75,7 @@ def pretrain(out: Path, *, vae_steps: int, minutes: float, log: Callable[[str], 
     )
     pipeline = CogVideoXPipeline.from_pretrained(out)
     pipeline.transformer = _train(pipeline, frames_NTHWC, captions, minutes * 60, config.seed, log)
-    with usual_modes(out):
+    with umask_modes(out):
         pipeline.to(torch.float16).save_pretrained(out)
     for file in out.rglob("*.json"):  # diffusers records the path each part was loaded from
         content = parse_json(file.read_text(encoding="utf-8"))

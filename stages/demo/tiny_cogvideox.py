@@ -20,7 +20,7 @@ from diffusers import (
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from stages.demo.tiny_vae import build_tiny_vae
-from stages.files.safetensors import usual_modes
+from stages.files.safetensors import umask_modes
 
 MAX_TEXT_TOKENS = 32
 """Caption length in tokens (226 in the official models)."""
@@ -100,7 +100,7 @@ def build_tiny_cogvideox(
         transformer=transformer.eval(),
         scheduler=_scheduler(),
     )
-    with usual_modes(out):
+    with umask_modes(out):
         pipeline.save_pretrained(out)
 
 

@@ -23,7 +23,7 @@ from stages.compute_cost.flop_counter import matmul_flops_per_second
 from stages.config import BaseModelConfig, Precision
 from stages.dry_run.extract_costs import ModelCost, TrackerCost
 from stages.dry_run.extract_stores import (
-    FormSize,
+    EncodingSize,
     PlannedPass,
     bytes_of,
     is_compressed,
@@ -39,7 +39,7 @@ from stages.extract_features.execution.comparison import (
     raise_if_other_dataset,
 )
 from stages.extract_features.execution.dataset_sources import read_sources
-from stages.extract_features.kinds import TRACKED_KINDS, device_named
+from stages.extract_features.kinds import TRACKED_KINDS, resolve_device
 from stages.precision import DTYPES
 from stages.progress import Progress
 
@@ -99,7 +99,7 @@ class PassEstimate:
     flops: float | None
     flops_per_second: float
     """Matmul rate measured on this device."""
-    usual_share: float
+    assumed_peak_fraction: float
     """Assumed fraction of that rate."""
 
     @property
@@ -107,14 +107,14 @@ class PassEstimate:
         """Time on one worker with this device."""
         if self.flops is None:
             return None
-        return self.flops / (self.flops_per_second * self.usual_share)
+        return self.flops / (self.flops_per_second * self.assumed_peak_fraction)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FormEstimate:
+class EncodingEstimate:
     """Estimate for one encoding of the teacher signal, whether the run writes it or not."""
 
-    size: FormSize
+    size: EncodingSize
     bucket: str | None
     """Size bucket of its clips; None without buckets."""
     clips: int
@@ -146,7 +146,7 @@ class Estimate:
     """Number of probed clips per conversion of frames: deinterlaced, tone-mapped, …."""
     kinds: tuple[KindEstimate, ...]
     passes: tuple[PassEstimate, ...]
-    forms: tuple[FormEstimate, ...]
+    encodings: tuple[EncodingEstimate, ...]
     """Encodings of the teacher signal, if SAM2 runs."""
     device: str
     device_bytes: int
@@ -194,7 +194,7 @@ def estimate(
             with the message of the run itself. All clips are compared.
         CacheError: A store in the cache is damaged.
     """
-    device = device_named(config.device, 0)
+    device = resolve_device(config.device, 0)
     dataset = open_dataset(clips)
     plans = planned_passes(config, clips, model)
     comparison = Comparison()
@@ -213,7 +213,7 @@ def estimate(
     by_size = survey_shards(dataset.shards, config, clips, progress, max_probed=max_probed)
     kinds: list[KindEstimate] = []
     passes: list[PassEstimate] = []
-    forms: list[FormEstimate] = []
+    encodings: list[EncodingEstimate] = []
     for plan in plans:
         surveys = by_size[plan.bucket]
         size = sum(earlier.kinds == plan.kinds for earlier in plans[: plans.index(plan)])
@@ -225,8 +225,9 @@ def estimate(
             _pass(plan, _Remaining.of(surveys, missing.of(plan.kinds, size)), config, device)
         )
         kept = _Remaining.of(surveys, None).kept(plan.kinds[0])
-        forms += [
-            FormEstimate(size=size, bucket=plan.bucket, clips=round(kept)) for size in plan.forms
+        encodings += [
+            EncodingEstimate(size=size, bucket=plan.bucket, clips=round(kept))
+            for size in plan.encodings
         ]
     surveys = by_size[None]
     probed = [survey for survey in surveys if survey.probed]
@@ -243,7 +244,7 @@ def estimate(
         conversions=sum((survey.conversions for survey in every), Counter[str]()),
         kinds=tuple(kinds),
         passes=tuple(passes),
-        forms=tuple(forms),
+        encodings=tuple(encodings),
         device=_name_of(device),
         device_bytes=_memory_of(device),
         free_bytes=_free_bytes(cache_root),
@@ -387,7 +388,7 @@ def _pass(
         cost=cost,
         flops=flops,
         flops_per_second=matmul_flops_per_second(device, DTYPES[_precision(config, kind)]),
-        usual_share=MATMUL_RATE_FRACTION[device.type][kind],
+        assumed_peak_fraction=MATMUL_RATE_FRACTION[device.type][kind],
     )
 
 

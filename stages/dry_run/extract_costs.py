@@ -1,7 +1,7 @@
 """Cost of each extraction model per clip: FLOPs, weights and memory, from shapes alone.
 
 The models are built from their configurations on torch's meta device and run there under a
-`Meter`, so that no weights are needed and nothing is computed.
+`FlopCounter`, so that no weights are needed and nothing is computed.
 """
 
 # Legend: T frame, S side of SAM2's square input, L text token.
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from stages.clips import ClipsConfig
-from stages.cogvideox.configs import BaseFacts
-from stages.compute_cost.flop_counter import Meter, weight_bytes
+from stages.cogvideox.configs import CogVideoXConfigs
+from stages.compute_cost.flop_counter import FlopCounter, weight_bytes
 from stages.extract_features.config import LatentsConfig, TeacherConfig, TextConfig
 from stages.extract_features.teacher.stores import feature_grid
 from stages.precision import DTYPES
@@ -64,7 +64,7 @@ class TrackerCost:
         return num_clips * self.encoder_flops + num_subjects * self.passes_flops
 
 
-def text_cost(config: TextConfig, base: BaseFacts) -> ModelCost:
+def text_cost(config: TextConfig, base: CogVideoXConfigs) -> ModelCost:
     """Return the cost of the text encoder for one padded caption."""
     from transformers import T5Config, T5EncoderModel
 
@@ -73,7 +73,7 @@ def text_cost(config: TextConfig, base: BaseFacts) -> ModelCost:
     with _META:
         encoder = T5EncoderModel(settings).to(DTYPES[config.precision]).eval()
         tokens_1L = torch.zeros(1, int(base.transformer["max_text_seq_length"]), dtype=torch.long)
-    with Meter() as meter:
+    with FlopCounter() as meter:
         encoder(tokens_1L)
     return ModelCost(
         flops_per_clip=meter.flops,
@@ -82,7 +82,7 @@ def text_cost(config: TextConfig, base: BaseFacts) -> ModelCost:
     )
 
 
-def latents_cost(config: LatentsConfig, clips: ClipsConfig, base: BaseFacts) -> ModelCost:
+def latents_cost(config: LatentsConfig, clips: ClipsConfig, base: CogVideoXConfigs) -> ModelCost:
     """Return the cost of the VAE's encoder for a clip, and for the noisy draws of its first frame
     for image-to-video."""
     from diffusers import AutoencoderKLCogVideoX
@@ -98,7 +98,7 @@ def latents_cost(config: LatentsConfig, clips: ClipsConfig, base: BaseFacts) -> 
         dtype=DTYPES[config.precision],
         device=_META,
     )
-    with Meter() as meter:
+    with FlopCounter() as meter:
         vae.encode(pixels)
         if base.image_to_video:
             for _ in range(config.image_draws):
@@ -126,7 +126,7 @@ def tracker_cost(config: TeacherConfig, clips: ClipsConfig, sam2_config: str) ->
     tracker = Tracker(
         model, precision="fp32", frames_per_batch=min(config.frames_per_batch, clips.num_frames)
     )
-    with Meter() as encoding:
+    with FlopCounter() as encoding:
         encoded = tracker.encode(_frames(tracker.frames_per_batch, config.image_size))
     steps, tracking_peak = _step_flops(tracker, encoded, config, clips)
     directions = 1 if config.fusion == "forward" else 2
@@ -165,7 +165,7 @@ def _step_flops(
     order = [0] * (_FIRST_STEPS + 1)
     request = TrackRequest(encoded=encoded, prompt=box, order=order)
     flops: list[int] = []
-    with Meter() as meter:
+    with FlopCounter() as meter:
         for frames in tracker.track([request] * config.clips_per_batch, features=[config.features]):
             flops.append(meter.flops)
             del frames

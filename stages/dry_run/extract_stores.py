@@ -11,8 +11,8 @@ from typing import get_args
 
 from cache_schema import ArraySpec, StoreSettings
 from stages.clips import ClipsConfig
-from stages.cogvideox.configs import BaseFacts
-from stages.cogvideox.official_models import facts_for_estimate
+from stages.cogvideox.configs import CogVideoXConfigs
+from stages.cogvideox.official_models import configs_for_estimate
 from stages.cogvideox.weights import parts_are_here
 from stages.config import BaseModelConfig
 from stages.dry_run.extract_costs import (
@@ -42,7 +42,7 @@ on real clips with an untrained sam2.1_hiera_t, whose features are smooth, to 0.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FormSize:
+class EncodingSize:
     """Size of one encoding of the teacher signal, in one dtype."""
 
     kind: Kind
@@ -65,9 +65,9 @@ def is_compressed(arrays: Mapping[str, ArraySpec]) -> bool:
     return 2 * packed > bytes_of(arrays)
 
 
-def teacher_form_sizes(
+def teacher_encoding_sizes(
     config: ExtractConfig, clips: ClipsConfig, *, channels: int
-) -> tuple[FormSize, ...]:
+) -> tuple[EncodingSize, ...]:
     """Return the size of a clip in every encoding of the teacher signal.
 
     Args:
@@ -90,7 +90,7 @@ def teacher_form_sizes(
         settings = subject_settings(teacher, clips, {}, gram_flow=flow, channels=channels)
         arrays = settings[kind].arrays
         sizes.append(
-            FormSize(
+            EncodingSize(
                 kind=kind,
                 dtype=dtype,
                 bytes_per_clip=bytes_of(arrays),
@@ -118,7 +118,7 @@ class PlannedPass:
     folders: Mapping[Kind, str] | None
     """Store names by kind; None if the weights, whose hash they contain, are not available."""
     cost: ModelCost | TrackerCost | None
-    forms: tuple[FormSize, ...] = ()
+    encodings: tuple[EncodingSize, ...] = ()
     """For a pass of SAM2, the size of each encoding of the teacher signal."""
     notes: tuple[str, ...] = ()
     """Unknown values, and why they are unknown."""
@@ -159,19 +159,19 @@ def _with_bucket(size: ClipsConfig, planned: PlannedPass) -> PlannedPass:
 
 def _read_base(
     config: ExtractConfig, model: BaseModelConfig
-) -> tuple[BaseFacts | None, tuple[str, ...]]:
+) -> tuple[CogVideoXConfigs | None, tuple[str, ...]]:
     """Return the configuration of the base pipeline, if available, and notes on it."""
     if not {"text", "latents"} & set(config.kinds):
         return None, ()
     try:
-        return facts_for_estimate(model, text_encoder="text" in config.kinds)
+        return configs_for_estimate(model, text_encoder="text" in config.kinds)
     except ValueError as error:
         if model.is_local:
             raise
         return None, (f"the configuration of {model.path} is not available: {error}",)
 
 
-def _text(config: ExtractConfig, base: BaseFacts, model: BaseModelConfig) -> PlannedPass:
+def _text(config: ExtractConfig, base: CogVideoXConfigs, model: BaseModelConfig) -> PlannedPass:
     cost = text_cost(config.text, base)
     if parts_are_here(model, base.folder, ("tokenizer", "text_encoder")):
         return _with_store_names(("text",), TextExtraction(config.text, base).settings, cost)
@@ -181,7 +181,7 @@ def _text(config: ExtractConfig, base: BaseFacts, model: BaseModelConfig) -> Pla
 
 
 def _latents(
-    config: ExtractConfig, clips: ClipsConfig, base: BaseFacts, model: BaseModelConfig
+    config: ExtractConfig, clips: ClipsConfig, base: CogVideoXConfigs, model: BaseModelConfig
 ) -> PlannedPass:
     cost = latents_cost(config.latents, clips, base)
     if parts_are_here(model, base.folder, ("vae",)):
@@ -201,19 +201,19 @@ def _tracking(config: ExtractConfig, clips: ClipsConfig, kinds: tuple[Kind, ...]
             raise
         sam2_config, missing = teacher.config or official, f"the checkpoint {teacher.checkpoint}"
     else:
-        facts = check_sam2(teacher.config, checkpoint, image_size=teacher.image_size)
-        sam2_config, missing = facts.config_name, ""
+        configs = check_sam2(teacher.config, checkpoint, image_size=teacher.image_size)
+        sam2_config, missing = configs.config_name, ""
     cost = tracker_cost(teacher, clips, sam2_config)
     channels = cost.hidden_dim if teacher.features == "memory_attention" else cost.mem_dim
-    forms = teacher_form_sizes(config, clips, channels=channels)
+    encodings = teacher_encoding_sizes(config, clips, channels=channels)
     if not missing and not _grounding_is_here(teacher):
         missing = f"Grounding DINO {teacher.grounding.model}"
     if not missing:
         extraction = SubjectExtraction(teacher, clips, gram_flow=config.gram_flow, kinds=kinds)
-        return _with_store_names(kinds, extraction.settings, cost, forms)
+        return _with_store_names(kinds, extraction.settings, cost, encodings)
     settings = subject_settings(teacher, clips, {}, gram_flow=config.gram_flow, channels=channels)
     return _without_store_names(
-        kinds, {kind: settings[kind].arrays for kind in kinds}, cost, missing, forms
+        kinds, {kind: settings[kind].arrays for kind in kinds}, cost, missing, encodings
     )
 
 
@@ -233,14 +233,14 @@ def _with_store_names(
     kinds: tuple[Kind, ...],
     settings: Mapping[Kind, StoreSettings],
     cost: ModelCost | TrackerCost,
-    forms: tuple[FormSize, ...] = (),
+    encodings: tuple[EncodingSize, ...] = (),
 ) -> PlannedPass:
     return PlannedPass(
         kinds=kinds,
         arrays={kind: settings[kind].arrays for kind in kinds},
         folders={kind: settings[kind].folder_name for kind in kinds},
         cost=cost,
-        forms=forms,
+        encodings=encodings,
     )
 
 
@@ -249,12 +249,12 @@ def _without_store_names(
     arrays: Mapping[Kind, Mapping[str, ArraySpec]],
     cost: ModelCost | TrackerCost,
     missing: str,
-    forms: tuple[FormSize, ...] = (),
+    encodings: tuple[EncodingSize, ...] = (),
 ) -> PlannedPass:
     note = (
         f"{' and '.join(kinds)}: {missing} is not on this machine yet, so the clips "
         "already in the cache cannot be counted; the run downloads it"
     )
     return PlannedPass(
-        kinds=kinds, arrays=arrays, folders=None, cost=cost, forms=forms, notes=(note,)
+        kinds=kinds, arrays=arrays, folders=None, cost=cost, encodings=encodings, notes=(note,)
     )

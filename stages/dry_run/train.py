@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cache_schema import StoreSettings
 from stages.clips.config import ClipsConfig
-from stages.cogvideox.configs import BaseFacts
+from stages.cogvideox.configs import CogVideoXConfigs
 from stages.compute_cost.gpus import Gpu
 from stages.dry_run.train_memory import (
     MemoryEstimate,
@@ -22,7 +22,7 @@ from stages.train_student.config import TrainConfig
 from stages.train_student.data.order import accumulation_steps, largest_micro_batch
 from stages.train_student.step_costs import StepCost, meta_student, step_cost
 
-ASSUMED_SHARE = 0.4
+ASSUMED_PEAK_FRACTION = 0.4
 """Assumed fraction of a GPU's peak rate that a step reaches, with communication and loading."""
 MAX_GPUS = 64
 """Maximum number of GPUs that is tried."""
@@ -65,7 +65,7 @@ class TrainEstimate:
     gpu: Gpu | None
     gpus: int
     seconds_per_step: float | None
-    """At `ASSUMED_SHARE` of the peak rate; None if the GPU is unknown."""
+    """At `ASSUMED_PEAK_FRACTION` of the peak rate; None if the GPU is unknown."""
     fits: bool | None
     """Whether a step fits into GPU memory; None if the GPU is unknown."""
     remedy: Remedy | None
@@ -74,7 +74,7 @@ class TrainEstimate:
 
 def estimate(
     config: TrainConfig,
-    facts: BaseFacts,
+    configs: CogVideoXConfigs,
     stores: Sequence[SizedStores],
     *,
     gpu: Gpu | None,
@@ -95,7 +95,7 @@ def estimate(
     """
     config = _with_micro_batch(config, gpus)
     passes = accumulation_steps(config.batch_size, config.micro_batch_size, gpus)
-    cost_cache = _CostCache(facts, stores)
+    cost_cache = _CostCache(configs, stores)
     costs = cost_cache.costs(config)
     needed = cost_cache.memory(config, gpus)
     mean_flops = sum(cost.flops_per_clip for cost in costs) / len(costs)
@@ -103,7 +103,7 @@ def estimate(
     seconds = None
     if gpu is not None:
         peak = gpu.bf16_flops if config.deepspeed.precision == "bf16" else gpu.fp32_flops
-        seconds = step_flops / (gpus * peak * ASSUMED_SHARE)
+        seconds = step_flops / (gpus * peak * ASSUMED_PEAK_FRACTION)
     fits = None if gpu is None else needed.gpu_bytes <= gpu.memory_bytes
     counts = cost_cache.counts(config)
     return TrainEstimate(
@@ -129,8 +129,8 @@ def _with_micro_batch(config: TrainConfig, gpus: int) -> TrainConfig:
 class _CostCache:
     """Costs of the tried configurations, cached."""
 
-    def __init__(self, facts: BaseFacts, stores: Sequence[SizedStores]) -> None:
-        self._facts = facts
+    def __init__(self, configs: CogVideoXConfigs, stores: Sequence[SizedStores]) -> None:
+        self._facts = configs
         self._stores = stores
         self._costs: dict[tuple[object, ...], tuple[StepCost, ...]] = {}
         self._counts: dict[tuple[object, ...], ParameterCounts] = {}
@@ -165,10 +165,10 @@ class _CostCache:
 
 
 def parameter_counts(
-    config: TrainConfig, facts: BaseFacts, teacher: StoreSettings | None
+    config: TrainConfig, configs: CogVideoXConfigs, teacher: StoreSettings | None
 ) -> ParameterCounts:
     """Count the student's parameters on the meta device."""
-    student = meta_student(config, facts, teacher)
+    student = meta_student(config, configs, teacher)
     adapters = sum(
         parameter.numel()
         for name, parameter in student.transformer.named_parameters()

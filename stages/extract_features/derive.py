@@ -35,7 +35,7 @@ from stages.extract_features.execution.other_writers import wait_for_others
 from stages.processes.background import DaemonPool, result_of
 from stages.progress import Progress, Task
 from stages.teacher_store.config import GramFlowConfig
-from stages.teacher_store.encoder import FlowMaker
+from stages.teacher_store.encoder import GramFlowEncoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +82,7 @@ def derive_gram_flow(
     """
     started = time.perf_counter()
     reader = StoreReader(teacher, kind="teacher")
-    maker = FlowMaker.of(reader.settings, config, token_grid)
+    maker = GramFlowEncoder.of(reader.settings, config, token_grid)
     writer = StoreWriter.open(cache_root, maker.settings, provenance=provenance)
     _drop_changed(reader, writer.path, progress)
     with progress.task("gram_flow", len(reader), unit="clips") as task:
@@ -111,7 +111,7 @@ class _Derivation:
         self,
         reader: StoreReader,
         writer: StoreWriter,
-        maker: FlowMaker,
+        maker: GramFlowEncoder,
         device: torch.device,
         task: Task,
     ) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from stages.clips import ClipsConfig
-from stages.cogvideox.configs import BASE_CONFIGS, read_base_facts, resolve_base_model
+from stages.cogvideox.configs import BASE_CONFIGS, read_configs, resolve_base_model
 from stages.cogvideox.weights import Part, check_base_weights
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig, Kind
@@ -42,7 +42,7 @@ def make_extractions(
     parts = [part for kind in config.kinds for part in _BASE_PARTS.get(kind, ())]
     base = None
     if parts:
-        base = read_base_facts(resolve_base_model(model, (*BASE_CONFIGS, *parts)))
+        base = read_configs(resolve_base_model(model, (*BASE_CONFIGS, *parts)))
         check_base_weights(base.folder, parts)
     for kinds in group_kinds(config.kinds):
         if kinds[0] in TRACKED_KINDS:
@@ -77,7 +77,7 @@ def group_kinds(kinds: tuple[Kind, ...]) -> list[tuple[Kind, ...]]:
     return groups
 
 
-def device_named(name: str, rank: int) -> torch.device:
+def resolve_device(name: str, rank: int) -> torch.device:
     """Return a worker's device; auto assigns the machine's GPUs by rank.
 
     Raises:

@@ -16,7 +16,7 @@ import torch
 
 from cache_schema import JSON, ArraySpec, StoreSettings
 from stages.clips import Clip, ClipRecord, ClipsConfig, load_clip
-from stages.cogvideox.configs import VAE_SPATIAL_COMPRESSION, BaseFacts
+from stages.cogvideox.configs import VAE_SPATIAL_COMPRESSION, CogVideoXConfigs
 from stages.cogvideox.weights import model_class_of
 from stages.extract_features.config import Kind, LatentsConfig
 from stages.extract_features.extraction import (
@@ -52,7 +52,7 @@ class LatentsExtraction:
     clips_per_batch = 1
 
     def __init__(
-        self, config: LatentsConfig, clips: ClipsConfig, base: BaseFacts, *, seed: int
+        self, config: LatentsConfig, clips: ClipsConfig, base: CogVideoXConfigs, *, seed: int
     ) -> None:
         self._config = config
         self.size: ClipsConfig | None = clips
@@ -63,7 +63,7 @@ class LatentsExtraction:
         _check_compression(base)
         self.settings: Mapping[Kind, StoreSettings] = {"latents": self._settings(base)}
 
-    def _settings(self, base: BaseFacts) -> StoreSettings:
+    def _settings(self, base: CogVideoXConfigs) -> StoreSettings:
         values: dict[str, JSON] = {
             "clips": clip_settings(self._clips),
             "base": {
@@ -159,7 +159,7 @@ def _posterior(vae: Any, pixels_BCTHW: torch.Tensor) -> tuple[np.ndarray, np.nda
     return to_float16(mean_CFHW.transpose(0, 1)), to_float16(std_CFHW.transpose(0, 1))
 
 
-def _check_compression(base: BaseFacts) -> None:
+def _check_compression(base: CogVideoXConfigs) -> None:
     halvings = len(base.vae["block_out_channels"]) - 1
     found = (base.vae["temporal_compression_ratio"], 2**halvings)
     wanted = (TEMPORAL_COMPRESSION, VAE_SPATIAL_COMPRESSION)
@@ -171,7 +171,7 @@ def _check_compression(base: BaseFacts) -> None:
 
 
 def latents_arrays(
-    config: LatentsConfig, clips: ClipsConfig, base: BaseFacts
+    config: LatentsConfig, clips: ClipsConfig, base: CogVideoXConfigs
 ) -> dict[str, ArraySpec]:
     """Return the array specs of a clip."""
     per_frame = (int(base.vae["latent_channels"]), *clips.latent_size)

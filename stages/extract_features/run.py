@@ -10,7 +10,7 @@ from stages.clips import ClipDataset, ClipsConfig, InputShard, input_shard_name,
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig, Kind
 from stages.extract_features.execution.comparison import Comparison, StoreScope
-from stages.extract_features.execution.failures import FAILURES_FILE, failures_listed
+from stages.extract_features.execution.failures import FAILURES_FILE, failure_manifest_written
 from stages.extract_features.execution.jobs import (
     EarlierStores,
     JobPlan,
@@ -25,7 +25,7 @@ from stages.extract_features.execution.ray_engine import RayEngine
 from stages.extract_features.execution.ray_worker import WorkerSetup
 from stages.extract_features.execution.refresh import compare_and_refresh, compare_one_shard
 from stages.extract_features.extraction import Extraction, bucket_name
-from stages.extract_features.kinds import device_named, make_extractions
+from stages.extract_features.kinds import make_extractions, resolve_device
 from stages.extract_features.summary import ExtractSummary, KindSummary
 from stages.progress import Progress
 
@@ -103,12 +103,12 @@ def extract_features(
         )
         engine = RayEngine(setup, dataset.by_name)
     else:
-        device = device_named(config.device, rank)
+        device = resolve_device(config.device, rank)
         engine = LocalEngine(dataset.by_name, config.teacher, device, rank, world_size)
     extractions = make_extractions(config, clips.sizes, model)
     with engine:
         run = _Run(config, extractions, cache_root, provenance, dataset, rank, world_size, progress)
-        with failures_listed(cache_root, progress.log):
+        with failure_manifest_written(cache_root, progress.log):
             run.run_all(engine, retry_failed=retry_failed, refresh_changed=refresh_changed)
             summaries = run.summaries()
     return ExtractSummary(

@@ -10,7 +10,7 @@ import torch
 
 from cache_schema import JSON, ArraySpec, StoreSettings
 from stages.clips import ClipRecord, ClipsConfig, ClipSkipped
-from stages.cogvideox.configs import BaseFacts
+from stages.cogvideox.configs import CogVideoXConfigs
 from stages.cogvideox.weights import load_tokenizer, model_class_of
 from stages.extract_features.config import Kind, TextConfig
 from stages.extract_features.extraction import Extracted, Outcome, sha256_of_folder, to_float16
@@ -35,7 +35,7 @@ class TextExtraction:
     clips_per_batch = 1
     size: ClipsConfig | None = None
 
-    def __init__(self, config: TextConfig, base: BaseFacts) -> None:
+    def __init__(self, config: TextConfig, base: CogVideoXConfigs) -> None:
         self._config = config
         self._folder = base.folder
         self._length = int(base.transformer["max_text_seq_length"])
@@ -100,7 +100,7 @@ class TextExtraction:
         )
 
 
-def text_arrays(base: BaseFacts) -> dict[str, ArraySpec]:
+def text_arrays(base: CogVideoXConfigs) -> dict[str, ArraySpec]:
     """Return the array specs of a clip."""
     shape = (int(base.transformer["max_text_seq_length"]), int(base.transformer["text_embed_dim"]))
     return {"embeds": ArraySpec(dtype="float16", shape=shape, dimension_names=("l", "d"))}

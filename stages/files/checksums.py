@@ -42,7 +42,7 @@ def checksum_of_bytes(data: bytes) -> str:
     return f"{google_crc32c.value(data):08x}"
 
 
-def damage_of(file: Path, recorded: FileChecksum) -> str | None:
+def describe_damage(file: Path, recorded: FileChecksum) -> str | None:
     """Describe how a file differs from its record, naming the file; None if it is intact."""
     try:
         size = file.stat().st_size

@@ -23,7 +23,7 @@ def save_tensors(
 
 
 @contextmanager
-def usual_modes(folder: Path) -> Iterator[None]:
+def umask_modes(folder: Path) -> Iterator[None]:
     """Set safetensors files that a library writes to `folder` to the mode that the umask gives."""
     yield
     probe = folder / ".mode"

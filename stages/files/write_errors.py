@@ -11,7 +11,7 @@ _TORCH_WRITES = ("PytorchStreamWriter", "file write failed", "unexpected pos")
 """Fragments of the messages of torch.save when a write fails."""
 
 
-def why_not_written(error: Exception, folder: Path) -> str | None:
+def write_error_reason(error: Exception, folder: Path) -> str | None:
     """The reason why a file below `folder` could not be written, with the free space on its disk.
 
     None if the error is not a failed write. torch and safetensors drop the system's error number,

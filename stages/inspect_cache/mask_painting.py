@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from stages.clips import SubjectPrompt
-from stages.inspect_cache.lettering import Colour
+from stages.inspect_cache.text_layout import Colour
 
 _HALF = 128
 """Threshold of a stored mask, which is 255 times a probability: from here on above one half."""

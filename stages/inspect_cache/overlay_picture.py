@@ -7,7 +7,15 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from stages.clips import SubjectPrompt
-from stages.inspect_cache.lettering import (
+from stages.inspect_cache.mask_painting import (
+    checkerboard,
+    draw_outline,
+    draw_prompt,
+    outline,
+    resized_mask,
+    tint,
+)
+from stages.inspect_cache.text_layout import (
     FAINT,
     INK,
     PAPER,
@@ -16,14 +24,6 @@ from stages.inspect_cache.lettering import (
     font,
     truncated,
     wrapped,
-)
-from stages.inspect_cache.mask_painting import (
-    checkerboard,
-    draw_outline,
-    draw_prompt,
-    outline,
-    resized_mask,
-    tint,
 )
 
 # Legend: T frame, H W pixels of the training frame, h w of a stored mask.

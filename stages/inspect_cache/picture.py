@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from stages.inspect_cache.flow_colours import flow_panel, wheel
-from stages.inspect_cache.lettering import FAINT, INK, PAPER, WARNING, font, truncated
+from stages.inspect_cache.text_layout import FAINT, INK, PAPER, WARNING, font, truncated
 from stages.inspect_cache.view import ClipView
 
 _LONG_SIDE = 288

@@ -13,10 +13,10 @@ from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
 
-PATIENCE_S = 600.0
+TIMEOUT_S = 600.0
 """Timeout of one item, such as decoding or writing a clip."""
 
-LAST_WAIT_S = 5.0
+SHUTDOWN_TIMEOUT_S = 5.0
 """Timeout for joining a thread after its work has timed out."""
 
 
@@ -77,7 +77,7 @@ class DaemonPool:
         for _ in self._threads:
             self._calls.put(None)
         for thread in self._threads:
-            thread.join(LAST_WAIT_S if isinstance(error, TimeoutError) else PATIENCE_S)
+            thread.join(SHUTDOWN_TIMEOUT_S if isinstance(error, TimeoutError) else TIMEOUT_S)
 
 
 def result_of(future: "Future[T]", what: str) -> T:
@@ -88,17 +88,17 @@ def result_of(future: "Future[T]", what: str) -> T:
         what: description for the timeout message, such as "decoding clip 'a'".
 
     Raises:
-        TimeoutError: the call has not finished within `PATIENCE_S`.
+        TimeoutError: the call has not finished within `TIMEOUT_S`.
     """
-    done, _ = concurrent.futures.wait([future], timeout=PATIENCE_S)
+    done, _ = concurrent.futures.wait([future], timeout=TIMEOUT_S)
     if not done:
-        raise stuck(what)
+        raise timeout_error(what)
     return future.result()
 
 
-def stuck(what: str) -> TimeoutError:
-    """The error for work that exceeded `PATIENCE_S`."""
+def timeout_error(what: str) -> TimeoutError:
+    """The error for work that exceeded `TIMEOUT_S`."""
     return TimeoutError(
-        f"{what} has taken more than {PATIENCE_S:g} s: the storage does not respond, or the file "
+        f"{what} has taken more than {TIMEOUT_S:g} s: the storage does not respond, or the file "
         "cannot be read to its end; check both, then run the same command again"
     )

@@ -36,8 +36,8 @@ class StopRequest:
     """Whether this process has received a stop request."""
 
     def __init__(self) -> None:
-        self.made = False
-        """True from the first signal until `fulfil`."""
+        self.requested = False
+        """True from the first signal until `mark_handled`."""
         self.message = ""
         """Printed when the first signal arrives."""
         self._signalled = False
@@ -60,14 +60,14 @@ class StopRequest:
             self._deferred -= 1
             self.message = before
 
-    def fulfil(self) -> None:
+    def mark_handled(self) -> None:
         """Mark the request as handled; a second signal still ends the process."""
-        self.made = False
+        self.requested = False
 
     def note(self) -> None:
         """Record a signal; only the first one is a request."""
         if not self._signalled:
-            self._signalled = self.made = True
+            self._signalled = self.requested = True
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if a stop was requested; only in the main thread.
@@ -75,7 +75,7 @@ class StopRequest:
         Does nothing while another KeyboardInterrupt is being handled.
         """
         if (
-            self.made
+            self.requested
             and not self._deferred
             and threading.current_thread() is threading.main_thread()
             and not isinstance(sys.exc_info()[1], KeyboardInterrupt)
@@ -91,7 +91,7 @@ class StopRequest:
             KeyboardInterrupt: once, unless deferred.
         """
         self.note()
-        if self.made and not self._raised and not self._deferred:
+        if self.requested and not self._raised and not self._deferred:
             self._raised = True
             self.times_raised += 1
             raise KeyboardInterrupt
@@ -148,7 +148,7 @@ class _SignalWatcher:
             self.request.handle()
 
     def _on_dropped_exception(self, dropped: Any) -> None:
-        if self.request.made and isinstance(dropped.exc_value, KeyboardInterrupt):
+        if self.request.requested and isinstance(dropped.exc_value, KeyboardInterrupt):
             self._raises_when_dropped = self.request.times_raised
             os.write(self._pipe_write_fd, bytes([_RAISE_AGAIN]))
         else:

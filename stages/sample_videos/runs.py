@@ -12,7 +12,7 @@ from cache_schema.checksummed_json import parse_json
 from stages.cogvideox.configs import resolve_base_model
 from stages.cogvideox.weights import hash_transformer
 from stages.config import BaseModelConfig
-from stages.files.checksums import checksums_from_json, damage_of
+from stages.files.checksums import checksums_from_json, describe_damage
 from stages.files.text import read_object
 from stages.files.yaml import read_yaml
 
@@ -131,7 +131,7 @@ def _refuse_damage(folder: Path) -> None:
             f"{record} has no checksums of the export's files ({error}); export the run again"
         ) from error
     for name, recorded in files.items():
-        damage = damage_of(folder / name, recorded)
+        damage = describe_damage(folder / name, recorded)
         if damage is not None:
             raise ValueError(f"the export in {folder} is damaged: {damage}; export the run again")
 

@@ -15,9 +15,9 @@ from stages.cogvideox.configs import resolve_base_model
 from stages.cogvideox.sampler import (
     PIPELINES,
     build_pipeline,
-    draw,
     first_frame,
-    fps_of,
+    generate_video,
+    output_fps,
     pipeline_class,
     to_frames,
 )
@@ -113,7 +113,7 @@ def sample_videos(
         task.advance()
     if config.num_frames is not None:
         clips = clips.model_copy(update={"num_frames": config.num_frames})
-    fps = fps_of(clips)
+    fps = output_fps(clips)
     for prompt, out in zip(prompts, outs, strict=True):
         frames_THWC = _draw(pipeline, clips, config, progress, prompt=prompt, **condition)
         write_video(out, frames_THWC, fps)
@@ -136,7 +136,7 @@ def _draw(
 ) -> np.ndarray:
     """The frames of one video: uint8 [T, H, W, 3]."""
     with progress.task("denoise", config.steps, unit="steps") as task:
-        video_THWC = draw(
+        video_THWC = generate_video(
             pipeline,
             clips,
             steps=config.steps,

@@ -14,14 +14,14 @@ from cache_schema import StoreSettings
 from stages.local_gram_flow import Directions, part_norms, reverse_pairs, take_directions
 from stages.teacher_store.config import GramFlowConfig
 from stages.teacher_store.features import decode_features
-from stages.teacher_store.gram_flow import encode_gram_flow, gram_flow_of, with_back_suffix
-from stages.teacher_store.settings import forward_share, gram_flow_settings, native_parts
+from stages.teacher_store.gram_flow import compute_gram_flow, encode_gram_flow, with_back_suffix
+from stages.teacher_store.settings import gram_flow_settings, native_parts, stored_forward_weight
 
 _PAIRS_PER_BATCH = 8
 """Pairs of maps on the device at once, so that device memory does not depend on clip length."""
 
 
-class FlowMaker:
+class GramFlowEncoder:
     """Computes the Gram flow of clips of one teacher store.
 
     Args:
@@ -101,7 +101,7 @@ class FlowMaker:
             norm_P = part_norms((features(s, s + _PAIRS_PER_BATCH) for s in starts), parts)
         encoded = []
         for start in range(0, maps - 1, _PAIRS_PER_BATCH):
-            flow_PHWK = gram_flow_of(
+            flow_PHWK = compute_gram_flow(
                 features(start, start + _PAIRS_PER_BATCH + 1),
                 radius=self._config.radius,
                 token_grid=self._token_grid,
@@ -116,7 +116,7 @@ class FlowMaker:
     def _select_directions(self, fused_THWG: Tensor, directions: Directions) -> Tensor:
         if directions == "fused":
             return fused_THWG
-        forward_weight, parts = forward_share(self._teacher), self._teacher.values["parts"]
+        forward_weight, parts = stored_forward_weight(self._teacher), self._teacher.values["parts"]
         assert forward_weight is not None and isinstance(parts, int), "checked with the settings"
         return take_directions(fused_THWG, parts, directions, forward_weight=forward_weight)
 

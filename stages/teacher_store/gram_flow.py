@@ -81,7 +81,7 @@ def _one_direction_spec(
 
 
 @torch.no_grad()
-def gram_flow_of(
+def compute_gram_flow(
     features_THWG: Tensor,
     *,
     radius: int,

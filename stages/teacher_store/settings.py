@@ -89,7 +89,7 @@ def native_parts(teacher: StoreSettings) -> int | None:
     return parts
 
 
-def forward_share(teacher: StoreSettings) -> float | None:
+def stored_forward_weight(teacher: StoreSettings) -> float | None:
     """Return the forward track's weight in features fused in Gram-flow space, whose parts are pairs
     of tracks; None for others."""
     values = teacher.values
@@ -106,7 +106,7 @@ def check_both_tracks(teacher: StoreSettings, name: str, *, wanted_by: str) -> N
         name: Name of the store, for the message.
         wanted_by: Setting that needs both tracks, for the message.
     """
-    share = forward_share(teacher)
+    share = stored_forward_weight(teacher)
     if share is None or not 0.0 < share < 1.0:
         held = (
             f"the fusion {teacher.values.get('fusion')}, which does not keep the tracks separate"

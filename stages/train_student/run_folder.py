@@ -23,10 +23,10 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from cache_schema import LockLost, ShardBusy, SortedText
-from cache_schema.atomic_io import FileLock, make_directories, write_whole
+from cache_schema.atomic_io import FileLock, make_directories, write_atomic
 from cache_schema.shown_text import redacted
 from stages.clips.config import ClipsConfig
-from stages.cogvideox.configs import BaseFacts
+from stages.cogvideox.configs import CogVideoXConfigs
 from stages.files.text import read_object
 from stages.sample_videos.runs import BASE_SETTING
 from stages.train_student.config import TrainConfig
@@ -65,7 +65,7 @@ train on, which may become fewer."""
 def fixed_settings(
     config: TrainConfig,
     clips: ClipsConfig,
-    facts: BaseFacts,
+    configs: CogVideoXConfigs,
     stores: Buckets,
     *,
     base_weights: str,
@@ -79,8 +79,8 @@ def fixed_settings(
         "train": config.model_dump(mode="json"),
         "data": {"sizes": [size.size_name for size in clips.sizes]},
         BASE_SETTING: base_weights,
-        "transformer": {k: v for k, v in facts.transformer.items() if not k.startswith("_")},
-        "scheduler": {k: v for k, v in facts.scheduler.items() if not k.startswith("_")},
+        "transformer": {k: v for k, v in configs.transformer.items() if not k.startswith("_")},
+        "scheduler": {k: v for k, v in configs.scheduler.items() if not k.startswith("_")},
         "stores": {kind: reader.settings.hash for kind, reader in stores.readers.items()},
     }
     # Through JSON, so that the values compare equal to those read from run.json.
@@ -249,4 +249,4 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _write(path: Path, text: str) -> None:
-    write_whole(path, text.encode("utf-8"), temporary=path.with_name(f".{path.name}.partial"))
+    write_atomic(path, text.encode("utf-8"), temporary=path.with_name(f".{path.name}.partial"))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from stages.clips.config import ClipsConfig
-from stages.cogvideox.configs import BaseFacts, read_base_facts, resolve_base_model
+from stages.cogvideox.configs import CogVideoXConfigs, read_configs, resolve_base_model
 from stages.cogvideox.sampler import first_frame
 from stages.cogvideox.weights import Part, check_base_weights, hash_transformer
 from stages.config import BaseModelConfig
@@ -51,7 +51,7 @@ class Run:
     config: TrainConfig
     clips: ClipsConfig
     model: BaseModelConfig
-    facts: BaseFacts
+    configs: CogVideoXConfigs
     stores: Buckets
     layout: TeacherLayout
     world: World
@@ -73,7 +73,7 @@ class Run:
     @property
     def timesteps(self) -> int:
         """Number of timesteps of the base model's schedule."""
-        return int(self.facts.scheduler["num_train_timesteps"])
+        return int(self.configs.scheduler["num_train_timesteps"])
 
     @property
     def checkpoints(self) -> Path:
@@ -95,25 +95,25 @@ class Run:
         """The training samples."""
         config = self.config
         return CachedSamples(
-            self.stores.stores, self.facts, seed=config.seed, batch_size=config.batch_size
+            self.stores.stores, self.configs, seed=config.seed, batch_size=config.batch_size
         )
 
     def heads(self) -> nn.ModuleDict:
         """Build a new projector for each objective."""
-        transformer, teacher = self.facts.transformer, self.stores.teacher
+        transformer, teacher = self.configs.transformer, self.stores.teacher
         has_features = teacher is not None and "features" in teacher.settings.arrays
         return build_heads(
             self.config,
             transformer["num_attention_heads"] * transformer["attention_head_dim"],
             array_shape(teacher, "features")[-1] if teacher and has_features else None,
             frame_rate=self.stores.frame_rate,
-            patch_size_t=self.facts.patch_size_t,
+            patch_size_t=self.configs.patch_size_t,
         )
 
     def training_step(self) -> TrainingStep:
         """Build the forward pass with its losses."""
         return TrainingStep(
-            self.facts,
+            self.configs,
             build_objectives(self.config),
             layout=self.layout,
             device=self.world.device,
@@ -202,12 +202,12 @@ class Run:
             "processes": self.world.size,
             "stores": stores,
             "clips": self.stores.clips,
-            "left_out": self.stores.left_out.as_dict(),
+            "left_out": self.stores.excluded.as_dict(),
         }
         settings = fixed_settings(
             self.config,
             self.clips,
-            self.facts,
+            self.configs,
             self.stores,
             base_weights=hash_transformer(base),
         )
@@ -243,10 +243,10 @@ def prepare(
     check_average(config)
     check_trackers(config.report_to)
     kinds = kinds_needed(config)
-    facts = read_base_facts(resolve_base_model(model, CONFIGURATIONS))
-    check_block(config, facts)
+    configs = read_configs(resolve_base_model(model, CONFIGURATIONS))
+    check_block(config, configs)
     if config.method == "lora":
-        check_targets(config.lora, facts.transformer)
+        check_targets(config.lora, configs.transformer)
     stores = join_buckets(
         cache_root,
         clips.sizes,
@@ -257,18 +257,18 @@ def prepare(
         held_out_before=held_out_before(config.run_dir, config.validation.clips),
     )
     for size, joined in zip(clips.sizes, stores.stores, strict=True):
-        check_stores(joined, facts, size, radius=config.lgf.radius)
+        check_stores(joined, configs, size, radius=config.lgf.radius)
     for joined in stores.stores:
         if joined.teacher is not None:
             check_teacher(config, joined.teacher.settings, str(joined.teacher.path))
-    check_validation(config, facts, model, clips.sizes[0])
+    check_validation(config, configs, model, clips.sizes[0])
     if model.is_local:  # others are checked once they are downloaded
-        check_base_weights(facts.folder, weights_needed(config))
+        check_base_weights(configs.folder, weights_needed(config))
     return Run(
         config=config,
         clips=clips,
         model=model,
-        facts=facts,
+        configs=configs,
         stores=stores,
         layout=TeacherLayout.of(stores.teacher),
         world=world,
@@ -284,9 +284,9 @@ def weights_needed(config: TrainConfig) -> tuple[Part, ...]:
     return ("transformer",)
 
 
-def check_block(config: TrainConfig, facts: BaseFacts) -> None:
+def check_block(config: TrainConfig, configs: CogVideoXConfigs) -> None:
     """Check that the transformer has the block (`ValueError`)."""
-    blocks = facts.transformer["num_layers"]
+    blocks = configs.transformer["num_layers"]
     if config.objectives and config.block >= blocks:
         raise ValueError(
             f"train.block must be under {blocks}, the base model's number of blocks, got "
@@ -296,7 +296,7 @@ def check_block(config: TrainConfig, facts: BaseFacts) -> None:
 
 
 def check_validation(
-    config: TrainConfig, facts: BaseFacts, model: BaseModelConfig, clips: ClipsConfig
+    config: TrainConfig, configs: CogVideoXConfigs, model: BaseModelConfig, clips: ClipsConfig
 ) -> None:
     """Check the settings of validation and samples.
 
@@ -306,7 +306,7 @@ def check_validation(
     Raises:
         ValueError: an invalid setting; names the field and a valid value.
     """
-    timesteps, last = config.validation.timesteps, facts.scheduler["num_train_timesteps"] - 1
+    timesteps, last = config.validation.timesteps, configs.scheduler["num_train_timesteps"] - 1
     if config.validation.clips and (
         not timesteps
         or len(set(timesteps)) < len(timesteps)
@@ -319,9 +319,9 @@ def check_validation(
     samples = config.samples
     if not all(prompt.strip() for prompt in samples.prompts):
         raise ValueError("train.samples.prompts holds an empty prompt; remove it, or fill it in")
-    if not facts.image_to_video and samples.images:
+    if not configs.image_to_video and samples.images:
         raise ValueError(f"{model.path} is a text-to-video model; leave out train.samples.images")
-    if facts.image_to_video and len(samples.images) != len(samples.prompts):
+    if configs.image_to_video and len(samples.images) != len(samples.prompts):
         raise ValueError(
             f"{model.path} is an image-to-video model: train.samples.images must name one image "
             f"for each of the {len(samples.prompts)} prompts, got {len(samples.images)}"

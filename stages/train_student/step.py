@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stages.cogvideox.configs import BaseFacts
+from stages.cogvideox.configs import CogVideoXConfigs
 from stages.cogvideox.diffusion import cumulative_alphas, diffusion_loss, noisy_latents
 from stages.cogvideox.inputs import rotary_positions
 from stages.local_gram_flow import time_weights
@@ -51,7 +51,7 @@ class TrainingStep:
 
     def __init__(
         self,
-        facts: BaseFacts,
+        configs: CogVideoXConfigs,
         objectives: tuple[WeightedObjective, ...],
         *,
         layout: TeacherLayout | None = None,
@@ -66,13 +66,13 @@ class TrainingStep:
             device: device of the batches; meta works.
             dtype: dtype the transformer computes in; losses are float32.
         """
-        self._facts = facts
+        self._facts = configs
         self._objectives = objectives
         self._layout = layout or TeacherLayout()
         self._device = device
         self._dtype = dtype
-        self._abar_S = cumulative_alphas(facts.scheduler).float().to(device)
-        self._ofs = None if facts.ofs is None else torch.tensor([facts.ofs], device=device)
+        self._abar_S = cumulative_alphas(configs.scheduler).float().to(device)
+        self._ofs = None if configs.ofs is None else torch.tensor([configs.ofs], device=device)
         self._shapes: dict[tuple[int | None, ...], _Shape] = {}
 
     def __call__(self, student: Any, batch: Batch, step: int) -> Losses:
@@ -116,17 +116,17 @@ class TrainingStep:
         maps = None if batch.teacher_valid_BT is None else batch.teacher_valid_BT.shape[1]
         size = (padded, height, width, batch.num_frames, maps)
         if size not in self._shapes:
-            facts = self._facts
+            configs = self._facts
             weights: dict[str, Tensor | None] = {}
             for weighted in self._objectives:
                 num_maps = weighted.objective.num_maps(maps, batch.num_frames)
                 weights_TJ = time_weights(
-                    num_maps, batch.num_frames, patch_size_t=facts.patch_size_t
+                    num_maps, batch.num_frames, patch_size_t=configs.patch_size_t
                 )
                 weights[weighted.name] = None if weights_TJ is None else weights_TJ.to(self._device)
             self._shapes[size] = _Shape(
-                token_grid=facts.token_grid(padded, height, width),
-                rotary=rotary_positions(facts, padded, height, width, self._device),
+                token_grid=configs.token_grid(padded, height, width),
+                rotary=rotary_positions(configs, padded, height, width, self._device),
                 time_weights=weights,
             )
         return self._shapes[size]

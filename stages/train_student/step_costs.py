@@ -1,7 +1,7 @@
 """FLOPs and activation memory of a training step, from tensor shapes only.
 
 The student is built from its configuration on torch's meta device, and the run's own `TrainingStep`
-runs forward and backward under a `Meter`: no weights are needed and nothing is computed.
+runs forward and backward under a `FlopCounter`: no weights are needed and nothing is computed.
 
 Legend: B clip, F latent frame, C channel, H W latent, L text token, D width, T teacher feature map.
 """
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from cache_schema import ArraySpec, StoreReader, StoreSettings
 from stages.clips.config import ClipsConfig
-from stages.cogvideox.configs import BaseFacts
-from stages.compute_cost.flop_counter import Meter
+from stages.cogvideox.configs import CogVideoXConfigs
+from stages.compute_cost.flop_counter import FlopCounter
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import Batch
 from stages.train_student.model.lora import add_adapters
@@ -48,7 +48,7 @@ class StepCost:
 
 def step_cost(
     config: TrainConfig,
-    facts: BaseFacts,
+    configs: CogVideoXConfigs,
     size: ClipsConfig,
     *,
     teacher: StoreSettings | None = None,
@@ -70,14 +70,14 @@ def step_cost(
     Raises:
         ValueError: the settings do not fit the model.
     """
-    blocks = int(facts.transformer["num_layers"])
+    blocks = int(configs.transformer["num_layers"])
     short, longer = min(_SHORT, blocks), min(_LONGER, blocks)
     plain = config.model_copy(update={"objectives": ()})
     no_checkpointing = plain.model_copy(update={"gradient_checkpointing": False})
-    batch = _meta_batch(config, facts, size, teacher, masks)
+    batch = _meta_batch(config, configs, size, teacher, masks)
 
-    def run(variant: TrainConfig, num_blocks: int) -> Meter:
-        return _run(variant, facts, num_blocks, batch, teacher)
+    def run(variant: TrainConfig, num_blocks: int) -> FlopCounter:
+        return _run(variant, configs, num_blocks, batch, teacher)
 
     few, more = run(plain, short), run(plain, longer)
     with_objectives = run(config, short) if config.objectives else few
@@ -90,7 +90,7 @@ def step_cost(
         return base + slope * (at_longer - at_short)
 
     flops = at_full_depth(with_objectives.flops, few.flops, more.flops)
-    recomputed_scores = blocks / short * few.scores_again_flops
+    recomputed_scores = blocks / short * few.recomputed_flops
     peak = at_full_depth(with_objectives.peak_bytes, few.peak_bytes, more.peak_bytes)
     clips = config.micro_batch_size
     return StepCost(
@@ -102,7 +102,7 @@ def step_cost(
 
 
 def meta_student(
-    config: TrainConfig, facts: BaseFacts, teacher: StoreSettings | None = None
+    config: TrainConfig, configs: CogVideoXConfigs, teacher: StoreSettings | None = None
 ) -> Student:
     """Build the student as a run would train it, on the meta device.
 
@@ -111,12 +111,12 @@ def meta_student(
     """
     dtype = weights_dtype(config.deepspeed)
     with _META:
-        transformer = CogVideoXTransformer3DModel.from_config(dict(facts.transformer)).train()
+        transformer = CogVideoXTransformer3DModel.from_config(dict(configs.transformer)).train()
         if config.method == "lora":
             add_adapters(transformer, config.lora)
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        heads = _heads(config, facts, teacher) if config.objectives else None
+        heads = _heads(config, configs, teacher) if config.objectives else None
     # Not diffusers' own `to`, which warns about float32 modules that this model does not have.
     nn.Module.to(transformer, dtype)
     return Student(transformer, None if heads is None else heads.to(dtype), config.block)
@@ -124,19 +124,19 @@ def meta_student(
 
 def _run(
     config: TrainConfig,
-    facts: BaseFacts,
+    configs: CogVideoXConfigs,
     num_blocks: int,
     batch: Batch,
     teacher: StoreSettings | None,
-) -> Meter:
+) -> FlopCounter:
     """Count one micro-batch, forward and backward, through `num_blocks` blocks."""
-    shallow = replace(facts, transformer=facts.transformer | {"num_layers": num_blocks})
+    shallow = replace(configs, transformer=configs.transformer | {"num_layers": num_blocks})
     # If blocks follow the taught one, the objectives' graph is alive during their backward pass.
-    last = config.block >= facts.transformer["num_layers"] - 1
+    last = config.block >= configs.transformer["num_layers"] - 1
     taught = num_blocks - 1 if last else 0
     student = meta_student(config.model_copy(update={"block": taught}), shallow, teacher)
     step = TrainingStep(
-        facts,
+        configs,
         build_objectives(config),
         layout=TeacherLayout.of(None if teacher is None else cast(StoreReader, _Store(teacher))),
         device=_META,
@@ -148,7 +148,7 @@ def _run(
         for parameter in student.parameters()
         if parameter.requires_grad
     ]
-    with Meter(training=True) as meter:
+    with FlopCounter(training=True) as meter:
         losses = step(student, batch, 0)
         losses.total.backward()
     for hook in hooks:
@@ -169,17 +169,17 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 def _meta_batch(
     config: TrainConfig,
-    facts: BaseFacts,
+    configs: CogVideoXConfigs,
     size: ClipsConfig,
     teacher: StoreSettings | None,
     masks: StoreSettings | None,
 ) -> Batch:
     clips = config.micro_batch_size
-    frames = size.num_latent_frames + facts.padding(size.num_latent_frames)
+    frames = size.num_latent_frames + configs.padding(size.num_latent_frames)
     latents_BFCHW = torch.empty(
-        clips, frames, facts.latent_channels, *size.latent_size, device=_META
+        clips, frames, configs.latent_channels, *size.latent_size, device=_META
     )
-    text = facts.transformer["max_text_seq_length"], facts.transformer["text_embed_dim"]
+    text = configs.transformer["max_text_seq_length"], configs.transformer["text_embed_dim"]
     arrays = None if teacher is None else _store_batch(teacher, clips)
     return Batch(
         keys=("",) * clips,
@@ -187,7 +187,7 @@ def _meta_batch(
         noise_BFCHW=torch.empty_like(latents_BFCHW),
         timestep_B=torch.empty(clips, dtype=torch.int64, device=_META),
         text_BLD=torch.empty(clips, *text, dtype=torch.float16, device=_META),
-        image_BFCHW=torch.empty_like(latents_BFCHW) if facts.image_to_video else None,
+        image_BFCHW=torch.empty_like(latents_BFCHW) if configs.image_to_video else None,
         teacher=arrays,
         teacher_valid_BT=None if arrays is None else arrays.pop("valid") != 0,
         masks=None if masks is None else _store_batch(masks, clips),
@@ -216,14 +216,16 @@ def _leaves(value: object) -> list[Tensor]:
     return list(value.values()) if isinstance(value, dict) else []
 
 
-def _heads(config: TrainConfig, facts: BaseFacts, teacher: StoreSettings | None) -> nn.ModuleDict:
+def _heads(
+    config: TrainConfig, configs: CogVideoXConfigs, teacher: StoreSettings | None
+) -> nn.ModuleDict:
     """Build the projectors; their shapes depend on the teacher's width and time rate."""
     channels, frame_rate = None, True
     if teacher is not None:
         frame_rate = teacher.values.get("time_rate", "frame") == "frame"
         if "features" in teacher.arrays:
             channels = teacher.arrays["features"].shape[-1]
-    width = facts.transformer["num_attention_heads"] * facts.transformer["attention_head_dim"]
+    width = configs.transformer["num_attention_heads"] * configs.transformer["attention_head_dim"]
     return build_heads(
-        config, width, channels, frame_rate=frame_rate, patch_size_t=facts.patch_size_t
+        config, width, channels, frame_rate=frame_rate, patch_size_t=configs.patch_size_t
     )

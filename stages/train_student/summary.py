@@ -29,8 +29,8 @@ class TrainSummary:
     """Of the GPU if there is one, otherwise of this process."""
     export: Path
     clips: int
-    left_out: dict[str, int]
+    excluded: dict[str, int]
     """Number of clips of each kind of store that are missing from another kind."""
-    left_out_by_name: int
+    excluded_by_name: int
     """Number of clips excluded by `train.leave_out`."""
     already_finished: bool

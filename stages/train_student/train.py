@@ -44,7 +44,7 @@ from stages.train_student.logging.rows import (
 )
 from stages.train_student.model.loading import build_student
 from stages.train_student.model.student import Student
-from stages.train_student.parallel.deepspeed import batch_told, deepspeed_engine
+from stages.train_student.parallel.deepspeed import deepspeed_engine, describe_batch
 from stages.train_student.parallel.ema import WeightAverage
 from stages.train_student.parallel.optimizers import describe_new_length
 from stages.train_student.parallel.process_group import (
@@ -106,15 +106,15 @@ def train_student(
         check_base_weights(base, ("transformer",))
         # Other machines may still be downloading.
         fewer_clips = on_first_rank(
-            world, lambda: run.open(base, resolved_config, provenance), patience=_DOWNLOAD_TIME
+            world, lambda: run.open(base, resolved_config, provenance), timeout=_DOWNLOAD_TIME
         )
         done = on_first_rank(world, lambda: finished_steps(config.run_dir))
         if done is not None and done >= config.steps:
             return _summary(run, done, resumed_from=done, durations=[], finished=True)
-        progress.log("; ".join(run.stores.told()))
+        progress.log("; ".join(run.stores.describe()))
         if fewer_clips is not None:
             progress.log(f"warning: {fewer_clips}")
-        progress.log(batch_told(run.config, world.size))
+        progress.log(describe_batch(run.config, world.size))
         return _train(run)
 
 
@@ -130,7 +130,7 @@ def _train(run: Run) -> TrainSummary:
     # Student, engine, and the state of an earlier run.
     plan = plan_resume(run.checkpoints, world, run.progress, nvme=nvme, check=check)
     embeds = embed_prompts(run)
-    student = build_student(config, run.facts, run.dtype, heads=run.heads, world=world)
+    student = build_student(config, run.configs, run.dtype, heads=run.heads, world=world)
     with ExitStack() as stack:
         universal = plan is not None and plan.universal
         engine = stack.enter_context(deepspeed_engine(student, config, world, universal=universal))
@@ -165,7 +165,7 @@ def _train(run: Run) -> TrainSummary:
             run.batches(steps) as batches,
         ):
             training_step = run.training_step()
-            device = device_rate(config, run.facts, run.sizes, run.progress) if log else None
+            device = device_rate(config, run.configs, run.sizes, run.progress) if log else None
             for step in steps:
                 # Forward and backward passes, and the update.
                 rows, stopping = _train_step(
@@ -202,9 +202,9 @@ def _train(run: Run) -> TrainSummary:
                     validation.after_step(step + 1)
                 if stopping and not is_last:
                     run.progress.log(f"stopped after step {step + 1}; its checkpoint is saved")
-                    stop.fulfil()
+                    stop.mark_handled()
                     raise KeyboardInterrupt
-            stop.fulfil()  # a signal during the last step: the run finishes anyway
+            stop.mark_handled()  # a signal during the last step: the run finishes anyway
 
         export = export_weights(
             student, config.run_dir, world, step=steps.stop, average=average, check=check
@@ -263,7 +263,7 @@ def _train_step(
         clips=run.config.batch_size,
         world=world,
         peak_flops=None if device is None else device.peak_flops,
-        stop=stop.made,
+        stop=stop.requested,
     )
     rows = StepRows(
         performance=performance, losses=losses_row, skipped=skipped_row, damaged=damaged_rows
@@ -314,7 +314,7 @@ def _summary(
         peak_memory_bytes=peak_memory_bytes(),
         export=run_dir / EXPORT_FOLDER,
         clips=run.num_clips,
-        left_out=run.stores.left_out.not_in_every_store,
-        left_out_by_name=run.stores.left_out.named,
+        excluded=run.stores.excluded.not_in_every_store,
+        excluded_by_name=run.stores.excluded.named,
         already_finished=finished,
     )

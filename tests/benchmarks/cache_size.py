@@ -29,10 +29,10 @@ from stages.sam2_tracking.build import build_sam2
 from stages.sam2_tracking.tracker import Tracker
 from stages.teacher_store.features import decode_features, encode_features, feature_arrays_spec
 from stages.teacher_store.gram_flow import (
+    compute_gram_flow,
     decode_gram_flow,
     encode_gram_flow,
     flow_arrays_spec,
-    gram_flow_of,
 )
 from tests.fingerprints import fingerprint_of
 
@@ -129,7 +129,7 @@ class Case:
     def of(cls, name: str, fused_THWG: Tensor, temperature: float) -> "Case":
         """Compute them."""
         kept = {k: torch.from_numpy(a) for k, a in encode_features(fused_THWG, "float16").items()}
-        flow_PHWK = gram_flow_of(decode_features(kept), radius=RADIUS, token_grid=GRID)
+        flow_PHWK = compute_gram_flow(decode_features(kept), radius=RADIUS, token_grid=GRID)
         exact_PHWK = local_gram_flow(fused_THWG.double()[None], RADIUS)[0]
         return cls(
             name=f"{name} ({spread_of(flow_PHWK)})",

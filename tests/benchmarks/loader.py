@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from loader_stores import facts, make_stores, web_server
+from loader_stores import configs, make_stores, web_server
 from report import finish, machine, median_and_spread, table
 from torch.utils.data import DataLoader, Dataset
 
@@ -171,7 +171,7 @@ class Node:
     def __init__(self, cache: Path, options: argparse.Namespace) -> None:
         self._options = options
         stores = join_stores(cache, {}, kinds=(KIND_OF_FORM[options.form],))
-        self._samples = CachedSamples([stores], facts(), seed=0, batch_size=options.gpus)
+        self._samples = CachedSamples([stores], configs(), seed=0, batch_size=options.gpus)
         self._in_memory = [self._samples[number] for number in range(2)]
         self.worker_bytes: list[tuple[int, int]] = []
         """Private and proportional memory of every worker seen."""

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
-from stages.cogvideox.configs import BaseFacts
+from stages.cogvideox.configs import CogVideoXConfigs
 from stages.teacher_store.features import encode_features, feature_arrays_spec
-from stages.teacher_store.gram_flow import encode_gram_flow, flow_arrays_spec, gram_flow_of
+from stages.teacher_store.gram_flow import compute_gram_flow, encode_gram_flow, flow_arrays_spec
 from tests.fingerprints import fingerprint_of
 
 MAPS, GRID, CHANNELS, RADIUS = 49, (30, 45), 512, 3
@@ -74,7 +74,9 @@ def teacher_arrays(form: str, field_name: str, seed: int) -> Arrays:
     features = encode_features(field(field_name, seed=seed, channels=CHANNELS // 2), "float16")
     if form == "features":
         return features
-    flow_PHWK = gram_flow_of(torch.from_numpy(features["features"]), radius=RADIUS, token_grid=GRID)
+    flow_PHWK = compute_gram_flow(
+        torch.from_numpy(features["features"]), radius=RADIUS, token_grid=GRID
+    )
     return encode_gram_flow(flow_PHWK, "float16")
 
 
@@ -106,9 +108,9 @@ def _write(
     return writer.path
 
 
-def facts() -> BaseFacts:
+def configs() -> CogVideoXConfigs:
     """What training must know of CogVideoX-5B to make samples of the stores."""
-    return BaseFacts(
+    return CogVideoXConfigs(
         folder=Path(),
         transformer={
             "in_channels": LATENTS[1],

@@ -428,12 +428,12 @@ def console(cache: Path, empty: Path, *words: str) -> Found:
 
 def list_failures(cache: Path, empty: Path, _: int) -> Found:
     """All clips are skipped, and `failures.jsonl` is not there yet."""
-    from stages.extract_features.execution.failures import FAILURES_FILE, failures_listed
+    from stages.extract_features.execution.failures import FAILURES_FILE, failure_manifest_written
 
     copy_links(cache, empty / "cache")
 
     def write() -> None:
-        with failures_listed(empty / "cache", print):
+        with failure_manifest_written(empty / "cache", print):
             pass
 
     return timed(write) | {"MB": (empty / "cache" / FAILURES_FILE).stat().st_size / 1e6}
@@ -456,7 +456,7 @@ def order_clips(_: Path, __: Path, size: int) -> Found:
     """Where the first sample of training is in the shuffled clips."""
     from stages.train_student.data.order import SampleOrder
 
-    return timed(lambda: SampleOrder([size], batch_size=8, seed=0).place(0))
+    return timed(lambda: SampleOrder([size], batch_size=8, seed=0).locate(0))
 
 
 def report_page(run: Path, empty: Path, _: int) -> Found:

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from stages.clips import ClipsConfig
-from stages.cogvideox.configs import BaseFacts
-from stages.cogvideox.official_models import official_facts
+from stages.cogvideox.configs import CogVideoXConfigs
+from stages.cogvideox.official_models import official_configs
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.buckets import join_buckets
 from stages.train_student.data.dataset import Batch, CachedSamples
@@ -51,10 +51,10 @@ SMALL = {"layers": 4, "frames": 17, "height": 240, "width": 368, "sam2": "sam2.1
 FULL = {"layers": 42, "frames": 49, "height": 480, "width": 720, "sam2": "sam2.1_hiera_l"}
 
 
-def facts_of(options: argparse.Namespace) -> BaseFacts:
+def facts_of(options: argparse.Namespace) -> CogVideoXConfigs:
     """CogVideoX-5B's, with as many layers as asked for."""
-    facts = official_facts("cogvideox-5b")
-    return replace(facts, transformer=facts.transformer | {"num_layers": options.layers})
+    configs = official_configs("cogvideox-5b")
+    return replace(configs, transformer=configs.transformer | {"num_layers": options.layers})
 
 
 def settings(options: argparse.Namespace, objectives: list[str]) -> TrainConfig:
@@ -77,20 +77,20 @@ def size_of(options: argparse.Namespace) -> ClipsConfig:
     )
 
 
-def make_cache(folder: Path, facts: BaseFacts, options: argparse.Namespace) -> None:
+def make_cache(folder: Path, configs: CogVideoXConfigs, options: argparse.Namespace) -> None:
     """Stores of synthetic clips: text, latents, and the teacher in the form asked for."""
     # Imported here: it brings in SAM2, which the cached sides' processes must not hold.
     from stages.teacher_store.features import encode_features, feature_arrays_spec
-    from stages.teacher_store.gram_flow import encode_gram_flow, flow_arrays_spec, gram_flow_of
+    from stages.teacher_store.gram_flow import compute_gram_flow, encode_gram_flow, flow_arrays_spec
 
     size = size_of(options)
     frames, grid = options.frames, size.token_grid
     latents = ArraySpec(
         dtype="float16",
-        shape=(size.num_latent_frames, facts.latent_channels, *size.latent_size),
+        shape=(size.num_latent_frames, configs.latent_channels, *size.latent_size),
         dimension_names=("f", "c", "h", "w"),
     )
-    text = (facts.transformer["max_text_seq_length"], facts.transformer["text_embed_dim"])
+    text = (configs.transformer["max_text_seq_length"], configs.transformer["text_embed_dim"])
     valid = ArraySpec(dtype="uint8", shape=(frames,), dimension_names=("t",))
     if options.form == "features":
         kind, teacher = "teacher", feature_arrays_spec((frames, *grid, CHANNELS), "int8")
@@ -114,7 +114,9 @@ def make_cache(folder: Path, facts: BaseFacts, options: argparse.Namespace) -> N
         stored = (
             encode_features(fused, "int8")
             if kind == "teacher"
-            else encode_gram_flow(gram_flow_of(fused.half(), radius=3, token_grid=grid), "float16")
+            else encode_gram_flow(
+                compute_gram_flow(fused.half(), radius=3, token_grid=grid), "float16"
+            )
         )
         return stored | {"valid": np.ones(frames, np.uint8)}
 
@@ -165,13 +167,15 @@ class Side:
         self,
         name: str,
         transformer: CogVideoXTransformer3DModel,
-        facts: BaseFacts,
+        configs: CogVideoXConfigs,
         options: argparse.Namespace,
         folder: Path,
     ) -> None:
         config = settings(options, [] if name == NONE else ["lgf"])
         self._device = torch.device(options.device)
-        width = facts.transformer["num_attention_heads"] * facts.transformer["attention_head_dim"]
+        width = (
+            configs.transformer["num_attention_heads"] * configs.transformer["attention_head_dim"]
+        )
         heads = build_heads(config, width, CHANNELS, patch_size_t=1).to(
             self._device, transformer.dtype
         )
@@ -179,15 +183,15 @@ class Side:
         self._trained = [p for p in self._student.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(self._trained, lr=1e-6)
         self._training_step = TrainingStep(
-            facts, build_objectives(config), device=self._device, dtype=transformer.dtype
+            configs, build_objectives(config), device=self._device, dtype=transformer.dtype
         )
         self._teacher = OnlineTeacher(options, folder) if name == ONLINE else None
-        self._batches = self._read(config, facts, options, folder, cached=name == CACHED)
+        self._batches = self._read(config, configs, options, folder, cached=name == CACHED)
 
     def _read(
         self,
         config: TrainConfig,
-        facts: BaseFacts,
+        configs: CogVideoXConfigs,
         options: argparse.Namespace,
         folder: Path,
         *,
@@ -199,7 +203,7 @@ class Side:
             {},
             kinds=kinds_needed(config) if cached else (),
         )
-        samples = CachedSamples(stores.stores, facts, seed=0, batch_size=1)
+        samples = CachedSamples(stores.stores, configs, seed=0, batch_size=1)
         numbers = micro_batches(
             range(10**6), batch_size=1, micro_batch_size=1, rank=0, world_size=1
         )
@@ -220,12 +224,14 @@ class Side:
         self._optimizer.zero_grad()
 
 
-def make_transformer(facts: BaseFacts, options: argparse.Namespace) -> CogVideoXTransformer3DModel:
+def make_transformer(
+    configs: CogVideoXConfigs, options: argparse.Namespace
+) -> CogVideoXTransformer3DModel:
     """Random weights on the device, adapters, gradient checkpointing."""
     torch.manual_seed(0)
     on_gpu = options.device.startswith("cuda")
     with torch.device(options.device):
-        transformer = CogVideoXTransformer3DModel.from_config(facts.transformer)
+        transformer = CogVideoXTransformer3DModel.from_config(configs.transformer)
     if on_gpu:
         transformer = transformer.to(torch.bfloat16)
     transformer.train()
@@ -236,8 +242,8 @@ def make_transformer(facts: BaseFacts, options: argparse.Namespace) -> CogVideoX
 
 def peak_bytes(side: str, options: argparse.Namespace, folder: Path) -> int:
     """The most that this process, or the GPU, holds over a step of one side, after a first."""
-    facts = facts_of(options)
-    one = Side(side, make_transformer(facts, options), facts, options, folder)
+    configs = facts_of(options)
+    one = Side(side, make_transformer(configs, options), configs, options, folder)
     one.step()
     if options.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
@@ -263,9 +269,9 @@ def peak_in_own_process(side: str, folder: Path) -> int:
 
 def compare(options: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
     """Seconds of each side's steps, taken in turn, the first of them another at each repeat."""
-    facts = facts_of(options)
-    transformer = make_transformer(facts, options)
-    sides = {name: Side(name, transformer, facts, options, folder) for name in SIDES}
+    configs = facts_of(options)
+    transformer = make_transformer(configs, options)
+    sides = {name: Side(name, transformer, configs, options, folder) for name in SIDES}
     device = torch.device(options.device)
     seconds: dict[str, list[float]] = {name: [] for name in SIDES}
     for side in sides.values():

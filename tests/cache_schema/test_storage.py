@@ -26,7 +26,7 @@ from cache_schema import (
 )
 from cache_schema.maintenance.copy import copy_store
 from cache_schema.maintenance.drop import drop_clips
-from cache_schema.storage import FsspecStorage, LocalStorage, is_url, open_place
+from cache_schema.storage import FsspecStorage, LocalStorage, is_url, open_storage
 from tests.cache_schema.servers import FileServer, serving
 
 Arrays = dict[str, np.ndarray]
@@ -284,7 +284,7 @@ def test_an_object_store_is_listed(s3: str, indexed: Path) -> None:
     assert list_stores(f"{s3}/nothing") == []
     with pytest.raises(StoreNotFound, match="no latents store"):
         find_store(s3, "latents")
-    place = open_place(f"{s3}/{indexed.name}/")
+    place = open_storage(f"{s3}/{indexed.name}/")
     assert place.list_folder("commits") == ["00000.json", "00001.json"]
     assert place.list_folder("nowhere") == []
 
@@ -307,7 +307,7 @@ def test_places_say_the_same_of_files_and_ranges(
     cache_url: str, indexed: Path, tmp_path: Path
 ) -> None:
     local: Any = LocalStorage(indexed)
-    for place in (local, open_place(f"{cache_url}/{indexed.name}")):
+    for place in (local, open_storage(f"{cache_url}/{indexed.name}")):
         data = place.read("store.json")
         assert data == (indexed / "store.json").read_bytes()
         assert place.read_range("store.json", 3, 10) == data[3:10]

@@ -106,7 +106,7 @@ def test_an_index_that_no_records_give_is_refused_behind_an_address(
     with serving(indexed.parent) as server, pytest.raises(CorruptRecord, match=r"index\.npz"):
         assert StoreReader(f"{server.url}/{indexed.name}").keys
     assert StoreReader(indexed).keys == ("a0", "a1", "a2", "b0", "b1")  # of the records
-    assert any(problem.mend == "repair" for problem in verify_store(indexed).problems)
+    assert any(problem.remedy == "repair" for problem in verify_store(indexed).problems)
 
 
 def test_packed_keys_of_many_scripts_are_accepted(

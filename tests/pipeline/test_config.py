@@ -5,7 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cache_schema.storage import open_place
+from cache_schema.storage import open_storage
 from pipeline.config.load import SETTINGS, ConfigError, load_config
 from pipeline.config.text import commented_yaml
 
@@ -245,7 +245,7 @@ def test_credentials_are_neither_kept_with_a_run_nor_compared(minimal, tmp_path)
     open_with("0ther")
     again = str(tmp_path / "run" / "config.yaml")
     with pytest.raises(ValueError, match="without its credentials"):
-        open_place(load_config(again).cache_root)
+        open_storage(load_config(again).cache_root)
     url = "http://me:0ther@host/cache"
     assert load_config(again, [f"cache={url}"]).cache_root == url
 

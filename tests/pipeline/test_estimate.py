@@ -10,13 +10,13 @@ from pipeline.commands import estimate as command
 from pipeline.config.load import ConfigError, load_config
 from stages.dry_run import extract as module
 from stages.dry_run.extract import (
+    EncodingEstimate,
     Estimate,
-    FormEstimate,
     KindEstimate,
     PassEstimate,
 )
 from stages.dry_run.extract_costs import ModelCost
-from stages.dry_run.extract_stores import FormSize
+from stages.dry_run.extract_stores import EncodingSize
 from stages.progress import SilentProgress
 
 QUIET = SilentProgress()
@@ -41,9 +41,9 @@ TEACHER = KindEstimate(
     is_compressed=False,
 )
 FORMS = tuple(
-    FormEstimate(
+    EncodingEstimate(
         bucket=None,
-        size=FormSize(
+        size=EncodingSize(
             kind=kind,
             dtype=dtype,
             bytes_per_clip=megabytes * 10**6,
@@ -77,10 +77,10 @@ FOUND = Estimate(
             cost=COST,
             flops=275 * 2e12,
             flops_per_second=1e12,
-            usual_share=0.5,
+            assumed_peak_fraction=0.5,
         ),
     ),
-    forms=FORMS,
+    encodings=FORMS,
     device="some device",
     device_bytes=10**10,
     free_bytes=10**12,
@@ -124,9 +124,9 @@ def test_the_teachers_forms_stand_side_by_side(answer):
         ("  gram_flow uint8", "1.1 GB, 4.0 MB a clip"),
     ]
     told = json.loads(json.dumps(answer().data))["forms"]
-    assert [form["bytes"] for form in told] == [285 * m * 10**6 for m in (68, 34, 3, 4)]
-    assert [form["chosen"] for form in told] == [False, True, False, False]
-    assert answer(forms=()).rows == [row for row in rows if row not in rows[start : start + 5]]
+    assert [encoding["bytes"] for encoding in told] == [285 * m * 10**6 for m in (68, 34, 3, 4)]
+    assert [encoding["chosen"] for encoding in told] == [False, True, False, False]
+    assert answer(encodings=()).rows == [row for row in rows if row not in rows[start : start + 5]]
 
 
 def test_the_size_of_a_compressed_store_is_about(answer):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from stages.cogvideox.configs import read_base_facts, read_model_index
+from stages.cogvideox.configs import read_configs, read_model_index
 from stages.cogvideox.sampler import build_pipeline, pipeline_class
 from stages.cogvideox.weights import check_base_weights, hash_transformer, load_tokenizer
 from stages.demo.build import _PRETRAINED
@@ -103,7 +103,7 @@ def test_components_of_other_classes(base: Path, name: str, value: Any) -> None:
     message = (
         rf"model_index\.json: {name} is .*, expected (no such component|diffusers\.|transformers\.)"
     )
-    for reads in (read_model_index, read_base_facts, pipeline_class, build_pipeline):
+    for reads in (read_model_index, read_configs, pipeline_class, build_pipeline):
         with pytest.raises(ValueError, match=message):
             reads(base)
 
@@ -142,7 +142,7 @@ def test_an_adapter_in_the_folder_does_not_name_another_model(base: Path, tmp_pa
 def test_values_of_another_type_are_named(base: Path) -> None:
     change(base / "transformer" / "config.json", in_channels="16")
     with pytest.raises(ValueError, match=r"config\.json: in_channels is '16', expected a value"):
-        read_base_facts(base)
+        read_configs(base)
 
 
 def test_an_index_of_weights_names_files_of_its_own_folder(base: Path) -> None:
@@ -226,10 +226,10 @@ def test_the_metadata_of_adapters_import_no_package(tmp_path: Path) -> None:
 
 
 def test_the_official_models_are_taken() -> None:
-    from stages.cogvideox.official_models import NAMES, official_facts
+    from stages.cogvideox.official_models import NAMES, official_configs
 
     for name in NAMES:
-        assert official_facts(name).text_encoder is not None
+        assert official_configs(name).text_encoder is not None
 
 
 def test_check_weights_takes_the_demo_models() -> None:

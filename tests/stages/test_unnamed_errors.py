@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
-from cache_schema.atomic_io import write_whole
+from cache_schema.atomic_io import write_atomic
 from pipeline.failures import error_text
 from stages.clips.video import write_video
 from stages.extract_features.execution.failures import write_failure_manifest
@@ -59,7 +59,7 @@ def add(shard: object, key: str) -> None:
 
 
 def a_record(folder: Path) -> Callable[[], None]:
-    return lambda: write_whole(folder / "r.json", b"x" * 9000, temporary=folder / ".r")
+    return lambda: write_atomic(folder / "r.json", b"x" * 9000, temporary=folder / ".r")
 
 
 def a_store(folder: Path) -> Callable[[], None]:

@@ -22,7 +22,7 @@ def run(config: RunConfig, progress: Progress) -> CommandResult:
     With `data.buckets`, write one store per size.
     """
     from stages.extract_features.derive import derive_gram_flow
-    from stages.extract_features.kinds import device_named
+    from stages.extract_features.kinds import resolve_device
     from stages.train_student.data.stores import find_stores
 
     folders = config.train.stores.get("teacher", ())
@@ -36,7 +36,7 @@ def run(config: RunConfig, progress: Progress) -> CommandResult:
             Path(teacher.path),
             config=config.extract.gram_flow,
             token_grid=size.token_grid,
-            device=device_named(config.extract.device, rank()),
+            device=resolve_device(config.extract.device, rank()),
             provenance=provenance_of_run(),
             progress=progress,
         )

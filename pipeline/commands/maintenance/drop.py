@@ -69,12 +69,14 @@ def run(
         def drop(store: PathOrUrl) -> Outcome:
             report = drop_clips(Path(store), sorted(of_store[store]), detail=because, reason=reason)
             task.advance()
-            already = f", {report.num_already} already" if report.num_already else ""
+            already = (
+                f", {report.num_already_dropped} already" if report.num_already_dropped else ""
+            )
             return Outcome(
                 rows=indented([("clips", f"{report.num_dropped} dropped{already}")]),
                 data={
                     "dropped": report.num_dropped,
-                    "already_dropped": report.num_already,
+                    "already_dropped": report.num_already_dropped,
                     "shards": list(report.shards),
                 },
             )

@@ -11,7 +11,7 @@ from typing import Any
 from cache_schema import SCHEMA_VERSION, StoreReader, UnknownSchemaVersion
 from cache_schema.checksummed_json import parse_json
 from cache_schema.names import STORE_FILE, StoreLayout
-from cache_schema.storage import open_place
+from cache_schema.storage import open_storage
 from pipeline.commands.maintenance.stores import (
     Outcome,
     PathOrUrl,
@@ -84,7 +84,7 @@ def _describe_store(store: PathOrUrl) -> Outcome:
 
 def _unsupported_version(store: PathOrUrl, error: UnknownSchemaVersion) -> Outcome:
     """Facts about a store whose schema version this package cannot read."""
-    record = parse_json(open_place(store).read(STORE_FILE))
+    record = parse_json(open_storage(store).read(STORE_FILE))
     found, made_with = record["schema_version"], record.get("provenance") or {}
     written = _written(store, made_with)
     rows = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cache_schema.maintenance.verify import MENDS, Problem
+from cache_schema.maintenance.verify import REMEDIES, Problem
 from pipeline.commands.maintenance.stores import PathOrUrl, pluralize, store_name
 
 _MAX_NOTES = 20
@@ -13,7 +13,7 @@ _MAX_NOTES = 20
 
 def is_harmless(problem: Problem) -> bool:
     """Whether readers are unaffected and the next extraction cleans it up."""
-    return problem.mend == "extract"
+    return problem.remedy == "extract"
 
 
 def counted_problems(problems: Sequence[Problem]) -> str:
@@ -35,7 +35,8 @@ def problem_notes(store: PathOrUrl, problems: Sequence[Problem]) -> list[str]:
 def problem_data(problems: Sequence[Problem]) -> list[dict[str, Any]]:
     """Problems as JSON values."""
     return [
-        {"shard": one.shard, "key": one.key, "what": one.what, "mend": one.mend} for one in problems
+        {"shard": one.shard, "key": one.key, "what": one.what, "mend": one.remedy}
+        for one in problems
     ]
 
 
@@ -43,5 +44,5 @@ def _describe(store: PathOrUrl, problem: Problem) -> str:
     clip = f" clip {problem.key!r}" if problem.key is not None else ""
     shard = f" shard {problem.shard}" if problem.shard is not None else ""
     # The other remedies are printed once for all problems.
-    remedy = f"; {MENDS[problem.mend]}" if problem.mend in ("extract", "by hand") else ""
+    remedy = f"; {REMEDIES[problem.remedy]}" if problem.remedy in ("extract", "by hand") else ""
     return f"{store_name(store)}{shard}{clip}: {problem.what}{remedy}"

@@ -57,9 +57,9 @@ def run(cache: Path, progress: Progress) -> CommandResult:
 
 
 def _outcome(store: PathOrUrl, report: RepairReport) -> Outcome:
-    left = [problem for problem in report.left if not is_harmless(problem)]
-    remaining = f"; {len(left)} not repaired" if left else ""
-    rows = [("problems", counted_problems(report.found) + remaining)]
+    remaining = [problem for problem in report.remaining if not is_harmless(problem)]
+    not_repaired = f"; {len(remaining)} not repaired" if remaining else ""
+    rows = [("problems", counted_problems(report.found) + not_repaired)]
     removed = [pluralize(len(report.clips), "clip")] if report.clips else []
     removed += [pluralize(len(report.shards), "whole shard")] if report.shards else []
     if removed:
@@ -69,7 +69,7 @@ def _outcome(store: PathOrUrl, report: RepairReport) -> Outcome:
     data = {
         "damaged": not all(map(is_harmless, report.found)),
         "found": problem_data(report.found),
-        "left": problem_data(report.left),
+        "left": problem_data(report.remaining),
         "quarantine": None if report.quarantine is None else str(report.quarantine),
         "clips": [
             {"key": clip.key, "shard": clip.shard, "reason": clip.reason, "detail": clip.detail}
@@ -77,6 +77,6 @@ def _outcome(store: PathOrUrl, report: RepairReport) -> Outcome:
         ],
         "shards": list(report.shards),
     }
-    notes = problem_notes(store, [one for one in report.found if one not in report.left])
-    notes += [f"not repaired: {line}" for line in problem_notes(store, report.left)]
-    return Outcome(rows=indented(rows), data=data, notes=notes, failed=bool(left))
+    notes = problem_notes(store, [one for one in report.found if one not in report.remaining])
+    notes += [f"not repaired: {line}" for line in problem_notes(store, report.remaining)]
+    return Outcome(rows=indented(rows), data=data, notes=notes, failed=bool(remaining))

@@ -11,7 +11,7 @@ from typing import Any
 
 from cache_schema import CacheError, StoreNotFound, StoreReader, list_stores
 from cache_schema.names import STORE_FILE
-from cache_schema.storage import is_url, open_place
+from cache_schema.storage import is_url, open_storage
 from pipeline.console import CommandResult
 from pipeline.failures import FAILED, error_text
 from stages.extract_features.execution.failures import FAILURES_FILE, write_failure_manifest
@@ -36,7 +36,7 @@ def is_store(location: PathOrUrl) -> bool:
     if isinstance(location, Path):
         return (location / STORE_FILE).is_file()
     try:
-        open_place(location).read(STORE_FILE)
+        open_storage(location).read(STORE_FILE)
     except FileNotFoundError:
         return False
     return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cache_schema import CorruptRecord
-from cache_schema.maintenance.verify import MENDS, Problem, VerifyReport, verify_store
+from cache_schema.maintenance.verify import REMEDIES, Problem, VerifyReport, verify_store
 from pipeline.commands.maintenance.problem_notes import (
     counted_problems,
     is_harmless,
@@ -54,7 +54,7 @@ def run(location: str, progress: Progress, *, fast: bool = False) -> CommandResu
             "the configuration the stores were made with"
         )
     if "copy" in mends:
-        result.notes.append(MENDS["copy"])
+        result.notes.append(REMEDIES["copy"])
     return result
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from stages.cogvideox.configs import (
     BASE_CONFIGS,
     TEXT_ENCODER_CONFIG,
-    BaseFacts,
-    read_base_facts,
+    CogVideoXConfigs,
+    read_configs,
     resolve_base_model,
 )
 from stages.config import BaseModelConfig
@@ -28,15 +28,15 @@ _OWNERS = ("zai-org", "thudm")
 """Owners on the hub; the second is the old name, which the hub still redirects."""
 
 
-def official_facts(name: str) -> BaseFacts:
+def official_configs(name: str) -> CogVideoXConfigs:
     """Bundled configurations of one of `NAMES`."""
-    facts = read_base_facts(FOLDER / name)
-    return replace(facts, text_encoder=read_config(FOLDER / TEXT_ENCODER_CONFIG))
+    configs = read_configs(FOLDER / name)
+    return replace(configs, text_encoder=read_config(FOLDER / TEXT_ENCODER_CONFIG))
 
 
-def facts_for_estimate(
+def configs_for_estimate(
     model: BaseModelConfig, *, text_encoder: bool = False
-) -> tuple[BaseFacts, tuple[str, ...]]:
+) -> tuple[CogVideoXConfigs, tuple[str, ...]]:
     """Configurations of a base model, without a download if it is an official one.
 
     Args:
@@ -47,20 +47,20 @@ def facts_for_estimate(
         The configurations, and notes for the user on where an official model's values came from.
 
     Raises:
-        ValueError: As `resolve_base_model` and `read_base_facts`.
+        ValueError: As `resolve_base_model` and `read_configs`.
     """
     parts = (*BASE_CONFIGS, *([TEXT_ENCODER_CONFIG] if text_encoder else []))
     name = _official_name(model)
     if name is None:
-        return read_base_facts(resolve_base_model(model, parts)), ()
-    official = official_facts(name)
+        return read_configs(resolve_base_model(model, parts)), ()
+    official = official_configs(name)
     try:
         folder = resolve_base_model(model, parts, download=False)
     except ValueError:
         note = f"{model.path} is not on this machine yet; a copy of its configuration is used"
         return official, (note,)
-    facts = read_base_facts(folder)
-    return facts, tuple(_differences(facts, official))
+    configs = read_configs(folder)
+    return configs, tuple(_differences(configs, official))
 
 
 def _official_name(model: BaseModelConfig) -> str | None:
@@ -75,12 +75,12 @@ def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _differences(facts: BaseFacts, official: BaseFacts) -> Iterator[str]:
+def _differences(configs: CogVideoXConfigs, official: CogVideoXConfigs) -> Iterator[str]:
     sections: dict[str, tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]] = {
-        "transformer": (facts.transformer, official.transformer),
-        "vae": (facts.vae, official.vae),
-        "scheduler": (facts.scheduler, official.scheduler),
-        "text_encoder": (facts.text_encoder, official.text_encoder),
+        "transformer": (configs.transformer, official.transformer),
+        "vae": (configs.vae, official.vae),
+        "scheduler": (configs.scheduler, official.scheduler),
+        "text_encoder": (configs.text_encoder, official.text_encoder),
     }
     for section, (found, bundled) in sections.items():
         if found is None or bundled is None:
@@ -92,6 +92,6 @@ def _differences(facts: BaseFacts, official: BaseFacts) -> Iterator[str]:
         ]
         if differing:
             yield (
-                f"the {section} in {facts.folder} has {', '.join(differing)} in the bundled "
+                f"the {section} in {configs.folder} has {', '.join(differing)} in the bundled "
                 "official configuration; using the model's own values"
             )

@@ -12,7 +12,7 @@ import numpy as np
 from cache_schema import SortedText, StoreReader
 from cache_schema.maintenance.drop import DROPPED
 from stages.clips import ClipDataset, InputShard
-from stages.clips.fingerprints import NO_VIDEO, sources_half, video_half
+from stages.clips.fingerprints import NO_VIDEO, source_hashes, video_hashes
 from stages.extract_features.config import Kind
 from stages.extract_features.execution.dataset_sources import DatasetSources
 from stages.extract_features.fingerprints import SOURCES
@@ -73,8 +73,8 @@ def compare_store(
     held_N = rows_N >= 0
     of_store_N = np.full(len(rows_N), b"", of_dataset_N.dtype)
     of_store_N[held_N] = reader.fingerprints[rows_N[held_N]]
-    same_source_N = sources_half(of_store_N) == sources_half(of_dataset_N)
-    video_N = video_half(of_dataset_N)
+    same_source_N = source_hashes(of_store_N) == source_hashes(of_dataset_N)
+    video_N = video_hashes(of_dataset_N)
     is_video_N = video_N != NO_VIDEO.encode("ascii")
     failed_N, dropped_N = _skipped(reader, sources, of_dataset_N)
     gone, gone_skipped = SortedText.from_utf8(()), frozenset[str]()
@@ -83,7 +83,7 @@ def compare_store(
     return StoreComparison(
         held_N=held_N,
         changed_N=held_N & ~same_source_N & is_video_N,
-        other_video_N=held_N & same_source_N & is_video_N & (video_half(of_store_N) != video_N),
+        other_video_N=held_N & same_source_N & is_video_N & (video_hashes(of_store_N) != video_N),
         unreadable_N=held_N & ~is_video_N,
         failed_N=failed_N & ~held_N,
         dropped_N=dropped_N & ~held_N,
@@ -112,7 +112,7 @@ def _skipped(
     failed_N, dropped_N = np.zeros((2, len(of_dataset_N)), bool)
     if not reader.skipped:
         return failed_N, dropped_N
-    source_N = sources_half(of_dataset_N)
+    source_N = source_hashes(of_dataset_N)
     for row, key in enumerate(sources.keys):
         for clip in reader.skipped_by_key.get(key, ()):
             if clip.reason == DROPPED:

@@ -12,7 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from cache_schema import CacheError, StoreReader, list_stores
-from cache_schema.atomic_io import FileLock, naming, open_for_writing, sync
+from cache_schema.atomic_io import FileLock, add_path_to_errors, open_for_writing, sync
 
 FAILURES_FILE = "failures.jsonl"
 _READ_BYTES = 1 << 20
@@ -37,7 +37,7 @@ def write_failure_manifest(cache_root: Path, log: Callable[[str], None]) -> Path
     path = root / FAILURES_FILE
     temporary = root / f".{FAILURES_FILE}"
     with FileLock(root / f".{FAILURES_FILE}.lock", wait=True, what=f"the list {path}"):
-        with naming(path), open_for_writing(temporary) as file:
+        with add_path_to_errors(path), open_for_writing(temporary) as file:
             for store in sorted(map(Path, list_stores(root)), key=_by_kind):
                 try:
                     reader = StoreReader(store)
@@ -84,7 +84,7 @@ def _are_equal(first: Path, second: Path) -> bool:
 
 
 @contextmanager
-def failures_listed(cache_root: Path, log: Callable[[str], None]) -> Iterator[None]:
+def failure_manifest_written(cache_root: Path, log: Callable[[str], None]) -> Iterator[None]:
     """Write the manifest when the block ends, also on an error."""
     try:
         yield

@@ -24,7 +24,7 @@ def prefetch(items: Iterable[Item], *, ahead: int = 1) -> Generator[Item, None, 
     thread after its current item, with a short wait.
 
     Raises:
-        TimeoutError: An item takes longer than `background.PATIENCE_S`.
+        TimeoutError: An item takes longer than `background.TIMEOUT_S`.
     """
     slots: queue.Queue[tuple[str, Item | BaseException | None]] = queue.Queue(maxsize=ahead)
     closed = threading.Event()
@@ -53,9 +53,9 @@ def prefetch(items: Iterable[Item], *, ahead: int = 1) -> Generator[Item, None, 
     try:
         while True:
             try:
-                tag, value = slots.get(timeout=background.PATIENCE_S)
+                tag, value = slots.get(timeout=background.TIMEOUT_S)
             except queue.Empty:
-                raise background.stuck("reading the next clip's record") from None
+                raise background.timeout_error("reading the next clip's record") from None
             if tag == "end":
                 return
             if tag == "error":
@@ -64,7 +64,7 @@ def prefetch(items: Iterable[Item], *, ahead: int = 1) -> Generator[Item, None, 
             yield value  # type: ignore[misc]
     finally:
         closed.set()
-        thread.join(background.LAST_WAIT_S)
+        thread.join(background.SHUTDOWN_TIMEOUT_S)
 
 
 def prefetch_map(
@@ -85,7 +85,7 @@ def prefetch_map(
         describe: Returns a description of a call, for the timeout error.
 
     Raises:
-        TimeoutError: A call takes longer than `background.PATIENCE_S`.
+        TimeoutError: A call takes longer than `background.TIMEOUT_S`.
     """
     results: deque[tuple[Future[Made], Item]] = deque()
     with closing(prefetch(items)) as source, DaemonPool(threads, "prepare") as pool:

@@ -21,7 +21,7 @@ from stages.extract_features.execution.jobs import JobPlan, ShardJob, pending_jo
 from stages.extract_features.execution.local_engine import ClipCounts, EngineReport, JobsBar
 from stages.extract_features.execution.ray_worker import RayWorker, WorkerSetup
 from stages.extract_features.extraction import Extraction
-from stages.extract_features.kinds import device_named
+from stages.extract_features.kinds import resolve_device
 from stages.progress import Progress
 
 _POLL_S = 0.5
@@ -97,7 +97,7 @@ class RayEngine:
 
     def __init__(self, setup: WorkerSetup, shards: Mapping[str, InputShard]) -> None:
         if not setup.config.device.startswith("cuda"):  # the driver may have no GPU
-            device_named(setup.config.device, 0)
+            resolve_device(setup.config.device, 0)
         self._setup = setup
         self._counts = ClipCounts(shards)
         self._cluster = ray_cluster(setup.config.ray)

@@ -15,7 +15,7 @@ from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig, Kind
 from stages.extract_features.execution.jobs import ShardJob
 from stages.extract_features.execution.worker import ShardWorker
-from stages.extract_features.kinds import device_named, make_extractions
+from stages.extract_features.kinds import make_extractions, resolve_device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +97,7 @@ class RayWorker:
         }
         shards = {shard.name: shard for shard in open_dataset(self._setup.clips).shards}
         # Ray makes only the worker's own GPU visible, as device 0.
-        device = device_named("auto" if config.device.startswith("cuda") else config.device, 0)
+        device = resolve_device("auto" if config.device.startswith("cuda") else config.device, 0)
         self._worker = ShardWorker(
             extraction,
             config.teacher,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cache_schema import AlreadyCommitted, ShardBusy, ShardWriter, StoreReader, StoreWriter
-from stages.clips import BadRecord, ClipRecord, ClipSkipped, InputShard, belongs
+from stages.clips import BadRecord, ClipRecord, ClipSkipped, InputShard, is_in_bucket
 from stages.clips.fingerprints import NO_VIDEO, hash_video
 from stages.extract_features.config import Kind, TeacherConfig
 from stages.extract_features.execution.comparison import compare, has_clip_of
@@ -34,7 +34,7 @@ Item = TypeVar("Item")
 _WRITING = "writing a clip into the cache"
 
 
-class WriteBehind(Generic[Item]):
+class BackgroundWriter(Generic[Item]):
     """Writes items in order in a background thread.
 
     After the first error nothing more is written, and the next call raises the error. Exiting the
@@ -65,25 +65,25 @@ class WriteBehind(Generic[Item]):
         """Queue an item; raise the error of an earlier write.
 
         Raises:
-            TimeoutError: An item takes longer than `background.PATIENCE_S` to write.
+            TimeoutError: An item takes longer than `background.TIMEOUT_S` to write.
         """
         self._raise_error()
         self._put((item,))
 
     def drain(self) -> None:
         """Wait until everything is written; raise the error of an earlier write."""
-        deadline = time.monotonic() + (self._items.maxsize + 1) * background.PATIENCE_S
+        deadline = time.monotonic() + (self._items.maxsize + 1) * background.TIMEOUT_S
         with self._items.all_tasks_done:
             while self._items.unfinished_tasks:
                 if not self._items.all_tasks_done.wait(deadline - time.monotonic()):
-                    raise background.stuck(_WRITING)
+                    raise background.timeout_error(_WRITING)
         self._raise_error()
 
     def _put(self, item: tuple[Item] | None) -> None:
         try:
-            self._items.put(item, timeout=background.PATIENCE_S)
+            self._items.put(item, timeout=background.TIMEOUT_S)
         except queue.Full:
-            raise background.stuck(_WRITING) from None
+            raise background.timeout_error(_WRITING) from None
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -102,13 +102,13 @@ class WriteBehind(Generic[Item]):
         # A timeout of this thread or another: storage may not respond for long.
         if isinstance(error, TimeoutError):
             with contextlib.suppress(queue.Full):
-                self._items.put(None, timeout=background.LAST_WAIT_S)
-            self._thread.join(background.LAST_WAIT_S)
+                self._items.put(None, timeout=background.SHUTDOWN_TIMEOUT_S)
+            self._thread.join(background.SHUTDOWN_TIMEOUT_S)
             return
         self._put(None)
-        self._thread.join((self._items.maxsize + 1) * background.PATIENCE_S)
+        self._thread.join((self._items.maxsize + 1) * background.TIMEOUT_S)
         if self._thread.is_alive():
-            raise background.stuck(_WRITING)
+            raise background.timeout_error(_WRITING)
         if error is None:
             self._raise_error()
         elif self._error is not None and error is not self._error:
@@ -263,7 +263,7 @@ class ShardWorker:
         outcome_writer = _OutcomeWriter(outs, job.source, self._log)
         size = self._extraction.clips_per_batch
         with (
-            WriteBehind(outcome_writer.write) as writer,
+            BackgroundWriter(outcome_writer.write) as writer,
             closing(self._prepare_clips(job, outs, ahead=size)) as clips,
         ):
             for batch in _batches(clips, size):
@@ -301,7 +301,7 @@ class ShardWorker:
     def _has_this_size(self, record: ClipRecord | BadRecord, job: ShardJob) -> bool:
         """Whether the clip has the size of these stores; retried clips are known to."""
         size = self._extraction.size
-        return size is None or record.key in job.retried or belongs(record, size)
+        return size is None or record.key in job.retried or is_in_bucket(record, size)
 
     def _prepare(self, record: ClipRecord | BadRecord, source: str) -> Any:
         if isinstance(record, BadRecord):

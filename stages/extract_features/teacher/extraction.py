@@ -29,7 +29,7 @@ from stages.sam2_tracking.build import build_sam2, check_sam2, find_checkpoint
 from stages.sam2_tracking.inputs import resize_for_sam2
 from stages.sam2_tracking.tracker import Tracker
 from stages.teacher_store.config import GramFlowConfig
-from stages.teacher_store.encoder import FlowMaker
+from stages.teacher_store.encoder import GramFlowEncoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +84,7 @@ class SubjectExtraction:
         self._sam2 = check_sam2(config.config, self._checkpoint, image_size=config.image_size)
         self._chooser = PromptChooser(config, clips)
         settings = self._all_settings(gram_flow)
-        self._flow_maker = FlowMaker.of(settings["teacher"], gram_flow, clips.token_grid)
+        self._flow_maker = GramFlowEncoder.of(settings["teacher"], gram_flow, clips.token_grid)
         self.settings: Mapping[Kind, StoreSettings] = {kind: settings[kind] for kind in self._kinds}
 
     def _all_settings(self, gram_flow: GramFlowConfig) -> dict[Kind, StoreSettings]:

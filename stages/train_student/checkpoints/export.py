@@ -24,7 +24,7 @@ from torch import Tensor
 from stages.files.checksums import checksum_of, files_below
 from stages.files.safetensors import save_tensors
 from stages.files.text import read_object
-from stages.files.write_errors import why_not_written
+from stages.files.write_errors import write_error_reason
 from stages.sample_videos.runs import ABOUT, LoraFormat
 from stages.train_student.checkpoints.lora_formats import check_format
 from stages.train_student.checkpoints.records import (
@@ -44,7 +44,7 @@ from stages.train_student.checkpoints.weights import (
 from stages.train_student.config import LoraSettings
 from stages.train_student.model.lora import ADAPTER, lora_config
 from stages.train_student.model.student import Student
-from stages.train_student.parallel.deepspeed import gathered
+from stages.train_student.parallel.deepspeed import gathered_parameters
 from stages.train_student.parallel.ema import SavedAverage, WeightAverage
 from stages.train_student.parallel.process_group import World, barrier, on_first_rank
 
@@ -207,7 +207,7 @@ def _write(
             write_lora(weights, lora, partial, world, form)
         on_first_rank(world, finish)
     except (OSError, SafetensorError) as error:
-        if (why := why_not_written(error, folder)) is None:
+        if (why := write_error_reason(error, folder)) is None:
             raise
         raise OSError(f"the export {folder} could not be written: {why}") from error
     barrier(world)
@@ -232,7 +232,7 @@ def _student_weights(
         if name in buffers:
             return buffers[name].cpu().clone()
         parameter = parameters[name]
-        with gathered([parameter]):
+        with gathered_parameters([parameter]):
             return parameter.detach().cpu().clone() if world.is_first else None
 
     weights = Weights(shapes=shapes, dtype=dtype, read=read)

@@ -19,7 +19,7 @@ from diffusers import CogVideoXPipeline
 from peft import LoraConfig
 from torch import Tensor
 
-from stages.files.safetensors import save_tensors, usual_modes
+from stages.files.safetensors import save_tensors, umask_modes
 from stages.sample_videos.runs import LORA_FILES, LoraFormat
 
 _COMFYUI = (
@@ -76,7 +76,7 @@ def write_adapters(
         for name, value in layers.items()
     }
     if form == "diffusers":
-        with usual_modes(folder):
+        with umask_modes(folder):
             CogVideoXPipeline.save_lora_weights(
                 str(folder),
                 transformer_lora_layers=folded,

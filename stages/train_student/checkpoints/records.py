@@ -10,12 +10,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from cache_schema.atomic_io import sync, write_whole
+from cache_schema.atomic_io import sync, write_atomic
 from stages.files.checksums import (
     FileChecksum,
     checksum_of_bytes,
     checksums_from_json,
-    damage_of,
+    describe_damage,
     files_below,
 )
 from stages.files.text import read_object
@@ -104,9 +104,9 @@ def find_damage(checkpoint: Checkpoint, world: World) -> str | None:
         What is wrong, with file names; None if the checkpoint is intact. The same on every rank.
     """
     names = own_files(checkpoint.files, world)
-    errors = (damage_of(checkpoint.folder / name, checkpoint.files[name]) for name in names)
+    errors = (describe_damage(checkpoint.folder / name, checkpoint.files[name]) for name in names)
     first = next((error for error in errors if error is not None), None)
-    found = gather(world, first, patience=CHECKING_TIME)
+    found = gather(world, first, timeout=CHECKING_TIME)
     return "; ".join(error for error in found if error is not None) or None
 
 
@@ -137,7 +137,7 @@ def write_record(checkpoint: Checkpoint) -> None:
     }
     checksummed = {"crc32c": _record_crc(content), **content}
     temporary = record.with_name(f".{record.name}.partial")
-    write_whole(record, json.dumps(checksummed, indent=1).encode(), temporary=temporary)
+    write_atomic(record, json.dumps(checksummed, indent=1).encode(), temporary=temporary)
 
 
 def _parse(folder: Path) -> Checkpoint:

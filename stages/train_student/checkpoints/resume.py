@@ -82,7 +82,7 @@ def plan_resume(
     )
     on_first_rank(world, check)
     _drop_damaged_copy(newest, world, progress)
-    copy = on_first_rank(world, lambda: universal_copy(newest), patience=_CONVERSION_TIME)
+    copy = on_first_rank(world, lambda: universal_copy(newest), timeout=_CONVERSION_TIME)
     return ResumePlan(checkpoint=newest, folder=copy)
 
 

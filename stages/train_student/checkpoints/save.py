@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from stages.files.checksums import checksum_of, files_below
-from stages.files.write_errors import why_not_written
+from stages.files.write_errors import write_error_reason
 from stages.train_student.checkpoints.records import (
     CHECKING_TIME,
     Checkpoint,
@@ -76,7 +76,7 @@ def save_checkpoint(
         checksums = {name: checksum_of(folder / name) for name in own_files(written, world)}
         if world.local_rank == 0:
             sync_tree(folder)
-        checksums_of_ranks = gather(world, checksums, patience=CHECKING_TIME)
+        checksums_of_ranks = gather(world, checksums, timeout=CHECKING_TIME)
 
         def finish() -> None:
             checkpoint = Checkpoint(
@@ -101,7 +101,7 @@ def _explain_write_errors(root: Path, folder: Path, step: int) -> Iterator[None]
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        why = why_not_written(error, folder)
+        why = write_error_reason(error, folder)
         if why is None:
             raise
         newest = next((found for found in complete_checkpoints(root) if found.step <= step), None)

@@ -9,7 +9,7 @@ from typing import Any
 from cache_schema import StoreReader
 from stages.clips.config import ClipsConfig
 from stages.train_student.config import TeacherForm
-from stages.train_student.data.splits import LeftOut, choose_held_out, read_keys
+from stages.train_student.data.splits import ExcludedClips, choose_held_out, read_keys
 from stages.train_student.data.stores import (
     JoinedStores,
     array_shape,
@@ -29,7 +29,7 @@ class Buckets:
     """One per size, at least one."""
     held_out: tuple[str, ...]
     """Keys of the validation clips, in the order in which they were chosen."""
-    left_out: LeftOut
+    excluded: ExcludedClips
     """Excluded clips, over all sizes."""
 
     @property
@@ -37,7 +37,7 @@ class Buckets:
         """Number of training clips by size."""
         return {stores.size: len(stores.keys) for stores in self.stores}
 
-    def told(self) -> list[str]:
+    def describe(self) -> list[str]:
         """Clauses for the log: number of training clips, held-out and excluded clips."""
         clips = self.clips
         by_size = [f"{size}: {count}" for size, count in clips.items()] if len(clips) > 1 else []
@@ -45,7 +45,7 @@ class Buckets:
         clauses[0] += f" ({', '.join(by_size)})" if by_size else ""
         if self.held_out:
             clauses.append(f"held out for validation: {len(self.held_out)}")
-        return [*clauses, *self.left_out.told()]
+        return [*clauses, *self.excluded.describe()]
 
     @property
     def readers(self) -> dict[str, StoreReader]:
@@ -125,8 +125,8 @@ def join_buckets(
     )
     for other in stores[1:]:
         _check_same_teacher(stores[0], other)
-    left_out = stores[0].left_out if len(stores) == 1 else _all_left_out(stores, opened, common)
-    return Buckets(stores=stores, held_out=held, left_out=left_out)
+    excluded = stores[0].excluded if len(stores) == 1 else _all_excluded(stores, opened, common)
+    return Buckets(stores=stores, held_out=held, excluded=excluded)
 
 
 _SAM2_SETTINGS = ("checkpoint_sha256", "image_size", "subjects", "directions")
@@ -159,24 +159,24 @@ def _teacher_properties(stores: JoinedStores) -> dict[str, Any]:
     return properties
 
 
-def _all_left_out(
+def _all_excluded(
     stores: Sequence[JoinedStores],
     opened: Sequence[Mapping[str, StoreReader]],
     common: Sequence[Sequence[str]],
-) -> LeftOut:
+) -> ExcludedClips:
     """Sum the counts over sizes; text is one store shared by all sizes."""
     lacking: Counter[str] = Counter()
     skipped: dict[str, Counter[str]] = {kind: Counter() for kind in opened[0]}
     for of_size in stores:
-        lacking.update(of_size.left_out.not_in_every_store)
-        for kind, reasons in of_size.left_out.skipped.items():
+        lacking.update(of_size.excluded.not_in_every_store)
+        for kind, reasons in of_size.excluded.skipped.items():
             if kind != "text" or of_size is stores[0]:
                 skipped[kind].update(reasons)
     texts = {reader.name: len(reader) for reader in (readers["text"] for readers in opened)}
     lacking["text"] = sum(texts.values()) - len(set().union(*common))
-    return LeftOut(
+    return ExcludedClips(
         not_in_every_store={kind: lacking[kind] for kind in opened[0]},
         skipped={kind: dict(reasons.most_common()) for kind, reasons in skipped.items()},
-        manifest=stores[0].left_out.manifest,
-        named=sum(of_size.left_out.named for of_size in stores),
+        manifest=stores[0].excluded.manifest,
+        named=sum(of_size.excluded.named for of_size in stores),
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from cache_schema import StoreReader
 from stages.clips.config import ClipsConfig
-from stages.cogvideox.configs import VAE_SPATIAL_COMPRESSION, BaseFacts
+from stages.cogvideox.configs import VAE_SPATIAL_COMPRESSION, CogVideoXConfigs
 from stages.local_gram_flow import radius_of_window
 from stages.teacher_store.settings import native_parts
 from stages.train_student.data.stores import JoinedStores, array_shape
@@ -16,7 +16,7 @@ _PAIR_AXES = "pairs, rows, columns, neighbours"
 
 
 def check_stores(
-    stores: JoinedStores, facts: BaseFacts, clips: ClipsConfig, *, radius: int
+    stores: JoinedStores, configs: CogVideoXConfigs, clips: ClipsConfig, *, radius: int
 ) -> None:
     """Reject stores that do not match the model, the clip size or each other.
 
@@ -28,21 +28,21 @@ def check_stores(
     """
     height = clips.height // VAE_SPATIAL_COMPRESSION
     width = clips.width // VAE_SPATIAL_COMPRESSION
-    frames, channels = clips.num_latent_frames, facts.latent_channels
+    frames, channels = clips.num_latent_frames, configs.latent_channels
     axes = "latent frames, channels, height, width"
     expected = (frames, channels, height, width)
     for name in ("mean", "std"):
         _check_shape(
             stores.latents, name, expected, axes, "data.num_frames, data.height, data.width"
         )
-    if facts.image_to_video:
+    if configs.image_to_video:
         _check_first_frames(stores.latents, expected[1:])
-    text = (facts.transformer["max_text_seq_length"], facts.transformer["text_embed_dim"])
+    text = (configs.transformer["max_text_seq_length"], configs.transformer["text_embed_dim"])
     _check_shape(stores.text, "embeds", text, "text length, text width", "the transformer")
-    _check_learned_positions(facts, clips, height, width)
-    _check_scaling(stores.latents, facts)
+    _check_learned_positions(configs, clips, height, width)
+    _check_scaling(stores.latents, configs)
     if stores.teacher is not None:
-        grid = facts.token_grid(frames, height, width)[1:]
+        grid = configs.token_grid(frames, height, width)[1:]
         if stores.teacher_form == "features":
             _check_features(stores.teacher, grid, clips)
         else:
@@ -162,8 +162,10 @@ def _check_maps(teacher: StoreReader, maps: int, clips: ClipsConfig) -> None:
         )
 
 
-def _check_learned_positions(facts: BaseFacts, clips: ClipsConfig, height: int, width: int) -> None:
-    config = facts.transformer
+def _check_learned_positions(
+    configs: CogVideoXConfigs, clips: ClipsConfig, height: int, width: int
+) -> None:
+    config = configs.transformer
     if not config["use_learned_positional_embeddings"]:
         return
     # diffusers rejects other heights and widths; for other lengths it uses its own positions.
@@ -177,16 +179,16 @@ def _check_learned_positions(facts: BaseFacts, clips: ClipsConfig, height: int, 
         )
 
 
-def _check_scaling(latents: StoreReader, facts: BaseFacts) -> None:
+def _check_scaling(latents: StoreReader, configs: CogVideoXConfigs) -> None:
     """Check that the latents' VAE and the base model's have the same scaling."""
     found = latents.settings.values.get("base")
     if not isinstance(found, dict):
         return
     for name in ("scaling_factor", "invert_scale_latents"):
-        if name in found and found[name] != facts.vae[name]:
+        if name in found and found[name] != configs.vae[name]:
             raise ValueError(
                 f"{latents.path} was made with a VAE whose {name} is {found[name]}; the base "
-                f"model's is {facts.vae[name]}; extract the latents with this model"
+                f"model's is {configs.vae[name]}; extract the latents with this model"
             )
 
 

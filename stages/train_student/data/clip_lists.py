@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from cache_schema import SortedText
-from cache_schema.atomic_io import make_directories, write_whole
+from cache_schema.atomic_io import make_directories, write_atomic
 
 _FOLDER = "clips"
 _NEW_CLIPS_FILE = "new_clips.jsonl"
@@ -36,7 +36,7 @@ def write_clips(run_dir: Path, clips: Mapping[str, SortedText]) -> None:
     for size, keys in clips.items():
         data = b"".join(b"%s\n" % key for piece in keys.pieces() for key in piece)
         path = _path(run_dir, size)
-        write_whole(path, data, temporary=path.with_name(f".{path.name}.partial"))
+        write_atomic(path, data, temporary=path.with_name(f".{path.name}.partial"))
 
 
 def compare_clips(
@@ -127,7 +127,7 @@ def _write_new_clips(run_dir: Path, new: Sequence[str], leave_out: Path | None) 
     listed = (line for line in text.split("\n") if line)  # splitlines would also split within keys
     lines = [*listed, *(json.dumps({"key": key}) for key in dict.fromkeys(new))]
     data = "".join(f"{line}\n" for line in lines).encode()
-    write_whole(path, data, temporary=path.with_name(f".{path.name}.partial"))
+    write_atomic(path, data, temporary=path.with_name(f".{path.name}.partial"))
     return path
 
 

@@ -32,7 +32,7 @@ class DamagedClip:
     opened it; otherwise it is damaged."""
 
     @classmethod
-    def because_of(cls, error: CacheError, key: str) -> Self:
+    def from_error(cls, error: CacheError, key: str) -> Self:
         """Build from the error that reading the clip raised, one of `UNREADABLE`."""
         return cls(key=key, message=str(error), gone=not isinstance(error, CorruptClip))
 
@@ -75,7 +75,7 @@ def read_or_replace(
         try:
             return clip, read(clip), tuple(found)
         except UNREADABLE as error:
-            unreadable, last = DamagedClip.because_of(error, key_of(clip)), error
+            unreadable, last = DamagedClip.from_error(error, key_of(clip)), error
         if attempt == 1 or not unreadable.gone:
             found.append(unreadable)
         damaged += not unreadable.gone

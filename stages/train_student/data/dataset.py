@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.cogvideox.configs import BaseFacts
+from stages.cogvideox.configs import CogVideoXConfigs
 from stages.cogvideox.inputs import image_condition, pad_in_front
 from stages.train_student.data.damaged import DamagedClip, read_or_replace
 from stages.train_student.data.order import SampleOrder, seed_of_sample
@@ -72,7 +72,12 @@ class CachedSamples:
     """Training samples by number, and held-out clips at any timestep, as batches of one clip."""
 
     def __init__(
-        self, buckets: Sequence[JoinedStores], facts: BaseFacts, *, seed: int, batch_size: int
+        self,
+        buckets: Sequence[JoinedStores],
+        configs: CogVideoXConfigs,
+        *,
+        seed: int,
+        batch_size: int,
     ) -> None:
         """Read from the stores.
 
@@ -83,7 +88,7 @@ class CachedSamples:
             batch_size: samples per step over all ranks; a step's samples are from one bucket.
         """
         self._buckets = tuple(buckets)
-        self._facts = facts
+        self._facts = configs
         self._seed = seed
         self._order = SampleOrder(
             [len(stores.keys) for stores in buckets], batch_size=batch_size, seed=seed
@@ -101,7 +106,7 @@ class CachedSamples:
             CacheError: too many clips are damaged to find a replacement, or the cache cannot be
                 reached.
         """
-        bucket, clip = self._order.place(sample)
+        bucket, clip = self._order.locate(sample)
         stores = self._buckets[bucket]
         generator = torch.Generator().manual_seed(seed_of_sample(sample, self._seed))
         steps = self._facts.scheduler["num_train_timesteps"]
@@ -142,20 +147,20 @@ class CachedSamples:
         generator: torch.Generator,
     ) -> Batch:
         """Build a batch of one clip: draw its latents and its noise."""
-        facts, latents = self._facts, arrays["latents"]
-        clean_FCHW = facts.latent_scale * sample_posterior(
+        configs, latents = self._facts, arrays["latents"]
+        clean_FCHW = configs.latent_scale * sample_posterior(
             latents["mean"], latents["std"], generator
         )
-        clean_FCHW = pad_in_front(clean_FCHW, facts.padding(len(clean_FCHW)))
+        clean_FCHW = pad_in_front(clean_FCHW, configs.padding(len(clean_FCHW)))
         noise_FCHW = torch.randn(clean_FCHW.shape, generator=generator)
         image_FCHW = None
-        if facts.image_to_video:
+        if configs.image_to_video:
             mean_NCHW, std_NCHW = latents["image_mean"], latents["image_std"]
             chosen = int(torch.randint(len(mean_NCHW), (1,), generator=generator))
             image_1CHW = sample_posterior(
                 mean_NCHW[chosen : chosen + 1], std_NCHW[chosen : chosen + 1], generator
             )
-            image_FCHW = image_condition(facts.image_latent_scale * image_1CHW, len(clean_FCHW))
+            image_FCHW = image_condition(configs.image_latent_scale * image_1CHW, len(clean_FCHW))
         teacher = valid_BT = None
         if "teacher" in arrays:
             teacher = {name: array[None] for name, array in arrays["teacher"].items()}

@@ -44,7 +44,7 @@ class SampleOrder:
         """Steps per epoch of every bucket."""
         return self._steps
 
-    def place(self, sample: int) -> tuple[int, int]:
+    def locate(self, sample: int) -> tuple[int, int]:
         """Bucket of a sample, and its clip's index in that bucket."""
         step, position = divmod(sample, self._batch_size)
         bucket, step_of_bucket = self.step(step)

@@ -17,7 +17,7 @@ from cache_schema.checksummed_json import parse_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LeftOut:
+class ExcludedClips:
     """Numbers of excluded clips."""
 
     not_in_every_store: dict[str, int]
@@ -38,7 +38,7 @@ class LeftOut:
             "named": self.named,
         }
 
-    def told(self) -> list[str]:
+    def describe(self) -> list[str]:
         """Clauses for the log, one per reason of exclusion."""
         clauses = []
         lacking = [f"{n} of {kind}" for kind, n in self.not_in_every_store.items() if n]

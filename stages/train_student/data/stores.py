@@ -12,10 +12,15 @@ import numpy as np
 
 from cache_schema import SortedText, StoreNotFound, StoreReader, find_store, is_url, list_stores
 from stages.clips.config import ClipsConfig
-from stages.clips.fingerprints import sources_half, video_half
+from stages.clips.fingerprints import source_hashes, video_hashes
 from stages.teacher_store.settings import native_parts
 from stages.train_student.config import KIND_OF_FORM, TeacherForm
-from stages.train_student.data.splits import LeftOut, choose_held_out, count_reasons, read_keys
+from stages.train_student.data.splits import (
+    ExcludedClips,
+    choose_held_out,
+    count_reasons,
+    read_keys,
+)
 
 
 def find_stores(
@@ -164,10 +169,10 @@ def check_same_sources(readers: Mapping[str, StoreReader], keys: SortedText) -> 
         kind: reader.fingerprints[reader.keys.rows_of(keys)] for kind, reader in readers.items()
     }
     for kind in readers:
-        _compare("latents", kind, readers, fingerprints, keys, video_half, "videos")
+        _compare("latents", kind, readers, fingerprints, keys, video_hashes, "videos")
     for kind in ("teacher", "gram_flow"):
         if kind in readers and "masks" in readers and _same_prompt_settings(readers, kind):
-            _compare("masks", kind, readers, fingerprints, keys, sources_half, "prompts")
+            _compare("masks", kind, readers, fingerprints, keys, source_hashes, "prompts")
 
 
 def _same_prompt_settings(readers: Mapping[str, StoreReader], kind: str) -> bool:
@@ -214,7 +219,7 @@ class JoinedStores:
     """Training clips: in all stores, neither excluded nor held out."""
     held_out: tuple[str, ...]
     """Validation clips, in the order in which they were chosen."""
-    left_out: LeftOut
+    excluded: ExcludedClips
 
     @property
     def readers(self) -> dict[str, StoreReader]:
@@ -375,7 +380,7 @@ def join_readers(
         masks=readers.get("masks"),
         keys=keys,
         held_out=tuple(key for key in held_out if key in remaining),
-        left_out=LeftOut(
+        excluded=ExcludedClips(
             not_in_every_store={
                 kind: len(reader) - len(common) for kind, reader in readers.items()
             },

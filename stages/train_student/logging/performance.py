@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from stages.clips.config import ClipsConfig
-from stages.cogvideox.configs import BaseFacts
-from stages.compute_cost.gpus import gpu_here
+from stages.cogvideox.configs import CogVideoXConfigs
+from stages.compute_cost.gpus import local_gpu
 from stages.progress import Progress
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import Batch
@@ -107,7 +107,7 @@ def _maximum(values: list[float], world: World) -> list[float]:
 
 def device_rate(
     config: TrainConfig,
-    facts: BaseFacts,
+    configs: CogVideoXConfigs,
     stores: Iterable[tuple[ClipsConfig, JoinedStores]],
     progress: Progress,
 ) -> DeviceRate | None:
@@ -115,16 +115,16 @@ def device_rate(
 
     An error here is logged, and does not stop training.
     """
-    gpu = gpu_here()
+    gpu = local_gpu()
     if gpu is None:
         return None
     flops = {}
     try:
         for size, joined in stores:
-            frames = size.num_latent_frames + facts.padding(size.num_latent_frames)
+            frames = size.num_latent_frames + configs.padding(size.num_latent_frames)
             flops[frames, *size.latent_size] = step_cost(
                 config,
-                facts,
+                configs,
                 size,
                 teacher=None if joined.teacher is None else joined.teacher.settings,
                 masks=None if joined.masks is None else joined.masks.settings,

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
 
-from cache_schema.atomic_io import naming, write_whole
+from cache_schema.atomic_io import add_path_to_errors, write_atomic
 
 Row = TypeVar("Row")
 
@@ -72,7 +72,7 @@ class RowFile:
         self._check = check
         if not path.is_file():
             check()
-            write_whole(path, b"", temporary=path.with_name(f".{path.name}.partial"))
+            write_atomic(path, b"", temporary=path.with_name(f".{path.name}.partial"))
         kept_bytes = _bytes_until(path, steps_done)
         if kept_bytes < path.stat().st_size:
             check()
@@ -83,13 +83,13 @@ class RowFile:
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row; floats are written so that they are read back exactly."""
         self._check()
-        with naming(self._path):
+        with add_path_to_errors(self._path):
             self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
             self._file.flush()
 
     def sync(self) -> None:
         """Sync the rows to disk, so that they survive a power failure."""
-        with naming(self._path):
+        with add_path_to_errors(self._path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from cache_schema.atomic_io import naming
+from cache_schema.atomic_io import add_path_to_errors
 from cache_schema.shown_text import redacted
 from stages.files.text import read_text
 
@@ -180,7 +180,7 @@ def _run_id(file: Path) -> str:
     """W&B id of the run, saved so that a resume continues the same W&B run."""
     if not file.is_file():
         file.parent.mkdir(exist_ok=True)
-        with naming(file):
+        with add_path_to_errors(file):
             file.write_text(secrets.token_hex(4), encoding="utf-8")
     return read_text(file, limit=1024)
 

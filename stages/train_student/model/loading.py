@@ -14,7 +14,7 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from stages.cogvideox.configs import BaseFacts
+from stages.cogvideox.configs import CogVideoXConfigs
 from stages.files.weight_checks import StoredTensor, check_weights, load_model
 from stages.train_student.config import TrainConfig
 from stages.train_student.model.lora import add_adapters
@@ -26,7 +26,7 @@ from stages.train_student.parallel.deepspeed import (
     largest_parameter,
     leave_group,
     local_rank_in_environment,
-    quiet,
+    output_to_stderr,
 )
 from stages.train_student.parallel.process_group import World, on_first_rank
 
@@ -53,7 +53,7 @@ def load_sharded_transformer(
     )
     try:
         join_group(world)
-        with local_rank_in_environment(world), quiet():
+        with local_rank_in_environment(world), output_to_stderr():
             _partition(transformer, tensors, config, dtype, world)
     except BaseException:
         leave_group()
@@ -101,7 +101,7 @@ def _read(stored: StoredTensor, dtype: torch.dtype, world: World) -> Tensor:
 
 def build_student(
     config: TrainConfig,
-    facts: BaseFacts,
+    configs: CogVideoXConfigs,
     dtype: torch.dtype,
     *,
     heads: Callable[[], nn.ModuleDict | None],
@@ -121,9 +121,9 @@ def build_student(
     """
     sharded = zero_init and config.deepspeed.zero_stage == 3
     if sharded:
-        transformer = load_sharded_transformer(facts.folder, config, dtype, world)
+        transformer = load_sharded_transformer(configs.folder, config, dtype, world)
     else:
-        transformer = load_transformer(facts.folder, dtype)
+        transformer = load_transformer(configs.folder, dtype)
     torch.manual_seed(config.seed)
     if config.method == "lora":
         add_adapters(transformer, config.lora)

@@ -26,7 +26,7 @@ from stages.local_gram_flow import (
 )
 from stages.teacher_store.features import decode_features
 from stages.teacher_store.gram_flow import back_arrays, decode_gram_flow, narrow_window
-from stages.teacher_store.settings import forward_share, native_parts
+from stages.teacher_store.settings import native_parts, stored_forward_weight
 
 PairDirection = Literal["forward", "backward"]
 """Query map of a pair: tokens of the first map (forward) or of the second (backward)."""
@@ -68,7 +68,7 @@ class TeacherLayout:
         return cls(
             native=native_parts(store.settings) is not None,
             parts=parts if isinstance(parts, int) else 1,
-            forward_weight=forward_share(store.settings),
+            forward_weight=stored_forward_weight(store.settings),
         )
 
 

@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 from cache_schema import StoreSettings
-from stages.teacher_store.settings import check_both_tracks, forward_share
+from stages.teacher_store.settings import check_both_tracks, stored_forward_weight
 from stages.train_student.config import KIND_OF_FORM, TrainConfig
 
 
@@ -46,7 +46,7 @@ def check_teacher(config: TrainConfig, teacher: StoreSettings | None, name: str)
         return
     if config.lgf.pairs == "crossed":
         check_both_tracks(teacher, name, wanted_by="train.lgf.pairs=crossed")
-    directions, share = config.lgf.directions, forward_share(teacher)
+    directions, share = config.lgf.directions, stored_forward_weight(teacher)
     if directions == "fused":
         return
     if share is None:

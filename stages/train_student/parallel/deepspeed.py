@@ -38,7 +38,7 @@ def import_deepspeed() -> Any:
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with quiet():
+    with output_to_stderr():
         import deepspeed
         import deepspeed.ops
     for handler in logging.getLogger("DeepSpeed").handlers:
@@ -54,7 +54,7 @@ def import_deepspeed() -> Any:
 def join_group(world: World) -> Any:
     """Let DeepSpeed use the existing process group; idempotent. Returns the module."""
     deepspeed = import_deepspeed()
-    with local_rank_in_environment(world), quiet():
+    with local_rank_in_environment(world), output_to_stderr():
         deepspeed.comm.init_distributed(
             dist_backend="nccl" if world.device.type == "cuda" else "gloo",
             auto_mpi_discovery=False,
@@ -80,7 +80,7 @@ def why_no_nvme() -> str | None:
     if importlib.util.find_spec("ninja") is None:
         return "ninja, which builds DeepSpeed's async_io, is missing: pip install ninja"
     import_deepspeed()
-    with quiet():
+    with output_to_stderr():
         from deepspeed.ops.op_builder import AsyncIOBuilder
 
         possible = AsyncIOBuilder().is_compatible(verbose=False)
@@ -93,7 +93,7 @@ def why_no_nvme() -> str | None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def output_to_stderr() -> Iterator[None]:
     """Redirect DeepSpeed's output to stderr, since stdout is for results."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
@@ -165,7 +165,7 @@ def _check_nvme(config: TrainConfig) -> None:
         raise ValueError(f"train.deepspeed offloads to nvme, but {reason}; or set it to cpu")
 
 
-def batch_told(config: TrainConfig, world_size: int) -> str:
+def describe_batch(config: TrainConfig, world_size: int) -> str:
     """Log line: a step's clips by process and forward pass, and the learning rate."""
     passes = accumulation_steps(config.batch_size, config.micro_batch_size, world_size)
     clips, processes = config.micro_batch_size, world_size
@@ -207,7 +207,7 @@ def deepspeed_engine(
         config, world.size, largest=largest_parameter(student), universal=universal
     )
     deepspeed = import_deepspeed()
-    with local_rank_in_environment(world), quiet():
+    with local_rank_in_environment(world), output_to_stderr():
         try:
             join_group(world)
             engine, *_ = deepspeed.initialize(
@@ -301,11 +301,14 @@ def gradient_norm_before_step(engine: Any) -> float | None:
 
 
 @contextmanager
-def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+def gathered_parameters(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Context manager that gathers whole parameters on every rank, at any ZeRO stage."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:
         yield
         return
-    with quiet(), import_deepspeed().zero.GatheredParameters(partitioned, modifier_rank=None):
+    with (
+        output_to_stderr(),
+        import_deepspeed().zero.GatheredParameters(partitioned, modifier_rank=None),
+    ):
         yield

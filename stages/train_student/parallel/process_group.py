@@ -77,7 +77,7 @@ def process_group(world: World) -> Iterator[None]:
                 dist.destroy_process_group()
 
 
-def on_first_rank(world: World, action: Callable[[], T], *, patience: timedelta | None = None) -> T:
+def on_first_rank(world: World, action: Callable[[], T], *, timeout: timedelta | None = None) -> T:
     """Run `action` on rank 0 and broadcast its result; its error is raised on every rank.
 
     Args:
@@ -90,7 +90,7 @@ def on_first_rank(world: World, action: Callable[[], T], *, patience: timedelta 
         return action()
     result_and_error: list[Any] = [None, None]
     error: Exception | None = None
-    with _group_with_timeout(patience) as group:
+    with _group_with_timeout(timeout) as group:
         if world.is_first:
             try:
                 result_and_error[0] = action()
@@ -105,19 +105,19 @@ def on_first_rank(world: World, action: Callable[[], T], *, patience: timedelta 
 
 
 @contextmanager
-def _group_with_timeout(patience: timedelta | None) -> Iterator[Any]:
+def _group_with_timeout(timeout: timedelta | None) -> Iterator[Any]:
     """A group with this timeout; None, for the default group, without one."""
-    if patience is None:
+    if timeout is None:
         yield None
         return
-    group = dist.new_group(backend="gloo", timeout=patience)
+    group = dist.new_group(backend="gloo", timeout=timeout)
     try:
         yield group
     finally:
         dist.destroy_process_group(group)
 
 
-def gather(world: World, value: T, *, patience: timedelta | None = None) -> list[T]:
+def gather(world: World, value: T, *, timeout: timedelta | None = None) -> list[T]:
     """Gather the values of all ranks, in rank order, on every rank.
 
     Args:
@@ -126,7 +126,7 @@ def gather(world: World, value: T, *, patience: timedelta | None = None) -> list
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size
-    with _group_with_timeout(patience) as group:
+    with _group_with_timeout(timeout) as group:
         dist.all_gather_object(values, value, group=group)
     return values
 

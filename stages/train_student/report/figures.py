@@ -18,7 +18,7 @@ class Figure:
     note: str = ""
 
     @property
-    def told(self) -> str:
+    def text(self) -> str:
         """Value and note, on one line."""
         return f"{self.value} ({self.note})" if self.note else self.value
 

@@ -6,7 +6,7 @@ The page is self-contained and works offline: curves (SVG) and sample videos (mp
 from pathlib import Path
 from typing import Any
 
-from cache_schema.atomic_io import write_whole
+from cache_schema.atomic_io import write_atomic
 from stages.train_student.report.figures import figures
 from stages.train_student.report.page import (
     facts,
@@ -52,7 +52,7 @@ def write_page(run: RunRecords, out: Path | None = None) -> Path:
     path = out or run.run_dir / REPORT_FILE
     content = render(run).encode("utf-8")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, content, temporary=path.with_name(f".{path.name}.partial"))
+    write_atomic(path, content, temporary=path.with_name(f".{path.name}.partial"))
     return path
 
 

@@ -120,7 +120,7 @@ class HeldOutLosses:
             try:
                 batch = self._samples.held_out_batch(key, timestep)
             except UNREADABLE as error:
-                damaged[key] = DamagedClip.because_of(error, key)
+                damaged[key] = DamagedClip.from_error(error, key)
                 last = error
                 continue
             return batch, index == first < len(self._items)

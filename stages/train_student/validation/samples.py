@@ -27,10 +27,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cache_schema.atomic_io import write_whole
+from cache_schema.atomic_io import write_atomic
 from stages.clips import ClipsConfig, write_video
 from stages.cogvideox.configs import resolve_base_model
-from stages.cogvideox.sampler import build_pipeline, draw, first_frame, fps_of, to_frames
+from stages.cogvideox.sampler import (
+    build_pipeline,
+    first_frame,
+    generate_video,
+    output_fps,
+    to_frames,
+)
 from stages.cogvideox.weights import model_class_of
 from stages.config import BaseModelConfig
 from stages.files.weight_checks import load_model
@@ -210,7 +216,7 @@ class TrainingSamples:
                 if number < len(config.prompts):
                     nonfinite = max(nonfinite, 1.0 - float(np.isfinite(video_THWC).mean()))
                     frames_THWC = to_frames(np.nan_to_num(video_THWC, posinf=1.0, neginf=0.0))
-                    write_video(self._video(step, number), frames_THWC, fps_of(self._clips))
+                    write_video(self._video(step, number), frames_THWC, output_fps(self._clips))
         nonfinite = max(
             gather(world, nonfinite)
         )  # also a barrier: all ranks have written their videos
@@ -228,7 +234,7 @@ class TrainingSamples:
             inputs["negative_prompt_embeds"] = embed(NEGATIVE_PROMPT)
         if self._images:
             inputs["image"] = self._images[number]
-        return draw(
+        return generate_video(
             pipeline,
             self._clips,
             steps=config.steps,
@@ -247,12 +253,12 @@ class TrainingSamples:
             "denoising_steps": config.steps,
             "guidance": config.guidance,
             "seed": config.seed,
-            "fps": fps_of(self._clips),
+            "fps": output_fps(self._clips),
             "seconds": round(seconds, 3),
         }
         path = self._step_folder(step) / SAMPLES_RECORD
         data = json.dumps(record, indent=1, ensure_ascii=False).encode()
-        write_whole(path, data, temporary=path.with_name(f".{path.name}.partial"))
+        write_atomic(path, data, temporary=path.with_name(f".{path.name}.partial"))
 
     def _video(self, step: int, number: int) -> Path:
         return self._step_folder(step) / f"{number}.mp4"

@@ -62,7 +62,7 @@ def encode_prompts(
             _write(cache_file, key, [found[prompt] for prompt in prompts])
         return found
 
-    return on_first_rank(world, on_first, patience=_ENCODING_TIME)
+    return on_first_rank(world, on_first, timeout=_ENCODING_TIME)
 
 
 def _encode(

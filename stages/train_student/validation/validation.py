@@ -188,7 +188,7 @@ def embed_prompts(run: Run) -> dict[str, Tensor]:
     return encode_prompts(
         tuple(dict.fromkeys((*config.prompts, *negative))),
         run.model,
-        length=run.facts.transformer["max_text_seq_length"],
+        length=run.configs.transformer["max_text_seq_length"],
         dtype=run.dtype,
         cache_file=run.config.run_dir / FOLDER / "prompts.safetensors",
         world=run.world,

@@ -110,7 +110,7 @@ def test_damaged_metadata_is_found(store: Path, path: str, damage: str) -> None:
     else:
         file.unlink()
     (problem,) = verify_store(store).problems
-    assert (problem.shard, problem.key, problem.mend) == ("00000", None, "repair")
+    assert (problem.shard, problem.key, problem.remedy) == ("00000", None, "repair")
     assert path in problem.what
 
 
@@ -249,4 +249,4 @@ def test_other_schema_versions_are_refused_with_a_way_out(
         (problem,) = verify_store(store).problems
         assert problem.shard == "00000"
         # Sealed like this, it is whole and not for this version; otherwise its number is damaged.
-        assert problem.mend == ("by hand" if type(version) is int else "repair")
+        assert problem.remedy == ("by hand" if type(version) is int else "repair")

@@ -79,7 +79,7 @@ def test_a_changed_byte_is_never_misread_and_always_found_and_mended(
         assert read == []
     else:
         assert found
-        assert {problem.mend for problem in found} == {"repair"}
+        assert {problem.remedy for problem in found} == {"repair"}
         assert kind != "settings"
     assert damaged.read_bytes() == data
     if kind in ("metadata", "index"):

@@ -248,7 +248,7 @@ def _is_reported(store: Path) -> bool:
         problems = verify_store(store).problems
     except CacheError:
         return True
-    return any(problem.mend != "extract" for problem in problems)
+    return any(problem.remedy != "extract" for problem in problems)
 
 
 def test_a_changed_store_is_never_misread_always_reported_and_mended_or_told(
@@ -270,11 +270,11 @@ def test_a_changed_store_is_never_misread_always_reported_and_mended_or_told(
     assert files_of(store) == changed
 
     try:
-        left = repair_store(store).left
+        remaining = repair_store(store).remaining
     except CacheError:
         pass  # it says so, and exits with 1
     else:
-        is_told = any(problem.mend != "extract" for problem in left)
+        is_told = any(problem.remedy != "extract" for problem in remaining)
         assert is_told or not _is_reported(store)
     _read_everything(store)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["beside", "cache"]

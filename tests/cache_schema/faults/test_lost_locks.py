@@ -246,8 +246,8 @@ def test_a_drop_that_lost_its_lock_undoes_nothing(step: str, ended: int, tmp_pat
         lambda _: _take_over_and_drop(store, "a1"),
     )
     assert found == (ended, DONE)
-    left = ("a2", "b0", "b1") if ended == DONE else ("a0", "a2", "b0", "b1")
-    assert StoreReader(store).keys == left
+    remaining = ("a2", "b0", "b1") if ended == DONE else ("a0", "a2", "b0", "b1")
+    assert StoreReader(store).keys == remaining
     assert verify_store(store).problems == ()
     drop_clips(store, ["a0"], detail="")
     assert StoreReader(store).keys == ("a2", "b0", "b1")
@@ -275,11 +275,11 @@ def test_a_repair_that_lost_its_lock_says_so_and_goes_on_with_other_shards(
         out = [clip.key for clip in report.clips]
         if ended == DONE:
             assert out == ["a1", "b1"]
-            assert report.left == ()
+            assert report.remaining == ()
             return
         assert out == ["b1"]
-        first, *others = report.left
-        assert (first.shard, first.mend) == (SHARD, "repair")
+        first, *others = report.remaining
+        assert (first.shard, first.remedy) == (SHARD, "repair")
         assert [(problem.shard, problem.key) for problem in others] == [(SHARD, "a1")]
         raise LockLost(first.what)
 

@@ -92,7 +92,7 @@ def test_a_torn_copy_is_never_misread_and_can_be_completed(
     repair_store(store)  # takes a damaged store.json out
     StoreWriter.open(store.parent, SETTINGS, provenance={"version": "1.2.3"})
     repair_store(store)
-    assert {problem.mend for problem in verify_store(store).problems} <= {"extract"}
+    assert {problem.remedy for problem in verify_store(store).problems} <= {"extract"}
     write_all(store.parent)
     write_again(store)
     assert verify_store(store).problems == ()

@@ -43,7 +43,7 @@ def _assert_holds(store: Path, keys: list[str], clip_of: ClipOf) -> None:
 def test_a_dropped_clip_is_skipped_and_the_others_stay(store: Path, clip_of: ClipOf) -> None:
     before = StoreReader(store).record("a2")
     report = drop_clips(store, DROPPED, detail="the face of a bystander")
-    assert report == DropReport(num_dropped=2, num_already=0, shards=("00000", "00001"))
+    assert report == DropReport(num_dropped=2, num_already_dropped=0, shards=("00000", "00001"))
     _assert_holds(store, ["a0", "a2", "b1"], clip_of)
     reader = StoreReader(store)
     assert {(c.key, c.reason, c.detail, c.shard) for c in reader.skipped} == {
@@ -138,7 +138,7 @@ def test_a_clip_that_was_made_again_counts_once(
     drop_clips(store, ["a1"], detail="a new caption", reason="redo")
     writer = StoreWriter.open(store.parent, settings, provenance={})
     write_shard(writer, "00000-retry1", ["a1"])
-    expected = DropReport(num_dropped=1, num_already=0, shards=("00000", "00000-retry1"))
+    expected = DropReport(num_dropped=1, num_already_dropped=0, shards=("00000", "00000-retry1"))
     assert drop_clips(store, ["a1"], detail="a cut") == expected
     assert {clip.reason for clip in StoreReader(store).skipped if clip.key == "a1"} == {"dropped"}
 
@@ -276,7 +276,7 @@ def test_wherever_a_drop_is_killed_readers_see_whole_shards_and_a_rerun_finishes
         )
         _assert_holds(store, keys, clip_of)
         report = drop()
-        assert report.num_dropped + report.num_already == 2
+        assert report.num_dropped + report.num_already_dropped == 2
         assert files_of(store) == files_of(expected)
         _assert_holds(store, ["a0", "a2", "b1"], clip_of)
 

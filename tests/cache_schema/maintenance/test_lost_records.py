@@ -36,8 +36,8 @@ def indexed(store: Path, settings: StoreSettings) -> Path:
 
 def _all_found(store: Path) -> set[tuple[str | None, str]]:
     """Shard and mend of every problem, by sizes and by contents alike."""
-    found = {(p.shard, p.mend) for p in verify_store(store).problems}
-    assert found == {(p.shard, p.mend) for p in verify_store(store, fast=True).problems}
+    found = {(p.shard, p.remedy) for p in verify_store(store).problems}
+    assert found == {(p.shard, p.remedy) for p in verify_store(store, fast=True).problems}
     return found
 
 
@@ -92,7 +92,7 @@ def test_a_record_lost_behind_an_address_is_damage_to_the_copy(indexed: Path) ->
     (indexed / "commits" / "00001.json").unlink()
     with serving(indexed.parent) as server:
         problems = verify_store(f"{server.url}/{indexed.name}").problems
-    assert [(problem.shard, problem.mend) for problem in problems] == [("00001", "copy")]
+    assert [(problem.shard, problem.remedy) for problem in problems] == [("00001", "copy")]
 
 
 def test_an_older_state_of_a_shard_is_not_taken_for_the_current_one(
@@ -109,7 +109,7 @@ def test_an_older_state_of_a_shard_is_not_taken_for_the_current_one(
     report = repair_store(indexed)
     assert report.shards == ("00000",)
     # Nobody else remembers that it was dropped.
-    assert [(one.key, one.mend) for one in report.left] == [("a1", "by hand")]
+    assert [(one.key, one.remedy) for one in report.left] == [("a1", "by hand")]
     assert verify_store(indexed).problems == ()
     assert StoreReader(indexed).keys == ("b0", "b1")
 
@@ -174,10 +174,10 @@ def test_a_store_file_of_another_store_is_told_from_damaged_records(
     shutil.copyfile(writer.path / "store.json", indexed / "store.json")
     before = files_of(indexed / "shards")
     (problem,) = verify_store(indexed).problems
-    assert (problem.shard, problem.mend) == (None, "repair")
+    assert (problem.shard, problem.remedy) == (None, "repair")
     assert "store with other settings" in problem.what
     (left,) = repair_store(indexed).left
-    assert left.mend == "by hand"
+    assert left.remedy == "by hand"
     assert files_of(indexed / "shards") == before
     StoreWriter.open(indexed.parent, settings, provenance={"version": "1.2.3"})
     assert (indexed / "store.json").read_bytes() == whole

@@ -54,7 +54,7 @@ def _assert_holds(store: Path, keys: list[str], clip_of: ClipOf) -> None:
 def test_a_whole_store_is_left_alone(indexed: Path, files_of: FilesOf) -> None:
     before = files_of(indexed)
     report = repair_store(indexed)
-    assert (report.found, report.left, report.clips, report.shards) == ((), (), (), ())
+    assert (report.found, report.remaining, report.clips, report.shards) == ((), (), (), ())
     assert report.quarantine is None
     assert files_of(indexed) == before
 
@@ -204,8 +204,8 @@ def test_a_damaged_store_file_goes_and_extraction_writes_it_again(
     _flip(indexed / "store.json", 60)
     report = repair_store(indexed)
     assert len(report.found) == 1
-    (left,) = report.left
-    assert "extract-features" in left.what
+    (remaining,) = report.remaining
+    assert "extract-features" in remaining.what
     assert not (indexed / "store.json").exists()
     StoreWriter.open(indexed.parent, settings, provenance={})
     assert repair_store(indexed).found == ()
@@ -237,7 +237,7 @@ def test_shards_packed_otherwise_than_the_store_says_are_left_alone(
     unpacked = StoreWriter.open(tmp_path / "other", settings, provenance={})
     shutil.copyfile(unpacked.path / "store.json", writer.path / "store.json")
     before = files_of(writer.path / "shards")
-    assert [problem.mend for problem in repair_store(writer.path).left] == ["by hand"]
+    assert [problem.remedy for problem in repair_store(writer.path).remaining] == ["by hand"]
     assert files_of(writer.path / "shards") == before
 
 
@@ -245,7 +245,7 @@ def test_a_shard_in_another_writers_hands_is_left_to_it(indexed: Path, clip_of: 
     _flip(indexed / CHUNK)
     with FileLock(indexed / ".staging" / "00000.lock", wait=False, what="shard '00000'"):
         report = repair_store(indexed)
-    assert [(problem.shard, problem.key) for problem in report.left] == [("00000", "a1")]
+    assert [(problem.shard, problem.key) for problem in report.remaining] == [("00000", "a1")]
     assert report.clips == ()
     assert [clip.key for clip in repair_store(indexed).clips] == ["a1"]
     _assert_holds(indexed, ["a0", "a2", "b0", "b1"], clip_of)

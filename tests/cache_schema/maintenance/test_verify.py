@@ -21,7 +21,7 @@ from cache_schema import (
 )
 from cache_schema.maintenance.drop import drop_clips
 from cache_schema.maintenance.repair import repair_store
-from cache_schema.maintenance.verify import MENDS
+from cache_schema.maintenance.verify import REMEDIES
 from tests.fingerprints import fingerprint_of
 
 Arrays = dict[str, np.ndarray]
@@ -39,8 +39,8 @@ def indexed(store: Path, settings: StoreSettings) -> Path:
 
 def _mends(store: Path | str, **options: bool) -> list[tuple[str | None, str | None, str]]:
     problems = verify_store(store, **options).problems
-    assert all(problem.mend in MENDS for problem in problems)
-    return [(problem.shard, problem.key, problem.mend) for problem in problems]
+    assert all(problem.remedy in REMEDIES for problem in problems)
+    return [(problem.shard, problem.key, problem.remedy) for problem in problems]
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -75,7 +75,7 @@ def test_an_index_that_is_behind_the_records_is_harmless(
     write_shard(writer, "00002", ["c0"])
     (problem,) = verify_store(indexed).problems
     assert "'00002'" in problem.what
-    assert problem.mend == "extract"
+    assert problem.remedy == "extract"
     writer.write_index()
     assert verify_store(indexed).problems == ()
 
@@ -94,7 +94,7 @@ def test_an_index_that_reads_and_says_otherwise_than_the_records_is_found(
     with (indexed / "index.npz").open("wb") as file:
         np.savez(file, **columns)
     (problem,) = verify_store(indexed).problems
-    assert (problem.shard, problem.key, problem.mend) == (None, None, "repair")
+    assert (problem.shard, problem.key, problem.remedy) == (None, None, "repair")
     assert "does not agree with the commit records" in problem.what
 
 
@@ -142,7 +142,7 @@ def test_a_key_in_two_shards_is_found(
 def _damage(store: Path) -> set[tuple[str | None, str | None]]:
     """What is wrong with a store apart from what is harmless."""
     problems = verify_store(store, fast=True).problems
-    return {(problem.shard, problem.key) for problem in problems if problem.mend != "extract"}
+    return {(problem.shard, problem.key) for problem in problems if problem.remedy != "extract"}
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
@@ -246,7 +246,7 @@ def test_shards_packed_otherwise_than_the_store_says_are_not_taken_for_damaged(
     unpacked = StoreWriter.open(tmp_path / "other", settings, provenance={})
     shutil.copyfile(unpacked.path / "store.json", writer.path / "store.json")
     (problem,) = verify_store(writer.path).problems
-    assert (problem.shard, problem.key, problem.mend) == ("00000", None, "by hand")
+    assert (problem.shard, problem.key, problem.remedy) == ("00000", None, "by hand")
     assert "store.json says" in problem.what
 
 
@@ -283,10 +283,10 @@ def test_stores_behind_addresses_are_verified_by_their_index(
     assert _mends(url, fast=fast) == expected
 
     (indexed / "commits" / "00001.json").unlink()
-    shards = {shard for shard, _, mend in _mends(url, fast=fast) if mend == "copy"}
+    shards = {shard for shard, _, remedy in _mends(url, fast=fast) if remedy == "copy"}
     assert shards == {"00000", "00001"}
 
     (indexed / "index.npz").unlink()
     problems = verify_store(url, fast=fast).problems
     assert "index.npz cannot be found" in problems[0].what
-    assert problems[0].mend == "copy"
+    assert problems[0].remedy == "copy"

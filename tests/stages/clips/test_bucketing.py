@@ -3,7 +3,7 @@ from itertools import permutations
 
 import pytest
 
-from stages.clips import BadRecord, belongs, bucket_of, load_clip
+from stages.clips import BadRecord, bucket_of, is_in_bucket, load_clip
 
 BUCKETS = ("9x32x48", "9x48x32", "17x32x48", "9x64x96", "9x32x32")
 
@@ -66,7 +66,7 @@ def test_what_cannot_be_read_goes_to_one_size_whose_loading_says_why(tools, conf
     broken = tools.record_of(b"no video")
     bad = BadRecord(key="b", reason="bad_record", detail="two captions")
     for record in (broken, bad):
-        assert sum(belongs(record, size) for size in settings.sizes) == 1
+        assert sum(is_in_bucket(record, size) for size in settings.sizes) == 1
         assert bucket_of(record, settings).num_frames == 9
 
 
@@ -77,7 +77,7 @@ def test_the_order_of_the_sizes_does_not_matter(tools, config, frames):
     for buckets in list(permutations(BUCKETS))[::13]:
         settings = config(buckets=buckets)
         assert bucket_of(record, settings).size_name == expected
-    assert sum(belongs(record, size) for size in settings.sizes) == 1
+    assert sum(is_in_bucket(record, size) for size in settings.sizes) == 1
 
 
 def test_a_clip_is_loaded_at_its_size(tools, config):
@@ -89,7 +89,7 @@ def test_a_clip_is_loaded_at_its_size(tools, config):
 def test_without_buckets_every_clip_is_of_the_one_size(tools, config):
     settings = config()
     assert settings.sizes == (settings,)
-    assert belongs(tools.record_of(b"no video"), settings)
+    assert is_in_bucket(tools.record_of(b"no video"), settings)
 
 
 def test_sizes_have_the_other_settings_in_common(config):

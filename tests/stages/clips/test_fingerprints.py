@@ -10,8 +10,8 @@ from stages.clips.fingerprints import (
     hash_parts,
     hash_prompts,
     hash_video,
-    sources_half,
-    video_half,
+    source_hashes,
+    video_hashes,
 )
 from stages.clips.prompts import SubjectPrompt
 from stages.clips.video_source import FilePart
@@ -84,5 +84,5 @@ def test_prompts_are_told_apart():
 
 def test_the_halves_are_the_digits_of_either_part():
     column = np.array([b"0" * 16 + b"a" * 16, b"1" * 16 + b"b" * 16], "S32")
-    assert sources_half(column).tolist() == [b"0" * 16, b"1" * 16]
-    assert video_half(column[::-1]).tolist() == [b"b" * 16, b"a" * 16]
+    assert source_hashes(column).tolist() == [b"0" * 16, b"1" * 16]
+    assert video_hashes(column[::-1]).tolist() == [b"b" * 16, b"a" * 16]

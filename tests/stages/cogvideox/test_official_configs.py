@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from stages.cogvideox.official_models import FOLDER, NAMES, facts_for_estimate, official_facts
+from stages.cogvideox.official_models import FOLDER, NAMES, configs_for_estimate, official_configs
 from stages.config import BaseModelConfig
 
 HUB_IDS = {
@@ -34,24 +34,24 @@ def put_in_cache(cache, name, **changes):
 
 @pytest.mark.parametrize(("hub_id", "name"), HUB_IDS.items())
 def test_an_official_model_is_known_by_its_hub_id(no_hub, hub_id, name):
-    facts, (note,) = facts_for_estimate(BaseModelConfig(path=hub_id), text_encoder=True)
-    assert facts == official_facts(name)
-    assert facts.text_encoder["d_model"] == facts.transformer["text_embed_dim"]
+    configs, (note,) = configs_for_estimate(BaseModelConfig(path=hub_id), text_encoder=True)
+    assert configs == official_configs(name)
+    assert configs.text_encoder["d_model"] == configs.transformer["text_embed_dim"]
     assert f"{hub_id} is not on this machine yet" in note
     assert set(HUB_IDS.values()) == set(NAMES)
 
 
 def test_files_in_the_hubs_cache_decide(no_hub):
     folder = put_in_cache(no_hub, "CogVideoX-5b")
-    facts, notes = facts_for_estimate(BaseModelConfig(path="zai-org/CogVideoX-5b"))
-    assert facts.folder == folder
+    configs, notes = configs_for_estimate(BaseModelConfig(path="zai-org/CogVideoX-5b"))
+    assert configs.folder == folder
     assert notes == ()
 
 
 def test_a_value_that_differs_from_the_copy_is_told_and_used(no_hub):
     put_in_cache(no_hub, "CogVideoX-5b", vae={"scaling_factor": 0.9}, text_encoder={"d_kv": 32})
-    facts, notes = facts_for_estimate(BaseModelConfig(path="zai-org/CogVideoX-5b"))
-    assert facts.latent_scale == 0.9
+    configs, notes = configs_for_estimate(BaseModelConfig(path="zai-org/CogVideoX-5b"))
+    assert configs.latent_scale == 0.9
     assert "vae" in notes[0] and "scaling_factor = 0.9 instead of 0.7" in notes[0]
     assert "d_kv = 32 instead of 64" in notes[1]
     assert len(notes) == 2
@@ -66,4 +66,4 @@ def test_a_value_that_differs_from_the_copy_is_told_and_used(no_hub):
 )
 def test_another_revision_or_owner_is_asked_for_at_the_hub(no_hub, model):
     with pytest.raises(ValueError, match="could not be downloaded"):
-        facts_for_estimate(model)
+        configs_for_estimate(model)

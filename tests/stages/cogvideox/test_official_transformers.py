@@ -8,7 +8,7 @@ from diffusers import CogVideoXTransformer3DModel
 
 from stages.clips.config import ClipsConfig
 from stages.cogvideox.inputs import rotary_positions
-from stages.cogvideox.official_models import official_facts
+from stages.cogvideox.official_models import official_configs
 from stages.train_student.config import TrainConfig
 from stages.train_student.step import TrainingStep
 from stages.train_student.step_costs import (
@@ -39,8 +39,8 @@ def name(request):
 
 
 @pytest.fixture
-def facts(name):
-    return official_facts(name)
+def configs(name):
+    return official_configs(name)
 
 
 @pytest.fixture
@@ -48,32 +48,32 @@ def size(name):
     return LARGE if "1.5" in name else USUAL
 
 
-def shallow(facts, blocks=2):
-    return type(facts)(
-        folder=facts.folder,
-        transformer=facts.transformer | {"num_layers": blocks},
-        vae=facts.vae,
-        scheduler=facts.scheduler,
+def shallow(configs, blocks=2):
+    return type(configs)(
+        folder=configs.folder,
+        transformer=configs.transformer | {"num_layers": blocks},
+        vae=configs.vae,
+        scheduler=configs.scheduler,
     )
 
 
-def test_weights_are_as_many_as_published(name, facts):
+def test_weights_are_as_many_as_published(name, configs):
     with META:
-        transformer = CogVideoXTransformer3DModel.from_config(facts.transformer)
+        transformer = CogVideoXTransformer3DModel.from_config(configs.transformer)
     saved = sum(tensor.numel() for tensor in transformer.state_dict().values())
     assert saved == FACTS[name][0]
 
 
-def test_token_grid_positions_and_scales_are_the_models(name, facts, size):
+def test_token_grid_positions_and_scales_are_the_models(name, configs, size):
     _, grid, scale, image_scale = FACTS[name]
     latents = size.num_latent_frames, *size.latent_size
-    assert facts.token_grid(*latents) == grid
-    assert (facts.latent_scale, facts.image_latent_scale) == pytest.approx((scale, image_scale))
-    assert facts.padding(size.num_latent_frames) == ("1.5" in name)
-    assert facts.image_to_video == name.endswith("i2v")
-    assert facts.ofs == (2.0 if name == "cogvideox1.5-5b-i2v" else None)
-    padded = latents[0] + facts.padding(latents[0])
-    rotary = rotary_positions(facts, padded, *latents[1:], META)
+    assert configs.token_grid(*latents) == grid
+    assert (configs.latent_scale, configs.image_latent_scale) == pytest.approx((scale, image_scale))
+    assert configs.padding(size.num_latent_frames) == ("1.5" in name)
+    assert configs.image_to_video == name.endswith("i2v")
+    assert configs.ofs == (2.0 if name == "cogvideox1.5-5b-i2v" else None)
+    padded = latents[0] + configs.padding(latents[0])
+    rotary = rotary_positions(configs, padded, *latents[1:], META)
     if name == "cogvideox-2b":
         assert rotary is None
     else:
@@ -81,8 +81,8 @@ def test_token_grid_positions_and_scales_are_the_models(name, facts, size):
         assert [tuple(part.shape) for part in rotary] == [(tokens, 64)] * 2
 
 
-def test_a_step_at_the_usual_size_goes_forward_and_backward(name, facts, size):
-    few = shallow(facts)
+def test_a_step_at_the_usual_size_goes_forward_and_backward(name, configs, size):
+    few = shallow(configs)
     config = TrainConfig(objectives=(), gradient_checkpointing=False)
     student = meta_student(config, few)
     batch = _meta_batch(config, few, size, None, None)
@@ -92,18 +92,18 @@ def test_a_step_at_the_usual_size_goes_forward_and_backward(name, facts, size):
     )
     losses = TrainingStep(few, (), device=META, dtype=torch.bfloat16)(student, batch, 0)
     losses.total.backward()
-    padded = size.num_latent_frames + facts.padding(size.num_latent_frames)
+    padded = size.num_latent_frames + configs.padding(size.num_latent_frames)
     assert seen == [(1, padded, 16, *size.latent_size)]
     trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
     assert all(p.grad is not None and p.grad.shape == p.shape for p in trained.values())
     # Rank times (in + out) for each of the four projections of each block.
-    width = facts.transformer["num_attention_heads"] * 64
+    width = configs.transformer["num_attention_heads"] * 64
     assert sum(p.numel() for p in trained.values()) == 2 * 4 * 128 * 2 * width
 
 
 def test_a_5b_step_costs_what_its_products_cost():
-    facts = official_facts("cogvideox-5b")
-    cost = step_cost(TrainConfig(objectives=(), lora={"rank": 1}), facts, USUAL)
+    configs = official_configs("cogvideox-5b")
+    cost = step_cost(TrainConfig(objectives=(), lora={"rank": 1}), configs, USUAL)
     tokens, width, blocks = 226 + 13 * 30 * 45, 3072, 42
     linear = 2 * tokens * 12 * width**2  # four projections, and two layers of four times the width
     attention = 2 * 2 * tokens**2 * width
@@ -119,10 +119,10 @@ def test_a_5b_step_costs_what_its_products_cost():
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_a_few_blocks_tell_of_many(checkpointing):
     """Against a run through all of them."""
-    facts = shallow(official_facts("cogvideox-2b"), 7)
+    configs = shallow(official_configs("cogvideox-2b"), 7)
     small = ClipsConfig(path=Path("unused"), num_frames=9, height=64, width=96)
     config = TrainConfig(objectives=(), gradient_checkpointing=checkpointing)
-    told = step_cost(config, facts, small)
-    whole = _run(config, facts, 7, _meta_batch(config, facts, small, None, None), None)
+    told = step_cost(config, configs, small)
+    whole = _run(config, configs, 7, _meta_batch(config, configs, small, None, None), None)
     assert told.flops_per_clip == whole.flops
     assert told.activation_bytes == pytest.approx(whole.peak_bytes, rel=0.01)

@@ -1,6 +1,6 @@
 import pytest
 
-from stages.compute_cost.gpus import GPUS, gpu_named, gpu_of_device
+from stages.compute_cost.gpus import GPUS, find_gpu, gpu_of_device
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_a_device_is_known_by_what_it_calls_itself(device, short):
 
 def test_a_name_that_is_not_there_is_answered_with_those_that_are():
     for name in ("RTX_4090", "rtx4090", "rtx-4090", "RTX 4090"):
-        assert gpu_named(name) is GPUS["rtx-4090"]
-    assert gpu_named("a10080gb") is gpu_named("A100-80GB")
+        assert find_gpu(name) is GPUS["rtx-4090"]
+    assert find_gpu("a10080gb") is find_gpu("A100-80GB")
     with pytest.raises(ValueError, match="unknown GPU 'h1000'; known GPUs are b200, h200, h100"):
-        gpu_named("h1000")
+        find_gpu("h1000")

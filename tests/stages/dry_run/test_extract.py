@@ -236,7 +236,7 @@ def test_time_is_work_over_the_usual_share_of_the_rate(
     assert [one.clips for one in found.passes] == [6, 5]
     for one in found.passes:
         assert one.flops == one.clips * one.cost.flops_per_clip
-        assert one.seconds == pytest.approx(one.flops / (1e9 * one.usual_share))
+        assert one.seconds == pytest.approx(one.flops / (1e9 * one.assumed_peak_fraction))
     assert found.seconds == pytest.approx(sum(one.seconds for one in found.passes))
     assert found.free_bytes > 0
     assert found.device_bytes > 0
@@ -280,15 +280,15 @@ class TestWithoutWeights:
         assert found.kinds[0].bytes_per_clip == 9 * 4 * 6 * 512 * 2 + 9
         assert found.kinds[1].bytes_per_clip == 2 * 9 * 16 * 24 + 9
         tokens, pairs = 4 * 6, 8
-        assert [(f.size.kind, f.size.dtype, f.size.bytes_per_clip) for f in found.forms] == [
+        assert [(f.size.kind, f.size.dtype, f.size.bytes_per_clip) for f in found.encodings] == [
             ("teacher", "float16", 9 * tokens * 512 * 2 + 9),
             ("teacher", "int8", 9 * tokens * 512 + 9 * tokens + 9),  # the scales compressed
             ("gram_flow", "float16", pairs * tokens * 49 + 9),  # half of two bytes
             ("gram_flow", "uint8", pairs * tokens * (49 + 4) + 9),
         ]
-        assert [f.size.is_chosen for f in found.forms] == [True, False, False, False]
-        assert [f.size.is_compressed for f in found.forms] == [False, False, True, False]
-        assert {f.clips for f in found.forms} == {found.kinds[0].clips}
+        assert [f.size.is_chosen for f in found.encodings] == [True, False, False, False]
+        assert [f.size.is_compressed for f in found.encodings] == [False, False, True, False]
+        assert {f.clips for f in found.encodings} == {found.kinds[0].clips}
         assert found.passes[0].cost.weight_bytes == pytest.approx(39e6 * 4, rel=0.01)
         assert "facebook/sam2.1-hiera-tiny is not on this machine yet" in found.notes[0]
 

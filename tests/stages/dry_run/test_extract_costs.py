@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from stages.clips import ClipsConfig
-from stages.cogvideox.configs import read_base_facts
+from stages.cogvideox.configs import read_configs
 from stages.dry_run.extract_costs import (
     latents_cost,
     text_cost,
@@ -28,45 +28,45 @@ CLIPS = ClipsConfig(path="clips", num_frames=17, height=64, width=96)
 
 
 @pytest.fixture
-def facts(tiny_base):
-    return read_base_facts(Path(tiny_base.path))
+def configs(tiny_base):
+    return read_configs(Path(tiny_base.path))
 
 
 @pytest.fixture
 def image_facts(tiny_image_base):
-    return read_base_facts(Path(tiny_image_base.path))
+    return read_configs(Path(tiny_image_base.path))
 
 
-def test_the_text_encoder_costs_what_its_layers_do(facts):
-    cost = text_cost(TextConfig(), facts)
+def test_the_text_encoder_costs_what_its_layers_do(configs):
+    cost = text_cost(TextConfig(), configs)
     length, width, inner, heads = 32, 32, 4 * 8, 4
     per_layer = 4 * width * inner + 3 * width * 2 * width  # query, key, value, output; gated MLP
     scores = 2 * heads * length * length * 8
     assert cost.flops_per_clip == 2 * 2 * (length * per_layer + scores)
 
 
-def test_half_the_precision_is_half_the_weights(facts):
-    full = text_cost(TextConfig(), facts)
-    half = text_cost(TextConfig(precision="bf16"), facts)
+def test_half_the_precision_is_half_the_weights(configs):
+    full = text_cost(TextConfig(), configs)
+    half = text_cost(TextConfig(precision="bf16"), configs)
     assert half.weight_bytes == full.weight_bytes / 2
     assert half.flops_per_clip == full.flops_per_clip
 
 
-def test_the_vae_costs_on_shapes_what_it_costs_on_values(facts):
+def test_the_vae_costs_on_shapes_what_it_costs_on_values(configs):
     from diffusers import AutoencoderKLCogVideoX
 
-    vae = AutoencoderKLCogVideoX.from_pretrained(facts.folder / "vae").eval()
+    vae = AutoencoderKLCogVideoX.from_pretrained(configs.folder / "vae").eval()
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         vae.encode(torch.zeros(1, 3, 17, 64, 96))
-    cost = latents_cost(LatentsConfig(), CLIPS, facts)
+    cost = latents_cost(LatentsConfig(), CLIPS, configs)
     assert cost.flops_per_clip == counter.get_total_flops()
     assert cost.weight_bytes == sum(p.numel() * 4 for p in vae.parameters())
 
 
-def test_image_to_video_encodes_every_draw_of_the_first_frame(facts, image_facts):
+def test_image_to_video_encodes_every_draw_of_the_first_frame(configs, image_facts):
     one = CLIPS.model_copy(update={"num_frames": 1})
-    video = latents_cost(LatentsConfig(), CLIPS, facts).flops_per_clip
-    image = latents_cost(LatentsConfig(), one, facts).flops_per_clip
+    video = latents_cost(LatentsConfig(), CLIPS, configs).flops_per_clip
+    image = latents_cost(LatentsConfig(), one, configs).flops_per_clip
     both = latents_cost(LatentsConfig(image_draws=3), CLIPS, image_facts).flops_per_clip
     assert both == video + 3 * image
 

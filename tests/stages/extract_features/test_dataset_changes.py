@@ -75,7 +75,7 @@ class Dataset:
     def reader(self, kind: str) -> StoreReader:
         (store,) = self.cache.glob(f"{kind}-*")
         # What a run that is stopped leaves is harmless.
-        assert {problem.mend for problem in verify_store(store).problems} <= {"extract"}
+        assert {problem.remedy for problem in verify_store(store).problems} <= {"extract"}
         return StoreReader(store)
 
     def commits(self) -> dict[str, int]:

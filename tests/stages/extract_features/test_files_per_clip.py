@@ -11,7 +11,7 @@ import pytest
 import cache_schema
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from stages.clips import ClipsConfig
-from stages.cogvideox.configs import BaseFacts
+from stages.cogvideox.configs import CogVideoXConfigs
 from stages.extract_features.config import ExtractConfig, Kind, LatentsConfig, TeacherConfig
 from stages.extract_features.latents import latents_arrays
 from stages.extract_features.teacher.stores import subject_settings
@@ -35,7 +35,7 @@ def arrays_of_all_kinds(
         "text_embed_dim": 4096,
     }
     vae = {"latent_channels": 16}
-    base = BaseFacts(folder=Path("base"), transformer=transformer, vae=vae, scheduler={})
+    base = CogVideoXConfigs(folder=Path("base"), transformer=transformer, vae=vae, scheduler={})
     tracked = subject_settings(teacher, clips, {}, gram_flow=gram_flow, channels=256)
     return {
         "text": text_arrays(base),

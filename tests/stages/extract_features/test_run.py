@@ -524,9 +524,9 @@ def test_kinds_of_one_pass_stand_where_the_first_of_them_does(
 
 
 def test_every_gpu_of_a_machine_gets_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stages.extract_features.kinds import device_named
+    from stages.extract_features.kinds import resolve_device
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [device_named("auto", rank).index for rank in range(4)] == [0, 1, 0, 1]
-    assert device_named("cuda:1", 0) == torch.device("cuda", 1)
-    np.testing.assert_equal(device_named("cpu", 3).type, "cpu")
+    assert [resolve_device("auto", rank).index for rank in range(4)] == [0, 1, 0, 1]
+    assert resolve_device("cuda:1", 0) == torch.device("cuda", 1)
+    np.testing.assert_equal(resolve_device("cpu", 3).type, "cpu")

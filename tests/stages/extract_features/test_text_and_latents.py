@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 
 from stages.clips import ClipRecord, ClipsConfig, ClipSkipped, encode_video, load_clip
-from stages.cogvideox.configs import BaseFacts, read_base_facts, resolve_base_model
+from stages.cogvideox.configs import CogVideoXConfigs, read_configs, resolve_base_model
 from stages.config import BaseModelConfig
 from stages.extract_features.config import LatentsConfig, TextConfig
 from stages.extract_features.latents import (
@@ -25,15 +25,15 @@ CPU = torch.device("cpu")
 LONG = " ".join(["an ellipse drifts over a grey texture to the right"] * 8)
 
 
-def facts(base: BaseModelConfig) -> BaseFacts:
-    return read_base_facts(Path(base.path))
+def configs(base: BaseModelConfig) -> CogVideoXConfigs:
+    return read_configs(Path(base.path))
 
 
 @pytest.mark.parametrize("caption", ["a red ellipse drifts to the right", "", LONG])
 def test_text_equals_the_pipelines_prompt_encoding(
     caption: str, tiny_base: BaseModelConfig
 ) -> None:
-    extraction = TextExtraction(TextConfig(), facts(tiny_base))
+    extraction = TextExtraction(TextConfig(), configs(tiny_base))
     with extraction.load_model(CPU) as extract:
         (outcome,) = extract([caption])
     extracted = outcome["text"]
@@ -52,7 +52,7 @@ def test_text_equals_the_pipelines_prompt_encoding(
 def test_a_clip_without_caption_is_skipped(tiny_base: BaseModelConfig) -> None:
     record = ClipRecord(key="a", video=b"")
     with pytest.raises(ClipSkipped, match="no_caption"):
-        TextExtraction(TextConfig(), facts(tiny_base)).prepare(record)
+        TextExtraction(TextConfig(), configs(tiny_base)).prepare(record)
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def record(draw_frames, two_shards: ClipsConfig) -> ClipRecord:  # type: ignore[
 def test_latents_are_the_vaes_posterior(
     record: ClipRecord, two_shards: ClipsConfig, tiny_base: BaseModelConfig
 ) -> None:
-    extraction = LatentsExtraction(LatentsConfig(), two_shards, facts(tiny_base), seed=0)
+    extraction = LatentsExtraction(LatentsConfig(), two_shards, configs(tiny_base), seed=0)
     with extraction.load_model(CPU) as extract:
         (outcome,) = extract([extraction.prepare(record)])
     arrays = outcome["latents"].arrays
@@ -87,7 +87,7 @@ def test_latents_are_the_vaes_posterior(
 def test_image_to_video_adds_the_first_frames_posterior(
     record: ClipRecord, two_shards: ClipsConfig, tiny_image_base: BaseModelConfig
 ) -> None:
-    extraction = LatentsExtraction(LatentsConfig(), two_shards, facts(tiny_image_base), seed=3)
+    extraction = LatentsExtraction(LatentsConfig(), two_shards, configs(tiny_image_base), seed=3)
     with extraction.load_model(CPU) as extract:
         first, second = (extract([extraction.prepare(record)])[0] for _ in range(2))
     arrays, again = first["latents"].arrays, second["latents"].arrays
@@ -101,7 +101,7 @@ def test_image_to_video_adds_the_first_frames_posterior(
         for name, expected in (("image_mean", posterior.mean), ("image_std", posterior.std)):
             np.testing.assert_allclose(arrays[name][draw], expected[0, :, 0], atol=1e-5, rtol=2e-3)
     np.testing.assert_array_equal(arrays["image_mean"], again["image_mean"])
-    other = LatentsExtraction(LatentsConfig(), two_shards, facts(tiny_image_base), seed=4)
+    other = LatentsExtraction(LatentsConfig(), two_shards, configs(tiny_image_base), seed=4)
     assert other.settings["latents"].hash != extraction.settings["latents"].hash
 
 
@@ -109,7 +109,7 @@ def test_the_seed_is_no_setting_where_nothing_is_drawn(
     two_shards: ClipsConfig, tiny_base: BaseModelConfig
 ) -> None:
     hashes = {
-        LatentsExtraction(LatentsConfig(), two_shards, facts(tiny_base), seed=seed)
+        LatentsExtraction(LatentsConfig(), two_shards, configs(tiny_base), seed=seed)
         .settings["latents"]
         .hash
         for seed in (0, 1)
@@ -120,7 +120,7 @@ def test_the_seed_is_no_setting_where_nothing_is_drawn(
 def test_a_vae_of_another_compression_is_refused(
     two_shards: ClipsConfig, tiny_base: BaseModelConfig
 ) -> None:
-    base = facts(tiny_base)
+    base = configs(tiny_base)
     shallow = replace(base, vae={**base.vae, "block_out_channels": [8, 8]})
     with pytest.raises(ValueError, match=r"compresses time and space by \(4, 2\)"):
         LatentsExtraction(LatentsConfig(), two_shards, shallow, seed=0)
@@ -159,7 +159,7 @@ def test_the_number_of_image_draws_is_a_setting_where_images_are_drawn(
 ) -> None:
     for base, stores in ((tiny_base, 1), (tiny_image_base, 2)):
         hashes = {
-            LatentsExtraction(LatentsConfig(image_draws=draws), two_shards, facts(base), seed=0)
+            LatentsExtraction(LatentsConfig(image_draws=draws), two_shards, configs(base), seed=0)
             .settings["latents"]
             .hash
             for draws in (1, 8)
@@ -170,7 +170,7 @@ def test_the_number_of_image_draws_is_a_setting_where_images_are_drawn(
 def test_tiling_and_precision_name_other_stores(
     two_shards: ClipsConfig, tiny_base: BaseModelConfig
 ) -> None:
-    base = facts(tiny_base)
+    base = configs(tiny_base)
     hashes = {
         LatentsExtraction(config, two_shards, base, seed=0).settings["latents"].hash
         for config in (LatentsConfig(), LatentsConfig(tiling=True), LatentsConfig(precision="bf16"))
@@ -188,16 +188,16 @@ def test_other_weights_name_another_store_and_another_place_does_not(
     (copy / "tokenizer" / ".cache").mkdir()
     (copy / "tokenizer" / ".cache" / "download.lock").touch()
 
-    def settings_hash(base: BaseFacts) -> str:
+    def settings_hash(base: CogVideoXConfigs) -> str:
         return TextExtraction(TextConfig(), base).settings["text"].hash
 
-    original = settings_hash(facts(tiny_base))
-    assert settings_hash(read_base_facts(copy)) == original
+    original = settings_hash(configs(tiny_base))
+    assert settings_hash(read_configs(copy)) == original
     weights = copy / "text_encoder" / "model.safetensors"
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1
     weights.write_bytes(changed)
-    assert settings_hash(read_base_facts(copy)) != original
+    assert settings_hash(read_configs(copy)) != original
 
 
 def test_a_base_model_without_its_parts_says_what_is_missing(
@@ -241,7 +241,7 @@ def test_a_caption_that_is_too_long_is_counted_without_a_warning_of_indexing_err
     of_library = logging.getLogger("transformers")
     of_library.addHandler(caplog.handler)
     try:
-        extraction = TextExtraction(TextConfig(), facts(tiny_base))
+        extraction = TextExtraction(TextConfig(), configs(tiny_base))
         with extraction.load_model(CPU) as extract:
             (outcome,) = extract([LONG])
     finally:

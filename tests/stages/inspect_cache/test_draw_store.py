@@ -11,7 +11,7 @@ from stages.inspect_cache.draw_store import draw_store
 from stages.local_gram_flow import regrid_fused
 from stages.progress import SilentProgress
 from stages.teacher_store.features import encode_features
-from stages.teacher_store.gram_flow import encode_gram_flow, gram_flow_of
+from stages.teacher_store.gram_flow import compute_gram_flow, encode_gram_flow
 
 
 def draw_all(store, keys, clips, tmp_path, *, dataset=None, radius=2):
@@ -168,7 +168,7 @@ def write_flow(write_store):
     """A gram_flow store of the flow of some features, stored with radius 2."""
 
     def write(features_THWC, dtype="float16", **more):
-        flow_PHWK = gram_flow_of(
+        flow_PHWK = compute_gram_flow(
             torch.from_numpy(features_THWC), radius=2, token_grid=features_THWC.shape[1:3]
         )
         arrays = encode_gram_flow(flow_PHWK, dtype)

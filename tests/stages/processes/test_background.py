@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from stages.extract_features.execution.prefetch import prefetch, prefetch_map
-from stages.extract_features.execution.worker import WriteBehind
+from stages.extract_features.execution.worker import BackgroundWriter
 from stages.processes import background
 from stages.processes.background import DaemonPool, result_of
 
@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture
 def stuck(monkeypatch):
     """What never returns, until the test is over."""
-    monkeypatch.setattr(background, "PATIENCE_S", 0.2)
-    monkeypatch.setattr(background, "LAST_WAIT_S", 0.05)
+    monkeypatch.setattr(background, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(background, "SHUTDOWN_TIMEOUT_S", 0.05)
     over = threading.Event()
 
     def wait(*_):
@@ -78,7 +78,7 @@ def test_a_dataset_that_gives_nothing_ends_the_work(stuck):
 
 @pytest.mark.parametrize("ending", ["put", "drain", "leave"])
 def test_writing_that_is_stuck_ends_the_work(stuck, ending):
-    with pytest.raises(TimeoutError, match="writing a clip"), WriteBehind(stuck) as behind:
+    with pytest.raises(TimeoutError, match="writing a clip"), BackgroundWriter(stuck) as behind:
         for item in range(4 if ending == "put" else 1):
             behind.put(item)
         if ending == "drain":
@@ -89,7 +89,7 @@ def test_a_writer_that_dies_of_anything_is_told():
     def leave(item):
         raise SystemExit(3)
 
-    with pytest.raises(SystemExit), WriteBehind(leave) as behind:
+    with pytest.raises(SystemExit), BackgroundWriter(leave) as behind:
         behind.put(1)
         behind.drain()
 

@@ -97,7 +97,7 @@ def test_a_request_that_a_library_catches_is_raised_where_work_advances():
     with stop_on_signals() as stop, SilentProgress().task("work", 2) as task:
         with contextlib.suppress(BaseException):
             os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.made
+        assert stop.requested
         with pytest.raises(KeyboardInterrupt):
             task.advance()
 
@@ -149,7 +149,7 @@ def test_a_deferred_request_raises_nothing_and_is_still_there_afterwards(capfd):
         with stop.deferred("stopping soon"):
             os.kill(os.getpid(), signal.SIGINT)
             stop.check()
-            assert stop.made
+            assert stop.requested
             told, deadline = "", time.monotonic() + 60
             while not told and time.monotonic() < deadline:
                 told = capfd.readouterr().err
@@ -162,10 +162,10 @@ def test_a_request_that_was_fulfilled_raises_nothing_more():
     with stop_on_signals() as stop:
         with stop.deferred("stopping soon"):
             os.kill(os.getpid(), signal.SIGTERM)
-            stop.fulfil()
+            stop.mark_handled()
         os.kill(os.getpid(), signal.SIGINT)  # the same request, passed on by a launcher
         stop.check()
-        assert not stop.made
+        assert not stop.requested
 
 
 STUCK = {
@@ -195,7 +195,7 @@ STUCK = {
     "fulfilled": """
         with request.deferred("later"):
             os.kill(os.getpid(), signal.SIGTERM)
-            request.fulfil()
+            request.mark_handled()
         print("ready", flush=True)
         while True:
             time.sleep(60)
@@ -253,7 +253,7 @@ def test_a_fork_answers_for_itself():
             os._exit(1)
         _, status = os.waitpid(child, 0)
         assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
-        assert not stop.made
+        assert not stop.requested
 
 
 def test_handlers_are_put_back():
@@ -266,13 +266,13 @@ def test_handlers_are_put_back():
 
 
 def test_another_thread_can_work_too():
-    made = []
+    requested = []
 
     def work():
         with stop_on_signals() as stop:
-            made.append(stop.made)
+            requested.append(stop.requested)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert made == [False]
+    assert requested == [False]

@@ -15,7 +15,7 @@ from stages.local_gram_flow import (
     take_directions,
 )
 from stages.teacher_store.config import GramFlowConfig
-from stages.teacher_store.encoder import FlowMaker
+from stages.teacher_store.encoder import GramFlowEncoder
 from stages.teacher_store.features import encode_features, feature_arrays_spec
 from stages.teacher_store.settings import valid_spec
 
@@ -39,7 +39,7 @@ def test_long_clips_have_the_flow_of_the_whole(maps: int, native: bool) -> None:
     values: dict[str, Any] = {"grid_source": "native" if native else "student", "parts": 2}
     arrays = feature_arrays_spec((maps, 6, 6, 12), "float16") | {"valid": valid_spec(maps)}
     teacher = StoreSettings(kind="teacher", arrays=arrays, values=values)
-    maker = FlowMaker.of(teacher, GramFlowConfig(radius=2), grid)
+    maker = GramFlowEncoder.of(teacher, GramFlowConfig(radius=2), grid)
     valid = np.arange(maps, dtype=np.uint8)
     found = maker(encode_features(features, "float16") | {"valid": valid}, CPU)
     stored = features.half().double()
@@ -62,7 +62,7 @@ def test_a_crossed_flow_of_long_clips_is_that_of_each_track(maps: int, native: b
     }
     arrays = feature_arrays_spec((maps, 6, 6, 12), "float16") | {"valid": valid_spec(maps)}
     teacher = StoreSettings(kind="teacher", arrays=arrays, values=values)
-    maker = FlowMaker.of(teacher, GramFlowConfig(radius=2, pairs="crossed"), grid)
+    maker = GramFlowEncoder.of(teacher, GramFlowConfig(radius=2, pairs="crossed"), grid)
     valid = np.ones(maps, dtype=np.uint8)
     found = maker(encode_features(features, "float16") | {"valid": valid}, CPU)
     assert found.keys() == maker.settings.arrays.keys() == {"gram_flow", "gram_flow_back", "valid"}
@@ -91,9 +91,9 @@ def test_a_crossed_flow_of_features_without_both_tracks_is_refused(
 ) -> None:
     arrays = feature_arrays_spec((3, 6, 6, 12), "float16") | {"valid": valid_spec(3)}
     teacher = StoreSettings(kind="teacher", arrays=arrays, values=values)
-    FlowMaker.of(teacher, GramFlowConfig(radius=2), (6, 6))
+    GramFlowEncoder.of(teacher, GramFlowConfig(radius=2), (6, 6))
     with pytest.raises(ValueError, match=rf"{told}.*extract.teacher.fusion=gram_flow"):
-        FlowMaker.of(teacher, GramFlowConfig(radius=2, pairs="crossed"), (6, 6))
+        GramFlowEncoder.of(teacher, GramFlowConfig(radius=2, pairs="crossed"), (6, 6))
 
 
 def test_the_norms_of_parts_are_those_of_the_clip_in_whatever_pieces() -> None:

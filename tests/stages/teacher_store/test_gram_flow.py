@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from stages.local_gram_flow import local_gram_flow, neighbour_mask
 from stages.teacher_store.gram_flow import (
     FLOAT16_STEP,
+    compute_gram_flow,
     decode_gram_flow,
     encode_gram_flow,
     flow_arrays_spec,
-    gram_flow_of,
     narrow_window,
 )
 from tests.stages.extract_features.teacher.grid_reference import on_grid
@@ -36,7 +36,7 @@ def test_the_flow_of_features_equals_a_float64_loop(
 ) -> None:
     features = drawn(shape, seed).half()
     expected, _ = similarities_by_loop(features.double().numpy()[None], radius)
-    found = gram_flow_of(features, radius=radius, token_grid=shape[1:3])
+    found = compute_gram_flow(features, radius=radius, token_grid=shape[1:3])
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.numpy(), expected[0], atol=1e-6, rtol=0)
 
@@ -51,7 +51,7 @@ def test_native_features_are_brought_to_the_token_grid_part_by_part() -> None:
         regridded = on_grid(part, 5, 7)
         flows.append(similarities_by_loop(regridded[None], 2)[0][0])
     expected = 0.36 * flows[0] + 0.64 * flows[1]
-    found = gram_flow_of(
+    found = compute_gram_flow(
         torch.from_numpy(fused_TCHW).permute(0, 2, 3, 1).float(),
         radius=2,
         token_grid=(5, 7),
@@ -63,16 +63,16 @@ def test_native_features_are_brought_to_the_token_grid_part_by_part() -> None:
 def test_maps_of_zeros_have_a_flow_of_zeros() -> None:
     features = drawn((4, 3, 5, 6), 3)
     features[2] = 0.0
-    flow = gram_flow_of(features, radius=1, token_grid=(3, 5))
+    flow = compute_gram_flow(features, radius=1, token_grid=(3, 5))
     assert not flow[1:].any()
     assert flow[0].any()
 
 
 def test_features_on_another_grid_are_refused() -> None:
     with pytest.raises(ValueError, match=r"grid of \(3, 5\) tokens, not \(3, 4\)"):
-        gram_flow_of(drawn((4, 3, 5, 6), 3), radius=1, token_grid=(3, 4))
+        compute_gram_flow(drawn((4, 3, 5, 6), 3), radius=1, token_grid=(3, 4))
     with pytest.raises(ValueError, match="two maps or more, got 1"):
-        gram_flow_of(drawn((1, 3, 5, 6), 3), radius=1, token_grid=(3, 5))
+        compute_gram_flow(drawn((1, 3, 5, 6), 3), radius=1, token_grid=(3, 5))
 
 
 @settings(max_examples=40)

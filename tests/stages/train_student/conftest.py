@@ -18,7 +18,7 @@ from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.progress import SilentProgress
 from stages.teacher_store.features import encode_features, feature_arrays_spec
-from stages.teacher_store.gram_flow import encode_gram_flow, flow_arrays_spec, gram_flow_of
+from stages.teacher_store.gram_flow import compute_gram_flow, encode_gram_flow, flow_arrays_spec
 from stages.train_student.config import TrainConfig
 from tests.fingerprints import fingerprint_of
 
@@ -143,7 +143,7 @@ def write_gram_flow(root, dtype="float16", *, radius=1, keys=KEYS, maps=FRAMES, 
     made = {}
     for key in keys:
         rounded = features_of(key, maps).half()
-        flow_PHWK = gram_flow_of(rounded, radius=radius, token_grid=GRID)
+        flow_PHWK = compute_gram_flow(rounded, radius=radius, token_grid=GRID)
         made[key] = encode_gram_flow(flow_PHWK, dtype)
     values = {"pairs": "forward"} | (values or {})
     return _write_forms(root, "gram_flow", specs, made, maps, values)

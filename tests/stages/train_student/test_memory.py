@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from stages.clips.config import ClipsConfig
-from stages.cogvideox.configs import BaseFacts
+from stages.cogvideox.configs import CogVideoXConfigs
 from stages.compute_cost.gpus import Gpu
 from stages.dry_run import train as module
 from stages.dry_run.train import SizedStores, estimate
@@ -27,12 +27,12 @@ COUNTS = ParameterCounts(transformer=1000, adapters=200, heads=40, trained=240)
 
 
 @pytest.fixture
-def facts(tiny, tmp_path):
+def configs(tiny, tmp_path):
     transformer = tiny.tiny_transformer(
         num_layers=6, num_attention_heads=4, attention_head_dim=32, max_text_seq_length=32
     )
     scheduler = tiny.tiny_scheduler()
-    return BaseFacts(
+    return CogVideoXConfigs(
         folder=tmp_path,
         transformer=dict(transformer.config),
         vae=dict(tiny.tiny_vae().config),
@@ -56,7 +56,7 @@ def allocated_at_most(work):
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_activations_are_what_a_real_step_allocates(facts, checkpointing):
+def test_activations_are_what_a_real_step_allocates(configs, checkpointing):
     config = TrainConfig(
         objectives=(),
         gradient_checkpointing=checkpointing,
@@ -64,11 +64,11 @@ def test_activations_are_what_a_real_step_allocates(facts, checkpointing):
         lora={"rank": 4},
         deepspeed={"precision": "fp32"},
     )
-    told = step_cost(config, facts, SIZE).activation_bytes
-    student = meta_student(config, facts).to_empty(device="cpu")
+    told = step_cost(config, configs, SIZE).activation_bytes
+    student = meta_student(config, configs).to_empty(device="cpu")
     for parameter in student.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    shapes = _meta_batch(config, facts, SIZE, None, None)
+    shapes = _meta_batch(config, configs, SIZE, None, None)
     batch = Batch(
         keys=("a", "b"),
         clean_BFCHW=torch.randn(shapes.clean_BFCHW.shape),
@@ -80,7 +80,7 @@ def test_activations_are_what_a_real_step_allocates(facts, checkpointing):
         teacher_valid_BT=None,
         num_frames=SIZE.num_frames,
     )
-    step = TrainingStep(facts, (), device=torch.device("cpu"), dtype=torch.float32)
+    step = TrainingStep(configs, (), device=torch.device("cpu"), dtype=torch.float32)
     measured = allocated_at_most(lambda: step(student, batch, 0).total.backward())
     assert told == pytest.approx(measured, rel=0.15)
 
@@ -122,14 +122,14 @@ def test_a_checkpoint_of_adapters_leaves_the_model_out():
     assert checkpoint_bytes(config, full) == 1040 * (2 + 4 + 8 + 4)
 
 
-def reckon(config, facts, gigabytes, gpus=1):
+def reckon(config, configs, gigabytes, gpus=1):
     gpu = Gpu(name="a GPU", memory_bytes=int(gigabytes * 1e9), bf16_flops=1e15, fp32_flops=1e14)
     stores = [SizedStores(size=SIZE, teacher=None, masks=None)]
-    return estimate(config, facts, stores, gpu=gpu, gpus=gpus)
+    return estimate(config, configs, stores, gpu=gpu, gpus=gpus)
 
 
-def test_what_fits_is_told_with_its_time(facts):
-    found = reckon(TrainConfig(objectives=(), steps=10), facts, 80, gpus=4)
+def test_what_fits_is_told_with_its_time(configs):
+    found = reckon(TrainConfig(objectives=(), steps=10), configs, 80, gpus=4)
     assert (found.fits, found.remedy, found.passes) == (True, None, 8)
     flops = 32 * found.costs[0].flops_per_clip
     assert found.seconds_per_step == pytest.approx(flops / (4 * 1e15 * 0.4))
@@ -158,16 +158,16 @@ def _cost(config, *args, **kwargs):
     ],
 )
 def test_what_does_not_fit_is_answered_with_the_first_settings_that_would(
-    facts, monkeypatch, changes, gigabytes, settings
+    configs, monkeypatch, changes, gigabytes, settings
 ):
     monkeypatch.setattr(module, "step_cost", _cost)
-    found = reckon(TrainConfig(objectives=(), **changes), facts, gigabytes)
+    found = reckon(TrainConfig(objectives=(), **changes), configs, gigabytes)
     assert found.fits is False
     assert (found.remedy.settings, found.remedy.gpus) == (settings, 1)
     assert found.remedy.memory.gpu_bytes <= gigabytes * 1e9 < found.memory.gpu_bytes
 
 
-def test_what_no_settings_would_fit_is_said(facts, monkeypatch):
+def test_what_no_settings_would_fit_is_said(configs, monkeypatch):
     monkeypatch.setattr(module, "step_cost", _cost)
-    found = reckon(TrainConfig(objectives=()), facts, 5)
+    found = reckon(TrainConfig(objectives=()), configs, 5)
     assert (found.fits, found.remedy) == (False, None)

@@ -7,7 +7,7 @@ import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from PIL import Image
 
-from stages.cogvideox.configs import read_base_facts
+from stages.cogvideox.configs import read_configs
 from stages.cogvideox.inputs import image_condition, pad_in_front
 from stages.train_student.data.dataset import Batch
 from stages.train_student.model.student import Student
@@ -41,16 +41,16 @@ def pipeline(request, tiny):
 
 
 def test_prediction_equals_the_pipelines_own_transformer_call(pipeline, tiny, tmp_path):
-    facts = read_base_facts(
+    configs = read_configs(
         tiny.save_pipeline(tmp_path, transformer=pipeline.transformer, vae=pipeline.vae)
     )
     frames, channels, height, width = tiny.LATENT
     text_BLD = torch.randn(1, *tiny.TEXT)
-    padded = frames + facts.padding(frames)
+    padded = frames + configs.padding(frames)
     noise_BFCHW = torch.randn(1, padded, channels, height, width)
     image_1CHW = torch.randn(1, channels, height, width)
     arguments = {}
-    if facts.image_to_video:
+    if configs.image_to_video:
         pipeline.vae.encode = lambda image: SimpleNamespace(latents=image_1CHW[:, :, None])
         arguments["image"] = Image.new("RGB", (tiny.WIDTH, tiny.HEIGHT))
     seen = []
@@ -74,19 +74,19 @@ def test_prediction_equals_the_pipelines_own_transformer_call(pipeline, tiny, tm
         return velocities[-1], {}
 
     step = TrainingStep(
-        facts,
+        configs,
         (),
         device=torch.device("cpu"),
         dtype=torch.float32,
     )
-    image_FCHW = image_condition(facts.image_latent_scale * image_1CHW, padded)
+    image_FCHW = image_condition(configs.image_latent_scale * image_1CHW, padded)
     batch = Batch(
         keys=("a",),
         clean_BFCHW=torch.randn_like(noise_BFCHW),
         noise_BFCHW=noise_BFCHW,
         timestep_B=torch.tensor([LAST]),
         text_BLD=text_BLD,
-        image_BFCHW=image_FCHW[None] if facts.image_to_video else None,
+        image_BFCHW=image_FCHW[None] if configs.image_to_video else None,
         teacher=None,
         teacher_valid_BT=None,
         num_frames=tiny.FRAMES,
@@ -114,22 +114,22 @@ def test_facts_come_from_the_configuration_files_and_the_classes_defaults(tiny, 
     folder = tiny.save_pipeline(tmp_path, vae=tiny.tiny_vae(scaling_factor=1.15258426))
     file = folder / "vae" / "config.json"
     file.write_text(file.read_text().replace('"invert_scale_latents": false,', ""))
-    facts = read_base_facts(folder)
-    assert facts.latent_scale == facts.image_latent_scale == 1.15258426
-    assert not facts.image_to_video
-    assert facts.padding(3) == 0
-    assert facts.token_grid(3, 4, 6) == (3, 2, 3)
+    configs = read_configs(folder)
+    assert configs.latent_scale == configs.image_latent_scale == 1.15258426
+    assert not configs.image_to_video
+    assert configs.padding(3) == 0
+    assert configs.token_grid(3, 4, 6) == (3, 2, 3)
 
 
 def test_a_folder_without_a_scheduler_is_refused(tiny, tmp_path):
     folder = tiny.save_pipeline(tmp_path)
     (folder / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(ValueError, match=r"scheduler_config.json is missing"):
-        read_base_facts(folder)
+        read_configs(folder)
 
 
 def test_another_model_is_refused(tiny, tmp_path):
     folder = tiny.save_pipeline(tmp_path)
     (folder / "transformer" / "config.json").write_text('{"_class_name": "WanTransformer3DModel"}')
     with pytest.raises(ValueError, match="describes a WanTransformer3DModel"):
-        read_base_facts(folder)
+        read_configs(folder)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from stages.cogvideox.configs import read_base_facts
+from stages.cogvideox.configs import read_configs
 from stages.cogvideox.diffusion import cumulative_alphas
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import Batch
@@ -47,7 +47,7 @@ def _similarities_by_hand(parts_THWC, grid):
 def step(tiny, base_model):
     def make(layout=None, **settings):
         return TrainingStep(
-            read_base_facts(base_model),
+            read_configs(base_model),
             build_objectives(TrainConfig(**settings)),
             layout=layout,
             device=torch.device("cpu"),
@@ -174,7 +174,7 @@ def test_the_total_is_the_sum_of_the_weighted_means(tiny, step, base_model):
     config = TrainConfig(objectives=ALL, **TAUGHT)
     student, batch = _student(tiny, config), _full_batch(tiny)
     made = step(objectives=ALL, **TAUGHT)
-    abar_B = cumulative_alphas(read_base_facts(base_model).scheduler)[[300, 700]].numpy()
+    abar_B = cumulative_alphas(read_configs(base_model).scheduler)[[300, 700]].numpy()
     by_noise = {
         "lgf": np.ones(2),
         "repa": np.array([1.0, 0.0]),
@@ -238,9 +238,9 @@ def test_every_rate_and_model_gives_every_loss_at_every_size(
     changes = {} if patch_size_t is None else {"patch_size_t": 2, "patch_bias": False}
     config = TrainConfig(objectives=ALL, **TAUGHT)
     student = _student(tiny, config, frame_rate=rate == "frame", **changes)
-    facts = read_base_facts(tiny.save_pipeline(tmp_path, transformer=student.transformer))
+    configs = read_configs(tiny.save_pipeline(tmp_path, transformer=student.transformer))
     made = TrainingStep(
-        facts, build_objectives(config), device=torch.device("cpu"), dtype=torch.float32
+        configs, build_objectives(config), device=torch.device("cpu"), dtype=torch.float32
     )
     first = {}
     for frames, size in ((9, (4, 6)), (17, (4, 4)), (9, (4, 6))):
@@ -251,7 +251,7 @@ def test_every_rate_and_model_gives_every_loss_at_every_size(
             maps=frames if rate == "frame" else latents,
             size=size,
             dtype=dtype,
-            pad=facts.padding(latents),
+            pad=configs.padding(latents),
         )
         losses = made(student, batch, 5)
         assert losses.total.isfinite()
@@ -272,7 +272,7 @@ def test_shapes_alone_go_through_the_meta_device(tiny, base_model):
     student = _student(tiny, config).to("meta")
     meta = torch.device("meta")
     made = TrainingStep(
-        read_base_facts(base_model),
+        read_configs(base_model),
         build_objectives(config),
         layout=TeacherLayout(native=True, parts=2, forward_weight=0.5),
         device=meta,

@@ -299,7 +299,7 @@ def test_clips_left_out_are_told(tiny, train, tmp_path):
         steps=1,
     )
     assert progress.lines[0] == "training on 2 clips; left out, not in every store: 1 of text"
-    assert summary.left_out == {"text": 1, "latents": 0}
+    assert summary.excluded == {"text": 1, "latents": 0}
     assert summary.last.auxiliary == {}
 
 
@@ -351,7 +351,7 @@ def test_clips_named_in_a_manifest_are_not_trained_on(tiny, train, monkeypatch, 
     )
     assert seen == {"clip/0", "clip/2", "clip/3"}
     assert progress.lines[0] == f"training on 3 clips; left out by {manifest}: 2"
-    assert (summary.clips, summary.left_out_by_name) == (3, 2)
+    assert (summary.clips, summary.excluded_by_name) == (3, 2)
     about = json.loads((run_dir / "run.json").read_text())
     assert about["left_out"]["manifest"] == str(manifest)
     assert about["left_out"]["named"] == 2

@@ -10,7 +10,10 @@ import pytest
 
 from cache_schema import ArraySpec, SkippedClip, StoreReader, StoreSettings, StoreWriter
 from stages.extract_features.execution import failures
-from stages.extract_features.execution.failures import failures_listed, write_failure_manifest
+from stages.extract_features.execution.failures import (
+    failure_manifest_written,
+    write_failure_manifest,
+)
 from tests.fingerprints import fingerprint_of
 
 VALUES = {"v": np.zeros(2, "uint8")}
@@ -71,7 +74,7 @@ def test_it_is_rewritten_and_empty_when_a_retry_brought_everything_in(tmp_path: 
 
 
 def test_it_is_written_when_the_run_stops_with_an_error(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), failures_listed(tmp_path, print):
+    with pytest.raises(KeyboardInterrupt), failure_manifest_written(tmp_path, print):
         write(store(tmp_path, "text"), "0", "", "k")
         raise KeyboardInterrupt
     assert [line["key"] for line in lines(tmp_path / "failures.jsonl")] == ["k"]
@@ -91,7 +94,7 @@ def test_a_damaged_store_is_told_of_and_spoils_nothing(tmp_path: Path) -> None:
 def test_a_list_that_cannot_be_written_hides_no_error(tmp_path: Path) -> None:
     with (
         pytest.raises(RuntimeError, match="out of memory") as caught,
-        failures_listed(tmp_path, print),
+        failure_manifest_written(tmp_path, print),
     ):
         (tmp_path / "failures.jsonl").mkdir()
         raise RuntimeError("out of memory")

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from stages.cogvideox.configs import read_base_facts
+from stages.cogvideox.configs import read_configs
 from stages.config import BaseModelConfig
 from stages.demo.tiny_cogvideox import build_tiny_cogvideox
 from stages.progress import SilentProgress
@@ -40,10 +40,10 @@ def whole_base(tiny, tmp_path_factory):
         num_heads=2,
         head_width=16,
     )
-    facts = read_base_facts(root / "base")
+    configs = read_configs(root / "base")
     frames, _, height, width = tiny.LATENT
-    text = facts.transformer["max_text_seq_length"], facts.transformer["text_embed_dim"]
-    latent = (frames, facts.latent_channels, height, width)
+    text = configs.transformer["max_text_seq_length"], configs.transformer["text_embed_dim"]
+    latent = (frames, configs.latent_channels, height, width)
     tiny.write_store(root / "cache", "text", {"embeds": text})
     tiny.write_store(root / "cache", "latents", {"mean": latent, "std": latent})
     tiny.write_store(root / "cache", "teacher", tiny.teacher_shapes())

@@ -6,7 +6,7 @@ import pytest
 
 from cache_schema import ArraySpec, StoreNotFound, StoreReader, StoreSettings, StoreWriter
 from stages.clips.config import ClipsConfig
-from stages.cogvideox.configs import read_base_facts
+from stages.cogvideox.configs import read_configs
 from stages.config import BaseModelConfig
 from stages.progress import SilentProgress
 from stages.train_student.config import TrainConfig
@@ -66,15 +66,15 @@ def test_each_size_finds_its_stores(sized_cache, base_model):
     config = clips()
     joined = join_buckets(sized_cache, config.sizes, {}, kinds=("teacher",))
     assert joined.clips == {"9x32x48": 5, "9x48x32": 3, "17x32x48": 4}
-    facts = read_base_facts(base_model)
+    configs = read_configs(base_model)
     for size, stores in zip(config.sizes, joined.stores, strict=True):
-        check_stores(stores, facts, size, radius=1)
+        check_stores(stores, configs, size, radius=1)
         assert stores.keys == KEYS[size.size_name]
         assert stores.size == size.size_name
         assert stores.num_frames == size.num_frames
     assert len(joined.readers) == 7
-    assert joined.left_out.not_in_every_store == {"text": 1, "latents": 0, "teacher": 0}
-    assert joined.told()[0] == "training on 12 clips (9x32x48: 5, 9x48x32: 3, 17x32x48: 4)"
+    assert joined.excluded.not_in_every_store == {"text": 1, "latents": 0, "teacher": 0}
+    assert joined.describe()[0] == "training on 12 clips (9x32x48: 5, 9x48x32: 3, 17x32x48: 4)"
 
 
 def test_one_size_of_a_cache_of_several_needs_no_names(sized_cache):
@@ -87,8 +87,8 @@ def test_one_size_of_a_cache_of_several_needs_no_names(sized_cache):
 @pytest.mark.parametrize(("world", "micro"), [(1, 1), (1, 2), (2, 1), (2, 2)])
 def test_a_steps_clips_are_of_one_size_whoever_reads_them(sized_cache, base_model, world, micro):
     joined = join_buckets(sized_cache, clips().sizes, {}, kinds=("teacher",))
-    facts = read_base_facts(base_model)
-    samples = CachedSamples(joined.stores, facts, seed=0, batch_size=4)
+    configs = read_configs(base_model)
+    samples = CachedSamples(joined.stores, configs, seed=0, batch_size=4)
     steps = 9  # three epochs of one step of each size
     keys = [[] for _ in range(steps)]
     for rank in range(world):
@@ -115,7 +115,7 @@ def test_clips_are_held_out_of_all_sizes_together(sized_cache):
     assert sum(joined.clips.values()) == 9
     samples = [key for stores in joined.stores for key in stores.held_out]
     assert sorted(samples) == sorted(joined.held_out)
-    assert "held out for validation: 3" in joined.told()
+    assert "held out for validation: 3" in joined.describe()
 
 
 def test_a_clip_held_out_at_one_size_is_so_at_every_size(tiny, tmp_path):
@@ -203,13 +203,13 @@ def test_models_with_learned_positions_know_one_size(tiny, sized_cache, tmp_path
     base = tiny.save_pipeline(
         tmp_path / "base", transformer=tiny.tiny_transformer(use_learned_positional_embeddings=True)
     )
-    facts = read_base_facts(base)
+    configs = read_configs(base)
     config = clips()
     joined = join_buckets(sized_cache, config.sizes, {}, kinds=())
-    check_stores(joined.stores[0], facts, config.sizes[0], radius=1)
+    check_stores(joined.stores[0], configs, config.sizes[0], radius=1)
     for size, stores in list(zip(config.sizes, joined.stores, strict=True))[1:]:
         with pytest.raises(ValueError, match="runs only at 9x32x48"):
-            check_stores(stores, facts, size, radius=1)
+            check_stores(stores, configs, size, radius=1)
 
 
 def write_masks(root, keys, frames=9, area=(32, 48), backward=True):
@@ -233,14 +233,14 @@ def write_masks(root, keys, frames=9, area=(32, 48), backward=True):
 def test_masks_are_read_where_they_are_needed_alone(tiny, tmp_path, base_model, backward):
     tiny.write_cache(tmp_path)
     write_masks(tmp_path, tiny.KEYS[:4], backward=backward)
-    facts = read_base_facts(base_model)
+    configs = read_configs(base_model)
     without = join_buckets(tmp_path, (tiny.CLIPS,), {}, kinds=("teacher",))
-    assert CachedSamples(without.stores, facts, seed=0, batch_size=1)[0].masks is None
+    assert CachedSamples(without.stores, configs, seed=0, batch_size=1)[0].masks is None
     assert without.clips == {"9x32x48": 5}
     joined = join_buckets(tmp_path, (tiny.CLIPS,), {}, kinds=("masks",))
     assert joined.clips == {"9x32x48": 4}
-    check_stores(joined.stores[0], facts, tiny.CLIPS, radius=1)
-    batch = CachedSamples(joined.stores, facts, seed=0, batch_size=1)[0]
+    check_stores(joined.stores[0], configs, tiny.CLIPS, radius=1)
+    batch = CachedSamples(joined.stores, configs, seed=0, batch_size=1)[0]
     assert batch.teacher is None
     assert batch.masks["forward"].shape == (1, 9, 32, 48)
     assert int(batch.masks["forward"].max()) == tiny.KEYS.index(batch.keys[0])
@@ -253,7 +253,7 @@ def test_masks_of_other_frames_are_refused(tiny, tmp_path, base_model):
     write_masks(tmp_path, tiny.KEYS, frames=17)
     joined = join_buckets(tmp_path, (tiny.CLIPS,), {}, kinds=("masks",))
     with pytest.raises(ValueError, match=r"forward of \(17, 32, 48\)"):
-        check_stores(joined.stores[0], read_base_facts(base_model), tiny.CLIPS, radius=1)
+        check_stores(joined.stores[0], read_configs(base_model), tiny.CLIPS, radius=1)
 
 
 def test_missing_masks_say_who_needs_them(cache, tiny):

@@ -9,7 +9,7 @@ import torch
 from cache_schema import ArraySpec, ClipMissing, CorruptClip, StoreSettings, StoreWriter
 from cache_schema.maintenance.drop import drop_clips
 from cache_schema.maintenance.merge import merge_stores
-from stages.cogvideox.configs import read_base_facts
+from stages.cogvideox.configs import read_configs
 from stages.train_student.data.damaged import ATTEMPTS, GONE_ATTEMPTS, read_or_replace
 from stages.train_student.data.dataset import CachedSamples, join_batches
 from stages.train_student.data.loader import BatchLoader
@@ -39,7 +39,7 @@ def changing(tiny, tmp_path):
 def samples_of(root, base_model, kind):
     kinds = ("gram_flow",) if kind == "gram_flow" else ("teacher", "masks")
     stores = join_stores(root, {}, kinds=kinds)
-    return CachedSamples([stores], read_base_facts(base_model), seed=SEED, batch_size=1)
+    return CachedSamples([stores], read_configs(base_model), seed=SEED, batch_size=1)
 
 
 def store_of(root, kind):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from cache_schema import CacheError, CorruptClip, StoreReader, StoreUnreachable
-from stages.cogvideox.configs import read_base_facts
+from stages.cogvideox.configs import read_configs
 from stages.train_student.data.damaged import ATTEMPTS, read_or_replace
 from stages.train_student.data.dataset import CachedSamples, join_batches
 from stages.train_student.data.loader import BatchLoader
@@ -27,7 +27,7 @@ def files_of(root, pattern):
 
 def samples_of(root, base_model, seed=3):
     stores = join_stores(root, {}, kinds=("teacher",))
-    return CachedSamples([stores], read_base_facts(base_model), seed=seed, batch_size=2)
+    return CachedSamples([stores], read_configs(base_model), seed=seed, batch_size=2)
 
 
 def test_another_clip_stands_in_and_the_rest_of_the_sample_stays(damaged_cache, cache, base_model):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cache_schema import CorruptClip, StoreReader, StoreWriter
-from stages.cogvideox.configs import read_base_facts
+from stages.cogvideox.configs import read_configs
 from stages.train_student.config import KIND_OF_FORM
 from stages.train_student.data.dataset import CachedSamples, join_batches, sample_posterior
 from stages.train_student.data.loader import BatchLoader
@@ -15,17 +15,17 @@ from tests.cache_schema.servers import serving
 
 
 @pytest.fixture(scope="module")
-def facts(base_model):
-    return read_base_facts(base_model)
+def configs(base_model):
+    return read_configs(base_model)
 
 
 @pytest.fixture
-def samples(cache, facts):
-    return from_stores(join_stores(cache, {}, kinds=("teacher",)), facts)
+def samples(cache, configs):
+    return from_stores(join_stores(cache, {}, kinds=("teacher",)), configs)
 
 
-def from_stores(stores, facts, seed=3):
-    return CachedSamples([stores], facts, seed=seed, batch_size=1)
+def from_stores(stores, configs, seed=3):
+    return CachedSamples([stores], configs, seed=seed, batch_size=1)
 
 
 def same(left, right):
@@ -38,18 +38,18 @@ def same(left, right):
     )
 
 
-def test_a_sample_depends_on_its_number_and_seed_alone(samples, cache, facts):
-    again = from_stores(join_stores(cache, {}, kinds=("teacher",)), facts)
-    other = from_stores(join_stores(cache, {}, kinds=("teacher",)), facts, seed=4)
+def test_a_sample_depends_on_its_number_and_seed_alone(samples, cache, configs):
+    again = from_stores(join_stores(cache, {}, kinds=("teacher",)), configs)
+    other = from_stores(join_stores(cache, {}, kinds=("teacher",)), configs, seed=4)
     torch.manual_seed(99)
     assert same(again[7], samples[7])
     assert not torch.equal(samples[7].noise_BFCHW, samples[8].noise_BFCHW)
     assert not torch.equal(samples[7].noise_BFCHW, other[7].noise_BFCHW)
 
 
-def test_no_loader_process_looks_at_a_store_by_itself(tiny, tmp_path, facts):
+def test_no_loader_process_looks_at_a_store_by_itself(tiny, tmp_path, configs):
     """It could find other clips than the training process, if the store has changed meanwhile."""
-    samples = from_stores(join_stores(tiny.write_cache(tmp_path), {}, kinds=("teacher",)), facts)
+    samples = from_stores(join_stores(tiny.write_cache(tmp_path), {}, kinds=("teacher",)), configs)
     expected = [samples[number] for number in range(5)]
     for path in [*tmp_path.glob("*/commits"), *tmp_path.glob("*/index.npz")]:
         path.rename(path.with_name("gone"))
@@ -73,7 +73,7 @@ def test_arrays_belong_to_the_key(samples, cache):
     assert batch.text_BLD.dtype == batch.teacher["features"].dtype == torch.float16
 
 
-def test_valid_maps_are_those_the_store_says(tiny, tmp_path, facts):
+def test_valid_maps_are_those_the_store_says(tiny, tmp_path, configs):
     def mark(key, arrays):
         return arrays | {"valid": (np.arange(tiny.FRAMES) % 5 != int(key[-1])).astype(np.uint8)}
 
@@ -81,7 +81,7 @@ def test_valid_maps_are_those_the_store_says(tiny, tmp_path, facts):
         tiny.write_store(tmp_path, kind, shapes)
     tiny.write_store(tmp_path, "teacher", tiny.teacher_shapes(), change=mark)
     samples = CachedSamples(
-        [join_stores(tmp_path, {}, kinds=("teacher",))], facts, seed=3, batch_size=1
+        [join_stores(tmp_path, {}, kinds=("teacher",))], configs, seed=3, batch_size=1
     )
     batch = join_batches([samples[number] for number in range(5)])
     assert batch.teacher_valid_BT.dtype == torch.bool
@@ -98,8 +98,8 @@ def test_draws_follow_the_posterior():
     torch.testing.assert_close(drawn.std(0), std.float(), atol=0.03, rtol=0)
 
 
-def test_timesteps_cover_the_schedule(cache, facts):
-    samples = from_stores(join_stores(cache, {}, kinds=()), facts)
+def test_timesteps_cover_the_schedule(cache, configs):
+    samples = from_stores(join_stores(cache, {}, kinds=()), configs)
     timesteps = [int(samples[number].timestep_B) for number in range(100)]
     assert 0 <= min(timesteps) < 100
     assert 900 < max(timesteps) <= 999
@@ -125,7 +125,7 @@ def test_image_to_video_samples_hold_the_first_frame(tiny, tmp_path):
     )
     cache = tiny.write_cache(tmp_path / "cache", image=True)
     stores = join_stores(cache, {}, kinds=())
-    batch = from_stores(stores, read_base_facts(base), seed=0)[0]
+    batch = from_stores(stores, read_configs(base), seed=0)[0]
     assert batch.clean_BFCHW.shape == batch.image_BFCHW.shape == (1, 4, 4, 4, 6)
     assert torch.equal(batch.clean_BFCHW[:, 0], batch.clean_BFCHW[:, 1])
     assert batch.image_BFCHW[:, 1:].abs().max() == 0
@@ -149,7 +149,7 @@ def test_each_visit_sees_one_of_the_first_frames_draws_by_its_number(tiny, tmp_p
         vae=tiny.tiny_vae(invert_scale_latents=True),
     )
     stores = join_stores(tiny.write_cache(tmp_path / "cache", image=True), {}, kinds=())
-    samples, again = (from_stores(stores, read_base_facts(base), seed=0) for _ in range(2))
+    samples, again = (from_stores(stores, read_configs(base), seed=0) for _ in range(2))
     chosen = {}
     for number in range(60):
         batch = samples[number]
@@ -161,24 +161,24 @@ def test_each_visit_sees_one_of_the_first_frames_draws_by_its_number(tiny, tmp_p
     assert all(len(set(draws)) > 1 for draws in chosen.values())
 
 
-def test_a_damaged_clip_stops_the_reading(tiny, tmp_path, facts):
+def test_a_damaged_clip_stops_the_reading(tiny, tmp_path, configs):
     cache = tiny.write_cache(tmp_path)
     stores = join_stores(cache, {}, kinds=("teacher",))
     for file in (stores.teacher.path / "shards").rglob("features/c.*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(CorruptClip, match="clip/"):
-        from_stores(stores, facts, seed=0)[0]
+        from_stores(stores, configs, seed=0)[0]
 
 
 @pytest.mark.parametrize("form", ["features", "gram_flow"])
-def test_the_teachers_arrays_are_handed_on_as_they_are_stored(tiny, tmp_path, facts, form):
+def test_the_teachers_arrays_are_handed_on_as_they_are_stored(tiny, tmp_path, configs, form):
     for kind, shapes in (("text", {"embeds": tiny.TEXT}), ("latents", tiny.LATENT_SHAPES)):
         tiny.write_store(tmp_path, kind, shapes)
     write = tiny.write_teacher if form == "features" else tiny.write_gram_flow
     store = StoreReader(write(tmp_path, "int8" if form == "features" else "uint8"))
     samples = CachedSamples(
-        [join_stores(tmp_path, {}, kinds=(KIND_OF_FORM[form],))], facts, seed=3, batch_size=1
+        [join_stores(tmp_path, {}, kinds=(KIND_OF_FORM[form],))], configs, seed=3, batch_size=1
     )
     batch = join_batches([samples[number] for number in (0, 1, 2)])
     names = {"features", "scale"} if form == "features" else {"gram_flow", "low", "step"}
@@ -191,7 +191,7 @@ def test_the_teachers_arrays_are_handed_on_as_they_are_stored(tiny, tmp_path, fa
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_workers_read_a_cache_behind_a_url(tiny, tmp_path, facts, start):
+def test_workers_read_a_cache_behind_a_url(tiny, tmp_path, configs, start):
     """The client was in use in this process before its workers were started."""
     stores = {
         "text": tiny.write_store(tmp_path, "text", {"embeds": tiny.TEXT}),
@@ -202,11 +202,11 @@ def test_workers_read_a_cache_behind_a_url(tiny, tmp_path, facts, start):
         StoreWriter.open(tmp_path, StoreReader(path).settings, provenance={}).write_index()
     chosen = {kind: [path.name] for kind, path in stores.items()}
     local = CachedSamples(
-        [join_stores(tmp_path, {}, kinds=("gram_flow",))], facts, seed=3, batch_size=1
+        [join_stores(tmp_path, {}, kinds=("gram_flow",))], configs, seed=3, batch_size=1
     )
     with serving(tmp_path) as server:
         joined = join_stores(server.url, chosen, kinds=("gram_flow",))
-        samples = from_stores(joined, facts)
+        samples = from_stores(joined, configs)
         assert same(samples[0], local[0])
         numbers = [[n, n + 1] for n in range(0, 8, 2)]
         loading = BatchLoader(samples, numbers, workers=2, start=start, pin_memory=False)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.cogvideox.configs import read_base_facts
+from stages.cogvideox.configs import read_configs
 from stages.train_student.data.dataset import CachedSamples
 from stages.train_student.data.splits import choose_held_out
 from stages.train_student.data.stores import join_stores
@@ -39,19 +39,19 @@ def test_held_out_clips_are_not_trained_on(cache, base_model):
     assert len(stores.keys) == 3
     assert len(stores.held_out) == 2
     assert {*stores.keys, *stores.held_out} == {f"clip/{number}" for number in range(5)}
-    samples = CachedSamples([stores], read_base_facts(base_model), seed=0, batch_size=1)
+    samples = CachedSamples([stores], read_configs(base_model), seed=0, batch_size=1)
     assert samples.held_out == stores.held_out
     assert not {samples[number].keys[0] for number in range(9)} & set(stores.held_out)
 
 
 def test_a_held_out_clip_is_the_same_at_every_time_and_for_every_seed(cache, base_model):
-    stores, facts = (
+    stores, configs = (
         join_stores(cache, {}, kinds=("teacher",), held_out=2),
-        read_base_facts(base_model),
+        read_configs(base_model),
     )
     key, other = stores.held_out
     first, second = (
-        CachedSamples([stores], facts, seed=seed, batch_size=1).held_out_batch(key, 300)
+        CachedSamples([stores], configs, seed=seed, batch_size=1).held_out_batch(key, 300)
         for seed in (0, 1)
     )
     torch.manual_seed(5)
@@ -60,14 +60,14 @@ def test_a_held_out_clip_is_the_same_at_every_time_and_for_every_seed(cache, bas
     assert first.keys == (key,)
     assert first.timestep_B.tolist() == [300]
     assert first.teacher["features"].shape[0] == 1
-    samples = CachedSamples([stores], facts, seed=0, batch_size=1)
+    samples = CachedSamples([stores], configs, seed=0, batch_size=1)
     for changed in (samples.held_out_batch(key, 500), samples.held_out_batch(other, 300)):
         assert not torch.equal(changed.noise_BFCHW, first.noise_BFCHW)
 
 
 def test_a_clip_that_is_trained_on_is_not_validated_with(cache, base_model):
     stores = join_stores(cache, {}, kinds=(), held_out=1)
-    samples = CachedSamples([stores], read_base_facts(base_model), seed=0, batch_size=1)
+    samples = CachedSamples([stores], read_configs(base_model), seed=0, batch_size=1)
     with pytest.raises(ValueError, match="is not among the 1 held out"):
         samples.held_out_batch(stores.keys[0], 300)
 

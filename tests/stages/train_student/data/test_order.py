@@ -84,7 +84,7 @@ BUCKETS = st.lists(st.integers(1, 40), min_size=2, max_size=4)
 def test_one_bucket_is_ordered_as_its_clips_alone(num_clips, batch, seed):
     order = SampleOrder([num_clips], batch_size=batch, seed=seed)
     for sample in range(3 * num_clips):
-        assert order.place(sample) == (0, clip_of_sample(sample, num_clips, seed))
+        assert order.locate(sample) == (0, clip_of_sample(sample, num_clips, seed))
 
 
 @given(num_clips=BUCKETS, batch=st.integers(1, 7), seed=st.integers(0, 5))
@@ -92,7 +92,7 @@ def test_each_bucket_shows_every_clip_once_before_any_twice(num_clips, batch, se
     order = SampleOrder(num_clips, batch_size=batch, seed=seed)
     shown = [[] for _ in num_clips]
     for step in range(3 * sum(order.steps_per_epoch)):
-        places = [order.place(step * batch + position) for position in range(batch)]
+        places = [order.locate(step * batch + position) for position in range(batch)]
         assert len({bucket for bucket, _ in places}) == 1, "a step is of one size"
         shown[places[0][0]] += [clip for _, clip in places]
     for clips, count in zip(shown, num_clips, strict=True):

@@ -5,7 +5,7 @@ import pytest
 
 from cache_schema import ArraySpec, CacheError, StoreNotFound, StoreSettings, StoreWriter
 from stages.clips.config import ClipsConfig
-from stages.cogvideox.configs import read_base_facts
+from stages.cogvideox.configs import read_configs
 from stages.train_student.config import KIND_OF_FORM
 from stages.train_student.data.checks import check_stores
 from stages.train_student.data.stores import join_stores
@@ -13,8 +13,8 @@ from tests.fingerprints import fingerprint_of
 
 
 @pytest.fixture(scope="module")
-def facts(base_model):
-    return read_base_facts(base_model)
+def configs(base_model):
+    return read_configs(base_model)
 
 
 def test_clips_are_joined_by_key_and_the_rest_is_counted(tiny, tmp_path):
@@ -23,10 +23,10 @@ def test_clips_are_joined_by_key_and_the_rest_is_counted(tiny, tmp_path):
     tiny.write_store(tmp_path, "teacher", tiny.teacher_shapes(), keys=("c",))
     with_teacher = join_stores(tmp_path, {}, kinds=("teacher",))
     assert with_teacher.keys == ("c",)
-    assert with_teacher.left_out.not_in_every_store == {"text": 2, "latents": 2, "teacher": 0}
+    assert with_teacher.excluded.not_in_every_store == {"text": 2, "latents": 2, "teacher": 0}
     without = join_stores(tmp_path, {}, kinds=())
     assert without.keys == ("b", "c")
-    assert without.left_out.not_in_every_store == {"text": 1, "latents": 1}
+    assert without.excluded.not_in_every_store == {"text": 1, "latents": 1}
 
 
 def test_no_common_clip_is_an_error(tiny, tmp_path):
@@ -53,20 +53,20 @@ def test_of_several_stores_one_is_chosen_by_name(tiny, tmp_path):
         join_stores(tmp_path, {"techer": [other.name]}, kinds=("teacher",))
 
 
-def test_stores_pass_until_the_training_size_is_another(tiny, tmp_path, facts):
+def test_stores_pass_until_the_training_size_is_another(tiny, tmp_path, configs):
     for maps in (9, 3):
         cache = tiny.write_cache(tmp_path / str(maps), maps=maps)
         stores = join_stores(cache, {}, kinds=("teacher",))
-        check_stores(stores, facts, tiny.CLIPS, radius=1)
+        check_stores(stores, configs, tiny.CLIPS, radius=1)
         assert stores.teacher_maps == maps
         wider = tiny.CLIPS.model_copy(update={"width": tiny.CLIPS.width + 16})
         with pytest.raises(ValueError, match=r"data\.width need"):
-            check_stores(stores, facts, wider, radius=1)
+            check_stores(stores, configs, wider, radius=1)
 
 
 @pytest.mark.parametrize("maps", [9, 3])
 @pytest.mark.parametrize("dtype", ["float16", "uint8"])
-def test_fitting_gram_flow_passes(tiny, cache_with, facts, dtype, maps):
+def test_fitting_gram_flow_passes(tiny, cache_with, configs, dtype, maps):
     cache = cache_with(lambda root: tiny.write_gram_flow(root, dtype, maps=maps, radius=2))
     stores = join_stores(cache, {}, kinds=("gram_flow",))
     assert stores.teacher_form == "gram_flow"
@@ -74,16 +74,16 @@ def test_fitting_gram_flow_passes(tiny, cache_with, facts, dtype, maps):
     assert stores.native_parts is None
     assert sorted(stores.readers) == ["gram_flow", "latents", "text"]
     for radius in (1, 2):
-        check_stores(stores, facts, tiny.CLIPS, radius=radius)
+        check_stores(stores, configs, tiny.CLIPS, radius=radius)
 
 
-def test_int8_features_pass(tiny, cache_with, facts):
+def test_int8_features_pass(tiny, cache_with, configs):
     stores = join_stores(
         cache_with(lambda root: tiny.write_teacher(root, "int8")), {}, kinds=("teacher",)
     )
     assert stores.teacher_form == "features"
     assert stores.teacher_maps == tiny.FRAMES
-    check_stores(stores, facts, tiny.CLIPS, radius=1)
+    check_stores(stores, configs, tiny.CLIPS, radius=1)
 
 
 @pytest.fixture
@@ -100,25 +100,25 @@ def cache_with(tiny, tmp_path):
 
 
 def test_a_window_smaller_than_the_objectives_is_refused_with_three_ways_out(
-    tiny, cache_with, facts
+    tiny, cache_with, configs
 ):
     cache = cache_with(lambda root: tiny.write_gram_flow(root, radius=2))
     stores = join_stores(cache, {}, kinds=("gram_flow",))
     with pytest.raises(ValueError, match="windows of radius 2") as caught:
-        check_stores(stores, facts, tiny.CLIPS, radius=3)
+        check_stores(stores, configs, tiny.CLIPS, radius=3)
     assert str(stores.teacher.path) in str(caught.value)
     assert "train.lgf.radius=2" in str(caught.value)
     assert "extract.gram_flow.radius=3" in str(caught.value)
     assert "cache derive gram-flow" in str(caught.value)
 
 
-def test_a_crossed_gram_flow_without_its_second_half_is_refused(tiny, cache_with, facts):
+def test_a_crossed_gram_flow_without_its_second_half_is_refused(tiny, cache_with, configs):
     shapes = {"gram_flow": (8, *tiny.GRID, 9), "valid": (9,)}
     values = {"pairs": "crossed"}
     cache = cache_with(lambda root: tiny.write_store(root, "gram_flow", shapes, values=values))
     stores = join_stores(cache, {}, kinds=("gram_flow",))
     with pytest.raises(ValueError, match="no array 'gram_flow_back'"):
-        check_stores(stores, facts, tiny.CLIPS, radius=1)
+        check_stores(stores, configs, tiny.CLIPS, radius=1)
 
 
 @pytest.mark.parametrize(
@@ -132,11 +132,11 @@ def test_a_crossed_gram_flow_without_its_second_half_is_refused(tiny, cache_with
         ({"flow": (8, 2, 3, 9), "valid": (9,)}, "no array 'gram_flow'"),
     ],
 )
-def test_a_gram_flow_of_another_size_is_refused(tiny, cache_with, facts, shapes, told):
+def test_a_gram_flow_of_another_size_is_refused(tiny, cache_with, configs, shapes, told):
     cache = cache_with(lambda root: tiny.write_store(root, "gram_flow", shapes))
     stores = join_stores(cache, {}, kinds=("gram_flow",))
     with pytest.raises(ValueError, match=told):
-        check_stores(stores, facts, tiny.CLIPS, radius=1)
+        check_stores(stores, configs, tiny.CLIPS, radius=1)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_gram_flow_of_another_size_is_refused(tiny, cache_with, facts, shapes,
     ],
 )
 def test_bytes_without_their_scale_and_other_formats_are_refused(
-    tiny, cache_with, facts, kind, dtype, left, told
+    tiny, cache_with, configs, kind, dtype, left, told
 ):
     shape = (9, *tiny.GRID, 10) if kind == "teacher" else (8, *tiny.GRID, 9)
     arrays = {left: ArraySpec(dtype=dtype, shape=shape, dimension_names=tuple("thwc"))}
@@ -169,7 +169,7 @@ def test_bytes_without_their_scale_and_other_formats_are_refused(
     with pytest.raises(ValueError, match=told):
         check_stores(
             join_stores(cache_with(write), {}, kinds=(KIND_OF_FORM[form],)),
-            facts,
+            configs,
             tiny.CLIPS,
             radius=1,
         )
@@ -210,12 +210,12 @@ def test_of_several_gram_flows_one_is_chosen_by_name(tiny, cache_with):
         ("teacher", {"features": (9, 2, 3, 10), "valid": (3,)}, r"valid of \(3,\)"),
     ],
 )
-def test_a_store_of_another_size_is_refused(tiny, tmp_path, facts, kind, shapes, told):
+def test_a_store_of_another_size_is_refused(tiny, tmp_path, configs, kind, shapes, told):
     tiny.write_cache(tmp_path)
     wrong = tiny.write_store(tmp_path, kind, shapes, values={"other": True})
     stores = join_stores(tmp_path, _choose(tmp_path, {kind: [wrong.name]}), kinds=("teacher",))
     with pytest.raises(ValueError, match=told):
-        check_stores(stores, facts, tiny.CLIPS, radius=1)
+        check_stores(stores, configs, tiny.CLIPS, radius=1)
 
 
 def _choose(root, chosen):
@@ -227,7 +227,7 @@ def test_image_to_video_needs_the_first_frames_latents(tiny, tmp_path):
     base = tiny.save_pipeline(tmp_path / "base", transformer=tiny.tiny_transformer(in_channels=8))
     stores = join_stores(tiny.write_cache(tmp_path / "cache"), {}, kinds=())
     with pytest.raises(ValueError, match="no array 'image_mean'"):
-        check_stores(stores, read_base_facts(base), tiny.CLIPS, radius=1)
+        check_stores(stores, read_configs(base), tiny.CLIPS, radius=1)
 
 
 @pytest.mark.parametrize("noise", [{}, {"image_noise": {"seed": 0}}, {"image_noise": {"draws": 9}}])
@@ -238,7 +238,7 @@ def test_image_latents_that_do_not_say_their_draws_are_refused(tiny, tmp_path, n
     tiny.write_store(tmp_path / "cache", "latents", shapes, values=noise)
     stores = join_stores(tmp_path / "cache", {}, kinds=())
     with pytest.raises(ValueError, match=r"image_noise.draws.*extract latents again"):
-        check_stores(stores, read_base_facts(base), tiny.CLIPS, radius=1)
+        check_stores(stores, read_configs(base), tiny.CLIPS, radius=1)
 
 
 def test_learned_positions_hold_for_one_size(tiny, tmp_path):
@@ -248,25 +248,25 @@ def test_learned_positions_hold_for_one_size(tiny, tmp_path):
     )
     stores = join_stores(tiny.write_cache(tmp_path / "cache"), {}, kinds=())
     with pytest.raises(ValueError, match="runs only at 9x64x48"):
-        check_stores(stores, read_base_facts(base), tiny.CLIPS, radius=1)
+        check_stores(stores, read_configs(base), tiny.CLIPS, radius=1)
 
 
-def test_latents_of_a_vae_with_another_scale_are_refused(tiny, tmp_path, facts):
+def test_latents_of_a_vae_with_another_scale_are_refused(tiny, tmp_path, configs):
     tiny.write_store(tmp_path, "text", {"embeds": tiny.TEXT})
     tiny.write_store(
         tmp_path, "latents", tiny.LATENT_SHAPES, values={"base": {"scaling_factor": 1.15}}
     )
     with pytest.raises(ValueError, match=r"scaling_factor is 1.15"):
-        check_stores(join_stores(tmp_path, {}, kinds=()), facts, tiny.CLIPS, radius=1)
+        check_stores(join_stores(tmp_path, {}, kinds=()), configs, tiny.CLIPS, radius=1)
 
 
-def test_teacher_and_latents_of_differently_cut_clips_are_refused(tiny, tmp_path, facts):
+def test_teacher_and_latents_of_differently_cut_clips_are_refused(tiny, tmp_path, configs):
     tiny.write_store(tmp_path, "text", {"embeds": tiny.TEXT})
     tiny.write_store(tmp_path, "latents", tiny.LATENT_SHAPES, values={"clips": {"fps": 8.0}})
     tiny.write_store(tmp_path, "teacher", tiny.teacher_shapes(), values={"clips": {"fps": 16.0}})
     stores = join_stores(tmp_path, {}, kinds=("teacher",))
     with pytest.raises(ValueError, match="the same frames"):
-        check_stores(stores, facts, tiny.CLIPS, radius=1)
+        check_stores(stores, configs, tiny.CLIPS, radius=1)
 
 
 CUT = {"num_frames": 9, "height": 32, "width": 48, "fps": 8.0}
@@ -280,20 +280,20 @@ def _native_cache(tiny, root, *, teacher_cut=CUT, parts=2):
     return join_stores(root, {}, kinds=("teacher",))
 
 
-def test_features_on_sam2s_own_grid_fit_any_size_of_the_same_shape(tiny, tmp_path, facts):
+def test_features_on_sam2s_own_grid_fit_any_size_of_the_same_shape(tiny, tmp_path, configs):
     stores = _native_cache(tiny, tmp_path, teacher_cut=CUT | {"height": 64, "width": 96})
-    check_stores(stores, facts, tiny.CLIPS, radius=1)
+    check_stores(stores, configs, tiny.CLIPS, radius=1)
     assert stores.native_parts == 2
 
 
 @pytest.mark.parametrize("change", [{"width": 64}, {"fps": 16.0}, {"num_frames": 17}])
-def test_features_on_sam2s_own_grid_of_other_pictures_are_refused(tiny, tmp_path, facts, change):
+def test_features_on_sam2s_own_grid_of_other_pictures_are_refused(tiny, tmp_path, configs, change):
     stores = _native_cache(tiny, tmp_path, teacher_cut=CUT | change)
     with pytest.raises(ValueError, match="the same frames"):
-        check_stores(stores, facts, tiny.CLIPS, radius=1)
+        check_stores(stores, configs, tiny.CLIPS, radius=1)
 
 
-def test_a_gram_flow_of_sams_own_grid_fits_any_size_of_the_same_shape(tiny, cache_with, facts):
+def test_a_gram_flow_of_sams_own_grid_fits_any_size_of_the_same_shape(tiny, cache_with, configs):
     """It says how the clips of its features were cut; the flow itself is on the student's grid."""
     cut = CUT | {"height": 64, "width": 96}
     values = {"clips": cut, "grid": list(tiny.GRID), "grid_source": "native", "parts": 2}
@@ -302,18 +302,18 @@ def test_a_gram_flow_of_sams_own_grid_fits_any_size_of_the_same_shape(tiny, cach
     )
     stores = join_stores(cache, {}, kinds=("gram_flow",))
     assert stores.native_parts is None
-    check_stores(stores, facts, tiny.CLIPS, radius=1)
+    check_stores(stores, configs, tiny.CLIPS, radius=1)
     other = tiny.write_gram_flow(cache, values=values | {"clips": cut | {"fps": 16.0}})
     stores = join_stores(cache, {"gram_flow": [other.name]}, kinds=("gram_flow",))
     with pytest.raises(ValueError, match="the same frames"):
-        check_stores(stores, facts, tiny.CLIPS, radius=1)
+        check_stores(stores, configs, tiny.CLIPS, radius=1)
 
 
 @pytest.mark.parametrize("parts", [None, 0, 3])
-def test_features_on_sam2s_own_grid_need_equal_parts(tiny, tmp_path, facts, parts):
+def test_features_on_sam2s_own_grid_need_equal_parts(tiny, tmp_path, configs, parts):
     stores = _native_cache(tiny, tmp_path, parts=parts)
     with pytest.raises(ValueError, match=rf"10 channels .* fall into {parts} parts"):
-        check_stores(stores, facts, tiny.CLIPS, radius=1)
+        check_stores(stores, configs, tiny.CLIPS, radius=1)
 
 
 def test_features_on_the_students_grid_are_taken_as_they_are(cache):
@@ -326,13 +326,13 @@ def test_clips_that_extraction_skipped_are_counted_by_reason(tiny, tmp_path):
     tiny.write_store(tmp_path, "text", {"embeds": tiny.TEXT}, skipped={"x": "no_caption"})
     tiny.write_store(tmp_path, "latents", tiny.LATENT_SHAPES)
     tiny.write_store(tmp_path, "teacher", tiny.teacher_shapes(), skipped=skipped)
-    left_out = join_stores(tmp_path, {}, kinds=("teacher",)).left_out
-    assert left_out.skipped == {
+    excluded = join_stores(tmp_path, {}, kinds=("teacher",)).excluded
+    assert excluded.skipped == {
         "text": {"no_caption": 1},
         "latents": {},
         "teacher": {"subject_lost": 2, "no_prompt": 1},
     }
-    assert left_out.told() == [
+    assert excluded.describe() == [
         "skipped by extraction: 1 of text (no_caption 1), 3 of teacher (subject_lost 2, "
         "no_prompt 1)"
     ]
@@ -349,9 +349,9 @@ def test_clips_named_in_a_manifest_are_left_out(tiny, cache, tmp_path):
     manifest.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n")
     stores = join_stores(cache, {}, kinds=("teacher",), leave_out=manifest)
     assert stores.keys == ("clip/0", "clip/2", "clip/4")
-    assert stores.left_out.named == 2
-    assert stores.left_out.not_in_every_store == {"text": 0, "latents": 0, "teacher": 0}
-    assert stores.left_out.told() == [f"left out by {manifest}: 2"]
+    assert stores.excluded.named == 2
+    assert stores.excluded.not_in_every_store == {"text": 0, "latents": 0, "teacher": 0}
+    assert stores.excluded.describe() == [f"left out by {manifest}: 2"]
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ def test_a_manifest_that_leaves_nothing_is_refused(tiny, cache, tmp_path):
         join_stores(cache, {}, kinds=("teacher",), leave_out=manifest)
 
 
-def test_other_clip_sizes_are_refused(tiny, cache, facts):
+def test_other_clip_sizes_are_refused(tiny, cache, configs):
     longer = ClipsConfig(path="unused", num_frames=17, height=tiny.HEIGHT, width=tiny.WIDTH)
     with pytest.raises(ValueError, match="num_frames"):
-        check_stores(join_stores(cache, {}, kinds=("teacher",)), facts, longer, radius=1)
+        check_stores(join_stores(cache, {}, kinds=("teacher",)), configs, longer, radius=1)

@@ -67,7 +67,7 @@ STORES = SimpleNamespace(teacher=None, masks=None)
 @pytest.mark.parametrize(("precision", "peak"), [("bf16", 989e12), ("fp32", 67e12)])
 def test_a_known_gpu_gives_its_rate_and_the_cost_of_every_size(monkeypatch, lines, precision, peak):
     cost = SimpleNamespace(model_flops_per_clip=8.0)
-    monkeypatch.setattr(performance, "gpu_here", lambda: GPUS["h100"])
+    monkeypatch.setattr(performance, "local_gpu", lambda: GPUS["h100"])
     monkeypatch.setattr(performance, "step_cost", lambda *_, **__: cost)
     config = SimpleNamespace(deepspeed=SimpleNamespace(precision=precision))
     rate = device_rate(config, FACTS, [(Size(), STORES)], lines)
@@ -82,6 +82,6 @@ def test_what_cannot_be_reckoned_never_stops_a_training(monkeypatch, lines):
     monkeypatch.setattr(performance, "step_cost", fail)
     assert device_rate(None, FACTS, [(Size(), STORES)], lines) is None
     assert lines.lines == []
-    monkeypatch.setattr(performance, "gpu_here", lambda: GPUS["h100"])
+    monkeypatch.setattr(performance, "local_gpu", lambda: GPUS["h100"])
     assert device_rate(None, FACTS, [(Size(), STORES)], lines) is None
     assert "no meta kernel" in lines.lines[0]

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from stages.cogvideox.configs import read_base_facts
+from stages.cogvideox.configs import read_configs
 from stages.cogvideox.inputs import rotary_positions
 from stages.local_gram_flow import time_weights
 from stages.train_student.config import TrainConfig
@@ -29,24 +29,24 @@ def heads_of(**projectors):
 @pytest.fixture(scope="module")
 def inputs(tiny, base_model):
     torch.manual_seed(1)
-    facts = read_base_facts(base_model)
+    configs = read_configs(base_model)
     frames, _, height, width = tiny.LATENT
     return (
         torch.randn(2, *tiny.LATENT),
         torch.randn(2, *tiny.TEXT),
         torch.tensor([3, 700]),
-        facts.token_grid(frames, height, width),
-        rotary_positions(facts, frames, height, width, torch.device("cpu")),
+        configs.token_grid(frames, height, width),
+        rotary_positions(configs, frames, height, width, torch.device("cpu")),
         None,
         {"lgf": time_weights(9, 9), "mask": time_weights(9, 9)},
     )
 
 
-def build(config, facts, **changes):
-    width = facts.transformer["num_attention_heads"] * facts.transformer["attention_head_dim"]
+def build(config, configs, **changes):
+    width = configs.transformer["num_attention_heads"] * configs.transformer["attention_head_dim"]
     return build_student(
         config,
-        facts,
+        configs,
         torch.float32,
         heads=lambda: build_heads(config, width, None, patch_size_t=1),
         world=world_from_environment(),
@@ -83,7 +83,7 @@ def test_tokens_are_the_images_alone_in_the_order_t_h_w(tiny, inputs):
 def test_the_tap_takes_one_tensor_under_checkpointing_and_every_zero_stage(
     tiny, base_model, inputs, method, zero_stage, tmp_path
 ):
-    facts = read_base_facts(base_model)
+    configs = read_configs(base_model)
 
     def built(checkpointing, **changes):
         settings = tiny.train_settings(
@@ -95,7 +95,7 @@ def test_the_tap_takes_one_tensor_under_checkpointing_and_every_zero_stage(
             deepspeed={"zero_stage": zero_stage},
         )
         config = TrainConfig(**settings)
-        return config, build(config, facts, **changes)
+        return config, build(config, configs, **changes)
 
     _, plain = built(checkpointing=False, zero_init=False)
     with torch.no_grad():
@@ -126,8 +126,8 @@ def test_lora_starts_without_effect_and_trains_adapters_and_heads_alone(
     tiny, base_model, inputs, tmp_path
 ):
     config = TrainConfig(**tiny.train_settings(tmp_path))
-    facts = read_base_facts(base_model)
-    student = build(config, facts)
+    configs = read_configs(base_model)
+    student = build(config, configs)
     with torch.no_grad():
         velocity, _ = student(*inputs)
         untouched, _ = Student(tiny.tiny_transformer())(*inputs)
@@ -139,8 +139,8 @@ def test_lora_starts_without_effect_and_trains_adapters_and_heads_alone(
 
 def test_without_an_objective_there_is_no_head(tiny, base_model, inputs, tmp_path):
     config = TrainConfig(**tiny.train_settings(tmp_path, objectives=[]))
-    facts = read_base_facts(base_model)
-    student = build(config, facts)
+    configs = read_configs(base_model)
+    student = build(config, configs)
     assert not student.heads
     assert student(*inputs)[1] == {}
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from stages.teacher_store.features import encode_features
-from stages.teacher_store.gram_flow import encode_gram_flow, gram_flow_of
+from stages.teacher_store.gram_flow import compute_gram_flow, encode_gram_flow
 from stages.train_student.config import TrainConfig
 from stages.train_student.model.teacher import Teacher
 from stages.train_student.objectives.build import build_objectives
@@ -73,7 +73,9 @@ def _arrays(form, dtype, features_BTHWC):
         if form == "features":
             clips.append(encode_features(features_THWC, dtype))
         else:
-            flow_PHWK = gram_flow_of(features_THWC.half(), radius=STORED_RADIUS, token_grid=GRID)
+            flow_PHWK = compute_gram_flow(
+                features_THWC.half(), radius=STORED_RADIUS, token_grid=GRID
+            )
             clips.append(encode_gram_flow(flow_PHWK, dtype))
     return {name: torch.from_numpy(np.stack([clip[name] for clip in clips])) for name in clips[0]}
 

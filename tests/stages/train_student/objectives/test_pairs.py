@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from cache_schema import StoreSettings
 from stages.local_gram_flow import fuse_directions, fuse_subjects
 from stages.teacher_store.config import GramFlowConfig
-from stages.teacher_store.encoder import FlowMaker
+from stages.teacher_store.encoder import GramFlowEncoder
 from stages.teacher_store.features import encode_features, feature_arrays_spec
 from stages.teacher_store.settings import valid_spec
 from stages.train_student.config import TrainConfig
@@ -228,7 +228,7 @@ def arrays_of(tracks, form, dtype, share, pairs, *, native=False):
         spec = feature_arrays_spec(tuple(fused.shape), "float16") | {"valid": valid_spec(FRAMES)}
         values = {"fusion": "gram_flow", "forward_weight": share, "parts": 2}
         values |= {"grid_source": "native" if native else "student"}
-        maker = FlowMaker.of(
+        maker = GramFlowEncoder.of(
             StoreSettings(kind="teacher", arrays=spec, values=values),
             GramFlowConfig(
                 radius=2, dtype=dtype, pairs="crossed" if pairs == "crossed" else "forward"

@@ -28,7 +28,7 @@ def clips_of(step):
     )
 
 
-def loss_of(student, facts, clips, device, dtype):
+def loss_of(student, configs, clips, device, dtype):
     from stages.cogvideox.inputs import rotary_positions
 
     noisy, text, timestep, target = (tensor.to(device) for tensor in clips)
@@ -36,8 +36,8 @@ def loss_of(student, facts, clips, device, dtype):
         noisy.to(dtype),
         text.to(dtype),
         timestep,
-        facts.token_grid(FRAMES, HEIGHT, WIDTH),
-        rotary_positions(facts, FRAMES, HEIGHT, WIDTH, torch.device(device)),
+        configs.token_grid(FRAMES, HEIGHT, WIDTH),
+        rotary_positions(configs, FRAMES, HEIGHT, WIDTH, torch.device(device)),
     )
     return (velocity.float() - target).square().mean()
 
@@ -69,13 +69,13 @@ class PeakMemory:
 
 
 def train(case, base):
-    from stages.cogvideox.configs import read_base_facts
+    from stages.cogvideox.configs import read_configs
     from stages.train_student.config import TrainConfig
     from stages.train_student.model.loading import build_student
     from stages.train_student.parallel.deepspeed import (
         check_engine_settings,
         deepspeed_engine,
-        gathered,
+        gathered_parameters,
         gradient_norm_before_step,
         weights_dtype,
     )
@@ -86,7 +86,7 @@ def train(case, base):
     )
 
     config = TrainConfig(batch_size=CLIPS, **case["train"])
-    facts = read_base_facts(Path(base))
+    configs = read_configs(Path(base))
     world = world_from_environment()
     check_engine_settings(config)
     dtype = weights_dtype(config.deepspeed)
@@ -96,7 +96,7 @@ def train(case, base):
         with PeakMemory() as memory:
             student = build_student(
                 config,
-                facts,
+                configs,
                 dtype,
                 heads=lambda: None,
                 world=world,
@@ -116,7 +116,7 @@ def train(case, base):
                     for number in range(passes):
                         index = number * world.size + world.rank
                         part = [tensor[index : index + 1] for tensor in clips]
-                        loss = loss_of(engine, facts, part, world.device, dtype)
+                        loss = loss_of(engine, configs, part, world.device, dtype)
                         engine.backward(loss)
                         total += float(loss.detach()) / passes
                         norm = gradient_norm_before_step(engine)
@@ -133,7 +133,7 @@ def train(case, base):
                 digest = hashlib.sha256()
                 for parameter in student.parameters():
                     if parameter.requires_grad:
-                        with gathered([parameter]):
+                        with gathered_parameters([parameter]):
                             digest.update(parameter.detach().float().cpu().numpy().tobytes())
                 result["digest"] = digest.hexdigest()
         result["peak"] = memory.peak - memory.start

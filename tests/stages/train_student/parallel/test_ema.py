@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from stages.cogvideox.configs import read_base_facts
+from stages.cogvideox.configs import read_configs
 from stages.train_student.config import TrainConfig
 from stages.train_student.parallel.ema import (
     SavedAverage,
@@ -191,7 +191,7 @@ def initial_weights(config, base_model, tiny):
 
     student = build_student(
         config,
-        read_base_facts(base_model),
+        read_configs(base_model),
         weights_dtype(config.deepspeed),
         heads=lambda: None,
         world=world(),

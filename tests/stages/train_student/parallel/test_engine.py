@@ -4,9 +4,9 @@ import pytest
 
 from stages.train_student.config import DeepSpeedConfig, OptimizerConfig, TrainConfig
 from stages.train_student.parallel.deepspeed import (
-    batch_told,
     check_engine_settings,
     deepspeed_settings,
+    describe_batch,
 )
 from stages.train_student.parallel.optimizers import learning_rate_factor
 
@@ -69,12 +69,12 @@ def test_8_bit_moments_are_refused_without_their_package_and_on_a_disk(monkeypat
 
 def test_the_batch_is_told_with_what_makes_it():
     config = TrainConfig(batch_size=32)
-    assert batch_told(config, 8) == (
+    assert describe_batch(config, 8) == (
         "batch 32 = 1 clip x 8 processes x 4 passes; learning rate 0.0001 whatever the number of "
         "processes"
     )
     config = TrainConfig(batch_size=2, micro_batch_size=2)
-    assert batch_told(config, 1).startswith("batch 2 = 2 clips x 1 process x 1 pass;")
+    assert describe_batch(config, 1).startswith("batch 2 = 2 clips x 1 process x 1 pass;")
 
 
 def test_runs_that_share_a_disk_do_not_share_its_files(tmp_path):

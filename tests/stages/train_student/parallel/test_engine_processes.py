@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.cogvideox.configs import read_base_facts
+from stages.cogvideox.configs import read_configs
 from stages.train_student.model.loading import load_transformer
 from stages.train_student.model.student import Student
 from stages.train_student.parallel.deepspeed import why_no_nvme
@@ -77,7 +77,7 @@ def by_hand(base_model):
     """Losses and norms of plain PyTorch: whole batches, one process, no engine."""
     script = runpy.run_path(str(SCRIPT))
     clips_of, loss_of = script["clips_of"], script["loss_of"]
-    facts = read_base_facts(base_model)
+    configs = read_configs(base_model)
     transformer = load_transformer(base_model, torch.float32)
     student = Student(transformer)
     optimizer = torch.optim.AdamW(
@@ -86,7 +86,7 @@ def by_hand(base_model):
     losses, norms = [], []
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / 2)
-        loss = loss_of(student, facts, clips_of(step), "cpu", torch.float32)
+        loss = loss_of(student, configs, clips_of(step), "cpu", torch.float32)
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)))
         optimizer.step()

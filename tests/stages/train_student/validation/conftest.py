@@ -2,7 +2,7 @@
 
 import pytest
 
-from stages.cogvideox.configs import read_base_facts
+from stages.cogvideox.configs import read_configs
 from stages.demo.tiny_cogvideox import build_tiny_cogvideox
 
 PROMPTS = ["a person walks to the right", "a cat", "a dog"]
@@ -30,14 +30,14 @@ def whole_base(request, tiny, tmp_path_factory):
 @pytest.fixture(scope="session")
 def whole_cache(tiny, whole_base, tmp_path_factory):
     """Stores for `whole_base`."""
-    facts = read_base_facts(whole_base)
+    configs = read_configs(whole_base)
     frames, _, height, width = tiny.LATENT
-    latent = (frames, facts.latent_channels, height, width)
+    latent = (frames, configs.latent_channels, height, width)
     root = tmp_path_factory.mktemp("cache")
-    text = (facts.transformer["max_text_seq_length"], facts.transformer["text_embed_dim"])
+    text = (configs.transformer["max_text_seq_length"], configs.transformer["text_embed_dim"])
     tiny.write_store(root, "text", {"embeds": text})
     shapes = {"mean": latent, "std": latent}
-    if facts.image_to_video:
+    if configs.image_to_video:
         shapes |= dict.fromkeys(("image_mean", "image_std"), (tiny.DRAWS, *latent[1:]))
     tiny.write_store(root, "latents", shapes, values=tiny.IMAGE_VALUES)
     tiny.write_teacher(root)
