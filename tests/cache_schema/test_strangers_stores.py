@@ -365,7 +365,7 @@ def test_a_repair_takes_out_clips_behind_a_link_and_nothing_of_what_it_points_to
     assert {problem.key for problem in problems} == {None, "a0", "a1", "a2"}
     report = repair_store(indexed)
     assert [clip.key for clip in report.clips] == ["a0", "a1", "a2"]
-    assert report.left == ()
+    assert report.remaining == ()
     assert verify_store(indexed).problems == ()
     assert files_of(home) == before
 

@@ -63,7 +63,7 @@ def test_a_lost_record_is_damage_to_every_command(
 
     report = repair_store(indexed)
     assert report.shards == ("00001",)
-    assert report.left == ()
+    assert report.remaining == ()
     assert report.quarantine is not None
     assert (report.quarantine / "shards" / "00001").is_dir()
     assert verify_store(indexed).problems == ()
@@ -109,7 +109,7 @@ def test_an_older_state_of_a_shard_is_not_taken_for_the_current_one(
     report = repair_store(indexed)
     assert report.shards == ("00000",)
     # Nobody else remembers that it was dropped.
-    assert [(one.key, one.remedy) for one in report.left] == [("a1", "by hand")]
+    assert [(one.key, one.remedy) for one in report.remaining] == [("a1", "by hand")]
     assert verify_store(indexed).problems == ()
     assert StoreReader(indexed).keys == ("b0", "b1")
 
@@ -123,7 +123,7 @@ def test_a_record_that_was_edited_with_its_checksum_is_not_believed(indexed: Pat
         assert StoreReader(indexed).keys
     assert _all_found(indexed) == {("00000", "repair")}
     report = repair_store(indexed)
-    assert (report.shards, report.left) == (("00000",), ())
+    assert (report.shards, report.remaining) == (("00000",), ())
     assert verify_store(indexed).problems == ()
     assert StoreReader(indexed).keys == ("b0", "b1")
 
@@ -141,7 +141,7 @@ def test_a_key_in_a_shard_and_its_retry_is_mended_at_once(
             shard.commit()
     report = repair_store(indexed)
     assert [(clip.key, clip.shard) for clip in report.clips] == [("twin", "x-retry1")]
-    assert report.left == ()
+    assert report.remaining == ()
     assert verify_store(indexed).problems == ()
     assert StoreReader(indexed).shard_of("twin") == "x"
 
@@ -157,7 +157,7 @@ def test_names_that_are_no_text_are_taken_out(
     except OSError:
         pytest.skip("this file system holds names in UTF-8 only")
     report = repair_store(indexed)
-    assert report.left == ()
+    assert report.remaining == ()
     assert verify_store(indexed).problems == ()
     for problem in report.found:
         assert problem.what.encode("utf-8")
@@ -176,7 +176,7 @@ def test_a_store_file_of_another_store_is_told_from_damaged_records(
     (problem,) = verify_store(indexed).problems
     assert (problem.shard, problem.remedy) == (None, "repair")
     assert "store with other settings" in problem.what
-    (left,) = repair_store(indexed).left
+    (remaining,) = repair_store(indexed).remaining
     assert left.remedy == "by hand"
     assert files_of(indexed / "shards") == before
     StoreWriter.open(indexed.parent, settings, provenance={"version": "1.2.3"})
