@@ -177,7 +177,7 @@ def test_a_store_file_of_another_store_is_told_from_damaged_records(
     assert (problem.shard, problem.remedy) == (None, "repair")
     assert "store with other settings" in problem.what
     (remaining,) = repair_store(indexed).remaining
-    assert left.remedy == "by hand"
+    assert remaining.remedy == "by hand"
     assert files_of(indexed / "shards") == before
     StoreWriter.open(indexed.parent, settings, provenance={"version": "1.2.3"})
     assert (indexed / "store.json").read_bytes() == whole
