@@ -3,8 +3,8 @@
 `tiny_cogvideox`, `tiny_vae` and `tiny_sam2` import large libraries, so they are imported lazily.
 """
 
-from stages.demo.config import DemoConfig
 from stages.demo.build import DemoPaths, demo_paths, ensure_demo
+from stages.demo.config import DemoConfig
 from stages.demo.scenes import FigureClip, draw_clip
 
 __all__ = ["DemoConfig", "DemoPaths", "FigureClip", "demo_paths", "draw_clip", "ensure_demo"]

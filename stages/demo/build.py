@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 
 from cache_schema.atomic_io import FileLock
 from cache_schema.checksummed_json import parse_json
+from stages.clips import ClipRecord, ClipsConfig, open_dataset
 from stages.demo.clip_tars import write_clip_tars
 from stages.demo.config import DemoConfig
-from stages.clips import ClipRecord, ClipsConfig, open_dataset
 from stages.progress import Progress
 
 _PRETRAINED = Path(__file__).parent / "pretrained"
@@ -167,8 +167,8 @@ def _build_cogvideox(out: Path, config: DemoConfig, clips: ClipsConfig) -> None:
     # Imported here, so that a complete demo does not import diffusers.
     import torch
 
-    from stages.demo.tiny_cogvideox import build_tiny_cogvideox
     from stages.cogvideox.weights import model_class_of
+    from stages.demo.tiny_cogvideox import build_tiny_cogvideox
     from stages.files.weight_checks import load_model
 
     build_tiny_cogvideox(

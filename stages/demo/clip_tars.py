@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from stages.demo.scenes import FigureClip, draw_clip
 from stages.clips import encode_video
+from stages.demo.scenes import FigureClip, draw_clip
 from stages.progress import Task
 
 
@@ -27,7 +27,7 @@ def write_clip_tars(
     """Draw one clip per seed and write them as 00000.tar, 00001.tar, …
 
     Each clip has `<key>.mp4`, `<key>.txt` (caption), `<key>.mask.png` (the figure on frame 0) and
-    `<key>.joints.json` (see `FigureClip.truth`). Equal arguments give equal bytes.
+    `<key>.joints.json` (see `FigureClip.ground_truth`). Equal arguments give equal bytes.
 
     Args:
         out: Output folder; created if missing.

@@ -23,12 +23,12 @@ import typer
 from torch import Tensor, nn
 
 from cache_schema.checksummed_json import parse_json
+from stages.cogvideox.diffusion import cumulative_alphas, diffusion_loss, noisy_latents
 from stages.demo.config import DemoConfig
 from stages.demo.scenes import draw_clip
 from stages.demo.tiny_cogvideox import MAX_TEXT_TOKENS, build_tiny_cogvideox
 from stages.demo.tiny_vae import build_tiny_vae, fit_tiny_vae
 from stages.files.safetensors import umask_modes
-from stages.cogvideox.diffusion import cumulative_alphas, diffusion_loss, noisy_latents
 
 _NUM_FRAMES, _HEIGHT, _WIDTH, _FPS = 17, 128, 192, 8.0
 _VAE_SEEDS = range(100, 172)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from stages.demo.backgrounds import Background, make_background
-from stages.demo.drawing import capsule_coverage
 from stages.demo.bodies import BODY_PLANS, Kind, Limb
+from stages.demo.drawing import capsule_coverage
 from stages.demo.gaits import GAITS, Gait, advance_per_cycle, drop_to_ground
 
 # Legend: T frame, H W pixels, C colour (RGB), J joint, L limb, 2 x and y.

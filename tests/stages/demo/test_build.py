@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.demo import DemoConfig, demo_paths, draw_clip, ensure_demo
 from stages.clips import ClipRecord, ClipsConfig, load_clip, open_dataset, read_video
+from stages.demo import DemoConfig, demo_paths, draw_clip, ensure_demo
 from stages.progress import SilentProgress
 
 

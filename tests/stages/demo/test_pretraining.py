@@ -7,10 +7,10 @@ import torch
 from diffusers import CogVideoXPipeline
 
 import stages.demo
+from stages.cogvideox.diffusion import cumulative_alphas, noisy_latents
 from stages.demo import draw_clip
 from stages.demo.pretraining import pretrain
 from stages.demo.tiny_cogvideox import build_tiny_cogvideox
-from stages.cogvideox.diffusion import cumulative_alphas, noisy_latents
 
 PRETRAINED = Path(stages.demo.__file__).parent / "pretrained"
 
