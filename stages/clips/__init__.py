@@ -2,20 +2,19 @@
 
 from stages.clips.bucketing import bucket_of, is_in_bucket
 from stages.clips.config import ClipsConfig
-from stages.clips.dataset import (
+from stages.clips.dataset.shards import (
     ClipDataset,
     InputShard,
     input_shard_name,
     open_dataset,
     retry_shard_name,
 )
-from stages.clips.decoding import VideoError
 from stages.clips.geometry import FrameGeometry
-from stages.clips.loading import load_clip
-from stages.clips.probing import ClipProbe, probe_clip
-from stages.clips.prompts import SubjectPrompt
-from stages.clips.records import BadRecord, Clip, ClipRecord, ClipSkipped
-from stages.clips.video import encode_video, read_video, write_video
+from stages.clips.loading import ClipProbe, load_clip, probe_clip
+from stages.clips.records import BadRecord, Clip, ClipRecord, ClipSkipped, SubjectPrompt
+from stages.clips.video.decoding import read_video
+from stages.clips.video.encoding import encode_video, write_video
+from stages.clips.video.streams import VideoError
 
 __all__ = [
     "BadRecord",

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from stages.clips.config import ClipsConfig
-from stages.clips.decoding import VideoError, open_video
-from stages.clips.limits import MAX_DECODED_FRAMES
-from stages.clips.loading import target_fps
+from stages.clips.loading import MAX_DECODED_FRAMES, target_fps
 from stages.clips.records import BadRecord, ClipRecord, ClipSkipped
-from stages.clips.timeline import decode_timeline, read_timeline
-from stages.clips.timing import Timeline, choose_frames
+from stages.clips.timing import Timeline, choose_frames, decode_timeline, read_timeline
+from stages.clips.video.decoding import open_video
+from stages.clips.video.streams import VideoError
 
 _SHAPE_TOLERANCE = 0.03
 """Log aspect ratios this close to the nearest count as equally near: sizes are multiples of 16, so

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.clips.prompts import SubjectPrompt
-from stages.clips.video_source import FilePart, VideoSource, open_source
+from stages.clips.records import SubjectPrompt
+from stages.clips.video.streams import FilePart, VideoSource, open_source
 
 _HASH_DIGITS = 16
 _SAMPLE_BYTES = 16 * 1024

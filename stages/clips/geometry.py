@@ -6,15 +6,10 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from stages.clips.orientation import Orientation
-
 # Legend: T frame, H W pixels, C colour, N points, 4 box corners x0 y0 x1 y1.
 
 Sampling = Literal["time", "consecutive"]
 """How frames were sampled: the frame shown at each time k / fps, or consecutive frames."""
-
-
-_AS_STORED = Orientation()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +101,8 @@ def cover_and_crop(
     height: int,
     width: int,
     pixel_aspect: float = 1.0,
-    orientation: Orientation = _AS_STORED,
+    rotation: int = 0,
+    mirrored: bool = False,
     source_fps: float,
     sampling: Sampling,
     conversions: tuple[str, ...] = (),
@@ -119,7 +115,8 @@ def cover_and_crop(
         height: Training height, pixels.
         width: Training width, pixels.
         pixel_aspect: Width of a source pixel over its height.
-        orientation: Orientation stated by the file; only recorded.
+        rotation: Degrees by which the file rotates its frames; only recorded.
+        mirrored: Whether the file mirrors its frames; only recorded.
         source_fps: Frames per second between the frames taken; only recorded.
         sampling: How frames were sampled; only recorded.
         conversions: Other conversions of the frames; only recorded.
@@ -135,8 +132,8 @@ def cover_and_crop(
         scale_x=scale_x,
         top=max(0.0, (source_height - height / scale_y) / 2),
         left=max(0.0, (source_width - width / scale_x) / 2),
-        rotation=orientation.rotation,
-        mirrored=orientation.mirrored,
+        rotation=rotation,
+        mirrored=mirrored,
         source_fps=source_fps,
         sampling=sampling,
         conversions=conversions,

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 
-from stages.clips.prompts import SubjectPrompt
-from stages.clips.records import ClipSkipped
+from stages.clips.records import ClipSkipped, SubjectPrompt
 
 _IMAGE_MEAN = (0.485, 0.456, 0.406)
 _IMAGE_STD = (0.229, 0.224, 0.225)

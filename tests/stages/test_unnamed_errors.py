@@ -13,7 +13,7 @@ import pytest
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from cache_schema.atomic_io import write_atomic
 from pipeline.failures import error_text
-from stages.clips.video import write_video
+from stages.clips.video.encoding import write_video
 from stages.extract_features.execution.failures import write_failure_manifest
 from stages.train_student.logging.rows import RowFile
 
@@ -137,12 +137,12 @@ def test_a_refused_sync_names_its_file_and_says_what_to_do(
 
 
 def test_names_that_lists_give_keep_their_no_break_spaces(tmp_path: Path) -> None:
-    from stages.clips.csv_rows import CsvRows
-    from stages.clips.line_lists import _fields
+    from stages.clips.dataset.csv_rows import CsvRows
+    from stages.clips.dataset.rows import _parse_pair
 
     name = "\u00a0a\u2003.mp4\u00a0"
     file = tmp_path / "metadata.csv"
     file.write_text(f"file_name,caption\n {name}\t ,A dog\n", encoding="utf-8")
     [(_, fields)] = CsvRows(file).scan()
     assert fields()["file_name"] == name
-    assert _fields(b"A dog", f" {name} \r".encode())["file_name"] == name
+    assert _parse_pair(b"A dog", f" {name} \r".encode())["file_name"] == name

@@ -205,7 +205,7 @@ def _to_gif(video: Path) -> tuple[bytes, int, int]:
     """Encode the video as a looping GIF; returns it with its height and width."""
     from PIL import Image
 
-    from stages.clips.video import read_video
+    from stages.clips.video.decoding import read_video
 
     frames_THWC, fps = read_video(video)
     pictures = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames_THWC]

@@ -464,7 +464,7 @@ def test_bad_input_is_recorded_and_its_neighbours_are_read(name, tools, config, 
 
 
 def test_frames_that_grow_over_the_limit_are_refused_by_the_decoder(tools, config, monkeypatch):
-    monkeypatch.setattr("stages.clips.decoding.MAX_FRAME_PIXELS", 32 * 48)
+    monkeypatch.setattr("stages.clips.video.streams.MAX_FRAME_PIXELS", 32 * 48)
     with pytest.raises(ClipSkipped, match="decoding failed") as caught:
         load_clip(tools.record_of(changing_size(tools)), config(fps=None))
     assert caught.value.reason == "undecodable"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from stages.clips import ClipSkipped, load_clip, probe_clip
-from stages.clips.colour import Colour, colour_of
+from stages.clips.video.colour import Colour, colour_of
 
 LUMA = {1: (0.2126, 0.0722), 4: (0.30, 0.11), 5: (0.299, 0.114), 6: (0.299, 0.114)}
 LUMA |= {2: (0.299, 0.114), 7: (0.212, 0.087), 9: (0.2627, 0.0593)}

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from stages.clips import BadRecord, open_dataset
-from stages.clips.csv_rows import CsvRows
+from stages.clips.dataset.csv_rows import CsvRows
 
 
 @pytest.fixture

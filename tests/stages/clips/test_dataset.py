@@ -16,7 +16,7 @@ from stages.clips import (
     open_dataset,
     retry_shard_name,
 )
-from stages.clips.video_source import open_source
+from stages.clips.video.streams import open_source
 
 
 def read_all(config) -> list:

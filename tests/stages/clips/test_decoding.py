@@ -10,8 +10,8 @@ import pytest
 from av.filter import Graph
 
 from stages.clips import ClipSkipped, load_clip, open_dataset, probe_clip, read_video
-from stages.clips.decoding import open_video
-from stages.clips.keys import VIDEO_SUFFIXES
+from stages.clips.dataset.keys import VIDEO_SUFFIXES
+from stages.clips.video.decoding import open_video
 
 
 def decoding_order(video: bytes) -> list[int]:

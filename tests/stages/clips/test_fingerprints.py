@@ -13,8 +13,8 @@ from stages.clips.fingerprints import (
     source_hashes,
     video_hashes,
 )
-from stages.clips.prompts import SubjectPrompt
-from stages.clips.video_source import FilePart
+from stages.clips.records import SubjectPrompt
+from stages.clips.video.streams import FilePart
 
 KIB = 1024
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache_schema.names import check_key
-from stages.clips.keys import MAX_KEY_BYTES, key_problem
+from stages.clips.dataset.keys import MAX_KEY_BYTES, key_problem
 
 
 @pytest.mark.parametrize("key", ["a\u00a0b", "a\u3000b", "a\u2028b", "a\u200bb", "walk/été"])

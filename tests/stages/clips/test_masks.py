@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from stages.clips.masks import decode_mask
+from stages.clips.dataset.masks import decode_mask
 
 
 def png(image: np.ndarray | Image.Image, **options: object) -> bytes:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from stages.clips import ClipSkipped, SubjectPrompt, load_clip, probe_clip
-from stages.clips.orientation import orientation_of
+from stages.clips.video.decoding import orientation_of
 
 ONE = 1 << 16
 MATRICES = {

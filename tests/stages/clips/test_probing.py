@@ -25,7 +25,7 @@ def test_headers_tell_size_rate_and_length(tools, config, container, codec):
 
 def test_nothing_is_decoded(tools, config, monkeypatch):
     video = tools.encode(tools.counting_frames(9))
-    monkeypatch.setattr("stages.clips.decoding._decode", None)
+    monkeypatch.setattr("stages.clips.video.decoding._decode", None)
     assert probe_clip(tools.record_of(video), config()).num_frames == 9
 
 

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stages.clips import BadRecord, keys, metadata_folder, open_dataset, rows
-from stages.clips.fields import parse_object
-from stages.clips.keys import KeyRegistry
+from stages.clips import BadRecord, open_dataset
+from stages.clips.dataset import keys, metadata, rows
+from stages.clips.dataset.fields import parse_object
+from stages.clips.dataset.keys import KeyRegistry
 
 CAPTIONS = ("a\u2028b", "Äpfel, “rot”", "a\x0bb\x85c", "日本語", "plain")
 
@@ -51,9 +52,7 @@ def test_every_row_is_found_again_whatever_its_letters(name, bom, config, tmp_pa
 def test_a_shard_parses_its_own_rows_alone(config, tmp_path, monkeypatch):
     (tmp_path / "metadata.jsonl").write_text(jsonl("abcdef"))
     parsed = []
-    monkeypatch.setattr(
-        metadata_folder, "parse_object", lambda line: parsed.append(line) or json.loads(line)
-    )
+    monkeypatch.setattr(rows, "parse_object", lambda line: parsed.append(line) or json.loads(line))
     shards = open_dataset(config(clips_per_shard=2)).shards
     assert len(parsed) == 6
     assert [record.caption for record in shards[1].records()] == ["c", "d"]
@@ -151,7 +150,7 @@ NAMES = ["b", "a", "", "a", "c", "a (2)", "a", "b", "/d", "a (3)"]
 def test_of_equal_keys_the_first_is_the_clip_whatever_the_hashes(
     equal, config, tmp_path, monkeypatch
 ):
-    for module in (metadata_folder, keys):
+    for module in (metadata, keys):
         one_hash = lambda key: 7 if key in tuple(equal) else hash(key)  # noqa: E731
         monkeypatch.setattr(module, "hash", one_hash, raising=False)
     lines = [json.dumps({"file_name": f"{name}.mp4" if name else None}) for name in NAMES]

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.clips import ClipSkipped, load_clip, probe_clip
-from stages.clips.timeline import decode_timeline, read_timeline
-from stages.clips.timing import Timeline, choose_frames
+from stages.clips.timing import Timeline, choose_frames, decode_timeline, read_timeline
 
 MS = Fraction(1, 1000)
 

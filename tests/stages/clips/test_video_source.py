@@ -4,9 +4,9 @@ import io
 
 import pytest
 
-from stages.clips.tars import tar_records
-from stages.clips.video import read_video
-from stages.clips.video_source import FilePart, open_source
+from stages.clips.dataset.tars import tar_records
+from stages.clips.video.decoding import read_video
+from stages.clips.video.streams import FilePart, open_source
 
 WHOLE = bytes(range(256)) * 40
 
@@ -60,7 +60,7 @@ def test_listing_a_tar_reads_none_of_its_videos(tools, tmp_path, monkeypatch):
             read.append(original(self, buffer))
             return read[-1]
 
-    monkeypatch.setattr("stages.clips.tar_reading.io.FileIO", Counting)
+    monkeypatch.setattr("stages.clips.dataset.tars.io.FileIO", Counting)
     records = list(tar_records(path, key_prefix=""))
     assert [record.caption for record in records] == ["walks"] * 3
     assert 0 < sum(read) < size / 10

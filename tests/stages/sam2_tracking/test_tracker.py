@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.clips.prompts import SubjectPrompt
+from stages.clips.records import SubjectPrompt
 from stages.sam2_tracking.build import build_sam2
 from stages.sam2_tracking.encoder import EncodedFrames
 from stages.sam2_tracking.inputs import (

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from stages.clips import ClipsConfig
-from stages.clips.tar_reading import MemberGroup, TarReader
+from stages.clips.dataset.tars import MemberGroup, TarReader
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig, Kind
 from stages.extract_features.execution import comparison

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stages.clips.video import write_video
+from stages.clips.video.encoding import write_video
 from stages.train_student.logging import trackers as module
 from stages.train_student.logging.trackers import Trackers, check_trackers
 

@@ -1,20 +1,42 @@
-"""Parsing of a clip's fields: caption, subject phrase and subject prompts."""
+"""Parses a clip's fields and files into its record."""
 
 import codecs
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic_core import from_json
 
-from stages.clips.limits import MAX_POINTS, MAX_SUBJECTS, MAX_TEXT_BYTES
-from stages.clips.masks import decode_mask
-from stages.clips.prompts import SubjectPrompt
+from stages.clips.dataset.keys import UNSUPPORTED_SUFFIXES, VIDEO_SUFFIXES, videos_among
+from stages.clips.dataset.masks import MAX_MASK_BYTES, decode_mask
+from stages.clips.records import BadRecord, ClipRecord, SubjectPrompt
+from stages.clips.video.streams import VideoSource
 
 # Legend: H W pixels, N points.
+
+MAX_JSON_BYTES = 16 << 20
+"""Largest JSON of one clip in a tar (16 MiB)."""
+
+MAX_TEXT_BYTES = 64 << 10
+"""Longest caption or subject phrase (64 KiB); the text encoder reads at most 226 tokens."""
+
+MAX_SUBJECTS = 64
+"""Maximum number of subjects on one frame of a clip."""
+
+MAX_POINTS = 1024
+"""Maximum number of points of one subject."""
+
+_FIRST_MASK = re.compile(r"mask(?:\.([0-9]+))?\.png")
+_LAST_MASK = re.compile(r"last\.mask(?:\.([0-9]+))?\.png")
+
+Read = Callable[[str, int], bytes]
+"""Reads a file by (suffix, maximum bytes); ValueError if it is unreadable or larger."""
 
 MaskReader = Callable[[object], bytes]
 """Reads the PNG named by a `mask` field; ValueError if it is unreadable."""
@@ -39,7 +61,9 @@ def parse_object(content: bytes) -> dict[str, Any]:
     """
     try:
         text = content.removeprefix(codecs.BOM_UTF8)
-        fields = _parse_fast(text)
+        fields: Any = None
+        with suppress(ValueError):  # then the strict decoder decides
+            fields = from_json(text, cache_strings="keys")  # keeps the last of duplicate fields
         # Each field has a colon: if there are no more colons than fields, none is a duplicate.
         if not isinstance(fields, dict) or text.count(b":") != len(fields):
             fields = _STRICT_DECODER.decode(text.decode("utf-8"))
@@ -62,14 +86,6 @@ _STRICT_DECODER = json.JSONDecoder(object_pairs_hook=_reject_duplicates)
 """Ten times slower than pydantic_core, but also accepts deeper nesting and lone surrogates."""
 
 
-def _parse_fast(content: bytes) -> Any:
-    """Parse JSON, keeping the last of duplicate fields; None if the strict decoder must decide."""
-    try:
-        return from_json(content, cache_strings="keys")
-    except ValueError:
-        return None
-
-
 def name_of_caption(fields: Collection[str]) -> str:
     """Name of the caption field: caption, else text or prompt.
 
@@ -84,26 +100,24 @@ def name_of_caption(fields: Collection[str]) -> str:
     return aliases[0]
 
 
-def caption_from_fields(fields: Mapping[str, Any], name: str = "caption") -> str | None:
-    """The caption; None if it is missing or blank.
-
-    Args:
-        fields: Fields of the record.
-        name: Name of the caption field.
+def text_from_fields(fields: Mapping[str, Any], name: str) -> str | None:
+    """A caption or the phrase that describes the subject; None if it is missing or blank.
 
     Raises:
         ValueError: It is not a string, or longer than MAX_TEXT_BYTES.
     """
-    return _text(fields, name)
-
-
-def phrase_from_fields(fields: Mapping[str, Any]) -> str | None:
-    """The phrase that describes the subject (`subject`); None if it is missing or blank.
-
-    Raises:
-        ValueError: It is not a string, or longer than MAX_TEXT_BYTES.
-    """
-    return _text(fields, "subject")
+    text = fields.get(name)
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a string, got {_truncated(text)}")
+    try:
+        num_bytes = len(text.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is not UTF-8") from error
+    if num_bytes > MAX_TEXT_BYTES:
+        raise ValueError(f"{name} has {num_bytes:,} bytes; the limit is {MAX_TEXT_BYTES:,}")
+    return text.strip() or None
 
 
 def subjects_from_fields(
@@ -261,21 +275,6 @@ def _check_count(count: int) -> None:
         raise ValueError(f"{count} subjects; the limit is {MAX_SUBJECTS}")
 
 
-def _text(fields: Mapping[str, Any], name: str) -> str | None:
-    text = fields.get(name)
-    if text is None:
-        return None
-    if not isinstance(text, str):
-        raise ValueError(f"{name} must be a string, got {_truncated(text)}")
-    try:
-        num_bytes = len(text.encode("utf-8"))
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} is not UTF-8") from error
-    if num_bytes > MAX_TEXT_BYTES:
-        raise ValueError(f"{name} has {num_bytes:,} bytes; the limit is {MAX_TEXT_BYTES:,}")
-    return text.strip() or None
-
-
 def _numbers(value: Any, name: str) -> np.ndarray:
     try:
         numbers = np.asarray(value, dtype=np.float64)
@@ -289,3 +288,113 @@ def _numbers(value: Any, name: str) -> np.ndarray:
 def _truncated(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def record_of_members(
+    key: str, suffixes: Collection[str], *, read: Read, video: Callable[[str], VideoSource]
+) -> ClipRecord | BadRecord:
+    """Build the record of the files that share a key.
+
+    The video is `.mp4`, …. The caption is in `.txt`, or in `.json` if that is missing or blank. The
+    subject on the first frame is in `.mask.png`, several are in `.mask.0.png`, `.mask.1.png`, …;
+    otherwise in `.json`, with the fields of a metadata file. The subject on the last training frame
+    is in `.last.mask.png`, …. Other files are ignored.
+
+    Args:
+        key: Key of the clip.
+        suffixes: Suffixes of its files, lower case.
+        read: Reads captions, JSON and masks.
+        video: Returns the source of the video with a suffix; ValueError if it is unreadable.
+    """
+    videos = videos_among(suffixes)
+    if len(videos) != 1:
+        return BadRecord(key=key, reason="bad_record", detail=_describe_video_error(suffixes))
+    try:
+        fields = _json_file(read) if "json" in suffixes else {}
+        text = _text_file(read) if "txt" in suffixes else None
+        caption = text or text_from_fields(fields, name_of_caption(fields))
+        found = video(videos[0])
+    except ValueError as error:
+        return BadRecord(key=key, reason="bad_record", detail=str(error))
+    try:
+        first, last = (_masks_by_number(suffixes, pattern) for pattern in (_FIRST_MASK, _LAST_MASK))
+        prompts = subjects_from_fields(fields, mask_pngs=_read_all(first, read))
+        return ClipRecord(
+            key=key,
+            video=found,
+            caption=caption,
+            prompts=prompts,
+            last_frame_prompts=last_frame_from_fields(
+                fields, first=prompts, mask_pngs=_read_all(last, read)
+            ),
+            phrase=text_from_fields(fields, "subject"),
+        )
+    except ValueError as error:
+        return BadRecord(key=key, reason="bad_prompt", detail=str(error))
+
+
+def _describe_video_error(suffixes: Collection[str]) -> str:
+    found = ", ".join(sorted(suffixes))[:200]
+    detail = f"expected one video and its caption, found {found}"
+    if any(suffix.endswith(tuple(f".{known}" for known in VIDEO_SUFFIXES)) for suffix in suffixes):
+        detail += "; a clip's key ends at the first dot: use no other dot before .mp4"
+    unsupported = [suffix for suffix in UNSUPPORTED_SUFFIXES if suffix in suffixes]
+    if unsupported and not videos_among(suffixes):
+        detail += f"; {unsupported[0]} is not supported: convert it to mp4"
+    return detail
+
+
+def _masks_by_number(suffixes: Collection[str], pattern: re.Pattern[str]) -> dict[int, str]:
+    """Suffixes of a frame's masks by number, in order; a single unnumbered mask has number 0."""
+    matches = [match for suffix in suffixes if (match := pattern.fullmatch(suffix))]
+    if len(matches) > MAX_SUBJECTS:
+        raise ValueError(f"{len(matches)} masks; the limit is {MAX_SUBJECTS}")
+    names = sorted(match[0] for match in matches)
+    numbers = {None if match[1] is None else int(match[1]) for match in matches}
+    if len(numbers) > 1 and None in numbers:
+        raise ValueError(f"numbered and unnumbered masks are mixed: {', '.join(names)}")
+    if len(numbers) < len(matches):
+        raise ValueError(f"two masks have the same number: {', '.join(names)}")
+    in_order = sorted(matches, key=lambda match: int(match[1] or 0))
+    return {int(match[1] or 0): match[0] for match in in_order}
+
+
+def _read_all(masks: dict[int, str], read: Read) -> dict[int, bytes]:
+    return {number: read(suffix, MAX_MASK_BYTES) for number, suffix in masks.items()}
+
+
+def _json_file(read: Read) -> dict[str, Any]:
+    content = read("json", MAX_JSON_BYTES)
+    try:
+        return parse_object(content)
+    except ValueError as error:
+        raise ValueError(f"the .json is invalid: {error}") from error
+
+
+def _text_file(read: Read) -> str | None:
+    try:
+        return read("txt", MAX_TEXT_BYTES).decode("utf-8-sig").strip() or None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the caption is not UTF-8: {error}") from error
+
+
+def read_at_most(path: Path, limit: int, shown: str) -> bytes:
+    """Read a file of limited size.
+
+    Args:
+        path: The file.
+        limit: Maximum size in bytes.
+        shown: Name of the file in error messages.
+
+    Raises:
+        ValueError: The file is missing, not a regular file, too large, or unreadable.
+    """
+    try:
+        # Reading a pipe or a device might never end.
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{shown} is not a regular file")
+        if path.stat().st_size > limit:
+            raise ValueError(f"{shown} has {path.stat().st_size:,} bytes; the limit is {limit:,}")
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{shown} cannot be read: {error.strerror}") from error

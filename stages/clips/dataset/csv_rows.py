@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cache_schema.checksummed_json import parse_json
-from stages.clips.keys import has_video_suffix
-from stages.clips.rows import MAX_LINE_BYTES, SPACES, LoadFields, RowLocation, UnchangedFile
+from stages.clips.dataset.keys import has_video_suffix
+from stages.clips.dataset.rows import MAX_LINE_BYTES, SPACES, LoadFields, RowLocation, UnchangedFile
 
 _CELL = r'[ ]*+(?:"(?:[^"]|"")*+"|[^",\r\n]*+)'
 _RECORD = re.compile(rf"{_CELL}(?:,{_CELL})*+[\r\n]*+")

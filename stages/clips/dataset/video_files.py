@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from stages.clips.clip_members import record_of_members
-from stages.clips.keys import KeyRegistry, has_video_suffix, videos_among
-from stages.clips.limits import read_at_most
+from stages.clips.dataset.fields import read_at_most, record_of_members
+from stages.clips.dataset.keys import KeyRegistry, has_video_suffix, videos_among
 from stages.clips.records import BadRecord, ClipRecord
 
 _COMPANION = re.compile(

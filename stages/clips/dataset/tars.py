@@ -1,4 +1,4 @@
-"""Reads tar headers and members, grouped by clip and with size limits.
+"""Reads the records of webdataset tars, without extracting files or using names as paths.
 
 All headers are read first, seeking from one to the next, so that the members of a clip may be
 anywhere in the tar. webdataset's reader is not used: it groups only adjacent members, reads members
@@ -11,9 +11,13 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from stages.clips.video_source import FilePart
+from stages.clips.dataset.fields import record_of_members
+from stages.clips.dataset.keys import KeyRegistry
+from stages.clips.records import BadRecord, ClipRecord
+from stages.clips.video.streams import FilePart
 
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 """Key up to the first dot of the file name, and the suffix after it, as in webdataset."""
@@ -53,6 +57,39 @@ class MemberGroup:
     """Members by suffix, lower case."""
     problem: str | None = None
     """Why the group cannot be used, if it cannot."""
+
+
+def tar_records(path: Path, *, key_prefix: str) -> Iterator[ClipRecord | BadRecord]:
+    """Read the records of one tar, grouping members by their name up to its first dot.
+
+    Hidden files and macOS's `__MACOSX/` are ignored; hard links are followed. A truncated tar
+    yields its readable part and a bad record. See `record_of_members` for the files of a clip.
+
+    Args:
+        path: The uncompressed tar.
+        key_prefix: Prefix of each key.
+    """
+    registry = KeyRegistry()
+    with TarReader(path) as reader:
+        for group in reader.groups():
+            key = key_prefix + group.key
+            if reason := registry.claim(key):
+                yield BadRecord(key=registry.substitute(key), reason="bad_record", detail=reason)
+            elif group.problem:
+                yield BadRecord(key=key, reason="bad_record", detail=group.problem)
+            else:
+                yield record_of_members(
+                    key,
+                    group.members,
+                    read=partial(reader.content, group),
+                    video=partial(reader.part, group),
+                )
+
+
+def count_records(path: Path) -> int:
+    """Number of records that `tar_records` yields; reads only the headers."""
+    with TarReader(path) as reader:
+        return len(reader.groups())
 
 
 class TarReader:
@@ -98,12 +135,13 @@ class TarReader:
                     )
         return list(groups.values())
 
-    def content(self, member: TarMember, limit: int) -> bytes:
+    def content(self, group: MemberGroup, suffix: str, limit: int) -> bytes:
         """Read the content of a member.
 
         Raises:
             ValueError: It is over the limit, sparse, a broken link, truncated or unreadable.
         """
+        member = group.members[suffix]
         if member.size > limit:
             raise ValueError(
                 f"{_display_name(member)} has {member.size:,} bytes; the limit is {limit:,}"
@@ -120,12 +158,13 @@ class TarReader:
             raise ValueError(f"{_display_name(member)} is truncated after {len(content):,} bytes")
         return content
 
-    def part(self, member: TarMember) -> FilePart:
+    def part(self, group: MemberGroup, suffix: str) -> FilePart:
         """Location of a member's content, which is not read.
 
         Raises:
             ValueError: It is sparse, a broken link, or truncated.
         """
+        member = group.members[suffix]
         if member.problem:
             raise ValueError(f"{_display_name(member)} {member.problem}")
         available = self._path.stat().st_size - member.offset

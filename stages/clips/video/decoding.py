@@ -1,40 +1,86 @@
-"""Opens and decodes video files with PyAV."""
+"""Decodes the frames of a video: upright, progressive, in presentation order."""
 
+import math
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import IO, Any
+from typing import Any, Generic, TypeVar
 
 import av
 import numpy as np
+from av.filter import Graph
 from av.sidedata.sidedata import Type as SideData
 
-from stages.clips.colour import Colour, colour_of
-from stages.clips.deinterlacing import Deinterlacer
-from stages.clips.limits import MAX_FRAME_PIXELS
-from stages.clips.orientation import Orientation, orientation_of
-from stages.clips.video_source import VideoSource, open_source
-
-# Legend: H W pixels, C colour (RGB).
-
-_FORMATS = (
-    "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,ivf,h264,hevc,m4v,mxf,dv,"
-    "yuv4mpegpipe"
+from stages.clips.video.colour import Colour, colour_of
+from stages.clips.video.streams import (
+    VideoError,
+    VideoSource,
+    error_text,
+    lacks_times,
+    open_stream,
+    stream_name,
 )
-# FFmpeg detects the container from the content; without this whitelist a playlist named .mp4 could
-# make it open other files or URLs.
 
-_GUESSED_RATE_FORMATS = ("h264", "hevc", "m4v", "mpegvideo", "dv")
-"""Formats whose average rate is made up by FFmpeg; the guessed rate, from the codec, is better."""
+# Legend: T frame, H W pixels, C colour (RGB).
 
-_INTERLACED_ORDERS = (2, 3, 4, 5)
-"""Values of FFmpeg's AVFieldOrder: TT, BB, TB, BT."""
+_SCALE_TOLERANCE = 0.01
+"""Scales within 1% count as equal. FFmpeg's demuxer uses the same threshold, above which it
+converts unequal scales to a pixel aspect ratio."""
 
 
-class VideoError(ValueError):
-    """A file that cannot be decoded as video."""
+@dataclass(frozen=True, slots=True)
+class Orientation:
+    """One of the eight orientations on the pixel grid: mirrored first, then rotated."""
+
+    rotation: int = 0
+    """Degrees counter-clockwise: 0, 90, 180 or 270."""
+    mirrored: bool = False
+    """Whether the frame is flipped horizontally, before the rotation."""
+
+    def upright(self, image_HWC: np.ndarray) -> np.ndarray:
+        """Apply the orientation; returns a contiguous array."""
+        mirrored_HWC = image_HWC[:, ::-1] if self.mirrored else image_HWC
+        return np.ascontiguousarray(np.rot90(mirrored_HWC, self.rotation // 90))
+
+
+def orientation_of(matrix: np.ndarray | None) -> Orientation:
+    """The orientation given by a 3x3 display matrix; None stands for the identity.
+
+    Args:
+        matrix: int32 [9], (a, b, u, c, d, v, x, y, w) as in FFmpeg and ISO/IEC 14496-12: a stored
+            (X, Y) is shown at (aX + cY + x, bX + dY + y). Translation and scale are ignored.
+
+    Raises:
+        ValueError: The matrix shears, rotates by another angle, is projective or degenerate.
+    """
+    if matrix is None:
+        return Orientation()
+    a, b, u, c, d, v, _, _, _ = (int(value) for value in matrix)
+    if u or v:
+        raise ValueError("the file's display matrix has a perspective component")
+    if a and d and not b and not c:
+        x_scale, y_scale = abs(a), abs(d)
+        diagonal = {(1, 1): (0, False), (-1, -1): (180, False), (-1, 1): (0, True)}
+        found = diagonal.get((_sign(a), _sign(d)), (180, True))
+    elif b and c and not a and not d:
+        x_scale, y_scale = abs(c), abs(b)
+        transposed = {(1, -1): (90, False), (-1, 1): (270, False), (1, 1): (90, True)}
+        found = transposed.get((_sign(c), _sign(b)), (270, True))
+        if not math.isclose(x_scale, y_scale, rel_tol=_SCALE_TOLERANCE):
+            raise ValueError("the file's display matrix rotates frames and scales them unevenly")
+    else:
+        raise ValueError(
+            "the file's display matrix "
+            f"({a / 65536:g}, {b / 65536:g}, {c / 65536:g}, {d / 65536:g}) is neither a rotation "
+            "by a multiple of 90 degrees nor a mirroring"
+        )
+    return Orientation(*found)
+
+
+def _sign(value: int) -> int:
+    return 1 if value > 0 else -1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +110,7 @@ class Frame:
         return stored[::-1] if self.orientation.rotation % 180 else stored
 
     def image(self) -> np.ndarray:
-        """Upright uint8 [H, W, 3] image in SDR BT.709 RGB (see `stages.clips.colour`)."""
+        """Upright uint8 [H, W, 3] image in SDR BT.709 RGB (see `stages.clips.video.colour`)."""
         return self.orientation.upright(self.colour.rgb(self.decoded))
 
 
@@ -80,55 +126,6 @@ class VideoInfo:
     """Pixel width over height, of the upright frame."""
     stream: str | None
     """Which of several video streams it is; None if there is only one."""
-
-
-@contextmanager
-def open_stream(source: VideoSource) -> Iterator[tuple[Any, Any, Fraction]]:
-    """Open a video without decoding; yields the container, the video stream and the stated fps.
-
-    Of several streams, cover pictures aside, the default one is taken, or the first if none is.
-
-    Raises:
-        VideoError: Not a video, no video stream, an unknown codec, no frame rate, or frames over
-            MAX_FRAME_PIXELS.
-    """
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context(open_source(source))
-            if _is_webp(file):
-                raise VideoError(
-                    "WebP animations are not supported; convert them, for example to mp4"
-                )
-            container = stack.enter_context(
-                av.open(
-                    file,
-                    options={"format_whitelist": _FORMATS},
-                    # Metadata in an unexpected encoding must not prevent decoding.
-                    metadata_errors="replace",
-                )
-            )
-        except (av.error.FFmpegError, OSError, MemoryError) as error:
-            raise VideoError(f"cannot be opened as video: {_error_text(error)}") from error
-        stream = _video_streams(container)[0]
-        context = stream.codec_context
-        if context is None:
-            raise VideoError("the video codec is not supported by the installed FFmpeg")
-        if context.width * context.height > MAX_FRAME_PIXELS:
-            raise VideoError(
-                f"frames of {context.width}x{context.height} pixels; "
-                f"at most {MAX_FRAME_PIXELS:,} pixels are decoded"
-            )
-        # The frame size may change mid-stream; with this FFmpeg rejects it before allocating.
-        context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
-        stream.thread_type = "AUTO"
-        rates = (stream.average_rate, stream.guessed_rate)
-        rate = next(
-            filter(None, rates[::-1] if container.format.name in _GUESSED_RATE_FORMATS else rates),
-            None,
-        )
-        if not rate or rate < 0:
-            raise VideoError("the file does not state its frame rate")
-        yield container, stream, Fraction(rate)
 
 
 @contextmanager
@@ -156,47 +153,17 @@ def open_video(source: VideoSource) -> Iterator[tuple[VideoInfo, Iterator[Frame]
         )
 
 
-def stream_name(container: Any, stream: Any) -> str | None:
-    """Name of a stream among several video streams; None if it is the only one."""
-    streams = sorted(other.index for other in _video_streams(container))
-    if len(streams) == 1:
-        return None
-    return f"video stream {streams.index(stream.index) + 1} of {len(streams)}"
+def read_video(source: VideoSource) -> tuple[np.ndarray, float]:
+    """Decode a whole video.
 
+    Returns:
+        Upright uint8 [T, H, W, 3] frames, and the frames per second stated by the file.
 
-def interlaced_in_headers(stream: Any) -> bool:
-    """Whether a stream is interlaced according to its headers."""
-    context = stream.codec_context
-    return context.field_order in _INTERLACED_ORDERS or context.name == "dvvideo"
-
-
-def lacks_times(container: Any) -> bool:
-    """Whether the format stores decoding times but no presentation times.
-
-    FFmpeg then invents presentation times, which run backwards with B-frames.
+    Raises:
+        VideoError: (a ValueError) the file cannot be decoded.
     """
-    return container.format.name == "avi"
-
-
-def _is_webp(file: IO[bytes]) -> bool:
-    start = file.read(12)
-    file.seek(0)
-    return start[:4] == b"RIFF" and start[8:] == b"WEBP"
-
-
-def _video_streams(container: Any) -> list[Any]:
-    """The video streams that are not cover pictures, the preferred one first."""
-    flags = av.stream.Disposition
-    streams = [
-        stream for stream in container.streams.video if not stream.disposition & flags.attached_pic
-    ]
-    if not streams:
-        raise VideoError("the file has no video stream")
-    # A cover picture without the flag is a stream of one frame.
-    return sorted(
-        streams,
-        key=lambda stream: (stream.frames == 1, not stream.disposition & flags.default),
-    )
+    with open_video(source) as (info, frames):
+        return np.stack([frame.image() for frame in frames]), float(info.fps)
 
 
 def _decode(container: Any, stream: Any, rate: Fraction) -> Iterator[Frame]:
@@ -229,7 +196,7 @@ def _decode(container: Any, stream: Any, rate: Fraction) -> Iterator[Frame]:
             for progressive, original in deinterlacer.flush():
                 yield replace(original, decoded=progressive)
     except (av.error.FFmpegError, OSError, MemoryError) as error:
-        raise VideoError(f"decoding failed: {_error_text(error)}") from error
+        raise VideoError(f"decoding failed: {error_text(error)}") from error
 
 
 def _decoded_frames(container: Any, stream: Any) -> Iterator[tuple[av.VideoFrame, Fraction | None]]:
@@ -282,5 +249,48 @@ def _chain(first: Frame, rest: Iterator[Frame]) -> Iterator[Frame]:
     yield from rest
 
 
-def _error_text(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+Item = TypeVar("Item")
+
+
+class Deinterlacer(Generic[Item]):
+    """Deinterlaces frames from their first field and their neighbours; keeps progressive ones.
+
+    Yields one frame per input frame, in order and with a delay of one, together with the item that
+    was pushed with it.
+    """
+
+    def __init__(self, frame: av.VideoFrame) -> None:
+        """
+        Args:
+            frame: A frame with the size and format of all frames.
+        """
+        self._graph = Graph()
+        source = self._graph.add_buffer(
+            width=frame.width,
+            height=frame.height,
+            format=frame.format,
+            time_base=Fraction(1, 1000),  # times are not used
+        )
+        bwdif = self._graph.add("bwdif", "mode=send_frame:deint=interlaced")
+        self._graph.link_nodes(source, bwdif, self._graph.add("buffersink")).configure()
+        self._items: deque[Item] = deque()
+
+    def push(self, frame: av.VideoFrame, item: Item) -> Iterator[tuple[av.VideoFrame, Item]]:
+        """Add a frame; yields the frames that are ready."""
+        frame.pts = None  # it may be missing or irregular
+        self._items.append(item)
+        self._graph.vpush(frame)
+        return self._ready()
+
+    def flush(self) -> Iterator[tuple[av.VideoFrame, Item]]:
+        """Yield the remaining frames, after the last `push`."""
+        self._graph.vpush(None)
+        return self._ready()
+
+    def _ready(self) -> Iterator[tuple[av.VideoFrame, Item]]:
+        while True:
+            try:
+                frame = self._graph.vpull()
+            except (av.error.BlockingIOError, av.error.EOFError):
+                return
+            yield frame, self._items.popleft()

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from stages.clips.limits import MAX_FRAME_PIXELS
+from stages.clips.video.streams import MAX_FRAME_PIXELS
 
 # Legend: H W pixels, C colour.
+
+MAX_MASK_BYTES = 64 << 20
+"""Largest mask image (64 MiB)."""
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _OTHER_FORMATS = {b"\xff\xd8\xff": "a JPEG", b"GIF8": "a GIF", b"RIFF": "a WebP", b"BM": "a BMP"}

@@ -1,4 +1,4 @@
-"""Reads and writes whole videos with PyAV."""
+"""Writes H.264 videos."""
 
 import io
 import secrets
@@ -11,24 +11,9 @@ import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from cache_schema.atomic_io import add_path_to_errors
-from stages.clips.colour import EXACT
-from stages.clips.decoding import open_video
-from stages.clips.video_source import VideoSource
+from stages.clips.video.colour import EXACT
 
 # Legend: T frame, H W pixels, C colour (RGB).
-
-
-def read_video(source: VideoSource) -> tuple[np.ndarray, float]:
-    """Decode a whole video.
-
-    Returns:
-        Upright uint8 [T, H, W, 3] frames, and the frames per second stated by the file.
-
-    Raises:
-        VideoError: (a ValueError) the file cannot be decoded.
-    """
-    with open_video(source) as (info, frames):
-        return np.stack([frame.image() for frame in frames]), float(info.fps)
 
 
 def write_video(path: Path, frames_THWC: np.ndarray, fps: float, *, crf: int = 17) -> None:

@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from stages.clips.config import ClipsConfig
-from stages.clips.layout_hints import conversion_hint, describe_contents
-from stages.clips.layouts import LAYOUTS, Layout, find_layout
-from stages.clips.line_lists import CAPTION_LISTS, VIDEO_LISTS, open_line_lists
-from stages.clips.metadata_folder import MetadataFile
+from stages.clips.dataset.layouts import (
+    LAYOUTS,
+    Layout,
+    conversion_hint,
+    describe_contents,
+    find_layout,
+)
+from stages.clips.dataset.metadata import MetadataFile
+from stages.clips.dataset.rows import CAPTION_LISTS, VIDEO_LISTS, PairedLines
+from stages.clips.dataset.tars import count_records, tar_records
+from stages.clips.dataset.video_files import VideoFiles
 from stages.clips.records import BadRecord, ClipRecord
-from stages.clips.tars import count_records, tar_records
-from stages.clips.video_files import VideoFiles
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 _RETRY_NAME = re.compile(r"(.+)-retry[0-9]+")
@@ -189,7 +194,8 @@ def _clip_list(layout: Layout) -> tuple[_ClipList, str]:
     if layout.kind == "videos":
         return _videos(layout)
     if layout.kind == "line lists":
-        lists = open_line_lists(*layout.files)
+        captions, videos = layout.files
+        lists = MetadataFile.of_rows(videos, PairedLines(captions, videos))
         return lists, f"{layout.description}, line by line"
     metadata = MetadataFile.open(layout.files[0])
     description = [metadata.name]

@@ -1,44 +1,29 @@
 """Datasets whose videos are listed in a metadata.jsonl or metadata.csv."""
 
-import shlex
 from array import array
-from codecs import BOM_UTF8
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from stages.clips.csv_rows import CsvRows
-from stages.clips.fields import (
+from stages.clips.dataset.csv_rows import CsvRows
+from stages.clips.dataset.fields import (
     KNOWN_FIELDS,
-    caption_from_fields,
     last_frame_from_fields,
     name_of_caption,
-    parse_object,
-    phrase_from_fields,
+    read_at_most,
     subjects_from_fields,
+    text_from_fields,
 )
-from stages.clips.keys import KeyHashes, KeyRegistry, has_video_suffix, key_problem
-from stages.clips.limits import MAX_MASK_BYTES, read_at_most
+from stages.clips.dataset.keys import KeyHashes, KeyRegistry, has_video_suffix, key_problem
+from stages.clips.dataset.masks import MAX_MASK_BYTES
+from stages.clips.dataset.rows import JsonLines, LoadFields, RowSource
 from stages.clips.records import BadRecord, ClipRecord
-from stages.clips.rows import (
-    LoadFields,
-    RowLocation,
-    RowSource,
-    UnchangedFile,
-    check_length,
-    line_at,
-    lines_of,
-)
 
 _Problem = tuple[str, str]
 """Base of the substitute key of a bad row, and the reason why the row is bad."""
-
-_MAX_BLANK_BYTES = 64 * 1024
-"""Bytes at each end of a file searched for its first and last non-blank character."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +59,7 @@ class MetadataFile:
             ValueError: A CSV without a file_name column or with other delimiters; JSON that is not
                 JSON lines; or fields text and prompt, but no caption.
         """
-        return cls.of_rows(path, CsvRows(path) if path.suffix == ".csv" else _JsonLines(path))
+        return cls.of_rows(path, CsvRows(path) if path.suffix == ".csv" else JsonLines(path))
 
     @classmethod
     def of_rows(cls, path: Path, rows: RowSource) -> "MetadataFile":
@@ -145,7 +130,7 @@ class MetadataFile:
         name = _relative_name(fields["file_name"], "file_name")
         key = _key(name)
         try:
-            caption = caption_from_fields(fields, self.caption_field)
+            caption = text_from_fields(fields, self.caption_field)
         except ValueError as error:
             return BadRecord(key=key, reason="bad_record", detail=str(error))
         try:
@@ -153,7 +138,7 @@ class MetadataFile:
             last_frame_prompts = last_frame_from_fields(
                 fields, first=prompts, read_mask=self._read_mask
             )
-            phrase = phrase_from_fields(fields)
+            phrase = text_from_fields(fields, "subject")
         except ValueError as error:
             return BadRecord(key=key, reason="bad_prompt", detail=str(error))
         return ClipRecord(
@@ -179,51 +164,6 @@ class MetadataFile:
 
     def _inside(self, name: object, field: str) -> Path:
         return self.path.parent / _relative_name(name, field)
-
-
-class _JsonLines:
-    """A JSON object per line; blank lines are skipped."""
-
-    location_size = 2  # line number, offset in bytes
-
-    def __init__(self, path: Path) -> None:
-        self._file = UnchangedFile(path)
-
-    def scan(self) -> Iterator[tuple[RowLocation, LoadFields]]:
-        with self._file.opened() as file:
-            if file.read(len(BOM_UTF8)) != BOM_UTF8:
-                file.seek(0)
-            _reject_json_list(file, self._file.path)
-            for number, (offset, line) in enumerate(lines_of(file), start=1):
-                if not line.isspace():
-                    yield (number, offset), partial(_json_fields, line)
-
-    def read(self, locations: Iterable[RowLocation]) -> Iterator[LoadFields]:
-        with self._file.opened() as file:
-            for _, offset in locations:
-                yield partial(_json_fields, line_at(file, offset))
-
-
-def _reject_json_list(file: BinaryIO, path: Path) -> None:
-    """Reject a file that starts and ends with brackets; keeps the file position."""
-    start = file.tell()
-    is_list = file.read(_MAX_BLANK_BYTES).lstrip().startswith(b"[")
-    file.seek(max(start, path.stat().st_size - _MAX_BLANK_BYTES))
-    is_list &= file.read(_MAX_BLANK_BYTES).rstrip().endswith(b"]")
-    file.seek(start)
-    if is_list:
-        script = "import json, sys; [print(json.dumps(entry)) for entry in json.load(sys.stdin)]"
-        output = path.with_name(f"{path.stem}-lines.jsonl")
-        raise ValueError(
-            f"{path} is one JSON list; write a line per clip: "
-            f'python -c "{script}" < {shlex.quote(str(path))} > {shlex.quote(str(output))}'
-            f" and set data.path={output}"
-        )
-
-
-def _json_fields(line: bytes) -> dict[str, Any]:
-    check_length(line)
-    return parse_object(line)
 
 
 def _key_of(fields: dict[str, Any]) -> str:

@@ -1,0 +1,1 @@
+"""Datasets on disk: layouts, their files, and the records read from them."""
