@@ -11,9 +11,10 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -43,6 +44,39 @@ class CommandResult:
     exit_code: int = 0
     text: str | None = None
     """Printed verbatim instead of title, rows and notes: CSV."""
+
+
+def json_values(summary: Any, *, leave_out: Sequence[str] = (), **renamed: str) -> dict[str, Any]:
+    """Return the fields and properties of a dataclass as JSON values, for `CommandResult.data`.
+
+    Args:
+        summary: An instance of a dataclass; dataclasses inside it are converted likewise.
+        leave_out: Fields and properties to omit.
+        renamed: Key in the result -> field or property, where the names differ.
+    """
+    computed = [name for name, value in vars(type(summary)).items() if isinstance(value, property)]
+    names = {name: name for name in [*(one.name for one in fields(summary)), *computed]}
+    for key, name in renamed.items():
+        names[name] = key
+    return {
+        key: _json_value(getattr(summary, name))
+        for name, key in names.items()
+        if name not in leave_out
+    }
+
+
+def _json_value(value: Any) -> Any:
+    from cache_schema import SkippedClip  # here: it loads numpy, which --help does not need
+
+    if isinstance(value, SkippedClip):
+        return {"key": value.key, "reason": value.reason, "detail": value.detail}
+    if is_dataclass(value):
+        return json_values(value)
+    if isinstance(value, Mapping):
+        return {key: _json_value(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def plain(text: str) -> Text:

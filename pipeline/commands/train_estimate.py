@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.assets import uses_demo_part
 from pipeline.config.load import ConfigError, RunConfig
-from pipeline.console import CommandResult, format_bytes, format_flop, format_time
+from pipeline.console import CommandResult, format_bytes, format_flop, format_time, json_values
+from stages.files.yaml import dump_value
 from stages.progress import Progress
 
 if TYPE_CHECKING:
@@ -57,8 +57,7 @@ def run(
         check_engine_settings(config.train)
     except ValueError as error:
         notes = (*notes, f"warning: on this machine the run would not start: {error}")
-    result = _answer(config, found)
-    return replace(result, notes=[*notes, *result.notes])
+    return _result(config, found, notes)
 
 
 def _processes() -> int:
@@ -96,145 +95,91 @@ def _planned_stores(config: RunConfig) -> list[SizedStores]:
     return stores
 
 
-def _answer(config: RunConfig, found: TrainEstimate) -> CommandResult:
+def _result(config: RunConfig, found: TrainEstimate, notes: Sequence[str]) -> CommandResult:
     from stages.dry_run.train import ASSUMED_PEAK_FRACTION
 
-    rows = [*_model_rows(config, found), *_memory_rows(found), *_work_rows(config, found)]
-    notes = [
+    method = (
         "estimated: memory from shapes and DeepSpeed's buffers, without samples and validation; "
         f"time at an assumed {ASSUMED_PEAK_FRACTION:.0%} of the GPU's peak FLOP/s, without "
         "communication between GPUs"
-    ]
+    )
+    costs = zip(config.data.sizes, found.costs, strict=True)
     return CommandResult(
         title=f"estimate of training with {config.name}",
-        rows=rows,
-        data=_data(config, found),
-        notes=[*_verdict(found), *notes],
+        rows=[*_model_rows(config, found), *_memory_rows(found), *_work_rows(config, found)],
+        data={
+            "model": config.model.path,
+            **json_values(found),
+            "costs": [{"size": size.size_name} | json_values(cost) for size, cost in costs],
+        },
+        notes=[*notes, *_verdict(found), method],
         exit_code=1 if found.fits is False else 0,
     )
 
 
 def _model_rows(config: RunConfig, found: TrainEstimate) -> list[tuple[str, str]]:
-    counts = found.counts
-    parts = [
-        f"{name} {_in_millions(count)}"
-        for name, count in (("adapters", counts.adapters), ("heads", counts.heads))
-        if count
-    ]
+    counts = found.parameters
+    parts = {"adapters": counts.adapters, "heads": counts.heads}
+    trained = [_in_millions(counts.trained)]
+    trained += [f"{name} {_in_millions(count)}" for name, count in parts.items() if count]
     return [
         ("model", f"{config.model.path}, {_in_millions(counts.transformer)} parameters"),
-        ("trained", ", ".join([_in_millions(counts.trained), *parts])),
+        ("trained", ", ".join(trained)),
     ]
 
 
 def _memory_rows(found: TrainEstimate) -> list[tuple[str, str]]:
-    memory = found.memory
-    gpu = found.gpu
-    available = "" if gpu is None else f" of {format_bytes(gpu.memory_bytes)}, {gpu.name}"
-    rows = [("memory per GPU", format_bytes(memory.gpu_bytes) + available), *_parts(memory.gpu)]
-    if memory.host:
-        rows += [("host, per process", format_bytes(memory.host_bytes)), *_parts(memory.host)]
-    if memory.disk:
-        rows += [("disk, per process", format_bytes(memory.disk_bytes)), *_parts(memory.disk)]
+    memory, available = found.memory, ""
+    if found.gpu_memory_bytes is not None:
+        available = f" of {format_bytes(found.gpu_memory_bytes)}, {found.gpu}"
+    rows = []
+    for name, parts, of in (
+        ("memory per GPU", memory.gpu, available),
+        ("host, per process", memory.host, ""),
+        ("disk, per process", memory.disk, ""),
+    ):
+        if parts:
+            rows.append((name, format_bytes(sum(parts.values())) + of))
+        largest_first = sorted(parts.items(), key=lambda part: -part[1])
+        rows += [(f"  {part}", format_bytes(size)) for part, size in largest_first]
     return rows
-
-
-def _parts(parts: Mapping[str, int]) -> list[tuple[str, str]]:
-    largest_first = sorted(parts.items(), key=lambda part: -part[1])
-    return [(f"  {name}", format_bytes(size)) for name, size in largest_first]
 
 
 def _work_rows(config: RunConfig, found: TrainEstimate) -> list[tuple[str, str]]:
-    train = config.train
+    train, gpus = config.train, f"{found.gpus} {'GPU' if found.gpus == 1 else 'GPUs'}"
+    clips = train.batch_size // (found.gpus * found.passes)
     per_clip = ", ".join(format_flop(cost.flops_per_clip) for cost in found.costs)
     rows = [
-        (
-            "step",
-            f"{train.batch_size} clips = {train.batch_size // (found.gpus * found.passes)} x "
-            f"{found.gpus} "
-            f"{'GPU' if found.gpus == 1 else 'GPUs'} x {found.passes} passes",
-        ),
+        ("step", f"{train.batch_size} clips = {clips} x {gpus} x {found.passes} passes"),
         ("work", f"{format_flop(found.step_flops)} a step, {per_clip} a clip"),
     ]
-    if found.seconds_per_step is not None:
-        whole = found.seconds_per_step * train.steps
-        rows.append(
-            (
-                "time",
-                f"about {format_time(found.seconds_per_step)} a step, {format_time(whole)} for "
-                f"{train.steps} steps",
-            )
-        )
-    kept = train.checkpoints_kept * found.checkpoint_bytes
-    rows.append(
-        (
-            "checkpoints",
-            f"{format_bytes(found.checkpoint_bytes)} each, {format_bytes(kept)} for the "
-            f"{train.checkpoints_kept} that are kept",
-        )
-    )
-    return rows
+    if found.seconds_per_step is not None and found.seconds is not None:
+        step, whole = format_time(found.seconds_per_step), format_time(found.seconds)
+        rows.append(("time", f"about {step} a step, {whole} for {train.steps} steps"))
+    kept = train.checkpoints_kept
+    each, of_all = found.checkpoint_bytes, kept * found.checkpoint_bytes
+    sizes = f"{format_bytes(each)} each, {format_bytes(of_all)} for the {kept} that are kept"
+    return [*rows, ("checkpoints", sizes)]
 
 
 def _verdict(found: TrainEstimate) -> list[str]:
-    if found.gpu is None:
+    if found.gpu_memory_bytes is None:
         return ["this machine's GPU is unknown; name one with --gpu to see whether the run fits"]
     if found.fits:
         return []
     problem = (
-        f"does not fit: {format_bytes(found.memory.gpu_bytes)} are needed on each GPU, but "
-        f"{found.gpu.name} has {format_bytes(found.gpu.memory_bytes)}"
+        f"does not fit: {format_bytes(found.gpu_bytes)} are needed on each GPU, but "
+        f"{found.gpu} has {format_bytes(found.gpu_memory_bytes)}"
     )
-    if found.remedy is None:
+    remedy = found.remedy
+    if remedy is None:
         return [
             f"{problem}; none of the settings tried would fit: use smaller clips or a larger GPU"
         ]
-    settings = " ".join(
-        f"train.{name}={_format_value(v)}" for name, v in found.remedy.settings.items()
-    )
-    gpus = "" if found.remedy.gpus == found.gpus else f"on {found.remedy.gpus} GPUs"
-    changes = " ".join(part for part in (settings, gpus) if part)
-    return [f"{problem}; {changes} would fit, with {format_bytes(found.remedy.memory.gpu_bytes)}"]
-
-
-def _format_value(value: str | int | bool) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    changes = [f"train.{name}={dump_value(value)}" for name, value in remedy.settings.items()]
+    changes += [] if remedy.gpus == found.gpus else [f"on {remedy.gpus} GPUs"]
+    return [f"{problem}; {' '.join(changes)} would fit, with {format_bytes(remedy.gpu_bytes)}"]
 
 
 def _in_millions(count: int) -> str:
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
-
-
-def _data(config: RunConfig, found: TrainEstimate) -> dict[str, Any]:
-    remedy = found.remedy
-    sizes: Sequence[Any] = config.data.sizes
-    return {
-        "model": config.model.path,
-        "parameters": asdict(found.counts) | {"total": found.counts.total},
-        "gpu": None if found.gpu is None else found.gpu.name,
-        "gpus": found.gpus,
-        "memory": {"gpu": dict(found.memory.gpu), "host": dict(found.memory.host)}
-        | {"disk": dict(found.memory.disk)},
-        "gpu_bytes": found.memory.gpu_bytes,
-        "gpu_memory_bytes": None if found.gpu is None else found.gpu.memory_bytes,
-        "host_bytes_per_process": found.memory.host_bytes,
-        "fits": found.fits,
-        "costs": [
-            {"size": size.size_name} | asdict(cost)
-            for size, cost in zip(sizes, found.costs, strict=True)
-        ],
-        "passes": found.passes,
-        "step_flops": found.step_flops,
-        "seconds_per_step": found.seconds_per_step,
-        "seconds": None
-        if found.seconds_per_step is None
-        else found.seconds_per_step * config.train.steps,
-        "checkpoint_bytes": found.checkpoint_bytes,
-        "remedy": None
-        if remedy is None
-        else {
-            "settings": dict(remedy.settings),
-            "gpus": remedy.gpus,
-            "gpu_bytes": remedy.memory.gpu_bytes,
-        },
-    }

@@ -5,8 +5,10 @@ computed from them (`train_memory`). Time is a step's FLOPs / (the GPU's peak ra
 fraction of it). If a step does not fit into GPU memory, settings are tried in turn until one does.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import attrgetter, or_
 
 from cache_schema import StoreSettings
 from stages.clips.config import ClipsConfig
@@ -27,6 +29,9 @@ ASSUMED_PEAK_FRACTION = 0.4
 MAX_GPUS = 64
 """Maximum number of GPUs that is tried."""
 
+Settings = dict[str, str | int | bool]
+"""Values by dotted name within `train`."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SizedStores:
@@ -42,17 +47,16 @@ class SizedStores:
 class Remedy:
     """Changed settings with which the training fits into GPU memory."""
 
-    settings: Mapping[str, str | int | bool]
-    """Values by dotted name within `train`."""
+    settings: Settings
     gpus: int
-    memory: MemoryEstimate
+    gpu_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainEstimate:
-    """Estimate of a training run."""
+    """Estimate of a training run. Fields and properties are the keys of `--json`."""
 
-    counts: ParameterCounts
+    parameters: ParameterCounts
     costs: tuple[StepCost, ...]
     """Cost of a clip of each size, in the order of the sizes."""
     passes: int
@@ -62,14 +66,31 @@ class TrainEstimate:
     memory: MemoryEstimate
     """Memory for the largest size."""
     checkpoint_bytes: int
-    gpu: Gpu | None
+    gpu: str | None
+    """Name of the GPU model; None if unknown."""
+    gpu_memory_bytes: int | None
     gpus: int
     seconds_per_step: float | None
     """At `ASSUMED_PEAK_FRACTION` of the peak rate; None if the GPU is unknown."""
-    fits: bool | None
-    """Whether a step fits into GPU memory; None if the GPU is unknown."""
+    seconds: float | None
+    """For all steps."""
     remedy: Remedy | None
     """If it does not fit, the first change that makes it fit; None if none was found."""
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Peak bytes on each GPU."""
+        return sum(self.memory.gpu.values())
+
+    @property
+    def host_bytes_per_process(self) -> int:
+        """Bytes of host memory per process."""
+        return sum(self.memory.host.values())
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether a step fits into GPU memory; None if the GPU is unknown."""
+        return None if self.gpu_memory_bytes is None else self.gpu_bytes <= self.gpu_memory_bytes
 
 
 def estimate(
@@ -84,7 +105,7 @@ def estimate(
 
     Args:
         config: Training settings.
-        facts: Configuration of the base model.
+        configs: Configuration of the base model.
         stores: One entry per clip size.
         gpu: GPU model; None if unknown.
         gpus: Number of GPUs.
@@ -94,30 +115,29 @@ def estimate(
             the run itself.
     """
     config = _with_micro_batch(config, gpus)
-    passes = accumulation_steps(config.batch_size, config.micro_batch_size, gpus)
     cost_cache = _CostCache(configs, stores)
-    costs = cost_cache.costs(config)
+    counts, costs = cost_cache.costs(config)
+    step_flops = sum(cost.flops_per_clip for cost in costs) / len(costs) * config.batch_size
+    seconds, remedy = None, None
     needed = cost_cache.memory(config, gpus)
-    mean_flops = sum(cost.flops_per_clip for cost in costs) / len(costs)
-    step_flops = mean_flops * config.batch_size
-    seconds = None
     if gpu is not None:
         peak = gpu.bf16_flops if config.deepspeed.precision == "bf16" else gpu.fp32_flops
         seconds = step_flops / (gpus * peak * ASSUMED_PEAK_FRACTION)
-    fits = None if gpu is None else needed.gpu_bytes <= gpu.memory_bytes
-    counts = cost_cache.counts(config)
+        if sum(needed.gpu.values()) > gpu.memory_bytes:
+            remedy = _remedy(config, cost_cache, gpu, gpus)
     return TrainEstimate(
-        counts=counts,
+        parameters=counts,
         costs=costs,
-        passes=passes,
+        passes=accumulation_steps(config.batch_size, config.micro_batch_size, gpus),
         step_flops=step_flops,
         memory=needed,
         checkpoint_bytes=checkpoint_bytes(config, counts),
-        gpu=gpu,
+        gpu=None if gpu is None else gpu.name,
+        gpu_memory_bytes=None if gpu is None else gpu.memory_bytes,
         gpus=gpus,
         seconds_per_step=seconds,
-        fits=fits,
-        remedy=_remedy(config, cost_cache, gpu, gpus) if gpu is not None and not fits else None,
+        seconds=None if seconds is None else seconds * config.steps,
+        remedy=remedy,
     )
 
 
@@ -127,37 +147,32 @@ def _with_micro_batch(config: TrainConfig, gpus: int) -> TrainConfig:
 
 
 class _CostCache:
-    """Costs of the tried configurations, cached."""
+    """Costs of the tried configurations, which share most of them."""
 
     def __init__(self, configs: CogVideoXConfigs, stores: Sequence[SizedStores]) -> None:
-        self._facts = configs
+        self._configs = configs
         self._stores = stores
-        self._costs: dict[tuple[object, ...], tuple[StepCost, ...]] = {}
-        self._counts: dict[tuple[object, ...], ParameterCounts] = {}
+        self._costs: dict[tuple[object, ...], tuple[ParameterCounts, tuple[StepCost, ...]]] = {}
 
-    def costs(self, config: TrainConfig) -> tuple[StepCost, ...]:
-        """Return the cost of a clip of each size."""
+    def costs(self, config: TrainConfig) -> tuple[ParameterCounts, tuple[StepCost, ...]]:
+        """Return the student's parameter counts, and the cost of a clip of each size."""
         key = (config.method, config.gradient_checkpointing, config.micro_batch_size)
         if key not in self._costs:
-            self._costs[key] = tuple(
-                step_cost(config, self._facts, one.size, teacher=one.teacher, masks=one.masks)
-                for one in self._stores
+            self._costs[key] = (
+                parameter_counts(config, self._configs, self._stores[0].teacher),
+                tuple(
+                    step_cost(config, self._configs, one.size, teacher=one.teacher, masks=one.masks)
+                    for one in self._stores
+                ),
             )
         return self._costs[key]
 
-    def counts(self, config: TrainConfig) -> ParameterCounts:
-        """Return the student's parameter counts."""
-        key = (config.method,)
-        if key not in self._counts:
-            self._counts[key] = parameter_counts(config, self._facts, self._stores[0].teacher)
-        return self._counts[key]
-
     def memory(self, config: TrainConfig, gpus: int) -> MemoryEstimate:
         """Return the memory for the largest size."""
-        costs = self.costs(config)
+        counts, costs = self.costs(config)
         return memory(
             config,
-            self.counts(config),
+            counts,
             processes=gpus,
             activation_bytes=max(cost.activation_bytes for cost in costs),
             batch_bytes=max(cost.batch_bytes for cost in costs),
@@ -184,19 +199,7 @@ def parameter_counts(
     )
 
 
-def _remedy(config: TrainConfig, cost_cache: _CostCache, gpu: Gpu, gpus: int) -> Remedy | None:
-    """Return the first of `_candidates` that fits."""
-    for settings, number in _candidates(config, gpus):
-        if config.batch_size % number:
-            continue
-        changed = _with_micro_batch(changed_config(config, settings), number)
-        needed = cost_cache.memory(changed, number)
-        if needed.gpu_bytes <= gpu.memory_bytes:
-            return Remedy(settings=settings, gpus=number, memory=needed)
-    return None
-
-
-_REMEDIES: tuple[dict[str, str | int | bool], ...] = (
+_REMEDIES: tuple[Settings, ...] = (
     {"gradient_checkpointing": True},
     {"micro_batch_size": 1},
     {"deepspeed.zero_stage": 2},
@@ -208,51 +211,48 @@ _REMEDIES: tuple[dict[str, str | int | bool], ...] = (
 """Changes from least to most costly. Each is tried alone, then with all before it."""
 
 
-def _candidates(
-    config: TrainConfig, gpus: int
-) -> Iterator[tuple[dict[str, str | int | bool], int]]:
+def _remedy(config: TrainConfig, cost_cache: _CostCache, gpu: Gpu, gpus: int) -> Remedy | None:
+    """Return the first of `_candidates` that fits."""
+    for settings, number in _candidates(config, gpus):
+        if config.batch_size % number:
+            continue
+        changed = _with_micro_batch(_changed(config, settings), number)
+        needed = sum(cost_cache.memory(changed, number).gpu.values())
+        if needed <= gpu.memory_bytes:
+            return Remedy(settings=settings, gpus=number, gpu_bytes=needed)
+    return None
+
+
+def _candidates(config: TrainConfig, gpus: int) -> Iterator[tuple[Settings, int]]:
+    """Yield changed settings and a number of GPUs: first LoRA if needed, then more GPUs."""
     steps = [changes for step in _REMEDIES if (changes := _changes(config, step))]
-    together = [_merged(steps[: number + 1]) for number in range(len(steps))]
-    ways = [*steps, *together]
-    lora: dict[str, str | int | bool] = {"method": "lora"} if config.method == "full" else {}
+    ways = [*steps, *accumulate(steps, or_)]
     yield from ((way, gpus) for way in ways)
-    if lora:
-        yield from ((lora | way, gpus) for way in ({}, *ways))
+    if config.method == "full":
+        yield from (({"method": "lora"} | way, gpus) for way in ({}, *ways))
     more = 2 * gpus
     while more <= MAX_GPUS:
         yield from ((way, more) for way in ({}, *ways))
         more *= 2
 
 
-def _changes(
-    config: TrainConfig, step: Mapping[str, str | int | bool]
-) -> dict[str, str | int | bool]:
+def _changes(config: TrainConfig, step: Settings) -> Settings:
     """Return the settings of a step that change anything; a ZeRO stage is never lowered."""
-    changed = {name: value for name, value in step.items() if _value(config, name) != value}
-    wanted = changed.get("deepspeed.zero_stage")
-    if isinstance(wanted, int) and wanted < config.deepspeed.zero_stage:
-        del changed["deepspeed.zero_stage"]
-    return changed
+    stage = config.deepspeed.zero_stage
+    return {
+        name: value
+        for name, value in step.items()
+        if attrgetter(name)(config) != value
+        and not (name == "deepspeed.zero_stage" and int(value) < stage)
+    }
 
 
-def _merged(steps: Sequence[Mapping[str, str | int | bool]]) -> dict[str, str | int | bool]:
-    return {name: value for step in steps for name, value in step.items()}
-
-
-def _value(config: TrainConfig, name: str) -> object:
-    value: object = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def changed_config(config: TrainConfig, settings: Mapping[str, object]) -> TrainConfig:
-    """Return the configuration with settings changed, given by dotted names."""
+def _changed(config: TrainConfig, settings: Settings) -> TrainConfig:
     values = config.model_dump()
     for name, value in settings.items():
-        section, *inner = name.split(".")
-        if inner:
-            values[section] = values[section] | {inner[0]: value}
-        else:
-            values[section] = value
+        *sections, key = name.split(".")
+        section = values
+        for inner in sections:
+            section = section[inner]
+        section[key] = value
     return TrainConfig.model_validate(values)

@@ -58,21 +58,6 @@ class MemoryEstimate:
     disk: Mapping[str, int]
     """Per process, in the offload folder."""
 
-    @property
-    def gpu_bytes(self) -> int:
-        """Peak bytes on each GPU."""
-        return sum(self.gpu.values())
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes per process."""
-        return sum(self.host.values())
-
-    @property
-    def disk_bytes(self) -> int:
-        """Bytes per process."""
-        return sum(self.disk.values())
-
 
 def memory(
     config: TrainConfig,
