@@ -38,7 +38,7 @@ from stages.extract_features.execution.comparison import (
     compare,
     raise_if_other_dataset,
 )
-from stages.extract_features.execution.dataset_sources import read_sources
+from stages.extract_features.fingerprints import read_sources
 from stages.extract_features.kinds import TRACKED_KINDS, resolve_device
 from stages.precision import DTYPES
 from stages.progress import Progress

@@ -10,6 +10,7 @@ shard's lock writes it, and the others wait for it at the end.
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from cache_schema import (
     AlreadyCommitted,
     ClipEntry,
     ShardBusy,
+    ShardWriter,
     SkippedClip,
     StoreReader,
     StoreWriter,
@@ -31,8 +33,9 @@ from cache_schema.maintenance.repair import DAMAGED
 from cache_schema.names import StoreLayout, without_retry
 from cache_schema.records import read_commit
 from stages.clips import retry_shard_name
-from stages.extract_features.execution.other_writers import wait_for_others
-from stages.processes.background import DaemonPool, result_of
+from stages.extract_features.execution.jobs import next_retry_number
+from stages.extract_features.execution.local_engine import wait_for_others
+from stages.extract_features.execution.threads import prefetch_map
 from stages.progress import Progress, Task
 from stages.teacher_store.config import GramFlowConfig
 from stages.teacher_store.encoder import GramFlowEncoder
@@ -126,19 +129,12 @@ class _Derivation:
 
     def derive(self, shard: str) -> bool:
         """Finish a shard; return False if another process is writing it."""
-        facts = self._reader.shards[shard]
         if shard in self._finished or self._writer.is_committed(shard):
-            self._task.advance(facts.num_clips)
+            self._task.advance(self._reader.shards[shard].num_clips)
             return True
         # The commit record, since a reader omits skipped clips that a retry has added.
         record = read_commit(self._layout, self._reader.settings, shard)
-        try:
-            self._write(shard, record.source, record.clips, record.skipped)
-        except ShardBusy:
-            return False
-        except AlreadyCommitted:  # committed since the check above
-            self._task.advance(facts.num_clips)
-        return True
+        return self._write(shard, record.source, record.clips, record.skipped)
 
     def unfinished(self, shards: Sequence[str]) -> dict[str, bool]:
         """Return the unfinished shards among some, and whether another process writes each."""
@@ -153,17 +149,11 @@ class _Derivation:
             missing[without_retry(entry.shard)].append(entry)
         remaining = []
         for shard, clips in sorted(missing.items()):
-            attempt = 1
-            while self._writer.is_committed(retry_shard_name(shard, attempt)):
-                attempt += 1
+            attempt = next_retry_number(shard, self._writer)
             name = retry_shard_name(shard, attempt)
             origin = self._reader.shards[shard].source if shard in self._reader.shards else shard
-            try:
-                self._write(name, f"{origin}, retry {attempt}", clips, ())
-            except ShardBusy:
+            if not self._write(name, f"{origin}, retry {attempt}", clips, ()):
                 remaining.append(name)
-            except AlreadyCommitted:  # committed since the check above
-                continue
         return remaining
 
     def _missing_keys(self) -> Iterator[str]:
@@ -188,35 +178,44 @@ class _Derivation:
 
     def _write(
         self, shard: str, source: str, clips: Sequence[ClipEntry], skipped: Sequence[SkippedClip]
-    ) -> None:
-        made_from = {clip.key: clip.fingerprint for clip in skipped}
-        made_from |= {clip.key: clip.fingerprint for clip in clips}
-        out = self._writer.shard(
-            shard,
-            source=source,
-            is_current=lambda key, fingerprint: made_from.get(key) == fingerprint,
+    ) -> bool:
+        """Write a shard unless it is finished; return False if another process is writing it."""
+        made_from = {clip.key: clip.fingerprint for clip in (*skipped, *clips)}
+        try:
+            with self._writer.shard(
+                shard,
+                source=source,
+                is_current=lambda key, fingerprint: made_from.get(key) == fingerprint,
+            ) as out:
+                self._add(out, clips)
+                for clip in skipped:
+                    out.skip(clip.key, clip.reason, clip.detail, fingerprint=clip.fingerprint)
+                out.commit()
+        except ShardBusy:
+            return False
+        except AlreadyCommitted:  # committed since it was found to be missing
+            self._task.advance(len(clips))
+        return True
+
+    def _add(self, out: ShardWriter, clips: Sequence[ClipEntry]) -> None:
+        # Another shard may hold it, if the feature store has it in a different retry shard.
+        missing = [
+            clip for clip in clips if not out.has(clip.key) and out.shard_holding(clip.key) is None
+        ]
+        self._task.advance(len(clips) - len(missing))
+        arrays_ahead = prefetch_map(
+            self._reader.read,
+            [clip.key for clip in missing],
+            ahead=1,
+            threads=1,
+            describe=lambda key: f"reading clip {key!r}",
         )
-        with out:
-            # Another shard may hold it, if the feature store has it in a different retry shard.
-            missing = [
-                clip
-                for clip in clips
-                if not out.has(clip.key) and out.shard_holding(clip.key) is None
-            ]
-            self._task.advance(len(clips) - len(missing))
-            for clip, arrays in _read_ahead(self._reader, missing):
+        with closing(arrays_ahead):
+            for clip, arrays in zip(missing, arrays_ahead, strict=True):
                 made = self._maker(arrays, self._device)
                 out.add(clip.key, made, clip.attributes, fingerprint=clip.fingerprint)
                 self.clips_written += 1
                 self._task.advance(1)
-            for entry in skipped:
-                out.skip(
-                    entry.key,
-                    entry.reason,
-                    entry.detail,
-                    fingerprint=entry.fingerprint,
-                )
-            out.commit()
 
 
 def _drop_changed(reader: StoreReader, derived: Path, progress: Progress) -> None:
@@ -231,17 +230,3 @@ def _drop_changed(reader: StoreReader, derived: Path, progress: Progress) -> Non
         progress.log(
             f"gram_flow: {len(changed)} clips are derived again, because their features changed"
         )
-
-
-def _read_ahead(
-    reader: StoreReader, clips: Sequence[ClipEntry]
-) -> Iterator[tuple[ClipEntry, dict[str, np.ndarray]]]:
-    """Yield the clips' arrays, reading each while the previous one is processed."""
-    with DaemonPool(1, "read-ahead") as thread:
-        following = [thread.submit(reader.read, clip.key) for clip in clips[:1]]
-        for place, clip in enumerate(clips):
-            arrays = result_of(following.pop(), f"reading clip {clip.key!r}")
-            following += [
-                thread.submit(reader.read, later.key) for later in clips[place + 1 : place + 2]
-            ]
-            yield clip, arrays

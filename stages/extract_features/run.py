@@ -10,7 +10,6 @@ from stages.clips import ClipDataset, ClipsConfig, InputShard, input_shard_name,
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig, Kind
 from stages.extract_features.execution.comparison import Comparison, StoreScope
-from stages.extract_features.execution.failures import FAILURES_FILE, failure_manifest_written
 from stages.extract_features.execution.jobs import (
     EarlierStores,
     JobPlan,
@@ -19,14 +18,22 @@ from stages.extract_features.execution.jobs import (
     plan_jobs,
     whole_shard_jobs,
 )
-from stages.extract_features.execution.local_engine import EngineReport, LocalEngine
-from stages.extract_features.execution.other_writers import wait_for_others
+from stages.extract_features.execution.local_engine import (
+    EngineReport,
+    LocalEngine,
+    wait_for_others,
+)
 from stages.extract_features.execution.ray_engine import RayEngine
 from stages.extract_features.execution.ray_worker import WorkerSetup
 from stages.extract_features.execution.refresh import compare_and_refresh, compare_one_shard
 from stages.extract_features.extraction import Extraction, bucket_name
 from stages.extract_features.kinds import make_extractions, resolve_device
-from stages.extract_features.summary import ExtractSummary, KindSummary
+from stages.extract_features.summary import (
+    FAILURES_FILE,
+    ExtractSummary,
+    KindSummary,
+    failure_manifest_written,
+)
 from stages.progress import Progress
 
 

@@ -24,7 +24,7 @@ from cache_schema import SortedText, StoreReader
 from stages.clips import ClipsConfig, open_dataset
 from stages.extract_features.config import ExtractConfig
 from stages.extract_features.execution.comparison import compare
-from stages.extract_features.execution.dataset_sources import DatasetSources, read_sources
+from stages.extract_features.fingerprints import DatasetSources, read_sources
 from stages.progress import SilentProgress
 from tests.benchmarks.open_index import KINDS, make_store, measured
 from tests.benchmarks.report import finish, machine, table

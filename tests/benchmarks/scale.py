@@ -428,7 +428,7 @@ def console(cache: Path, empty: Path, *words: str) -> Found:
 
 def list_failures(cache: Path, empty: Path, _: int) -> Found:
     """All clips are skipped, and `failures.jsonl` is not there yet."""
-    from stages.extract_features.execution.failures import FAILURES_FILE, failure_manifest_written
+    from stages.extract_features.summary import FAILURES_FILE, failure_manifest_written
 
     copy_links(cache, empty / "cache")
 

@@ -14,7 +14,7 @@ from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from cache_schema.atomic_io import write_atomic
 from pipeline.failures import error_text
 from stages.clips.video.encoding import write_video
-from stages.extract_features.execution.failures import write_failure_manifest
+from stages.extract_features.summary import write_failure_manifest
 from stages.train_student.logging.rows import RowFile
 
 SETTINGS = StoreSettings(

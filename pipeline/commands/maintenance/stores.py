@@ -14,7 +14,7 @@ from cache_schema.names import STORE_FILE
 from cache_schema.storage import is_url, open_storage
 from pipeline.console import CommandResult
 from pipeline.failures import FAILED, error_text
-from stages.extract_features.execution.failures import FAILURES_FILE, write_failure_manifest
+from stages.extract_features.summary import FAILURES_FILE, write_failure_manifest
 from stages.progress import Progress, Task
 
 PathOrUrl = Path | str

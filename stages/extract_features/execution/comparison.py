@@ -14,8 +14,7 @@ from cache_schema.maintenance.drop import DROPPED
 from stages.clips import ClipDataset, InputShard
 from stages.clips.fingerprints import NO_VIDEO, source_hashes, video_hashes
 from stages.extract_features.config import Kind
-from stages.extract_features.execution.dataset_sources import DatasetSources
-from stages.extract_features.fingerprints import SOURCES
+from stages.extract_features.fingerprints import SOURCES, DatasetSources
 
 _MAX_NAMED = 5
 """Maximum number of keys named in a message."""

@@ -199,7 +199,7 @@ class _Plan:
         """Yield a job per retry number, shared by stores with as many retry shards."""
         by_number: dict[int, dict[Kind, frozenset[str] | None]] = defaultdict(dict)
         for kind in kinds:
-            number = _next_retry_number(shard.name, self._writers[kind])
+            number = next_retry_number(shard.name, self._writers[kind])
             by_number[number][kind] = self._keys_in(index, self._wanted_by_kind[kind])
         for number, keys in sorted(by_number.items()):
             yield ShardJob(
@@ -212,7 +212,7 @@ class _Plan:
             )
 
 
-def _next_retry_number(name: str, writer: StoreWriter) -> int:
+def next_retry_number(name: str, writer: StoreWriter) -> int:
     """Return the number of the first unfinished retry shard."""
     number = 1
     while writer.is_committed(retry_shard_name(name, number)):

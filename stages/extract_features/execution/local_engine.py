@@ -7,7 +7,7 @@ others have not finished, including those of a process that died.
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -19,6 +19,7 @@ from stages.extract_features.config import Kind, TeacherConfig
 from stages.extract_features.execution.jobs import JobPlan, ShardJob, pending_jobs, rank_order
 from stages.extract_features.execution.worker import ShardWorker
 from stages.extract_features.extraction import Extraction, bucket_name
+from stages.processes.stop_request import check_stop
 from stages.progress import Progress
 
 
@@ -120,6 +121,32 @@ def _run_jobs(
         except ShardBusy as error:
             progress.log(f"{' and '.join(job.keys)}: postponed, {error}")
         bar.count_others()
+
+
+POLL_INTERVAL_S = 5.0
+
+_MAX_NAMED = 5
+"""Maximum number of shards named in a message."""
+
+
+def wait_for_others(left: Callable[[], Mapping[str, bool]], progress: Progress) -> None:
+    """Wait until no shard is left, or until one is left that no process is writing.
+
+    There is no time limit, since a shard may take long. A lock is released when its process ends.
+
+    Args:
+        left: Returns the unfinished shards, and whether another process is writing each.
+        progress: Logs the shards that are waited for, whenever they change.
+    """
+    logged: set[str] = set()
+    while (shards := left()) and all(shards.values()):
+        if logged != shards.keys():
+            logged = set(shards)
+            named = ", ".join(sorted(logged)[:_MAX_NAMED])
+            more = f" and {len(logged) - _MAX_NAMED} more" if len(logged) > _MAX_NAMED else ""
+            progress.log(f"waiting for other processes, which are writing {named}{more}")
+        time.sleep(POLL_INTERVAL_S)
+        check_stop()
 
 
 class ClipCounts:

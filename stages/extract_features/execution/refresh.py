@@ -20,9 +20,8 @@ from stages.extract_features.execution.comparison import (
     compare,
     raise_if_other_dataset,
 )
-from stages.extract_features.execution.dataset_sources import DatasetSources, read_sources
 from stages.extract_features.execution.jobs import rank_order
-from stages.extract_features.fingerprints import SOURCES
+from stages.extract_features.fingerprints import SOURCES, DatasetSources, read_sources
 from stages.progress import Progress, SilentProgress
 
 _CLIPS_COMPARED_FIRST = 64

@@ -1,16 +1,12 @@
 """Runs one job at a time with one model: reads ahead, computes, and writes in a thread."""
 
-import contextlib
-import queue
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,100 +16,12 @@ from stages.clips import BadRecord, ClipRecord, ClipSkipped, InputShard, is_in_b
 from stages.clips.fingerprints import NO_VIDEO, hash_video
 from stages.extract_features.config import Kind, TeacherConfig
 from stages.extract_features.execution.comparison import compare, has_clip_of
-from stages.extract_features.execution.dataset_sources import read_sources
 from stages.extract_features.execution.jobs import ShardJob, plan_jobs
-from stages.extract_features.execution.prefetch import prefetch_map
+from stages.extract_features.execution.threads import BackgroundWriter, prefetch_map
 from stages.extract_features.extraction import Extracted, Extraction, Outcome, release_memory
-from stages.extract_features.fingerprints import fingerprint_of
+from stages.extract_features.fingerprints import fingerprint_of, read_sources
 from stages.extract_features.text import TOKENS_CUT
-from stages.processes import background
 from stages.progress import SilentProgress
-
-Item = TypeVar("Item")
-
-_WRITING = "writing a clip into the cache"
-
-
-class BackgroundWriter(Generic[Item]):
-    """Writes items in order in a background thread.
-
-    After the first error nothing more is written, and the next call raises the error. Exiting the
-    context writes all queued items, even if the block failed, since they are already computed.
-
-    Args:
-        write: Called with one item at a time.
-        waiting: Maximum number of queued items; `put` blocks beyond it, which bounds memory.
-    """
-
-    def __init__(self, write: Callable[[Item], None], *, waiting: int = 1) -> None:
-        self._write = write
-        self._items: queue.Queue[tuple[Item] | None] = queue.Queue(maxsize=waiting)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name="write-behind", daemon=True)
-
-    def _work(self) -> None:
-        while (item := self._items.get()) is not None:
-            if self._error is None:
-                try:
-                    self._write(*item)
-                except BaseException as error:  # raised by the next put() or drain()
-                    self._error = error
-            self._items.task_done()
-        self._items.task_done()
-
-    def put(self, item: Item) -> None:
-        """Queue an item; raise the error of an earlier write.
-
-        Raises:
-            TimeoutError: An item takes longer than `background.TIMEOUT_S` to write.
-        """
-        self._raise_error()
-        self._put((item,))
-
-    def drain(self) -> None:
-        """Wait until everything is written; raise the error of an earlier write."""
-        deadline = time.monotonic() + (self._items.maxsize + 1) * background.TIMEOUT_S
-        with self._items.all_tasks_done:
-            while self._items.unfinished_tasks:
-                if not self._items.all_tasks_done.wait(deadline - time.monotonic()):
-                    raise background.timeout_error(_WRITING)
-        self._raise_error()
-
-    def _put(self, item: tuple[Item] | None) -> None:
-        try:
-            self._items.put(item, timeout=background.TIMEOUT_S)
-        except queue.Full:
-            raise background.timeout_error(_WRITING) from None
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        # A timeout of this thread or another: storage may not respond for long.
-        if isinstance(error, TimeoutError):
-            with contextlib.suppress(queue.Full):
-                self._items.put(None, timeout=background.SHUTDOWN_TIMEOUT_S)
-            self._thread.join(background.SHUTDOWN_TIMEOUT_S)
-            return
-        self._put(None)
-        self._thread.join((self._items.maxsize + 1) * background.TIMEOUT_S)
-        if self._thread.is_alive():
-            raise background.timeout_error(_WRITING)
-        if error is None:
-            self._raise_error()
-        elif self._error is not None and error is not self._error:
-            error.add_note(f"writing what was computed before failed too: {self._error}")
-
 
 _PREPARE_THREADS = 2
 

@@ -16,12 +16,13 @@ from stages.extract_features.config import Kind, TeacherConfig
 from stages.extract_features.extraction import Extracted, Outcome, sha256_of_file
 from stages.extract_features.prompts import ChosenPrompt, PromptChooser
 from stages.extract_features.teacher.prompts import subjects_to_track
-from stages.extract_features.teacher.quality import refusal, track_attributes
 from stages.extract_features.teacher.stores import (
     features_on_grid,
     mask_arrays,
+    refusal,
     subject_settings,
     teacher_arrays,
+    track_attributes,
     tracking_settings,
 )
 from stages.extract_features.teacher.two_way import Subject, SubjectTrack, SubjectTracker

@@ -1,4 +1,4 @@
-"""Settings of the teacher and mask stores, and a clip's arrays, computed from its tracks."""
+"""Settings of the teacher and mask stores; quality, arrays and attributes of a clip's tracks."""
 
 # Legend: T frame, M map of the teacher (a frame or a latent frame), H W grid or mask, C channel,
 # G fused channel.
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from cache_schema import JSON, ArraySpec, StoreSettings
-from stages.clips import ClipsConfig
+from stages.clips import Clip, ClipsConfig, ClipSkipped
 from stages.extract_features.config import Kind, TeacherConfig
 from stages.extract_features.extraction import clip_settings
+from stages.extract_features.prompts import ChosenPrompt
 from stages.extract_features.teacher.two_way import SubjectTrack, Track
 from stages.local_gram_flow import (
     frames_to_latents,
@@ -159,6 +160,60 @@ def features_on_grid(frame: TrackedFrame, config: TeacherConfig, clips: ClipsCon
     return resample_to_grid(features_CHW[None], *clips.token_grid)[0]
 
 
+def refusal(tracks: Sequence[SubjectTrack], *, min_cycle_consistency: float) -> ClipSkipped | None:
+    """Return why a clip is skipped, or None if its tracks are good enough.
+
+    Returns:
+        subject_lost, if no two consecutive frames are valid, so that there is no motion to learn;
+        inconsistent, if the forward and backward masks overlap too little.
+    """
+    valid_T = valid_frames(tracks)
+    if not (valid_T[:-1] & valid_T[1:]).any():
+        return ClipSkipped(
+            "subject_lost",
+            f"every track sees its subject on {int(valid_T.sum())} of {len(valid_T)} frames, no "
+            f"two of them neighbours; the forward track sees it last on frame {_last(tracks)}",
+        )
+    consistency = _cycle_consistency(tracks)
+    if consistency is not None and consistency < min_cycle_consistency:
+        return ClipSkipped(
+            "inconsistent",
+            f"forward and backward masks overlap by {consistency:.3f} on average; "
+            f"extract.teacher.min_cycle_consistency is {min_cycle_consistency:g}",
+        )
+    return None
+
+
+def track_attributes(
+    clip: Clip, chosen: ChosenPrompt, tracks: Sequence[SubjectTrack]
+) -> dict[str, JSON]:
+    """Return the attributes stored with a clip's arrays.
+
+    first_frame to last_frame is the range covered by every subject's forward track; lost_at is the
+    next frame, null if the range reaches the end of the clip. quality is the mean cycle consistency
+    over the subjects, null without a backward pass.
+    """
+    last_frame, valid_T = _last(tracks), valid_frames(tracks)
+    return {
+        "num_frames": len(valid_T),
+        "prompt": {
+            **chosen.detail,
+            "source": chosen.source,
+            "kinds": [subject.kind for subject in chosen.subjects],
+            "frame": chosen.frame,
+            "subjects": len(chosen.subjects),
+            "confidence": chosen.confidence,
+            "backward": tracks[0].backward_prompt,
+        },
+        "first_frame": max(track.first_frame for track in tracks),
+        "last_frame": last_frame,
+        "lost_at": last_frame + 1 if last_frame + 1 < len(valid_T) else None,
+        "valid_frames": int(valid_T.sum()),
+        "quality": _cycle_consistency(tracks),
+        "geometry": dict(clip.geometry.as_dict()),
+    }
+
+
 def teacher_arrays(tracks: Sequence[SubjectTrack], config: TeacherConfig) -> dict[str, np.ndarray]:
     """Return a clip's arrays in the teacher store.
 
@@ -199,6 +254,15 @@ def mask_arrays(tracks: Sequence[SubjectTrack], clips: ClipsConfig) -> dict[str,
 def valid_frames(tracks: Sequence[SubjectTrack]) -> Tensor:
     """bool [T] on the host: frames on which every track sees its subject."""
     return _all(track.usable_T for track in tracks)
+
+
+def _last(tracks: Sequence[SubjectTrack]) -> int:
+    return min(track.last_frame for track in tracks)
+
+
+def _cycle_consistency(tracks: Sequence[SubjectTrack]) -> float | None:
+    known = [track.cycle_consistency for track in tracks if track.cycle_consistency is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _fused(track: SubjectTrack, config: TeacherConfig) -> Tensor:

@@ -25,7 +25,7 @@ from cache_schema.maintenance.drop import drop_clips
 from cache_schema.maintenance.repair import repair_store
 from cache_schema.maintenance.replace_shard import change_fingerprints
 from stages.extract_features.derive import DeriveSummary, derive_gram_flow
-from stages.extract_features.execution import other_writers
+from stages.extract_features.execution import local_engine
 from stages.local_gram_flow import regrid_fused
 from stages.progress import SilentProgress
 from stages.teacher_store.config import FeatureDtype, FlowDtype, GramFlowConfig
@@ -193,7 +193,7 @@ def test_a_shard_that_another_process_is_at_is_waited_for(
             assert text == "waiting for other processes, which are writing 00000"
             held.close()
 
-    monkeypatch.setattr(other_writers, "POLL_INTERVAL_S", 0.0)
+    monkeypatch.setattr(local_engine, "POLL_INTERVAL_S", 0.0)
     teacher = write_teacher()
     settings = gram_flow_settings(
         StoreReader(teacher).settings, radius=2, dtype="float16", token_grid=(3, 4)

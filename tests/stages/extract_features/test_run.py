@@ -20,7 +20,7 @@ from cache_schema import StoreReader, StoreWriter, verify_store
 from stages.clips import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig, Kind
-from stages.extract_features.execution import other_writers
+from stages.extract_features.execution import local_engine
 from stages.extract_features.run import extract_features
 from stages.extract_features.summary import ExtractSummary
 from stages.progress import SilentProgress
@@ -337,7 +337,7 @@ def test_a_shard_that_another_process_writes_is_waited_for(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(other_writers, "POLL_INTERVAL_S", 0.0)
+    monkeypatch.setattr(local_engine, "POLL_INTERVAL_S", 0.0)
     reader = StoreReader(whole.kinds[0].store)
     other = StoreWriter.open(tmp_path, reader.settings, provenance={})
     with contextlib.ExitStack() as held:

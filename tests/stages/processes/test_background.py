@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.extract_features.execution.prefetch import prefetch, prefetch_map
-from stages.extract_features.execution.worker import BackgroundWriter
+from stages.extract_features.execution.threads import BackgroundWriter, prefetch, prefetch_map
 from stages.processes import background
 from stages.processes.background import DaemonPool, result_of
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from cache_schema import ArraySpec, SkippedClip, StoreReader, StoreSettings, StoreWriter
-from stages.extract_features.execution import failures
-from stages.extract_features.execution.failures import (
+from stages.extract_features import summary
+from stages.extract_features.summary import (
     failure_manifest_written,
     write_failure_manifest,
 )
@@ -126,7 +126,7 @@ def test_failures_are_written_shard_by_shard(
             yield clip
 
     monkeypatch.setattr(StoreReader, "iter_skipped", noting)
-    written = failures._lines(StoreReader(writer.path))
+    written = summary._lines(StoreReader(writer.path))
     next(written)
     # The first of the next shard ends the one before.
     assert given == ["0", "1"]
