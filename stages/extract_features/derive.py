@@ -180,7 +180,8 @@ class _Derivation:
         self, shard: str, source: str, clips: Sequence[ClipEntry], skipped: Sequence[SkippedClip]
     ) -> bool:
         """Write a shard unless it is finished; return False if another process is writing it."""
-        made_from = {clip.key: clip.fingerprint for clip in (*skipped, *clips)}
+        listed: list[ClipEntry | SkippedClip] = [*skipped, *clips]
+        made_from = {clip.key: clip.fingerprint for clip in listed}
         try:
             with self._writer.shard(
                 shard,
