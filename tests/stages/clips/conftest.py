@@ -1,9 +1,9 @@
-"""Small videos of every awkward sort, and datasets made of them."""
+"""Small videos of every awkward sort, datasets made of them, and what becomes of their clips."""
 
 import io
 import json
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,17 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
-from stages.clips import ClipRecord, ClipsConfig, SubjectPrompt
+from stages.clips import (
+    BadRecord,
+    ClipRecord,
+    ClipsConfig,
+    ClipSkipped,
+    SubjectPrompt,
+    load_clip,
+    open_dataset,
+)
 
 _FINEST = {
     "libx264": {"crf": "1", "threads": "1"},
@@ -107,6 +116,72 @@ def write_jsonl(folder: Path, rows: list[dict[str, Any] | bytes]) -> Path:
     return path
 
 
+def read_all(config: ClipsConfig) -> list[ClipRecord | BadRecord]:
+    return [record for shard in open_dataset(config).shards for record in shard.records()]
+
+
+def by_key(records: list[ClipRecord | BadRecord]) -> dict[str, ClipRecord | BadRecord]:
+    assert len({record.key for record in records}) == len(records), "keys must be unique"
+    return {record.key: record for record in records}
+
+
+def outcomes(config: ClipsConfig) -> Iterator[tuple[str, str, str]]:
+    """Key, reason or "works", and detail (the caption of a good one) of every record."""
+    for shard in open_dataset(config).shards:
+        for record in shard.records():
+            key = record.key.removeprefix(f"{shard.name}/")
+            if isinstance(record, BadRecord):
+                yield key, record.reason, record.detail
+                continue
+            try:
+                clip = load_clip(record, config)
+            except ClipSkipped as skipped:
+                yield key, skipped.reason, skipped.detail
+            else:
+                assert clip.frames_THWC.shape == (config.num_frames, 32, 48, 3)
+                yield key, "works", record.caption or ""
+
+
+def png(image: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, format="PNG")
+    return out.getvalue()
+
+
+@pytest.fixture
+def between_good_clips(
+    config: Callable[..., ClipsConfig], tmp_path: Path
+) -> Callable[..., list[tuple[str, str, str]]]:
+    """Reads members between two good clips of one tar; these must be read as if alone."""
+
+    def read(
+        members: list[tuple[str | tarfile.TarInfo, bytes]], **changes: Any
+    ) -> list[tuple[str, str, str]]:
+        clips = config(path=tmp_path / "data", **changes)
+        good = encode(counting_frames(clips.num_frames))
+        clips.path.mkdir()
+        before, after = (
+            [(f"{name}.mp4", good), (f"{name}.txt", name.encode())] for name in ("before", "after")
+        )
+        with tarfile.open(clips.path / "t.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+            for name, content in [*before, *members, *after]:
+                member = tarfile.TarInfo(name) if isinstance(name, str) else name
+                if isinstance(name, str):
+                    member.size = len(content)
+                tar.addfile(member, io.BytesIO(content) if content else None)
+                if member.size and not content:  # a hole: takes no room on the disk
+                    tar.offset += -(-member.size // 512) * 512
+                    tar.fileobj.seek(tar.offset)
+        found = list(outcomes(clips))
+        assert found[0] == ("before", "works", "before")
+        assert found[-1] == ("after", "works", "after")
+        assert open_dataset(clips).shards[0].num_clips() == len(found)
+        assert [entry.name for entry in tmp_path.rglob("*")] == ["data", "t.tar"]
+        return found[1:-1]
+
+    return read
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Callable[..., ClipsConfig]:
     """A configuration for tiny clips: 9 frames of 32x48 at 8 frames/s."""
@@ -125,6 +200,10 @@ def tools() -> Any:
     class Tools:
         B_FRAMES = B_FRAMES
         encode = staticmethod(encode)
+        outcomes = staticmethod(outcomes)
+        read_all = staticmethod(read_all)
+        by_key = staticmethod(by_key)
+        png = staticmethod(png)
         counting_frames = staticmethod(counting_frames)
         numbers_of = staticmethod(numbers_of)
         corner_frame = staticmethod(corner_frame)

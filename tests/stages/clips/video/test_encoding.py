@@ -49,7 +49,7 @@ for height, width in ((64, 96), (50, 66)):
 
 
 def hashes_in_another_process(*arguments, **environment):
-    repository = str(Path(__file__).parents[3])
+    repository = str(Path(__file__).parents[4])
     environment = {**os.environ, "PYTHONPATH": repository, **environment}
     command = [sys.executable, "-c", HASH_ENCODED_AND_DECODED, *arguments]
     return subprocess.run(

@@ -6,48 +6,16 @@ import re
 import shutil
 import subprocess
 import sys
-import tracemalloc
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from stages.clips import BadRecord, ClipRecord, load_clip, open_dataset
-
-
-@pytest.fixture
-def video(tools) -> bytes:
-    return tools.encode(tools.counting_frames(9))
-
-
-@pytest.fixture
-def fill(tmp_path, video):
-    """Make files under a folder: text as given, videos and pictures by their suffix."""
-
-    def make(files: dict[str, str | bytes], folder: str = "data") -> Path:
-        root = tmp_path / folder
-        for name, content in files.items():
-            path = root / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix.lower() in (".mp4", ".mov") and not content:
-                content = video
-            path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return root
-
-    return make
-
-
-def captions(config) -> dict[str, str | None]:
-    records = [record for shard in open_dataset(config).shards for record in shard.records()]
-    assert not [record for record in records if isinstance(record, BadRecord)], records
-    assert len({record.key for record in records}) == len(records)
-    return {record.key: record.caption for record in records}
+from stages.clips import ClipRecord, load_clip, open_dataset
 
 
 @pytest.mark.parametrize("listed", ["videos.txt", "video.txt"])
 @pytest.mark.parametrize("told", ["prompts.txt", "prompt.txt", "captions.txt", "caption.txt"])
-def test_captions_and_videos_in_two_lists(told, listed, fill, config):
+def test_captions_and_videos_in_two_lists(captions, told, listed, fill, config):
     """CogVideo's and finetrainers' `--caption_column prompts.txt --video_column videos.txt`."""
     root = fill(
         {
@@ -94,118 +62,7 @@ def test_a_bad_line_of_a_list_spoils_no_other(fill, config):
     assert "line 3" in found[2].detail and "UTF-8" in found[3].detail
 
 
-def test_videos_with_captions_beside_them(fill, config, tools):
-    root = fill(
-        {
-            "lion.mp4": "",
-            "lion.txt": "A lion.",
-            "deep/1.0 bear.mov": "",
-            "deep/1.0 bear.json": '{"caption": "A bear.", "box_xyxy": [2, 3, 20, 30]}',
-            "deep/blank.mp4": "",
-            "deep/blank.TXT": " ",
-            "deep/blank.json": '{"text": "A cat."}',
-            "alone.MP4": "",
-            "README.txt": "About.",
-            "._lion.mp4": "x",
-            ".DS_Store": "x",
-            "__MACOSX/lion.mp4": "x",
-        }
-    )
-    mask = np.zeros((32, 48), np.uint8)
-    mask[4:20, 8:30] = 255
-    Image.fromarray(mask).save(root / "lion.mask.png")
-    Image.fromarray(mask).save(root / "lion.last.mask.0.png")
-    dataset = open_dataset(config(path=root, clips_per_shard=3))
-    assert dataset.layout == (
-        "4 videos with captions beside them, 1 without; 1 .txt without a video of the same name: "
-        "README.txt"
-    )
-    assert [shard.num_clips() for shard in dataset.shards] == [3, 1]
-    records = {record.key: record for shard in dataset.shards for record in shard.records()}
-    assert {key: record.caption for key, record in records.items()} == {
-        "alone": None,
-        "deep/1.0 bear": "A bear.",
-        "deep/blank": "A cat.",
-        "lion": "A lion.",
-    }
-    assert records["deep/1.0 bear"].prompts[0].box_xyxy == (2.0, 3.0, 20.0, 30.0)
-    lion = load_clip(records["lion"], config())
-    assert np.array_equal(lion.prompts[0].mask_HW, mask > 0)
-    assert [prompt.kind for prompt in lion.last_frame_prompts] == ["mask"]
-    assert (
-        sum(shard.num_bytes() for shard in dataset.shards) == 4 * (root / "lion.mp4").stat().st_size
-    )
-
-
-def test_links_to_folders_are_followed_once(fill, config):
-    root = fill({"a.mp4": "", "a.txt": "A"})
-    elsewhere = fill({"b.mp4": "", "b.txt": "B"}, folder="elsewhere")
-    (root / "linked").symlink_to(elsewhere)
-    (root / "linked_again").symlink_to(elsewhere)
-    (root / "circle").symlink_to(root)
-    assert captions(config(path=root)) == {"a": "A", "linked/b": "B"}
-
-
-def test_what_is_there_twice_beside_a_video_is_refused(fill, config):
-    root = fill({"a.mp4": "", "a.mov": "", "a.txt": "A", "b.mp4": "", "b.txt": "B", "b.TXT": "C"})
-    found = [
-        record for shard in open_dataset(config(path=root)).shards for record in shard.records()
-    ]
-    assert [(record.key, record.reason) for record in found] == [
-        ("a", "bad_record"),
-        ("b", "bad_record"),
-    ]
-    assert "mov" in found[0].detail and "b.TXT" in found[1].detail
-
-
-def test_any_number_of_files_beside_a_video_are_its_own(fill, config):
-    masks = {f"a.mask.{number}.png": "x" for number in range(500)}
-    root = fill({"a.mp4": "", "a.txt": "A", "a.b.mp4": "", "a.b.txt": "B"} | masks)
-    records = [r for shard in open_dataset(config(path=root)).shards for r in shard.records()]
-    assert [record.key for record in records] == ["a", "a.b"]
-    assert "500 masks" in records[0].detail and records[1].caption == "B"
-
-
-def test_a_folder_of_videos_takes_few_bytes_each(fill, config):
-    count = 2000
-    folder = fill(
-        {f"clip-{number:08d}.{s}": "x" for number in range(count) for s in ("mp4", "txt")}
-    )
-    tracemalloc.start()
-    shards = open_dataset(config(path=folder, clips_per_shard=count)).shards
-    kept, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert len(list(shards[0].records())) == count
-    assert kept < 150 * count and peak < 450 * count
-
-
-def test_one_video_is_a_dataset(fill, config):
-    root = fill(
-        {"lion.mp4": "", "lion.txt": "A lion.", "bear.mp4": "", "video.mp4": "", "video.txt": "V"}
-    )
-    assert captions(config(path=root / "lion.mp4")) == {"lion": "A lion."}
-    assert captions(config(path=root)) == {"lion": "A lion.", "bear": None, "video": "V"}
-    assert captions(config(path=root / "*.mp4")) == captions(config(path=root))
-    assert captions(config(path=root / "{lion,video}.mp4")) == {"lion": "A lion.", "video": "V"}
-    with pytest.raises(ValueError, match=r"no caption\. Expected bear.txt beside bear.mp4"):
-        open_dataset(config(path=root / "bear.mp4"))
-
-
-def test_videos_without_captions_say_what_is_lacking(fill, config):
-    root = fill({"deep/b.mp4": "", "deep/a.mp4": ""})
-    with pytest.raises(ValueError) as told:
-        open_dataset(config(path=root))
-    assert "2 videos and no caption. Expected deep/a.txt beside deep/a.mp4" in str(told.value)
-    example = json.loads(re.search(r"\{.*\}", str(told.value))[0])
-    (root / "metadata.jsonl").write_text(json.dumps(example))
-    assert captions(config(path=root)) == {"deep/a": "…"}
-    (root / "metadata.jsonl").unlink()
-    (root / "prompts.txt").write_text("A\nB\n")
-    with pytest.raises(ValueError, match=r"beside prompts\.txt, a videos\.txt"):
-        open_dataset(config(path=root))
-
-
-def test_patterns_of_tars(tools, video, config, tmp_path):
+def test_patterns_of_tars(captions, tools, video, config, tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         for number in range(12):
@@ -245,14 +102,14 @@ def test_patterns_of_tars(tools, video, config, tmp_path):
         open_dataset(config(path=tmp_path / "{0..999}{0..999}{0..9}.tar"))
 
 
-def test_a_folder_whose_name_looks_like_a_pattern_is_that_folder(fill, config):
+def test_a_folder_whose_name_looks_like_a_pattern_is_that_folder(captions, fill, config):
     root = fill({"a.mp4": "", "a.txt": "A"}, folder="clips [new] {1}")
     assert captions(config(path=root)) == {"a": "A"}
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
 @pytest.mark.parametrize("column", ["text", "prompt"])
-def test_captions_in_another_column(name, column, fill, config):
+def test_captions_in_another_column(captions, name, column, fill, config):
     rows = [
         {"file_name": "a.mp4", column: "A dog.", "fps": "24"},
         {"file_name": "b.mp4", column: "B"},
@@ -267,7 +124,7 @@ def test_captions_in_another_column(name, column, fill, config):
     assert open_dataset(config(path=root)).layout == words
 
 
-def test_a_caption_column_goes_before_others_in_the_whole_file(fill, config):
+def test_a_caption_column_goes_before_others_in_the_whole_file(captions, fill, config):
     rows = [{"file_name": "a.mp4", "caption": "A"}, {"file_name": "b.mp4", "text": "B"}]
     root = fill({"metadata.jsonl": "\n".join(map(json.dumps, rows))})
     assert captions(config(path=root)) == {"a": "A", "b": None}
@@ -277,7 +134,7 @@ def test_a_caption_column_goes_before_others_in_the_whole_file(fill, config):
         open_dataset(config(path=root))
 
 
-def test_a_metadata_file_may_have_any_name(fill, config):
+def test_a_metadata_file_may_have_any_name(captions, fill, config):
     root = fill({"a.mp4": "", "train.jsonl": '{"file_name": "a.mp4", "caption": "A"}'})
     assert captions(config(path=root / "train.jsonl")) == {"a": "A"}
 
@@ -297,7 +154,7 @@ AMBIGUOUS = {
 
 
 @pytest.mark.parametrize("name", AMBIGUOUS)
-def test_where_two_layouts_fit_both_are_named_and_each_can_be_chosen(name, fill, config):
+def test_where_two_layouts_fit_both_are_named_and_each_can_be_chosen(captions, name, fill, config):
     root = fill(AMBIGUOUS[name])
     with pytest.raises(ValueError, match="several datasets") as told:
         open_dataset(config(path=root))
@@ -324,7 +181,7 @@ def run(command: str) -> None:
 
 @pytest.mark.parametrize("names", [["0.tar.gz"], ["0.tar.gz", "1.tar.gz"], ["0.tgz"]])
 def test_compressed_tars_come_with_the_command_that_unpacks_them(
-    names, fill, tools, video, config, tmp_path
+    captions, names, fill, tools, video, config, tmp_path
 ):
     tar = tools.write_tar(tmp_path / "t", [("x.mp4", video), ("x.txt", b"X")]).read_bytes()
     root = fill({name: gzip.compress(tar) for name in names}, folder="my data")
@@ -346,7 +203,7 @@ def test_compressed_tars_come_with_the_command_that_unpacks_them(
     ],
 )
 def test_lists_in_other_dialects_come_with_the_command_that_writes_them_anew(
-    name, content, fill, config
+    captions, name, content, fill, config
 ):
     root = fill({"a.mp4": "", name: content}, folder="my data")
     with pytest.raises(ValueError) as told:
@@ -356,7 +213,7 @@ def test_lists_in_other_dialects_come_with_the_command_that_writes_them_anew(
     assert captions(config(path=Path(anew))) == {"a": "Ä"}
 
 
-def test_labels_beside_videos_come_with_the_command_that_joins_them(fill, config):
+def test_labels_beside_videos_come_with_the_command_that_joins_them(captions, fill, config):
     root = fill({"videos/1.mp4": "", "labels/1.txt": "A"}, folder="my data")
     with pytest.raises(ValueError, match="side by side") as told:
         open_dataset(config(path=root))
