@@ -7,7 +7,11 @@ from PIL import Image
 
 from cache_schema import ClipMissing, StoreReader
 from stages.clips import encode_video, open_dataset, read_video
-from stages.inspect_cache.draw_store import draw_store
+from stages.inspect_cache.clip_view import flow_of_features, view_clip
+from stages.inspect_cache.colours import flow_colours
+from stages.inspect_cache.draw_store import draw_flow, draw_store, view_figure
+from stages.inspect_cache.drawing import panel_figure, spread_moments
+from stages.inspect_cache.drawing import pixels as rendered
 from stages.local_gram_flow import regrid_fused
 from stages.progress import SilentProgress
 from stages.teacher_store.features import encode_features
@@ -138,8 +142,7 @@ def test_features_on_sam2s_own_grid_are_shown_on_the_students(
     resampled = regrid_fused(torch.from_numpy(native), *clips.token_grid, 2).numpy()
     other = write_store("teacher", "features", resampled, shard="00001")
     same = draw(other, clips, tmp_path / "student", dataset=dataset(clips, name="00001"))
-    left, right = (np.asarray(Image.open(d.picture))[40:] for d in (drawing, same))
-    assert (left == right).all()
+    assert (pixels(drawing) == pixels(same)).all()
 
 
 def test_moments_that_are_not_valid_are_marked(moving_features, write_store, clips, tmp_path):
@@ -149,7 +152,7 @@ def test_moments_that_are_not_valid_are_marked(moving_features, write_store, cli
     for valid in (np.ones(9), np.arange(9) < 6):
         settings = {"all valid": bool(valid.all())}
         store = write_store("teacher", "features", features_THWC, valid=valid, settings=settings)
-        picture = np.asarray(Image.open(draw(store, clips, tmp_path).picture)).astype(int)
+        picture = pixels(draw(store, clips, tmp_path))
         red.append(int((np.abs(picture - (200, 30, 30)).sum(-1) < 3).sum()))
     assert red[0] == 0
     assert red[1] > 500
@@ -196,10 +199,9 @@ def test_a_gram_flow_store_shows_the_flow_that_its_features_show(
     drawing = draw(flow, clips, tmp_path / "flow", dataset=dataset(clips))
     assert drawing.notes == ()
     found, expected = pixels(drawing), pixels(whole)
-    # Frame and flow are 288 wide, 8 apart, after 72 of labels; the colours stood between them.
-    without = np.concatenate([expected[:, : 72 + 296], expected[:, 72 + 2 * 296 :]], axis=1)
-    assert found.shape == without.shape
-    panels = np.abs(found - without)[20:]
+    width = found.shape[1] - 180  # the flow's column begins to the right of labels and frames
+    assert found.shape[0] == expected.shape[0]
+    panels = np.abs(found[:, -width // 2 :] - expected[:, -width // 2 :])[20:]
     assert (panels.max(-1) > 24).mean() < 0.01
     video_THW3, fps = read_video(drawing.video)
     assert len(video_THW3) == 8
@@ -231,3 +233,108 @@ def test_features_of_int8_show_what_float16_shows(moving_features, write_store, 
     found = pixels(draw(coded, clips, tmp_path / "coded"))
     expected = pixels(draw(exact, clips, tmp_path / "exact"))
     assert (np.abs(found - expected).max(-1) > 24).mean() < 0.01
+
+
+def figure(features_THWC, moments, *, flow=True, colours=True, frames_THWC=None, **more):
+    flow_PHW2 = flow_of_features(features_THWC, 2, 0.1) if flow else None
+    view = view_clip(features_THWC if colours else None, flow_PHW2, num_frames=9)
+    return view_figure(view, moments, more.get("title", "walk/0007"), frames_THWC)
+
+
+def captions(drawn):
+    return [axes.get_title(loc="left") for axes in drawn.axes if axes.get_title(loc="left")]
+
+
+def test_columns_appear_as_there_is_data(moving_features):
+    features_THWC = moving_features(1, 0)
+    frames_THWC = np.zeros((9, 96, 128, 3), np.uint8)
+    frame, colours = "frame", "principal components as RGB"
+    flow = "implied flow to the next frame"
+    assert captions(figure(features_THWC, [0], flow=False)) == [colours]
+    assert captions(figure(features_THWC, [0], frames_THWC=frames_THWC)) == [frame, colours, flow]
+    assert captions(figure(features_THWC, [0], colours=False)) == [flow]
+
+
+def test_frames_stand_beside_their_own_moment(moving_features):
+    """At latent rate, a row shows the last frame of its group."""
+    frames_THWC = np.arange(9, dtype=np.uint8)[:, None, None, None] * np.full(
+        (1, 96, 128, 3), 20, np.uint8
+    )
+    drawn = figure(moving_features(1, 0)[[0, 4, 8]], [0, 1], frames_THWC=frames_THWC)
+    rows = [axes for axes in drawn.axes if axes.get_ylabel()]
+    assert [axes.get_ylabel() for axes in rows] == ["frame 0", "frame 4"]
+    assert [axes.images[0].get_array().max() for axes in rows] == [0, 80]
+
+
+def test_every_video_frame_has_the_same_even_size(moving_features):
+    features_THWC = moving_features(0, 1, grid=(7, 5))
+    shapes = {rendered(figure(features_THWC, [moment])).shape for moment in range(8)}
+    ((height, width, _),) = shapes
+    assert height % 2 == width % 2 == 0
+
+
+@pytest.mark.parametrize("title", ["走る犬/" + "W" * 400, r"$\frac{1$ \u202e"])
+def test_a_title_too_long_or_in_another_script_stays_within_the_picture(
+    moving_features, title, recwarn
+):
+    drawn = figure(moving_features(1, 0), [0], title=title)
+    picture = rendered(drawn)
+    box = drawn.texts[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= picture.shape[1]
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+    if title.startswith("走"):
+        assert drawn.texts[0].get_text().startswith(r"\u8d70")
+
+
+def flow_panel(flow_HW2, largest=1.0):
+    drawn, ((panel,),) = panel_figure("", "", (1, 1), (1.0, 1.0))
+    draw_flow(panel, flow_HW2, largest, 1.0)
+    drawn.canvas.draw()
+    return panel.images[0].get_array(), panel.collections[0], rendered(drawn)
+
+
+def test_arrows_and_colours_are_those_of_the_flow():
+    flow_HW2 = np.random.default_rng(0).uniform(-1, 1, (4, 6, 2))
+    flow_HW2[0, 0] = (30, 40)
+    colours, arrows, _ = flow_panel(flow_HW2)
+    assert (colours == flow_colours(flow_HW2, 1.0)).all()
+    lengths = np.hypot(*flow_HW2.reshape(-1, 2).T)
+    expected_N2 = flow_HW2.reshape(-1, 2) / np.maximum(lengths, 1)[:, None]
+    np.testing.assert_allclose(np.stack([arrows.U, arrows.V], -1), expected_N2)
+    np.testing.assert_allclose(arrows.XY[8], [2, 1])
+
+
+def test_arrows_point_along_the_flow():
+    """The head is the broad end: more ink on the side the flow goes to; y is downwards."""
+    flow_HW2 = np.zeros((1, 1, 2))
+    flow_HW2[..., 0] = 1.0
+    for flow, along in ((flow_HW2, 1), (flow_HW2[..., ::-1], 0)):
+        ink = np.argwhere(flow_panel(flow)[2][30:].max(-1) < 90)[:, along]
+        middle = (ink.min() + ink.max()) / 2
+        assert (ink > middle).sum() > 1.5 * (ink < middle).sum()
+
+
+def test_fine_grids_get_fewer_arrows_than_tokens():
+    _, arrows, _ = flow_panel(np.tile(np.array([1.0, 0.0]), (64, 64, 1)))
+    assert 20 < len(arrows.U) < 100
+
+
+def test_the_legend_shows_each_direction_where_it_points(moving_features):
+    drawn = figure(moving_features(1, 0), [0])
+    (wheel,) = (a for panel in drawn.axes for a in panel.child_axes)
+    colours = wheel.images[0].get_array()
+    middle = len(colours) // 2
+    assert colours[middle, middle].min() > 240
+    assert colours[middle, -1].tolist() == pytest.approx([255, 0, 0], abs=5)
+    below = flow_colours(np.array([[[0.0, 1.0]]]), 1.0)[0, 0]
+    assert colours[-1, middle].tolist() == pytest.approx(below.tolist(), abs=5)
+
+
+def test_moments_are_spread_but_never_miss_what_matters():
+    assert spread_moments(8, 3) == [0, 4, 7]
+    assert spread_moments(8, 50) == list(range(8))
+    assert spread_moments(49, 8) == [0, 7, 14, 21, 27, 34, 41, 48]
+    assert spread_moments(49, 8, [0]) == [0, 7, 14, 21, 27, 34, 41, 48]
+    assert spread_moments(49, 8, [9, 8]) == [0, 8, 9, 21, 27, 34, 41, 48]
+    assert spread_moments(5, 8, [3]) == [0, 1, 2, 3, 4]
+    assert len(spread_moments(49, 8, list(range(20)))) == 8

@@ -1,17 +1,27 @@
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from cache_schema import ClipMissing, StoreReader
 from stages.clips import Clip, ClipsConfig, SubjectPrompt, read_video
 from stages.clips.geometry import cover_and_crop
 from stages.inspect_cache.clip_facts import describe_track
-from stages.inspect_cache.overlay import draw_overlay, prompts_of
-from stages.inspect_cache.overlay_picture import BACKWARD, FORWARD, PROMPT, sheet_moments
+from stages.inspect_cache.drawing import WARNING, panel_figure, pixels
+from stages.inspect_cache.overlay import (
+    BACKWARD,
+    FORWARD,
+    PROMPT,
+    OverlayView,
+    draw_mask,
+    draw_overlay,
+    draw_prompt,
+    overlay_figure,
+    prompts_of,
+)
 from stages.progress import SilentProgress
 
 FRAMES, SIZE = 9, (24, 32)
-RED = (200, 30, 30)
 
 
 def attributes(**changes):
@@ -56,7 +66,8 @@ def sheet(drawing):
 
 def count(picture, colour, tolerance=3):
     """Pixels of a colour above the legend."""
-    return int((np.abs(picture[:-40] - colour).max(-1) <= tolerance).sum())
+    rgb = 255 * np.array(to_rgb(colour))
+    return int((np.abs(picture[:-60] - rgb).max(-1) <= tolerance).sum())
 
 
 def test_a_masks_store_becomes_a_sheet_and_a_video_at_the_clips_rate(
@@ -74,28 +85,65 @@ def test_a_masks_store_becomes_a_sheet_and_a_video_at_the_clips_rate(
 
 
 def test_every_video_frame_shows_its_own_frame_of_the_clip(store, clips, dataset, tmp_path):
-    """Frame t has the grey level 20 t; a corner of the panel is free of masks."""
+    """Frame t has the grey level 20 t; the right of the panel is free of masks."""
     drawing = draw(store(), clips, tmp_path, dataset=dataset(clips))
     video_THW3, _ = read_video(drawing.video)
     height, width = video_THW3.shape[1:3]
-    corner_T3 = video_THW3[:, height - 60, width - 30].astype(int)
-    assert (np.abs(corner_T3 - 20 * np.arange(FRAMES)[:, None]) <= 6).all()
+    right_T3 = video_THW3[:, height // 2, width - 30].astype(int)
+    assert (np.abs(right_T3 - 20 * np.arange(FRAMES)[:, None]) <= 6).all()
 
 
-def test_masks_are_drawn_where_they_are(store, clips, dataset, tmp_path):
-    """The stored block spans columns 8 to 20 of 32 (forward) and 12 to 24 (backward)."""
-    picture = sheet(draw(store(), clips, tmp_path, dataset=dataset(clips)))
-    panel = picture[60 : 60 + 240, 8 : 8 + 320]  # the first of the sheet's panels, frame 0
-    columns = {}
-    for name, colour in (("forward", FORWARD), ("backward", BACKWARD)):
-        columns[name] = np.nonzero((np.abs(panel - colour).max(-1) <= 3).any(0))[0]
-    assert abs(columns["forward"].min() - 80) <= 3
-    assert abs(columns["backward"].min() - 120) <= 3
-    assert abs(columns["backward"].max() - 240) <= 3
-    tint = panel[120, 100]
-    assert tint[0] > 60 and tint[1] < 40, "inside the forward mask, over black"
-    tint = panel[120, 230]
-    assert tint[2] > 60 and tint[0] < 40, "inside the backward mask, over black"
+def shown(moment=0, *, backward=True, prompts=(), valid=None):
+    """The panel of one black frame, and a function from frame pixels to its rendered colour."""
+    view = OverlayView(
+        title="walk/0007",
+        facts=(),
+        frames_THW3=np.zeros((FRAMES, 96, 128, 3), np.uint8),
+        forward_Thw=masks(8, 20),
+        backward_Thw=masks(12, 24) if backward else None,
+        valid_T=np.ones(FRAMES, bool) if valid is None else valid,
+        prompts={0: prompts} if prompts else {},
+    )
+    drawn = overlay_figure(view, [moment], 2.0)
+    return drawn, colours_of(drawn, drawn.axes[0])
+
+
+def colours_of(drawn, panel):
+    picture_HW3 = pixels(drawn)
+
+    def at(x, y):
+        column, row = panel.transData.transform((x, y))
+        return picture_HW3[int(len(picture_HW3) - row), int(column)].astype(int)
+
+    return at
+
+
+def test_masks_are_drawn_where_they_are():
+    """Of 32 columns, the block spans 8 to 20 (forward) and 12 to 24 (backward)."""
+    drawn, at = shown()
+    forward, _, backward, _ = drawn.axes[0].collections[0:4]
+    for mask, left, right in ((forward, 8, 20), (backward, 12, 24)):
+        extent = mask.get_datalim(drawn.axes[0].transData)
+        assert extent.x0 == pytest.approx(4 * left - 0.5, abs=0.1)
+        assert extent.x1 == pytest.approx(4 * right - 0.5, abs=0.1)
+        assert (extent.y0, extent.y1) == pytest.approx((4 * 6 - 0.5, 4 * 18 - 0.5), abs=0.1)
+    red, green, _ = at(40, 48)
+    assert red > 60 and green < 40, "inside the forward mask, over black"
+    red, _, blue = at(90, 48)
+    assert blue > 60 and red < 40, "inside the backward mask, over black"
+    assert at(60, 48).min() > 40, "both"
+    assert at(120, 48).max() == at(60, 10).max() == 0
+
+
+def test_a_pixel_is_in_from_a_half_on_and_the_frames_edge_is_no_outline():
+    for level, inside in ((127, False), (128, True)):
+        drawn, ((panel,),) = panel_figure("", "", (1, 1), (1.0, 1.0))
+        panel.imshow(np.zeros((8, 8, 3), np.uint8), aspect="auto")
+        panel.autoscale(False)
+        draw_mask(panel, np.full((4, 4), level, np.uint8), "#ffffff", tint=1.0)
+        assert len(panel.collections) == 1, "no outline"
+        at = colours_of(drawn, panel)
+        assert {int(at(x, y).max()) for x in (0, 7) for y in (0, 7)} == {255 * inside}
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -103,7 +151,7 @@ def test_where_both_tracks_agree_both_are_seen(store, clips, dataset, tmp_path, 
     path = store(arrays={"backward": masks(8 + shift, 20 + shift)})
     picture = sheet(draw(path, clips, tmp_path, dataset=dataset(clips)))
     seen = {colour: count(picture, colour) for colour in (FORWARD, BACKWARD)}
-    assert min(seen.values()) > 0.6 * max(seen.values())
+    assert min(seen.values()) > 0.4 * max(seen.values())
 
 
 def test_a_store_of_one_direction_is_drawn(store, clips, tmp_path):
@@ -119,25 +167,56 @@ def test_frames_that_are_not_valid_are_marked_and_shown(store, clips, tmp_path):
     valid = np.arange(FRAMES) < 7
     lost = store(valid=valid, settings={"lost": True}, attributes=attributes(lost_at=7))
     picture = sheet(draw(lost, clips, tmp_path))
-    assert count(whole, RED) == 0
-    assert count(picture, RED) > 1000
+    assert count(whole, WARNING) == 0
+    assert count(picture, WARNING) > 1000
 
 
 def test_the_prompt_is_drawn_on_its_frame_alone(store, clips, dataset, tmp_path):
     box = SubjectPrompt(box_xyxy=(30.0, 20.0, 90.0, 80.0))
     drawing = draw(store(), clips, tmp_path, dataset=dataset(clips, prompts=(box,)))
     video_THW3, _ = read_video(drawing.video)
-    shown = [
-        int((np.abs(image.astype(int)[:-40] - PROMPT).max(-1) < 90).sum()) for image in video_THW3
-    ]
-    assert shown[0] > 300
-    assert max(shown[1:]) < 30
+    pixels_T = [count(image.astype(int), PROMPT, tolerance=90) for image in video_THW3]
+    assert pixels_T[0] > 300
+    assert max(pixels_T[1:]) < 30
+
+
+@pytest.mark.parametrize(
+    ("prompt", "coloured", "untouched"),
+    [
+        (SubjectPrompt(box_xyxy=(30.0, 20.0, 90.0, 80.0)), (30, 50), (60, 50)),
+        (SubjectPrompt(box_xyxy=(-50.0, 20.0, 500.0, 80.0)), (60, 20), (60, 50)),
+        (SubjectPrompt(box_xyxy=(-50.0, 20.0, 500.0, 80.0)), (127, 50), (60, 50)),
+        (
+            SubjectPrompt(points_xy=np.array([[50.0, 60.0]]), point_labels=np.array([1])),
+            (50, 60),
+            (70, 60),
+        ),
+        (SubjectPrompt(mask_HW=np.arange(128)[None].repeat(96, 0) >= 64), (63.5, 50), (70, 50)),
+    ],
+    ids=["box", "top of a box beyond the frame", "right of it", "point", "mask"],
+)
+def test_a_prompt_stands_where_it_points_to(prompt, coloured, untouched):
+    drawn, ((panel,),) = panel_figure("", "", (1, 1), (2.0, 1.5))
+    panel.imshow(np.zeros((96, 128, 3), np.uint8), aspect="auto")
+    panel.autoscale(False)
+    draw_prompt(panel, prompt)
+    at = colours_of(drawn, panel)
+    assert np.abs(at(*coloured) - 255 * np.array(to_rgb(PROMPT))).max() < 60
+    assert at(*untouched).max() == 0
+
+
+def test_a_point_off_the_subject_has_no_colour():
+    points = np.array([[20.0, 20.0], [90.0, 60.0]])
+    prompt = SubjectPrompt(points_xy=points, point_labels=np.array([0, 1]))
+    _, at = shown(prompts=[prompt], backward=False)
+    assert at(20, 20).max() < 60
+    assert np.abs(at(90, 60) - 255 * np.array(to_rgb(PROMPT))).max() < 10
 
 
 def test_without_frames_the_masks_stand_on_grey_and_a_note_says_why(store, clips, tmp_path):
     drawing = draw(store(), clips, tmp_path)
     assert drawing.notes == (f"no frames: no dataset at {clips.path}",)
-    assert count(sheet(drawing), (128, 128, 128)) > 10000
+    assert count(sheet(drawing), "#808080") > 10000
 
 
 def test_other_stores_and_other_sizes_are_refused(store, write_store, clips, tmp_path):
@@ -190,11 +269,3 @@ def test_prompts_come_from_where_the_tracks_took_them():
     boxes = {"source": "grounding", "frame": 4, "boxes": [{"box_xyxy": [2, 3, 4, 5]}]}
     ((frame, (prompt,)),) = prompts_of(attributes(prompt=boxes), both).items()
     assert (frame, prompt.box_xyxy) == (4, (2, 3, 4, 5))
-
-
-def test_a_sheets_frames_are_spread_but_never_miss_what_matters():
-    assert sheet_moments(49, 8, []) == [0, 7, 14, 21, 27, 34, 41, 48]
-    assert sheet_moments(49, 8, [0]) == [0, 7, 14, 21, 27, 34, 41, 48]
-    assert sheet_moments(49, 8, [9, 8]) == [0, 8, 9, 21, 27, 34, 41, 48]
-    assert sheet_moments(5, 8, [3]) == [0, 1, 2, 3, 4]
-    assert len(sheet_moments(49, 8, list(range(20)))) == 8

@@ -1,8 +1,10 @@
-"""Features as RGB colours by PCA, consistent over a whole clip."""
+"""Colours of features (PCA over a whole clip) and of flow vectors."""
 
 import numpy as np
+from matplotlib.colors import hsv_to_rgb
 
-# Legend: T frame, H W token grid, C channel, N = T * H * W tokens.
+# Legend: T frame, H W token grid, C channel, N = T * H * W tokens; the last axis of a flow is
+# (dx, dy), x to the right, y downwards.
 
 
 def pca_colours(features_THWC: np.ndarray, valid_T: np.ndarray | None = None) -> np.ndarray:
@@ -43,3 +45,17 @@ def pca_colours(features_THWC: np.ndarray, valid_T: np.ndarray | None = None) ->
     colours_N3[:, : projected.shape[1]][:, seen] = scaled[:, seen]
     colours = (np.clip(colours_N3, 0.0, 1.0) * 255).round().astype(np.uint8)
     return colours.reshape(*features_THWC.shape[:3], 3)
+
+
+def flow_colours(flow_HW2: np.ndarray, largest: float) -> np.ndarray:
+    """Colour vectors by direction (hue) and length (saturation): uint8 [H, W, 3], white if still.
+
+    Args:
+        flow_HW2: (dx, dy) in any unit.
+        largest: the length, in the same unit, drawn at full saturation.
+    """
+    dx, dy = flow_HW2[..., 0], flow_HW2[..., 1]
+    hue = np.mod(np.arctan2(dy, dx) / (2 * np.pi), 1.0)
+    saturation = np.clip(np.hypot(dx, dy) / largest, 0.0, 1.0)
+    colours = hsv_to_rgb(np.stack([hue, saturation, np.ones_like(hue)], axis=-1))
+    return (colours * 255).round().astype(np.uint8)

@@ -1,7 +1,10 @@
+import colorsys
+import math
+
 import numpy as np
 import pytest
 
-from stages.inspect_cache.feature_colours import pca_colours
+from stages.inspect_cache.colours import flow_colours, pca_colours
 
 
 def features(seed=0, shape=(3, 4, 5, 16)):
@@ -60,3 +63,14 @@ def test_values_that_are_not_finite_are_refused():
 def test_other_axes_are_refused():
     with pytest.raises(ValueError, match=r"must be \[T, H, W, C\]"):
         pca_colours(np.ones((3, 4, 5)))
+
+
+@pytest.mark.parametrize("degrees", range(0, 360, 15))
+@pytest.mark.parametrize("length", [0.0, 0.3, 1.0, 5.0])
+def test_hue_is_direction_and_saturation_length(degrees, length):
+    """Against the standard library's HSV."""
+    angle = math.radians(degrees)
+    flow_HW2 = np.array([[[math.cos(angle) * length, math.sin(angle) * length]]])
+    expected = colorsys.hsv_to_rgb(degrees / 360, min(length / 2.0, 1.0), 1.0)
+    found = flow_colours(flow_HW2, largest=2.0)[0, 0]
+    assert np.abs(found - np.array(expected) * 255).max() <= 1
