@@ -21,7 +21,7 @@ from pipeline.config.schema import (
 )
 from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig, Section
-from stages.demo.config import DemoConfig
+from stages.demo.build import DemoConfig
 from stages.extract_features.config import ExtractConfig
 from stages.files.yaml import YamlError, parse_yaml
 from stages.sample_videos.config import SampleConfig

@@ -1,10 +1,9 @@
 """The built-in demo: a procedural dataset and tiny models of the official classes.
 
-`tiny_cogvideox`, `tiny_vae` and `tiny_sam2` import large libraries, so they are imported lazily.
+`tiny_cogvideox` and `tiny_sam2` import large libraries, so they are imported lazily.
 """
 
-from stages.demo.build import DemoPaths, demo_paths, ensure_demo
-from stages.demo.config import DemoConfig
+from stages.demo.build import DemoConfig, DemoPaths, demo_paths, ensure_demo
 from stages.demo.scenes import FigureClip, draw_clip
 
 __all__ = ["DemoConfig", "DemoPaths", "FigureClip", "demo_paths", "draw_clip", "ensure_demo"]

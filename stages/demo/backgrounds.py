@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-
-from stages.demo.drawing import scrolled, smooth_noise
+from PIL import Image
 
 # Legend: T frame, H W pixels, C colour (RGB, 0 to 1), J joint, 2 x and y.
 
@@ -138,3 +137,34 @@ def _texture(
     texture_HWC[..., 0] += tint_HW
     texture_HWC[..., 2] -= tint_HW
     return np.clip(texture_HWC, 0.0, 1.0)
+
+
+def smooth_noise(
+    random: np.random.Generator, height: int, width: int, *, cell: float
+) -> np.ndarray:
+    """Value noise of three octaves, float64 [height, width], mean about 0, within -1..1.
+
+    Args:
+        random: Random generator.
+        height: Pixels.
+        width: Pixels.
+        cell: Grid spacing of the coarsest octave, pixels.
+    """
+    noise_HW = np.zeros((height, width))
+    for octave, weight in enumerate((0.5, 0.3, 0.2)):
+        step = max(cell / 2**octave, 1.0)
+        shape = (int(np.ceil(height / step)) + 1, int(np.ceil(width / step)) + 1)
+        knots = random.uniform(-1.0, 1.0, shape).astype(np.float32)
+        smooth = Image.fromarray(knots).resize(
+            (width, height), Image.Resampling.BICUBIC, box=(0, 0, width / step, height / step)
+        )
+        noise_HW += weight * np.asarray(smooth, dtype=np.float64)
+    return noise_HW
+
+
+def scrolled(texture_HWC: np.ndarray, left: float, width: int) -> np.ndarray:
+    """A window of `width` pixels that starts at column `left`, interpolated between columns."""
+    column = int(np.floor(left))
+    fraction = left - column
+    near = texture_HWC[:, column : column + width]
+    return near * (1 - fraction) + texture_HWC[:, column + 1 : column + 1 + width] * fraction

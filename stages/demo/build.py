@@ -1,18 +1,39 @@
 """Builds the missing inputs of the built-in demo: clips, a tiny CogVideoX, a tiny SAM2."""
 
+import io
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
+from PIL import Image
+from pydantic import Field
+
 from cache_schema.atomic_io import FileLock
 from cache_schema.checksummed_json import parse_json
-from stages.clips import ClipRecord, ClipsConfig, open_dataset
-from stages.demo.clip_tars import write_clip_tars
-from stages.demo.config import DemoConfig
-from stages.progress import Progress
+from stages.clips import ClipRecord, ClipsConfig, encode_video, open_dataset
+from stages.config import Section
+from stages.demo.scenes import FigureClip, draw_clip
+from stages.progress import Progress, Task
+
+
+class DemoConfig(Section):
+    """The procedural dataset and the tiny models, built if they are missing."""
+
+    root: Path = Path("demo")
+    """Folder for everything the demo creates: clips/, models/, cache/, runs/."""
+    num_clips: int = Field(default=24, ge=1)
+    """Number of clips to draw; 24 is usual."""
+    clips_per_tar: int = Field(default=8, ge=1)
+    """Clips per webdataset tar; 8 is usual."""
+    seed: int = Field(default=0, ge=0)
+    """Random seed of figures, backgrounds, gaits and the tiny SAM2; 0 is usual."""
+    image_to_video: bool = False
+    """Use an image-to-video pipeline (with an untrained transformer) instead of text-to-video."""
+
 
 _PRETRAINED = Path(__file__).parent / "pretrained"
 """The packaged pipeline; `pretraining` reproduces it."""
@@ -188,3 +209,59 @@ def _records(clips: ClipsConfig) -> Iterator[ClipRecord]:
         for record in shard.records():
             assert isinstance(record, ClipRecord), record
             yield record
+
+
+def write_clip_tars(
+    out: Path,
+    seeds: Sequence[int],
+    *,
+    clips_per_tar: int,
+    num_frames: int,
+    height: int,
+    width: int,
+    fps: float,
+    task: Task,
+) -> None:
+    """Draw one clip per seed and write them as 00000.tar, 00001.tar, …
+
+    Each clip has `<key>.mp4`, `<key>.txt` (caption), `<key>.mask.png` (the figure on frame 0) and
+    `<key>.joints.json` (see `FigureClip.ground_truth`). Equal arguments give equal bytes.
+
+    Args:
+        out: Output folder; created if missing.
+        seeds: One seed per clip.
+        clips_per_tar: Clips per tar; the last one may have fewer.
+        num_frames: Frames per clip.
+        height: Pixels.
+        width: Pixels.
+        fps: Frames per second.
+        task: Advanced by one per clip.
+    """
+    # Imported here, so that a complete demo does not import torch.
+    from webdataset import TarWriter
+
+    out.mkdir(parents=True, exist_ok=True)
+    for number, start in enumerate(range(0, len(seeds), clips_per_tar)):
+        with (
+            (out / f"{number:05d}.tar").open("wb") as file,
+            TarWriter(file, encoder=False, mtime=0) as tar,
+        ):
+            for seed in seeds[start : start + clips_per_tar]:
+                clip = draw_clip(seed, num_frames=num_frames, height=height, width=width, fps=fps)
+                tar.write({"__key__": f"{clip.kind}-{seed:06d}", **_members(clip)})
+                task.advance()
+
+
+def _members(clip: FigureClip) -> dict[str, bytes]:
+    return {
+        "joints.json": json.dumps(clip.ground_truth()).encode(),
+        "mask.png": _png(clip.mask_HW),
+        "mp4": encode_video(clip.frames_THWC, clip.fps),
+        "txt": clip.caption.encode(),
+    }
+
+
+def _png(mask_HW: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(mask_HW.astype(np.uint8) * 255).save(out, format="PNG")
+    return out.getvalue()

@@ -9,9 +9,15 @@ from typing import Any
 import numpy as np
 
 from stages.demo.backgrounds import Background, make_background
-from stages.demo.bodies import BODY_PLANS, Kind, Limb
-from stages.demo.drawing import capsule_coverage
-from stages.demo.gaits import GAITS, Gait, advance_per_cycle, drop_to_ground
+from stages.demo.figures import (
+    BODY_PLANS,
+    GAITS,
+    Gait,
+    Kind,
+    Limb,
+    advance_per_cycle,
+    drop_to_ground,
+)
 
 # Legend: T frame, H W pixels, C colour (RGB), J joint, L limb, 2 x and y.
 
@@ -214,6 +220,38 @@ def _paint(
     }
     image_HWC = np.clip(np.rint(canvas_HWC * 255), 0, 255).astype(np.uint8)
     return image_HWC, labels_HW, visible
+
+
+def capsule_coverage(
+    start_2: np.ndarray, end_2: np.ndarray, radius: float, *, height: int, width: int
+) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
+    """Coverage of each pixel by a capsule, from its exact distance field.
+
+    Args:
+        start_2: Centre of one cap, pixels (x, y); pixel (0, 0) covers [0, 1) x [0, 1).
+        end_2: Centre of the other cap.
+        radius: Radius of the capsule, pixels.
+        height: Frame height, pixels.
+        width: Frame width, pixels.
+
+    Returns:
+        The window of the frame around the capsule (possibly empty); within it the coverage in 0..1
+        and the distance from the axis in radii (0 on the axis, 1 on the edge).
+    """
+    low = np.floor(np.minimum(start_2, end_2) - radius - 1).astype(int)
+    high = np.ceil(np.maximum(start_2, end_2) + radius + 1).astype(int)
+    rows = slice(max(low[1], 0), max(min(high[1], height), max(low[1], 0)))
+    columns = slice(max(low[0], 0), max(min(high[0], width), max(low[0], 0)))
+    y_H1 = np.arange(rows.start, rows.stop)[:, None] + 0.5
+    x_1W = np.arange(columns.start, columns.stop)[None, :] + 0.5
+    axis = end_2 - start_2
+    along = (x_1W - start_2[0]) * axis[0] + (y_H1 - start_2[1]) * axis[1]
+    nearest = np.clip(along / max(float(axis @ axis), 1e-9), 0.0, 1.0)
+    distance_HW = np.hypot(
+        x_1W - start_2[0] - nearest * axis[0], y_H1 - start_2[1] - nearest * axis[1]
+    )
+    coverage_HW = np.clip(radius + 0.5 - distance_HW, 0.0, 1.0)
+    return (rows, columns), coverage_HW, distance_HW / max(radius, 1e-9)
 
 
 def _capsule_area(limb: Limb, size: float) -> float:

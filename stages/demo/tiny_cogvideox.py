@@ -1,6 +1,7 @@
 """A tiny CogVideoX pipeline of the official classes, saved as an ordinary diffusers folder.
 
-The text encoder and the transformer have random weights; the VAE is that of `tiny_vae`.
+The weights are random; the VAE has the official compression (4x time, 8x space) and starts as a
+downsampler.
 """
 
 import math
@@ -17,15 +18,18 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
+from torch import nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from stages.demo.tiny_vae import build_tiny_vae
-from stages.files.safetensors import umask_modes
+from stages.files.tensor_files import umask_modes
 
 MAX_TEXT_TOKENS = 32
 """Caption length in tokens (226 in the official models)."""
 _TEXT_WIDTH = 32
 _PATCH = 2
+_VAE_WIDTHS = (8, 16, 32, 32)
+_LATENT_CHANNELS = 8
+_NORM_GROUPS = 4
 
 
 def build_tiny_cogvideox(
@@ -140,3 +144,91 @@ def _tokenizer(captions: Sequence[str]) -> T5Tokenizer:
     vocabulary += list(scored.items())
     vocabulary += [(letter, -20.0) for letter in sorted(letters - set(scored))]
     return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=MAX_TEXT_TOKENS)
+
+
+def build_tiny_vae(seed: int) -> AutoencoderKLCogVideoX:
+    """Build a VAE initialised to downsample: three latent channels hold the mean colour of 8x8.
+
+    From there it learns details in a few hundred steps; from the usual random weights it takes
+    thousands. Returned in evaluation mode.
+
+    Args:
+        seed: Random seed of the weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderKLCogVideoX(
+            down_block_types=("CogVideoXDownBlock3D",) * 4,
+            up_block_types=("CogVideoXUpBlock3D",) * 4,
+            block_out_channels=_VAE_WIDTHS,
+            latent_channels=_LATENT_CHANNELS,
+            layers_per_block=1,
+            norm_num_groups=_NORM_GROUPS,
+            temporal_compression_ratio=4,
+            scaling_factor=1.0,
+        )
+        _start_as_thumbnail(vae)
+    return vae.eval()
+
+
+@torch.no_grad()
+def _start_as_thumbnail(vae: AutoencoderKLCogVideoX) -> None:
+    for name, module in vae.named_modules():
+        if name.endswith("conv2.conv"):
+            module.weight.mul_(0.2)  # residual branches start small
+        elif name.endswith(("conv_shortcut.conv", "conv_shortcut")) and hasattr(module, "weight"):
+            _init_identity(module)
+        elif name.endswith(("downsamplers.0.conv", "upsamplers.0.conv")):
+            _init_identity(module, mean="down" in name)
+        elif name.endswith("conv_y.conv"):
+            module.weight.mul_(0.2)
+            module.bias.fill_(1.0)
+        elif name.endswith("conv_b.conv"):
+            module.weight.mul_(0.2)
+            module.bias.zero_()
+    # silu(x) - silu(-x) = x, so pairs of opposite sign pass the last activation unchanged.
+    _split_signs(vae.encoder.conv_in.conv)
+    _split_signs(vae.decoder.conv_in.conv)
+    _merge_signs(vae.encoder.conv_out.conv)
+    _merge_signs(vae.decoder.conv_out.conv)
+    log_variance = vae.encoder.conv_out.conv
+    log_variance.weight[_LATENT_CHANNELS:].zero_()
+    log_variance.bias[_LATENT_CHANNELS:].fill_(-4.0)
+
+
+def _init_identity(conv: nn.Conv2d | nn.Conv3d, *, mean: bool = False) -> None:
+    """Initialise to the identity (or a 2x2 mean) per channel, plus small random weights."""
+    weight = conv.weight
+    weight.mul_(0.3)
+    if conv.bias is not None:
+        conv.bias.zero_()
+    for out in range(weight.shape[0]):
+        kernel = weight[out, out % weight.shape[1]]
+        if mean:
+            if out < 8:
+                kernel[:2, :2] += 0.25
+        else:
+            kernel[_centre(kernel)] += 1.0
+
+
+def _split_signs(conv: nn.Conv3d) -> None:
+    """Channels 0-2 copy the first three inputs, channels 3-5 their negatives."""
+    for channel in range(3):
+        for out, sign in ((channel, 1.0), (channel + 3, -1.0)):
+            conv.weight[out].mul_(0.1)
+            kernel = conv.weight[out, channel]
+            kernel[_centre(kernel)] += sign
+
+
+def _merge_signs(conv: nn.Conv3d) -> None:
+    for channel in range(3):
+        conv.weight[channel].mul_(0.1)
+        for source, sign in ((channel, 1.0), (channel + 3, -1.0)):
+            kernel = conv.weight[channel, source]
+            kernel[_centre(kernel)] += sign
+
+
+def _centre(kernel: torch.Tensor) -> tuple[int, ...]:
+    """Index of the centre tap in space and, since the convolution is causal, the last in time."""
+    middle = tuple(size // 2 for size in kernel.shape)
+    return (kernel.shape[0] - 1, *middle[1:]) if kernel.ndim == 3 else middle

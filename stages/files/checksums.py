@@ -37,11 +37,6 @@ def checksum_of(file: Path) -> FileChecksum:
     return FileChecksum(size, f"{checksum:08x}")
 
 
-def checksum_of_bytes(data: bytes) -> str:
-    """CRC-32C of bytes, as eight hexadecimal digits."""
-    return f"{google_crc32c.value(data):08x}"
-
-
 def describe_damage(file: Path, recorded: FileChecksum) -> str | None:
     """Describe how a file differs from its record, naming the file; None if it is intact."""
     try:

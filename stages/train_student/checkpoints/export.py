@@ -22,9 +22,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from stages.files.checksums import checksum_of, files_below
-from stages.files.safetensors import save_tensors
+from stages.files.tensor_files import save_tensors, write_error_reason
 from stages.files.text import read_object
-from stages.files.write_errors import write_error_reason
 from stages.sample_videos.runs import ABOUT, LoraFormat
 from stages.train_student.checkpoints.lora_formats import check_format
 from stages.train_student.checkpoints.records import (

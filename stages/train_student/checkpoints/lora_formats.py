@@ -19,7 +19,7 @@ from diffusers import CogVideoXPipeline
 from peft import LoraConfig
 from torch import Tensor
 
-from stages.files.safetensors import save_tensors, umask_modes
+from stages.files.tensor_files import save_tensors, umask_modes
 from stages.sample_videos.runs import LORA_FILES, LoraFormat
 
 _COMFYUI = (

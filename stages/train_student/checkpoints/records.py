@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from cache_schema.atomic_io import sync, write_atomic
+from cache_schema.checksummed_json import crc32c_hex
 from stages.files.checksums import (
     FileChecksum,
-    checksum_of_bytes,
     checksums_from_json,
     describe_damage,
     files_below,
@@ -170,7 +170,7 @@ def _parse(folder: Path) -> Checkpoint:
 
 def _record_crc(content: dict[str, Any]) -> str:
     """CRC-32C of the record's JSON, without the checksum itself."""
-    return checksum_of_bytes(json.dumps(content).encode())
+    return crc32c_hex(json.dumps(content).encode())
 
 
 def record_path(folder: Path) -> Path:

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from stages.files.checksums import checksum_of, files_below
-from stages.files.write_errors import write_error_reason
+from stages.files.tensor_files import write_error_reason
 from stages.train_student.checkpoints.records import (
     CHECKING_TIME,
     Checkpoint,

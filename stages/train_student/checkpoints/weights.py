@@ -23,7 +23,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from peft import LoraConfig
 from torch import Tensor
 
-from stages.files.safetensors import save_tensors
+from stages.files.tensor_files import save_tensors
 from stages.sample_videos.runs import LoraFormat
 from stages.train_student.checkpoints.lora_formats import write_adapters
 from stages.train_student.checkpoints.records import Checkpoint

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cache_schema.checksummed_json import parse_json
-from stages.files.safetensors import save_tensors
+from stages.files.tensor_files import save_tensors
 from stages.train_student.config import TrainConfig
 from stages.train_student.parallel.process_group import World
 

@@ -20,7 +20,7 @@ from stages.cogvideox.configs import resolve_base_model
 from stages.cogvideox.sampler import build_pipeline
 from stages.cogvideox.weights import load_tokenizer, model_class_of
 from stages.config import BaseModelConfig
-from stages.files.safetensors import save_tensors
+from stages.files.tensor_files import save_tensors
 from stages.files.weight_checks import load_model
 from stages.progress import Progress
 from stages.train_student.parallel.process_group import World, on_first_rank

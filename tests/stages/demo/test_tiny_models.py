@@ -13,9 +13,9 @@ from peft import LoraConfig
 from PIL import Image
 
 from stages.demo import draw_clip
-from stages.demo.tiny_cogvideox import build_tiny_cogvideox
+from stages.demo.pretraining import fit_tiny_vae
+from stages.demo.tiny_cogvideox import build_tiny_cogvideox, build_tiny_vae
 from stages.demo.tiny_sam2 import build_tiny_sam2
-from stages.demo.tiny_vae import build_tiny_vae, fit_tiny_vae
 
 _CAPTIONS = ("A biped walks to the left over sand.", "A quadruped trots to the right.")
 _SIZE = {"height": 32, "width": 48, "num_frames": 9}
