@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from stages.config import FeatureKind
 from stages.sam2_tracking.inputs import Sam2Prompt
 from stages.sam2_tracking.memory import MemoryBank
 
@@ -144,20 +145,6 @@ class FrameStep:
         return heads, features_BCHW
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepOutputs:
-    """Per-stream outputs of one tracking step."""
-
-    logits_B1HW: torch.Tensor
-    """Mask logits [B, 1, S/4, S/4]."""
-    score_B1: torch.Tensor
-    """Object score: logit of the subject being visible."""
-    memory_BCHW: torch.Tensor
-    """Memory encoder output for the frame."""
-    attended_BCHW: torch.Tensor | None
-    """Memory attention output for the frame; None on a prompted frame, see `attend`."""
-
-
 def prompted_masks(
     model: Any, frames: FrameStep, prompt: Sam2Prompt
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -180,7 +167,8 @@ def visit(
     bank: MemoryBank,
     prompts: list[Sam2Prompt],
     memory_dtype: torch.dtype,
-) -> StepOutputs:
+    features: Sequence[FeatureKind],
+) -> tuple[torch.Tensor, torch.Tensor, dict[FeatureKind, torch.Tensor]]:
     """Track one frame of every stream and store its memory in the bank.
 
     Args:
@@ -189,6 +177,11 @@ def visit(
         bank: The streams' memories.
         prompts: One per stream; used at step 0 only.
         memory_dtype: Storage dtype of memories.
+        features: Features to return; others are not computed unless SAM2 itself needs them.
+
+    Returns:
+        Mask logits [B, 1, S/4, S/4]; object scores [B, 1], logits of the subject being visible;
+        features [B, C, S/16, S/16] by kind.
     """
     attended_BCHW = None
     if frames.step == 0:
@@ -214,15 +207,17 @@ def visit(
         positions_BCHW=positions[-1],
         pointer_BC=pointer_BC,
     )
-    return StepOutputs(
-        logits_B1HW=logits_B1HW,
-        score_B1=score_B1,
-        memory_BCHW=memory_BCHW,
-        attended_BCHW=attended_BCHW,
-    )
+    found: dict[FeatureKind, torch.Tensor] = {}
+    if "memory_attention" in features:
+        if attended_BCHW is None:
+            attended_BCHW = _attend(model, frames, bank)
+        found["memory_attention"] = attended_BCHW
+    if "memory_encoder" in features:
+        found["memory_encoder"] = memory_BCHW
+    return logits_B1HW, score_B1, found
 
 
-def attend(model: Any, frames: FrameStep, bank: MemoryBank) -> torch.Tensor:
+def _attend(model: Any, frames: FrameStep, bank: MemoryBank) -> torch.Tensor:
     """Apply memory attention of prompted frames to their own memories: [B, C, S/16, S/16].
 
     SAM2 skips memory attention on prompted frames, which would give features with different

@@ -30,7 +30,6 @@ from stages.sam2_tracking.memory import MemoryBank
 from stages.sam2_tracking.step import (
     FrameStep,
     MaskProposals,
-    attend,
     enlarge_mask,
     prompted_masks,
     propose_masks,
@@ -192,21 +191,15 @@ class Tracker:
             num_steps=len(requests[0].order),
         )
         prompts = [request.prompt for request in requests]
-        outputs = visit(self.model, frames, bank, prompts, self.memory_dtype)
-        wanted: dict[FeatureKind, torch.Tensor] = {}
-        if "memory_attention" in features:
-            attended_BCHW = outputs.attended_BCHW
-            wanted["memory_attention"] = (
-                attend(self.model, frames, bank) if attended_BCHW is None else attended_BCHW
-            )
-        if "memory_encoder" in features:
-            wanted["memory_encoder"] = outputs.memory_BCHW
+        logits_B1HW, score_B1, found = visit(
+            self.model, frames, bank, prompts, self.memory_dtype, features
+        )
         return tuple(
             TrackedFrame(
                 index=request.order[step],
-                features={kind: values_BCHW[b].float() for kind, values_BCHW in wanted.items()},
-                mask_logits_HW=outputs.logits_B1HW[b, 0].float(),
-                object_score=outputs.score_B1[b, 0].float(),
+                features={kind: values_BCHW[b].float() for kind, values_BCHW in found.items()},
+                mask_logits_HW=logits_B1HW[b, 0].float(),
+                object_score=score_B1[b, 0].float(),
             )
             for b, request in enumerate(requests)
         )

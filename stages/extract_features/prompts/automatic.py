@@ -51,12 +51,6 @@ class AutomaticSource:
             "prior": PRIOR,
         }
 
-    def load(self, device: torch.device) -> None:
-        """Do nothing: only the tracker is needed."""
-
-    def unload(self) -> None:
-        """Do nothing: only the tracker was needed."""
-
     @torch.inference_mode()
     def find(self, clip: Clip, tracker: Tracker, encoded: EncodedFrames) -> ChosenPrompt:
         """Return the mask chosen by the rule, on frame 0.

@@ -7,13 +7,12 @@ from typing import Protocol
 import torch
 
 from cache_schema import JSON
-from stages.clips import Clip, ClipRecord, ClipsConfig, ClipSkipped, SubjectPrompt
+from stages.clips import Clip, ClipRecord, ClipSkipped
 from stages.extract_features.config import PromptSource, TeacherConfig
 from stages.extract_features.prompts.automatic import AutomaticSource
 from stages.extract_features.prompts.grounding import GroundingSource, phrases_of
 from stages.extract_features.prompts.prompt import ChosenPrompt
 from stages.sam2_tracking.encoder import EncodedFrames
-from stages.sam2_tracking.inputs import prompt_for_sam2
 from stages.sam2_tracking.tracker import Tracker
 
 
@@ -22,14 +21,8 @@ class _Source(Protocol):
 
     settings: dict[str, JSON]
 
-    def load(self, device: torch.device) -> None:
-        """Load the model that `find` needs, if any, onto the device."""
-
-    def unload(self) -> None:
-        """Free the model."""
-
     def find(self, clip: Clip, tracker: Tracker, encoded: EncodedFrames) -> ChosenPrompt:
-        """Return the clip's prompt.
+        """Return the clip's prompt, in training-frame pixels.
 
         Raises:
             ClipSkipped: bad_prompt or nothing_found.
@@ -72,7 +65,6 @@ class PromptChooser:
 
     Args:
         config: Sources, their order, and their settings.
-        clips: Size of clips.
 
     Raises:
         ValueError: Grounding DINO is configured, but is missing or is another model.
@@ -81,11 +73,9 @@ class PromptChooser:
     settings: dict[str, JSON]
     """Settings that determine prompts, recorded in a store's settings."""
 
-    def __init__(self, config: TeacherConfig, clips: ClipsConfig) -> None:
+    def __init__(self, config: TeacherConfig) -> None:
         self._config = config
-        self._sources: dict[PromptSource, _Source] = {
-            source: _make_source(source, config, clips) for source in config.prompts
-        }
+        self._sources = {source: _make_source(source, config) for source in config.prompts}
         self.settings = {
             "sources": list(config.prompts),
             "fallback": config.prompt_fallback and len(config.prompts) > 1,
@@ -97,16 +87,12 @@ class PromptChooser:
         """Load the models that the sources need besides SAM2; call `choose` inside the context."""
         with ExitStack() as stack:
             for source in self._sources.values():
-                stack.callback(source.unload)
-                source.load(device)
+                if isinstance(source, GroundingSource):
+                    stack.enter_context(source.loaded(device))
             yield
 
-    def check(self, clip: Clip | ClipRecord) -> None:
-        """Call `check_prompt` with these sources."""
-        check_prompt(self._config, clip)
-
     def choose(self, clip: Clip, tracker: Tracker, encoded: EncodedFrames) -> ChosenPrompt:
-        """Choose the prompt from the first source with input for the clip.
+        """Choose the prompt from the first source with input for the clip, and convert it for SAM2.
 
         With `prompt_fallback`, from the first such source that finds something.
 
@@ -118,11 +104,12 @@ class PromptChooser:
         Raises:
             ClipSkipped: no_prompt, bad_prompt or nothing_found.
         """
-        self.check(clip)
+        check_prompt(self._config, clip)
         failures: list[tuple[PromptSource, ClipSkipped]] = []
         for name in usable_sources(self._config, clip):
             try:
-                return self._sources[name].find(clip, tracker, encoded)
+                found = self._sources[name].find(clip, tracker, encoded)
+                return found.converted(clip, tracker)
             except ClipSkipped as skipped:
                 if not self._config.prompt_fallback:
                     raise
@@ -138,39 +125,15 @@ class DatasetSource:
 
     settings: dict[str, JSON] = {}  # noqa: RUF012 - nothing to set
 
-    def __init__(self, config: TeacherConfig, clips: ClipsConfig) -> None:
-        self._image_size = config.image_size
-        self._clips = clips
-
-    def load(self, device: torch.device) -> None:
-        """Do nothing: there is no model."""
-
-    def unload(self) -> None:
-        """Do nothing: there is no model."""
-
     def find(self, clip: Clip, tracker: Tracker, encoded: EncodedFrames) -> ChosenPrompt:
-        """Return the prompts that are not empty at SAM2's size.
+        """Return the prompts that the crop has left.
 
         Raises:
             ClipSkipped: bad_prompt, if there are none.
         """
-        problem = clip.prompt_problem
-        kept: list[SubjectPrompt] = []
-        for subject in clip.prompts:
-            try:
-                prompt_for_sam2(
-                    subject,
-                    height=self._clips.height,
-                    width=self._clips.width,
-                    image_size=self._image_size,
-                    device=torch.device("cpu"),
-                )
-                kept.append(subject)
-            except ClipSkipped as skipped:
-                problem = skipped.detail
-        if not kept:
-            raise ClipSkipped("bad_prompt", str(problem))
-        return ChosenPrompt(source="dataset", subjects=tuple(kept))
+        if not clip.prompts:
+            raise ClipSkipped("bad_prompt", str(clip.prompt_problem))
+        return ChosenPrompt(source="dataset", subjects=clip.prompts)
 
 
 def _prompt_problem(clip: Clip | ClipRecord) -> str | None:
@@ -178,9 +141,9 @@ def _prompt_problem(clip: Clip | ClipRecord) -> str | None:
     return clip.prompt_problem if isinstance(clip, Clip) else None
 
 
-def _make_source(source: PromptSource, config: TeacherConfig, clips: ClipsConfig) -> _Source:
+def _make_source(source: PromptSource, config: TeacherConfig) -> _Source:
     if source == "dataset":
-        return DatasetSource(config, clips)
+        return DatasetSource()
     if source == "grounding":
         return GroundingSource(config.grounding)
     return AutomaticSource(config.image_size)

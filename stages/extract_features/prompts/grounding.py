@@ -1,7 +1,8 @@
 """Grounding DINO prompts: boxes from text, on the first frame with a detection."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -255,14 +256,15 @@ class GroundingSource:
             "frame_step": config.frame_step,
         }
 
-    def load(self, device: torch.device) -> None:
-        """Load Grounding DINO."""
+    @contextmanager
+    def loaded(self, device: torch.device) -> Iterator[None]:
+        """Load Grounding DINO; free it on exit."""
         self._model = GroundingDino(self._folder, device)
-
-    def unload(self) -> None:
-        """Free Grounding DINO."""
-        self._model = None
-        release_memory()
+        try:
+            yield
+        finally:
+            self._model = None
+            release_memory()
 
     def find(self, clip: Clip, tracker: Tracker, encoded: EncodedFrames) -> ChosenPrompt:
         """Return the best box of each phrase, on the first examined frame with any.

@@ -4,7 +4,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -14,10 +13,9 @@ from cache_schema import StoreSettings
 from stages.clips import Clip, ClipRecord, ClipsConfig, ClipSkipped, load_clip
 from stages.extract_features.config import Kind, TeacherConfig
 from stages.extract_features.extraction import Extracted, Outcome, sha256_of_file
-from stages.extract_features.prompts import ChosenPrompt, PromptChooser
+from stages.extract_features.prompts import ChosenPrompt, PromptChooser, check_prompt
 from stages.extract_features.teacher.prompts import subjects_to_track
 from stages.extract_features.teacher.stores import (
-    features_on_grid,
     mask_arrays,
     refusal,
     subject_settings,
@@ -32,21 +30,8 @@ from stages.sam2_tracking.tracker import Tracker
 from stages.teacher_store.config import GramFlowConfig
 from stages.teacher_store.encoder import GramFlowEncoder
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Prepared:
-    """A decoded clip, and its frames in SAM2's input format."""
-
-    clip: Clip
-    frames_TSS3: np.ndarray
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _StartedClip:
-    """A clip's prompt, and the subjects to track."""
-
-    chosen: ChosenPrompt
-    subjects: tuple[Subject, ...]
+_Prepared = tuple[Clip, np.ndarray]
+"""A decoded clip, and its frames in SAM2's input format: uint8 [T, S, S, 3]."""
 
 
 class SubjectExtraction:
@@ -83,7 +68,7 @@ class SubjectExtraction:
         self._checkpoint = find_checkpoint(config.checkpoint)
         # Checked here, so that a wrong checkpoint is not found after hours of work.
         self._sam2 = check_sam2(config.config, self._checkpoint, image_size=config.image_size)
-        self._chooser = PromptChooser(config, clips)
+        self._chooser = PromptChooser(config)
         settings = self._all_settings(gram_flow)
         self._flow_maker = GramFlowEncoder.of(settings["teacher"], gram_flow, clips.token_grid)
         self.settings: Mapping[Kind, StoreSettings] = {kind: settings[kind] for kind in self._kinds}
@@ -106,11 +91,10 @@ class SubjectExtraction:
         Raises:
             ClipSkipped: no_prompt or bad_prompt; or see `load_clip`.
         """
-        self._chooser.check(record)
+        check_prompt(self._config, record)
         clip = load_clip(record, self._clips)
-        self._chooser.check(clip)
-        frames_TSS3 = resize_for_sam2(clip.frames_THWC, self._config.image_size)
-        return _Prepared(clip=clip, frames_TSS3=frames_TSS3)
+        check_prompt(self._config, clip)
+        return clip, resize_for_sam2(clip.frames_THWC, self._config.image_size)
 
     @contextmanager
     def load_model(
@@ -135,23 +119,18 @@ class SubjectExtraction:
     def _extract(self, tracker: Tracker, batch: Sequence[_Prepared]) -> list[Outcome]:
         """Track the clips of a batch together."""
         with ExitStack() as encodings:
-            started = [self._start(tracker, prepared, encodings) for prepared in batch]
-            subjects = [
-                subject
-                for start in started
-                if not isinstance(start, ClipSkipped)
-                for subject in start.subjects
-            ]
+            started = [self._find_subjects(tracker, *prepared, encodings) for prepared in batch]
+            found = [one for one in started if not isinstance(one, ClipSkipped)]
+            subjects = [subject for _, of_clip in found for subject in of_clip]
             tracks = iter(self._subject_tracker(tracker).track(subjects))
         outcomes: list[Outcome] = []
-        for prepared, start in zip(batch, started, strict=True):
+        for (clip, _), start in zip(batch, started, strict=True):
             if isinstance(start, ClipSkipped):
                 outcomes.append(start)
                 continue
-            of_clip = [next(tracks) for _ in start.subjects]
-            outcomes.append(
-                self._outcome(prepared.clip, start.chosen, of_clip, tracker.model.device)
-            )
+            chosen, of_clip = start
+            tracks_of_clip = [next(tracks) for _ in of_clip]
+            outcomes.append(self._outcome(clip, chosen, tracks_of_clip, tracker.model.device))
         return outcomes
 
     @property
@@ -165,22 +144,21 @@ class SubjectExtraction:
             tracker=tracker,
             both_ways=config.fusion != "forward",
             features=config.features if self._keeps_features else None,
-            read_features=partial(features_on_grid, config=config, clips=self._clips),
+            feature_grid=None if config.grid == "native" else self._clips.token_grid,
             passes_at_once=config.clips_per_batch,
             keep_on=tracker.model.device if on_device else torch.device("cpu"),
         )
 
-    def _start(
-        self, tracker: Tracker, prepared: _Prepared, encodings: ExitStack
-    ) -> _StartedClip | ClipSkipped:
+    def _find_subjects(
+        self, tracker: Tracker, clip: Clip, frames_TSS3: np.ndarray, encodings: ExitStack
+    ) -> tuple[ChosenPrompt, tuple[Subject, ...]] | ClipSkipped:
         """Encode a clip and find its subjects; `encodings` closes the encoded frames."""
-        encoded = encodings.enter_context(tracker.encode(prepared.frames_TSS3))
+        encoded = encodings.enter_context(tracker.encode(frames_TSS3))
         try:
-            chosen = self._chooser.choose(prepared.clip, tracker, encoded)
-            subjects = subjects_to_track(
-                prepared.clip, chosen, config=self._config, tracker=tracker, encoded=encoded
+            chosen = self._chooser.choose(clip, tracker, encoded)
+            return chosen, subjects_to_track(
+                clip, chosen, config=self._config, tracker=tracker, encoded=encoded
             )
-            return _StartedClip(chosen=chosen, subjects=subjects)
         except ClipSkipped as skipped:
             encoded.close()
             return skipped

@@ -1,11 +1,11 @@
 """Conversion of a clip's chosen prompt to the subjects to track."""
 
-from stages.clips import Clip, ClipSkipped, SubjectPrompt
+from stages.clips import Clip, ClipSkipped
 from stages.extract_features.config import TeacherConfig
-from stages.extract_features.prompts import ChosenPrompt
+from stages.extract_features.prompts import ChosenPrompt, convert_prompt
 from stages.extract_features.teacher.two_way import Subject
 from stages.sam2_tracking.encoder import EncodedFrames
-from stages.sam2_tracking.inputs import Sam2Prompt, prompt_for_sam2
+from stages.sam2_tracking.inputs import Sam2Prompt
 from stages.sam2_tracking.tracker import EmptyMaskError, Tracker
 
 
@@ -29,7 +29,7 @@ def subjects_to_track(
     """
     if config.subjects == "each" and len(chosen.subjects) > config.max_subjects:
         raise too_many_subjects(len(chosen.subjects), config)
-    first = [_sam2_prompt(clip, subject, tracker) for subject in chosen.subjects]
+    first = list(chosen.sam2_prompts)
     last = _last_prompts(clip, tracker) if config.backward_prompt == "dataset" else []
     matched: list[Sam2Prompt | None]
     if config.subjects == "union":
@@ -63,21 +63,10 @@ def _last_prompts(clip: Clip, tracker: Tracker) -> list[tuple[int | None, Sam2Pr
     kept = []
     for subject in clip.last_frame_prompts:
         try:
-            kept.append((subject.number, _sam2_prompt(clip, subject, tracker)))
+            kept.append((subject.number, convert_prompt(subject, clip, tracker)))
         except ClipSkipped:  # ignored, as loading ignores prompts outside the crop
             continue
     return kept
-
-
-def _sam2_prompt(clip: Clip, subject: SubjectPrompt, tracker: Tracker) -> Sam2Prompt:
-    height, width = clip.frames_THWC.shape[1:3]
-    return prompt_for_sam2(
-        subject,
-        height=height,
-        width=width,
-        image_size=tracker.model.image_size,
-        device=tracker.model.device,
-    )
 
 
 def _union(

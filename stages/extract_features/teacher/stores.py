@@ -24,7 +24,6 @@ from stages.local_gram_flow import (
     fuse_subjects,
     resample_to_grid,
 )
-from stages.sam2_tracking.tracker import TrackedFrame
 from stages.teacher_store.config import GramFlowConfig
 from stages.teacher_store.features import encode_features, feature_arrays_spec
 from stages.teacher_store.settings import gram_flow_settings, valid_spec
@@ -150,14 +149,6 @@ def feature_grid(config: TeacherConfig, clips: ClipsConfig) -> tuple[int, int]:
         return clips.token_grid
     side = config.image_size // _SAM2_STRIDE
     return side, side
-
-
-def features_on_grid(frame: TrackedFrame, config: TeacherConfig, clips: ClipsConfig) -> Tensor:
-    """Return one frame's features on the store's grid: [H, W, C]."""
-    features_CHW = frame.features[config.features]
-    if config.grid == "native":
-        return features_CHW.permute(1, 2, 0)
-    return resample_to_grid(features_CHW[None], *clips.token_grid)[0]
 
 
 def refusal(tracks: Sequence[SubjectTrack], *, min_cycle_consistency: float) -> ClipSkipped | None:

@@ -11,15 +11,16 @@ Passes of equal length, of several subjects and clips, run as one batch.
 # Legend: T frame, S side of SAM2's square input, H W grid or mask, C channel.
 
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from stages.clips import ClipSkipped
 from stages.config import FeatureKind
+from stages.local_gram_flow import resample_to_grid
 from stages.sam2_tracking.encoder import EncodedFrames
 from stages.sam2_tracking.inputs import Sam2Prompt
 from stages.sam2_tracking.tracker import (
@@ -66,8 +67,6 @@ def cycle_consistency(
 
 
 BackwardPrompt = Literal["track", "dataset"]
-ReadFeatures = Callable[[TrackedFrame], Tensor]
-"""Returns the features of a frame to store: [H, W, C]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -132,17 +131,7 @@ class SubjectTrack:
         return torch.stack([track.visited_T for track in self.directions]).all(dim=0)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Pass:
-    """A pass to run."""
-
-    encoded: EncodedFrames
-    prompt: Sam2Prompt
-    order: range
-    keeps_features: bool = True
-
-
-_Passes = Generator[tuple[_Pass, ...], tuple[Track, ...], SubjectTrack]
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,7 +143,8 @@ class SubjectTracker:
     """Whether there is a backward pass."""
     features: FeatureKind | None
     """Features to store; None stores masks only."""
-    read_features: ReadFeatures
+    feature_grid: tuple[int, int] | None
+    """Rows and columns that features are resampled to; None keeps SAM2's own grid."""
     passes_at_once: int
     """Maximum number of passes in a batch; with 1, results equal separate runs exactly."""
     keep_on: torch.device
@@ -167,72 +157,96 @@ class SubjectTracker:
         Returns:
             For each subject in order, its tracks, or a ClipSkipped with the reason subject_lost.
         """
-        outcomes: dict[int, SubjectTrack | ClipSkipped] = {}
-        running = {number: self._passes(subject) for number, subject in enumerate(subjects)}
-        wanted: dict[int, tuple[_Pass, ...]] = {}
+        lost: dict[int, ClipSkipped] = {}
+        starts: dict[int, tuple[int, Sam2Prompt]] = {}
+        ends: dict[int, tuple[int, Sam2Prompt | None]] = {}
 
-        def advance(number: int, tracks: tuple[Track, ...] | None) -> None:
+        seeks = self._run(
+            {
+                number: _request(subject, subject.prompt, range(subject.frame, -1, -1))
+                for number, subject in enumerate(subjects)
+                if subject.frame > 0
+            },
+            keeps_features=False,
+        )
+        for number, subject in enumerate(subjects):
             try:
-                passes = running[number]
-                wanted[number] = next(passes) if tracks is None else passes.send(tracks)
-            except StopIteration as finished:
-                outcomes[number] = finished.value
+                starts[number] = self._start(subject, seeks.get(number))
             except ClipSkipped as skipped:
-                outcomes[number] = skipped
+                lost[number] = skipped
 
-        for number in running:
-            advance(number, None)
-        while wanted:
-            turn, wanted = wanted, {}
-            done = self._run([one for passes in turn.values() for one in passes])
-            for number, passes in turn.items():
-                advance(number, tuple(next(done) for _ in passes))
-        return [outcomes[number] for number in running]
+        requests: dict[tuple[int, str], TrackRequest] = {}
+        for number, (first, prompt) in starts.items():
+            subject, after = subjects[number], subjects[number].encoded.num_frames
+            requests[number, "forward"] = _request(subject, prompt, range(first, after))
+            if self._backward_prompt(subject) == "dataset":
+                assert subject.last_prompt is not None
+                order = range(after - 1, first - 1, -1)
+                requests[number, "backward"] = _request(subject, subject.last_prompt, order)
+        tracks = self._run(requests)
 
-    def _passes(self, subject: Subject) -> _Passes:
-        """Yield passes to run and receive their tracks; return the subject's tracks."""
-        encoded, first, prompt = subject.encoded, subject.frame, subject.prompt
-        end = encoded.num_frames
-        if first > 0:
-            back_to_start = range(first, -1, -1)
-            (seek,) = yield (_Pass(encoded, prompt, back_to_start, keeps_features=False),)
+        for number, (first, _) in starts.items():
+            from_track = self._backward_prompt(subjects[number]) == "track"
+            try:
+                ends[number] = self._end(tracks[number, "forward"], first, from_track=from_track)
+            except ClipSkipped as skipped:
+                lost[number] = skipped
+        tracks |= self._run(
+            {
+                (number, "backward"): _request(
+                    subjects[number], end_prompt, range(last, starts[number][0] - 1, -1)
+                )
+                for number, (last, end_prompt) in ends.items()
+                if end_prompt is not None
+            }
+        )
+
+        return [
+            lost[number]
+            if number in lost
+            else _subject_track(
+                starts[number][0],
+                ends[number][0],
+                tracks[number, "forward"],
+                tracks.get((number, "backward")),
+                self._backward_prompt(subject),
+            )
+            for number, subject in enumerate(subjects)
+        ]
+
+    def _backward_prompt(self, subject: Subject) -> BackwardPrompt | None:
+        if not self.both_ways:
+            return None
+        return "track" if subject.last_prompt is None else "dataset"
+
+    def _start(self, subject: Subject, seek: Track | None) -> tuple[int, Sam2Prompt]:
+        """Return the first frame of the forward pass, and its prompt."""
+        first, prompt = subject.frame, subject.prompt
+        if seek is not None:
             if not seek.seen:
                 raise _lost(f"the track from frame {first} back to frame 0 sees it nowhere")
             earlier = [frame for frame in seek.seen if frame < first]
             first, prompt = self._first_prompt(seek, earlier) or (first, prompt)
-        if end - first < 2:
+        if subject.encoded.num_frames - first < 2:
             raise _lost(f"frame {first}, the clip's last, is the only one that shows it")
-        ahead = _Pass(encoded, prompt, range(first, end))
-        started_from: BackwardPrompt | None = "track" if self.both_ways else None
-        backward: Track | None = None
-        if self.both_ways and subject.last_prompt is not None:
-            started_from = "dataset"
-            back = _Pass(encoded, subject.last_prompt, range(end - 1, first - 1, -1))
-            forward, backward = yield (ahead, back)
-        else:
-            (forward,) = yield (ahead,)
+        return first, prompt
+
+    def _end(
+        self, forward: Track, first: int, *, from_track: bool
+    ) -> tuple[int, Sam2Prompt | None]:
+        """Return the last frame, and with `from_track` the prompt of the backward pass."""
         last = max(forward.seen, default=None)
         if last is None:
             raise _lost(f"the forward track, from frame {first}, sees it nowhere")
         if last == first:
             raise _lost(f"the forward track loses it after frame {first}, where it starts")
-        if started_from == "track":
-            later = [frame for frame in reversed(forward.seen) if frame > first]
-            found = self._first_prompt(forward, later)
-            if found is None:
-                raise _lost(
-                    f"no mask of the forward track, from frame {first}, is left at full size"
-                )
-            last, prompt = found
-            (backward,) = yield (_Pass(encoded, prompt, range(last, first - 1, -1)),)
-        return SubjectTrack(
-            first_frame=first,
-            last_frame=last,
-            forward=forward,
-            backward=backward,
-            backward_prompt=started_from,
-            cycle_consistency=None if backward is None else _agreement(forward, backward),
-        )
+        if not from_track:
+            return last, None
+        later = [frame for frame in reversed(forward.seen) if frame > first]
+        found = self._first_prompt(forward, later)
+        if found is None:
+            raise _lost(f"no mask of the forward track, from frame {first}, is left at full size")
+        return found
 
     def _first_prompt(self, track: Track, frames: Sequence[int]) -> tuple[int, Sam2Prompt] | None:
         """Return the first frame whose mask can be a prompt, and the prompt; None if none can.
@@ -248,76 +262,88 @@ class SubjectTracker:
                 continue
         return None
 
-    def _run(self, passes: Sequence[_Pass]) -> Iterator[Track]:
-        """Return the tracks of all passes in order; passes of equal length run as one batch."""
-        alike: dict[tuple[int, bool], list[int]] = defaultdict(list)
-        for place, one in enumerate(passes):
-            alike[len(one.order), one.keeps_features].append(place)
-        tracks: dict[int, Track] = {}
-        for places in alike.values():
-            for start in range(0, len(places), self.passes_at_once):
-                group = places[start : start + self.passes_at_once]
-                together = self._run_together([passes[place] for place in group])
-                tracks.update(zip(group, together, strict=True))
-        return iter([tracks[place] for place in range(len(passes))])
+    def _run(
+        self, requests: Mapping[Key, TrackRequest], *, keeps_features: bool = True
+    ) -> dict[Key, Track]:
+        """Run passes; those of equal length run as batches."""
+        by_length: dict[int, list[Key]] = defaultdict(list)
+        for key, request in requests.items():
+            by_length[len(request.order)].append(key)
+        features = self.features if keeps_features else None
+        tracks: dict[Key, Track] = {}
+        for keys in by_length.values():
+            for start in range(0, len(keys), self.passes_at_once):
+                batch = keys[start : start + self.passes_at_once]
+                found = self._run_batch([requests[key] for key in batch], features)
+                tracks.update(zip(batch, found, strict=True))
+        return tracks
 
-    def _run_together(self, passes: Sequence[_Pass]) -> list[Track]:
-        kept = (self.features,) if self.features and passes[0].keeps_features else ()
-        read = self.read_features if kept else None
-        collectors = [_Collector(one, self.keep_on, read) for one in passes]
-        requests = [
-            TrackRequest(encoded=one.encoded, prompt=one.prompt, order=one.order) for one in passes
-        ]
-        for frames in self.tracker.track(requests, features=kept):
-            for collector, frame in zip(collectors, frames, strict=True):
-                collector.add(frame)
-        return [collector.track() for collector in collectors]
+    def _run_batch(
+        self, requests: Sequence[TrackRequest], features: FeatureKind | None
+    ) -> list[Track]:
+        """Run passes of equal length as one batch, and collect their frames.
 
+        Does not synchronise with the accelerator before the end if everything is kept there.
+        """
+        tracks: list[Track] = []
+        for frames in self.tracker.track(requests, features=(features,) if features else ()):
+            if not tracks:
+                tracks = [self._empty_track(*one) for one in zip(requests, frames, strict=True)]
+            for track, frame in zip(tracks, frames, strict=True):
+                track.seen_T[frame.index] = frame.visible
+                track.logits_THW[frame.index] = frame.mask_logits_HW
+                if track.features_THWC is not None and features is not None:
+                    track.features_THWC[frame.index] = self._on_grid(frame.features[features])
+        for track in tracks:
+            track.seen_T = track.seen_T.cpu()
+        return tracks
 
-class _Collector:
-    """Collects the frames of one pass."""
-
-    def __init__(self, wanted: _Pass, keep_on: torch.device, read: ReadFeatures | None) -> None:
-        self._num_frames = wanted.encoded.num_frames
-        self._order = wanted.order
-        self._keep_on = keep_on
-        self._read = read
-        self._seen: list[Tensor] = []
-        self._logits_THW: Tensor | None = None
-        self._features_THWC: Tensor | None = None
-
-    def add(self, frame: TrackedFrame) -> None:
-        """Store a frame. Does not synchronise with the accelerator if everything is kept there."""
-        self._seen.append(frame.visible)
-        self._logits_THW = self._put(self._logits_THW, frame.index, frame.mask_logits_HW)
-        if self._read is not None:
-            self._features_THWC = self._put(self._features_THWC, frame.index, self._read(frame))
-
-    def _put(self, rows: Tensor | None, index: int, row: Tensor) -> Tensor:
-        if rows is None:
-            rows = torch.zeros((self._num_frames, *row.shape), device=self._keep_on)
-        rows[index] = row
-        return rows
-
-    def track(self) -> Track:
-        """Return the collected track."""
-        assert self._logits_THW is not None
-        order = torch.tensor(list(self._order))
-        visited_T = torch.zeros(self._num_frames, dtype=torch.bool)
-        seen_T = visited_T.clone()
-        visited_T[order] = True
-        seen_T[order] = torch.stack(self._seen).cpu()
+    def _empty_track(self, request: TrackRequest, frame: TrackedFrame) -> Track:
+        """Return a track of zeros; `seen_T` is on the same device as the other values for now."""
+        num_frames = request.encoded.num_frames
+        visited_T = torch.zeros(num_frames, dtype=torch.bool)
+        visited_T[list(request.order)] = True
+        features_THWC = None
+        for channels, *grid in (features_CHW.shape for features_CHW in frame.features.values()):
+            shape = (num_frames, *(self.feature_grid or grid), channels)
+            features_THWC = torch.zeros(shape, device=self.keep_on)
         return Track(
             visited_T=visited_T,
-            seen_T=seen_T,
-            logits_THW=self._logits_THW,
-            features_THWC=self._features_THWC,
+            seen_T=torch.zeros(num_frames, dtype=torch.bool, device=self.keep_on),
+            logits_THW=torch.zeros((num_frames, *frame.mask_logits_HW.shape), device=self.keep_on),
+            features_THWC=features_THWC,
         )
 
+    def _on_grid(self, features_CHW: Tensor) -> Tensor:
+        """Return a frame's features on the grid to store: [H, W, C]."""
+        if self.feature_grid is None:
+            return features_CHW.permute(1, 2, 0)
+        return resample_to_grid(features_CHW[None], *self.feature_grid)[0]
 
-def _agreement(forward: Track, backward: Track) -> float | None:
-    both_T = forward.seen_T & backward.seen_T
-    return cycle_consistency(forward.logits_THW, backward.logits_THW, both_T)
+
+def _request(subject: Subject, prompt: Sam2Prompt, order: range) -> TrackRequest:
+    return TrackRequest(encoded=subject.encoded, prompt=prompt, order=order)
+
+
+def _subject_track(
+    first: int,
+    last: int,
+    forward: Track,
+    backward: Track | None,
+    backward_prompt: BackwardPrompt | None,
+) -> SubjectTrack:
+    agreement = None
+    if backward is not None:
+        both_T = forward.seen_T & backward.seen_T
+        agreement = cycle_consistency(forward.logits_THW, backward.logits_THW, both_T)
+    return SubjectTrack(
+        first_frame=first,
+        last_frame=last,
+        forward=forward,
+        backward=backward,
+        backward_prompt=backward_prompt,
+        cycle_consistency=agreement,
+    )
 
 
 def _lost(detail: str) -> ClipSkipped:

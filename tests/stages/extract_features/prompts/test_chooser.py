@@ -1,27 +1,35 @@
 """Which source decides, when the next one is asked, and what is recorded when none can."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from stages.clips import Clip, ClipRecord, ClipsConfig, ClipSkipped, SubjectPrompt
+from stages.clips import Clip, ClipRecord, ClipSkipped, SubjectPrompt
 from stages.extract_features.config import GroundingConfig, PromptSource, TeacherConfig
-from stages.extract_features.prompts import ChosenPrompt, PromptChooser, usable_sources
+from stages.extract_features.prompts import (
+    ChosenPrompt,
+    PromptChooser,
+    check_prompt,
+    usable_sources,
+)
 from stages.extract_features.prompts.automatic import AutomaticSource
 from stages.extract_features.prompts.grounding import GroundingSource
 
 CPU = torch.device("cpu")
 NOT_NEEDED: Any = None
+TRACKER: Any = SimpleNamespace(model=SimpleNamespace(image_size=64, device=CPU))
 BOX = SubjectPrompt(box_xyxy=(10.0, 10.0, 30.0, 30.0))
 ALL: tuple[PromptSource, ...] = ("dataset", "grounding", "automatic")
 
 
 @pytest.fixture
-def make_chooser(tiny_grounding: Path, clips: ClipsConfig) -> Callable[..., PromptChooser]:
+def make_chooser(tiny_grounding: Path) -> Callable[..., PromptChooser]:
     def make(*sources: PromptSource, fallback: bool = False, **grounding: Any) -> PromptChooser:
         config = TeacherConfig(
             prompts=sources,
@@ -31,7 +39,7 @@ def make_chooser(tiny_grounding: Path, clips: ClipsConfig) -> Callable[..., Prom
                 model=str(tiny_grounding), **{"box_threshold": 0.0, **grounding}
             ),
         )
-        return PromptChooser(config, clips)
+        return PromptChooser(config)
 
     return make
 
@@ -46,7 +54,7 @@ def automatic_finds(monkeypatch: pytest.MonkeyPatch) -> ChosenPrompt:
 
 def choose(chooser: PromptChooser, clip: Clip) -> ChosenPrompt:
     with chooser.load_models(CPU):
-        return chooser.choose(clip, NOT_NEEDED, NOT_NEEDED)
+        return chooser.choose(clip, TRACKER, NOT_NEEDED)
 
 
 def test_the_datasets_prompts_are_taken_as_they_are(
@@ -91,14 +99,13 @@ def test_subjects_that_the_crop_cut_away_are_a_bad_prompt_unless_there_is_a_fall
 
 
 def test_masks_that_vanish_at_sam2s_size_are_dropped_and_alone_a_bad_prompt(
-    make_clip: Callable[..., Clip], clips: ClipsConfig
+    make_clip: Callable[..., Clip],
 ) -> None:
     config = TeacherConfig(prompts=("dataset",), image_size=64)
-    big = clips.model_copy(update={"height": 480, "width": 640})
     speck_HW = np.zeros((480, 640), dtype=bool)
     speck_HW[100, 100] = True
     speck = SubjectPrompt(mask_HW=speck_HW)
-    chooser = PromptChooser(config, big)
+    chooser = PromptChooser(config)
     assert choose(chooser, make_clip(prompts=(speck, BOX))).subjects == (BOX,)
     with pytest.raises(ClipSkipped, match="bad_prompt: the mask vanishes"):
         choose(chooser, make_clip(prompts=(speck,)))
@@ -129,19 +136,20 @@ def test_a_clip_that_gives_nothing_to_go_by_has_no_prompt(
     chooser = make_chooser(*sources, fallback=True)
     for nothing in (make_clip(), ClipRecord(key="a", video=b"")):
         with pytest.raises(ClipSkipped, match=f"no_prompt: the dataset gives {missing} for"):
-            chooser.check(nothing)
+            check_prompt(TeacherConfig(prompts=sources, prompt_fallback=True), nothing)
     with pytest.raises(ClipSkipped, match="no_prompt"):
         choose(chooser, make_clip())
 
 
 def test_what_can_be_known_unseen_is_refused_before_any_work(
-    make_chooser: Callable[..., PromptChooser], make_clip: Callable[..., Clip]
+    make_clip: Callable[..., Clip],
 ) -> None:
     clip = make_clip(prompt_problem="outside the crop")
     with pytest.raises(ClipSkipped, match="bad_prompt: outside the crop"):
-        make_chooser("dataset", fallback=True).check(clip)
-    make_chooser("dataset", "automatic", fallback=True).check(clip)
-    make_chooser("automatic", "dataset").check(clip)
+        check_prompt(TeacherConfig(prompts=("dataset",), prompt_fallback=True), clip)
+    two = TeacherConfig(prompts=("dataset", "automatic"), prompt_fallback=True)
+    check_prompt(two, clip)
+    check_prompt(TeacherConfig(prompts=("automatic", "dataset")), clip)
 
 
 def test_a_record_tells_which_sources_can_serve_it() -> None:
@@ -174,18 +182,26 @@ def test_grounding_dino_is_there_inside_opened_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     events: list[str] = []
-    monkeypatch.setattr(GroundingSource, "load", lambda *_: events.append("load"))
-    monkeypatch.setattr(GroundingSource, "unload", lambda *_: events.append("unload"))
+
+    @contextmanager
+    def loaded(*_: object) -> Iterator[None]:
+        events.append("load")
+        try:
+            yield
+        finally:
+            events.append("free")
+
+    monkeypatch.setattr(GroundingSource, "loaded", loaded)
     with pytest.raises(KeyError), make_chooser(*ALL).load_models(CPU):
         assert events == ["load"]
         raise KeyError
-    assert events == ["load", "unload"]
+    assert events == ["load", "free"]
 
 
 def test_a_grounding_model_that_is_missing_is_refused_at_once(
-    clips: ClipsConfig, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     grounding = GroundingConfig(model=str(tmp_path))
     with pytest.raises(ValueError, match=r"has no config\.json"):
-        PromptChooser(TeacherConfig(prompts=("grounding",), grounding=grounding), clips)
-    PromptChooser(TeacherConfig(prompts=("dataset",), grounding=grounding), clips)
+        PromptChooser(TeacherConfig(prompts=("grounding",), grounding=grounding))
+    PromptChooser(TeacherConfig(prompts=("dataset",), grounding=grounding))

@@ -32,9 +32,8 @@ NOT_NEEDED: Any = None
 @contextmanager
 def loaded(config: GroundingConfig) -> Iterator[GroundingSource]:
     source = GroundingSource(config)
-    source.load(CPU)
-    yield source
-    source.unload()
+    with source.loaded(CPU):
+        yield source
 
 
 def find(config: GroundingConfig, clip: Clip) -> ChosenPrompt:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from stages.clips import (
+    Clip,
     ClipRecord,
     ClipsConfig,
     ClipSkipped,
@@ -520,10 +521,10 @@ def test_a_prompt_on_a_later_frame_is_tracked_both_ways_from_there(
 ) -> None:
     there = SubjectPrompt(mask_HW=subject_mask(clips.height, clips.width, shift=0.04))
 
-    def choose(*_: object) -> ChosenPrompt:
+    def choose(_: PromptChooser, clip: Clip, tracker: Tracker, encoded: object) -> ChosenPrompt:
         return ChosenPrompt(
             source="grounding", frame=4, subjects=(there,), confidence=0.6, detail={"phrase": "it"}
-        )
+        ).converted(clip, tracker)
 
     monkeypatch.setattr(PromptChooser, "choose", choose)
     (outcome,) = extract(make_record(there))

@@ -32,11 +32,13 @@ def matched(
         last_frame_prompts=tuple(last),
     )
     model = SimpleNamespace(image_size=48, device=torch.device("cpu"))
+    tracker = cast(Any, SimpleNamespace(model=model))
+    chosen = ChosenPrompt(source=cast(Any, source), subjects=tuple(first))
     found = subjects_to_track(
         clip,
-        ChosenPrompt(source=cast(Any, source), subjects=tuple(first)),
+        chosen.converted(clip, tracker),
         config=TeacherConfig(subjects="each", backward_prompt="dataset"),
-        tracker=cast(Any, SimpleNamespace(model=model)),
+        tracker=tracker,
         encoded=cast(Any, None),
     )
     return [

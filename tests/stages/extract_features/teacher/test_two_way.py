@@ -97,7 +97,7 @@ def follow(
         tracker=tracker,
         both_ways=both_ways,
         features="memory_attention",
-        read_features=lambda frame: frame.features["memory_attention"].permute(1, 2, 0),
+        feature_grid=None,
         passes_at_once=passes_at_once,
         keep_on=CPU,
     ).track(subjects)
