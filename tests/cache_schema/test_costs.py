@@ -4,6 +4,7 @@ Counted are calls of Python and C functions, files opened, names listed and sync
 shards, or twice the clips in one shard, each may at most double.
 """
 
+import gc
 import os
 import sys
 from collections import Counter
@@ -94,11 +95,15 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         patch.setattr(os, "scandir", counted_scandir)
         patch.setattr(os, "open", counted_open)
         patch.setattr(os, "fsync", count_sync)
+        # A collection calls the finalizers of whatever garbage earlier tests left.
+        gc.collect()
+        gc.disable()
         sys.setprofile(on_call)
         try:
             yield counts
         finally:
             sys.setprofile(None)
+            gc.enable()
 
 
 def make_store(cache: Path, num_shards: int, num_clips: int) -> tuple[Path, list[str]]:
