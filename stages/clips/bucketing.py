@@ -44,7 +44,9 @@ def bucket_of(record: ClipRecord | BadRecord, config: ClipsConfig) -> ClipsConfi
     is too short or too small for all gets the fewest frames or the smallest size, as does one that
     cannot be read; loading it reports the reason.
     """
-    sizes = sorted(config.sizes, key=lambda size: (_area(size), size.num_frames, size.size_name))
+    sizes = sorted(
+        config.sizes, key=lambda size: (size.height * size.width, size.num_frames, size.size_name)
+    )
     if len(sizes) == 1:
         return sizes[0]
     try:
@@ -59,7 +61,9 @@ def bucket_of(record: ClipRecord | BadRecord, config: ClipsConfig) -> ClipsConfi
     lengths = [size.num_frames for size in nearest]
     length = max(source.lengths & set(lengths), default=min(lengths))
     candidates = [size for size in nearest if size.num_frames == length]
-    large_enough = [size for size in candidates if _needs_no_upscaling(source, size)]
+    large_enough = [  # without upscaling
+        size for size in candidates if source.height >= size.height and source.width >= size.width
+    ]
     return large_enough[-1] if large_enough else candidates[0]
 
 
@@ -93,11 +97,3 @@ def _lengths(record: ClipRecord, config: ClipsConfig) -> frozenset[int]:
 
 def _distance(source: _Source, size: ClipsConfig) -> float:
     return abs(math.log(source.width / source.height) - math.log(size.width / size.height))
-
-
-def _needs_no_upscaling(source: _Source, size: ClipsConfig) -> bool:
-    return source.height >= size.height and source.width >= size.width
-
-
-def _area(size: ClipsConfig) -> int:
-    return size.height * size.width

@@ -40,7 +40,7 @@ class FrameGeometry:
     source_fps: float
     """Frames per second between the first and the last frame taken."""
     sampling: Sampling
-    conversions: tuple[str, ...]
+    conversions: tuple[str, ...] = ()
     """Other conversions of the source frames (deinterlaced, PQ to SDR, …), and the name of the
     stream if there are several video streams."""
 
@@ -105,7 +105,6 @@ def cover_and_crop(
     mirrored: bool = False,
     source_fps: float,
     sampling: Sampling,
-    conversions: tuple[str, ...] = (),
 ) -> FrameGeometry:
     """Use the smallest scale at which the source covers the training frame, and crop the centre.
 
@@ -119,7 +118,6 @@ def cover_and_crop(
         mirrored: Whether the file mirrors its frames; only recorded.
         source_fps: Frames per second between the frames taken; only recorded.
         sampling: How frames were sampled; only recorded.
-        conversions: Other conversions of the frames; only recorded.
     """
     scale = max(height / source_height, width / (source_width * pixel_aspect))
     scale_y, scale_x = scale, scale * pixel_aspect
@@ -136,5 +134,4 @@ def cover_and_crop(
         mirrored=mirrored,
         source_fps=source_fps,
         sampling=sampling,
-        conversions=conversions,
     )

@@ -13,14 +13,14 @@ from stages.clips.config import ClipsConfig
 from stages.clips.geometry import FrameGeometry, cover_and_crop
 from stages.clips.records import Clip, ClipRecord, ClipSkipped, SubjectPrompt
 from stages.clips.timing import FrameChoice, Timeline, choose_frames, decode_timeline, read_timeline
-from stages.clips.video.colour import colour_of
-from stages.clips.video.decoding import Frame, VideoInfo, open_video
+from stages.clips.video.colour import Colour, colour_of
+from stages.clips.video.decoding import VideoInfo, open_video
 from stages.clips.video.streams import VideoError, interlaced_in_headers, open_stream, stream_name
 
 MAX_DECODED_FRAMES = 100_000
 """Maximum number of frames decoded per clip: 49 frames at 8 fps from a source of 16,000 fps."""
 
-TimelineReader = Callable[..., Timeline | None]
+_TimelineReader = Callable[..., Timeline | None]
 """`read_timeline` or `decode_timeline`."""
 
 
@@ -38,7 +38,7 @@ def load_clip(record: ClipRecord, config: ClipsConfig) -> Clip:
     """
     try:
         for read in (read_timeline, decode_timeline):
-            planned = plan_clip(record, config, read)
+            planned = _plan_clip(record, config, read)
             clip = planned and _load(record, config, *planned)
             if clip:
                 return clip
@@ -47,8 +47,8 @@ def load_clip(record: ClipRecord, config: ClipsConfig) -> Clip:
     raise ClipSkipped("undecodable", "its frame times differ when it is decoded again")
 
 
-def plan_clip(
-    record: ClipRecord, config: ClipsConfig, read: TimelineReader
+def _plan_clip(
+    record: ClipRecord, config: ClipsConfig, read: _TimelineReader
 ) -> tuple[Timeline, FrameChoice] | None:
     """Read the timeline of a video and choose the frames of the clip.
 
@@ -76,7 +76,7 @@ def plan_clip(
     if (not complete and timeline.end is None) or choice.indices[-1] >= MAX_DECODED_FRAMES:
         raise VideoError(f"the clip needs more than the first {MAX_DECODED_FRAMES:,} frames")
     if not complete:
-        raise too_short(record, choice, config)
+        raise _too_short(record, choice, config)
     return timeline, choice
 
 
@@ -97,7 +97,7 @@ def _load(
         for index, frame in enumerate(islice(frames, choice.indices[-1] + 1)):
             if index >= len(timeline.times) or frame.time != timeline.times[index]:
                 return None
-            _check_allowed(frame, config)
+            _check_allowed(frame.colour, frame.interlaced, config)
             if index not in wanted:
                 continue
             image_HWC = frame.image()
@@ -124,21 +124,12 @@ def _load(
     )
 
 
-def _check_allowed(frame: Frame, config: ClipsConfig) -> None:
-    if config.hdr == "skip" and frame.colour.hdr:
-        raise hdr_skipped(frame.colour.hdr)
-    if config.interlaced == "skip" and frame.interlaced:
-        raise interlaced_skipped()
-
-
-def hdr_skipped(transfer: str) -> ClipSkipped:
-    """The outcome of an HDR clip if the settings exclude HDR."""
-    return ClipSkipped("hdr", f"its frames are HDR ({transfer}), and data.hdr is skip")
-
-
-def interlaced_skipped() -> ClipSkipped:
-    """The outcome of an interlaced clip if the settings exclude interlaced video."""
-    return ClipSkipped("interlaced", "its frames are interlaced, and data.interlaced is skip")
+def _check_allowed(colour: Colour, interlaced: bool, config: ClipsConfig) -> None:
+    """Reject HDR or interlaced video if the settings exclude it."""
+    if config.hdr == "skip" and colour.hdr:
+        raise ClipSkipped("hdr", f"its frames are HDR ({colour.hdr}), and data.hdr is skip")
+    if config.interlaced == "skip" and interlaced:
+        raise ClipSkipped("interlaced", "its frames are interlaced, and data.interlaced is skip")
 
 
 def _to_training_frame(
@@ -167,7 +158,7 @@ def _cropped_prompts(
     return tuple(prompt for prompt in placed if prompt is not None)
 
 
-def too_short(record: ClipRecord, choice: FrameChoice, config: ClipsConfig) -> ClipSkipped:
+def _too_short(record: ClipRecord, choice: FrameChoice, config: ClipsConfig) -> ClipSkipped:
     """The outcome of a clip with too few frames, noting if its headers state more."""
     rate = "" if config.fps is None else f" at {config.fps:g} frames/s"
     detail = f"{len(choice.indices)} frames{rate}, needs {config.num_frames}"
@@ -223,7 +214,7 @@ def probe_clip(record: ClipRecord, config: ClipsConfig) -> ClipProbe:
     try:
         probe = _read_headers(record, config)
         if _may_be_skipped(probe, config):
-            plan_clip(record, config, read_timeline)
+            _plan_clip(record, config, read_timeline)
     except VideoError as error:
         raise ClipSkipped("undecodable", str(error)) from error
     return probe
@@ -235,10 +226,7 @@ def _read_headers(record: ClipRecord, config: ClipsConfig) -> ClipProbe:
         colour, interlaced = colour_of(context), interlaced_in_headers(stream)
         if colour.problem:
             raise VideoError(colour.problem)
-        if config.hdr == "skip" and colour.hdr:
-            raise hdr_skipped(colour.hdr)
-        if config.interlaced == "skip" and interlaced:
-            raise interlaced_skipped()
+        _check_allowed(colour, interlaced, config)
         name = stream_name(container, stream)
         return ClipProbe(
             width=context.width,

@@ -3,7 +3,6 @@
 import csv
 import io
 import re
-import shlex
 from codecs import BOM_UTF8
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +13,14 @@ from typing import Any, BinaryIO
 
 from cache_schema.checksummed_json import parse_json
 from stages.clips.dataset.keys import has_video_suffix
-from stages.clips.dataset.rows import MAX_LINE_BYTES, SPACES, LoadFields, RowLocation, UnchangedFile
+from stages.clips.dataset.rows import (
+    MAX_LINE_BYTES,
+    SPACES,
+    LoadFields,
+    RowLocation,
+    UnchangedFile,
+    conversion_command,
+)
 
 _CELL = r'[ ]*+(?:"(?:[^"]|"")*+"|[^",\r\n]*+)'
 _RECORD = re.compile(rf"{_CELL}(?:,{_CELL})*+[\r\n]*+")
@@ -136,8 +142,7 @@ def _check_columns(columns: Sequence[str], path: Path) -> None:
                 output = path.with_name(f"{path.stem}-commas.csv")
                 raise ValueError(
                     f"the columns of {path} are separated by {name}, not by commas. Convert it: "
-                    f'python -c "{script}" < {shlex.quote(str(path))} > {shlex.quote(str(output))}'
-                    f" and set data.path={output}"
+                    f"{conversion_command(script, path, output)}"
                 )
         raise ValueError(
             f"{path} has no column file_name; its header is {list(columns)}. Rename the column "

@@ -116,6 +116,14 @@ def _identity(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def conversion_command(script: str, path: Path, output: Path) -> str:
+    """Command that writes a file anew with a Python script, and the setting to change."""
+    return (
+        f'python -c "{script}" < {shlex.quote(str(path))} > {shlex.quote(str(output))}'
+        f" and set data.path={output}"
+    )
+
+
 class JsonLines:
     """A JSON object per line; blank lines are skipped."""
 
@@ -150,12 +158,8 @@ def _reject_json_list(file: BinaryIO, path: Path) -> None:
     file.seek(start)
     if is_list:
         script = "import json, sys; [print(json.dumps(entry)) for entry in json.load(sys.stdin)]"
-        output = path.with_name(f"{path.stem}-lines.jsonl")
-        raise ValueError(
-            f"{path} is one JSON list; write a line per clip: "
-            f'python -c "{script}" < {shlex.quote(str(path))} > {shlex.quote(str(output))}'
-            f" and set data.path={output}"
-        )
+        command = conversion_command(script, path, path.with_name(f"{path.stem}-lines.jsonl"))
+        raise ValueError(f"{path} is one JSON list; write a line per clip: {command}")
 
 
 def _parse_line(line: bytes) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import chain
 from typing import Any, Generic, TypeVar
 
 import av
@@ -61,14 +62,20 @@ def orientation_of(matrix: np.ndarray | None) -> Orientation:
     if u or v:
         raise ValueError("the file's display matrix has a perspective component")
     if a and d and not b and not c:
-        x_scale, y_scale = abs(a), abs(d)
-        diagonal = {(1, 1): (0, False), (-1, -1): (180, False), (-1, 1): (0, True)}
-        found = diagonal.get((_sign(a), _sign(d)), (180, True))
+        found = {
+            (True, True): (0, False),
+            (False, False): (180, False),
+            (False, True): (0, True),
+            (True, False): (180, True),
+        }[a > 0, d > 0]
     elif b and c and not a and not d:
-        x_scale, y_scale = abs(c), abs(b)
-        transposed = {(1, -1): (90, False), (-1, 1): (270, False), (1, 1): (90, True)}
-        found = transposed.get((_sign(c), _sign(b)), (270, True))
-        if not math.isclose(x_scale, y_scale, rel_tol=_SCALE_TOLERANCE):
+        found = {
+            (True, False): (90, False),
+            (False, True): (270, False),
+            (True, True): (90, True),
+            (False, False): (270, True),
+        }[c > 0, b > 0]
+        if not math.isclose(abs(c), abs(b), rel_tol=_SCALE_TOLERANCE):
             raise ValueError("the file's display matrix rotates frames and scales them unevenly")
     else:
         raise ValueError(
@@ -77,10 +84,6 @@ def orientation_of(matrix: np.ndarray | None) -> Orientation:
             "by a multiple of 90 degrees nor a mirroring"
         )
     return Orientation(*found)
-
-
-def _sign(value: int) -> int:
-    return 1 if value > 0 else -1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -149,7 +152,7 @@ def open_video(source: VideoSource) -> Iterator[tuple[VideoInfo, Iterator[Frame]
                 pixel_aspect=1 / aspect if first.orientation.rotation % 180 else aspect,
                 stream=stream_name(container, stream),
             ),
-            _chain(first, frames),
+            chain((first,), frames),
         )
 
 
@@ -242,11 +245,6 @@ def _frame(decoded: av.VideoFrame, time: Fraction, stream: Any) -> Frame:
         bool(decoded.interlaced_frame),
         decoded,
     )
-
-
-def _chain(first: Frame, rest: Iterator[Frame]) -> Iterator[Frame]:
-    yield first
-    yield from rest
 
 
 Item = TypeVar("Item")
