@@ -3,21 +3,93 @@
 import base64
 import html
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from string import Template
 from typing import Any
 
 from cache_schema.shown_text import visible, without_credentials
-from stages.train_student.report.curves import Picture, as_svg
+from stages.train_student.report.charts import Chart, as_svg
 from stages.train_student.report.figures import Figure
-from stages.train_student.report.records import Row
-from stages.train_student.report.style import STYLE
-from stages.train_student.report.videos import PageVideo
+from stages.train_student.report.records import Row, SampleVideo
 
 _MAX_ROWS = 200
+
+MAX_BYTES = 24_000_000
+"""Limit for all embedded videos, before base64 adds a third: the page opens quickly, and can be
+mailed."""
 
 _CONTENT_SECURITY_POLICY = (
     "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
 )
 """Prevents unescaped text, should there be any, from loading resources or running scripts."""
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="$policy">
+<title>$title</title>
+<style>
+:root { --ink: #1f2733; --soft: #667080; --line: #dfe3e8; --back: #f6f7f9; --accent: #2f6f9f; }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
+header { background: #fff; border-bottom: 1px solid var(--line); padding: 28px 0 20px; }
+header > *, main { max-width: 1180px; margin: 0 auto; padding: 0 24px; }
+h1 { font-size: 26px; font-weight: 650; letter-spacing: -0.01em; overflow-wrap: anywhere; }
+header p { color: var(--soft); margin-top: 4px; overflow-wrap: anywhere; }
+main { padding-bottom: 60px; }
+h2 { font-size: 18px; font-weight: 650; margin: 36px 0 10px; }
+h3 { font-size: 14px; font-weight: 600; margin: 0 0 4px; }
+.note, figcaption { color: var(--soft); font-size: 13px; margin: 2px 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 12px;
+  margin-top: 24px; }
+.tile, .charts figure, .prompt, details { background: #fff; border: 1px solid var(--line);
+  border-radius: 8px; padding: 14px 16px; }
+.tile .name { color: var(--soft); font-size: 13px; }
+.tile .value { font-size: 24px; font-weight: 600; font-variant-numeric: tabular-nums; }
+figure { margin: 0; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 500px), 1fr));
+  gap: 14px; }
+.charts img { width: 100%; display: block; }
+.prompt { margin-bottom: 14px; }
+.prompt p { margin: 0 0 10px; font-weight: 500; overflow-wrap: anywhere; }
+.prompt > div { display: grid; gap: 14px;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 360px), 1fr)); }
+video { width: 100%; display: block; border-radius: 4px; background: #000; }
+.far { padding: 12px; border: 1px dashed var(--line); border-radius: 4px; overflow-wrap: anywhere; }
+table { border-collapse: collapse; width: 100%; font-size: 13px; background: #fff;
+  border: 1px solid var(--line); }
+th, td { text-align: left; padding: 5px 10px; border-bottom: 1px solid var(--line);
+  vertical-align: top; overflow-wrap: anywhere; }
+thead th { color: var(--soft); font-weight: 600; white-space: nowrap; }
+.facts { border: 0; }
+.facts th { font-weight: 500; color: var(--soft); width: 34%; }
+details { margin-bottom: 10px; }
+summary { cursor: pointer; font-weight: 600; font-size: 14px; }
+pre { overflow-x: auto; font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+@media print { body { background: #fff; } .charts figure, .prompt { break-inside: avoid; } }
+</style>
+</head>
+<body>
+<header><h1>$title</h1><p>$subtitle</p></header>
+<main>
+$sections
+</main>
+</body>
+</html>
+""")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PageVideo:
+    """A video on the page."""
+
+    sample: SampleVideo
+    source: str
+    """A data URL, or the file's path relative to the page."""
+    embedded: bool
 
 
 def escape(value: object) -> str:
@@ -27,23 +99,12 @@ def escape(value: object) -> str:
 
 def page(title: str, subtitle: str, sections: Iterable[str]) -> str:
     """A complete, self-contained page."""
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_CONTENT_SECURITY_POLICY}">
-<title>{escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>
-<main>
-{"".join(sections)}
-</main>
-</body>
-</html>
-"""
+    return _PAGE.substitute(
+        policy=_CONTENT_SECURITY_POLICY,
+        title=escape(title),
+        subtitle=escape(subtitle),
+        sections="".join(sections),
+    )
 
 
 def section(title: str, *content: str, note: str = "") -> str:
@@ -65,17 +126,17 @@ def tiles(figures: Iterable[Figure]) -> str:
     return f'<div class="tiles">{"".join(made)}</div>\n' if made else ""
 
 
-def pictures(chosen: Iterable[Picture]) -> str:
+def charts(chosen: Iterable[Chart]) -> str:
     """Plots in a grid, each as a separate image, so that ids within the SVGs cannot clash."""
     made = []
-    for picture in chosen:
-        data = base64.b64encode(as_svg(picture)).decode("ascii")
+    for chart in chosen:
+        data = base64.b64encode(as_svg(chart)).decode("ascii")
         made.append(
-            f"<figure><h3>{escape(picture.title)}</h3>"
-            f'<img alt="{escape(picture.title)}" src="data:image/svg+xml;base64,{data}">'
-            f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
+            f"<figure><h3>{escape(chart.title)}</h3>"
+            f'<img alt="{escape(chart.title)}" src="data:image/svg+xml;base64,{data}">'
+            f"<figcaption>{escape(chart.caption)}</figcaption></figure>"
         )
-    return f'<div class="pictures">{"".join(made)}</div>\n' if made else ""
+    return f'<div class="charts">{"".join(made)}</div>\n' if made else ""
 
 
 def videos(shown: Mapping[str, Sequence[PageVideo]]) -> str:
@@ -149,3 +210,42 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_text(one) for one in value)
     return str(value)
+
+
+def first_and_newest(samples: Sequence[SampleVideo]) -> dict[str, list[SampleVideo]]:
+    """The first and newest existing video of each prompt, in the order of the prompts."""
+    of_prompt: dict[str, list[SampleVideo]] = {}
+    for sample in samples:
+        if sample.file.is_file():
+            of_prompt.setdefault(sample.prompt, []).append(sample)
+    return {
+        prompt: videos if len(videos) == 1 else [videos[0], videos[-1]]
+        for prompt, videos in of_prompt.items()
+    }
+
+
+def embed(
+    chosen: dict[str, list[SampleVideo]], *, max_bytes: int = MAX_BYTES
+) -> dict[str, list[PageVideo]]:
+    """Embed the videos that fit into `max_bytes`, the newest of each prompt before older ones."""
+    bytes_left = max_bytes
+    urls: dict[str, str] = {}
+    newest = [videos[-1] for videos in chosen.values()]
+    older = [sample for videos in chosen.values() for sample in videos[:-1]]
+    for sample in (*newest, *older):
+        size = sample.file.stat().st_size
+        if size <= bytes_left:
+            bytes_left -= size
+            data = base64.b64encode(sample.file.read_bytes()).decode("ascii")
+            urls[str(sample.file)] = f"data:video/mp4;base64,{data}"
+    return {
+        prompt: [
+            PageVideo(
+                sample=sample,
+                source=urls.get(str(sample.file), "/".join(("samples", *sample.file.parts[-2:]))),
+                embedded=str(sample.file) in urls,
+            )
+            for sample in videos
+        ]
+        for prompt, videos in chosen.items()
+    }

@@ -7,25 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from cache_schema.atomic_io import write_atomic
+from stages.train_student.report.charts import speed_charts, training_charts, validation_charts
 from stages.train_student.report.figures import figures
 from stages.train_student.report.page import (
+    PageVideo,
+    charts,
+    embed,
     facts,
+    first_and_newest,
     folded,
     page,
-    pictures,
     section,
     table,
     text,
     tiles,
     videos,
 )
-from stages.train_student.report.pictures import (
-    speed_pictures,
-    training_pictures,
-    validation_pictures,
-)
 from stages.train_student.report.records import Row, RunRecords, read_run
-from stages.train_student.report.videos import PageVideo, embed, first_and_newest
 
 REPORT_FILE = "report.html"
 
@@ -65,9 +63,9 @@ def render(run: RunRecords) -> str:
         [
             tiles(figures(run)),
             section("Samples", videos(shown), note=_describe_samples(run, shown)),
-            section("Held-out clips", pictures(validation_pictures(run))),
-            section("Training", pictures(training_pictures(run))),
-            section("Speed and memory", pictures(speed_pictures(run))),
+            section("Held-out clips", charts(validation_charts(run))),
+            section("Training", charts(training_charts(run))),
+            section("Speed and memory", charts(speed_charts(run))),
             section(
                 "Skipped steps",
                 table(_skipped(run), ("step", "what", "clip", "timestep", "losses")),

@@ -9,9 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from stages.train_student.report.curves import as_svg
+from stages.train_student.report.charts import as_svg, training_charts
 from stages.train_student.report.figures import figures
-from stages.train_student.report.pictures import training_pictures
 from stages.train_student.report.records import read_run
 from stages.train_student.report.report import write_page
 
@@ -78,9 +77,9 @@ def points_of(svg):
 
 def test_one_step_out_of_all_is_in_every_picture(long_run):
     folder, steps, spike = long_run
-    pictures = {picture.title: picture for picture in training_pictures(read_run(folder))}
+    charts = {chart.title: chart for chart in training_charts(read_run(folder))}
     for title in ("Total loss", "Local Gram Flow", "Norm of the gradient", "Learning rate"):
-        x, y = min(points_of(as_svg(pictures[title])), key=lambda point: point[1])
+        x, y = min(points_of(as_svg(charts[title])), key=lambda point: point[1])
         assert y < TOP + 0.1 * HEIGHT, title
         assert (x - LEFT) / (RIGHT - LEFT) == pytest.approx(spike / steps, abs=0.02), title
 

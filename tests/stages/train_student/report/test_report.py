@@ -11,9 +11,8 @@ import pytest
 
 from stages.train_student.report import write_report
 from stages.train_student.report.figures import figures
-from stages.train_student.report.page import videos
+from stages.train_student.report.page import PageVideo, embed, first_and_newest, videos
 from stages.train_student.report.records import SampleVideo, read_run
-from stages.train_student.report.videos import PageVideo, embed, first_and_newest
 
 
 class Page(HTMLParser):

@@ -5,10 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.train_student.report.columns import MeansByNoise
-from stages.train_student.report.curves import Curve, Picture, as_svg, extremes, running_mean
+from stages.train_student.report.charts import Chart, Curve, as_svg, extremes, running_mean
 from stages.train_student.report.figures import in_time
-from stages.train_student.report.records import points
+from stages.train_student.report.records import MeansByNoise, points
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=30), st.integers(0, 8))
@@ -50,8 +49,7 @@ def test_what_is_no_number_is_left_out_of_a_curve():
 def test_a_long_run_makes_a_picture_no_larger_than_a_short_one():
     def size(steps):
         values = np.random.default_rng(0).random(steps).tolist()
-        curve = Curve(label="loss", points=(list(range(steps)), values))
-        return len(as_svg(Picture(title="t", caption="c", curves=[curve], y_label="loss")))
+        return len(as_svg(Chart("t", "c", [Curve("loss", (list(range(steps)), values))])))
 
     assert size(50_000) < 3 * size(300)
 
