@@ -8,16 +8,12 @@ from typing import TYPE_CHECKING, Any
 from pipeline.commands.assets import uses_demo_part
 from pipeline.commands.skipped_notes import count_by_reason, skipped_notes
 from pipeline.config.load import ConfigError, RunConfig
-from pipeline.console import CommandResult, format_bytes, format_flop, format_time
+from pipeline.console import CommandResult, format_bytes, format_flop, format_time, json_values
 from stages.progress import Progress
 
 if TYPE_CHECKING:
-    from stages.dry_run.extract import (
-        EncodingEstimate,
-        Estimate,
-        KindEstimate,
-        PassEstimate,
-    )
+    from stages.dry_run.extract import Estimate, KindEstimate, PassEstimate
+    from stages.dry_run.extract_stores import EncodingEstimate
 
 _METHOD_NOTE = (
     "estimated: time from the number of operations, at a typical fraction of this device's matrix "
@@ -66,22 +62,33 @@ def run(
             if kind.kind in one.kinds and kind.bucket == one.bucket:
                 rows += _kind_rows(kind)
         rows += _pass_rows(one)
-    rows += _encoding_rows(found.encodings)
+    rows += _form_rows(found.forms)
     at_least = "at least " if any(one.cost is None for one in found.passes) else ""
-    about = "about " if any(kind.is_compressed for kind in found.kinds) else ""
+    about = "about " if any(kind.compressed for kind in found.kinds) else ""
     size, free = format_bytes(found.bytes), format_bytes(found.free_bytes)
+    time = f"{at_least}{format_time(found.seconds)} on one worker like this one: {found.device}"
     rows += [
         ("disk", f"{at_least or about}{size} to be written, {free} free"),
-        (
-            "time",
-            f"{at_least}{format_time(found.seconds)} on one worker like this one: {found.device}",
-        ),
+        ("time", time),
     ]
+    warnings = [*found.notes, *_warnings(config, found)]
+    skipped = skipped_notes(
+        ((kind.name, clip) for kind in found.kinds for clip in kind.skipped), "would skip"
+    )
     return CommandResult(
         title=f"estimate for {config.name}",
         rows=rows,
-        data=_data(config, found),
-        notes=_notes(config, found),
+        data={
+            "cache": config.cache,
+            **json_values(found, leave_out=("dataset", "kinds", "notes")),
+            "warnings": warnings,
+            "passes": [_pass_data(one) for one in found.passes],
+        }
+        | {
+            kind.name: json_values(kind, leave_out=("kind", "bucket", "name"))
+            for kind in found.kinds
+        },
+        notes=[*skipped, *warnings, _METHOD_NOTE],
     )
 
 
@@ -103,30 +110,30 @@ def _dataset_rows(found: Estimate) -> list[tuple[str, str]]:
 
 def _kind_rows(kind: KindEstimate) -> list[tuple[str, str]]:
     there = f", {kind.clips_already_there} already there" if kind.clips_already_there else ""
-    listed = count_by_reason(kind.skipped_clips)
+    listed = count_by_reason(kind.skipped)
     rows = [
         (
             kind.name,
             "name depends on weights not downloaded yet" if kind.store is None else str(kind.store),
         ),
         ("  clips", f"{kind.clips} to be written{there}"),
-        ("  skipped", f"{kind.skipped} ({listed})" if kind.skipped_clips else "none"),
+        ("  skipped", f"{kind.skipped_count} ({listed})" if kind.skipped else "none"),
     ]
     if kind.bytes is None or kind.bytes_per_clip is None:
         return [*rows, ("  disk", "unknown")]
-    return [*rows, ("  disk", _size(kind.bytes, kind.bytes_per_clip, about=kind.is_compressed))]
+    return [*rows, ("  disk", _size(kind.bytes, kind.bytes_per_clip, about=kind.compressed))]
 
 
-def _encoding_rows(encodings: Sequence[EncodingEstimate]) -> list[tuple[str, str]]:
+def _form_rows(forms: Sequence[EncodingEstimate]) -> list[tuple[str, str]]:
     """Sizes of all forms of the teacher, for comparison."""
     rows = []
-    for encoding in encodings:
-        size, bucket = encoding.size, f" {encoding.bucket}" if encoding.bucket else ""
-        amount = _size(encoding.bytes, size.bytes_per_clip, about=size.is_compressed)
-        chosen = ", chosen" if size.is_chosen else ""
-        rows.append((f"  {size.kind} {size.dtype}{bucket}", amount + chosen))
-    clips = sum({encoding.bucket: encoding.clips for encoding in encodings}.values())
-    return [("teacher forms", f"for {clips} clips"), *rows] if encodings else []
+    for form in forms:
+        bucket = f" {form.bucket}" if form.bucket else ""
+        amount = _size(form.bytes, form.bytes_per_clip, about=form.compressed)
+        chosen = ", chosen" if form.chosen else ""
+        rows.append((f"  {form.kind} {form.dtype}{bucket}", amount + chosen))
+    clips = sum({form.bucket: form.clips for form in forms}.values())
+    return [("teacher forms", f"for {clips} clips"), *rows] if forms else []
 
 
 def _size(total: int, per_clip: int, *, about: bool) -> str:
@@ -154,11 +161,12 @@ def _pass_rows(one: PassEstimate) -> list[tuple[str, str]]:
     ]
 
 
-def _notes(config: RunConfig, found: Estimate) -> list[str]:
-    skipped = skipped_notes(
-        ((kind.name, clip) for kind in found.kinds for clip in kind.skipped_clips), "would skip"
-    )
-    return [*skipped, *found.notes, *_warnings(config, found), _METHOD_NOTE]
+_COST_KEYS = ("flops_per_clip", "memory_bytes", "weight_bytes", "working_bytes", "waiting_bytes")
+
+
+def _pass_data(one: PassEstimate) -> dict[str, Any]:
+    data = json_values(one, leave_out=("cost",), usual_share="assumed_peak_fraction")
+    return data | {key: getattr(one.cost, key, None) for key in _COST_KEYS}
 
 
 def _warnings(config: RunConfig, found: Estimate) -> list[str]:
@@ -183,7 +191,7 @@ def _warnings(config: RunConfig, found: Estimate) -> list[str]:
             )
     for kind in dict.fromkeys(of_size.kind for of_size in found.kinds):
         of_kind = [of_size for of_size in found.kinds if of_size.kind == kind]
-        skipped = sum(of_size.skipped for of_size in of_kind)
+        skipped = sum(of_size.skipped_count for of_size in of_kind)
         total = skipped + sum(of_size.clips for of_size in of_kind)
         if total and skipped / total > config.extract.max_skipped:
             warnings.append(
@@ -191,72 +199,3 @@ def _warnings(config: RunConfig, found: Estimate) -> list[str]:
                 f"extract.max_skipped={config.extract.max_skipped:g} allows"
             )
     return warnings
-
-
-def _data(config: RunConfig, found: Estimate) -> dict[str, Any]:
-    data: dict[str, Any] = {
-        "cache": config.cache,
-        "clips": found.clips,
-        "shards": found.shards,
-        "frames_per_clip": list(found.frames_per_clip),
-        "dataset_bytes": found.dataset_bytes,
-        "clips_probed": found.clips_probed,
-        "prompts": dict(found.prompts),
-        "conversions": dict(found.conversions),
-        "bytes": found.bytes,
-        "free_bytes": found.free_bytes,
-        "seconds": found.seconds,
-        "device": found.device,
-        "device_bytes": found.device_bytes,
-        "warnings": [*found.notes, *_warnings(config, found)],
-        "passes": [_pass_data(one) for one in found.passes],
-        "forms": [_encoding_data(encoding) for encoding in found.encodings],
-    }
-    return data | {kind.name: _kind_data(kind) for kind in found.kinds}
-
-
-def _pass_data(one: PassEstimate) -> dict[str, Any]:
-    cost = one.cost
-    return {
-        "kinds": list(one.kinds),
-        "bucket": one.bucket,
-        "clips": one.clips,
-        "flops": one.flops,
-        "flops_per_clip": None if cost is None else cost.flops_per_clip,
-        "flops_per_second": one.flops_per_second,
-        "usual_share": one.assumed_peak_fraction,
-        "seconds": one.seconds,
-        "memory_bytes": None if cost is None else cost.memory_bytes,
-        "weight_bytes": None if cost is None else cost.weight_bytes,
-        "working_bytes": None if cost is None else cost.working_bytes,
-        "waiting_bytes": None if cost is None else cost.waiting_bytes,
-    }
-
-
-def _encoding_data(encoding: EncodingEstimate) -> dict[str, Any]:
-    return {
-        "kind": encoding.size.kind,
-        "dtype": encoding.size.dtype,
-        "bucket": encoding.bucket,
-        "chosen": encoding.size.is_chosen,
-        "clips": encoding.clips,
-        "bytes_per_clip": encoding.size.bytes_per_clip,
-        "bytes": encoding.bytes,
-        "compressed": encoding.size.is_compressed,
-    }
-
-
-def _kind_data(kind: KindEstimate) -> dict[str, Any]:
-    return {
-        "store": None if kind.store is None else str(kind.store),
-        "clips": kind.clips,
-        "clips_already_there": kind.clips_already_there,
-        "skipped_count": kind.skipped,
-        "skipped": [
-            {"key": clip.key, "reason": clip.reason, "detail": clip.detail}
-            for clip in kind.skipped_clips
-        ],
-        "bytes_per_clip": kind.bytes_per_clip,
-        "bytes": kind.bytes,
-        "compressed": kind.is_compressed,
-    }

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,9 @@ from cache_schema import SkippedClip, StoreReader
 from stages.clips import ClipsConfig, open_dataset
 from stages.compute_cost.flop_counter import matmul_flops_per_second
 from stages.config import BaseModelConfig, Precision
-from stages.dry_run.extract_costs import ModelCost, TrackerCost
+from stages.dry_run.extract_costs import ModelCost
 from stages.dry_run.extract_stores import (
-    EncodingSize,
+    EncodingEstimate,
     PlannedPass,
     bytes_of,
     is_compressed,
@@ -61,17 +61,17 @@ class KindEstimate:
     """Size bucket of its clips; None without buckets, and for text."""
     store: Path | None
     """None if the weights, whose hash is part of its name, are not on this machine."""
-    clips_already_there: int
-    """Clips in finished shards, without skipped ones."""
     clips: int
     """Clips to extract."""
-    skipped: int
+    clips_already_there: int
+    """Clips in finished shards, without skipped ones."""
+    skipped_count: int
     """Remaining clips that would be skipped."""
-    skipped_clips: tuple[SkippedClip, ...]
+    skipped: tuple[SkippedClip, ...]
     """The skipped clips among those whose headers were read."""
     bytes_per_clip: int | None
     """Size of the arrays; checksums and records add well under 1%."""
-    is_compressed: bool
+    compressed: bool
     """Whether the size is approximate, because of compression."""
 
     @property
@@ -111,24 +111,8 @@ class PassEstimate:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EncodingEstimate:
-    """Estimate for one encoding of the teacher signal, whether the run writes it or not."""
-
-    size: EncodingSize
-    bucket: str | None
-    """Size bucket of its clips; None without buckets."""
-    clips: int
-    """Clips of the dataset that would not be skipped."""
-
-    @property
-    def bytes(self) -> int:
-        """Bytes for the whole dataset."""
-        return self.clips * self.size.bytes_per_clip
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """Estimate of a whole run."""
+    """Estimate of a whole run. The names of fields and properties are the keys of `--json`."""
 
     dataset: str
     """The detected dataset layout."""
@@ -146,7 +130,7 @@ class Estimate:
     """Number of probed clips per conversion of frames: deinterlaced, tone-mapped, …."""
     kinds: tuple[KindEstimate, ...]
     passes: tuple[PassEstimate, ...]
-    encodings: tuple[EncodingEstimate, ...]
+    forms: tuple[EncodingEstimate, ...]
     """Encodings of the teacher signal, if SAM2 runs."""
     device: str
     device_bytes: int
@@ -213,7 +197,7 @@ def estimate(
     by_size = survey_shards(dataset.shards, config, clips, progress, max_probed=max_probed)
     kinds: list[KindEstimate] = []
     passes: list[PassEstimate] = []
-    encodings: list[EncodingEstimate] = []
+    forms: list[EncodingEstimate] = []
     for plan in plans:
         surveys = by_size[plan.bucket]
         size = sum(earlier.kinds == plan.kinds for earlier in plans[: plans.index(plan)])
@@ -225,10 +209,7 @@ def estimate(
             _pass(plan, _Remaining.of(surveys, missing.of(plan.kinds, size)), config, device)
         )
         kept = _Remaining.of(surveys, None).kept(plan.kinds[0])
-        encodings += [
-            EncodingEstimate(size=size, bucket=plan.bucket, clips=round(kept))
-            for size in plan.encodings
-        ]
+        forms += [replace(form, clips=round(kept)) for form in plan.encodings]
     surveys = by_size[None]
     probed = [survey for survey in surveys if survey.probed]
     every = [survey for of_size in by_size.values() for survey in of_size]
@@ -244,7 +225,7 @@ def estimate(
         conversions=sum((survey.conversions for survey in every), Counter[str]()),
         kinds=tuple(kinds),
         passes=tuple(passes),
-        encodings=tuple(encodings),
+        forms=tuple(forms),
         device=_name_of(device),
         device_bytes=_memory_of(device),
         free_bytes=_free_bytes(cache_root),
@@ -292,56 +273,34 @@ class _Remaining:
     """Clips that a store lacks, and the probed ones that counts are extrapolated from."""
 
     num_clips: int
-    probed: tuple[tuple[ShardSurvey, frozenset[str] | None], ...]
-    """Shards whose headers were read, and the clips of each to count; None for all."""
+    probed: tuple[ShardSurvey, ...]
 
     @classmethod
     def of(cls, surveys: Sequence[ShardSurvey], keys: Keys | None) -> "_Remaining":
-        everywhere = tuple((survey, None) for survey in surveys if survey.probed)
+        probed = tuple(survey for survey in surveys if survey.probed)
         if keys is None:
-            return cls(sum(survey.num_clips for survey in surveys), everywhere)
-        probed = tuple(
-            (survey, keys[survey.name])
-            for survey in surveys
-            if survey.probed and survey.name in keys
-        )
+            return cls(sum(survey.num_clips for survey in surveys), probed)
+        chosen = [one.of_clips(keys[one.name]) for one in probed if one.name in keys]
         # If none of them was probed, extrapolate from all probed clips.
-        return cls(sum(map(len, keys.values())), probed or everywhere)
+        return cls(sum(map(len, keys.values())), tuple(chosen) or probed)
 
     def extrapolate(self, counted: float) -> float:
         """Extrapolate a count over the probed clips."""
-        probed = sum(
-            survey.num_clips if keys is None else len(keys) for survey, keys in self.probed
-        )
+        probed = sum(survey.num_clips for survey in self.probed)
         return counted * self.num_clips / probed if probed else 0.0
 
     def kept(self, kind: Kind) -> float:
         """Return the estimated number of clips of this size that would not be skipped."""
-        other_size = sum(
-            len(survey.other_size if keys is None else survey.other_size & keys)
-            for survey, keys in self.probed
-        )
+        other_size = sum(len(survey.other_size) for survey in self.probed)
         return self.num_clips - self.extrapolate(len(self.skipped(kind)) + other_size)
 
     def subjects(self) -> float:
         """Return the estimated number of tracked subjects."""
-        return self.extrapolate(
-            sum(
-                count
-                for survey, keys in self.probed
-                for key, count in survey.subjects.items()
-                if keys is None or key in keys
-            )
-        )
+        return self.extrapolate(sum(sum(survey.subjects.values()) for survey in self.probed))
 
     def skipped(self, kind: Kind) -> tuple[SkippedClip, ...]:
         """Return the probed clips that would be skipped."""
-        return tuple(
-            clip
-            for survey, keys in self.probed
-            for clip in survey.skipped.get(kind, ())
-            if keys is None or clip.key in keys
-        )
+        return tuple(clip for survey in self.probed for clip in survey.skipped.get(kind, ()))
 
 
 def _open_stores(plans: Sequence[PlannedPass], cache_root: Path) -> Readers:
@@ -356,17 +315,17 @@ def _kind(
     kind: Kind, plan: PlannedPass, remaining: _Remaining, num_held: int, cache_root: Path
 ) -> KindEstimate:
     skipped = remaining.skipped(kind)
-    num_skipped = round(remaining.extrapolate(len(skipped)))
+    arrays = None if plan.arrays is None else plan.arrays[kind]
     return KindEstimate(
         kind=kind,
         bucket=plan.bucket,
         store=None if plan.folders is None else cache_root / plan.folders[kind],
-        clips_already_there=num_held,
         clips=round(remaining.kept(kind)),
-        skipped=num_skipped,
-        skipped_clips=skipped if remaining.num_clips else (),
-        bytes_per_clip=None if plan.arrays is None else bytes_of(plan.arrays[kind]),
-        is_compressed=plan.arrays is not None and is_compressed(plan.arrays[kind]),
+        clips_already_there=num_held,
+        skipped_count=round(remaining.extrapolate(len(skipped))),
+        skipped=skipped if remaining.num_clips else (),
+        bytes_per_clip=None if arrays is None else bytes_of(arrays),
+        compressed=arrays is not None and is_compressed(arrays),
     )
 
 
@@ -374,19 +333,13 @@ def _pass(
     plan: PlannedPass, remaining: _Remaining, config: ExtractConfig, device: torch.device
 ) -> PassEstimate:
     kind = plan.kinds[0]
-    num_clips = remaining.kept(kind)
-    cost, flops = plan.cost, None
-    if isinstance(cost, TrackerCost):
-        flops = cost.flops(num_clips, remaining.subjects())
-        cost = cost.cost
-    elif cost is not None:
-        flops = num_clips * cost.flops_per_clip
+    cost, num_clips = plan.cost, remaining.kept(kind)
     return PassEstimate(
         kinds=plan.kinds,
         bucket=plan.bucket,
         clips=round(num_clips),
         cost=cost,
-        flops=flops,
+        flops=None if cost is None else cost.flops(num_clips, remaining.subjects()),
         flops_per_second=matmul_flops_per_second(device, DTYPES[_precision(config, kind)]),
         assumed_peak_fraction=MATMUL_RATE_FRACTION[device.type][kind],
     )

@@ -8,7 +8,6 @@ The models are built from their configurations on torch's meta device and run th
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +32,10 @@ _META = torch.device("meta")
 class ModelCost:
     """Cost of one model: per clip, and in memory while it runs."""
 
-    flops_per_clip: float
+    clip_flops: float
+    """FLOPs per clip, without those per subject."""
+    subject_flops: float = 0.0
+    """SAM2's FLOPs per subject: the forward pass, and the backward pass if there is one."""
     weight_bytes: int
     working_bytes: int
     """Peak of activations while the model runs."""
@@ -41,27 +43,18 @@ class ModelCost:
     """Other data on the device: encoded frames, and feature maps of unfinished tracks."""
 
     @property
+    def flops_per_clip(self) -> float:
+        """FLOPs of a clip with one subject."""
+        return self.clip_flops + self.subject_flops
+
+    @property
     def memory_bytes(self) -> int:
         """Memory on the device, without libraries and allocator overhead."""
         return self.weight_bytes + self.working_bytes + self.waiting_bytes
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrackerCost:
-    """Cost of SAM2, which depends on the number of subjects of a clip."""
-
-    encoder_flops: float
-    """FLOPs per clip."""
-    passes_flops: float
-    """FLOPs per subject: the forward pass, and the backward pass if there is one."""
-    cost: ModelCost
-    """Cost of a clip with one subject."""
-    hidden_dim: int
-    mem_dim: int
-
     def flops(self, num_clips: float, num_subjects: float) -> float:
         """Return the FLOPs of clips with a total number of subjects."""
-        return num_clips * self.encoder_flops + num_subjects * self.passes_flops
+        return num_clips * self.clip_flops + num_subjects * self.subject_flops
 
 
 def text_cost(config: TextConfig, base: CogVideoXConfigs) -> ModelCost:
@@ -76,7 +69,7 @@ def text_cost(config: TextConfig, base: CogVideoXConfigs) -> ModelCost:
     with FlopCounter() as meter:
         encoder(tokens_1L)
     return ModelCost(
-        flops_per_clip=meter.flops,
+        clip_flops=meter.flops,
         weight_bytes=weight_bytes(encoder),
         working_bytes=meter.peak_bytes,
     )
@@ -104,14 +97,17 @@ def latents_cost(config: LatentsConfig, clips: ClipsConfig, base: CogVideoXConfi
             for _ in range(config.image_draws):
                 vae.encode(pixels[:, :, :1])
     return ModelCost(
-        flops_per_clip=meter.flops,
+        clip_flops=meter.flops,
         weight_bytes=weight_bytes(vae),
         working_bytes=meter.peak_bytes + pixels.numel() * pixels.element_size(),
     )
 
 
-def tracker_cost(config: TeacherConfig, clips: ClipsConfig, sam2_config: str) -> TrackerCost:
-    """Return the cost of SAM2 over a clip in the configured directions.
+def tracker_cost(
+    config: TeacherConfig, clips: ClipsConfig, sam2_config: str
+) -> tuple[ModelCost, int]:
+    """Return the cost of SAM2 over a clip in the configured directions, and the channels of one
+    direction's features.
 
     Counted in float32: with bf16, which torch does not simulate here, activations take about half.
     Not included: the seek to frame 0 from a later prompt, the search for prompts, and the memory of
@@ -130,19 +126,15 @@ def tracker_cost(config: TeacherConfig, clips: ClipsConfig, sam2_config: str) ->
         encoded = tracker.encode(_frames(tracker.frames_per_batch, config.image_size))
     steps, tracking_peak = _step_flops(tracker, encoded, config, clips)
     directions = 1 if config.fusion == "forward" else 2
-    return TrackerCost(
-        encoder_flops=encoding.flops / tracker.frames_per_batch * clips.num_frames,
-        passes_flops=directions * steps,
-        cost=ModelCost(
-            flops_per_clip=encoding.flops / tracker.frames_per_batch * clips.num_frames
-            + directions * steps,
-            weight_bytes=weight_bytes(model),
-            working_bytes=max(encoding.peak_bytes, tracking_peak),
-            waiting_bytes=_waiting_bytes(encoded, model, config, clips),
-        ),
-        hidden_dim=model.hidden_dim,
-        mem_dim=model.mem_dim,
+    channels = model.hidden_dim if config.features == "memory_attention" else model.mem_dim
+    cost = ModelCost(
+        clip_flops=encoding.flops / tracker.frames_per_batch * clips.num_frames,
+        subject_flops=directions * steps,
+        weight_bytes=weight_bytes(model),
+        working_bytes=max(encoding.peak_bytes, tracking_peak),
+        waiting_bytes=_waiting_bytes(encoded, channels, config, clips),
     )
+    return cost, channels
 
 
 def _frames(num_frames: int, image_size: int) -> np.ndarray:
@@ -176,7 +168,7 @@ def _step_flops(
 
 
 def _waiting_bytes(
-    encoded: EncodedFrames, model: Any, config: TeacherConfig, clips: ClipsConfig
+    encoded: EncodedFrames, channels: int, config: TeacherConfig, clips: ClipsConfig
 ) -> int:
     """Return the bytes of encoded frames, feature maps and mask logits of a batch of clips."""
     if config.keep_encoded != "device":
@@ -184,7 +176,6 @@ def _waiting_bytes(
     itemsize = DTYPES[config.precision].itemsize
     frame = sum(level.numel() for level in encoded.levels_at([0])) * itemsize
     height, width = feature_grid(config, clips)
-    channels = model.hidden_dim if config.features == "memory_attention" else model.mem_dim
     logits = (config.image_size // 4) ** 2
     float32 = torch.float32.itemsize
     maps = (1 if config.fusion == "forward" else 2) * (height * width * channels + logits) * float32

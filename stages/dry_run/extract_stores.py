@@ -17,7 +17,6 @@ from stages.cogvideox.weights import parts_are_here
 from stages.config import BaseModelConfig
 from stages.dry_run.extract_costs import (
     ModelCost,
-    TrackerCost,
     latents_cost,
     text_cost,
     tracker_cost,
@@ -42,16 +41,26 @@ on real clips with an untrained sam2.1_hiera_t, whose features are smooth, to 0.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EncodingSize:
-    """Size of one encoding of the teacher signal, in one dtype."""
+class EncodingEstimate:
+    """Estimate for one encoding of the teacher signal in one dtype, whether the run writes it or
+    not."""
 
     kind: Kind
     dtype: str
-    bytes_per_clip: int
-    is_compressed: bool
-    """The size is an estimate, based on `COMPRESSED_SHARE`."""
-    is_chosen: bool
+    bucket: str | None
+    """Size bucket of its clips; None without buckets."""
+    chosen: bool
     """Whether the run writes it."""
+    clips: int = 0
+    """Clips of the dataset that would not be skipped; 0 until the dataset is surveyed."""
+    bytes_per_clip: int
+    compressed: bool
+    """The size is an estimate, based on `COMPRESSED_SHARE`."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes for the whole dataset."""
+        return self.clips * self.bytes_per_clip
 
 
 def bytes_of(arrays: Mapping[str, ArraySpec]) -> int:
@@ -65,9 +74,9 @@ def is_compressed(arrays: Mapping[str, ArraySpec]) -> bool:
     return 2 * packed > bytes_of(arrays)
 
 
-def teacher_encoding_sizes(
+def teacher_encodings(
     config: ExtractConfig, clips: ClipsConfig, *, channels: int
-) -> tuple[EncodingSize, ...]:
+) -> tuple[EncodingEstimate, ...]:
     """Return the size of a clip in every encoding of the teacher signal.
 
     Args:
@@ -75,30 +84,34 @@ def teacher_encoding_sizes(
         clips: Size and length of clips.
         channels: Feature channels of one direction of one subject.
     """
-    choices: list[tuple[Kind, str]] = [
-        *(("teacher", dtype) for dtype in get_args(FeatureDtype)),
-        *(("gram_flow", dtype) for dtype in get_args(FlowDtype)),
+    choices: list[tuple[Kind, str, str]] = [
+        *(("teacher", dtype, config.teacher.dtype) for dtype in get_args(FeatureDtype)),
+        *(("gram_flow", dtype, config.gram_flow.dtype) for dtype in get_args(FlowDtype)),
     ]
-    chosen = {"teacher": config.teacher.dtype, "gram_flow": config.gram_flow.dtype}
-    sizes = []
-    for kind, dtype in choices:
-        teacher, flow = config.teacher, config.gram_flow
-        if kind == "teacher":
-            teacher = teacher.model_copy(update={"dtype": dtype})
-        else:
-            flow = flow.model_copy(update={"dtype": dtype})
-        settings = subject_settings(teacher, clips, {}, gram_flow=flow, channels=channels)
-        arrays = settings[kind].arrays
-        sizes.append(
-            EncodingSize(
+    encodings = []
+    for kind, dtype, chosen in choices:
+        section = getattr(config, kind).model_copy(update={"dtype": dtype})
+        changed = config.model_copy(update={kind: section})
+        arrays = _subject_settings(changed, clips, channels)[kind].arrays
+        encodings.append(
+            EncodingEstimate(
                 kind=kind,
                 dtype=dtype,
+                bucket=bucket_name(clips),
+                chosen=kind in config.kinds and chosen == dtype,
                 bytes_per_clip=bytes_of(arrays),
-                is_compressed=is_compressed(arrays),
-                is_chosen=kind in config.kinds and chosen[kind] == dtype,
+                compressed=is_compressed(arrays),
             )
         )
-    return tuple(sizes)
+    return tuple(encodings)
+
+
+def _subject_settings(
+    config: ExtractConfig, clips: ClipsConfig, channels: int
+) -> Mapping[Kind, StoreSettings]:
+    return subject_settings(
+        config.teacher, clips, {}, gram_flow=config.gram_flow, channels=channels
+    )
 
 
 def _array_bytes(spec: ArraySpec) -> float:
@@ -117,9 +130,9 @@ class PlannedPass:
     """Array specs of a clip by kind; None if the model's configuration is not available."""
     folders: Mapping[Kind, str] | None
     """Store names by kind; None if the weights, whose hash they contain, are not available."""
-    cost: ModelCost | TrackerCost | None
-    encodings: tuple[EncodingSize, ...] = ()
-    """For a pass of SAM2, the size of each encoding of the teacher signal."""
+    cost: ModelCost | None
+    encodings: tuple[EncodingEstimate, ...] = ()
+    """For a pass of SAM2, each encoding of the teacher signal."""
     notes: tuple[str, ...] = ()
     """Unknown values, and why they are unknown."""
 
@@ -172,23 +185,26 @@ def _read_base(
 
 
 def _text(config: ExtractConfig, base: CogVideoXConfigs, model: BaseModelConfig) -> PlannedPass:
-    cost = text_cost(config.text, base)
-    if parts_are_here(model, base.folder, ("tokenizer", "text_encoder")):
-        return _with_store_names(("text",), TextExtraction(config.text, base).settings, cost)
-    return _without_store_names(
-        ("text",), {"text": text_arrays(base)}, cost, f"the text encoder of {model.path}"
+    here = parts_are_here(model, base.folder, ("tokenizer", "text_encoder"))
+    return _planned(
+        {"text": text_arrays(base)},
+        TextExtraction(config.text, base).settings if here else None,
+        text_cost(config.text, base),
+        missing=f"the text encoder of {model.path}",
     )
 
 
 def _latents(
     config: ExtractConfig, clips: ClipsConfig, base: CogVideoXConfigs, model: BaseModelConfig
 ) -> PlannedPass:
-    cost = latents_cost(config.latents, clips, base)
-    if parts_are_here(model, base.folder, ("vae",)):
-        extraction = LatentsExtraction(config.latents, clips, base, seed=config.seed)
-        return _with_store_names(("latents",), extraction.settings, cost)
-    arrays = latents_arrays(config.latents, clips, base)
-    return _without_store_names(("latents",), {"latents": arrays}, cost, f"the VAE of {model.path}")
+    here = parts_are_here(model, base.folder, ("vae",))
+    extraction = LatentsExtraction(config.latents, clips, base, seed=config.seed) if here else None
+    return _planned(
+        {"latents": latents_arrays(config.latents, clips, base)},
+        extraction.settings if extraction else None,
+        latents_cost(config.latents, clips, base),
+        missing=f"the VAE of {model.path}",
+    )
 
 
 def _tracking(config: ExtractConfig, clips: ClipsConfig, kinds: tuple[Kind, ...]) -> PlannedPass:
@@ -203,18 +219,18 @@ def _tracking(config: ExtractConfig, clips: ClipsConfig, kinds: tuple[Kind, ...]
     else:
         configs = check_sam2(teacher.config, checkpoint, image_size=teacher.image_size)
         sam2_config, missing = configs.config_name, ""
-    cost = tracker_cost(teacher, clips, sam2_config)
-    channels = cost.hidden_dim if teacher.features == "memory_attention" else cost.mem_dim
-    encodings = teacher_encoding_sizes(config, clips, channels=channels)
+    cost, channels = tracker_cost(teacher, clips, sam2_config)
     if not missing and not _grounding_is_here(teacher):
         missing = f"Grounding DINO {teacher.grounding.model}"
+    settings = None
     if not missing:
         extraction = SubjectExtraction(teacher, clips, gram_flow=config.gram_flow, kinds=kinds)
-        return _with_store_names(kinds, extraction.settings, cost, encodings)
-    settings = subject_settings(teacher, clips, {}, gram_flow=config.gram_flow, channels=channels)
-    return _without_store_names(
-        kinds, {kind: settings[kind].arrays for kind in kinds}, cost, missing, encodings
+        settings = extraction.settings
+    arrays = _subject_settings(config, clips, channels)
+    planned = _planned(
+        {kind: arrays[kind].arrays for kind in kinds}, settings, cost, missing=missing
     )
+    return replace(planned, encodings=teacher_encodings(config, clips, channels=channels))
 
 
 def _grounding_is_here(config: TeacherConfig) -> bool:
@@ -229,32 +245,23 @@ def _grounding_is_here(config: TeacherConfig) -> bool:
     return isinstance(found, str)
 
 
-def _with_store_names(
-    kinds: tuple[Kind, ...],
-    settings: Mapping[Kind, StoreSettings],
-    cost: ModelCost | TrackerCost,
-    encodings: tuple[EncodingSize, ...] = (),
-) -> PlannedPass:
-    return PlannedPass(
-        kinds=kinds,
-        arrays={kind: settings[kind].arrays for kind in kinds},
-        folders={kind: settings[kind].folder_name for kind in kinds},
-        cost=cost,
-        encodings=encodings,
-    )
-
-
-def _without_store_names(
-    kinds: tuple[Kind, ...],
+def _planned(
     arrays: Mapping[Kind, Mapping[str, ArraySpec]],
-    cost: ModelCost | TrackerCost,
+    settings: Mapping[Kind, StoreSettings] | None,
+    cost: ModelCost,
+    *,
     missing: str,
-    encodings: tuple[EncodingSize, ...] = (),
 ) -> PlannedPass:
+    """Return a pass; `settings` is None if the weights called `missing` are not available."""
+    kinds = tuple(arrays)
     note = (
         f"{' and '.join(kinds)}: {missing} is not on this machine yet, so the clips "
         "already in the cache cannot be counted; the run downloads it"
     )
     return PlannedPass(
-        kinds=kinds, arrays=arrays, folders=None, cost=cost, encodings=encodings, notes=(note,)
+        kinds=kinds,
+        arrays=arrays,
+        folders=None if settings is None else {kind: settings[kind].folder_name for kind in kinds},
+        cost=cost,
+        notes=(note,) if settings is None else (),
     )

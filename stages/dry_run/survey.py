@@ -6,7 +6,7 @@ found in the run only.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cache_schema import SkippedClip
 from stages.clips import (
@@ -49,6 +49,19 @@ class ShardSurvey:
     """Number of subjects of each tracked clip, by key."""
     other_size: set[str] = field(default_factory=set)
     """Keys of clips of another size than this survey's."""
+
+    def of_clips(self, keys: frozenset[str]) -> "ShardSurvey":
+        """Return the survey of some clips only, for counting skipped ones and subjects."""
+        return replace(
+            self,
+            num_clips=len(keys),
+            skipped={
+                kind: [clip for clip in clips if clip.key in keys]
+                for kind, clips in self.skipped.items()
+            },
+            subjects={key: count for key, count in self.subjects.items() if key in keys},
+            other_size=self.other_size & keys,
+        )
 
 
 Surveys = dict[str | None, list[ShardSurvey]]

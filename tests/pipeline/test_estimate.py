@@ -9,14 +9,9 @@ from cache_schema import SkippedClip
 from pipeline.commands import estimate as command
 from pipeline.config.load import ConfigError, load_config
 from stages.dry_run import extract as module
-from stages.dry_run.extract import (
-    EncodingEstimate,
-    Estimate,
-    KindEstimate,
-    PassEstimate,
-)
+from stages.dry_run.extract import Estimate, KindEstimate, PassEstimate
 from stages.dry_run.extract_costs import ModelCost
-from stages.dry_run.extract_stores import EncodingSize
+from stages.dry_run.extract_stores import EncodingEstimate
 from stages.progress import SilentProgress
 
 QUIET = SilentProgress()
@@ -26,31 +21,27 @@ SKIPPED = tuple(
     )
     for n in range(25)
 )
-COST = ModelCost(
-    flops_per_clip=2e12, weight_bytes=9 * 10**8, working_bytes=10**9, waiting_bytes=10**8
-)
+COST = ModelCost(clip_flops=2e12, weight_bytes=9 * 10**8, working_bytes=10**9, waiting_bytes=10**8)
 TEACHER = KindEstimate(
     kind="teacher",
     bucket=None,
     store=None,
     clips_already_there=10,
     clips=275,
-    skipped=25,
-    skipped_clips=SKIPPED,
+    skipped_count=25,
+    skipped=SKIPPED,
     bytes_per_clip=10**7,
-    is_compressed=False,
+    compressed=False,
 )
 FORMS = tuple(
     EncodingEstimate(
+        kind=kind,
+        dtype=dtype,
         bucket=None,
-        size=EncodingSize(
-            kind=kind,
-            dtype=dtype,
-            bytes_per_clip=megabytes * 10**6,
-            is_compressed=(kind, dtype) == ("gram_flow", "float16"),
-            is_chosen=(kind, dtype) == ("teacher", "int8"),
-        ),
+        chosen=(kind, dtype) == ("teacher", "int8"),
         clips=285,
+        bytes_per_clip=megabytes * 10**6,
+        compressed=(kind, dtype) == ("gram_flow", "float16"),
     )
     for kind, dtype, megabytes in (
         ("teacher", "float16", 68),
@@ -68,7 +59,7 @@ FOUND = Estimate(
     clips_probed=310,
     prompts={"dataset": 270, "automatic": 5},
     conversions={"deinterlaced": 3, "PQ to SDR": 2},
-    kinds=(TEACHER, replace(TEACHER, kind="masks", skipped_clips=())),
+    kinds=(TEACHER, replace(TEACHER, kind="masks", skipped=())),
     passes=(
         PassEstimate(
             bucket=None,
@@ -80,7 +71,7 @@ FOUND = Estimate(
             assumed_peak_fraction=0.5,
         ),
     ),
-    encodings=FORMS,
+    forms=FORMS,
     device="some device",
     device_bytes=10**10,
     free_bytes=10**12,
@@ -126,11 +117,11 @@ def test_the_teachers_forms_stand_side_by_side(answer):
     told = json.loads(json.dumps(answer().data))["forms"]
     assert [encoding["bytes"] for encoding in told] == [285 * m * 10**6 for m in (68, 34, 3, 4)]
     assert [encoding["chosen"] for encoding in told] == [False, True, False, False]
-    assert answer(encodings=()).rows == [row for row in rows if row not in rows[start : start + 5]]
+    assert answer(forms=()).rows == [row for row in rows if row not in rows[start : start + 5]]
 
 
 def test_the_size_of_a_compressed_store_is_about(answer):
-    rows = answer(kinds=(replace(TEACHER, is_compressed=True),)).rows
+    rows = answer(kinds=(replace(TEACHER, compressed=True),)).rows
     assert ("  disk", "about 2.8 GB, 10.0 MB a clip, compressed") in rows
     assert ("disk", "about 2.8 GB to be written, 1.0 TB free") in rows
 

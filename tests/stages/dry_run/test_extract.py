@@ -106,17 +106,17 @@ def test_the_run_then_does_what_was_estimated(from_the_dataset, bad_folder, tiny
     for kind in summary.kinds:
         expected = by_kind(before)[kind.kind]
         assert expected.store == kind.store
-        assert {(s.key, s.reason, s.shard) for s in expected.skipped_clips} == {
+        assert {(s.key, s.reason, s.shard) for s in expected.skipped} == {
             (s.key, s.reason, s.shard) for s in kind.skipped
         }
-        assert (expected.clips, expected.skipped) == (kind.clips_written, len(kind.skipped))
+        assert (expected.clips, expected.skipped_count) == (kind.clips_written, len(kind.skipped))
         reader = StoreReader(kind.store)
         arrays = [array for key in reader.keys for array in reader.read(key).values()]
         assert expected.bytes == sum(array.nbytes for array in arrays)
     after = look(from_the_dataset, bad_folder, tiny_base, cache)
     for kind in after.kinds:
         assert kind.clips_already_there == by_kind(before)[kind.kind].clips
-        assert (kind.clips, kind.skipped, kind.bytes, kind.skipped_clips) == (0, 0, 0, ())
+        assert (kind.clips, kind.skipped_count, kind.bytes, kind.skipped) == (0, 0, 0, ())
     assert after.seconds == after.bytes == 0
 
 
@@ -224,8 +224,8 @@ def test_few_shards_speak_for_all(from_the_dataset, tiny_base, tmp_path, draw_fr
     found = look(config, clips, tiny_base, tmp_path / "cache", max_probed=8)
     (kind,) = found.kinds
     assert (found.clips, found.shards, found.clips_probed) == (40, 10, 8)
-    assert {clip.shard for clip in kind.skipped_clips} == {"00000", "00005"}
-    assert (kind.skipped, kind.clips, len(kind.skipped_clips)) == (40, 0, 8)
+    assert {clip.shard for clip in kind.skipped} == {"00000", "00005"}
+    assert (kind.skipped_count, kind.clips, len(kind.skipped)) == (40, 0, 8)
 
 
 def test_time_is_work_over_the_usual_share_of_the_rate(
@@ -280,15 +280,15 @@ class TestWithoutWeights:
         assert found.kinds[0].bytes_per_clip == 9 * 4 * 6 * 512 * 2 + 9
         assert found.kinds[1].bytes_per_clip == 2 * 9 * 16 * 24 + 9
         tokens, pairs = 4 * 6, 8
-        assert [(f.size.kind, f.size.dtype, f.size.bytes_per_clip) for f in found.encodings] == [
+        assert [(f.kind, f.dtype, f.bytes_per_clip) for f in found.forms] == [
             ("teacher", "float16", 9 * tokens * 512 * 2 + 9),
             ("teacher", "int8", 9 * tokens * 512 + 9 * tokens + 9),  # the scales compressed
             ("gram_flow", "float16", pairs * tokens * 49 + 9),  # half of two bytes
             ("gram_flow", "uint8", pairs * tokens * (49 + 4) + 9),
         ]
-        assert [f.size.is_chosen for f in found.encodings] == [True, False, False, False]
-        assert [f.size.is_compressed for f in found.encodings] == [False, False, True, False]
-        assert {f.clips for f in found.encodings} == {found.kinds[0].clips}
+        assert [f.chosen for f in found.forms] == [True, False, False, False]
+        assert [f.compressed for f in found.forms] == [False, False, True, False]
+        assert {f.clips for f in found.forms} == {found.kinds[0].clips}
         assert found.passes[0].cost.weight_bytes == pytest.approx(39e6 * 4, rel=0.01)
         assert "facebook/sam2.1-hiera-tiny is not on this machine yet" in found.notes[0]
 

@@ -79,13 +79,14 @@ def tracker_config(tiny_sam2):
 
 @pytest.fixture(scope="module")
 def single(tracker_config):
-    return tracker_cost(tracker_config, CLIPS, tracker_config.config)
+    return tracker_cost(tracker_config, CLIPS, tracker_config.config)[0]
 
 
 @pytest.fixture
 def changed(tracker_config):
     def cost(**changes):
-        return tracker_cost(tracker_config.model_copy(update=changes), CLIPS, tracker_config.config)
+        config = tracker_config.model_copy(update=changes)
+        return tracker_cost(config, CLIPS, config.config)[0]
 
     return cost
 
@@ -104,29 +105,29 @@ def test_the_tracker_costs_on_shapes_what_it_costs_on_values(tracker_config, sin
         request = TrackRequest(encoded=encoded, prompt=box, order=range(17))
         with FlopCounterMode(display=False) as tracking:
             list(tracker.track([request], features=["memory_attention"]))
-    assert single.encoder_flops == pytest.approx(encoding.get_total_flops(), rel=1e-6)
+    assert single.clip_flops == pytest.approx(encoding.get_total_flops(), rel=1e-6)
     # Pointers beyond the first memories are left out: at 64 positions a frame they weigh most.
-    assert single.passes_flops == pytest.approx(2 * tracking.get_total_flops(), rel=0.03)
+    assert single.subject_flops == pytest.approx(2 * tracking.get_total_flops(), rel=0.03)
 
 
 def test_batches_change_the_memory_and_not_the_work(single, changed):
     batched = changed(clips_per_batch=3, frames_per_batch=4)
     # A little work is shared by the clips of a batch.
-    assert batched.passes_flops == pytest.approx(single.passes_flops, rel=1e-3)
-    assert batched.encoder_flops == pytest.approx(single.encoder_flops)
-    assert batched.cost.waiting_bytes == 3 * single.cost.waiting_bytes
-    assert batched.cost.working_bytes > single.cost.working_bytes
+    assert batched.subject_flops == pytest.approx(single.subject_flops, rel=1e-3)
+    assert batched.clip_flops == pytest.approx(single.clip_flops)
+    assert batched.waiting_bytes == 3 * single.waiting_bytes
+    assert batched.working_bytes > single.working_bytes
 
 
 def test_the_forward_pass_alone_is_half_and_frames_may_wait_elsewhere(single, changed):
     forward = changed(fusion="forward", keep_encoded="disk")
-    assert forward.passes_flops == single.passes_flops / 2
-    assert forward.cost.waiting_bytes == 0 < single.cost.waiting_bytes
+    assert forward.subject_flops == single.subject_flops / 2
+    assert forward.waiting_bytes == 0 < single.waiting_bytes
 
 
 def test_clips_with_more_subjects_pass_more_often(single):
-    assert single.flops(3, 3) == pytest.approx(3 * single.cost.flops_per_clip)
-    assert single.flops(3, 5) - single.flops(3, 3) == pytest.approx(2 * single.passes_flops)
+    assert single.flops(3, 3) == pytest.approx(3 * single.flops_per_clip)
+    assert single.flops(3, 5) - single.flops(3, 3) == pytest.approx(2 * single.subject_flops)
 
 
 def test_official_hub_ids_name_their_configurations():
