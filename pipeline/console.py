@@ -49,18 +49,20 @@ class CommandResult:
 def json_values(summary: Any, *, leave_out: Sequence[str] = (), **renamed: str) -> dict[str, Any]:
     """Return the fields and properties of a dataclass as JSON values, for `CommandResult.data`.
 
+    Keys are the names without a leading `num_`.
+
     Args:
         summary: An instance of a dataclass; dataclasses inside it are converted likewise.
         leave_out: Fields and properties to omit.
         renamed: Key in the result -> field or property, where the names differ.
     """
     computed = [name for name, value in vars(type(summary)).items() if isinstance(value, property)]
-    names = {name: name for name in [*(one.name for one in fields(summary)), *computed]}
-    for key, name in renamed.items():
-        names[name] = key
+    names = [*(one.name for one in fields(summary)), *computed]
+    keys = {name: name.removeprefix("num_") for name in names}
+    keys |= {name: key for key, name in renamed.items()}
     return {
         key: _json_value(getattr(summary, name))
-        for name, key in names.items()
+        for name, key in keys.items()
         if name not in leave_out
     }
 

@@ -2,9 +2,9 @@
 
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pipeline.console import CommandResult, format_time
+from pipeline.console import CommandResult, format_time, json_values
 from stages.progress import Progress
 
 _LOADED_BY = {
@@ -45,16 +45,6 @@ def run(
         task.advance()
     seconds = time.monotonic() - started
     loaded_by = _FULL_LOADED_BY if summary.method == "full" else _LOADED_BY[form]
-    data: dict[str, Any] = {
-        "export": str(summary.folder),
-        "run": str(run_dir),
-        "method": summary.method,
-        "step": summary.step,
-        "weights": summary.weights,
-        "format": form,
-        "parameters": summary.parameters,
-        "seconds": round(seconds, 3),
-    }
     here = f"sam2vx-pipeline sample --run {summary.folder} --prompt …"
     kind = "LoRA" if summary.method == "lora" else "whole transformer"
     return CommandResult(
@@ -67,6 +57,10 @@ def run(
             *([("in this project", here)] if form == "diffusers" else []),
             ("time", format_time(seconds)),
         ],
-        data=data,
+        data={
+            "run": str(run_dir),
+            **json_values(summary, export="folder", format="form"),
+            "seconds": round(seconds, 3),
+        },
         notes=[str(summary.folder)],
     )

@@ -3,9 +3,9 @@
 from typing import Any
 
 from pipeline.commands.assets import PARTS_OF_KIND, make_missing_assets
-from pipeline.commands.skipped_notes import count_by_reason, skipped_notes
+from pipeline.commands.skipped_notes import skipped_notes, store_rows
 from pipeline.config.load import RunConfig
-from pipeline.console import CommandResult, format_bytes, format_time
+from pipeline.console import CommandResult, json_values
 from pipeline.environment import provenance_of_run, rank, world_size
 from pipeline.failures import TOO_MANY_SKIPPED
 from stages.progress import Progress
@@ -42,7 +42,7 @@ def run(
         retry_failed=retry_failed,
         refresh_changed=refresh_changed,
     )
-    rows: list[tuple[str, str]] = [("dataset", summary.dataset)]
+    rows = [("dataset", summary.dataset)]
     notes = skipped_notes((kind.name, clip) for kind in summary.kinds for clip in kind.skipped)
     data: dict[str, Any] = {
         "dataset": summary.dataset,
@@ -50,28 +50,14 @@ def run(
         "skipped_share": summary.skipped_share,
     }
     for kind in summary.kinds:
-        rows.append((kind.name, str(kind.store)))
-        there = f", {kind.clips_already_there} already there" if kind.clips_already_there else ""
-        rows.append(("  clips", f"{kind.clips_written} written{there}"))
-        reasons = f"{len(kind.skipped)} ({count_by_reason(kind.skipped)})"
-        rows.append(("  skipped", reasons if kind.skipped else "none"))
+        rows += store_rows(kind.name, kind)
         if kind.captions_cut:
             notes.append(
                 f"captions truncated to the text encoder's length: {kind.captions_cut} "
                 "(tokens_cut in each clip's attributes)"
             )
-        rows.append(("  size, time", f"{format_bytes(kind.bytes)}, {format_time(kind.seconds)}"))
-        data[kind.name] = {
-            "store": str(kind.store),
-            "clips_written": kind.clips_written,
-            "clips_already_there": kind.clips_already_there,
-            "skipped": [
-                {"key": s.key, "reason": s.reason, "detail": s.detail} for s in kind.skipped
-            ],
-            "captions_cut": kind.captions_cut,
-            "bytes": kind.bytes,
-            "seconds": round(kind.seconds, 3),
-        }
+        data[kind.name] = json_values(kind, leave_out=("kind", "bucket", "name", "clips"))
+        data[kind.name]["seconds"] = round(kind.seconds, 3)
     if notes and summary.failures is not None:
         data["failures"] = str(summary.failures)
         notes.append(f"all skipped clips, one per line: {summary.failures}")

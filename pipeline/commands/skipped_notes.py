@@ -1,8 +1,11 @@
-"""Notes on skipped clips: counts by reason, and a line for each clip."""
+"""Rows about a written store, and notes on skipped clips."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Protocol
+
+from pipeline.console import format_bytes, format_time
 
 _MAX_NOTES = 20
 
@@ -14,6 +17,33 @@ class _Skipped(Protocol):
     def reason(self) -> str: ...
     @property
     def detail(self) -> str: ...
+
+
+class _WrittenStore(Protocol):
+    @property
+    def store(self) -> Path: ...
+    @property
+    def clips_written(self) -> int: ...
+    @property
+    def clips_already_there(self) -> int: ...
+    @property
+    def skipped(self) -> Sequence[_Skipped]: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+
+
+def store_rows(name: str, written: _WrittenStore) -> list[tuple[str, str]]:
+    """Rows about a store that a run has written to."""
+    there = f", {written.clips_already_there} already there" if written.clips_already_there else ""
+    skipped = f"{len(written.skipped)} ({count_by_reason(written.skipped)})"
+    return [
+        (name, str(written.store)),
+        ("  clips", f"{written.clips_written} written{there}"),
+        ("  skipped", skipped if written.skipped else "none"),
+        ("  size, time", f"{format_bytes(written.bytes)}, {format_time(written.seconds)}"),
+    ]
 
 
 def count_by_reason(skipped: Sequence[_Skipped]) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipeline.commands.assets import make_missing_assets
 from pipeline.config.load import RunConfig
-from pipeline.console import CommandResult, format_bytes
+from pipeline.console import CommandResult, format_bytes, json_values
 from pipeline.environment import provenance_of_run
 from stages.progress import Progress
+
+if TYPE_CHECKING:
+    from stages.train_student.summary import TrainSummary
 
 
 def run(config: RunConfig, progress: Progress) -> CommandResult:
@@ -33,28 +35,13 @@ def run(config: RunConfig, progress: Progress) -> CommandResult:
     page = summary.run_dir / REPORT_FILE
     records = read_run(summary.run_dir)
     losses, speed = loss_figures(records), speed_figures(records)
-    data: dict[str, Any] = {
-        "run_dir": str(summary.run_dir),
-        "steps_done": summary.steps_done,
-        "resumed_from": summary.resumed_from,
-        "already_finished": summary.already_finished,
-        "clips": summary.clips,
-        "left_out": summary.excluded,
-        "left_out_by_name": summary.excluded_by_name,
-        "skipped_steps": summary.skipped_steps,
-        "damaged_clips": summary.damaged_clips,
-        "gone_clips": summary.gone_clips,
-        "first": None if summary.first is None else asdict(summary.first),
-        "last": None if summary.last is None else asdict(summary.last),
+    data = json_values(summary, left_out="excluded", left_out_by_name="excluded_by_name") | {
         "figures": by_name([*losses, *speed]),
-        "seconds_per_step": summary.seconds_per_step,
-        "peak_memory_bytes": summary.peak_memory_bytes,
-        "export": str(summary.export),
         "page": str(page) if page.is_file() else None,
     }
     rows = [
         ("run", str(summary.run_dir)),
-        ("steps", _steps(data)),
+        ("steps", _steps(summary)),
         ("clips", f"{summary.clips}{_excluded(summary.excluded, summary.excluded_by_name)}"),
     ]
     rows += [(one.name, one.text) for one in losses]
@@ -74,11 +61,11 @@ def run(config: RunConfig, progress: Progress) -> CommandResult:
     return CommandResult(title=f"trained with {config.name}", rows=rows, data=data)
 
 
-def _steps(data: dict[str, Any]) -> str:
-    if data["already_finished"]:
-        return f"{data['steps_done']}, finished before"
-    resumed = data["resumed_from"]
-    return f"{data['steps_done']}" + (f", resumed after {resumed}" if resumed else "")
+def _steps(summary: TrainSummary) -> str:
+    if summary.already_finished:
+        return f"{summary.steps_done}, finished before"
+    resumed = f", resumed after {summary.resumed_from}" if summary.resumed_from else ""
+    return f"{summary.steps_done}{resumed}"
 
 
 def _excluded(excluded: dict[str, int], by_name: int) -> str:

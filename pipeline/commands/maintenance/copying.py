@@ -15,7 +15,7 @@ from pipeline.commands.maintenance.stores import (
     stores_at,
     target_store,
 )
-from pipeline.console import CommandResult, format_bytes
+from pipeline.console import CommandResult, format_bytes, json_values
 from stages.progress import Progress
 
 
@@ -39,14 +39,13 @@ def run(source: str, target: str, progress: Progress) -> CommandResult:
             ("clips", f"{report.num_clips} in {pluralize(report.num_shards, 'shard')}"),
             ("files", f"{report.num_sent} sent, {format_bytes(report.num_bytes_sent)}{present}"),
         ]
-        data = {
-            "target": report.store,
-            "shards": report.num_shards,
-            "clips": report.num_clips,
-            "files_sent": report.num_sent,
-            "bytes_sent": report.num_bytes_sent,
-            "files_already_there": report.num_present,
-        }
+        data = json_values(
+            report,
+            target="store",
+            files_sent="num_sent",
+            bytes_sent="num_bytes_sent",
+            files_already_there="num_present",
+        )
         return Outcome(rows=indented(rows), data=data)
 
     return run_on_each_store(

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.commands.maintenance.stores import update_failures_file
-from pipeline.commands.skipped_notes import count_by_reason
+from pipeline.commands.skipped_notes import store_rows
 from pipeline.config.load import RunConfig
-from pipeline.console import CommandResult, format_bytes, format_time
+from pipeline.console import CommandResult, json_values
 from pipeline.environment import provenance_of_run, rank
 from stages.progress import Progress
-
-if TYPE_CHECKING:
-    from stages.extract_features.derive import DeriveSummary
 
 
 def run(config: RunConfig, progress: Progress) -> CommandResult:
@@ -40,8 +37,15 @@ def run(config: RunConfig, progress: Progress) -> CommandResult:
             provenance=provenance_of_run(),
             progress=progress,
         )
-        rows += _rows(summary, f" {size.size_name}" if len(sizes) > 1 else "")
-        data.append({"teacher": str(teacher.path), **_data(summary)})
+        rows += store_rows(f"gram_flow{f' {size.size_name}' if len(sizes) > 1 else ''}", summary)
+        data.append(
+            {
+                "teacher": str(teacher.path),
+                **json_values(summary),
+                "skipped": len(summary.skipped),
+                "seconds": round(summary.seconds, 3),
+            }
+        )
     crossed = config.extract.gram_flow.pairs == "crossed"
     pairs = " with train.lgf.pairs=crossed" if crossed else ""
     update_failures_file([Path(one["store"]) for one in data], progress)
@@ -51,25 +55,3 @@ def run(config: RunConfig, progress: Progress) -> CommandResult:
         data={"derived": data},
         notes=[f"to train from it: train.teacher_form=gram_flow{pairs}"],
     )
-
-
-def _rows(summary: DeriveSummary, size: str) -> list[tuple[str, str]]:
-    there = f", {summary.clips_already_there} already there" if summary.clips_already_there else ""
-    reasons = count_by_reason(summary.skipped)
-    return [
-        (f"gram_flow{size}", str(summary.store)),
-        ("  clips", f"{summary.clips_written} written{there}"),
-        ("  skipped", f"{len(summary.skipped)} ({reasons})" if summary.skipped else "none"),
-        ("  size, time", f"{format_bytes(summary.bytes)}, {format_time(summary.seconds)}"),
-    ]
-
-
-def _data(summary: DeriveSummary) -> dict[str, Any]:
-    return {
-        "store": str(summary.store),
-        "clips_written": summary.clips_written,
-        "clips_already_there": summary.clips_already_there,
-        "skipped": len(summary.skipped),
-        "bytes": summary.bytes,
-        "seconds": round(summary.seconds, 3),
-    }

@@ -16,7 +16,7 @@ from pipeline.commands.maintenance.stores import (
     stores_at,
     update_failures_file,
 )
-from pipeline.console import CommandResult
+from pipeline.console import CommandResult, json_values
 from stages.progress import Progress
 from stages.train_student.data.splits import read_keys
 
@@ -74,11 +74,7 @@ def run(
             )
             return Outcome(
                 rows=indented([("clips", f"{report.num_dropped} dropped{already}")]),
-                data={
-                    "dropped": report.num_dropped,
-                    "already_dropped": report.num_already_dropped,
-                    "shards": list(report.shards),
-                },
+                data=json_values(report),
             )
 
         result = run_on_each_store(

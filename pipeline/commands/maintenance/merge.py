@@ -20,7 +20,7 @@ from pipeline.commands.maintenance.stores import (
     target_store,
     update_failures_file,
 )
-from pipeline.console import CommandResult, format_bytes
+from pipeline.console import CommandResult, format_bytes, json_values
 from stages.progress import Progress
 
 
@@ -49,20 +49,15 @@ def run(
             report = merge_stores(Path(store), into[store], prefix=prefix, advance=task.advance)
         present = f", {report.num_present} already there" if report.num_present else ""
         linked = f", {format_bytes(report.num_linked_bytes)} of it hard-linked to the sources"
+        size = format_bytes(report.num_bytes) + (linked if report.num_linked_bytes else "")
         rows = [
             ("from", ", ".join(map(str, into[store]))),
             ("shards", f"{len(report.shards)} added{present}"),
-            ("clips", f"{report.num_clips}, {format_bytes(report.num_bytes)}"),
+            ("clips", f"{report.num_clips}, {size}"),
         ]
-        if report.num_linked_bytes:
-            rows[-1] = (rows[-1][0], rows[-1][1] + linked)
         data = {
             "sources": [str(source) for source in into[store]],
-            "shards": list(report.shards),
-            "shards_already_there": report.num_present,
-            "clips": report.num_clips,
-            "bytes": report.num_bytes,
-            "linked_bytes": report.num_linked_bytes,
+            **json_values(report, leave_out=("store",), shards_already_there="num_present"),
         }
         return Outcome(rows=indented(rows), data=data)
 
