@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from cache_schema.errors import StoreNotFound
 from pipeline.cli import app
-from pipeline.commands import demo, estimate, extract, inspect, sample, train
+from pipeline.commands import estimate, extract, inspect, sample, train
 from pipeline.console import CommandResult
 
 DONE = CommandResult(title="done", rows=[("key", "value")], data={"key": "value"})
@@ -384,63 +384,3 @@ def test_all_clips_or_one_but_not_both(monkeypatch):
     calls = stub(monkeypatch, inspect)
     assert invoke("inspect", "--all", "--clip", "walk/1").exit_code == 2
     assert not calls
-
-
-def test_config_show_prints_yaml_that_is_a_configuration(tmp_path):
-    result = invoke("config", "show", "--config", "cogvideox-2b-lora", "train.steps=3")
-    assert result.exit_code == 0
-    path = tmp_path / "copy.yaml"
-    path.write_text(result.stdout)
-    again = invoke("config", "show", "--config", str(path))
-    assert again.stdout == result.stdout
-    assert "# Optimizer steps; 2000 is usual." in result.stdout
-
-
-def test_config_show_as_json_is_the_same_configuration():
-    shown = json.loads(invoke("config", "show", *DEMO, "--json", "train.steps=3").stdout)
-    assert shown["train"]["steps"] == 3
-    assert shown["train"]["lgf"]["temperature"] == 0.1
-
-
-class TestDemo:
-    """The order of the road and its end."""
-
-    @pytest.fixture
-    def road(self, monkeypatch):
-        order = []
-        for name, module in (("extract", extract), ("train", train), ("sample", sample)):
-            held_out = {"value": "0.1", "note": "0.2 before training"}
-            figures = {"a step": held_out, "held-out lgf loss": held_out}
-            data = {"video": "v.mp4", "page": "r.html", "figures": figures}
-            answer = CommandResult(title=name, rows=[(name, "x")], data=data)
-            monkeypatch.setattr(
-                module, "run", lambda *_, a=answer, n=name, **__: (order.append(n), a)[1]
-            )
-        drawn = CommandResult(title="inspect", rows=[], data={"picture": "p.png"})
-        monkeypatch.setattr(inspect, "run", lambda *_, **__: (order.append("inspect"), drawn)[1])
-        monkeypatch.setattr(demo, "_first_caption", lambda _: "a person walks")
-        return order
-
-    def test_walks_the_road_and_ends_with_what_there_is_to_look_at(self, road):
-        result = invoke("demo")
-        assert result.exit_code == 0, result.stderr
-        assert road == ["extract", "train", "sample", "inspect"]
-        assert result.stdout.splitlines()[-3:] == ["v.mp4", "p.png", "r.html"]
-        assert "0.1 (0.2 before training)" in result.stdout
-        assert "a step" not in result.stdout
-
-    def test_json_is_one_object_with_every_step(self, road):
-        answers = json.loads(invoke("demo", "--json").stdout)
-        assert list(answers) == ["extract", "train", "sample", "inspect"]
-
-    def test_stops_with_3_when_too_many_clips_were_skipped(self, road, monkeypatch):
-        few = CommandResult(title="t", rows=[], data={}, exit_code=3)
-        monkeypatch.setattr(extract, "run", lambda *_, **__: few)
-        assert invoke("demo").exit_code == 3
-        assert road == []
-
-    def test_needs_a_demo_section(self, road):
-        result = invoke("demo", "--config", "cogvideox-5b-lora")
-        assert result.exit_code == 2
-        assert "use --config demo" in result.stderr
-        assert road == []

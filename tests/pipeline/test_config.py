@@ -1,11 +1,14 @@
+import json
 import re
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from cache_schema.storage import open_storage
+from pipeline.cli import app
 from pipeline.config.load import SETTINGS, ConfigError, load_config
 from pipeline.config.text import commented_yaml
 
@@ -329,3 +332,22 @@ class TestExtends:
     def test_an_override_extends_nothing(self, minimal):
         with pytest.raises(ConfigError, match="only allowed in a file; use --config demo"):
             load_config(minimal, ["extends=demo"])
+
+
+def show(*arguments):
+    return CliRunner().invoke(app, ["config", "show", *arguments])
+
+
+def test_config_show_prints_yaml_that_is_a_configuration(tmp_path):
+    result = show("--config", "cogvideox-2b-lora", "train.steps=3")
+    assert result.exit_code == 0
+    path = tmp_path / "copy.yaml"
+    path.write_text(result.stdout)
+    assert show("--config", str(path)).stdout == result.stdout
+    assert "# Optimizer steps; 2000 is usual." in result.stdout
+
+
+def test_config_show_as_json_is_the_same_configuration():
+    shown = json.loads(show("--config", "demo", "--json", "train.steps=3").stdout)
+    assert shown["train"]["steps"] == 3
+    assert shown["train"]["lgf"]["temperature"] == 0.1
