@@ -72,7 +72,7 @@ def _planned_stores(config: RunConfig) -> list[SizedStores]:
     from stages.dry_run.train import SizedStores
     from stages.extract_features.teacher.stores import subject_settings
     from stages.train_student.config import KIND_OF_FORM
-    from stages.train_student.objectives.needs import check_teacher, kinds_needed
+    from stages.train_student.objectives.build import check_teacher, kinds_needed
 
     needed = kinds_needed(config.train)
     form = KIND_OF_FORM[config.train.teacher_form]

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from stages.config import Section
 from stages.train_student.objectives.config import (
+    AuxiliaryConfig,
     LgfConfig,
     MaskConfig,
     ObjectiveName,
@@ -188,6 +189,11 @@ class TrainConfig(Section):
     @classmethod
     def _none_is_empty(cls, value: Any) -> Any:
         return () if value in ("none", ["none"], ("none",)) else value
+
+    def settings_of(self, objective: ObjectiveName) -> AuxiliaryConfig:
+        """Settings of an auxiliary loss."""
+        settings: AuxiliaryConfig = getattr(self, objective.replace("-", "_"))
+        return settings
 
     def folder_of(self, kind: str) -> str | None:
         """Folder that `stores` names for a kind; None if it names none or several."""

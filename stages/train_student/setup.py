@@ -32,8 +32,12 @@ from stages.train_student.logging.run_log import RunLog
 from stages.train_student.logging.trackers import Trackers, check_trackers
 from stages.train_student.model.lora import check_targets
 from stages.train_student.model.teacher import TeacherLayout
-from stages.train_student.objectives.build import build_heads, build_objectives
-from stages.train_student.objectives.needs import check_teacher, kinds_needed
+from stages.train_student.objectives.build import (
+    build_heads,
+    build_objectives,
+    check_teacher,
+    kinds_needed,
+)
 from stages.train_student.parallel.deepspeed import check_engine_settings, weights_dtype
 from stages.train_student.parallel.ema import check_average
 from stages.train_student.parallel.process_group import World, gather

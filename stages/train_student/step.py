@@ -22,7 +22,7 @@ from stages.local_gram_flow import time_weights
 from stages.train_student.data.dataset import Batch
 from stages.train_student.logging.rows import TIMESTEP_BINS, LossRow, SkippedClip
 from stages.train_student.model.teacher import Teacher, TeacherLayout
-from stages.train_student.objectives.weighting import WeightedObjective
+from stages.train_student.objectives.objective import Objective
 from stages.train_student.parallel.process_group import World, gather
 
 
@@ -52,7 +52,7 @@ class TrainingStep:
     def __init__(
         self,
         configs: CogVideoXConfigs,
-        objectives: tuple[WeightedObjective, ...],
+        objectives: tuple[Objective[Any], ...],
         *,
         layout: TeacherLayout | None = None,
         device: torch.device,
@@ -66,7 +66,7 @@ class TrainingStep:
             device: device of the batches; meta works.
             dtype: dtype the transformer computes in; losses are float32.
         """
-        self._facts = configs
+        self._configs = configs
         self._objectives = objectives
         self._layout = layout or TeacherLayout()
         self._device = device
@@ -103,36 +103,7 @@ class TrainingStep:
         diffusion_B = diffusion_loss(velocity_BFCHW, batch.clean_BFCHW, batch.noise_BFCHW, abar_B)
         total = diffusion_B.mean()
         auxiliary_B: dict[str, Tensor] = {}
-        teacher = self._teacher(batch, shape)
-        for weighted in self._objectives:
-            loss_B = weighted.objective(features[weighted.name], teacher)
-            counted_B = weighted.weights_of(batch.timestep_B, abar_B) * loss_B
-            total = total + weighted.weight_at(step) * counted_B.mean()
-            auxiliary_B[weighted.name] = loss_B.detach()
-        return Losses(total, diffusion_B.detach(), auxiliary_B)
-
-    def _shape(self, batch: Batch) -> _Shape:
-        _, padded, _, height, width = batch.clean_BFCHW.shape
-        maps = None if batch.teacher_valid_BT is None else batch.teacher_valid_BT.shape[1]
-        size = (padded, height, width, batch.num_frames, maps)
-        if size not in self._shapes:
-            configs = self._facts
-            weights: dict[str, Tensor | None] = {}
-            for weighted in self._objectives:
-                num_maps = weighted.objective.num_maps(maps, batch.num_frames)
-                weights_TJ = time_weights(
-                    num_maps, batch.num_frames, patch_size_t=configs.patch_size_t
-                )
-                weights[weighted.name] = None if weights_TJ is None else weights_TJ.to(self._device)
-            self._shapes[size] = _Shape(
-                token_grid=configs.token_grid(padded, height, width),
-                rotary=rotary_positions(configs, padded, height, width, self._device),
-                time_weights=weights,
-            )
-        return self._shapes[size]
-
-    def _teacher(self, batch: Batch, shape: _Shape) -> Teacher:
-        return Teacher(
+        teacher = Teacher(
             arrays=batch.teacher,
             valid_BT=batch.teacher_valid_BT,
             masks=batch.masks,
@@ -140,6 +111,34 @@ class TrainingStep:
             token_grid=shape.token_grid[1:],
             layout=self._layout,
         )
+        for objective in self._objectives:
+            loss_B = objective(features[objective.name], teacher)
+            counted_B = objective.weights_of(batch.timestep_B, abar_B) * loss_B
+            total = total + objective.weight_at(step) * counted_B.mean()
+            auxiliary_B[objective.name] = loss_B.detach()
+        return Losses(total, diffusion_B.detach(), auxiliary_B)
+
+    def _shape(self, batch: Batch) -> _Shape:
+        _, padded, _, height, width = batch.clean_BFCHW.shape
+        maps = None if batch.teacher_valid_BT is None else batch.teacher_valid_BT.shape[1]
+        size = (padded, height, width, batch.num_frames, maps)
+        if size not in self._shapes:
+            configs = self._configs
+            weights: dict[str, Tensor | None] = {}
+            for objective in self._objectives:
+                num_maps = objective.num_maps(maps, batch.num_frames)
+                weights_TJ = time_weights(
+                    num_maps, batch.num_frames, patch_size_t=configs.patch_size_t
+                )
+                weights[objective.name] = (
+                    None if weights_TJ is None else weights_TJ.to(self._device)
+                )
+            self._shapes[size] = _Shape(
+                token_grid=configs.token_grid(padded, height, width),
+                rotary=rotary_positions(configs, padded, height, width, self._device),
+                time_weights=weights,
+            )
+        return self._shapes[size]
 
 
 _TOTAL, _PASSES, _DAMAGED, _FIRST_BIN = 0, 1, 2, 3

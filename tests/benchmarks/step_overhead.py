@@ -24,6 +24,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from report import finish, machine, median_and_spread, now, table
 from sam2_sides import make_frames, random_checkpoint
+from stages.train_student.data.buckets import join_buckets
 from torch import Tensor
 
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
@@ -31,14 +32,12 @@ from stages.clips import ClipsConfig
 from stages.cogvideox.configs import CogVideoXConfigs
 from stages.cogvideox.official_models import official_configs
 from stages.train_student.config import TrainConfig
-from stages.train_student.data.buckets import join_buckets
 from stages.train_student.data.dataset import Batch, CachedSamples
 from stages.train_student.data.loader import BatchLoader
 from stages.train_student.data.order import micro_batches
 from stages.train_student.model.lora import add_adapters
 from stages.train_student.model.student import Student
-from stages.train_student.objectives.build import build_heads, build_objectives
-from stages.train_student.objectives.needs import kinds_needed
+from stages.train_student.objectives.build import build_heads, build_objectives, kinds_needed
 from stages.train_student.step import TrainingStep
 from tests.fingerprints import fingerprint_of
 

@@ -47,15 +47,15 @@ def test_losses_and_gradients_equal_the_cpus_in_float64(which: str, native: bool
     name = which.split()[0]
     section = {name.replace("-", "_"): SETTINGS[which]}
     config = TrainConfig.model_validate({"objectives": [name], **section})
-    (weighted,) = build_objectives(config)
-    maps = weighted.objective.num_maps(FRAMES, FRAMES)
+    (made,) = build_objectives(config)
+    maps = made.num_maps(FRAMES, FRAMES)
     channels = {"repa": PARTS * WIDTH, "mask": 1}.get(name, 5)
     generator = torch.Generator().manual_seed(1)
     student = torch.randn(CLIPS, maps, *GRID, channels, generator=generator).double()
     results = []
     for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
         given = student.clone().to(device, dtype).requires_grad_()
-        loss_B = weighted.objective(given, _teacher(native, device, dtype))
+        loss_B = made(given, _teacher(native, device, dtype))
         loss_B.sum().backward()
         assert given.grad is not None
         results.append((loss_B.detach().cpu().double(), given.grad.cpu().double()))

@@ -8,7 +8,7 @@ import typer
 from pipeline.cli import app
 from pipeline.config.load import load_config, preset_names
 from stages.files.yaml import parse_yaml
-from stages.train_student.objectives.needs import kinds_needed
+from stages.train_student.objectives.build import kinds_needed
 
 PRESETS = preset_names()
 COMMAND = re.compile(r"#\s+((?:sam2vx-pipeline|deepspeed --module pipeline)\s.*)")

@@ -1,8 +1,6 @@
 """Auxiliary losses, each added to the diffusion loss with its own weight.
 
-needs.py           stores that the losses read, and checks that these suffice
-build.py           objectives and heads from the settings
-weighting.py       weight of a loss by step and by noise
-objective.py       the objective interface
+build.py           objectives and heads from the settings; the stores that they read
+objective.py       base class: interface, weight by step and by noise
 lgf.py repa.py token_relation.py mask.py
 """

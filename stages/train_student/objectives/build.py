@@ -1,30 +1,34 @@
-"""Construction of the auxiliary losses and their projector heads from the settings."""
+"""Construction of the auxiliary losses and their heads, and the stores that the losses read."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
 
 from torch import nn
 
-from stages.train_student.config import TrainConfig
-from stages.train_student.model.projector import Projector
-from stages.train_student.objectives.config import AuxiliaryConfig, ObjectiveName
+from cache_schema import StoreSettings
+from stages.teacher_store.settings import check_both_tracks, stored_forward_weight
+from stages.train_student.config import KIND_OF_FORM, TrainConfig
+from stages.train_student.model.student import Projector
+from stages.train_student.objectives.config import ObjectiveName
 from stages.train_student.objectives.lgf import LocalGramFlow
 from stages.train_student.objectives.mask import MaskSupervision
 from stages.train_student.objectives.objective import Objective
 from stages.train_student.objectives.repa import Repa
 from stages.train_student.objectives.token_relation import TokenRelation
-from stages.train_student.objectives.weighting import WeightedObjective
+
+_OBJECTIVES: dict[ObjectiveName, type[Objective[Any]]] = {
+    "lgf": LocalGramFlow,
+    "repa": Repa,
+    "token-relation": TokenRelation,
+    "mask": MaskSupervision,
+}
 
 
-def build_objectives(config: TrainConfig) -> tuple[WeightedObjective, ...]:
+def build_objectives(config: TrainConfig) -> tuple[Objective[Any], ...]:
     """Build the objectives that `config` names, in its order; none for plain fine-tuning."""
     return tuple(
-        WeightedObjective(
-            name=name,
-            objective=_MAKERS[name](config),
-            settings=_settings(config, name),
-            steps=config.steps,
-        )
+        _OBJECTIVES[name](name=name, settings=config.settings_of(name), steps=config.steps)
         for name in config.objectives
     )
 
@@ -49,19 +53,11 @@ def build_heads(
             smoothed.
     """
     at_latents = patch_size_t > 1
-    return nn.ModuleDict(
-        {
-            name: Projector(width, head.widths, smooth=head.smooth)
-            for name in config.objectives
-            for head in (_head(config, name, teacher_channels, frame_rate, at_latents),)
-        }
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Head:
-    widths: Sequence[int]
-    smooth: bool
+    heads = nn.ModuleDict()
+    for name in config.objectives:
+        widths, smooth = _head(config, name, teacher_channels, frame_rate, at_latents)
+        heads[name] = Projector(width, widths, smooth=smooth)
+    return heads
 
 
 def _head(
@@ -70,44 +66,97 @@ def _head(
     teacher_channels: int | None,
     frame_rate: bool,
     at_latents: bool,
-) -> _Head:
-    """`at_latents`: tokens are also interpolated to latent frames."""
+) -> tuple[Sequence[int], bool]:
+    """Layer widths of a projector, and whether it smooths over time."""
     as_teacher = frame_rate or at_latents
     if name == "lgf":
-        return _Head(config.lgf.projector_widths, as_teacher)
+        return config.lgf.projector_widths, as_teacher
     if name == "repa":
         assert teacher_channels is not None, "repa reads features"
-        return _Head((*config.repa.projector_widths, teacher_channels), as_teacher)
+        return (*config.repa.projector_widths, teacher_channels), as_teacher
     if name == "token-relation":
-        return _Head(config.token_relation.projector_widths, at_latents)
-    return _Head((*config.mask.projector_widths, 1), True)
+        return config.token_relation.projector_widths, at_latents
+    return (*config.mask.projector_widths, 1), True
 
 
-def _lgf(config: TrainConfig) -> Objective:
-    lgf = config.lgf
-    return LocalGramFlow(
-        radius=lgf.radius,
-        temperature=lgf.temperature,
-        divergence=lgf.divergence,
-        pairs=lgf.pairs,
-        directions=lgf.directions,
-        foreground_weight=lgf.foreground_weight,
-        kernel=lgf.kernel,
-    )
+def kinds_needed(config: TrainConfig) -> tuple[str, ...]:
+    """Store kinds to read in addition to text and latents: the teacher's, then masks.
+
+    Raises:
+        ValueError: an objective cannot use `train.teacher_form`, or its kernel is not installed.
+    """
+    if "lgf" in config.objectives and config.lgf.kernel == "triton" and not find_spec("triton"):
+        raise ValueError(
+            "train.lgf.kernel=triton needs the package triton, which CUDA builds of torch bring; "
+            "install it (pip install triton), or set train.lgf.kernel=torch"
+        )
+    chosen = set(config.objectives)
+    if config.teacher_form == "gram_flow":
+        _check_gram_flow_suffices(config)
+    kinds = [KIND_OF_FORM[config.teacher_form]] if chosen - {"mask"} else []
+    if "mask" in chosen or ("lgf" in chosen and config.lgf.foreground_weight != 1.0):
+        kinds.append("masks")
+    return tuple(kinds)
 
 
-def _token_relation(config: TrainConfig) -> Objective:
-    return TokenRelation(margin=config.token_relation.margin, pool=config.token_relation.pool)
+def check_teacher(config: TrainConfig, teacher: StoreSettings | None, name: str) -> None:
+    """Reject a teacher store without the tracks or pairs that `train.lgf` compares.
+
+    Args:
+        config: names the objectives and their settings.
+        teacher: settings of the store of `train.teacher_form`, existing or planned; None if no
+            objective reads one.
+        name: the store's name, for the message.
+
+    Raises:
+        ValueError: names the store and what it lacks.
+    """
+    if teacher is None or "lgf" not in config.objectives:
+        return
+    if teacher.kind == "gram_flow":
+        _check_pairs(config, teacher, name)
+        return
+    if config.lgf.pairs == "crossed":
+        check_both_tracks(teacher, name, wanted_by="train.lgf.pairs=crossed")
+    directions, share = config.lgf.directions, stored_forward_weight(teacher)
+    if directions == "fused":
+        return
+    if share is None:
+        raise ValueError(
+            f"train.lgf.directions={directions} needs features fused in Gram-flow space, from "
+            f"which both directions can be recovered; those of {name} are not: extract with "
+            "extract.teacher.fusion=gram_flow, or train with train.lgf.directions=fused"
+        )
+    if directions == "forward" and share == 0.0:
+        raise ValueError(
+            f"train.lgf.directions=forward cannot use {name}, whose forward direction has weight "
+            "0; extract with extract.teacher.forward_weight=0.5"
+        )
 
 
-_MAKERS: dict[ObjectiveName, Callable[[TrainConfig], Objective]] = {
-    "lgf": _lgf,
-    "repa": lambda config: Repa(),
-    "token-relation": _token_relation,
-    "mask": lambda config: MaskSupervision(),
-}
+def _check_pairs(config: TrainConfig, flow: StoreSettings, name: str) -> None:
+    """Similarities of fused features can be reversed; per-track ones only fit `crossed`."""
+    pairs, held = config.lgf.pairs, flow.values.get("pairs")
+    needed = "crossed" if pairs == "crossed" else "forward"
+    if held != needed:
+        raise ValueError(
+            f"{name} holds a Gram flow with pairs {held}; train.lgf.pairs={pairs} needs pairs "
+            f"{needed}: make it with sam2vx-pipeline cache derive gram-flow "
+            f"extract.gram_flow.pairs={needed} or with extract-features, and name it in "
+            "train.stores.gram_flow; or train with train.teacher_form=features"
+        )
 
 
-def _settings(config: TrainConfig, name: ObjectiveName) -> AuxiliaryConfig:
-    settings: AuxiliaryConfig = getattr(config, name.replace("-", "_"))
-    return settings
+def _check_gram_flow_suffices(config: TrainConfig) -> None:
+    unmet = [
+        f"train.objectives={name}"
+        for name in config.objectives
+        if name in ("repa", "token-relation")
+    ]
+    if "lgf" in config.objectives and config.lgf.directions != "fused":
+        unmet.append(f"train.lgf.directions={config.lgf.directions}")
+    if unmet:
+        raise ValueError(
+            f"{' and '.join(unmet)} cannot be computed from a stored Gram flow, which holds "
+            "only similarities; train with train.teacher_form=features"
+        )

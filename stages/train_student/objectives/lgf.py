@@ -3,43 +3,20 @@
 Legend: B clip, T map of the teacher, P pair of maps, H W token grid, C channel, K neighbour.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from stages.config import Pairs
-from stages.local_gram_flow import (
-    Directions,
-    Divergence,
-    Kernel,
-    gram_flow_loss,
-    local_gram_flow,
-    reverse_pairs,
-)
+from stages.local_gram_flow import gram_flow_loss, local_gram_flow, reverse_pairs
 from stages.train_student.model.teacher import Teacher
-from stages.train_student.objectives.objective import only_valid
+from stages.train_student.objectives.config import LgfConfig
+from stages.train_student.objectives.objective import Objective, only_valid
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LocalGramFlow:
+class LocalGramFlow(Objective[LgfConfig]):
     """KL divergence or squared error between the student's and the teacher's Gram flow, in float32.
 
     Source: Structure From Tracking, arXiv 2512.11792.
     """
-
-    radius: int
-    temperature: float
-    divergence: Divergence
-    pairs: Pairs
-    directions: Directions
-    foreground_weight: float
-    kernel: Kernel = "torch"
-
-    def num_maps(self, teacher_maps: int | None, num_frames: int) -> int:
-        """The teacher's number of maps."""
-        assert teacher_maps is not None, "lgf reads a teacher"
-        return teacher_maps
 
     def __call__(self, student_BTHWC: Tensor, teacher: Teacher) -> Tensor:
         """loss_B, the mean over the directions of `pairs`.
@@ -47,25 +24,25 @@ class LocalGramFlow:
         A pair is valid if both its maps are. A token's weight is taken from the query map: the
         first of a forward pair, the second of a backward pair.
         """
-        valid_BT = teacher.valid_BT
+        lgf, valid_BT = self.settings, teacher.valid_BT
         assert valid_BT is not None, "a teacher says which maps are valid"
         weight_BTHW = None
-        if self.foreground_weight != 1.0:
-            weight_BTHW = teacher.token_weight(self.foreground_weight)
+        if lgf.foreground_weight != 1.0:
+            weight_BTHW = teacher.token_weight(lgf.foreground_weight)
         student_BPHWK = local_gram_flow(
-            only_valid(student_BTHWC, valid_BT), self.radius, kernel=self.kernel
+            only_valid(student_BTHWC, valid_BT), lgf.radius, kernel=lgf.kernel
         )
         losses = []
         for direction, teacher_BPHWK in teacher.gram_flows(
-            self.radius, self.pairs, self.directions
+            lgf.radius, lgf.pairs, lgf.directions
         ).items():
             forward = direction == "forward"
             query_maps = slice(None, -1) if forward else slice(1, None)
             loss_B = gram_flow_loss(
                 student_BPHWK if forward else reverse_pairs(student_BPHWK),
                 teacher_BPHWK,
-                temperature=self.temperature,
-                divergence=self.divergence,
+                temperature=lgf.temperature,
+                divergence=lgf.divergence,
                 valid_BP=valid_BT[:, :-1] & valid_BT[:, 1:],
                 token_weight_BPHW=None if weight_BTHW is None else weight_BTHW[:, query_maps],
             )

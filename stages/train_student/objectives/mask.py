@@ -8,7 +8,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from stages.train_student.model.teacher import Teacher
-from stages.train_student.objectives.objective import mean_over_valid, only_valid
+from stages.train_student.objectives.config import MaskConfig
+from stages.train_student.objectives.objective import Objective, mean_over_valid, only_valid
 
 
 def mask_loss(logit_BTHW1: Tensor, coverage_BTHW: Tensor, valid_BT: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ def mask_loss(logit_BTHW1: Tensor, coverage_BTHW: Tensor, valid_BT: Tensor) -> T
     return mean_over_valid(loss_BTHW1[..., 0], valid_BT)
 
 
-class MaskSupervision:
+class MaskSupervision(Objective[MaskConfig]):
     """`mask_loss` against the tracked masks of every frame."""
 
     def num_maps(self, teacher_maps: int | None, num_frames: int) -> int:

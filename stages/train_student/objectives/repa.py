@@ -8,7 +8,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from stages.train_student.model.teacher import Teacher
-from stages.train_student.objectives.objective import mean_over_valid, only_valid
+from stages.train_student.objectives.config import RepaConfig
+from stages.train_student.objectives.objective import Objective, mean_over_valid, only_valid
 
 
 def cosine_loss(student_BTHWG: Tensor, teacher_BTHWG: Tensor, valid_BT: Tensor) -> Tensor:
@@ -35,13 +36,8 @@ def cosine_loss(student_BTHWG: Tensor, teacher_BTHWG: Tensor, valid_BT: Tensor) 
     return mean_over_valid(1.0 - torch.linalg.vecdot(student, teacher), valid_BT)
 
 
-class Repa:
+class Repa(Objective[RepaConfig]):
     """`cosine_loss` against the teacher's fused features."""
-
-    def num_maps(self, teacher_maps: int | None, num_frames: int) -> int:
-        """The teacher's number of maps."""
-        assert teacher_maps is not None, "repa reads a teacher"
-        return teacher_maps
 
     def __call__(self, student_BTHWC: Tensor, teacher: Teacher) -> Tensor:
         """loss_B."""

@@ -4,8 +4,6 @@ Legend: B clip, L latent frame, T map of the teacher, H W token grid, C channel,
 a map.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -13,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from stages.local_gram_flow import latent_frame_of_frame
 from stages.train_student.model.teacher import Teacher
-from stages.train_student.objectives.objective import only_valid
+from stages.train_student.objectives.config import TokenRelationConfig
+from stages.train_student.objectives.objective import Objective, only_valid
 
 
 def token_relation_loss(
@@ -82,12 +81,8 @@ def _pooled(tokens_BLHWC: Tensor, pool: int) -> Tensor:
     return F.normalize(pooled_NMC, dim=-1).unflatten(0, tokens_BLHWC.shape[:2])
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenRelation:
+class TokenRelation(Objective[TokenRelationConfig]):
     """`token_relation_loss` against the teacher's fused features, one map per latent frame."""
-
-    margin: float
-    pool: int
 
     def num_maps(self, teacher_maps: int | None, num_frames: int) -> int:
         """One per latent frame, since the cost is quadratic in the maps."""
@@ -97,5 +92,9 @@ class TokenRelation:
         """loss_B; a teacher with one map per frame is averaged over each latent frame."""
         teacher_BLHWC, valid_BL = teacher.features_at_latent_rate()
         return token_relation_loss(
-            student_BTHWC, teacher_BLHWC, valid_BL, margin=self.margin, pool=self.pool
+            student_BTHWC,
+            teacher_BLHWC,
+            valid_BL,
+            margin=self.settings.margin,
+            pool=self.settings.pool,
         )

@@ -92,9 +92,7 @@ def describe_new_length(config: TrainConfig, done: int, planned: int) -> str:
             f"{now:.3g} at step {done + 1} instead of {before:.3g}"
         )
     decaying = [
-        name
-        for name in config.objectives
-        if getattr(config, name.replace("-", "_")).schedule != "constant"
+        name for name in config.objectives if config.settings_of(name).schedule != "constant"
     ]
     weights = f"; so does the weight of {' and '.join(decaying)}" if decaying else ""
     return f"train.steps is {steps}, was {planned}: {rate}{weights}"

@@ -96,7 +96,7 @@ def test_loss_and_gradient_are_those_of_features_in_float64(form, dtype, radius)
     teacher = Teacher(arrays=arrays, valid_BT=valid_BT, num_frames=MAPS, token_grid=GRID)
     taken_BTHWC = student_BTHWC.float().requires_grad_()
     (lgf,) = build_objectives(TrainConfig(lgf={"radius": radius, "temperature": 0.1}))
-    loss = lgf.objective(taken_BTHWC, teacher)
+    loss = lgf(taken_BTHWC, teacher)
     loss.sum().backward()
 
     loss_error, gradient_error = ERRORS[form, dtype]

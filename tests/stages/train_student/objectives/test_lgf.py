@@ -34,9 +34,9 @@ def teacher(features_BTHWC, valid_BT=ALL, **changes):
 
 
 def lgf(**settings):
-    (weighted,) = build_objectives(TrainConfig(lgf={"radius": 1} | settings))
-    assert weighted.name == "lgf"
-    return weighted.objective
+    (made,) = build_objectives(TrainConfig(lgf={"radius": 1} | settings))
+    assert made.name == "lgf"
+    return made
 
 
 def test_none_is_plain_fine_tuning():

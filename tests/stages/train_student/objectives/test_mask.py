@@ -71,8 +71,8 @@ def test_what_is_predicted_is_each_tokens_share_of_the_subject():
     # cut off at the border, and an eighth of the second's lies over the neighbour.
     expected = torch.tensor([0.5 * 6 / 7, 0.5 / 8, 0.0])
     torch.testing.assert_close(coverage_BTHW[0, 0], expected.expand(2, 3), atol=1e-6, rtol=0)
-    (weighted,) = build_objectives(TrainConfig(objectives=["mask"]))
-    assert weighted.objective.num_maps(None, 5) == 5
-    assert weighted.objective.num_maps(2, 5) == 5
+    (made,) = build_objectives(TrainConfig(objectives=["mask"]))
+    assert made.num_maps(None, 5) == 5
+    assert made.num_maps(2, 5) == 5
     logits = torch.zeros(1, 5, 2, 3, 1)
-    assert weighted.objective(logits, teacher).item() == pytest.approx(math.log(2))
+    assert made(logits, teacher).item() == pytest.approx(math.log(2))

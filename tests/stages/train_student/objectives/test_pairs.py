@@ -50,8 +50,8 @@ def teacher(fused_THWG, *, share=0.5, slots=1, native=False, valid_BT=ALL, array
 
 def lgf(pairs, **settings):
     settings = {"radius": RADIUS, "temperature": TAU, "pairs": pairs} | settings
-    (weighted,) = build_objectives(TrainConfig(lgf=settings))
-    return weighted.objective
+    (made,) = build_objectives(TrainConfig(lgf=settings))
+    return made
 
 
 def student_of(seed=99):

@@ -89,6 +89,6 @@ def test_every_format_of_features_teaches_the_same(dtype, near):
     )
     (repa,) = build_objectives(TrainConfig(objectives=["repa"]))
     student = random(0, *SHAPE)
-    assert repa.objective.num_maps(4, 13) == 4
-    found_B = repa.objective(student.float(), teacher)
+    assert repa.num_maps(4, 13) == 4
+    found_B = repa(student.float(), teacher)
     np.testing.assert_allclose(found_B.tolist(), by_loop(student, features, valid_BT), atol=near)

@@ -145,9 +145,7 @@ def test_maps_of_frames_are_averaged_over_each_latents():
         num_frames=9,
         token_grid=(2, 3),
     )
-    (weighted,) = build_objectives(TrainConfig(objectives=["token-relation"]))
-    assert weighted.objective.num_maps(9, 9) == weighted.objective.num_maps(3, 9) == 3
+    (made,) = build_objectives(TrainConfig(objectives=["token-relation"]))
+    assert made.num_maps(9, 9) == made.num_maps(3, 9) == 3
     student = random(2, 1, 3, 2, 3, 4).float()
-    torch.testing.assert_close(
-        weighted.objective(student, by_frame), weighted.objective(student, by_latent)
-    )
+    torch.testing.assert_close(made(student, by_frame), made(student, by_latent))

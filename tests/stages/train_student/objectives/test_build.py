@@ -4,8 +4,12 @@ from cache_schema import StoreReader
 from stages.local_gram_flow import time_weights
 from stages.train_student.config import TrainConfig
 from stages.train_student.model.teacher import TeacherLayout
-from stages.train_student.objectives.build import build_heads, build_objectives
-from stages.train_student.objectives.needs import check_teacher, kinds_needed
+from stages.train_student.objectives.build import (
+    build_heads,
+    build_objectives,
+    check_teacher,
+    kinds_needed,
+)
 
 
 @pytest.mark.parametrize(
@@ -158,14 +162,14 @@ def test_a_head_smooths_where_its_maps_are_interpolated(patch_size_t, frame_rate
     """CogVideoX 1.5 has a token for two latent frames: interpolated at the latent rate too."""
     config = TrainConfig(objectives=["lgf", "repa", "token-relation", "mask"])
     heads = build_heads(config, 16, 24, frame_rate=frame_rate, patch_size_t=patch_size_t)
-    for weighted in build_objectives(config):
-        maps = weighted.objective.num_maps(81 if frame_rate else 21, 81)
+    for made in build_objectives(config):
+        maps = made.num_maps(81 if frame_rate else 21, 81)
         interpolated = time_weights(maps, 81, patch_size_t=patch_size_t) is not None
-        assert (heads[weighted.name].smooth is not None) == interpolated, weighted.name
+        assert (heads[made.name].smooth is not None) == interpolated, made.name
 
 
 def test_a_kernel_that_is_not_installed_is_refused_before_any_work(monkeypatch):
-    monkeypatch.setattr("stages.train_student.objectives.needs.find_spec", lambda name: None)
+    monkeypatch.setattr("stages.train_student.objectives.build.find_spec", lambda name: None)
     assert kinds_needed(TrainConfig()) == ("teacher",)
     with pytest.raises(ValueError, match=r"pip install triton.* train\.lgf\.kernel=torch"):
         kinds_needed(TrainConfig(lgf={"kernel": "triton"}))
