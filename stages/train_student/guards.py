@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cache_schema import CacheError
-from stages.train_student.data.damaged import DamagedClip
+from stages.train_student.data.dataset import DamagedClip
 from stages.train_student.logging.rows import (
     DAMAGED_FILE,
     SKIPPED_FILE,

@@ -4,7 +4,7 @@
     config.yaml            the resolved configuration
     run.json               settings that may not change on resume, provenance, processes, stores,
                            excluded and held-out clips
-    clips/                 the clips at the start of the run (data/clip_lists.py)
+    clips/                 the clips at the start of the run (data/splits.py)
     losses.jsonl           one line per step; further logs are in logging/run_log.py
     tensorboard/, wandb/   as set by train.report_to
     checkpoints/           (checkpoints/__init__.py)
@@ -30,8 +30,8 @@ from stages.cogvideox.configs import CogVideoXConfigs
 from stages.files.text import read_object
 from stages.sample_videos.runs import BASE_SETTING
 from stages.train_student.config import TrainConfig
-from stages.train_student.data.buckets import Buckets
-from stages.train_student.data.clip_lists import compare_clips, digest, write_clips
+from stages.train_student.data.splits import compare_clips, digest, write_clips
+from stages.train_student.data.stores import Buckets
 from stages.train_student.logging.rows import CONFIG_FILE
 
 FREE_SETTINGS = (

@@ -3,7 +3,7 @@
 Everything here is created before the DeepSpeed engine, or does not depend on it.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,7 @@ from stages.cogvideox.weights import Part, check_base_weights, hash_transformer
 from stages.config import BaseModelConfig
 from stages.progress import Progress
 from stages.train_student.config import TrainConfig
-from stages.train_student.data.buckets import Buckets, join_buckets
 from stages.train_student.data.checks import check_stores
-from stages.train_student.data.clip_lists import digest
 from stages.train_student.data.dataset import CachedSamples
 from stages.train_student.data.loader import BatchLoader
 from stages.train_student.data.order import (
@@ -27,7 +25,8 @@ from stages.train_student.data.order import (
     largest_micro_batch,
     micro_batches,
 )
-from stages.train_student.data.stores import JoinedStores, array_shape
+from stages.train_student.data.splits import digest
+from stages.train_student.data.stores import Buckets, JoinedStores, array_shape, join_buckets
 from stages.train_student.logging.run_log import RunLog
 from stages.train_student.logging.trackers import Trackers, check_trackers
 from stages.train_student.model.lora import check_targets
@@ -206,7 +205,7 @@ class Run:
             "processes": self.world.size,
             "stores": stores,
             "clips": self.stores.clips,
-            "left_out": self.stores.excluded.as_dict(),
+            "left_out": asdict(self.stores.excluded),
         }
         settings = fixed_settings(
             self.config,

@@ -18,8 +18,7 @@ from stages.train_student.checkpoints.records import keep_newest
 from stages.train_student.checkpoints.resume import plan_resume, resume
 from stages.train_student.checkpoints.save import save_checkpoint
 from stages.train_student.config import TrainConfig
-from stages.train_student.data.damaged import DamagedClip
-from stages.train_student.data.dataset import Batch
+from stages.train_student.data.dataset import Batch, DamagedClip
 from stages.train_student.guards import (
     ConsecutiveSkipGuard,
     DamagedClipGuard,

@@ -32,11 +32,12 @@ from report import finish, machine, median_and_spread, table
 from torch.utils.data import DataLoader, Dataset
 
 from cache_schema import StoreReader
+from stages.clips.config import ClipsConfig
 from stages.train_student.config import KIND_OF_FORM
 from stages.train_student.data.dataset import CachedSamples
 from stages.train_student.data.loader import BatchLoader
 from stages.train_student.data.order import micro_batches
-from stages.train_student.data.stores import join_stores
+from stages.train_student.data.stores import join_buckets
 
 TARGET_CLIPS_PER_S = 100.0
 TARGET_WAIT = 0.01
@@ -170,8 +171,9 @@ class Node:
 
     def __init__(self, cache: Path, options: argparse.Namespace) -> None:
         self._options = options
-        stores = join_stores(cache, {}, kinds=(KIND_OF_FORM[options.form],))
-        self._samples = CachedSamples([stores], configs(), seed=0, batch_size=options.gpus)
+        sizes, kinds = ClipsConfig(path=cache).sizes, (KIND_OF_FORM[options.form],)
+        stores = join_buckets(cache, sizes, {}, kinds=kinds).stores
+        self._samples = CachedSamples(stores, configs(), seed=0, batch_size=options.gpus)
         self._in_memory = [self._samples[number] for number in range(2)]
         self.worker_bytes: list[tuple[int, int]] = []
         """Private and proportional memory of every worker seen."""

@@ -24,7 +24,6 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from report import finish, machine, median_and_spread, now, table
 from sam2_sides import make_frames, random_checkpoint
-from stages.train_student.data.buckets import join_buckets
 from torch import Tensor
 
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
@@ -35,6 +34,7 @@ from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import Batch, CachedSamples
 from stages.train_student.data.loader import BatchLoader
 from stages.train_student.data.order import micro_batches
+from stages.train_student.data.stores import join_buckets
 from stages.train_student.model.lora import add_adapters
 from stages.train_student.model.student import Student
 from stages.train_student.objectives.build import build_heads, build_objectives, kinds_needed

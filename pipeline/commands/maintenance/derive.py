@@ -20,11 +20,11 @@ def run(config: RunConfig, progress: Progress) -> CommandResult:
     """
     from stages.extract_features.derive import derive_gram_flow
     from stages.extract_features.kinds import resolve_device
-    from stages.train_student.data.stores import find_stores
+    from stages.train_student.data.open_stores import open_store
 
     folders = config.train.stores.get("teacher", ())
     sizes = config.data.sizes
-    teachers = [find_stores(config.cache_folder, "teacher", folders, size=size) for size in sizes]
+    teachers = [open_store(config.cache_folder, "teacher", folders, size=size) for size in sizes]
     rows: list[tuple[str, str]] = []
     data: list[dict[str, Any]] = []
     for size, teacher in zip(sizes, teachers, strict=True):

@@ -9,17 +9,45 @@ or frame, h w pixels of a stored mask.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from cache_schema import CacheError, ClipChanged, ClipMissing, CorruptClip
 from stages.cogvideox.configs import CogVideoXConfigs
 from stages.cogvideox.inputs import image_condition, pad_in_front
-from stages.train_student.data.damaged import DamagedClip, read_or_replace
-from stages.train_student.data.order import SampleOrder, seed_of_sample
+from stages.train_student.data.order import SampleOrder, hash63, seed_of_sample
 from stages.train_student.data.splits import seed_of_held_out
 from stages.train_student.data.stores import JoinedStores
+
+ATTEMPTS = 8
+"""Maximum damaged clips tried for one sample; so many mean that the cache is damaged."""
+
+GONE_ATTEMPTS = 1000
+"""Maximum clips tried for one sample if clips were removed from the cache; enough to find a
+remaining one even after 99 of 100 were removed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DamagedClip:
+    """A clip that could not be read."""
+
+    key: str
+    message: str
+    """The error, with the file."""
+    gone: bool
+    """Whether the clip was removed from its store, or rewritten with other values, since the run
+    opened it; otherwise it is damaged."""
+
+    @classmethod
+    def from_error(cls, error: CacheError, key: str) -> Self:
+        """Build from the error that reading the clip raised, one of `UNREADABLE`."""
+        return cls(key=key, message=str(error), gone=not isinstance(error, CorruptClip))
+
+
+UNREADABLE = (CorruptClip, ClipMissing, ClipChanged)
+"""Errors of a clip that can be replaced by another."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,12 +111,12 @@ class CachedSamples:
 
         Args:
             buckets: joined stores of each size.
-            facts: configurations of the base model.
+            configs: configurations of the base model.
             seed: seed of the run.
             batch_size: samples per step over all ranks; a step's samples are from one bucket.
         """
         self._buckets = tuple(buckets)
-        self._facts = configs
+        self._configs = configs
         self._seed = seed
         self._order = SampleOrder(
             [len(stores.keys) for stores in buckets], batch_size=batch_size, seed=seed
@@ -109,17 +137,10 @@ class CachedSamples:
         bucket, clip = self._order.locate(sample)
         stores = self._buckets[bucket]
         generator = torch.Generator().manual_seed(seed_of_sample(sample, self._seed))
-        steps = self._facts.scheduler["num_train_timesteps"]
+        steps = self._configs.scheduler["num_train_timesteps"]
         timestep_1 = torch.randint(0, steps, (1,), generator=generator)
-        clip, arrays, damaged = read_or_replace(
-            lambda index: read_clip(stores, stores.keys[index]),
-            lambda index: stores.keys[index],
-            clip,
-            sample=sample,
-            num_clips=len(stores.keys),
-            seed=self._seed,
-        )
-        batch = self._make_batch(stores, stores.keys[clip], arrays, timestep_1, generator)
+        key, arrays, damaged = read_or_replace(stores, clip, sample=sample, seed=self._seed)
+        batch = self._make_batch(stores, key, arrays, timestep_1, generator)
         return replace(batch, damaged=damaged)
 
     def held_out_batch(self, key: str, timestep: int) -> Batch:
@@ -147,7 +168,7 @@ class CachedSamples:
         generator: torch.Generator,
     ) -> Batch:
         """Build a batch of one clip: draw its latents and its noise."""
-        configs, latents = self._facts, arrays["latents"]
+        configs, latents = self._configs, arrays["latents"]
         clean_FCHW = configs.latent_scale * sample_posterior(
             latents["mean"], latents["std"], generator
         )
@@ -180,6 +201,52 @@ class CachedSamples:
             masks=masks,
             num_frames=stores.num_frames,
         )
+
+
+def read_or_replace(
+    stores: JoinedStores, clip: int, *, sample: int, seed: int
+) -> tuple[str, dict[str, dict[str, Tensor]], tuple[DamagedClip, ...]]:
+    """Read a clip or, if it is unreadable, the first readable replacement.
+
+    The replacements depend only on the sample's number and the seed.
+
+    Args:
+        clip: index of the sample's own clip.
+        sample: number of the sample.
+        seed: seed of the run.
+
+    Returns:
+        Key and arrays of the clip that was read, and the unreadable clips: the sample's own,
+        and the damaged ones among the replacements that were tried.
+
+    Raises:
+        CorruptClip: `ATTEMPTS` of the clips tried are damaged.
+        ClipMissing: all of `GONE_ATTEMPTS` clips are gone.
+        StoreUnreachable: the cache cannot be reached; nothing is known about the clip.
+    """
+    found: list[DamagedClip] = []
+    damaged = 0
+    for attempt in range(1, GONE_ATTEMPTS + 1):
+        key = stores.keys[clip]
+        try:
+            return key, read_clip(stores, key), tuple(found)
+        except UNREADABLE as error:
+            unreadable, last = DamagedClip.from_error(error, key), error
+        if attempt == 1 or not unreadable.gone:
+            found.append(unreadable)
+        damaged += not unreadable.gone
+        if damaged == ATTEMPTS:
+            raise CorruptClip(
+                f"{ATTEMPTS} of {attempt} clips tried in a row cannot be read; the last error: "
+                f"{last}"
+            ) from last
+        name = f"{seed}/sample/{sample}/instead/{attempt}"
+        clip = hash63(name) % len(stores.keys)
+    raise ClipMissing(
+        f"{GONE_ATTEMPTS} clips in a row were removed or rewritten since the run opened its "
+        f"stores; the last error: {last}; run the same command again to continue with the "
+        "remaining clips"
+    ) from last
 
 
 def read_clip(stores: JoinedStores, key: str) -> dict[str, dict[str, Tensor]]:

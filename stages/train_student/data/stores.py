@@ -1,208 +1,24 @@
-"""Stores of one clip size, one of each kind, joined by clip key.
+"""Stores of a run: one of each kind per clip size, joined by clip key, with one held-out split."""
 
-The joined entries of a clip must come from the same video and prompt.
-"""
-
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cache_schema import SortedText, StoreNotFound, StoreReader, find_store, is_url, list_stores
+from cache_schema import SortedText, StoreReader
 from stages.clips.config import ClipsConfig
-from stages.clips.fingerprints import source_hashes, video_hashes
 from stages.teacher_store.settings import native_parts
 from stages.train_student.config import KIND_OF_FORM, TeacherForm
+from stages.train_student.data.open_stores import check_same_sources, open_stores
 from stages.train_student.data.splits import (
     ExcludedClips,
     choose_held_out,
     count_reasons,
     read_keys,
 )
-
-
-def find_stores(
-    cache_root: Path | str, kind: str, folders: Sequence[str], *, size: ClipsConfig | None
-) -> StoreReader:
-    """Find and open the store of a kind.
-
-    If several stores match, pick the one with this clip size (text stores have no size). A single
-    match is returned unchecked; checks.py reports mismatches.
-
-    Args:
-        cache_root: folder of the stores, or its URL.
-        kind: kind of the store.
-        folders: folder names to choose from; empty means all stores of the cache.
-        size: size of the clips.
-
-    Raises:
-        StoreNotFound: there is none, or not exactly one of that size.
-        CacheError: a store is damaged or cannot be reached.
-    """
-    if len(folders) == 1:
-        return StoreReader(_find_with_hints(cache_root, kind, folders[0]), kind=kind)
-    if folders:
-        paths = [find_store(cache_root, kind, folder=name) for name in folders]
-    else:
-        paths = _stores_of_kind(cache_root, kind)
-        if len(paths) < 2 or size is None or kind == "text":
-            return StoreReader(_find_with_hints(cache_root, kind, None), kind=kind)
-    if size is None:
-        raise ValueError(f"train.stores.{kind} names several stores; a run of one size needs one")
-    readers = [StoreReader(path, kind=kind) for path in paths]
-    fitting = [reader for reader in readers if _fits_size(reader, size)]
-    # Stores on SAM2's own grid fit all sizes of one aspect ratio; prefer one made at this size.
-    exact = [reader for reader in fitting if _has_size(reader, size) is not False]
-    found = exact or fitting
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(reader.name for reader in (found or readers))
-    how_many = "several" if found else "none"
-    raise StoreNotFound(
-        f"{how_many} of the {kind} stores of {cache_root} hold clips of {size.size_name} (frames x "
-        f"height x width): {names}; set train.stores.{kind} to the one to use or, for several "
-        "sizes, to a list with one per size; or run sam2vx-pipeline extract-features"
-    )
-
-
-def _fits_size(reader: StoreReader, size: ClipsConfig) -> bool:
-    """Whether a store's clips have this size, or its aspect ratio on SAM2's own grid."""
-    same_size = _has_size(reader, size)
-    if same_size is None:
-        return _shapes_match(reader, size)
-    if same_size:
-        return True
-    if reader.settings.values.get("grid_source") != "native":
-        return False
-    origin = _origin(reader)
-    same_shape = origin["height"] * size.width == origin["width"] * size.height
-    # A Gram flow is on the student's grid, whatever grid its features had.
-    on_grid = reader.settings.kind != "gram_flow" or _shapes_match(reader, size)
-    return origin["num_frames"] == size.num_frames and same_shape and on_grid
-
-
-def _has_size(reader: StoreReader, size: ClipsConfig) -> bool | None:
-    """Whether clips were cropped to this size; None if the store does not record it."""
-    origin = _origin(reader)
-    names = ("num_frames", "height", "width")
-    if not set(names) <= origin.keys():
-        return None
-    same_size = all(origin[name] == getattr(size, name) for name in names)
-    return same_size and (reader.settings.kind != "gram_flow" or _shapes_match(reader, size))
-
-
-def _origin(reader: StoreReader) -> dict[str, Any]:
-    origin = reader.settings.values.get("clips")
-    return origin if isinstance(origin, dict) else {}
-
-
-def _shapes_match(reader: StoreReader, size: ClipsConfig) -> bool:
-    arrays = reader.settings.arrays
-    maps = (size.num_frames, size.num_latent_frames)
-    if "mean" in arrays:
-        frames, _, *area = arrays["mean"].shape
-        return frames == size.num_latent_frames and tuple(area) == size.latent_size
-    if "features" in arrays:
-        frames, *grid = arrays["features"].shape[:3]
-        return frames in maps and tuple(grid) == size.token_grid
-    if "gram_flow" in arrays:
-        pairs, *grid = arrays["gram_flow"].shape[:3]
-        return pairs + 1 in maps and tuple(grid) == size.token_grid
-    if "forward" in arrays:
-        return bool(arrays["forward"].shape[0] == size.num_frames)
-    return True
-
-
-def _stores_of_kind(cache_root: Path | str, kind: str) -> list[Path | str]:
-    try:
-        stores = list_stores(cache_root)
-    except StoreNotFound:  # a URL that cannot be listed; `find_store` explains what to do
-        return []
-    return [path for path in stores if str(path).rsplit("/", 1)[-1].startswith(f"{kind}-")]
-
-
-def _find_with_hints(cache_root: Path | str, kind: str, folder: str | None) -> Path | str:
-    try:
-        return find_store(cache_root, kind, folder=folder)
-    except StoreNotFound as error:
-        listed = not is_url(cache_root) or bool(_stores_of_kind(cache_root, "latents"))
-        if folder is not None or not listed or _stores_of_kind(cache_root, kind):
-            raise
-        if kind == "gram_flow":
-            raise StoreNotFound(
-                f"no gram_flow store in {cache_root}, which train.teacher_form=gram_flow reads; "
-                "derive one from the teacher store with sam2vx-pipeline cache derive gram-flow, or "
-                "add gram_flow to extract.kinds and run sam2vx-pipeline extract-features"
-            ) from error
-        if kind == "masks":
-            raise StoreNotFound(
-                f"no masks store in {cache_root}, which train.objectives=[mask] and "
-                "train.lgf.foreground_weight other than 1 read; add masks to extract.kinds and run "
-                "sam2vx-pipeline extract-features"
-            ) from error
-        raise
-
-
-_MAX_KEYS_SHOWN = 5
-"""Keys listed in a message."""
-
-_PROMPT_SETTINGS = ("prompts", "backward_prompt")
-"""Settings that determine which prompt data enter a fingerprint."""
-
-
-def check_same_sources(readers: Mapping[str, StoreReader], keys: SortedText) -> None:
-    """Reject stores whose entries of a clip were made from different sources.
-
-    Compares the fingerprints in the stores' indexes; reads no clips or records.
-
-    Args:
-        readers: store readers by kind, including latents.
-        keys: clips that all of them hold.
-
-    Raises:
-        ValueError: a clip's entries were made from different videos; or teacher and masks with the
-            same prompt settings from different prompts.
-    """
-    fingerprints = {
-        kind: reader.fingerprints[reader.keys.rows_of(keys)] for kind, reader in readers.items()
-    }
-    for kind in readers:
-        _compare("latents", kind, readers, fingerprints, keys, video_hashes, "videos")
-    for kind in ("teacher", "gram_flow"):
-        if kind in readers and "masks" in readers and _same_prompt_settings(readers, kind):
-            _compare("masks", kind, readers, fingerprints, keys, source_hashes, "prompts")
-
-
-def _same_prompt_settings(readers: Mapping[str, StoreReader], kind: str) -> bool:
-    teacher, masks = readers[kind].settings.values, readers["masks"].settings.values
-    return all(
-        name in teacher and name in masks and teacher[name] == masks[name]
-        for name in _PROMPT_SETTINGS
-    )
-
-
-def _compare(
-    kind: str,
-    other: str,
-    readers: Mapping[str, StoreReader],
-    fingerprints: Mapping[str, np.ndarray],
-    keys: SortedText,
-    half: Callable[[np.ndarray], np.ndarray],
-    what: str,
-) -> None:
-    rows = np.flatnonzero(half(fingerprints[kind]) != half(fingerprints[other]))
-    if not len(rows):
-        return
-    listed = ", ".join(repr(keys[int(row)]) for row in rows[:_MAX_KEYS_SHOWN])
-    more = f" and {len(rows) - _MAX_KEYS_SHOWN} more" if len(rows) > _MAX_KEYS_SHOWN else ""
-    raise ValueError(
-        f"{readers[kind].path} and {readers[other].path} were made from different {what} of "
-        f"{len(rows)} of {len(keys)} clips: {listed}{more}. Run sam2vx-pipeline extract-features "
-        f"--kinds {','.join(readers)} on the intended dataset; it reports which clips to extract "
-        "again with --refresh-changed. Or exclude the clips with train.leave_out"
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -265,107 +81,142 @@ class JoinedStores:
         return native_parts(self.teacher.settings)
 
 
-_KINDS = ("text", "latents", *KIND_OF_FORM.values(), "masks")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Buckets:
+    """Joined stores of a run, one per clip size."""
+
+    stores: tuple[JoinedStores, ...]
+    """One per size, at least one."""
+    held_out: tuple[str, ...]
+    """Keys of the validation clips, in the order in which they were chosen."""
+    excluded: ExcludedClips
+    """Excluded clips, over all sizes."""
+
+    @property
+    def clips(self) -> dict[str, int]:
+        """Number of training clips by size."""
+        return {stores.size: len(stores.keys) for stores in self.stores}
+
+    def describe(self) -> list[str]:
+        """Clauses for the log: number of training clips, held-out and excluded clips."""
+        clips = self.clips
+        by_size = [f"{size}: {count}" for size, count in clips.items()] if len(clips) > 1 else []
+        clauses = [f"training on {sum(clips.values())} clips"]
+        clauses[0] += f" ({', '.join(by_size)})" if by_size else ""
+        if self.held_out:
+            clauses.append(f"held out for validation: {len(self.held_out)}")
+        return [*clauses, *self.excluded.describe()]
+
+    @property
+    def readers(self) -> dict[str, StoreReader]:
+        """Store readers by kind; with several sizes the key of a sized store includes the size."""
+        if len(self.stores) == 1:
+            return self.stores[0].readers
+        named = {
+            kind if kind == "text" else f"{kind} {stores.size}": reader
+            for stores in self.stores
+            for kind, reader in stores.readers.items()
+        }
+        return dict(sorted(named.items(), key=lambda item: item[0] != "text"))
+
+    @property
+    def teacher(self) -> StoreReader | None:
+        """Teacher store of the first size; the stores of all sizes share the teacher's settings."""
+        return self.stores[0].teacher
+
+    @property
+    def teacher_form(self) -> TeacherForm | None:
+        """Stored form of the teacher; None without one."""
+        return self.stores[0].teacher_form
+
+    @property
+    def frame_rate(self) -> bool:
+        """Whether the teacher has one map per frame; the same at every size."""
+        return self.stores[0].teacher_maps == self.stores[0].num_frames
 
 
-def join_stores(
+def join_buckets(
     cache_root: Path | str,
+    sizes: Sequence[ClipsConfig],
     chosen: Mapping[str, Sequence[str]],
     *,
     kinds: Sequence[str],
-    size: ClipsConfig | None = None,
     leave_out: Path | None = None,
     held_out: int = 0,
-) -> JoinedStores:
-    """Open the stores of one size and join them by key.
+    held_out_before: Sequence[str] | None = None,
+) -> Buckets:
+    """Open the stores of each size and join them by key.
+
+    A held-out clip is held out at every size.
 
     Args:
         cache_root: folder of the stores, or its URL.
-        chosen: folder names per kind, needed if the cache holds several that match.
+        sizes: `ClipsConfig.sizes`.
+        chosen: folder names per kind, needed if several stores of a kind hold clips of one size.
         kinds: kinds to read in addition to text and latents: teacher or gram_flow, and masks.
-        size: size of the clips, to choose between stores of several sizes.
         leave_out: manifest of clips to exclude (`splits.read_keys`).
-        held_out: number of validation clips.
+        held_out: number of validation clips, over all sizes.
+        held_out_before: clips that a resumed run held out when it started; exactly those of them
+            that still exist are held out.
 
     Raises:
-        ValueError: `chosen` names an unknown kind, the manifest is malformed, no clip is left, or
-            the entries of a clip were made from different sources.
+        ValueError: `chosen` names an unknown kind, the manifest is malformed, a size has no clip or
+            none left to train on, the teacher differs between sizes, or the entries of a clip were
+            made from different sources.
         CacheError: a store is missing, ambiguous or damaged.
     """
     named = frozenset() if leave_out is None else read_keys(leave_out)
-    readers = open_stores(cache_root, chosen, kinds=kinds, size=size)
-    common = common_keys(readers)
-    if not common:
-        raise ValueError(describe_no_common_clip(cache_root, readers))
-    remaining = common.take(rows_without(common, named))
-    held = choose_held_out((remaining,), held_out)
-    return join_readers(readers, common, leave_out=leave_out, named=named, held_out=held)
-
-
-def open_stores(
-    cache_root: Path | str,
-    chosen: Mapping[str, Sequence[str]],
-    *,
-    kinds: Sequence[str],
-    size: ClipsConfig | None,
-) -> dict[str, StoreReader]:
-    """Open the store of every kind.
-
-    Raises:
-        ValueError: `chosen` names an unknown kind.
-        CacheError: a store is missing, ambiguous or damaged.
-    """
-    unknown = sorted(set(chosen) - set(_KINDS))
-    if unknown:
-        raise ValueError(f"train.stores names {unknown[0]!r}; kinds are {', '.join(_KINDS)}")
-    return {
-        kind: find_stores(cache_root, kind, chosen.get(kind, ()), size=size)
-        for kind in ("text", "latents", *kinds)
-    }
-
-
-def common_keys(readers: Mapping[str, StoreReader]) -> SortedText:
-    """Clips that are in every store."""
-    first, *others = (reader.keys for reader in readers.values())
-    return first.in_all(*others)
-
-
-def describe_no_common_clip(cache_root: Path | str, readers: Mapping[str, StoreReader]) -> str:
-    """Error message for an empty result of `common_keys`."""
-    counts = ", ".join(f"{kind} {len(reader)}" for kind, reader in readers.items())
-    return (
-        f"no clip is in every store of {cache_root} ({counts}); extract all kinds from the "
-        "same clips with sam2vx-pipeline extract-features"
+    opened = [open_stores(cache_root, chosen, kinds=kinds, size=size) for size in sizes]
+    common: list[SortedText] = []
+    for size, readers in zip(sizes, opened, strict=True):
+        first, *others = (reader.keys for reader in readers.values())
+        common.append(first.in_all(*others))
+        if not common[-1]:
+            counts = ", ".join(f"{kind} {len(reader)}" for kind, reader in readers.items())
+            message = (
+                f"no clip is in every store of {cache_root} ({counts}); extract all kinds from the "
+                "same clips with sam2vx-pipeline extract-features"
+            )
+            if len(sizes) > 1:
+                message = f"{size.size_name}: {message}, or remove this size from data.buckets"
+            raise ValueError(message)
+    remaining = [_without(keys, named) for keys in common]
+    if held_out_before is None:
+        held = choose_held_out(remaining, held_out)
+    else:
+        held = tuple(key for key in held_out_before if any(key in keys for keys in remaining))
+    stores = tuple(
+        _join(*of_size, leave_out=leave_out, held_out=held)
+        for of_size in zip(opened, common, remaining, strict=True)
     )
+    for other in stores[1:]:
+        _check_same_teacher(stores[0], other)
+    excluded = stores[0].excluded if len(stores) == 1 else _all_excluded(stores, opened, common)
+    return Buckets(stores=stores, held_out=held, excluded=excluded)
 
 
-def join_readers(
+def _join(
     readers: Mapping[str, StoreReader],
     common: SortedText,
+    remaining: SortedText,
     *,
     leave_out: Path | None,
-    named: Iterable[str],
     held_out: Sequence[str],
 ) -> JoinedStores:
-    """Join opened stores: the common keys without excluded and held-out clips.
+    """Join the stores of one size.
 
     Args:
-        leave_out: path of the manifest of excluded clips.
-        named: keys in that manifest.
-        held_out: validation clips; keys that are not in these stores are ignored.
-
-    Raises:
-        ValueError: nothing is left to train on, or the entries of a clip were made from different
-            sources.
+        common: clips in every store.
+        remaining: those that the manifest `leave_out` does not exclude.
+        held_out: validation clips of all sizes.
     """
-    remaining = common.take(rows_without(common, named))
     if not remaining:
         raise ValueError(
             f"train.leave_out {leave_out} names every one of the {len(common)} clips that are in "
             "every store; nothing is left to train on"
         )
     check_same_sources(readers, remaining)
-    keys = remaining.take(rows_without(remaining, held_out))
+    keys = _without(remaining, held_out)
     if not keys:
         raise ValueError(
             f"train.validation.clips holds out every one of the {len(remaining)} clips of "
@@ -391,10 +242,62 @@ def join_readers(
     )
 
 
-def rows_without(keys: SortedText, named: Iterable[str]) -> np.ndarray:
-    """Rows of the keys that are not in `named`."""
+def _without(keys: SortedText, named: Iterable[str]) -> SortedText:
     rows = [row for key in named if (row := keys.find(key)) is not None]
-    return np.delete(np.arange(len(keys)), rows)
+    return keys.take(np.delete(np.arange(len(keys)), rows))
+
+
+_SAM2_SETTINGS = ("checkpoint_sha256", "image_size", "subjects", "directions")
+
+
+def _check_same_teacher(first: JoinedStores, other: JoinedStores) -> None:
+    """Check that the teacher stores agree, since all sizes train one projector."""
+    if first.teacher is None or other.teacher is None:
+        return
+    found, expected = _teacher_properties(other), _teacher_properties(first)
+    for name, value in found.items():
+        if value != expected[name]:
+            raise ValueError(
+                f"{other.teacher.path} ({other.size}) has {name} {value!r}, "
+                f"{first.teacher.path} ({first.size}) has {expected[name]!r}; all sizes of a run "
+                "need the same teacher: choose stores with train.stores, or extract again"
+            )
+
+
+def _teacher_properties(stores: JoinedStores) -> dict[str, Any]:
+    teacher = stores.teacher
+    assert teacher is not None
+    values = teacher.settings.values
+    names = (*_SAM2_SETTINGS, "features", "fusion", "forward_weight", "parts")
+    properties: dict[str, Any] = {name: values.get(name) for name in names}
+    properties["one map per frame"] = stores.teacher_maps == stores.num_frames
+    if stores.teacher_form == "features":
+        properties["native parts"] = stores.native_parts
+        properties["channels"] = array_shape(teacher, "features")[-1]
+    return properties
+
+
+def _all_excluded(
+    stores: Sequence[JoinedStores],
+    opened: Sequence[Mapping[str, StoreReader]],
+    common: Sequence[Sequence[str]],
+) -> ExcludedClips:
+    """Sum the counts over sizes; text is one store shared by all sizes."""
+    lacking: Counter[str] = Counter()
+    skipped: dict[str, Counter[str]] = {kind: Counter() for kind in opened[0]}
+    for of_size in stores:
+        lacking.update(of_size.excluded.not_in_every_store)
+        for kind, reasons in of_size.excluded.skipped.items():
+            if kind != "text" or of_size is stores[0]:
+                skipped[kind].update(reasons)
+    texts = {reader.name: len(reader) for reader in (readers["text"] for readers in opened)}
+    lacking["text"] = sum(texts.values()) - len(set().union(*common))
+    return ExcludedClips(
+        not_in_every_store={kind: lacking[kind] for kind in opened[0]},
+        skipped={kind: dict(reasons.most_common()) for kind, reasons in skipped.items()},
+        manifest=stores[0].excluded.manifest,
+        named=sum(of_size.excluded.named for of_size in stores),
+    )
 
 
 def array_shape(reader: StoreReader, name: str) -> tuple[int, ...]:

@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from stages.processes.background import DaemonPool, result_of
-from stages.train_student.data.damaged import UNREADABLE, DamagedClip
-from stages.train_student.data.dataset import Batch, CachedSamples
+from stages.train_student.data.dataset import UNREADABLE, Batch, CachedSamples, DamagedClip
 from stages.train_student.logging.rows import ValidationRow
 from stages.train_student.parallel.process_group import World, gather
 from stages.train_student.step import TrainingStep

@@ -12,10 +12,9 @@ from cache_schema.maintenance.drop import drop_clips
 from cache_schema.maintenance.merge import merge_stores
 from cache_schema.maintenance.repair import repair_store
 from stages.train_student import train as training
-from stages.train_student.data.clip_lists import compare_clips, digest, write_clips
 from stages.train_student.data.dataset import CachedSamples
 from stages.train_student.data.order import clip_of_sample
-from stages.train_student.data.splits import choose_held_out
+from stages.train_student.data.splits import choose_held_out, compare_clips, digest, write_clips
 from stages.train_student.parallel.process_group import World
 from stages.train_student.setup import Run
 

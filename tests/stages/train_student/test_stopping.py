@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from stages.train_student import train as training
-from stages.train_student.data.damaged import DamagedClip
-from stages.train_student.data.dataset import CachedSamples
+from stages.train_student.data.dataset import CachedSamples, DamagedClip
 from stages.train_student.guards import DamagedClipGuard, TooManyDamaged
 from stages.train_student.logging.rows import DamagedRow
 from stages.train_student.parallel.process_group import World

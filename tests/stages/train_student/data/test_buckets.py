@@ -10,12 +10,12 @@ from stages.cogvideox.configs import read_configs
 from stages.config import BaseModelConfig
 from stages.progress import SilentProgress
 from stages.train_student.config import TrainConfig
-from stages.train_student.data.buckets import join_buckets
 from stages.train_student.data.checks import check_stores
 from stages.train_student.data.dataset import CachedSamples
 from stages.train_student.data.loader import BatchLoader
+from stages.train_student.data.open_stores import open_store
 from stages.train_student.data.order import micro_batches
-from stages.train_student.data.stores import find_stores
+from stages.train_student.data.stores import join_buckets
 from stages.train_student.train import train_student
 from tests.fingerprints import fingerprint_of
 
@@ -140,11 +140,11 @@ def test_features_on_sam2s_own_grid_serve_every_size_of_their_shape(tiny, tmp_pa
         made[name] = tiny.write_store(tmp_path, "teacher", shapes, values=values).name
     for size, store in (("9x32x48", "9x64x96"), ("9x96x64", "9x48x32"), ("9x48x32", "9x48x32")):
         (wanted,) = clips(size).sizes
-        assert find_stores(tmp_path, "teacher", (), size=wanted).name == made[store]
+        assert open_store(tmp_path, "teacher", (), size=wanted).name == made[store]
     for size in ("9x32x32", "17x32x48"):
         (wanted,) = clips(size).sizes
         with pytest.raises(StoreNotFound, match="none of the teacher stores"):
-            find_stores(tmp_path, "teacher", (), size=wanted)
+            open_store(tmp_path, "teacher", (), size=wanted)
 
 
 def test_of_several_stores_of_a_size_one_of_each_is_named(tiny, tmp_path):

@@ -1,6 +1,7 @@
 """Samples read while the stores change: clips dropped, made again, brought in from elsewhere."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,12 +11,18 @@ from cache_schema import ArraySpec, ClipMissing, CorruptClip, StoreSettings, Sto
 from cache_schema.maintenance.drop import drop_clips
 from cache_schema.maintenance.merge import merge_stores
 from stages.cogvideox.configs import read_configs
-from stages.train_student.data.damaged import ATTEMPTS, GONE_ATTEMPTS, read_or_replace
-from stages.train_student.data.dataset import CachedSamples, join_batches
+from stages.train_student.data import dataset
+from stages.train_student.data.dataset import (
+    ATTEMPTS,
+    GONE_ATTEMPTS,
+    CachedSamples,
+    join_batches,
+    read_or_replace,
+)
 from stages.train_student.data.loader import BatchLoader
 from stages.train_student.data.order import clip_of_sample
-from stages.train_student.data.stores import join_stores
 from tests.fingerprints import fingerprint_of
+from tests.stages.train_student.data.joined import join_stores
 
 SEED = 3
 KINDS = ("text", "latents", "teacher", "gram_flow", "masks")
@@ -38,7 +45,7 @@ def changing(tiny, tmp_path):
 
 def samples_of(root, base_model, kind):
     kinds = ("gram_flow",) if kind == "gram_flow" else ("teacher", "masks")
-    stores = join_stores(root, {}, kinds=kinds)
+    stores = join_stores(root, kinds=kinds)
     return CachedSamples([stores], read_configs(base_model), seed=SEED, batch_size=1)
 
 
@@ -130,28 +137,39 @@ def test_a_merge_into_the_stores_changes_no_sample(tiny, changing, base_model, t
         assert_same(samples[number], before[number])
 
 
-def test_clips_that_are_gone_are_no_damage_however_many_they_are():
+def stub_clips(monkeypatch, number, read):
+    """Stores of so many clips, whose keys are their numbers."""
+
+    def read_clip(stores, key):
+        read(int(key))
+        return {}
+
+    monkeypatch.setattr(dataset, "read_clip", read_clip)
+    return SimpleNamespace(keys=[*map(str, range(number))])
+
+
+def test_clips_that_are_gone_are_no_damage_however_many_they_are(monkeypatch):
     def read(clip):
         if clip % 50:
             raise ClipMissing(f"clip {clip} was dropped")
-        return clip
 
+    stores = stub_clips(monkeypatch, 500, read)
     for sample in range(20):
         first = clip_of_sample(sample, 500, 0)
-        clip, _, gone = read_or_replace(read, str, first, sample=sample, num_clips=500, seed=0)
-        assert clip % 50 == 0
+        key, _, gone = read_or_replace(stores, first, sample=sample, seed=0)
+        assert int(key) % 50 == 0
         assert [(one.key, one.gone) for one in gone] == ([(str(first), True)] if first % 50 else [])
 
 
-def test_a_cache_without_any_clip_left_stops_with_what_to_do():
+def test_a_cache_without_any_clip_left_stops_with_what_to_do(monkeypatch):
     def read(clip):
         raise ClipMissing(f"clip {clip} was dropped")
 
     with pytest.raises(ClipMissing, match=rf"^{GONE_ATTEMPTS} clips .*run the same command again"):
-        read_or_replace(read, str, 0, sample=0, num_clips=9, seed=0)
+        read_or_replace(stub_clips(monkeypatch, 9, read), 0, sample=0, seed=0)
 
 
-def test_damage_among_clips_that_are_gone_still_stops():
+def test_damage_among_clips_that_are_gone_still_stops(monkeypatch):
     met = []
 
     def read(clip):
@@ -161,4 +179,4 @@ def test_damage_among_clips_that_are_gone_still_stops():
         raise CorruptClip("damaged")
 
     with pytest.raises(CorruptClip, match=rf"{ATTEMPTS} of {2 * ATTEMPTS} clips"):
-        read_or_replace(read, str, 0, sample=0, num_clips=99, seed=0)
+        read_or_replace(stub_clips(monkeypatch, 99, read), 0, sample=0, seed=0)

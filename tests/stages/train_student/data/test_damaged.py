@@ -1,13 +1,20 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from cache_schema import CacheError, CorruptClip, StoreReader, StoreUnreachable
 from stages.cogvideox.configs import read_configs
-from stages.train_student.data.damaged import ATTEMPTS, read_or_replace
-from stages.train_student.data.dataset import CachedSamples, join_batches
+from stages.train_student.data import dataset
+from stages.train_student.data.dataset import (
+    ATTEMPTS,
+    CachedSamples,
+    join_batches,
+    read_or_replace,
+)
 from stages.train_student.data.loader import BatchLoader
 from stages.train_student.data.order import clip_of_sample
-from stages.train_student.data.stores import join_stores
+from tests.stages.train_student.data.joined import join_stores
 
 
 @pytest.fixture
@@ -26,7 +33,7 @@ def files_of(root, pattern):
 
 
 def samples_of(root, base_model, seed=3):
-    stores = join_stores(root, {}, kinds=("teacher",))
+    stores = join_stores(root)
     return CachedSamples([stores], read_configs(base_model), seed=seed, batch_size=2)
 
 
@@ -61,28 +68,28 @@ def test_the_same_clip_stands_in_whoever_reads_and_whenever(damaged_cache, base_
     assert {clip.key for batch in loaded for clip in batch.damaged} >= {"clip/2", "clip/4"}
 
 
-def test_stand_ins_are_spread_over_the_clips():
-    def read(clip):
-        if clip == 0:
+def test_stand_ins_are_spread_over_the_clips(monkeypatch):
+    def read(stores, key):
+        if key == "0":
             raise CorruptClip("0")
-        return clip
+        return {}
 
-    chosen = [
-        read_or_replace(read, str, 0, sample=sample, num_clips=5, seed=0)[0]
-        for sample in range(400)
-    ]
-    assert all(70 < chosen.count(clip) < 130 for clip in range(1, 5))
+    monkeypatch.setattr(dataset, "read_clip", read)
+    stores = SimpleNamespace(keys=list("01234"))
+    chosen = [read_or_replace(stores, 0, sample=sample, seed=0)[0] for sample in range(400)]
+    assert all(70 < chosen.count(key) < 130 for key in "1234")
 
 
-def test_a_cache_of_damaged_clips_stops_after_some():
+def test_a_cache_of_damaged_clips_stops_after_some(monkeypatch):
     tried = []
 
-    def read(clip):
-        tried.append(clip)
-        raise CorruptClip(f"clip {clip} is damaged")
+    def read(stores, key):
+        tried.append(key)
+        raise CorruptClip(f"clip {key} is damaged")
 
+    monkeypatch.setattr(dataset, "read_clip", read)
     with pytest.raises(CorruptClip, match=rf"^{ATTEMPTS} of {ATTEMPTS} clips .*is damaged"):
-        read_or_replace(read, str, 0, sample=0, num_clips=99, seed=0)
+        read_or_replace(SimpleNamespace(keys=[*map(str, range(99))]), 0, sample=0, seed=0)
     assert len(tried) == ATTEMPTS
 
 
@@ -102,4 +109,4 @@ def test_a_damaged_store_stops_before_any_clip_is_read(tiny, tmp_path):
     (settings,) = tmp_path.glob("teacher-*/store.json")
     settings.write_bytes(settings.read_bytes()[:-9])
     with pytest.raises(CacheError):
-        join_stores(tmp_path, {}, kinds=("teacher",))
+        join_stores(tmp_path)

@@ -10,8 +10,8 @@ from stages.train_student.config import KIND_OF_FORM
 from stages.train_student.data.dataset import CachedSamples, join_batches, sample_posterior
 from stages.train_student.data.loader import BatchLoader
 from stages.train_student.data.order import clip_of_sample
-from stages.train_student.data.stores import join_stores
 from tests.cache_schema.servers import serving
+from tests.stages.train_student.data.joined import join_stores
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def configs(base_model):
 
 @pytest.fixture
 def samples(cache, configs):
-    return from_stores(join_stores(cache, {}, kinds=("teacher",)), configs)
+    return from_stores(join_stores(cache), configs)
 
 
 def from_stores(stores, configs, seed=3):
@@ -39,8 +39,8 @@ def same(left, right):
 
 
 def test_a_sample_depends_on_its_number_and_seed_alone(samples, cache, configs):
-    again = from_stores(join_stores(cache, {}, kinds=("teacher",)), configs)
-    other = from_stores(join_stores(cache, {}, kinds=("teacher",)), configs, seed=4)
+    again = from_stores(join_stores(cache), configs)
+    other = from_stores(join_stores(cache), configs, seed=4)
     torch.manual_seed(99)
     assert same(again[7], samples[7])
     assert not torch.equal(samples[7].noise_BFCHW, samples[8].noise_BFCHW)
@@ -49,7 +49,7 @@ def test_a_sample_depends_on_its_number_and_seed_alone(samples, cache, configs):
 
 def test_no_loader_process_looks_at_a_store_by_itself(tiny, tmp_path, configs):
     """It could find other clips than the training process, if the store has changed meanwhile."""
-    samples = from_stores(join_stores(tiny.write_cache(tmp_path), {}, kinds=("teacher",)), configs)
+    samples = from_stores(join_stores(tiny.write_cache(tmp_path)), configs)
     expected = [samples[number] for number in range(5)]
     for path in [*tmp_path.glob("*/commits"), *tmp_path.glob("*/index.npz")]:
         path.rename(path.with_name("gone"))
@@ -60,7 +60,7 @@ def test_no_loader_process_looks_at_a_store_by_itself(tiny, tmp_path, configs):
 
 
 def test_arrays_belong_to_the_key(samples, cache):
-    stores = join_stores(cache, {}, kinds=("teacher",))
+    stores = join_stores(cache)
     for number in range(10):
         batch = samples[number]
         key = stores.keys[clip_of_sample(number, 5, 3)]
@@ -80,9 +80,7 @@ def test_valid_maps_are_those_the_store_says(tiny, tmp_path, configs):
     for kind, shapes in (("text", {"embeds": tiny.TEXT}), ("latents", tiny.LATENT_SHAPES)):
         tiny.write_store(tmp_path, kind, shapes)
     tiny.write_store(tmp_path, "teacher", tiny.teacher_shapes(), change=mark)
-    samples = CachedSamples(
-        [join_stores(tmp_path, {}, kinds=("teacher",))], configs, seed=3, batch_size=1
-    )
+    samples = CachedSamples([join_stores(tmp_path)], configs, seed=3, batch_size=1)
     batch = join_batches([samples[number] for number in range(5)])
     assert batch.teacher_valid_BT.dtype == torch.bool
     for key, valid_T in zip(batch.keys, batch.teacher_valid_BT, strict=True):
@@ -99,7 +97,7 @@ def test_draws_follow_the_posterior():
 
 
 def test_timesteps_cover_the_schedule(cache, configs):
-    samples = from_stores(join_stores(cache, {}, kinds=()), configs)
+    samples = from_stores(join_stores(cache, kinds=()), configs)
     timesteps = [int(samples[number].timestep_B) for number in range(100)]
     assert 0 <= min(timesteps) < 100
     assert 900 < max(timesteps) <= 999
@@ -124,7 +122,7 @@ def test_image_to_video_samples_hold_the_first_frame(tiny, tmp_path):
         vae=tiny.tiny_vae(invert_scale_latents=True),
     )
     cache = tiny.write_cache(tmp_path / "cache", image=True)
-    stores = join_stores(cache, {}, kinds=())
+    stores = join_stores(cache, kinds=())
     batch = from_stores(stores, read_configs(base), seed=0)[0]
     assert batch.clean_BFCHW.shape == batch.image_BFCHW.shape == (1, 4, 4, 4, 6)
     assert torch.equal(batch.clean_BFCHW[:, 0], batch.clean_BFCHW[:, 1])
@@ -148,7 +146,7 @@ def test_each_visit_sees_one_of_the_first_frames_draws_by_its_number(tiny, tmp_p
         transformer=tiny.tiny_transformer(in_channels=8),
         vae=tiny.tiny_vae(invert_scale_latents=True),
     )
-    stores = join_stores(tiny.write_cache(tmp_path / "cache", image=True), {}, kinds=())
+    stores = join_stores(tiny.write_cache(tmp_path / "cache", image=True), kinds=())
     samples, again = (from_stores(stores, read_configs(base), seed=0) for _ in range(2))
     chosen = {}
     for number in range(60):
@@ -163,7 +161,7 @@ def test_each_visit_sees_one_of_the_first_frames_draws_by_its_number(tiny, tmp_p
 
 def test_a_damaged_clip_stops_the_reading(tiny, tmp_path, configs):
     cache = tiny.write_cache(tmp_path)
-    stores = join_stores(cache, {}, kinds=("teacher",))
+    stores = join_stores(cache)
     for file in (stores.teacher.path / "shards").rglob("features/c.*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:-4])
@@ -178,7 +176,7 @@ def test_the_teachers_arrays_are_handed_on_as_they_are_stored(tiny, tmp_path, co
     write = tiny.write_teacher if form == "features" else tiny.write_gram_flow
     store = StoreReader(write(tmp_path, "int8" if form == "features" else "uint8"))
     samples = CachedSamples(
-        [join_stores(tmp_path, {}, kinds=(KIND_OF_FORM[form],))], configs, seed=3, batch_size=1
+        [join_stores(tmp_path, kinds=(KIND_OF_FORM[form],))], configs, seed=3, batch_size=1
     )
     batch = join_batches([samples[number] for number in (0, 1, 2)])
     names = {"features", "scale"} if form == "features" else {"gram_flow", "low", "step"}
@@ -202,7 +200,7 @@ def test_workers_read_a_cache_behind_a_url(tiny, tmp_path, configs, start):
         StoreWriter.open(tmp_path, StoreReader(path).settings, provenance={}).write_index()
     chosen = {kind: [path.name] for kind, path in stores.items()}
     local = CachedSamples(
-        [join_stores(tmp_path, {}, kinds=("gram_flow",))], configs, seed=3, batch_size=1
+        [join_stores(tmp_path, kinds=("gram_flow",))], configs, seed=3, batch_size=1
     )
     with serving(tmp_path) as server:
         joined = join_stores(server.url, chosen, kinds=("gram_flow",))

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from stages.cogvideox.configs import read_configs
 from stages.train_student.data.dataset import CachedSamples
 from stages.train_student.data.splits import choose_held_out
-from stages.train_student.data.stores import join_stores
+from tests.stages.train_student.data.joined import join_stores
 
 KEYS = st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=30, unique=True)
 
@@ -35,7 +35,7 @@ def test_the_choice_is_even_among_keys_that_look_alike():
 
 
 def test_held_out_clips_are_not_trained_on(cache, base_model):
-    stores = join_stores(cache, {}, kinds=("teacher",), held_out=2)
+    stores = join_stores(cache, held_out=2)
     assert len(stores.keys) == 3
     assert len(stores.held_out) == 2
     assert {*stores.keys, *stores.held_out} == {f"clip/{number}" for number in range(5)}
@@ -46,7 +46,7 @@ def test_held_out_clips_are_not_trained_on(cache, base_model):
 
 def test_a_held_out_clip_is_the_same_at_every_time_and_for_every_seed(cache, base_model):
     stores, configs = (
-        join_stores(cache, {}, kinds=("teacher",), held_out=2),
+        join_stores(cache, held_out=2),
         read_configs(base_model),
     )
     key, other = stores.held_out
@@ -66,7 +66,7 @@ def test_a_held_out_clip_is_the_same_at_every_time_and_for_every_seed(cache, bas
 
 
 def test_a_clip_that_is_trained_on_is_not_validated_with(cache, base_model):
-    stores = join_stores(cache, {}, kinds=(), held_out=1)
+    stores = join_stores(cache, kinds=(), held_out=1)
     samples = CachedSamples([stores], read_configs(base_model), seed=0, batch_size=1)
     with pytest.raises(ValueError, match="is not among the 1 held out"):
         samples.held_out_batch(stores.keys[0], 300)
@@ -74,4 +74,4 @@ def test_a_clip_that_is_trained_on_is_not_validated_with(cache, base_model):
 
 def test_holding_out_everything_is_refused(cache):
     with pytest.raises(ValueError, match=r"holds out every one of the 5 clips .* hold out fewer"):
-        join_stores(cache, {}, kinds=(), held_out=5)
+        join_stores(cache, kinds=(), held_out=5)

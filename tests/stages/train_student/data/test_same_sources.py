@@ -5,8 +5,8 @@ import json
 import pytest
 
 from cache_schema.maintenance.replace_shard import change_fingerprints
-from stages.train_student.data.stores import join_stores
 from tests.fingerprints import fingerprint_of
+from tests.stages.train_student.data.joined import join_stores
 
 PROMPTED = {"prompts": {"sources": ["dataset"]}, "backward_prompt": "track"}
 OTHER = fingerprint_of("another")
@@ -26,7 +26,7 @@ def stores(tiny, tmp_path):
 
 
 def join(cache, **options):
-    return join_stores(cache, {}, kinds=("teacher", "masks"), **options)
+    return join_stores(cache, kinds=("teacher", "masks"), **options)
 
 
 @pytest.mark.parametrize("kind", ["text", "latents", "teacher", "masks"])

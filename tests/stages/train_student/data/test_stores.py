@@ -8,8 +8,8 @@ from stages.clips.config import ClipsConfig
 from stages.cogvideox.configs import read_configs
 from stages.train_student.config import KIND_OF_FORM
 from stages.train_student.data.checks import check_stores
-from stages.train_student.data.stores import join_stores
 from tests.fingerprints import fingerprint_of
+from tests.stages.train_student.data.joined import join_stores
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +21,10 @@ def test_clips_are_joined_by_key_and_the_rest_is_counted(tiny, tmp_path):
     tiny.write_store(tmp_path, "text", {"embeds": tiny.TEXT}, keys=("c", "a", "b"))
     tiny.write_store(tmp_path, "latents", tiny.LATENT_SHAPES, keys=("b", "d", "c"))
     tiny.write_store(tmp_path, "teacher", tiny.teacher_shapes(), keys=("c",))
-    with_teacher = join_stores(tmp_path, {}, kinds=("teacher",))
+    with_teacher = join_stores(tmp_path)
     assert with_teacher.keys == ("c",)
     assert with_teacher.excluded.not_in_every_store == {"text": 2, "latents": 2, "teacher": 0}
-    without = join_stores(tmp_path, {}, kinds=())
+    without = join_stores(tmp_path, kinds=())
     assert without.keys == ("b", "c")
     assert without.excluded.not_in_every_store == {"text": 1, "latents": 1}
 
@@ -33,20 +33,20 @@ def test_no_common_clip_is_an_error(tiny, tmp_path):
     tiny.write_store(tmp_path, "text", {"embeds": tiny.TEXT}, keys=("a",))
     tiny.write_store(tmp_path, "latents", tiny.LATENT_SHAPES, keys=("b",))
     with pytest.raises(ValueError, match=r"no clip is in every store.*text 1, latents 1"):
-        join_stores(tmp_path, {}, kinds=())
+        join_stores(tmp_path, kinds=())
 
 
 def test_a_missing_kind_says_what_to_run(tiny, tmp_path):
     tiny.write_store(tmp_path, "text", {"embeds": tiny.TEXT})
     with pytest.raises(CacheError, match=r"no latents store.*extract-features"):
-        join_stores(tmp_path, {}, kinds=())
+        join_stores(tmp_path, kinds=())
 
 
 def test_of_several_stores_one_is_chosen_by_name(tiny, tmp_path):
     tiny.write_cache(tmp_path)
     other = tiny.write_store(tmp_path, "teacher", tiny.teacher_shapes(3))
     with pytest.raises(CacheError, match=r"train.stores.teacher"):
-        join_stores(tmp_path, {}, kinds=("teacher",))
+        join_stores(tmp_path)
     chosen = join_stores(tmp_path, {"teacher": [other.name]}, kinds=("teacher",))
     assert chosen.teacher_maps == 3
     with pytest.raises(ValueError, match="names 'techer'"):
@@ -56,7 +56,7 @@ def test_of_several_stores_one_is_chosen_by_name(tiny, tmp_path):
 def test_stores_pass_until_the_training_size_is_another(tiny, tmp_path, configs):
     for maps in (9, 3):
         cache = tiny.write_cache(tmp_path / str(maps), maps=maps)
-        stores = join_stores(cache, {}, kinds=("teacher",))
+        stores = join_stores(cache)
         check_stores(stores, configs, tiny.CLIPS, radius=1)
         assert stores.teacher_maps == maps
         wider = tiny.CLIPS.model_copy(update={"width": tiny.CLIPS.width + 16})
@@ -68,7 +68,7 @@ def test_stores_pass_until_the_training_size_is_another(tiny, tmp_path, configs)
 @pytest.mark.parametrize("dtype", ["float16", "uint8"])
 def test_fitting_gram_flow_passes(tiny, cache_with, configs, dtype, maps):
     cache = cache_with(lambda root: tiny.write_gram_flow(root, dtype, maps=maps, radius=2))
-    stores = join_stores(cache, {}, kinds=("gram_flow",))
+    stores = join_stores(cache, kinds=("gram_flow",))
     assert stores.teacher_form == "gram_flow"
     assert stores.teacher_maps == maps
     assert stores.native_parts is None
@@ -79,7 +79,7 @@ def test_fitting_gram_flow_passes(tiny, cache_with, configs, dtype, maps):
 
 def test_int8_features_pass(tiny, cache_with, configs):
     stores = join_stores(
-        cache_with(lambda root: tiny.write_teacher(root, "int8")), {}, kinds=("teacher",)
+        cache_with(lambda root: tiny.write_teacher(root, "int8")), kinds=("teacher",)
     )
     assert stores.teacher_form == "features"
     assert stores.teacher_maps == tiny.FRAMES
@@ -103,7 +103,7 @@ def test_a_window_smaller_than_the_objectives_is_refused_with_three_ways_out(
     tiny, cache_with, configs
 ):
     cache = cache_with(lambda root: tiny.write_gram_flow(root, radius=2))
-    stores = join_stores(cache, {}, kinds=("gram_flow",))
+    stores = join_stores(cache, kinds=("gram_flow",))
     with pytest.raises(ValueError, match="windows of radius 2") as caught:
         check_stores(stores, configs, tiny.CLIPS, radius=3)
     assert str(stores.teacher.path) in str(caught.value)
@@ -116,7 +116,7 @@ def test_a_crossed_gram_flow_without_its_second_half_is_refused(tiny, cache_with
     shapes = {"gram_flow": (8, *tiny.GRID, 9), "valid": (9,)}
     values = {"pairs": "crossed"}
     cache = cache_with(lambda root: tiny.write_store(root, "gram_flow", shapes, values=values))
-    stores = join_stores(cache, {}, kinds=("gram_flow",))
+    stores = join_stores(cache, kinds=("gram_flow",))
     with pytest.raises(ValueError, match="no array 'gram_flow_back'"):
         check_stores(stores, configs, tiny.CLIPS, radius=1)
 
@@ -134,7 +134,7 @@ def test_a_crossed_gram_flow_without_its_second_half_is_refused(tiny, cache_with
 )
 def test_a_gram_flow_of_another_size_is_refused(tiny, cache_with, configs, shapes, told):
     cache = cache_with(lambda root: tiny.write_store(root, "gram_flow", shapes))
-    stores = join_stores(cache, {}, kinds=("gram_flow",))
+    stores = join_stores(cache, kinds=("gram_flow",))
     with pytest.raises(ValueError, match=told):
         check_stores(stores, configs, tiny.CLIPS, radius=1)
 
@@ -168,7 +168,7 @@ def test_bytes_without_their_scale_and_other_formats_are_refused(
     form = "features" if kind == "teacher" else "gram_flow"
     with pytest.raises(ValueError, match=told):
         check_stores(
-            join_stores(cache_with(write), {}, kinds=(KIND_OF_FORM[form],)),
+            join_stores(cache_with(write), kinds=(KIND_OF_FORM[form],)),
             configs,
             tiny.CLIPS,
             radius=1,
@@ -177,7 +177,7 @@ def test_bytes_without_their_scale_and_other_formats_are_refused(
 
 def test_a_missing_gram_flow_says_how_it_is_made(tiny, cache):
     with pytest.raises(StoreNotFound, match="no gram_flow store") as caught:
-        join_stores(cache, {}, kinds=("gram_flow",))
+        join_stores(cache, kinds=("gram_flow",))
     for told in ("train.teacher_form=gram_flow", "cache derive gram-flow", "extract.kinds"):
         assert told in str(caught.value)
 
@@ -189,8 +189,8 @@ def test_of_several_gram_flows_one_is_chosen_by_name(tiny, cache_with):
         names.extend(tiny.write_gram_flow(root, radius=r).name for r in (1, 2))
 
     cache = cache_with(write)
-    with pytest.raises(StoreNotFound, match=r"several gram_flow .* set train.stores.gram_flow"):
-        join_stores(cache, {}, kinds=("gram_flow",))
+    with pytest.raises(StoreNotFound, match=r"several of the gram_flow .* set train.stores.gram_flow"):
+        join_stores(cache, kinds=("gram_flow",))
     chosen = join_stores(cache, {"gram_flow": [names[1]]}, kinds=("gram_flow",))
     assert chosen.teacher.settings.arrays["gram_flow"].shape[-1] == 25
     with pytest.raises(StoreNotFound, match="no store 'gram_flow-other'") as caught:
@@ -225,7 +225,7 @@ def _choose(root, chosen):
 
 def test_image_to_video_needs_the_first_frames_latents(tiny, tmp_path):
     base = tiny.save_pipeline(tmp_path / "base", transformer=tiny.tiny_transformer(in_channels=8))
-    stores = join_stores(tiny.write_cache(tmp_path / "cache"), {}, kinds=())
+    stores = join_stores(tiny.write_cache(tmp_path / "cache"), kinds=())
     with pytest.raises(ValueError, match="no array 'image_mean'"):
         check_stores(stores, read_configs(base), tiny.CLIPS, radius=1)
 
@@ -236,7 +236,7 @@ def test_image_latents_that_do_not_say_their_draws_are_refused(tiny, tmp_path, n
     tiny.write_store(tmp_path / "cache", "text", {"embeds": tiny.TEXT})
     shapes = tiny.LATENT_SHAPES | tiny.IMAGE_SHAPES
     tiny.write_store(tmp_path / "cache", "latents", shapes, values=noise)
-    stores = join_stores(tmp_path / "cache", {}, kinds=())
+    stores = join_stores(tmp_path / "cache", kinds=())
     with pytest.raises(ValueError, match=r"image_noise.draws.*extract latents again"):
         check_stores(stores, read_configs(base), tiny.CLIPS, radius=1)
 
@@ -246,7 +246,7 @@ def test_learned_positions_hold_for_one_size(tiny, tmp_path):
         tmp_path / "base",
         transformer=tiny.tiny_transformer(sample_height=8, use_learned_positional_embeddings=True),
     )
-    stores = join_stores(tiny.write_cache(tmp_path / "cache"), {}, kinds=())
+    stores = join_stores(tiny.write_cache(tmp_path / "cache"), kinds=())
     with pytest.raises(ValueError, match="runs only at 9x64x48"):
         check_stores(stores, read_configs(base), tiny.CLIPS, radius=1)
 
@@ -257,14 +257,14 @@ def test_latents_of_a_vae_with_another_scale_are_refused(tiny, tmp_path, configs
         tmp_path, "latents", tiny.LATENT_SHAPES, values={"base": {"scaling_factor": 1.15}}
     )
     with pytest.raises(ValueError, match=r"scaling_factor is 1.15"):
-        check_stores(join_stores(tmp_path, {}, kinds=()), configs, tiny.CLIPS, radius=1)
+        check_stores(join_stores(tmp_path, kinds=()), configs, tiny.CLIPS, radius=1)
 
 
 def test_teacher_and_latents_of_differently_cut_clips_are_refused(tiny, tmp_path, configs):
     tiny.write_store(tmp_path, "text", {"embeds": tiny.TEXT})
     tiny.write_store(tmp_path, "latents", tiny.LATENT_SHAPES, values={"clips": {"fps": 8.0}})
     tiny.write_store(tmp_path, "teacher", tiny.teacher_shapes(), values={"clips": {"fps": 16.0}})
-    stores = join_stores(tmp_path, {}, kinds=("teacher",))
+    stores = join_stores(tmp_path)
     with pytest.raises(ValueError, match="the same frames"):
         check_stores(stores, configs, tiny.CLIPS, radius=1)
 
@@ -277,7 +277,7 @@ def _native_cache(tiny, root, *, teacher_cut=CUT, parts=2):
     tiny.write_store(root, "latents", tiny.LATENT_SHAPES, values={"clips": CUT})
     values = {"clips": teacher_cut, "grid": [5, 5], "grid_source": "native", "parts": parts}
     tiny.write_store(root, "teacher", tiny.teacher_shapes(grid=(5, 5)), values=values)
-    return join_stores(root, {}, kinds=("teacher",))
+    return join_stores(root)
 
 
 def test_features_on_sam2s_own_grid_fit_any_size_of_the_same_shape(tiny, tmp_path, configs):
@@ -300,7 +300,7 @@ def test_a_gram_flow_of_sams_own_grid_fits_any_size_of_the_same_shape(tiny, cach
     cache = cache_with(
         lambda root: tiny.write_gram_flow(root, values=values), latents={"clips": CUT}
     )
-    stores = join_stores(cache, {}, kinds=("gram_flow",))
+    stores = join_stores(cache, kinds=("gram_flow",))
     assert stores.native_parts is None
     check_stores(stores, configs, tiny.CLIPS, radius=1)
     other = tiny.write_gram_flow(cache, values=values | {"clips": cut | {"fps": 16.0}})
@@ -317,8 +317,8 @@ def test_features_on_sam2s_own_grid_need_equal_parts(tiny, tmp_path, configs, pa
 
 
 def test_features_on_the_students_grid_are_taken_as_they_are(cache):
-    assert join_stores(cache, {}, kinds=("teacher",)).native_parts is None
-    assert join_stores(cache, {}, kinds=()).native_parts is None
+    assert join_stores(cache).native_parts is None
+    assert join_stores(cache, kinds=()).native_parts is None
 
 
 def test_clips_that_extraction_skipped_are_counted_by_reason(tiny, tmp_path):
@@ -326,7 +326,7 @@ def test_clips_that_extraction_skipped_are_counted_by_reason(tiny, tmp_path):
     tiny.write_store(tmp_path, "text", {"embeds": tiny.TEXT}, skipped={"x": "no_caption"})
     tiny.write_store(tmp_path, "latents", tiny.LATENT_SHAPES)
     tiny.write_store(tmp_path, "teacher", tiny.teacher_shapes(), skipped=skipped)
-    excluded = join_stores(tmp_path, {}, kinds=("teacher",)).excluded
+    excluded = join_stores(tmp_path).excluded
     assert excluded.skipped == {
         "text": {"no_caption": 1},
         "latents": {},
@@ -347,7 +347,7 @@ def test_clips_named_in_a_manifest_are_left_out(tiny, cache, tmp_path):
         {"key": "never/heard/of"},
     ]
     manifest.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n")
-    stores = join_stores(cache, {}, kinds=("teacher",), leave_out=manifest)
+    stores = join_stores(cache, leave_out=manifest)
     assert stores.keys == ("clip/0", "clip/2", "clip/4")
     assert stores.excluded.named == 2
     assert stores.excluded.not_in_every_store == {"text": 0, "latents": 0, "teacher": 0}
@@ -368,22 +368,22 @@ def test_a_malformed_manifest_is_refused_by_line(cache, tmp_path, line, told):
     manifest = tmp_path / "mine.jsonl"
     manifest.write_text('{"key": "clip/0"}\n' + line + "\n")
     with pytest.raises(ValueError, match=rf"mine.jsonl {told}"):
-        join_stores(cache, {}, kinds=("teacher",), leave_out=manifest)
+        join_stores(cache, leave_out=manifest)
 
 
 def test_a_manifest_that_is_missing_is_refused(cache, tmp_path):
     with pytest.raises(ValueError, match=r"train.leave_out .* cannot be read"):
-        join_stores(cache, {}, kinds=("teacher",), leave_out=tmp_path / "nowhere.jsonl")
+        join_stores(cache, leave_out=tmp_path / "nowhere.jsonl")
 
 
 def test_a_manifest_that_leaves_nothing_is_refused(tiny, cache, tmp_path):
     manifest = tmp_path / "all.jsonl"
     manifest.write_text("".join(json.dumps({"key": key}) + "\n" for key in tiny.KEYS))
     with pytest.raises(ValueError, match="names every one of the 5 clips"):
-        join_stores(cache, {}, kinds=("teacher",), leave_out=manifest)
+        join_stores(cache, leave_out=manifest)
 
 
 def test_other_clip_sizes_are_refused(tiny, cache, configs):
     longer = ClipsConfig(path="unused", num_frames=17, height=tiny.HEIGHT, width=tiny.WIDTH)
     with pytest.raises(ValueError, match="num_frames"):
-        check_stores(join_stores(cache, {}, kinds=("teacher",)), configs, longer, radius=1)
+        check_stores(join_stores(cache), configs, longer, radius=1)
