@@ -138,13 +138,11 @@ def run(
     """
     prompts = _read_prompts(prompts)
     _check_options(len(prompts), out, overwrite, run_dir, base_only)
-    from stages.sample_videos.sample import sample_videos, takes_image
+    from stages.sample_videos.sample import image_mismatch, sample_videos
 
     make_missing_assets(config, progress, reads=("cogvideox",))
-    if takes_image(config.model) and image is None:
-        raise ConfigError(f"{config.model.path} is an image-to-video model; add --image FILE")
-    if not takes_image(config.model) and image is not None:
-        raise ConfigError(f"{config.model.path} is a text-to-video model; remove --image")
+    if (mismatch := image_mismatch(config.model, image)) is not None:
+        raise ConfigError(mismatch)
     if not base_only and run_dir is None:
         run_dir = _newest_run(config)
     source = run_dir.name if run_dir else "base"

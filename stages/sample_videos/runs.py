@@ -1,4 +1,8 @@
-"""Finding and checking the exported weights of a training run."""
+"""Exported weights of a training run: finding, checking, and loading them into a pipeline.
+
+Loaders in diffusers ignore unknown names, so everything is checked here: trained weights must never
+be ignored silently.
+"""
 
 import math
 from collections.abc import Mapping
@@ -6,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from diffusers import CogVideoXTransformer3DModel
 from safetensors import SafetensorError, safe_open
 
 from cache_schema.checksummed_json import parse_json
@@ -14,6 +20,7 @@ from stages.cogvideox.weights import hash_transformer
 from stages.config import BaseModelConfig
 from stages.files.checksums import checksums_from_json, describe_damage
 from stages.files.text import read_object
+from stages.files.weight_checks import load_model, read_config
 from stages.files.yaml import read_yaml
 
 LoraFormat = Literal["diffusers", "comfyui", "kohya"]
@@ -30,6 +37,9 @@ ABOUT = "export.json"
 _METADATA_KEY = "lora_adapter_metadata"
 """Safetensors metadata key of diffusers for alpha and rank, whose names start with `_PREFIX`."""
 _PREFIX = "transformer."
+
+_ADAPTER = "run"
+"""Name of the adapters in the pipeline."""
 
 BASE_SETTING = "model.weights"
 """Name in run.json's settings of the base transformer's hash."""
@@ -182,4 +192,89 @@ def _check_strength(file: Path, stored: str | None) -> None:
             raise ValueError(
                 f"{file}: {_PREFIX}{name} in {_METADATA_KEY} of its metadata must be a positive "
                 f"number, got {value!r}; export the run again"
+            )
+
+
+def load_full_transformer(export: Export, base: Path, dtype: torch.dtype) -> Any:
+    """Load a fully tuned transformer for the base pipeline in folder `base`.
+
+    Raises:
+        ValueError: Its architecture differs from the base's, or it is incomplete.
+    """
+    folder = export.folder / "transformer"
+    _check_architecture(folder, base)
+    try:
+        return load_model(CogVideoXTransformer3DModel, folder, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder} is not a complete transformer; export the run again: {error}"
+        ) from error
+
+
+def _check_architecture(folder: Path, base: Path) -> None:
+    trained = read_config(folder / "config.json")
+    expected = read_config(base / "transformer" / "config.json")
+    differing = [
+        f"{name} {trained[name]!r} instead of {expected[name]!r}"
+        for name in sorted(trained.keys() & expected.keys())
+        if not name.startswith("_") and trained[name] != expected[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} was not trained from the base model {base}: {', '.join(differing)}; name "
+            "the model it was trained from as model.path, or another run with --run"
+        )
+
+
+def add_lora(pipeline: Any, export: Export) -> None:
+    """Load a run's adapters into a pipeline and check that all of them were loaded.
+
+    Raises:
+        ValueError: The adapters do not fit the transformer, or diffusers did not load all of them.
+    """
+    _check_adapters(pipeline.transformer, export)
+    try:
+        pipeline.load_lora_weights(
+            export.folder,
+            weight_name=LORA_FILE,
+            adapter_name=_ADAPTER,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"diffusers and peft cannot load {export.folder / LORA_FILE} ({error}): its weights do "
+            "not fit the settings in its metadata; export the run again"
+        ) from error
+    num_loaded = sum(f".{_ADAPTER}." in name for name, _ in pipeline.transformer.named_parameters())
+    if num_loaded != len(export.lora_shapes):
+        raise ValueError(
+            f"{num_loaded} of {len(export.lora_shapes)} adapter weights in {export.folder} were "
+            "loaded into the transformer; the run was not trained from this base model"
+        )
+
+
+def _check_adapters(transformer: torch.nn.Module, export: Export) -> None:
+    sizes = {
+        name: (module.in_features, module.out_features)
+        for name, module in transformer.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    for weight, shape in export.lora_shapes.items():
+        module, _, side = weight.removeprefix("transformer.").rpartition(".lora_")
+        found = sizes.get(module)
+        if found is None:
+            raise ValueError(
+                f"{export.folder} adapts {module or weight}, which the base model does not have; "
+                "name the model it was trained from as model.path, or another run with --run"
+            )
+        width = shape[1] if side.startswith("A") else shape[0]
+        expected = found[0] if side.startswith("A") else found[1]
+        if width != expected:
+            raise ValueError(
+                f"{export.folder}: {weight} has width {width}, the base model's {module} has "
+                f"{expected}; name the model it was trained from as model.path, or another run "
+                "with --run"
             )

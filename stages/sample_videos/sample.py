@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 
 from stages.clips import ClipsConfig, write_video
 from stages.cogvideox.configs import resolve_base_model
@@ -27,8 +26,7 @@ from stages.files.weight_checks import load_model
 from stages.precision import DTYPES
 from stages.progress import Progress
 from stages.sample_videos.config import SampleConfig
-from stages.sample_videos.runs import find_export
-from stages.sample_videos.weights import add_lora, load_full_transformer
+from stages.sample_videos.runs import add_lora, find_export, load_full_transformer
 
 _WEIGHTS: tuple[Part, ...] = ("tokenizer", "text_encoder", "vae", "transformer")
 _PARTS = (*_WEIGHTS, "scheduler")
@@ -50,13 +48,18 @@ class SampleSummary:
     """Time of generating and writing; for the first video including loading the models."""
 
 
-def takes_image(model: BaseModelConfig) -> bool:
-    """Return whether the base model makes video from an image (and a prompt).
+def image_mismatch(model: BaseModelConfig, image: Path | None) -> str | None:
+    """Why the base model cannot start from this image, or from none; None if it can.
 
     Raises:
         ValueError: It is not a CogVideoX pipeline.
     """
-    return PIPELINES[pipeline_class(resolve_base_model(model, ()))]
+    takes_image = PIPELINES[pipeline_class(resolve_base_model(model, ()))]
+    if takes_image and image is None:
+        return f"{model.path} is an image-to-video model; add --image FILE"
+    if not takes_image and image is not None:
+        return f"{model.path} is a text-to-video model; remove --image"
+    return None
 
 
 def sample_videos(
@@ -84,17 +87,19 @@ def sample_videos(
         progress: Reports loading and each denoising step.
 
     Raises:
-        ValueError: The export is missing or does not fit the base model, or an image is given to a
-            text-to-video model (or none to an image-to-video model).
+        ValueError: The export is missing or does not fit the base model, or the image does not
+            (`image_mismatch`).
     """
     started = time.monotonic()
+    if (mismatch := image_mismatch(model, image)) is not None:
+        raise ValueError(mismatch)
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("the prompt is empty; describe the video")
     clips = clips.sizes[0]
     device = _device(config)
     export = None if run_dir is None else find_export(run_dir)
     base = resolve_base_model(model, _PARTS)
-    condition = _condition(PIPELINES[pipeline_class(base)], image, model, clips)
+    condition = {} if image is None else {"image": first_frame(image, clips)}
     tuned = export is not None and export.method == "full"
     check_base_weights(base, [part for part in _WEIGHTS if not (tuned and part == "transformer")])
     dtype = DTYPES[config.precision]
@@ -151,18 +156,6 @@ def _draw(
             "fp32 may help, unless training itself diverged"
         )
     return to_frames(video_THWC)
-
-
-def _condition(
-    wants_image: bool, image: Path | None, model: BaseModelConfig, clips: ClipsConfig
-) -> dict[str, Image.Image]:
-    if not wants_image:
-        if image is not None:
-            raise ValueError(f"{model.path} makes video from text alone; leave --image out")
-        return {}
-    if image is None:
-        raise ValueError(f"{model.path} makes video from an image; name one with --image")
-    return {"image": first_frame(image, clips)}
 
 
 def _device(config: SampleConfig) -> torch.device:

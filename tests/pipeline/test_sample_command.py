@@ -32,6 +32,9 @@ class Stage:
         self.wants_image = False
         self.fails = False
 
+    def image_mismatch(self, model, image):
+        return "it needs an image" if self.wants_image and image is None else None
+
     def sample_videos(self, *sections, prompts, outs, run_dir, **options):
         self.calls.append({"prompts": prompts, "outs": outs, "run_dir": run_dir, **options})
         for prompt, out in zip(prompts, outs, strict=True):
@@ -55,7 +58,7 @@ class Stage:
 def stage(monkeypatch):
     stage = Stage()
     module = types.SimpleNamespace(
-        sample_videos=stage.sample_videos, takes_image=lambda _: stage.wants_image
+        sample_videos=stage.sample_videos, image_mismatch=stage.image_mismatch
     )
     monkeypatch.setitem(sys.modules, "stages.sample_videos.sample", module)
     return stage
@@ -104,8 +107,7 @@ def test_without_a_finished_run_the_remedies_are_named(config, stage):
 @pytest.mark.parametrize(
     ("wants_image", "options", "message"),
     [
-        (True, {}, "is an image-to-video model"),
-        (False, {"image": Path("dog.png")}, "is a text-to-video model"),
+        (True, {}, "it needs an image"),
         (False, {"out": Path("dog.avi")}, r"must end in \.mp4"),
         (False, {"overwrite": True}, "--overwrite needs --out"),
         (False, {"run_dir": Path("run"), "base_only": True}, "remove --run"),

@@ -11,10 +11,10 @@ from stages.config import BaseModelConfig
 from stages.sample_videos.runs import (
     BASE_SETTING,
     LORA_FILE,
+    add_lora,
     find_export,
     newest_finished_run,
 )
-from stages.sample_videos.weights import add_lora
 
 BASE = BaseModelConfig(path="base")
 

@@ -14,7 +14,7 @@ from stages.config import BaseModelConfig
 from stages.progress import SilentProgress
 from stages.sample_videos import sample
 from stages.sample_videos.runs import LORA_FILE
-from stages.sample_videos.sample import sample_videos, takes_image
+from stages.sample_videos.sample import image_mismatch, sample_videos
 
 
 @pytest.fixture
@@ -195,14 +195,14 @@ class TestImageToVideo:
     def test_draws_from_an_image_of_any_size_and_mode(
         self, config, image_base, clips, tmp_path, drawn, picture
     ):
-        assert takes_image(image_base)
+        assert image_mismatch(image_base, picture) is None
         draw(config, image_base, clips, tmp_path, image=picture)
         Image.new("L", (48, 32)).save(tmp_path / "black.png")
         draw(config, image_base, clips, tmp_path, image=tmp_path / "black.png")
         assert not close(*drawn)
 
     def test_needs_an_image(self, config, image_base, clips, tmp_path):
-        with pytest.raises(ValueError, match="makes video from an image; name one with --image"):
+        with pytest.raises(ValueError, match="is an image-to-video model; add --image FILE"):
             draw(config, image_base, clips, tmp_path)
 
     def test_a_file_that_is_no_image_is_refused(self, config, image_base, clips, tmp_path):
@@ -211,8 +211,8 @@ class TestImageToVideo:
             draw(config, image_base, clips, tmp_path, image=tmp_path / "text.png")
 
     def test_text_to_video_refuses_an_image(self, config, base, clips, tmp_path, picture):
-        assert not takes_image(base)
-        with pytest.raises(ValueError, match="from text alone; leave --image out"):
+        assert image_mismatch(base, None) is None
+        with pytest.raises(ValueError, match="is a text-to-video model; remove --image"):
             draw(config, base, clips, tmp_path, image=picture)
 
 
@@ -287,7 +287,7 @@ def test_settings_that_cannot_be_are_refused(config, base, clips, tmp_path, upda
 def test_a_pipeline_of_another_family_is_refused(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     with pytest.raises(ValueError, match=r"is a WanPipeline; model\.path must be one of"):
-        takes_image(BaseModelConfig(path=str(tmp_path)))
+        image_mismatch(BaseModelConfig(path=str(tmp_path)), None)
 
 
 def test_a_video_that_is_not_finite_is_not_written(config, base, clips, tmp_path, full_run):
