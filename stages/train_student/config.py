@@ -91,6 +91,11 @@ class DeepSpeedConfig(Section):
     nvme_path: Path | None = None
     """Folder on a fast local disk for NVMe offload; a run that uses it cannot be resumed."""
 
+    @property
+    def uses_nvme(self) -> bool:
+        """Whether something is offloaded to an NVMe disk."""
+        return "nvme" in (self.offload_optimizer, self.offload_parameters)
+
 
 class ValidationConfig(Section):
     """Validation losses on held-out clips, at fixed timesteps and with fixed noise."""

@@ -17,7 +17,6 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -29,6 +28,7 @@ from stages.clips.config import ClipsConfig
 from stages.cogvideox.configs import CogVideoXConfigs
 from stages.files.text import read_object
 from stages.sample_videos.runs import BASE_SETTING
+from stages.train_student.checkpoints.records import checkpoints_of
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.splits import compare_clips, digest, write_clips
 from stages.train_student.data.stores import Buckets
@@ -165,7 +165,7 @@ def open_run(
         digests = {size: digest(keys) for size, keys in clips.items()}
         clip_records = {"clip_digests": digests, "held_out": list(held_out)}
         _write(file, json.dumps({"settings": settings, **about, **clip_records}, indent=1))
-    make_directories(run_dir / "checkpoints")
+    make_directories(checkpoints_of(run_dir))
     return warning
 
 
@@ -220,13 +220,8 @@ class RunLock:
                 "command resumes from the last checkpoint"
             ) from None
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._lock.__exit__(kind, error, traceback)
+    def __exit__(self, *exception: Any) -> None:
+        self._lock.__exit__(*exception)
 
 
 def _read_run(file: Path) -> dict[str, Any]:

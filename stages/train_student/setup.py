@@ -27,8 +27,7 @@ from stages.train_student.data.order import (
 )
 from stages.train_student.data.splits import digest
 from stages.train_student.data.stores import Buckets, JoinedStores, array_shape, join_buckets
-from stages.train_student.logging.run_log import RunLog
-from stages.train_student.logging.trackers import Trackers, check_trackers
+from stages.train_student.logging.trackers import check_trackers
 from stages.train_student.model.lora import check_targets
 from stages.train_student.model.teacher import TeacherLayout
 from stages.train_student.objectives.build import (
@@ -56,7 +55,6 @@ class Run:
     model: BaseModelConfig
     configs: CogVideoXConfigs
     stores: Buckets
-    layout: TeacherLayout
     world: World
     progress: Progress
     lock: RunLock
@@ -77,11 +75,6 @@ class Run:
     def timesteps(self) -> int:
         """Number of timesteps of the base model's schedule."""
         return int(self.configs.scheduler["num_train_timesteps"])
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.config.run_dir / "checkpoints"
 
     @property
     def num_clips(self) -> int:
@@ -118,7 +111,7 @@ class Run:
         return TrainingStep(
             self.configs,
             build_objectives(self.config),
-            layout=self.layout,
+            layout=TeacherLayout.of(self.stores.teacher),
             device=self.world.device,
             dtype=self.dtype,
         )
@@ -139,30 +132,6 @@ class Run:
             workers=config.loader_workers,
             start=config.loader_start,
             pin_memory=world.device.type == "cuda",
-        )
-
-    def log(self, trackers: Trackers, steps_done: int) -> RunLog:
-        """Open the run's logs, to append after `steps_done` steps."""
-        config = self.config
-        return RunLog(
-            config.run_dir,
-            steps_done,
-            trackers,
-            check=self.lock.check,
-            objectives=config.objectives,
-            log_every=config.log_every,
-            progress=self.progress,
-        )
-
-    def trackers(self, steps_done: int) -> Trackers:
-        """Open the TensorBoard and W&B loggers of this run."""
-        config = self.config
-        return Trackers(
-            config.run_dir,
-            config.report_to,
-            steps_done=steps_done,
-            project=config.wandb_project,
-            settings=config.model_dump(mode="json"),
         )
 
     def check_ranks_agree(self) -> None:
@@ -273,7 +242,6 @@ def prepare(
         model=model,
         configs=configs,
         stores=stores,
-        layout=TeacherLayout.of(stores.teacher),
         world=world,
         progress=progress,
         lock=RunLock(config.run_dir),

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,9 @@ from stages.cogvideox.weights import check_base_weights
 from stages.config import BaseModelConfig
 from stages.processes.stop_request import StopRequest, stop_on_signals
 from stages.progress import Progress, SilentProgress
+from stages.train_student.checkpoints.checkpointing import plan_resume, resume, save_checkpoint
 from stages.train_student.checkpoints.export import EXPORT_FOLDER, export_weights
-from stages.train_student.checkpoints.records import keep_newest
-from stages.train_student.checkpoints.resume import plan_resume, resume
-from stages.train_student.checkpoints.save import save_checkpoint
+from stages.train_student.checkpoints.records import checkpoints_of, keep_newest
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import Batch, DamagedClip
 from stages.train_student.guards import (
@@ -35,14 +35,15 @@ from stages.train_student.logging.rows import (
     DAMAGED_FILE,
     SKIPPED_FILE,
     DamagedRow,
+    LossRow,
     SkippedRow,
     StepRows,
     iter_records,
     iter_rows,
     read_losses,
 )
+from stages.train_student.logging.run_log import RunLog
 from stages.train_student.model.loading import build_student
-from stages.train_student.model.student import Student
 from stages.train_student.parallel.deepspeed import deepspeed_engine, describe_batch
 from stages.train_student.parallel.ema import WeightAverage
 from stages.train_student.parallel.optimizers import describe_new_length
@@ -54,11 +55,41 @@ from stages.train_student.parallel.process_group import (
 from stages.train_student.run_folder import finished_steps, mark_finished
 from stages.train_student.setup import CONFIGURATIONS, Run, prepare
 from stages.train_student.step import StepTotals, TrainingStep
-from stages.train_student.summary import TrainSummary
-from stages.train_student.validation.validation import build_validation, embed_prompts
+from stages.train_student.validation.samples import embed_prompts
+from stages.train_student.validation.validation import build_validation
 
 _DOWNLOAD_TIME = timedelta(hours=6)
 """How long the ranks wait for each other to download the transformer's weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSummary:
+    """Outcome of a training run."""
+
+    run_dir: Path
+    steps_done: int
+    resumed_from: int | None
+    """Steps that were done before this start; None for a new run."""
+    first: LossRow | None
+    """First logged step; None if every step was skipped."""
+    last: LossRow | None
+    skipped_steps: int
+    """Skipped steps of the whole run."""
+    damaged_clips: int
+    """Clips that were damaged at some step of the whole run."""
+    gone_clips: int
+    """Clips that were removed from the cache, or extracted again, during the run."""
+    seconds_per_step: float | None
+    """Mean over the steps since this start; None if there were none."""
+    peak_memory_bytes: int
+    """Of the GPU if there is one, otherwise of this process."""
+    export: Path
+    clips: int
+    excluded: dict[str, int]
+    """Number of clips of each kind of store that are missing from another kind."""
+    excluded_by_name: int
+    """Number of clips excluded by `train.leave_out`."""
+    already_finished: bool
 
 
 def train_student(
@@ -119,23 +150,21 @@ def train_student(
 
 def _train(run: Run) -> TrainSummary:
     config, world, check = run.config, run.world, run.lock.check
-    only_trained = config.method == "lora"
-    nvme = "nvme" in (config.deepspeed.offload_optimizer, config.deepspeed.offload_parameters)
-    if nvme:
+    if config.deepspeed.uses_nvme:
         run.progress.log(
             "NVMe offload cannot be resumed from a checkpoint: this run must not be stopped"
         )
 
     # Student, engine, and the state of an earlier run.
-    plan = plan_resume(run.checkpoints, world, run.progress, nvme=nvme, check=check)
+    plan = plan_resume(config, world, run.progress, check=check)
     embeds = embed_prompts(run)
     student = build_student(config, run.configs, run.dtype, heads=run.heads, world=world)
     with ExitStack() as stack:
         universal = plan is not None and plan.universal
         engine = stack.enter_context(deepspeed_engine(student, config, world, universal=universal))
-        average = _average(run, student)
-        extra_loaders = [] if average is None else [average.load]
-        done = resume(engine, plan, world, strict=not only_trained, extra_loaders=extra_loaders)
+        decay = config.ema.decay
+        average = None if decay is None else WeightAverage(student, decay, world)
+        done = resume(engine, plan, config, world, average=average)
         if done:
             run.progress.log(f"resuming after step {done}")
         if plan is not None and plan.checkpoint.planned_steps != config.steps:
@@ -143,12 +172,15 @@ def _train(run: Run) -> TrainSummary:
         steps = range(done, max(done, config.steps))
 
         # Logs, validation, and guards against divergence and damaged clips.
-        trackers = run.trackers(done) if world.is_first else None
-        log = None if trackers is None else stack.enter_context(run.log(trackers, done))
+        log = None
+        if world.is_first:
+            log = stack.enter_context(RunLog(config, done, check=check, progress=run.progress))
         task = stack.enter_context(
             run.progress.task("train", steps.stop, completed=done, unit="steps")
         )
-        validation = build_validation(run, student, embeds, trackers=trackers, note=task.note)
+        validation = build_validation(
+            run, student, embeds, trackers=None if log is None else log.trackers, note=task.note
+        )
         skipped = ConsecutiveSkipGuard(
             config.run_dir, done, max_skipped=config.max_skipped_steps, world=world
         )
@@ -186,17 +218,7 @@ def _train(run: Run) -> TrainSummary:
                 if is_last or stopping or (step + 1) % config.checkpoint_every == 0:
                     if log is not None:
                         log.sync()
-                    save_checkpoint(
-                        engine,
-                        run.checkpoints,
-                        step + 1,
-                        world,
-                        check=check,
-                        planned_steps=config.steps,
-                        kept=config.checkpoints_kept,
-                        only_trained=only_trained,
-                        extra_savers=[] if average is None else [average.save],
-                    )
+                    save_checkpoint(engine, config, step + 1, world, average=average, check=check)
                 if is_last or not stopping:
                     validation.after_step(step + 1)
                 if stopping and not is_last:
@@ -274,14 +296,9 @@ def _finish(run: Run, steps: int, export: Path) -> None:
     config, check = run.config, run.lock.check
     check()
     # Remove old checkpoints left by a crash after the last save.
-    keep_newest(run.checkpoints, config.checkpoints_kept, steps)
+    keep_newest(checkpoints_of(config.run_dir), config.checkpoints_kept, steps)
     check()
     mark_finished(config.run_dir, steps, export)
-
-
-def _average(run: Run, student: Student) -> WeightAverage | None:
-    decay = run.config.ema.decay
-    return None if decay is None else WeightAverage(student, decay, run.world)
 
 
 def _summary(

@@ -16,7 +16,7 @@ from pipeline.config.load import load_config
 from stages.extract_features.summary import ExtractSummary, KindSummary
 from stages.progress import SilentProgress
 from stages.train_student.logging.rows import LossRow, PerformanceRow, ValidationRow
-from stages.train_student.summary import TrainSummary
+from stages.train_student.train import TrainSummary
 
 QUIET = SilentProgress()
 

@@ -28,6 +28,7 @@ from stages.sample_videos.runs import ABOUT, LoraFormat
 from stages.train_student.checkpoints.lora_formats import check_format
 from stages.train_student.checkpoints.records import (
     Checkpoint,
+    checkpoints_of,
     complete_checkpoints,
     find_damage,
     sync_tree,
@@ -313,7 +314,7 @@ def _select_checkpoint(run_dir: Path, step: int | None) -> Checkpoint:
     Incomplete checkpoints are ignored. A damaged one is an error: an earlier step would not be what
     was requested.
     """
-    complete = complete_checkpoints(run_dir / "checkpoints")
+    complete = complete_checkpoints(checkpoints_of(run_dir))
     if not complete:
         raise ValueError(
             f"{run_dir} has no complete checkpoint; let the run reach one (train.checkpoint_every)"

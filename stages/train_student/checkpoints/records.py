@@ -49,9 +49,19 @@ class Checkpoint:
         return (self.folder / "offloaded_tensors").is_dir()
 
 
+def checkpoints_of(run_dir: Path) -> Path:
+    """Folder of a run's checkpoints."""
+    return run_dir / "checkpoints"
+
+
 def checkpoint_folder(root: Path, step: int) -> Path:
     """Folder of the checkpoint after `step` steps."""
     return root / f"{PREFIX}{step}"
+
+
+def universal_folder(folder: Path) -> Path:
+    """Folder of a checkpoint's universal copy, which may not exist."""
+    return folder.parent / UNIVERSAL / folder.name
 
 
 def complete_checkpoints(root: Path) -> list[Checkpoint]:
@@ -189,7 +199,7 @@ def delete_checkpoint(folder: Path) -> None:
 
     Records are removed first, so that none marks a partly removed folder as complete.
     """
-    for copy in (folder, folder.parent / UNIVERSAL / folder.name):
+    for copy in (folder, universal_folder(folder)):
         record_path(copy).unlink(missing_ok=True)
         if copy.is_dir():
             sync(copy.parent)

@@ -28,15 +28,17 @@ from torch import Tensor
 
 from stages.files.checksums import checksum_of, files_below
 from stages.train_student.checkpoints.records import (
-    UNIVERSAL,
     Checkpoint,
     read_record,
     record_path,
     sync_tree,
+    universal_folder,
     write_record,
 )
-from stages.train_student.checkpoints.unpickling import deepspeed_loads_weights_only
-from stages.train_student.parallel.deepspeed import import_deepspeed
+from stages.train_student.parallel.deepspeed import (
+    deepspeed_loads_weights_only,
+    import_deepspeed,
+)
 
 _BLOCK = 256
 _MOMENTS = {"exp_avg": ("1", "dynamic"), "exp_avg_sq": ("2", "udynamic")}
@@ -116,14 +118,9 @@ def _float32(packed: dict[str, Tensor], number: str) -> Tensor:
     return (flat * scale).reshape(value.shape)
 
 
-def universal_folder(checkpoint: Checkpoint) -> Path:
-    """Folder of the checkpoint's universal copy, which may not exist yet."""
-    return checkpoint.folder.parent / UNIVERSAL / checkpoint.folder.name
-
-
 def universal_copy(checkpoint: Checkpoint) -> Path:
     """Convert the checkpoint unless that was done already; returns the copy's folder."""
-    copy = universal_folder(checkpoint)
+    copy = universal_folder(checkpoint.folder)
     if read_record(copy) is not None:
         return copy
     record_path(copy).unlink(missing_ok=True)

@@ -27,8 +27,8 @@ from stages.files.tensor_files import save_tensors
 from stages.sample_videos.runs import LoraFormat
 from stages.train_student.checkpoints.lora_formats import write_adapters
 from stages.train_student.checkpoints.records import Checkpoint
-from stages.train_student.checkpoints.unpickling import refuse_unsafe_pickles
 from stages.train_student.model.lora import exported_name
+from stages.train_student.parallel.deepspeed import refuse_unsafe_pickles
 from stages.train_student.parallel.process_group import World, on_first_rank
 
 _WHOLE = "mp_rank_00_model_states.pt"

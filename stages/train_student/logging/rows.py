@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -201,7 +201,11 @@ class SkippedRow:
 
     def suspects(self) -> list[str]:
         """Keys of the clips with a NaN or infinite loss; of all clips if there are none."""
-        bad = [clip.key for clip in self.clips if _has_nonfinite_loss(clip)]
+        bad = [
+            clip.key
+            for clip in self.clips
+            if any(isinstance(value, str) for value in (clip.diffusion, *clip.auxiliary.values()))
+        ]
         return sorted(set(bad or [clip.key for clip in self.clips]))
 
 
@@ -257,12 +261,3 @@ def read_losses(run_dir: Path) -> Iterator[LossRow]:
         ValueError: a line is damaged.
     """
     return iter_records(run_dir / LOSSES_FILE, LossRow)
-
-
-def as_dict(row: Any) -> dict[str, Any]:
-    """A row as it is written to its file."""
-    return asdict(row)
-
-
-def _has_nonfinite_loss(clip: SkippedClip) -> bool:
-    return any(isinstance(value, str) for value in (clip.diffusion, *clip.auxiliary.values()))

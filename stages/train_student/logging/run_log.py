@@ -9,11 +9,11 @@
 """
 
 from collections.abc import Callable
-from pathlib import Path
-from types import TracebackType
+from dataclasses import asdict
 from typing import Self
 
 from stages.progress import Progress
+from stages.train_student.config import TrainConfig
 from stages.train_student.logging.rows import (
     DAMAGED_FILE,
     LOSSES_FILE,
@@ -24,45 +24,10 @@ from stages.train_student.logging.rows import (
     PerformanceRow,
     RowFile,
     StepRows,
-    as_dict,
 )
 from stages.train_student.logging.trackers import Trackers
 
 _MIN_WIDTH = 11
-
-
-class Table:
-    """Formats the headings and rows of the console table."""
-
-    def __init__(self, objectives: tuple[str, ...]) -> None:
-        self._objectives = objectives
-        names = ("step", "loss", "diffusion", *objectives, "grad norm", "rate", "s/step", "wait")
-        self._names = names
-        self._widths = [max(_MIN_WIDTH, len(name) + 2) for name in names]
-        self.has_headings = False
-        """Whether the headings were formatted."""
-
-    def headings(self) -> str:
-        """The first line."""
-        self.has_headings = True
-        return self._line(self._names)
-
-    def row(self, losses: LossRow, performance: PerformanceRow) -> str:
-        """The line of one step."""
-        cells = (
-            str(losses.step),
-            f"{losses.loss:.4f}",
-            f"{losses.diffusion:.4f}",
-            *(f"{losses.auxiliary[name]:.4f}" for name in self._objectives),
-            f"{losses.grad_norm:.3g}",
-            f"{losses.lr:.2e}",
-            f"{performance.seconds:.2f}",
-            f"{performance.wait_seconds / performance.seconds:.0%}",
-        )
-        return self._line(cells)
-
-    def _line(self, cells: tuple[str, ...]) -> str:
-        return "".join(f"{cell:>{width}}" for cell, width in zip(cells, self._widths, strict=True))
 
 
 class RunLog:
@@ -70,60 +35,56 @@ class RunLog:
 
     def __init__(
         self,
-        run_dir: Path,
+        config: TrainConfig,
         steps_done: int,
-        trackers: Trackers,
         *,
         check: Callable[[], None],
-        objectives: tuple[str, ...],
-        log_every: int,
         progress: Progress,
     ) -> None:
         """Open the files, and truncate rows that an interrupted run wrote after `steps_done` steps.
 
         Args:
-            trackers: closed together with the log.
             check: called before each change to a file; raises if another process may own it.
-            objectives: names of the auxiliary losses, in the order of the table's columns.
-            log_every: steps between rows of the table.
         """
-        self._losses = RowFile(run_dir / LOSSES_FILE, steps_done, check)
-        self._performance = RowFile(run_dir / PERFORMANCE_FILE, steps_done, check)
-        self._skipped = RowFile(run_dir / SKIPPED_FILE, steps_done, check)
-        self._damaged = RowFile(run_dir / DAMAGED_FILE, steps_done, check)
-        self._trackers = trackers
-        self._log_every = log_every
+        self.trackers = Trackers(
+            config.run_dir,
+            config.report_to,
+            steps_done=steps_done,
+            project=config.wandb_project,
+            settings=config.model_dump(mode="json"),
+        )
+        self._files = {
+            name: RowFile(config.run_dir / name, steps_done, check)
+            for name in (LOSSES_FILE, PERFORMANCE_FILE, SKIPPED_FILE, DAMAGED_FILE)
+        }
+        self._config = config
         self._progress = progress
-        self._table = Table(objectives)
+        self._has_headings = False
         self._warned: set[str] = set()
 
     def add(self, rows: StepRows) -> None:
         """Log a step; print it every `log_every` steps."""
         for damaged in rows.damaged:
-            self._damaged.add(as_dict(damaged))
+            self._files[DAMAGED_FILE].add(asdict(damaged))
             self._warn(damaged)
         if rows.skipped is not None:
-            self._skipped.add(as_dict(rows.skipped))
+            self._files[SKIPPED_FILE].add(asdict(rows.skipped))
             self._progress.log(
                 f"step {rows.skipped.step} skipped: its {rows.skipped.what} is NaN or infinite; "
                 f"clips {', '.join(map(repr, rows.skipped.suspects()))}"
             )
         if rows.losses is not None:
-            self._losses.add(as_dict(rows.losses))
-        self._performance.add(as_dict(rows.performance))
-        self._trackers.add_scalars(rows.performance.step, _curves(rows))
+            self._files[LOSSES_FILE].add(asdict(rows.losses))
+        self._files[PERFORMANCE_FILE].add(asdict(rows.performance))
+        self.trackers.add_scalars(rows.performance.step, _curves(rows))
         if rows.losses is not None:
             self._show(rows.losses, rows.performance)
 
     def sync(self) -> None:
         """Sync the rows to disk; called before each checkpoint."""
-        for file in self._files:
+        for file in self._files.values():
             file.sync()
-        self._trackers.flush()
-
-    @property
-    def _files(self) -> tuple[RowFile, ...]:
-        return self._losses, self._performance, self._skipped, self._damaged
+        self.trackers.flush()
 
     def _warn(self, damaged: DamagedRow) -> None:
         if damaged.key not in self._warned:
@@ -134,24 +95,36 @@ class RunLog:
             )
 
     def _show(self, losses: LossRow, performance: PerformanceRow) -> None:
-        if not self._table.has_headings:
-            self._progress.log(self._table.headings())
-        elif losses.step % self._log_every:
+        """Print a line of the console table, below its headings."""
+        objectives = self._config.objectives
+        names = ("step", "loss", "diffusion", *objectives, "grad norm", "rate", "s/step", "wait")
+        cells = (
+            str(losses.step),
+            f"{losses.loss:.4f}",
+            f"{losses.diffusion:.4f}",
+            *(f"{losses.auxiliary[name]:.4f}" for name in objectives),
+            f"{losses.grad_norm:.3g}",
+            f"{losses.lr:.2e}",
+            f"{performance.seconds:.2f}",
+            f"{performance.wait_seconds / performance.seconds:.0%}",
+        )
+        widths = [max(_MIN_WIDTH, len(name) + 2) for name in names]
+        lines = [cells]
+        if not self._has_headings:
+            lines, self._has_headings = [names, cells], True
+        elif losses.step % self._config.log_every:
             return
-        self._progress.log(self._table.row(losses, performance))
+        for line in lines:
+            padded = (f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
+            self._progress.log("".join(padded))
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for file in self._files:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        for file in self._files.values():
             file.close()
-        self._trackers.close(failed=error is not None)
+        self.trackers.close(failed=error is not None)
 
 
 def _curves(rows: StepRows) -> dict[str, float]:

@@ -4,9 +4,12 @@ Legend: B clip, F latent frame, C channel, H W latent or token grid, J token in 
 objective, N token, L text token, D width.
 """
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor, nn
@@ -156,3 +159,23 @@ class TemporalConvolution(nn.Module):
         after = torch.cat([features_BTHWC[:, 1:], features_BTHWC[:, -1:]], dim=1)
         taps = self.taps_3C
         return taps[0] * before + taps[1] * features_BTHWC + taps[2] * after
+
+
+@contextmanager
+def eval_mode(student: nn.Module, device: torch.device) -> Iterator[None]:
+    """Context manager: eval mode, no gradients; restores training modes and all RNG states after.
+
+    Gradient checkpointing is inactive meanwhile, since there are no gradients.
+    """
+    modules = [module for module in student.modules() if module.training]
+    devices = [device] if device.type == "cuda" else []
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        student.eval()
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.training = True
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

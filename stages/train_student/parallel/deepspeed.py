@@ -1,6 +1,6 @@
-"""DeepSpeed: import, process group, configuration, and the engine around the student.
+"""DeepSpeed: import, process group, configuration, the engine around the student, safe loading.
 
-The only module that imports DeepSpeed, and only when needed: the import takes seconds.
+DeepSpeed is imported only when needed: the import takes seconds.
 """
 
 import collections
@@ -9,6 +9,8 @@ import hashlib
 import importlib.util
 import logging
 import os
+import pickle
+import re
 import shutil
 import sys
 import warnings
@@ -135,7 +137,7 @@ def check_engine_settings(config: TrainConfig) -> None:
             "train.deepspeed.offload_parameters needs zero_stage 3, the only one that shards the "
             f"weights, got {deepspeed.zero_stage}"
         )
-    if "nvme" in (deepspeed.offload_optimizer, deepspeed.offload_parameters):
+    if deepspeed.uses_nvme:
         _check_nvme(config)
 
 
@@ -286,8 +288,7 @@ def _nvme_folder(config: TrainConfig) -> Path:
 
 def _remove_swap_files(config: TrainConfig, world: World) -> None:
     """Delete this rank's offloaded files; checkpoints do not need them."""
-    deepspeed = config.deepspeed
-    if "nvme" in (deepspeed.offload_optimizer, deepspeed.offload_parameters):
+    if config.deepspeed.uses_nvme:
         for folder in _nvme_folder(config).glob(f"*/*/rank{world.rank}"):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -312,3 +313,50 @@ def gathered_parameters(parameters: list[nn.Parameter]) -> Iterator[None]:
         import_deepspeed().zero.GatheredParameters(partitioned, modifier_rank=None),
     ):
         yield
+
+
+_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_NO_WEIGHTS_ONLY = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+"""Environment variables that torch.load reads on every call."""
+
+
+@contextmanager
+def deepspeed_loads_weights_only() -> Iterator[None]:
+    """Context manager: torch.load reads only tensors, plain values and three DeepSpeed classes.
+
+    Checkpoint files are pickles, which can name any function to be called on load.
+    DeepSpeed calls torch.load with `weights_only=False`; torch's environment variable overrides
+    that. The classes are those found in DeepSpeed's checkpoints.
+
+    Raises:
+        ValueError: a file names anything else; none of its code was executed.
+    """
+    import_deepspeed()
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    classes = [LossScaler, ZeroStageEnum, fragment_address]
+    before = {name: os.environ.pop(name, None) for name in (_WEIGHTS_ONLY, _NO_WEIGHTS_ONLY)}
+    os.environ[_WEIGHTS_ONLY] = "1"
+    try:
+        with refuse_unsafe_pickles(), torch.serialization.safe_globals(classes):
+            yield
+    finally:
+        del os.environ[_WEIGHTS_ONLY]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+@contextmanager
+def refuse_unsafe_pickles() -> Iterator[None]:
+    """Context manager: explain why `weights_only` refuses a file (`ValueError`)."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        # torch's own message mostly advises how to load the file anyway.
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"names {named.group(1)}" if named else f"is not a checkpoint ({error})"
+        raise ValueError(
+            f"a file of the checkpoint {what}, unlike any file that this software writes: it could "
+            "execute code, and was not loaded. Use another checkpoint, from a source you trust"
+        ) from error

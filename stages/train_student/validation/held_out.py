@@ -18,9 +18,9 @@ from torch import nn
 from stages.processes.background import DaemonPool, result_of
 from stages.train_student.data.dataset import UNREADABLE, Batch, CachedSamples, DamagedClip
 from stages.train_student.logging.rows import ValidationRow
+from stages.train_student.model.student import eval_mode
 from stages.train_student.parallel.process_group import World, gather
 from stages.train_student.step import TrainingStep
-from stages.train_student.validation.samples import eval_mode
 
 Item: TypeAlias = tuple[str, int]
 """A clip's key, and a timestep."""

@@ -1,7 +1,7 @@
 """Sample videos generated during training, with the current weights of the student.
 
     <run_dir>/samples/
-        prompts.safetensors      (text.py)
+        prompts.safetensors      text embeddings of the prompts, so that a resume loads no encoder
         step-000500/0.mp4 ...    a video per prompt
         step-000500/samples.json prompts and sampling settings; written last, marks the samples as
                                  complete
@@ -14,127 +14,31 @@ The prompts are split over the ranks. All ranks generate the same number of vide
 requires: a rank without a prompt repeats one and discards the result.
 """
 
+import hashlib
 import json
-import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from cache_schema.atomic_io import write_atomic
-from stages.clips import ClipsConfig, write_video
+from stages.clips import write_video
 from stages.cogvideox.configs import resolve_base_model
-from stages.cogvideox.sampler import (
-    build_pipeline,
-    first_frame,
-    generate_video,
-    output_fps,
-    to_frames,
-)
-from stages.cogvideox.weights import model_class_of
-from stages.config import BaseModelConfig
-from stages.files.weight_checks import load_model
-from stages.train_student.config import TrainingSamplesConfig
-from stages.train_student.model.student import Student
-from stages.train_student.parallel.process_group import World, gather, on_first_rank
+from stages.cogvideox.sampler import first_frame, generate_video, output_fps, to_frames
+from stages.files.tensor_files import save_tensors
+from stages.train_student.model.live_pipeline import encode_prompts, live_pipeline
+from stages.train_student.model.student import Student, eval_mode
+from stages.train_student.parallel.process_group import gather, on_first_rank
 from stages.train_student.report.records import SAMPLES_RECORD
+from stages.train_student.setup import Run
 
-
-@contextmanager
-def eval_mode(student: nn.Module, device: torch.device) -> Iterator[None]:
-    """Context manager: eval mode, no gradients; restores training modes and all RNG states after.
-
-    Gradient checkpointing is inactive meanwhile, since there are no gradients.
-    """
-    modules = [module for module in student.modules() if module.training]
-    devices = [device] if device.type == "cuda" else []
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        student.eval()
-        try:
-            yield
-        finally:
-            for module in modules:
-                module.training = True
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-
-
-class _LiveTransformer:
-    """Student with the interface of `CogVideoXTransformer3DModel` that the pipeline uses.
-
-    Not an `nn.Module`, so the pipeline does not move it between devices.
-    """
-
-    def __init__(self, student: Student) -> None:
-        self._student = student
-        self.config = student.transformer.config
-
-    def cache_context(self, name: str) -> Any:
-        """Do nothing: nothing is cached between passes."""
-        return nullcontext()
-
-    def __call__(
-        self,
-        *,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        timestep: Tensor,
-        ofs: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        attention_kwargs: dict[str, Any] | None = None,
-        return_dict: bool = False,
-    ) -> tuple[Tensor]:
-        """Return the predicted velocity."""
-        if attention_kwargs is not None or return_dict:
-            raise ValueError(
-                "attention_kwargs and return_dict=True are not supported during training"
-            )
-        no_heads = (0, 0, 0)
-        velocity_BFCHW, _ = self._student(
-            hidden_states, encoder_hidden_states, timestep, no_heads, image_rotary_emb, ofs
-        )
-        return (velocity_BFCHW,)
-
-
-@contextmanager
-def live_pipeline(
-    student: Student, base: Path, *, dtype: torch.dtype, device: torch.device
-) -> Iterator[Any]:
-    """Context manager: the base pipeline around the student, without tokenizer and text encoder.
-
-    The VAE is loaded for the duration of the block; on a GPU it decodes in tiles, since training
-    needs most of the memory. The student's heads are removed meanwhile.
-
-    Args:
-        base: the pipeline's folder, with vae/ and scheduler/.
-        dtype: dtype of the VAE and the student.
-    """
-    vae = load_model(model_class_of("vae"), base / "vae", dtype=dtype)
-    vae.requires_grad_(False).eval().to(device)
-    if device.type == "cuda":
-        vae.enable_slicing()
-        vae.enable_tiling()
-    pipeline = build_pipeline(base, tokenizer=None, text_encoder=None, transformer=None, vae=vae)
-    pipeline.transformer = _LiveTransformer(student)
-    pipeline.set_progress_bar_config(disable=True)
-    heads, student.heads = student.heads, nn.ModuleDict()
-    try:
-        yield pipeline
-    finally:
-        student.heads = heads
-        del pipeline, vae
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-FOLDER = "samples"
 NEGATIVE_PROMPT = ""
 """Negative prompt of classifier-free guidance; the pipelines' default."""
 
@@ -142,35 +46,19 @@ NEGATIVE_PROMPT = ""
 class TrainingSamples:
     """Callable that generates a video of each prompt with the student."""
 
-    def __init__(
-        self,
-        config: TrainingSamplesConfig,
-        run_dir: Path,
-        model: BaseModelConfig,
-        clips: ClipsConfig,
-        embeds: dict[str, Tensor],
-        *,
-        dtype: torch.dtype,
-        world: World,
-    ) -> None:
+    def __init__(self, run: Run, embeds: dict[str, Tensor]) -> None:
         """Load the first frames, if any; no model weights.
 
         Args:
-            config: sampling settings, with at least one prompt.
-            run_dir: the run's folder.
-            model: the base pipeline.
-            clips: size of the videos.
-            embeds: text embeddings of all prompts and the negative prompt.
-            dtype: dtype of the student.
+            run: has at least one prompt; videos have its first clip size.
+            embeds: from `embed_prompts`.
         """
-        self._config = config
-        self._folder = run_dir / FOLDER
-        self._model = model
-        self._clips = clips
+        self._run = run
+        self._config = run.config.samples
+        self._clips = run.clips.sizes[0]
         self._embeds = embeds
-        self._images = [first_frame(image, clips) for image in config.images]
-        self._dtype = dtype
-        self._world = world
+        self._images = [first_frame(image, self._clips) for image in self._config.images]
+        self._world = run.world
 
     def is_complete(self, step: int) -> bool:
         """Whether the samples of that step are complete."""
@@ -178,7 +66,7 @@ class TrainingSamples:
 
     def delete_after(self, step: int) -> None:
         """Delete samples that an interrupted run generated after `step` steps."""
-        for folder in self._folder.glob("step-*"):
+        for folder in _folder_of(self._run).glob("step-*"):
             if int(folder.name.removeprefix("step-")) > step:
                 shutil.rmtree(folder)
 
@@ -196,7 +84,7 @@ class TrainingSamples:
         """
         started = time.monotonic()
         config, world = self._config, self._world
-        base = resolve_base_model(self._model, ("vae", "scheduler"))
+        base = resolve_base_model(self._run.model, ("vae", "scheduler"))
         passes = -(-len(config.prompts) // world.size)
         nonfinite = 0.0
         done = 0
@@ -208,7 +96,7 @@ class TrainingSamples:
 
         with (
             eval_mode(student, world.device),
-            live_pipeline(student, base, dtype=self._dtype, device=world.device) as pipeline,
+            live_pipeline(student, base, dtype=self._run.dtype, device=world.device) as pipeline,
         ):
             for pass_index in range(passes):
                 number = pass_index * world.size + world.rank
@@ -264,4 +152,81 @@ class TrainingSamples:
         return self._step_folder(step) / f"{number}.mp4"
 
     def _step_folder(self, step: int) -> Path:
-        return self._folder / f"step-{step:06d}"
+        return _folder_of(self._run) / f"step-{step:06d}"
+
+
+def _folder_of(run: Run) -> Path:
+    return run.config.run_dir / "samples"
+
+
+_ENCODING_TIME = timedelta(hours=12)
+"""How long the other ranks wait for rank 0, which may have to download the encoder."""
+
+
+def embed_prompts(run: Run) -> dict[str, Tensor]:
+    """Embed the sample prompts: [1, length, width] on the CPU; call before loading the transformer.
+
+    Every rank must call this. Rank 0 loads the text encoder, unless the embeddings are cached.
+
+    Raises:
+        ValueError: the pipeline has no text encoder.
+    """
+    config = run.config.samples
+    if not config.prompts:
+        return {}
+    negative = (NEGATIVE_PROMPT,) if config.guidance > 1.0 else ()
+    prompts = tuple(dict.fromkeys((*config.prompts, *negative)))
+    cache_file = _folder_of(run) / "prompts.safetensors"
+
+    def on_first() -> dict[str, Tensor]:
+        base = resolve_base_model(run.model, ("tokenizer", "text_encoder"))
+        length = run.configs.transformer["max_text_seq_length"]
+        key = _key(prompts, base, length, run.dtype)
+        found = _read(cache_file, key, prompts)
+        if found is None:
+            with run.progress.task("encode the prompts", len(prompts), unit="prompts") as task:
+                found = encode_prompts(
+                    prompts, base, length, run.dtype, run.world.device, task.advance
+                )
+            _write(cache_file, key, [found[prompt] for prompt in prompts])
+        return found
+
+    return on_first_rank(run.world, on_first, timeout=_ENCODING_TIME)
+
+
+def _key(prompts: Sequence[str], base: Path, length: int, dtype: torch.dtype) -> str:
+    """Hash of the prompts and of the encoder's file names, sizes and times."""
+    files = sorted(
+        path for part in ("tokenizer", "text_encoder") for path in (base / part).rglob("*")
+    )
+    content = {
+        "prompts": list(prompts),
+        "length": length,
+        "dtype": str(dtype),
+        "files": [
+            [str(path.relative_to(base)), path.stat().st_size, path.stat().st_mtime_ns]
+            for path in files
+            if path.is_file()
+        ],
+    }
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _read(cache_file: Path, key: str, prompts: Sequence[str]) -> dict[str, Tensor] | None:
+    if not cache_file.is_file():
+        return None
+    try:
+        with safe_open(cache_file, framework="pt") as file:
+            if (file.metadata() or {}).get("key") != key:
+                return None
+            return {prompt: file.get_tensor(str(n)) for n, prompt in enumerate(prompts)}
+    except SafetensorError:
+        return None  # written incompletely; encode again
+
+
+def _write(cache_file: Path, key: str, embeds: Sequence[Tensor]) -> None:
+    cache_file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cache_file.with_name(f".{cache_file.name}.partial")
+    tensors = {str(number): tensor.contiguous() for number, tensor in enumerate(embeds)}
+    save_tensors(tensors, temporary, metadata={"key": key})
+    temporary.rename(cache_file)

@@ -21,8 +21,7 @@ from stages.train_student.report import write_report
 from stages.train_student.report.records import VALIDATION_FILE
 from stages.train_student.setup import Run
 from stages.train_student.validation.held_out import HeldOutLosses
-from stages.train_student.validation.samples import FOLDER, NEGATIVE_PROMPT, TrainingSamples
-from stages.train_student.validation.text import encode_prompts
+from stages.train_student.validation.samples import TrainingSamples
 
 PAGE_SHARE = 0.01
 """Largest fraction of a run's time spent on its report page, which reads all steps each time."""
@@ -176,26 +175,6 @@ def _paths(videos: list[Path]) -> str:
     return str(videos[0]) if len(videos) == 1 else f"{len(videos)} videos in {videos[0].parent}"
 
 
-def embed_prompts(run: Run) -> dict[str, Tensor]:
-    """Embed the sample prompts; call this before the transformer is loaded.
-
-    Every rank must call this; rank 0 encodes, unless the embeddings are cached.
-    """
-    config = run.config.samples
-    if not config.prompts:
-        return {}
-    negative = (NEGATIVE_PROMPT,) if config.guidance > 1.0 else ()
-    return encode_prompts(
-        tuple(dict.fromkeys((*config.prompts, *negative))),
-        run.model,
-        length=run.configs.transformer["max_text_seq_length"],
-        dtype=run.dtype,
-        cache_file=run.config.run_dir / FOLDER / "prompts.safetensors",
-        world=run.world,
-        progress=run.progress,
-    )
-
-
 def build_validation(
     run: Run,
     student: Student,
@@ -222,15 +201,7 @@ def build_validation(
             world=run.world,
         )
     if config.samples.prompts:
-        samples = TrainingSamples(
-            config.samples,
-            config.run_dir,
-            run.model,
-            run.clips.sizes[0],
-            embeds,
-            dtype=run.dtype,
-            world=run.world,
-        )
+        samples = TrainingSamples(run, embeds)
     return Validation(
         student,
         config,

@@ -75,7 +75,7 @@ def assert_stops(train, thief):
     assert not any(name.endswith(".complete.json") for name in new)
 
 
-SAVING = "stages.train_student.checkpoints.save"
+SAVING = "stages.train_student.checkpoints.checkpointing"
 TRAIN = "stages.train_student.train"
 
 

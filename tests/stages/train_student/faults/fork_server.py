@@ -174,11 +174,11 @@ def _look_at_states(rank, folder):
                 torch.save(content, folder.parent / f"{folder.name}-loaded-{done}.pt")
         return done
 
-    def look_and_save(engine, root, step, *rest, **options):
+    def look_and_save(engine, config, step, *rest, **options):
         content = states(engine)
         if rank == 0:
             torch.save(content, folder.parent / f"{folder.name}-saved-{step}.pt")
-        return save(engine, root, step, *rest, **options)
+        return save(engine, config, step, *rest, **options)
 
     train.resume, train.save_checkpoint = resume_and_look, look_and_save
 

@@ -5,6 +5,7 @@ import tracemalloc
 
 import pytest
 
+from stages.train_student.config import TrainConfig
 from stages.train_student.logging.rows import (
     DamagedRow,
     LossRow,
@@ -17,7 +18,6 @@ from stages.train_student.logging.rows import (
     read_rows,
 )
 from stages.train_student.logging.run_log import RunLog
-from stages.train_student.logging.trackers import Trackers
 
 
 def losses(step):
@@ -54,17 +54,13 @@ def spoiled(step):
 
 
 def open_log(run_dir, done, progress, report_to=(), log_every=2):
-    trackers = Trackers(run_dir, report_to, steps_done=done, project="p", settings={})
-    names = ("lgf", "token-relation")
-    return RunLog(
-        run_dir,
-        done,
-        trackers,
-        check=lambda: None,
-        objectives=names,
+    config = TrainConfig(
+        run_dir=run_dir,
+        report_to=report_to,
+        objectives=("lgf", "token-relation"),
         log_every=log_every,
-        progress=progress,
     )
+    return RunLog(config, done, check=lambda: None, progress=progress)
 
 
 def test_rows_come_back_to_the_last_bit(lines, tmp_path):

@@ -3,6 +3,7 @@
 import io
 import sys
 import types
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -26,11 +27,11 @@ def open_trackers(run_dir, *names, done=0):
 
 
 def test_curves_and_videos_reach_tensorboard_and_come_again_after_a_resume(video, tmp_path):
-    with open_trackers(tmp_path, "tensorboard") as trackers:
+    with closing(open_trackers(tmp_path, "tensorboard")) as trackers:
         for step in (1, 2, 3):
             trackers.add_scalars(step, {"train/loss": 1.0 / step})
         trackers.flush()
-    with open_trackers(tmp_path, "tensorboard", done=1) as trackers:
+    with closing(open_trackers(tmp_path, "tensorboard", done=1)) as trackers:
         trackers.add_scalars(2, {"train/loss": 5.0, "validation/diffusion": 6.0})
         trackers.add_video(2, "samples/0", video, "a dog & a cat")
     read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -80,7 +81,7 @@ def test_a_resume_goes_on_in_the_same_run_of_wandb_and_nothing_leaves_the_machin
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     for done in (0, 2):
-        with open_trackers(run_dir, "wandb", done=done) as trackers:
+        with closing(open_trackers(run_dir, "wandb", done=done)) as trackers:
             trackers.add_scalars(done + 1, {"train/loss": 1.0})
             trackers.add_video(done + 1, "samples/0", video, "a dog")
     name = (run_dir / "wandb" / "id").read_text()
@@ -109,7 +110,7 @@ def test_wandb_is_online_with_a_key_and_else_as_the_user_says(no_key, monkeypatc
 def test_no_board_at_all_is_fine(video, tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    with open_trackers(run_dir) as trackers:
+    with closing(open_trackers(run_dir)) as trackers:
         trackers.add_scalars(1, {"train/loss": 1.0})
         trackers.add_video(1, "samples/0", video, "")
         trackers.flush()

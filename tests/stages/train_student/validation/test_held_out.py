@@ -9,11 +9,11 @@ from torch import nn
 
 from cache_schema import CorruptClip
 from stages.train_student.data.dataset import Batch
+from stages.train_student.model.student import eval_mode
 from stages.train_student.parallel.process_group import World
 from stages.train_student.step import Losses
 from stages.train_student.validation import held_out
 from stages.train_student.validation.held_out import HeldOutLosses
-from stages.train_student.validation.samples import eval_mode
 
 KEYS = ("a", "b", "c")
 TIMESTEPS = (100, 500, 900)
