@@ -26,7 +26,7 @@ from stages.train_student.data.order import (
     micro_batches,
 )
 from stages.train_student.data.splits import digest
-from stages.train_student.data.stores import Buckets, JoinedStores, array_shape, join_buckets
+from stages.train_student.data.stores import Buckets, JoinedStores, join_buckets
 from stages.train_student.logging.trackers import check_trackers
 from stages.train_student.model.lora import check_targets
 from stages.train_student.model.teacher import TeacherLayout
@@ -96,22 +96,21 @@ class Run:
 
     def heads(self) -> nn.ModuleDict:
         """Build a new projector for each objective."""
-        transformer, teacher = self.configs.transformer, self.stores.teacher
-        has_features = teacher is not None and "features" in teacher.settings.arrays
+        teacher = self.stores.teacher
         return build_heads(
             self.config,
-            transformer["num_attention_heads"] * transformer["attention_head_dim"],
-            array_shape(teacher, "features")[-1] if teacher and has_features else None,
+            self.configs,
+            None if teacher is None else teacher.settings,
             frame_rate=self.stores.frame_rate,
-            patch_size_t=self.configs.patch_size_t,
         )
 
     def training_step(self) -> TrainingStep:
         """Build the forward pass with its losses."""
+        teacher = self.stores.teacher
         return TrainingStep(
             self.configs,
             build_objectives(self.config),
-            layout=TeacherLayout.of(self.stores.teacher),
+            layout=TeacherLayout.of(None if teacher is None else teacher.settings),
             device=self.world.device,
             dtype=self.dtype,
         )

@@ -6,14 +6,13 @@ runs forward and backward under a `FlopCounter`: no weights are needed and nothi
 Legend: B clip, F latent frame, C channel, H W latent, L text token, D width, T teacher feature map.
 """
 
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import dataclass, fields, replace
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor, nn
 
-from cache_schema import ArraySpec, StoreReader, StoreSettings
+from cache_schema import StoreSettings
 from stages.clips.config import ClipsConfig
 from stages.cogvideox.configs import CogVideoXConfigs
 from stages.compute_cost.flop_counter import FlopCounter
@@ -61,7 +60,7 @@ def step_cost(
 
     Args:
         config: the objectives, adapters, micro-batch size and dtype of the weights.
-        facts: the base model's configuration.
+        configs: the base model's configuration.
         size: clip size; its buckets are ignored.
         teacher: settings of the store named by `config.teacher_form`, for clips of this size; None
             if no auxiliary loss needs it.
@@ -116,7 +115,10 @@ def meta_student(
             add_adapters(transformer, config.lora)
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        heads = _heads(config, configs, teacher) if config.objectives else None
+        heads = None
+        if config.objectives:
+            frame_rate = teacher is None or teacher.values.get("time_rate", "frame") == "frame"
+            heads = build_heads(config, configs, teacher, frame_rate=frame_rate)
     # Not diffusers' own `to`, which warns about float32 modules that this model does not have.
     nn.Module.to(transformer, dtype)
     return Student(transformer, None if heads is None else heads.to(dtype), config.block)
@@ -138,7 +140,7 @@ def _run(
     step = TrainingStep(
         configs,
         build_objectives(config),
-        layout=TeacherLayout.of(None if teacher is None else cast(StoreReader, _Store(teacher))),
+        layout=TeacherLayout.of(teacher),
         device=_META,
         dtype=weights_dtype(config.deepspeed),
     )
@@ -154,13 +156,6 @@ def _run(
     for hook in hooks:
         hook.remove()
     return meter
-
-
-@dataclass(frozen=True, slots=True)
-class _Store:
-    """Stands in for a store that may not exist yet; provides what `TeacherLayout` reads."""
-
-    settings: StoreSettings
 
 
 def _drop_gradient(parameter: Tensor) -> None:
@@ -197,35 +192,18 @@ def _meta_batch(
 
 def _store_batch(settings: StoreSettings, clips: int) -> dict[str, Tensor]:
     """Empty meta tensors of a batch of a store's arrays."""
-    return {name: _empty(spec, clips) for name, spec in settings.arrays.items()}
-
-
-def _empty(spec: ArraySpec, clips: int) -> Tensor:
-    return torch.empty(clips, *spec.shape, dtype=getattr(torch, spec.dtype), device=_META)
+    return {
+        name: torch.empty(clips, *spec.shape, dtype=getattr(torch, spec.dtype), device=_META)
+        for name, spec in settings.arrays.items()
+    }
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
-    return [
-        tensor for name in batch.__dataclass_fields__ for tensor in _leaves(getattr(batch, name))
-    ]
-
-
-def _leaves(value: object) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return list(value.values()) if isinstance(value, dict) else []
-
-
-def _heads(
-    config: TrainConfig, configs: CogVideoXConfigs, teacher: StoreSettings | None
-) -> nn.ModuleDict:
-    """Build the projectors; their shapes depend on the teacher's width and time rate."""
-    channels, frame_rate = None, True
-    if teacher is not None:
-        frame_rate = teacher.values.get("time_rate", "frame") == "frame"
-        if "features" in teacher.arrays:
-            channels = teacher.arrays["features"].shape[-1]
-    width = configs.transformer["num_attention_heads"] * configs.transformer["attention_head_dim"]
-    return build_heads(
-        config, width, channels, frame_rate=frame_rate, patch_size_t=configs.patch_size_t
-    )
+    found: list[Tensor] = []
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            found += value.values()
+    return found

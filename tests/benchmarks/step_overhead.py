@@ -172,12 +172,7 @@ class Side:
     ) -> None:
         config = settings(options, [] if name == NONE else ["lgf"])
         self._device = torch.device(options.device)
-        width = (
-            configs.transformer["num_attention_heads"] * configs.transformer["attention_head_dim"]
-        )
-        heads = build_heads(config, width, CHANNELS, patch_size_t=1).to(
-            self._device, transformer.dtype
-        )
+        heads = build_heads(config, configs, None).to(self._device, transformer.dtype)
         self._student = Student(transformer, heads, config.block)
         self._trained = [p for p in self._student.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(self._trained, lr=1e-6)

@@ -125,11 +125,6 @@ class Buckets:
         return self.stores[0].teacher
 
     @property
-    def teacher_form(self) -> TeacherForm | None:
-        """Stored form of the teacher; None without one."""
-        return self.stores[0].teacher_form
-
-    @property
     def frame_rate(self) -> bool:
         """Whether the teacher has one map per frame; the same at every size."""
         return self.stores[0].teacher_maps == self.stores[0].num_frames

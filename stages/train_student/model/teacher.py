@@ -7,7 +7,7 @@ h w pixel of the stored masks, G fused channel, K neighbour.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -35,14 +35,6 @@ _MASK_MAX = 255
 """Value of a stored mask at probability 1."""
 
 
-class HasSettings(Protocol):
-    """An existing or a planned store."""
-
-    @property
-    def settings(self) -> StoreSettings:
-        """Settings of the store."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherLayout:
     """Grid and channel layout of stored features; the same for every clip of a store."""
@@ -56,19 +48,19 @@ class TeacherLayout:
     Gram-flow space."""
 
     @classmethod
-    def of(cls, store: HasSettings | None) -> Self:
-        """Read the layout from a teacher store's settings; default without a store of features.
+    def of(cls, teacher: StoreSettings | None) -> Self:
+        """Read the layout from a teacher store's settings; default without features.
 
         Raises:
             ValueError: features are on SAM2's own grid, but the setting `parts` is missing.
         """
-        if store is None or "features" not in store.settings.arrays:
+        if teacher is None or "features" not in teacher.arrays:
             return cls()
-        parts = store.settings.values.get("parts")
+        parts = teacher.values.get("parts")
         return cls(
-            native=native_parts(store.settings) is not None,
+            native=native_parts(teacher) is not None,
             parts=parts if isinstance(parts, int) else 1,
-            forward_weight=stored_forward_weight(store.settings),
+            forward_weight=stored_forward_weight(teacher),
         )
 
 

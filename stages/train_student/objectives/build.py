@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from cache_schema import StoreSettings
+from stages.cogvideox.configs import CogVideoXConfigs
 from stages.teacher_store.settings import check_both_tracks, stored_forward_weight
 from stages.train_student.config import KIND_OF_FORM, TrainConfig
 from stages.train_student.model.student import Projector
@@ -35,48 +36,37 @@ def build_objectives(config: TrainConfig) -> tuple[Objective[Any], ...]:
 
 def build_heads(
     config: TrainConfig,
-    width: int,
-    teacher_channels: int | None,
+    configs: CogVideoXConfigs,
+    teacher: StoreSettings | None,
     *,
-    patch_size_t: int,
     frame_rate: bool = True,
 ) -> nn.ModuleDict:
     """Build the projector of each objective, by name.
 
     Args:
         config: names the objectives and their layer widths.
-        width: channels of the transformer's tokens.
-        teacher_channels: channels of the stored features; None if none are read.
-        patch_size_t: latent frames per token; with more than one (CogVideoX 1.5) tokens are also
-            interpolated and smoothed at the latent rate.
+        configs: of the base model, whose tokens the heads receive. With more than one latent frame
+            per token (CogVideoX 1.5), tokens are also interpolated and smoothed at the latent rate.
+        teacher: settings of the store of `train.teacher_form`; None if no objective reads one.
         frame_rate: whether the teacher has one map per frame, to which tokens are interpolated and
             smoothed.
     """
-    at_latents = patch_size_t > 1
+    transformer = configs.transformer
+    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    at_latents = configs.patch_size_t > 1
     heads = nn.ModuleDict()
     for name in config.objectives:
-        widths, smooth = _head(config, name, teacher_channels, frame_rate, at_latents)
+        widths: Sequence[int] = config.lgf.projector_widths
+        smooth = frame_rate or at_latents
+        if name == "repa":
+            assert teacher is not None, "repa reads features"
+            widths = (*config.repa.projector_widths, teacher.arrays["features"].shape[-1])
+        elif name == "token-relation":
+            widths, smooth = config.token_relation.projector_widths, at_latents
+        elif name == "mask":
+            widths, smooth = (*config.mask.projector_widths, 1), True
         heads[name] = Projector(width, widths, smooth=smooth)
     return heads
-
-
-def _head(
-    config: TrainConfig,
-    name: ObjectiveName,
-    teacher_channels: int | None,
-    frame_rate: bool,
-    at_latents: bool,
-) -> tuple[Sequence[int], bool]:
-    """Layer widths of a projector, and whether it smooths over time."""
-    as_teacher = frame_rate or at_latents
-    if name == "lgf":
-        return config.lgf.projector_widths, as_teacher
-    if name == "repa":
-        assert teacher_channels is not None, "repa reads features"
-        return (*config.repa.projector_widths, teacher_channels), as_teacher
-    if name == "token-relation":
-        return config.token_relation.projector_widths, at_latents
-    return (*config.mask.projector_widths, 1), True
 
 
 def kinds_needed(config: TrainConfig) -> tuple[str, ...]:

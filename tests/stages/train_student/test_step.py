@@ -1,6 +1,7 @@
 """What the training step makes of a batch: its losses, their weights, and their sum."""
 
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -160,13 +161,12 @@ def _full_batch(tiny, frames=9, *, maps=None, size=(4, 6), device="cpu", dtype="
 def _student(tiny, config, *, frame_rate=True, **changes):
     transformer = tiny.tiny_transformer(**changes)
     torch.manual_seed(1)
-    heads = build_heads(
-        config,
-        32,
-        tiny.TEACHER_WIDTH,
-        patch_size_t=changes.get("patch_size_t", 1),
-        frame_rate=frame_rate,
+    configs = SimpleNamespace(
+        transformer=transformer.config, patch_size_t=changes.get("patch_size_t", 1)
     )
+    features = SimpleNamespace(shape=tiny.teacher_shapes()["features"])
+    teacher = SimpleNamespace(arrays={"features": features})
+    heads = build_heads(config, configs, teacher, frame_rate=frame_rate)
     return Student(transformer, heads, 1)
 
 

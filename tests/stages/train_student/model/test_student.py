@@ -42,12 +42,11 @@ def inputs(tiny, base_model):
 
 
 def build(config, configs, **changes):
-    width = configs.transformer["num_attention_heads"] * configs.transformer["attention_head_dim"]
     return build_student(
         config,
         configs,
         torch.float32,
-        heads=lambda: build_heads(config, width, None, patch_size_t=1),
+        heads=lambda: build_heads(config, configs, None),
         world=world_from_environment(),
         **changes,
     )

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 
 from cache_schema import StoreReader
@@ -61,12 +63,16 @@ def stored(tiny, root, **values):
 def test_the_layout_is_what_the_store_says(tiny, tmp_path):
     assert TeacherLayout.of(None) == TeacherLayout()
     store = stored(tiny, tmp_path, fusion="gram_flow", forward_weight=0.3, parts=4)
-    assert TeacherLayout.of(store) == TeacherLayout(native=False, parts=4, forward_weight=0.3)
+    assert TeacherLayout.of(store.settings) == TeacherLayout(
+        native=False, parts=4, forward_weight=0.3
+    )
     store = stored(
         tiny, tmp_path, fusion="average", forward_weight=0.3, parts=1, grid_source="native"
     )
-    assert TeacherLayout.of(store) == TeacherLayout(native=True, parts=1)
-    flow = StoreReader(tiny.write_gram_flow(tmp_path, values={"parts": 2, "fusion": "gram_flow"}))
+    assert TeacherLayout.of(store.settings) == TeacherLayout(native=True, parts=1)
+    flow = StoreReader(
+        tiny.write_gram_flow(tmp_path, values={"parts": 2, "fusion": "gram_flow"})
+    ).settings
     assert TeacherLayout.of(flow) == TeacherLayout()
 
 
@@ -134,6 +140,14 @@ def test_a_stored_gram_flow_serves_the_pairs_it_was_made_for(tiny, tmp_path, hel
         check_teacher(masks_alone, store.settings, store.name)
 
 
+FEATURES = SimpleNamespace(arrays={"features": SimpleNamespace(shape=(9, 2, 3, 24))})
+
+
+def base(patch_size_t=1):
+    transformer = {"num_attention_heads": 2, "attention_head_dim": 8}
+    return SimpleNamespace(transformer=transformer, patch_size_t=patch_size_t)
+
+
 def test_each_objective_has_a_head_of_its_own_width():
     config = TrainConfig(
         objectives=["lgf", "repa", "token-relation", "mask"],
@@ -143,7 +157,7 @@ def test_each_objective_has_a_head_of_its_own_width():
         mask={"projector_widths": (4, 2)},
     )
     for frame_rate in (True, False):
-        heads = build_heads(config, 16, 24, patch_size_t=1, frame_rate=frame_rate)
+        heads = build_heads(config, base(), FEATURES, frame_rate=frame_rate)
         found = {
             name: (head.skip.out_features, head.smooth is not None) for name, head in heads.items()
         }
@@ -153,7 +167,7 @@ def test_each_objective_has_a_head_of_its_own_width():
             "token-relation": (3, False),
             "mask": (1, True),
         }
-    assert len(build_heads(TrainConfig(objectives=[]), 16, None, patch_size_t=1)) == 0
+    assert len(build_heads(TrainConfig(objectives=[]), base(), None)) == 0
 
 
 @pytest.mark.parametrize("patch_size_t", [1, 2])
@@ -161,7 +175,7 @@ def test_each_objective_has_a_head_of_its_own_width():
 def test_a_head_smooths_where_its_maps_are_interpolated(patch_size_t, frame_rate):
     """CogVideoX 1.5 has a token for two latent frames: interpolated at the latent rate too."""
     config = TrainConfig(objectives=["lgf", "repa", "token-relation", "mask"])
-    heads = build_heads(config, 16, 24, frame_rate=frame_rate, patch_size_t=patch_size_t)
+    heads = build_heads(config, base(patch_size_t), FEATURES, frame_rate=frame_rate)
     for made in build_objectives(config):
         maps = made.num_maps(81 if frame_rate else 21, 81)
         interpolated = time_weights(maps, 81, patch_size_t=patch_size_t) is not None
