@@ -144,13 +144,6 @@ class TrainingStep:
 _TOTAL, _PASSES, _DAMAGED, _FIRST_BIN = 0, 1, 2, 3
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Pass:
-    keys: tuple[str, ...]
-    timestep_B: Tensor
-    values_BV: Tensor
-
-
 class StepTotals:
     """Accumulates losses over the micro-batches of this rank, then over all ranks."""
 
@@ -164,7 +157,8 @@ class StepTotals:
         self._objectives = objectives
         self._timesteps = timesteps
         self._device = device
-        self._passes: list[_Pass] = []
+        self._passes: list[tuple[tuple[str, ...], Tensor, Tensor]] = []
+        """Keys, timestep_B and values_BV of each micro-batch."""
         size = _FIRST_BIN + TIMESTEP_BINS * (2 + len(objectives))
         self._sums = torch.zeros(size, dtype=torch.float64, device=device)
 
@@ -186,7 +180,7 @@ class StepTotals:
         self._sums[_PASSES] += 1
         self._sums[_DAMAGED] += damaged
         self._sums[_FIRST_BIN:] += sums_SV.flatten()
-        self._passes.append(_Pass(keys=keys, timestep_B=timestep_B, values_BV=values_BV))
+        self._passes.append((keys, timestep_B, values_BV))
 
     def over_ranks(self, world: World) -> "StepMeans":
         """Sum over the ranks; synchronises with the device."""
@@ -196,20 +190,19 @@ class StepTotals:
 
     def clips(self, world: World) -> tuple[SkippedClip, ...]:
         """Every clip of the step with its losses, from all ranks; every rank must call this."""
-        mine = [clip for one in self._passes for clip in self._clips_of(one)]
-        return tuple(clip for rank in gather(world, mine) for clip in rank)
-
-    def _clips_of(self, one: _Pass) -> list[SkippedClip]:
-        rows = zip(one.keys, one.timestep_B.tolist(), one.values_BV.tolist(), strict=True)
-        return [
+        mine = [
             SkippedClip(
                 key=key,
                 timestep=timestep,
                 diffusion=_as_json(diffusion),
                 auxiliary=dict(zip(self._objectives, map(_as_json, auxiliary), strict=True)),
             )
-            for key, timestep, (_, diffusion, *auxiliary) in rows
+            for keys, timestep_B, values_BV in self._passes
+            for key, timestep, (_, diffusion, *auxiliary) in zip(
+                keys, timestep_B.tolist(), values_BV.tolist(), strict=True
+            )
         ]
+        return tuple(clip for rank in gather(world, mine) for clip in rank)
 
 
 class StepMeans:
@@ -232,6 +225,13 @@ class StepMeans:
         """The log row of the step; requires `finite`."""
         clips, *sums = (math.fsum(column) for column in zip(*self._bins, strict=True))
         means = [value / clips for value in sums]
+        counts = [round(values[0]) for values in self._bins]
+        by_timestep: dict[str, list[Any]] = {"count": counts}
+        for column, name in enumerate(("diffusion", *self._objectives), 1):
+            by_timestep[name] = [
+                values[column] / count if count else None
+                for values, count in zip(self._bins, counts, strict=True)
+            ]
         return LossRow(
             step=step,
             loss=self.loss,
@@ -239,18 +239,8 @@ class StepMeans:
             auxiliary=dict(zip(self._objectives, means[1:], strict=True)),
             grad_norm=grad_norm,
             lr=learning_rate,
-            by_timestep=self._by_timestep(),
+            by_timestep=by_timestep,
         )
-
-    def _by_timestep(self) -> dict[str, list[Any]]:
-        counts = [round(values[0]) for values in self._bins]
-        means: dict[str, list[Any]] = {"count": counts}
-        for column, name in enumerate(("diffusion", *self._objectives), 1):
-            means[name] = [
-                values[column] / count if count else None
-                for values, count in zip(self._bins, counts, strict=True)
-            ]
-        return means
 
 
 def _as_json(value: float) -> float | str:

@@ -158,7 +158,10 @@ def export_checkpoint(
             which=which,
             form=form,
         )
-        parameters = _count_parameters(weights, lora is not None)
+        exported = [
+            name for name in weights.names_under(TRANSFORMER) if lora is None or ".lora_" in name
+        ]
+        parameters = sum(torch.Size(weights.shapes[name]).numel() for name in exported)
     return ExportSummary(
         folder=out,
         method="full" if lora is None else "lora",
@@ -186,7 +189,8 @@ def _write(
 
     def begin() -> None:
         check()
-        _refuse_to_overwrite(folder)
+        if folder.exists() and not (folder / ABOUT).is_file():
+            raise ValueError(f"{folder} exists and is not an export; name another folder")
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "transformer" if lora is None else partial).mkdir(parents=True)
 
@@ -298,12 +302,6 @@ def _folder_name(step: int | None, form: LoraFormat) -> str:
     return name if form == "diffusers" else f"{name}-{form}"
 
 
-def _count_parameters(weights: Weights, adapters_only: bool) -> int:
-    names = weights.names_under(TRANSFORMER)
-    exported = [name for name in names if not adapters_only or ".lora_" in name]
-    return sum(torch.Size(weights.shapes[name]).numel() for name in exported)
-
-
 def _section(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)}
 
@@ -332,11 +330,6 @@ def _select_checkpoint(run_dir: Path, step: int | None) -> Checkpoint:
     raise ValueError(
         f"{run_dir} has no complete checkpoint of step {step}; complete are those of {steps}"
     )
-
-
-def _refuse_to_overwrite(folder: Path) -> None:
-    if folder.exists() and not (folder / ABOUT).is_file():
-        raise ValueError(f"{folder} exists and is not an export; name another folder")
 
 
 def _recreate(folder: Path) -> None:

@@ -79,11 +79,18 @@ def read_record(folder: Path) -> Checkpoint | None:
 
     Checksums are not verified; `find_damage` does that.
     """
-    return None if why_incomplete(folder) is not None else _parse(folder)
+    found = _read(folder)
+    return found if isinstance(found, Checkpoint) else None
 
 
 def why_incomplete(folder: Path) -> str | None:
     """Return why the folder is not a complete checkpoint; None if it is."""
+    found = _read(folder)
+    return found if isinstance(found, str) else None
+
+
+def _read(folder: Path) -> Checkpoint | str:
+    """The checkpoint in `folder`, or why it is not complete."""
     try:
         checkpoint = _parse(folder)
     except FileNotFoundError:
@@ -101,7 +108,7 @@ def why_incomplete(folder: Path) -> str | None:
             actual = "is missing" if size is None else f"has {size} bytes"
             expected = "no such file" if recorded is None else f"{recorded.bytes} bytes"
             return f"its files differ from its record: {name} {actual}, expected {expected}"
-    return None
+    return checkpoint
 
 
 def find_damage(checkpoint: Checkpoint, world: World) -> str | None:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from stages.files.checksums import checksum_of, files_below
 from stages.train_student.checkpoints.records import (
@@ -106,16 +105,12 @@ def _dequantize(state: dict[str, Any]) -> None:
     state.clear()
     state["step"] = step
     for moment, (number, _) in _MOMENTS.items():
-        state[moment] = _float32(packed, number)
-
-
-def _float32(packed: dict[str, Tensor], number: str) -> Tensor:
-    value = packed[f"state{number}"]
-    if value.dtype == torch.float32:
-        return value
-    flat = packed[f"qmap{number}"][value.flatten().int()]
-    scale = packed[f"absmax{number}"].repeat_interleave(_BLOCK)[: flat.numel()]
-    return (flat * scale).reshape(value.shape)
+        value = packed[f"state{number}"]
+        if value.dtype != torch.float32:
+            flat = packed[f"qmap{number}"][value.flatten().int()]
+            scale = packed[f"absmax{number}"].repeat_interleave(_BLOCK)[: flat.numel()]
+            value = (flat * scale).reshape(value.shape)
+        state[moment] = value
 
 
 def universal_copy(checkpoint: Checkpoint) -> Path:

@@ -6,6 +6,7 @@ that dies, or sends nothing for too long, ends the iteration with an error; ever
 timeout.
 """
 
+import io
 import mmap
 import multiprocessing
 import os
@@ -266,22 +267,11 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-class _BytesWriter:
-    """In-memory output of a pickler."""
-
-    def __init__(self) -> None:
-        self.data = bytearray()
-
-    def write(self, data: Any) -> int:
-        self.data += data
-        return len(data)
-
-
 def _pickled(value: Any) -> tuple[bytes, list[memoryview]]:
     """Pickle a value: the pickle and its out-of-band buffers."""
-    writer, buffers = _BytesWriter(), list[memoryview]()
-    _Pickler(writer, protocol=5, buffer_callback=lambda b: buffers.append(b.raw())).dump(value)
-    return bytes(writer.data), buffers
+    file, buffers = io.BytesIO(), list[memoryview]()
+    _Pickler(file, protocol=5, buffer_callback=lambda b: buffers.append(b.raw())).dump(value)
+    return file.getvalue(), buffers
 
 
 def _send(ours: socket.socket, pickled: bytes, buffers: Sequence[memoryview]) -> None:

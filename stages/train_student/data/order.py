@@ -5,7 +5,7 @@ processes; the number determines a sample's clip, noise and timestep.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -35,14 +35,10 @@ class SampleOrder:
         self._num_clips = tuple(num_clips)
         self._batch_size = batch_size
         self._seed = seed
-        self._steps = tuple(
+        self.steps_per_epoch = tuple(
             max(1, (2 * clips + batch_size) // (2 * batch_size)) for clips in self._num_clips
         )
-
-    @property
-    def steps_per_epoch(self) -> tuple[int, ...]:
         """Steps per epoch of every bucket."""
-        return self._steps
 
     def locate(self, sample: int) -> tuple[int, int]:
         """Bucket of a sample, and its clip's index in that bucket."""
@@ -54,12 +50,13 @@ class SampleOrder:
 
     def step(self, step: int) -> tuple[int, int]:
         """Bucket of a step, and the number of earlier steps of that bucket."""
-        if len(self._steps) == 1:
+        steps = self.steps_per_epoch
+        if len(steps) == 1:
             return 0, step
-        epoch, position = divmod(step, sum(self._steps))
-        buckets, before = _steps_of_epoch(self._steps, self._seed, epoch)
+        epoch, position = divmod(step, sum(steps))
+        buckets, before = _steps_of_epoch(steps, self._seed, epoch)
         bucket = int(buckets[position])
-        return bucket, epoch * self._steps[bucket] + int(before[position])
+        return bucket, epoch * steps[bucket] + int(before[position])
 
 
 def clip_of_sample(sample: int, num_clips: int, seed: int, stream: str = "") -> int:
@@ -69,7 +66,7 @@ def clip_of_sample(sample: int, num_clips: int, seed: int, stream: str = "") -> 
         stream: name that makes the permutations independent of those of other streams.
     """
     epoch, position = divmod(sample, num_clips)
-    return int(_permutations(num_clips, f"{seed}{stream}").of_epoch(epoch)[position])
+    return int(_permutations(num_clips, f"{seed}{stream}")(epoch)[position])
 
 
 def seed_of_sample(sample: int, seed: int) -> int:
@@ -114,27 +111,15 @@ def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) 
     return passes
 
 
-class _Permutations:
-    """Permutations of one bucket's clips by epoch; 8 MB each for a million clips."""
-
-    def __init__(self, num_clips: int, name: str) -> None:
-        self._num_clips = num_clips
-        self._name = name
-        self._cache: dict[int, np.ndarray] = {}
-
-    def of_epoch(self, epoch: int) -> np.ndarray:
-        """Permutation of an epoch; caches the last two, since a batch may span two epochs."""
-        if epoch not in self._cache:
-            name = f"{self._name}/epoch/{epoch}"
-            while len(self._cache) > 1:
-                del self._cache[next(iter(self._cache))]
-            self._cache[epoch] = np.random.default_rng(hash63(name)).permutation(self._num_clips)
-        return self._cache[epoch]
-
-
 @lru_cache(maxsize=64)
-def _permutations(num_clips: int, name: str) -> _Permutations:
-    return _Permutations(num_clips, name)
+def _permutations(num_clips: int, name: str) -> Callable[[int], np.ndarray]:
+    """Permutation of one bucket's clips by epoch; 8 MB each for a million clips."""
+
+    @lru_cache(maxsize=2)  # a batch may span two epochs
+    def permutation(epoch: int) -> np.ndarray:
+        return np.random.default_rng(hash63(f"{name}/epoch/{epoch}")).permutation(num_clips)
+
+    return permutation
 
 
 @lru_cache(maxsize=2)

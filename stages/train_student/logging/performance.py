@@ -73,8 +73,12 @@ class StepClock:
             The row, and whether any process was asked to stop.
         """
         mine = [self._wait_seconds, float(peak_memory_bytes()), float(stop)]
-        # The all-reduce waits for the slowest rank, so all ranks measure the same time.
-        wait, memory, any_stop = _maximum(mine, world)
+        if world.size > 1:
+            maxima = torch.tensor(mine, dtype=torch.float64, device=world.device)
+            # Waits for the slowest rank, so all ranks measure the same time.
+            dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+            mine = maxima.tolist()
+        wait, memory, any_stop = mine
         seconds = time.perf_counter() - self._start
         share = None
         if peak_flops is not None and self._flops is not None:
@@ -95,14 +99,6 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _maximum(values: list[float], world: World) -> list[float]:
-    if world.size == 1:
-        return values
-    tensor = torch.tensor(values, dtype=torch.float64, device=world.device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor.tolist()
 
 
 def device_rate(

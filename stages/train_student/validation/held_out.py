@@ -8,8 +8,7 @@ Legend: B clip (one), S timestep, M mean (diffusion, then each objective).
 
 import math
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,9 +20,6 @@ from stages.train_student.logging.rows import ValidationRow
 from stages.train_student.model.student import eval_mode
 from stages.train_student.parallel.process_group import World, gather
 from stages.train_student.step import TrainingStep
-
-Item: TypeAlias = tuple[str, int]
-"""A clip's key, and a timestep."""
 
 
 class HeldOutLosses:
@@ -77,7 +73,9 @@ class HeldOutLosses:
         with eval_mode(student, device), DaemonPool(1, "held-out") as reader:
             pending = reader.submit(self._read, 0, damaged)
             for number in range(self.passes):
-                pending, batch, counts = self._next(pending, number, reader, damaged)
+                batch, counts = result_of(pending, "reading a held-out clip")
+                if number + 1 < self.passes:
+                    pending = reader.submit(self._read, number + 1, damaged)
                 losses = self._training_step(student, batch.to(device), step)
                 if counts:
                     row = self._timesteps.index(int(batch.timestep_B))
@@ -93,19 +91,6 @@ class HeldOutLosses:
         }
         clips = len(self._samples.held_out) - len(damaged)
         return self._row(step, clips, sums_SM.cpu(), counts_S.cpu()), tuple(damaged.values())
-
-    def _next(
-        self,
-        pending: "Future[tuple[Batch, bool]]",
-        number: int,
-        reader: DaemonPool,
-        damaged: dict[str, DamagedClip],
-    ) -> tuple["Future[tuple[Batch, bool]]", Batch, bool]:
-        """Wait for the pending batch, and start to read the next one in the background."""
-        batch, counts = result_of(pending, "reading a held-out clip")
-        if number + 1 < self.passes:
-            pending = reader.submit(self._read, number + 1, damaged)
-        return pending, batch, counts
 
     def _read(self, number: int, damaged: dict[str, DamagedClip]) -> tuple[Batch, bool]:
         """Read item `number` of this rank; returns the batch and whether it counts.
