@@ -172,6 +172,12 @@ def _write_forms(root, kind, specs, made, maps, values):
     return writer.path
 
 
+def write_inputs(root, *, latents=None, **kwargs):
+    """Text and latents; `latents` are settings of the latents' store."""
+    write_store(root, "text", {"embeds": TEXT}, **kwargs)
+    write_store(root, "latents", LATENT_SHAPES, values=latents, **kwargs)
+
+
 def write_cache(root, *, maps=FRAMES, image=False, **kwargs):
     write_store(root, "text", {"embeds": TEXT}, **kwargs)
     if image:

@@ -1,8 +1,6 @@
 """Steps whose loss or gradient is no number, in whole trainings."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +10,7 @@ from stages.train_student import train as training
 from stages.train_student.data.dataset import CachedSamples
 from stages.train_student.guards import TrainingDivergedError
 from stages.train_student.step import TrainingStep
-
-_spec = importlib.util.spec_from_file_location(
-    "faulty_steps", Path(__file__).with_name("faulty_steps.py")
-)
-faulty = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(faulty)
+from tests.stages.train_student import faulty_steps as faulty
 
 ENGINES = {
     "zero 0": {"deepspeed": {"zero_stage": 0}},

@@ -1,11 +1,9 @@
 """Trainings that are asked to stop, or whose cache turns out damaged."""
 
-import importlib.util
 import json
 import signal
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -14,12 +12,7 @@ from stages.train_student.data.dataset import CachedSamples, DamagedClip
 from stages.train_student.guards import DamagedClipGuard, TooManyDamaged
 from stages.train_student.logging.rows import DamagedRow
 from stages.train_student.parallel.process_group import World
-
-_spec = importlib.util.spec_from_file_location(
-    "faulty_steps", Path(__file__).with_name("faulty_steps.py")
-)
-faulty = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(faulty)
+from tests.stages.train_student import faulty_steps as faulty
 
 
 def losses(run_dir):

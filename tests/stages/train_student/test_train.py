@@ -8,20 +8,10 @@ import signal
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stages.progress import SilentProgress
 from stages.train_student.data.dataset import CachedSamples
-
-
-class Lines(SilentProgress):
-    def __init__(self):
-        self.lines = []
-
-    def log(self, text):
-        self.lines.append(text)
 
 
 def losses(run_dir):
@@ -29,10 +19,10 @@ def losses(run_dir):
 
 
 @pytest.fixture(scope="module")
-def whole(train, tmp_path_factory):
+def whole(tiny, train, tmp_path_factory):
     """A run of six steps without interruption."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    progress = Lines()
+    progress = tiny.Lines()
     return run_dir, train(run_dir, steps=6, progress=progress), progress.lines
 
 
@@ -156,8 +146,7 @@ def test_every_form_of_the_teacher_teaches_the_same_and_resumes_to_the_last_bit(
 ):
     """Compared with float16 features; these few channels and tokens are the hardest for bytes."""
     flow, changes, near = FORMS[form]
-    for kind, shapes in (("text", {"embeds": tiny.TEXT}), ("latents", tiny.LATENT_SHAPES)):
-        tiny.write_store(tmp_path, kind, shapes)
+    tiny.write_inputs(tmp_path)
     features = tiny.write_teacher(tmp_path)
     if flow is None:
         other = tiny.write_teacher(tmp_path, "int8")
@@ -185,8 +174,7 @@ def test_every_form_of_the_teacher_teaches_the_same_and_resumes_to_the_last_bit(
 
 
 def test_another_form_is_another_run(tiny, whole, train, tmp_path):
-    for kind, shapes in (("text", {"embeds": tiny.TEXT}), ("latents", tiny.LATENT_SHAPES)):
-        tiny.write_store(tmp_path, kind, shapes)
+    tiny.write_inputs(tmp_path)
     tiny.write_gram_flow(tmp_path)
     with pytest.raises(ValueError, match=r"train.teacher_form was 'features', is 'gram_flow'"):
         train(whole[0], cache_root=tmp_path, steps=7, teacher_form="gram_flow")
@@ -197,7 +185,7 @@ def test_other_settings_in_the_same_folder_are_refused_and_named(whole, train):
         train(whole[0], steps=6, optimizer={"learning_rate": 0.5})
 
 
-def test_a_torn_checkpoint_is_never_loaded(whole, train, tmp_path):
+def test_a_torn_checkpoint_is_never_loaded(whole, train, lines, tmp_path):
     run_dir = tmp_path / "run"
     train(run_dir, steps=4)
     checkpoints = run_dir / "checkpoints"
@@ -205,11 +193,10 @@ def test_a_torn_checkpoint_is_never_loaded(whole, train, tmp_path):
     biggest.write_bytes(biggest.read_bytes()[:-1])
     (checkpoints / "checkpoint-5").mkdir()
     (checkpoints / "checkpoint-5" / "mp_rank_00_model_states.pt").write_bytes(b"half")
-    progress = Lines()
-    summary = train(run_dir, steps=6, progress=progress)
+    summary = train(run_dir, steps=6, progress=lines)
     assert summary.resumed_from == 2
     for why in ("it is incomplete", "its files differ from its record"):
-        assert sum(why in line for line in progress.lines) == 1
+        assert sum(why in line for line in lines.lines) == 1
     assert losses(run_dir) == losses(whole[0])
 
 
@@ -224,89 +211,24 @@ def test_old_checkpoints_are_dropped(train, tmp_path):
     ]
 
 
-def test_the_exported_lora_reproduces_the_trained_transformer(tiny, train, monkeypatch, tmp_path):
-    trained = _output_at_the_end(tiny, train, monkeypatch, tmp_path, method="lora")
-    pipeline = CogVideoXPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=tiny.tiny_vae(),
-        transformer=tiny.tiny_transformer(),
-        scheduler=tiny.tiny_scheduler(),
-    )
-    before = _output(tiny, pipeline.transformer)
-    pipeline.load_lora_weights(str(tmp_path / "export"))
-    assert (before - trained).abs().max() > 1e-3
-    torch.testing.assert_close(_output(tiny, pipeline.transformer), trained)
-
-
-@pytest.mark.parametrize("zero_stage", [2, 3])
-def test_the_exported_transformer_is_the_trained_one(
-    tiny, train, monkeypatch, tmp_path, zero_stage
-):
-    trained = _output_at_the_end(
-        tiny,
-        train,
-        monkeypatch,
-        tmp_path,
-        method="full",
-        deepspeed={"zero_stage": zero_stage},
-        gradient_checkpointing=False,
-    )
-    loaded = CogVideoXTransformer3DModel.from_pretrained(
-        tmp_path / "export", subfolder="transformer"
-    )
-    torch.testing.assert_close(_output(tiny, loaded), trained)
-
-
-def _output_at_the_end(tiny, train, monkeypatch, run_dir, **changes):
-    """What the student's transformer says when the run exports it."""
-    import stages.train_student.train as module
-
-    outputs = []
-    export = module.export_weights
-
-    def export_and_look(student, *rest, **named):
-        outputs.append(_output(tiny, student.transformer))
-        return export(student, *rest, **named)
-
-    monkeypatch.setattr(module, "export_weights", export_and_look)
-    train(run_dir, steps=3, **changes)
-    return outputs[0]
-
-
-def _output(tiny, transformer):
-    generator = torch.Generator().manual_seed(5)
-    frames, channels, height, width = tiny.LATENT
-    with torch.no_grad():
-        return transformer(
-            hidden_states=torch.randn(1, frames, channels, height, width, generator=generator),
-            encoder_hidden_states=torch.randn(1, *tiny.TEXT, generator=generator),
-            timestep=torch.tensor([250]),
-            image_rotary_emb=(torch.ones(18, 16), torch.zeros(18, 16)),
-            return_dict=False,
-        )[0]
-
-
-def test_clips_left_out_are_told(tiny, train, tmp_path):
+def test_clips_left_out_are_told(tiny, train, lines, tmp_path):
     tiny.write_store(tmp_path, "text", {"embeds": tiny.TEXT}, keys=("a", "b", "c"))
     tiny.write_store(tmp_path, "latents", tiny.LATENT_SHAPES, keys=("a", "b"))
-    progress = Lines()
     summary = train(
         tmp_path / "run",
         cache_root=tmp_path,
-        progress=progress,
+        progress=lines,
         objectives=[],
         steps=1,
     )
-    assert progress.lines[0] == "training on 2 clips; left out, not in every store: 1 of text"
+    assert lines.lines[0] == "training on 2 clips; left out, not in every store: 1 of text"
     assert summary.excluded == {"text": 1, "latents": 0}
     assert summary.last.auxiliary == {}
 
 
 def test_what_invalid_maps_hold_never_matters(tiny, train, tmp_path):
     """The same losses to the last bit, whether lost frames hold noise, zeros or huge values."""
-    for kind, shapes in (("text", {"embeds": tiny.TEXT}), ("latents", tiny.LATENT_SHAPES)):
-        tiny.write_store(tmp_path, kind, shapes)
+    tiny.write_inputs(tmp_path)
     lost = np.arange(tiny.FRAMES) > 5
 
     def hold(content):
@@ -328,7 +250,7 @@ def test_what_invalid_maps_hold_never_matters(tiny, train, tmp_path):
     assert json.loads(runs[0].splitlines()[0])["auxiliary"]["lgf"] > 0
 
 
-def test_clips_named_in_a_manifest_are_not_trained_on(tiny, train, monkeypatch, tmp_path):
+def test_clips_named_in_a_manifest_are_not_trained_on(train, lines, monkeypatch, tmp_path):
     seen = set()
     read = CachedSamples.__getitem__
 
@@ -340,17 +262,16 @@ def test_clips_named_in_a_manifest_are_not_trained_on(tiny, train, monkeypatch, 
     monkeypatch.setattr(CachedSamples, "__getitem__", read_and_note)
     manifest = tmp_path / "bad.jsonl"
     manifest.write_text('{"key": "clip/1", "why": "a cut"}\n{"key": "clip/4"}\n')
-    progress = Lines()
     run_dir = tmp_path / "run"
     summary = train(
         run_dir,
-        progress=progress,
+        progress=lines,
         leave_out=str(manifest),
         objectives=[],
         steps=2,
     )
     assert seen == {"clip/0", "clip/2", "clip/3"}
-    assert progress.lines[0] == f"training on 3 clips; left out by {manifest}: 2"
+    assert lines.lines[0] == f"training on 3 clips; left out by {manifest}: 2"
     assert (summary.clips, summary.excluded_by_name) == (3, 2)
     about = json.loads((run_dir / "run.json").read_text())
     assert about["left_out"]["manifest"] == str(manifest)

@@ -77,8 +77,7 @@ def test_valid_maps_are_those_the_store_says(tiny, tmp_path, configs):
     def mark(key, arrays):
         return arrays | {"valid": (np.arange(tiny.FRAMES) % 5 != int(key[-1])).astype(np.uint8)}
 
-    for kind, shapes in (("text", {"embeds": tiny.TEXT}), ("latents", tiny.LATENT_SHAPES)):
-        tiny.write_store(tmp_path, kind, shapes)
+    tiny.write_inputs(tmp_path)
     tiny.write_store(tmp_path, "teacher", tiny.teacher_shapes(), change=mark)
     samples = CachedSamples([join_stores(tmp_path)], configs, seed=3, batch_size=1)
     batch = join_batches([samples[number] for number in range(5)])
@@ -171,8 +170,7 @@ def test_a_damaged_clip_stops_the_reading(tiny, tmp_path, configs):
 
 @pytest.mark.parametrize("form", ["features", "gram_flow"])
 def test_the_teachers_arrays_are_handed_on_as_they_are_stored(tiny, tmp_path, configs, form):
-    for kind, shapes in (("text", {"embeds": tiny.TEXT}), ("latents", tiny.LATENT_SHAPES)):
-        tiny.write_store(tmp_path, kind, shapes)
+    tiny.write_inputs(tmp_path)
     write = tiny.write_teacher if form == "features" else tiny.write_gram_flow
     store = StoreReader(write(tmp_path, "int8" if form == "features" else "uint8"))
     samples = CachedSamples(

@@ -91,8 +91,7 @@ def cache_with(tiny, tmp_path):
     """Text, latents, and what `write` writes."""
 
     def make(write, latents=None):
-        tiny.write_store(tmp_path, "text", {"embeds": tiny.TEXT})
-        tiny.write_store(tmp_path, "latents", tiny.LATENT_SHAPES, values=latents)
+        tiny.write_inputs(tmp_path, latents=latents)
         write(tmp_path)
         return tmp_path
 
@@ -252,17 +251,13 @@ def test_learned_positions_hold_for_one_size(tiny, tmp_path):
 
 
 def test_latents_of_a_vae_with_another_scale_are_refused(tiny, tmp_path, configs):
-    tiny.write_store(tmp_path, "text", {"embeds": tiny.TEXT})
-    tiny.write_store(
-        tmp_path, "latents", tiny.LATENT_SHAPES, values={"base": {"scaling_factor": 1.15}}
-    )
+    tiny.write_inputs(tmp_path, latents={"base": {"scaling_factor": 1.15}})
     with pytest.raises(ValueError, match=r"scaling_factor is 1.15"):
         check_stores(join_stores(tmp_path, kinds=()), configs, tiny.CLIPS, radius=1)
 
 
 def test_teacher_and_latents_of_differently_cut_clips_are_refused(tiny, tmp_path, configs):
-    tiny.write_store(tmp_path, "text", {"embeds": tiny.TEXT})
-    tiny.write_store(tmp_path, "latents", tiny.LATENT_SHAPES, values={"clips": {"fps": 8.0}})
+    tiny.write_inputs(tmp_path, latents={"clips": {"fps": 8.0}})
     tiny.write_store(tmp_path, "teacher", tiny.teacher_shapes(), values={"clips": {"fps": 16.0}})
     stores = join_stores(tmp_path)
     with pytest.raises(ValueError, match="the same frames"):
@@ -273,8 +268,7 @@ CUT = {"num_frames": 9, "height": 32, "width": 48, "fps": 8.0}
 
 
 def _native_cache(tiny, root, *, teacher_cut=CUT, parts=2):
-    tiny.write_store(root, "text", {"embeds": tiny.TEXT})
-    tiny.write_store(root, "latents", tiny.LATENT_SHAPES, values={"clips": CUT})
+    tiny.write_inputs(root, latents={"clips": CUT})
     values = {"clips": teacher_cut, "grid": [5, 5], "grid_source": "native", "parts": parts}
     tiny.write_store(root, "teacher", tiny.teacher_shapes(grid=(5, 5)), values=values)
     return join_stores(root)

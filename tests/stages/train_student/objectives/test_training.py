@@ -149,8 +149,7 @@ def test_every_combination_trains_and_resumes_to_the_last_bit(run, tmp_path, nam
 @pytest.mark.parametrize("pairs", ["crossed", pytest.param("both", marks=pytest.mark.slow)])
 def test_a_derived_gram_flow_trains_as_its_features_do(tiny, forms, run, tmp_path, pairs):
     root, names = forms
-    for kind, shapes in (("text", {"embeds": tiny.TEXT}), ("latents", tiny.LATENT_SHAPES)):
-        tiny.write_store(tmp_path, kind, shapes)
+    tiny.write_inputs(tmp_path)
     stored = "crossed" if pairs == "crossed" else "forward"
     derive_gram_flow(
         tmp_path,
