@@ -11,7 +11,7 @@ from pipeline.environment import provenance_of_run
 from stages.progress import Progress
 
 if TYPE_CHECKING:
-    from stages.train_student.summary import TrainSummary
+    from stages.train_student.train import TrainSummary
 
 
 def run(config: RunConfig, progress: Progress) -> CommandResult:
