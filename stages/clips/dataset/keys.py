@@ -7,6 +7,8 @@ from collections.abc import Collection, Container
 
 import numpy as np
 
+from stages.clips.records import BadRecord
+
 VIDEO_SUFFIXES = (
     *("mp4", "mov", "m4v", "mkv", "webm", "avi", "mpg", "mpeg", "3gp", "asf", "wmv", "flv", "ogv"),
     *("ts", "mts", "m2ts", "m2v", "vob", "mxf", "dv", "y4m", "gif"),
@@ -52,6 +54,12 @@ class KeyRegistry:
             return problem
         self._taken.add(key)
         return None
+
+    def reject(self, key: str, problem: str | None) -> BadRecord | None:
+        """Register the key of an entry; a bad record if the key or the entry is unusable."""
+        if reason := self.claim(key):
+            return BadRecord(key=self.substitute(key), reason="bad_record", detail=reason)
+        return BadRecord(key=key, reason="bad_record", detail=problem) if problem else None
 
     def substitute(self, key: str) -> str:
         """Register and return an unused valid key that resembles `key`."""

@@ -9,7 +9,6 @@ import io
 import re
 import tarfile
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -73,17 +72,12 @@ def tar_records(path: Path, *, key_prefix: str) -> Iterator[ClipRecord | BadReco
     with TarReader(path) as reader:
         for group in reader.groups():
             key = key_prefix + group.key
-            if reason := registry.claim(key):
-                yield BadRecord(key=registry.substitute(key), reason="bad_record", detail=reason)
-            elif group.problem:
-                yield BadRecord(key=key, reason="bad_record", detail=group.problem)
-            else:
-                yield record_of_members(
-                    key,
-                    group.members,
-                    read=partial(reader.content, group),
-                    video=partial(reader.part, group),
-                )
+            yield registry.reject(key, group.problem) or record_of_members(
+                key,
+                group.members,
+                read=partial(reader.content, group),
+                video=partial(reader.part, group),
+            )
 
 
 def count_records(path: Path) -> int:
@@ -98,13 +92,13 @@ class TarReader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: _BoundedFile | None = None
-        self._stack = ExitStack()
 
     def __enter__(self) -> "TarReader":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        if self._file is not None:
+            self._file.close()
 
     def groups(self) -> list[MemberGroup]:
         """Read all headers and return the groups, in the order of their first members.
@@ -176,7 +170,7 @@ class TarReader:
 
     def _members(self) -> Iterator[tuple[str, str, TarMember]]:
         """Key, suffix and location of each file that may be part of a clip."""
-        self._file = self._stack.enter_context(_BoundedFile(io.FileIO(self._path)))
+        self._file = _BoundedFile(io.FileIO(self._path))
         _reject_compressed(self._file)
         regular_files: dict[str, TarMember] = {}
         with tarfile.open(fileobj=self._file, mode="r:") as tar:

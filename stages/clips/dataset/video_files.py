@@ -124,16 +124,11 @@ class VideoFiles:
         """Read the records from `start` up to `stop`, including their captions and masks."""
         registry = KeyRegistry()
         for clip in map(self.clip, range(start, stop)):
-            if reason := registry.claim(clip.key):
-                yield BadRecord(
-                    key=registry.substitute(clip.key), reason="bad_record", detail=reason
-                )
-            elif clip.problem:
-                yield BadRecord(key=clip.key, reason="bad_record", detail=clip.problem)
-            else:
-                files = {suffix: self.root / name for suffix, name in clip.files.items()}
-                read, video = partial(_read, files), files.__getitem__
-                yield record_of_members(clip.key, files, read=read, video=video)
+            files = {suffix: self.root / name for suffix, name in clip.files.items()}
+            read, video = partial(_read, files), files.__getitem__
+            yield registry.reject(clip.key, clip.problem) or record_of_members(
+                clip.key, files, read=read, video=video
+            )
 
     def num_bytes(self, start: int, stop: int) -> int:
         """Total size of the videos from `start` up to `stop`."""

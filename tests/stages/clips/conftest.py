@@ -212,3 +212,9 @@ def tools() -> Any:
         write_jsonl = staticmethod(write_jsonl)
 
     return Tools
+
+
+@pytest.fixture
+def video() -> bytes:
+    """Nine frames, as long as the clips of `config`."""
+    return encode(counting_frames(9))

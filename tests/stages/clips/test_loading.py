@@ -282,8 +282,7 @@ def test_headers_tell_size_rate_and_length(tools, config, container, codec):
     assert probe == ClipProbe(width=48, height=32, fps=24.0, num_frames=30)
 
 
-def test_nothing_is_decoded(tools, config, monkeypatch):
-    video = tools.encode(tools.counting_frames(9))
+def test_nothing_is_decoded(video, tools, config, monkeypatch):
     monkeypatch.setattr("stages.clips.video.decoding._decode", None)
     assert probe_clip(tools.record_of(video), config()).num_frames == 9
 

@@ -9,11 +9,6 @@ from stages.clips import BadRecord, ClipsConfig
 
 
 @pytest.fixture
-def video(tools) -> bytes:
-    return tools.encode(tools.counting_frames(9))
-
-
-@pytest.fixture
 def fill(tmp_path, video):
     """Make files under a folder: text as given, videos and pictures by their suffix."""
 

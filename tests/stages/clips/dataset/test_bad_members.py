@@ -218,9 +218,8 @@ MEMBERS |= {
 
 
 @pytest.mark.parametrize("name", MEMBERS)
-def test_bad_members_are_recorded_and_their_neighbours_are_read(name, tools, between_good_clips):
+def test_bad_members_are_recorded_and_their_neighbours_are_read(video, name, between_good_clips):
     members, reasons, words = MEMBERS[name]
-    video = tools.encode(tools.counting_frames(9))
     found = between_good_clips(
         [(name, video if content is None else content) for name, content in members]
     )

@@ -14,8 +14,7 @@ from stages.clips import (
 )
 
 
-def test_a_metadata_folder_is_cut_into_shards(tools, config, tmp_path):
-    video = tools.encode(tools.counting_frames(9))
+def test_a_metadata_folder_is_cut_into_shards(video, tools, config, tmp_path):
     for index in range(5):
         (tmp_path / f"clip{index}.mp4").write_bytes(video)
     Image.fromarray(np.full((32, 48), 255, np.uint8)).save(tmp_path / "m.png")

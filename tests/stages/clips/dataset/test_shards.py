@@ -28,8 +28,7 @@ def test_store_shards_lead_back_to_the_dataset(tools, config, tmp_path):
         assert input_shard_name(other, dataset) is None
 
 
-def test_shards_know_their_size(tools, config, tmp_path):
-    video = tools.encode(tools.counting_frames(9))
+def test_shards_know_their_size(video, tools, config, tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "a.mp4").write_bytes(video)
     rows = [{"file_name": "a.mp4"}, {"file_name": "absent.mp4"}, b"{"]
@@ -41,8 +40,7 @@ def test_shards_know_their_size(tools, config, tmp_path):
     assert shard.num_bytes() == path.stat().st_size
 
 
-def test_shards_are_tars_in_order_with_safe_stable_unique_names(tools, config, tmp_path):
-    video = tools.encode(tools.counting_frames(9))
+def test_shards_are_tars_in_order_with_safe_stable_unique_names(video, tools, config, tmp_path):
     for name in ("b.tar", "a b.tar", "A.tar", "a.tar", "ünder.tar", "00.part.tar"):
         tools.write_tar(tmp_path / name, [("x.mp4", video)])
     shards = open_dataset(config()).shards
@@ -57,8 +55,7 @@ def test_shards_are_tars_in_order_with_safe_stable_unique_names(tools, config, t
     assert [shard.name for shard in single] == ["b"]
 
 
-def test_unusable_keys_become_bad_records_under_usable_ones(tools, config, tmp_path):
-    video = tools.encode(tools.counting_frames(9))
+def test_unusable_keys_become_bad_records_under_usable_ones(video, tools, config, tmp_path):
     names = ["bell\x07.mp4", "k" * 1500 + ".mp4", "sur\udcffrogate.mp4", "snö.mp4"]
     tools.write_tar(tmp_path / "t.tar", [(name, video) for name in names])
     records = tools.read_all(config())

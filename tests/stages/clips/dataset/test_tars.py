@@ -26,8 +26,7 @@ def content(record):
         return source.read()
 
 
-def test_a_tar_gives_records_with_captions_and_prompts(tools, config, tmp_path):
-    video = tools.encode(tools.counting_frames(9))
+def test_a_tar_gives_records_with_captions_and_prompts(video, tools, config, tmp_path):
     mask = np.zeros((32, 48), np.uint8)
     mask[4:20, 8:30] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
@@ -52,8 +51,7 @@ def test_a_tar_gives_records_with_captions_and_prompts(tools, config, tmp_path):
     assert np.array_equal(clip.prompts[0].mask_HW, mask > 0)
 
 
-def test_a_tar_gives_several_subjects_and_those_of_the_last_frame(tools, config, tmp_path):
-    video = tools.encode(tools.counting_frames(9))
+def test_a_tar_gives_several_subjects_and_those_of_the_last_frame(video, tools, config, tmp_path):
     pngs = []
     for index in range(11):
         mask = np.zeros((32, 48), np.uint8)
@@ -100,10 +98,9 @@ def test_a_tar_gives_several_subjects_and_those_of_the_last_frame(tools, config,
     assert records["t/d"].reason == "bad_prompt" and "both given" in records["t/d"].detail
 
 
-def test_members_are_grouped_as_webdataset_groups_them(tools, config, tmp_path):
+def test_members_are_grouped_as_webdataset_groups_them(video, tools, config, tmp_path):
     webdataset = pytest.importorskip("webdataset")
     names = ["a.mp4", "a.b.txt", "x/a.mp4", "x.y/a.c.mp4", ".hidden.mp4", "a", "z.MP4"]
-    video = tools.encode(tools.counting_frames(9))
     path = tools.write_tar(tmp_path / "t.tar", [(name, video) for name in names])
     reference = webdataset.WebDataset(str(path), shardshuffle=False)
     assert [record.key for record in tools.read_all(config())] == [
@@ -130,8 +127,9 @@ def test_members_of_a_clip_may_lie_anywhere_in_a_tar(tools, config, tmp_path):
     assert open_dataset(config()).shards[0].num_clips() == 3
 
 
-def test_a_torn_tar_of_mixed_members_gives_no_clip_that_may_lack_some(tools, config, tmp_path):
-    video = tools.encode(tools.counting_frames(9))
+def test_a_torn_tar_of_mixed_members_gives_no_clip_that_may_lack_some(
+    video, tools, config, tmp_path
+):
     members = [("a.mp4", video), ("b.mp4", video), ("a.txt", b"A dog."), ("b.txt", b"A cat.")]
     path = tools.write_tar(tmp_path / "t.tar", members)
     path.write_bytes(path.read_bytes()[: 2 * (512 + 512 * -(-len(video) // 512)) + 1024 + 100])
@@ -140,8 +138,7 @@ def test_a_torn_tar_of_mixed_members_gives_no_clip_that_may_lack_some(tools, con
     assert "--sort=name" in records[1].detail
 
 
-def test_a_blank_text_file_leaves_the_caption_to_the_json(tools, config, tmp_path):
-    video = tools.encode(tools.counting_frames(9))
+def test_a_blank_text_file_leaves_the_caption_to_the_json(video, tools, config, tmp_path):
     tools.write_tar(
         tmp_path / "t.tar",
         [
@@ -155,8 +152,7 @@ def test_a_blank_text_file_leaves_the_caption_to_the_json(tools, config, tmp_pat
     assert [record.caption for record in tools.read_all(config())] == ["A dog.", None]
 
 
-def test_a_torn_tar_gives_its_readable_part_and_a_bad_record(tools, config, tmp_path):
-    video = tools.encode(tools.counting_frames(9))
+def test_a_torn_tar_gives_its_readable_part_and_a_bad_record(video, tools, config, tmp_path):
     path = tools.write_tar(tmp_path / "t.tar", [(f"{name}.mp4", video) for name in "abc"])
     start_of_c = 2 * (512 + 512 * -(-len(video) // 512))
     path.write_bytes(path.read_bytes()[: start_of_c + 600])
@@ -233,9 +229,8 @@ BAD_TARS: dict[str, tuple[Callable[[bytes], bytes], list[str], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_TARS)
-def test_a_bad_tar_is_recorded_and_its_neighbours_are_read(name, tools, config, tmp_path):
+def test_a_bad_tar_is_recorded_and_its_neighbours_are_read(video, name, tools, config, tmp_path):
     make, reasons, words = BAD_TARS[name]
-    video = tools.encode(tools.counting_frames(9))
     for shard in ("0", "2"):
         tools.write_tar(tmp_path / f"{shard}.tar", [("x.mp4", video), ("x.txt", shard.encode())])
     (tmp_path / "1.tar").write_bytes(make(video))

@@ -217,8 +217,7 @@ def test_every_suffix_taken_for_a_video_is_decoded(suffix, tools, config, tmp_pa
     assert probe_clip(record, config()).conversions == clip.geometry.conversions
 
 
-def test_a_gif_beside_another_video_is_its_preview(tools, config, tmp_path):
-    video = tools.encode(tools.counting_frames(9))
+def test_a_gif_beside_another_video_is_its_preview(video, tools, config, tmp_path):
     tools.write_tar(tmp_path / "0.tar", [("a.gif", b"GIF89a"), ("a.mp4", video)])
     (record,) = open_dataset(config(path=tmp_path / "0.tar")).shards[0].records()
     assert len(load_clip(record, config()).frames_THWC) == 9
