@@ -135,7 +135,7 @@ def decode_record(data: bytes, location: str, *, store: Path | str) -> dict[str,
     Args:
         data: the file's bytes.
         location: path of the file, for error messages.
-        store: folder or URL of the store, for error messages.
+        store: folder or URL of the store, subject of the errors' remedies.
 
     Raises `UnknownSchemaVersion` for a record of another schema version, `CorruptRecord` for a
     damaged one.
@@ -143,10 +143,14 @@ def decode_record(data: bytes, location: str, *, store: Path | str) -> dict[str,
     try:
         record = parse_json(data)
     except ValueError as error:
-        raise CorruptRecord(f"{location} is not JSON ({error})") from error
+        raise CorruptRecord(
+            f"{location} is not JSON ({error})", remedy="repair", subject=store
+        ) from error
     if not isinstance(record, dict) or "schema_version" not in record:
         raise CorruptRecord(
-            f"{location} is not a record of a feature store: it has no schema_version"
+            f"{location} is not a record of a feature store: it has no schema_version",
+            remedy="repair",
+            subject=store,
         )
     found = record["schema_version"]
     older = type(found) is int and 1 <= found < SCHEMA_VERSION
@@ -157,12 +161,17 @@ def decode_record(data: bytes, location: str, *, store: Path | str) -> dict[str,
             f"{SCHEMA_VERSION}; update this package to read the store"
         )
     if not has_valid_checksum(data):
-        raise CorruptRecord(f"{location} is damaged: its contents do not match their checksum")
+        raise CorruptRecord(
+            f"{location} is damaged: its contents do not match their checksum",
+            remedy="repair",
+            subject=store,
+        )
     if older:
         raise UnknownSchemaVersion(
             f"{location} has schema version {found}, and this version of the package reads "
-            f"{SCHEMA_VERSION}; its clips must be extracted again: set another cache folder, or "
-            f"remove {store}, and run sam2vx-pipeline extract-features"
+            f"{SCHEMA_VERSION}",
+            remedy="make again",
+            subject=store,
         )
     del record["crc32c"], record["schema_version"]
     return record

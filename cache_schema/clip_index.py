@@ -38,7 +38,6 @@ from cache_schema.records import (
     committed_shards,
     parse_commit,
     read_record_file,
-    repair_hint,
 )
 from cache_schema.schema import StoreSettings
 from cache_schema.storage import UNREADABLE, LocalStorage, Storage
@@ -230,17 +229,17 @@ def load_index(storage: Storage, settings: StoreSettings) -> ClipIndex:
     """
     if isinstance(storage, LocalStorage):
         return _current_index(storage, settings)
-    again = "run sam2vx-pipeline cache copy to this URL again"
     try:
         return read_index(storage, settings)
     except FileNotFoundError:
         raise CorruptRecord(
             f"{storage.location} has no {INDEX_FILE}; only stores in local folders can be read "
-            f"without it; {again}"
+            "without it",
+            remedy="copy",
         ) from None
     except DamagedIndex as error:
         raise CorruptRecord(
-            f"{storage.location}/{INDEX_FILE} is damaged: {error}; {again}"
+            f"{storage.location}/{INDEX_FILE} is damaged: {error}", remedy="copy"
         ) from error
 
 
@@ -348,8 +347,9 @@ def _check_lost_records(
         found = newer.shards.get(shard)
         if found is None or found.generation <= known.generation:
             raise CorruptRecord(
-                f"{storage.location}/{commit_path(shard)} {describe_lost_record(known, found)}; "
-                f"{repair_hint(storage.location)}"
+                f"{storage.location}/{commit_path(shard)} {describe_lost_record(known, found)}",
+                remedy="repair",
+                subject=storage.location,
             )
 
 
@@ -398,5 +398,7 @@ def _read_records(
 def _duplicate_key_error(storage: Storage, error: DuplicateKey) -> CorruptRecord:
     return CorruptRecord(
         f"{error} of {storage.location}; keys must be unique, so rename one of the two in the "
-        f"dataset, and {repair_hint(storage.location)}"
+        "dataset",
+        remedy="repair",
+        subject=storage.location,
     )

@@ -36,18 +36,18 @@ def find_store(cache_root: Path | str, kind: str, *, folder: str | None = None) 
     stores = _list_stores(cache_root)
     if stores is None:
         raise StoreNotFound(
-            f"{cache_root} cannot be listed; set train.stores.{kind} to the folder of its {kind} "
-            "store"
+            f"{cache_root} cannot be listed, so its {kind} store must be named",
+            remedy="choose",
+            subject=kind,
         )
     matching = [store for store in stores if _folder_name(store).startswith(f"{kind}-")]
     if not matching:
-        raise StoreNotFound(
-            f"no {kind} store in {cache_root}; run sam2vx-pipeline extract-features to make it"
-        )
+        raise StoreNotFound(f"no {kind} store in {cache_root}", remedy="make")
     if len(matching) > 1:
         raise StoreNotFound(
-            f"several {kind} stores in {cache_root}: {_folder_names(matching)}; set "
-            f"train.stores.{kind} to the one to use"
+            f"several {kind} stores in {cache_root}: {_folder_names(matching)}",
+            remedy="choose",
+            subject=kind,
         )
     return matching[0]
 
@@ -55,15 +55,20 @@ def find_store(cache_root: Path | str, kind: str, *, folder: str | None = None) 
 def _store_in_folder(cache_root: Path | str, kind: str, folder: str) -> Path | str:
     if is_url(cache_root):
         if folder in ("", ".", "..") or "/" in folder:
-            raise StoreNotFound(f"train.stores.{kind} is {folder!r}, which is not a folder name")
+            raise StoreNotFound(
+                f"{folder!r} is not the name of a {kind} store's folder",
+                remedy="choose",
+                subject=kind,
+            )
         return f"{str(cache_root).rstrip('/')}/{folder}"
     stores = list_stores(cache_root)
     for store in stores:
         if _folder_name(store) == folder:
             return store
     raise StoreNotFound(
-        f"no store {folder!r} in {cache_root}; found {_folder_names(stores)}. Set "
-        f"train.stores.{kind} to one of them, or run sam2vx-pipeline extract-features"
+        f"no store {folder!r} in {cache_root}; found {_folder_names(stores)}",
+        remedy="choose or make",
+        subject=kind,
     )
 
 

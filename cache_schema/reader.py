@@ -40,7 +40,6 @@ from cache_schema.records import (
     parse_commit,
     parse_manifest,
     read_record_file,
-    repair_hint,
 )
 from cache_schema.schema import StoreSettings
 from cache_schema.storage import is_url, open_storage
@@ -88,8 +87,7 @@ class StoreReader:
             data = read_record_file(self._storage, STORE_FILE)
         except (FileNotFoundError, NotADirectoryError):
             raise StoreNotFound(
-                f"{self.path} is not a feature store: it has no {STORE_FILE}; run "
-                "sam2vx-pipeline extract-features to make one"
+                f"{self.path} is not a feature store: it has no {STORE_FILE}", remedy="make"
             ) from None
         manifest = parse_manifest(data, location=file, store=self.path)
         self.settings: StoreSettings = manifest.settings
@@ -268,15 +266,15 @@ class StoreReader:
     def _row(self, key: str) -> int:
         row = self._index.keys.find(key)
         if row is None:
-            raise ClipMissing(self._missing_message(key))
+            raise self._missing_error(key)
         return row
 
-    def _missing_message(self, key: str) -> str:
+    def _missing_error(self, key: str) -> ClipMissing:
         message = f"no {self.settings.kind} of clip {key!r} in {self.path}"
         for clip in self.skipped:
             if clip.key == key:
-                return f"{message}: it was skipped as {clip.reason} ({clip.detail})"
-        return f"{message}; run sam2vx-pipeline extract-features"
+                return ClipMissing(f"{message}: it was skipped as {clip.reason} ({clip.detail})")
+        return ClipMissing(message, remedy="make")
 
     def _holder(self, key: str) -> str | None:
         row = self._index.keys.find(key)
@@ -304,7 +302,9 @@ class StoreReader:
                 if not self._reopen(shard, index):
                     raise CorruptClip(
                         f"clip {self.keys[row]!r} in shard {shard!r} of {self.path} is damaged: "
-                        f"{path}: {_describe_error(error)}; {repair_hint(self.path)}"
+                        f"{path}: {_describe_error(error)}",
+                        remedy="repair",
+                        subject=self.path,
                     ) from error
         raise CorruptClip(
             f"clip {self.keys[row]!r} of {self.path} could not be read: its shard {shard!r} was "
@@ -359,10 +359,12 @@ class StoreReader:
         except FileNotFoundError as error:
             raise CorruptClip(
                 f"{self.path}/{commit_path(shard)} cannot be found, but existed when the store "
-                f"was opened; if no repair removed shard {shard!r}, {repair_hint(self.path)}"
+                f"was opened: it is lost, unless a repair removed shard {shard!r}",
+                remedy="repair",
+                subject=self.path,
             ) from error
         except CorruptRecord as error:
-            raise CorruptClip(str(error)) from error
+            raise CorruptClip(str(error), remedy=error.remedy, subject=error.subject) from error
         except (OSError, CacheError):  # the record's state is unknown
             return False
         self._replaced[shard] = newer

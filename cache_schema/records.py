@@ -5,7 +5,6 @@ Everything is validated when it is read, so the rest of the package can rely on 
 
 import itertools
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,8 +181,9 @@ def read_record_file(storage: Storage, path: str) -> bytes:
         if error.errno not in UNREADABLE:
             raise
         raise CorruptRecord(
-            f"{storage.location}/{path} cannot be read ({error.strerror}); "
-            f"{repair_hint(storage.location)}"
+            f"{storage.location}/{path} cannot be read ({error.strerror})",
+            remedy="repair",
+            subject=storage.location,
         ) from error
 
 
@@ -194,18 +194,14 @@ def read_manifest(layout: StoreLayout) -> StoreManifest:
         data = read_record_file(LocalStorage(layout.root), path.name)
     except (FileNotFoundError, NotADirectoryError):
         raise StoreNotFound(
-            f"{layout.root} is not a feature store: it has no {path.name}; run "
-            "sam2vx-pipeline extract-features to make one"
+            f"{layout.root} is not a feature store: it has no {path.name}", remedy="make"
         ) from None
     return parse_manifest(data, location=str(path), store=layout.root)
 
 
 def parse_manifest(data: bytes, *, location: str, store: Path | str) -> StoreManifest:
     """Parse the bytes of `store.json`; `location` and `store` name file and store in errors."""
-    try:
-        found = decode_record(data, location, store=store)
-    except CorruptRecord as error:
-        raise CorruptRecord(f"{error}; {repair_hint(store)}") from error
+    found = decode_record(data, location, store=store)
     return manifest_from_dict(found, location=location, store=store)
 
 
@@ -217,11 +213,14 @@ def manifest_from_dict(
         settings = StoreSettings.from_dict(found)
         provenance = plain_mapping(found["provenance"], "provenance")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CorruptRecord(f"{location} is damaged: {error}; {repair_hint(store)}") from error
+        raise CorruptRecord(
+            f"{location} is damaged: {error}", remedy="repair", subject=store
+        ) from error
     if settings.hash != found.get("settings_hash"):
         raise CorruptRecord(
-            f"{location} is damaged: its settings do not match its settings_hash; "
-            f"{repair_hint(store)}"
+            f"{location} is damaged: its settings do not match its settings_hash",
+            remedy="repair",
+            subject=store,
         )
     return StoreManifest(settings, provenance)
 
@@ -258,29 +257,22 @@ def parse_commit(
     data: bytes, settings: StoreSettings, shard: str, *, location: str, store: Path | str
 ) -> CommitRecord:
     """Parse the bytes of a commit record; `location` and `store` name file and store in errors."""
-    try:
-        found = decode_record(data, f"commit record {location}", store=store)
-    except CorruptRecord as error:
-        raise CorruptRecord(f"{error}; {repair_hint(store)}") from error
+    found = decode_record(data, f"commit record {location}", store=store)
     if found.get("settings_hash") != settings.hash:
         raise OtherSettings(
             f"commit record {location} cannot be trusted (it belongs to a store with other "
-            f"settings); {repair_hint(store)}"
+            "settings)",
+            remedy="repair",
+            subject=store,
         )
     try:
         return commit_from_dict(found, settings, shard)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptRecord(
-            f"commit record {location} cannot be trusted ({error}); {repair_hint(store)}"
+            f"commit record {location} cannot be trusted ({error})",
+            remedy="repair",
+            subject=store,
         ) from error
-
-
-def repair_hint(store: Path | str) -> str:
-    """Command for repairing a damaged store, for error messages."""
-    return (
-        f"run sam2vx-pipeline cache repair {shlex.quote(str(store))}, then extract-features "
-        "--retry-failed"
-    )
 
 
 def commit_from_dict(found: Mapping[str, Any], settings: StoreSettings, shard: str) -> CommitRecord:

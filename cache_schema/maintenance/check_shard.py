@@ -11,7 +11,7 @@ import numpy as np
 from cache_schema.checksummed_json import crc32c_digits, crc32c_hex, has_valid_checksum, parse_json
 from cache_schema.errors import CorruptClip, CorruptRecord, UnknownSchemaVersion
 from cache_schema.names import MAX_RECORD_BYTES, group_name
-from cache_schema.records import CommitRecord, StoredArray, StoredFile, parse_commit, repair_hint
+from cache_schema.records import CommitRecord, StoredArray, StoredFile, parse_commit
 from cache_schema.schema import ArraySpec, StoreSettings
 from cache_schema.storage import UNREADABLE, LocalStorage, Storage
 from cache_schema.zarr_shard import METADATA_FILE, DamagedFile, decode_clip, read_clip
@@ -70,13 +70,16 @@ def read_intact(storage: Storage, record: CommitRecord, file: GroupFile) -> byte
         data = storage.read_range(path, 0, file.recorded.bytes + 1)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise CorruptClip(
-            f"{_subject(record, file, storage.location)} cannot be found; if the store has changed "
-            f"meanwhile, run the same command again, otherwise {repair_hint(storage.location)}"
+            f"{_subject(record, file, storage.location)} cannot be found: it is lost, unless the "
+            "store has changed meanwhile (then try again)",
+            remedy="repair",
+            subject=storage.location,
         ) from error
     if not file.is_intact(data):
         raise CorruptClip(
-            f"{_subject(record, file, storage.location)} is not the one that was committed; "
-            f"{repair_hint(storage.location)}"
+            f"{_subject(record, file, storage.location)} is not the one that was committed",
+            remedy="repair",
+            subject=storage.location,
         )
     return data
 

@@ -19,7 +19,7 @@ from cache_schema.clip_index import (
     read_commit_crc32c_digits,
     read_crc32c,
 )
-from cache_schema.errors import CacheError, SettingsMismatch, StoreNotFound
+from cache_schema.errors import CacheError, Refused, SettingsMismatch, StoreNotFound
 from cache_schema.index_file import write_columns
 from cache_schema.maintenance.check_shard import GroupFile, group_files, read_intact
 from cache_schema.names import (
@@ -183,11 +183,11 @@ class _Copy:
         if foreign:
             named = ", ".join(map(repr, foreign[:_MAX_NAMED]))
             more = f" and {len(foreign) - _MAX_NAMED} more" if len(foreign) > _MAX_NAMED else ""
-            raise ValueError(
+            raise Refused(
                 f"{location} holds clips in shards {named}{more} that {self.source.location} "
-                "does not hold; combine the stores with sam2vx-pipeline cache merge, copy to "
-                "another folder or URL, or delete these shards' files in "
-                f"{location}/commits if they are not needed"
+                "does not hold; copy to another folder or URL, or delete these shards' files in "
+                f"{location}/commits if they are not needed",
+                remedy="merge",
             )
 
     def _check_name(self, manifest: StoreManifest) -> None:

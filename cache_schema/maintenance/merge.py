@@ -15,7 +15,7 @@ from cache_schema.checksummed_json import decode_record, encode_record
 from cache_schema.claim import ShardClaim, staged_records
 from cache_schema.clip_index import load_index
 from cache_schema.commit import clean_up_store, commit_group
-from cache_schema.errors import CacheError, SettingsMismatch
+from cache_schema.errors import CacheError, Refused, SettingsMismatch
 from cache_schema.maintenance.check_shard import GroupFile, group_files, num_bytes, read_intact
 from cache_schema.names import StoreLayout, check_shard_name
 from cache_schema.records import (
@@ -82,8 +82,8 @@ def merge_stores(
 
     Raises:
         SettingsMismatch: the stores have other settings or another compression.
-        ValueError: two shards of one name differ, a clip's key is in two shards, or the target's
-            folder does not have the name of such a store. Nothing was done.
+        Refused: two shards of one name differ, or a clip's key is in two shards.
+        ValueError: the target's folder does not have the name of such a store. Nothing was done.
         CorruptRecord: a record of a store is damaged or lost. Nothing was done.
         CorruptClip: a source is damaged. The shards before that one are merged.
         SymlinkInStore: a store contains a symbolic link among its own files.
@@ -183,15 +183,14 @@ def _plan(
             if other != name:
                 duplicates.append(f"{clip.key!r} (shards {other!r} and {name!r})")
     if conflicts:
-        raise ValueError(
+        raise Refused(
             f"{target.root} has, or would get, other shards of the same names as "
-            f"{_first_few(conflicts)}; rename the merged shards with --prefix, such as "
-            "--prefix second-"
+            f"{_first_few(conflicts)}",
+            remedy="prefix",
         )
     if duplicates:
-        raise ValueError(
-            f"clips would be in {target.root} twice: {_first_few(duplicates)}; remove them from "
-            "one of the stores with sam2vx-pipeline cache drop"
+        raise Refused(
+            f"clips would be in {target.root} twice: {_first_few(duplicates)}", remedy="drop"
         )
     return incoming_shards
 

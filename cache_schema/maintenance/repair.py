@@ -1,8 +1,8 @@
 """Repairing a damaged store, keeping all intact clips.
 
 Damaged data is moved to `quarantine/<number>/`; nothing is deleted. Intact clips of a damaged shard
-stay, in the shard's next generation; damaged ones are recorded as skipped, so that
-`extract-features --retry-failed` makes them again. A shard whose record is unusable is quarantined
+stay, in the shard's next generation; damaged ones are recorded as skipped, so that a retry makes
+them again. A shard whose record is unusable is quarantined
 completely. Every step leaves a store that reads correctly, so a repair can be killed and run again.
 """
 
@@ -17,7 +17,7 @@ from cache_schema.atomic_io import FileLock, add_path_to_errors, make_directorie
 from cache_schema.claim import ShardClaim
 from cache_schema.clip_index import write_index
 from cache_schema.commit import clean_up_store, group_generations
-from cache_schema.errors import CorruptRecord, LockLost, ShardBusy, UnknownSchemaVersion
+from cache_schema.errors import CorruptRecord, LockLost, Refused, ShardBusy, UnknownSchemaVersion
 from cache_schema.maintenance.check_shard import check_shard, read_record
 from cache_schema.maintenance.drop import DROPPED
 from cache_schema.maintenance.replace_shard import keep_clips
@@ -34,8 +34,8 @@ DUPLICATE = "duplicate_key"
 """The recorded reason of clips whose key is also in another shard; same as in extraction."""
 
 _DROPPED_ONCE = (
-    "it had been dropped, but the shard that recorded this was quarantined; after extract-features "
-    "has made the shard again, drop it again"
+    "it had been dropped, but the shard that recorded this was quarantined; drop it again when the "
+    "shard has been made again"
 )
 
 FINDINGS_FILE = "found.json"
@@ -53,17 +53,17 @@ class RepairReport:
     quarantine: Path | None
     """Folder that the damaged files were moved to."""
     clips: tuple[SkippedClip, ...]
-    """Clips no longer in the store, and why; --retry-failed makes the damaged ones again."""
+    """Clips no longer in the store, and why; a retry makes the damaged ones again."""
     shards: tuple[str, ...]
-    """Shards that are no longer in the store; extract-features makes them again, retry shards with
-    --retry-failed."""
+    """Shards that are no longer in the store; extraction makes them again, retry shards on a
+    retry."""
 
 
 def repair_store(store: Path, *, advance: Callable[[int], None] | None = None) -> RepairReport:
     """Verify a store, quarantine what is damaged, and rewrite its index.
 
     If `store.json` is damaged, it is quarantined and nothing else is repaired: its settings can
-    only come from the run's configuration, and extract-features writes it again.
+    only come from the run's configuration, and the next extraction writes it again.
 
     Args:
         store: the store's folder. Other processes may read it and write to it meanwhile.
@@ -72,13 +72,14 @@ def repair_store(store: Path, *, advance: Callable[[int], None] | None = None) -
     Raises:
         StoreNotFound, UnknownSchemaVersion: from `store.json`.
         SymlinkInStore: it contains a symbolic link among its own files.
-        ValueError: `store` is a URL; repair the store it was copied from, and copy again.
+        Refused: `store` is a URL; repair the store it was copied from, and copy again.
         OSError: files that may be intact cannot be read, or nothing can be written.
     """
     if is_url(str(store)):
-        raise ValueError(
-            f"{store} cannot be repaired in place; repair the store it was copied from, and run "
-            "sam2vx-pipeline cache copy again"
+        raise Refused(
+            f"{store} cannot be repaired in place; repair the store it was copied from, then copy "
+            "it again",
+            remedy="copy",
         )
     layout = StoreLayout(Path(store))
     storage = LocalStorage(layout.root)
@@ -116,10 +117,8 @@ def _quarantine_store_file(layout: StoreLayout, what: str) -> RepairReport:
     remaining = Problem(
         None,
         None,
-        f"{layout.store_file} was damaged and quarantined; run sam2vx-pipeline extract-features "
-        "with the configuration the store was made with, which writes it again and keeps every "
-        "shard, then repair again",
-        "by hand",
+        f"{layout.store_file} was damaged and quarantined; repair again when it is rewritten",
+        "rewrite",
     )
     return RepairReport((problem,), (remaining,), quarantine.folder, (), ())
 

@@ -23,7 +23,6 @@ from cache_schema.records import (
     SkippedClip,
     read_commit_with_crc32c,
     read_manifest,
-    repair_hint,
 )
 from cache_schema.schema import StoreSettings
 from cache_schema.storage import LocalStorage
@@ -163,7 +162,9 @@ def _link(
             claim.check()
             raise CorruptClip(
                 f"clip {clip.key!r} in shard {clip.shard!r} of {claim.layout.root} is damaged: "
-                f"file {stored.path} cannot be found; {repair_hint(claim.layout.root)}"
+                f"file {stored.path} cannot be found",
+                remedy="repair",
+                subject=claim.layout.root,
             ) from error
         arrays[name] = replace(stored, path=path)
     return replace(clip, index=index, arrays=arrays)

@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 from cache_schema.atomic_io import is_locked
 from cache_schema.clip_index import (
@@ -19,7 +18,7 @@ from cache_schema.clip_index import (
     parse_index,
     read_crc32c,
 )
-from cache_schema.errors import CorruptRecord, StoreNotFound, UnknownSchemaVersion
+from cache_schema.errors import CorruptRecord, Remedy, StoreNotFound, UnknownSchemaVersion
 from cache_schema.index_file import write_columns
 from cache_schema.maintenance.check_shard import (
     Damage,
@@ -42,16 +41,6 @@ from cache_schema.names import (
 from cache_schema.records import CommitRecord, OtherSettings, parse_manifest
 from cache_schema.schema import StoreSettings
 from cache_schema.storage import LocalStorage, Storage, open_storage
-
-Remedy = Literal["repair", "extract", "copy", "by hand"]
-
-REMEDIES: dict[Remedy, str] = {
-    "repair": "run sam2vx-pipeline cache repair, then extract-features --retry-failed",
-    "extract": "harmless: readers ignore it, and extract-features finishes or removes it",
-    "copy": "run sam2vx-pipeline cache copy again from the store it was copied from",
-    "by hand": "no command repairs it",
-}
-"""What to do about a problem."""
 
 _MAX_CHECKS = 100
 """Maximum number of times a shard is checked that is being replaced meanwhile."""

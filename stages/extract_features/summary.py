@@ -101,7 +101,10 @@ def write_failure_manifest(cache_root: Path, log: Callable[[str], None]) -> Path
                 try:
                     reader = StoreReader(store)
                 except CacheError as error:
-                    log(f"{FAILURES_FILE} does not cover {store.name}: {error}")
+                    log(
+                        f"{FAILURES_FILE} does not cover {store.name}: {error}; sam2vx-pipeline "
+                        "cache verify says what to do"
+                    )
                     continue
                 file.writelines(_lines(reader))
             file.flush()

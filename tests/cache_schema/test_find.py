@@ -37,21 +37,20 @@ def test_the_only_store_of_a_kind_is_found(tmp_path: Path) -> None:
     assert find_store(tmp_path, "text", folder=text.name) == text
 
 
-def test_without_a_store_the_command_that_makes_it_is_named(tmp_path: Path) -> None:
+def test_without_a_store_the_remedy_is_to_make_it(tmp_path: Path) -> None:
     _make(tmp_path, "text")
-    with pytest.raises(
-        StoreNotFound, match=r"no teacher store .* sam2vx-pipeline extract-features"
-    ):
+    with pytest.raises(StoreNotFound, match="no teacher store ") as error:
         find_store(tmp_path, "teacher")
+    assert error.value.remedy == "make"
 
 
-def test_several_stores_are_listed_with_the_setting_that_chooses(tmp_path: Path) -> None:
+def test_several_stores_are_listed_and_one_must_be_chosen(tmp_path: Path) -> None:
     stores = sorted(_make(tmp_path, "teacher", seed) for seed in range(2))
     with pytest.raises(StoreNotFound) as error:
         find_store(tmp_path, "teacher")
     for store in stores:
         assert store.name in str(error.value)
-    assert "train.stores.teacher" in str(error.value)
+    assert (error.value.remedy, error.value.subject) == ("choose", "teacher")
     assert find_store(tmp_path, "teacher", folder=stores[1].name) == stores[1]
 
 

@@ -168,8 +168,9 @@ def test_damaged_objects_are_never_misread(cache_url: str, indexed: Path, damage
     }[damage]
     _damage_remote(cache_url, CHUNK, data, indexed)
     reader = StoreReader(_store_of(cache_url, indexed))
-    with pytest.raises(CorruptClip, match=r"'a1' in shard '00000'.*cache repair") as error:
+    with pytest.raises(CorruptClip, match=r"'a1' in shard '00000'") as error:
         reader.read("a1")
+    assert error.value.remedy == "repair"
     assert f"{cache_url}/{indexed.name}" in str(error.value)
     if damage not in ("long", "other"):  # their part of the bytes is right, or looks so
         with pytest.raises(CorruptClip):
@@ -190,8 +191,9 @@ def test_an_index_that_cannot_be_trusted_is_an_error_behind_a_url(
     }[damage]
     _damage_remote(cache_url, "index.npz", data, indexed)
     reader = StoreReader(_store_of(cache_url, indexed))
-    with pytest.raises(CorruptRecord, match=r"index\.npz.*cache copy"):
+    with pytest.raises(CorruptRecord, match=r"index\.npz") as error:
         assert reader.keys
+    assert error.value.remedy == "copy"
 
 
 def test_a_url_without_a_store_is_no_store(cache_url: str) -> None:

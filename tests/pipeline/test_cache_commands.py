@@ -207,8 +207,8 @@ class TestRepair:
 
     def test_what_nothing_mends_is_a_failure(self, cache):
         flip_a_byte(store(cache, "teacher") / "store.json")
-        found = answer("repair", cache, exit_code=1)["teacher"]
-        assert "extract-features" in found["left"][0]["what"]
+        shown = invoke("repair", cache).stdout
+        assert "run sam2vx-pipeline extract-features" in shown
 
 
 class TestOverHttp:

@@ -23,6 +23,7 @@ from pipeline.commands.maintenance.stores import (
 )
 from pipeline.commands.skipped_notes import count_by_reason
 from pipeline.console import CommandResult, format_bytes
+from pipeline.failures import error_text
 from stages.progress import Progress
 
 
@@ -101,11 +102,11 @@ def _unsupported_version(store: PathOrUrl, error: UnknownSchemaVersion) -> Outco
         "made_with": made_with,
     }
     if isinstance(found, int) and found < SCHEMA_VERSION:
-        return Outcome(rows=indented(rows), data=data | {"remedy": str(error)})
+        return Outcome(rows=indented(rows), data=data | {"remedy": error_text(error)})
     return Outcome(
         rows=indented(rows),
-        data=data | {"error": str(error)},
-        notes=[f"error: {error}"],
+        data=data | {"error": error_text(error)},
+        notes=[f"error: {error_text(error)}"],
         failed=True,
     )
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cache_schema.maintenance.verify import REMEDIES, Problem
+from cache_schema.maintenance.verify import Problem
 from pipeline.commands.maintenance.stores import PathOrUrl, pluralize, store_name
+from pipeline.failures import remedy_text
 
 _MAX_NOTES = 20
 
@@ -44,5 +45,6 @@ def _describe(store: PathOrUrl, problem: Problem) -> str:
     clip = f" clip {problem.key!r}" if problem.key is not None else ""
     shard = f" shard {problem.shard}" if problem.shard is not None else ""
     # The other remedies are printed once for all problems.
-    remedy = f"; {REMEDIES[problem.remedy]}" if problem.remedy in ("extract", "by hand") else ""
+    once = problem.remedy in ("repair", "copy")
+    remedy = "" if once else f"; {remedy_text(problem.remedy)}"
     return f"{store_name(store)}{shard}{clip}: {problem.what}{remedy}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,11 +18,6 @@ from stages.progress import Progress, Task
 
 PathOrUrl = Path | str
 """A local folder, or a URL."""
-
-_MISSING_STORE_JSON = (
-    "if it is a copy, copy it again; otherwise run sam2vx-pipeline extract-features with the "
-    "configuration it was made with, which rewrites that file and keeps every shard"
-)
 
 
 def path_or_url(text: str) -> PathOrUrl:
@@ -131,11 +125,13 @@ def run_on_each_store(
         try:
             outcome = work(store)
         except (CacheError, OSError) as error:
-            remedy = f"; {_MISSING_STORE_JSON}" if isinstance(error, StoreNotFound) else ""
+            if isinstance(error, StoreNotFound):  # it has shards, but no store.json
+                error.remedy = "rewrite"
+            text = error_text(error)
             outcome = Outcome(
                 rows=[("  failed", "see below")],
-                data={"error": f"{error_text(error)}{remedy}"},
-                notes=[f"error: {error_text(error)}{remedy}"],
+                data={"error": text},
+                notes=[f"error: {text}"],
                 failed=True,
             )
         outcomes.append(outcome)
@@ -178,8 +174,3 @@ def update_failures_file(stores: Iterable[PathOrUrl], progress: Progress) -> Non
 def pluralize(number: int, what: str) -> str:
     """Format a count with its noun: 1 store, 2 stores."""
     return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def command(*words: PathOrUrl) -> str:
-    """A command line of this program, quoted for the shell."""
-    return shlex.join(["sam2vx-pipeline", *map(str, words)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cache_schema import CorruptRecord
-from cache_schema.maintenance.verify import REMEDIES, Problem, VerifyReport, verify_store
+from cache_schema.maintenance.verify import Problem, VerifyReport, verify_store
 from pipeline.commands.maintenance.problem_notes import (
     counted_problems,
     is_harmless,
@@ -16,7 +16,6 @@ from pipeline.commands.maintenance.stores import (
     Outcome,
     PathOrUrl,
     bytes_bar,
-    command,
     indented,
     path_or_url,
     pluralize,
@@ -24,6 +23,7 @@ from pipeline.commands.maintenance.stores import (
     stores_at,
 )
 from pipeline.console import CommandResult, format_bytes
+from pipeline.failures import remedy_text
 from stages.progress import Progress
 
 
@@ -50,11 +50,10 @@ def run(location: str, progress: Progress, *, fast: bool = False) -> CommandResu
     mends = {one["mend"] for one in problems}
     if "repair" in mends:
         result.notes.append(
-            f"run {command('cache', 'repair', cache)}, then extract-features --retry-failed with "
-            "the configuration the stores were made with"
+            f"{remedy_text('repair', str(cache))} with the configuration the stores were made with"
         )
     if "copy" in mends:
-        result.notes.append(REMEDIES["copy"])
+        result.notes.append(remedy_text("copy"))
     return result
 
 

@@ -238,7 +238,9 @@ def read_or_replace(
         if damaged == ATTEMPTS:
             raise CorruptClip(
                 f"{ATTEMPTS} of {attempt} clips tried in a row cannot be read; the last error: "
-                f"{last}"
+                f"{last}",
+                remedy=last.remedy,
+                subject=last.subject,
             ) from last
         name = f"{seed}/sample/{sample}/instead/{attempt}"
         clip = hash63(name) % len(stores.keys)

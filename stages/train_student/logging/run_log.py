@@ -90,8 +90,10 @@ class RunLog:
         if damaged.key not in self._warned:
             self._warned.add(damaged.key)
             what = "is gone" if damaged.gone else "cannot be read"
+            remedy = "" if damaged.gone else "; run sam2vx-pipeline cache repair after the run"
             self._progress.log(
-                f"warning: clip {damaged.key!r} {what}, using another instead: {damaged.message}"
+                f"warning: clip {damaged.key!r} {what}, using another instead: "
+                f"{damaged.message}{remedy}"
             )
 
     def _show(self, losses: LossRow, performance: PerformanceRow) -> None:

@@ -128,7 +128,7 @@ class Validation:
         for clip in damaged:
             self._progress.log(
                 f"warning: held-out clip {clip.key!r} cannot be read and is excluded from this "
-                f"validation: {clip.message}"
+                f"validation: {clip.message}; sam2vx-pipeline cache verify says what to do"
             )
         file = RowFile(self._run_dir / VALIDATION_FILE, step, self._check)
         file.add(asdict(row))

@@ -18,6 +18,7 @@ import pytest
 from cache_schema import (
     CacheError,
     CorruptClip,
+    Refused,
     SettingsMismatch,
     StoreNotFound,
     StoreReader,
@@ -252,8 +253,9 @@ def test_a_target_that_holds_something_else_is_refused(
     drop_clips(dropped, ["x3"], detail="")  # newer than what it is compared with, as it were
     for target, named in ((more, "'00002'"), (other, "'00000'"), (dropped, "'00000'")):
         before = files_of(target)
-        with pytest.raises(ValueError, match=f"{named} that .* does not hold.*cache merge"):
+        with pytest.raises(Refused, match=f"{named} that .* does not hold") as refused:
             copy_store(indexed, target)
+        assert refused.value.remedy == "merge"
         assert files_of(target) == before
     slower = store_of("slower", {}, replace(settings, values={**settings.values, "fps": 4.0}))
     with pytest.raises(SettingsMismatch, match=r"differs in values\.fps;"):
@@ -292,7 +294,7 @@ def test_a_damaged_source_makes_no_copy(
     with pytest.raises(CacheError, match="00001") as caught:
         copy_store(indexed, target)
     assert damage == "record" or isinstance(caught.value, CorruptClip)
-    assert "cache repair" in str(caught.value)
+    assert caught.value.remedy == "repair"
     with pytest.raises(StoreNotFound):
         StoreReader(target)
 

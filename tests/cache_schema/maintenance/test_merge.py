@@ -14,6 +14,7 @@ import pytest
 from cache_schema import (
     ArraySpec,
     CorruptClip,
+    Refused,
     SettingsMismatch,
     ShardBusy,
     StoreNotFound,
@@ -121,8 +122,9 @@ def test_shards_of_one_name_need_a_prefix(
     target = make_store("target", {"00000": ["a0"]})
     source = make_store("source", {"00000": ["b0"], "00000-retry1": ["b1"]})
     before = files_of(target)
-    with pytest.raises(ValueError, match=r"'00000' of .*source.*--prefix"):
+    with pytest.raises(Refused, match=r"'00000' of .*source") as error:
         merge_stores(target, [source])
+    assert error.value.remedy == "prefix"
     assert files_of(target) == before
     report = merge_stores(target, [source], prefix="more-")
     assert report.shards == ("more-00000", "more-00000-retry1")
@@ -138,8 +140,9 @@ def test_a_clip_in_two_stores_is_refused(make_store: MakeStore, files_of: FilesO
     target = make_store("target", {"00000": ["a0", "a1"]})
     source = make_store("source", {"00001": ["b0"], "00002": ["a1"]})
     before = files_of(target)
-    with pytest.raises(ValueError, match=r"'a1' \(shards '00000' and '00002'\).*cache drop"):
+    with pytest.raises(Refused, match=r"'a1' \(shards '00000' and '00002'\)") as error:
         merge_stores(target, [source])
+    assert error.value.remedy == "drop"
     assert files_of(target) == before
 
 
@@ -148,10 +151,10 @@ def test_two_sources_are_held_against_each_other(tmp_path: Path, make_store: Mak
     two = make_store("two", {"00000": ["b0"]})
     three = make_store("three", {"00001": ["a0"]})
     target = tmp_path / "new" / one.name
-    with pytest.raises(ValueError, match="--prefix"):
-        merge_stores(target, [one, two])
-    with pytest.raises(ValueError, match="cache drop"):
-        merge_stores(target, [one, three])
+    for source, remedy in ((two, "prefix"), (three, "drop")):
+        with pytest.raises(Refused) as error:
+            merge_stores(target, [one, source])
+        assert error.value.remedy == remedy
     assert not target.exists()
     assert merge_stores(target, [one, one]).num_present == 1
 
@@ -216,8 +219,9 @@ def test_a_damaged_source_is_never_merged(
     else:
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
-    with pytest.raises(CorruptClip, match=r"shard '00002' of .*cache repair"):
+    with pytest.raises(CorruptClip, match=r"shard '00002' of ") as error:
         merge_stores(target, [source])
+    assert error.value.remedy == "repair"
     _assert_whole(target, ["a0", "b0"], clip_of)
     shutil.rmtree(source)
     mended = make_store("source", {"00001": ["b0"], "00002": ["c0", "c1"]})
