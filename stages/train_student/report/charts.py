@@ -79,6 +79,7 @@ def as_svg(chart: Chart) -> bytes:
         "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
         "font.size": 9,
         "axes.formatter.useoffset": False,
+        "axes.formatter.limits": (-3, 6),  # longer labels would push out the axis title
         "text.color": _TEXT,
         "axes.labelcolor": _TEXT,
         "axes.edgecolor": "#b8bec7",
