@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from cache_schema import SCHEMA_VERSION, ClipEntry, ClipMissing, StoreReader, find_store
 from cache_schema.names import STORE_FILE
 from cache_schema.storage import is_url
-from pipeline.commands.inspect_facts import clip_facts, similar_keys, store_facts
-from pipeline.commands.skipped_notes import skipped_notes
+from pipeline.commands.skipped_notes import count_by_reason, skipped_notes
 from pipeline.config.load import NOT_GIVEN, ConfigError, RunConfig
 from pipeline.console import CommandResult, format_bytes
 from stages.extract_features.config import Kind
@@ -21,6 +21,9 @@ from stages.train_student.config import KIND_OF_FORM
 if TYPE_CHECKING:
     from stages.clips.config import ClipsConfig
     from stages.inspect_cache.drawing import Drawing
+
+_MAX_COMPARED_KEYS = 20_000
+"""Largest number of keys for fuzzy matching, which takes about a second for as many."""
 
 
 def run(
@@ -64,7 +67,7 @@ def run(
         rows = _all_rows(data)
         notes = skipped_notes((kind, clip) for clip in reader.skipped)
     else:
-        rows = [*store_facts(reader), *([] if entry is None else clip_facts(entry))]
+        rows = [*_store_facts(reader), *([] if entry is None else _clip_facts(entry))]
         notes = ["--verbose prints every setting, --list every clip"]
     if entry is not None:
         keys = reader.keys if every_clip else (entry.key,)
@@ -136,6 +139,56 @@ def _record(reader: StoreReader, clip: str) -> ClipEntry:
         hint = f"did you mean {' or '.join(similar)}? " if similar else ""
         error.add_note(f"{hint}inspect --list prints every clip")
         raise
+
+
+def similar_keys(wanted: str, keys: Sequence[str]) -> list[str]:
+    """Up to three keys that contain `wanted`, or else are spelled similarly."""
+    within: list[str] = []
+    for key in keys:
+        if wanted and wanted.lower() in key.lower():
+            within.append(key)
+            if len(within) == 3:
+                break
+    if within or len(keys) > _MAX_COMPARED_KEYS:
+        return within
+    return difflib.get_close_matches(wanted, list(keys), n=3, cutoff=0.7)
+
+
+def _store_facts(reader: StoreReader) -> list[tuple[str, str]]:
+    """Rows about a store: clips, size, arrays of a clip, date and version of the writer."""
+    reasons = f" ({count_by_reason(reader.skipped)})" if reader.skipped else ""
+    arrays = [
+        f"{name} {spec.dtype} [{', '.join(map(str, spec.shape))}]"
+        for name, spec in reader.settings.arrays.items()
+    ]
+    made = reader.provenance
+    date = str(made.get("date") or "").replace("T", " ")[:16]
+    version = f"sam2videox {made['sam2videox']}" if made.get("sam2videox") else ""
+    rows = [
+        ("store", str(reader.path)),
+        ("clips", f"{len(reader)}, and {len(reader.skipped)} skipped{reasons}"),
+        ("on disk", format_bytes(reader.num_bytes)),
+        ("each clip", ", ".join(arrays)),
+    ]
+    return [*rows, ("made", ", ".join(filter(None, (date, version))))] if date or version else rows
+
+
+def _clip_facts(entry: ClipEntry) -> list[tuple[str, str]]:
+    """Rows about a clip: prompt and track, caption, size of its source."""
+    from stages.inspect_cache.clip_facts import describe_track
+
+    known: dict[str, Any] = dict(entry.attributes)
+    rows = [("clip", entry.key)]
+    if "prompt" in known:
+        rows.append(("  track", ", ".join(describe_track(known, known["num_frames"]))))
+    if "caption" in known:
+        rows.append(("  caption", str(known["caption"])))
+    if known.get("tokens_cut"):
+        rows.append(("  truncated", f"{known['tokens_cut']} tokens of the caption"))
+    if geometry := known.get("geometry"):
+        size = f"{geometry['source_width']}x{geometry['source_height']}"
+        rows.append(("  source", f"{size} at {geometry['source_fps']:g} frames/s"))
+    return rows
 
 
 def _all_rows(data: dict[str, Any]) -> list[tuple[str, str]]:

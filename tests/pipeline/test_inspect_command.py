@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from cache_schema import ArraySpec, ClipMissing, StoreReader, StoreSettings, StoreWriter
 from pipeline.cli import app
 from pipeline.commands import inspect
-from pipeline.commands.inspect_facts import similar_keys
+from pipeline.commands.inspect import similar_keys
 from pipeline.commands.inspect_list import list_clips
 from pipeline.config.load import NOT_GIVEN, ConfigError, load_config
 from stages.progress import SilentProgress
