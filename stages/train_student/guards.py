@@ -20,7 +20,7 @@ from stages.train_student.logging.rows import (
     SKIPPED_FILE,
     DamagedRow,
     SkippedRow,
-    read_rows,
+    iter_rows,
 )
 from stages.train_student.parallel.deepspeed import gradient_norm_before_step
 from stages.train_student.parallel.process_group import World, gather, on_first_rank
@@ -103,7 +103,7 @@ class ConsecutiveSkipGuard:
 
 
 def _count_trailing_skips(run_dir: Path, steps_done: int) -> int:
-    skipped = {row["step"] for row in read_rows(run_dir / SKIPPED_FILE)}
+    skipped = {row["step"] for row in iter_rows(run_dir / SKIPPED_FILE)}
     count = 0
     while steps_done - count in skipped:
         count += 1

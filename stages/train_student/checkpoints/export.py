@@ -267,8 +267,7 @@ def _checkpoint_weights(
     bf16 = settings["train.deepspeed.precision"] == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     trained = CheckpointWeights(checkpoint, dtype, weights_needed=which == "last")
-    shapes = {name: trained.shape(name) for name in trained.names}
-    weights = Weights(shapes=shapes, dtype=dtype, read=trained.read)
+    weights = Weights(shapes=trained.shapes, dtype=dtype, read=trained.read)
     if which == "last":
         yield weights
         return

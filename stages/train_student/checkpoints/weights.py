@@ -66,13 +66,12 @@ class CheckpointWeights:
                 self._open_partitions(checkpoint)
 
     @property
-    def names(self) -> list[str]:
-        """Names of all weights in the checkpoint."""
-        return list(self._whole)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a full weight."""
-        return self._layout[name].shape if name in self._layout else tuple(self._whole[name].shape)
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all full weights, by name."""
+        return {
+            name: self._layout[name].shape if name in self._layout else tuple(stored.shape)
+            for name, stored in self._whole.items()
+        }
 
     def read(self, name: str) -> Tensor:
         """Read a full weight, in its dtype in training."""

@@ -10,6 +10,8 @@ import numpy as np
 
 from cache_schema import SortedText, StoreReader
 from stages.clips.config import ClipsConfig
+from stages.cogvideox.configs import VAE_SPATIAL_COMPRESSION
+from stages.local_gram_flow.alignment import TEMPORAL_COMPRESSION
 from stages.teacher_store.settings import native_parts
 from stages.train_student.config import KIND_OF_FORM, TeacherForm
 from stages.train_student.data.open_stores import check_same_sources, open_stores
@@ -46,13 +48,14 @@ class JoinedStores:
     @property
     def num_frames(self) -> int:
         """Frames per clip, from the latents' shape."""
-        return 4 * (array_shape(self.latents, "mean")[0] - 1) + 1
+        return TEMPORAL_COMPRESSION * (array_shape(self.latents, "mean")[0] - 1) + 1
 
     @property
     def size(self) -> str:
         """Frames, height and width of the clips, from the latents' shape: `49x480x720`."""
         _, _, height, width = array_shape(self.latents, "mean")
-        return f"{self.num_frames}x{8 * height}x{8 * width}"
+        spatial = VAE_SPATIAL_COMPRESSION
+        return f"{self.num_frames}x{spatial * height}x{spatial * width}"
 
     @property
     def teacher_form(self) -> TeacherForm | None:

@@ -18,15 +18,6 @@ _MAX_LINE_BYTES = 64 << 20
 """Limit for one line; the longest are skipped steps, which list every clip of every rank."""
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read all complete lines; empty if there is no file.
-
-    Raises:
-        ValueError: a line is damaged.
-    """
-    return list(iter_rows(path))
-
-
 def iter_records(path: Path, kind: type[Row]) -> Iterator[Row]:
     """Iterate over all complete lines, as the dataclass `kind` that they were written from.
 
@@ -48,7 +39,11 @@ def iter_records(path: Path, kind: type[Row]) -> Iterator[Row]:
 
 
 def iter_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Iterate over all complete lines; the file of a long run is too large to load at once."""
+    """Iterate over all complete lines; the file of a long run is too large to load at once.
+
+    Raises:
+        ValueError: a line is damaged.
+    """
     return (_parse(line, path) for line in _complete_lines(path))
 
 

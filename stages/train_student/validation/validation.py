@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stages.progress import Progress
 from stages.train_student.config import TrainConfig
-from stages.train_student.logging.rows import RowFile, ValidationRow, read_rows
+from stages.train_student.logging.rows import RowFile, ValidationRow, iter_rows
 from stages.train_student.logging.trackers import Trackers
 from stages.train_student.model.student import Student
 from stages.train_student.parallel.process_group import World, on_first_rank
@@ -76,7 +76,7 @@ class Validation:
                 RowFile(file, done, self._check).close()
             if self._samples is not None:
                 self._samples.delete_after(done)
-            validated = {row["step"] for row in read_rows(file)}
+            validated = {row["step"] for row in iter_rows(file)}
             has_samples = self._samples is not None and self._samples.is_complete(done)
             return done in validated, has_samples
 

@@ -14,8 +14,8 @@ from stages.train_student.logging.rows import (
     SkippedClip,
     SkippedRow,
     StepRows,
+    iter_rows,
     read_losses,
-    read_rows,
 )
 from stages.train_student.logging.run_log import RunLog
 
@@ -70,12 +70,12 @@ def test_rows_come_back_to_the_last_bit(lines, tmp_path):
         log.add(rows(2, skipped=spoiled(2)))
         log.add(rows(3, damaged=(DamagedRow(step=3, key="b", message="torn", gone=False),)))
     assert list(read_losses(tmp_path)) == [losses(1), losses(3)]
-    assert [row["step"] for row in read_rows(tmp_path / "performance.jsonl")] == [1, 2, 3]
-    (skipped,) = read_rows(tmp_path / "skipped_steps.jsonl")
+    assert [row["step"] for row in iter_rows(tmp_path / "performance.jsonl")] == [1, 2, 3]
+    (skipped,) = iter_rows(tmp_path / "skipped_steps.jsonl")
     assert skipped["clips"] == [
         {"key": "a", "timestep": 7, "diffusion": "nan", "auxiliary": {"lgf": 1.0}}
     ]
-    (damaged,) = read_rows(tmp_path / "damaged_clips.jsonl")
+    (damaged,) = iter_rows(tmp_path / "damaged_clips.jsonl")
     assert damaged == {"step": 3, "key": "b", "message": "torn", "gone": False}
 
 
@@ -90,7 +90,7 @@ def test_a_resumed_log_drops_what_came_after_and_a_torn_line(lines, tmp_path):
         assert (tmp_path / "losses.jsonl").read_text() == "".join(before[:2])
         log.add(rows(3))
     assert (tmp_path / "losses.jsonl").read_text() == "".join(before)
-    assert [row["step"] for row in read_rows(tmp_path / "performance.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in iter_rows(tmp_path / "performance.jsonl")] == [1, 2, 3]
 
 
 def test_opening_a_long_file_of_rows_holds_a_few_of_them(tmp_path):
