@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cache_schema import CacheError
+from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import DamagedClip
 from stages.train_student.logging.rows import (
     DAMAGED_FILE,
@@ -77,10 +78,12 @@ def _advance_schedule(engine: Any) -> None:
 class ConsecutiveSkipGuard:
     """Stops the run after too many consecutive skipped steps; counts alike on every rank."""
 
-    def __init__(self, run_dir: Path, steps_done: int, *, max_skipped: int, world: World) -> None:
+    def __init__(self, config: TrainConfig, steps_done: int, world: World) -> None:
         """Start from the number of skipped steps at the end of the `steps_done` steps so far."""
-        self._max_skipped = max_skipped
-        self._count = on_first_rank(world, lambda: _count_trailing_skips(run_dir, steps_done))
+        self._max_skipped = config.max_skipped_steps
+        self._count = on_first_rank(
+            world, lambda: _count_trailing_skips(config.run_dir, steps_done)
+        )
 
     def add(self, skipped: SkippedRow | None) -> None:
         """Count a step; None for one that was not skipped.

@@ -181,9 +181,7 @@ def _train(run: Run) -> TrainSummary:
         validation = build_validation(
             run, student, embeds, trackers=None if log is None else log.trackers, note=task.note
         )
-        skipped = ConsecutiveSkipGuard(
-            config.run_dir, done, max_skipped=config.max_skipped_steps, world=world
-        )
+        skipped = ConsecutiveSkipGuard(config, done, world)
         damaged = DamagedClipGuard(
             clips=run.num_clips, max_fraction=config.max_damaged, world=world
         )

@@ -21,14 +21,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from cache_schema import CacheError
 from stages.train_student.config import WorkerStart
-from stages.train_student.data.dataset import Batch, join_batches
+from stages.train_student.data.dataset import Batch, CachedSamples, join_batches
 
 SILENCE_PER_CLIP_S = 300.0
 """Timeout of a worker, per clip of a batch."""
@@ -41,19 +41,12 @@ _LENGTHS = struct.Struct("=QQ")
 """Message format: size of the file in bytes, and offset of the pickle in it."""
 
 
-class Samples(Protocol):
-    """Samples by number, as batches of one clip."""
-
-    def __getitem__(self, sample: int) -> Batch:
-        """Read a sample."""
-
-
 class BatchLoader(Iterator[Batch]):
     """Iterator over batches; `close` it, or use it as a context manager, to stop the workers."""
 
     def __init__(
         self,
-        samples: Samples,
+        samples: CachedSamples,
         numbers: Iterable[list[int]],
         *,
         workers: int,
@@ -136,7 +129,7 @@ class BatchLoader(Iterator[Batch]):
         return batch.pin_memory() if self._pin_memory else batch
 
 
-def read_batch(samples: Samples, numbers: Sequence[int]) -> Batch:
+def read_batch(samples: CachedSamples, numbers: Sequence[int]) -> Batch:
     """Read samples and join them into one batch."""
     return join_batches([samples[number] for number in numbers])
 
@@ -144,7 +137,9 @@ def read_batch(samples: Samples, numbers: Sequence[int]) -> Batch:
 class _Worker:
     """A process that reads batches one at a time."""
 
-    def __init__(self, samples: Samples, start: WorkerStart, others: Sequence["_Worker"]) -> None:
+    def __init__(
+        self, samples: CachedSamples, start: WorkerStart, others: Sequence["_Worker"]
+    ) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # A fork inherits these sockets, which would stay open after the training process dies.
         inherited = [w._socket for w in (self, *others)] if start == "fork" else []
@@ -227,7 +222,7 @@ def _kill(process: BaseProcess) -> None:
     process.join()
 
 
-def _work(ours: socket.socket, samples: Samples, inherited: Sequence[socket.socket]) -> None:
+def _work(ours: socket.socket, samples: CachedSamples, inherited: Sequence[socket.socket]) -> None:
     """Worker main loop: serve requests until the training process closes its socket or dies."""
     for one in inherited:
         one.close()

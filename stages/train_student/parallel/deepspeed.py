@@ -53,8 +53,8 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def join_group(world: World) -> Any:
-    """Let DeepSpeed use the existing process group; idempotent. Returns the module."""
+def join_group(world: World) -> None:
+    """Let DeepSpeed use the existing process group; idempotent."""
     deepspeed = import_deepspeed()
     with local_rank_in_environment(world), output_to_stderr():
         deepspeed.comm.init_distributed(
@@ -62,7 +62,6 @@ def join_group(world: World) -> Any:
             auto_mpi_discovery=False,
             verbose=False,
         )
-    return deepspeed
 
 
 def leave_group() -> None:
