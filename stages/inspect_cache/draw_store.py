@@ -185,8 +185,12 @@ def draw_flow(panel: Axes, flow_HW2: np.ndarray, largest: float, width: float) -
     """
     panel.imshow(flow_colours(flow_HW2, largest), aspect="auto", interpolation="nearest")
     stride = math.ceil(_MIN_ARROW * flow_HW2.shape[1] / width)
-    first = stride // 2
-    y, x = np.mgrid[first : flow_HW2.shape[0] : stride, first : flow_HW2.shape[1] : stride]
+    margin = stride // 2  # arrows are `stride` tokens long
+    y_N, x_N = (
+        np.arange(min(margin, length - 1), max(length - margin, margin + 1), stride)
+        for length in flow_HW2.shape[:2]
+    )
+    y, x = np.meshgrid(y_N, x_N, indexing="ij")
     arrows_N2 = flow_HW2[y, x].reshape(-1, 2) / largest
     arrows_N2 /= np.maximum(np.hypot(*arrows_N2.T), 1.0)[:, None]
     panel.quiver(
