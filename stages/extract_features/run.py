@@ -13,16 +13,13 @@ from stages.extract_features.execution.comparison import Comparison, StoreScope
 from stages.extract_features.execution.jobs import (
     EarlierStores,
     JobPlan,
+    JobReport,
     ShardJob,
     pending_jobs,
     plan_jobs,
     whole_shard_jobs,
 )
-from stages.extract_features.execution.local_engine import (
-    EngineReport,
-    LocalEngine,
-    wait_for_others,
-)
+from stages.extract_features.execution.local_engine import LocalEngine, wait_for_others
 from stages.extract_features.execution.ray_engine import RayEngine
 from stages.extract_features.execution.ray_worker import WorkerSetup
 from stages.extract_features.execution.refresh import compare_and_refresh, compare_one_shard
@@ -305,7 +302,7 @@ class _ExtractionTask:
 
     def __init__(self, extraction: Extraction) -> None:
         self.extraction = extraction
-        self.report = EngineReport()
+        self.report = JobReport()
         self.seconds = 0.0
         self.plan = JobPlan(jobs=(), num_settled=0)
 

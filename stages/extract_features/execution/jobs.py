@@ -1,8 +1,8 @@
 """Extraction jobs, one per shard, and their planning."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -68,6 +68,27 @@ class ShardJob:
 
     def _listed_keys(self) -> frozenset[str]:
         return frozenset().union(*(keys for keys in self.keys.values() if keys is not None))
+
+
+@dataclass(kw_only=True, slots=True)
+class JobReport:
+    """Results of jobs of one extraction; plain data, sent by workers."""
+
+    written: Counter[Kind] = field(default_factory=Counter)
+    """Clips added to each store."""
+    captions_cut: int = 0
+    """Captions truncated by the text encoder."""
+    settled_jobs: set[str] = field(default_factory=set)
+    """Names of jobs with nothing to do: no store lacked a clip."""
+    changed_shards: set[str] = field(default_factory=set)
+    """Names of dataset shards for which a store has a clip from another source."""
+
+    def add(self, other: "JobReport") -> None:
+        """Add the results of another run."""
+        self.written += other.written
+        self.captions_cut += other.captions_cut
+        self.settled_jobs |= other.settled_jobs
+        self.changed_shards |= other.changed_shards
 
 
 def pending_jobs(jobs: Iterable[ShardJob], writers: Mapping[Kind, StoreWriter]) -> list[ShardJob]:

@@ -6,9 +6,7 @@ others have not finished, including those of a process that died.
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -16,32 +14,17 @@ import torch
 from cache_schema import ShardBusy, StoreWriter
 from stages.clips import InputShard
 from stages.extract_features.config import Kind, TeacherConfig
-from stages.extract_features.execution.jobs import JobPlan, ShardJob, pending_jobs, rank_order
+from stages.extract_features.execution.jobs import (
+    JobPlan,
+    JobReport,
+    ShardJob,
+    pending_jobs,
+    rank_order,
+)
 from stages.extract_features.execution.worker import ShardWorker
 from stages.extract_features.extraction import Extraction, bucket_name
 from stages.processes.stop_request import check_stop
 from stages.progress import Progress
-
-
-@dataclass(kw_only=True, slots=True)
-class EngineReport:
-    """Results of a run for the stores of one extraction."""
-
-    written: Counter[Kind] = field(default_factory=Counter)
-    """Clips added to each store."""
-    captions_cut: int = 0
-    """Captions truncated by the text encoder."""
-    settled_jobs: set[str] = field(default_factory=set)
-    """Names of jobs with nothing to do: no store lacked a clip."""
-    changed_shards: set[str] = field(default_factory=set)
-    """Names of dataset shards for which a store has a clip from another source."""
-
-    def add(self, other: "EngineReport") -> None:
-        """Add the results of another run."""
-        self.written += other.written
-        self.captions_cut += other.captions_cut
-        self.settled_jobs |= other.settled_jobs
-        self.changed_shards |= other.changed_shards
 
 
 class LocalEngine:
@@ -82,9 +65,9 @@ class LocalEngine:
         writers: Mapping[Kind, StoreWriter],
         plan: JobPlan,
         progress: Progress,
-    ) -> EngineReport:
+    ) -> JobReport:
         """Write one extraction's stores, except for shards that other processes are writing."""
-        report = EngineReport()
+        report = JobReport()
         with (
             JobsBar(extraction, writers, self._counts, plan, progress) as bar,
             ShardWorker(
@@ -99,8 +82,6 @@ class LocalEngine:
         ):
             jobs = rank_order(plan.jobs, self._rank, self._world_size)
             _run_jobs(jobs, worker, writers, bar, report, progress)
-            report.captions_cut = worker.captions_cut
-            report.settled_jobs, report.changed_shards = worker.settled_jobs, worker.changed_shards
         return report
 
 
@@ -109,14 +90,14 @@ def _run_jobs(
     worker: ShardWorker,
     writers: Mapping[Kind, StoreWriter],
     bar: "JobsBar",
-    report: EngineReport,
+    report: JobReport,
     progress: Progress,
 ) -> None:
     for job in jobs:
         if not job.is_pending(writers):
             continue
         try:
-            report.written += worker.work(job)
+            worker.work(job, report)
             bar.done(job)
         except ShardBusy as error:
             progress.log(f"{' and '.join(job.keys)}: postponed, {error}")

@@ -17,8 +17,8 @@ from typing import Any, Self
 from cache_schema import StoreWriter
 from stages.clips import InputShard
 from stages.extract_features.config import Kind, RayConfig
-from stages.extract_features.execution.jobs import JobPlan, ShardJob, pending_jobs
-from stages.extract_features.execution.local_engine import ClipCounts, EngineReport, JobsBar
+from stages.extract_features.execution.jobs import JobPlan, JobReport, ShardJob, pending_jobs
+from stages.extract_features.execution.local_engine import ClipCounts, JobsBar
 from stages.extract_features.execution.ray_worker import RayWorker, WorkerSetup
 from stages.extract_features.extraction import Extraction
 from stages.extract_features.kinds import resolve_device
@@ -125,7 +125,7 @@ class RayEngine:
         writers: Mapping[Kind, StoreWriter],
         plan: JobPlan,
         progress: Progress,
-    ) -> EngineReport:
+    ) -> JobReport:
         """Write one extraction's stores, except for shards that other processes are writing.
 
         Raises:
@@ -136,7 +136,7 @@ class RayEngine:
             {kind: settings.hash for kind, settings in extraction.settings.items()},
             extraction.size,
         )
-        report = EngineReport()
+        report = JobReport()
         pending = pending_jobs(plan.jobs, writers)
         with JobsBar(extraction, writers, self._counts, plan, progress) as bar:
             pool = _WorkerPool(self._ray, setup, bar, report, progress)
@@ -164,7 +164,7 @@ class _WorkerPool:
     """Workers that are started on demand and replaced when they die."""
 
     def __init__(
-        self, ray: Any, setup: WorkerSetup, bar: JobsBar, report: EngineReport, progress: Progress
+        self, ray: Any, setup: WorkerSetup, bar: JobsBar, report: JobReport, progress: Progress
     ) -> None:
         self._ray = ray
         self._setup = setup
@@ -210,7 +210,7 @@ class _WorkerPool:
         """Process a worker's result, and assign it the next job."""
         errors, job = self._ray.exceptions, worker.job
         try:
-            result = self._ray.get(worker.result)
+            report = self._ray.get(worker.result)
         except errors.RayTaskError as error:
             if isinstance(error.cause, Exception):
                 raise error.cause from error  # keeps the worker's traceback
@@ -222,14 +222,11 @@ class _WorkerPool:
             return
         if job is None:
             self._deaths[_STARTING] = 0
-            self._progress.log(f"ray: {result} is ready")
+            self._progress.log(f"ray: {report} is ready")
         else:
-            self._show(job, result.clips, result.lines)
-            if result.written is not None:
-                self._report.written += result.written
-                self._report.captions_cut += result.captions_cut
-                self._report.settled_jobs |= result.settled_jobs
-                self._report.changed_shards |= result.changed_shards
+            self._show(job, report.clips, report.lines)
+            if report.result is not None:
+                self._report.add(report.result)
                 self._bar.done(job)
         worker.job = queue.popleft() if queue else None
         if worker.job is None:

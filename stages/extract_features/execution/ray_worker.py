@@ -3,7 +3,6 @@
 import contextlib
 import os
 import socket
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from cache_schema import ShardBusy, StoreWriter, list_stores
 from stages.clips import ClipsConfig, open_dataset
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig, Kind
-from stages.extract_features.execution.jobs import ShardJob
+from stages.extract_features.execution.jobs import JobReport, ShardJob
 from stages.extract_features.execution.worker import ShardWorker
 from stages.extract_features.kinds import make_extractions, resolve_device
 
@@ -48,14 +47,8 @@ class WorkReport:
     """Number of clips processed."""
     lines: tuple[str, ...]
     """Log lines."""
-    written: Counter[Kind] | None = None
-    """Clips added to each store; None if another process has the shard or the job is running."""
-    captions_cut: int = 0
-    """Captions truncated by the text encoder."""
-    settled_jobs: frozenset[str] = frozenset()
-    """See `EngineReport`; this job's name, or empty."""
-    changed_shards: frozenset[str] = frozenset()
-    """See `EngineReport`; this job's shard, or empty."""
+    result: JobReport | None = None
+    """None if another process has the shard or the job is running."""
 
 
 class RayWorker:
@@ -112,20 +105,13 @@ class RayWorker:
     def work(self, job: ShardJob) -> WorkReport:
         """Write and commit a shard, unless another process is writing it."""
         self._job, self._clips = job.name, 0
-        cut_before = self._worker.captions_cut
+        result = JobReport()
         try:
-            written = self._worker.work(job)
+            self._worker.work(job, result)
         except ShardBusy as busy:
             self._lines.append(f"{' and '.join(job.keys)}: postponed, {busy}")
             return self.report()
-        cut = self._worker.captions_cut - cut_before
-        return replace(
-            self.report(),
-            written=written,
-            captions_cut=cut,
-            settled_jobs=frozenset(self._worker.settled_jobs & {job.name}),
-            changed_shards=frozenset(self._worker.changed_shards & {job.input_name}),
-        )
+        return replace(self.report(), result=result)
 
     def report(self) -> WorkReport:
         """Return the progress, and the log lines since the last report."""

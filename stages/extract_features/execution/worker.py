@@ -16,7 +16,7 @@ from stages.clips import BadRecord, ClipRecord, ClipSkipped, InputShard, is_in_b
 from stages.clips.fingerprints import NO_VIDEO, hash_video
 from stages.extract_features.config import Kind, TeacherConfig
 from stages.extract_features.execution.comparison import compare, has_clip_of
-from stages.extract_features.execution.jobs import ShardJob, plan_jobs
+from stages.extract_features.execution.jobs import JobReport, ShardJob, plan_jobs
 from stages.extract_features.execution.threads import BackgroundWriter, prefetch_map
 from stages.extract_features.extraction import Extracted, Extraction, Outcome, release_memory
 from stages.extract_features.fingerprints import fingerprint_of, read_sources
@@ -76,12 +76,6 @@ class ShardWorker:
         self._model = ExitStack()
         self._extract: Callable[[Sequence[Any]], Sequence[Outcome]] | None = None
         self._readers: dict[Path, StoreReader] = {}
-        self.captions_cut = 0
-        """Number of captions truncated by the text encoder, over all jobs."""
-        self.settled_jobs: set[str] = set()
-        """Names of jobs with nothing to do: all their clips are in other shards of the stores."""
-        self.changed_shards: set[str] = set()
-        """Names of dataset shards for which a store has a clip from another source."""
 
     def __enter__(self) -> Self:
         return self
@@ -97,23 +91,22 @@ class ShardWorker:
         self._model.close()
         release_memory()
 
-    def work(self, job: ShardJob) -> Counter[Kind]:
-        """Write and commit a shard in every store that lacks it.
+    def work(self, job: ShardJob, report: JobReport) -> None:
+        """Write and commit a shard in every store that lacks it, and add the results to `report`.
 
-        Returns:
-            Number of clips added to each store; empty if other processes wrote the shard first.
+        Nothing is added to a store whose shard other processes wrote first.
 
         Raises:
-            ShardBusy: Another process is writing the shard; nothing was done.
+            ShardBusy: Another process is writing the shard; nothing was written.
         """
-        remaining = self._compare(job)
-        if remaining is None:
-            return Counter()
-        with ExitStack() as held:
-            outs = self._open_shards(remaining, held)
-            return self._write_shards(remaining, outs) if outs else Counter()
+        remaining = self._compare(job, report)
+        if remaining is not None:
+            with ExitStack() as held:
+                outs = self._open_shards(remaining, held)
+                if outs:
+                    self._write_shards(remaining, outs, report)
 
-    def _compare(self, job: ShardJob) -> ShardJob | None:
+    def _compare(self, job: ShardJob, report: JobReport) -> ShardJob | None:
         """Return the job without clips that stores have in other shards; None if none is left."""
         if job.earlier is None:
             return job
@@ -129,7 +122,7 @@ class ShardWorker:
         sources = read_sources([shard], tuple(self._writers), self._teacher, SilentProgress())
         found = compare(readers, sources)
         if found.has_changes:
-            self.changed_shards.add(shard.name)
+            report.changed_shards.add(shard.name)
         plan = plan_jobs(
             [shard],
             self._writers,
@@ -139,7 +132,7 @@ class ShardWorker:
         )
         whole = next((one for one in plan.jobs if one.name == job.name), None)
         if whole is None:
-            self.settled_jobs.add(job.name)
+            report.settled_jobs.add(job.name)
         return whole
 
     def _reader(self, path: Path) -> StoreReader:
@@ -167,7 +160,9 @@ class ShardWorker:
         video = NO_VIDEO if isinstance(record, BadRecord) else hash_video(record.video)
         return fingerprint_of(record, next(iter(self._writers)), self._teacher, video)
 
-    def _write_shards(self, job: ShardJob, outs: dict[Kind, ShardWriter]) -> Counter[Kind]:
+    def _write_shards(
+        self, job: ShardJob, outs: dict[Kind, ShardWriter], report: JobReport
+    ) -> None:
         outcome_writer = _OutcomeWriter(outs, job.source, self._log)
         size = self._extraction.clips_per_batch
         with (
@@ -182,8 +177,8 @@ class ShardWorker:
             writer.drain()
             for out in outs.values():
                 out.commit()
-        self.captions_cut += outcome_writer.captions_cut
-        return outcome_writer.written
+        report.captions_cut += outcome_writer.captions_cut
+        report.written += outcome_writer.written
 
     def _prepare_clips(
         self, job: ShardJob, outs: Mapping[Kind, ShardWriter], *, ahead: int

@@ -5,7 +5,8 @@
                        backward  r .. q    from the forward track's mask on r, or from T-1 with
                                            the dataset's own prompt for that frame
 
-Passes of equal length, of several subjects and clips, run as one batch.
+All subjects' passes of one kind run before those of the next; passes of equal length, of several
+subjects and clips, run as one batch.
 """
 
 # Legend: T frame, S side of SAM2's square input, H W grid or mask, C channel.
@@ -161,6 +162,7 @@ class SubjectTracker:
         starts: dict[int, tuple[int, Sam2Prompt]] = {}
         ends: dict[int, tuple[int, Sam2Prompt | None]] = {}
 
+        # Seek: prompts on a later frame, back to the earliest frame that shows the subject.
         seeks = self._run(
             {
                 number: _request(subject, subject.prompt, range(subject.frame, -1, -1))
@@ -175,6 +177,7 @@ class SubjectTracker:
             except ClipSkipped as skipped:
                 lost[number] = skipped
 
+        # Forward, and backward where the dataset has a prompt for the last frame.
         requests: dict[tuple[int, str], TrackRequest] = {}
         for number, (first, prompt) in starts.items():
             subject, after = subjects[number], subjects[number].encoded.num_frames
@@ -185,6 +188,7 @@ class SubjectTracker:
                 requests[number, "backward"] = _request(subject, subject.last_prompt, order)
         tracks = self._run(requests)
 
+        # Backward from the forward track's last mask.
         for number, (first, _) in starts.items():
             from_track = self._backward_prompt(subjects[number]) == "track"
             try:

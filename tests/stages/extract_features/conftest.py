@@ -1,18 +1,27 @@
-"""Small teacher stores, and what lies in a store."""
+"""Ways to run stage one, small teacher stores, and what lies in a store."""
 
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from cache_schema import StoreSettings, StoreWriter
+from stages.clips import ClipsConfig, encode_video
+from stages.config import BaseModelConfig
+from stages.extract_features.config import ExtractConfig
+from stages.extract_features.run import extract_features
+from stages.extract_features.summary import ExtractSummary
+from stages.progress import Progress, SilentProgress
 from stages.teacher_store.config import FeatureDtype
 from stages.teacher_store.features import encode_features, feature_arrays_spec
 from stages.teacher_store.settings import valid_spec
 from tests.fingerprints import fingerprint_of
+from tests.stages.conftest import make_frames
+from tests.stages.extract_features.changing_dataset import Dataset
 
 MAPS, WIDTH = 5, 12
 SHARDS = {
@@ -80,15 +89,98 @@ def write_teacher(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-@pytest.fixture
-def files_of() -> Callable[[Path], dict[str, bytes]]:
+def files_of(store: Path) -> dict[str, bytes]:
     """Every file of a store by its path, without what writers keep for themselves."""
+    return {
+        str(path.relative_to(store)): path.read_bytes()
+        for path in sorted(store.rglob("*"))
+        if path.is_file() and ".staging" not in path.parts
+    }
 
-    def read(store: Path) -> dict[str, bytes]:
-        return {
-            str(path.relative_to(store)): path.read_bytes()
-            for path in sorted(store.rglob("*"))
-            if path.is_file() and ".staging" not in path.parts
-        }
 
-    return read
+def times(store: Path) -> dict[str, int]:
+    """When every file of a store was last written, in nanoseconds, by its path."""
+    return {str(file): file.stat().st_mtime_ns for file in store.rglob("*") if file.is_file()}
+
+
+Extract = Callable[..., ExtractSummary]
+
+
+@pytest.fixture
+def extract(
+    extract_config: ExtractConfig,
+    two_shards: ClipsConfig,
+    tiny_base: BaseModelConfig,
+    tmp_path: Path,
+) -> Extract:
+    """Runs stage one, by default on `two_shards` into `tmp_path`; `changes` are of its settings."""
+
+    def run(
+        cache: Path = tmp_path,
+        *,
+        clips: ClipsConfig = two_shards,
+        base: BaseModelConfig = tiny_base,
+        progress: Progress | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        retry_failed: bool = False,
+        refresh_changed: bool = False,
+        **changes: Any,
+    ) -> ExtractSummary:
+        return extract_features(
+            extract_config.model_copy(update=changes),
+            clips,
+            base,
+            cache,
+            provenance={},
+            progress=progress or SilentProgress(),
+            rank=rank,
+            world_size=world_size,
+            retry_failed=retry_failed,
+            refresh_changed=refresh_changed,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory,
+    stub_module: Callable[[pytest.MonkeyPatch], Any],
+    extract_config: ExtractConfig,
+    two_shards: ClipsConfig,
+    tiny_base: BaseModelConfig,
+) -> ExtractSummary:
+    """An uninterrupted run over everything, with the stub in SAM2's place; not to be changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        stub_module(patch)
+        return extract_features(
+            extract_config,
+            two_shards,
+            tiny_base,
+            tmp_path_factory.mktemp("cache"),
+            provenance={},
+            progress=SilentProgress(),
+        )
+
+
+@pytest.fixture(scope="session")
+def videos() -> list[bytes]:
+    """Three different ones for `dataset`."""
+    return [encode_video(make_frames(12, 64, 96, seed=number), 8.0) for number in range(3)]
+
+
+@pytest.fixture
+def dataset(
+    extract_config: ExtractConfig,
+    tiny_base: BaseModelConfig,
+    videos: list[bytes],
+    tmp_path: Path,
+    stub_tracking: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Dataset:
+    """Eight clips in three shards, extracted as text and, by the stub, as teacher."""
+    metering = "stages.dry_run.extract.matmul_flops_per_second"
+    monkeypatch.setattr(metering, lambda *_: 1e9)
+    config = extract_config.model_copy(update={"kinds": ("text", "teacher")})
+    return Dataset(tmp_path, videos, config, tiny_base)

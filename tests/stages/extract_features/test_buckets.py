@@ -1,12 +1,11 @@
 """Several sizes: stores of their own, every clip in those of one, and nobody counts it as lost."""
 
+import functools
 import io
 import json
 import shutil
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,10 +14,10 @@ from stages.clips import ClipsConfig, encode_video, open_dataset
 from stages.config import BaseModelConfig
 from stages.dry_run.survey import survey_shards
 from stages.extract_features.config import ExtractConfig
-from stages.extract_features.run import extract_features
 from stages.extract_features.summary import ExtractSummary
 from stages.progress import SilentProgress
 from tests.stages.conftest import make_frames
+from tests.stages.extract_features.conftest import Extract
 
 SHAPES = {
     "wide0": (12, 32, 48),
@@ -56,22 +55,9 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> ClipsConfig:
 
 
 @pytest.fixture
-def extract(
-    stub_module: Callable[[pytest.MonkeyPatch], Any],
-    extract_config: ExtractConfig,
-    mixed: ClipsConfig,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[..., ExtractSummary]:
-    stub_module(monkeypatch)
-    config = extract_config.model_copy(update={"kinds": ("teacher", "masks")})
+def extract(extract: Extract, stub_tracking: object, mixed: ClipsConfig) -> Extract:
     base = BaseModelConfig(path="unused")
-
-    def run(cache: Path, **options: Any) -> ExtractSummary:
-        return extract_features(
-            config, mixed, base, cache, provenance={}, progress=SilentProgress(), **options
-        )
-
-    return run
+    return functools.partial(extract, clips=mixed, base=base, kinds=("teacher", "masks"))
 
 
 def held(summary: ExtractSummary, kind: str) -> dict[str | None, set[str]]:
@@ -81,13 +67,13 @@ def held(summary: ExtractSummary, kind: str) -> dict[str | None, set[str]]:
 
 
 def test_every_clip_goes_into_the_stores_of_one_size(extract, tmp_path: Path) -> None:
-    summary = extract(tmp_path)
+    summary = extract()
     assert held(summary, "teacher") == held(summary, "masks") == HELD
     assert len(list(tmp_path.glob("teacher-*"))) == 3
 
 
 def test_clips_of_other_sizes_are_no_failures(extract, tmp_path: Path) -> None:
-    summary = extract(tmp_path)
+    summary = extract()
     lines = [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text().splitlines()]
     assert {(line["key"], line["reason"]) for line in lines} == {
         ("1/short", "too_short"),
@@ -98,9 +84,9 @@ def test_clips_of_other_sizes_are_no_failures(extract, tmp_path: Path) -> None:
     assert summary.skipped_share == pytest.approx(2 / 8)
 
 
-def test_a_second_run_and_a_second_process_find_nothing_to_do(extract, tmp_path: Path) -> None:
-    first = extract(tmp_path)
-    again = extract(tmp_path, rank=1, world_size=2)
+def test_a_second_run_and_a_second_process_find_nothing_to_do(extract) -> None:
+    first = extract()
+    again = extract(rank=1, world_size=2)
     assert [one.clips_written for one in again.kinds] == [0] * len(again.kinds)
     assert held(again, "teacher") == held(first, "teacher")
     assert again.skipped_share == first.skipped_share
@@ -110,7 +96,7 @@ def test_a_second_run_and_a_second_process_find_nothing_to_do(extract, tmp_path:
 def test_a_shard_that_one_size_lacks_is_made_again_for_it_alone(
     extract, tmp_path: Path, bucket: str
 ) -> None:
-    first = extract(tmp_path)
+    first = extract()
     lost = [one.store for one in first.kinds if one.bucket == bucket]
     for store in lost:
         (store / "index.npz").unlink()
@@ -121,15 +107,15 @@ def test_a_shard_that_one_size_lacks_is_made_again_for_it_alone(
         for path in tmp_path.glob("*/commits/*")
         if path.parent.parent not in lost
     }
-    again = extract(tmp_path)
+    again = extract()
     assert held(again, "teacher") == held(again, "masks") == HELD
     assert again.skipped_share == first.skipped_share
     assert {path: path.stat().st_mtime_ns for path in others} == others
 
 
-def test_a_retry_leaves_the_other_sizes_alone(extract, tmp_path: Path) -> None:
-    before = held(extract(tmp_path), "teacher")
-    assert held(extract(tmp_path, retry_failed=True), "teacher") == before
+def test_a_retry_leaves_the_other_sizes_alone(extract) -> None:
+    before = held(extract(), "teacher")
+    assert held(extract(retry_failed=True), "teacher") == before
 
 
 def test_a_run_of_one_size_never_takes_a_part_of_its_clips_for_the_whole(

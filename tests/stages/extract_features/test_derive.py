@@ -33,12 +33,11 @@ from stages.teacher_store.features import decode_features
 from stages.teacher_store.gram_flow import decode_gram_flow
 from stages.teacher_store.settings import gram_flow_settings
 from tests.fingerprints import fingerprint_of
-from tests.stages.extract_features.conftest import SHARDS, SKIPPED, teacher_settings
+from tests.stages.extract_features.conftest import SHARDS, SKIPPED, files_of, teacher_settings
 from tests.stages.local_gram_flow.reference import similarities_by_loop
 
 ALL_KEYS = sorted(key for keys in SHARDS.values() for key in keys)
 CPU = torch.device("cpu")
-FilesOf = Callable[[Path], dict[str, bytes]]
 
 
 def derive(
@@ -153,7 +152,7 @@ class _DiesAfter(SilentProgress):
 
 @pytest.mark.parametrize("clips", range(len(ALL_KEYS)))
 def test_killed_and_run_again_it_writes_the_same_files_and_nothing_twice(
-    write_teacher: Callable[..., Path], tmp_path: Path, files_of: FilesOf, clips: int
+    write_teacher: Callable[..., Path], tmp_path: Path, clips: int
 ) -> None:
     teacher = write_teacher()
     whole = derive(teacher, tmp_path / "whole")
@@ -171,9 +170,7 @@ def test_killed_and_run_again_it_writes_the_same_files_and_nothing_twice(
     assert (third.clips_written, third.clips_already_there) == (0, len(ALL_KEYS))
 
 
-def test_two_processes_share_the_shards(
-    write_teacher: Callable[..., Path], tmp_path: Path, files_of: FilesOf
-) -> None:
+def test_two_processes_share_the_shards(write_teacher: Callable[..., Path], tmp_path: Path) -> None:
     teacher = write_teacher()
     whole = derive(teacher, tmp_path / "whole")
     fork = multiprocessing.get_context("fork")

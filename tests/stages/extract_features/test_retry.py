@@ -12,38 +12,26 @@ from cache_schema.maintenance.drop import drop_clips
 from cache_schema.maintenance.repair import repair_store
 from cache_schema.names import retry_number
 from stages.clips import ClipsConfig, retry_shard_name
-from stages.config import BaseModelConfig
-from stages.extract_features.config import ExtractConfig
+from stages.extract_features.config import Kind
 from stages.extract_features.execution.jobs import ShardJob, rank_order
-from stages.extract_features.run import extract_features
 from stages.extract_features.summary import ExtractSummary
-from stages.progress import SilentProgress
+from tests.stages.extract_features.conftest import Extract
 
 LOST = "00000/clip001"
 BAD = "00001/clip004"
 
 
 class Road:
-    """Runs the driver on one cache folder with the stub in SAM2's place."""
+    """Runs stage one on one cache folder with the stub in SAM2's place."""
 
-    def __init__(
-        self, config: ExtractConfig, clips: ClipsConfig, base: BaseModelConfig, root: Path
-    ):
-        self.config = config
+    def __init__(self, extract: Extract, clips: ClipsConfig, root: Path) -> None:
+        self.extract = extract
+        self.kinds: tuple[Kind, ...] = ("teacher", "masks")
         self.clips = clips
-        self.base = base
         self.root = root
 
     def run(self, **options: Any) -> ExtractSummary:
-        return extract_features(
-            self.config,
-            self.clips,
-            self.base,
-            self.root,
-            provenance={},
-            progress=SilentProgress(),
-            **options,
-        )
+        return self.extract(self.root, clips=self.clips, kinds=self.kinds, **options)
 
     def commits(self) -> dict[str, int]:
         return {
@@ -53,15 +41,8 @@ class Road:
 
 
 @pytest.fixture
-def road(
-    extract_config: ExtractConfig,
-    two_shards: ClipsConfig,
-    tiny_base: BaseModelConfig,
-    tmp_path: Path,
-    stub_tracking: Any,
-) -> Road:
-    config = extract_config.model_copy(update={"kinds": ("teacher", "masks")})
-    return Road(config, two_shards, tiny_base, tmp_path / "cache")
+def road(extract: Extract, two_shards: ClipsConfig, tmp_path: Path, stub_tracking: Any) -> Road:
+    return Road(extract, two_shards, tmp_path / "cache")
 
 
 def test_names_of_retries_mean_the_same_to_the_driver_and_to_readers() -> None:
@@ -104,7 +85,7 @@ def test_without_the_request_and_without_a_failure_nothing_is_retried(
     before = road.commits()
     road.run()
     assert road.commits() == before
-    road.config = road.config.model_copy(update={"kinds": ("text",)})
+    road.kinds = ("text",)
     road.run()
     before = road.commits()
     road.run(retry_failed=True)

@@ -11,27 +11,23 @@ import torch
 
 from cache_schema import StoreReader, verify_store
 from stages.clips import ClipsConfig
-from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig, Kind
 from stages.extract_features.derive import derive_gram_flow
-from stages.extract_features.run import extract_features
 from stages.local_gram_flow import regrid_fused
 from stages.progress import SilentProgress
 from stages.teacher_store.config import GramFlowConfig
 from stages.teacher_store.features import decode_features
+from tests.stages.extract_features.conftest import Extract, files_of
 from tests.stages.local_gram_flow.reference import similarities_by_loop
 
 TRACKED: tuple[Kind, ...] = ("teacher", "gram_flow", "masks")
 
 
 @pytest.fixture
-def extract(
-    extract_config: ExtractConfig,
-    two_shards: ClipsConfig,
-    tiny_base: BaseModelConfig,
-    tmp_path: Path,
+def extract_stores(
+    extract: Extract, extract_config: ExtractConfig, tmp_path: Path
 ) -> Callable[..., dict[Kind, Path]]:
-    """Extracts with the tiny SAM2; the stores by kind."""
+    """Extracts with the tiny SAM2 into a folder of `tmp_path`; the stores by kind."""
 
     def run(
         folder: str,
@@ -41,33 +37,16 @@ def extract(
         retry_failed: bool = False,
         **teacher: Any,
     ) -> dict[Kind, Path]:
-        config = extract_config.model_copy(
-            update={
-                "kinds": kinds,
-                "gram_flow": gram_flow,
-                "teacher": extract_config.teacher.model_copy(update=teacher),
-            }
-        )
-        summary = extract_features(
-            config,
-            two_shards,
-            tiny_base,
+        summary = extract(
             tmp_path / folder,
-            provenance={},
-            progress=SilentProgress(),
+            kinds=kinds,
+            gram_flow=gram_flow,
+            teacher=extract_config.teacher.model_copy(update=teacher),
             retry_failed=retry_failed,
         )
         return {kind.kind: kind.store for kind in summary.kinds}
 
     return run
-
-
-def files_of(store: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(store)): path.read_bytes()
-        for path in sorted(store.rglob("*"))
-        if path.is_file() and ".staging" not in path.parts
-    }
 
 
 def derive(teacher: Path, root: Path, clips: ClipsConfig, config: GramFlowConfig) -> Path:
@@ -92,16 +71,16 @@ def derive(teacher: Path, root: Path, clips: ClipsConfig, config: GramFlowConfig
     ],
 )
 def test_extracted_and_derived_stores_are_equal_file_by_file(
-    extract: Callable[..., dict[Kind, Path]],
+    extract_stores: Callable[..., dict[Kind, Path]],
     two_shards: ClipsConfig,
     tmp_path: Path,
     teacher: Mapping[str, Any],
     flow: Mapping[str, Any],
 ) -> None:
     config = GramFlowConfig(**flow)
-    stores = extract("extracted", gram_flow=config, **teacher)
+    stores = extract_stores("extracted", gram_flow=config, **teacher)
     # The clip that cannot be decoded is tried again: a shard without clips in both.
-    extract("extracted", gram_flow=config, retry_failed=True, **teacher)
+    extract_stores("extracted", gram_flow=config, retry_failed=True, **teacher)
     derived = derive(stores["teacher"], tmp_path / "derived", two_shards, config)
     assert derived.name == stores["gram_flow"].name
     files = files_of(stores["gram_flow"])
@@ -111,9 +90,9 @@ def test_extracted_and_derived_stores_are_equal_file_by_file(
 
 
 def test_the_flow_is_that_of_the_features_stored_beside_it(
-    extract: Callable[..., dict[Kind, Path]], two_shards: ClipsConfig
+    extract_stores: Callable[..., dict[Kind, Path]], two_shards: ClipsConfig
 ) -> None:
-    stores = extract("cache", gram_flow=GramFlowConfig(radius=2), grid="native")
+    stores = extract_stores("cache", gram_flow=GramFlowConfig(radius=2), grid="native")
     teacher, flow = StoreReader(stores["teacher"]), StoreReader(stores["gram_flow"])
     parts = teacher.settings.values["parts"]
     assert isinstance(parts, int)
@@ -131,18 +110,18 @@ def test_the_flow_is_that_of_the_features_stored_beside_it(
         np.testing.assert_array_equal(found["valid"], stored["valid"])
 
 
-def test_the_flow_alone_is_the_same_store(extract: Callable[..., dict[Kind, Path]]) -> None:
+def test_the_flow_alone_is_the_same_store(extract_stores: Callable[..., dict[Kind, Path]]) -> None:
     config = GramFlowConfig(radius=2)
-    together = extract("together", gram_flow=config)
-    alone = extract("alone", kinds=("gram_flow",), gram_flow=config)
+    together = extract_stores("together", gram_flow=config)
+    alone = extract_stores("alone", kinds=("gram_flow",), gram_flow=config)
     assert list(alone) == ["gram_flow"]
     assert files_of(alone["gram_flow"]) == files_of(together["gram_flow"])
 
 
 def test_every_tracked_store_says_how_a_clip_was_made(
-    extract: Callable[..., dict[Kind, Path]], two_shards: ClipsConfig
+    extract_stores: Callable[..., dict[Kind, Path]], two_shards: ClipsConfig
 ) -> None:
-    stores = extract("cache", gram_flow=GramFlowConfig())
+    stores = extract_stores("cache", gram_flow=GramFlowConfig())
     for store in stores.values():
         reader = StoreReader(store)
         for key in reader.keys:
@@ -153,11 +132,11 @@ def test_every_tracked_store_says_how_a_clip_was_made(
 
 
 def test_int8_features_are_the_float16_ones_within_half_a_scale(
-    extract: Callable[..., dict[Kind, Path]],
+    extract_stores: Callable[..., dict[Kind, Path]],
 ) -> None:
     flow = GramFlowConfig()
-    halves = StoreReader(extract("halves", kinds=("teacher",), gram_flow=flow)["teacher"])
-    store = extract("bytes", kinds=("teacher",), gram_flow=flow, dtype="int8")["teacher"]
+    halves = StoreReader(extract_stores("halves", kinds=("teacher",), gram_flow=flow)["teacher"])
+    store = extract_stores("bytes", kinds=("teacher",), gram_flow=flow, dtype="int8")["teacher"]
     reader = StoreReader(store)
     assert list(reader.keys) == list(halves.keys)
     for key in reader.keys:

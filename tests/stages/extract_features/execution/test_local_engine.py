@@ -1,5 +1,6 @@
 """What a worker reads before its first clip, and what its bar counts."""
 
+import functools
 import io
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -11,12 +12,11 @@ import pytest
 
 from stages.clips import ClipsConfig
 from stages.clips.dataset.tars import MemberGroup, TarReader
-from stages.config import BaseModelConfig
-from stages.extract_features.config import ExtractConfig, Kind
+from stages.extract_features.config import Kind
 from stages.extract_features.execution import comparison
 from stages.extract_features.execution.worker import _batches
-from stages.extract_features.run import extract_features
 from stages.progress import SilentProgress
+from tests.stages.extract_features.conftest import Extract
 
 NUM_TARS = 40
 
@@ -71,67 +71,39 @@ class Bar(SilentProgress):
             raise KeyboardInterrupt
 
 
-def extract(
-    config: ExtractConfig,
-    clips: ClipsConfig,
-    base: BaseModelConfig,
-    cache: Path,
-    bar: Bar,
-    **rank: int,
-) -> None:
-    text = config.model_copy(update={"kinds": ("text",)})
-    extract_features(text, clips, base, cache, provenance={}, progress=bar, **rank)
+@pytest.fixture
+def extract(extract: Extract, clips: ClipsConfig, tmp_path: Path) -> Extract:
+    return functools.partial(extract, tmp_path / "cache", clips=clips, kinds=("text",))
 
 
 @pytest.mark.parametrize("rank", [0, 5])
 def test_before_the_first_clip_only_its_tar_is_opened(
-    rank: int,
-    extract_config: ExtractConfig,
-    clips: ClipsConfig,
-    tiny_base: BaseModelConfig,
-    tmp_path: Path,
-    opened: list[str],
+    extract: Extract, rank: int, clips: ClipsConfig, opened: list[str]
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        extract(
-            extract_config,
-            clips,
-            tiny_base,
-            tmp_path / "cache",
-            Bar(stops=True),
-            rank=rank,
-            world_size=8,
-        )
+        extract(progress=Bar(stops=True), rank=rank, world_size=8)
     assert set(opened) == {f"{rank:05d}.tar"}
 
 
 @pytest.mark.parametrize(("rank", "first"), [(0, 24), (5, 21)])
 def test_of_finished_tars_one_is_opened_before_the_first_clip(
-    rank: int,
-    first: int,
-    extract_config: ExtractConfig,
-    clips: ClipsConfig,
-    tiny_base: BaseModelConfig,
-    tmp_path: Path,
-    opened: list[str],
+    extract: Extract, rank: int, first: int, clips: ClipsConfig, tmp_path: Path, opened: list[str]
 ) -> None:
-    cache, later = tmp_path / "cache", sorted(clips.path.iterdir())[NUM_TARS // 2 :]
+    later = sorted(clips.path.iterdir())[NUM_TARS // 2 :]
     for tar in later:
         tar.rename(tmp_path / tar.name)
-    extract(extract_config, clips, tiny_base, cache, Bar(stops=False))
+    extract(progress=Bar(stops=False))
     for tar in later:
         (tmp_path / tar.name).rename(tar)
     opened.clear()
     with pytest.raises(KeyboardInterrupt):
-        extract(extract_config, clips, tiny_base, cache, Bar(stops=True), rank=rank, world_size=8)
+        extract(progress=Bar(stops=True), rank=rank, world_size=8)
     assert set(opened) == {f"{rank:05d}.tar", f"{first:05d}.tar"}
 
 
-def test_the_total_becomes_known_with_the_tars(
-    extract_config: ExtractConfig, clips: ClipsConfig, tiny_base: BaseModelConfig, tmp_path: Path
-) -> None:
+def test_the_total_becomes_known_with_the_tars(extract: Extract, clips: ClipsConfig) -> None:
     bar = Bar(stops=False)
-    extract(extract_config, clips, tiny_base, tmp_path / "cache", bar)
+    extract(progress=bar)
     assert bar.totals[:3] == [None, NUM_TARS, NUM_TARS * 3 // 2]
     assert bar.totals[-1] == bar.completed == sum(1 + number % 3 for number in range(NUM_TARS))
 

@@ -2,6 +2,7 @@
 
 import builtins
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -20,9 +21,9 @@ from stages.extract_features.execution import ray_engine
 from stages.extract_features.execution.jobs import ShardJob
 from stages.extract_features.execution.ray_worker import RayWorker, WorkReport
 from stages.extract_features.kinds import make_extractions
-from stages.extract_features.run import extract_features
 from stages.progress import SilentProgress
-from tests.stages.extract_features.test_dataset_changes import Dataset
+from tests.stages.extract_features.changing_dataset import Dataset
+from tests.stages.extract_features.conftest import Extract, files_of
 
 WORKERS = RayConfig(workers=2)
 
@@ -37,33 +38,18 @@ class Lines(SilentProgress):
         self.lines.append(text)
 
 
-def extract(
-    config: ExtractConfig, clips: ClipsConfig, base: BaseModelConfig, cache: Path, **options: Any
-) -> Any:
-    options = {"progress": SilentProgress(), "provenance": {}, **options}
-    return extract_features(config, clips, base, cache, **options)
-
-
-def files(store: Path) -> dict[str, bytes]:
-    """What readers see."""
-    return {
-        file.relative_to(store).as_posix(): file.read_bytes()
-        for file in sorted(store.rglob("*"))
-        if file.is_file() and ".staging" not in file.parts
-    }
-
-
 @pytest.fixture
 def config(extract_config: ExtractConfig) -> ExtractConfig:
     return extract_config.model_copy(update={"kinds": ("text",), "engine": "ray", "ray": WORKERS})
 
 
+@pytest.fixture
+def extract(extract: Extract) -> Extract:
+    return functools.partial(extract, kinds=("text",), engine="ray", ray=WORKERS)
+
+
 def test_without_ray_the_command_that_installs_it_is_named(
-    config: ExtractConfig,
-    two_shards: ClipsConfig,
-    tiny_base: BaseModelConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    extract: Extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = builtins.__import__
 
@@ -74,15 +60,13 @@ def test_without_ray_the_command_that_installs_it_is_named(
 
     monkeypatch.setattr(builtins, "__import__", without_ray)
     with pytest.raises(ValueError, match=r'pip install "sam2videox\[ray\]"'):
-        extract(config, two_shards, tiny_base, tmp_path)
+        extract()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_launcher_and_ray_together_are_refused(
-    config: ExtractConfig, two_shards: ClipsConfig, tiny_base: BaseModelConfig, tmp_path: Path
-) -> None:
+def test_a_launcher_and_ray_together_are_refused(extract: Extract) -> None:
     with pytest.raises(ValueError, match="without torchrun"):
-        extract(config, two_shards, tiny_base, tmp_path, rank=1, world_size=2)
+        extract(rank=1, world_size=2)
 
 
 @pytest.mark.parametrize(
@@ -93,13 +77,7 @@ def test_a_launcher_and_ray_together_are_refused(
     ],
 )
 def test_a_device_that_the_cluster_lacks_is_refused_before_any_work(
-    device: str,
-    message: str,
-    config: ExtractConfig,
-    two_shards: ClipsConfig,
-    tiny_base: BaseModelConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    extract: Extract, device: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextlib.contextmanager
     def cluster_without_gpu(_: RayConfig) -> Iterator[Any]:
@@ -107,7 +85,7 @@ def test_a_device_that_the_cluster_lacks_is_refused_before_any_work(
 
     monkeypatch.setattr(ray_engine, "ray_cluster", cluster_without_gpu)
     with pytest.raises(ValueError, match=message):
-        extract(config.model_copy(update={"device": device}), two_shards, tiny_base, tmp_path)
+        extract(device=device)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -172,25 +150,19 @@ def cluster() -> Iterator[None]:
 
 @pytest.mark.slow
 def test_a_killed_workers_shard_is_done_by_another_to_the_same_bytes(
-    cluster: None,
-    config: ExtractConfig,
-    two_shards: ClipsConfig,
-    tiny_base: BaseModelConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    cluster: None, extract: Extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_engine, "RayWorker", DiesOnce)
     progress = Lines()
-    local = config.model_copy(update={"engine": "local"})
-    expected = extract(local, two_shards, tiny_base, tmp_path / "local").kinds[0]
+    expected = extract(tmp_path / "local", engine="local").kinds[0]
     (tmp_path / "ray").mkdir()
 
-    found = extract(config, two_shards, tiny_base, tmp_path / "ray", progress=progress).kinds[0]
+    found = extract(tmp_path / "ray", progress=progress).kinds[0]
 
     shard = (tmp_path / "ray" / "died").read_text()
     assert [line for line in progress.lines if f"a worker died on shard '{shard}'" in line]
     assert sum("is ready" in line for line in progress.lines) >= 2
-    assert files(found.store) == files(expected.store)
+    assert files_of(found.store) == files_of(expected.store)
     assert len(StoreReader(found.store)) == 6
     assert verify_store(found.store).problems == ()
     # The two clips that the dead worker had staged were adopted, not made again.
@@ -199,17 +171,12 @@ def test_a_killed_workers_shard_is_done_by_another_to_the_same_bytes(
 
 @pytest.mark.slow
 def test_a_worker_that_does_not_answer_is_replaced(
-    cluster: None,
-    config: ExtractConfig,
-    two_shards: ClipsConfig,
-    tiny_base: BaseModelConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    cluster: None, extract: Extract, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_engine, "RayWorker", StopsOnce)
     monkeypatch.setattr(ray_engine, "REPORT_TIMEOUT_S", 5.0)
     progress = Lines()
-    found = extract(config, two_shards, tiny_base, tmp_path, progress=progress).kinds[0]
+    found = extract(progress=progress).kinds[0]
     assert [line for line in progress.lines if "has not responded for 5 s" in line]
     assert found.clips_written == 6
 
@@ -217,6 +184,7 @@ def test_a_worker_that_does_not_answer_is_replaced(
 @pytest.mark.slow
 def test_a_shard_that_another_process_writes_is_waited_for_and_taken_over(
     cluster: None,
+    extract: Extract,
     config: ExtractConfig,
     two_shards: ClipsConfig,
     tiny_base: BaseModelConfig,
@@ -233,38 +201,27 @@ def test_a_shard_that_another_process_writes_is_waited_for_and_taken_over(
     progress = Releases()
     with contextlib.ExitStack() as held:
         held.enter_context(other.shard("00001", source="00001.tar"))
-        found = extract(config, two_shards, tiny_base, tmp_path, progress=progress).kinds[0]
+        found = extract(progress=progress).kinds[0]
     assert found.clips_written == 6
     assert sum("waiting" in line for line in progress.lines) == 1
 
 
 @pytest.mark.slow
 def test_workers_that_keep_dying_stop_the_run(
-    cluster: None,
-    config: ExtractConfig,
-    two_shards: ClipsConfig,
-    tiny_base: BaseModelConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    cluster: None, extract: Extract, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_engine, "RayWorker", AlwaysDies)
-    once = config.model_copy(update={"ray": RayConfig(workers=1, restarts=0)})
     with pytest.raises(RuntimeError, match="1 workers in a row died on shard '00000'"):
-        extract(once, two_shards, tiny_base, tmp_path)
+        extract(ray=RayConfig(workers=1, restarts=0))
 
 
 @pytest.mark.slow
 def test_an_error_in_a_worker_stops_the_run_with_its_note(
-    cluster: None,
-    config: ExtractConfig,
-    two_shards: ClipsConfig,
-    tiny_base: BaseModelConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    cluster: None, extract: Extract, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_engine, "RayWorker", Breaks)
     with pytest.raises(RuntimeError, match="out of memory") as caught:
-        extract(config, two_shards, tiny_base, tmp_path)
+        extract()
     assert caught.value.__notes__ == ["while extracting text of clip 'a'"]
 
 
