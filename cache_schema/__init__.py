@@ -1,7 +1,6 @@
 """The on-disk format of feature stores: reading, writing, maintenance; specified in README.md."""
 
 from cache_schema.checksummed_json import JSON
-from cache_schema.clip_index import ShardFacts
 from cache_schema.errors import (
     AlreadyCommitted,
     CacheError,
@@ -20,6 +19,7 @@ from cache_schema.errors import (
     UnknownSchemaVersion,
 )
 from cache_schema.find import find_store, list_stores
+from cache_schema.index import ShardFacts
 from cache_schema.maintenance.verify import Problem, VerifyReport, verify_store
 from cache_schema.names import SCHEMA_VERSION
 from cache_schema.packed_strings import PackedText, SortedText

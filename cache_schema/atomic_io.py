@@ -8,7 +8,6 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 from cache_schema.errors import LockLost, LockUnsupported, ShardBusy
@@ -217,12 +216,7 @@ class FileLock:
         finally:
             os.close(found)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._descriptor is not None:
             _held.discard(self)
             if self._is_held(self._descriptor):

@@ -14,15 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from cache_schema.checksummed_json import JSON
-from cache_schema.clip_index import (
-    ClipIndex,
-    ShardFacts,
-    commit_path,
-    index_of_records,
-    load_index,
-    read_commit_crc32c_digits,
-)
+from cache_schema.checksummed_json import JSON, crc32c_digits
 from cache_schema.errors import (
     CacheError,
     ClipChanged,
@@ -31,6 +23,14 @@ from cache_schema.errors import (
     CorruptRecord,
     SettingsMismatch,
     StoreNotFound,
+)
+from cache_schema.index import (
+    ClipIndex,
+    ShardFacts,
+    commit_path,
+    index_of_records,
+    load_index,
+    read_commit_crc32c_digits,
 )
 from cache_schema.names import STORE_FILE, group_name, retry_number
 from cache_schema.packed_strings import SortedText
@@ -209,7 +209,7 @@ class StoreReader:
             self._raise_changed(shard)
         location = f"{self.path}/{path}"
         record = parse_commit(data, self.settings, shard, location=location, store=self.path)
-        if data[14:22] != b"%08x" % self._index.record_crc32c(shard):
+        if crc32c_digits(data) != b"%08x" % self._index.record_crc32c(shard):
             self._raise_changed(shard)
         self._records[shard] = record.clips
         if len(self._records) > _MAX_RECORDS:

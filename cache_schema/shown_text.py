@@ -1,6 +1,7 @@
 """Making text safe to display and save: redacted credentials, escaped control characters."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 REDACTED = "***"
@@ -18,6 +19,12 @@ _CONTROL = re.compile(
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # bidirectional controls
     "\u2028\u2029\ud800-\udfff]"  # other line separators, surrogates
 )
+
+
+def first_few(texts: Sequence[str], most: int) -> str:
+    """Join texts for a message: at most `most` of them, and the number of the others."""
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
 
 
 def without_credentials(text: str) -> str:

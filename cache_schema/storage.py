@@ -6,19 +6,15 @@ follows no symbolic link inside it; readers follow links to regular files only.
 
 import errno
 import os
-import shutil
 import stat
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from cache_schema.atomic_io import make_directories, sync, write_atomic
 from cache_schema.errors import StoreUnreachable, SymlinkInStore
 from cache_schema.names import MAX_RECORD_BYTES, StoreLayout
 from cache_schema.shown_text import lacks_credentials
@@ -197,12 +193,7 @@ class LocalFile(AbstractContextManager["LocalFile"]):
         """Read from `offset` into the buffers without intermediate copies."""
         return os.preadv(self._descriptor, buffers, offset)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
 
 
@@ -225,12 +216,7 @@ class FetchedFile(AbstractContextManager["FetchedFile"]):
             copied += len(piece)
         return copied
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         pass
 
 
@@ -408,110 +394,3 @@ def _ends_before_range(error: BaseException) -> bool:
 
 def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-COPYING = ".staging/.copy"
-"""Folder for a copy's markers and temporary files in its target; not a valid shard name."""
-
-
-def is_inside(path: str) -> bool:
-    """Whether a path from a listing stays inside the folder that it is relative to."""
-    return not path.startswith("/") and not {"", ".", ".."} & set(path.split("/"))
-
-
-class Target(Storage, Protocol):
-    """A writable storage; a file is either complete or absent."""
-
-    def put(self, path: str, data: bytes) -> None:
-        """Write a file, creating its folders and replacing an existing one."""
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        """Size of every file below a folder, by relative path; empty if it does not exist."""
-
-    def remove(self, path: str) -> None:
-        """Remove a file, or a folder with its contents, if it exists."""
-
-
-def open_target(location: Path | str) -> Target:
-    """The writable storage at a local path or a URL; nothing is accessed yet.
-
-    Raises `ValueError` for a web server, which cannot be written to.
-    """
-    if isinstance(location, str) and is_url(location):
-        if location.startswith(("http://", "https://")):
-            raise ValueError(
-                f"{location} is on a web server, which takes no files; copy to the folder that it "
-                "serves, or to an object store such as s3://bucket/cache"
-            )
-        return UrlTarget(location)
-    return FolderTarget(Path(location))
-
-
-class FolderTarget(LocalStorage):
-    """A local folder; files are synced to disk when `put` returns."""
-
-    def put(self, path: str, data: bytes) -> None:
-        """Write a file by renaming a temporary one."""
-        refuse_links_on_path(self.folder, path)
-        refuse_links_on_path(self.folder, COPYING)
-        copying = self.folder / COPYING
-        make_directories(copying)
-        file = self.folder / path
-        make_directories(file.parent)
-        write_atomic(file, data, temporary=copying / f".{threading.get_ident()}")
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        """Size of every file below a folder."""
-        refuse_links_on_path(self.folder, folder)
-        root = self.folder / folder
-        files = (Path(at) / name for at, _, names in os.walk(root) for name in names)
-        return {file.relative_to(root).as_posix(): file.lstat().st_size for file in files}
-
-    def remove(self, path: str) -> None:
-        """Remove a file, or a folder with its contents, if it exists."""
-        refuse_links_on_path(self.folder, path)
-        found = self.folder / path
-        if found.is_dir() and not found.is_symlink():
-            shutil.rmtree(found)
-        else:
-            found.unlink(missing_ok=True)
-        if found.parent.is_dir():
-            sync(found.parent)
-
-
-class UrlTarget(FsspecStorage):
-    """A folder of an object store, or of any other storage that fsspec can write to."""
-
-    def put(self, path: str, data: bytes) -> None:
-        """Write a file; object stores show it only once it is complete."""
-
-        def write(fs: Any, full: str) -> None:
-            fs.makedirs(full.rsplit("/", 1)[0], exist_ok=True)
-            fs.pipe_file(full, data)
-
-        self._with_retries(path, write)
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        """Size of every file below a folder."""
-
-        def find(fs: Any, full: str) -> dict[str, int]:
-            fs.invalidate_cache()
-            found = fs.find(full, detail=True)
-            root = f"{fs._strip_protocol(full)}/"
-            paths = {name.removeprefix(root): info["size"] for name, info in found.items()}
-            return {path: size for path, size in paths.items() if is_inside(path)}
-
-        try:
-            return self._with_retries(folder, find)
-        except FileNotFoundError:
-            return {}
-
-    def remove(self, path: str) -> None:
-        """Remove a file, or a folder with its contents, if it exists."""
-
-        def remove(fs: Any, full: str) -> None:
-            fs.invalidate_cache()
-            if fs.exists(full):
-                fs.rm(full, recursive=True)
-
-        self._with_retries(path, remove)

@@ -7,15 +7,13 @@ from typing import Any
 
 from cache_schema.atomic_io import FileLock, is_locked, make_directories, sync, write_atomic
 from cache_schema.checksummed_json import encode_record, plain_mapping
-from cache_schema.clip_index import ClipIndex, is_indexed, write_index
-from cache_schema.commit import clean_up_store
-from cache_schema.committed_shards import CommittedShards
+from cache_schema.commit import CommittedShards, clean_up_store
 from cache_schema.errors import SettingsMismatch
+from cache_schema.index import ClipIndex, is_indexed, write_index
 from cache_schema.names import StoreLayout, check_shard_name
 from cache_schema.records import StoreManifest, committed_shards, read_manifest
 from cache_schema.schema import Compression, StoreSettings, differing_settings
-from cache_schema.shard_writer import ShardWriter
-from cache_schema.staging import IsCurrent
+from cache_schema.shard_writer import IsCurrent, ShardWriter
 from cache_schema.storage import refuse_links
 from cache_schema.zarr_shard import found_compression
 

@@ -12,16 +12,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cache_schema.clip_index import (
+from cache_schema.errors import CacheError, Refused, SettingsMismatch, StoreNotFound
+from cache_schema.index import (
     ClipIndex,
     commit_path,
     load_index,
     read_commit_crc32c_digits,
     read_crc32c,
 )
-from cache_schema.errors import CacheError, Refused, SettingsMismatch, StoreNotFound
-from cache_schema.index_file import write_columns
+from cache_schema.index_columns import write_columns
 from cache_schema.maintenance.check_shard import GroupFile, group_files, read_intact
+from cache_schema.maintenance.copy_target import COPYING, FolderTarget, Target, open_target
 from cache_schema.names import (
     INDEX_FILE,
     MAX_INDEX_BYTES,
@@ -41,16 +42,8 @@ from cache_schema.records import (
     read_record_file,
 )
 from cache_schema.schema import StoreSettings, differing_settings
-from cache_schema.storage import (
-    COPYING,
-    FolderTarget,
-    LocalStorage,
-    Storage,
-    Target,
-    open_storage,
-    open_target,
-    refuse_links,
-)
+from cache_schema.shown_text import first_few
+from cache_schema.storage import LocalStorage, Storage, open_storage, refuse_links
 
 Advance = Callable[[int], None]
 
@@ -181,10 +174,9 @@ class _Copy:
             if not older
         ]
         if foreign:
-            named = ", ".join(map(repr, foreign[:_MAX_NAMED]))
-            more = f" and {len(foreign) - _MAX_NAMED} more" if len(foreign) > _MAX_NAMED else ""
+            named = first_few(list(map(repr, foreign)), _MAX_NAMED)
             raise Refused(
-                f"{location} holds clips in shards {named}{more} that {self.source.location} "
+                f"{location} holds clips in shards {named} that {self.source.location} "
                 "does not hold; copy to another folder or URL, or delete these shards' files in "
                 f"{location}/commits if they are not needed",
                 remedy="merge",

@@ -12,10 +12,9 @@ from pathlib import Path
 
 from cache_schema.atomic_io import FileLock, make_directories, sync, sync_folders, write_atomic
 from cache_schema.checksummed_json import decode_record, encode_record
-from cache_schema.claim import ShardClaim, staged_records
-from cache_schema.clip_index import load_index
-from cache_schema.commit import clean_up_store, commit_group
+from cache_schema.commit import ShardClaim, clean_up_store, commit_group, staged_records
 from cache_schema.errors import CacheError, Refused, SettingsMismatch
+from cache_schema.index import load_index
 from cache_schema.maintenance.check_shard import GroupFile, group_files, num_bytes, read_intact
 from cache_schema.names import StoreLayout, check_shard_name
 from cache_schema.records import (
@@ -26,6 +25,7 @@ from cache_schema.records import (
     read_manifest,
 )
 from cache_schema.schema import StoreSettings, differing_settings
+from cache_schema.shown_text import first_few
 from cache_schema.storage import LocalStorage, refuse_links
 from cache_schema.writer import StoreWriter
 
@@ -185,12 +185,13 @@ def _plan(
     if conflicts:
         raise Refused(
             f"{target.root} has, or would get, other shards of the same names as "
-            f"{_first_few(conflicts)}",
+            f"{first_few(conflicts, _MAX_NAMED)}",
             remedy="prefix",
         )
     if duplicates:
         raise Refused(
-            f"clips would be in {target.root} twice: {_first_few(duplicates)}", remedy="drop"
+            f"clips would be in {target.root} twice: {first_few(duplicates, _MAX_NAMED)}",
+            remedy="drop",
         )
     return incoming_shards
 
@@ -221,11 +222,6 @@ def _is_staged_from_other_source(target: StoreLayout, record: CommitRecord, name
         return bool(found["source"] != record.source)
     except (OSError, CacheError, KeyError):
         return False  # a writer would not adopt it either
-
-
-def _first_few(things: Sequence[str]) -> str:
-    more = f" and {len(things) - _MAX_NAMED} more" if len(things) > _MAX_NAMED else ""
-    return ", ".join(things[:_MAX_NAMED]) + more
 
 
 def _import_shard(

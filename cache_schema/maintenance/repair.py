@@ -14,13 +14,11 @@ from functools import cached_property
 from pathlib import Path
 
 from cache_schema.atomic_io import FileLock, add_path_to_errors, make_directories, sync
-from cache_schema.claim import ShardClaim
-from cache_schema.clip_index import write_index
-from cache_schema.commit import clean_up_store, group_generations
+from cache_schema.commit import ShardClaim, clean_up_store, group_generations
 from cache_schema.errors import CorruptRecord, LockLost, Refused, ShardBusy, UnknownSchemaVersion
+from cache_schema.index import write_index
 from cache_schema.maintenance.check_shard import check_shard, read_record
-from cache_schema.maintenance.drop import DROPPED
-from cache_schema.maintenance.replace_shard import keep_clips
+from cache_schema.maintenance.drop import DROPPED, keep_clips
 from cache_schema.maintenance.verify import Problem, Survey, read_settings
 from cache_schema.names import INDEX_FILE, StoreLayout, is_shard_name, parse_group_name
 from cache_schema.records import CommitRecord, SkippedClip

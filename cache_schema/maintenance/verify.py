@@ -11,15 +11,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cache_schema.atomic_io import is_locked
-from cache_schema.clip_index import (
+from cache_schema.errors import CorruptRecord, Remedy, StoreNotFound, UnknownSchemaVersion
+from cache_schema.index import (
     ClipIndex,
     describe_lost_record,
     index_of_records,
     parse_index,
     read_crc32c,
 )
-from cache_schema.errors import CorruptRecord, Remedy, StoreNotFound, UnknownSchemaVersion
-from cache_schema.index_file import write_columns
+from cache_schema.index_columns import write_columns
 from cache_schema.maintenance.check_shard import (
     Damage,
     check_shard,

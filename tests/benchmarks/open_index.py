@@ -24,8 +24,7 @@ from pathlib import Path
 
 from cache_schema import ArraySpec, ClipEntry, StoredArray, StoreReader, StoreSettings, StoreWriter
 from cache_schema.checksummed_json import encode_record
-from cache_schema.index_file import write_columns
-from cache_schema.index_rows import columns_of_records
+from cache_schema.index_columns import columns_of_records, write_columns
 from cache_schema.names import StoreLayout
 from cache_schema.records import CommitRecord, StoredFile
 from cache_schema.zarr_shard import chunk_path, metadata_paths

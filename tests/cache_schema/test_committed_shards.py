@@ -13,12 +13,14 @@ from cache_schema import (
     StoreReader,
     StoreSettings,
     StoreWriter,
-    clip_index,
-    committed_shards,
+    commit,
     verify_store,
 )
+from cache_schema import (
+    index as clip_index,
+)
 from cache_schema.atomic_io import FileLock
-from cache_schema.index_file import num_listed_shards
+from cache_schema.index_columns import num_listed_shards
 from cache_schema.maintenance.copy import copy_store
 from cache_schema.maintenance.drop import drop_clips
 from cache_schema.maintenance.merge import merge_stores
@@ -76,7 +78,7 @@ def test_records_that_others_commit_meanwhile_are_not_parsed(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a record was parsed")
 
-    monkeypatch.setattr(committed_shards, "read_commit", refuse)
+    monkeypatch.setattr(commit, "read_commit", refuse)
     monkeypatch.setattr(clip_index, "parse_commit", refuse)
     with first.shard("9", source="9") as shard:
         assert shard.shard_holding("c") == "2"
@@ -126,8 +128,8 @@ def test_committing_writers_keep_the_index_within_bounds(
     write_shard: WriteShard,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(committed_shards, "_MAX_UNLISTED", 2)
-    monkeypatch.setattr(committed_shards, "_MAX_UNLISTED_SHARE", 0.5)
+    monkeypatch.setattr(commit, "_MAX_UNLISTED", 2)
+    monkeypatch.setattr(commit, "_MAX_UNLISTED_SHARE", 0.5)
     writers = [StoreWriter.open(tmp_path, settings, provenance={}) for _ in range(3)]
     index = writers[0].path / "index.npz"
     listed, expected, found = 0, [], []
@@ -149,7 +151,7 @@ def test_committing_writers_keep_the_index_within_bounds(
 def test_an_index_that_another_process_is_at_is_not_waited_for(
     store: Path, settings: StoreSettings, write_shard: WriteShard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(committed_shards, "_MAX_UNLISTED", 1)
+    monkeypatch.setattr(commit, "_MAX_UNLISTED", 1)
     (writer,) = _writers(store, settings, 1)
     with FileLock(StoreLayout(store).store_lock, wait=True, what="the store"):
         write_shard(writer, "2", ["c"])
@@ -189,7 +191,7 @@ def test_of_processes_that_want_the_index_at_once_one_writes_it(
 def test_a_damaged_index_is_written_anew_by_who_commits(
     store: Path, settings: StoreSettings, write_shard: WriteShard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(committed_shards, "_MAX_UNLISTED", 0)
+    monkeypatch.setattr(commit, "_MAX_UNLISTED", 0)
     writer, other = _writers(store, settings, 2)
     writer.write_index()
     data = (store / "index.npz").read_bytes()
@@ -213,7 +215,7 @@ def test_a_shard_is_committed_even_if_the_index_cannot_be_written(
     writer, other = _writers(store, settings, 2)
     write_shard(writer, "x", ["x0"])
     write_shard(other, "y", ["twin"])
-    monkeypatch.setattr(committed_shards, "_MAX_UNLISTED", 1)
+    monkeypatch.setattr(commit, "_MAX_UNLISTED", 1)
     with pytest.raises(CorruptRecord, match="'twin' is in shards 'y' and 'z'"):
         write_shard(writer, "z", ["twin"])
     assert writer.is_committed("z")

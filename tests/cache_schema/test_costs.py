@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache_schema import ArraySpec, StoreSettings, StoreWriter, clip_index, records, verify_store
+from cache_schema import ArraySpec, StoreSettings, StoreWriter, records, verify_store
+from cache_schema import index as clip_index
 from cache_schema.maintenance.copy import copy_store
-from cache_schema.maintenance.drop import drop_clips
+from cache_schema.maintenance.drop import change_fingerprints, drop_clips
 from cache_schema.maintenance.merge import merge_stores
 from cache_schema.maintenance.repair import repair_store
-from cache_schema.maintenance.replace_shard import change_fingerprints
 from tests.fingerprints import fingerprint_of
 
 SETTINGS = StoreSettings(

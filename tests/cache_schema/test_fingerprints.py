@@ -10,10 +10,9 @@ import pytest
 
 from cache_schema import StoreReader, StoreSettings, StoreWriter, verify_store
 from cache_schema.maintenance.copy import copy_store
-from cache_schema.maintenance.drop import drop_clips
+from cache_schema.maintenance.drop import change_fingerprints, drop_clips
 from cache_schema.maintenance.merge import merge_stores
 from cache_schema.maintenance.repair import repair_store
-from cache_schema.maintenance.replace_shard import change_fingerprints
 from tests.fingerprints import fingerprint_of
 
 Arrays = dict[str, np.ndarray]

@@ -93,7 +93,7 @@ def test_a_failed_write_can_be_tried_again(
     with writer.shard("0", source="0") as shard:
         shard.add("a", clip_of("a"), fingerprint=fingerprint_of("a"))
         with monkeypatch.context() as patch:
-            patch.setattr("cache_schema.staging.write_atomic", fail)
+            patch.setattr("cache_schema.shard_writer.write_atomic", fail)
             with pytest.raises(OSError, match="No space left"):
                 shard.add("never", clip_of("never"), fingerprint=fingerprint_of("never"))
         assert not shard.has("never")

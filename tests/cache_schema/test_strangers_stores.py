@@ -26,7 +26,7 @@ from cache_schema import (
     find_store,
     verify_store,
 )
-from cache_schema.index_file import DamagedIndex, read_columns
+from cache_schema.index_columns import DamagedIndex, read_columns
 from cache_schema.maintenance.copy import copy_store
 from cache_schema.maintenance.drop import drop_clips
 from cache_schema.maintenance.merge import merge_stores

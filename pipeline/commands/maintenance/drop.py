@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cache_schema import StoreReader
 from cache_schema.maintenance.drop import DROPPED, REDO, drop_clips
+from cache_schema.shown_text import first_few
 from pipeline.commands.maintenance.stores import (
     Outcome,
     PathOrUrl,
@@ -51,9 +52,8 @@ def run(
     of_store = {store: _known(store, wanted) for store in stores}
     unknown = sorted(wanted - set().union(*of_store.values()))
     if unknown:
-        more = f" and {len(unknown) - _MAX_KEYS} more" if len(unknown) > _MAX_KEYS else ""
         raise ValueError(
-            f"no store of {cache} has clip {', '.join(map(repr, unknown[:_MAX_KEYS]))}{more}; "
+            f"no store of {cache} has clip {first_few(list(map(repr, unknown)), _MAX_KEYS)}; "
             "nothing was dropped. Write keys as inspect and failures.jsonl show them"
         )
 

@@ -8,8 +8,7 @@ import numpy as np
 
 from cache_schema import StoreReader, StoreWriter
 from cache_schema.atomic_io import FileLock
-from cache_schema.maintenance.drop import REDO, drop_clips
-from cache_schema.maintenance.replace_shard import change_fingerprints
+from cache_schema.maintenance.drop import REDO, change_fingerprints, drop_clips
 from cache_schema.names import without_retry
 from stages.clips import ClipDataset, InputShard
 from stages.extract_features.config import ExtractConfig, Kind

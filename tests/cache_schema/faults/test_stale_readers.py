@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from cache_schema import ClipChanged, ClipMissing, CorruptClip, StoreReader, StoreWriter
-from cache_schema.claim import ShardClaim
-from cache_schema.maintenance.drop import drop_clips
+from cache_schema.commit import ShardClaim
+from cache_schema.maintenance.drop import change_fingerprints, drop_clips, keep_clips
 from cache_schema.maintenance.repair import repair_store
-from cache_schema.maintenance.replace_shard import change_fingerprints, keep_clips
 from cache_schema.names import StoreLayout
 from cache_schema.records import read_commit_with_crc32c
 from cache_schema.storage import LocalStorage

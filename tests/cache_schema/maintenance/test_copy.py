@@ -383,10 +383,9 @@ def test_a_killed_update_never_loses_a_clip_that_both_have(
 
 _KILLED_PUT = """
 import os, signal, sys
-from cache_schema import storage
-from cache_schema.maintenance import copy
+from cache_schema.maintenance import copy, copy_target
 
-put, left = storage.UrlTarget.put, int(sys.argv[3])
+put, left = copy_target.UrlTarget.put, int(sys.argv[3])
 
 def counted(self, path, data):
     global left
@@ -395,7 +394,7 @@ def counted(self, path, data):
         os.kill(os.getpid(), signal.SIGKILL)
     put(self, path, data)
 
-storage.UrlTarget.put = counted
+copy_target.UrlTarget.put = counted
 copy.copy_store(sys.argv[1], sys.argv[2])
 """
 

@@ -241,8 +241,9 @@ def test_a_shard_that_a_writer_has_begun(
             merge_stores(target, [source])
     with writer.shard("00001", source="elsewhere.tar") as shard:
         shard.add("x0", clip_of("x0"), fingerprint=fingerprint_of("x0"))
-    with pytest.raises(ValueError, match="--prefix"):
+    with pytest.raises(Refused) as error:
         merge_stores(target, [source])
+    assert error.value.remedy == "prefix"
     with writer.shard("00001", source="00001.tar") as shard:  # sweeps the other input's clips
         shard.add("b0", clip_of("b0"), fingerprint=fingerprint_of("b0"))
     assert merge_stores(target, [source]).shards == ("00001",)

@@ -21,9 +21,8 @@ from cache_schema import (
     StoreWriter,
     verify_store,
 )
-from cache_schema.maintenance.drop import drop_clips
+from cache_schema.maintenance.drop import change_fingerprints, drop_clips
 from cache_schema.maintenance.repair import repair_store
-from cache_schema.maintenance.replace_shard import change_fingerprints
 from stages.extract_features.derive import DeriveSummary, derive_gram_flow
 from stages.extract_features.execution import local_engine
 from stages.local_gram_flow import regrid_fused

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cache_schema.maintenance.replace_shard import change_fingerprints
+from cache_schema.maintenance.drop import change_fingerprints
 from tests.fingerprints import fingerprint_of
 from tests.stages.train_student.data.joined import join_stores
 

@@ -15,22 +15,20 @@ from pathlib import Path
 import numpy as np
 
 from cache_schema.atomic_io import FileLock, add_path_to_errors, open_for_writing, sync
+from cache_schema.checksummed_json import HEAD_BYTES, crc32c_digits
 from cache_schema.errors import CorruptRecord
-from cache_schema.index_checks import check_columns
-from cache_schema.index_file import (
+from cache_schema.index_columns import (
     STORE_CRC32C,
     DamagedIndex,
+    DuplicateKey,
+    check_columns,
     column_types,
+    columns_of_records,
+    merged_columns,
     read_columns,
     write_columns,
 )
-from cache_schema.index_rows import DuplicateKey, columns_of_records, merged_columns
-from cache_schema.names import (
-    INDEX_FILE,
-    MAX_INDEX_BYTES,
-    STORE_FILE,
-    StoreLayout,
-)
+from cache_schema.names import INDEX_FILE, MAX_INDEX_BYTES, STORE_FILE, StoreLayout
 from cache_schema.packed_strings import PackedText, SortedText
 from cache_schema.records import (
     CommitRecord,
@@ -42,9 +40,6 @@ from cache_schema.records import (
 from cache_schema.schema import StoreSettings
 from cache_schema.storage import UNREADABLE, LocalStorage, Storage
 from cache_schema.zarr_shard import FileFacts
-
-_HEAD_BYTES = 22
-"""Length of the start of a record, up to and including its checksum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,12 +296,12 @@ def index_of_records(storage: Storage, settings: StoreSettings, shards: Iterable
 
 def read_commit_crc32c_digits(storage: Storage, shard: str) -> bytes:
     """The `crc32c` digits of a commit record; not validated."""
-    return storage.read_range(commit_path(shard), 0, _HEAD_BYTES)[-8:]
+    return storage.read_range(commit_path(shard), 0, HEAD_BYTES)[-8:]
 
 
 def read_crc32c(storage: Storage, path: str) -> int:
     """The `crc32c` of an intact record."""
-    return int(storage.read_range(path, 0, _HEAD_BYTES)[-8:], 16)
+    return int(crc32c_digits(storage.read_range(path, 0, HEAD_BYTES)), 16)
 
 
 def commit_path(shard: str) -> str:
@@ -392,7 +387,7 @@ def _read_records(
         record = parse_commit(
             data, settings, shard, location=f"{storage.location}/{path}", store=storage.location
         )
-        yield record, int(data[_HEAD_BYTES - 8 : _HEAD_BYTES], 16)
+        yield record, int(crc32c_digits(data), 16)
 
 
 def _duplicate_key_error(storage: Storage, error: DuplicateKey) -> CorruptRecord:

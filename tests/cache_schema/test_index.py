@@ -21,11 +21,12 @@ from cache_schema import (
     StoreReader,
     StoreSettings,
     StoreWriter,
-    clip_index,
 )
-from cache_schema.clip_index import ClipIndex, index_of_records, load_index, read_index
-from cache_schema.index_file import DamagedIndex, write_columns
-from cache_schema.index_rows import DuplicateKey
+from cache_schema import (
+    index as clip_index,
+)
+from cache_schema.index import ClipIndex, index_of_records, load_index, read_index
+from cache_schema.index_columns import DamagedIndex, DuplicateKey, write_columns
 from cache_schema.maintenance.drop import drop_clips
 from cache_schema.names import StoreLayout
 from cache_schema.packed_strings import PackedText
