@@ -274,8 +274,9 @@ def test_a_clip_is_one_request_and_a_part_two(web: FileServer, indexed: Path) ->
 
 
 def test_a_web_server_needs_the_folder_to_be_named(web: FileServer) -> None:
-    with pytest.raises(StoreNotFound, match=r"cannot be listed; set train\.stores\.teacher"):
+    with pytest.raises(StoreNotFound, match="cannot be listed") as error:
         find_store(web.url, "teacher")
+    assert (error.value.remedy, error.value.subject) == ("choose", "teacher")
     with pytest.raises(StoreNotFound, match="name the folder"):
         list_stores(web.url)
 
