@@ -87,6 +87,13 @@ def store(tmp_path: Path, _finished_store: Path) -> Path:
     return shutil.copytree(_finished_store, tmp_path / "cache" / _finished_store.name)
 
 
+@pytest.fixture
+def indexed(store: Path, settings: StoreSettings) -> Path:
+    """The store with its index."""
+    StoreWriter.open(store.parent, settings, provenance={}).write_index()
+    return store
+
+
 @pytest.fixture(scope="session")
 def files_of() -> Callable[[Path], dict[str, bytes]]:
     """Every file below a folder, by relative path."""

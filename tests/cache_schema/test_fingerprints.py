@@ -33,12 +33,6 @@ def _assert_kept(store: Path) -> None:
     assert verify_store(store).problems == ()
 
 
-@pytest.fixture
-def indexed(store: Path, settings: StoreSettings) -> Path:
-    StoreWriter.open(store.parent, settings, provenance={}).write_index()
-    return store
-
-
 def test_it_is_written_with_the_clip(indexed: Path) -> None:
     _assert_kept(indexed)
 

@@ -111,13 +111,6 @@ def test_a_key_in_two_shards_is_refused_wherever_it_comes_from() -> None:
         clip_index.merged_columns(one.columns, np.array([True]), other.columns)
 
 
-@pytest.fixture
-def indexed(store: Path, settings: StoreSettings) -> Path:
-    """The store with an index that fits it."""
-    StoreWriter.open(store.parent, settings, provenance={}).write_index()
-    return store
-
-
 def _from_records(store: Path, settings: StoreSettings) -> ClipIndex:
     shards = committed_shards(StoreLayout(store))
     return index_of_records(LocalStorage(store), settings, shards)

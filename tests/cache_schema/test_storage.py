@@ -17,9 +17,7 @@ from cache_schema import (
     CorruptRecord,
     StoreNotFound,
     StoreReader,
-    StoreSettings,
     StoreUnreachable,
-    StoreWriter,
     find_store,
     list_stores,
     storage,
@@ -32,12 +30,6 @@ from tests.cache_schema.servers import FileServer, serving
 Arrays = dict[str, np.ndarray]
 ClipOf = Callable[[str], Arrays]
 CHUNK = "shards/00000/features/c.1.0.0.0.0"
-
-
-@pytest.fixture
-def indexed(store: Path, settings: StoreSettings) -> Path:
-    StoreWriter.open(store.parent, settings, provenance={}).write_index()
-    return store
 
 
 @pytest.fixture

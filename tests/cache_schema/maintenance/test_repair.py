@@ -28,13 +28,6 @@ FilesOf = Callable[[Path], dict[str, bytes]]
 CHUNK = "shards/00000/features/c.1.0.0.0.0"
 
 
-@pytest.fixture
-def indexed(store: Path, settings: StoreSettings) -> Path:
-    """The store with its index, as extraction leaves it."""
-    StoreWriter.open(store.parent, settings, provenance={}).write_index()
-    return store
-
-
 def _flip(path: Path, position: int = 20) -> bytes:
     data = bytearray(path.read_bytes())
     data[position] ^= 1

@@ -29,13 +29,6 @@ WriteShard = Callable[..., None]
 FilesOf = Callable[[Path], dict[str, bytes]]
 
 
-@pytest.fixture
-def indexed(store: Path, settings: StoreSettings) -> Path:
-    """The store with its index, as extraction leaves it."""
-    StoreWriter.open(store.parent, settings, provenance={}).write_index()
-    return store
-
-
 def _mends(store: Path | str, **options: bool) -> list[tuple[str | None, str | None, str]]:
     problems = verify_store(store, **options).problems
     return [(problem.shard, problem.key, problem.remedy) for problem in problems]

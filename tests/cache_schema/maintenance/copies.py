@@ -1,0 +1,38 @@
+"""What tests of copies share: whole stores, files that travel, an S3 server."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from cache_schema import StoreReader
+
+ClipOf = Callable[[str], dict[str, np.ndarray]]
+
+
+def assert_whole(store: Path | str, keys: list[str], clip_of: ClipOf) -> None:
+    reader = StoreReader(store)
+    assert list(reader.keys) == sorted(keys)
+    for key in keys:
+        for name, values in reader.read(key).items():
+            np.testing.assert_array_equal(values, clip_of(key)[name])
+
+
+def travelling(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Without what stays at home."""
+    return {p: data for p, data in files.items() if not p.startswith((".staging", "quarantine"))}
+
+
+def objects_on_s3() -> dict[str, bytes]:
+    """Every object of the bucket, as another client sees it."""
+    import boto3
+
+    client = boto3.client("s3")
+    listed = client.list_objects_v2(Bucket="clips").get("Contents", [])
+    paths = [entry["Key"] for entry in listed]
+    return {path: client.get_object(Bucket="clips", Key=path)["Body"].read() for path in paths}
+
+
+def store_on_s3(store: Path) -> dict[str, bytes]:
+    prefix = f"cache/{store.name}/"
+    return {path.removeprefix(prefix): data for path, data in objects_on_s3().items()}
