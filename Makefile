@@ -4,6 +4,7 @@
 #   make extract-features CONFIG=my.yaml ARGS="extract.device=cuda:1"
 #   make train CONFIG=cogvideox-5b-lora
 #   make sample PROMPT="a dog runs over a meadow"
+#   make evaluate VIDEOS=outputs/lgf AGAINST=outputs/base
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -11,6 +12,8 @@ CONFIG ?= demo
 ARGS   ?=
 PROMPT ?=
 OUT    ?=
+VIDEOS ?=
+AGAINST ?=
 NAME   ?=
 # Number of test processes; each takes up to one core and 1.5 GB.
 PROCESSES ?= 2
@@ -28,7 +31,7 @@ INSTALLED := $(VENV)/.installed
 RUN       := $(BIN)/sam2vx-pipeline
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo extract-features train sample test test-faults lint typecheck check bench lock clean
+.PHONY: help install demo extract-features train sample evaluate test test-faults lint typecheck check bench lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -58,6 +61,25 @@ train: install $(if $(filter demo,$(CONFIG)),extract-features)  ## stage two; re
 sample: install  ## sample a video: make sample PROMPT="…" [OUT=video.mp4]
 	@test -n "$(PROMPT)" || { echo 'PROMPT is not set: make sample PROMPT="a quadruped walks to the left"'; exit 2; }
 	$(RUN) sample --config $(CONFIG) --prompt "$(PROMPT)" $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+# The demo's prompts; videos of two seeds each take half a minute on two cores.
+DEMO_PROMPTS := \
+  -p "A biped with blue and red arms, green and purple legs walks to the right over grass, by a brick wall." \
+  -p "A quadruped with blue, red, green and purple legs trots to the left over sand, by a slate wall." \
+  -p "A robot arm with blue, orange and green links waves, facing right, over stone, by a moss wall."
+
+evaluate: install $(if $(VIDEOS),,train)  ## score videos: VIDEOS=folder [AGAINST=folder]; without, the demo's run against its base
+ifneq ($(VIDEOS),)
+	$(RUN) evaluate "$(VIDEOS)" $(if $(AGAINST),--against "$(AGAINST)") --config $(CONFIG) $(ARGS)
+else
+	rm -rf demo/evaluation/base demo/evaluation/trained
+	for seed in 0 1; do \
+	  $(RUN) sample --config demo $(DEMO_PROMPTS) --base sample.seed=$$seed outputs=demo/evaluation/base && \
+	  $(RUN) sample --config demo $(DEMO_PROMPTS) --run demo/runs/lgf sample.seed=$$seed outputs=demo/evaluation/trained \
+	  || exit; \
+	done
+	$(RUN) evaluate demo/evaluation/trained --against demo/evaluation/base --config demo --out demo/evaluation/scores
+endif
 
 test: install  ## run the default tests: CPU only, offline (PROCESSES=2)
 	$(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal

@@ -24,6 +24,7 @@ from pipeline.cli_options import (
 )
 from pipeline.console import CommandResult, escape_unencodable_output, print_file, print_json
 from pipeline.environment import set_rank_from_slurm
+from pipeline.evaluate_cli import evaluate
 from pipeline.inspect_cli import inspect
 
 app = typer.Typer(
@@ -340,6 +341,7 @@ def report(
     print_result(result, as_json)
 
 
+app.command()(evaluate)
 app.command()(inspect)
 
 

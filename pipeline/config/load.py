@@ -22,6 +22,7 @@ from pipeline.config.schema import (
 from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig, Section
 from stages.demo.build import DemoConfig
+from stages.evaluate.config import EvaluateConfig
 from stages.extract_features.config import ExtractConfig
 from stages.files.yaml import YamlError, parse_yaml
 from stages.sample_videos.config import SampleConfig
@@ -50,6 +51,8 @@ class RunConfig(Section):
     """Stage two: training."""
     sample: SampleConfig = SampleConfig()
     """Sampling videos."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Scores of generated videos."""
     demo: DemoConfig | None = None
     """The built-in demo, generated if missing; null for your own data and models."""
 

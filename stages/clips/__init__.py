@@ -8,6 +8,7 @@ from stages.clips.dataset.shards import (
     input_shard_name,
     open_dataset,
     retry_shard_name,
+    videos_below,
 )
 from stages.clips.geometry import FrameGeometry
 from stages.clips.loading import ClipProbe, load_clip, probe_clip
@@ -37,5 +38,6 @@ __all__ = [
     "probe_clip",
     "read_video",
     "retry_shard_name",
+    "videos_below",
     "write_video",
 ]

@@ -8,13 +8,13 @@ from PIL import Image
 # Legend: T frame, H W pixels, C colour (RGB, 0 to 1), J joint, 2 x and y.
 
 # Muted colours, unlike those of any limb.
-_FLOORS = {
+FLOORS = {
     "sand": (0.60, 0.53, 0.42),
     "grass": (0.36, 0.43, 0.33),
     "stone": (0.47, 0.47, 0.48),
     "earth": (0.43, 0.36, 0.31),
 }
-_WALLS = {
+WALLS = {
     "slate": (0.33, 0.36, 0.41),
     "brick": (0.47, 0.38, 0.36),
     "plaster": (0.62, 0.60, 0.57),
@@ -23,7 +23,7 @@ _WALLS = {
 _WALL_PARALLAX = 0.6
 """Fraction of the camera's pan by which the distant wall moves."""
 _CONTRAST = 0.16
-_POST_COLOUR = np.array([0.12, 0.12, 0.13])
+POST_COLOUR = np.array([0.12, 0.12, 0.13])
 _POST_PROBABILITY = 0.3
 """Fraction of clips with a post."""
 
@@ -76,7 +76,7 @@ class Background:
             np.minimum(edges_W + 1, left + self._post_width) - np.maximum(edges_W, left), 0, 1
         )
         across_W = (edges_W + 0.5 - left) / self._post_width
-        colour_WC = _POST_COLOUR * (1.3 - 0.6 * np.abs(across_W - 0.4))[:, None]
+        colour_WC = POST_COLOUR * (1.3 - 0.6 * np.abs(across_W - 0.4))[:, None]
         canvas_HWC += covered_W[None, :, None] * (colour_WC - canvas_HWC)
         return np.broadcast_to(covered_W, (height, width))
 
@@ -101,11 +101,11 @@ def make_background(
     camera_T = camera_T - camera_T.min()
     horizon = round(height * random.uniform(0.62, 0.70))
     ground_y = height * random.uniform(0.84, 0.89)
-    floor = list(_FLOORS)[int(random.integers(len(_FLOORS)))]
-    wall = list(_WALLS)[int(random.integers(len(_WALLS)))]
+    floor = list(FLOORS)[int(random.integers(len(FLOORS)))]
+    wall = list(WALLS)[int(random.integers(len(WALLS)))]
     texture_width = width + int(np.ceil(camera_T.max())) + 2
-    wall_HWC = _texture(random, _WALLS[wall], height, texture_width, cell=height / 6)
-    floor_HWC = _texture(random, _FLOORS[floor], height - horizon, texture_width, cell=height / 9)
+    wall_HWC = _texture(random, WALLS[wall], height, texture_width, cell=height / 6)
+    floor_HWC = _texture(random, FLOORS[floor], height - horizon, texture_width, cell=height / 9)
     post_width = width * random.uniform(0.05, 0.08)
     post_frame = int(len(camera_T) * random.uniform(0.35, 0.65))
     # In world coordinates, so that figure and camera move past it.

@@ -46,6 +46,7 @@ def extract_features(
     world_size: int = 1,
     retry_failed: bool = False,
     refresh_changed: bool = False,
+    dataset: ClipDataset | None = None,
 ) -> ExtractSummary:
     """Write the stores of `config.kinds` for every shard of the dataset.
 
@@ -78,6 +79,7 @@ def extract_features(
         retry_failed: Retry the skipped clips of finished shards; they go into retry shards.
         refresh_changed: Extract clips again whose source (caption, video or prompt, depending on
             the kind) differs from the store's; the rest of their shards is kept.
+        dataset: The clips; None opens `clips.path`. Ray workers always open it.
 
     Raises:
         ValueError: The dataset, base model, SAM2 checkpoint, device or Ray is missing or wrong;
@@ -93,7 +95,7 @@ def extract_features(
             f"extract.engine=ray starts its own workers, but a launcher started {world_size} "
             "processes; run it without torchrun, or with extract.engine=local"
         )
-    dataset = open_dataset(clips)
+    dataset = dataset or open_dataset(clips)
     if rank == 0:
         progress.log(f"dataset: {dataset.layout}")
     engine: RayEngine | LocalEngine

@@ -162,12 +162,29 @@ def open_dataset(config: ClipsConfig) -> ClipDataset:
     clips, description = _clip_list(layout)
     if len(clips) == 0:
         raise ValueError(f"{layout.named} lists no clips")
+    return ClipDataset(_rows_shards(clips, config), layout=description)
+
+
+def videos_below(config: ClipsConfig) -> ClipDataset:
+    """List all videos in the folder `config.path` and below, whatever else it holds.
+
+    Unlike `open_dataset`, it needs no captions, and ignores metadata files and tars.
+
+    Raises:
+        ValueError: There are no videos.
+    """
+    found = VideoFiles.in_folder(config.path)
+    if len(found) == 0:
+        raise ValueError(f"{config.path} holds no videos")
+    return ClipDataset(_rows_shards(found, config), layout=f"{len(found)} videos")
+
+
+def _rows_shards(clips: _ClipList, config: ClipsConfig) -> tuple[InputShard, ...]:
     starts = range(0, len(clips), config.clips_per_shard)
-    shards = [
+    return tuple(
         _RowsShard(f"{number:05d}", clips, start, min(start + config.clips_per_shard, len(clips)))
         for number, start in enumerate(starts)
-    ]
-    return ClipDataset(tuple(shards), layout=description)
+    )
 
 
 def _tar_dataset(layout: Layout) -> ClipDataset:

@@ -1,0 +1,1 @@
+"""Evaluation of generated videos: scores per video, and comparison of two sides."""

@@ -1,0 +1,25 @@
+"""Settings of evaluation."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from stages.config import Section
+
+ScoreGroup = Literal["structure", "figures", "vbench", "appearance"]
+"""Groups of scores: the subject's structure from SAM2's tracks; the limbs of the demo's figures;
+VBench's temporal flickering; the frames' appearance."""
+
+
+class EvaluateConfig(Section):
+    """Scores of generated videos."""
+
+    scores: tuple[ScoreGroup, ...] = Field(default=("structure", "appearance"), min_length=1)
+    """Groups of scores. structure tracks the subject with the settings of extract.teacher, and
+    reads videos at the size, length and rate of data; the others read whole videos. figures is for
+    the demo, whose prompts name the kind of figure; vbench for videos without motion."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the bootstrap that gives the 95% intervals."""
+    max_skipped: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Maximum fraction of videos without a partner or without scores; above it the command exits
+    with 3. 0.1 is usual."""

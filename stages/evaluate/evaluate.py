@@ -1,0 +1,178 @@
+"""Scores the videos of one or two sides, and compares the sides."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cache_schema import JSON
+from stages.clips import ClipsConfig, VideoError, read_video
+from stages.evaluate.appearance import APPEARANCE, appearance_scores
+from stages.evaluate.compare import Comparison, Mean, compare_pairs, mean_of
+from stages.evaluate.config import EvaluateConfig, ScoreGroup
+from stages.evaluate.figures import FIGURES, NoFigureError, figure_scores, kind_in_prompt
+from stages.evaluate.motion import motion_distance, motion_features
+from stages.evaluate.score import Score
+from stages.evaluate.structure import STRUCTURE, structure_scores
+from stages.evaluate.tracked_videos import track_videos
+from stages.evaluate.vbench import VBENCH, vbench_scores
+from stages.evaluate.videos import Side, Video, pair_videos
+from stages.extract_features.config import ExtractConfig
+from stages.progress import Progress
+
+SCORES: Mapping[ScoreGroup, tuple[Score, ...]] = {
+    "structure": STRUCTURE,
+    "figures": FIGURES,
+    "vbench": VBENCH,
+    "appearance": APPEARANCE,
+}
+"""The scores of each group, in the order of the tables."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SideScores:
+    """The scores of one side's videos."""
+
+    side: Side
+    values: Mapping[str, Mapping[str, float]]
+    """Value of each score, by the video's key and the score's name; NaN where the video does not
+    allow one."""
+    problems: Mapping[str, str]
+    """Why a video lacks scores, by key."""
+    motion: Mapping[str, np.ndarray]
+    """`motion_features` of the videos with a track, by key."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Scores of one or two sides."""
+
+    scores: tuple[Score, ...]
+    sides: tuple[SideScores, ...]
+    pairs: tuple[tuple[Video, Video], ...]
+    """Videos of the same prompt and seed; empty with one side."""
+    unpaired: tuple[str, ...]
+    """Keys of videos without a partner."""
+    means: Mapping[str, tuple[Mean, ...]]
+    """Mean of each score per side."""
+    differences: Mapping[str, Comparison]
+    """First side minus second side over the pairs, by score; empty with one side."""
+    motion: tuple[float, float] | str | None
+    """Distance between the motion of both sides, and its standard error, or why there is none; None
+    with one side or without tracks."""
+
+    @property
+    def skipped_share(self) -> float:
+        """Fraction of videos without scores or without a partner."""
+        without = sum(len(one.problems) for one in self.sides) + len(self.unpaired)
+        return without / sum(len(one.side.videos) for one in self.sides)
+
+
+def score_side(
+    side: Side,
+    config: EvaluateConfig,
+    extract: ExtractConfig,
+    clips: ClipsConfig,
+    *,
+    cache: Path,
+    temperature: float,
+    provenance: dict[str, JSON],
+    progress: Progress,
+) -> SideScores:
+    """Compute the scores of a side's videos.
+
+    Args:
+        side: The videos.
+        config: Which scores.
+        extract: Settings of SAM2 and of the prompts.
+        clips: Size, length and rate at which subjects are tracked.
+        cache: Folder of the tracks; tracks that are there are kept.
+        temperature: Temperature of the Gram flow.
+        provenance: Information on the run, recorded in the stores.
+        progress: Shows bars.
+    """
+    values: dict[str, dict[str, float]] = {video.key: {} for video in side.videos}
+    problems: dict[str, str] = {}
+    motion: dict[str, np.ndarray] = {}
+    if "structure" in config.scores:
+        tracked = track_videos(
+            side.folder, cache, extract, clips, provenance=provenance, progress=progress
+        )
+        problems |= {key: why for key, why in tracked.skipped.items() if key in values}
+        with progress.task(f"{side.name}: structure", len(values), unit="videos") as task:
+            for key, tracks in tracked.tracks():
+                if key in values:
+                    values[key] |= structure_scores(tracks, temperature=temperature)
+                    motion[key] = motion_features(tracks, temperature=temperature)
+                    task.advance()
+    if any(group in config.scores for group in _OF_FRAMES):
+        with progress.task(f"{side.name}: frames", len(values), unit="videos") as task:
+            for video in side.videos:
+                try:
+                    values[video.key] |= _frame_scores(video, config)
+                except (VideoError, NoFigureError) as error:
+                    problems.setdefault(video.key, str(error))
+                task.advance()
+    return SideScores(side=side, values=values, problems=problems, motion=motion)
+
+
+_OF_FRAMES: tuple[ScoreGroup, ...] = ("figures", "vbench", "appearance")
+"""Groups that are computed from a video's frames."""
+
+
+def _frame_scores(video: Video, config: EvaluateConfig) -> dict[str, float]:
+    frames_THWC, fps = read_video(video.path)
+    found: dict[str, float] = {}
+    if "figures" in config.scores:
+        found |= figure_scores(frames_THWC, kind_in_prompt(video.prompt), fps=fps)
+    if "vbench" in config.scores:
+        found |= vbench_scores(frames_THWC)
+    if "appearance" in config.scores:
+        found |= appearance_scores(frames_THWC)
+    return found
+
+
+def compare_sides(sides: Sequence[SideScores], config: EvaluateConfig) -> Evaluation:
+    """Average the scores of each side, and compare the pairs of two sides."""
+    scores = tuple(score for group in config.scores for score in SCORES[group])
+    pairs: list[tuple[Video, Video]] = []
+    unpaired: list[str] = []
+    if len(sides) == 2:
+        pairs, unpaired = pair_videos(sides[0].side, sides[1].side)
+    motion = None
+    if len(sides) == 2 and "structure" in config.scores:
+        first, second = (
+            np.array([*one.motion.values()]).reshape(len(one.motion), -1) for one in sides
+        )
+        motion = motion_distance(first, second, seed=config.seed)
+    return Evaluation(
+        motion=motion,
+        scores=scores,
+        sides=tuple(sides),
+        pairs=tuple(pairs),
+        unpaired=tuple(unpaired),
+        means={
+            score.name: tuple(
+                mean_of(_column(one, score, [v.key for v in one.side.videos]), seed=config.seed)
+                for one in sides
+            )
+            for score in scores
+        },
+        differences={
+            score.name: compare_pairs(
+                _column(sides[0], score, [first.key for first, _ in pairs]),
+                _column(sides[1], score, [second.key for _, second in pairs]),
+                better=score.better,
+                seed=config.seed,
+            )
+            for score in scores
+            if pairs
+        },
+    )
+
+
+def _column(scores: SideScores, score: Score, keys: Sequence[str]) -> np.ndarray:
+    """float64 [videos]: the values of a score; NaN for videos without it."""
+    return np.array([score.check(scores.values[key].get(score.name, math.nan)) for key in keys])

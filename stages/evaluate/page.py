@@ -1,0 +1,282 @@
+"""The HTML page of an evaluation: means with intervals, and the videos of both sides.
+
+One file without network access. Videos are linked, not embedded: the page plays them as long as
+they keep their place relative to it.
+"""
+
+import base64
+import hashlib
+import html
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from cache_schema.shown_text import visible, without_credentials
+from stages.evaluate.compare import Mean
+from stages.evaluate.evaluate import Evaluation, SideScores
+from stages.evaluate.score import Score
+from stages.evaluate.videos import Video
+
+_COLOURS = ("#2f6f9f", "#c8642b")
+_MAX_PLOTTED = 12
+
+_STYLE = """
+* { box-sizing: border-box; }
+body { margin: 0; background: #f6f7f9; color: #1f2733;
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
+header { background: #fff; border-bottom: 1px solid #dfe3e8; padding: 24px 0 16px; }
+header > *, main { max-width: 1280px; margin: 0 auto; padding: 0 24px; }
+h1 { font-size: 24px; overflow-wrap: anywhere; } h2 { font-size: 18px; margin: 32px 0 8px; }
+.note { color: #667080; font-size: 13px; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; background: #fff; font-size: 12.5px; }
+th, td { text-align: left; padding: 4px 9px; border: 1px solid #dfe3e8; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.pair { background: #fff; border: 1px solid #dfe3e8; border-radius: 8px; padding: 12px 16px;
+  margin: 12px 0; }
+.pair p { margin: 0 0 8px; font-weight: 500; overflow-wrap: anywhere; }
+.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 14px; }
+video { width: 100%; background: #000; border-radius: 4px; }
+figure { margin: 0; } select { font: inherit; padding: 2px 6px; margin-right: 16px; }
+.plot { max-width: 100%; background: #fff; border: 1px solid #dfe3e8; padding: 8px; }
+"""
+
+_SORT = """
+const pairs = document.getElementById("pairs");
+const score = document.getElementById("score"), by = document.getElementById("by");
+function sort() {
+  const better = score.selectedOptions[0].dataset.better;
+  const rows = [...pairs.children].map(row => {
+    const values = JSON.parse(row.dataset.values)[score.value] || [];
+    const known = v => typeof v === "number";
+    const index = Number(by.value);
+    const value = index < 0 ? (known(values[0]) && known(values[1]) ? values[0] - values[1] : null)
+                            : (known(values[index]) ? values[index] : null);
+    return [value, row];
+  });
+  const sign = better === "lower" ? -1 : 1;
+  rows.sort((a, b) => a[0] === null ? (b[0] === null ? 0 : 1) : b[0] === null ? -1
+                      : sign * (a[0] - b[0]));
+  rows.forEach(([, row]) => pairs.append(row));
+}
+score.addEventListener("change", sort);
+by.addEventListener("change", sort);
+sort();
+"""
+
+
+def evaluation_page(evaluation: Evaluation, page: Path, *, subtitle: str) -> str:
+    """Make the page.
+
+    Args:
+        evaluation: The scores.
+        page: Path of the page, to which the videos' paths are made relative.
+        subtitle: One line on the settings.
+    """
+    names = " against ".join(one.side.name for one in evaluation.sides)
+    script = base64.b64encode(hashlib.sha256(_SORT.encode()).digest()).decode()
+    policy = (
+        "default-src 'none'; img-src data:; media-src 'self' file:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{script}'"
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<title>{_escape(names)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<header><h1>{_escape(names)}</h1><p class="note">{_escape(subtitle)}</p></header>
+<main>
+<h2>Scores</h2>
+{_table(evaluation)}
+<h2>Means with 95% intervals</h2>
+{_plot(evaluation)}
+<h2>Videos</h2>
+{_videos(evaluation, page.parent)}
+{_problems(evaluation)}
+</main>
+<script>{_SORT}</script>
+</body>
+</html>
+"""
+
+
+def _escape(value: object) -> str:
+    return html.escape(visible(without_credentials(str(value))), quote=True)
+
+
+def _table(evaluation: Evaluation) -> str:
+    heads = ["score", "unit", "better"]
+    for one in evaluation.sides:
+        heads.append(f"{one.side.name}: mean [95% interval], videos")
+    if evaluation.differences:
+        heads += ["difference [95% interval]", "pairs won"]
+    rows = []
+    for score in evaluation.scores:
+        cells = [
+            f'<td title="{_escape(score.description)}">{_escape(score.name)}</td>',
+            f"<td>{_escape(score.unit)}</td>",
+            f"<td>{_escape(score.better or '')}</td>",
+        ]
+        cells += [f'<td class="number">{_mean(mean)}</td>' for mean in evaluation.means[score.name]]
+        if found := evaluation.differences.get(score.name):
+            cells.append(f'<td class="number">{_mean(found.difference)}</td>')
+            won = "" if found.win_rate is None else f"{found.win_rate:.0%}"
+            cells.append(f'<td class="number">{won}</td>')
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    head = "".join(f"<th>{_escape(name)}</th>" for name in heads)
+    table = (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+    return table + (
+        f'<p class="note">{_escape(motion)}</p>' if (motion := _motion(evaluation)) else ""
+    )
+
+
+def _motion(evaluation: Evaluation) -> str:
+    if evaluation.motion is None:
+        return ""
+    if isinstance(evaluation.motion, str):
+        return f"No distance between the sides' motion: {evaluation.motion}."
+    squared, error = evaluation.motion
+    return (
+        f"Distance between the sides' motion (squared MMD of Gram-flow statistics): {squared:.4g}, "
+        f"standard error {error:.2g}."
+    )
+
+
+def _mean(mean: Mean) -> str:
+    return _escape(mean.text)
+
+
+def _plot(evaluation: Evaluation) -> str:
+    """Means and intervals of each score as small plots, as an SVG in the page."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    scores = [
+        score
+        for score in evaluation.scores
+        if any(not math.isnan(mean.mean) for mean in evaluation.means[score.name])
+    ][:_MAX_PLOTTED]
+    if not scores:
+        return '<p class="note">No score could be computed.</p>'
+    out = io.BytesIO()
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "evaluation"}
+    with rc_context(settings):
+        rows = -(-len(scores) // 4)
+        figure = Figure(figsize=(11, 1.5 * rows + 0.4), layout="constrained")
+        for number, score in enumerate(scores):
+            axes = figure.add_subplot(rows, 4, number + 1)
+            _plot_score(axes, score, evaluation)
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    data = base64.b64encode(out.getvalue()).decode()
+    return f'<img class="plot" alt="means" src="data:image/svg+xml;base64,{data}">'
+
+
+def _plot_score(axes: Any, score: Score, evaluation: Evaluation) -> None:
+    names = [one.side.name for one in evaluation.sides]
+    for row, mean in enumerate(evaluation.means[score.name]):
+        colour = _COLOURS[row % len(_COLOURS)]
+        if mean.low is not None and mean.high is not None:
+            axes.plot([mean.low, mean.high], [row, row], color=colour, linewidth=2)
+        if not math.isnan(mean.mean):
+            axes.plot([mean.mean], [row], "o", color=colour, markersize=5)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    arrow = {"higher": " (higher is better)", "lower": " (lower is better)"}.get(
+        score.better or "", ""
+    )
+    axes.set_title(f"{score.name}{arrow}", fontsize=8.5)
+    axes.tick_params(length=0, labelsize=8)
+    axes.margins(x=0.15)
+    axes.locator_params(axis="x", nbins=4)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _videos(evaluation: Evaluation, folder: Path) -> str:
+    options = "".join(
+        f'<option value="{_escape(score.name)}" data-better="{_escape(score.better or "")}">'
+        f"{_escape(score.name)}</option>"
+        for score in evaluation.scores
+    )
+    orders = [
+        f'<option value="{number}">{_escape(one.side.name)}, worst first</option>'
+        for number, one in enumerate(evaluation.sides)
+    ]
+    if evaluation.pairs:
+        orders.insert(0, '<option value="-1">difference, worst first</option>')
+    first = evaluation.sides[0]
+    groups: Sequence[tuple[Video, ...]] = evaluation.pairs or [
+        (video,) for video in first.side.videos
+    ]
+    rows = "".join(_row(evaluation, group, folder) for group in groups)
+    return (
+        f'<p>Sort by <select id="score">{options}</select>'
+        f'<select id="by">{"".join(orders)}</select></p><div id="pairs">{rows}</div>'
+    )
+
+
+def _row(evaluation: Evaluation, group: Sequence[Video], folder: Path) -> str:
+    values = {
+        score.name: [
+            _json_number(one.values[video.key].get(score.name))
+            for one, video in zip(evaluation.sides, group, strict=False)
+        ]
+        for score in evaluation.scores
+    }
+    cells = "".join(
+        _cell(one, video, folder, evaluation.scores)
+        for one, video in zip(evaluation.sides, group, strict=False)
+    )
+    title = group[0].prompt or group[0].key
+    seed = "" if group[0].number is None else f" (seed {group[0].number})"
+    return (
+        f'<div class="pair" data-values="{html.escape(json.dumps(values), quote=True)}">'
+        f'<p>{_escape(title + seed)}</p><div class="sides">{cells}</div></div>'
+    )
+
+
+def _cell(one: SideScores, video: Video, folder: Path, scores: Sequence[Score]) -> str:
+    source = quote(Path(os.path.relpath(video.path, folder)).as_posix())
+    known: Mapping[str, float] = one.values[video.key]
+    listed = ", ".join(
+        f"{score.name} {known[score.name]:.3g}"
+        for score in scores
+        if not math.isnan(known.get(score.name, math.nan))
+    )
+    problem = one.problems.get(video.key, "")
+    return (
+        f'<figure><video src="{_escape(source)}" controls loop muted preload="metadata" '
+        f'playsinline></video><figcaption class="note"><b>{_escape(one.side.name)}</b> '
+        f"{_escape(listed)} {_escape(problem)}</figcaption></figure>"
+    )
+
+
+def _json_number(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else value
+
+
+def _problems(evaluation: Evaluation) -> str:
+    lines = [
+        f"<tr><td>{_escape(one.side.name)}</td><td>{_escape(key)}</td><td>{_escape(why)}</td></tr>"
+        for one in evaluation.sides
+        for key, why in sorted(one.problems.items())
+    ]
+    lines += [
+        f"<tr><td></td><td>{_escape(key)}</td><td>no partner on the other side</td></tr>"
+        for key in evaluation.unpaired
+    ]
+    if not lines:
+        return ""
+    return f"<h2>Videos without scores or partner</h2><table>{''.join(lines)}</table>"

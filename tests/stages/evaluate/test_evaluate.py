@@ -1,0 +1,171 @@
+"""Evaluation from end to end with the tiny SAM2: values, resuming, unusable videos, the files."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cache_schema import StoreReader
+from stages.clips import ClipsConfig, encode_video, read_video, write_video
+from stages.evaluate.appearance import appearance_scores
+from stages.evaluate.config import EvaluateConfig
+from stages.evaluate.evaluate import SCORES, compare_sides, score_side
+from stages.evaluate.output import write_evaluation
+from stages.evaluate.structure import SubjectTracks, structure_scores
+from stages.evaluate.videos import open_side
+from stages.progress import SilentProgress
+
+FRAMES, HEIGHT, WIDTH = 9, 32, 48
+CLIPS = ClipsConfig(path="unused", num_frames=FRAMES, height=HEIGHT, width=WIDTH, fps=8.0)
+
+
+@pytest.fixture
+def videos(draw_frames, subject_mask, tmp_path):
+    """Returns a function that writes videos of a seed, with a mask beside each."""
+
+    def write(folder, *keys, seed=0):
+        for number, key in enumerate(keys):
+            path = tmp_path / folder / f"{key}.mp4"
+            write_video(path, draw_frames(FRAMES, HEIGHT, WIDTH, seed=10 * seed + number), 8.0)
+            mask = subject_mask(HEIGHT, WIDTH).astype(np.uint8) * 255
+            Image.fromarray(mask).save(path.with_suffix(".mask.png"))
+        return tmp_path / folder
+
+    return write
+
+
+@pytest.fixture
+def score(extract_config, tmp_path):
+    """Returns a function that scores a folder of videos."""
+
+    def run(folder, config=None, *, cache=None):
+        return score_side(
+            open_side(folder.name, folder),
+            config or EvaluateConfig(),
+            extract_config,
+            CLIPS,
+            cache=cache or tmp_path / "tracks" / folder.name,
+            temperature=0.1,
+            provenance={},
+            progress=SilentProgress(),
+        )
+
+    return run
+
+
+def test_scores_are_those_of_the_stored_tracks_and_the_decoded_frames(videos, score, tmp_path):
+    folder = videos("a", "dog-0", "dog-1")
+    found = score(folder).values
+    assert found.keys() == {"dog-0", "dog-1"}
+    (masks,) = (tmp_path / "tracks" / "a").glob("masks-*")
+    (flow,) = (tmp_path / "tracks" / "a").glob("gram_flow-*")
+    for key, values in found.items():
+        stored = StoreReader(masks).read(key)
+        tracks = SubjectTracks(
+            forward_TMN=stored["forward"] / 255 > 0.5,
+            backward_TMN=stored["backward"] / 255 > 0.5,
+            valid_T=stored["valid"].astype(bool),
+            similarities_PHWK=torch.from_numpy(
+                StoreReader(flow).read(key)["gram_flow"].astype(np.float32)
+            ),
+            fps=8.0,
+        )
+        frames, _ = read_video(folder / f"{key}.mp4")
+        expected = structure_scores(tracks, temperature=0.1) | appearance_scores(frames)
+        np.testing.assert_equal(values, expected)
+
+
+def test_a_second_run_tracks_nothing_and_writes_the_same_files(
+    videos, score, tmp_path, monkeypatch
+):
+    sides = [videos("a", "dog-0", "dog-1"), videos("b", "dog-0", "dog-1", seed=1)]
+    config = EvaluateConfig()
+
+    def write(out):
+        evaluation = compare_sides([score(side) for side in sides], config)
+        write_evaluation(evaluation, out, settings={"fps": 8.0}, made_with={})
+        return {path.name: path.read_bytes() for path in out.iterdir()}
+
+    first = write(tmp_path / "out")
+    monkeypatch.setattr(
+        "stages.extract_features.teacher.extraction.SubjectExtraction.load_model", None
+    )
+    assert write(tmp_path / "again") == first
+    assert first.keys() == {"scores.jsonl", "scores.csv", "summary.json", "index.html"}
+
+
+def test_a_video_that_was_replaced_is_tracked_again(videos, score):
+    folder = videos("a", "dog-0", "dog-1")
+    before = score(folder).values
+    videos("a", "dog-0", seed=3)
+    after = score(folder).values
+    assert before["dog-1"] == after["dog-1"]
+    assert before["dog-0"]["flow_entropy"] != after["dog-0"]["flow_entropy"]
+
+
+def test_unusable_videos_are_named_and_do_not_count(videos, score, draw_frames):
+    folder = videos("a", "dog-0")
+    (folder / "broken-1.mp4").write_bytes(b"no video")
+    (folder / "short-2.mp4").write_bytes(encode_video(draw_frames(3, HEIGHT, WIDTH), 8.0))
+    scored = score(folder)
+    assert scored.problems.keys() == {"broken-1", "short-2"}
+    assert "undecodable" in scored.problems["broken-1"]
+    assert "too_short: 3 frames" in scored.problems["short-2"]
+    assert scored.values["broken-1"] == {}
+    assert "contrast" in scored.values["short-2"]
+    evaluation = compare_sides([scored], EvaluateConfig())
+    (contrast,) = evaluation.means["contrast"]
+    assert (contrast.count, contrast.missing) == (2, 1)
+    assert evaluation.skipped_share == pytest.approx(2 / 3)
+
+
+def test_files_say_the_same(videos, score, tmp_path):
+    sides = [videos("a", "dog-0", "dog-1", "cat-0"), videos("b", "dog-1", "cat-0", "owl-0", seed=1)]
+    config = EvaluateConfig(scores=("appearance",))
+    evaluation = compare_sides([score(side, config) for side in sides], config)
+    assert [(one.key, other.key) for one, other in evaluation.pairs] == [
+        ("cat-0", "cat-0"),
+        ("dog-1", "dog-1"),
+    ]
+    assert evaluation.unpaired == ("dog-0", "owl-0")
+    page = write_evaluation(evaluation, tmp_path / "out", settings={}, made_with={"version": "1"})
+    rows = [json.loads(line) for line in (page.parent / "scores.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 * len(SCORES["appearance"])
+    with (page.parent / "scores.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    for row in table:
+        for one in rows:
+            if (one["side"], one["video"]) == (row["side"], row["video"]):
+                assert float(row[one["score"]]) == one["value"]
+    summary = json.loads((page.parent / "summary.json").read_text())
+    contrast = {(row["side"], row["video"]): float(row["contrast"]) for row in table}
+    found = summary["scores"]["contrast"]
+    for number, name in enumerate("ab"):
+        values = [value for (side, _), value in contrast.items() if side == name]
+        assert found["means"][number]["mean"] == pytest.approx(math.fsum(values) / 3, rel=1e-12)
+    differences = [contrast["a", key] - contrast["b", key] for key in ("cat-0", "dog-1")]
+    assert found["difference"]["difference"]["mean"] == pytest.approx(sum(differences) / 2)
+    assert summary["made_with"] == {"version": "1"}
+
+
+def test_the_page_shows_every_pair_and_escapes_prompts(videos, score, tmp_path):
+    sides = [videos("a & b", "<i>dog-0"), videos("c", "<i>dog-0", seed=1)]
+    config = EvaluateConfig(scores=("appearance",))
+    evaluation = compare_sides([score(side, config) for side in sides], config)
+    page = write_evaluation(evaluation, tmp_path / "out", settings={}, made_with={})
+    text = page.read_text()
+    assert "<i>dog" not in text
+    assert "&lt;i&gt;dog (seed 0)" in text
+    for folder in ("a%20%26%20b", "c"):
+        assert f'src="../{folder}/%3Ci%3Edog-0.mp4"' in text
+
+
+def test_a_side_without_any_value_has_no_mean(videos, score):
+    folder = videos("a", "dog-0")
+    (folder / "dog-0.mp4").write_bytes(b"no video")
+    evaluation = compare_sides([score(folder)], EvaluateConfig())
+    assert all(mean.count == 0 for (mean,) in evaluation.means.values())

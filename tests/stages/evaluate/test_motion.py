@@ -1,0 +1,65 @@
+"""Motion of sets of videos: features by hand, and distances that grow with the difference."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from stages.evaluate.motion import motion_distance, motion_features
+from stages.evaluate.structure import SubjectTracks
+
+
+def moving(offsets, *, fps=8.0, valid=None):
+    """Tracks of a subject in the middle of 8x12 tokens that moves by one token per frame."""
+    masks = np.zeros((len(offsets) + 1, 16, 24), bool)
+    masks[:, 4:12, 6:18] = True
+    similarities = torch.zeros(len(offsets), 8, 12, 9)
+    similarities[..., 4] = 50.0
+    for pair, (x, y) in enumerate(offsets):
+        similarities[pair, 2:6, 3:9] = 0.0
+        similarities[pair, 2:6, 3:9, 3 * (y + 1) + x + 1] = 50.0
+    return SubjectTracks(
+        forward_TMN=masks,
+        backward_TMN=masks,
+        valid_T=np.ones(len(masks), bool) if valid is None else np.array(valid),
+        similarities_PHWK=similarities,
+        fps=fps,
+    )
+
+
+def test_features_are_speeds_entropies_and_changes():
+    found = motion_features(moving([(1, 0), (1, 0), (-1, 0)]), temperature=0.1)
+    assert found[:5] == pytest.approx([1.0] * 5, rel=1e-6)  # 1 of 8 rows per frame, 8 frames/s
+    assert found[5:10] == pytest.approx([0.0] * 5, abs=1e-6)
+    assert found[10] == pytest.approx(0, abs=1e-6)  # the camera is still
+    assert found[11] == pytest.approx((0 + 2) / 2, rel=1e-6)
+
+
+def test_a_video_without_a_pair_has_no_features():
+    found = motion_features(moving([(1, 0)], valid=[True, False]), temperature=0.1)
+    assert np.isnan(found).all()
+
+
+def test_distances_grow_with_the_difference():
+    random = np.random.default_rng(0)
+    real = random.normal(size=(60, 12))
+    near, far = real[30:] + 0.5, real[30:] + 2.0
+    same, small, large = (
+        motion_distance(real[:30], other, seed=0)[0] for other in (real[30:], near, far)
+    )
+    assert same < small < large
+    _, error = motion_distance(real[:30], real[30:], seed=0)
+    assert abs(same) < 3 * error
+
+
+def test_videos_without_features_are_left_out():
+    random = np.random.default_rng(0)
+    first, second = random.normal(size=(2, 12, 12))
+    with_gap = np.concatenate([first, np.full((1, 12), math.nan)])
+    assert motion_distance(with_gap, second, seed=0) == motion_distance(first, second, seed=0)
+
+
+def test_too_few_videos_have_no_distance():
+    found = motion_distance(np.zeros((9, 12)), np.zeros((20, 12)), seed=0)
+    assert found == "9 videos of a side have a track; a distance needs 10"
