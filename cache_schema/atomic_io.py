@@ -72,11 +72,13 @@ def open_for_writing(path: Path) -> BinaryIO:
     return os.fdopen(os.open(path, flags, 0o666), "wb")
 
 
-def write_atomic(path: Path, data: bytes, *, temporary: Path) -> None:
+def write_atomic(path: Path, data: bytes, *, temporary: Path | None = None) -> None:
     """Write `data` to `temporary` and rename it to `path`, which is never seen partly written.
 
-    `temporary` must be on the same file system and have no other writer.
+    `temporary` must be on the same file system and have no other writer; None uses
+    `.<name>.partial` beside `path`.
     """
+    temporary = temporary or path.with_name(f".{path.name}.partial")
     with add_path_to_errors(path), open_for_writing(temporary) as file:
         file.write(data)
         file.flush()

@@ -55,11 +55,7 @@ def write_evaluation(
         for one in evaluation.sides:
             texts[f"{one.side.folder.resolve().name}{RESULTS_SUFFIX}"] = _vbench_results(one)
     for name, text in texts.items():
-        write_atomic(
-            out / name,
-            text.encode("utf-8", "backslashreplace"),
-            temporary=out / f".{name}.partial",
-        )
+        write_atomic(out / name, text.encode("utf-8", "backslashreplace"))
     return page
 
 

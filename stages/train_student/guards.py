@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cache_schema import CacheError
+from cache_schema.shown_text import first_few
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import DamagedClip
 from stages.train_student.logging.rows import (
@@ -158,11 +159,10 @@ class DamagedClipGuard:
         self._keys.update(row.key for row in rows if not row.gone)
         if not rows or len(self._keys) <= self._max_fraction * self._clips:
             return
-        named = ", ".join(map(repr, sorted(self._keys)[:3]))
-        more = f" and {len(self._keys) - 3} more" if len(self._keys) > 3 else ""
+        named = first_few([repr(key) for key in sorted(self._keys)], 3)
         raise TooManyDamaged(
             f"{len(self._keys)} of {self._clips} clips cannot be read, more than "
-            f"train.max_damaged={self._max_fraction} allows: {named}{more}; {DAMAGED_FILE} in the "
+            f"train.max_damaged={self._max_fraction} allows: {named}; {DAMAGED_FILE} in the "
             "run's folder has the reasons. sam2vx-pipeline cache verify finds all of them, cache "
             "repair removes them, extract-features --retry-failed extracts them again; then run "
             "the same command again: it resumes, also without them"

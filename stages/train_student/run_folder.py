@@ -244,4 +244,4 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _write(path: Path, text: str) -> None:
-    write_atomic(path, text.encode("utf-8"), temporary=path.with_name(f".{path.name}.partial"))
+    write_atomic(path, text.encode("utf-8"))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from cache_schema.shown_text import first_few
 from stages.clips.video.streams import MAX_FRAME_PIXELS
 
 # Legend: H W pixels, C colour.
@@ -201,9 +202,7 @@ def _area_values(values_HW: np.ndarray) -> np.ndarray:
 
 
 def _describe_values(values: np.ndarray) -> str:
-    found = np.unique(values)
-    listed = ", ".join(map(str, found[:8].tolist()))
-    return f"the values {listed}{f' and {len(found) - 8} more' if len(found) > 8 else ''}"
+    return f"the values {first_few([str(value) for value in np.unique(values)], 8)}"
 
 
 def _example_ids(values: np.ndarray) -> str:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Protocol
 
+from cache_schema.shown_text import first_few
 from stages.clips.config import ClipsConfig
 from stages.clips.dataset.layouts import (
     LAYOUTS,
@@ -219,9 +220,7 @@ def _clip_list(layout: Layout) -> tuple[_ClipList, str]:
     if metadata.caption_field != "caption":
         description.append(f"captions from its {metadata.caption_field}")
     if metadata.unread_fields:
-        shown = ", ".join(metadata.unread_fields[:8])
-        more = f" and {len(metadata.unread_fields) - 8} more" if metadata.unread_fields[8:] else ""
-        description.append(f"fields not read: {shown}{more}")
+        description.append(f"fields not read: {first_few(metadata.unread_fields, 8)}")
     return metadata, "; ".join(description)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from cache_schema import SortedText, StoreReader
 from cache_schema.maintenance.drop import DROPPED
+from cache_schema.shown_text import first_few
 from stages.clips import ClipDataset, InputShard
 from stages.clips.fingerprints import NO_VIDEO, source_hashes, video_hashes
 from stages.extract_features.config import Kind
@@ -218,9 +219,8 @@ class Comparison:
             rows = np.flatnonzero(found.changed_N)
             if len(rows):
                 assert self.sources is not None
-                named = ", ".join(repr(self.sources.keys[int(row)]) for row in rows[:_MAX_NAMED])
-                more = f" and {len(rows) - _MAX_NAMED} more" if len(rows) > _MAX_NAMED else ""
-                notes.append(f"{kind} of {len(rows)} (another {SOURCES[kind]}): {named}{more}")
+                named = first_few([repr(self.sources.keys[int(row)]) for row in rows], _MAX_NAMED)
+                notes.append(f"{kind} of {len(rows)} (another {SOURCES[kind]}): {named}")
         if notes:
             raise ValueError(
                 "the cache holds clips that were extracted from other sources than the dataset's: "

@@ -12,6 +12,7 @@ from typing import Self
 import torch
 
 from cache_schema import ShardBusy, StoreWriter
+from cache_schema.shown_text import first_few
 from stages.clips import InputShard
 from stages.extract_features.config import Kind, TeacherConfig
 from stages.extract_features.execution.jobs import (
@@ -123,9 +124,8 @@ def wait_for_others(left: Callable[[], Mapping[str, bool]], progress: Progress) 
     while (shards := left()) and all(shards.values()):
         if logged != shards.keys():
             logged = set(shards)
-            named = ", ".join(sorted(logged)[:_MAX_NAMED])
-            more = f" and {len(logged) - _MAX_NAMED} more" if len(logged) > _MAX_NAMED else ""
-            progress.log(f"waiting for other processes, which are writing {named}{more}")
+            named = first_few(sorted(logged), _MAX_NAMED)
+            progress.log(f"waiting for other processes, which are writing {named}")
         time.sleep(POLL_INTERVAL_S)
         check_stop()
 

@@ -153,8 +153,7 @@ def write_record(checkpoint: Checkpoint) -> None:
         "files": {name: asdict(checksum) for name, checksum in checkpoint.files.items()},
     }
     checksummed = {"crc32c": _record_crc(content), **content}
-    temporary = record.with_name(f".{record.name}.partial")
-    write_atomic(record, json.dumps(checksummed, indent=1).encode(), temporary=temporary)
+    write_atomic(record, json.dumps(checksummed, indent=1).encode())
 
 
 def _parse(folder: Path) -> Checkpoint:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cache_schema import SortedText, StoreNotFound, StoreReader, find_store, is_url, list_stores
+from cache_schema.shown_text import first_few
 from stages.clips.config import ClipsConfig
 from stages.clips.fingerprints import source_hashes, video_hashes
 from stages.train_student.config import KIND_OF_FORM
@@ -209,11 +210,10 @@ def _compare(
     rows = np.flatnonzero(half(fingerprints[kind]) != half(fingerprints[other]))
     if not len(rows):
         return
-    listed = ", ".join(repr(keys[int(row)]) for row in rows[:_MAX_KEYS_SHOWN])
-    more = f" and {len(rows) - _MAX_KEYS_SHOWN} more" if len(rows) > _MAX_KEYS_SHOWN else ""
+    listed = first_few([repr(keys[int(row)]) for row in rows], _MAX_KEYS_SHOWN)
     raise ValueError(
         f"{readers[kind].path} and {readers[other].path} were made from different {what} of "
-        f"{len(rows)} of {len(keys)} clips: {listed}{more}. Run sam2vx-pipeline extract-features "
+        f"{len(rows)} of {len(keys)} clips: {listed}. Run sam2vx-pipeline extract-features "
         f"--kinds {','.join(readers)} on the intended dataset; it reports which clips to extract "
         "again with --refresh-changed. Or exclude the clips with train.leave_out"
     )

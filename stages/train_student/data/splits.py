@@ -24,6 +24,7 @@ import numpy as np
 from cache_schema import SkippedClip, SortedText
 from cache_schema.atomic_io import make_directories, write_atomic
 from cache_schema.checksummed_json import parse_json
+from cache_schema.shown_text import first_few
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +144,7 @@ def write_clips(run_dir: Path, clips: Mapping[str, SortedText]) -> None:
     for size, keys in clips.items():
         data = b"".join(b"%s\n" % key for piece in keys.pieces() for key in piece)
         path = run_dir / _FOLDER / f"{size}.txt"
-        write_atomic(path, data, temporary=path.with_name(f".{path.name}.partial"))
+        write_atomic(path, data)
 
 
 def compare_clips(
@@ -230,10 +231,9 @@ def _write_new_clips(run_dir: Path, new: Sequence[str], leave_out: Path | None) 
     listed = (line for line in text.split("\n") if line)  # splitlines would also split within keys
     lines = [*listed, *(json.dumps({"key": key}) for key in dict.fromkeys(new))]
     data = "".join(f"{line}\n" for line in lines).encode()
-    write_atomic(path, data, temporary=path.with_name(f".{path.name}.partial"))
+    write_atomic(path, data)
     return path
 
 
 def _abbreviate(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - _MAX_KEYS_SHOWN} more" if len(keys) > _MAX_KEYS_SHOWN else ""
-    return ", ".join(map(repr, keys[:_MAX_KEYS_SHOWN])) + more
+    return first_few([repr(key) for key in keys], _MAX_KEYS_SHOWN)

@@ -67,7 +67,7 @@ class RowFile:
         self._check = check
         if not path.is_file():
             check()
-            write_atomic(path, b"", temporary=path.with_name(f".{path.name}.partial"))
+            write_atomic(path, b"")
         kept_bytes = _bytes_until(path, steps_done)
         if kept_bytes < path.stat().st_size:
             check()

@@ -50,7 +50,7 @@ def write_page(run: RunRecords, out: Path | None = None) -> Path:
     path = out or run.run_dir / REPORT_FILE
     content = render(run).encode("utf-8")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, content, temporary=path.with_name(f".{path.name}.partial"))
+    write_atomic(path, content)
     return path
 
 

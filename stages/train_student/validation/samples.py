@@ -146,7 +146,7 @@ class TrainingSamples:
         }
         path = self._step_folder(step) / SAMPLES_RECORD
         data = json.dumps(record, indent=1, ensure_ascii=False).encode()
-        write_atomic(path, data, temporary=path.with_name(f".{path.name}.partial"))
+        write_atomic(path, data)
 
     def _video(self, step: int, number: int) -> Path:
         return self._step_folder(step) / f"{number}.mp4"
