@@ -120,7 +120,8 @@ def test_damaged_clips_are_told_once_and_written_each_time(train, lines, monkeyp
     ]
     told = [line for line in lines.lines if line.startswith("warning")]
     assert told == [
-        "warning: clip 'clip/9' cannot be read, using another instead: its checksum differs"
+        "warning: clip 'clip/9' cannot be read, using another instead: its checksum differs; "
+        "run sam2vx-pipeline cache repair after the run"
     ]
 
 

@@ -158,7 +158,8 @@ def test_skipped_steps_and_damaged_clips_are_told(lines, tmp_path):
         log.add(rows(2, damaged=damaged))
     told = [line for line in lines.lines if "'" in line]
     assert told == [
-        "warning: clip 'b' cannot be read, using another instead: torn",
+        "warning: clip 'b' cannot be read, using another instead: torn; "
+        "run sam2vx-pipeline cache repair after the run",
         "warning: clip 'c' is gone, using another instead: dropped",
         "step 1 skipped: its loss is NaN or infinite; clips 'a'",
     ]
