@@ -82,7 +82,7 @@ def forms(shape: tuple[int, ...]) -> list[Form]:
 
 def log_probability(flow_PHWK: Tensor, temperature: float) -> Tensor:
     """Of each neighbour inside the grid, float64; zero for those outside."""
-    inside_HWK = neighbour_mask(*GRID, RADIUS)
+    inside_HWK = neighbour_mask(GRID[0], GRID[1], RADIUS)
     logits_PHWK = (flow_PHWK.double() / temperature).masked_fill(~inside_HWK, -torch.inf)
     return torch.log_softmax(logits_PHWK, dim=-1).masked_fill(~inside_HWK, 0.0)
 
@@ -209,7 +209,7 @@ def tracked(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Te
 
 def spread_of(flow_PHWK: Tensor) -> str:
     """How similar neighbours are: the middle 98%, and the median range of a window."""
-    inside_HWK = neighbour_mask(*GRID, RADIUS)
+    inside_HWK = neighbour_mask(GRID[0], GRID[1], RADIUS)
     low, high = np.quantile(flow_PHWK[:, inside_HWK].numpy(), (0.01, 0.99))
     range_PHW = flow_PHWK.masked_fill(~inside_HWK, -torch.inf).amax(-1)
     range_PHW = range_PHW - flow_PHWK.masked_fill(~inside_HWK, torch.inf).amin(-1)

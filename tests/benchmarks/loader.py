@@ -100,7 +100,7 @@ class Clips(Dataset[Any]):
         import zarr
 
         shards = sorted(Path(self._way.where, "shards").iterdir())
-        arrays = [zarr.open_group(shard, mode="r")[self._array] for shard in shards]
+        arrays: list[Any] = [zarr.open_group(shard, mode="r")[self._array] for shard in shards]
         clips = [(array, index) for array in arrays for index in range(array.shape[0])]
         last = arrays[0].shape[1] - CROP
 

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from cache_schema import ArraySpec, ClipEntry, StoredArray, StoreReader, StoreSettings, StoreWriter
 from cache_schema.checksummed_json import encode_record
@@ -64,7 +65,12 @@ def make_store(root: Path, kind: str, clips: range, per_shard: int, *, indexed: 
 def make_record(settings: StoreSettings, shard: str, numbers: Sequence[int]) -> CommitRecord:
     """A finished shard of these clips."""
     chance = random.Random(shard)
-    attributes = {"num_frames": 49, "source_fps": 29.97, "prompt": "mask", "quality": 0.97}
+    attributes: dict[str, Any] = {
+        "num_frames": 49,
+        "source_fps": 29.97,
+        "prompt": "mask",
+        "quality": 0.97,
+    }
     clips = []
     for index, number in enumerate(numbers):
         arrays = {

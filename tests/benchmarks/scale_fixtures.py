@@ -28,7 +28,7 @@ from tests.fingerprints import fingerprint_of
 PER_SHARD = 1000
 DROPPED = 1000
 
-KINDS = {
+KINDS: dict[Any, dict[str, str]] = {
     "text": {"embeds": "ld"},
     "latents": {"mean": "fchw", "std": "fchw"},
     "teacher": {"features": "thwc", "valid": "t"},

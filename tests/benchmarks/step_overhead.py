@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from stages.clips import ClipsConfig
 from stages.cogvideox.configs import CogVideoXConfigs
 from stages.cogvideox.official_models import official_configs
+from stages.config import Precision
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import Batch, CachedSamples
 from stages.train_student.data.loader import BatchLoader
@@ -38,6 +40,7 @@ from stages.train_student.data.stores import join_buckets
 from stages.train_student.model.lora import add_adapters
 from stages.train_student.model.student import Student
 from stages.train_student.objectives.build import build_heads, build_objectives, kinds_needed
+from stages.train_student.objectives.config import ObjectiveName
 from stages.train_student.step import TrainingStep
 from tests.fingerprints import fingerprint_of
 
@@ -56,7 +59,7 @@ def facts_of(options: argparse.Namespace) -> CogVideoXConfigs:
     return replace(configs, transformer=configs.transformer | {"num_layers": options.layers})
 
 
-def settings(options: argparse.Namespace, objectives: list[str]) -> TrainConfig:
+def settings(options: argparse.Namespace, objectives: tuple[ObjectiveName, ...]) -> TrainConfig:
     """Training as the preset has it, at the same share of the depth."""
     return TrainConfig(
         objectives=objectives,
@@ -120,7 +123,7 @@ def make_cache(folder: Path, configs: CogVideoXConfigs, options: argparse.Namesp
         return stored | {"valid": np.ones(frames, np.uint8)}
 
     for kind, spec in arrays.items():
-        values = {"parts": 2, "fusion": "gram_flow"} if kind == "teacher" else {}
+        values: dict[str, Any] = {"parts": 2, "fusion": "gram_flow"} if kind == "teacher" else {}
         store = StoreSettings(kind=kind, arrays=spec, values=values)
         writer = StoreWriter.open(folder, store, provenance={})
         with writer.shard("00000", source="benchmark") as shard:
@@ -144,7 +147,7 @@ class OnlineTeacher:
         model = build_sam2(
             options.sam2, checkpoint, image_size=options.image_size, device=options.device
         )
-        precision = "bf16" if options.device.startswith("cuda") else "fp32"
+        precision: Precision = "bf16" if options.device.startswith("cuda") else "fp32"
         self._tracker = Tracker(model, precision=precision)
         self._frames_THWC, self._mask_HW = make_frames(options.frames)
         self._grid = size_of(options).token_grid
@@ -170,7 +173,7 @@ class Side:
         options: argparse.Namespace,
         folder: Path,
     ) -> None:
-        config = settings(options, [] if name == NONE else ["lgf"])
+        config = settings(options, () if name == NONE else ("lgf",))
         self._device = torch.device(options.device)
         heads = build_heads(config, configs, None).to(self._device, transformer.dtype)
         self._student = Student(transformer, heads, config.block)

@@ -20,7 +20,7 @@ from cache_schema import (
     index as clip_index,
 )
 from cache_schema.atomic_io import FileLock
-from cache_schema.index_columns import num_listed_shards
+from cache_schema.index_columns import num_listed_shards, write_columns
 from cache_schema.maintenance.copy import copy_store
 from cache_schema.maintenance.drop import drop_clips
 from cache_schema.maintenance.merge import merge_stores
@@ -164,7 +164,7 @@ def test_of_processes_that_want_the_index_at_once_one_writes_it(
     store: Path, settings: StoreSettings, write_shard: WriteShard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
-    original = clip_index.write_columns
+    original = write_columns
     monkeypatch.setattr(
         clip_index, "write_columns", lambda *given: (written.append(1), original(*given))
     )

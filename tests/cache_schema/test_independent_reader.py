@@ -8,6 +8,7 @@ import pytest
 
 from cache_schema import ArraySpec, StoreReader, StoreSettings, StoreWriter
 from cache_schema.maintenance.drop import drop_clips
+from cache_schema.schema import Compression
 from tests.cache_schema import independent_reader
 from tests.cache_schema.independent_reader import (
     IndependentReader,
@@ -37,7 +38,7 @@ def _arrays(seed: int, settings: StoreSettings) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def settings() -> StoreSettings:
-    packed = "blosc-zstd-shuffle"
+    packed: Compression = "blosc-zstd-shuffle"
     return StoreSettings(
         kind="gram_flow",
         arrays={

@@ -6,6 +6,7 @@ import tracemalloc
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -26,11 +27,11 @@ from cache_schema import (
     index as clip_index,
 )
 from cache_schema.index import ClipIndex, index_of_records, load_index, read_index
-from cache_schema.index_columns import DamagedIndex, DuplicateKey, write_columns
+from cache_schema.index_columns import DamagedIndex, DuplicateKey, merged_columns, write_columns
 from cache_schema.maintenance.drop import drop_clips
 from cache_schema.names import StoreLayout
 from cache_schema.packed_strings import PackedText
-from cache_schema.records import CommitRecord, committed_shards
+from cache_schema.records import CommitRecord, committed_shards, parse_commit
 from cache_schema.storage import LocalStorage
 from tests.fingerprints import fingerprint_of
 
@@ -82,7 +83,7 @@ def test_an_index_brought_up_to_date_is_the_one_made_anew(
         [record for record in records if int(record[0].shard) not in old & kept], ("a", "b")
     )
     mask = np.array([int(name) in kept for name in before.shard_names], bool)
-    columns = clip_index.merged_columns(before.columns, mask, newer.columns)
+    columns = merged_columns(before.columns, mask, newer.columns)
     expected = ClipIndex.from_records(records, ("a", "b"))
     assert ClipIndex(columns, ("a", "b")) == expected
     for record, crc32c in records:
@@ -108,7 +109,7 @@ def test_a_key_in_two_shards_is_refused_wherever_it_comes_from() -> None:
         ClipIndex.from_records(twins, ("a", "b"))
     one, other = (ClipIndex.from_records([twin], ("a", "b")) for twin in twins)
     with pytest.raises(DuplicateKey, match="'a' is in shards 'x' and 'y'"):
-        clip_index.merged_columns(one.columns, np.array([True]), other.columns)
+        merged_columns(one.columns, np.array([True]), other.columns)
 
 
 def _from_records(store: Path, settings: StoreSettings) -> ClipIndex:
@@ -227,7 +228,7 @@ def test_only_records_that_the_index_does_not_have_are_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     parsed = []
-    original = clip_index.parse_commit
+    original = parse_commit
 
     def parse(data: bytes, of: StoreSettings, shard: str, **names: str) -> CommitRecord:
         parsed.append(shard)
@@ -323,7 +324,7 @@ def _send_keys(reader: StoreReader, results: Connection) -> None:
 def test_an_indexed_reader_works_in_other_processes(
     indexed: Path, clip_of: ClipOf, method: str, used_before: bool
 ) -> None:
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     reader = StoreReader(indexed)
     if used_before:
         reader.read("a0")

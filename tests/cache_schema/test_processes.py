@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def test_of_writers_racing_for_shards_each_shard_is_written_by_one(
     processes = [fork.Process(target=race, args=(start % 2, send)) for start in range(3)]
     for process in processes:
         process.start()
-    outcomes = []
+    outcomes: list[tuple[str, str]] = []
     while sum(what == "done" for what, _ in outcomes) < len(processes):
         outcomes.append(receive.recv())
     for process in processes:
@@ -115,7 +116,7 @@ def _read_all(reader: StoreReader, results: Connection) -> None:
 def test_a_reader_works_in_other_processes(
     store: Path, clip_of: ClipOf, method: str, used_before: bool
 ) -> None:
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     reader = StoreReader(store)
     if used_before:
         reader.read("a0")

@@ -75,7 +75,7 @@ def test_white_space_of_a_record_changes_nothing_of_what_is_read(settings: Store
 
 
 def test_a_record_has_each_of_its_clips_on_a_line() -> None:
-    clips = [{"key": f"clip {i}", "arrays": {"a": {"bytes": i}}} for i in range(3)]
+    clips: list[Any] = [{"key": f"clip {i}", "arrays": {"a": {"bytes": i}}} for i in range(3)]
     lines = encode_record({"shard": "0", "clips": clips}).decode("utf-8").splitlines()
     assert [json.loads(line.rstrip(",")) for line in lines if "clip " in line] == clips
 
@@ -160,7 +160,8 @@ def test_any_changed_array_changes_the_hash(settings: StoreSettings) -> None:
 
 def test_tuples_are_stored_as_lists() -> None:
     spec = ArraySpec(dtype="uint8", shape=(1,), dimension_names=("n",))
-    as_tuple = StoreSettings(kind="x", arrays={"a": spec}, values={"grid": (2, (3,))})
+    grid: Any = (2, (3,))
+    as_tuple = StoreSettings(kind="x", arrays={"a": spec}, values={"grid": grid})
     as_list = StoreSettings(kind="x", arrays={"a": spec}, values={"grid": [2, [3]]})
     assert as_tuple == as_list
 

@@ -115,7 +115,7 @@ def _send_all(reader: StoreReader, results: Connection) -> None:
 def test_a_reader_of_a_url_works_in_other_processes(
     cache_url: str, indexed: Path, clip_of: ClipOf, method: str, used_before: bool
 ) -> None:
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     reader = StoreReader(_store_of(cache_url, indexed))
     if used_before:
         reader.read("a0")

@@ -188,7 +188,7 @@ def _parts(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
             yield from _parts(item, (*path, name))
 
 
-STRANGE = [10**30, -1, 1.5, float("nan"), None, True, "x", [], {"a": [1]}, [[[]]] * 2]
+STRANGE: list[Any] = [10**30, -1, 1.5, float("nan"), None, True, "x", [], {"a": [1]}, [[[]]] * 2]
 
 
 @pytest.mark.parametrize("name", ["store.json", "commits/00000.json"])

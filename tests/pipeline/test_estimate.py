@@ -12,6 +12,7 @@ from stages.dry_run import extract as module
 from stages.dry_run.extract import Estimate, KindEstimate, PassEstimate
 from stages.dry_run.extract_costs import ModelCost
 from stages.dry_run.extract_stores import EncodingEstimate
+from stages.extract_features.config import Kind
 from stages.progress import SilentProgress
 
 QUIET = SilentProgress()
@@ -33,6 +34,12 @@ TEACHER = KindEstimate(
     bytes_per_clip=10**7,
     compressed=False,
 )
+FORM_SIZES: list[tuple[Kind, str, int]] = [
+    ("teacher", "float16", 68),
+    ("teacher", "int8", 34),
+    ("gram_flow", "float16", 3),
+    ("gram_flow", "uint8", 4),
+]
 FORMS = tuple(
     EncodingEstimate(
         kind=kind,
@@ -43,12 +50,7 @@ FORMS = tuple(
         bytes_per_clip=megabytes * 10**6,
         compressed=(kind, dtype) == ("gram_flow", "float16"),
     )
-    for kind, dtype, megabytes in (
-        ("teacher", "float16", 68),
-        ("teacher", "int8", 34),
-        ("gram_flow", "float16", 3),
-        ("gram_flow", "uint8", 4),
-    )
+    for kind, dtype, megabytes in FORM_SIZES
 )
 FOUND = Estimate(
     dataset="webdataset, 5 tars",

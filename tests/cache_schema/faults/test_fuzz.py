@@ -29,7 +29,23 @@ FilesOf = Callable[[Path], dict[str, bytes]]
 
 DROPPED = "a1"
 KEYS = sorted(key for keys in SHARDS.values() for key in keys if key != DROPPED)
-ODD_VALUES = (-1, 0, 1, 10**12, 10**30, 1.5, True, None, "", "../x", "a0", "0" * 8, [], {}, "\x1b")
+ODD_VALUES: tuple[Any, ...] = (
+    -1,
+    0,
+    1,
+    10**12,
+    10**30,
+    1.5,
+    True,
+    None,
+    "",
+    "../x",
+    "a0",
+    "0" * 8,
+    [],
+    {},
+    "\x1b",
+)
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ FilesOf = Callable[[Path], dict[str, bytes]]
 
 def _all_found(store: Path) -> set[tuple[str | None, str]]:
     """Shard and mend of every problem, by sizes and by contents alike."""
-    found = {(p.shard, p.remedy) for p in verify_store(store).problems}
+    found: set[tuple[str | None, str]] = {(p.shard, p.remedy) for p in verify_store(store).problems}
     assert found == {(p.shard, p.remedy) for p in verify_store(store, fast=True).problems}
     return found
 

@@ -29,7 +29,7 @@ WriteShard = Callable[..., None]
 FilesOf = Callable[[Path], dict[str, bytes]]
 
 
-def _mends(store: Path | str, **options: bool) -> list[tuple[str | None, str | None, str]]:
+def _mends(store: Path | str, **options: Any) -> list[tuple[str | None, str | None, str]]:
     problems = verify_store(store, **options).problems
     return [(problem.shard, problem.key, problem.remedy) for problem in problems]
 

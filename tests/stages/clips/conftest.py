@@ -187,7 +187,13 @@ def config(tmp_path: Path) -> Callable[..., ClipsConfig]:
     """A configuration for tiny clips: 9 frames of 32x48 at 8 frames/s."""
 
     def make(**changes: Any) -> ClipsConfig:
-        settings = {"path": tmp_path, "num_frames": 9, "height": 32, "width": 48, "fps": 8.0}
+        settings: dict[str, Any] = {
+            "path": tmp_path,
+            "num_frames": 9,
+            "height": 32,
+            "width": 48,
+            "fps": 8.0,
+        }
         return ClipsConfig(**(settings | changes))
 
     return make

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,7 +92,8 @@ def test_fitting_lowers_the_error_and_sets_the_scale():
 
     def fitted() -> AutoencoderKLCogVideoX:
         vae = build_tiny_vae(0)
-        fit_tiny_vae(vae, clips, steps=8, seed=0, task=Task())
+        task: Any = Task()
+        fit_tiny_vae(vae, clips, steps=8, seed=0, task=task)
         return vae
 
     first, second = fitted(), fitted()

@@ -24,7 +24,7 @@ from stages.sam2_tracking.build import (
 from stages.sam2_tracking.inputs import Sam2Prompt
 from stages.sam2_tracking.tracker import Tracker, TrackRequest
 
-CLIPS = ClipsConfig(path="clips", num_frames=17, height=64, width=96)
+CLIPS = ClipsConfig(path=Path("clips"), num_frames=17, height=64, width=96)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from stages.evaluate.videos import open_side
 from stages.progress import SilentProgress
 
 FRAMES, HEIGHT, WIDTH = 9, 32, 48
-CLIPS = ClipsConfig(path="unused", num_frames=FRAMES, height=HEIGHT, width=WIDTH, fps=8.0)
+CLIPS = ClipsConfig(path=Path("unused"), num_frames=FRAMES, height=HEIGHT, width=WIDTH, fps=8.0)
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def teacher_settings(
 ) -> StoreSettings:
     """Of a store of five maps a clip, whose channels are two parts."""
     arrays = feature_arrays_spec((MAPS, *grid, WIDTH), dtype) | {"valid": valid_spec(MAPS)}
-    values = {
+    values: dict[str, Any] = {
         "clips": {"num_frames": 5, "height": 48, "width": 64},
         "checkpoint_sha256": "ab" * 32,
         "grid": list(grid),

@@ -8,6 +8,7 @@ import pytest
 
 from cache_schema.maintenance.drop import drop_clips
 from stages.extract_features.execution import refresh
+from stages.extract_features.fingerprints import read_sources
 from tests.stages.extract_features.changing_dataset import NUM_CLIPS, Dataset, written
 
 
@@ -72,7 +73,7 @@ def test_each_finished_shard_is_compared_by_one_process(
     dataset.rows[4]["caption"] = "a square stands still"
     dataset.write()
     compared: list[list[str]] = []
-    read = refresh.read_sources
+    read = read_sources
 
     def noting(shards: Any, *rest: Any, **options: Any) -> Any:
         if "max_clips" not in options:

@@ -169,7 +169,8 @@ def test_a_refresh_that_is_stopped_is_finished_by_any_later_run(
     dataset.rows[1]["caption"] = "a square stands still"
     dataset.rows[7]["caption"] = "a square stands still"
     dataset.write()
-    add, added = ShardWriter.add, []
+    add = ShardWriter.add
+    added: list[str] = []
 
     def stopping(self: Any, key: str, *rest: Any, **named: Any) -> None:
         if len(added) == stop_at:
@@ -195,7 +196,8 @@ def test_staged_clips_whose_source_changed_are_not_adopted(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset.config = dataset.config.model_copy(update={"kinds": ("text",)})
-    add, added = ShardWriter.add, []
+    add = ShardWriter.add
+    added: list[str] = []
 
     def full(self: Any, key: str, *rest: Any, **named: Any) -> None:
         if len(added) == 2:

@@ -56,7 +56,7 @@ def test_a_clip_without_caption_is_skipped(tiny_base: BaseModelConfig) -> None:
 
 
 @pytest.fixture
-def record(draw_frames, two_shards: ClipsConfig) -> ClipRecord:  # type: ignore[no-untyped-def]
+def record(draw_frames, two_shards: ClipsConfig) -> ClipRecord:
     frames_THWC = draw_frames(two_shards.num_frames, two_shards.height, two_shards.width)
     return ClipRecord(key="walk/1", video=encode_video(frames_THWC, 8.0), caption="")
 

@@ -5,6 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.local_gram_flow import (
+    Directions,
+    Fusion,
     fuse_directions,
     fuse_subjects,
     local_gram_flow,
@@ -142,20 +144,18 @@ def test_directions_taken_are_those_that_were_fused(seed: int, share: float, slo
         [fuse_directions(f, b, fusion="gram_flow", forward_weight=share) for f, b in subjects],
         num_slots=slots,
     )
-    for directions, fusion in (("forward", "forward"), ("averaged", "average")):
-        alone = [
-            fuse_directions(f, b, fusion=fusion, forward_weight=share)  # type: ignore[arg-type]
-            for f, b in subjects
-        ]
+    cases: list[tuple[Directions, Fusion]] = [("forward", "forward"), ("averaged", "average")]
+    for directions, fusion in cases:
+        alone = [fuse_directions(f, b, fusion=fusion, forward_weight=share) for f, b in subjects]
         expected = fuse_subjects(alone, num_slots=slots)
-        taken = take_directions(fused, 2 * slots, directions, forward_weight=share)  # type: ignore[arg-type]
+        taken = take_directions(fused, 2 * slots, directions, forward_weight=share)
         torch.testing.assert_close(taken, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_frames_without_a_visit_stay_zero_in_every_direction() -> None:
     fused = torch.zeros(1, 2, 2, 8)
     for directions in ("fused", "forward", "averaged"):
-        taken = take_directions(fused, 2, directions, forward_weight=0.5)  # type: ignore[arg-type]
+        taken = take_directions(fused, 2, directions, forward_weight=0.5)
         assert not taken.any()
 
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -111,8 +113,9 @@ def test_only_valid_pairs_count_each_clip_alike(
     for b, valid_P in enumerate(valid):
         per_pair = []
         for p in (p for p, counts in enumerate(valid_P) if counts):
-            one = tuple(a[b : b + 1, p : p + 1] for a in (student_loop, teacher_loop, inside))
-            per_pair.append(kl_by_loop(*one, 0.3) if divergence == "kl" else l2_by_loop(*one))
+            one: Any = [a[b : b + 1, p : p + 1] for a in (student_loop, teacher_loop, inside)]
+            loop = kl_by_loop(*one, temperature=0.3) if divergence == "kl" else l2_by_loop(*one)
+            per_pair.append(loop)
         per_clip.append(sum(per_pair) / max(len(per_pair), 1))
     found = gram_flow_loss(
         local_gram_flow(student, 1),
@@ -202,8 +205,8 @@ def test_a_weighted_loss_is_the_weighted_mean_over_the_tokens_of_valid_pairs(
         total = over = 0.0
         for p, y, x in np.ndindex(2, 2, 3):
             place = tuple(slice(i, i + 1) for i in (b, p, y, x))
-            one = [array[place] for array in (student_loop, teacher_loop, inside)]
-            loss = kl_by_loop(*one, 0.3) if divergence == "kl" else l2_by_loop(*one)
+            one: Any = [array[place] for array in (student_loop, teacher_loop, inside)]
+            loss = kl_by_loop(*one, temperature=0.3) if divergence == "kl" else l2_by_loop(*one)
             total += valid_P[p] * float(weight[b, p, y, x]) * loss
             over += valid_P[p] * float(weight[b, p, y, x])
         expected.append(total / over if over else 0.0)

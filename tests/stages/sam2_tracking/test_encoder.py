@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from stages.sam2_tracking.build import build_sam2
 from stages.sam2_tracking.encoder import (
     EncodedFrames,
+    KeepEncoded,
     gather_levels,
     open_store,
 )
@@ -23,7 +24,7 @@ from stages.sam2_tracking.tracker import Tracker, TrackRequest
 
 SIZE = 128
 CPU = torch.device("cpu")
-KEEP = ("device", "host", "disk")
+KEEP: tuple[KeepEncoded, ...] = ("device", "host", "disk")
 
 
 def random_frames(num_frames: int, seed: int = 0) -> np.ndarray:

@@ -95,7 +95,7 @@ def assert_close(
             torch.testing.assert_close(value, expected, atol=tolerance, rtol=0)
 
 
-STREAMS = {
+STREAMS: dict[str, list[tuple[int, Any, Any]]] = {
     # Number of the clip, prompt, order.
     "two clips": [(0, BOX, FORWARD), (1, BOX, FORWARD)],
     "two directions": [(0, BOX, FORWARD), (0, mask(), BACKWARD)],

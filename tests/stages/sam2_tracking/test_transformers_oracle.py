@@ -33,7 +33,7 @@ from stages.sam2_tracking.tracker import (
 SIZE, WIDTH, TRUNK_WIDTH = 128, 128, 16
 MEMORY_WIDTH = 64  # transformers knows no other
 CPU = torch.device("cpu")
-RENAMED = [
+RENAMED: list[tuple[str, Any]] = [
     # In this order; the first group tells layers apart that the later names would mix up.
     (r"encoder\.12\.", "final_conv."),
     (r"mask_downsampler\.encoder\.(\d+)\.", lambda m: _downsampler_layer(int(m[1]))),

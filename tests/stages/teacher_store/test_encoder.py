@@ -69,7 +69,7 @@ def test_a_crossed_flow_of_long_clips_is_that_of_each_track(maps: int, native: b
     stored = features.half().double()
     flows = {}
     for directions in ("forward", "backward"):
-        track = take_directions(stored, 2, directions, forward_weight=0.36)  # type: ignore[arg-type]
+        track = take_directions(stored, 2, directions, forward_weight=0.36)
         track = regrid_fused(track, *grid, 1) if native else track
         flows[directions] = local_gram_flow(track[None], 2)
     assert np.abs(found["gram_flow"] - flows["backward"][0].numpy()).max() < 2**-11 + 1e-6

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages.teacher_store.config import FeatureDtype
 from stages.teacher_store.features import decode_features, encode_features, feature_arrays_spec
 
 shapes = st.tuples(*(st.integers(1, n) for n in (3, 4, 4, 9)))
@@ -50,7 +51,7 @@ def test_int8_is_within_a_254th_of_the_tokens_largest_value() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_tokens_of_zeros_stay_zeros(dtype: str) -> None:
+def test_tokens_of_zeros_stay_zeros(dtype: FeatureDtype) -> None:
     features = drawn((2, 3, 4, 8), 2)
     features[0] = 0.0
     features[1, 1, 2] = 0.0
@@ -69,7 +70,7 @@ def test_float16_holds_the_rounded_values() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_arrays_are_as_specified_and_decode_in_batches(dtype: str) -> None:
+def test_arrays_are_as_specified_and_decode_in_batches(dtype: FeatureDtype) -> None:
     clips = [drawn((2, 3, 4, 8), seed) for seed in (4, 5)]
     arrays = [as_tensors(encode_features(clip, dtype)) for clip in clips]
     specs = feature_arrays_spec((2, 3, 4, 8), dtype)
@@ -83,7 +84,7 @@ def test_arrays_are_as_specified_and_decode_in_batches(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e8])
-def test_what_cannot_be_stored_is_not_finite_in_the_arrays(dtype: str, bad: float) -> None:
+def test_what_cannot_be_stored_is_not_finite_in_the_arrays(dtype: FeatureDtype, bad: float) -> None:
     features = drawn((2, 3, 4, 8), 6)
     features[1, 2, 3, 4] = bad
     arrays = encode_features(features, dtype)

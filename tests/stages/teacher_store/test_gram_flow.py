@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.local_gram_flow import local_gram_flow, neighbour_mask
+from stages.teacher_store.config import FlowDtype
 from stages.teacher_store.gram_flow import (
     FLOAT16_STEP,
     compute_gram_flow,
@@ -148,7 +149,7 @@ def test_the_divergence_that_rounding_adds_is_as_stated() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "uint8"])
-def test_arrays_are_as_specified_and_decode_in_batches_and_in_part(dtype: str) -> None:
+def test_arrays_are_as_specified_and_decode_in_batches_and_in_part(dtype: FlowDtype) -> None:
     flows = [local_gram_flow(drawn((1, 5, 4, 6, 8), seed), 2)[0] for seed in (6, 7)]
     arrays = [as_tensors(encode_gram_flow(flow, dtype)) for flow in flows]
     specs = flow_arrays_spec(4, 4, 6, 2, dtype)

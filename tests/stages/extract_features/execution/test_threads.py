@@ -126,7 +126,10 @@ def test_putting_waits_when_too_much_is_waiting() -> None:
             behind.put(number)
             put.append(number)
 
-    with BackgroundWriter(lambda _: may_write.wait(60), waiting=2) as behind:
+    def write(_: int) -> None:
+        may_write.wait(60)
+
+    with BackgroundWriter(write, waiting=2) as behind:
         producer = threading.Thread(target=produce, args=(behind,))
         producer.start()
         while len(put) < 3:  # one being written, two waiting

@@ -104,7 +104,7 @@ def test_each_subject_is_tracked_by_itself_and_averaged_in_gram_flow_space(
     assert np.abs(flows[0] - flows[1]).max() > 1e-3
     got = gram_flow(together.arrays["features"].astype(np.float64))
     np.testing.assert_allclose(got, (flows[0] + flows[1]) / 2, atol=5e-6)
-    consistencies = [one.attributes["quality"] for one in alone]
+    consistencies: list[Any] = [one.attributes["quality"] for one in alone]
     assert together.attributes["quality"] == pytest.approx(np.mean(consistencies))
     prompt = together.attributes["prompt"]
     assert isinstance(prompt, dict)

@@ -69,7 +69,7 @@ class ScriptedTracker:
             logits_HW[:, index] = 5.0
         return TrackedFrame(
             index=index,
-            features={name: torch.full((3, 2, 2), sign * (index + 1.0)) for name in features},  # type: ignore[misc]
+            features={name: torch.full((3, 2, 2), sign * (index + 1.0)) for name in features},
             mask_logits_HW=logits_HW,
             object_score=torch.tensor(2.0 if visible else -2.0),
         )

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
-from multiprocessing.util import _exit_function
+from multiprocessing.util import _exit_function  # type: ignore[attr-defined]
 from pathlib import Path
 
 import pytest

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from stages.progress import SilentProgress
+from stages.train_student.logging.rows import ValidationRow
 from stages.train_student.parallel.process_group import World
 from stages.train_student.validation import validation
-from stages.train_student.validation.held_out import ValidationRow
 from stages.train_student.validation.validation import PAGE_SHARE, Validation
 
 EVERY, STEPS = 10, 2_000
