@@ -211,18 +211,19 @@ class StoreSettings:
             raise ValueError(f"settings have a missing or mistyped member: {error}") from error
 
 
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Values of nested mappings by dotted name; an empty mapping inside another is a value."""
+    if not isinstance(value, Mapping) or (prefix and not value):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for name, inner in value.items():
+        flat |= flatten(inner, f"{prefix}.{name}" if prefix else name)
+    return flat
+
+
 def differing_settings(found: StoreSettings, wanted: StoreSettings) -> list[str]:
     """Dotted names of the settings that differ, for error messages."""
-
-    def flat(value: JSON, name: str) -> dict[str, JSON]:
-        if isinstance(value, dict) and value:
-            parts: dict[str, JSON] = {}
-            for key, item in value.items():
-                parts.update(flat(item, f"{name}.{key}" if name else key))
-            return parts
-        return {name: value}
-
-    left, right = flat(found.as_dict(), ""), flat(wanted.as_dict(), "")
+    left, right = flatten(found.as_dict()), flatten(wanted.as_dict())
     missing = object()
     return sorted(
         name

@@ -15,7 +15,7 @@
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ruamel.yaml import YAML
 
 from cache_schema import LockLost, ShardBusy, SortedText
 from cache_schema.atomic_io import FileLock, make_directories, write_atomic
+from cache_schema.schema import flatten
 from cache_schema.shown_text import redacted
 from stages.clips.config import ClipsConfig
 from stages.cogvideox.configs import CogVideoXConfigs
@@ -84,8 +85,8 @@ def fixed_settings(
         "stores": {kind: reader.settings.hash for kind, reader in stores.readers.items()},
     }
     # Through JSON, so that the values compare equal to those read from run.json.
-    flat = _flat(json.loads(json.dumps(nested)), "")
-    return {name: value for name, value in flat if not _is_free(name)}
+    flat = flatten(json.loads(json.dumps(nested)))
+    return {name: value for name, value in flat.items() if value != {} and not _is_free(name)}
 
 
 def held_out_before(run_dir: Path, count: int) -> tuple[str, ...] | None:
@@ -233,14 +234,6 @@ def _read_run(file: Path) -> dict[str, Any]:
 
 def _is_free(name: str) -> bool:
     return f"{name}.".startswith(tuple(f"train.{free}." for free in FREE_SETTINGS))
-
-
-def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _flat(item, f"{name}.{key}" if name else key)
-    else:
-        yield name, value
 
 
 def _write(path: Path, text: str) -> None:

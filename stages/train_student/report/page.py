@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from string import Template
 from typing import Any
 
+from cache_schema.schema import flatten
 from cache_schema.shown_text import visible, without_credentials
 from stages.train_student.report.charts import Chart, as_svg
 from stages.train_student.report.figures import Figure
@@ -177,7 +178,7 @@ def facts(values: Mapping[str, Any]) -> str:
     """A table of names and values; nested ones have dotted names."""
     rows = "".join(
         f"<tr><th>{escape(name)}</th><td>{escape(_text(value))}</td></tr>"
-        for name, value in _flat(values)
+        for name, value in flatten(values).items()
     )
     return f'<table class="facts"><tbody>{rows}</tbody></table>' if rows else ""
 
@@ -192,14 +193,6 @@ def folded(title: str, content: str) -> str:
 def text(content: str) -> str:
     """Preformatted text."""
     return f"<pre>{escape(content)}</pre>" if content else ""
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _text(value: Any) -> str:
