@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.commands.assets import make_missing_assets
 from pipeline.config.load import ConfigError, RunConfig
 from pipeline.console import CommandResult
-from pipeline.environment import provenance, provenance_of_run
+from pipeline.environment import provenance, provenance_of_run, world_size
 from pipeline.failures import TOO_MANY_SKIPPED
 from stages.progress import Progress
 
@@ -36,13 +36,15 @@ def run(
             of videos in `config.outputs`.
 
     Raises:
-        ConfigError: Both folders are the same.
+        ConfigError: Both folders are the same, or a launcher started several processes.
         ValueError: A folder is missing or holds no videos.
     """
     from stages.evaluate.evaluate import compare_sides, score_side
     from stages.evaluate.output import write_evaluation
     from stages.evaluate.videos import open_side
 
+    if world_size() > 1:
+        raise ConfigError("evaluate runs in one process; start it without torchrun or deepspeed")
     if against is not None and videos.resolve() == against.resolve():
         raise ConfigError(f"--against {against} is the folder of videos itself; name another one")
     out = out or config.outputs / f"evaluation-{videos.resolve().name}"

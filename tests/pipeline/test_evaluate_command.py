@@ -68,3 +68,10 @@ def test_outputs_are_named_after_the_folder(videos, tmp_path):
     done = evaluate(videos("lgf", dog=100), f"outputs={tmp_path / 'outputs'}", "--json")
     assert done.exit_code == 0, done.output
     assert (tmp_path / "outputs" / "evaluation-lgf" / "scores.csv").is_file()
+
+
+def test_several_processes_are_refused(videos, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = evaluate(videos("a", dog=100), "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "evaluate runs in one process" in done.output
