@@ -17,8 +17,8 @@ _MIN_MAIN_PIECE, _MIN_PIECE = 0.1, 0.05
 _MIN_SHARE, _MAX_AREA = 1 / 3, 4.0
 """Smallest share of a colour's pixels in the limb, and largest limb as a multiple of its area, so
 that colourful noise and large areas are not limbs."""
-_MIN_SIZE = 0.3
-"""Smallest size of a figure, in frame heights; specks of a limb's colour would make a small one."""
+_SIZES = (0.3, 1.5)
+"""Smallest and largest size of a figure, in frame heights."""
 _MIN_EXTRA, _MIN_EXTRA_PIXELS = 0.25, 6
 """Smallest piece that counts as one too many, as a fraction of the limb's area and in pixels."""
 _MIN_SLENDERNESS = 3.0
@@ -114,7 +114,7 @@ class FigureRegions:
             sizes.setdefault(index, []).append(extent / (self.plan.limbs[index].length + caps))
         by_limb = [np.percentile(values, percentile) for values in sizes.values()]
         size = float(np.percentile(by_limb, percentile))
-        return max(size, _MIN_SIZE * self.labels_THW.shape[1])
+        return float(np.clip(size, *(limit * self.labels_THW.shape[1] for limit in _SIZES)))
 
     def _find_regions(self, pieces: dict[Key, list[np.ndarray]]) -> None:
         self.regions, self.extra_pieces = {}, {}
