@@ -20,7 +20,10 @@ from pipeline.cli_options import (
 
 def evaluate(
     videos: Annotated[
-        Path, typer.Argument(exists=True, file_okay=False, help="Folder of generated videos.")
+        Path,
+        typer.Argument(
+            metavar="VIDEOS", exists=True, file_okay=False, help="Folder of generated videos."
+        ),
     ],
     overrides: Overrides = None,
     config: Config = None,
@@ -42,7 +45,7 @@ def evaluate(
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Score generated videos: structure in motion from SAM2's tracks, and appearance.
+    """Score generated videos by the groups in evaluate.scores, and compare two folders of them.
 
     Writes scores.jsonl, scores.csv, summary.json and a page that shows the videos beside their
     scores. Run again, it keeps the tracks that are there.
