@@ -1,5 +1,6 @@
 """Making text safe to display and save: redacted credentials, escaped control characters."""
 
+import html
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,11 @@ def first_few(texts: Sequence[str], most: int) -> str:
 def without_credentials(text: str) -> str:
     """Replace user and password of each URL, and secrets in URL queries, by `***`."""
     return _SECRET.sub(rf"\1{REDACTED}", _USER_INFO.sub(f"{REDACTED}@", text))
+
+
+def escape_html(value: object) -> str:
+    """Make a value safe to show in elements and quoted attributes of a page."""
+    return html.escape(visible(without_credentials(str(value))), quote=True)
 
 
 def redacted(value: Any) -> Any:

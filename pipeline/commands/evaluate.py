@@ -97,11 +97,8 @@ def _result(config: RunConfig, evaluation: Evaluation, out: Path, page: Path) ->
         rows.append((f"{score.name} ({score.unit})", means))
         if found := evaluation.differences.get(score.name):
             rows.append(("  difference", _difference(found)))
-    if isinstance(evaluation.motion, tuple):
-        squared, error = evaluation.motion
-        rows.append(("motion distance (MMD^2)", f"{squared:.4g}, standard error {error:.2g}"))
-    elif evaluation.motion is not None:
-        rows.append(("motion distance (MMD^2)", f"none: {evaluation.motion}"))
+    if evaluation.motion is not None:
+        rows.append(("motion distance (MMD^2)", evaluation.motion.text))
     notes = [
         f"{one.side.name} {key}: {why}"
         for one in evaluation.sides
@@ -110,7 +107,7 @@ def _result(config: RunConfig, evaluation: Evaluation, out: Path, page: Path) ->
     too_many = evaluation.skipped_share > config.evaluate.max_skipped
     if too_many:
         notes.append(
-            f"{evaluation.skipped_share:.0%} of the videos have no scores or no partner, more than "
+            f"{evaluation.skipped_share:.0%} of the videos lack scores or a partner, more than "
             f"evaluate.max_skipped={config.evaluate.max_skipped:g} allows"
         )
     data: dict[str, Any] = {"out": str(out), "page": str(page), **summary_of(evaluation)}

@@ -13,7 +13,7 @@ from stages.evaluate.appearance import APPEARANCE, appearance_scores
 from stages.evaluate.compare import Comparison, Mean, compare_pairs, mean_of
 from stages.evaluate.config import EvaluateConfig, ScoreGroup
 from stages.evaluate.figures import FIGURES, NoFigureError, figure_scores, kind_in_prompt
-from stages.evaluate.motion import motion_distance, motion_features
+from stages.evaluate.motion import MotionDistance, motion_distance, motion_features
 from stages.evaluate.score import Score
 from stages.evaluate.structure import STRUCTURE, structure_scores
 from stages.evaluate.tracked_videos import track_videos
@@ -29,6 +29,9 @@ SCORES: Mapping[ScoreGroup, tuple[Score, ...]] = {
     "appearance": APPEARANCE,
 }
 """The scores of each group, in the order of the tables."""
+
+_OF_FRAMES: tuple[ScoreGroup, ...] = ("figures", "vbench", "appearance")
+"""Groups that are computed from a video's frames."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,14 +62,17 @@ class Evaluation:
     """Mean of each score per side."""
     differences: Mapping[str, Comparison]
     """First side minus second side over the pairs, by score; empty with one side."""
-    motion: tuple[float, float] | str | None
-    """Distance between the motion of both sides, and its standard error, or why there is none; None
-    with one side or without tracks."""
+    motion: MotionDistance | None
+    """Distance between the motion of both sides; None with one side, or without tracks."""
 
     @property
     def skipped_share(self) -> float:
-        """Fraction of videos without scores or without a partner."""
-        without = sum(len(one.problems) for one in self.sides) + len(self.unpaired)
+        """Fraction of videos that lack some of their scores, or a partner."""
+        without = 0
+        for number, one in enumerate(self.sides):
+            alone = {video.key for video in one.side.videos}
+            alone -= {pair[number].key for pair in self.pairs}
+            without += len(one.problems.keys() | (alone if len(self.sides) == 2 else set()))
         return without / sum(len(one.side.videos) for one in self.sides)
 
 
@@ -101,37 +107,41 @@ def score_side(
             side.folder, cache, extract, clips, provenance=provenance, progress=progress
         )
         problems |= {key: why for key, why in tracked.skipped.items() if key in values}
-        with progress.task(f"{side.name}: structure", len(values), unit="videos") as task:
+        with progress.task(f"{side.name}: structure", len(tracked), unit="videos") as task:
             for key, tracks in tracked.tracks():
                 if key in values:
                     values[key] |= structure_scores(tracks, temperature=temperature)
                     motion[key] = motion_features(tracks, temperature=temperature)
-                    task.advance()
+                task.advance()
     if any(group in config.scores for group in _OF_FRAMES):
         with progress.task(f"{side.name}: frames", len(values), unit="videos") as task:
             for video in side.videos:
-                try:
-                    values[video.key] |= _frame_scores(video, config)
-                except (VideoError, NoFigureError) as error:
-                    problems.setdefault(video.key, str(error))
+                found, problem = _frame_scores(video, config)
+                values[video.key] |= found
+                if problem is not None:
+                    problems.setdefault(video.key, problem)
                 task.advance()
     return SideScores(side=side, values=values, problems=problems, motion=motion)
 
 
-_OF_FRAMES: tuple[ScoreGroup, ...] = ("figures", "vbench", "appearance")
-"""Groups that are computed from a video's frames."""
-
-
-def _frame_scores(video: Video, config: EvaluateConfig) -> dict[str, float]:
-    frames_THWC, fps = read_video(video.path)
+def _frame_scores(video: Video, config: EvaluateConfig) -> tuple[dict[str, float], str | None]:
+    """The scores of `_OF_FRAMES` that can be computed, and why others cannot."""
+    try:
+        frames_THWC, fps = read_video(video.path)
+    except VideoError as error:
+        return {}, f"undecodable: {error}"
     found: dict[str, float] = {}
+    problem = None
     if "figures" in config.scores:
-        found |= figure_scores(frames_THWC, kind_in_prompt(video.prompt), fps=fps)
+        try:
+            found |= figure_scores(frames_THWC, kind_in_prompt(video.prompt), fps=fps)
+        except NoFigureError as error:
+            problem = str(error)
     if "vbench" in config.scores:
         found |= vbench_scores(frames_THWC)
     if "appearance" in config.scores:
         found |= appearance_scores(frames_THWC)
-    return found
+    return found, problem
 
 
 def compare_sides(sides: Sequence[SideScores], config: EvaluateConfig) -> Evaluation:
@@ -143,9 +153,7 @@ def compare_sides(sides: Sequence[SideScores], config: EvaluateConfig) -> Evalua
         pairs, unpaired = pair_videos(sides[0].side, sides[1].side)
     motion = None
     if len(sides) == 2 and "structure" in config.scores:
-        first, second = (
-            np.array([*one.motion.values()]).reshape(len(one.motion), -1) for one in sides
-        )
+        first, second = (one.motion.values() for one in sides)
         motion = motion_distance(first, second, seed=config.seed)
     return Evaluation(
         motion=motion,

@@ -5,6 +5,8 @@ generated subjects move as real ones do, whatever they look like.
 """
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -43,23 +45,45 @@ def motion_features(tracks: SubjectTracks, *, temperature: float) -> np.ndarray:
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MotionDistance:
+    """The squared MMD between the motion of two sets of videos; 0 for equal motion."""
+
+    mmd_squared: float | None
+    """None if there are too few videos with a track."""
+    standard_error: float | None
+    note: str = ""
+    """Why there is no distance."""
+
+    @property
+    def text(self) -> str:
+        """Such as `0.52, standard error 0.03`."""
+        if self.mmd_squared is None:
+            return f"none: {self.note}"
+        return f"{self.mmd_squared:.4g}, standard error {self.standard_error:.2g}"
+
+
 def motion_distance(
-    first_ND: np.ndarray, second_MD: np.ndarray, *, seed: int
-) -> tuple[float, float] | str:
-    """The squared MMD between the motion of two sets of videos, and its standard error.
+    first: Iterable[np.ndarray], second: Iterable[np.ndarray], *, seed: int
+) -> MotionDistance:
+    """Compare the motion of two sets of videos.
 
-    Features are divided by their standard deviation over both sets. 0 for equal motion; values can
-    be compared only between sets of videos of one size, length and rate.
+    Features are divided by their standard deviation over both sets. Distances can be compared only
+    between sets of videos of one size, length and rate.
 
-    Returns:
-        Or, as a string, why there is none: too few videos with a track.
+    Args:
+        first: `motion_features` of each video; videos without them are left out.
+        second: The same for the other set.
+        seed: Seed of the subsets that give the standard error.
     """
     first_ND, second_MD = (
-        features[np.isfinite(features).all(axis=1)] for features in (first_ND, second_MD)
+        np.array([of_video for of_video in features if np.isfinite(of_video).all()])
+        for features in (first, second)
     )
     fewest = min(len(first_ND), len(second_MD))
     if fewest < MIN_VIDEOS_MMD:
-        return f"{fewest} videos of a side have a track; a distance needs {MIN_VIDEOS_MMD}"
+        note = f"{fewest} videos of a side have a track; a distance needs {MIN_VIDEOS_MMD}"
+        return MotionDistance(mmd_squared=None, standard_error=None, note=note)
     both = np.concatenate([first_ND, second_MD])
     spread_D = both.std(axis=0)
     scale_D = np.where(spread_D > 0, spread_D, 1.0)
@@ -68,4 +92,4 @@ def motion_distance(
         (second_MD - both.mean(axis=0)) / scale_D,
         seed=seed,
     )
-    return found.squared, found.standard_error
+    return MotionDistance(mmd_squared=found.squared, standard_error=found.standard_error)

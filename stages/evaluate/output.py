@@ -5,6 +5,7 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def write_evaluation(
     }
     if any(score in evaluation.scores for score in VBENCH):
         for one in evaluation.sides:
-            texts[f"{one.side.folder.resolve().name}{RESULTS_SUFFIX}"] = _vbench_results(one)
+            texts[f"{one.side.name}{RESULTS_SUFFIX}"] = _vbench_results(one)
     for name, text in texts.items():
         write_atomic(out / name, text.encode("utf-8", "backslashreplace"))
     return page
@@ -73,18 +74,9 @@ def summary_of(evaluation: Evaluation) -> dict[str, Any]:
         ],
         "pairs": len(evaluation.pairs),
         "unpaired": list(evaluation.unpaired),
-        "motion_distance": _motion(evaluation),
+        "motion_distance": None if evaluation.motion is None else asdict(evaluation.motion),
         "scores": {score.name: _summary(score, evaluation) for score in evaluation.scores},
     }
-
-
-def _motion(evaluation: Evaluation) -> dict[str, JSON] | None:
-    if evaluation.motion is None:
-        return None
-    if isinstance(evaluation.motion, str):
-        return {"mmd_squared": None, "standard_error": None, "note": evaluation.motion}
-    squared, error = evaluation.motion
-    return {"mmd_squared": squared, "standard_error": error, "note": ""}
 
 
 def _summary(score: Score, evaluation: Evaluation) -> dict[str, Any]:
@@ -146,6 +138,9 @@ def _vbench_results(one: SideScores) -> str:
 
 
 def _subtitle(settings: Mapping[str, JSON]) -> str:
-    return ", ".join(
-        f"{name} {value}" for name, value in settings.items() if not isinstance(value, dict)
-    )
+    shown = {
+        name: " and ".join(map(str, value)) if isinstance(value, list) else value
+        for name, value in settings.items()
+        if not isinstance(value, dict)
+    }
+    return "; ".join(f"{name}: {value}" for name, value in shown.items())

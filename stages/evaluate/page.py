@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from cache_schema.shown_text import visible, without_credentials
-from stages.evaluate.compare import Mean
+from cache_schema.shown_text import escape_html
 from stages.evaluate.evaluate import Evaluation, SideScores
 from stages.evaluate.score import Score
 from stages.evaluate.videos import Video
 
 _COLOURS = ("#2f6f9f", "#c8642b")
-_MAX_PLOTTED = 12
 
 _STYLE = """
 * { box-sizing: border-box; }
@@ -90,11 +88,11 @@ def evaluation_page(evaluation: Evaluation, page: Path, *, subtitle: str) -> str
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{_escape(names)}</title>
+<title>{escape_html(names)}</title>
 <style>{_STYLE}</style>
 </head>
 <body>
-<header><h1>{_escape(names)}</h1><p class="note">{_escape(subtitle)}</p></header>
+<header><h1>{escape_html(names)}</h1><p class="note">{escape_html(subtitle)}</p></header>
 <main>
 <h2>Scores</h2>
 {_table(evaluation)}
@@ -110,10 +108,6 @@ def evaluation_page(evaluation: Evaluation, page: Path, *, subtitle: str) -> str
 """
 
 
-def _escape(value: object) -> str:
-    return html.escape(visible(without_credentials(str(value))), quote=True)
-
-
 def _table(evaluation: Evaluation) -> str:
     heads = ["score", "unit", "better"]
     for one in evaluation.sides:
@@ -123,40 +117,28 @@ def _table(evaluation: Evaluation) -> str:
     rows = []
     for score in evaluation.scores:
         cells = [
-            f'<td title="{_escape(score.description)}">{_escape(score.name)}</td>',
-            f"<td>{_escape(score.unit)}</td>",
-            f"<td>{_escape(score.better or '')}</td>",
+            f'<td title="{escape_html(score.description)}">{escape_html(score.name)}</td>',
+            f"<td>{escape_html(score.unit)}</td>",
+            f"<td>{escape_html(score.better or '')}</td>",
         ]
-        cells += [f'<td class="number">{_mean(mean)}</td>' for mean in evaluation.means[score.name]]
+        cells += [
+            f'<td class="number">{escape_html(mean.text)}</td>'
+            for mean in evaluation.means[score.name]
+        ]
         if found := evaluation.differences.get(score.name):
-            cells.append(f'<td class="number">{_mean(found.difference)}</td>')
+            cells.append(f'<td class="number">{escape_html(found.difference.text)}</td>')
             won = "" if found.win_rate is None else f"{found.win_rate:.0%}"
             cells.append(f'<td class="number">{won}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    head = "".join(f"<th>{_escape(name)}</th>" for name in heads)
+    head = "".join(f"<th>{escape_html(name)}</th>" for name in heads)
     table = (
         f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
-    return table + (
-        f'<p class="note">{_escape(motion)}</p>' if (motion := _motion(evaluation)) else ""
-    )
-
-
-def _motion(evaluation: Evaluation) -> str:
     if evaluation.motion is None:
-        return ""
-    if isinstance(evaluation.motion, str):
-        return f"No distance between the sides' motion: {evaluation.motion}."
-    squared, error = evaluation.motion
-    return (
-        f"Distance between the sides' motion (squared MMD of Gram-flow statistics): {squared:.4g}, "
-        f"standard error {error:.2g}."
-    )
-
-
-def _mean(mean: Mean) -> str:
-    return _escape(mean.text)
+        return table
+    motion = f"motion distance (squared MMD of Gram-flow statistics): {evaluation.motion.text}"
+    return f'{table}<p class="note">{escape_html(motion)}</p>'
 
 
 def _plot(evaluation: Evaluation) -> str:
@@ -168,7 +150,7 @@ def _plot(evaluation: Evaluation) -> str:
         score
         for score in evaluation.scores
         if any(not math.isnan(mean.mean) for mean in evaluation.means[score.name])
-    ][:_MAX_PLOTTED]
+    ]
     if not scores:
         return '<p class="note">No score could be computed.</p>'
     out = io.BytesIO()
@@ -206,12 +188,11 @@ def _plot_score(axes: Any, score: Score, evaluation: Evaluation) -> None:
 
 def _videos(evaluation: Evaluation, folder: Path) -> str:
     options = "".join(
-        f'<option value="{_escape(score.name)}" data-better="{_escape(score.better or "")}">'
-        f"{_escape(score.name)}</option>"
+        f'<option value="{score.name}" data-better="{score.better or ""}">{score.name}</option>'
         for score in evaluation.scores
     )
     orders = [
-        f'<option value="{number}">{_escape(one.side.name)}, worst first</option>'
+        f'<option value="{number}">{escape_html(one.side.name)}, worst first</option>'
         for number, one in enumerate(evaluation.sides)
     ]
     if evaluation.pairs:
@@ -243,7 +224,7 @@ def _row(evaluation: Evaluation, group: Sequence[Video], folder: Path) -> str:
     seed = "" if group[0].number is None else f" (seed {group[0].number})"
     return (
         f'<div class="pair" data-values="{html.escape(json.dumps(values), quote=True)}">'
-        f'<p>{_escape(title + seed)}</p><div class="sides">{cells}</div></div>'
+        f'<p>{escape_html(title + seed)}</p><div class="sides">{cells}</div></div>'
     )
 
 
@@ -257,9 +238,9 @@ def _cell(one: SideScores, video: Video, folder: Path, scores: Sequence[Score]) 
     )
     problem = one.problems.get(video.key, "")
     return (
-        f'<figure><video src="{_escape(source)}" controls loop muted preload="metadata" '
-        f'playsinline></video><figcaption class="note"><b>{_escape(one.side.name)}</b> '
-        f"{_escape(listed)} {_escape(problem)}</figcaption></figure>"
+        f'<figure><video src="{escape_html(source)}" controls loop muted preload="metadata" '
+        f'playsinline></video><figcaption class="note"><b>{escape_html(one.side.name)}</b> '
+        f"{escape_html(listed)} {escape_html(problem)}</figcaption></figure>"
     )
 
 
@@ -269,12 +250,12 @@ def _json_number(value: float | None) -> float | None:
 
 def _problems(evaluation: Evaluation) -> str:
     lines = [
-        f"<tr><td>{_escape(one.side.name)}</td><td>{_escape(key)}</td><td>{_escape(why)}</td></tr>"
+        f"<tr><td>{escape_html(one.side.name)}</td><td>{escape_html(key)}</td><td>{escape_html(why)}</td></tr>"
         for one in evaluation.sides
         for key, why in sorted(one.problems.items())
     ]
     lines += [
-        f"<tr><td></td><td>{_escape(key)}</td><td>no partner on the other side</td></tr>"
+        f"<tr><td></td><td>{escape_html(key)}</td><td>no partner on the other side</td></tr>"
         for key in evaluation.unpaired
     ]
     if not lines:

@@ -1,5 +1,6 @@
 """What a score is: its name, unit, range and direction."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +27,7 @@ class Score:
             ValueError: It is outside: the score or its range is wrong.
         """
         slack = 1e-6 * max(1.0, abs(value))
-        if value == value and not self.lowest - slack <= value <= self.highest + slack:
+        if not math.isnan(value) and not self.lowest - slack <= value <= self.highest + slack:
             raise ValueError(
                 f"{self.name} is {value}, outside of {self.lowest:g} to {self.highest:g}"
             )

@@ -32,6 +32,9 @@ class TrackedVideos:
     fps: float | None
     """Frames per second of the tracks; None if each video has its own rate."""
 
+    def __len__(self) -> int:
+        return sum(len(of_size["masks"]) for of_size in self.readers)
+
     def tracks(self) -> Iterator[tuple[str, SubjectTracks]]:
         """Read the tracks of all videos, by key."""
         for of_size in self.readers:
@@ -47,8 +50,6 @@ def track_videos(
     *,
     provenance: dict[str, JSON],
     progress: Progress,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> TrackedVideos:
     """Track the subject of every video of a folder both ways; finished videos are kept.
 
@@ -60,8 +61,6 @@ def track_videos(
         clips: Size, length and rate that videos are read at.
         provenance: Information on the run, recorded in the stores.
         progress: Shows a bar.
-        rank: Rank of this process.
-        world_size: Number of processes that share the work.
 
     Raises:
         ValueError: SAM2's checkpoint is missing or wrong.
@@ -78,8 +77,6 @@ def track_videos(
         cache,
         provenance=provenance,
         progress=progress,
-        rank=rank,
-        world_size=world_size,
         refresh_changed=True,
         dataset=videos_below(clips),
     )

@@ -5,7 +5,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.clips.dataset.video_files import VideoFiles
+from stages.clips.dataset.keys import videos_among
+from stages.clips.dataset.video_files import VideoFiles, VideoWithFiles
 from stages.files.text import read_object
 
 _VBENCH_NAME = re.compile(r"(?P<prompt>.+)-(?P<number>[0-9]+)")
@@ -43,19 +44,15 @@ def open_side(name: str, folder: Path) -> Side:
     """List the videos of a folder and below.
 
     Raises:
-        ValueError: There is no such folder, it holds no videos, or two of them have the same prompt
-            and seed, so that they could not be paired.
+        ValueError: There is no such folder, it holds no videos, two of them have the same name but
+            for the suffix, or the same prompt and seed, so that they could not be paired.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; name a folder of videos")
     files = VideoFiles.in_folder(folder)
     if len(files) == 0:
         raise ValueError(f"{folder} holds no videos")
-    videos = tuple(
-        _video(folder, clip.key, clip.video_name)
-        for clip in map(files.clip, range(len(files)))
-        if clip.problem is None
-    )
+    videos = tuple(_video(folder, files.clip(row)) for row in range(len(files)))
     pair, count = Counter(video.pair for video in videos).most_common(1)[0]
     if count > 1:
         same = [video.key for video in videos if video.pair == pair]
@@ -66,8 +63,13 @@ def open_side(name: str, folder: Path) -> Side:
     return Side(name=name, folder=folder, videos=videos)
 
 
-def _video(folder: Path, key: str, file: str) -> Video:
-    path = folder / file
+def _video(folder: Path, files: VideoWithFiles) -> Video:
+    problem = files.problem
+    if len(of_name := videos_among(files.files)) > 1:
+        problem = f"{files.key}.{of_name[0]} and {files.key}.{of_name[1]} have one name"
+    if problem is not None:
+        raise ValueError(f"{folder}: {problem}; remove one of them")
+    key, path = files.key, folder / files.video_name
     record = path.with_suffix(".json")
     if record.is_file():
         fields = read_object(record)

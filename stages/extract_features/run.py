@@ -79,7 +79,7 @@ def extract_features(
         retry_failed: Retry the skipped clips of finished shards; they go into retry shards.
         refresh_changed: Extract clips again whose source (caption, video or prompt, depending on
             the kind) differs from the store's; the rest of their shards is kept.
-        dataset: The clips; None opens `clips.path`. Ray workers always open it.
+        dataset: The clips; None opens `clips.path`. Not with Ray, whose workers open that.
 
     Raises:
         ValueError: The dataset, base model, SAM2 checkpoint, device or Ray is missing or wrong;
@@ -95,6 +95,8 @@ def extract_features(
             f"extract.engine=ray starts its own workers, but a launcher started {world_size} "
             "processes; run it without torchrun, or with extract.engine=local"
         )
+    if dataset is not None and config.engine == "ray":
+        raise ValueError("extract.engine=ray reads data.path only; use extract.engine=local")
     dataset = dataset or open_dataset(clips)
     if rank == 0:
         progress.log(f"dataset: {dataset.layout}")

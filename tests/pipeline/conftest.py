@@ -1,5 +1,9 @@
+import sys
+import types
+
 import pytest
 
+from pipeline.config.load import load_config
 from tests.pipeline.cache_stores import write_store
 
 
@@ -19,3 +23,29 @@ def cache(tmp_path):
     write_store(folder, "teacher", shards, skipped=["walk/9"])
     write_store(folder, "text", shards)
     return folder
+
+
+@pytest.fixture
+def config(minimal, tmp_path):
+    """The configuration of tiny clips, with every folder below `tmp_path`."""
+    return load_config(
+        minimal,
+        [
+            f"cache={tmp_path}/cache",
+            f"outputs={tmp_path}/outputs",
+            f"train.run_dir={tmp_path}/runs/one",
+            "data.num_frames=9",
+            "data.height=32",
+            "data.width=48",
+        ],
+    )
+
+
+@pytest.fixture
+def replace_stage(monkeypatch):
+    """Returns a function that stands in for a stage's module without loading it."""
+
+    def replace(module, **functions):
+        monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**functions))
+
+    return replace

@@ -1,8 +1,6 @@
 """What each command hands to its stage, and what it makes of the stage's summary."""
 
 import json
-import sys
-import types
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +10,6 @@ from cache_schema import (
     SkippedClip,
 )
 from pipeline.commands import extract, train
-from pipeline.config.load import load_config
 from stages.extract_features.summary import ExtractSummary, KindSummary
 from stages.progress import SilentProgress
 from stages.train_student.logging.rows import LossRow, PerformanceRow, ValidationRow
@@ -21,29 +18,9 @@ from stages.train_student.train import TrainSummary
 QUIET = SilentProgress()
 
 
-@pytest.fixture
-def config(minimal, tmp_path):
-    return load_config(
-        minimal,
-        [
-            f"cache={tmp_path}/cache",
-            f"outputs={tmp_path}/outputs",
-            f"train.run_dir={tmp_path}/runs/one",
-            "data.num_frames=9",
-            "data.height=32",
-            "data.width=48",
-        ],
-    )
-
-
-def replace_stage(monkeypatch, module, **functions):
-    """Stand in for a stage's module without loading it."""
-    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**functions))
-
-
 class TestExtract:
     @pytest.fixture
-    def calls(self, monkeypatch):
+    def calls(self, replace_stage):
         calls = []
         skipped = tuple(
             SkippedClip(
@@ -73,7 +50,7 @@ class TestExtract:
                 kinds=(kind,), dataset="one", failures=Path("cache/failures.jsonl")
             )
 
-        replace_stage(monkeypatch, "stages.extract_features.run", extract_features=stage)
+        replace_stage("stages.extract_features.run", extract_features=stage)
         return calls
 
     def test_the_stage_gets_its_sections_and_this_processes_share(self, config, calls, monkeypatch):
@@ -147,14 +124,14 @@ class TestTrain:
             | changes
         )
 
-    def answer(self, monkeypatch, config, summary):
+    def answer(self, replace_stage, config, summary):
         calls = []
 
         def stage(*sections, **options):
             calls.append((sections, options))
             return summary
 
-        replace_stage(monkeypatch, "stages.train_student.train", train_student=stage)
+        replace_stage("stages.train_student.train", train_student=stage)
         config.train.run_dir.mkdir(parents=True, exist_ok=True)
         (config.train.run_dir / "run.json").write_text("{}")
         return train.run(config, QUIET), calls
@@ -165,14 +142,14 @@ class TestTrain:
         (config.train.run_dir / f"{name}.jsonl").write_text(lines)
 
     def test_the_stage_gets_its_sections_and_the_resolved_configuration(
-        self, monkeypatch, config, summary
+        self, replace_stage, config, summary
     ):
-        _, ((sections, options),) = self.answer(monkeypatch, config, summary())
+        _, ((sections, options),) = self.answer(replace_stage, config, summary())
         assert sections == (config.train, config.data, config.model, config.cache_folder)
         assert type(config).model_validate(options["resolved_config"]) == config
         assert "arguments" in options["provenance"]
 
-    def test_losses_and_rates_are_those_of_the_runs_page(self, monkeypatch, config, summary):
+    def test_losses_and_rates_are_those_of_the_runs_page(self, replace_stage, config, summary):
         seen = {0: (0.5, 0.4), 10: (0.4, 0.1), 20: (0.3, 0.2)}
         curves = {"timestep": [500], "diffusion": [0.1], "lgf": [0.1]}
         self.write(
@@ -205,7 +182,7 @@ class TestTrain:
             for step, seconds in ((1, 3.0), (2, 1.0))
         ]
         self.write(config, "performance", speeds)
-        answer, _ = self.answer(monkeypatch, config, summary())
+        answer, _ = self.answer(replace_stage, config, summary())
         rows = dict(answer.rows)
         assert rows["held-out diffusion loss"] == "0.3000 (0.5000 before training)"
         assert rows["held-out lgf loss"].endswith("lowest 0.1000 at step 10, and risen since)")
@@ -216,14 +193,14 @@ class TestTrain:
             rows["clips"] == "24; not in every store: 2 of latents; 3 left out by train.leave_out"
         )
 
-    def test_plain_fine_tuning_has_no_auxiliary_row(self, monkeypatch, config, summary):
-        answer, _ = self.answer(monkeypatch, config, summary(auxiliary={}))
+    def test_plain_fine_tuning_has_no_auxiliary_row(self, replace_stage, config, summary):
+        answer, _ = self.answer(replace_stage, config, summary(auxiliary={}))
         assert {"lgf", "skipped steps", "damaged clips"}.isdisjoint(dict(answer.rows))
         assert answer.data["last"]["auxiliary"] == {}
 
-    def test_skipped_steps_and_damaged_clips_are_told(self, monkeypatch, config, summary):
+    def test_skipped_steps_and_damaged_clips_are_told(self, replace_stage, config, summary):
         answer, _ = self.answer(
-            monkeypatch, config, summary(skipped_steps=2, damaged_clips=1, gone_clips=3)
+            replace_stage, config, summary(skipped_steps=2, damaged_clips=1, gone_clips=3)
         )
         rows = dict(answer.rows)
         assert (
@@ -237,9 +214,9 @@ class TestTrain:
         assert rows["gone clips"].startswith("3, ")
         assert (answer.data["skipped_steps"], answer.data["damaged_clips"]) == (2, 1)
 
-    def test_a_run_that_skipped_every_step_has_no_losses(self, monkeypatch, config, summary):
+    def test_a_run_that_skipped_every_step_has_no_losses(self, replace_stage, config, summary):
         nothing = summary(first=None, last=None, skipped_steps=20)
-        answer, _ = self.answer(monkeypatch, config, nothing)
+        answer, _ = self.answer(replace_stage, config, nothing)
         assert not answer.data["figures"]
         assert answer.data["first"] is None
         json.dumps(answer.data)
@@ -251,7 +228,9 @@ class TestTrain:
             ({"already_finished": True, "seconds_per_step": None}, "20, finished before"),
         ],
     )
-    def test_a_run_that_went_on_says_from_where(self, monkeypatch, config, summary, changes, text):
-        answer, _ = self.answer(monkeypatch, config, summary(**changes))
+    def test_a_run_that_went_on_says_from_where(
+        self, replace_stage, config, summary, changes, text
+    ):
+        answer, _ = self.answer(replace_stage, config, summary(**changes))
         assert dict(answer.rows)["steps"] == text
         json.dumps(answer.data)

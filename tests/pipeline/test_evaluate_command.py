@@ -53,7 +53,7 @@ def test_too_many_videos_without_partner_exit_with_3(videos, tmp_path):
     first, second = videos("a", dog=100, cat=100), videos("b", dog=100)
     done = evaluate(first, "--against", second, "--out", tmp_path / "out")
     assert done.exit_code == 3
-    assert "33% of the videos have no scores or no partner" in " ".join(done.output.split())
+    assert "33% of the videos lack scores or a partner" in " ".join(done.output.split())
     assert (tmp_path / "out" / "index.html").is_file()
 
 

@@ -1,8 +1,6 @@
 """`inspect`: which store and clips it draws, and what it prints of them."""
 
 import json
-import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -16,33 +14,13 @@ from cache_schema import (
     StoreWriter,
 )
 from pipeline.commands import inspect
-from pipeline.config.load import ConfigError, load_config
+from pipeline.config.load import ConfigError
 from pipeline.failures import error_text
 from stages.inspect_cache.drawing import Drawing
 from stages.progress import SilentProgress
 from tests.fingerprints import fingerprint_of
 
 QUIET = SilentProgress()
-
-
-@pytest.fixture
-def config(minimal, tmp_path):
-    return load_config(
-        minimal,
-        [
-            f"cache={tmp_path}/cache",
-            f"outputs={tmp_path}/outputs",
-            f"train.run_dir={tmp_path}/runs/one",
-            "data.num_frames=9",
-            "data.height=32",
-            "data.width=48",
-        ],
-    )
-
-
-def replace_stage(monkeypatch, module, **functions):
-    """Stand in for a stage's module without loading it."""
-    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**functions))
 
 
 @pytest.fixture
@@ -117,7 +95,7 @@ def test_all_clips_are_drawn_when_asked_for(config, store, features):
 
 
 def test_an_overlay_gets_the_store_the_clips_and_their_dataset(
-    config, store, features, monkeypatch, tmp_path
+    config, store, features, replace_stage, monkeypatch, tmp_path
 ):
     calls = []
 
@@ -128,7 +106,7 @@ def test_an_overlay_gets_the_store_the_clips_and_their_dataset(
                 key=key, picture=tmp_path / "a.png", video=tmp_path / "a.mp4", notes=("dim",)
             )
 
-    replace_stage(monkeypatch, "stages.inspect_cache.overlay", draw_overlay=draw)
+    replace_stage("stages.inspect_cache.overlay", draw_overlay=draw)
     monkeypatch.setattr("stages.clips.open_dataset", lambda clips: (clips, "opened"))
     path = store("masks", np.zeros((9, 8, 12), np.uint8), name="forward", axes="thw")
     answer = inspect.run(config, QUIET, store="masks", overlay=True, out=tmp_path)

@@ -1,14 +1,13 @@
 """HTML of the report page: all external text is escaped, and no resources are fetched."""
 
 import base64
-import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from string import Template
 from typing import Any
 
 from cache_schema.schema import flatten
-from cache_schema.shown_text import visible, without_credentials
+from cache_schema.shown_text import escape_html
 from stages.train_student.report.charts import Chart, as_svg
 from stages.train_student.report.figures import Figure
 from stages.train_student.report.records import Row, SampleVideo
@@ -93,17 +92,12 @@ class PageVideo:
     embedded: bool
 
 
-def escape(value: object) -> str:
-    """Escape a value for use in elements and quoted attributes."""
-    return html.escape(visible(without_credentials(str(value))), quote=True)
-
-
 def page(title: str, subtitle: str, sections: Iterable[str]) -> str:
     """A complete, self-contained page."""
     return _PAGE.substitute(
         policy=_CONTENT_SECURITY_POLICY,
-        title=escape(title),
-        subtitle=escape(subtitle),
+        title=escape_html(title),
+        subtitle=escape_html(subtitle),
         sections="".join(sections),
     )
 
@@ -112,16 +106,16 @@ def section(title: str, *content: str, note: str = "") -> str:
     """A heading with content; empty if there is no content."""
     if not any(content):
         return ""
-    paragraph = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f"<section><h2>{escape(title)}</h2>{paragraph}{''.join(content)}</section>\n"
+    paragraph = f'<p class="note">{escape_html(note)}</p>' if note else ""
+    return f"<section><h2>{escape_html(title)}</h2>{paragraph}{''.join(content)}</section>\n"
 
 
 def tiles(figures: Iterable[Figure]) -> str:
     """Key figures as tiles."""
     made = [
-        f'<div class="tile"><div class="name">{escape(figure.name)}</div>'
-        f'<div class="value">{escape(figure.value)}</div>'
-        f'<div class="note">{escape(figure.note)}</div></div>'
+        f'<div class="tile"><div class="name">{escape_html(figure.name)}</div>'
+        f'<div class="value">{escape_html(figure.value)}</div>'
+        f'<div class="note">{escape_html(figure.note)}</div></div>'
         for figure in figures
     ]
     return f'<div class="tiles">{"".join(made)}</div>\n' if made else ""
@@ -133,9 +127,9 @@ def charts(chosen: Iterable[Chart]) -> str:
     for chart in chosen:
         data = base64.b64encode(as_svg(chart)).decode("ascii")
         made.append(
-            f"<figure><h3>{escape(chart.title)}</h3>"
-            f'<img alt="{escape(chart.title)}" src="data:image/svg+xml;base64,{data}">'
-            f"<figcaption>{escape(chart.caption)}</figcaption></figure>"
+            f"<figure><h3>{escape_html(chart.title)}</h3>"
+            f'<img alt="{escape_html(chart.title)}" src="data:image/svg+xml;base64,{data}">'
+            f"<figcaption>{escape_html(chart.caption)}</figcaption></figure>"
         )
     return f'<div class="charts">{"".join(made)}</div>\n' if made else ""
 
@@ -145,14 +139,14 @@ def videos(shown: Mapping[str, Sequence[PageVideo]]) -> str:
     made = []
     for prompt, of_prompt in shown.items():
         cells = "".join(_video(one) for one in of_prompt)
-        made.append(f'<div class="prompt"><p>{escape(prompt)}</p><div>{cells}</div></div>')
+        made.append(f'<div class="prompt"><p>{escape_html(prompt)}</p><div>{cells}</div></div>')
     return "".join(made)
 
 
 def _video(shown: PageVideo) -> str:
     step = shown.sample.step
-    source = escape(shown.source)
-    caption = "base model" if step == 0 else f"step {escape(step)}"
+    source = escape_html(shown.source)
+    caption = "base model" if step == 0 else f"step {escape_html(step)}"
     if not shown.embedded:
         link = f'<a href="{source}">{source}</a>'
         return f'<figure class="far">{link}<figcaption>{caption}</figcaption></figure>'
@@ -164,9 +158,11 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     """A table of the newest rows; missing values are left empty."""
     if not rows:
         return ""
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    head = "".join(f"<th>{escape_html(name)}</th>" for name in columns)
     body = "".join(
-        "<tr>" + "".join(f"<td>{escape(_text(row.get(name)))}</td>" for name in columns) + "</tr>"
+        "<tr>"
+        + "".join(f"<td>{escape_html(_text(row.get(name)))}</td>" for name in columns)
+        + "</tr>"
         for row in rows[-_MAX_ROWS:]
     )
     num_hidden = len(rows) - _MAX_ROWS
@@ -177,7 +173,7 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
 def facts(values: Mapping[str, Any]) -> str:
     """A table of names and values; nested ones have dotted names."""
     rows = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(_text(value))}</td></tr>"
+        f"<tr><th>{escape_html(name)}</th><td>{escape_html(_text(value))}</td></tr>"
         for name, value in flatten(values).items()
     )
     return f'<table class="facts"><tbody>{rows}</tbody></table>' if rows else ""
@@ -187,12 +183,12 @@ def folded(title: str, content: str) -> str:
     """Collapsible content."""
     if not content:
         return ""
-    return f"<details><summary>{escape(title)}</summary>{content}</details>"
+    return f"<details><summary>{escape_html(title)}</summary>{content}</details>"
 
 
 def text(content: str) -> str:
     """Preformatted text."""
-    return f"<pre>{escape(content)}</pre>" if content else ""
+    return f"<pre>{escape_html(content)}</pre>" if content else ""
 
 
 def _text(value: Any) -> str:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,45 @@ def test_the_page_shows_every_pair_and_escapes_prompts(videos, score, tmp_path):
     assert "&lt;i&gt;dog (seed 0)" in text
     for folder in ("a%20%26%20b", "c"):
         assert f'src="../{folder}/%3Ci%3Edog-0.mp4"' in text
+
+
+def test_sides_without_any_track_are_compared_all_the_same(videos, score, tmp_path):
+    sides = [videos("a", "dog-0"), videos("b", "dog-0", seed=1)]
+    for side in sides:
+        (side / "dog-0.mp4").write_bytes(b"no video")
+    evaluation = compare_sides([score(side) for side in sides], EvaluateConfig())
+    assert evaluation.motion.mmd_squared is None
+    assert evaluation.skipped_share == 1
+    write_evaluation(evaluation, tmp_path / "out", settings={}, made_with={})
+
+
+def test_a_video_without_a_figure_has_its_other_scores(videos, score):
+    scored = score(videos("a", "dog-0"), EvaluateConfig(scores=("figures", "vbench", "appearance")))
+    assert "names no biped" in scored.problems["dog-0"]
+    assert {"temporal_flickering", "contrast"} <= scored.values["dog-0"].keys()
+    assert "limb_presence" not in scored.values["dog-0"]
+
+
+def test_sides_in_folders_of_one_name_have_their_own_vbench_files(videos, score, tmp_path):
+    sides = [videos("one/run", "dog-0"), videos("two/run", "dog-0", seed=1)]
+    config = EvaluateConfig(scores=("vbench",))
+    scored = [score(side, config) for side in sides]
+    first, second = (replace(one.side, name=name) for name, one in zip("xy", scored, strict=True))
+    named = [replace(scored[0], side=first), replace(scored[1], side=second)]
+    out = tmp_path / "out"
+    write_evaluation(compare_sides(named, config), out, settings={}, made_with={})
+    assert {path.name for path in out.glob("*_eval*")} == {
+        "x_eval_results.json",
+        "y_eval_results.json",
+    }
+
+
+def test_a_video_that_lacks_scores_and_a_partner_counts_once(videos, score):
+    sides = [videos("a", "dog-0", "cat-0"), videos("b", "cat-0", seed=1)]
+    (sides[0] / "dog-0.mp4").write_bytes(b"no video")
+    config = EvaluateConfig(scores=("appearance",))
+    evaluation = compare_sides([score(side, config) for side in sides], config)
+    assert evaluation.skipped_share == pytest.approx(1 / 3)
 
 
 def test_a_side_without_any_value_has_no_mean(videos, score):

@@ -46,10 +46,10 @@ def test_distances_grow_with_the_difference():
     real = random.normal(size=(60, 12))
     near, far = real[30:] + 0.5, real[30:] + 2.0
     same, small, large = (
-        motion_distance(real[:30], other, seed=0)[0] for other in (real[30:], near, far)
+        motion_distance(real[:30], other, seed=0).mmd_squared for other in (real[30:], near, far)
     )
     assert same < small < large
-    _, error = motion_distance(real[:30], real[30:], seed=0)
+    error = motion_distance(real[:30], real[30:], seed=0).standard_error
     assert abs(same) < 3 * error
 
 
@@ -60,6 +60,8 @@ def test_videos_without_features_are_left_out():
     assert motion_distance(with_gap, second, seed=0) == motion_distance(first, second, seed=0)
 
 
-def test_too_few_videos_have_no_distance():
-    found = motion_distance(np.zeros((9, 12)), np.zeros((20, 12)), seed=0)
-    assert found == "9 videos of a side have a track; a distance needs 10"
+@pytest.mark.parametrize("count", [0, 9])
+def test_too_few_videos_have_no_distance(count):
+    found = motion_distance(np.zeros((count, 12)), np.zeros((20, 12)), seed=0)
+    assert found.mmd_squared is None
+    assert found.note == f"{count} videos of a side have a track; a distance needs 10"

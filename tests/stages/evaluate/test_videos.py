@@ -69,6 +69,12 @@ def test_a_folder_without_videos_is_refused(tmp_path, make, message):
         open_side("a", tmp_path / "none")
 
 
+@pytest.mark.parametrize("other", ["one.MP4", "one.mov"])
+def test_two_videos_of_one_name_are_refused(folder, other):
+    with pytest.raises(ValueError, match=r"one\.(mp4|MP4) and one\.(mp4|mov)"):
+        open_side("a", folder("a", "one.mp4", other))
+
+
 def test_a_damaged_record_is_named(folder):
     root = folder("a", one=("a cat", 7))
     (root / "one.json").write_text("{")
