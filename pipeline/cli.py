@@ -17,7 +17,6 @@ from pipeline.cli_options import (
     Json,
     Overrides,
     Traceback,
-    config_file_of_run,
     load_settings,
     print_result,
     run_command,
@@ -26,6 +25,7 @@ from pipeline.console import CommandResult, escape_unencodable_output, print_fil
 from pipeline.environment import set_rank_from_slurm
 from pipeline.evaluate_cli import evaluate
 from pipeline.inspect_cli import inspect
+from pipeline.sample_cli import sample
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -247,71 +247,6 @@ def export(
 
 
 @app.command()
-def sample(
-    prompt: Annotated[
-        list[str],
-        typer.Option(
-            "--prompt",
-            "-p",
-            metavar="TEXT",
-            help="Text prompt; repeat it for several videos. @prompts.txt reads one prompt per "
-            "line of that file.",
-            show_default=False,
-        ),
-    ],
-    overrides: Overrides = None,
-    config: Config = None,
-    image: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True, dir_okay=False, help="The first frame, for image-to-video models."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The .mp4 to write; default: a new name in outputs.")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Let --out replace an existing video.")
-    ] = False,
-    run: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            file_okay=False,
-            help="The folder of a training run or of an export; default: the newest finished run.",
-        ),
-    ] = None,
-    base: Annotated[
-        bool, typer.Option("--base", help="Use the base model alone, without a run's weights.")
-    ] = False,
-    as_json: Json = False,
-    traceback: Traceback = False,
-) -> None:
-    """Generate videos with the trained model.
-
-    Without --config, the settings of the run named by --run apply.
-    """
-    from pipeline.commands import sample as command
-
-    config = config or config_file_of_run(run)
-    settings = load_settings(config, overrides, traceback, needed=("model.path",))
-    result = run_command(
-        lambda p: command.run(
-            settings,
-            p,
-            prompts=prompt,
-            image=image,
-            out=out,
-            overwrite=overwrite,
-            run_dir=run,
-            base_only=base,
-        ),
-        traceback,
-    )
-    print_result(result, as_json)
-
-
-@app.command()
 def report(
     overrides: Overrides = None,
     config: Config = None,
@@ -341,6 +276,7 @@ def report(
     print_result(result, as_json)
 
 
+app.command()(sample)
 app.command()(evaluate)
 app.command()(inspect)
 

@@ -59,6 +59,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def local_rank() -> int:
+    """Return this process's rank on its machine, 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def world_size() -> int:
     """Return the number of processes, 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -132,5 +132,5 @@ _LESS_MEMORY = (
     "to use less memory: train.micro_batch_size=1, train.gradient_checkpointing=true, "
     "train.deepspeed.zero_stage=3; extract.latents.tiling=true, extract.teacher.clips_per_batch=1, "
     "extract.teacher.frames_per_batch=1, extract.teacher.keep_encoded=host, "
-    "extract.teacher.image_size=512; sample.cpu_offload=true"
+    "extract.teacher.image_size=512; sample.offload=model; sample.tiling=true"
 )

@@ -15,6 +15,9 @@ each computed from the track that runs in the opposite direction."""
 FeatureKind = Literal["memory_attention", "memory_encoder"]
 """SAM2 features: the frame's features after memory attention, or its memory encoder output."""
 
+SchedulerName = Literal["model", "ddim", "dpm"]
+"""Samplers of CogVideoX: the base model's own scheduler, or one of diffusers' two for it."""
+
 
 class Section(BaseModel):
     """Base class of configuration sections: typed, frozen, unknown keys are rejected.

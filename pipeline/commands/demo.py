@@ -23,7 +23,9 @@ def steps(config: RunConfig) -> Iterator[tuple[str, Step]]:
     yield (
         "sample",
         lambda progress: sample.run(
-            config, progress, prompts=[_first_caption(config)], run_dir=config.train.run_dir
+            config,
+            progress,
+            sample.SampleOptions(prompts=[_first_caption(config)], run_dir=config.train.run_dir),
         ),
     )
     yield "inspect", lambda progress: inspect.run(config, progress)
@@ -31,7 +33,7 @@ def steps(config: RunConfig) -> Iterator[tuple[str, Step]]:
 
 def summary(results: dict[str, CommandResult]) -> CommandResult:
     """Summarise the demo: held-out losses, and the paths of the video, image and report."""
-    video = results["sample"].data["video"]
+    video = results["sample"].data["videos"][0]["video"]
     picture = results["inspect"].data["picture"]
     page = results["train"].data["page"]
     made = [("sampled video", video), ("picture of the cache", picture)]

@@ -2,260 +2,250 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
 import os
-import re
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from cache_schema.atomic_io import add_path_to_errors
-from cache_schema.shown_text import redacted
+from cache_schema.shown_text import first_few
 from pipeline.commands.assets import make_missing_assets
 from pipeline.config.load import ConfigError, RunConfig
 from pipeline.console import CommandResult, format_time
-from pipeline.environment import provenance
+from pipeline.environment import local_rank, provenance, rank, world_size
+from pipeline.failures import TOO_MANY_SKIPPED
 from stages.progress import Progress
 
 if TYPE_CHECKING:
-    from stages.sample_videos.sample import SampleSummary
+    from stages.sample_videos.batch import Batch
+    from stages.sample_videos.outputs import Output, VideoFormat
+    from stages.sample_videos.requests import VideoRequest
+    from stages.sample_videos.sample import VideoModel
+
+_SUFFIXES: dict[str, VideoFormat] = {".mp4": "mp4", ".gif": "gif"}
 
 
-_MAX_PROMPT_CHARS = 60
-_MAX_PROMPT_BYTES = 120
-"""Limit of the prompt in a file name, in UTF-8; file systems allow 255 bytes for the name."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleOptions:
+    """What to sample and where to: the command's options that are no settings."""
+
+    prompts: Sequence[str] = ()
+    prompt_file: Path | None = None
+    seeds: Sequence[int] = ()
+    """Empty takes `sample.seed`."""
+    num: int = 1
+    """Videos per prompt, with consecutive seeds."""
+    image: Path | None = None
+    """First frame of prompts without their own; image-to-video models only."""
+    run_dir: Path | None = None
+    """The run; None uses the newest finished run of this base model beside `train.run_dir`."""
+    base_only: bool = False
+    compare: str | None = None
+    """`base` or a run's folder, sampled from the same noise and shown beside."""
+    out: Path | None = None
+    """A folder, or the file of a single video; None makes a folder per model and settings in
+    `outputs`."""
+    form: VideoFormat = "mp4"
+    overwrite: bool = False
+    """Replace videos of the same names that were made otherwise."""
 
 
-def file_stem(source: str, prompt: str, seed: int) -> str:
-    """A readable file name; a truncated prompt ends in a hash of the whole prompt.
+def run(config: RunConfig, progress: Progress, options: SampleOptions) -> CommandResult:
+    """Sample the videos that are not there yet; a JSON file beside each records how it was made.
 
-    Args:
-        source: the run's name, or `base`.
-        prompt: any text.
-        seed: seed of the noise.
-    """
-    words = re.sub(r"\W+", "-", prompt.lower()).strip("-")
-    short = (
-        words[:_MAX_PROMPT_CHARS].encode()[:_MAX_PROMPT_BYTES].decode(errors="ignore").strip("-")
-    )
-    if short != words:
-        short += f"-{hashlib.sha256(prompt.encode(errors='surrogateescape')).hexdigest()[:6]}"
-    return f"{source}-{short or 'video'}-seed{seed}"
-
-
-@contextmanager
-def claim_new_file(folder: Path, stem: str) -> Iterator[Path]:
-    """Claim `<stem>.mp4`, or the first free `<stem>-<number>.mp4`; creates the folder if missing.
-
-    Yields:
-        An empty file that no other process gets; deleted afterwards if still empty.
-
-    Raises:
-        OSError: the folder cannot be written to.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        file = folder / (f"{stem}.mp4" if number == 1 else f"{stem}-{number}.mp4")
-        if file.with_suffix(".json").exists():
-            continue
-        try:
-            file.open("xb").close()
-        except FileExistsError:
-            continue
-        with _remove_if_empty(file):
-            yield file
-        return
-
-
-@contextmanager
-def claim_named_file(file: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Claim the mp4 named by the user and its JSON file; creates the folder if missing.
-
-    Yields:
-        The file: empty, or unchanged with `overwrite`. Deleted afterwards if empty.
+    Everything is checked before any model is loaded: prompts, images, weights, and whether the
+    files can be written. Under a launcher every process samples its share of the videos.
 
     Raises:
-        ConfigError: one of the two files exists.
-        OSError: the folder cannot be written to.
+        ConfigError: Options that do not go together, or a name that is taken by another video.
+        ValueError: Weights or images that are missing or do not fit.
     """
-    existing = [path for path in (file, file.with_suffix(".json")) if path.exists()]
-    if existing and not overwrite:
-        raise ConfigError(f"{existing[0]} already exists; give another --out, or --overwrite")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    _check_writable(file.parent)
-    file.open("ab").close()
-    with _remove_if_empty(file):
-        yield file
+    from stages.sample_videos.batch import generate_batch, write_comparisons
+    from stages.sample_videos.outputs import OtherVideoError
+    from stages.sample_videos.sample import check_images, sampling_device
 
-
-def _check_writable(folder: Path) -> None:
-    """Check that the folder accepts new files: a video is written to a temporary file in it."""
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(folder)) from error
-
-
-@contextmanager
-def _remove_if_empty(file: Path) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        if file.is_file() and file.stat().st_size == 0:
-            file.unlink()
-
-
-def run(
-    config: RunConfig,
-    progress: Progress,
-    *,
-    prompts: Sequence[str],
-    image: Path | None = None,
-    out: Path | None = None,
-    overwrite: bool = False,
-    run_dir: Path | None = None,
-    base_only: bool = False,
-) -> CommandResult:
-    """Sample a video for each prompt; a JSON file beside it records the settings.
-
-    Output files are claimed, and checked to be writable, before any model is loaded.
-
-    Args:
-        config: The whole configuration.
-        progress: Shows loading and denoising steps.
-        prompts: Text prompts; `@file` is replaced by the lines of that file.
-        image: The first frame, for image-to-video models.
-        out: The mp4 of a single prompt; None makes a name from run, prompt and seed in
-            `config.outputs`, numbered if taken.
-        overwrite: Let `out` replace an existing file.
-        run_dir: The run; None uses the newest finished run of this base model in the parent folder
-            of `config.train.run_dir`.
-        base_only: Use the base model without a run's weights.
-    """
-    prompts = _read_prompts(prompts)
-    _check_options(len(prompts), out, overwrite, run_dir, base_only)
-    from stages.sample_videos.sample import image_mismatch, sample_videos
-
+    _check_options(options)
+    requests = _requests(config, options)
     make_missing_assets(config, progress, reads=("cogvideox",))
-    if (mismatch := image_mismatch(config.model, image)) is not None:
-        raise ConfigError(mismatch)
-    if not base_only and run_dir is None:
-        run_dir = _newest_run(config)
-    source = run_dir.name if run_dir else "base"
-    with ExitStack() as claims:
-        outs = [
-            claims.enter_context(
-                claim_new_file(config.outputs, file_stem(source, prompt, config.sample.seed))
-                if out is None
-                else claim_named_file(out, overwrite=overwrite)
-            )
-            for prompt in prompts
-        ]
-        drawn = []
-        for summary in sample_videos(
-            config.sample,
-            config.model,
-            config.data,
-            run_dir=run_dir,
-            prompts=prompts,
-            image=image,
-            outs=outs,
-            progress=progress,
-        ):
-            drawn.append(summary)
-            _write_record(config, summary, image)
-    return _answer(config, drawn, image)
-
-
-def _read_prompts(given: Sequence[str]) -> list[str]:
-    """The prompts, with each `@file` replaced by the file's lines."""
-    prompts: list[str] = []
-    for text in given:
-        if text.startswith("@"):
-            prompts += _lines_of(text[1:])
-        elif os.path.isfile(text):  # noqa: PTH113  Path.is_file raises on a long prompt
-            raise ConfigError(
-                f"--prompt {text} is a file; --prompt @{text} samples a video for each of its lines"
-            )
-        else:
-            prompts.append(text)
-    return prompts
-
-
-def _lines_of(file: str) -> list[str]:
+    device = sampling_device(config.sample, local_rank=local_rank())
+    models = _models(config, options)
+    check_images(models[0], requests)
+    about: dict[str, Any] = {"model": config.model.path, "made_with": provenance()}
+    comparisons: list[Path] = []
     try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the prompts of --prompt @{file}: {error}") from error
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    if not lines:
-        raise ConfigError(f"--prompt @{file}: the file holds no prompts; write one per line")
-    return lines
+        batches = [
+            _open_batch(config, options, model, requests, alone=len(models) == 1)
+            for model in models
+        ]
+        for batch in batches:
+            generate_batch(batch, device=device, about=about, progress=progress)
+        if len(batches) == 2:
+            comparisons = write_comparisons(
+                *batches, overwrite=options.overwrite, progress=progress
+            )
+    except OtherVideoError as error:
+        raise ConfigError(f"{error}; give another --out, or --overwrite") from error
+    return _result(config, batches, comparisons, num_requested=len(requests))
 
 
-def _check_options(
-    num_prompts: int, out: Path | None, overwrite: bool, run_dir: Path | None, base_only: bool
-) -> None:
-    if base_only and run_dir is not None:
+def _check_options(options: SampleOptions) -> None:
+    from stages.clips.dataset.keys import has_video_suffix
+
+    if options.base_only and options.run_dir is not None:
         raise ConfigError("--base uses the base model without a run; remove --run")
-    if out is not None and out.suffix != ".mp4":
-        raise ConfigError(f"--out must end in .mp4, got {out}")
-    if out is not None and num_prompts > 1:
-        raise ConfigError(
-            f"--out names one video, but there are {num_prompts} prompts; remove it, and set "
-            "outputs=FOLDER instead"
-        )
-    if overwrite and out is None:
-        raise ConfigError("--overwrite needs --out; generated names never replace a file")
+    if not options.prompts and options.prompt_file is None:
+        raise ConfigError("name what to sample with --prompt TEXT or --prompt-file FILE")
+    if options.compare is not None and options.form != "mp4":
+        raise ConfigError("--compare shows two videos in one mp4; remove --format")
+    if options.out is not None and has_video_suffix(options.out.name):
+        if options.out.suffix not in _SUFFIXES:
+            raise ConfigError(f"--out ends in .mp4 or .gif, or is a folder, got {options.out}")
+        if options.compare is not None:
+            raise ConfigError(
+                f"--compare writes several videos; --out must be a folder, got {options.out}"
+            )
+    for text in options.prompts:
+        file = text.removeprefix("@")
+        if os.path.isfile(file):  # noqa: PTH113  Path.is_file raises on a long prompt
+            raise ConfigError(
+                f"--prompt {text} is a file; read its prompts with --prompt-file {file}"
+            )
 
 
-def _write_record(config: RunConfig, summary: SampleSummary, image: Path | None) -> None:
-    record = redacted(_data(config, summary, image)) | {"made_with": provenance()}
-    text = json.dumps(record, indent=1)
-    file = summary.out.with_suffix(".json")
-    with add_path_to_errors(file):
-        file.write_text(text + "\n", "utf-8")
+def _requests(config: RunConfig, options: SampleOptions) -> list[VideoRequest]:
+    from stages.sample_videos.requests import PromptRow, make_requests, read_prompt_file
+
+    rows = [PromptRow(prompt=text) for text in options.prompts]
+    seeds = options.seeds or (config.sample.seed,)
+    try:
+        if options.prompt_file is not None:
+            rows += read_prompt_file(options.prompt_file)
+        return make_requests(rows, seeds=seeds, num=options.num, image=options.image)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
-def _data(config: RunConfig, summary: SampleSummary, image: Path | None) -> dict[str, Any]:
-    return {
-        "video": str(summary.out),
-        "prompt": summary.prompt,
-        "image": None if image is None else str(image),
-        "run": None if summary.run_dir is None else str(summary.run_dir),
-        "weights": summary.weights,
-        "model": config.model.path,
-        "num_frames": summary.num_frames,
-        "height": summary.height,
-        "width": summary.width,
-        "fps": summary.fps,
-        "sample": config.sample.model_dump(mode="json"),
-        "seconds": round(summary.seconds, 3),
-    }
+def _models(config: RunConfig, options: SampleOptions) -> list[VideoModel]:
+    """The model to sample from, and the one to compare it with."""
+    from stages.sample_videos.sample import BASE, open_video_model
 
-
-def _answer(config: RunConfig, drawn: Sequence[SampleSummary], image: Path | None) -> CommandResult:
-    first = drawn[0]
-    size = f"{first.num_frames} frames of {first.width}x{first.height}"
-    rows = [("prompt", summary.prompt) for summary in drawn]
-    rows += [
-        ("weights", str(first.run_dir) if first.run_dir else "the base model's own"),
-        ("video" if len(drawn) == 1 else "videos", f"{size} at {first.fps:g} frames/s"),
-        ("steps, guidance", f"{config.sample.steps}, {config.sample.guidance:g}"),
-        ("seed", str(config.sample.seed)),
-        ("time", format_time(sum(summary.seconds for summary in drawn))),
+    run_dirs = [options.run_dir]
+    if options.run_dir is None and not options.base_only:
+        run_dirs = [_newest_run(config)]
+    if options.compare is not None:
+        run_dirs.append(None if options.compare == BASE else Path(options.compare))
+    models = [
+        open_video_model(config.sample, config.model, config.data, run_dir=run_dir)
+        for run_dir in run_dirs
     ]
-    data = [_data(config, summary, image) for summary in drawn]
+    if len(models) == 2 and models[0].settings == models[1].settings:
+        raise ConfigError(
+            f"--compare {options.compare} has the weights that are compared; name another run"
+        )
+    if len(models) == 2 and models[0].name == models[1].name and options.out is not None:
+        raise ConfigError(
+            f"both models are named {models[0].name}, so that --out cannot hold a folder for each; "
+            "remove --out"
+        )
+    return models
+
+
+def _open_batch(
+    config: RunConfig,
+    options: SampleOptions,
+    model: VideoModel,
+    requests: Sequence[VideoRequest],
+    *,
+    alone: bool,
+) -> Batch:
+    """This process's share of a model's videos, and where they belong."""
+    from stages.sample_videos.batch import default_folder, open_batch
+
+    share = requests[rank() :: world_size()]
+    out, overwrite = options.out, options.overwrite
+    if out is not None and out.suffix in _SUFFIXES:
+        if len(requests) > 1:
+            raise ConfigError(
+                f"--out {out} names one video, but there are {len(requests)}; name a folder"
+            )
+        form = _SUFFIXES[out.suffix]
+        return open_batch(model, share, out.parent, stem=out.stem, form=form, overwrite=overwrite)
+    if out is None:
+        folder = default_folder(config.outputs, model)
+    else:
+        folder = out if alone else out / model.name
+    return open_batch(model, share, folder, form=options.form, overwrite=overwrite)
+
+
+def _result(
+    config: RunConfig, batches: Sequence[Batch], comparisons: Sequence[Path], *, num_requested: int
+) -> CommandResult:
+    first = batches[0]
+    videos = [_data(batch, output) for batch in batches for output in batch.outputs]
+    problems = {str(path): why for batch in batches for path, why in batch.problems.items()}
+    shown = comparisons or [output.video for batch in batches for output in batch.outputs]
     return CommandResult(
         title=f"sampled with {config.name}",
-        rows=rows,
-        data=data[0] if len(data) == 1 else {"videos": data},
-        notes=[str(summary.out) for summary in drawn],
+        rows=[
+            ("prompt", first_few(_distinct(one.request.prompt for one in first.outputs), 3)),
+            ("seed", first_few(_distinct(str(one.request.seed) for one in first.outputs), 8)),
+            *(("weights", str(batch.model.run_dir or "the base model's own")) for batch in batches),
+            *_counts(batches, videos, num_requested),
+            ("size", f"{first.model.size.size_name} at {first.model.fps:g} frames/s"),
+            ("steps, guidance", f"{config.sample.steps}, {config.sample.guidance:g}"),
+            ("time", format_time(sum(sum(batch.seconds.values()) for batch in batches))),
+        ],
+        data={
+            "videos": videos,
+            "comparisons": [str(path) for path in comparisons],
+            "problems": problems,
+        },
+        notes=[*(f"{path}: {why}" for path, why in problems.items()), *_paths(shown)],
+        exit_code=TOO_MANY_SKIPPED if problems else 0,
     )
+
+
+def _counts(
+    batches: Sequence[Batch], videos: Sequence[dict[str, Any]], num_requested: int
+) -> list[tuple[str, str]]:
+    total = f"{num_requested}{' per model' if len(batches) > 1 else ''}"
+    if world_size() > 1:
+        total += f", {len(batches[0].outputs)} of them by this process"
+    kept = sum(video["state"] == "kept" for video in videos)
+    return [("videos", total), *([("already there", f"{kept} of {len(videos)}")] if kept else [])]
+
+
+def _distinct(texts: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(texts))
+
+
+_MAX_PATHS = 8
+"""Paths printed under the table."""
+
+
+def _paths(paths: Sequence[Path]) -> list[str]:
+    if len(paths) <= _MAX_PATHS:
+        return [str(path) for path in paths]
+    return _distinct(str(path.parent) for path in paths)
+
+
+def _data(batch: Batch, output: Output) -> dict[str, Any]:
+    state: Literal["made", "kept", "failed"] = "made"
+    if output.video in batch.problems:
+        state = "failed"
+    elif output.video not in batch.seconds:
+        state = "kept"
+    return {
+        "video": str(output.video),
+        "prompt": output.request.prompt,
+        "seed": output.request.seed,
+        "image": None if output.request.image is None else str(output.request.image),
+        "run": None if batch.model.run_dir is None else str(batch.model.run_dir),
+        "weights": batch.model.weights,
+        "state": state,
+        "seconds": batch.seconds.get(output.video),
+        "made_from": dict(output.made_from),
+    }
 
 
 def _newest_run(config: RunConfig) -> Path:

@@ -10,7 +10,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stages.clips import ClipsConfig
 from stages.clips.geometry import cover_and_crop
-from stages.cogvideox.configs import read_model_index
+from stages.cogvideox.configs import VAE_SPATIAL_COMPRESSION, read_model_index
+from stages.config import SchedulerName
 from stages.files.weight_checks import read_config
 
 PIPELINES = {"CogVideoXPipeline": False, "CogVideoXImageToVideoPipeline": True}
@@ -55,6 +56,37 @@ def build_pipeline(base: Path, **parts: Any) -> Any:
         ) from error
 
 
+def set_scheduler(pipeline: Any, name: SchedulerName) -> None:
+    """Choose a pipeline's sampler; `ddim` and `dpm` as CogVideoX's own scripts build them."""
+    import diffusers
+
+    if name == "model":
+        return
+    scheduler = (
+        diffusers.CogVideoXDDIMScheduler if name == "ddim" else diffusers.CogVideoXDPMScheduler
+    )
+    pipeline.scheduler = scheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing"
+    )
+
+
+def check_size(base: Path, clips: ClipsConfig) -> None:
+    """Check that the pipeline in a folder can generate videos of a size (`ValueError`).
+
+    Learned position embeddings (CogVideoX-5b-I2V) fit one height and width.
+    """
+    config = read_config(base / "transformer" / "config.json")
+    if not config.get("use_learned_positional_embeddings"):
+        return
+    height = int(config.get("sample_height", 60)) * VAE_SPATIAL_COMPRESSION
+    width = int(config.get("sample_width", 90)) * VAE_SPATIAL_COMPRESSION
+    if (clips.height, clips.width) != (height, width):
+        raise ValueError(
+            f"{base} has learned positions for {height}x{width} and generates no other size, got "
+            f"{clips.height}x{clips.width}; set sample.height={height} sample.width={width}"
+        )
+
+
 def output_fps(clips: ClipsConfig) -> float:
     """Frames per second of generated videos."""
     return clips.fps or _DEFAULT_FPS
@@ -89,6 +121,7 @@ def generate_video(
     guidance: float,
     seed: int,
     on_step: Callable[[], None],
+    dynamic_cfg: bool = False,
     **inputs: Any,
 ) -> np.ndarray:
     """Generate one video with a diffusers pipeline.
@@ -100,6 +133,7 @@ def generate_video(
         guidance: Classifier-free guidance scale; 1 disables it.
         seed: Seed of the initial noise, which is drawn on the CPU: the same on every device.
         on_step: Called after each denoising step.
+        dynamic_cfg: Vary the guidance over the steps, as diffusers' `use_dynamic_cfg`.
         inputs: The prompt or its embeddings; the first frame, for image-to-video.
 
     Returns:
@@ -116,6 +150,7 @@ def generate_video(
         num_frames=clips.num_frames,
         num_inference_steps=steps,
         guidance_scale=guidance,
+        use_dynamic_cfg=dynamic_cfg,
         max_sequence_length=pipeline.transformer.config.max_text_seq_length,
         generator=torch.Generator().manual_seed(seed),
         output_type="np",

@@ -73,9 +73,8 @@ def _video(folder: Path, files: VideoWithFiles) -> Video:
     record = path.with_suffix(".json")
     if record.is_file():
         fields = read_object(record)
-        prompt, settings = fields.get("prompt"), fields.get("sample")
+        prompt, seed = fields.get("prompt"), fields.get("seed")
         if isinstance(prompt, str):
-            seed = settings.get("seed") if isinstance(settings, dict) else None
             number = seed if isinstance(seed, int) else None
             return Video(key=key, path=path, prompt=prompt, number=number)
     found = _VBENCH_NAME.fullmatch(path.stem)

@@ -4,6 +4,7 @@ Loaders in diffusers ignore unknown names, so everything is checked here: traine
 be ignored silently.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -93,6 +94,11 @@ def _base_hash(run_dir: Path) -> str | None:
         return None
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a training run, or of an export."""
+    return (folder / "run.json").is_file() or _is_export(folder)
+
+
 def find_export(run_dir: Path) -> Export:
     """Find the exported weights of a run and verify their checksums.
 
@@ -123,6 +129,14 @@ def find_export(run_dir: Path) -> Export:
             f"export its newest checkpoint: sam2vx-pipeline export --run {run_dir}"
         )
     return Export(method="lora", folder=folder, lora_shapes=_shapes(lora))
+
+
+def export_hash(export: Export) -> str:
+    """16-digit hash of the exported weights: of the adapters' file, or as `hash_transformer`."""
+    if export.method == "full":
+        return hash_transformer(export.folder)
+    with (export.folder / LORA_FILE).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _is_export(folder: Path) -> bool:
@@ -226,8 +240,13 @@ def _check_architecture(folder: Path, base: Path) -> None:
         )
 
 
-def add_lora(pipeline: Any, export: Export) -> None:
+def add_lora(pipeline: Any, export: Export, *, scale: float = 1.0) -> None:
     """Load a run's adapters into a pipeline and check that all of them were loaded.
+
+    Args:
+        pipeline: A diffusers pipeline of the base model.
+        export: The adapters.
+        scale: Factor on their effect.
 
     Raises:
         ValueError: The adapters do not fit the transformer, or diffusers did not load all of them.
@@ -254,6 +273,8 @@ def add_lora(pipeline: Any, export: Export) -> None:
             f"{num_loaded} of {len(export.lora_shapes)} adapter weights in {export.folder} were "
             "loaded into the transformer; the run was not trained from this base model"
         )
+    if scale != 1.0:
+        pipeline.set_adapters([_ADAPTER], [scale])
 
 
 def _check_adapters(transformer: torch.nn.Module, export: Export) -> None:

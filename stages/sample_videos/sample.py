@@ -1,6 +1,5 @@
 """Generating videos with a base pipeline and the weights of a run."""
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,147 +8,203 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from stages.clips import ClipsConfig, write_video
+from cache_schema import JSON
+from stages.clips import ClipsConfig
+from stages.clips.fingerprints import hash_parts
 from stages.cogvideox.configs import resolve_base_model
 from stages.cogvideox.sampler import (
     PIPELINES,
     build_pipeline,
+    check_size,
     first_frame,
     generate_video,
     output_fps,
     pipeline_class,
+    set_scheduler,
     to_frames,
 )
-from stages.cogvideox.weights import Part, check_base_weights, load_tokenizer, model_class_of
+from stages.cogvideox.weights import (
+    Part,
+    check_base_weights,
+    hash_transformer,
+    load_tokenizer,
+    model_class_of,
+)
 from stages.config import BaseModelConfig
 from stages.files.weight_checks import load_model
 from stages.precision import DTYPES
 from stages.progress import Progress
 from stages.sample_videos.config import SampleConfig
-from stages.sample_videos.runs import add_lora, find_export, load_full_transformer
+from stages.sample_videos.requests import VideoRequest
+from stages.sample_videos.runs import (
+    Export,
+    add_lora,
+    export_hash,
+    find_export,
+    load_full_transformer,
+)
+
+BASE = "base"
+"""Name of a base model that is used alone."""
 
 _WEIGHTS: tuple[Part, ...] = ("tokenizer", "text_encoder", "vae", "transformer")
 _PARTS = (*_WEIGHTS, "scheduler")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SampleSummary:
-    """A generated video, and how it was generated."""
+class VideoModel:
+    """A base model, alone or with the exported weights of a run, and the settings of its videos."""
 
-    out: Path
-    prompt: str
+    name: str
+    """`base`, or the name of the run's folder."""
+    base: Path
+    """Folder of the base pipeline, complete."""
     run_dir: Path | None
-    weights: Literal["lora", "full", "base"]
-    num_frames: int
-    height: int
-    width: int
-    fps: float
-    seconds: float
-    """Time of generating and writing; for the first video including loading the models."""
+    export: Export | None
+    config: SampleConfig
+    size: ClipsConfig
+    """Height, width, length and frame rate of the videos."""
+    settings: dict[str, JSON]
+    """What changes the pixels, besides prompt, seed and image."""
+
+    @property
+    def weights(self) -> Literal["lora", "full", "base"]:
+        """What the videos are made with."""
+        return "base" if self.export is None else self.export.method
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of the videos."""
+        return output_fps(self.size)
+
+    def made_from(self, request: VideoRequest) -> dict[str, JSON]:
+        """Everything that changes the pixels of a video; the image by a hash of its bytes."""
+        image = None if request.image is None else hash_parts([request.image.read_bytes()])
+        return {"prompt": request.prompt, "seed": request.seed, "image": image, **self.settings}
 
 
-def image_mismatch(model: BaseModelConfig, image: Path | None) -> str | None:
-    """Why the base model cannot start from this image, or from none; None if it can.
-
-    Raises:
-        ValueError: It is not a CogVideoX pipeline.
-    """
-    takes_image = PIPELINES[pipeline_class(resolve_base_model(model, ()))]
-    if takes_image and image is None:
-        return f"{model.path} is an image-to-video model; add --image FILE"
-    if not takes_image and image is not None:
-        return f"{model.path} is a text-to-video model; remove --image"
-    return None
-
-
-def sample_videos(
-    config: SampleConfig,
-    model: BaseModelConfig,
-    clips: ClipsConfig,
-    *,
-    run_dir: Path | None,
-    prompts: Sequence[str],
-    image: Path | None,
-    outs: Sequence[Path],
-    progress: Progress,
-) -> Iterator[SampleSummary]:
-    """Generate a video of each prompt and write it as mp4; the models are loaded once.
+def open_video_model(
+    config: SampleConfig, model: BaseModelConfig, clips: ClipsConfig, *, run_dir: Path | None
+) -> VideoModel:
+    """Find the base model and a run's export, and check both without loading them.
 
     Args:
-        config: Denoising steps, guidance, seed (the same for each video), length, device.
+        config: Settings of sampling.
         model: The base pipeline, CogVideoXPipeline or CogVideoXImageToVideoPipeline.
-        clips: Height, width, frame rate and default length of the videos, as in training; the first
-            of several sizes.
+        clips: Size, length and rate of the videos where `config` names none, as in training.
         run_dir: The training run whose export is applied; None uses the base model alone.
-        prompts: One prompt per video.
-        image: First frame, scaled and cropped like clips; image-to-video only.
-        outs: The file to write for each prompt; ends in .mp4.
-        progress: Reports loading and each denoising step.
 
     Raises:
-        ValueError: The export is missing or does not fit the base model, or the image does not
-            (`image_mismatch`).
+        ValueError: Weights are missing, damaged or do not fit, or a setting does not fit them.
     """
-    started = time.monotonic()
-    if (mismatch := image_mismatch(model, image)) is not None:
-        raise ValueError(mismatch)
-    if not all(prompt.strip() for prompt in prompts):
-        raise ValueError("the prompt is empty; describe the video")
-    clips = clips.sizes[0]
-    device = _device(config)
     export = None if run_dir is None else find_export(run_dir)
     base = resolve_base_model(model, _PARTS)
-    condition = {} if image is None else {"image": first_frame(image, clips)}
     tuned = export is not None and export.method == "full"
+    if tuned and config.lora_scale != 1.0:
+        raise ValueError(
+            f"{run_dir} holds a whole transformer, which sample.lora_scale={config.lora_scale:g} "
+            "cannot scale; it must be 1"
+        )
     check_base_weights(base, [part for part in _WEIGHTS if not (tuned and part == "transformer")])
-    dtype = DTYPES[config.precision]
-    with progress.task("load the models", 1, unit="pipeline") as task:
-        parts: dict[str, Any] = {"tokenizer": load_tokenizer(base)}
-        for part in _WEIGHTS[1:]:
-            if part == "transformer" and export is not None and export.method == "full":
-                parts[part] = load_full_transformer(export, base, dtype)
-            else:
-                parts[part] = load_model(model_class_of(part), base / part, dtype=dtype)
-        pipeline = build_pipeline(base, **parts)
-        pipeline.set_progress_bar_config(disable=True)
-        if export is not None and export.method == "lora":
-            add_lora(pipeline, export)
-        _place(pipeline, config, device)
-        task.advance()
-    if config.num_frames is not None:
-        clips = clips.model_copy(update={"num_frames": config.num_frames})
-    fps = output_fps(clips)
-    for prompt, out in zip(prompts, outs, strict=True):
-        frames_THWC = _draw(pipeline, clips, config, progress, prompt=prompt, **condition)
-        write_video(out, frames_THWC, fps)
-        yield SampleSummary(
-            out=out,
-            prompt=prompt,
-            run_dir=run_dir,
-            weights="base" if export is None else export.method,
-            num_frames=len(frames_THWC),
-            height=frames_THWC.shape[1],
-            width=frames_THWC.shape[2],
-            fps=fps,
-            seconds=time.monotonic() - started,
-        )
-        started = time.monotonic()
+    size = config.video_size(clips)
+    check_size(base, size)
+    settings: dict[str, JSON] = {
+        "base": None if tuned else hash_transformer(base),
+        "weights": None if export is None else export_hash(export),
+        "lora_scale": config.lora_scale if export is not None and not tuned else None,
+        "steps": config.steps,
+        "guidance": config.guidance,
+        "dynamic_cfg": config.dynamic_cfg,
+        "scheduler": config.scheduler,
+        "size": size.size_name,
+        "fps": output_fps(size),
+        "precision": config.precision,
+        "tiling": config.tiling,
+    }
+    return VideoModel(
+        name=BASE if run_dir is None else run_dir.resolve().name,
+        run_dir=run_dir,
+        base=base,
+        export=export,
+        config=config,
+        size=size,
+        settings=settings,
+    )
 
 
-def _draw(
-    pipeline: Any, clips: ClipsConfig, config: SampleConfig, progress: Progress, **inputs: Any
-) -> np.ndarray:
-    """The frames of one video: uint8 [T, H, W, 3]."""
-    with progress.task("denoise", config.steps, unit="steps") as task:
-        video_THWC = generate_video(
-            pipeline,
-            clips,
-            steps=config.steps,
-            guidance=config.guidance,
-            seed=config.seed,
-            on_step=task.advance,
-            **inputs,
-        )
+def check_images(video_model: VideoModel, requests: Sequence[VideoRequest]) -> None:
+    """Check that every video has a first frame if the model needs one, and that it can be read.
+
+    Raises:
+        ValueError: An image is missing, unreadable, or given to a text-to-video model.
+    """
+    takes_image = PIPELINES[pipeline_class(video_model.base)]
+    for request in requests:
+        if takes_image and request.image is None:
+            raise ValueError(
+                f"{video_model.base} is an image-to-video model, but the prompt "
+                f"{request.prompt!r:.80} has no image; add --image FILE"
+            )
+        if not takes_image and request.image is not None:
+            raise ValueError(
+                f"{video_model.base} is a text-to-video model; remove the image {request.image}"
+            )
+    for image in dict.fromkeys(one.image for one in requests if one.image is not None):
+        first_frame(image, video_model.size)
+
+
+def generate_videos(
+    video_model: VideoModel,
+    requests: Sequence[VideoRequest],
+    *,
+    device: torch.device,
+    progress: Progress,
+) -> Iterator[np.ndarray]:
+    """Generate a video per request; the models are loaded once, before the first.
+
+    Each video depends on its own request only: the same seed gives the same pixels on one device,
+    whatever else is generated.
+
+    Args:
+        video_model: Base model, weights and settings.
+        requests: Prompts, seeds and images.
+        device: Where the models run.
+        progress: Reports loading and each denoising step.
+
+    Yields:
+        video_THWC, float32 in 0..1, or NaN and infinite where the model's output is.
+    """
+    config = video_model.config
+    with progress.task("load the models", 1, unit="pipeline") as loading:
+        pipeline = _load(video_model, device)
+        loading.advance()
+    with progress.task(
+        f"{video_model.name}: denoise", config.steps * len(requests), unit="steps"
+    ) as task:
+        for number, request in enumerate(requests, start=1):
+            task.note(f"video {number}/{len(requests)}")
+            condition = {}
+            if request.image is not None:
+                condition["image"] = first_frame(request.image, video_model.size)
+            yield generate_video(
+                pipeline,
+                video_model.size,
+                steps=config.steps,
+                guidance=config.guidance,
+                dynamic_cfg=config.dynamic_cfg,
+                seed=request.seed,
+                on_step=task.advance,
+                prompt=request.prompt,
+                **condition,
+            )
+
+
+def finite_frames(video_THWC: np.ndarray, config: SampleConfig) -> np.ndarray:
+    """Convert a video to uint8: frames_THWC.
+
+    Raises:
+        ValueError: It has NaN or infinite values.
+    """
     if not np.isfinite(video_THWC).all():
         raise ValueError(
             f"the video has NaN or infinite values at sample.precision={config.precision}; bf16 or "
@@ -158,7 +213,39 @@ def _draw(
     return to_frames(video_THWC)
 
 
-def _device(config: SampleConfig) -> torch.device:
+def _load(video_model: VideoModel, device: torch.device) -> Any:
+    """The diffusers pipeline with the run's weights, on its device."""
+    config, export = video_model.config, video_model.export
+    dtype = DTYPES[config.precision]
+    parts: dict[str, Any] = {"tokenizer": load_tokenizer(video_model.base)}
+    for part in _WEIGHTS[1:]:
+        if part == "transformer" and export is not None and export.method == "full":
+            parts[part] = load_full_transformer(export, video_model.base, dtype)
+        else:
+            parts[part] = load_model(model_class_of(part), video_model.base / part, dtype=dtype)
+    pipeline = build_pipeline(video_model.base, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    set_scheduler(pipeline, config.scheduler)
+    if export is not None and export.method == "lora":
+        add_lora(pipeline, export, scale=config.lora_scale)
+    if config.offload == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    elif config.offload == "sequential":
+        pipeline.enable_sequential_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
+    if config.tiling:
+        pipeline.vae.enable_slicing()
+        pipeline.vae.enable_tiling()
+    return pipeline
+
+
+def sampling_device(config: SampleConfig, *, local_rank: int) -> torch.device:
+    """The device of `sample.device`; without an index, each process of a machine has its own GPU.
+
+    Raises:
+        ValueError: There is no such device, or models cannot be offloaded from it.
+    """
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -166,16 +253,10 @@ def _device(config: SampleConfig) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"sample.device={name} is not a torch device; auto is usual") from error
-    if config.cpu_offload and device.type == "cpu":
-        raise ValueError("sample.cpu_offload moves models to a GPU, but sample.device is the CPU")
+    if config.offload != "none" and device.type == "cpu":
+        raise ValueError(
+            f"sample.offload={config.offload} moves models to a GPU, but sample.device is the CPU"
+        )
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", local_rank)
     return device
-
-
-def _place(pipeline: Any, config: SampleConfig, device: torch.device) -> None:
-    if not config.cpu_offload:
-        pipeline.to(device)
-        return
-    pipeline.enable_model_cpu_offload(device=device)
-    # Decoding 49 frames of 480x720 at once would dominate peak memory.
-    pipeline.vae.enable_slicing()
-    pipeline.vae.enable_tiling()

@@ -65,7 +65,7 @@ def test_demo_walks_the_road_once_and_redoes_nothing(tmp_path: Path) -> None:
     first = run(tmp_path, "demo")
     assert first["extract"]["text"]["clips_written"] == 3
     assert first["train"]["steps_done"] == 2
-    frames_THWC, fps = read_video(Path(first["sample"]["video"]))
+    frames_THWC, fps = read_video(Path(first["sample"]["videos"][0]["video"]))
     assert (frames_THWC.shape, fps) == ((9, 64, 96, 3), 8)
     assert frames_THWC.std() > 0
     assert "<video" in Path(first["train"]["page"]).read_text(encoding="utf-8")
@@ -97,4 +97,4 @@ def test_image_to_video_walks_the_same_road(tmp_path: Path) -> None:
         str(image),
         *demo,
     )
-    assert read_video(Path(sampled["video"]))[0].shape == (9, 64, 96, 3)
+    assert read_video(Path(sampled["videos"][0]["video"]))[0].shape == (9, 64, 96, 3)

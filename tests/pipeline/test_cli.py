@@ -30,8 +30,8 @@ def stub(monkeypatch, module, outcome=DONE):
     """Replace a command's work; what it was asked for is returned as a list of calls."""
     calls = []
 
-    def run(config, progress, **options):
-        calls.append((config, options))
+    def run(config, progress, *arguments, **options):
+        calls.append((config, *arguments, options))
         print("chatter of a library")
         if isinstance(outcome, BaseException):
             raise outcome
@@ -53,7 +53,7 @@ def test_a_command_gets_its_configuration_and_prints_its_answer(monkeypatch, mod
     calls = stub(monkeypatch, module)
     result = invoke(*arguments, "--config", "cogvideox-5b-lora", "train.steps=7")
     assert result.exit_code == 0, result.stderr
-    ((config, _),) = calls
+    ((config, *_),) = calls
     assert (config.name, config.train.steps) == ("cogvideox-5b-lora", 7)
     assert "key" in result.stdout
     assert "chatter" not in result.stdout
@@ -120,6 +120,76 @@ class TestWithoutConfig:
         assert result.exit_code == 0, result.stderr
         config = calls[0][0]
         assert (config.name, config.train.steps, config.sample.seed) == ("demo", 7, 3)
+
+
+class TestSample:
+    """The options that people know from other programs, and the settings that some stand for."""
+
+    def test_options_are_settings_under_a_shorter_name(self, monkeypatch):
+        calls = stub(monkeypatch, sample)
+        result = invoke(
+            *("sample", *DEMO, "-p", "a dog", "--steps", "9", "--guidance", "3.5", "--fps", "12"),
+            *("--size", "17x64x96", "--lora-scale", "0.5", "--scheduler", "dpm", "--dynamic-cfg"),
+            *("--offload", "model", "--tile", "sample.steps=4"),
+        )
+        assert result.exit_code == 0, result.stderr
+        found = calls[0][0].sample
+        assert (found.steps, found.guidance, found.fps) == (9, 3.5, 12)
+        assert (found.num_frames, found.height, found.width) == (17, 64, 96)
+        assert (found.lora_scale, found.scheduler, found.dynamic_cfg) == (0.5, "dpm", True)
+        assert (found.offload, found.tiling) == ("model", True)
+
+    def test_without_options_the_settings_stay(self, monkeypatch):
+        calls = stub(monkeypatch, sample)
+        invoke("sample", *DEMO, "-p", "a dog", "sample.tiling=true", "sample.dynamic_cfg=true")
+        found = calls[0][0].sample
+        assert found.tiling and found.dynamic_cfg
+        assert (found.steps, found.height) == (20, None)
+
+    def test_height_and_width_leave_the_length(self, monkeypatch):
+        calls = stub(monkeypatch, sample)
+        invoke("sample", *DEMO, "-p", "a dog", "--size", "64x96", "--frames", "33")
+        found = calls[0][0].sample
+        assert (found.num_frames, found.height, found.width) == (33, 64, 96)
+
+    def test_the_rest_is_handed_on(self, monkeypatch, tmp_path):
+        calls = stub(monkeypatch, sample)
+        (tmp_path / "p.txt").write_text("a cat")
+        invoke(
+            *("sample", *DEMO, "-p", "a dog", "-p", "a bird", "--seed", "3", "--seed", "4"),
+            *("--prompt-file", str(tmp_path / "p.txt"), "--num", "2", "--format", "gif"),
+            *("--compare", "base", "--out", "videos", "--overwrite", "--base"),
+        )
+        assert calls[0][1] == sample.SampleOptions(
+            prompts=["a dog", "a bird"],
+            prompt_file=tmp_path / "p.txt",
+            seeds=[3, 4],
+            num=2,
+            base_only=True,
+            compare="base",
+            out=Path("videos"),
+            form="gif",
+            overwrite=True,
+        )
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--size", "big"], "is FxHxW, such as 49x480x720, or HxW, got big"),
+            (["--size", "64"], "is FxHxW"),
+            (["--size", "17x64x96", "--frames", "9"], "remove --frames"),
+            (["--frames", "13"], "num_frames must be 8N+1, got 13"),
+            (["--size", "17x60x96"], "sample.height must be a multiple of 16, got 60"),
+            (["--seed", "-1"], "--seed"),
+            (["--num", "0"], "--num"),
+        ],
+    )
+    def test_what_cannot_be_is_bad_usage(self, monkeypatch, arguments, message):
+        calls = stub(monkeypatch, sample)
+        result = invoke("sample", *DEMO, "-p", "a dog", *arguments)
+        assert result.exit_code == 2
+        assert message in " ".join(result.stderr.replace("│", " ").split())
+        assert not calls
 
 
 @pytest.mark.parametrize(("module", "arguments"), WORKING)
@@ -255,7 +325,7 @@ def test_ctrl_c_exits_with_130(monkeypatch, module, arguments):
     result = invoke(*arguments)
     assert result.exit_code == 130
     assert "stopped" in result.stderr
-    resumable = module in (extract, train)
+    resumable = module in (extract, train, sample)
     assert ("same command again" in result.stderr) is resumable
 
 

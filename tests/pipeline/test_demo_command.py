@@ -21,7 +21,7 @@ def road(monkeypatch):
     for name, module in (("extract", extract), ("train", train), ("sample", sample)):
         held_out = {"value": "0.1", "note": "0.2 before training"}
         figures = {"a step": held_out, "held-out lgf loss": held_out}
-        data = {"video": "v.mp4", "page": "r.html", "figures": figures}
+        data = {"videos": [{"video": "v.mp4"}], "page": "r.html", "figures": figures}
         answer = CommandResult(title=name, rows=[(name, "x")], data=data)
         monkeypatch.setattr(
             module, "run", lambda *_, a=answer, n=name, **__: (order.append(n), a)[1]

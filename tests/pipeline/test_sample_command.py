@@ -1,67 +1,66 @@
-"""`sample`: which prompts, which run, and files that replace nothing unasked."""
+"""`sample`: which prompts, which weights, and where the videos go."""
 
+import dataclasses
 import json
-import sys
-import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.commands import sample
-from pipeline.commands.sample import claim_named_file, claim_new_file, file_stem
+from pipeline.commands.sample import SampleOptions
 from pipeline.config.load import ConfigError, load_config
 from stages.progress import SilentProgress
-from stages.sample_videos.sample import SampleSummary
+from stages.sample_videos import batch
+from stages.sample_videos import sample as stage
+from stages.sample_videos.config import SampleConfig
+from stages.sample_videos.sample import VideoModel
 
 QUIET = SilentProgress()
-ALIKE = "a red fox runs through deep snow towards the camera, slowly, in the evening light"
 
 
 @pytest.fixture
 def config(minimal, tmp_path):
     return load_config(
-        minimal, [f"outputs={tmp_path}/outputs", f"train.run_dir={tmp_path}/runs/one"]
+        minimal,
+        [
+            f"outputs={tmp_path}/outputs",
+            f"train.run_dir={tmp_path}/runs/one",
+            "data.num_frames=9",
+            "data.height=32",
+            "data.width=48",
+            "sample.device=cpu",
+        ],
     )
-
-
-class Stage:
-    """Stands in for the drawing: each video holds its prompt."""
-
-    def __init__(self):
-        self.calls = []
-        self.wants_image = False
-        self.fails = False
-
-    def image_mismatch(self, model, image):
-        return "it needs an image" if self.wants_image and image is None else None
-
-    def sample_videos(self, *sections, prompts, outs, run_dir, **options):
-        self.calls.append({"prompts": prompts, "outs": outs, "run_dir": run_dir, **options})
-        for prompt, out in zip(prompts, outs, strict=True):
-            if self.fails:
-                raise ValueError("out of luck")
-            out.write_text(prompt)
-            yield SampleSummary(
-                out=out,
-                prompt=prompt,
-                run_dir=run_dir,
-                weights="base" if run_dir is None else "lora",
-                num_frames=9,
-                height=32,
-                width=48,
-                fps=8.0,
-                seconds=1.0,
-            )
 
 
 @pytest.fixture
-def stage(monkeypatch):
-    stage = Stage()
-    module = types.SimpleNamespace(
-        sample_videos=stage.sample_videos, image_mismatch=stage.image_mismatch
-    )
-    monkeypatch.setitem(sys.modules, "stages.sample_videos.sample", module)
-    return stage
+def drawn(monkeypatch):
+    """Stands in for the models; returns what was drawn, with the name of the weights."""
+    calls = []
+
+    def open_model(config, model, clips, *, run_dir):
+        name = "base" if run_dir is None else run_dir.name
+        return VideoModel(
+            name=name,
+            base=Path(model.path),
+            run_dir=run_dir,
+            export=None,
+            config=config,
+            size=config.video_size(clips),
+            settings={"weights": str(run_dir), "steps": config.steps},
+        )
+
+    def generate(model, requests, *, device, progress):
+        for request in requests:
+            calls.append((model.name, request.prompt, request.seed))
+            shape = (model.size.num_frames, model.size.height, model.size.width, 3)
+            yield np.full(shape, np.nan if request.prompt == "a nan" else 0.5, np.float32)
+
+    monkeypatch.setattr(stage, "open_video_model", open_model)
+    monkeypatch.setattr(stage, "check_images", lambda model, requests: None)
+    monkeypatch.setattr(batch, "generate_videos", generate)
+    return calls
 
 
 def finish(config, name="one"):
@@ -72,178 +71,182 @@ def finish(config, name="one"):
     return run
 
 
-def draw(config, *prompts, **options):
-    return sample.run(config, QUIET, prompts=prompts, base_only=True, **options)
+def draw(config, *prompts, base_only=True, **options):
+    return sample.run(config, QUIET, SampleOptions(prompts=prompts, base_only=base_only, **options))
 
 
-def files(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+def names(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*"))
 
 
-def test_the_newest_finished_run_is_the_default(config, stage):
+def test_the_newest_finished_run_is_the_default(config, drawn):
     run = finish(config)
-    answer = sample.run(config, QUIET, prompts=["A dog, [running]!"])
-    (call,) = stage.calls
-    assert call["run_dir"] == run
-    assert call["outs"] == [config.outputs / "one-a-dog-running-seed0.mp4"]
-    assert answer.notes == [str(call["outs"][0])]
+    answer = draw(config, "A dog, [running]!", base_only=False)
+    assert drawn == [("one", "A dog, [running]!", 0)]
+    (video,) = answer.data["videos"]
+    assert video["run"] == str(run)
+    assert video["state"] == "made"
+    assert answer.notes == [video["video"]]
+    path = Path(video["video"])
+    assert path.is_file()
+    assert path.name == "A dog, [running]!-0.mp4"
+    assert path.parent.name.startswith("one-")
 
 
-def test_beside_the_video_lies_how_it_was_made(config, stage, tmp_path):
-    finish(config)
-    sample.run(config, QUIET, prompts=["a dog"], out=tmp_path / "dog.mp4")
-    told = json.loads((tmp_path / "dog.json").read_text())
-    assert told["prompt"] == "a dog"
-    assert told["sample"]["seed"] == 0
-    assert told["made_with"]["python"]
+def test_beside_the_video_lies_how_it_was_made(config, drawn, tmp_path):
+    draw(config, "a dog", out=tmp_path / "dog.mp4")
+    record = json.loads((tmp_path / "dog.json").read_text())
+    assert (record["prompt"], record["seed"], record["run"]) == ("a dog", 0, None)
+    assert record["made_with"]["python"]
 
 
-def test_without_a_finished_run_the_remedies_are_named(config, stage):
+def test_without_a_finished_run_the_remedies_are_named(config, drawn):
     with pytest.raises(ValueError, match=r"no finished run of base in .*--base"):
-        sample.run(config, QUIET, prompts=["a dog"])
-    assert not stage.calls
+        draw(config, "a dog", base_only=False)
+    assert not drawn
 
 
 @pytest.mark.parametrize(
-    ("wants_image", "options", "message"),
+    ("options", "message"),
     [
-        (True, {}, "it needs an image"),
-        (False, {"out": Path("dog.avi")}, r"must end in \.mp4"),
-        (False, {"overwrite": True}, "--overwrite needs --out"),
-        (False, {"run_dir": Path("run"), "base_only": True}, "remove --run"),
-        (False, {"prompts": ["a", "b"], "out": Path("x.mp4")}, "there are 2 prompts"),
+        ({"prompts": ()}, "with --prompt TEXT or --prompt-file FILE"),
+        ({"prompts": (" ",)}, "the prompt is empty"),
+        ({"out": Path("dog.avi")}, r"ends in \.mp4 or \.gif, or is a folder, got dog\.avi"),
+        ({"out": Path("dog.MP4")}, r"ends in \.mp4 or \.gif"),
+        ({"run_dir": Path("run")}, "remove --run"),
+        ({"prompts": ("a", "b"), "out": Path("x.mp4")}, "names one video, but there are 2"),
+        ({"num": 2, "out": Path("x.gif")}, "names one video, but there are 2"),
+        ({"seeds": (1, 2), "num": 2}, "--num counts up from one seed"),
+        ({"compare": "base", "out": Path("x.mp4")}, "--out must be a folder, got x.mp4"),
+        ({"compare": "base", "form": "gif"}, "--compare shows two videos in one mp4"),
+        ({"compare": "base"}, "--compare base has the weights that are compared"),
     ],
 )
-def test_what_does_not_go_together_is_bad_usage(config, stage, wants_image, options, message):
-    finish(config)
-    stage.wants_image = wants_image
+def test_what_does_not_go_together_is_bad_usage(config, drawn, options, message):
+    defaults = SampleOptions(prompts=("a dog",), base_only=True)
     with pytest.raises(ConfigError, match=message):
-        sample.run(config, QUIET, **{"prompts": ["a dog"]} | options)
-    assert not stage.calls
+        sample.run(config, QUIET, dataclasses.replace(defaults, **options))
+    assert not drawn
+    assert not config.outputs.exists()
 
 
 class TestPrompts:
-    """`-p` may be given several times, and `@file` stands for lines."""
+    def test_come_from_the_line_and_from_a_file(self, config, drawn, tmp_path):
+        listed = tmp_path / "prompts.csv"
+        listed.write_text("prompt,seed\na cat,7\na bird,\n")
+        answer = draw(config, "a dog", "a dog", prompt_file=listed, num=2)
+        assert drawn == [
+            ("base", text, seed)
+            for text, first in (("a dog", 0), ("a cat", 7), ("a bird", 0))
+            for seed in (first, first + 1)
+        ]
+        assert len(answer.data["videos"]) == 6
 
-    def test_each_is_drawn_with_models_that_are_loaded_once(self, config, stage):
-        answer = draw(config, "a dog", "a cat")
-        (call,) = stage.calls
-        assert [out.read_text() for out in call["outs"]] == ["a dog", "a cat"]
-        assert answer.notes == [str(out) for out in call["outs"]]
-        assert [one["prompt"] for one in answer.data["videos"]] == ["a dog", "a cat"]
-
-    def test_the_lines_of_a_file(self, config, stage, tmp_path):
-        listed = tmp_path / "prompts.txt"
-        listed.write_text("a dog\n\n  un chien été\r\n", encoding="utf-8")
-        draw(config, f"@{listed}", "a cat")
-        assert stage.calls[0]["prompts"] == ["a dog", "un chien été", "a cat"]
-
-    def test_a_file_given_as_words_is_refused_with_the_hint(self, config, stage, tmp_path):
-        (tmp_path / "prompts.txt").write_text("a dog\n")
-        with pytest.raises(ConfigError, match=r"is a file; --prompt @.*prompts\.txt samples"):
-            draw(config, str(tmp_path / "prompts.txt"))
-        assert not stage.calls
-
-    def test_a_prompt_longer_than_any_path_is_a_prompt(self, config, stage):
-        draw(config, "word " * 2000)
-        assert len(stage.calls) == 1
-
-    @pytest.mark.parametrize(
-        ("content", "message"),
-        [(None, "No such file"), (b"\n \n", "holds no prompts"), (b"\xff\xfe", "cannot read")],
-    )
-    def test_a_file_without_prompts_is_bad_usage(self, config, stage, tmp_path, content, message):
-        listed = tmp_path / "prompts.txt"
-        if content is not None:
-            listed.write_bytes(content)
-        with pytest.raises(ConfigError, match=message):
-            draw(config, f"@{listed}")
-
-
-class TestNothingIsReplaced:
-    """What was drawn before stays, whatever is drawn after it."""
-
-    def test_the_same_words_again_get_a_number(self, config, stage):
-        for _ in range(3):
-            draw(config, "a dog")
-        names = [f"base-a-dog-seed0{n}.{end}" for n in ("", "-2", "-3") for end in ("json", "mp4")]
-        assert sorted(files(config.outputs)) == sorted(names)
-
-    def test_prompts_that_begin_alike_have_names_of_their_own(self, config, stage):
-        draw(config, ALIKE + " and stops", ALIKE + " and falls")
-        first, second = stage.calls[0]["outs"]
-        assert first != second
-        assert first.read_text() == ALIKE + " and stops"
-
-    def test_a_json_alone_keeps_its_name_too(self, config, stage):
-        config.outputs.mkdir()
-        (config.outputs / "base-a-dog-seed0.json").write_text("mine")
+    def test_use_the_seed_of_the_settings_unless_one_is_given(self, config, drawn):
+        config = config.model_copy(update={"sample": SampleConfig(seed=5, device="cpu")})
         draw(config, "a dog")
-        assert files(config.outputs)["base-a-dog-seed0.json"] == b"mine"
-        assert stage.calls[0]["outs"][0].name == "base-a-dog-seed0-2.mp4"
+        draw(config, "a dog", seeds=(3, 4))
+        assert [seed for _, _, seed in drawn] == [5, 3, 4]
 
-    @pytest.mark.parametrize("end", ["mp4", "json"])
-    def test_a_named_file_that_is_there_is_refused_before_any_work(
-        self, config, stage, tmp_path, end
-    ):
-        (tmp_path / f"dog.{end}").write_text("mine")
-        with pytest.raises(ConfigError, match=rf"dog\.{end} already exists; .*--overwrite"):
+    @pytest.mark.parametrize("mark", ["", "@"])
+    def test_a_file_given_as_words_is_refused_with_the_hint(self, config, drawn, tmp_path, mark):
+        (tmp_path / "prompts.txt").write_text("a dog\n")
+        with pytest.raises(ConfigError, match=r"is a file; .* with --prompt-file .*prompts\.txt"):
+            draw(config, f"{mark}{tmp_path / 'prompts.txt'}")
+        assert not drawn
+
+    def test_a_prompt_longer_than_any_path_is_a_prompt(self, config, drawn):
+        draw(config, "word " * 2000)
+        assert len(drawn) == 1
+
+    def test_a_bad_prompt_file_is_bad_usage(self, config, drawn, tmp_path):
+        (tmp_path / "p.csv").write_text("prompt,sead\na dog,1\n")
+        with pytest.raises(ConfigError, match="line 2: unknown sead"):
+            draw(config, prompt_file=tmp_path / "p.csv")
+        assert not drawn
+
+
+class TestWhatIsThere:
+    def test_is_kept(self, config, drawn):
+        draw(config, "a dog")
+        answer = draw(config, "a dog", "a cat")
+        assert drawn == [("base", "a dog", 0), ("base", "a cat", 0)]
+        assert [video["state"] for video in answer.data["videos"]] == ["kept", "made"]
+        assert ("already there", "1 of 2") in answer.rows
+
+    def test_is_never_replaced_unasked(self, config, drawn, tmp_path):
+        (tmp_path / "dog.mp4").write_text("mine")
+        with pytest.raises(ConfigError, match=r"dog\.mp4 exists.*give another --out, or --overwri"):
             draw(config, "a dog", out=tmp_path / "dog.mp4")
-        assert not stage.calls
-        assert (tmp_path / f"dog.{end}").read_text() == "mine"
-
-    def test_it_is_replaced_when_asked_for(self, config, stage, tmp_path):
-        (tmp_path / "dog.mp4").write_text("old")
+        assert not drawn
+        assert (tmp_path / "dog.mp4").read_text() == "mine"
         draw(config, "a dog", out=tmp_path / "dog.mp4", overwrite=True)
-        assert (tmp_path / "dog.mp4").read_text() == "a dog"
+        assert (tmp_path / "dog.mp4").stat().st_size > 100
 
-    def test_a_drawing_that_fails_leaves_what_was_there_and_nothing_else(
-        self, config, stage, tmp_path
-    ):
-        stage.fails = True
-        (tmp_path / "dog.mp4").write_text("old")
-        for out, overwrite in ((tmp_path / "dog.mp4", True), (tmp_path / "cat.mp4", False)):
-            with pytest.raises(ValueError, match="luck"):
-                draw(config, "a dog", out=out, overwrite=overwrite)
-        with pytest.raises(ValueError, match="luck"):
-            draw(config, "a dog")
-        assert (tmp_path / "dog.mp4").read_text() == "old"
-        assert not (tmp_path / "cat.mp4").exists()
-        assert not files(config.outputs)
-
-    def test_a_folder_that_takes_no_file_is_told_before_any_work(self, config, stage, tmp_path):
-        (tmp_path / "file").touch()
-        with pytest.raises(OSError):
-            draw(config, "a dog", out=tmp_path / "file" / "dog.mp4")
-        assert not stage.calls
-
-    def test_two_processes_get_two_names(self, tmp_path):
-        with claim_new_file(tmp_path, "dog") as first, claim_new_file(tmp_path, "dog") as second:
-            assert [first.name, second.name] == ["dog.mp4", "dog-2.mp4"]
-        assert not files(tmp_path)
-
-    def test_a_folder_is_no_video_to_replace(self, tmp_path):
-        (tmp_path / "dog.mp4").mkdir()
-        with pytest.raises(OSError), claim_named_file(tmp_path / "dog.mp4", overwrite=True):
-            pass
-        assert (tmp_path / "dog.mp4").is_dir()
+    def test_other_settings_go_to_a_folder_of_their_own(self, config, drawn, tmp_path):
+        draw(config, "a dog")
+        faster = config.model_copy(update={"sample": SampleConfig(steps=9, device="cpu")})
+        draw(faster, "a dog")
+        assert len(drawn) == 2
+        assert len(list(config.outputs.iterdir())) == 2
+        draw(config, "a dog", out=tmp_path / "videos")
+        with pytest.raises(ConfigError, match="with steps 50 instead of 9"):
+            draw(faster, "a dog", out=tmp_path / "videos")
 
 
-@pytest.mark.parametrize(
-    ("prompt", "stem"),
-    [
-        ("A dog, [running]!", "run-a-dog-running-seed7"),
-        ("?!", "run-video-seed7"),
-        ("x" * 60, f"run-{'x' * 60}-seed7"),
-    ],
-)
-def test_names_are_made_of_words(prompt, stem):
-    assert file_stem("run", prompt, 7) == stem
+class TestCompare:
+    def test_writes_both_and_each_pair(self, config, drawn, tmp_path):
+        run = finish(config, "lgf")
+        answer = draw(
+            config, "a dog", base_only=False, run_dir=run, compare="base", out=tmp_path / "both"
+        )
+        assert drawn == [("lgf", "a dog", 0), ("base", "a dog", 0)]
+        assert names(tmp_path / "both") == sorted(
+            f"{folder}/a dog-0.{end}"
+            for folder in ("base", "lgf", "lgf-vs-base")
+            for end in ("json", "mp4")
+        )
+        pair = str(tmp_path / "both" / "lgf-vs-base" / "a dog-0.mp4")
+        assert answer.data["comparisons"] == answer.notes == [pair]
+
+    def test_two_runs_of_one_name_need_folders_of_their_own(self, config, drawn, tmp_path):
+        runs = [finish(config, f"{parent}/lgf") for parent in "ab"]
+        with pytest.raises(ConfigError, match="both models are named lgf"):
+            draw(
+                config,
+                "a dog",
+                base_only=False,
+                run_dir=runs[0],
+                compare=str(runs[1]),
+                out=tmp_path / "both",
+            )
+        answer = draw(config, "a dog", base_only=False, run_dir=runs[0], compare=str(runs[1]))
+        assert len(answer.data["comparisons"]) == 1
+        assert len(list(config.outputs.iterdir())) == 3
 
 
-@pytest.mark.parametrize("letter", ["x", "é", "走", "\U00020000", "\udcff"])
-def test_a_cut_name_fits_a_file_system_and_is_the_prompts_own(letter, tmp_path):
-    stems = {file_stem("run", letter * 500 + end, 0) for end in "ab"}
-    assert len(stems) == 2
-    for stem in stems:
-        (tmp_path / f"{stem}.mp4").touch()
+def test_a_video_that_fails_is_reported_with_exit_code_3(config, drawn):
+    answer = draw(config, "a dog", "a nan")
+    assert answer.exit_code == 3
+    (problem,) = answer.data["problems"]
+    assert problem.endswith("a nan-0.mp4")
+    assert [video["state"] for video in answer.data["videos"]] == ["made", "failed"]
+
+
+def test_processes_of_a_launcher_share_the_videos(config, drawn, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    prompts = [f"prompt {number}" for number in range(7)]
+    for rank in (1, 0, 2):
+        monkeypatch.setenv("RANK", str(rank))
+        answer = draw(config, *prompts)
+    assert sorted(drawn) == sorted(("base", text, 0) for text in prompts)
+    assert ("videos", "7, 2 of them by this process") in answer.rows
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert {one["state"] for one in draw(config, *prompts).data["videos"]} == {"kept"}
+
+
+def test_many_paths_are_shown_as_their_folder(config, drawn):
+    answer = draw(config, "a dog", num=9)
+    (note,) = answer.notes
+    assert Path(note).is_dir()

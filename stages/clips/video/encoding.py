@@ -2,6 +2,7 @@
 
 import io
 import secrets
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,17 @@ def write_video(path: Path, frames_THWC: np.ndarray, fps: float, *, crf: int = 1
         raise
 
 
-def encode_video(frames_THWC: np.ndarray, fps: float, *, crf: int = 17) -> bytes:
-    """Encode a video as in `write_video`; equal frames give equal bytes."""
+def encode_video(
+    frames_THWC: np.ndarray, fps: float, *, crf: int = 17, tags: Mapping[str, str] | None = None
+) -> bytes:
+    """Encode a video as in `write_video`; equal frames and tags give equal bytes.
+
+    Args:
+        frames_THWC: uint8 [T, H, W, 3], H and W even.
+        fps: Frames per second.
+        crf: As for `write_video`.
+        tags: MP4 tags that FFmpeg knows, such as title and comment.
+    """
     if frames_THWC.ndim != 4 or frames_THWC.shape[-1] != 3 or frames_THWC.dtype != np.uint8:
         raise ValueError(
             f"frames must be uint8 [T, H, W, 3], got {frames_THWC.dtype} {frames_THWC.shape}"
@@ -59,6 +69,7 @@ def encode_video(frames_THWC: np.ndarray, fps: float, *, crf: int = 17) -> bytes
         raise ValueError(f"fps must be above 0, got {fps}")
     out = io.BytesIO()
     with av.open(out, "w", format="mp4") as container:
+        container.metadata.update(tags or {})
         stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context

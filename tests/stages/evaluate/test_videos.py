@@ -18,9 +18,7 @@ def folder(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"")
         for stem, (prompt, seed) in records.items():
-            (root / f"{stem}.json").write_text(
-                json.dumps({"prompt": prompt, "sample": {"seed": seed}})
-            )
+            (root / f"{stem}.json").write_text(json.dumps({"prompt": prompt, "seed": seed}))
         return root
 
     return make

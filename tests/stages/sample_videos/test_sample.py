@@ -1,6 +1,9 @@
+import json
 import logging
+import math
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -9,45 +12,26 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from stages.clips import read_video
+from stages.cogvideox.sampler import check_size
 from stages.config import BaseModelConfig
 from stages.progress import SilentProgress
-from stages.sample_videos import sample
+from stages.sample_videos.requests import VideoRequest
 from stages.sample_videos.runs import LORA_FILE
-from stages.sample_videos.sample import image_mismatch, sample_videos
+from stages.sample_videos.sample import (
+    check_images,
+    generate_videos,
+    open_video_model,
+    sampling_device,
+)
+from tests.stages.sampling import sample_frames
+
+draw = sample_frames
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The frames before H.264, which would blur small differences."""
-    kept = []
-
-    def keep(path, frames_THWC, fps):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        kept.append(frames_THWC)
-
-    monkeypatch.setattr(sample, "write_video", keep)
-    return kept
-
-
-def draw(config, base, clips, tmp_path, *, run=None, prompt="a person walks", image=None, **update):
-    (summary,) = sample_videos(
-        config.model_copy(update=update),
-        base,
-        clips,
-        run_dir=run,
-        prompts=[prompt],
-        image=image,
-        outs=[tmp_path / "video.mp4"],
-        progress=SilentProgress(),
-    )
-    return summary
-
-
-def reference(base, config, clips, *, lora=None, lora_scale=1.0):
+def reference(base, config, clips, *, lora=None, lora_scale=1.0, change=lambda pipeline: None):
     """The same video from diffusers alone."""
     pipeline = diffusers.CogVideoXPipeline.from_pretrained(base.path)
+    change(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
         weights = load_file(lora / "export" / LORA_FILE)
@@ -78,19 +62,18 @@ def close(one, other):
     return np.abs(one.astype(int) - other.astype(int)).max() <= 1
 
 
-def test_the_base_alone_draws_what_diffusers_draws(config, base, clips, tmp_path, drawn):
-    summary = draw(config, base, clips, tmp_path)
-    assert summary.weights == "base"
-    assert drawn[0].shape == (9, clips.height, clips.width, 3)
-    assert close(drawn[0], reference(base, config, clips))
+def test_the_base_alone_draws_what_diffusers_draws(config, base, clips):
+    drawn = draw(config, base, clips)
+    assert drawn.shape == (9, clips.height, clips.width, 3)
+    assert close(drawn, reference(base, config, clips))
 
 
-def test_a_prompt_that_is_too_long_is_told_once(config, base, clips, tmp_path, drawn, caplog):
+def test_a_prompt_that_is_too_long_is_told_once(config, base, clips, caplog):
     libraries = [logging.getLogger(name) for name in ("transformers", "diffusers")]
     for library in libraries:
         library.addHandler(caplog.handler)
     try:
-        draw(config, base, clips, tmp_path, prompt="a person walks " * 40)
+        draw(config, base, clips, prompt="a person walks " * 40)
     finally:
         for library in libraries:
             library.removeHandler(caplog.handler)
@@ -98,63 +81,180 @@ def test_a_prompt_that_is_too_long_is_told_once(config, base, clips, tmp_path, d
     assert "was truncated" in told
 
 
-def test_adapters_act_with_alpha_over_rank(config, base, clips, tmp_path, drawn, lora_run):
+def test_adapters_act_with_alpha_over_rank(config, base, clips, lora_run):
     """Against the update added to the weights by hand."""
     run = lora_run(alpha=4.0, rank=2)
-    assert draw(config, base, clips, tmp_path, run=run).weights == "lora"
-    assert close(drawn[0], reference(base, config, clips, lora=run, lora_scale=2.0))
-    assert not close(drawn[0], reference(base, config, clips))
-    assert not close(drawn[0], reference(base, config, clips, lora=run, lora_scale=1.0))
+    drawn = draw(config, base, clips, run_dir=run)
+    assert close(drawn, reference(base, config, clips, lora=run, lora_scale=2.0))
+    assert not close(drawn, reference(base, config, clips))
+    assert not close(drawn, reference(base, config, clips, lora=run, lora_scale=1.0))
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.5])
+def test_the_scale_of_adapters_multiplies_their_effect(config, base, clips, lora_run, scale):
+    """Against the scaled update added to the weights by hand."""
+    run = lora_run(alpha=4.0, rank=2)
+    scaled = config.model_copy(update={"lora_scale": scale})
+    drawn = draw(scaled, base, clips, run_dir=run)
+    assert close(drawn, reference(base, config, clips, lora=run, lora_scale=2.0 * scale))
+    assert not close(drawn, draw(config, base, clips, run_dir=run))
 
 
 @pytest.mark.parametrize("kinds", [{"use_dora": True}, {"use_rslora": True}])
-def test_every_kind_of_adapter_arrives(config, base, clips, tmp_path, drawn, lora_run, kinds):
+def test_every_kind_of_adapter_arrives(config, base, clips, lora_run, kinds):
     """Against the merged weights by hand: alpha over sqrt(rank), rows of the trained length."""
     run = lora_run(alpha=4.0, rank=4, **kinds)
-    draw(config, base, clips, tmp_path, run=run)
+    drawn = draw(config, base, clips, run_dir=run)
     scale = 4.0 / (2.0 if "use_rslora" in kinds else 4.0)
-    assert close(drawn[0], reference(base, config, clips, lora=run, lora_scale=scale))
-    assert not close(drawn[0], reference(base, config, clips))
+    assert close(drawn, reference(base, config, clips, lora=run, lora_scale=scale))
+    assert not close(drawn, reference(base, config, clips))
 
 
 def test_a_folder_that_export_wrote_is_drawn_from_directly(
-    config, base, clips, tmp_path, drawn, lora_run, full_run
+    config, base, clips, tmp_path, lora_run, full_run
 ):
     for run in (lora_run(), full_run()):
-        draw(config, base, clips, tmp_path, run=run)
+        drawn = draw(config, base, clips, run_dir=run)
         moved = (run / "export").rename(tmp_path / f"{run.name}-elsewhere")
-        draw(config, base, clips, tmp_path, run=moved)
-        assert (drawn[-1] == drawn[-2]).all()
+        assert (draw(config, base, clips, run_dir=moved) == drawn).all()
 
 
-def test_a_fully_tuned_transformer_takes_the_bases_place(
-    config, base, clips, tmp_path, drawn, full_run
-):
-    run = full_run()
-    assert draw(config, base, clips, tmp_path, run=run).weights == "full"
-    assert not close(drawn[0], reference(base, config, clips))
+def test_a_fully_tuned_transformer_takes_the_bases_place(config, base, clips, full_run):
+    model = open_video_model(config, base, clips, run_dir=full_run())
+    assert model.weights == "full"
+    drawn = draw(config, base, clips, run_dir=model.run_dir)
+    assert not close(drawn, reference(base, config, clips))
 
 
-def test_seed_decides_the_video(config, base, clips, tmp_path, drawn):
-    for seed in (0, 0, 1):
-        draw(config, base, clips, tmp_path, seed=seed)
-    assert (drawn[0] == drawn[1]).all()
-    assert not close(drawn[0], drawn[2])
+def test_a_video_depends_on_its_own_request_only(config, base, clips):
+    """The first and the last of a batch are the videos that each request gives alone."""
+    requests = [VideoRequest(prompt="a cat", seed=seed) for seed in (0, 1, 0)]
+    model = open_video_model(config, base, clips, run_dir=None)
+    first, second, again = generate_videos(
+        model, requests, device=torch.device("cpu"), progress=SilentProgress()
+    )
+    assert (first == again).all()
+    assert np.abs(first - second).max() > 0.01
+    (alone,) = generate_videos(
+        model, requests[1:2], device=torch.device("cpu"), progress=SilentProgress()
+    )
+    assert (alone == second).all()
 
 
-def test_length_may_differ_from_the_clips(config, base, clips, tmp_path, drawn):
-    assert draw(config, base, clips, tmp_path, num_frames=17).num_frames == 17
-    assert len(drawn[0]) == 17
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [("ddim", diffusers.CogVideoXDDIMScheduler), ("dpm", diffusers.CogVideoXDPMScheduler)],
+)
+def test_the_scheduler_is_the_one_of_the_official_scripts(config, base, clips, name, scheduler):
+    """CogVideo's inference/cli_demo.py: from_config(…, timestep_spacing="trailing")."""
+    config = config.model_copy(update={"scheduler": name, "steps": 4})
+
+    def change(pipeline):
+        pipeline.scheduler = scheduler.from_config(
+            pipeline.scheduler.config, timestep_spacing="trailing"
+        )
+
+    drawn = draw(config, base, clips)
+    assert close(drawn, reference(base, config, clips, change=change))
+    other = config.model_copy(update={"scheduler": "dpm" if name == "ddim" else "ddim"})
+    assert not close(drawn, draw(other, base, clips))
 
 
-def test_the_file_is_a_video_at_the_clips_rate(config, base, clips, tmp_path):
-    summary = draw(config, base, clips, tmp_path)
-    frames_THWC, fps = read_video(summary.out)
-    assert frames_THWC.shape == (9, clips.height, clips.width, 3)
-    assert fps == summary.fps == 8
+def test_dynamic_guidance_follows_the_timestep(config, base, clips, monkeypatch):
+    """Against the formula of CogVideoX's pipeline, at the timesteps of the schedule."""
+    seen = []
+
+    class Recorded(diffusers.CogVideoXPipeline):
+        @property
+        def guidance_scale(self):
+            seen.append(self._guidance_scale)
+            return self._guidance_scale
+
+    monkeypatch.setattr(diffusers, "CogVideoXPipeline", Recorded)
+    config = config.model_copy(update={"dynamic_cfg": True, "steps": 4, "scheduler": "ddim"})
+    draw(config, base, clips)
+    timesteps = (999, 749, 499, 249)
+    expected = [
+        1 + 3.0 * (1 - math.cos(math.pi * ((4 - timestep) / 4) ** 5)) / 2 for timestep in timesteps
+    ]
+    assert seen == pytest.approx(expected)
 
 
-def test_progress_has_one_step_per_denoising_step(config, base, clips, tmp_path, drawn):
+def test_size_and_rate_may_differ_from_the_clips(config, base, clips):
+    config = config.model_copy(update={"num_frames": 17, "height": 48, "width": 32, "fps": 12.5})
+    model = open_video_model(config, base, clips, run_dir=None)
+    assert (model.size.size_name, model.fps) == ("17x48x32", 12.5)
+    assert draw(config, base, clips).shape == (17, 48, 32, 3)
+
+
+def test_tiles_and_slices_are_set_on_the_vae(config, base, clips, monkeypatch):
+    called = []
+    vae = diffusers.AutoencoderKLCogVideoX
+    for name in ("enable_tiling", "enable_slicing"):
+        monkeypatch.setattr(vae, name, lambda self, name=name: called.append(name))
+    draw(config, base, clips)
+    assert not called
+    draw(config.model_copy(update={"tiling": True}), base, clips)
+    assert sorted(called) == ["enable_slicing", "enable_tiling"]
+
+
+def test_learned_positions_fit_one_size(base, clips, tmp_path):
+    """CogVideoX-5b-I2V; diffusers refuses other sizes only after everything is loaded."""
+    copy = shutil.copytree(base.path, tmp_path / "copy")
+    file = copy / "transformer" / "config.json"
+    settings = json.loads(file.read_text()) | {"use_learned_positional_embeddings": True}
+    file.write_text(json.dumps(settings))
+    check_size(copy, clips)
+    with pytest.raises(ValueError, match=r"learned positions for 32x48 .* got 32x64"):
+        check_size(copy, clips.model_copy(update={"width": 64}))
+    check_size(Path(base.path), clips.model_copy(update={"width": 64}))
+
+
+def test_what_changes_the_pixels_is_part_of_the_settings(config, base, clips, lora_run, full_run):
+    """Equal settings mean that a video need not be made again."""
+
+    def settings(run_dir=None, **update):
+        changed = config.model_copy(update=update)
+        return open_video_model(changed, base, clips, run_dir=run_dir).settings
+
+    changes = [
+        {"steps": 3},
+        {"guidance": 2.0},
+        {"dynamic_cfg": True},
+        {"scheduler": "dpm"},
+        {"num_frames": 17},
+        {"height": 48},
+        {"fps": 9.0},
+        {"precision": "bf16"},
+        {"tiling": True},
+    ]
+    weak, strong = lora_run("weak", strength=0.1), lora_run("strong")
+    found = [
+        settings(),
+        *(settings(**one) for one in changes),
+        settings(weak),
+        settings(strong),
+        settings(strong, lora_scale=0.5),
+        settings(full_run()),
+    ]
+    assert all(one != other for n, one in enumerate(found) for other in found[:n])
+    assert settings(lora_scale=0.5, device="cuda", seed=3) == settings()
+    moved = strong.rename(strong.with_name("moved"))
+    assert settings(moved) == found[-3]
+
+
+def test_the_image_is_part_of_what_a_video_is_made_from(config, bases, clips, tmp_path):
+    model = open_video_model(config, BaseModelConfig(path=str(bases / "i2v")), clips, run_dir=None)
+    image = tmp_path / "image.png"
+    found = []
+    for value in (0, 255):
+        Image.new("L", (48, 32), value).save(image)
+        found.append(model.made_from(VideoRequest(prompt="a", seed=0, image=image)))
+    assert found[0] != found[1]
+    assert found[0].keys() == found[1].keys() >= model.settings.keys()
+
+
+def test_progress_has_one_step_per_denoising_step(config, base, clips):
     counts = {}
 
     class Counting(SilentProgress):
@@ -167,17 +267,8 @@ def test_progress_has_one_step_per_denoising_step(config, base, clips, tmp_path,
                 )
                 yield task
 
-    (_,) = sample_videos(
-        config,
-        base,
-        clips,
-        run_dir=None,
-        prompts=["x"],
-        image=None,
-        outs=[tmp_path / "v.mp4"],
-        progress=Counting(),
-    )
-    assert counts["denoise"] == [2, 2]
+    draw(config, base, clips, progress=Counting())
+    assert counts["base: denoise"] == [2, 2]
 
 
 class TestImageToVideo:
@@ -193,31 +284,32 @@ class TestImageToVideo:
         return path
 
     def test_draws_from_an_image_of_any_size_and_mode(
-        self, config, image_base, clips, tmp_path, drawn, picture
+        self, config, image_base, clips, tmp_path, picture
     ):
-        assert image_mismatch(image_base, picture) is None
-        draw(config, image_base, clips, tmp_path, image=picture)
+        drawn = draw(config, image_base, clips, image=picture)
         Image.new("L", (48, 32)).save(tmp_path / "black.png")
-        draw(config, image_base, clips, tmp_path, image=tmp_path / "black.png")
-        assert not close(*drawn)
+        assert not close(drawn, draw(config, image_base, clips, image=tmp_path / "black.png"))
 
-    def test_needs_an_image(self, config, image_base, clips, tmp_path):
-        with pytest.raises(ValueError, match="is an image-to-video model; add --image FILE"):
-            draw(config, image_base, clips, tmp_path)
+    def test_every_video_needs_an_image(self, config, image_base, clips, picture):
+        model = open_video_model(config, image_base, clips, run_dir=None)
+        requests = [VideoRequest(prompt=text, seed=0, image=picture) for text in "ab"]
+        check_images(model, requests)
+        requests.append(VideoRequest(prompt="a bird", seed=0))
+        with pytest.raises(ValueError, match="the prompt 'a bird' has no image; add --image FILE"):
+            check_images(model, requests)
 
     def test_a_file_that_is_no_image_is_refused(self, config, image_base, clips, tmp_path):
         (tmp_path / "text.png").write_text("no image")
         with pytest.raises(ValueError, match="cannot read the image"):
-            draw(config, image_base, clips, tmp_path, image=tmp_path / "text.png")
+            draw(config, image_base, clips, image=tmp_path / "text.png")
 
-    def test_text_to_video_refuses_an_image(self, config, base, clips, tmp_path, picture):
-        assert image_mismatch(base, None) is None
-        with pytest.raises(ValueError, match="is a text-to-video model; remove --image"):
-            draw(config, base, clips, tmp_path, image=picture)
+    def test_text_to_video_refuses_an_image(self, config, base, clips, picture):
+        with pytest.raises(ValueError, match="is a text-to-video model; remove the image"):
+            draw(config, base, clips, image=picture)
 
 
 class TestUnfittingRuns:
-    def test_adapters_of_another_width(self, config, base, clips, tmp_path, lora_run):
+    def test_adapters_of_another_width(self, config, base, clips, lora_run):
         run = lora_run()
         file = run / "export" / LORA_FILE
         from safetensors import safe_open
@@ -227,9 +319,9 @@ class TestUnfittingRuns:
         widened = {n: t.repeat(1, 2) if "lora_A" in n else t for n, t in load_file(file).items()}
         save_file(widened, file, metadata)
         with pytest.raises(ValueError, match=r"lora_A.weight has width 64, .* has 32"):
-            draw(config, base, clips, tmp_path, run=run)
+            draw(config, base, clips, run_dir=run)
 
-    def test_adapters_of_modules_that_are_not_there(self, config, base, clips, tmp_path, lora_run):
+    def test_adapters_of_modules_that_are_not_there(self, config, base, clips, lora_run):
         run = lora_run()
         file = run / "export" / LORA_FILE
         from safetensors import safe_open
@@ -239,14 +331,14 @@ class TestUnfittingRuns:
         renamed = {n.replace("blocks.1", "blocks.7"): t for n, t in load_file(file).items()}
         save_file(renamed, file, metadata)
         with pytest.raises(ValueError, match=r"blocks\.7.*which the base model does not have"):
-            draw(config, base, clips, tmp_path, run=run)
+            draw(config, base, clips, run_dir=run)
 
-    def test_a_transformer_of_another_architecture(self, config, base, clips, tmp_path, full_run):
+    def test_a_transformer_of_another_architecture(self, config, base, clips, full_run):
         run = full_run("deeper", num_layers=3)
         with pytest.raises(ValueError, match="num_layers 3 instead of 2"):
-            draw(config, base, clips, tmp_path, run=run)
+            draw(config, base, clips, run_dir=run)
 
-    def test_a_transformer_with_weights_missing(self, config, base, clips, tmp_path, full_run):
+    def test_a_transformer_with_weights_missing(self, config, base, clips, full_run):
         run = full_run()
         file = run / "export" / "transformer" / "diffusion_pytorch_model.safetensors"
         weights = load_file(file)
@@ -255,7 +347,7 @@ class TestUnfittingRuns:
         with pytest.raises(
             ValueError, match=r"not a complete transformer; export .* missing: 1 \(proj_out\.weight"
         ):
-            draw(config, base, clips, tmp_path, run=run)
+            draw(config, base, clips, run_dir=run)
 
     @pytest.mark.parametrize("part", ["tokenizer", "text_encoder", "vae", "transformer"])
     def test_a_base_model_with_files_missing(self, config, base, clips, tmp_path, part):
@@ -264,38 +356,54 @@ class TestUnfittingRuns:
             if file.suffix == ".safetensors" or file.name == "tokenizer.json":
                 file.unlink()
         with pytest.raises(ValueError, match=rf"copy/{part} has no .*download the model again"):
-            draw(config, BaseModelConfig(path=str(copy)), clips, tmp_path)
+            draw(config, BaseModelConfig(path=str(copy)), clips)
 
     def test_a_run_without_export(self, config, base, clips, tmp_path):
         with pytest.raises(ValueError, match="has no export/ yet"):
-            draw(config, base, clips, tmp_path, run=tmp_path)
+            draw(config, base, clips, run_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
     ("update", "message"),
     [
-        ({"cpu_offload": True}, "cpu_offload moves models to a GPU"),
+        ({"offload": "model"}, "offload=model moves models to a GPU"),
+        ({"offload": "sequential"}, "offload=sequential moves models to a GPU"),
         ({"device": "toaster"}, r"sample\.device=toaster is not a torch device"),
-        ({"prompt": " "}, "the prompt is empty"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(config, base, clips, tmp_path, update, message):
+def test_a_device_that_cannot_be_is_refused(config, update, message):
     with pytest.raises(ValueError, match=message):
-        draw(config, base, clips, tmp_path, **update)
+        sampling_device(config.model_copy(update=update), local_rank=0)
 
 
-def test_a_pipeline_of_another_family_is_refused(tmp_path):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+@pytest.mark.parametrize(
+    ("name", "device"), [("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu"), ("auto", "cpu")]
+)
+def test_each_process_of_a_machine_has_its_own_gpu(config, monkeypatch, name, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = config.model_copy(update={"device": name})
+    assert sampling_device(config, local_rank=3) == torch.device(device)
+
+
+def test_a_whole_transformer_has_no_adapters_to_scale(config, base, clips, full_run):
+    config = config.model_copy(update={"lora_scale": 0.5})
+    with pytest.raises(ValueError, match=r"sample\.lora_scale=0\.5 cannot scale"):
+        open_video_model(config, base, clips, run_dir=full_run())
+
+
+def test_a_pipeline_of_another_family_is_refused(config, clips, base, tmp_path):
+    copy = shutil.copytree(base.path, tmp_path / "copy")
+    index = json.loads((copy / "model_index.json").read_text()) | {"_class_name": "WanPipeline"}
+    (copy / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"is a WanPipeline; model\.path must be one of"):
-        image_mismatch(BaseModelConfig(path=str(tmp_path)), None)
+        draw(config, BaseModelConfig(path=str(copy)), clips)
 
 
-def test_a_video_that_is_not_finite_is_not_written(config, base, clips, tmp_path, full_run):
+def test_a_video_that_is_not_finite_is_refused(config, base, clips, full_run):
     run = full_run()
     file = run / "export" / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     weights["proj_out.weight"] += torch.inf
     save_file(weights, file)
     with pytest.raises(ValueError, match="NaN or infinite"):
-        draw(config, base, clips, tmp_path, run=run)
-    assert not (tmp_path / "video.mp4").exists()
+        draw(config, base, clips, run_dir=run)

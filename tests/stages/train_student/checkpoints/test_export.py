@@ -8,10 +8,9 @@ import torch
 from stages.cogvideox.configs import read_configs
 from stages.config import BaseModelConfig
 from stages.demo.tiny_cogvideox import build_tiny_cogvideox
-from stages.progress import SilentProgress
-from stages.sample_videos import sample
 from stages.sample_videos.config import SampleConfig
 from stages.train_student.checkpoints.export import export_checkpoint
+from tests.stages.sampling import sample_frames
 
 PROMPT = "a person walks to the right"
 QUIET = {"report_to": [], "checkpoint_every": 9}
@@ -90,25 +89,17 @@ def draw_by_hand(base, transformer, precision, tiny):
 
 
 @pytest.fixture
-def draw(whole_base, tiny, monkeypatch, tmp_path):
+def draw(whole_base, tiny):
     """As `sample` draws, in a fresh pipeline; the frames before H.264."""
-    kept = []
-    monkeypatch.setattr(
-        sample, "write_video", lambda path, frames_THWC, fps: kept.append(frames_THWC)
-    )
 
     def run(run_dir, precision="fp32"):
-        (_,) = sample.sample_videos(
+        return sample_frames(
             SampleConfig(steps=2, guidance=3.0, seed=7, precision=precision, device="cpu"),
             BaseModelConfig(path=str(whole_base / "base")),
             tiny.CLIPS,
             run_dir=run_dir,
-            prompts=[PROMPT],
-            image=None,
-            outs=[tmp_path / "video.mp4"],
-            progress=SilentProgress(),
+            prompt=PROMPT,
         )
-        return kept[-1]
 
     return run
 
