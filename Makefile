@@ -62,23 +62,12 @@ sample: install  ## sample a video: make sample PROMPT="…" [OUT=video.mp4]
 	@test -n "$(PROMPT)" || { echo 'PROMPT is not set: make sample PROMPT="a quadruped walks to the left"'; exit 2; }
 	$(RUN) sample --config $(CONFIG) --prompt "$(PROMPT)" $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-# The demo's prompts; videos of two seeds each take half a minute on two cores.
-DEMO_PROMPTS := \
-  -p "A biped with blue and red arms, green and purple legs walks to the right over grass, by a brick wall." \
-  -p "A quadruped with blue, red, green and purple legs trots to the left over sand, by a slate wall." \
-  -p "A robot arm with blue, orange and green links waves, facing right, over stone, by a moss wall."
-
 evaluate: install $(if $(VIDEOS),,train)  ## score videos: VIDEOS=folder [AGAINST=folder]; without, the demo's run against its base
 ifneq ($(VIDEOS),)
 	$(RUN) evaluate "$(VIDEOS)" $(if $(AGAINST),--against "$(AGAINST)") --config $(CONFIG) $(ARGS)
 else
-	rm -rf demo/evaluation/base demo/evaluation/trained
-	for seed in 0 1; do \
-	  $(RUN) sample --config demo $(DEMO_PROMPTS) --base sample.seed=$$seed outputs=demo/evaluation/base && \
-	  $(RUN) sample --config demo $(DEMO_PROMPTS) --run demo/runs/lgf sample.seed=$$seed outputs=demo/evaluation/trained \
-	  || exit; \
-	done
-	$(RUN) evaluate demo/evaluation/trained --against demo/evaluation/base --config demo --out demo/evaluation/scores
+	$(RUN) evaluate --config demo --run demo/runs/lgf --against base \
+	  --prompt-file stages/demo/prompts.txt --out demo/evaluation $(ARGS)
 endif
 
 test: install  ## run the default tests: CPU only, offline (PROCESSES=2)

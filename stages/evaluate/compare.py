@@ -1,13 +1,15 @@
 """Means with 95% intervals, and differences of paired videos.
 
-Intervals are bootstrapped over videos: BCa with 9,999 resamples (Efron 1987, "Better bootstrap
+Intervals are bootstrapped over prompts: BCa with 9,999 resamples (Efron 1987, "Better bootstrap
 confidence intervals"; `scipy.stats.bootstrap`), seeded, and independent of the videos' order. They
-describe how the mean would vary with other videos of the same kind and take videos to be
-independent: several seeds of a prompt are not, and make an interval too narrow.
+describe how the mean would vary with other prompts of the same kind. Several seeds of a prompt are
+not independent, so they are averaged first: every prompt weighs the same.
 """
 
 import math
 import warnings
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -18,8 +20,8 @@ from scipy.stats import DegenerateDataWarning, bootstrap
 LEVEL = 0.95
 """Confidence level of intervals."""
 
-MIN_VIDEOS = 5
-"""Fewest values, or pairs, for which an interval is given."""
+MIN_PROMPTS = 5
+"""Fewest prompts for which an interval is given."""
 
 RESAMPLES = 9_999
 
@@ -35,20 +37,23 @@ class Mean:
     """NaN if no video has a value."""
     low: float | None
     high: float | None
-    """95% interval; None with fewer than `MIN_VIDEOS` values."""
+    """95% interval; None with fewer than `MIN_PROMPTS` prompts."""
     method: Literal["BCa", "percentile"] | None
     """How the interval was computed."""
     note: str
     """Why there is no interval, or why it is not BCa; empty otherwise."""
     count: int
     """Values that were averaged."""
+    prompts: int
+    """Prompts among them, over which the mean and the interval are taken."""
     missing: int
     """Values that were NaN, and are not part of the mean."""
 
     @property
     def text(self) -> str:
-        """Such as `0.52 [0.48, 0.55], n=20, 2 missing`."""
-        parts = [f"n={self.count}", *([f"{self.missing} missing"] if self.missing else [])]
+        """Such as `0.52 [0.48, 0.55], n=20 of 10 prompts, 2 missing`."""
+        of = "" if self.prompts == self.count else f" of {self.prompts} prompts"
+        parts = [f"n={self.count}{of}", *([f"{self.missing} missing"] if self.missing else [])]
         if self.count == 0:
             return ", ".join(["no value", *parts])
         interval = "" if self.low is None else f" [{self.low:.4g}, {self.high:.4g}]"
@@ -81,39 +86,49 @@ class Comparison:
         }
 
 
-def mean_of(values: ArrayLike, *, seed: int) -> Mean:
-    """Mean and interval of one score over a side's videos.
+def mean_of(values: ArrayLike, *, seed: int, prompts: Sequence[Hashable] | None = None) -> Mean:
+    """Mean and interval of one score over a side's prompts.
 
     Args:
         values: one number per video; NaN where the video does not allow the score.
         seed: seed of the resampling; equal seeds and values give equal intervals.
+        prompts: the prompt of each video; None means that all differ.
 
     Raises:
-        ValueError: values are not one-dimensional, or infinite.
+        ValueError: values are not one-dimensional, infinite, or not as many as prompts.
     """
     values_N = _checked(values)
-    # Sorted, so that neither rounding nor the resampling depends on the order of videos.
-    known_N = np.sort(values_N[~np.isnan(values_N)])
+    known_N = values_N[~np.isnan(values_N)]
     count, missing = len(known_N), len(values_N) - len(known_N)
-    mean = math.fsum(known_N) / count if count else math.nan
-    if count < MIN_VIDEOS:
-        note = f"{count} {'value' if count == 1 else 'values'}; an interval needs {MIN_VIDEOS}"
-        return Mean(
-            mean=mean, low=None, high=None, method=None, note=note, count=count, missing=missing
-        )
+    means_P = np.sort(known_N) if prompts is None else _means_of_prompts(values_N, prompts)
+    numbers = {"count": count, "prompts": len(means_P), "missing": missing}
+    # Sorted, so that neither rounding nor the resampling depends on the order of videos.
+    mean = math.fsum(means_P) / len(means_P) if count else math.nan
+    if len(means_P) < MIN_PROMPTS:
+        noun = "value" if prompts is None else "prompt"
+        noun += "" if len(means_P) == 1 else "s"
+        note = f"{len(means_P)} {noun}; an interval needs {MIN_PROMPTS}"
+        return Mean(mean=mean, low=None, high=None, method=None, note=note, **numbers)
     method: Literal["BCa", "percentile"] = "BCa"
     note = ""
-    if known_N[0] == known_N[-1]:
+    if means_P[0] == means_P[-1]:
         method, note = "percentile", "all values are equal"
         low = high = mean
     else:
-        low, high = _bootstrapped(known_N, "BCa", seed)
+        low, high = _bootstrapped(means_P, "BCa", seed)
         if not math.isfinite(low + high):
             method, note = "percentile", "BCa is undefined for these values"
-            low, high = _bootstrapped(known_N, "percentile", seed)
-    return Mean(
-        mean=mean, low=low, high=high, method=method, note=note, count=count, missing=missing
-    )
+            low, high = _bootstrapped(means_P, "percentile", seed)
+    return Mean(mean=mean, low=low, high=high, method=method, note=note, **numbers)
+
+
+def _means_of_prompts(values_N: np.ndarray, prompts: Sequence[Hashable]) -> np.ndarray:
+    """float64 [prompts], ascending: the mean of each prompt's known values."""
+    known: dict[Hashable, list[float]] = defaultdict(list)
+    for value, prompt in zip(values_N, prompts, strict=True):
+        if not math.isnan(value):
+            known[prompt].append(value)
+    return np.sort([math.fsum(one) / len(one) for one in known.values()])
 
 
 def compare_pairs(
@@ -122,6 +137,7 @@ def compare_pairs(
     *,
     better: Literal["higher", "lower"] | None,
     seed: int,
+    prompts: Sequence[Hashable] | None = None,
 ) -> Comparison:
     """Compare one score on pairs of videos.
 
@@ -130,6 +146,7 @@ def compare_pairs(
         second: values of the second side, of the same pairs in the same order.
         better: which values are better; None gives no win rate.
         seed: as for `mean_of`.
+        prompts: the prompt of each pair; None means that all differ.
 
     Raises:
         ValueError: the sides differ in length, or values are infinite.
@@ -147,7 +164,8 @@ def compare_pairs(
     if better is not None and len(known_N):
         wins = int((known_N > 0).sum() if better == "higher" else (known_N < 0).sum())
         win_rate = (wins + ties / 2) / len(known_N)
-    return Comparison(difference=mean_of(difference_N, seed=seed), win_rate=win_rate, ties=ties)
+    difference = mean_of(difference_N, seed=seed, prompts=prompts)
+    return Comparison(difference=difference, win_rate=win_rate, ties=ties)
 
 
 def _checked(values: ArrayLike) -> np.ndarray:

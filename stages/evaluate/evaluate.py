@@ -163,17 +163,22 @@ def compare_sides(sides: Sequence[SideScores], config: EvaluateConfig) -> Evalua
         unpaired=tuple(unpaired),
         means={
             score.name: tuple(
-                mean_of(_column(one, score, [v.key for v in one.side.videos]), seed=config.seed)
+                mean_of(
+                    _column(one, score, one.side.videos),
+                    seed=config.seed,
+                    prompts=_prompts(one.side.videos),
+                )
                 for one in sides
             )
             for score in scores
         },
         differences={
             score.name: compare_pairs(
-                _column(sides[0], score, [first.key for first, _ in pairs]),
-                _column(sides[1], score, [second.key for _, second in pairs]),
+                _column(sides[0], score, [first for first, _ in pairs]),
+                _column(sides[1], score, [second for _, second in pairs]),
                 better=score.better,
                 seed=config.seed,
+                prompts=_prompts([first for first, _ in pairs]),
             )
             for score in scores
             if pairs
@@ -181,6 +186,14 @@ def compare_sides(sides: Sequence[SideScores], config: EvaluateConfig) -> Evalua
     )
 
 
-def _column(scores: SideScores, score: Score, keys: Sequence[str]) -> np.ndarray:
+def _column(scores: SideScores, score: Score, videos: Sequence[Video]) -> np.ndarray:
     """float64 [videos]: the values of a score; NaN for videos without it."""
-    return np.array([score.check(scores.values[key].get(score.name, math.nan)) for key in keys])
+    values = (scores.values[video.key].get(score.name, math.nan) for video in videos)
+    return np.array([score.check(value) for value in values])
+
+
+def _prompts(videos: Sequence[Video]) -> list[tuple[str, str]]:
+    """What the videos of one prompt share; a video without a prompt stands alone."""
+    return [
+        ("key", video.key) if video.prompt is None else ("prompt", video.prompt) for video in videos
+    ]

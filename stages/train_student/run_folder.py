@@ -89,6 +89,19 @@ def fixed_settings(
     return {name: value for name, value in flat.items() if value != {} and not _is_free(name)}
 
 
+def held_out_clips(run_dir: Path) -> tuple[str, ...]:
+    """Keys of the clips that a run did not train on; empty if it holds out none.
+
+    Raises:
+        ValueError: The folder is not that of a run, or run.json is damaged.
+        OSError: It cannot be read.
+    """
+    file = run_dir / "run.json"
+    if not file.is_file():
+        raise ValueError(f"{run_dir} is not the folder of a training run: it has no run.json")
+    return tuple(_read_run(file)["held_out"])
+
+
 def held_out_before(run_dir: Path, count: int) -> tuple[str, ...] | None:
     """Keys of the clips that the run in this folder holds out, present in the cache or not.
 

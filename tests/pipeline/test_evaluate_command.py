@@ -1,15 +1,27 @@
 """The command `evaluate`."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from pipeline.cli import app
 from stages.clips import write_video
+from stages.cogvideox import configs, sampler
+from stages.sample_videos import batch, sample
+from stages.sample_videos.sample import VideoModel
+from tests.fingerprints import fingerprint_of
 
 APPEARANCE = "evaluate.scores=[appearance]"
+TEXT = {"text": ArraySpec(dtype="float32", shape=(2, 3), dimension_names=("token", "channel"))}
+
+
+def write_json(path, **content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
 
 
 @pytest.fixture
@@ -75,3 +87,137 @@ def test_several_processes_are_refused(videos, tmp_path, monkeypatch):
     done = evaluate(videos("a", dog=100), "--out", tmp_path / "out")
     assert done.exit_code == 2
     assert "evaluate runs in one process" in done.output
+
+
+class TestRun:
+    """`--run` samples before it scores."""
+
+    @pytest.fixture
+    def fake(self, monkeypatch, tmp_path):
+        """Stands in for the models: the brightness of a video is its weights' own."""
+        drawn = []
+
+        def open_model(config, model, clips, *, run_dir):
+            name = "base" if run_dir is None else run_dir.name
+            return VideoModel(
+                name=name,
+                base=Path(model.path),
+                run_dir=run_dir,
+                export=None,
+                config=config,
+                size=config.video_size(clips),
+                settings={"weights": name},
+            )
+
+        def generate(model, requests, *, device, progress):
+            for request in requests:
+                drawn.append((model.name, request.prompt, request.seed))
+                noise_THWC = np.random.default_rng(request.seed).random((9, 32, 48, 3)) / 8
+                level = np.nan if request.prompt == "a nan" else 0.5 if run_of(model) else 0.25
+                yield (noise_THWC + level).astype(np.float32)
+
+        def run_of(model):
+            return model.run_dir is not None
+
+        monkeypatch.setattr(sample, "open_video_model", open_model)
+        monkeypatch.setattr(sample, "check_images", lambda model, requests: None)
+        monkeypatch.setattr(batch, "generate_videos", generate)
+        run = tmp_path / "runs" / "lgf"
+        write_json(run / "run.json", settings={}, clip_digests={}, held_out=["walk/1", "run/0"])
+        return drawn
+
+    def evaluate(self, tmp_path, *arguments):
+        return evaluate(
+            *("--run", tmp_path / "runs" / "lgf", "--out", tmp_path / "out", *arguments, "--json"),
+            *(f"cache={tmp_path / 'cache'}", "model.path=base", "sample.device=cpu"),
+            *("data.path=clips", "data.num_frames=9", "data.height=32", "data.width=48"),
+        )
+
+    def write_captions(self, tmp_path):
+        settings = StoreSettings(kind="text", arrays=TEXT, values={})
+        writer = StoreWriter.open(tmp_path / "cache", settings, provenance={})
+        with writer.shard("00000", source="00000.tar") as shard:
+            for key in ("walk/0", "walk/1", "run/0"):
+                shard.add(
+                    key,
+                    {"text": np.zeros((2, 3), np.float32)},
+                    {"caption": f"caption of {key}"},
+                    fingerprint=fingerprint_of(key),
+                )
+            shard.commit()
+        writer.write_index()
+
+    def test_samples_the_held_out_captions_of_both_models(self, fake, tmp_path, monkeypatch):
+        self.write_captions(tmp_path)
+        monkeypatch.setattr(configs, "resolve_base_model", lambda *_: None)
+        monkeypatch.setattr(sampler, "pipeline_class", lambda _: "CogVideoXPipeline")
+        done = self.evaluate(tmp_path, "--against", "base", "--num", "2")
+        assert done.exit_code == 0, done.output
+        assert fake == [
+            (name, f"caption of {key}", seed)
+            for name in ("lgf", "base")
+            for key in ("walk/1", "run/0")
+            for seed in (0, 1)
+        ]
+        answer = json.loads(done.stdout)
+        difference = answer["scores"]["brightness"]["difference"]["difference"]
+        assert (difference["count"], difference["prompts"]) == (4, 2)
+        assert difference["mean"] == pytest.approx(0.25, abs=0.01)
+
+    def test_what_is_there_is_not_sampled_again(self, fake, tmp_path):
+        (tmp_path / "p.txt").write_text("a dog\na cat\n")
+        self.evaluate(tmp_path, "--prompt-file", tmp_path / "p.txt")
+        (tmp_path / "p.txt").write_text("a cat\na bird\n")
+        done = self.evaluate(tmp_path, "--prompt-file", tmp_path / "p.txt")
+        assert fake == [("lgf", text, 0) for text in ("a dog", "a cat", "a bird")]
+        assert json.loads(done.stdout)["sides"][0]["videos"] == 2, "the dog is of another set"
+
+    def test_a_folder_of_videos_may_be_the_other_side(self, fake, tmp_path, videos):
+        (tmp_path / "p.txt").write_text("dog\ncat\n")
+        other = videos("others", dog=100, cat=120)
+        done = self.evaluate(tmp_path, "--prompt-file", tmp_path / "p.txt", "--against", other)
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout)["pairs"] == 2
+
+    def test_a_video_that_cannot_be_sampled_is_told_and_exits_with_3(self, fake, tmp_path):
+        (tmp_path / "p.txt").write_text("a dog\na nan\na cat\n")
+        done = self.evaluate(tmp_path, "--prompt-file", tmp_path / "p.txt")
+        assert done.exit_code == 3
+        assert json.loads(done.stdout)["sides"][0]["videos"] == 2
+        assert json.loads(done.stdout)["not_sampled"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--run", "base"], "the base model holds no clips out of training"),
+            (["--run", "base", "--against", "base", "--prompt-file", "p.txt"], "has the weights"),
+        ],
+    )
+    def test_what_cannot_be_is_bad_usage(self, fake, tmp_path, monkeypatch, arguments, message):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "p.txt").write_text("a dog")
+        done = evaluate(*arguments, "model.path=base", "sample.device=cpu", "--out", "out")
+        assert done.exit_code == 2
+        assert message in " ".join(done.output.split())
+        assert not fake
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a folder of videos, or a run"),
+        (["VIDEOS", "--run", "base"], "name a folder of videos, or a run"),
+        (["VIDEOS", "--num", "2"], "add --run RUN"),
+        (["VIDEOS", "--against", "base"], "--against base needs --run"),
+        (["nowhere"], "nowhere is not a folder"),
+    ],
+)
+def test_sides_that_do_not_go_together_are_refused(
+    videos, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    folder = str(videos("a", dog=100))
+    done = evaluate(*(folder if one == "VIDEOS" else one for one in arguments), "--out", "out")
+    assert done.exit_code in (1, 2)
+    assert message in " ".join(done.output.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()

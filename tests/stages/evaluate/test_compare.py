@@ -9,7 +9,7 @@ from scipy.special import ndtr, ndtri
 from scipy.stats import bootstrap
 
 from stages.evaluate.compare import (
-    MIN_VIDEOS,
+    MIN_PROMPTS,
     RESAMPLES,
     compare_pairs,
     mean_of,
@@ -65,7 +65,7 @@ class TestMean:
         assert (found.missing, found.count) == (2, 9)
         assert (found.mean, found.low, found.high) == (known.mean, known.low, known.high)
 
-    @pytest.mark.parametrize("count", range(MIN_VIDEOS))
+    @pytest.mark.parametrize("count", range(MIN_PROMPTS))
     def test_few_values_have_no_interval_and_say_why(self, count):
         found = mean_of([*range(count), math.nan], seed=0)
         assert found.low is found.high is found.method is None
@@ -73,7 +73,7 @@ class TestMean:
         assert math.isnan(found.mean) if count == 0 else found.mean == (count - 1) / 2
 
     def test_fewest_values_with_an_interval(self):
-        assert mean_of(range(MIN_VIDEOS), seed=0).method == "BCa"
+        assert mean_of(range(MIN_PROMPTS), seed=0).method == "BCa"
 
     def test_equal_values_have_an_interval_without_width(self):
         found = mean_of([0.1] * 7, seed=0)
@@ -104,6 +104,29 @@ class TestMean:
             known = [value for value in values if not math.isnan(value)]
             slack = 1e-9 * max(1.0, *map(abs, known))
             assert min(known) - slack <= found.low <= found.high <= max(known) + slack
+
+    def test_seeds_of_a_prompt_count_as_one_value(self):
+        """Against the means of the prompts, given as values of their own."""
+        rng = np.random.default_rng(12)
+        values_PS = rng.normal(size=(7, 1)) + rng.normal(0.0, 0.1, (7, 4))
+        prompts = np.repeat([*"abcdefg"], 4)
+        found = mean_of(values_PS.ravel(), seed=3, prompts=list(prompts))
+        alone = mean_of([math.fsum(values_S) / 4 for values_S in values_PS], seed=3)
+        assert (found.count, found.prompts) == (28, 7)
+        assert (found.mean, found.low, found.high) == (alone.mean, alone.low, alone.high)
+        dependent = mean_of(values_PS.ravel(), seed=3)
+        assert found.high - found.low > 1.5 * (dependent.high - dependent.low)
+        assert found.text.endswith("n=28 of 7 prompts")
+
+    def test_missing_seeds_leave_a_prompt_its_weight(self):
+        values = [1.0, 3.0, math.nan, 10.0, math.nan, math.nan]
+        found = mean_of(values, seed=0, prompts=["a", "a", "a", "b", "b", "c"])
+        assert (found.mean, found.count, found.prompts, found.missing) == (6.0, 3, 2, 3)
+        assert found.note == "2 prompts; an interval needs 5"
+
+    def test_every_video_needs_a_prompt(self):
+        with pytest.raises(ValueError):
+            mean_of([1.0, 2.0], seed=0, prompts=["a"])
 
     def test_json_has_no_nan(self):
         for values in ([], [math.nan] * 6, [1.0] * 6, range(6)):
