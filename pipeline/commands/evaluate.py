@@ -227,6 +227,8 @@ def _result(
         for one in evaluation.sides
         for key, why in sorted(one.problems.items())
     ]
+    if len(names) == 2:
+        notes += _washed_out(evaluation)
     too_many = evaluation.skipped_share > config.evaluate.max_skipped
     if too_many:
         notes.append(
@@ -246,6 +248,19 @@ def _result(
         notes=[*failed, *notes, str(page)],
         exit_code=TOO_MANY_SKIPPED if too_many or failed else 0,
     )
+
+
+def _washed_out(evaluation: Evaluation) -> list[str]:
+    """A note if the videos of the first side are washed out against those of the second."""
+    from stages.video_scores.appearance import washed_out
+
+    now, before = (
+        {name: means[number].mean for name, means in evaluation.means.items()}
+        for number in range(2)
+    )
+    names = [one.side.name for one in evaluation.sides]
+    faded = washed_out(now, before)
+    return [f"{names[0]} is washed out against {names[1]}: {', '.join(faded)}"] if faded else []
 
 
 def _difference(found: Comparison) -> str:

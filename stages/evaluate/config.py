@@ -1,14 +1,8 @@
 """Settings of evaluation."""
 
-from typing import Literal
-
 from pydantic import Field
 
-from stages.config import Section
-
-ScoreGroup = Literal["structure", "figures", "vbench", "appearance"]
-"""Groups of scores: the subject's structure from SAM2's tracks; the limbs of the demo's figures;
-VBench's temporal flickering; the frames' appearance."""
+from stages.config import ScoreGroup, Section
 
 
 class EvaluateConfig(Section):

@@ -9,29 +9,16 @@ import numpy as np
 
 from cache_schema import JSON
 from stages.clips import ClipsConfig, VideoError, read_video
-from stages.evaluate.appearance import APPEARANCE, appearance_scores
 from stages.evaluate.compare import Comparison, Mean, compare_pairs, mean_of
-from stages.evaluate.config import EvaluateConfig, ScoreGroup
-from stages.evaluate.figures import FIGURES, NoFigureError, figure_scores, kind_in_prompt
+from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.motion import MotionDistance, motion_distance, motion_features
-from stages.evaluate.score import Score
-from stages.evaluate.structure import STRUCTURE, structure_scores
 from stages.evaluate.tracked_videos import track_videos
-from stages.evaluate.vbench import VBENCH, vbench_scores
 from stages.evaluate.videos import Side, Video, pair_videos
 from stages.extract_features.config import ExtractConfig
 from stages.progress import Progress
-
-SCORES: Mapping[ScoreGroup, tuple[Score, ...]] = {
-    "structure": STRUCTURE,
-    "figures": FIGURES,
-    "vbench": VBENCH,
-    "appearance": APPEARANCE,
-}
-"""The scores of each group, in the order of the tables."""
-
-_OF_FRAMES: tuple[ScoreGroup, ...] = ("figures", "vbench", "appearance")
-"""Groups that are computed from a video's frames."""
+from stages.video_scores.groups import FRAME_SCORES, SCORES, frame_scores
+from stages.video_scores.score import Score
+from stages.video_scores.structure import structure_scores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +100,7 @@ def score_side(
                     values[key] |= structure_scores(tracks, temperature=temperature)
                     motion[key] = motion_features(tracks, temperature=temperature)
                 task.advance()
-    if any(group in config.scores for group in _OF_FRAMES):
+    if any(group in config.scores for group in FRAME_SCORES):
         with progress.task(f"{side.name}: frames", len(values), unit="videos") as task:
             for video in side.videos:
                 found, problem = _frame_scores(video, config)
@@ -125,23 +112,12 @@ def score_side(
 
 
 def _frame_scores(video: Video, config: EvaluateConfig) -> tuple[dict[str, float], str | None]:
-    """The scores of `_OF_FRAMES` that can be computed, and why others cannot."""
+    """The scores of `FRAME_SCORES` that can be computed, and why others cannot."""
     try:
         frames_THWC, fps = read_video(video.path)
     except VideoError as error:
         return {}, f"undecodable: {error}"
-    found: dict[str, float] = {}
-    problem = None
-    if "figures" in config.scores:
-        try:
-            found |= figure_scores(frames_THWC, kind_in_prompt(video.prompt), fps=fps)
-        except NoFigureError as error:
-            problem = str(error)
-    if "vbench" in config.scores:
-        found |= vbench_scores(frames_THWC)
-    if "appearance" in config.scores:
-        found |= appearance_scores(frames_THWC)
-    return found, problem
+    return frame_scores(frames_THWC, config.scores, prompt=video.prompt, fps=fps)
 
 
 def compare_sides(sides: Sequence[SideScores], config: EvaluateConfig) -> Evaluation:

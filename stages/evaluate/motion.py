@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stages.evaluate.distances import MIN_VIDEOS_MMD, kernel_mmd
-from stages.evaluate.structure import SubjectTracks, pair_flows
+from stages.video_scores.structure import SubjectTracks, pair_flows
 
 _QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 

@@ -13,9 +13,9 @@ from cache_schema import JSON
 from cache_schema.atomic_io import make_directories, write_atomic
 from stages.evaluate.evaluate import Evaluation, SideScores
 from stages.evaluate.page import evaluation_page
-from stages.evaluate.score import Score
-from stages.evaluate.vbench import RESULTS_SUFFIX, VBENCH, results_json
 from stages.evaluate.videos import Video
+from stages.video_scores.score import Score
+from stages.video_scores.vbench import RESULTS_SUFFIX, VBENCH, results_json
 
 SCORES_FILE = "scores.jsonl"
 TABLE_FILE = "scores.csv"

@@ -18,8 +18,8 @@ from urllib.parse import quote
 
 from cache_schema.shown_text import escape_html
 from stages.evaluate.evaluate import Evaluation, SideScores
-from stages.evaluate.score import Score
 from stages.evaluate.videos import Video
+from stages.video_scores.score import Score
 
 _COLOURS = ("#2f6f9f", "#c8642b")
 

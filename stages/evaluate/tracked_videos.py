@@ -10,11 +10,11 @@ import torch
 from cache_schema import JSON, StoreReader
 from stages.clips import ClipsConfig, videos_below
 from stages.config import BaseModelConfig
-from stages.evaluate.structure import SubjectTracks
 from stages.extract_features.config import ExtractConfig, Kind
 from stages.extract_features.run import extract_features
 from stages.progress import Progress
 from stages.teacher_store.gram_flow import decode_gram_flow
+from stages.video_scores.structure import SubjectTracks
 
 _KINDS: tuple[Kind, ...] = ("gram_flow", "masks")
 _MASK_THRESHOLD = 128

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from stages.config import Section
+from stages.config import FrameScoreGroup, Section
 from stages.train_student.objectives.config import (
     AuxiliaryConfig,
     LgfConfig,
@@ -124,6 +124,10 @@ class TrainingSamplesConfig(Section):
     """Classifier-free guidance scale; 6 is usual, 1 disables it."""
     seed: int = 0
     """Seed of the initial noise, the same at every sampling."""
+    scores: tuple[FrameScoreGroup, ...] = ("appearance",)
+    """Groups of scores to compute of each video and to log as curves. With appearance, a warning is
+    given when contrast, saturation or sharpness fall far below the base model's; figures is for the
+    demo; [] computes none."""
 
 
 class TrainConfig(Section):

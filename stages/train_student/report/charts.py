@@ -7,6 +7,7 @@ steps, over a band from the block's minimum to its maximum.
 import io
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from operator import itemgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from stages.train_student.report.records import (
     Row,
     RunRecords,
     loss_of,
+    mean_scores,
     objectives,
     points,
 )
@@ -263,6 +265,35 @@ def validation_charts(run: RunRecords) -> list[Chart]:
         for name in names
     ]
     return _non_empty(*over_run, *by_timestep)
+
+
+def sample_charts(run: RunRecords) -> list[Chart]:
+    """Mean scores of the samples over the run; none with samples of fewer than two steps."""
+    steps: dict[int, list[Row]] = {}
+    for sample in run.samples:
+        steps.setdefault(sample.step, []).append(sample.scores)
+    means = {step: mean_scores(scores) for step, scores in steps.items()}
+    names = list(dict.fromkeys(name for of_step in means.values() for name in of_step))
+    if len(means) < 2:
+        return []
+    rows = [dict.fromkeys(names) | of_step | {"step": step} for step, of_step in means.items()]
+    return _non_empty(
+        *(
+            Chart(
+                name.replace("_", " ").capitalize(),
+                "Mean over the samples.",
+                [
+                    Curve(
+                        name,
+                        points(rows, itemgetter(name)),
+                        dots=True,
+                        colour=COLOURS[number % 5],
+                    )
+                ],
+            )
+            for number, name in enumerate(names)
+        )
+    )
 
 
 def speed_charts(run: RunRecords) -> list[Chart]:

@@ -101,6 +101,8 @@ class SampleVideo:
     file: Path
     settings: Row
     """Denoising steps, guidance, seed, frames per second."""
+    scores: Row
+    """Scores by name; None where the video does not allow one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,16 +217,42 @@ def _read_samples(folder: Path) -> list[SampleVideo]:
             raise ValueError(f"{record} is damaged: prompts must be a list of texts")
         if type(settings.get("guidance")) not in (int, float):
             raise ValueError(f"{record} is damaged: guidance is {settings.get('guidance')!r:.80}")
+        scores = settings.pop("scores", [{}] * len(prompts))
+        if not _are_scores(scores, len(prompts)):
+            raise ValueError(f"{record} is damaged: scores must be an object of numbers per prompt")
         found += [
             SampleVideo(
                 step=settings["step"],
                 prompt=prompt,
                 file=record.with_name(f"{number}.mp4"),
                 settings=settings,
+                scores=scores[number],
             )
             for number, prompt in enumerate(prompts)
         ]
     return sorted(found, key=lambda sample: sample.step)
+
+
+def _are_scores(scores: Any, count: int) -> bool:
+    return (
+        isinstance(scores, list)
+        and len(scores) == count
+        and all(
+            isinstance(of_video, dict)
+            and all(value is None or type(value) is float for value in of_video.values())
+            for of_video in scores
+        )
+    )
+
+
+def mean_scores(scores: Iterable[Mapping[str, float | None]]) -> dict[str, float]:
+    """Mean of each score over the videos that have it."""
+    values: dict[str, list[float]] = {}
+    for of_video in scores:
+        for name, value in of_video.items():
+            if value is not None and not math.isnan(value):
+                values.setdefault(name, []).append(value)
+    return {name: math.fsum(known) / len(known) for name, known in values.items()}
 
 
 def read_columns(path: Path, names: Sequence[str]) -> Columns:

@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from cache_schema.atomic_io import write_atomic
-from stages.train_student.report.charts import speed_charts, training_charts, validation_charts
+from stages.train_student.report.charts import (
+    sample_charts,
+    speed_charts,
+    training_charts,
+    validation_charts,
+)
 from stages.train_student.report.figures import figures
 from stages.train_student.report.page import (
     PageVideo,
@@ -62,7 +67,12 @@ def render(run: RunRecords) -> str:
         _subtitle(run),
         [
             tiles(figures(run)),
-            section("Samples", videos(shown), note=_describe_samples(run, shown)),
+            section(
+                "Samples",
+                videos(shown),
+                charts(sample_charts(run)),
+                note=_describe_samples(run, shown),
+            ),
             section("Held-out clips", charts(validation_charts(run))),
             section("Training", charts(training_charts(run))),
             section("Speed and memory", charts(speed_charts(run))),

@@ -3,7 +3,7 @@
     <run_dir>/samples/
         prompts.safetensors      text embeddings of the prompts, so that a resume loads no encoder
         step-000500/0.mp4 ...    a video per prompt
-        step-000500/samples.json prompts and sampling settings; written last, marks the samples as
+        step-000500/samples.json prompts, scores and settings; written last, marks the samples as
                                  complete
 
 The diffusers pipeline denoises and decodes, with the student in place of its transformer. Every
@@ -16,9 +16,11 @@ requires: a rank without a prompt repeats one and discards the result.
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,14 +35,28 @@ from stages.clips import write_video
 from stages.cogvideox.configs import resolve_base_model
 from stages.cogvideox.sampler import first_frame, generate_video, output_fps, to_frames
 from stages.files.tensor_files import save_tensors
+from stages.files.text import read_object
 from stages.train_student.model.live_pipeline import encode_prompts, live_pipeline
 from stages.train_student.model.student import Student, eval_mode
 from stages.train_student.parallel.process_group import gather, on_first_rank
-from stages.train_student.report.records import SAMPLES_RECORD
+from stages.train_student.report.records import SAMPLES_RECORD, mean_scores
 from stages.train_student.setup import Run
+from stages.video_scores.groups import frame_scores
 
 NEGATIVE_PROMPT = ""
 """Negative prompt of classifier-free guidance; the pipelines' default."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Samples:
+    """The samples of one step."""
+
+    videos: list[Path]
+    """In the order of the prompts."""
+    nonfinite: float
+    """Largest fraction of NaN or infinite values in one video; they are clipped, NaN to black."""
+    scores: list[dict[str, float]]
+    """Scores of each video by name; NaN where a video does not allow one."""
 
 
 class TrainingSamples:
@@ -70,23 +86,18 @@ class TrainingSamples:
             if int(folder.name.removeprefix("step-")) > step:
                 shutil.rmtree(folder)
 
-    def __call__(
-        self, student: Student, step: int, note: Callable[[str], None]
-    ) -> tuple[list[Path], float]:
+    def __call__(self, student: Student, step: int, note: Callable[[str], None]) -> Samples:
         """Generate the samples after `step` steps; every rank must call this.
 
         Args:
             note: called with a progress text.
-
-        Returns:
-            The videos in the order of the prompts, and the largest fraction of NaN or infinite
-            values in one video, which are clipped (NaN to black).
         """
         started = time.monotonic()
         config, world = self._config, self._world
         base = resolve_base_model(self._run.model, ("vae", "scheduler"))
         passes = -(-len(config.prompts) // world.size)
         nonfinite = 0.0
+        scores: dict[int, dict[str, float]] = {}
         done = 0
 
         def on_step() -> None:
@@ -105,11 +116,32 @@ class TrainingSamples:
                     nonfinite = max(nonfinite, 1.0 - float(np.isfinite(video_THWC).mean()))
                     frames_THWC = to_frames(np.nan_to_num(video_THWC, posinf=1.0, neginf=0.0))
                     write_video(self._video(step, number), frames_THWC, output_fps(self._clips))
-        nonfinite = max(
-            gather(world, nonfinite)
-        )  # also a barrier: all ranks have written their videos
-        on_first_rank(world, lambda: self._record(step, time.monotonic() - started))
-        return [self._video(step, number) for number in range(len(config.prompts))], nonfinite
+                    scores[number], _ = frame_scores(
+                        frames_THWC,
+                        config.scores,
+                        prompt=config.prompts[number],
+                        fps=output_fps(self._clips),
+                    )
+        # Also a barrier: all ranks have written their videos.
+        gathered = gather(world, (nonfinite, scores))
+        for _, of_rank in gathered:
+            scores |= of_rank
+        numbers = range(len(config.prompts))
+        samples = Samples(
+            videos=[self._video(step, number) for number in numbers],
+            nonfinite=max(nonfinite for nonfinite, _ in gathered),
+            scores=[scores[number] for number in numbers],
+        )
+        on_first_rank(world, lambda: self._record(step, samples, time.monotonic() - started))
+        return samples
+
+    def scores_before_training(self) -> dict[str, float]:
+        """Mean scores of the samples of step 0; empty if there are none."""
+        record = self._step_folder(0) / SAMPLES_RECORD
+        if not record.is_file():
+            return {}
+        scores = read_object(record).get("scores")
+        return mean_scores(scores) if isinstance(scores, list) else {}
 
     def _draw(self, pipeline: Any, number: int, on_step: Callable[[], None]) -> np.ndarray:
         config = self._config
@@ -132,8 +164,12 @@ class TrainingSamples:
             **inputs,
         )
 
-    def _record(self, step: int, seconds: float) -> None:
+    def _record(self, step: int, samples: Samples, seconds: float) -> None:
         config = self._config
+        scores = [
+            {name: None if math.isnan(value) else value for name, value in of_video.items()}
+            for of_video in samples.scores
+        ]
         record = {
             "step": step,
             "prompts": config.prompts,
@@ -142,6 +178,7 @@ class TrainingSamples:
             "guidance": config.guidance,
             "seed": config.seed,
             "fps": output_fps(self._clips),
+            "scores": scores,
             "seconds": round(seconds, 3),
         }
         path = self._step_folder(step) / SAMPLES_RECORD

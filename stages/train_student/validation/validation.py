@@ -18,10 +18,11 @@ from stages.train_student.logging.trackers import Trackers
 from stages.train_student.model.student import Student
 from stages.train_student.parallel.process_group import World, on_first_rank
 from stages.train_student.report import write_report
-from stages.train_student.report.records import VALIDATION_FILE
+from stages.train_student.report.records import VALIDATION_FILE, mean_scores
 from stages.train_student.setup import Run
 from stages.train_student.validation.held_out import HeldOutLosses
 from stages.train_student.validation.samples import TrainingSamples
+from stages.video_scores.appearance import washed_out
 
 PAGE_SHARE = 0.01
 """Largest fraction of a run's time spent on its report page, which reads all steps each time."""
@@ -142,16 +143,28 @@ class Validation:
         self._last = row
 
     def _draw(self, samples: TrainingSamples, step: int) -> None:
-        videos, nonfinite = samples(self._student, step, self._note)
+        drawn = samples(self._student, step, self._note)
         if not self._world.is_first:
             return
-        for number, (video, prompt) in enumerate(
-            zip(videos, self._config.samples.prompts, strict=True)
-        ):
-            if self._trackers is not None:
+        scores = mean_scores(drawn.scores)
+        if self._trackers is not None:
+            for number, (video, prompt) in enumerate(
+                zip(drawn.videos, self._config.samples.prompts, strict=True)
+            ):
                 self._trackers.add_video(step, f"samples/{number}", video, prompt)
-        warning = f"; {nonfinite:.0%} of one video is NaN or infinite" if nonfinite else ""
-        self._progress.log(f"step {step}, samples: {_paths(videos)}{warning}")
+            self._trackers.add_scalars(
+                step, {f"samples/{name}": value for name, value in scores.items()}
+            )
+        warning = f"; {drawn.nonfinite:.0%} of one video is NaN or infinite"
+        self._progress.log(
+            f"step {step}, samples: {_paths(drawn.videos)}{warning if drawn.nonfinite else ''}"
+        )
+        if faded := washed_out(scores, samples.scores_before_training()):
+            self._progress.log(
+                f"warning: the samples are washed out, compared with the base model's: "
+                f"{', '.join(faded)}; a lower learning rate or train.lgf.weight may help, unless "
+                "the clips look so themselves"
+            )
 
     @property
     def _run_dir(self) -> Path:

@@ -13,13 +13,14 @@ from PIL import Image
 
 from cache_schema import StoreReader
 from stages.clips import ClipsConfig, encode_video, read_video, write_video
-from stages.evaluate.appearance import appearance_scores
 from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluate import SCORES, compare_sides, score_side
+from stages.evaluate.evaluate import compare_sides, score_side
 from stages.evaluate.output import write_evaluation
-from stages.evaluate.structure import SubjectTracks, structure_scores
 from stages.evaluate.videos import open_side
 from stages.progress import SilentProgress
+from stages.video_scores.appearance import appearance_scores
+from stages.video_scores.groups import SCORES
+from stages.video_scores.structure import SubjectTracks, structure_scores
 
 FRAMES, HEIGHT, WIDTH = 9, 32, 48
 CLIPS = ClipsConfig(path=Path("unused"), num_frames=FRAMES, height=HEIGHT, width=WIDTH, fps=8.0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stages.evaluate.motion import motion_distance, motion_features
-from stages.evaluate.structure import SubjectTracks
+from stages.video_scores.structure import SubjectTracks
 
 
 def moving(offsets, *, fps=8.0, valid=None):

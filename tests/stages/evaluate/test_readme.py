@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from stages import evaluate
-from stages.evaluate.evaluate import SCORES
+from stages.video_scores.groups import SCORES
 
 README = Path(evaluate.__file__).parent / "README.md"
 

@@ -44,7 +44,14 @@ SKIPPED = {
     "clips": [{"key": "a", "timestep": 9, "diffusion": "nan", "auxiliary": {"lgf": 2.0}}],
 }
 DAMAGED = {"step": 4, "key": "b", "message": "torn", "gone": False}
-SAMPLES = {"step": 5, "prompts": ["a dog"], "denoising_steps": 5, "guidance": 6.0, "seed": 0}
+SAMPLES = {
+    "step": 5,
+    "prompts": ["a dog"],
+    "denoising_steps": 5,
+    "guidance": 6.0,
+    "seed": 0,
+    "scores": [{"contrast": 0.2, "flicker": None}],
+}
 RECORDS = {
     "run.json": {"settings": {"a": 1}, "provenance": {"command": "x"}, "processes": 2},
     "losses.jsonl": losses(1)[0],

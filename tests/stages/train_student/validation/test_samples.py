@@ -12,6 +12,10 @@ from stages.clips import encode_video, read_video
 from stages.config import BaseModelConfig
 from stages.sample_videos.config import SampleConfig
 from stages.sample_videos.runs import LORA_FILE
+from stages.train_student.report.charts import sample_charts
+from stages.train_student.report.records import read_run
+from stages.video_scores.appearance import APPEARANCE, appearance_scores
+from stages.video_scores.vbench import VBENCH
 from tests.stages.sampling import sample_frames
 
 SAMPLES = {"prompts": ["a person walks to the right", "a cat"], "steps": 2, "every": 2}
@@ -25,9 +29,9 @@ def bytes_of(run_dir, step):
     return [(folder / f"{number}.mp4").read_bytes() for number in range(2)]
 
 
-def sampled(run_dir, base, tiny, prompt, image=None):
-    """The video that `sample` makes with the export of the run, encoded without its tags."""
-    frames_THWC = sample_frames(
+def sampled_frames(run_dir, base, tiny, prompt, image=None):
+    """The frames that `sample` makes with the export of the run."""
+    return sample_frames(
         SampleConfig(steps=2, precision="fp32", device="cpu"),
         BaseModelConfig(path=str(base)),
         tiny.CLIPS,
@@ -35,7 +39,11 @@ def sampled(run_dir, base, tiny, prompt, image=None):
         prompt=prompt,
         image=image,
     )
-    return encode_video(frames_THWC, 8.0)
+
+
+def sampled(*arguments):
+    """The same as a video without tags."""
+    return encode_video(sampled_frames(*arguments), 8.0)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +70,35 @@ def test_the_last_drawing_is_what_sample_draws_with_the_export(
     record = json.loads((run / "samples" / "step-000002" / "samples.json").read_text())
     assert record["prompts"] == SAMPLES["prompts"]
     assert (record["denoising_steps"], record["guidance"], record["seed"]) == (2, 6.0, 0)
+    frames_THWC = sampled_frames(run, whole_base, tiny, SAMPLES["prompts"][1])
+    assert record["scores"][1] == appearance_scores(frames_THWC)
+
+
+def test_scores_are_curves_and_washed_out_samples_are_reported(train_whole, tmp_path, lines):
+    """The base model's samples are recorded as twice as colourful as they were."""
+    run = tmp_path / "run"
+    changes = {"samples": SAMPLES | {"scores": ["appearance", "vbench"]}, "checkpoint_every": 1}
+    train_whole(run, steps=1, **changes)
+    file = run / "samples" / "step-000000" / "samples.json"
+    record = json.loads(file.read_text())
+    assert set(record["scores"][0]) == {score.name for score in (*APPEARANCE, *VBENCH)}
+    for of_video in record["scores"]:
+        of_video["saturation"] *= 2
+    file.write_text(json.dumps(record))
+    train_whole(run, steps=2, progress=lines, **changes)
+    (warning,) = [text for text in lines.lines if "washed out" in text]
+    assert "saturation" in warning
+    assert "contrast" not in warning
+    titles = {chart.title for chart in sample_charts(read_run(run))}
+    assert titles >= {"Saturation", "Contrast", "Temporal flickering"}
+
+
+def test_without_scores_none_are_computed(train_whole, tmp_path):
+    run = tmp_path / "run"
+    train_whole(run, steps=1, samples=ONE | {"scores": []})
+    record = json.loads((run / "samples" / "step-000001" / "samples.json").read_text())
+    assert record["scores"] == [{}]
+    assert not sample_charts(read_run(run))
 
 
 @pytest.mark.parametrize("whole_base", ["i2v"], indirect=True)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.evaluate.structure import STRUCTURE, SubjectTracks, iou, structure_scores
+from stages.video_scores.structure import STRUCTURE, SubjectTracks, iou, structure_scores
 
 # Legend: T frame, M N mask pixels, H W token grid, K neighbour.
 

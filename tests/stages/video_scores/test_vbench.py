@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from stages.evaluate.vbench import results_json, vbench_scores
+from stages.video_scores.vbench import results_json, vbench_scores
 
 
 def flickering(frames_THWC):

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from stages.evaluate.score import Score
 from stages.local_gram_flow import (
     implied_flow,
     neighbour_mask,
     radius_of_window,
 )
+from stages.video_scores.score import Score
 
 # Legend: T frame, P = T - 1 pairs of frames, M N mask pixels, H W token grid, K neighbour.
 

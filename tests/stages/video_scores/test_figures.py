@@ -4,11 +4,11 @@ import pytest
 from stages.clips import encode_video, read_video
 from stages.demo import draw_clip
 from stages.demo.figures import BODY_PLANS
-from stages.evaluate.figures import count_swaps, figure_scores
-from stages.evaluate.limb_labels import connected_pieces, label_limbs
-from stages.evaluate.limb_regions import FigureRegions
-from tests.stages.evaluate import corruptions
-from tests.stages.evaluate.corruptions import FPS, Figure
+from stages.video_scores.figures import count_swaps, figure_scores
+from stages.video_scores.limb_labels import connected_pieces, label_limbs
+from stages.video_scores.limb_regions import FigureRegions
+from tests.stages.video_scores import corruptions
+from tests.stages.video_scores.corruptions import FPS, Figure
 
 # Legend: T frame, H W pixels, C colour (RGB), L limb, 2 x and y.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stages.demo.figures import BodyPlan
-from stages.evaluate.limb_labels import BACKGROUND, OUTSIDE, connected_pieces
+from stages.video_scores.limb_labels import BACKGROUND, OUTSIDE, connected_pieces
 
 # Legend: T frame, H W pixels, L limb, N pixel or point, 2 x and y.
 

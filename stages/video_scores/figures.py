@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from stages.demo.figures import BODY_PLANS, BodyPlan, Kind
-from stages.evaluate.limb_labels import BACKGROUND, label_limbs
-from stages.evaluate.limb_regions import FigureRegions
-from stages.evaluate.score import Score
+from stages.video_scores.limb_labels import BACKGROUND, label_limbs
+from stages.video_scores.limb_regions import FigureRegions
+from stages.video_scores.score import Score
 
 # Legend: T frame, H W pixels, C colour (RGB), 2 x and y.
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from stages.evaluate.score import Score
+from stages.video_scores.score import Score
 
 # Legend: T frame, H W pixels, C colour (RGB).
 

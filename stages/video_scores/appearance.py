@@ -4,11 +4,12 @@ Fine-tuning can wash videos out: lower contrast or saturation, blur, less motion
 it next to the others; none of them is better or worse by itself.
 """
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
 
-from stages.evaluate.score import Score
+from stages.video_scores.score import Score
 
 # Legend: T frame, H W pixels, C colour (RGB).
 
@@ -56,6 +57,27 @@ APPEARANCE = (
         description="luma difference of consecutive frames, mean over pixels; 0 for a still video",
     ),
 )
+
+WASHED_OUT = 0.2
+"""Relative loss of contrast, saturation or sharpness from which videos are reported."""
+
+
+def washed_out(now: Mapping[str, float], before: Mapping[str, float]) -> list[str]:
+    """Describe which of contrast, saturation and sharpness fell by `WASHED_OUT` or more.
+
+    Args:
+        now: Means of the scores of some videos.
+        before: Those of the same videos of the base model.
+
+    Returns:
+        Such as `contrast 0.21 -> 0.14`; empty if none fell so far.
+    """
+    return [
+        f"{name} {before[name]:.3g} -> {now[name]:.3g}"
+        for name in ("contrast", "saturation", "sharpness")
+        if name in now and name in before and now[name] <= (1 - WASHED_OUT) * before[name]
+        if before[name] > 0
+    ]
 
 
 def appearance_scores(frames_THWC: np.ndarray) -> dict[str, float]:
