@@ -25,6 +25,7 @@ from pipeline.console import CommandResult, escape_unencodable_output, print_fil
 from pipeline.environment import set_rank_from_slurm
 from pipeline.evaluate_cli import evaluate
 from pipeline.inspect_cli import inspect
+from pipeline.preference_cli import preference_app
 from pipeline.sample_cli import sample
 
 app = typer.Typer(
@@ -38,6 +39,9 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(config_app, name="config", help="Show configurations.")
+app.add_typer(
+    preference_app, name="preference", help="Let people compare videos blindly: make, read."
+)
 app.add_typer(cache_app, name="cache", help="Maintain stores: list, verify, repair, drop, copy, …")
 
 LocalRank = Annotated[
