@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stages.evaluate.evaluate import Evaluation
     from stages.evaluate.videos import Side
     from stages.sample_videos.batch import Batch
-    from stages.sample_videos.requests import VideoRequest
+    from stages.sample_videos.requests import PromptRow, VideoRequest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,19 +176,25 @@ def _requests(
         if options.prompt_file is not None:
             rows = read_prompt_file(options.prompt_file)
         else:
-            rows = _held_out_rows(config, run_dirs, out)
+            rows = _held_out_rows(config, run_dirs, out, options.num)
         return make_requests(rows, seeds=(config.sample.seed,), num=options.num, image=None)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def _held_out_rows(config: RunConfig, run_dirs: Sequence[Path | None], out: Path) -> list[Any]:
+def _held_out_rows(
+    config: RunConfig, run_dirs: Sequence[Path | None], out: Path, num: int
+) -> list[PromptRow]:
     from dataclasses import replace
 
     from cache_schema import StoreReader, find_store
     from stages.cogvideox.configs import resolve_base_model
     from stages.cogvideox.sampler import PIPELINES, pipeline_class
-    from stages.evaluate.prompts import held_out_prompts, write_first_frames
+    from stages.evaluate.prompts import (
+        held_out_prompts,
+        with_seeds_of_their_own,
+        write_first_frames,
+    )
     from stages.train_student.run_folder import held_out_clips
 
     run_dir = next((one for one in run_dirs if one is not None), None)
@@ -203,6 +209,7 @@ def _held_out_rows(config: RunConfig, run_dirs: Sequence[Path | None], out: Path
     if PIPELINES[pipeline_class(resolve_base_model(config.model, ()))]:
         images = write_first_frames(keys, config.data, out / "first-frames")
         rows = [replace(row, image=image) for row, image in zip(rows, images, strict=True)]
+        return with_seeds_of_their_own(rows, config.sample.seed, num)
     return rows
 
 

@@ -1,5 +1,6 @@
 """Weight checks of the base pipeline's components, its tokenizer, and the transformer's hash."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +40,32 @@ def hash_transformer(folder: Path) -> str:
     Raises:
         ValueError: The weights are missing or damaged.
     """
-    stored = stored_tensors(folder / "transformer", "diffusion_pytorch_model")
+    return _hash_tensors(folder / "transformer", "diffusion_pytorch_model")
+
+
+def hash_pipeline(folder: Path, parts: Sequence[Part]) -> str:
+    """16-digit hash of what a pipeline computes with: weights as `hash_transformer`, and scheduler.
+
+    Args:
+        folder: A CogVideoX pipeline.
+        parts: The components with weights that are used; the tokenizer is not hashed.
+
+    Raises:
+        ValueError: Weights or the scheduler's configuration are missing or damaged.
+    """
+    scheduler = read_config(folder / "scheduler" / "scheduler_config.json")
+    hashes = [
+        _hash_tensors(
+            folder / part, "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        )
+        for part in parts
+        if part != "tokenizer"
+    ]
+    return hash_parts([*parts, *hashes, json.dumps(scheduler, sort_keys=True)])
+
+
+def _hash_tensors(folder: Path, stem: str) -> str:
+    stored = stored_tensors(folder, stem)
     samples = {}
     for file in {tensor.file for tensor in stored.values()}:
         with file.open("rb") as stream:

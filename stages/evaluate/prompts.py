@@ -1,7 +1,9 @@
 """Prompts to evaluate a run with: captions and first frames of the clips it was not trained on."""
 
 import io
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -73,3 +75,19 @@ def write_first_frames(keys: Sequence[str], clips: ClipsConfig, folder: Path) ->
 
 def _image(folder: Path, keys: Sequence[str], key: str) -> Path:
     return folder / f"{keys.index(key):04d}.png"
+
+
+def with_seeds_of_their_own(rows: Sequence[PromptRow], seed: int, num: int) -> list[PromptRow]:
+    """Give clips of one caption different seeds: videos are told apart by prompt and seed.
+
+    Args:
+        rows: Prompts, some of which may be equal.
+        seed: Seed of the first clip of each caption.
+        num: Videos per clip, with consecutive seeds.
+    """
+    earlier: Counter[str] = Counter()
+    numbered = []
+    for row in rows:
+        numbered.append(replace(row, seed=seed + num * earlier[row.prompt]))
+        earlier[row.prompt] += 1
+    return numbered

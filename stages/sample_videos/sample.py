@@ -26,7 +26,7 @@ from stages.cogvideox.sampler import (
 from stages.cogvideox.weights import (
     Part,
     check_base_weights,
-    hash_transformer,
+    hash_pipeline,
     load_tokenizer,
     model_class_of,
 )
@@ -60,6 +60,7 @@ class VideoModel:
     base: Path
     """Folder of the base pipeline, complete."""
     run_dir: Path | None
+    """The training run, or the folder of an export; None for the base alone."""
     export: Export | None
     config: SampleConfig
     size: ClipsConfig
@@ -105,11 +106,12 @@ def open_video_model(
             f"{run_dir} holds a whole transformer, which sample.lora_scale={config.lora_scale:g} "
             "cannot scale; it must be 1"
         )
-    check_base_weights(base, [part for part in _WEIGHTS if not (tuned and part == "transformer")])
+    used = [part for part in _WEIGHTS if not (tuned and part == "transformer")]
+    check_base_weights(base, used)
     size = config.video_size(clips)
     check_size(base, size)
     settings: dict[str, JSON] = {
-        "base": None if tuned else hash_transformer(base),
+        "base": hash_pipeline(base, used),
         "weights": None if export is None else export_hash(export),
         "lora_scale": config.lora_scale if export is not None and not tuned else None,
         "steps": config.steps,

@@ -243,6 +243,36 @@ def test_what_changes_the_pixels_is_part_of_the_settings(config, base, clips, lo
     assert settings(moved) == found[-3]
 
 
+@pytest.mark.parametrize(
+    ("part", "file"),
+    [
+        ("vae", "diffusion_pytorch_model.safetensors"),
+        ("text_encoder", "model.safetensors"),
+        ("transformer", "diffusion_pytorch_model.safetensors"),
+    ],
+)
+def test_another_base_model_gives_other_settings(config, base, clips, tmp_path, part, file):
+    copy = shutil.copytree(base.path, tmp_path / "copy")
+    moved = BaseModelConfig(path=str(copy))
+    found = open_video_model(config, base, clips, run_dir=None).settings
+    assert open_video_model(config, moved, clips, run_dir=None).settings == found
+    weights = load_file(copy / part / file)
+    name = max(weights, key=lambda name: weights[name].numel())
+    save_file(weights | {name: weights[name] + 1}, copy / part / file, {"format": "pt"})
+    assert open_video_model(config, moved, clips, run_dir=None).settings != found
+
+
+def test_another_noise_schedule_gives_other_settings(config, base, clips, tmp_path):
+    copy = shutil.copytree(base.path, tmp_path / "copy")
+    file = copy / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_end": 0.013}))
+    found = [
+        open_video_model(config, one, clips, run_dir=None).settings
+        for one in (base, BaseModelConfig(path=str(copy)))
+    ]
+    assert found[0] != found[1]
+
+
 def test_the_image_is_part_of_what_a_video_is_made_from(config, bases, clips, tmp_path):
     model = open_video_model(config, BaseModelConfig(path=str(bases / "i2v")), clips, run_dir=None)
     image = tmp_path / "image.png"
