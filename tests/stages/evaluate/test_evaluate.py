@@ -148,8 +148,13 @@ def test_files_say_the_same(videos, score, tmp_path):
     contrast = {(row["side"], row["video"]): float(row["contrast"]) for row in table}
     found = summary["scores"]["contrast"]
     for number, name in enumerate("ab"):
-        values = [value for (side, _), value in contrast.items() if side == name]
-        assert found["means"][number]["mean"] == pytest.approx(math.fsum(values) / 3, rel=1e-12)
+        of_prompt: dict[str, list[float]] = {}
+        for (side, video), value in contrast.items():
+            if side == name:
+                of_prompt.setdefault(video.split("-")[0], []).append(value)
+        means = [math.fsum(values) / len(values) for values in of_prompt.values()]
+        expected = math.fsum(means) / len(means)
+        assert found["means"][number]["mean"] == pytest.approx(expected, rel=1e-12)
     differences = [contrast["a", key] - contrast["b", key] for key in ("cat-0", "dog-1")]
     assert found["difference"]["difference"]["mean"] == pytest.approx(sum(differences) / 2)
     assert summary["made_with"] == {"version": "1"}

@@ -111,7 +111,7 @@ def test_a_drawing_of_no_step_or_prompts_is_refused(make_run, draw, about):
 
 
 def test_the_step_of_a_drawing_is_escaped():
-    sample = SampleVideo(step=NASTY, prompt="a", file=Path("0.mp4"), settings={})
+    sample = SampleVideo(step=NASTY, prompt="a", file=Path("0.mp4"), settings={}, scores={})
     made = videos({"a": [PageVideo(sample=sample, source='"><b>', embedded=True)]})
     assert "<script>" not in made
     assert "<b>" not in made
