@@ -30,23 +30,23 @@ def stopping(monkeypatch):
     monkeypatch.setattr("stages.demo.build.ensure_demo", stop)
 
 
-def made_by(command, tmp_path, *overrides, **options):
+def made_by(command, tmp_path, *overrides, options=()):
     config = load_config("demo", [f"demo.root={tmp_path}/demo", *overrides])
     with pytest.raises(MadeError) as made:
-        command.run(config, QUIET, **options)
+        command.run(config, QUIET, *options)
     return made.value.args
 
 
 @pytest.mark.parametrize(
     ("command", "options", "parts"),
     [
-        (extract, {}, EVERYTHING),
-        (train, {}, ("cogvideox",)),
-        (sample, {"prompts": ["a dog"]}, ("cogvideox",)),
+        (extract, (), EVERYTHING),
+        (train, (), ("cogvideox",)),
+        (sample, (sample.SampleOptions(prompts=["a dog"]),), ("cogvideox",)),
     ],
 )
 def test_a_command_makes_what_it_reads(stopping, tmp_path, command, options, parts):
-    assert made_by(command, tmp_path, **options) == parts
+    assert made_by(command, tmp_path, options=options) == parts
 
 
 @pytest.mark.parametrize(
