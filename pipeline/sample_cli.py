@@ -89,9 +89,9 @@ def sample(
         ),
     ] = None,
     form: Annotated[
-        Literal["mp4", "gif", "frames"],
-        typer.Option("--format", help="mp4, gif, or frames: a folder of PNG images."),
-    ] = "mp4",
+        Literal["mp4", "gif", "frames"] | None,
+        typer.Option("--format", help="mp4 (the default), gif, or frames: a folder of PNG images."),
+    ] = None,
     overwrite: Annotated[
         bool,
         typer.Option(
@@ -160,6 +160,8 @@ def sample(
     videos.
 
     sam2vx-pipeline sample --prompt-file prompts.txt --num 5 --run runs/lgf --compare base
+
+    torchrun --nproc-per-node 8 -m -- pipeline sample --prompt-file prompts.txt --run runs/lgf
     """
     from pipeline.commands import sample as command
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,8 +156,6 @@ def _sampled(
 
 def _side_of(batch: Batch) -> Side:
     """The videos of a batch; its folder may hold those of other prompts, too."""
-    from dataclasses import replace
-
     from stages.evaluate.videos import open_side
 
     folder = batch.outputs[0].folder
@@ -185,8 +183,6 @@ def _requests(
 def _held_out_rows(
     config: RunConfig, run_dirs: Sequence[Path | None], out: Path, num: int
 ) -> list[PromptRow]:
-    from dataclasses import replace
-
     from cache_schema import StoreReader, find_store
     from stages.cogvideox.configs import resolve_base_model
     from stages.cogvideox.sampler import PIPELINES, pipeline_class

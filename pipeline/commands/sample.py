@@ -45,7 +45,8 @@ class SampleOptions:
     out: Path | None = None
     """A folder, or the file of a single video; None makes a folder per model and settings in
     `outputs`."""
-    form: VideoFormat = "mp4"
+    form: VideoFormat | None = None
+    """None takes the suffix of `out`, or mp4."""
     overwrite: bool = False
     """Replace videos of the same names that were made otherwise."""
 
@@ -95,11 +96,13 @@ def _check_options(options: SampleOptions) -> None:
         raise ConfigError("--base uses the base model without a run; remove --run")
     if not options.prompts and options.prompt_file is None:
         raise ConfigError("name what to sample with --prompt TEXT or --prompt-file FILE")
-    if options.compare is not None and options.form != "mp4":
+    if options.compare is not None and options.form not in (None, "mp4"):
         raise ConfigError("--compare shows two videos in one mp4; remove --format")
     if options.out is not None and has_video_suffix(options.out.name):
         if options.out.suffix not in _SUFFIXES:
             raise ConfigError(f"--out ends in .mp4 or .gif, or is a folder, got {options.out}")
+        if options.form not in (None, _SUFFIXES[options.out.suffix]):
+            raise ConfigError(f"--out {options.out} and --format {options.form} differ; remove one")
         if options.compare is not None:
             raise ConfigError(
                 f"--compare writes several videos; --out must be a folder, got {options.out}"
@@ -174,7 +177,7 @@ def _open_batch(
         folder = default_folder(config.outputs, model)
     else:
         folder = out if alone else out / model.name
-    return open_batch(model, share, folder, form=options.form, overwrite=overwrite)
+    return open_batch(model, share, folder, form=options.form or "mp4", overwrite=overwrite)
 
 
 def _result(

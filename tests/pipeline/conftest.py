@@ -1,5 +1,6 @@
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +50,23 @@ def replace_stage(monkeypatch):
         monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**functions))
 
     return replace
+
+
+@pytest.fixture
+def fake_models(monkeypatch):
+    """Replaces the opening of video models: none is read, and names tell the weights."""
+    from stages.sample_videos import sample
+
+    def open_video_model(config, model, clips, *, run_dir):
+        return sample.VideoModel(
+            name="base" if run_dir is None else run_dir.name,
+            base=Path(model.path),
+            run_dir=run_dir,
+            export=None,
+            config=config,
+            size=config.video_size(clips),
+            settings={"weights": str(run_dir), "steps": config.steps},
+        )
+
+    monkeypatch.setattr(sample, "open_video_model", open_video_model)
+    monkeypatch.setattr(sample, "check_images", lambda model, requests: None)

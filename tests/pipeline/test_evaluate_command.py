@@ -1,7 +1,6 @@
 """The command `evaluate`."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,7 @@ from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from pipeline.cli import app
 from stages.clips import write_video
 from stages.cogvideox import configs, sampler
-from stages.sample_videos import batch, sample
-from stages.sample_videos.sample import VideoModel
+from stages.sample_videos import batch
 from tests.fingerprints import fingerprint_of
 
 APPEARANCE = "evaluate.scores=[appearance]"
@@ -93,34 +91,18 @@ class TestRun:
     """`--run` samples before it scores."""
 
     @pytest.fixture
-    def fake(self, monkeypatch, tmp_path):
+    def fake(self, fake_models, monkeypatch, tmp_path):
         """Stands in for the models: the brightness of a video is its weights' own."""
         drawn = []
-
-        def open_model(config, model, clips, *, run_dir):
-            name = "base" if run_dir is None else run_dir.name
-            return VideoModel(
-                name=name,
-                base=Path(model.path),
-                run_dir=run_dir,
-                export=None,
-                config=config,
-                size=config.video_size(clips),
-                settings={"weights": name},
-            )
 
         def generate(model, requests, *, device, progress):
             for request in requests:
                 drawn.append((model.name, request.prompt, request.seed))
                 noise_THWC = np.random.default_rng(request.seed).random((9, 32, 48, 3)) / 8
-                level = np.nan if request.prompt == "a nan" else 0.5 if run_of(model) else 0.25
+                level = 0.25 if model.run_dir is None else 0.5
+                level = np.nan if request.prompt == "a nan" else level
                 yield (noise_THWC + level).astype(np.float32)
 
-        def run_of(model):
-            return model.run_dir is not None
-
-        monkeypatch.setattr(sample, "open_video_model", open_model)
-        monkeypatch.setattr(sample, "check_images", lambda model, requests: None)
         monkeypatch.setattr(batch, "generate_videos", generate)
         run = tmp_path / "runs" / "lgf"
         write_json(run / "run.json", settings={}, clip_digests={}, held_out=["walk/1", "run/0"])

@@ -12,9 +12,7 @@ from pipeline.commands.sample import SampleOptions
 from pipeline.config.load import ConfigError, load_config
 from stages.progress import SilentProgress
 from stages.sample_videos import batch
-from stages.sample_videos import sample as stage
 from stages.sample_videos.config import SampleConfig
-from stages.sample_videos.sample import VideoModel
 
 QUIET = SilentProgress()
 
@@ -35,21 +33,9 @@ def config(minimal, tmp_path):
 
 
 @pytest.fixture
-def drawn(monkeypatch):
+def drawn(fake_models, monkeypatch):
     """Stands in for the models; returns what was drawn, with the name of the weights."""
     calls = []
-
-    def open_model(config, model, clips, *, run_dir):
-        name = "base" if run_dir is None else run_dir.name
-        return VideoModel(
-            name=name,
-            base=Path(model.path),
-            run_dir=run_dir,
-            export=None,
-            config=config,
-            size=config.video_size(clips),
-            settings={"weights": str(run_dir), "steps": config.steps},
-        )
 
     def generate(model, requests, *, device, progress):
         for request in requests:
@@ -57,8 +43,6 @@ def drawn(monkeypatch):
             shape = (model.size.num_frames, model.size.height, model.size.width, 3)
             yield np.full(shape, np.nan if request.prompt == "a nan" else 0.5, np.float32)
 
-    monkeypatch.setattr(stage, "open_video_model", open_model)
-    monkeypatch.setattr(stage, "check_images", lambda model, requests: None)
     monkeypatch.setattr(batch, "generate_videos", generate)
     return calls
 
@@ -118,6 +102,7 @@ def test_without_a_finished_run_the_remedies_are_named(config, drawn):
         ({"num": 2, "out": Path("x.gif")}, "names one video, but there are 2"),
         ({"seeds": (1, 2), "num": 2}, "--num counts up from one seed"),
         ({"compare": "base", "out": Path("x.mp4")}, "--out must be a folder, got x.mp4"),
+        ({"out": Path("x.mp4"), "form": "gif"}, "--out x.mp4 and --format gif differ"),
         ({"compare": "base", "form": "gif"}, "--compare shows two videos in one mp4"),
         ({"compare": "base"}, "--compare base has the weights that are compared"),
     ],

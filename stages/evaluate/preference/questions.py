@@ -166,7 +166,11 @@ def _check(chosen: tuple[Side, Video], out: Path, rng: random.Random) -> _Drawn:
 def tiles_moved(frames_THWC: np.ndarray) -> np.ndarray:
     """Break a video so that nobody can prefer it: rows and columns of tiles in reverse order.
 
-    Sizes are cropped to a multiple of two tiles: uint8 [T, H', W', 3].
+    Args:
+        frames_THWC: uint8 [T, H, W, 3].
+
+    Returns:
+        The same, with height and width cropped to multiples of 8.
     """
     _, height, width, _ = frames_THWC.shape
     tile_height, tile_width = height // _TILES // 2 * 2, width // _TILES // 2 * 2

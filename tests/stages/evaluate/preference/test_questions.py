@@ -39,7 +39,7 @@ def data_of(folder):
 
 
 def model_of(path):
-    """The model whose brightness a video has; None for a broken copy is not told here."""
+    """The model whose brightness a video has."""
     return "dark" if read_video(path)[0].mean() < 100 else "bright"
 
 
