@@ -108,8 +108,7 @@ def _sides(
             raise ConfigError(
                 f"--against {against} is the folder of videos itself; name another one"
             )
-        name = against.resolve().name
-        sides.append(open_side(name if name != sides[0].name else f"{name} (against)", against))
+        sides.append(_side_against(against, sides[0]))
     return sides, []
 
 
@@ -148,10 +147,20 @@ def _sampled(
     for batch in batches:
         generate_batch(batch, device=device, about=about, progress=progress)
     sides = [_side_of(batch) for batch in batches]
+    if len({side.name for side in sides}) < len(sides):
+        sides = [replace(side, name=side.folder.name) for side in sides]
     if against is not None:
-        sides.append(open_side(against.resolve().name, against))
+        sides.append(_side_against(against, sides[0]))
     failed = [f"{path}: {why}" for batch in batches for path, why in batch.problems.items()]
     return sides, failed
+
+
+def _side_against(folder: Path, first: Side) -> Side:
+    """A folder of videos as the second side, of another name than the first one."""
+    from stages.evaluate.videos import open_side
+
+    name = folder.resolve().name
+    return open_side(name if name != first.name else f"{name} (against)", folder)
 
 
 def _side_of(batch: Batch) -> Side:
@@ -159,7 +168,7 @@ def _side_of(batch: Batch) -> Side:
     from stages.evaluate.videos import open_side
 
     folder = batch.outputs[0].folder
-    side = open_side(folder.name, folder)
+    side = open_side(batch.model.name, folder)
     mine = {output.video for output in batch.outputs}
     return replace(side, videos=tuple(video for video in side.videos if video.path in mine))
 

@@ -14,7 +14,7 @@ from stages.clips.geometry import FrameGeometry
 from stages.clips.loading import ClipProbe, load_clip, probe_clip
 from stages.clips.records import BadRecord, Clip, ClipRecord, ClipSkipped, SubjectPrompt
 from stages.clips.video.decoding import read_video
-from stages.clips.video.encoding import encode_video, write_video
+from stages.clips.video.encoding import copy_without_tags, encode_video, write_video
 from stages.clips.video.streams import VideoError
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "SubjectPrompt",
     "VideoError",
     "bucket_of",
+    "copy_without_tags",
     "encode_video",
     "input_shard_name",
     "is_in_bucket",

@@ -142,6 +142,7 @@ class TestRun:
             for seed in (0, 1)
         ]
         answer = json.loads(done.stdout)
+        assert [side["name"] for side in answer["sides"]] == ["lgf", "base"]
         difference = answer["scores"]["brightness"]["difference"]["difference"]
         assert (difference["count"], difference["prompts"]) == (4, 2)
         assert difference["mean"] == pytest.approx(0.25, abs=0.01)
@@ -156,10 +157,12 @@ class TestRun:
 
     def test_a_folder_of_videos_may_be_the_other_side(self, fake, tmp_path, videos):
         (tmp_path / "p.txt").write_text("dog\ncat\n")
-        other = videos("others", dog=100, cat=120)
+        other = videos("lgf", dog=100, cat=120)
         done = self.evaluate(tmp_path, "--prompt-file", tmp_path / "p.txt", "--against", other)
         assert done.exit_code == 0, done.output
-        assert json.loads(done.stdout)["pairs"] == 2
+        answer = json.loads(done.stdout)
+        assert answer["pairs"] == 2
+        assert [side["name"] for side in answer["sides"]] == ["lgf", "lgf (against)"]
 
     def test_a_video_that_cannot_be_sampled_is_told_and_exits_with_3(self, fake, tmp_path):
         (tmp_path / "p.txt").write_text("a dog\na nan\na cat\n")

@@ -1,4 +1,4 @@
-"""Writes H.264 videos."""
+"""Writes H.264 videos, and copies videos without their tags."""
 
 import io
 import secrets
@@ -13,6 +13,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 
 from cache_schema.atomic_io import add_path_to_errors
 from stages.clips.video.colour import EXACT
+from stages.clips.video.streams import VideoError
 
 # Legend: T frame, H W pixels, C colour (RGB).
 
@@ -92,3 +93,29 @@ def encode_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return out.getvalue()
+
+
+def copy_without_tags(source: Path, target: Path) -> None:
+    """Copy the picture of a video without its tags, its sound and whatever else the file holds.
+
+    Packets are copied as they are: the pixels and their times do not change.
+
+    Args:
+        source: A file with a video stream.
+        target: Written in the container that its suffix names, such as .mp4 or .webm; replaced if
+            it exists.
+
+    Raises:
+        VideoError: The source cannot be read, or the container cannot hold its stream.
+    """
+    try:
+        options = {"fflags": "+bitexact"}
+        with av.open(source) as read, av.open(target, "w", options=options) as write:
+            stream = write.add_stream_from_template(read.streams.video[0])
+            stream.metadata.clear()
+            for packet in read.demux(read.streams.video[0]):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    write.mux(packet)
+    except (av.FFmpegError, IndexError, ValueError) as error:
+        raise VideoError(f"{source} cannot be copied: {error}") from error

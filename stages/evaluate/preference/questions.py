@@ -8,7 +8,6 @@
 
 import json
 import random
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -18,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from cache_schema.atomic_io import make_directories, write_atomic
-from stages.clips import read_video, write_video
+from stages.clips import copy_without_tags, read_video, write_video
 from stages.clips.fingerprints import hash_parts
 from stages.evaluate.preference.page import PageQuestion, preference_page
 from stages.evaluate.videos import Side, Video, pair_videos
@@ -71,7 +70,7 @@ def write_preference(sides: Sequence[Side], out: Path, *, checks: int, seed: int
     Raises:
         ValueError: Two sides have the same name or no pair, browsers cannot play a video, or the
             folder is not empty.
-        VideoError: A video for a check cannot be decoded.
+        VideoError: A video cannot be copied, or one for a check cannot be decoded.
     """
     names = [side.name for side in sides]
     if len(names) < 2 or len(set(names)) < len(names):
@@ -95,7 +94,8 @@ def write_preference(sides: Sequence[Side], out: Path, *, checks: int, seed: int
         places = {}
         for place, path in (("left", one.left), ("right", one.right)):
             name = hash_parts([page_id, one.question.id, place]) + path.suffix
-            shutil.copyfile(path, out / VIDEOS / name)
+            # The tags of sampled videos name the weights.
+            copy_without_tags(path, out / VIDEOS / name)
             places[place] = f"{VIDEOS}/{name}"
         shown.append(PageQuestion(id=one.question.id, prompt=one.question.prompt, **places))
     for broken in (out / VIDEOS).glob("broken-*"):

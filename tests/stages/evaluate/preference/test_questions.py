@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from stages.clips import read_video, write_video
+from stages.clips import VideoError, encode_video, read_video, write_video
 from stages.evaluate.preference.questions import read_key, tiles_moved, write_preference
 from stages.evaluate.videos import open_side
 
@@ -65,6 +65,30 @@ def test_the_page_tells_no_model(sides, tmp_path):
     assert all(re.fullmatch(r"[0-9a-f]{16}\.mp4", name) for name in names)
     assert len(names) == 2 * 8
     assert not re.search("dark|bright", text + " ".join(names))
+
+
+def test_copies_have_the_same_frames_but_no_tags(sides, tmp_path):
+    models = sides(2, dark=20, bright=180)
+    original = models[0].videos[0].path
+    frames_THWC, fps = read_video(original)
+    tags = {"title": "a prompt", "comment": '{"run": "runs/secret"}'}
+    original.write_bytes(encode_video(frames_THWC, fps, tags=tags))
+    assert b"secret" in original.read_bytes()
+    write_preference(models, tmp_path / "page", checks=0, seed=0)
+    copies = list((tmp_path / "page" / "videos").iterdir())
+    assert len(copies) == 4
+    assert not any(b"secret" in copy.read_bytes() for copy in copies)
+    decoded = [read_video(copy) for copy in copies]
+    expected = [read_video(video.path) for model in models for video in model.videos]
+    for frames_THWC, fps in expected:
+        assert any(np.array_equal(frames_THWC, one) and fps == rate for one, rate in decoded)
+
+
+def test_a_video_that_cannot_be_copied_is_named(sides, tmp_path):
+    models = sides(2, dark=20, bright=180)
+    models[0].videos[0].path.write_bytes(b"not a video")
+    with pytest.raises(VideoError, match=r"prompt 0-0\.mp4 cannot be copied"):
+        write_preference(models, tmp_path / "page", checks=0, seed=0)
 
 
 def test_a_check_is_a_video_beside_its_broken_self(sides, tmp_path):
