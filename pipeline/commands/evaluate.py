@@ -116,7 +116,6 @@ def _sampled(
     config: RunConfig, options: EvaluateOptions, out: Path, progress: Progress
 ) -> tuple[list[Side], list[str]]:
     """Sample the videos of the run, and of what it is compared with unless that is videos."""
-    from stages.evaluate.videos import open_side
     from stages.sample_videos.batch import default_folder, generate_batch, open_batch
     from stages.sample_videos.outputs import OtherVideoError
     from stages.sample_videos.runs import is_run
