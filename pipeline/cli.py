@@ -207,9 +207,11 @@ def export(
         Path, typer.Option(exists=True, file_okay=False, help="The training run's folder.")
     ],
     checkpoint: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            metavar="STEP", help="Step of a complete checkpoint; default: the latest one."
+            metavar="STEP|best",
+            help="Step of a complete checkpoint, or best, the one that train.keep_best kept; "
+            "default: the latest one.",
         ),
     ] = None,
     weights: Annotated[
@@ -241,13 +243,23 @@ def export(
     """
     from pipeline.commands import export as command
 
+    step = _step_of(checkpoint)
     result = run_command(
-        lambda p: command.run(
-            p, run_dir=run, checkpoint=checkpoint, weights=weights, out=out, form=form
-        ),
+        lambda p: command.run(p, run_dir=run, checkpoint=step, weights=weights, out=out, form=form),
         traceback,
     )
     print_result(result, as_json)
+
+
+def _step_of(checkpoint: str | None) -> int | Literal["best"] | None:
+    if checkpoint is None or checkpoint == "best":
+        return checkpoint
+    try:
+        return int(checkpoint)
+    except ValueError:
+        raise typer.BadParameter(
+            f"--checkpoint must be a step or best, got {checkpoint!r}"
+        ) from None
 
 
 @app.command()

@@ -22,7 +22,7 @@ def run(
     progress: Progress,
     *,
     run_dir: Path,
-    checkpoint: int | None = None,
+    checkpoint: int | Literal["best"] | None = None,
     weights: Literal["average", "last"] | None = None,
     out: Path | None = None,
     form: Literal["diffusers", "comfyui", "kohya"] = "diffusers",
@@ -32,7 +32,7 @@ def run(
     Args:
         progress: Shows one task.
         run_dir: The run's folder.
-        checkpoint: Step of the checkpoint; None uses the latest one.
+        checkpoint: Step of the checkpoint, or the best one; None uses the latest one.
         weights: None uses the average if the run keeps one.
         out: Output folder; None writes a folder inside the run's.
         form: Key format of a LoRA.

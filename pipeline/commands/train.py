@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 def run(config: RunConfig, progress: Progress) -> CommandResult:
     """Train, or resume a stopped run."""
     from stages.train_student.logging.rows import DAMAGED_FILE, SKIPPED_FILE
-    from stages.train_student.report.figures import by_name, loss_figures, speed_figures
+    from stages.train_student.report.figures import (
+        best_figures,
+        by_name,
+        loss_figures,
+        speed_figures,
+    )
     from stages.train_student.report.records import read_run
     from stages.train_student.report.report import REPORT_FILE
     from stages.train_student.train import train_student
@@ -35,8 +40,9 @@ def run(config: RunConfig, progress: Progress) -> CommandResult:
     page = summary.run_dir / REPORT_FILE
     records = read_run(summary.run_dir)
     losses, speed = loss_figures(records), speed_figures(records)
+    best = best_figures(records)
     data = json_values(summary, left_out="excluded", left_out_by_name="excluded_by_name") | {
-        "figures": by_name([*losses, *speed]),
+        "figures": by_name([*losses, *best, *speed]),
         "page": str(page) if page.is_file() else None,
     }
     rows = [
@@ -56,6 +62,7 @@ def run(config: RunConfig, progress: Progress) -> CommandResult:
     rows += [(one.name, one.text) for one in speed]
     rows.append(("peak memory", format_bytes(summary.peak_memory_bytes)))
     rows.append(("weights", str(summary.export)))
+    rows += [(one.name, f"{one.text}; export --checkpoint best") for one in best]
     if data["page"] is not None:
         rows.append(("curves, samples", data["page"]))
     return CommandResult(title=f"trained with {config.name}", rows=rows, data=data)

@@ -45,11 +45,13 @@ def run(
     from stages.dry_run.train import estimate
     from stages.train_student.parallel.deepspeed import check_engine_settings
     from stages.train_student.setup import check_block, weights_needed
+    from stages.train_student.validation.best import check_keep_best
 
     chosen = local_gpu() if gpu is None else find_gpu(gpu)
     number = _processes() if gpus is None else gpus
     configs, notes = configs_for_estimate(config.model)
     check_block(config.train, configs)
+    check_keep_best(config.train)
     parts_are_here(config.model, configs.folder, weights_needed(config.train))
     progress.log("tracing a training step on meta tensors")
     found = estimate(config.train, configs, _planned_stores(config), gpu=chosen, gpus=number)
@@ -156,7 +158,7 @@ def _work_rows(config: RunConfig, found: TrainEstimate) -> list[tuple[str, str]]
     if found.seconds_per_step is not None and found.seconds is not None:
         step, whole = format_time(found.seconds_per_step), format_time(found.seconds)
         rows.append(("time", f"about {step} a step, {whole} for {train.steps} steps"))
-    kept = train.checkpoints_kept
+    kept = train.checkpoints_kept + (train.keep_best is not None)
     each, of_all = found.checkpoint_bytes, kept * found.checkpoint_bytes
     sizes = f"{format_bytes(each)} each, {format_bytes(of_all)} for the {kept} that are kept"
     return [*rows, ("checkpoints", sizes)]

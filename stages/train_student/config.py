@@ -129,6 +129,16 @@ class TrainingSamplesConfig(Section):
     given when contrast, saturation or sharpness fall far below the base model's; figures is for the
     demo; [] computes none."""
 
+    def as_recorded(self) -> dict[str, Any]:
+        """What determines the videos, apart from weights and clip size, as in samples.json."""
+        return {
+            "prompts": list(self.prompts),
+            "images": [str(image) for image in self.images],
+            "denoising_steps": self.steps,
+            "guidance": self.guidance,
+            "seed": self.seed,
+        }
+
 
 class TrainConfig(Section):
     """Training run: method, length, data, objectives, and where the run is stored."""
@@ -151,7 +161,11 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(default=500, ge=1)
     """Steps between checkpoints; the last step is always saved."""
     checkpoints_kept: int = Field(default=3, ge=1)
-    """Number of complete checkpoints kept on disk; 3 is usual."""
+    """Number of newest complete checkpoints kept on disk; 3 is usual."""
+    keep_best: str | None = None
+    """Curve, by its name in the trackers, whose best checkpoint is kept besides the newest:
+    validation/diffusion, another loss on held-out clips, or a score of the samples such as
+    samples/temporal_flickering; null keeps only the newest."""
     log_every: int = Field(default=10, ge=1)
     """Steps between rows of the console table."""
     loader_workers: int = Field(default=2, ge=0)

@@ -8,6 +8,8 @@
     losses.jsonl           one line per step; further logs are in logging/run_log.py
     tensorboard/, wandb/   as set by train.report_to
     checkpoints/           (checkpoints/__init__.py)
+    best.json              step of the best checkpoint, if train.keep_best names a curve, and its
+                           value (checkpoints/best.py)
     heads.safetensors      the objectives' projectors, for further training
     export/                the trained weights in diffusers format (checkpoints/export.py)
     finished.json          written last
@@ -45,6 +47,7 @@ FREE_SETTINGS = (
     "loader_start",
     "checkpoint_every",
     "checkpoints_kept",
+    "keep_best",
     "max_damaged",
     "max_skipped_steps",
     "report_to",

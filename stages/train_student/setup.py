@@ -41,6 +41,7 @@ from stages.train_student.parallel.ema import check_average
 from stages.train_student.parallel.process_group import World, gather
 from stages.train_student.run_folder import RunLock, fixed_settings, held_out_before, open_run
 from stages.train_student.step import TrainingStep
+from stages.train_student.validation.best import check_keep_best
 
 CONFIGURATIONS = ("transformer/config.json", "vae/config.json", "scheduler")
 """Base-model files that are read before any weights are loaded."""
@@ -213,6 +214,7 @@ def prepare(
     check_engine_settings(config)
     check_average(config)
     check_trackers(config.report_to)
+    check_keep_best(config)
     kinds = kinds_needed(config)
     configs = read_configs(resolve_base_model(model, CONFIGURATIONS))
     check_block(config, configs)

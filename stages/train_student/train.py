@@ -14,6 +14,7 @@ from stages.cogvideox.weights import check_base_weights
 from stages.config import BaseModelConfig
 from stages.processes.stop_request import StopRequest, stop_on_signals
 from stages.progress import Progress, SilentProgress
+from stages.train_student.checkpoints.best import best_step
 from stages.train_student.checkpoints.checkpointing import plan_resume, resume, save_checkpoint
 from stages.train_student.checkpoints.export import EXPORT_FOLDER, export_weights
 from stages.train_student.checkpoints.records import checkpoints_of, keep_newest
@@ -293,8 +294,13 @@ def _train_step(
 def _finish(run: Run, steps: int, export: Path) -> None:
     config, check = run.config, run.lock.check
     check()
-    # Remove old checkpoints left by a crash after the last save.
-    keep_newest(checkpoints_of(config.run_dir), config.checkpoints_kept, steps)
+    # Remove old checkpoints left by a crash after the last save, and a best one since surpassed.
+    keep_newest(
+        checkpoints_of(config.run_dir),
+        config.checkpoints_kept,
+        steps,
+        best=best_step(config.run_dir),
+    )
     check()
     mark_finished(config.run_dir, steps, export)
 

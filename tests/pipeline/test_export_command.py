@@ -22,7 +22,7 @@ def calls(monkeypatch):
         return ExportSummary(
             folder=out or run_dir / "export",
             method="lora",
-            step=step or 500,
+            step=500 if step in (None, "best") else step,
             weights=which or "average",
             form=form,
             parameters=1_234_567,
@@ -72,6 +72,15 @@ def test_another_form_names_the_program_that_reads_it(calls, tmp_path, form, rea
     assert calls[0][-1] == form
     assert reader in done.stdout
     assert "sam2vx-pipeline sample" not in done.stdout
+
+
+def test_the_best_checkpoint_is_passed_on_by_name(calls, tmp_path):
+    assert call("--run", tmp_path, "--checkpoint", "best").exit_code == 0
+    assert calls[0][1] == "best"
+    done = call("--run", tmp_path, "--checkpoint", "newest")
+    assert done.exit_code == 2
+    assert "must be a step or best" in done.output
+    assert len(calls) == 1
 
 
 def test_weights_of_another_name_are_bad_usage(calls, tmp_path):

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from stages.files.checksums import checksum_of, files_below
 from stages.files.tensor_files import write_error_reason
 from stages.progress import Progress
+from stages.train_student.checkpoints.best import best_step
 from stages.train_student.checkpoints.records import (
     CHECKING_TIME,
     Checkpoint,
@@ -58,7 +59,7 @@ def save_checkpoint(
     average: WeightAverage | None,
     check: Callable[[], None],
 ) -> None:
-    """Save the state after `step` steps, and remove all but the newest checkpoints.
+    """Save the state after `step` steps, and remove all but the newest checkpoints and the best.
 
     Frozen weights, which are those of the base model, are not saved.
 
@@ -74,7 +75,7 @@ def save_checkpoint(
     """
     root = checkpoints_of(config.run_dir)
     folder = checkpoint_folder(root, step)
-    with _explain_write_errors(root, folder, step):
+    with _explain_write_errors(root, folder, step, config):
 
         def begin() -> None:
             check()
@@ -111,7 +112,8 @@ def save_checkpoint(
             check()
             write_record(checkpoint)
             check()
-            keep_newest(root, config.checkpoints_kept, step)
+            best = best_step(config.run_dir)
+            keep_newest(root, config.checkpoints_kept, step, best=best)
 
         on_first_rank(world, finish)
 
@@ -204,7 +206,9 @@ def resume(
 
 
 @contextmanager
-def _explain_write_errors(root: Path, folder: Path, step: int) -> Iterator[None]:
+def _explain_write_errors(
+    root: Path, folder: Path, step: int, config: TrainConfig
+) -> Iterator[None]:
     """Explain a failed write: where, the size of a checkpoint, and which one can be resumed."""
     try:
         yield
@@ -221,9 +225,11 @@ def _explain_write_errors(root: Path, folder: Path, step: int) -> Iterator[None]
                 f"{newest.folder.name} has {size / 1e9:.2f} GB and is complete: the same command "
                 f"resumes after step {newest.step}"
             )
+        # Until the next save, the best of before stays beside the new one.
+        more = "one checkpoint" if config.keep_best is None else "two checkpoints"
         raise OSError(
             f"the checkpoint {folder} could not be written: {why}; {state}. The disk needs room "
-            "for one checkpoint more than train.checkpoints_kept"
+            f"for {more} more than train.checkpoints_kept"
         ) from error
 
 

@@ -25,6 +25,7 @@ from stages.files.checksums import checksum_of, files_below
 from stages.files.tensor_files import save_tensors, write_error_reason
 from stages.files.text import read_object
 from stages.sample_videos.runs import ABOUT, LoraFormat
+from stages.train_student.checkpoints.best import best_step
 from stages.train_student.checkpoints.lora_formats import check_format
 from stages.train_student.checkpoints.records import (
     Checkpoint,
@@ -113,7 +114,7 @@ def export_weights(
 
 def export_checkpoint(
     run_dir: Path,
-    step: int | None,
+    step: int | Literal["best"] | None,
     out: Path | None,
     *,
     which: Which | None = None,
@@ -123,7 +124,8 @@ def export_checkpoint(
 
     Args:
         run_dir: folder of the run, finished or not.
-        step: step of a complete checkpoint; None takes the newest.
+        step: step of a complete checkpoint; `best` takes the one that `train.keep_best` kept, None
+            the newest.
         out: folder to write; None takes the run's export/ for the newest checkpoint, and
             export-STEP/ for a given step; -FORM is appended for other formats than diffusers.
         which: EMA or last weights; None takes the EMA if the run keeps one.
@@ -134,6 +136,13 @@ def export_checkpoint(
             EMA, the format cannot hold the trained weights, or `out` exists and is not an export.
     """
     settings = _settings(run_dir)
+    if step == "best":
+        step = best_step(run_dir)
+        if step is None:
+            raise ValueError(
+                f"{run_dir} has no best checkpoint: it needs train.keep_best, and a checkpoint "
+                "whose losses or samples are done; name a step with --checkpoint"
+            )
     checkpoint = _select_checkpoint(run_dir, step)
     out = out or run_dir / _folder_name(step, form)
     which = which or ("last" if settings.get("train.ema.decay") is None else "average")

@@ -212,18 +212,20 @@ def delete_checkpoint(folder: Path) -> None:
             shutil.rmtree(copy)
 
 
-def keep_newest(root: Path, kept: int, step: int) -> None:
-    """Remove incomplete checkpoints, and all complete ones except the newest `kept`.
+def keep_newest(root: Path, kept: int, step: int, *, best: int | None = None) -> None:
+    """Remove incomplete checkpoints, and all complete ones except the newest `kept` and the best.
 
     A damaged checkpoint that has a record stays, since its files may be restored.
 
     Args:
         step: step of the last checkpoint. Later checkpoints were found damaged when the run was
             resumed from an earlier one: they are neither counted nor removed.
+        best: step of the best checkpoint, which stays in any case.
     """
     reached = [found for found in complete_checkpoints(root) if found.step <= step]
     for old in reached[kept:]:
-        delete_checkpoint(old.folder)
+        if old.step != best:
+            delete_checkpoint(old.folder)
     for folder in incomplete_checkpoints(root):
         if not record_path(folder).exists():
             delete_checkpoint(folder)

@@ -281,7 +281,7 @@ def sample_charts(run: RunRecords) -> list[Chart]:
         *(
             Chart(
                 name.replace("_", " ").capitalize(),
-                "Mean over the samples.",
+                _describe_mean(run, name),
                 [
                     Curve(
                         name,
@@ -293,6 +293,16 @@ def sample_charts(run: RunRecords) -> list[Chart]:
             )
             for number, name in enumerate(names)
         )
+    )
+
+
+def _describe_mean(run: RunRecords, name: str) -> str:
+    missing = sum(sample.scores.get(name) is None for sample in run.samples)
+    if not missing:
+        return "Mean over the samples."
+    return (
+        "Mean over the samples that have a value: "
+        f"{missing} of {len(run.samples)} over the run have none."
     )
 
 

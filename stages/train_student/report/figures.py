@@ -38,6 +38,7 @@ def figures(run: RunRecords) -> list[Figure]:
             note="finished" if run.finished else f"of {planned:,}" if planned else "in progress",
         ),
         *loss_figures(run),
+        *best_figures(run),
         *speed_figures(run),
         *_memory(run),
     ]
@@ -91,6 +92,19 @@ def _compare_to_start(steps: np.ndarray, values: np.ndarray) -> str:
         best = first if where == steps[0] else f"{_number(lowest)} at step {where}"
         note += f"; lowest {best}, and risen since"
     return note
+
+
+def best_figures(run: RunRecords) -> list[Figure]:
+    """Step of the best checkpoint, and the value that it was chosen by; none without a best one."""
+    best = run.best
+    if best is None:
+        return []
+    note = f"{best.curve} {_number(best.value)}"
+    if best.before_training is not None:
+        note += f"; {_number(best.before_training)} before training"
+    if best.step not in run.checkpoints:
+        note += "; its checkpoint is gone"
+    return [Figure(name="best checkpoint", value=f"step {best.step:,}", note=note)]
 
 
 def speed_figures(run: RunRecords) -> list[Figure]:

@@ -134,19 +134,20 @@ def charts(chosen: Iterable[Chart]) -> str:
     return f'<div class="charts">{"".join(made)}</div>\n' if made else ""
 
 
-def videos(shown: Mapping[str, Sequence[PageVideo]]) -> str:
-    """One row per prompt: its first and newest video."""
+def videos(shown: Mapping[str, Sequence[PageVideo]], best: int | None = None) -> str:
+    """One row per prompt with its videos; those of step `best` are named as such."""
     made = []
     for prompt, of_prompt in shown.items():
-        cells = "".join(_video(one) for one in of_prompt)
+        cells = "".join(_video(one, best) for one in of_prompt)
         made.append(f'<div class="prompt"><p>{escape_html(prompt)}</p><div>{cells}</div></div>')
     return "".join(made)
 
 
-def _video(shown: PageVideo) -> str:
+def _video(shown: PageVideo, best: int | None) -> str:
     step = shown.sample.step
     source = escape_html(shown.source)
     caption = "base model" if step == 0 else f"step {escape_html(step)}"
+    caption += ", the best checkpoint" if step == best else ""
     if not shown.embedded:
         link = f'<a href="{source}">{source}</a>'
         return f'<figure class="far">{link}<figcaption>{caption}</figcaption></figure>'
@@ -201,14 +202,23 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def first_and_newest(samples: Sequence[SampleVideo]) -> dict[str, list[SampleVideo]]:
-    """The first and newest existing video of each prompt, in the order of the prompts."""
+def select_videos(
+    samples: Sequence[SampleVideo], best: int | None = None
+) -> dict[str, list[SampleVideo]]:
+    """The first and newest existing video of each prompt, and that of step `best`.
+
+    In the order of the prompts, then of the steps.
+    """
     of_prompt: dict[str, list[SampleVideo]] = {}
     for sample in samples:
         if sample.file.is_file():
             of_prompt.setdefault(sample.prompt, []).append(sample)
     return {
-        prompt: videos if len(videos) == 1 else [videos[0], videos[-1]]
+        prompt: [
+            video
+            for number, video in enumerate(videos)
+            if number in (0, len(videos) - 1) or video.step == best
+        ]
         for prompt, videos in of_prompt.items()
     }
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from stages.files.text import read_object, read_text
 from stages.files.yaml import MAX_FILE_BYTES, YamlError, parse_yaml
+from stages.train_student.checkpoints.best import BestCheckpoint, read_best
 from stages.train_student.logging.rows import (
     CONFIG_FILE,
     DAMAGED_FILE,
@@ -124,6 +125,8 @@ class RunRecords:
     samples: list[SampleVideo]
     """In order of steps, then of prompts."""
     checkpoints: list[int]
+    best: BestCheckpoint | None
+    """As recorded; its checkpoint may be gone."""
     finished: bool
 
     @property
@@ -178,11 +181,12 @@ def read_run(run_dir: Path) -> RunRecords:
         validation=[asdict(row) for row in iter_records(run_dir / VALIDATION_FILE, ValidationRow)],
         skipped=[asdict(row) for row in iter_records(run_dir / SKIPPED_FILE, SkippedRow)],
         damaged=[asdict(row) for row in iter_records(run_dir / DAMAGED_FILE, DamagedRow)],
-        samples=_read_samples(run_dir / "samples"),
+        samples=read_samples(run_dir),
         checkpoints=sorted(
             int(path.name.split(".")[0].removeprefix("checkpoint-"))
             for path in (run_dir / "checkpoints").glob("checkpoint-*.complete.json")
         ),
+        best=read_best(run_dir),
         finished=(run_dir / "finished.json").is_file(),
     )
 
@@ -208,9 +212,14 @@ def loss_of(name: str) -> Callable[[Row], float | None]:
     return lambda row: row["diffusion"] if name == "diffusion" else row["auxiliary"].get(name)
 
 
-def _read_samples(folder: Path) -> list[SampleVideo]:
+def read_samples(run_dir: Path) -> list[SampleVideo]:
+    """Read the records of all complete samples, in order of steps, then of prompts.
+
+    Raises:
+        ValueError: a record is damaged.
+    """
     found = []
-    for record in sorted(folder.glob(f"step-*/{SAMPLES_RECORD}")):
+    for record in sorted((run_dir / "samples").glob(f"step-*/{SAMPLES_RECORD}")):
         settings = read_object(record, step=int, prompts=list, denoising_steps=int, seed=int)
         prompts = settings.pop("prompts")
         if not all(isinstance(prompt, str) for prompt in prompts):

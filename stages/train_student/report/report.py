@@ -19,10 +19,10 @@ from stages.train_student.report.page import (
     charts,
     embed,
     facts,
-    first_and_newest,
     folded,
     page,
     section,
+    select_videos,
     table,
     text,
     tiles,
@@ -61,7 +61,8 @@ def write_page(run: RunRecords, out: Path | None = None) -> Path:
 
 def render(run: RunRecords) -> str:
     """Render the page as HTML; equal records give equal pages."""
-    shown = embed(first_and_newest(run.samples))
+    best = None if run.best is None else run.best.step
+    shown = embed(select_videos(run.samples, best))
     return page(
         run.run_dir.name,
         _subtitle(run),
@@ -69,7 +70,7 @@ def render(run: RunRecords) -> str:
             tiles(figures(run)),
             section(
                 "Samples",
-                videos(shown),
+                videos(shown, best),
                 charts(sample_charts(run)),
                 note=_describe_samples(run, shown),
             ),

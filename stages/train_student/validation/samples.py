@@ -165,18 +165,13 @@ class TrainingSamples:
         )
 
     def _record(self, step: int, samples: Samples, seconds: float) -> None:
-        config = self._config
         scores = [
             {name: None if math.isnan(value) else value for name, value in of_video.items()}
             for of_video in samples.scores
         ]
         record = {
             "step": step,
-            "prompts": config.prompts,
-            "images": [str(image) for image in config.images],
-            "denoising_steps": config.steps,
-            "guidance": config.guidance,
-            "seed": config.seed,
+            **self._config.as_recorded(),
             "fps": output_fps(self._clips),
             "scores": scores,
             "seconds": round(seconds, 3),

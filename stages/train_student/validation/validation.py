@@ -1,17 +1,19 @@
-"""Schedule of held-out losses and sample videos during training.
+"""Schedule of held-out losses and sample videos during training, and of the best checkpoint.
 
-Both are also computed before the first step, as the baseline.
+Losses and samples are also computed before the first step, as the baseline.
 """
 
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from stages.progress import Progress
+from stages.train_student.checkpoints.best import write_best
 from stages.train_student.config import TrainConfig
 from stages.train_student.logging.rows import RowFile, ValidationRow, iter_rows
 from stages.train_student.logging.trackers import Trackers
@@ -20,6 +22,7 @@ from stages.train_student.parallel.process_group import World, on_first_rank
 from stages.train_student.report import write_report
 from stages.train_student.report.records import VALIDATION_FILE, mean_scores
 from stages.train_student.setup import Run
+from stages.train_student.validation.best import BestKeeper, check_keep_best
 from stages.train_student.validation.held_out import HeldOutLosses
 from stages.train_student.validation.samples import TrainingSamples
 from stages.video_scores.appearance import washed_out
@@ -38,6 +41,7 @@ class Validation:
         *,
         losses: HeldOutLosses | None,
         samples: TrainingSamples | None,
+        best: BestKeeper | None,
         trackers: Trackers | None,
         check: Callable[[], None],
         world: World,
@@ -49,6 +53,7 @@ class Validation:
         Args:
             losses: None if no clips are held out.
             samples: None if there are no sample prompts.
+            best: None unless the best checkpoint is kept.
             trackers: on rank 0 only.
             check: called on rank 0 before each change; raises if another process may own the run's
                 folder.
@@ -58,6 +63,7 @@ class Validation:
         self._config = config
         self._losses = losses
         self._samples = samples
+        self._best = best
         self._trackers = trackers
         self._check = check
         self._world = world
@@ -77,6 +83,10 @@ class Validation:
                 RowFile(file, done, self._check).close()
             if self._samples is not None:
                 self._samples.delete_after(done)
+            if self._best is not None:
+                self._best.start(done)
+            else:
+                write_best(self._run_dir, None)
             validated = {row["step"] for row in iter_rows(file)}
             has_samples = self._samples is not None and self._samples.is_complete(done)
             return done in validated, has_samples
@@ -120,6 +130,8 @@ class Validation:
             self._draw(self._samples, step)
             has_run = True
         if has_run:
+            if self._best is not None:
+                on_first_rank(self._world, partial(self._best.after_step, step))
             self.write_page(only_when_due=True)
 
     def _validate(self, losses: HeldOutLosses, step: int) -> None:
@@ -204,7 +216,7 @@ def build_validation(
         trackers: on rank 0 only.
         note: shows a short text next to the progress bar.
     """
-    config, losses, samples = run.config, None, None
+    config, losses, samples, best = run.config, None, None, None
     if run.stores.held_out:
         losses = HeldOutLosses(
             run.samples,
@@ -215,11 +227,20 @@ def build_validation(
         )
     if config.samples.prompts:
         samples = TrainingSamples(run, embeds)
+    if (better := check_keep_best(config)) is not None:
+        best = BestKeeper(
+            config,
+            better,
+            held_out=len(run.stores.held_out),
+            check=run.lock.check,
+            progress=run.progress,
+        )
     return Validation(
         student,
         config,
         losses=losses,
         samples=samples,
+        best=best,
         trackers=trackers,
         check=run.lock.check,
         world=run.world,

@@ -231,6 +231,10 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"no complete checkpoint of step 7; .* of 2, 1"):
             export_checkpoint(run, 7, None)
 
+    def test_no_best_checkpoint(self, run):
+        with pytest.raises(ValueError, match=r"no best checkpoint: it needs train\.keep_best"):
+            export_checkpoint(run, "best", None)
+
     def test_no_average(self, run, tmp_path):
         with pytest.raises(ValueError, match=r"keeps no average .*--weights last"):
             export_checkpoint(run, 2, tmp_path / "out", which="average")

@@ -129,6 +129,15 @@ def test_keeping_drops_old_ones_and_leftovers_but_nothing_that_was_once_complete
     assert [found.step for found in complete_checkpoints(tmp_path / UNIVERSAL)] == [4]
 
 
+def test_the_best_checkpoint_is_kept_in_addition_to_the_newest(tmp_path):
+    for step in (1, 2, 3, 4):
+        write_checkpoint(tmp_path, step)
+    keep_newest(tmp_path, 2, 4, best=4)
+    assert [found.step for found in complete_checkpoints(tmp_path)] == [4, 3]
+    keep_newest(tmp_path, 1, 4, best=3)
+    assert [found.step for found in complete_checkpoints(tmp_path)] == [4, 3]
+
+
 def test_later_checkpoints_neither_push_out_earlier_ones_nor_go(tmp_path):
     """They were damaged, if a run resumed from an earlier one."""
     for step in (1, 2, 3, 9):

@@ -11,7 +11,7 @@ import pytest
 
 from stages.train_student.report import write_report
 from stages.train_student.report.figures import figures
-from stages.train_student.report.page import PageVideo, embed, first_and_newest, videos
+from stages.train_student.report.page import PageVideo, embed, select_videos, videos
 from stages.train_student.report.records import SampleVideo, read_run
 
 
@@ -150,7 +150,7 @@ def test_what_is_too_large_is_linked_and_the_newest_goes_first(make_run, draw):
     folder = make_run()
     for step in (0, 40):
         draw(folder, step, ["a cat", "a dog"], size=100)
-    chosen = first_and_newest(read_run(folder).samples)
+    chosen = select_videos(read_run(folder).samples)
     shown = embed(chosen, max_bytes=350)
     assert [[one.embedded for one in row] for row in shown.values()] == [
         [True, True],
@@ -160,12 +160,29 @@ def test_what_is_too_large_is_linked_and_the_newest_goes_first(make_run, draw):
     assert (folder / shown["a dog"][0].source).is_file()
 
 
+def test_the_best_checkpoint_is_named_and_its_videos_stand_between_the_others(make_run, draw):
+    folder = make_run()
+    for step in (0, 10, 20, 30, 40):
+        draw(folder, step, ["a cat"])
+    best = {"step": 20, "curve": "validation/diffusion", "value": 0.25, "before_training": 1.5}
+    (folder / "best.json").write_text(json.dumps(best))
+    (folder / "checkpoints" / "checkpoint-20.complete.json").touch()
+    page = Page(write_report(folder))
+    shown = [base64.b64decode(source.split(",")[1]) for source in page.attributes("video", "src")]
+    assert [video.strip() for video in shown] == [b"0/0", b"20/0", b"40/0"]
+    assert "step 20, the best checkpoint" in page.text
+    assert "validation/diffusion 0.2500; 1.500 before training" in page.text
+    (folder / "checkpoints" / "checkpoint-20.complete.json").unlink()
+    (figure,) = [one for one in figures(read_run(folder)) if one.name == "best checkpoint"]
+    assert (figure.value, figure.note.split("; ")[-1]) == ("step 20", "its checkpoint is gone")
+
+
 def test_prompts_that_changed_on_the_way_each_show_their_own(make_run, draw):
     folder = make_run()
     draw(folder, 0, ["a cat"])
     draw(folder, 20, ["a dog", "a cat"])
     (folder / "samples" / "step-000030").mkdir()  # begun, not complete
-    chosen = first_and_newest(read_run(folder).samples)
+    chosen = select_videos(read_run(folder).samples)
     steps = {prompt: [video.step for video in videos] for prompt, videos in chosen.items()}
     assert steps == {"a cat": [0, 20], "a dog": [20]}
 

@@ -42,6 +42,7 @@ def test_pages_of_a_run_take_a_bounded_share_of_its_time(seconds_a_step, tmp_pat
         SimpleNamespace(run_dir=tmp_path, steps=STEPS, validation=SimpleNamespace(every=EVERY)),
         losses=losses,
         samples=None,
+        best=None,
         trackers=None,
         world=World(rank=0, local_rank=0, size=1, device=torch.device("cpu")),
         progress=SilentProgress(),
