@@ -252,8 +252,10 @@ def export(
 
 
 def _step_of(checkpoint: str | None) -> int | Literal["best"] | None:
-    if checkpoint is None or checkpoint == "best":
-        return checkpoint
+    if checkpoint is None:
+        return None
+    if checkpoint == "best":
+        return "best"
     try:
         return int(checkpoint)
     except ValueError:

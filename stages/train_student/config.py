@@ -165,7 +165,7 @@ class TrainConfig(Section):
     keep_best: str | None = None
     """Curve, by its name in the trackers, whose best checkpoint is kept besides the newest:
     validation/diffusion, another loss on held-out clips, or a score of the samples such as
-    samples/temporal_flickering; null keeps only the newest."""
+    samples/limb_presence; null keeps only the newest."""
     log_every: int = Field(default=10, ge=1)
     """Steps between rows of the console table."""
     loader_workers: int = Field(default=2, ge=0)

@@ -66,6 +66,15 @@ def test_what_the_planned_store_does_not_hold_is_refused_as_training_would():
         assert dry_run(f"train.teacher_form={form}", *pairs)[0] == 0
 
 
+def test_the_best_checkpoint_takes_room_too_and_a_wrong_curve_is_refused():
+    words = ("train.validation.clips=2", "train.checkpoint_every=250")
+    assert "for the 3 that are kept" in dry_run(*words)[1]
+    assert "for the 4 that are kept" in dry_run(*words, "train.keep_best=validation/lgf")[1]
+    code, _, problem = dry_run("--traceback", *words, "train.keep_best=validation/repa")
+    assert code != 0
+    assert "train.keep_best is validation/repa" in str(problem)
+
+
 def test_options_of_the_dry_run_need_it():
     found = CliRunner().invoke(app, ["train", "--gpus", "2"])
     assert found.exit_code == 2

@@ -225,7 +225,7 @@ def _explain_write_errors(
                 f"{newest.folder.name} has {size / 1e9:.2f} GB and is complete: the same command "
                 f"resumes after step {newest.step}"
             )
-        # Until the next save, the best of before stays beside the new one.
+        # The one being written, and the best.
         more = "one checkpoint" if config.keep_best is None else "two checkpoints"
         raise OSError(
             f"the checkpoint {folder} could not be written: {why}; {state}. The disk needs room "
