@@ -48,6 +48,7 @@ h3 { font-size: 14px; font-weight: 600; margin: 0 0 4px; }
 .tile, .charts figure, .prompt, details { background: #fff; border: 1px solid var(--line);
   border-radius: 8px; padding: 14px 16px; }
 .tile .name { color: var(--soft); font-size: 13px; }
+.tile .note { overflow-wrap: anywhere; }
 .tile .value { font-size: 24px; font-weight: 600; font-variant-numeric: tabular-nums; }
 figure { margin: 0; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 500px), 1fr));

@@ -162,12 +162,16 @@ class BestKeeper:
         value = values[step]
         if isinstance(value, str):
             self._progress.log(f"step {step} cannot be the best checkpoint: {value}")
-        elif found is not None and found.step == step:
-            than = "" if before is None else f"; before, {_describe(before)}"
-            self._progress.log(f"the best checkpoint so far is {_describe(found)}{than}")
         elif found is not None:
+            others = {} if before is None else {f"step {before.step}": before.value}
+            others |= {f"step {step}": value}
+            others.pop(f"step {found.step}", None)
+            if found.before_training is not None:
+                others["base model"] = found.before_training
+            listed = ", ".join(f"{name}: {other:.4g}" for name, other in others.items())
             self._progress.log(
-                f"the best checkpoint is still {_describe(found)}; step {step} has {value:.4g}"
+                f"best checkpoint{'' if found.step == step else ' still'}: {_describe(found)}"
+                + (f" ({listed})" if listed else "")
             )
 
     def _values(self) -> dict[int, float | str]:

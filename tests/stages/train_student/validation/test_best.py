@@ -108,10 +108,9 @@ def test_the_lowest_held_out_loss_is_the_best_and_the_base_model_does_not_count(
     best = read_best(losses.run_dir)
     assert (best.step, best.curve, best.value, best.before_training) == (2, LOSS, 1.0, 0.5)
     assert losses.lines.lines == [
-        "the best checkpoint so far is step 1, validation/diffusion 3",
-        "the best checkpoint so far is step 2, validation/diffusion 1; before, step 1, "
-        "validation/diffusion 3",
-        "the best checkpoint is still step 2, validation/diffusion 1; step 3 has 2",
+        "best checkpoint: step 1, validation/diffusion 3 (base model: 0.5)",
+        "best checkpoint: step 2, validation/diffusion 1 (step 1: 3, base model: 0.5)",
+        "best checkpoint still: step 2, validation/diffusion 1 (step 3: 2, base model: 0.5)",
     ]
 
 

@@ -46,9 +46,9 @@ def test_the_best_checkpoint_stays_across_a_resume_until_another_is_better(train
     assert saved(run) == [2, 3]
     said = [line for line in lines.lines if "best checkpoint" in line]
     assert said == [
-        f"the best checkpoint so far is step 1, {CURVE} 3",
-        f"the best checkpoint so far is step 2, {CURVE} 1; before, step 1, {CURVE} 3",
-        f"the best checkpoint is still step 2, {CURVE} 1; step 3 has 2",
+        f"best checkpoint: step 1, {CURVE} 3 (base model: 9)",
+        f"best checkpoint: step 2, {CURVE} 1 (step 1: 3, base model: 9)",
+        f"best checkpoint still: step 2, {CURVE} 1 (step 3: 2, base model: 9)",
     ]
     train(run, steps=4, **KEEP)
     assert saved(run) == [2, 4]
