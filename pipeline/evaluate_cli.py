@@ -52,6 +52,14 @@ def evaluate(
             "clips, for image-to-video with their first frames.",
         ),
     ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CLIPS",
+            help="Real clips to measure the videos against: a folder of videos, or what data.path "
+            "may be.",
+        ),
+    ] = None,
     num: Annotated[
         int,
         typer.Option(min=1, help="With --run: videos per prompt, with seeds from sample.seed on."),
@@ -74,6 +82,8 @@ def evaluate(
     sam2vx-pipeline evaluate --run runs/lgf --against base --num 3
 
     sam2vx-pipeline evaluate outputs/lgf --against outputs/base --config mine.yaml
+
+    sam2vx-pipeline evaluate outputs/lgf --reference my_clips --config mine.yaml
     """
     from pipeline.commands import evaluate as command
 
@@ -95,6 +105,7 @@ def evaluate(
         run=run,
         against=against,
         prompt_file=prompt_file,
+        reference=reference,
         num=num,
         out=out,
     )

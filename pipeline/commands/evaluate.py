@@ -17,6 +17,7 @@ from stages.progress import Progress
 if TYPE_CHECKING:
     from stages.evaluate.compare import Comparison
     from stages.evaluate.evaluate import Evaluation
+    from stages.evaluate.reference import Reference
     from stages.evaluate.videos import Side
     from stages.sample_videos.batch import Batch
     from stages.sample_videos.requests import PromptRow, VideoRequest
@@ -34,6 +35,8 @@ class EvaluateOptions:
     """A folder of videos of the same prompts and seeds; with `run` also `base` or a run."""
     prompt_file: Path | None = None
     """Prompts to sample; None takes the held-out clips of the run."""
+    reference: Path | None = None
+    """Real clips that the videos are measured against: a folder of videos, or a dataset."""
     num: int = 1
     """Videos per prompt, with consecutive seeds."""
     out: Path | None = None
@@ -50,14 +53,27 @@ def run(config: RunConfig, progress: Progress, options: EvaluateOptions) -> Comm
     """
     from stages.evaluate.evaluate import compare_sides, score_side
     from stages.evaluate.output import write_evaluation
+    from stages.evaluate.reference import track_reference
 
     if world_size() > 1:
         raise ConfigError("evaluate runs in one process; start it without torchrun or deepspeed")
     first = options.videos or Path(options.run or "")
     out = options.out or config.outputs / f"evaluation-{first.resolve().name}"
+    reference = _reference(config, options)
     sides, failed = _sides(config, options, out, progress)
     if "structure" in config.evaluate.scores:
         make_missing_assets(config, progress, reads=("sam2",))
+    tracked = None
+    if reference is not None:
+        tracked = track_reference(
+            reference,
+            config.extract,
+            config.data,
+            cache=out / "tracks" / f"reference-{reference.name}",
+            temperature=config.train.lgf.temperature,
+            provenance=provenance_of_run(),
+            progress=progress,
+        )
     scored = [
         score_side(
             side,
@@ -71,7 +87,7 @@ def run(config: RunConfig, progress: Progress, options: EvaluateOptions) -> Comm
         )
         for role, side in zip(("videos", "against"), sides, strict=False)
     ]
-    evaluation = compare_sides(scored, config.evaluate)
+    evaluation = compare_sides(scored, config.evaluate, tracked)
     page = write_evaluation(
         evaluation,
         out,
@@ -87,6 +103,23 @@ def run(config: RunConfig, progress: Progress, options: EvaluateOptions) -> Comm
         made_with=provenance(),
     )
     return _result(config, evaluation, out, page, failed)
+
+
+def _reference(config: RunConfig, options: EvaluateOptions) -> Reference | None:
+    from stages.evaluate.reference import open_reference
+
+    if options.reference is None:
+        return None
+    if "structure" not in config.evaluate.scores:
+        raise ConfigError(
+            "--reference measures structure, which evaluate.scores="
+            f"[{','.join(config.evaluate.scores)}] leaves out; add it, or omit --reference"
+        )
+    given = {"the folder of videos itself": options.videos, "--against": options.against}
+    for name, path in given.items():
+        if path is not None and Path(path).resolve() == options.reference.resolve():
+            raise ConfigError(f"--reference {options.reference} is {name}; name real clips")
+    return open_reference(options.reference, config.data)
 
 
 def _sides(
@@ -233,11 +266,23 @@ def _result(
             rows.append(("  difference", _difference(found)))
     if evaluation.motion is not None:
         rows.append(("motion distance (MMD^2)", evaluation.motion.text))
+    if evaluation.reference is not None:
+        reference = evaluation.reference.reference
+        rows.append((f"reference {reference.name}", f"{len(reference.captions)} clips"))
+        for name, of_sides in evaluation.to_reference.items():
+            rows += [
+                (f"  {name} of {one.side.name}", distance.text)
+                for one, distance in zip(evaluation.sides, of_sides, strict=True)
+            ]
     notes = [
         f"{one.side.name} {key}: {why}"
         for one in evaluation.sides
         for key, why in sorted(one.problems.items())
     ]
+    if evaluation.reference is not None:
+        name = evaluation.reference.reference.name
+        problems = sorted(evaluation.reference.problems.items())
+        notes += [f"{name} {key}: {why}" for key, why in problems]
     if len(names) == 2:
         notes += _washed_out(evaluation)
     too_many = evaluation.skipped_share > config.evaluate.max_skipped

@@ -1,4 +1,4 @@
-"""Distance between the feature vectors of two sets of videos.
+"""Distances between the feature vectors of two sets of videos.
 
 Legend: N M videos of the first and second set, D feature dimensions.
 """
@@ -12,6 +12,24 @@ MIN_VIDEOS_MMD = 10
 """Fewest videos per set for an MMD: two subsets of five give its standard error."""
 
 _MAX_SUBSETS = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Distance:
+    """A distance between two sets of videos, or why there is none."""
+
+    value: float | None
+    """None if it cannot be computed, such as with too few videos."""
+    standard_error: float | None
+    note: str = ""
+    """Why there is no value; empty otherwise."""
+
+    @property
+    def text(self) -> str:
+        """Such as `0.52, standard error 0.03`."""
+        if self.value is None:
+            return f"none: {self.note}"
+        return f"{self.value:.4g}, standard error {self.standard_error:.2g}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from cache_schema import JSON
-from stages.clips import ClipsConfig, VideoError, read_video
+from stages.clips import ClipsConfig, VideoError, read_video, videos_below
 from stages.evaluate.compare import Comparison, Mean, compare_pairs, mean_of
 from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.motion import MotionDistance, motion_distance, motion_features
+from stages.evaluate.distances import Distance
+from stages.evaluate.motion import motion_distance, motion_features, motion_to_reference
+from stages.evaluate.reference import TrackedReference
 from stages.evaluate.tracked_videos import track_videos
 from stages.evaluate.videos import Side, Video, pair_videos
 from stages.extract_features.config import ExtractConfig
@@ -49,8 +51,12 @@ class Evaluation:
     """Mean of each score per side."""
     differences: Mapping[str, Comparison]
     """First side minus second side over the pairs, by score; empty with one side."""
-    motion: MotionDistance | None
+    motion: Distance | None
     """Distance between the motion of both sides; None with one side, or without tracks."""
+    reference: TrackedReference | None
+    """The real clips that the videos were measured against; None if none were given."""
+    to_reference: Mapping[str, tuple[Distance, ...]]
+    """Distances between each side and the reference, by name; empty without a reference."""
 
     @property
     def skipped_share(self) -> float:
@@ -91,7 +97,12 @@ def score_side(
     motion: dict[str, np.ndarray] = {}
     if "structure" in config.scores:
         tracked = track_videos(
-            side.folder, cache, extract, clips, provenance=provenance, progress=progress
+            videos_below(clips.model_copy(update={"path": side.folder})),
+            cache,
+            extract,
+            clips,
+            provenance=provenance,
+            progress=progress,
         )
         problems |= {key: why for key, why in tracked.skipped.items() if key in values}
         with progress.task(f"{side.name}: structure", len(tracked), unit="videos") as task:
@@ -120,8 +131,16 @@ def _frame_scores(video: Video, config: EvaluateConfig) -> tuple[dict[str, float
     return frame_scores(frames_THWC, config.scores, prompt=video.prompt, fps=fps)
 
 
-def compare_sides(sides: Sequence[SideScores], config: EvaluateConfig) -> Evaluation:
-    """Average the scores of each side, and compare the pairs of two sides."""
+def compare_sides(
+    sides: Sequence[SideScores], config: EvaluateConfig, reference: TrackedReference | None = None
+) -> Evaluation:
+    """Average the scores of each side, and compare the pairs of two sides.
+
+    Args:
+        sides: Scores of one or two sides.
+        config: Which scores.
+        reference: Real clips whose distance to each side is computed.
+    """
     scores = tuple(score for group in config.scores for score in SCORES[group])
     pairs: list[tuple[Video, Video]] = []
     unpaired: list[str] = []
@@ -133,6 +152,8 @@ def compare_sides(sides: Sequence[SideScores], config: EvaluateConfig) -> Evalua
         motion = motion_distance(first, second, seed=config.seed)
     return Evaluation(
         motion=motion,
+        reference=reference,
+        to_reference={} if reference is None else _distances(sides, reference, config.seed),
         scores=scores,
         sides=tuple(sides),
         pairs=tuple(pairs),
@@ -160,6 +181,18 @@ def compare_sides(sides: Sequence[SideScores], config: EvaluateConfig) -> Evalua
             if pairs
         },
     )
+
+
+def _distances(
+    sides: Sequence[SideScores], reference: TrackedReference, seed: int
+) -> dict[str, tuple[Distance, ...]]:
+    """The distance of each side to the reference, by name."""
+    return {
+        "motion (MMD^2)": tuple(
+            motion_to_reference(one.motion.values(), reference.motion.values(), seed=seed)
+            for one in sides
+        )
+    }
 
 
 def _column(scores: SideScores, score: Score, videos: Sequence[Video]) -> np.ndarray:

@@ -6,11 +6,10 @@ generated subjects move as real ones do, whatever they look like.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 
-from stages.evaluate.distances import MIN_VIDEOS_MMD, kernel_mmd
+from stages.evaluate.distances import MIN_VIDEOS_MMD, Distance, kernel_mmd
 from stages.video_scores.structure import SubjectTracks, pair_flows
 
 _QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -45,28 +44,10 @@ def motion_features(tracks: SubjectTracks, *, temperature: float) -> np.ndarray:
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MotionDistance:
-    """The squared MMD between the motion of two sets of videos; 0 for equal motion."""
-
-    mmd_squared: float | None
-    """None if there are too few videos with a track."""
-    standard_error: float | None
-    note: str = ""
-    """Why there is no distance."""
-
-    @property
-    def text(self) -> str:
-        """Such as `0.52, standard error 0.03`."""
-        if self.mmd_squared is None:
-            return f"none: {self.note}"
-        return f"{self.mmd_squared:.4g}, standard error {self.standard_error:.2g}"
-
-
 def motion_distance(
     first: Iterable[np.ndarray], second: Iterable[np.ndarray], *, seed: int
-) -> MotionDistance:
-    """Compare the motion of two sets of videos.
+) -> Distance:
+    """Squared MMD between the motion of two sets of videos; 0 for equal motion.
 
     Features are divided by their standard deviation over both sets. Distances can be compared only
     between sets of videos of one size, length and rate.
@@ -76,20 +57,48 @@ def motion_distance(
         second: The same for the other set.
         seed: Seed of the subsets that give the standard error.
     """
-    first_ND, second_MD = (
-        np.array([of_video for of_video in features if np.isfinite(of_video).all()])
-        for features in (first, second)
-    )
+    first_ND, second_MD = _known(first), _known(second)
     fewest = min(len(first_ND), len(second_MD))
     if fewest < MIN_VIDEOS_MMD:
         note = f"{fewest} videos of a side have a track; a distance needs {MIN_VIDEOS_MMD}"
-        return MotionDistance(mmd_squared=None, standard_error=None, note=note)
+        return Distance(value=None, standard_error=None, note=note)
     both = np.concatenate([first_ND, second_MD])
-    spread_D = both.std(axis=0)
+    return _scaled_mmd(first_ND, second_MD, unit=both, seed=seed)
+
+
+def motion_to_reference(
+    side: Iterable[np.ndarray], reference: Iterable[np.ndarray], *, seed: int
+) -> Distance:
+    """Squared MMD between the motion of a side's videos and that of reference clips.
+
+    Features are divided by their standard deviation over the reference alone, so that the distances
+    of several sides to one reference can be compared.
+
+    Args:
+        side: `motion_features` of each video; videos without them are left out.
+        reference: The same for the reference clips.
+        seed: Seed of the subsets that give the standard error.
+    """
+    side_ND, reference_MD = _known(side), _known(reference)
+    if min(len(side_ND), len(reference_MD)) < MIN_VIDEOS_MMD:
+        note = (
+            f"{len(side_ND)} videos and {len(reference_MD)} reference clips have a track; a "
+            f"distance needs {MIN_VIDEOS_MMD} of each"
+        )
+        return Distance(value=None, standard_error=None, note=note)
+    return _scaled_mmd(side_ND, reference_MD, unit=reference_MD, seed=seed)
+
+
+def _known(features: Iterable[np.ndarray]) -> np.ndarray:
+    """float64 [videos, 12]: the features of the videos that have them."""
+    return np.array([of_video for of_video in features if np.isfinite(of_video).all()])
+
+
+def _scaled_mmd(
+    first_ND: np.ndarray, second_MD: np.ndarray, *, unit: np.ndarray, seed: int
+) -> Distance:
+    """Squared MMD of features that are shifted and scaled by the statistics of `unit`."""
+    centre_D, spread_D = unit.mean(axis=0), unit.std(axis=0)
     scale_D = np.where(spread_D > 0, spread_D, 1.0)
-    found = kernel_mmd(
-        (first_ND - both.mean(axis=0)) / scale_D,
-        (second_MD - both.mean(axis=0)) / scale_D,
-        seed=seed,
-    )
-    return MotionDistance(mmd_squared=found.squared, standard_error=found.standard_error)
+    found = kernel_mmd((first_ND - centre_D) / scale_D, (second_MD - centre_D) / scale_D, seed=seed)
+    return Distance(value=found.squared, standard_error=found.standard_error)

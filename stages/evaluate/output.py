@@ -75,7 +75,23 @@ def summary_of(evaluation: Evaluation) -> dict[str, Any]:
         "pairs": len(evaluation.pairs),
         "unpaired": list(evaluation.unpaired),
         "motion_distance": None if evaluation.motion is None else asdict(evaluation.motion),
+        "reference": _reference_summary(evaluation),
         "scores": {score.name: _summary(score, evaluation) for score in evaluation.scores},
+    }
+
+
+def _reference_summary(evaluation: Evaluation) -> dict[str, Any] | None:
+    if (tracked := evaluation.reference) is None:
+        return None
+    return {
+        "name": tracked.reference.name,
+        "path": str(tracked.reference.path),
+        "clips": len(tracked.reference.captions),
+        "problems": dict(sorted(tracked.problems.items())),
+        "distances": {
+            name: [asdict(distance) for distance in of_sides]
+            for name, of_sides in evaluation.to_reference.items()
+        },
     }
 
 

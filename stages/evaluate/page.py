@@ -135,10 +135,29 @@ def _table(evaluation: Evaluation) -> str:
         f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
-    if evaluation.motion is None:
-        return table
-    motion = f"motion distance (squared MMD of Gram-flow statistics): {evaluation.motion.text}"
-    return f'{table}<p class="note">{escape_html(motion)}</p>'
+    lines = []
+    if evaluation.motion is not None:
+        motion = f"motion distance (squared MMD of Gram-flow statistics): {evaluation.motion.text}"
+        lines.append(f'<p class="note">{escape_html(motion)}</p>')
+    return table + "".join(lines) + _distances(evaluation)
+
+
+def _distances(evaluation: Evaluation) -> str:
+    """The distances of each side to the reference."""
+    if (tracked := evaluation.reference) is None:
+        return ""
+    heads = ["distance", *(one.side.name for one in evaluation.sides)]
+    head = "".join(f"<th>{escape_html(name)}</th>" for name in heads)
+    rows = ""
+    for name, of_sides in evaluation.to_reference.items():
+        cells = "".join(f'<td class="number">{escape_html(one.text)}</td>' for one in of_sides)
+        rows += f"<tr><td>{escape_html(name)}</td>{cells}</tr>"
+    count = len(tracked.reference.captions)
+    title = f"Distances to the reference {tracked.reference.name} ({count} clips)"
+    return (
+        f'<h2>{escape_html(title)}</h2><div class="wide"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
 
 
 def _plot(evaluation: Evaluation) -> str:
@@ -254,6 +273,12 @@ def _problems(evaluation: Evaluation) -> str:
         for one in evaluation.sides
         for key, why in sorted(one.problems.items())
     ]
+    if evaluation.reference is not None:
+        lines += [
+            f"<tr><td>{escape_html(evaluation.reference.reference.name)}</td>"
+            f"<td>{escape_html(key)}</td><td>{escape_html(why)}</td></tr>"
+            for key, why in sorted(evaluation.reference.problems.items())
+        ]
     lines += [
         f"<tr><td></td><td>{escape_html(key)}</td><td>no partner on the other side</td></tr>"
         for key in evaluation.unpaired

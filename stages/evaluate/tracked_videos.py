@@ -1,4 +1,4 @@
-"""Tracks of generated videos: stage one's masks and Gram flow of every video of a folder."""
+"""Tracks of videos and clips: stage one's masks and Gram flow of each."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cache_schema import JSON, StoreReader
-from stages.clips import ClipsConfig, videos_below
+from stages.clips import ClipDataset, ClipsConfig
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig, Kind
 from stages.extract_features.run import extract_features
@@ -23,7 +23,7 @@ _MASK_THRESHOLD = 128
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackedVideos:
-    """The stores with a folder's tracks."""
+    """The stores with the tracks of videos."""
 
     readers: tuple[Mapping[Kind, StoreReader], ...]
     """One entry per size of clip."""
@@ -41,9 +41,16 @@ class TrackedVideos:
             for key in of_size["masks"].keys:
                 yield key, _read_tracks(of_size, key, self.fps)
 
+    def read(self, key: str) -> SubjectTracks | None:
+        """Read the tracks of one video; None if it has none."""
+        for of_size in self.readers:
+            if key in of_size["masks"]:
+                return _read_tracks(of_size, key, self.fps)
+        return None
+
 
 def track_videos(
-    folder: Path,
+    dataset: ClipDataset,
     cache: Path,
     extract: ExtractConfig,
     clips: ClipsConfig,
@@ -51,14 +58,14 @@ def track_videos(
     provenance: dict[str, JSON],
     progress: Progress,
 ) -> TrackedVideos:
-    """Track the subject of every video of a folder both ways; finished videos are kept.
+    """Track the subject of every video both ways; finished videos are kept.
 
     Args:
-        folder: Folder of videos.
-        cache: Folder of the stores, used for this folder only.
+        dataset: The videos.
+        cache: Folder of the stores, used for these videos only.
         extract: Settings of SAM2, of the prompts and of the Gram flow. The prompt source `dataset`
             reads masks beside the videos, `{name}.mask.png`.
-        clips: Size, length and rate that videos are read at.
+        clips: Size, length and rate that videos are read at; the path is not used.
         provenance: Information on the run, recorded in the stores.
         progress: Shows a bar.
 
@@ -69,7 +76,6 @@ def track_videos(
     # Poor tracks are what is measured: none is skipped for being inconsistent.
     teacher = extract.teacher.model_copy(update={"min_cycle_consistency": 0.0})
     config = extract.model_copy(update={"kinds": _KINDS, "engine": "local", "teacher": teacher})
-    clips = clips.model_copy(update={"path": folder})
     summary = extract_features(
         config,
         clips,
@@ -78,7 +84,7 @@ def track_videos(
         provenance=provenance,
         progress=progress,
         refresh_changed=True,
-        dataset=videos_below(clips),
+        dataset=dataset,
     )
     stores: dict[str | None, dict[Kind, StoreReader]] = {}
     for one in summary.kinds:

@@ -9,7 +9,7 @@ from stages.clips.dataset.keys import videos_among
 from stages.clips.dataset.video_files import VideoFiles, VideoWithFiles
 from stages.files.text import read_object
 
-_VBENCH_NAME = re.compile(r"(?P<prompt>.+)-(?P<number>[0-9]+)")
+VBENCH_NAME = re.compile(r"(?P<prompt>.+)-(?P<number>[0-9]+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +77,7 @@ def _video(folder: Path, files: VideoWithFiles) -> Video:
         if isinstance(prompt, str):
             number = seed if isinstance(seed, int) else None
             return Video(key=key, path=path, prompt=prompt, number=number)
-    found = _VBENCH_NAME.fullmatch(path.stem)
+    found = VBENCH_NAME.fullmatch(path.stem)
     if found is None:
         return Video(key=key, path=path, prompt=None, number=None)
     return Video(key=key, path=path, prompt=found["prompt"], number=int(found["number"]))

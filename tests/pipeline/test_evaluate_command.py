@@ -13,7 +13,7 @@ from stages.cogvideox import configs, sampler
 from stages.sample_videos import batch
 from tests.fingerprints import fingerprint_of
 
-APPEARANCE = "evaluate.scores=[appearance]"
+APPEARANCE, STRUCTURE = (f"evaluate.scores=[{group}]" for group in ("appearance", "structure"))
 TEXT = {"text": ArraySpec(dtype="float32", shape=(2, 3), dimension_names=("token", "channel"))}
 
 
@@ -36,7 +36,10 @@ def videos(tmp_path):
 
 
 def evaluate(*arguments):
-    return CliRunner().invoke(app, ["evaluate", *map(str, arguments), APPEARANCE])
+    """Run the command; only appearance is scored unless the arguments name other scores."""
+    given = [str(one) for one in arguments]
+    scores = [] if STRUCTURE in given else [APPEARANCE]
+    return CliRunner().invoke(app, ["evaluate", *given, *scores])
 
 
 def test_one_side_is_scored(videos, tmp_path):
@@ -190,6 +193,9 @@ class TestRun:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["VIDEOS", "--reference", "VIDEOS"], "leaves out; add it, or omit --reference"),
+        (["VIDEOS", "--reference", "VIDEOS", STRUCTURE], "is the folder of videos itself"),
+        (["VIDEOS", "--reference", "nowhere", STRUCTURE], "no reference clips at nowhere"),
         ([], "name a folder of videos, or a run"),
         (["VIDEOS", "--run", "base"], "name a folder of videos, or a run"),
         (["VIDEOS", "--num", "2"], "add --run RUN"),

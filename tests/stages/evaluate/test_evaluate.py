@@ -4,60 +4,19 @@ import csv
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from cache_schema import StoreReader
-from stages.clips import ClipsConfig, encode_video, read_video, write_video
+from stages.clips import encode_video, read_video
 from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluate import compare_sides, score_side
+from stages.evaluate.evaluate import compare_sides
 from stages.evaluate.output import write_evaluation
-from stages.evaluate.videos import open_side
-from stages.progress import SilentProgress
 from stages.video_scores.appearance import appearance_scores
 from stages.video_scores.groups import SCORES
 from stages.video_scores.structure import SubjectTracks, structure_scores
-
-FRAMES, HEIGHT, WIDTH = 9, 32, 48
-CLIPS = ClipsConfig(path=Path("unused"), num_frames=FRAMES, height=HEIGHT, width=WIDTH, fps=8.0)
-
-
-@pytest.fixture
-def videos(draw_frames, subject_mask, tmp_path):
-    """Returns a function that writes videos of a seed, with a mask beside each."""
-
-    def write(folder, *keys, seed=0):
-        for number, key in enumerate(keys):
-            path = tmp_path / folder / f"{key}.mp4"
-            write_video(path, draw_frames(FRAMES, HEIGHT, WIDTH, seed=10 * seed + number), 8.0)
-            mask = subject_mask(HEIGHT, WIDTH).astype(np.uint8) * 255
-            Image.fromarray(mask).save(path.with_suffix(".mask.png"))
-        return tmp_path / folder
-
-    return write
-
-
-@pytest.fixture
-def score(extract_config, tmp_path):
-    """Returns a function that scores a folder of videos."""
-
-    def run(folder, config=None, *, cache=None):
-        return score_side(
-            open_side(folder.name, folder),
-            config or EvaluateConfig(),
-            extract_config,
-            CLIPS,
-            cache=cache or tmp_path / "tracks" / folder.name,
-            temperature=0.1,
-            provenance={},
-            progress=SilentProgress(),
-        )
-
-    return run
 
 
 def test_scores_are_those_of_the_stored_tracks_and_the_decoded_frames(videos, score, tmp_path):
@@ -113,7 +72,7 @@ def test_a_video_that_was_replaced_is_tracked_again(videos, score):
 def test_unusable_videos_are_named_and_do_not_count(videos, score, draw_frames):
     folder = videos("a", "dog-0")
     (folder / "broken-1.mp4").write_bytes(b"no video")
-    (folder / "short-2.mp4").write_bytes(encode_video(draw_frames(3, HEIGHT, WIDTH), 8.0))
+    (folder / "short-2.mp4").write_bytes(encode_video(draw_frames(3, 32, 48), 8.0))
     scored = score(folder)
     assert scored.problems.keys() == {"broken-1", "short-2"}
     assert "undecodable" in scored.problems["broken-1"]
@@ -177,7 +136,7 @@ def test_sides_without_any_track_are_compared_all_the_same(videos, score, tmp_pa
     for side in sides:
         (side / "dog-0.mp4").write_bytes(b"no video")
     evaluation = compare_sides([score(side) for side in sides], EvaluateConfig())
-    assert evaluation.motion.mmd_squared is None
+    assert evaluation.motion.value is None
     assert evaluation.skipped_share == 1
     write_evaluation(evaluation, tmp_path / "out", settings={}, made_with={})
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.evaluate.motion import motion_distance, motion_features
+from stages.evaluate.motion import motion_distance, motion_features, motion_to_reference
 from stages.video_scores.structure import SubjectTracks
 
 
@@ -46,7 +46,7 @@ def test_distances_grow_with_the_difference():
     real = random.normal(size=(60, 12))
     near, far = real[30:] + 0.5, real[30:] + 2.0
     same, small, large = (
-        motion_distance(real[:30], other, seed=0).mmd_squared for other in (real[30:], near, far)
+        motion_distance(real[:30], other, seed=0).value for other in (real[30:], near, far)
     )
     assert same < small < large
     error = motion_distance(real[:30], real[30:], seed=0).standard_error
@@ -63,5 +63,39 @@ def test_videos_without_features_are_left_out():
 @pytest.mark.parametrize("count", [0, 9])
 def test_too_few_videos_have_no_distance(count):
     found = motion_distance(np.zeros((count, 12)), np.zeros((20, 12)), seed=0)
-    assert found.mmd_squared is None
+    assert found.value is None
     assert found.note == f"{count} videos of a side have a track; a distance needs 10"
+
+
+def test_a_distance_to_the_reference_is_in_its_units():
+    random = np.random.default_rng(0)
+    real, side = random.normal(size=(2, 30, 12))
+    units, shift = random.uniform(0.1, 10, 12), random.normal(size=12)
+    found = motion_to_reference(side, real, seed=0)
+    scaled = motion_to_reference(units * side + shift, units * real + shift, seed=0)
+    assert scaled.value == pytest.approx(found.value, rel=1e-9)
+    # With x and y standardised by the reference: mean k(x, x') + mean k(y, y') - 2 mean k(x, y).
+    x, y = ((one - real.mean(0)) / real.std(0) for one in (side, real))
+    kernel = [[(a @ b / 12 + 1) ** 3 for b in (*x, *y)] for a in (*x, *y)]
+    within = [
+        np.mean([kernel[start + i][start + j] for i in range(30) for j in range(30) if i != j])
+        for start in (0, 30)
+    ]
+    between = np.mean([kernel[i][30 + j] for i in range(30) for j in range(30)])
+    assert found.value == pytest.approx(sum(within) - 2 * between, rel=1e-9)
+
+
+def test_distances_to_a_reference_order_the_sides():
+    random = np.random.default_rng(0)
+    real = random.normal(size=(30, 12))
+    sides = [random.normal(size=(30, 12)) + shift for shift in (0.0, 0.5, 2.0, 20.0)]
+    found = [motion_to_reference(side, real, seed=0).value for side in sides]
+    assert found == sorted(found)
+
+
+def test_too_few_videos_or_clips_have_no_distance():
+    found = motion_to_reference(np.zeros((0, 12)), np.zeros((20, 12)), seed=0)
+    assert found.value is None
+    assert found.note == (
+        "0 videos and 20 reference clips have a track; a distance needs 10 of each"
+    )

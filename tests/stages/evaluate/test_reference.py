@@ -1,0 +1,131 @@
+"""Reference clips: their layouts, which clip shows a video's scene, and distances to them."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from stages.clips import ClipsConfig
+from stages.evaluate.config import EvaluateConfig
+from stages.evaluate.evaluate import compare_sides
+from stages.evaluate.output import write_evaluation
+from stages.evaluate.reference import NoSceneError, open_reference
+from stages.evaluate.videos import Video
+
+CLIPS = ClipsConfig(path=Path("unused"), num_frames=9, height=32, width=48, fps=8.0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Returns a function that makes a folder of empty videos with the files beside them."""
+
+    def make(*keys, **texts):
+        root = tmp_path / "real"
+        for key in keys:
+            (root / key).parent.mkdir(parents=True, exist_ok=True)
+            (root / f"{key}.mp4").write_bytes(b"")
+        for name, text in texts.items():
+            stem, _, suffix = name.rpartition("_")
+            (root / f"{stem}.{suffix}").write_text(text)
+        return root
+
+    return make
+
+
+def video(prompt, number=0, key="generated"):
+    return Video(key=key, path=Path(f"{key}.mp4"), prompt=prompt, number=number)
+
+
+def test_captions_come_from_files_beside_the_videos_or_from_names(folder):
+    root = folder(
+        *("one", "two", "three", "deep/four", "a dog-3"),
+        one_txt="a cat\n",
+        two_json=json.dumps({"prompt": "a cow", "seed": 7}),
+        three_json=json.dumps({"caption": "a hen"}),
+    )
+    assert open_reference(root, CLIPS).captions == {
+        "one": "a cat",
+        "two": "a cow",
+        "three": "a hen",
+        "deep/four": None,
+        "a dog-3": "a dog",
+    }
+
+
+def test_a_dataset_of_another_layout_is_read(folder, tmp_path):
+    (folder("one") / "metadata.jsonl").write_text('{"file_name": "one.mp4", "caption": "a cat"}')
+    assert open_reference(tmp_path / "real", CLIPS).captions == {"one": "a cat"}
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        tar.add(folder("two", two_txt="a dog") / "two.mp4", "two.mp4")
+        tar.add(tmp_path / "real" / "two.txt", "two.txt")
+    assert open_reference(tmp_path / "00000.tar", CLIPS).captions == {"00000/two": "a dog"}
+
+
+def test_a_clip_is_found_by_its_caption(folder):
+    reference = open_reference(folder("one", "two", one_txt="a cat", two_txt="a dog"), CLIPS)
+    assert [reference.clip_of(video("a dog", seed)) for seed in (0, 5)] == ["two", "two"]
+
+
+def test_clips_of_one_caption_are_told_apart_by_the_number(folder):
+    reference = open_reference(folder("a dog-0", "a dog-1"), CLIPS)
+    assert reference.clip_of(video("a dog", 1)) == "a dog-1"
+    with pytest.raises(NoSceneError, match=r"2 clips of its prompt, such as a dog-0 and a dog-1"):
+        reference.clip_of(video("a dog", 2))
+
+
+def test_a_number_in_a_name_of_another_text_is_not_a_seed(folder):
+    root = folder("clip-0", "clip-1", **{"clip-0_txt": "a dog", "clip-1_txt": "a dog"})
+    with pytest.raises(NoSceneError, match="2 clips of its prompt"):
+        open_reference(root, CLIPS).clip_of(video("a dog", 1))
+
+
+def test_equal_names_in_two_folders_cannot_be_told_apart(folder):
+    reference = open_reference(folder("x/a dog-0", "y/a dog-0"), CLIPS)
+    with pytest.raises(NoSceneError, match="2 clips of its prompt"):
+        reference.clip_of(video("a dog", 0))
+
+
+def test_a_video_without_a_prompt_has_the_clip_of_its_name(folder):
+    reference = open_reference(folder("one", "deep/two"), CLIPS)
+    assert reference.clip_of(video(None, None, key="deep/two")) == "deep/two"
+    with pytest.raises(NoSceneError, match="real has no clip of its name"):
+        reference.clip_of(video(None, None, key="two"))
+    with pytest.raises(NoSceneError, match="real has no clip of its prompt"):
+        reference.clip_of(video("a dog"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), [(False, "does not exist"), (True, "holds no videos")]
+)
+def test_a_reference_without_clips_is_refused(tmp_path, make, message):
+    if make:
+        (tmp_path / "real").mkdir()
+    with pytest.raises(ValueError, match=f"no reference clips at .*real: .*{message}"):
+        open_reference(tmp_path / "real", CLIPS)
+
+
+def test_each_side_has_a_distance_to_the_reference(videos, score, track, tmp_path):
+    real = videos("real", *(f"real {n}-0" for n in range(10)))
+    (real / "broken-1.mp4").write_bytes(b"no video")
+    sides = [score(videos(name, "dog-0", seed=seed)) for name, seed in (("a", 1), ("b", 2))]
+    reference = track(real)
+    evaluation = compare_sides(sides, EvaluateConfig(), reference)
+    out = tmp_path / "out"
+    page = write_evaluation(evaluation, out, settings={}, made_with={}).read_text()
+    summary = json.loads((out / "summary.json").read_text())["reference"]
+    assert (summary["name"], summary["clips"]) == ("real", 11)
+    assert "undecodable" in summary["problems"]["broken-1"]
+    note = "1 videos and 10 reference clips have a track; a distance needs 10 of each"
+    assert summary["distances"] == {
+        "motion (MMD^2)": [{"value": None, "standard_error": None, "note": note}] * 2
+    }
+    assert "Distances to the reference real (11 clips)" in page
+    assert page.count(note) == 2
+
+
+def test_clips_that_are_gone_do_not_count(videos, track):
+    real = videos("real", "one-0", "two-0")
+    assert track(real).motion.keys() == {"one-0", "two-0"}
+    (real / "one-0.mp4").unlink()
+    assert track(real).motion.keys() == {"two-0"}
