@@ -74,7 +74,10 @@ def track_videos(
         CacheError: A store is damaged.
     """
     # Poor tracks are what is measured: none is skipped for being inconsistent.
-    teacher = extract.teacher.model_copy(update={"min_cycle_consistency": 0.0})
+    # Scores are of frames, at whatever rate the model is trained.
+    teacher = extract.teacher.model_copy(
+        update={"min_cycle_consistency": 0.0, "time_rate": "frame"}
+    )
     config = extract.model_copy(update={"kinds": _KINDS, "engine": "local", "teacher": teacher})
     summary = extract_features(
         config,
