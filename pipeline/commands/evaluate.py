@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cache_schema.shown_text import first_few
 from pipeline.commands.assets import make_missing_assets
 from pipeline.config.load import ConfigError, RunConfig
 from pipeline.console import CommandResult
@@ -84,6 +85,7 @@ def run(config: RunConfig, progress: Progress, options: EvaluateOptions) -> Comm
             temperature=config.train.lgf.temperature,
             provenance=provenance_of_run(),
             progress=progress,
+            reference=tracked,
         )
         for role, side in zip(("videos", "against"), sides, strict=False)
     ]
@@ -283,6 +285,12 @@ def _result(
         name = evaluation.reference.reference.name
         problems = sorted(evaluation.reference.problems.items())
         notes += [f"{name} {key}: {why}" for key, why in problems]
+        notes += [
+            f"{len(one.unmatched)} videos of {one.side.name} have no flow_divergence "
+            f"({first_few([f'{key}: {why}' for key, why in sorted(one.unmatched.items())], 3)})"
+            for one in evaluation.sides
+            if one.unmatched
+        ]
     if len(names) == 2:
         notes += _washed_out(evaluation)
     too_many = evaluation.skipped_share > config.evaluate.max_skipped

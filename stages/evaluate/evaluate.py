@@ -13,14 +13,15 @@ from stages.evaluate.compare import Comparison, Mean, compare_pairs, mean_of
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.distances import Distance
 from stages.evaluate.motion import motion_distance, motion_features, motion_to_reference
-from stages.evaluate.reference import TrackedReference
+from stages.evaluate.reference import NoSceneError, TrackedReference
 from stages.evaluate.tracked_videos import track_videos
 from stages.evaluate.videos import Side, Video, pair_videos
 from stages.extract_features.config import ExtractConfig
 from stages.progress import Progress
+from stages.video_scores.divergence import DIVERGENCE, NotComparableError, divergence_scores
 from stages.video_scores.groups import FRAME_SCORES, SCORES, frame_scores
 from stages.video_scores.score import Score
-from stages.video_scores.structure import structure_scores
+from stages.video_scores.structure import SubjectTracks, structure_scores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +34,8 @@ class SideScores:
     allow one."""
     problems: Mapping[str, str]
     """Why a video lacks scores, by key."""
+    unmatched: Mapping[str, str]
+    """Why a video with a track has no score of `DIVERGENCE`, by key; empty without a reference."""
     motion: Mapping[str, np.ndarray]
     """`motion_features` of the videos with a track, by key."""
 
@@ -79,6 +82,7 @@ def score_side(
     temperature: float,
     provenance: dict[str, JSON],
     progress: Progress,
+    reference: TrackedReference | None = None,
 ) -> SideScores:
     """Compute the scores of a side's videos.
 
@@ -91,9 +95,12 @@ def score_side(
         temperature: Temperature of the Gram flow.
         provenance: Information on the run, recorded in the stores.
         progress: Shows bars.
+        reference: Real clips, among which each video is compared with that of its scene.
     """
-    values: dict[str, dict[str, float]] = {video.key: {} for video in side.videos}
+    videos = {video.key: video for video in side.videos}
+    values: dict[str, dict[str, float]] = {key: {} for key in videos}
     problems: dict[str, str] = {}
+    unmatched: dict[str, str] = {}
     motion: dict[str, np.ndarray] = {}
     if "structure" in config.scores:
         tracked = track_videos(
@@ -110,6 +117,11 @@ def score_side(
                 if key in values:
                     values[key] |= structure_scores(tracks, temperature=temperature)
                     motion[key] = motion_features(tracks, temperature=temperature)
+                    if reference is not None:
+                        found, problem = _divergence(videos[key], tracks, reference, temperature)
+                        values[key] |= found
+                        if problem is not None:
+                            unmatched[key] = problem
                 task.advance()
     if any(group in config.scores for group in FRAME_SCORES):
         with progress.task(f"{side.name}: frames", len(values), unit="videos") as task:
@@ -119,7 +131,20 @@ def score_side(
                 if problem is not None:
                     problems.setdefault(video.key, problem)
                 task.advance()
-    return SideScores(side=side, values=values, problems=problems, motion=motion)
+    return SideScores(
+        side=side, values=values, problems=problems, unmatched=unmatched, motion=motion
+    )
+
+
+def _divergence(
+    video: Video, tracks: SubjectTracks, reference: TrackedReference, temperature: float
+) -> tuple[dict[str, float], str | None]:
+    """The scores of `DIVERGENCE`, or why there are none."""
+    try:
+        clip = reference.tracks_of(video)
+        return divergence_scores(tracks, clip, temperature=temperature), None
+    except (NoSceneError, NotComparableError) as error:
+        return {}, str(error)
 
 
 def _frame_scores(video: Video, config: EvaluateConfig) -> tuple[dict[str, float], str | None]:
@@ -141,7 +166,12 @@ def compare_sides(
         config: Which scores.
         reference: Real clips whose distance to each side is computed.
     """
-    scores = tuple(score for group in config.scores for score in SCORES[group])
+    scores = tuple(
+        score
+        for group in config.scores
+        for score in SCORES[group]
+        if reference is not None or score not in DIVERGENCE
+    )
     pairs: list[tuple[Video, Video]] = []
     unpaired: list[str] = []
     if len(sides) == 2:

@@ -14,6 +14,7 @@ from cache_schema.atomic_io import make_directories, write_atomic
 from stages.evaluate.evaluate import Evaluation, SideScores
 from stages.evaluate.page import evaluation_page
 from stages.evaluate.videos import Video
+from stages.video_scores.divergence import DIVERGENCE
 from stages.video_scores.score import Score
 from stages.video_scores.vbench import RESULTS_SUFFIX, VBENCH, results_json
 
@@ -69,6 +70,7 @@ def summary_of(evaluation: Evaluation) -> dict[str, Any]:
                 "folder": str(one.side.folder),
                 "videos": len(one.side.videos),
                 "problems": dict(sorted(one.problems.items())),
+                "unmatched": dict(sorted(one.unmatched.items())),
             }
             for one in evaluation.sides
         ],
@@ -115,7 +117,9 @@ def _rows(evaluation: Evaluation) -> Iterator[dict[str, JSON]]:
             "seed": video.number,
             "score": score.name,
             "value": None if math.isnan(value) else value,
-            "problem": one.problems.get(video.key),
+            "problem": (one.unmatched if score in DIVERGENCE else {}).get(
+                video.key, one.problems.get(video.key)
+            ),
         }
 
 

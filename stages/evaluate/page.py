@@ -268,21 +268,20 @@ def _json_number(value: float | None) -> float | None:
 
 
 def _problems(evaluation: Evaluation) -> str:
-    lines = [
-        f"<tr><td>{escape_html(one.side.name)}</td><td>{escape_html(key)}</td><td>{escape_html(why)}</td></tr>"
-        for one in evaluation.sides
-        for key, why in sorted(one.problems.items())
-    ]
-    if evaluation.reference is not None:
-        lines += [
-            f"<tr><td>{escape_html(evaluation.reference.reference.name)}</td>"
-            f"<td>{escape_html(key)}</td><td>{escape_html(why)}</td></tr>"
-            for key, why in sorted(evaluation.reference.problems.items())
+    rows: list[tuple[str, str, str]] = []
+    for one in evaluation.sides:
+        name = one.side.name
+        rows += [(name, key, why) for key, why in sorted(one.problems.items())]
+        rows += [
+            (name, key, f"no flow_divergence: {why}") for key, why in sorted(one.unmatched.items())
         ]
-    lines += [
-        f"<tr><td></td><td>{escape_html(key)}</td><td>no partner on the other side</td></tr>"
-        for key in evaluation.unpaired
-    ]
-    if not lines:
+    if (tracked := evaluation.reference) is not None:
+        name = tracked.reference.name
+        rows += [(name, key, why) for key, why in sorted(tracked.problems.items())]
+    rows += [("", key, "no partner on the other side") for key in evaluation.unpaired]
+    if not rows:
         return ""
-    return f"<h2>Videos without scores or partner</h2><table>{''.join(lines)}</table>"
+    lines = "".join(
+        f"<tr>{''.join(f'<td>{escape_html(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    return f"<h2>Videos without scores or partner</h2><table>{lines}</table>"

@@ -15,6 +15,7 @@ from stages.evaluate.tracked_videos import TrackedVideos, track_videos
 from stages.evaluate.videos import VBENCH_NAME, Video
 from stages.extract_features.config import ExtractConfig
 from stages.progress import Progress
+from stages.video_scores.structure import SubjectTracks
 
 
 class NoSceneError(ValueError):
@@ -109,6 +110,19 @@ class TrackedReference:
         """Why clips have no track, by key."""
         known = self.reference.captions
         return {key: why for key, why in self.tracked.skipped.items() if key in known}
+
+    def tracks_of(self, video: Video) -> SubjectTracks:
+        """The tracks of the clip with the scene of a video.
+
+        Raises:
+            NoSceneError: There is no such clip, or it has no track.
+        """
+        key = self.reference.clip_of(video)
+        tracks = self.tracked.read(key)
+        if tracks is None:
+            why = self.problems.get(key, "its shard is not finished")
+            raise NoSceneError(f"clip {key} of {self.reference.name} has no track: {why}")
+        return tracks
 
 
 def track_reference(

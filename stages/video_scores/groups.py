@@ -6,18 +6,19 @@ import numpy as np
 
 from stages.config import FrameScoreGroup, ScoreGroup
 from stages.video_scores.appearance import APPEARANCE, appearance_scores
+from stages.video_scores.divergence import DIVERGENCE
 from stages.video_scores.figures import FIGURES, NoFigureError, figure_scores, kind_in_prompt
 from stages.video_scores.score import Score
 from stages.video_scores.structure import STRUCTURE
 from stages.video_scores.vbench import VBENCH, vbench_scores
 
 SCORES: Mapping[ScoreGroup, tuple[Score, ...]] = {
-    "structure": STRUCTURE,
+    "structure": STRUCTURE + DIVERGENCE,
     "figures": FIGURES,
     "vbench": VBENCH,
     "appearance": APPEARANCE,
 }
-"""The scores of each group, in the order of the tables."""
+"""The scores of each group, in the order of the tables; those of `DIVERGENCE` need a reference."""
 
 FRAME_SCORES: tuple[FrameScoreGroup, ...] = ("figures", "vbench", "appearance")
 """Groups that are computed from a video's frames."""

@@ -221,7 +221,7 @@ def pair_flows(tracks: SubjectTracks, *, temperature: float) -> list[PairFlow]:
     """Return the flows of the pairs of frames that both show the subject."""
     similarities_PHWK = tracks.similarities_PHWK.double()
     _, height, width, neighbours = similarities_PHWK.shape
-    subject_THW = _on_token_grid(tracks.forward_TMN, height, width)
+    subject_THW = on_token_grid(tracks.forward_TMN, height, width)
     inside_HWK = neighbour_mask(height, width, radius_of_window(neighbours))
     entropy_PHW = _normalised_entropy(similarities_PHWK, inside_HWK, temperature)
     # A window that the frame's edge cuts on one side would imply motion away from the edge.
@@ -268,8 +268,8 @@ def _normalised_entropy(
     return entropy_PHW
 
 
-def _on_token_grid(masks_TMN: np.ndarray, height: int, width: int) -> Tensor:
-    """bool [T, H, W]: tokens of which the mask covers at least half."""
+def on_token_grid(masks_TMN: np.ndarray, height: int, width: int) -> Tensor:
+    """Return the tokens of a mask, bool [T, H, W]: those of which the mask covers at least half."""
     covered_THW = F.adaptive_avg_pool2d(torch.from_numpy(masks_TMN).double(), (height, width))
     return covered_THW >= 0.5
 

@@ -36,16 +36,17 @@ def videos(draw_frames, subject_mask, tmp_path):
 def score(extract_config, tmp_path):
     """Returns a function that scores a folder of videos."""
 
-    def run(folder, config=None, *, cache=None):
+    def run(folder, config=None, *, extract=None, reference=None):
         return score_side(
             open_side(folder.name, folder),
             config or EvaluateConfig(),
-            extract_config,
+            extract or extract_config,
             CLIPS,
-            cache=cache or tmp_path / "tracks" / folder.name,
+            cache=tmp_path / "tracks" / folder.name,
             temperature=0.1,
             provenance={},
             progress=SilentProgress(),
+            reference=reference,
         )
 
     return run

@@ -69,6 +69,13 @@ def test_a_video_that_was_replaced_is_tracked_again(videos, score):
     assert before["dog-0"]["flow_entropy"] != after["dog-0"]["flow_entropy"]
 
 
+def test_the_rate_of_the_training_maps_does_not_change_scores(videos, score, extract_config):
+    folder = videos("a", "dog-0")
+    teacher = extract_config.teacher.model_copy(update={"time_rate": "latent"})
+    latent = extract_config.model_copy(update={"teacher": teacher})
+    assert score(folder, extract=latent).values == score(folder).values
+
+
 def test_unusable_videos_are_named_and_do_not_count(videos, score, draw_frames):
     folder = videos("a", "dog-0")
     (folder / "broken-1.mp4").write_bytes(b"no video")

@@ -129,3 +129,79 @@ def test_clips_that_are_gone_do_not_count(videos, track):
     assert track(real).motion.keys() == {"one-0", "two-0"}
     (real / "one-0.mp4").unlink()
     assert track(real).motion.keys() == {"two-0"}
+
+
+def test_videos_are_compared_with_the_clip_of_their_scene(videos, score, track, tmp_path):
+    real = videos("real", "dog-0", "cat-0", "owl-0")
+    side = videos("a", "dog-0", "cat-1", "fox-0")
+    (side / "bad-0.mp4").write_bytes(b"no video")
+    (real / "owl-0.mp4").write_bytes(b"no video")
+    videos("a", "owl-0", seed=1)
+    reference = track(real)
+    scored = score(side, reference=reference)
+    # Both are drawn as their clips are; with one clip of a prompt, the seed does not matter.
+    assert scored.values["dog-0"]["flow_divergence"] == pytest.approx(0, abs=1e-12)
+    assert scored.values["cat-1"]["flow_divergence"] == pytest.approx(0, abs=1e-12)
+    for key in ("dog-0", "cat-1"):
+        assert scored.values[key]["uniform_divergence"] > 0
+    assert scored.unmatched.keys() == {"fox-0", "owl-0"}
+    assert scored.unmatched["fox-0"] == "real has no clip of its prompt"
+    assert "clip owl-0 of real has no track: undecodable" in scored.unmatched["owl-0"]
+    evaluation = compare_sides([scored], EvaluateConfig(), reference)
+    (mean,) = evaluation.means["flow_divergence"]
+    assert (mean.count, mean.missing) == (2, 3)
+    assert evaluation.skipped_share == pytest.approx(1 / 5), "a video may be without a clip"
+    out = tmp_path / "out"
+    page = write_evaluation(evaluation, out, settings={}, made_with={}).read_text()
+    assert "no flow_divergence: real has no clip of its prompt" in page
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["sides"][0]["unmatched"] == scored.unmatched
+    assert summary["scores"]["flow_divergence"]["means"][0]["count"] == 2
+    rows = map(json.loads, (out / "scores.jsonl").read_text().splitlines())
+    of_fox = {row["score"]: row for row in rows if row["video"] == "fox-0"}
+    assert of_fox["flow_divergence"]["problem"] == scored.unmatched["fox-0"]
+    assert of_fox["contrast"]["problem"] is None
+
+
+def test_a_video_that_differs_from_its_clip_diverges(videos, score, track):
+    reference = track(videos("real", "dog-0"))
+    scored = score(videos("a", "dog-0", seed=5), reference=reference)
+    assert scored.values["dog-0"]["flow_divergence"] > 1e-6
+
+
+def test_a_clip_of_another_size_is_not_compared(videos, score, track):
+    larger = CLIPS.model_copy(update={"height": 64, "width": 96})
+    reference = track(videos("real", "dog-0", height=64, width=96), clips=larger)
+    scored = score(videos("a", "dog-0"), reference=reference)
+    assert "8 pairs of 2x3 tokens" in scored.unmatched["dog-0"]
+    assert "the reference clip's 8 pairs of 4x6 tokens" in scored.unmatched["dog-0"]
+
+
+def test_without_a_reference_there_is_no_divergence(videos, score):
+    scored = score(videos("a", "dog-0"))
+    evaluation = compare_sides([scored], EvaluateConfig())
+    assert "flow_divergence" not in evaluation.means
+    assert not scored.unmatched
+
+
+def test_a_second_run_tracks_no_clip_again(videos, score, track, tmp_path, monkeypatch):
+    real, side = videos("real", "dog-0", "cat-0"), videos("a", "dog-0", seed=1)
+
+    def write(out):
+        reference = track(real)
+        evaluation = compare_sides([score(side, reference=reference)], EvaluateConfig(), reference)
+        write_evaluation(evaluation, out, settings={}, made_with={})
+        return {path.name: path.read_bytes() for path in out.iterdir()}
+
+    first = write(tmp_path / "out")
+    monkeypatch.setattr(
+        "stages.extract_features.teacher.extraction.SubjectExtraction.load_model", None
+    )
+    assert write(tmp_path / "again") == first
+
+
+def test_a_dataset_in_tars_is_a_reference(two_shards, track):
+    clips = two_shards.model_copy(update={"path": Path("unused")})
+    found = track(two_shards.path, clips=clips)
+    assert len(found.motion) == 5
+    assert found.problems.keys() == {"00001/clip004"}
