@@ -57,7 +57,7 @@ def evaluate(
         typer.Option(
             metavar="CLIPS",
             help="Real clips to measure the videos against: a folder of videos, or what data.path "
-            "may be.",
+            "may be; default for image-to-video: the run's held-out clips.",
         ),
     ] = None,
     num: Annotated[

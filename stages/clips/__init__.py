@@ -8,6 +8,7 @@ from stages.clips.dataset.shards import (
     input_shard_name,
     open_dataset,
     retry_shard_name,
+    select_clips,
     videos_below,
 )
 from stages.clips.geometry import FrameGeometry
@@ -39,6 +40,7 @@ __all__ = [
     "probe_clip",
     "read_video",
     "retry_shard_name",
+    "select_clips",
     "videos_below",
     "write_video",
 ]

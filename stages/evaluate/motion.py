@@ -82,8 +82,8 @@ def motion_to_reference(
     side_ND, reference_MD = _known(side), _known(reference)
     if min(len(side_ND), len(reference_MD)) < MIN_VIDEOS_MMD:
         note = (
-            f"{len(side_ND)} videos and {len(reference_MD)} reference clips have a track; a "
-            f"distance needs {MIN_VIDEOS_MMD} of each"
+            f"needs tracks of {MIN_VIDEOS_MMD} videos and of as many reference clips, got "
+            f"{len(side_ND)} and {len(reference_MD)}"
         )
         return Distance(value=None, standard_error=None, note=note)
     return _scaled_mmd(side_ND, reference_MD, unit=reference_MD, seed=seed)

@@ -8,13 +8,21 @@ from pathlib import Path
 import numpy as np
 
 from cache_schema import JSON
-from stages.clips import BadRecord, ClipDataset, ClipsConfig, open_dataset, videos_below
+from stages.clips import (
+    BadRecord,
+    ClipDataset,
+    ClipsConfig,
+    open_dataset,
+    select_clips,
+    videos_below,
+)
 from stages.clips.dataset.layouts import find_layout
 from stages.evaluate.motion import motion_features
 from stages.evaluate.tracked_videos import TrackedVideos, track_videos
 from stages.evaluate.videos import VBENCH_NAME, Video
 from stages.extract_features.config import ExtractConfig
 from stages.progress import Progress
+from stages.sample_videos.requests import PromptRow
 from stages.video_scores.structure import SubjectTracks
 
 
@@ -90,6 +98,31 @@ def open_reference(path: Path, clips: ClipsConfig) -> Reference:
     name = path.resolve().name
     keys = {pair: found[0] for pair, found in named.items() if len(found) == 1}
     return Reference(name=name, path=path, dataset=dataset, captions=captions, keys=keys)
+
+
+def held_out_reference(rows: Mapping[str, PromptRow], clips: ClipsConfig, *, num: int) -> Reference:
+    """The clips whose prompts and first frames are sampled.
+
+    Args:
+        rows: Prompt and first seed of the videos sampled of each clip, by key.
+        clips: The dataset with the clips.
+        num: Videos of each clip, with consecutive seeds.
+
+    Raises:
+        ValueError: There is no dataset.
+    """
+    return Reference(
+        name="held-out-clips",
+        path=clips.path,
+        dataset=select_clips(open_dataset(clips), rows.keys()),
+        captions={key: row.prompt for key, row in rows.items()},
+        keys={
+            (row.prompt, row.seed + further): key
+            for key, row in rows.items()
+            if row.seed is not None
+            for further in range(num)
+        },
+    )
 
 
 def _holds_plain_videos(path: Path) -> bool:

@@ -193,7 +193,7 @@ class TestRun:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["VIDEOS", "--reference", "VIDEOS"], "leaves out; add it, or omit --reference"),
+        (["VIDEOS", "--reference", "VIDEOS"], "set evaluate.scores=[appearance,structure]"),
         (["VIDEOS", "--reference", "VIDEOS", STRUCTURE], "is the folder of videos itself"),
         (["VIDEOS", "--reference", "nowhere", STRUCTURE], "no reference clips at nowhere"),
         ([], "name a folder of videos, or a run"),

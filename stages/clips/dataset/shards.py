@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -145,6 +145,34 @@ class _RowsShard:
         return self.clips.records(self.start, self.stop)
 
 
+@dataclass(frozen=True, slots=True)
+class _SelectedClips:
+    shard: InputShard
+    keys: frozenset[str]
+    listed_clips: ClassVar[None] = None
+
+    @property
+    def name(self) -> str:
+        return self.shard.name
+
+    @property
+    def source(self) -> str:
+        return self.shard.source
+
+    @property
+    def key_prefix(self) -> str:
+        return self.shard.key_prefix
+
+    def num_clips(self) -> int:
+        return sum(1 for _ in self.records())
+
+    def num_bytes(self) -> int:
+        return self.shard.num_bytes()
+
+    def records(self) -> Iterator[ClipRecord | BadRecord]:
+        return (record for record in self.shard.records() if record.key in self.keys)
+
+
 def open_dataset(config: ClipsConfig) -> ClipDataset:
     """List the shards of the dataset at `config.path`, without opening tars or videos.
 
@@ -178,6 +206,22 @@ def videos_below(config: ClipsConfig) -> ClipDataset:
     if len(found) == 0:
         raise ValueError(f"{config.path} holds no videos")
     return ClipDataset(_rows_shards(found, config), layout=f"{len(found)} videos")
+
+
+def select_clips(dataset: ClipDataset, keys: Collection[str]) -> ClipDataset:
+    """The clips with these keys; keys that the dataset does not have are ignored.
+
+    Shards are read until all keys are found, and those without any are left out.
+    """
+    wanted, found, shards = frozenset(keys), 0, []
+    for shard in dataset.shards:
+        if found == len(wanted):
+            break
+        selected = _SelectedClips(shard, wanted)
+        if count := selected.num_clips():
+            shards.append(selected)
+            found += count
+    return ClipDataset(tuple(shards), layout=f"{found} clips of: {dataset.layout}")
 
 
 def _rows_shards(clips: _ClipList, config: ClipsConfig) -> tuple[InputShard, ...]:

@@ -96,6 +96,4 @@ def test_distances_to_a_reference_order_the_sides():
 def test_too_few_videos_or_clips_have_no_distance():
     found = motion_to_reference(np.zeros((0, 12)), np.zeros((20, 12)), seed=0)
     assert found.value is None
-    assert found.note == (
-        "0 videos and 20 reference clips have a track; a distance needs 10 of each"
-    )
+    assert found.note == "needs tracks of 10 videos and of as many reference clips, got 0 and 20"

@@ -10,8 +10,9 @@ from stages.clips import ClipsConfig
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluate import compare_sides
 from stages.evaluate.output import write_evaluation
-from stages.evaluate.reference import NoSceneError, open_reference
+from stages.evaluate.reference import NoSceneError, held_out_reference, open_reference
 from stages.evaluate.videos import Video
+from stages.sample_videos.requests import PromptRow
 
 CLIPS = ClipsConfig(path=Path("unused"), num_frames=9, height=32, width=48, fps=8.0)
 
@@ -95,6 +96,18 @@ def test_a_video_without_a_prompt_has_the_clip_of_its_name(folder):
         reference.clip_of(video("a dog"))
 
 
+def test_held_out_clips_are_found_by_the_seeds_of_their_videos(folder):
+    root = folder("one", "two", "three", **dict.fromkeys(("one_txt", "two_txt", "three_txt"), "x"))
+    rows = {"three": PromptRow(prompt="a dog", seed=5), "one": PromptRow(prompt="a dog", seed=7)}
+    reference = held_out_reference(rows, CLIPS.model_copy(update={"path": root}), num=2)
+    found = [reference.clip_of(video("a dog", seed)) for seed in (5, 6, 7, 8)]
+    assert found == ["three", "three", "one", "one"]
+    with pytest.raises(NoSceneError):
+        reference.clip_of(video("a dog", 9))
+    records = [record.key for shard in reference.dataset.shards for record in shard.records()]
+    assert records == ["one", "three"]
+
+
 @pytest.mark.parametrize(
     ("make", "message"), [(False, "does not exist"), (True, "holds no videos")]
 )
@@ -106,7 +119,7 @@ def test_a_reference_without_clips_is_refused(tmp_path, make, message):
 
 
 def test_each_side_has_a_distance_to_the_reference(videos, score, track, tmp_path):
-    real = videos("real", *(f"real {n}-0" for n in range(10)))
+    real = videos("real", "dog-0", "cat-0")
     (real / "broken-1.mp4").write_bytes(b"no video")
     sides = [score(videos(name, "dog-0", seed=seed)) for name, seed in (("a", 1), ("b", 2))]
     reference = track(real)
@@ -114,13 +127,13 @@ def test_each_side_has_a_distance_to_the_reference(videos, score, track, tmp_pat
     out = tmp_path / "out"
     page = write_evaluation(evaluation, out, settings={}, made_with={}).read_text()
     summary = json.loads((out / "summary.json").read_text())["reference"]
-    assert (summary["name"], summary["clips"]) == ("real", 11)
+    assert (summary["name"], summary["clips"]) == ("real", 3)
     assert "undecodable" in summary["problems"]["broken-1"]
-    note = "1 videos and 10 reference clips have a track; a distance needs 10 of each"
+    note = "needs tracks of 10 videos and of as many reference clips, got 1 and 2"
     assert summary["distances"] == {
         "motion (MMD^2)": [{"value": None, "standard_error": None, "note": note}] * 2
     }
-    assert "Distances to the reference real (11 clips)" in page
+    assert "Distances to the reference real (3 clips)" in page
     assert page.count(note) == 2
 
 

@@ -10,6 +10,7 @@ from stages.clips import (
     input_shard_name,
     open_dataset,
     retry_shard_name,
+    select_clips,
 )
 
 
@@ -80,3 +81,12 @@ def test_wrong_places_say_what_is_expected(tools, config, tmp_path):
 def test_opening_a_dataset_opens_no_tar(config, tmp_path):
     (tmp_path / "00000.tar").write_bytes(b"no tar")
     assert len(open_dataset(config()).shards) == 1
+
+
+def test_selected_clips_keep_their_shards_and_records(two_shards):
+    whole = open_dataset(two_shards)
+    found = select_clips(whole, ["00001/clip003", "nowhere"])
+    (shard,) = found.shards
+    assert (shard.name, shard.source, shard.num_clips()) == ("00001", "00001.tar", 1)
+    assert [record.key for record in shard.records()] == ["00001/clip003"]
+    assert select_clips(whole, []).shards == ()
