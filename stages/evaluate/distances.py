@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+MIN_VIDEOS_FRECHET = 256
+"""Fewest videos per set for a Frechet distance, unless it is asked for."""
+
 MIN_VIDEOS_MMD = 10
 """Fewest videos per set for an MMD: two subsets of five give its standard error."""
 
@@ -21,15 +24,18 @@ class Distance:
     value: float | None
     """None if it cannot be computed, such as with too few videos."""
     standard_error: float | None
+    """None if it is not known."""
     note: str = ""
-    """Why there is no value; empty otherwise."""
+    """Why there is no value, or a warning about it."""
 
     @property
     def text(self) -> str:
         """Such as `0.52, standard error 0.03`."""
         if self.value is None:
             return f"none: {self.note}"
-        return f"{self.value:.4g}, standard error {self.standard_error:.2g}"
+        error = self.standard_error
+        parts = [f"{self.value:.4g}", "" if error is None else f"standard error {error:.2g}"]
+        return ", ".join(part for part in (*parts, self.note) if part)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +47,46 @@ class MMD:
     standard_error: float
     """From the spread over disjoint subsets; that of their mean, so rather too large."""
     subsets: int
+
+
+def frechet_distance(first: ArrayLike, second: ArrayLike, *, allow_few: bool = False) -> float:
+    """Squared Frechet distance between Gaussians fitted to two sets of features.
+
+    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), with unbiased covariances, in float64. With
+    S = R^T R, tr (S1 S2)^(1/2) is the sum of the singular values of R1 R2^T, so that no square root
+    of a matrix is needed and fewer videos than dimensions lose no accuracy.
+
+    Args:
+        first: features_ND.
+        second: features_MD.
+        allow_few: compute it for fewer than `MIN_VIDEOS_FRECHET` videos.
+
+    Raises:
+        ValueError: shapes do not fit, features are NaN or infinite, or there are too few videos.
+
+    Source: Heusel et al., arXiv 1706.08500 (FID); Unterthiner et al., arXiv 1812.01717 (FVD). Its
+    bias in the number of videos: Chong and Forsyth, arXiv 1911.07023.
+    """
+    first_ND, second_MD = _checked(first, second, fewest=2)
+    fewest = min(len(first_ND), len(second_MD))
+    if fewest < MIN_VIDEOS_FRECHET and not allow_few:
+        raise ValueError(
+            f"the Frechet distance needs {MIN_VIDEOS_FRECHET} videos per set, got {fewest}: its "
+            "bias grows with small samples, so that fewer videos look worse. Use the MMD, which is "
+            "unbiased, or set allow_few=True and compare only sets of the same size"
+        )
+    shift_D = first_ND.mean(axis=0) - second_MD.mean(axis=0)
+    root1, root2 = _covariance_root(first_ND), _covariance_root(second_MD)
+    shared = np.linalg.svd(root1 @ root2.T, compute_uv=False).sum()
+    squared = shift_D @ shift_D + np.sum(root1**2) + np.sum(root2**2) - 2 * shared
+    return max(float(squared), 0.0)
+
+
+def _covariance_root(features_ND: np.ndarray) -> np.ndarray:
+    """R [min(N, D), D] with R^T R the unbiased covariance."""
+    centred_ND = features_ND - features_ND.mean(axis=0)
+    root: np.ndarray = np.linalg.qr(centred_ND, mode="r") / np.sqrt(len(features_ND) - 1)
+    return root
 
 
 def kernel_mmd(first: ArrayLike, second: ArrayLike, *, seed: int) -> MMD:
