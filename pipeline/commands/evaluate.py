@@ -19,7 +19,10 @@ from stages.progress import Progress
 if TYPE_CHECKING:
     from stages.evaluate.compare import Comparison
     from stages.evaluate.evaluate import Evaluation
+    from stages.evaluate.feature_distances import FeatureEvaluation
     from stages.evaluate.reference import Reference
+    from stages.evaluate.videos import Side
+    from stages.video_features.network import FeatureNetwork
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +63,7 @@ def run(config: RunConfig, progress: Progress, options: EvaluateOptions) -> Comm
     first = options.videos or Path(options.run or "")
     out = options.out or config.outputs / f"evaluation-{first.resolve().name}"
     reference = _reference(config, options)
+    network = _network(config)
     if options.run is None:
         sides, failed = open_sides(options), []
     else:
@@ -69,7 +73,7 @@ def run(config: RunConfig, progress: Progress, options: EvaluateOptions) -> Comm
     if "structure" in config.evaluate.scores:
         make_missing_assets(config, progress, reads=("sam2",))
     tracked = None
-    if reference is not None:
+    if reference is not None and "structure" in config.evaluate.scores:
         tracked = track_reference(
             reference,
             config.extract,
@@ -93,7 +97,10 @@ def run(config: RunConfig, progress: Progress, options: EvaluateOptions) -> Comm
         )
         for role, side in zip(("videos", "against"), sides, strict=False)
     ]
-    evaluation = compare_sides(scored, config.evaluate, tracked)
+    features = None
+    if network is not None and (len(sides) == 2 or reference is not None):
+        features = _features(config, network, sides, reference, progress)
+    evaluation = compare_sides(scored, config.evaluate, tracked, features)
     page = write_evaluation(
         evaluation,
         out,
@@ -116,17 +123,49 @@ def _reference(config: RunConfig, options: EvaluateOptions) -> Reference | None:
 
     if options.reference is None:
         return None
-    if "structure" not in config.evaluate.scores:
+    if "structure" not in config.evaluate.scores and config.evaluate.features.network is None:
         scores = ",".join([*config.evaluate.scores, "structure"])
         raise ConfigError(
             "--reference is measured by the scores of structure, which evaluate.scores leaves out; "
-            f"set evaluate.scores=[{scores}]"
+            f"set evaluate.scores=[{scores}], or evaluate.features.network"
         )
     given = {"the folder of videos itself": options.videos, "--against": options.against}
     for name, path in given.items():
         if path is not None and Path(path).resolve() == options.reference.resolve():
             raise ConfigError(f"--reference {options.reference} is {name}; name real clips")
     return open_reference(options.reference, config.data)
+
+
+def _network(config: RunConfig) -> FeatureNetwork | None:
+    from stages.video_features.opening import open_network
+
+    try:
+        return open_network(config.evaluate.features, config.data)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _features(
+    config: RunConfig,
+    network: FeatureNetwork,
+    sides: Sequence[Side],
+    reference: Reference | None,
+    progress: Progress,
+) -> FeatureEvaluation:
+    """The distances over the network's features, which all evaluations keep in one folder."""
+    from stages.evaluate.feature_distances import compare_features
+    from stages.extract_features.kinds import resolve_device
+
+    return compare_features(
+        network,
+        sides,
+        reference,
+        config.evaluate.features,
+        folder=config.outputs / "features",
+        device=resolve_device(config.extract.device, rank=0),
+        seed=config.evaluate.seed,
+        progress=progress,
+    )
 
 
 def _result(
@@ -158,6 +197,12 @@ def _result(
         for one in evaluation.sides
         for key, why in sorted(one.problems.items())
     ]
+    if (features := evaluation.features) is not None:
+        rows += [("features", features.protocol.text)]
+        rows += [(f"  {name}", text) for name, text in features.rows]
+        notes += [f"{name} {key}: {why}" for name, key, why in features.problem_rows]
+    elif config.evaluate.features.network is not None:
+        notes.append("no feature distances without --against or --reference")
     if evaluation.reference is not None:
         name = evaluation.reference.reference.name
         problems = sorted(evaluation.reference.problems.items())

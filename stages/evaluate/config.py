@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from stages.config import ScoreGroup, Section
+from stages.video_features.config import FeaturesConfig
 
 
 class EvaluateConfig(Section):
@@ -14,6 +15,7 @@ class EvaluateConfig(Section):
     the demo, whose prompts name the kind of figure; vbench for videos without motion."""
     seed: int = Field(default=0, ge=0)
     """Seed of the bootstrap that gives the 95% intervals."""
+    features: FeaturesConfig = FeaturesConfig()
     max_skipped: float = Field(default=0.1, ge=0.0, le=1.0)
     """Maximum fraction of videos without a partner or without scores; above it the command exits
     with 3. 0.1 is usual."""

@@ -12,6 +12,7 @@ from stages.clips import ClipsConfig, VideoError, read_video, videos_below
 from stages.evaluate.compare import Comparison, Mean, compare_pairs, mean_of
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.distances import Distance
+from stages.evaluate.feature_distances import FeatureEvaluation
 from stages.evaluate.motion import motion_distance, motion_features, motion_to_reference
 from stages.evaluate.reference import NoSceneError, TrackedReference
 from stages.evaluate.tracked_videos import track_videos
@@ -60,15 +61,20 @@ class Evaluation:
     """The real clips that the videos were measured against; None if none were given."""
     to_reference: Mapping[str, tuple[Distance, ...]]
     """Distances between each side and the reference, by name; empty without a reference."""
+    features: FeatureEvaluation | None
+    """Distances over the features of a network; None without a network or a second set."""
 
     @property
     def skipped_share(self) -> float:
-        """Fraction of videos that lack some of their scores, or a partner."""
+        """Fraction of videos that lack some of their scores, features, or a partner."""
         without = 0
         for number, one in enumerate(self.sides):
             alone = {video.key for video in one.side.videos}
             alone -= {pair[number].key for pair in self.pairs}
-            without += len(one.problems.keys() | (alone if len(self.sides) == 2 else set()))
+            lacking = one.problems.keys() | (alone if len(self.sides) == 2 else set())
+            if self.features is not None:
+                lacking |= self.features.problems[number].keys()
+            without += len(lacking)
         return without / sum(len(one.side.videos) for one in self.sides)
 
 
@@ -157,7 +163,10 @@ def _frame_scores(video: Video, config: EvaluateConfig) -> tuple[dict[str, float
 
 
 def compare_sides(
-    sides: Sequence[SideScores], config: EvaluateConfig, reference: TrackedReference | None = None
+    sides: Sequence[SideScores],
+    config: EvaluateConfig,
+    reference: TrackedReference | None = None,
+    features: FeatureEvaluation | None = None,
 ) -> Evaluation:
     """Average the scores of each side, and compare the pairs of two sides.
 
@@ -165,6 +174,7 @@ def compare_sides(
         sides: Scores of one or two sides.
         config: Which scores.
         reference: Real clips whose distance to each side is computed.
+        features: Distances over the features of a network.
     """
     scores = tuple(
         score
@@ -184,6 +194,7 @@ def compare_sides(
         motion=motion,
         reference=reference,
         to_reference={} if reference is None else _distances(sides, reference, config.seed),
+        features=features,
         scores=scores,
         sides=tuple(sides),
         pairs=tuple(pairs),

@@ -78,6 +78,7 @@ def summary_of(evaluation: Evaluation) -> dict[str, Any]:
         "unpaired": list(evaluation.unpaired),
         "motion_distance": None if evaluation.motion is None else asdict(evaluation.motion),
         "reference": _reference_summary(evaluation),
+        "features": None if evaluation.features is None else evaluation.features.summary,
         "scores": {score.name: _summary(score, evaluation) for score in evaluation.scores},
     }
 

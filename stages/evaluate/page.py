@@ -139,7 +139,7 @@ def _table(evaluation: Evaluation) -> str:
     if evaluation.motion is not None:
         motion = f"motion distance (squared MMD of Gram-flow statistics): {evaluation.motion.text}"
         lines.append(f'<p class="note">{escape_html(motion)}</p>')
-    return table + "".join(lines) + _distances(evaluation)
+    return table + "".join(lines) + _distances(evaluation) + _feature_distances(evaluation)
 
 
 def _distances(evaluation: Evaluation) -> str:
@@ -157,6 +157,20 @@ def _distances(evaluation: Evaluation) -> str:
     return (
         f'<h2>{escape_html(title)}</h2><div class="wide"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _feature_distances(evaluation: Evaluation) -> str:
+    """The distances over the features of a network, and what they depend on."""
+    if (features := evaluation.features) is None:
+        return ""
+    rows = "".join(
+        f'<tr><td>{escape_html(name)}</td><td class="number">{escape_html(text)}</td></tr>'
+        for name, text in features.rows
+    )
+    return (
+        f'<h2>Feature distances</h2><p class="note">{escape_html(features.protocol.text)}</p>'
+        f'<div class="wide"><table><tbody>{rows}</tbody></table></div>'
     )
 
 
@@ -278,6 +292,8 @@ def _problems(evaluation: Evaluation) -> str:
     if (tracked := evaluation.reference) is not None:
         name = tracked.reference.name
         rows += [(name, key, why) for key, why in sorted(tracked.problems.items())]
+    if evaluation.features is not None:
+        rows += evaluation.features.problem_rows
     rows += [("", key, "no partner on the other side") for key in evaluation.unpaired]
     if not rows:
         return ""
