@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def forms(shape: tuple[int, ...]) -> list[Form]:
         Form(
             name=f"features {dtype}",
             spec=feature_arrays_spec((T, H, W, G), dtype),
-            encode=lambda fused, dtype=dtype: encode_features(fused, dtype),
+            encode=partial(encode_features, dtype=dtype),
             decode=decode_features,
             of_flow=False,
         )
@@ -72,7 +73,7 @@ def forms(shape: tuple[int, ...]) -> list[Form]:
         Form(
             name=f"gram_flow {dtype}",
             spec=flow_arrays_spec(T - 1, H, W, RADIUS, dtype),
-            encode=lambda flow, dtype=dtype: encode_gram_flow(flow, dtype),
+            encode=partial(encode_gram_flow, dtype=dtype),
             decode=decode_gram_flow,
             of_flow=True,
         )
@@ -150,19 +151,16 @@ def measure(form: Form, case: Case, folder: Path, options: argparse.Namespace) -
     with writer.shard("00000", source="benchmark") as shard:
         for repeat in range(options.repeats):
             encoding, arrays = timed(lambda: form.encode(values))
-            writing, _ = timed(
-                lambda number=repeat, a=arrays: shard.add(
-                    f"clip-{number}", a, fingerprint=fingerprint_of(f"clip-{number}")
-                )
-            )
+            key = f"clip-{repeat}"
+            writing, _ = timed(partial(shard.add, key, arrays, fingerprint=fingerprint_of(key)))
             seconds["encode"].append(encoding)
             seconds["write"].append(writing)
         shard.commit()
     reader = StoreReader(writer.path)
     for key in reader.keys:
-        reading, found = timed(lambda key=key: reader.read(key))
+        reading, found = timed(partial(reader.read, key))
         tensors = {name: torch.from_numpy(array) for name, array in found.items()}
-        decoding, decoded = timed(lambda tensors=tensors: form.decode(tensors))
+        decoding, decoded = timed(partial(form.decode, tensors))
         seconds["read"].append(reading)
         seconds["decode"].append(decoding)
     flow_PHWK = decoded if form.of_flow else local_gram_flow(decoded[None], RADIUS)[0]

@@ -16,13 +16,14 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
 
 from cache_schema import SortedText, StoreReader
 from stages.clips import ClipsConfig, open_dataset
-from stages.extract_features.config import ExtractConfig
+from stages.extract_features.config import ExtractConfig, Kind
 from stages.extract_features.execution.comparison import compare
 from stages.extract_features.fingerprints import DatasetSources, read_sources
 from stages.progress import SilentProgress
@@ -94,13 +95,14 @@ def main() -> None:
         root = Path(temporary)
         folder = seconds_per_clip(write_folder(root / "folder", arguments.files), arguments.files)
         tars = seconds_per_clip(write_tars(root / "tars", arguments.files), arguments.files)
-        stores = {
+        stores: dict[Kind, Path] = {
             kind: make_store(root, kind, range(arguments.clips), CLIPS_PER_SHARD, indexed=True)
-            for kind in KINDS
+            for kind in get_args(Kind)
+            if kind in KINDS
         }
         sources = sources_of(StoreReader(stores["text"]), arguments.clips)
         found = measured(
-            lambda: compare(((kind, StoreReader(path)) for kind, path in stores.items()), sources)
+            lambda: compare([(kind, StoreReader(path)) for kind, path in stores.items()], sources)
         )
     text = table(
         ["", "time", "memory added"],

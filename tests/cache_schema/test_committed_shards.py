@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,9 +166,12 @@ def test_of_processes_that_want_the_index_at_once_one_writes_it(
 ) -> None:
     written = []
     original = write_columns
-    monkeypatch.setattr(
-        clip_index, "write_columns", lambda *given: (written.append(1), original(*given))
-    )
+
+    def noting(*given: Any) -> None:
+        written.append(1)
+        original(*given)
+
+    monkeypatch.setattr(clip_index, "write_columns", noting)
     layout = StoreLayout(store)
     writers = _writers(store, settings, 4)
     with ThreadPoolExecutor() as threads:

@@ -56,7 +56,7 @@ def tiny_overrides() -> list[str]:
     return [f"++model.{key}={value}".replace(" ", "") for key, value in values.items()]
 
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+def randomise(model: Any, seed: int = 0) -> None:
     """Give every weight that starts at zero a value, so that no path through the model is idle."""
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():

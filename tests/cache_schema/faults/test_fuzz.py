@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,10 @@ def _leaves(record: Any) -> Iterator[tuple[Any, Any]]:
             yield from _leaves(value)
 
 
+def _read_one(reader: StoreReader, key: str, name: str) -> np.ndarray:
+    return reader.read(key, [name])[name]
+
+
 def _read_everything(store: Path | str, *, keys_of: Sequence[Sequence[str]] = ()) -> None:
     """Every answer is what was committed, or an error; none is about fewer clips without one.
 
@@ -237,12 +242,10 @@ def _read_everything(store: Path | str, *, keys_of: Sequence[Sequence[str]] = ()
     for key in keys:
         expected = clip_of(key)
         for name, values in expected.items():
-            _assert_equal_or_refused(lambda k=key, n=name: reader.read(k, [n])[n], values)
+            _assert_equal_or_refused(partial(_read_one, reader, key, name), values)
             for start, stop in itertools.combinations(range(len(values) + 1), 2):
-                _assert_equal_or_refused(
-                    lambda k=key, n=name, a=start, b=stop: reader.read_part(k, n, a, b),
-                    values[start:stop],
-                )
+                part = partial(reader.read_part, key, name, start, stop)
+                _assert_equal_or_refused(part, values[start:stop])
         try:
             attributes = reader.record(key).attributes
         except CacheError:

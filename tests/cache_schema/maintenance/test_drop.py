@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,9 +86,16 @@ def test_the_clips_that_stay_are_neither_listed_nor_opened(
 ) -> None:
     """The cost of a drop must not grow with the clips that stay."""
     seen: list[str] = []
-    opened, scan = os.open, os.scandir
-    monkeypatch.setattr(os, "open", lambda p, *a, **k: (seen.append(str(p)), opened(p, *a, **k))[1])
-    monkeypatch.setattr(os, "scandir", lambda p=".": (seen.append(str(p)), scan(p))[1])
+
+    def noting(call: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(path: Any, *args: Any, **options: Any) -> Any:
+            seen.append(str(path))
+            return call(path, *args, **options)
+
+        return noted
+
+    monkeypatch.setattr(os, "open", noting(os.open))
+    monkeypatch.setattr(os, "scandir", noting(os.scandir))
     drop_clips(store, ["a1"], detail="")
     assert seen
     folders = {str(store / "shards/00000" / name) for name in ("features", "mask")}

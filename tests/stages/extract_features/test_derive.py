@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,7 +141,7 @@ class _DiesAfter(SilentProgress):
         self._left = clips
 
     @contextmanager
-    def task(self, *args: object, **options: object) -> Iterator["_DiesAfter"]:
+    def task(self, *args: Any, **options: Any) -> Iterator[Any]:
         yield self
 
     def advance(self, amount: int = 1) -> None:

@@ -143,7 +143,7 @@ def test_captions_longer_than_the_text_encoder_reads_are_counted_and_marked(
         assert text.captions_cut == expected
         assert summary.dataset == "3 videos with captions beside them"
     reader = StoreReader(text.store)
-    cut = {key: reader.record(key).attributes["tokens_cut"] for key in captions}
+    cut: dict[str, Any] = {key: reader.record(key).attributes["tokens_cut"] for key in captions}
     assert cut["a"] == 0 and cut["b"] > 0 and cut["c"] > 0
 
 

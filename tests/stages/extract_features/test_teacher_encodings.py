@@ -101,7 +101,7 @@ def test_the_flow_is_that_of_the_features_stored_beside_it(
         stored = teacher.read(key)
         features = torch.from_numpy(stored["features"]).double()
         regridded = regrid_fused(features, *two_shards.token_grid, parts).numpy()
-        visited = regridded.any(axis=(1, 2, 3))
+        visited = np.any(regridded, axis=(1, 2, 3))
         expected, _ = similarities_by_loop(np.where(regridded == 0, 1e-30, regridded)[None], 2)
         pairs = visited[:-1] & visited[1:]
         found = flow.read(key)
@@ -125,7 +125,7 @@ def test_every_tracked_store_says_how_a_clip_was_made(
     for store in stores.values():
         reader = StoreReader(store)
         for key in reader.keys:
-            attributes = reader.record(key).attributes
+            attributes: dict[str, Any] = reader.record(key).attributes
             assert attributes["num_frames"] == two_shards.num_frames
             assert isinstance(attributes["prompt"], dict)
             assert 0 <= attributes["quality"] <= 1

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 from stages.clips import ClipRecord, ClipsConfig, ClipSkipped, encode_video, load_clip
 from stages.cogvideox.configs import CogVideoXConfigs, read_configs, resolve_base_model
 from stages.config import BaseModelConfig
-from stages.extract_features.config import LatentsConfig, TextConfig
+from stages.extract_features.config import Kind, LatentsConfig, TextConfig
+from stages.extract_features.extraction import Extracted, Outcome
 from stages.extract_features.latents import (
     LatentsExtraction,
     image_noise_draws,
@@ -29,14 +31,20 @@ def configs(base: BaseModelConfig) -> CogVideoXConfigs:
     return read_configs(Path(base.path))
 
 
+def only(kind: Kind, outcomes: Sequence[Outcome]) -> Extracted:
+    """What was extracted of the only clip."""
+    (outcome,) = outcomes
+    assert not isinstance(outcome, ClipSkipped), outcome
+    return outcome[kind]
+
+
 @pytest.mark.parametrize("caption", ["a red ellipse drifts to the right", "", LONG])
 def test_text_equals_the_pipelines_prompt_encoding(
     caption: str, tiny_base: BaseModelConfig
 ) -> None:
     extraction = TextExtraction(TextConfig(), configs(tiny_base))
     with extraction.load_model(CPU) as extract:
-        (outcome,) = extract([caption])
-    extracted = outcome["text"]
+        extracted = only("text", extract([caption]))
     pipeline = CogVideoXPipeline.from_pretrained(tiny_base.path)
     length = pipeline.transformer.config.max_text_seq_length
     with torch.no_grad():
@@ -66,8 +74,7 @@ def test_latents_are_the_vaes_posterior(
 ) -> None:
     extraction = LatentsExtraction(LatentsConfig(), two_shards, configs(tiny_base), seed=0)
     with extraction.load_model(CPU) as extract:
-        (outcome,) = extract([extraction.prepare(record)])
-    arrays = outcome["latents"].arrays
+        arrays = only("latents", extract([extraction.prepare(record)])).arrays
     vae = AutoencoderKLCogVideoX.from_pretrained(tiny_base.path, subfolder="vae")
     frames_THWC = load_clip(record, two_shards).frames_THWC
     pixels = torch.from_numpy(frames_THWC / 255.0).float().mul(2).sub(1)
@@ -89,8 +96,9 @@ def test_image_to_video_adds_the_first_frames_posterior(
 ) -> None:
     extraction = LatentsExtraction(LatentsConfig(), two_shards, configs(tiny_image_base), seed=3)
     with extraction.load_model(CPU) as extract:
-        first, second = (extract([extraction.prepare(record)])[0] for _ in range(2))
-    arrays, again = first["latents"].arrays, second["latents"].arrays
+        arrays, again = (
+            only("latents", extract([extraction.prepare(record)])).arrays for _ in range(2)
+        )
     assert sorted(arrays) == sorted(extraction.settings["latents"].arrays)
     vae = AutoencoderKLCogVideoX.from_pretrained(tiny_image_base.path, subfolder="vae")
     image = pixels_for_vae(load_clip(record, two_shards).frames_THWC)[:, :, :1]
@@ -243,8 +251,9 @@ def test_a_caption_that_is_too_long_is_counted_without_a_warning_of_indexing_err
     try:
         extraction = TextExtraction(TextConfig(), configs(tiny_base))
         with extraction.load_model(CPU) as extract:
-            (outcome,) = extract([LONG])
+            extracted = only("text", extract([LONG]))
     finally:
         of_library.removeHandler(caplog.handler)
-    assert outcome["text"].attributes["tokens_cut"] > 0
+    tokens_cut = extracted.attributes["tokens_cut"]
+    assert isinstance(tokens_cut, int) and tokens_cut > 0
     assert not caplog.records

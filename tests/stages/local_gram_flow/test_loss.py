@@ -1,4 +1,5 @@
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,11 @@ from tests.stages.local_gram_flow.reference import (
     l2_by_loop,
     similarities_by_loop,
 )
+
+LOSSES_BY_LOOP: dict[str, Callable[..., float]] = {
+    "kl": partial(kl_by_loop, temperature=0.3),
+    "l2": l2_by_loop,
+}
 
 
 def _features(seed: int, *shape: int) -> torch.Tensor:
@@ -109,13 +115,13 @@ def test_only_valid_pairs_count_each_clip_alike(
     (student_loop, inside), (teacher_loop, _) = (
         similarities_by_loop(features.numpy(), 1) for features in (student, teacher)
     )
+    by_loop = LOSSES_BY_LOOP[divergence]
     per_clip = []
     for b, valid_P in enumerate(valid):
         per_pair = []
         for p in (p for p, counts in enumerate(valid_P) if counts):
-            one: Any = [a[b : b + 1, p : p + 1] for a in (student_loop, teacher_loop, inside)]
-            loop = kl_by_loop(*one, temperature=0.3) if divergence == "kl" else l2_by_loop(*one)
-            per_pair.append(loop)
+            one = [a[b : b + 1, p : p + 1] for a in (student_loop, teacher_loop, inside)]
+            per_pair.append(by_loop(*one))
         per_clip.append(sum(per_pair) / max(len(per_pair), 1))
     found = gram_flow_loss(
         local_gram_flow(student, 1),
@@ -200,13 +206,14 @@ def test_a_weighted_loss_is_the_weighted_mean_over_the_tokens_of_valid_pairs(
     (student_loop, inside), (teacher_loop, _) = (
         similarities_by_loop(features.numpy(), 1) for features in (student, teacher)
     )
+    by_loop = LOSSES_BY_LOOP[divergence]
     expected = []
     for b, valid_P in enumerate(valid):
         total = over = 0.0
         for p, y, x in np.ndindex(2, 2, 3):
             place = tuple(slice(i, i + 1) for i in (b, p, y, x))
-            one: Any = [array[place] for array in (student_loop, teacher_loop, inside)]
-            loss = kl_by_loop(*one, temperature=0.3) if divergence == "kl" else l2_by_loop(*one)
+            one = [array[place] for array in (student_loop, teacher_loop, inside)]
+            loss = by_loop(*one)
             total += valid_P[p] * float(weight[b, p, y, x]) * loss
             over += valid_P[p] * float(weight[b, p, y, x])
         expected.append(total / over if over else 0.0)

@@ -110,7 +110,9 @@ def test_subjects_of_a_mask_are_chosen_by_their_values():
     read = {"m.png": png(mask)}.__getitem__
 
     def rows(prompts: tuple[SubjectPrompt, ...]) -> list[list[int]]:
-        return [np.flatnonzero(prompt.mask_HW.all(axis=1)).tolist() for prompt in prompts]
+        masks_HW = [prompt.mask_HW for prompt in prompts if prompt.mask_HW is not None]
+        assert len(masks_HW) == len(prompts)
+        return [np.flatnonzero(mask_HW.all(axis=1)).tolist() for mask_HW in masks_HW]
 
     first = {"mask": "m.png", "mask_ids": 2}
     assert rows(subjects_from_fields(first, read_mask=read)) == [[3, 4, 5]]

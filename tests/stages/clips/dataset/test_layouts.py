@@ -170,9 +170,11 @@ def test_tars_beside_metadata_are_refused(tools, fill, config):
 
 
 def command_of(error: pytest.ExceptionInfo) -> str:
-    return re.search(
+    found = re.search(
         r"((?:gunzip|python|cp|for|ffmpeg) .*?)(?: and set |\. Expected|$)", str(error.value)
-    )[1]
+    )
+    assert found
+    return found[1]
 
 
 def run(command: str) -> None:

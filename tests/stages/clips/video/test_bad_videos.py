@@ -144,7 +144,8 @@ CASES: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_bad_video_is_recorded_and_its_neighbours_are_read(name, tools, between_good_clips):
     make, reason, *rest = CASES[name]
-    words, changes = (*rest, *("", {})[len(rest) :])
+    words = rest[0] if rest else ""
+    changes = rest[1] if len(rest) > 1 else {}
     [(key, found, detail)] = between_good_clips([("bad.mp4", make(tools))], **changes)
     assert (key, found) == ("bad", reason)
     assert reason == "works" or (detail and words in detail)

@@ -58,7 +58,7 @@ class Bar(SilentProgress):
         self._stops = stops
 
     @contextmanager
-    def task(self, description: str, total: int | None, **options: Any) -> Iterator["Bar"]:
+    def task(self, description: str, total: int | None, **options: Any) -> Iterator[Any]:
         self.totals.append(total)
         yield self
 

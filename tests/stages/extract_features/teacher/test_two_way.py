@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stages.clips import ClipSkipped
+from stages.config import FeatureKind
 from stages.extract_features.teacher.two_way import Subject, SubjectTrack, SubjectTracker
 from stages.sam2_tracking.inputs import Sam2Prompt
 from stages.sam2_tracking.tracker import (
@@ -52,7 +53,7 @@ class ScriptedTracker:
         self.features: list[tuple[str, ...]] = []
 
     def track(
-        self, requests: Sequence[TrackRequest], *, features: Sequence[str]
+        self, requests: Sequence[TrackRequest], *, features: Sequence[FeatureKind]
     ) -> Iterator[tuple[TrackedFrame, ...]]:
         assert len({len(request.order) for request in requests}) == 1
         self.runs.append([(name_of(r.prompt), list(r.order)) for r in requests])
@@ -60,7 +61,9 @@ class ScriptedTracker:
         for step in range(len(requests[0].order)):
             yield tuple(self._frame(request, step, features) for request in requests)
 
-    def _frame(self, request: TrackRequest, step: int, features: Sequence[str]) -> TrackedFrame:
+    def _frame(
+        self, request: TrackRequest, step: int, features: Sequence[FeatureKind]
+    ) -> TrackedFrame:
         index = request.order[step]
         sign = 1 if request.order[1] > request.order[0] else -1
         visible = self.sees(name_of(request.prompt), index)
@@ -166,7 +169,9 @@ def test_an_empty_mask_with_a_positive_score_is_not_seen() -> None:
     tracker = ScriptedTracker(lambda name, t: True)
     frame = tracker._frame
 
-    def empty_on_3(request: TrackRequest, step: int, features: Sequence[str]) -> TrackedFrame:
+    def empty_on_3(
+        request: TrackRequest, step: int, features: Sequence[FeatureKind]
+    ) -> TrackedFrame:
         made = frame(request, step, features)
         if made.index == 3:
             made.mask_logits_HW.fill_(-0.5)
