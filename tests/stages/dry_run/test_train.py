@@ -21,21 +21,22 @@ from stages.train_student.step_costs import (
     meta_student,
     step_cost,
 )
+from tests.stages.train_student.conftest import tiny_scheduler, tiny_transformer, tiny_vae
 
 SIZE = ClipsConfig(path=Path("unused"), num_frames=17, height=128, width=192)
 COUNTS = ParameterCounts(transformer=1000, adapters=200, heads=40, trained=240)
 
 
 @pytest.fixture
-def configs(tiny, tmp_path):
-    transformer = tiny.tiny_transformer(
+def configs(tmp_path):
+    transformer = tiny_transformer(
         num_layers=6, num_attention_heads=4, attention_head_dim=32, max_text_seq_length=32
     )
-    scheduler = tiny.tiny_scheduler()
+    scheduler = tiny_scheduler()
     return CogVideoXConfigs(
         folder=tmp_path,
         transformer=dict(transformer.config),
-        vae=dict(tiny.tiny_vae().config),
+        vae=dict(tiny_vae().config),
         scheduler=dict(scheduler.config),
     )
 
