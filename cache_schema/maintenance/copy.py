@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cache_schema.checksummed_json import crc32c_digits
 from cache_schema.errors import CacheError, Refused, SettingsMismatch, StoreNotFound
 from cache_schema.index import (
     ClipIndex,
@@ -201,42 +202,41 @@ class _Copy:
         if self._is_same(shard):
             return True
         try:
-            older = self._record(self.target, shard)
+            older, _ = self._record(self.target, shard)
         except CacheError:
             return False
-        newer = self._source_record(shard)
+        newer, _ = self._source_record(shard)
         checksums = {clip.key: _checksums(clip.arrays) for clip in older.clips}
         return older.generation < newer.generation and all(
             checksums.get(clip.key) == _checksums(clip.arrays) for clip in newer.clips
         )
 
     def _is_same(self, shard: str) -> bool:
-        return read_commit_crc32c_digits(self.target, shard) == b"%08x" % self.index.record_crc32c(
-            shard
-        )
+        crc32c = self.index.record_crc32c(shard)
+        return read_commit_crc32c_digits(self.target, shard) == b"%08x" % crc32c
 
-    def _record(self, storage: Storage, shard: str) -> CommitRecord:
+    def _record(self, storage: Storage, shard: str) -> tuple[CommitRecord, bytes]:
+        """A shard's record, parsed and as bytes."""
         path = commit_path(shard)
         location = f"{storage.location}/{path}"
         data = read_record_file(storage, path)
-        return parse_commit(data, self.settings, shard, location=location, store=storage.location)
+        record = parse_commit(data, self.settings, shard, location=location, store=storage.location)
+        return record, data
 
-    def _source_record(self, shard: str) -> CommitRecord:
-        if read_commit_crc32c_digits(self.source, shard) != b"%08x" % self.index.record_crc32c(
-            shard
-        ):
+    def _source_record(self, shard: str) -> tuple[CommitRecord, bytes]:
+        record, data = self._record(self.source, shard)
+        if int(crc32c_digits(data), 16) != self.index.record_crc32c(shard):
             raise CacheError(
                 f"shard {shard!r} of {self.source.location} was replaced while the store was being "
                 "copied; run the same command again"
             )
-        return self._record(self.source, shard)
+        return record, data
 
     def send_shards(self) -> None:
         """Send every shard's files, then its commit record."""
         committed = set(self.target.list_folder("commits") or [])
         for shard in self.index.shards:
-            record = self._source_record(shard)
-            data = read_record_file(self.source, commit_path(shard))
+            record, data = self._source_record(shard)
             done = f"{shard}.json" in committed and self._is_same(shard)
             marker = f"{COPYING}/{shard}.json"
             group = f"shards/{group_name(shard, record.group)}"
@@ -264,7 +264,7 @@ class _Copy:
 
     def _committed_files(self, shard: str, record: CommitRecord) -> set[str]:
         """Files that the target's older record of a shard lists exactly as the source's does."""
-        older = self._record(self.target, shard)
+        older, _ = self._record(self.target, shard)
         if older.group != record.group:
             return set()
         known = {file.path: file.recorded for file in group_files(older, self.settings)}

@@ -59,6 +59,7 @@ class _IncomingShard:
     shard: str
     name: str
     present: bool
+    num_bytes: int
 
 
 def merge_stores(
@@ -105,10 +106,11 @@ def merge_stores(
     imported: list[str] = []
     clips = total = linked = 0
     for incoming in incoming_shards:
-        record = read_commit(incoming.source, settings, incoming.shard)
         if incoming.present:
-            advance_by(num_bytes(record))
+            advance_by(incoming.num_bytes)
             continue
+        # Read again: the records of all shards together may be larger than memory.
+        record = read_commit(incoming.source, settings, incoming.shard)
         linked += _import_shard(incoming, record, layout, settings, advance_by)
         imported.append(incoming.name)
         clips += len(record.clips)
@@ -172,7 +174,7 @@ def _plan(
         content = _content(record, settings)
         if is_source:
             present = content in (contents.get(name), contents.get(shard))
-            incoming_shards.append(_IncomingShard(layout, shard, name, present))
+            incoming_shards.append(_IncomingShard(layout, shard, name, present, num_bytes(record)))
             if present:
                 continue
         if name in contents or (is_source and _is_staged_from_other_source(target, record, name)):

@@ -6,7 +6,7 @@ checked again, and leftovers of a process that still holds the shard's lock are 
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,11 +15,10 @@ from cache_schema.errors import CorruptRecord, Remedy, StoreNotFound, UnknownSch
 from cache_schema.index import (
     ClipIndex,
     describe_lost_record,
-    index_of_records,
     parse_index,
     read_crc32c,
 )
-from cache_schema.index_columns import write_columns
+from cache_schema.index_columns import Columns, DuplicateKey, columns_of_records, write_columns
 from cache_schema.maintenance.check_shard import (
     Damage,
     check_shard,
@@ -152,8 +151,7 @@ class Survey:
         # List groups before records, so that the record of every listed group is already written.
         is_local = isinstance(self.storage, LocalStorage)
         groups = self.storage.list_folder("shards") if is_local else None
-        for shard in self._committed_shards(index):
-            self._check_shard(shard)
+        rebuilt = self._check_shards(self._committed_shards(index))
         if self._other_settings and not self.crc32cs:
             self.has_foreign_settings = True
             self.problems = []
@@ -163,7 +161,7 @@ class Survey:
             )
             return
         if index is not None:
-            self._check_index(index)
+            self._check_index(index, rebuilt)
         if isinstance(self.storage, LocalStorage):
             self._check_group_folders(StoreLayout(self.storage.folder), groups or [])
 
@@ -207,22 +205,38 @@ class Survey:
                 self._report(f"commits/{printable(name)} is not a commit record")
         return sorted(shards)  # as file names, '00000-retry1.json' sorts before '00000.json'
 
-    def _check_shard(self, shard: str) -> None:
+    def _check_shards(self, shards: Iterable[str]) -> Columns | None:
+        """Check the shards, and return the index's columns as their records give them.
+
+        None with `fast`, without an index to compare with, or if a key is in two shards.
+        """
+        records = (checked for shard in shards if (checked := self._check_shard(shard)))
+        if self.fast or self.index is None:
+            for _ in records:
+                pass
+            return None
         try:
-            seen = self._check_until_stable(shard)
+            return columns_of_records(records, self.settings.arrays)
+        except DuplicateKey:
+            return None  # reported with the shards, unless the key moved meanwhile
+
+    def _check_shard(self, shard: str) -> tuple[CommitRecord, int] | None:
+        """Check one shard; returns its record with the `crc32c`, or None if it is unusable."""
+        try:
+            record, crc32c, damage = self._check_until_stable(shard)
         except FileNotFoundError:
-            return  # it was removed since it was listed, or only the index lists it
+            return None  # it was removed since it was listed, or only the index lists it
         except UnknownSchemaVersion as error:
             self._generations[shard] = None
             self._report(str(error), shard=shard, remedy="by hand")
-            return
+            return None
         except CorruptRecord as error:
             self._generations[shard] = None
             self._report(str(error), shard=shard)
             if isinstance(error, OtherSettings):
                 self._other_settings.add(shard)
-            return
-        record, self.crc32cs[shard], damage = seen
+            return None
+        self.crc32cs[shard] = crc32c
         self._generations[shard], self._groups[shard] = record.generation, record.group
         self.num_clips += len(record.clips)
         self.num_bytes += sum(
@@ -230,7 +244,7 @@ class Survey:
         )
         if damage and (what := compression_mismatch(self.storage, self.settings, record)):
             self._report(what, shard=shard, remedy="by hand")
-            return
+            return record, crc32c
         for what in damage.metadata:
             self._report(what, shard=shard)
         for key, what in damage.clips.items():
@@ -240,6 +254,7 @@ class Survey:
         for path in damage.foreign:
             what = f"file {printable(path)} does not belong to the shard"
             self._report_leftover(f"{group}/{path}", what, shard)
+        return record, crc32c
 
     def _check_duplicates(self, record: CommitRecord) -> None:
         held: dict[str, set[str]] = {}
@@ -293,7 +308,7 @@ class Survey:
                 break
         return record, crc32c, damage
 
-    def _check_index(self, index: ClipIndex) -> None:
+    def _check_index(self, index: ClipIndex, rebuilt: Columns | None) -> None:
         """Check that the index is, bit for bit, the one that the records give."""
         crc32cs = index.columns["shards.crc32c"].tolist()
         indexed = dict(zip(index.shard_names, crc32cs, strict=True))
@@ -320,23 +335,11 @@ class Survey:
                 f"{min(changed)!r}",
                 remedy="extract" if isinstance(self.storage, LocalStorage) else "copy",
             )
-        elif self.fast or unusable or self.duplicates or self.index_is_damaged:
-            return  # the index to compare with cannot be built from the records
-        else:
-            self._compare_index()
-
-    def _compare_index(self) -> None:
-        shards = sorted(self.crc32cs)
-        rebuilt = index_of_records(self.storage, self.settings, shards)
-        crc32cs = dict(
-            zip(rebuilt.shard_names, rebuilt.columns["shards.crc32c"].tolist(), strict=True)
-        )
-        if crc32cs != self.crc32cs:
-            return  # records were replaced meanwhile
-        data = io.BytesIO()
-        write_columns(data, rebuilt.columns, self.settings, read_crc32c(self.storage, STORE_FILE))
-        if data.getvalue() != self._index_bytes:
-            self._report_index("does not agree with the commit records")
+        elif rebuilt is not None and not (unusable or self.duplicates or self.index_is_damaged):
+            data = io.BytesIO()
+            write_columns(data, rebuilt, self.settings, read_crc32c(self.storage, STORE_FILE))
+            if data.getvalue() != self._index_bytes:
+                self._report_index("does not agree with the commit records")
 
     def _report_index(self, what: str) -> None:
         self.index_is_damaged = True
