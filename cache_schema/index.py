@@ -17,14 +17,12 @@ import numpy as np
 from cache_schema.atomic_io import FileLock, add_path_to_errors, open_for_writing, sync
 from cache_schema.checksummed_json import HEAD_BYTES, crc32c_digits
 from cache_schema.errors import CorruptRecord
+from cache_schema.index_building import DuplicateKey, columns_of_records, merged_columns
 from cache_schema.index_columns import (
     STORE_CRC32C,
     DamagedIndex,
-    DuplicateKey,
     check_columns,
     column_types,
-    columns_of_records,
-    merged_columns,
     read_columns,
     write_columns,
 )

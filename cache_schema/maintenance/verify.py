@@ -18,7 +18,8 @@ from cache_schema.index import (
     parse_index,
     read_crc32c,
 )
-from cache_schema.index_columns import Columns, DuplicateKey, columns_of_records, write_columns
+from cache_schema.index_building import DuplicateKey, columns_of_records
+from cache_schema.index_columns import Columns, write_columns
 from cache_schema.maintenance.check_shard import (
     Damage,
     check_shard,

@@ -25,7 +25,8 @@ from typing import Any
 
 from cache_schema import ArraySpec, ClipEntry, StoredArray, StoreReader, StoreSettings, StoreWriter
 from cache_schema.checksummed_json import encode_record
-from cache_schema.index_columns import columns_of_records, write_columns
+from cache_schema.index_building import columns_of_records
+from cache_schema.index_columns import write_columns
 from cache_schema.names import StoreLayout
 from cache_schema.records import CommitRecord, StoredFile
 from cache_schema.zarr_shard import chunk_path, metadata_paths

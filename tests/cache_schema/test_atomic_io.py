@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cache_schema import LockLost, LockUnsupported, ShardBusy, StoreSettings, StoreWriter, atomic_io
+from cache_schema import LockLost, LockUnsupported, ShardBusy, StoreWriter, atomic_io
 from cache_schema.atomic_io import FileLock
+from tests.cache_schema.made_stores import SETTINGS
 
 
 @pytest.fixture(autouse=True)
@@ -19,23 +20,23 @@ def _nothing_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
 def test_a_file_system_without_locks_is_refused_with_its_path(
-    tmp_path: Path, settings: StoreSettings, monkeypatch: pytest.MonkeyPatch, number: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", fail)
     with pytest.raises(LockUnsupported, match=rf"{tmp_path}.*{os.strerror(number)}.*mount it"):
-        StoreWriter.open(tmp_path, settings, provenance={})
+        StoreWriter.open(tmp_path, SETTINGS, provenance={})
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_a_file_system_that_grants_every_lock_is_refused(
-    tmp_path: Path, settings: StoreSettings, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     with pytest.raises(LockUnsupported, match=f"{tmp_path}.*two locks on one file"):
-        StoreWriter.open(tmp_path, settings, provenance={})
+        StoreWriter.open(tmp_path, SETTINGS, provenance={})
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
@@ -50,12 +51,7 @@ def test_a_file_system_that_grants_every_lock_is_refused(
     ],
 )
 def test_locks_that_other_machines_do_not_see_are_refused(
-    tmp_path: Path,
-    settings: StoreSettings,
-    monkeypatch: pytest.MonkeyPatch,
-    kind: str,
-    options: str,
-    refused: str | None,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, options: str, refused: str | None
 ) -> None:
     device = tmp_path.stat().st_dev
     of_mount = f"36 35 {os.major(device)}:{os.minor(device)} / /mnt rw,noatime shared:1"
@@ -65,10 +61,10 @@ def test_locks_that_other_machines_do_not_see_are_refused(
     )
     monkeypatch.setattr(atomic_io, "_MOUNTS", mounts)
     if refused is None:
-        StoreWriter.open(tmp_path / "cache", settings, provenance={})
+        StoreWriter.open(tmp_path / "cache", SETTINGS, provenance={})
         return
     with pytest.raises(LockUnsupported, match=f"{tmp_path}.*mounted with {refused}"):
-        StoreWriter.open(tmp_path / "cache", settings, provenance={})
+        StoreWriter.open(tmp_path / "cache", SETTINGS, provenance={})
 
 
 def _lock_of(path: Path) -> FileLock:

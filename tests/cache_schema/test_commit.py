@@ -1,7 +1,6 @@
 """Which keys a writer refuses, what it reads for that, and when it writes the index."""
 
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 from cache_schema import (
     CorruptRecord,
     StoreReader,
-    StoreSettings,
     StoreWriter,
     commit,
     verify_store,
@@ -27,21 +25,17 @@ from cache_schema.maintenance.drop import drop_clips
 from cache_schema.maintenance.merge import merge_stores
 from cache_schema.maintenance.repair import repair_store
 from cache_schema.names import StoreLayout
+from tests.cache_schema.made_stores import SETTINGS, clip_of, write_shard
 from tests.fingerprints import fingerprint_of
 
-ClipOf = Callable[[str], dict[str, np.ndarray]]
-WriteShard = Callable[..., None]
 
-
-def _writers(store: Path, settings: StoreSettings, number: int) -> list[StoreWriter]:
-    return [StoreWriter.open(store.parent, settings, provenance={}) for _ in range(number)]
+def _writers(store: Path, number: int) -> list[StoreWriter]:
+    return [StoreWriter.open(store.parent, SETTINGS, provenance={}) for _ in range(number)]
 
 
 @pytest.mark.parametrize("indexed", [True, False])
-def test_a_writer_refuses_the_keys_that_it_knows(
-    store: Path, settings: StoreSettings, clip_of: ClipOf, write_shard: WriteShard, indexed: bool
-) -> None:
-    first, second = _writers(store, settings, 2)
+def test_a_writer_refuses_the_keys_that_it_knows(store: Path, indexed: bool) -> None:
+    first, second = _writers(store, 2)
     if indexed:
         first.write_index()
     write_shard(first, "2", ["own"])
@@ -66,12 +60,9 @@ def test_a_writer_refuses_the_keys_that_it_knows(
 
 
 def test_records_that_others_commit_meanwhile_are_not_parsed(
-    store: Path,
-    settings: StoreSettings,
-    write_shard: WriteShard,
-    monkeypatch: pytest.MonkeyPatch,
+    store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = _writers(store, settings, 2)
+    first, second = _writers(store, 2)
     write_shard(first, "2", ["c"])
     for number in range(3, 8):
         write_shard(second, str(number), [f"{number}"])
@@ -87,14 +78,9 @@ def test_records_that_others_commit_meanwhile_are_not_parsed(
 
 @pytest.mark.parametrize("indexed", [True, False])
 def test_a_key_in_two_shards_is_refused_by_whoever_has_both_records(
-    store: Path,
-    settings: StoreSettings,
-    tmp_path: Path,
-    clip_of: ClipOf,
-    write_shard: WriteShard,
-    indexed: bool,
+    store: Path, tmp_path: Path, indexed: bool
 ) -> None:
-    first, second, third = _writers(store, settings, 3)
+    first, second, third = _writers(store, 3)
     write_shard(first, "x", ["x0"])
     write_shard(second, "y", ["twin", "y0"])
     if indexed:
@@ -124,14 +110,11 @@ def test_a_key_in_two_shards_is_refused_by_whoever_has_both_records(
 
 
 def test_committing_writers_keep_the_index_within_bounds(
-    tmp_path: Path,
-    settings: StoreSettings,
-    write_shard: WriteShard,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(commit, "_MAX_UNLISTED", 2)
     monkeypatch.setattr(commit, "_MAX_UNLISTED_SHARE", 0.5)
-    writers = [StoreWriter.open(tmp_path, settings, provenance={}) for _ in range(3)]
+    writers = [StoreWriter.open(tmp_path, SETTINGS, provenance={}) for _ in range(3)]
     index = writers[0].path / "index.npz"
     listed, expected, found = 0, [], []
     for finished in range(1, 31):
@@ -150,10 +133,10 @@ def test_committing_writers_keep_the_index_within_bounds(
 
 
 def test_an_index_that_another_process_is_at_is_not_waited_for(
-    store: Path, settings: StoreSettings, write_shard: WriteShard, monkeypatch: pytest.MonkeyPatch
+    store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(commit, "_MAX_UNLISTED", 1)
-    (writer,) = _writers(store, settings, 1)
+    (writer,) = _writers(store, 1)
     with FileLock(StoreLayout(store).store_lock, wait=True, what="the store"):
         write_shard(writer, "2", ["c"])
         assert not (store / "index.npz").exists()
@@ -162,7 +145,7 @@ def test_an_index_that_another_process_is_at_is_not_waited_for(
 
 
 def test_of_processes_that_want_the_index_at_once_one_writes_it(
-    store: Path, settings: StoreSettings, write_shard: WriteShard, monkeypatch: pytest.MonkeyPatch
+    store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
     original = write_columns
@@ -173,12 +156,12 @@ def test_of_processes_that_want_the_index_at_once_one_writes_it(
 
     monkeypatch.setattr(clip_index, "write_columns", noting)
     layout = StoreLayout(store)
-    writers = _writers(store, settings, 4)
+    writers = _writers(store, 4)
     with ThreadPoolExecutor() as threads:
         with FileLock(layout.store_lock, wait=True, what="the store") as lock:
             ends = [threads.submit(writer.write_index) for writer in writers]
             time.sleep(0.2)  # until they wait for the lock, as a rule
-            clip_index.write_index(layout, settings, lock)
+            clip_index.write_index(layout, SETTINGS, lock)
         for end in ends:
             end.result(timeout=60)
         assert len(written) == 1
@@ -193,10 +176,10 @@ def test_of_processes_that_want_the_index_at_once_one_writes_it(
 
 
 def test_a_damaged_index_is_written_anew_by_who_commits(
-    store: Path, settings: StoreSettings, write_shard: WriteShard, monkeypatch: pytest.MonkeyPatch
+    store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(commit, "_MAX_UNLISTED", 0)
-    writer, other = _writers(store, settings, 2)
+    writer, other = _writers(store, 2)
     writer.write_index()
     data = (store / "index.npz").read_bytes()
     assert num_listed_shards(store / "index.npz") == 2
@@ -214,9 +197,9 @@ def test_a_damaged_index_is_written_anew_by_who_commits(
 
 
 def test_a_shard_is_committed_even_if_the_index_cannot_be_written(
-    store: Path, settings: StoreSettings, write_shard: WriteShard, monkeypatch: pytest.MonkeyPatch
+    store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writer, other = _writers(store, settings, 2)
+    writer, other = _writers(store, 2)
     write_shard(writer, "x", ["x0"])
     write_shard(other, "y", ["twin"])
     monkeypatch.setattr(commit, "_MAX_UNLISTED", 1)

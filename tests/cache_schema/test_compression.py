@@ -1,7 +1,6 @@
 """Compressed arrays: the same values and names, fewer bytes, as Zarr's own codec lays them out."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +10,8 @@ import pytest
 import zarr
 
 from cache_schema import ArraySpec, StoreReader, StoreSettings, StoreWriter
+from tests.cache_schema.made_stores import files_of
 from tests.fingerprints import fingerprint_of
-
-FilesOf = Callable[[Path], dict[str, bytes]]
 
 PLAIN = StoreSettings(
     kind="gram_flow",
@@ -102,7 +100,7 @@ def test_chunks_are_blosc_of_zstandard_one_behind_a_byte_shuffle(tmp_path: Path)
     assert data.startswith(expected)
 
 
-def test_writing_twice_gives_the_same_bytes(tmp_path: Path, files_of: FilesOf) -> None:
+def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert files_of(_write(tmp_path / "a", PACKED)) == files_of(_write(tmp_path / "b", PACKED))
 
 
@@ -118,9 +116,7 @@ def test_a_store_goes_on_with_the_compression_it_has(tmp_path: Path, first: Stor
     np.testing.assert_array_equal(reader.read("00001/2")["gram_flow"], _smooth(2)["gram_flow"])
 
 
-def test_a_lost_store_json_is_written_again_with_the_compression_on_disk(
-    tmp_path: Path, files_of: FilesOf
-) -> None:
+def test_a_lost_store_json_is_written_again_with_the_compression_on_disk(tmp_path: Path) -> None:
     store = _write(tmp_path, PACKED)
     before = files_of(store)
     (store / "store.json").unlink()
@@ -128,7 +124,7 @@ def test_a_lost_store_json_is_written_again_with_the_compression_on_disk(
     assert files_of(store) == before
 
 
-def test_staged_clips_that_are_compressed_are_adopted(tmp_path: Path, files_of: FilesOf) -> None:
+def test_staged_clips_that_are_compressed_are_adopted(tmp_path: Path) -> None:
     whole = _write(tmp_path / "whole", PACKED)
     writer = StoreWriter.open(tmp_path / "killed", PACKED, provenance={})
     with writer.shard("00000", source="x.tar") as out:

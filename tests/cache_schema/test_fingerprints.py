@@ -1,22 +1,19 @@
 """A clip's fingerprint: written with it, read from the index, kept by all that moves the clip."""
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cache_schema import StoreReader, StoreSettings, StoreWriter, verify_store
+from cache_schema import StoreReader, StoreWriter, verify_store
 from cache_schema.maintenance.copy import copy_store
 from cache_schema.maintenance.drop import change_fingerprints, drop_clips
 from cache_schema.maintenance.merge import merge_stores
 from cache_schema.maintenance.repair import repair_store
+from tests.cache_schema.made_stores import SETTINGS, clip_of
 from tests.fingerprints import fingerprint_of
-
-Arrays = dict[str, np.ndarray]
-ClipOf = Callable[[str], Arrays]
 
 
 def _assert_kept(store: Path) -> None:
@@ -62,7 +59,7 @@ def test_a_copied_clip_keeps_it(indexed: Path, tmp_path: Path) -> None:
     _assert_kept(tmp_path / "copied" / indexed.name)
 
 
-def test_others_can_be_written_and_nothing_else_changes(indexed: Path, clip_of: ClipOf) -> None:
+def test_others_can_be_written_and_nothing_else_changes(indexed: Path) -> None:
     other = fingerprint_of("another source")
     before = StoreReader(indexed)
     entries = {key: before.record(key) for key in before.keys}
@@ -83,9 +80,9 @@ def test_others_can_be_written_and_nothing_else_changes(indexed: Path, clip_of: 
 
 
 def test_shards_with_other_fingerprints_are_not_the_same_shard(
-    indexed: Path, tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
+    indexed: Path, tmp_path: Path
 ) -> None:
-    other = StoreWriter.open(tmp_path / "other", settings, provenance={})
+    other = StoreWriter.open(tmp_path / "other", SETTINGS, provenance={})
     with other.shard("00001", source="00001.tar") as shard:
         for key in ("b0", "b1"):
             named = {"source_fps": 29.97, "name": key}
@@ -99,10 +96,8 @@ def test_shards_with_other_fingerprints_are_not_the_same_shard(
 @pytest.mark.parametrize(
     "wrong", ["", "ab", "AB" * 16, "g0" * 16, "ab" * 16 + "\n", "ab" * 17, None, 7, b"ab" * 16]
 )
-def test_nothing_else_is_taken_for_one(
-    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf, wrong: object
-) -> None:
-    writer = StoreWriter.open(tmp_path, settings, provenance={})
+def test_nothing_else_is_taken_for_one(tmp_path: Path, wrong: object) -> None:
+    writer = StoreWriter.open(tmp_path, SETTINGS, provenance={})
     with writer.shard("0", source="0.tar") as shard:
         with pytest.raises(ValueError, match="32 lower-case hexadecimal digits"):
             shard.add("a", clip_of("a"), fingerprint=wrong)  # type: ignore[arg-type]

@@ -3,7 +3,6 @@
 import multiprocessing
 import pickle
 import tracemalloc
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -27,16 +26,17 @@ from cache_schema import (
     index as clip_index,
 )
 from cache_schema.index import ClipIndex, index_of_records, load_index, read_index
-from cache_schema.index_columns import DamagedIndex, DuplicateKey, merged_columns, write_columns
+from cache_schema.index_building import DuplicateKey, merged_columns
+from cache_schema.index_columns import DamagedIndex, write_columns
 from cache_schema.maintenance.drop import drop_clips
 from cache_schema.names import StoreLayout
 from cache_schema.packed_strings import PackedText
 from cache_schema.records import CommitRecord, committed_shards, parse_commit
 from cache_schema.storage import LocalStorage
+from tests.cache_schema.made_stores import SETTINGS, clip_of, write_shard
 from tests.fingerprints import fingerprint_of
 
 Arrays = dict[str, np.ndarray]
-ClipOf = Callable[[str], Arrays]
 Records = list[tuple[CommitRecord, int]]
 
 
@@ -112,32 +112,27 @@ def test_a_key_in_two_shards_is_refused_wherever_it_comes_from() -> None:
         merged_columns(one.columns, np.array([True]), other.columns)
 
 
-def _from_records(store: Path, settings: StoreSettings) -> ClipIndex:
+def _from_records(store: Path) -> ClipIndex:
     shards = committed_shards(StoreLayout(store))
-    return index_of_records(LocalStorage(store), settings, shards)
+    return index_of_records(LocalStorage(store), SETTINGS, shards)
 
 
-def test_the_index_on_disk_is_the_one_made_from_records(
-    indexed: Path, settings: StoreSettings
-) -> None:
-    assert read_index(LocalStorage(indexed), settings) == _from_records(indexed, settings)
+def test_the_index_on_disk_is_the_one_made_from_records(indexed: Path) -> None:
+    assert read_index(LocalStorage(indexed), SETTINGS) == _from_records(indexed)
     with np.load(indexed / "index.npz", allow_pickle=False) as file:
-        assert bytes(file["settings_hash"]).decode() == settings.hash
+        assert bytes(file["settings_hash"]).decode() == SETTINGS.hash
         assert bytes(file["keys.text"]) == b"a0a1a2b0b1"
         assert file["clips.shard"].tolist() == [0, 0, 0, 1, 1]
 
 
 def test_the_index_depends_on_the_records_and_the_store_file_alone(
-    indexed: Path,
-    settings: StoreSettings,
-    tmp_path: Path,
-    write_shard: Callable[..., None],
+    indexed: Path, tmp_path: Path
 ) -> None:
     before = (indexed / "index.npz").stat()
-    StoreWriter.open(indexed.parent, settings, provenance={}).write_index()
+    StoreWriter.open(indexed.parent, SETTINGS, provenance={}).write_index()
     assert (indexed / "index.npz").stat().st_mtime_ns == before.st_mtime_ns
     provenance = StoreReader(indexed).provenance
-    writer = StoreWriter.open(tmp_path / "elsewhere", settings, provenance=provenance)
+    writer = StoreWriter.open(tmp_path / "elsewhere", SETTINGS, provenance=provenance)
     write_shard(writer, "00001", ["b0", "b1"])
     writer.write_index()
     write_shard(writer, "00000", ["a0", "a1", "a2"], skip="a3")
@@ -145,71 +140,61 @@ def test_the_index_depends_on_the_records_and_the_store_file_alone(
     assert (writer.path / "index.npz").read_bytes() == (indexed / "index.npz").read_bytes()
 
 
-def test_what_a_writer_knows_does_not_stand_in_for_records_that_came_since(
-    indexed: Path, settings: StoreSettings, write_shard: Callable[..., None]
-) -> None:
-    known = load_index(LocalStorage(indexed), settings)
-    writer = StoreWriter.open(indexed.parent, settings, provenance={})
+def test_what_a_writer_knows_does_not_stand_in_for_records_that_came_since(indexed: Path) -> None:
+    known = load_index(LocalStorage(indexed), SETTINGS)
+    writer = StoreWriter.open(indexed.parent, SETTINGS, provenance={})
     drop_clips(indexed, ["a1"], detail="")
     write_shard(writer, "00002", ["c0"])
     writer.write_index(known)
-    assert read_index(LocalStorage(indexed), settings) == _from_records(indexed, settings)
+    assert read_index(LocalStorage(indexed), SETTINGS) == _from_records(indexed)
 
 
-def _assert_reads_the_same(store: Path, settings: StoreSettings, clip_of: ClipOf) -> None:
+def _assert_reads_the_same(store: Path) -> None:
     reader = StoreReader(store)
-    assert load_index(LocalStorage(store), settings) == _from_records(store, settings)
+    assert load_index(LocalStorage(store), SETTINGS) == _from_records(store)
     for key in reader.keys:
         np.testing.assert_array_equal(reader.read(key)["mask"], clip_of(key)["mask"])
 
 
-def test_a_stale_index_is_harmless(
-    indexed: Path, settings: StoreSettings, write_shard: Callable[..., None], clip_of: ClipOf
-) -> None:
+def test_a_stale_index_is_harmless(indexed: Path) -> None:
     stale = (indexed / "index.npz").read_bytes()
-    write_shard(StoreWriter.open(indexed.parent, settings, provenance={}), "0000", ["a9", "c"])
-    _assert_reads_the_same(indexed, settings, clip_of)
+    write_shard(StoreWriter.open(indexed.parent, SETTINGS, provenance={}), "0000", ["a9", "c"])
+    _assert_reads_the_same(indexed)
     assert StoreReader(indexed).keys == ("a0", "a1", "a2", "a9", "b0", "b1", "c")
     drop_clips(indexed, ["a1", "c"], detail="blurred")
     (indexed / "index.npz").write_bytes(stale)
-    _assert_reads_the_same(indexed, settings, clip_of)
+    _assert_reads_the_same(indexed)
     assert StoreReader(indexed).keys == ("a0", "a2", "a9", "b0", "b1")
 
 
-def test_a_missing_index_is_harmless(
-    indexed: Path, settings: StoreSettings, clip_of: ClipOf
-) -> None:
+def test_a_missing_index_is_harmless(indexed: Path) -> None:
     (indexed / "index.npz").unlink()
-    _assert_reads_the_same(indexed, settings, clip_of)
+    _assert_reads_the_same(indexed)
 
 
-def test_a_damaged_index_is_harmless_and_known_for_damaged(
-    indexed: Path, settings: StoreSettings, clip_of: ClipOf
-) -> None:
+def test_a_damaged_index_is_harmless_and_known_for_damaged(indexed: Path) -> None:
     path = indexed / "index.npz"
     good, place = path.read_bytes(), LocalStorage(indexed)
-    expected = read_index(place, settings)
+    expected = read_index(place, SETTINGS)
     for position in range(0, len(good), 17):
         data = bytearray(good)
         data[position] ^= 1 << (position % 8)
         path.write_bytes(data)
         try:
-            assert read_index(place, settings) == expected
+            assert read_index(place, SETTINGS) == expected
         except DamagedIndex:
-            assert load_index(place, settings) == expected
+            assert load_index(place, SETTINGS) == expected
     for size in (*range(0, len(good), 97), len(good) - 1):
         path.write_bytes(good[:size])
         with pytest.raises(DamagedIndex):
-            read_index(place, settings)
-    _assert_reads_the_same(indexed, settings, clip_of)
-    StoreWriter.open(indexed.parent, settings, provenance={}).write_index()
+            read_index(place, SETTINGS)
+    _assert_reads_the_same(indexed)
+    StoreWriter.open(indexed.parent, SETTINGS, provenance={}).write_index()
     assert path.read_bytes() == good
 
 
-def test_an_index_of_another_store_is_not_taken(
-    indexed: Path, tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
-) -> None:
-    other = StoreSettings(kind="teacher", arrays=settings.arrays, values={"other": 1})
+def test_an_index_of_another_store_is_not_taken(indexed: Path, tmp_path: Path) -> None:
+    other = StoreSettings(kind="teacher", arrays=SETTINGS.arrays, values={"other": 1})
     writer = StoreWriter.open(tmp_path / "other", other, provenance={})
     with writer.shard("00000", source="s") as shard:
         shard.add("wrong", clip_of("wrong"), fingerprint=fingerprint_of("wrong"))
@@ -217,15 +202,12 @@ def test_an_index_of_another_store_is_not_taken(
     writer.write_index()
     (indexed / "index.npz").write_bytes((writer.path / "index.npz").read_bytes())
     with pytest.raises(DamagedIndex, match="other settings"):
-        read_index(LocalStorage(indexed), settings)
-    _assert_reads_the_same(indexed, settings, clip_of)
+        read_index(LocalStorage(indexed), SETTINGS)
+    _assert_reads_the_same(indexed)
 
 
 def test_only_records_that_the_index_does_not_have_are_read(
-    indexed: Path,
-    settings: StoreSettings,
-    write_shard: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
+    indexed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parsed = []
     original = parse_commit
@@ -237,15 +219,13 @@ def test_only_records_that_the_index_does_not_have_are_read(
     monkeypatch.setattr(clip_index, "parse_commit", parse)
     assert len(StoreReader(indexed)) == 5
     assert parsed == []
-    write_shard(StoreWriter.open(indexed.parent, settings, provenance={}), "00002", ["c0"])
+    write_shard(StoreWriter.open(indexed.parent, SETTINGS, provenance={}), "00002", ["c0"])
     assert len(StoreReader(indexed)) == 6
     assert parsed == ["00002"]
 
 
-def test_a_key_in_two_shards_of_a_store_is_refused(
-    indexed: Path, settings: StoreSettings, clip_of: ClipOf
-) -> None:
-    writers = [StoreWriter.open(indexed.parent, settings, provenance={}) for _ in range(2)]
+def test_a_key_in_two_shards_of_a_store_is_refused(indexed: Path) -> None:
+    writers = [StoreWriter.open(indexed.parent, SETTINGS, provenance={}) for _ in range(2)]
     with writers[0].shard("x", source="x") as x, writers[1].shard("y", source="y") as y:
         for shard in (x, y):  # neither is committed when the other looks
             shard.add("twin", clip_of("twin"), fingerprint=fingerprint_of("twin"))
@@ -257,26 +237,24 @@ def test_a_key_in_two_shards_of_a_store_is_refused(
         assert StoreReader(indexed).keys
 
 
-def _large_index(indexed: Path, settings: StoreSettings, keys: PackedText) -> Arrays:
+def _large_index(indexed: Path, keys: PackedText) -> Arrays:
     """Columns with these keys, in all else like the first clip of a store."""
-    columns = dict(read_index(LocalStorage(indexed), settings).columns)
+    columns = dict(read_index(LocalStorage(indexed), SETTINGS).columns)
     for name in columns:
         if name.startswith(("clips.", "arrays.")):
             columns[name] = np.repeat(columns[name][:1], len(keys))
     return columns | {"keys.text": keys.blob, "keys.ends": keys.ends}
 
 
-def test_opening_takes_little_more_memory_than_the_file(
-    indexed: Path, settings: StoreSettings
-) -> None:
+def test_opening_takes_little_more_memory_than_the_file(indexed: Path) -> None:
     keys = PackedText.from_strings(f"{row // 1000:05d}/clip-{row:08d}" for row in range(100_000))
-    columns = _large_index(indexed, settings, keys)
+    columns = _large_index(indexed, keys)
     with (indexed / "index.npz").open("wb") as file:
-        write_columns(file, columns, settings, 0)
+        write_columns(file, columns, SETTINGS, 0)
     del columns
     tracemalloc.start()
     try:
-        assert read_index(LocalStorage(indexed), settings).keys == keys
+        assert read_index(LocalStorage(indexed), SETTINGS).keys == keys
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -294,25 +272,25 @@ def test_opening_takes_little_more_memory_than_the_file(
     ],
 )
 def test_every_row_of_a_large_index_is_checked(
-    indexed: Path, settings: StoreSettings, fault: str, message: str | None
+    indexed: Path, fault: str, message: str | None
 ) -> None:
     texts = [f"{row:05d}é" for row in range(40_000)]
     if fault == "key":
         texts[20_000] += "/.."
     elif fault == "order":  # and within each of the blocks they are
         texts[16_384:32_768] = [f"1{text}" for text in texts[16_384:32_768]]
-    columns = _large_index(indexed, settings, PackedText.from_strings(texts))
+    columns = _large_index(indexed, PackedText.from_strings(texts))
     if fault == "character":
         columns["keys.ends"][16_383] -= 1
     elif fault == "fingerprint":
         columns["clips.fingerprint"][39_999] = b"F" * 32
     with (indexed / "index.npz").open("wb") as file:
-        write_columns(file, columns, settings, 0)
+        write_columns(file, columns, SETTINGS, 0)
     if message is None:
-        assert read_index(LocalStorage(indexed), settings).keys == texts
+        assert read_index(LocalStorage(indexed), SETTINGS).keys == texts
     else:
         with pytest.raises(DamagedIndex, match=message):
-            read_index(LocalStorage(indexed), settings)
+            read_index(LocalStorage(indexed), SETTINGS)
 
 
 def _send_keys(reader: StoreReader, results: Connection) -> None:
@@ -322,7 +300,7 @@ def _send_keys(reader: StoreReader, results: Connection) -> None:
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.parametrize("used_before", [False, True])
 def test_an_indexed_reader_works_in_other_processes(
-    indexed: Path, clip_of: ClipOf, method: str, used_before: bool
+    indexed: Path, method: str, used_before: bool
 ) -> None:
     context: Any = multiprocessing.get_context(method)
     reader = StoreReader(indexed)

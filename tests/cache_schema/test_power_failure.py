@@ -13,6 +13,7 @@ from cache_schema import StoreReader, StoreWriter
 from cache_schema.maintenance.copy import copy_store
 from cache_schema.maintenance.drop import drop_clips
 from cache_schema.maintenance.merge import merge_stores
+from tests.cache_schema.made_stores import SETTINGS, clip_of, write_shard
 from tests.fingerprints import fingerprint_of
 from tests.synced_disk import SyncedDisk
 
@@ -45,16 +46,16 @@ def disk(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def written(tmp_path, disk, settings, write_shard):
-    writer = StoreWriter.open(tmp_path / "cache", settings, provenance={})
+def written(tmp_path, disk):
+    writer = StoreWriter.open(tmp_path / "cache", SETTINGS, provenance={})
     write_shard(writer, "00000", ["a0", "a1", "a2"], skip="a3")
     write_shard(writer, "00001", ["b0"])
     writer.write_index()
     return writer.path
 
 
-def test_a_clip_is_on_the_disk_when_it_is_staged(tmp_path, disk, settings, clip_of):
-    writer = StoreWriter.open(tmp_path / "cache", settings, provenance={})
+def test_a_clip_is_on_the_disk_when_it_is_staged(tmp_path, disk):
+    writer = StoreWriter.open(tmp_path / "cache", SETTINGS, provenance={})
     with writer.shard("00000", source="a.tar") as shard:
         shard.add("a0", clip_of("a0"), fingerprint=fingerprint_of("a0"))
         shard.skip("a1", "too_short", "3 frames", fingerprint=fingerprint_of("a1"))
@@ -88,7 +89,7 @@ def test_merged_and_copied_stores_are_on_the_disk(written, disk, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["files", "folders"])
-def test_a_sync_that_does_nothing_is_found_out(tmp_path, settings, write_shard, monkeypatch, what):
+def test_a_sync_that_does_nothing_is_found_out(tmp_path, monkeypatch, what):
     disk = StoreDisk(tmp_path)
 
     def fsync(descriptor):
@@ -97,5 +98,5 @@ def test_a_sync_that_does_nothing_is_found_out(tmp_path, settings, write_shard, 
 
     disk.watch(monkeypatch)
     monkeypatch.setattr(os, "fsync", fsync)
-    write_shard(StoreWriter.open(tmp_path, settings, provenance={}), "00000", ["a0"])
+    write_shard(StoreWriter.open(tmp_path, SETTINGS, provenance={}), "00000", ["a0"])
     assert disk.not_synced

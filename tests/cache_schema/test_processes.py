@@ -3,7 +3,6 @@
 import multiprocessing
 import pickle
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache_schema import ShardBusy, StoreReader, StoreSettings, StoreWriter, verify_store
+from cache_schema import ShardBusy, StoreReader, StoreWriter, verify_store
+from tests.cache_schema.made_stores import SETTINGS, clip_of, write_shard
 from tests.fingerprints import fingerprint_of
 
-Arrays = dict[str, np.ndarray]
-ClipOf = Callable[[str], Arrays]
 
-
-def test_a_shard_has_one_writer_even_in_one_process(
-    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
-) -> None:
-    first = StoreWriter.open(tmp_path, settings, provenance={})
-    second = StoreWriter.open(tmp_path, settings, provenance={})
+def test_a_shard_has_one_writer_even_in_one_process(tmp_path: Path) -> None:
+    first = StoreWriter.open(tmp_path, SETTINGS, provenance={})
+    second = StoreWriter.open(tmp_path, SETTINGS, provenance={})
     with first.shard("0", source="0") as shard:
         with (
             pytest.raises(ShardBusy, match=r"shard '0' .* another process"),
@@ -37,14 +32,12 @@ def test_a_shard_has_one_writer_even_in_one_process(
     assert StoreReader(first.path).keys == ("a", "b")
 
 
-def test_of_writers_racing_for_shards_each_shard_is_written_by_one(
-    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
-) -> None:
+def test_of_writers_racing_for_shards_each_shard_is_written_by_one(tmp_path: Path) -> None:
     fork = multiprocessing.get_context("fork")
     shards = [f"{i:05d}" for i in range(4)]
 
     def race(start: int, outcomes: Connection) -> None:
-        writer = StoreWriter.open(tmp_path, settings, provenance={})
+        writer = StoreWriter.open(tmp_path, SETTINGS, provenance={})
         for i in range(len(shards)):
             name = shards[(start + i) % len(shards)]
             while not writer.is_committed(name):
@@ -83,11 +76,9 @@ def test_of_writers_racing_for_shards_each_shard_is_written_by_one(
     assert report.problems == ()
 
 
-def test_a_lock_dies_with_its_process(
-    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
-) -> None:
+def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
     fork = multiprocessing.get_context("fork")
-    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    writer = StoreWriter.open(tmp_path, SETTINGS, provenance={})
     receive, send = fork.Pipe(duplex=False)
 
     def hold() -> None:
@@ -113,9 +104,7 @@ def _read_all(reader: StoreReader, results: Connection) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.parametrize("used_before", [False, True])
-def test_a_reader_works_in_other_processes(
-    store: Path, clip_of: ClipOf, method: str, used_before: bool
-) -> None:
+def test_a_reader_works_in_other_processes(store: Path, method: str, used_before: bool) -> None:
     context: Any = multiprocessing.get_context(method)
     reader = StoreReader(store)
     if used_before:
@@ -130,18 +119,12 @@ def test_a_reader_works_in_other_processes(
 
 
 @pytest.mark.parametrize("used_before", [False, True])
-def test_a_pickled_reader_sees_the_same_clips(
-    store: Path,
-    settings: StoreSettings,
-    write_shard: Callable[..., None],
-    clip_of: ClipOf,
-    used_before: bool,
-) -> None:
+def test_a_pickled_reader_sees_the_same_clips(store: Path, used_before: bool) -> None:
     reader = StoreReader(store)
     if used_before:
         reader.read("a0")
     pickled = pickle.dumps(reader)
-    write_shard(StoreWriter.open(store.parent, settings, provenance={}), "00002", ["c0"])
+    write_shard(StoreWriter.open(store.parent, SETTINGS, provenance={}), "00002", ["c0"])
     copy = pickle.loads(pickled)
     assert copy.keys == reader.keys == ("a0", "a1", "a2", "b0", "b1")
     np.testing.assert_array_equal(copy.read("b0")["mask"], clip_of("b0")["mask"])

@@ -2,7 +2,6 @@
 
 import random
 import shutil
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,13 @@ from cache_schema import (
     StoreWriter,
 )
 from cache_schema.maintenance.drop import drop_clips
+from tests.cache_schema.made_stores import SETTINGS, clip_of, write_shard
 from tests.fingerprints import fingerprint_of
 
-Arrays = dict[str, np.ndarray]
-ClipOf = Callable[[str], Arrays]
 CHUNK = "shards/00000/features/c.1.0.0.0.0"
 
 
-def test_every_clip_is_read_back_by_key(store: Path, clip_of: ClipOf) -> None:
+def test_every_clip_is_read_back_by_key(store: Path) -> None:
     reader = StoreReader(store, kind="teacher")
     assert reader.keys == ("a0", "a1", "a2", "b0", "b1")
     assert len(reader) == 5
@@ -73,10 +71,8 @@ def test_shards_are_known_with_their_sizes(store: Path) -> None:
     assert reader.num_bytes == sum(sizes.values())
 
 
-def test_a_reader_of_some_shards_reads_their_records_alone(
-    store: Path, settings: StoreSettings, clip_of: ClipOf
-) -> None:
-    StoreWriter.open(store.parent, settings, provenance={}).write_index()
+def test_a_reader_of_some_shards_reads_their_records_alone(store: Path) -> None:
+    StoreWriter.open(store.parent, SETTINGS, provenance={}).write_index()
     (store / "index.npz").write_bytes(b"no index")
     (store / "commits" / "00000.json").write_bytes(b"no record")
     reader = StoreReader(store, shards=["00001", "00002"])
@@ -97,10 +93,8 @@ def test_what_was_skipped_is_found_by_key(store: Path) -> None:
     ]
 
 
-def test_where_a_clip_lies_is_known_without_its_record(
-    store: Path, settings: StoreSettings, clip_of: ClipOf
-) -> None:
-    StoreWriter.open(store.parent, settings, provenance={}).write_index()
+def test_where_a_clip_lies_is_known_without_its_record(store: Path) -> None:
+    StoreWriter.open(store.parent, SETTINGS, provenance={}).write_index()
     path = store / "commits" / "00001.json"
     path.write_bytes(path.read_bytes()[:22])
     reader = StoreReader(store)
@@ -111,10 +105,8 @@ def test_where_a_clip_lies_is_known_without_its_record(
     assert error.value.remedy == "repair"
 
 
-def test_keys_come_in_the_order_of_their_code_points(
-    tmp_path: Path, settings: StoreSettings, write_shard: Callable[..., None], clip_of: ClipOf
-) -> None:
-    writer = StoreWriter.open(tmp_path, settings, provenance={})
+def test_keys_come_in_the_order_of_their_code_points(tmp_path: Path) -> None:
+    writer = StoreWriter.open(tmp_path, SETTINGS, provenance={})
     write_shard(writer, "1", ["b", "ä", "\U0001f600", "A/2"])
     write_shard(writer, "0", ["a", "￮", "A/10"])
     reader = StoreReader(writer.path)
@@ -164,7 +156,7 @@ def test_what_is_read_can_be_changed_without_changing_the_store(store: Path) -> 
     np.testing.assert_array_equal(reader.read("a0")["features"], expected)
 
 
-def test_threads_can_share_a_reader(store: Path, clip_of: ClipOf) -> None:
+def test_threads_can_share_a_reader(store: Path) -> None:
     reader = StoreReader(store)
     keys = [*reader.keys] * 40
     with ThreadPoolExecutor(8) as threads:
@@ -201,22 +193,20 @@ def test_a_store_of_another_kind_is_refused(store: Path) -> None:
         StoreReader(store, kind="latents")
 
 
-def test_a_reader_keeps_to_the_clips_it_first_saw(
-    store: Path, settings: StoreSettings, write_shard: Callable[..., None]
-) -> None:
+def test_a_reader_keeps_to_the_clips_it_first_saw(store: Path) -> None:
     before = StoreReader(store)
     keys = list(before.keys)
-    write_shard(StoreWriter.open(store.parent, settings, provenance={}), "00002", ["c0"])
+    write_shard(StoreWriter.open(store.parent, SETTINGS, provenance={}), "00002", ["c0"])
     assert before.keys == keys
     assert StoreReader(store).keys == [*keys, "c0"]
 
 
 @pytest.mark.parametrize("indexed", [False, True])
 def test_a_shard_replaced_since_opening_is_read_from_its_next_generation(
-    store: Path, settings: StoreSettings, clip_of: ClipOf, indexed: bool
+    store: Path, indexed: bool
 ) -> None:
     if indexed:
-        StoreWriter.open(store.parent, settings, provenance={}).write_index()
+        StoreWriter.open(store.parent, SETTINGS, provenance={}).write_index()
     before = StoreReader(store)
     assert len(before) == 5
     drop_clips(store, ["a1"], detail="blurred")
@@ -297,16 +287,14 @@ def test_files_exchanged_after_the_first_read_are_refused(store: Path) -> None:
         reader.read("a1")
 
 
-def test_a_shard_made_anew_since_opening_is_never_read_in_place_of_the_old_one(
-    store: Path, settings: StoreSettings, write_shard: Callable[..., None], clip_of: ClipOf
-) -> None:
+def test_a_shard_made_anew_since_opening_is_never_read_in_place_of_the_old_one(store: Path) -> None:
     before = StoreReader(store)
     np.testing.assert_array_equal(
         before.read_part("a1", "features", 0, 2), clip_of("a1")["features"][:2]
     )
     (store / "commits" / "00000.json").unlink()
     shutil.rmtree(store / "shards" / "00000")
-    write_shard(StoreWriter.open(store.parent, settings, provenance={}), "00000", ["a1", "a2"])
+    write_shard(StoreWriter.open(store.parent, SETTINGS, provenance={}), "00000", ["a1", "a2"])
     np.testing.assert_array_equal(before.read("a1")["features"], clip_of("a1")["features"])
     np.testing.assert_array_equal(
         before.read_part("a1", "features", 0, 2), clip_of("a1")["features"][:2]
@@ -315,7 +303,7 @@ def test_a_shard_made_anew_since_opening_is_never_read_in_place_of_the_old_one(
         before.read("a0")
 
 
-def test_zarrs_metadata_is_not_needed_for_reading(store: Path, clip_of: ClipOf) -> None:
+def test_zarrs_metadata_is_not_needed_for_reading(store: Path) -> None:
     for path in store.rglob("zarr.json"):
         path.unlink()
     reader = StoreReader(store)

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 import cache_schema
 from cache_schema import ArraySpec, StoreReader, StoreSettings, StoreWriter, errors
 from cache_schema.maintenance.repair import repair_store
+from tests.cache_schema.made_stores import files_of
 from tests.fingerprints import fingerprint_of
 
 README = Path(cache_schema.__file__).with_name("README.md").read_text("utf-8")
@@ -89,9 +89,7 @@ def test_the_json_shown_is_the_json_written(example: Path) -> None:
     assert shown == [(example / file).read_text("utf-8") for file in files]
 
 
-def test_the_tree_shown_is_the_tree_written(
-    example: Path, files_of: Callable[[Path], dict[str, bytes]]
-) -> None:
+def test_the_tree_shown_is_the_tree_written(example: Path) -> None:
     (tree,) = re.findall(r"```text\n(teacher-.*?)```", README, flags=re.DOTALL)
     lines = [line.split("  #")[0].rstrip() for line in tree.splitlines()]
     assert lines[0] == f"{example.name}/"

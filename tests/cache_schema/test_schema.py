@@ -5,16 +5,17 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
+import hypothesis
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from cache_schema import ArraySpec, Compression, CorruptRecord, StoreSettings
 from cache_schema.checksummed_json import decode_record, encode_record
 from cache_schema.names import SCHEMA_VERSION
 from tests.cache_schema import tampering
+from tests.cache_schema.made_stores import SETTINGS
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 floats = st.floats(allow_nan=False, allow_infinity=False)
@@ -51,7 +52,7 @@ all_settings = st.builds(
 )
 
 
-@hypothesis_settings(max_examples=40)
+@hypothesis.settings(max_examples=40)
 @given(all_settings)
 def test_settings_survive_a_sealed_file(settings: StoreSettings) -> None:
     back = StoreSettings.from_dict(
@@ -62,7 +63,7 @@ def test_settings_survive_a_sealed_file(settings: StoreSettings) -> None:
     assert list(back.arrays) == list(settings.arrays)
 
 
-@hypothesis_settings(max_examples=40)
+@hypothesis.settings(max_examples=40)
 @given(all_settings)
 def test_white_space_of_a_record_changes_nothing_of_what_is_read(settings: StoreSettings) -> None:
     compact = encode_record(settings.as_dict())
@@ -88,7 +89,7 @@ def test_a_changed_version_is_damage_and_not_an_older_store() -> None:
         decode_record(data, "test", store="s")
 
 
-@hypothesis_settings(max_examples=40)
+@hypothesis.settings(max_examples=40)
 @given(all_settings)
 def test_hash_is_sha256_of_the_documented_canonical_json(settings: StoreSettings) -> None:
     canonical = json.dumps(
@@ -111,18 +112,18 @@ def test_hash_is_sha256_of_the_documented_canonical_json(settings: StoreSettings
     assert settings.folder_name == f"{settings.kind}-{settings.hash[:12]}"
 
 
-def test_hash_never_changes_between_versions(settings: StoreSettings) -> None:
+def test_hash_never_changes_between_versions() -> None:
     # A change here makes every store in the world unreachable: raise the schema version instead.
-    assert settings.folder_name == "teacher-3cbcd44337d6"
+    assert SETTINGS.folder_name == "teacher-3cbcd44337d6"
 
 
-def test_order_of_values_does_not_change_the_hash(settings: StoreSettings) -> None:
+def test_order_of_values_does_not_change_the_hash() -> None:
     turned = StoreSettings(
-        kind=settings.kind,
-        arrays=dict(reversed(settings.arrays.items())),
-        values=dict(reversed(settings.values.items())),
+        kind=SETTINGS.kind,
+        arrays=dict(reversed(SETTINGS.arrays.items())),
+        values=dict(reversed(SETTINGS.values.items())),
     )
-    assert turned.hash == settings.hash
+    assert turned.hash == SETTINGS.hash
 
 
 @pytest.mark.parametrize(
@@ -136,26 +137,26 @@ def test_order_of_values_does_not_change_the_hash(settings: StoreSettings) -> No
         {"new": None},
     ],
 )
-def test_any_changed_value_changes_the_hash(settings: StoreSettings, values: Any) -> None:
+def test_any_changed_value_changes_the_hash(values: Any) -> None:
     changed = StoreSettings(
-        kind=settings.kind, arrays=settings.arrays, values={**settings.values, **values}
+        kind=SETTINGS.kind, arrays=SETTINGS.arrays, values={**SETTINGS.values, **values}
     )
-    assert changed.hash != settings.hash
+    assert changed.hash != SETTINGS.hash
 
 
-def test_any_changed_array_changes_the_hash(settings: StoreSettings) -> None:
-    mask = settings.arrays["mask"]
+def test_any_changed_array_changes_the_hash() -> None:
+    mask = SETTINGS.arrays["mask"]
     for changed in (
         ArraySpec(dtype="int8", shape=mask.shape, dimension_names=mask.dimension_names),
         ArraySpec(dtype="uint8", shape=(3, 2), dimension_names=mask.dimension_names),
         ArraySpec(dtype="uint8", shape=mask.shape, dimension_names=("w", "h")),
     ):
         other = StoreSettings(
-            kind=settings.kind,
-            arrays={**settings.arrays, "mask": changed},
-            values=settings.values,
+            kind=SETTINGS.kind,
+            arrays={**SETTINGS.arrays, "mask": changed},
+            values=SETTINGS.values,
         )
-        assert other.hash != settings.hash
+        assert other.hash != SETTINGS.hash
 
 
 def test_tuples_are_stored_as_lists() -> None:

@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,9 @@ from cache_schema import (
 from cache_schema.maintenance.copy import copy_store
 from cache_schema.maintenance.drop import drop_clips
 from cache_schema.storage import FsspecStorage, LocalStorage, is_url, open_storage
+from tests.cache_schema.made_stores import clip_of
 from tests.cache_schema.servers import FileServer, serving
 
-Arrays = dict[str, np.ndarray]
-ClipOf = Callable[[str], Arrays]
 CHUNK = "shards/00000/features/c.1.0.0.0.0"
 
 
@@ -40,29 +39,12 @@ def web(indexed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    moto = pytest.importorskip("moto.server")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    _, port = server.get_host_and_port()
-    yield f"http://127.0.0.1:{port}"
-    server.stop()
-
-
 @pytest.fixture
 def s3(indexed: Path, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The URL of a copy of the cache folder in a bucket."""
-    s3fs = pytest.importorskip("s3fs")
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": s3_server,
-    }.items():
-        monkeypatch.setenv(name, value)
+    import s3fs
+
     monkeypatch.setattr(storage, "RETRY_DELAYS_S", (0.01, 0.02))
-    s3fs.S3FileSystem.clear_instance_cache()
     bucket = s3fs.S3FileSystem(skip_instance_cache=True)
     name = f"bucket-{os.getpid()}-{abs(hash(indexed)) % 10**9}"
     bucket.mkdir(name)
@@ -85,9 +67,7 @@ def _store_of(url: str, indexed: Path) -> Path | str:
     return find_store(url, "teacher", folder=indexed.name)
 
 
-def test_a_store_behind_a_url_reads_as_the_folder_does(
-    cache_url: str, indexed: Path, clip_of: ClipOf
-) -> None:
+def test_a_store_behind_a_url_reads_as_the_folder_does(cache_url: str, indexed: Path) -> None:
     local, remote = StoreReader(indexed), StoreReader(_store_of(cache_url, indexed), kind="teacher")
     assert remote.path == f"{cache_url}/{indexed.name}"
     assert remote.name == local.name
@@ -113,7 +93,7 @@ def _send_all(reader: StoreReader, results: Connection) -> None:
     ("method", "used_before"), [("fork", False), ("fork", True), ("spawn", True)]
 )
 def test_a_reader_of_a_url_works_in_other_processes(
-    cache_url: str, indexed: Path, clip_of: ClipOf, method: str, used_before: bool
+    cache_url: str, indexed: Path, method: str, used_before: bool
 ) -> None:
     context: Any = multiprocessing.get_context(method)
     reader = StoreReader(_store_of(cache_url, indexed))
@@ -194,9 +174,7 @@ def test_a_url_without_a_store_is_no_store(cache_url: str) -> None:
             StoreReader(find_store(cache_url, "teacher", folder=folder))
 
 
-def test_answers_that_fail_at_first_are_asked_for_again(
-    web: FileServer, indexed: Path, clip_of: ClipOf
-) -> None:
+def test_answers_that_fail_at_first_are_asked_for_again(web: FileServer, indexed: Path) -> None:
     reader = StoreReader(_store_of(web.url, indexed))
     assert len(reader) == 5
     for states in ([500], [503, 429], [502, 500]):
@@ -244,9 +222,7 @@ def test_a_server_that_is_gone_is_no_damage(indexed: Path, monkeypatch: pytest.M
         StoreReader(_store_of(server.url, indexed))
 
 
-def test_a_server_without_ranges_gives_parts_too(
-    web: FileServer, indexed: Path, clip_of: ClipOf
-) -> None:
+def test_a_server_without_ranges_gives_parts_too(web: FileServer, indexed: Path) -> None:
     web.ranges = False
     reader = StoreReader(_store_of(web.url, indexed))
     part = reader.read_part("a1", "features", 1, 2)
@@ -285,7 +261,7 @@ def test_an_object_store_is_listed(s3: str, indexed: Path) -> None:
 
 
 def test_a_shard_replaced_behind_a_url_is_read_from_its_next_generation(
-    cache_url: str, indexed: Path, clip_of: ClipOf
+    cache_url: str, indexed: Path
 ) -> None:
     reader = StoreReader(_store_of(cache_url, indexed))
     assert len(reader) == 5

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import hypothesis
 import numpy as np
 import pytest
 import zarr
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from cache_schema import (
@@ -25,15 +25,13 @@ from cache_schema import (
     StoreWriter,
     verify_store,
 )
+from tests.cache_schema.made_stores import SETTINGS, clip_of, files_of, write_shard
 from tests.fingerprints import fingerprint_of
 
 Arrays = dict[str, np.ndarray]
-ClipOf = Callable[[str], Arrays]
 
 
-def test_a_reader_written_from_the_specification_gets_the_same_values(
-    store: Path, settings: StoreSettings, clip_of: ClipOf
-) -> None:
+def test_a_reader_written_from_the_specification_gets_the_same_values(store: Path) -> None:
     """Follows README.md with nothing but json, struct and numpy."""
     sealed = (store / "commits" / "00000.json").read_bytes()
     commit = json.loads(sealed)
@@ -76,9 +74,9 @@ def test_frames_larger_than_a_shared_chunk_are_stored_one_by_one(tmp_path: Path)
     np.testing.assert_array_equal(array[0, 1], values[1])
 
 
-def test_clips_of_nothing_but_fill_values_survive(tmp_path: Path, settings: StoreSettings) -> None:
-    zeros = {n: np.zeros(s.shape, s.dtype) for n, s in settings.arrays.items()}
-    writer = StoreWriter.open(tmp_path, settings, provenance={})
+def test_clips_of_nothing_but_fill_values_survive(tmp_path: Path) -> None:
+    zeros = {n: np.zeros(s.shape, s.dtype) for n, s in SETTINGS.arrays.items()}
+    writer = StoreWriter.open(tmp_path, SETTINGS, provenance={})
     with writer.shard("0", source="0") as shard:
         shard.add("zero", zeros, fingerprint=fingerprint_of("zero"))
         shard.add("zero again", zeros, fingerprint=fingerprint_of("zero again"))
@@ -88,10 +86,8 @@ def test_clips_of_nothing_but_fill_values_survive(tmp_path: Path, settings: Stor
     assert verify_store(writer.path).problems == ()
 
 
-def test_a_shard_of_skipped_clips_only_is_committed(
-    tmp_path: Path, settings: StoreSettings
-) -> None:
-    writer = StoreWriter.open(tmp_path, settings, provenance={})
+def test_a_shard_of_skipped_clips_only_is_committed(tmp_path: Path) -> None:
+    writer = StoreWriter.open(tmp_path, SETTINGS, provenance={})
     with writer.shard("0", source="0") as shard:
         shard.skip("k", "undecodable", "moov atom not found", fingerprint=fingerprint_of("k"))
         shard.commit()
@@ -102,16 +98,14 @@ def test_a_shard_of_skipped_clips_only_is_committed(
     assert verify_store(writer.path).problems == ()
 
 
-def test_an_empty_store_reads_as_empty(tmp_path: Path, settings: StoreSettings) -> None:
-    writer = StoreWriter.open(tmp_path, settings, provenance={})
+def test_an_empty_store_reads_as_empty(tmp_path: Path) -> None:
+    writer = StoreWriter.open(tmp_path, SETTINGS, provenance={})
     assert StoreReader(writer.path).keys == ()
     assert verify_store(writer.path).num_clips == 0
 
 
-def test_saying_twice_that_a_clip_is_skipped_records_it_once(
-    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
-) -> None:
-    writer = StoreWriter.open(tmp_path, settings, provenance={})
+def test_saying_twice_that_a_clip_is_skipped_records_it_once(tmp_path: Path) -> None:
+    writer = StoreWriter.open(tmp_path, SETTINGS, provenance={})
     with writer.shard("0", source="0") as shard:
         shard.add("k", clip_of("k"), fingerprint=fingerprint_of("k"))
         for _ in range(2):
@@ -123,9 +117,9 @@ def test_saying_twice_that_a_clip_is_skipped_records_it_once(
 
 
 def test_what_a_retry_found_counts_and_what_it_brought_in_is_no_longer_skipped(
-    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
+    tmp_path: Path,
 ) -> None:
-    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    writer = StoreWriter.open(tmp_path, SETTINGS, provenance={})
 
     def write(name: str, clips: str, skipped: dict[str, str]) -> None:
         with writer.shard(name, source=f"source of {name}") as shard:
@@ -173,13 +167,9 @@ def test_what_a_retry_found_counts_and_what_it_brought_in_is_no_longer_skipped(
     ],
 )
 def test_arrays_that_do_not_fit_are_refused_and_nothing_is_staged(
-    tmp_path: Path,
-    settings: StoreSettings,
-    clip_of: ClipOf,
-    change: Callable[[Arrays], Any],
-    message: str,
+    tmp_path: Path, change: Callable[[Arrays], Any], message: str
 ) -> None:
-    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    writer = StoreWriter.open(tmp_path, SETTINGS, provenance={})
     arrays = clip_of("k")
     change(arrays)
     with writer.shard("0", source="0") as shard:
@@ -205,10 +195,8 @@ def test_non_contiguous_arrays_are_stored_by_value(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("attributes", [{"fps": np.float32(8)}, {"x": float("nan")}, {1: 2}])
-def test_attributes_that_are_not_json_are_refused(
-    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf, attributes: Any
-) -> None:
-    writer = StoreWriter.open(tmp_path, settings, provenance={})
+def test_attributes_that_are_not_json_are_refused(tmp_path: Path, attributes: Any) -> None:
+    writer = StoreWriter.open(tmp_path, SETTINGS, provenance={})
     with (
         writer.shard("0", source="0") as shard,
         pytest.raises(ValueError, match="attributes of clip 'k'"),
@@ -216,20 +204,16 @@ def test_attributes_that_are_not_json_are_refused(
         shard.add("k", clip_of("k"), attributes, fingerprint=fingerprint_of("k"))
 
 
-def test_a_key_is_written_once_in_a_shard(
-    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
-) -> None:
-    writer = StoreWriter.open(tmp_path, settings, provenance={})
+def test_a_key_is_written_once_in_a_shard(tmp_path: Path) -> None:
+    writer = StoreWriter.open(tmp_path, SETTINGS, provenance={})
     with writer.shard("0", source="0") as shard:
         shard.add("k", clip_of("k"), fingerprint=fingerprint_of("k"))
         with pytest.raises(ValueError, match="already in shard '0'"):
             shard.add("k", clip_of("k"), fingerprint=fingerprint_of("k"))
 
 
-def test_a_key_of_another_finished_shard_is_refused(
-    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf, write_shard: Callable[..., None]
-) -> None:
-    writer = StoreWriter.open(tmp_path, settings, provenance={})
+def test_a_key_of_another_finished_shard_is_refused(tmp_path: Path) -> None:
+    writer = StoreWriter.open(tmp_path, SETTINGS, provenance={})
     write_shard(writer, "0", ["k"])
     with (
         writer.shard("1", source="1") as shard,
@@ -257,10 +241,8 @@ def test_a_key_of_another_finished_shard_is_refused(
         "..",
     ],
 )
-def test_keys_without_a_safe_text_are_refused(
-    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf, key: Any
-) -> None:
-    writer = StoreWriter.open(tmp_path, settings, provenance={})
+def test_keys_without_a_safe_text_are_refused(tmp_path: Path, key: Any) -> None:
+    writer = StoreWriter.open(tmp_path, SETTINGS, provenance={})
     with (
         writer.shard("0", source="0") as shard,
         pytest.raises(ValueError, match="clip key"),
@@ -271,19 +253,15 @@ def test_keys_without_a_safe_text_are_refused(
 any_key = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=40)
 
 
-@hypothesis_settings(max_examples=12)
+@hypothesis.settings(max_examples=12)
 @given(keys=st.lists(any_key, min_size=1, max_size=4, unique=True))
 def test_any_other_text_is_a_key_and_never_a_path(
-    tmp_path_factory: pytest.TempPathFactory,
-    write_shard: Callable[..., None],
-    settings: StoreSettings,
-    clip_of: ClipOf,
-    keys: list[str],
+    tmp_path_factory: pytest.TempPathFactory, keys: list[str]
 ) -> None:
     keys = [key.lstrip("/").replace("..", ".") or "k" for key in keys]
     keys = [*dict.fromkeys(keys), "etc/..passwd../" + keys[0], "k/" * 512]
     root = tmp_path_factory.mktemp("keys")
-    writer = StoreWriter.open(root / "cache", settings, provenance={})
+    writer = StoreWriter.open(root / "cache", SETTINGS, provenance={})
     write_shard(writer, "0", keys)
     reader = StoreReader(writer.path)
     assert reader.keys == sorted(keys)
@@ -311,26 +289,24 @@ def test_any_other_text_is_a_key_and_never_a_path(
         "n" * 129,
     ],
 )
-def test_unsafe_shard_names_are_refused(tmp_path: Path, settings: StoreSettings, name: str) -> None:
-    writer = StoreWriter.open(tmp_path, settings, provenance={})
+def test_unsafe_shard_names_are_refused(tmp_path: Path, name: str) -> None:
+    writer = StoreWriter.open(tmp_path, SETTINGS, provenance={})
     with pytest.raises(ValueError, match="unsafe shard name"):
         writer.shard(name, source="x")
     with pytest.raises(ValueError, match="unsafe shard name"):
         writer.is_committed(name)
 
 
-def test_a_finished_shard_is_never_written_again(store: Path, settings: StoreSettings) -> None:
-    writer = StoreWriter.open(store.parent, settings, provenance={})
+def test_a_finished_shard_is_never_written_again(store: Path) -> None:
+    writer = StoreWriter.open(store.parent, SETTINGS, provenance={})
     assert writer.is_committed("00000")
     assert not writer.is_committed("00002")
     with pytest.raises(AlreadyCommitted, match="00000"), writer.shard("00000", source="x"):
         pass
 
 
-def test_a_shard_writer_is_used_inside_its_with_block(
-    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
-) -> None:
-    writer = StoreWriter.open(tmp_path, settings, provenance={})
+def test_a_shard_writer_is_used_inside_its_with_block(tmp_path: Path) -> None:
+    writer = StoreWriter.open(tmp_path, SETTINGS, provenance={})
     shard = writer.shard("0", source="0")
     with pytest.raises(ValueError, match="with"):
         shard.add("k", clip_of("k"), fingerprint=fingerprint_of("k"))
@@ -340,51 +316,40 @@ def test_a_shard_writer_is_used_inside_its_with_block(
             shard.add("k", clip_of("k"), fingerprint=fingerprint_of("k"))
 
 
-def test_reopening_keeps_the_first_provenance(
-    tmp_path: Path, settings: StoreSettings, files_of: Callable[[Path], dict[str, bytes]]
-) -> None:
-    writer = StoreWriter.open(tmp_path, settings, provenance={"version": "1"})
+def test_reopening_keeps_the_first_provenance(tmp_path: Path) -> None:
+    writer = StoreWriter.open(tmp_path, SETTINGS, provenance={"version": "1"})
     before = files_of(writer.path)
-    StoreWriter.open(tmp_path, settings, provenance={"version": "2"})
+    StoreWriter.open(tmp_path, SETTINGS, provenance={"version": "2"})
     assert files_of(writer.path) == before
     assert StoreReader(writer.path).provenance == {"version": "1"}
 
 
-def test_other_settings_in_the_folder_are_named_and_refused(
-    tmp_path: Path, settings: StoreSettings
-) -> None:
+def test_other_settings_in_the_folder_are_named_and_refused(tmp_path: Path) -> None:
     other = StoreSettings(
         kind="teacher",
-        arrays=settings.arrays,
-        values={**settings.values, "fps": 16.0, "prompt": {"kind": "box"}},
+        arrays=SETTINGS.arrays,
+        values={**SETTINGS.values, "fps": 16.0, "prompt": {"kind": "box"}},
     )
     made = StoreWriter.open(tmp_path, other, provenance={})
-    made.path.rename(tmp_path / settings.folder_name)
+    made.path.rename(tmp_path / SETTINGS.folder_name)
     with pytest.raises(SettingsMismatch, match=r"\(values.fps, values.prompt.kind\)"):
-        StoreWriter.open(tmp_path, settings, provenance={})
+        StoreWriter.open(tmp_path, SETTINGS, provenance={})
 
 
-def test_files_on_disk_hold_no_time_and_no_place(
-    tmp_path: Path,
-    settings: StoreSettings,
-    write_shard: Callable[..., None],
-    files_of: Callable[[Path], dict[str, bytes]],
-) -> None:
+def test_files_on_disk_hold_no_time_and_no_place(tmp_path: Path) -> None:
     found = []
     for folder in ("here", "there"):
-        writer = StoreWriter.open(tmp_path / folder, settings, provenance={})
+        writer = StoreWriter.open(tmp_path / folder, SETTINGS, provenance={})
         write_shard(writer, "00000", ["a", "b"], skip="c")
         found.append(files_of(writer.path))
     assert found[0] == found[1]
 
 
-def test_a_clip_costs_a_file_for_each_array_and_no_folder(
-    tmp_path: Path, settings: StoreSettings, write_shard: Callable[..., None]
-) -> None:
+def test_a_clip_costs_a_file_for_each_array_and_no_folder(tmp_path: Path) -> None:
     def entries(keys: list[str]) -> int:
-        writer = StoreWriter.open(tmp_path / str(len(keys)), settings, provenance={})
+        writer = StoreWriter.open(tmp_path / str(len(keys)), SETTINGS, provenance={})
         write_shard(writer, "0", keys)
         writer.write_index()
         return sum(1 for _ in writer.path.rglob("*"))
 
-    assert entries(["a", "b", "c"]) - entries(["a"]) == 2 * len(settings.arrays)
+    assert entries(["a", "b", "c"]) - entries(["a"]) == 2 * len(SETTINGS.arrays)

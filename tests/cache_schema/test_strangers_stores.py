@@ -28,15 +28,13 @@ from cache_schema.index_columns import DamagedIndex, read_columns
 from cache_schema.maintenance.copy import copy_store
 from cache_schema.names import MAX_RECORD_BYTES
 from cache_schema.zarr_shard import found_compression
+from tests.cache_schema.made_stores import SETTINGS, files_of, write_shard
 from tests.cache_schema.servers import serving
 from tests.cache_schema.tampering import seal, tamper, tamper_index
 
-FilesOf = Callable[[Path], dict[str, bytes]]
-WriteShard = Callable[..., None]
-
 
 def test_a_copy_from_a_web_server_writes_and_removes_nothing_outside_its_target(
-    indexed: Path, tmp_path: Path, files_of: FilesOf
+    indexed: Path, tmp_path: Path
 ) -> None:
     tamper_index(indexed, shards__name=["../../home", "00001"])
     target = tmp_path / "target" / indexed.name
@@ -98,31 +96,29 @@ def test_an_index_that_no_records_give_is_refused_behind_an_address(
     assert any(problem.remedy == "repair" for problem in verify_store(indexed).problems)
 
 
-def test_packed_keys_of_many_scripts_are_accepted(
-    tmp_path: Path, settings: StoreSettings, write_shard: WriteShard
-) -> None:
+def test_packed_keys_of_many_scripts_are_accepted(tmp_path: Path) -> None:
     keys = ["..a/b..", "a/.../b", "x..y", "é" * 512, "ключ/01", "日本 語", "\u00a0"]
-    writer = StoreWriter.open(tmp_path, settings, provenance={})
+    writer = StoreWriter.open(tmp_path, SETTINGS, provenance={})
     write_shard(writer, "0", keys)
     writer.write_index()
     with serving(tmp_path) as server:
         assert StoreReader(f"{server.url}/{writer.path.name}").keys == sorted(keys)
 
 
-def test_an_index_is_never_inflated(settings: StoreSettings) -> None:
+def test_an_index_is_never_inflated() -> None:
     bomb = io.BytesIO()
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("keys.text.npy", bytes(2**24))
     with pytest.raises(DamagedIndex, match="compressed"):
-        read_columns(bomb.getvalue(), settings)
+        read_columns(bomb.getvalue(), SETTINGS)
 
 
-def test_an_index_does_not_hold_more_than_its_bytes(indexed: Path, settings: StoreSettings) -> None:
+def test_an_index_does_not_hold_more_than_its_bytes(indexed: Path) -> None:
     data = (indexed / "index.npz").read_bytes()
     directory = data.rindex(b"PK\x01\x02")
     large = data[: directory + 20] + b"\xff\xff\xff\x7f" * 2 + data[directory + 28 :]
     with pytest.raises(DamagedIndex, match="larger than the file"):
-        read_columns(large, settings)
+        read_columns(large, SETTINGS)
 
 
 def _nested(record: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ import pytest
 
 from cache_schema import (
     StoreReader,
-    StoreSettings,
     StoreWriter,
     SymlinkInStore,
     verify_store,
@@ -17,9 +16,7 @@ from cache_schema.maintenance.copy import copy_store
 from cache_schema.maintenance.drop import drop_clips
 from cache_schema.maintenance.merge import merge_stores
 from cache_schema.maintenance.repair import repair_store
-
-FilesOf = Callable[[Path], dict[str, bytes]]
-WriteShard = Callable[..., None]
+from tests.cache_schema.made_stores import SETTINGS, files_of
 
 
 @pytest.fixture
@@ -35,17 +32,12 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("command", ["extract", "repair", "drop", "merge", "copy"])
 def test_no_command_changes_anything_behind_a_link(
-    indexed: Path,
-    settings: StoreSettings,
-    home: Path,
-    tmp_path: Path,
-    files_of: FilesOf,
-    command: str,
+    indexed: Path, home: Path, tmp_path: Path, command: str
 ) -> None:
     source = tmp_path / "source" / indexed.name
     copy_store(indexed, source)
     commands: dict[str, Callable[[], object]] = {
-        "extract": lambda: StoreWriter.open(indexed.parent, settings, provenance={}),
+        "extract": lambda: StoreWriter.open(indexed.parent, SETTINGS, provenance={}),
         "repair": lambda: repair_store(indexed),
         "drop": lambda: drop_clips(indexed, ["a0"], detail=""),
         "merge": lambda: merge_stores(indexed, [source]),
@@ -66,7 +58,7 @@ def test_no_command_changes_anything_behind_a_link(
 
 
 def test_a_repair_takes_out_clips_behind_a_link_and_nothing_of_what_it_points_to(
-    indexed: Path, home: Path, files_of: FilesOf
+    indexed: Path, home: Path
 ) -> None:
     features = indexed / "shards" / "00000" / "features"
     features.rename(home / "taken")
@@ -81,28 +73,24 @@ def test_a_repair_takes_out_clips_behind_a_link_and_nothing_of_what_it_points_to
     assert files_of(home) == before
 
 
-def test_a_killed_writers_staging_is_not_taken_over_through_a_link(
-    store: Path, settings: StoreSettings, home: Path, files_of: FilesOf
-) -> None:
+def test_a_killed_writers_staging_is_not_taken_over_through_a_link(store: Path, home: Path) -> None:
     staged = store / ".staging" / "00002" / "5f0c1d9be27a4836" / "staged"
     (staged / "records").mkdir(parents=True)
     (staged / "shard").symlink_to(home)
     before = files_of(home)
-    writer = StoreWriter.open(store.parent, settings, provenance={})
+    writer = StoreWriter.open(store.parent, SETTINGS, provenance={})
     with pytest.raises(SymlinkInStore), writer.shard("00002", source="00002.tar"):
         pass
     assert files_of(home) == before
 
 
 @pytest.mark.parametrize("name", [".store.lock", ".index.npz", "00000.lock"])
-def test_temporary_files_are_not_written_through_a_link(
-    store: Path, settings: StoreSettings, home: Path, files_of: FilesOf, name: str
-) -> None:
+def test_temporary_files_are_not_written_through_a_link(store: Path, home: Path, name: str) -> None:
     (store / ".staging").mkdir(exist_ok=True)
     (store / ".staging" / name).symlink_to(home / "zarr.json")
     before = files_of(home)
     with pytest.raises(SymlinkInStore):
-        StoreWriter.open(store.parent, settings, provenance={}).write_index()
+        StoreWriter.open(store.parent, SETTINGS, provenance={}).write_index()
     with pytest.raises(SymlinkInStore):
         repair_store(store)
     assert files_of(home) == before

@@ -1,15 +1,13 @@
 """`cache list`, `verify` and `repair`, and what all cache commands share: exit codes, URLs."""
 
 import json
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from cache_schema import checksummed_json
 from pipeline.commands.maintenance import copying, drop, merge, repair, verify
+from tests.cache_schema.servers import serving_plainly
 from tests.pipeline.cache_stores import (
     KEYS,
     PROVENANCE,
@@ -214,11 +212,8 @@ class TestRepair:
 class TestOverHttp:
     @pytest.fixture
     def url(self, cache):
-        handler = partial(SimpleHTTPRequestHandler, directory=str(cache))
-        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            yield f"http://127.0.0.1:{server.server_port}"
-            server.shutdown()
+        with serving_plainly(cache) as url:
+            yield url
 
     def test_a_store_is_listed_checked_and_fetched(self, cache, url, tmp_path):
         text = f"{url}/{store(cache, 'text').name}"

@@ -3,7 +3,6 @@
 import multiprocessing
 import random
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -18,9 +17,8 @@ from tests.cache_schema.faults.small_store import (
     write_all,
     write_shard,
 )
+from tests.cache_schema.made_stores import files_of
 from tests.fingerprints import fingerprint_of
-
-FilesOf = Callable[[Path], dict[str, bytes]]
 
 fork = multiprocessing.get_context("fork")
 
@@ -38,9 +36,7 @@ def _race(root: Path, start: Barrier, outcomes: Connection) -> None:
         outcomes.send(type(error).__name__)
 
 
-def test_of_two_writers_racing_for_one_shard_one_writes_it(
-    crowd: int, tmp_path: Path, files_of: FilesOf
-) -> None:
+def test_of_two_writers_racing_for_one_shard_one_writes_it(crowd: int, tmp_path: Path) -> None:
     alone = StoreWriter.open(tmp_path / "alone", SETTINGS, provenance={"version": "1.2.3"})
     write_shard(alone, "00001")
     for attempt in range(5):
@@ -75,7 +71,7 @@ def _write_what_is_free(root: Path, seed: int) -> None:
 
 
 def test_a_crowd_of_writers_of_which_some_are_killed_writes_one_store(
-    crowd: int, tmp_path: Path, files_of: FilesOf
+    crowd: int, tmp_path: Path
 ) -> None:
     expected = files_of(write_all(tmp_path / "alone"))
     chance = random.Random(crowd)

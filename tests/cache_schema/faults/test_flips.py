@@ -2,7 +2,6 @@
 
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,7 @@ from tests.cache_schema.faults.small_store import (
     write_again,
     write_all,
 )
-
-FilesOf = Callable[[Path], dict[str, bytes]]
+from tests.cache_schema.made_stores import files_of
 
 KEYS = sorted(key for keys in SHARDS.values() for key in keys)
 
@@ -58,7 +56,7 @@ def _read_all(store: Path) -> list[str]:
 
 
 def test_a_changed_byte_is_never_misread_and_always_found_and_mended(
-    flip: int, tmp_path: Path, whole: Path, files: dict[str, list[Path]], files_of: FilesOf
+    flip: int, tmp_path: Path, whole: Path, files: dict[str, list[Path]]
 ) -> None:
     chance = random.Random(flip)
     kind = list(files)[flip % len(files)]

@@ -25,9 +25,9 @@ from tests.cache_schema.faults.small_store import (
     without_quarantine,
     write_all,
 )
+from tests.cache_schema.made_stores import files_of
 
 Mount = Callable[[str], Path]
-FilesOf = Callable[[Path], dict[str, bytes]]
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def disk(tmp_path: Path) -> Iterator[Mount]:
         subprocess.run(["umount", path], check=True)
 
 
-def _fill_then_make_room(mount: Mount, small: str, files_of: FilesOf, expected: Path) -> None:
+def _fill_then_make_room(mount: Mount, small: str, expected: Path) -> None:
     root = mount(small)
     store = root / SETTINGS.folder_name
     assert exit_code(functools.partial(write_all, root)) == errno.ENOSPC
@@ -77,19 +77,19 @@ def needed_pages(roomy: Path) -> int:
 
 
 def test_a_full_disk_loses_nothing(
-    free_pages: int, disk: Mount, roomy: Path, needed_pages: int, files_of: FilesOf
+    free_pages: int, disk: Mount, roomy: Path, needed_pages: int
 ) -> None:
     step = max(1, needed_pages // 6)
     pages = 1 + (free_pages * step if free_pages < 6 else free_pages) % (needed_pages - 1)
-    _fill_then_make_room(disk, f"size={pages * 4}k,nr_inodes=1000", files_of, roomy)
+    _fill_then_make_room(disk, f"size={pages * 4}k,nr_inodes=1000", roomy)
 
 
 def test_a_disk_without_free_inodes_loses_nothing(
-    free_inodes: int, disk: Mount, roomy: Path, files_of: FilesOf
+    free_inodes: int, disk: Mount, roomy: Path
 ) -> None:
     needed = sum(1 for _ in roomy.rglob("*"))
     inodes = 4 + (free_inodes * 13) % (needed - 4)
-    _fill_then_make_room(disk, f"size=4m,nr_inodes={inodes}", files_of, roomy)
+    _fill_then_make_room(disk, f"size=4m,nr_inodes={inodes}", roomy)
 
 
 def _points(request: pytest.FixtureRequest, body: Callable[[], object], step: int) -> range:
@@ -100,10 +100,7 @@ def _points(request: pytest.FixtureRequest, body: Callable[[], object], step: in
 
 @pytest.mark.timeout(3600)
 def test_an_error_at_any_write_loses_nothing(
-    tmp_path: Path,
-    roomy: Path,
-    files_of: FilesOf,
-    request: pytest.FixtureRequest,
+    tmp_path: Path, roomy: Path, request: pytest.FixtureRequest
 ) -> None:
     expected = files_of(roomy)
     whole = tmp_path / "whole"
@@ -122,10 +119,7 @@ def test_an_error_at_any_write_loses_nothing(
 
 @pytest.mark.timeout(3600)
 def test_an_error_at_any_write_of_a_repair_loses_nothing(
-    tmp_path: Path,
-    roomy: Path,
-    files_of: FilesOf,
-    request: pytest.FixtureRequest,
+    tmp_path: Path, roomy: Path, request: pytest.FixtureRequest
 ) -> None:
     whole = damage_in_every_way(shutil.copytree(roomy, tmp_path / "repaired" / roomy.name))
     points = _points(request, functools.partial(repair_store, whole), 29)

@@ -24,9 +24,8 @@ from cache_schema import schema as settings_module
 from cache_schema.maintenance.drop import drop_clips
 from cache_schema.maintenance.repair import repair_store
 from tests.cache_schema.faults.small_store import SHARDS, clip_of, write_all
+from tests.cache_schema.made_stores import files_of
 from tests.cache_schema.tampering import seal
-
-FilesOf = Callable[[Path], dict[str, bytes]]
 
 DROPPED = "a1"
 KEYS = sorted(key for keys in SHARDS.values() for key in keys if key != DROPPED)
@@ -271,7 +270,7 @@ def _is_reported(store: Path) -> bool:
 
 
 def test_a_changed_store_is_never_misread_always_reported_and_mended_or_told(
-    fuzz: int, tmp_path: Path, history: tuple[Path, Path], files_of: FilesOf
+    fuzz: int, tmp_path: Path, history: tuple[Path, Path]
 ) -> None:
     now, before = history
     (tmp_path / "beside").write_text("nobody's business")

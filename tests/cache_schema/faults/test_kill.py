@@ -5,7 +5,6 @@ import multiprocessing
 import random
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +30,8 @@ from tests.cache_schema.faults.small_store import (
     write_again,
     write_all,
 )
+from tests.cache_schema.made_stores import files_of
 from tests.fingerprints import fingerprint_of
-
-FilesOf = Callable[[Path], dict[str, bytes]]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 
 
 def test_a_killed_run_finishes_bit_for_bit_as_an_uninterrupted_one(
-    kill: int, tmp_path: Path, uninterrupted: tuple[Path, int], files_of: FilesOf
+    kill: int, tmp_path: Path, uninterrupted: tuple[Path, int]
 ) -> None:
     expected, operations = uninterrupted
     chance = random.Random(kill)
@@ -80,11 +78,7 @@ def repaired(
 
 
 def test_a_killed_repair_finishes_as_an_uninterrupted_one(
-    kill_of_repair: int,
-    tmp_path: Path,
-    uninterrupted: tuple[Path, int],
-    repaired: tuple[Path, int],
-    files_of: FilesOf,
+    kill_of_repair: int, tmp_path: Path, uninterrupted: tuple[Path, int], repaired: tuple[Path, int]
 ) -> None:
     expected, operations = repaired
     store = shutil.copytree(uninterrupted[0], tmp_path / expected.name)
@@ -139,7 +133,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
 
 
 def test_a_kill_in_the_middle_of_a_large_write_leaves_no_trace(
-    timed_kill: int, tmp_path: Path, large: tuple[Path, float], files_of: FilesOf
+    timed_kill: int, tmp_path: Path, large: tuple[Path, float]
 ) -> None:
     expected, duration_s = large
     chance = random.Random(timed_kill)

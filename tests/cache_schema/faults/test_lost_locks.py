@@ -38,9 +38,9 @@ from tests.cache_schema.faults.small_store import (
     write_all,
     write_shard,
 )
+from tests.cache_schema.made_stores import files_of
 from tests.fingerprints import fingerprint_of
 
-FilesOf = Callable[[Path], dict[str, bytes]]
 Step = Callable[[str, tuple[Any, ...]], bool]
 
 SHARD = "00000"
@@ -185,7 +185,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / SETTINGS.folder_name
 
 
-def _assert_finishes(root: Path, expected: Path, files_of: FilesOf) -> None:
+def _assert_finishes(root: Path, expected: Path) -> None:
     store = root / SETTINGS.folder_name
     assert_reads_what_is_committed(store)
     finished = finished_files(store)
@@ -198,31 +198,31 @@ def _assert_finishes(root: Path, expected: Path, files_of: FilesOf) -> None:
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("step", STEPS)
 def test_a_writer_that_lost_its_lock_fails_and_harms_nothing(
-    step: str, whole: bool, tmp_path: Path, expected: Path, files_of: FilesOf
+    step: str, whole: bool, tmp_path: Path, expected: Path
 ) -> None:
     other = functools.partial(_take_over, tmp_path, whole=whole)
     ended = _zombie_and_other(lambda: _write(tmp_path), STEPS[step](), other)
     assert ended == (LOST, DONE)
-    _assert_finishes(tmp_path, expected, files_of)
+    _assert_finishes(tmp_path, expected)
 
 
 def test_a_writer_that_lost_its_lock_after_the_commit_record_is_done(
-    tmp_path: Path, expected: Path, files_of: FilesOf
+    tmp_path: Path, expected: Path
 ) -> None:
     step = _After(_renames_to(f"commits/{SHARD}.json"))
     other = functools.partial(_take_over, tmp_path, whole=True)
     assert _zombie_and_other(lambda: _write(tmp_path), step, other) == (DONE, COMMITTED)
-    _assert_finishes(tmp_path, expected, files_of)
+    _assert_finishes(tmp_path, expected)
 
 
 def test_a_lock_lost_at_any_operation_gives_one_shard_and_no_other(
-    lost_lock: int, tmp_path: Path, expected: Path, files_of: FilesOf
+    lost_lock: int, tmp_path: Path, expected: Path
 ) -> None:
     other = functools.partial(_take_over, tmp_path, whole=lost_lock % 2 == 0)
     ended = _zombie_and_other(lambda: _write(tmp_path), _Nth(1 + 31 * lost_lock % 150), other)
     assert ended.count(DONE) <= 1
     assert set(ended) <= {DONE, LOST, COMMITTED}
-    _assert_finishes(tmp_path, expected, files_of)
+    _assert_finishes(tmp_path, expected)
 
 
 def _take_over_and_drop(store: Path, key: str) -> None:
@@ -305,9 +305,7 @@ def test_a_sweep_leaves_a_shard_that_another_process_takes_over(tmp_path: Path) 
     assert verify_store(store).problems == ()
 
 
-def test_a_merge_that_lost_its_lock_fails_and_harms_nothing(
-    tmp_path: Path, files_of: FilesOf
-) -> None:
+def test_a_merge_that_lost_its_lock_fails_and_harms_nothing(tmp_path: Path) -> None:
     source = write_all(tmp_path / "source")
     target = tmp_path / "target" / source.name
 

@@ -4,7 +4,7 @@ import errno
 import os
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,9 +20,8 @@ from tests.cache_schema.faults.small_store import (
     write_all,
     write_shard,
 )
+from tests.cache_schema.made_stores import files_of
 from tests.fingerprints import fingerprint_of
-
-FilesOf = Callable[[Path], dict[str, bytes]]
 
 
 class _Cache:
@@ -65,9 +64,7 @@ def _assert_refused(error: OSError, path: Path) -> None:
     assert str(path) in str(error)
 
 
-def test_a_finished_store_reads_and_verifies_where_nothing_can_be_written(
-    cache: _Cache, files_of: FilesOf
-) -> None:
+def test_a_finished_store_reads_and_verifies_where_nothing_can_be_written(cache: _Cache) -> None:
     store = write_all(cache.path)
     before = files_of(store)
     cache.set_read_only(True)
@@ -77,7 +74,7 @@ def test_a_finished_store_reads_and_verifies_where_nothing_can_be_written(
 
 
 def test_writing_where_nothing_can_be_written_names_the_place_and_changes_nothing(
-    cache: _Cache, files_of: FilesOf
+    cache: _Cache,
 ) -> None:
     store = write_all(cache.path)
     before = files_of(store)
@@ -90,7 +87,7 @@ def test_writing_where_nothing_can_be_written_names_the_place_and_changes_nothin
 
 
 def test_a_repair_where_nothing_can_be_written_names_the_place_and_changes_nothing(
-    cache: _Cache, files_of: FilesOf
+    cache: _Cache,
 ) -> None:
     store = damage_in_every_way(write_all(cache.path))
     before = files_of(store)
@@ -103,7 +100,7 @@ def test_a_repair_where_nothing_can_be_written_names_the_place_and_changes_nothi
 
 
 def test_a_folder_that_becomes_read_only_in_mid_shard_loses_nothing(
-    cache: _Cache, tmp_path: Path, files_of: FilesOf
+    cache: _Cache, tmp_path: Path
 ) -> None:
     expected = write_all(tmp_path / "uninterrupted")
     writer = StoreWriter.open(cache.path, SETTINGS, provenance={"version": "1.2.3"})

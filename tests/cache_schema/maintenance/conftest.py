@@ -1,18 +1,21 @@
-"""A store with things that do not travel, and an S3 server."""
+"""Stores with things that do not travel, or packed otherwise than they say; an S3 bucket."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cache_schema import StoreSettings, StoreWriter
+from tests.cache_schema.made_stores import SETTINGS, write_shard
 from tests.cache_schema.maintenance.copies import objects_on_s3
 
 
 @pytest.fixture
-def leaving_home(store: Path, settings: StoreSettings) -> Path:
+def leaving_home(store: Path) -> Path:
     """The store with its index, and things that do not travel."""
-    writer = StoreWriter.open(store.parent, settings, provenance={})
+    writer = StoreWriter.open(store.parent, SETTINGS, provenance={})
     writer.write_index()
     with writer.shard("00007", source="00007.tar"):
         pass
@@ -21,31 +24,22 @@ def leaving_home(store: Path, settings: StoreSettings) -> Path:
     return store
 
 
-@pytest.fixture(scope="module")
-def _s3_server() -> Iterator[str]:
-    moto = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+@pytest.fixture
+def packed_otherwise(tmp_path: Path) -> Path:
+    """A store whose shard is compressed, though its store.json says that it is not."""
+    settings = json.dumps(SETTINGS.as_dict()).replace('"none"', '"blosc-zstd-shuffle"')
+    packed = StoreSettings.from_dict(json.loads(settings))
+    writer = StoreWriter.open(tmp_path, packed, provenance={})
+    write_shard(writer, "00000", ["a0"])
+    unpacked = StoreWriter.open(tmp_path / "other", SETTINGS, provenance={})
+    shutil.copyfile(unpacked.path / "store.json", writer.path / "store.json")
+    return writer.path
 
 
 @pytest.fixture
-def bucket(_s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def bucket(s3_server: str) -> Iterator[str]:
     """The URL of an empty bucket of an S3 server on this machine."""
     boto3 = pytest.importorskip("boto3")
-    import s3fs
-
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "x",
-        "AWS_SECRET_ACCESS_KEY": "y",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": _s3_server,
-    }.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
     client = boto3.client("s3")
     client.create_bucket(Bucket="clips")
     yield "s3://clips/cache"

@@ -1,21 +1,6 @@
-"""What tests of copies share: whole stores, files that travel, an S3 server."""
+"""What tests of copies share: files that travel, objects on an S3 server."""
 
-from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
-
-from cache_schema import StoreReader
-
-ClipOf = Callable[[str], dict[str, np.ndarray]]
-
-
-def assert_whole(store: Path | str, keys: list[str], clip_of: ClipOf) -> None:
-    reader = StoreReader(store)
-    assert list(reader.keys) == sorted(keys)
-    for key in keys:
-        for name, values in reader.read(key).items():
-            np.testing.assert_array_equal(values, clip_of(key)[name])
 
 
 def travelling(files: dict[str, bytes]) -> dict[str, bytes]:

@@ -1,13 +1,9 @@
 """A copy holds what its source holds: on disk, over HTTP, on S3, wherever one was killed before."""
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from cache_schema import (
@@ -24,12 +20,10 @@ from cache_schema import (
 from cache_schema.maintenance.copy import copy_store
 from cache_schema.maintenance.drop import drop_clips
 from tests.cache_schema.faults.operations import run_and_kill
-from tests.cache_schema.maintenance.copies import assert_whole, store_on_s3, travelling
+from tests.cache_schema.made_stores import SETTINGS, assert_whole, clip_of, files_of, write_shard
+from tests.cache_schema.maintenance.copies import store_on_s3, travelling
+from tests.cache_schema.servers import serving_plainly
 from tests.fingerprints import fingerprint_of
-
-Arrays = dict[str, np.ndarray]
-ClipOf = Callable[[str], Arrays]
-FilesOf = Callable[[Path], dict[str, bytes]]
 
 KEYS = ["a0", "a1", "a2", "b0", "b1"]
 
@@ -39,36 +33,25 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     """A folder, and the address that a plain web server shows it at."""
     folder = tmp_path / "served"
     folder.mkdir()
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield folder, f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with serving_plainly(folder) as url:
+        yield folder, url
 
 
 def test_a_copy_has_every_file_that_travels_and_no_other(
-    tmp_path: Path, leaving_home: Path, clip_of: ClipOf, files_of: FilesOf
+    tmp_path: Path, leaving_home: Path
 ) -> None:
     advanced: list[int] = []
     target = tmp_path / "copy" / leaving_home.name
     report = copy_store(leaving_home, target, advance=advanced.append)
     assert files_of(target) == travelling(files_of(leaving_home))
-    assert_whole(target, KEYS, clip_of)
+    assert_whole(target, KEYS)
     in_shards = [len(d) for p, d in files_of(target).items() if p.startswith("shards/")]
     assert (report.store, report.num_shards, report.num_clips) == (str(target), 2, 5)
     assert (report.num_sent, report.num_present) == (len(in_shards), 0)
     assert report.num_bytes_sent == sum(advanced) == sum(in_shards)
 
 
-def test_a_copy_brings_its_index_though_the_source_had_none(
-    tmp_path: Path, store: Path, files_of: FilesOf
-) -> None:
+def test_a_copy_brings_its_index_though_the_source_had_none(tmp_path: Path, store: Path) -> None:
     target = tmp_path / "copy" / store.name
     copy_store(store, target)
     assert not (store / "index.npz").exists()
@@ -76,23 +59,23 @@ def test_a_copy_brings_its_index_though_the_source_had_none(
 
 
 def test_a_copy_behind_a_web_server_is_read_and_copied_back(
-    tmp_path: Path, leaving_home: Path, served: tuple[Path, str], clip_of: ClipOf, files_of: FilesOf
+    tmp_path: Path, leaving_home: Path, served: tuple[Path, str]
 ) -> None:
     folder, url = served
     copy_store(leaving_home, folder / leaving_home.name)
-    assert_whole(f"{url}/{leaving_home.name}", KEYS, clip_of)
+    assert_whole(f"{url}/{leaving_home.name}", KEYS)
     back = tmp_path / "back" / leaving_home.name
     copy_store(f"{url}/{leaving_home.name}", back)
     assert files_of(back) == travelling(files_of(leaving_home))
 
 
 def test_a_copy_on_s3_is_read_and_copied_back(
-    tmp_path: Path, leaving_home: Path, bucket: str, clip_of: ClipOf, files_of: FilesOf
+    tmp_path: Path, leaving_home: Path, bucket: str
 ) -> None:
     url = f"{bucket}/{leaving_home.name}"
     first = copy_store(leaving_home, url)
     assert store_on_s3(leaving_home) == travelling(files_of(leaving_home))
-    assert_whole(url, KEYS, clip_of)
+    assert_whole(url, KEYS)
     back = tmp_path / "back" / leaving_home.name
     copy_store(url, back)
     assert files_of(back) == travelling(files_of(leaving_home))
@@ -102,12 +85,7 @@ def test_a_copy_on_s3_is_read_and_copied_back(
 
 @pytest.mark.parametrize("medium", ["folder", "s3"])
 def test_a_second_run_sends_what_is_missing_or_of_another_size(
-    tmp_path: Path,
-    leaving_home: Path,
-    medium: str,
-    files_of: FilesOf,
-    clip_of: ClipOf,
-    request: pytest.FixtureRequest,
+    tmp_path: Path, leaving_home: Path, medium: str, request: pytest.FixtureRequest
 ) -> None:
     lost, short = "features/c.0.0.0.0.0", "mask/c.2.0.0"
     if medium == "folder":
@@ -124,55 +102,42 @@ def test_a_second_run_sends_what_is_missing_or_of_another_size(
         client.delete_object(Bucket="clips", Key=f"{prefix}/00001/{lost}")
         client.put_object(Bucket="clips", Key=f"{prefix}/00000/{short}", Body=b"short")
     assert copy_store(leaving_home, target).num_sent == 2
-    assert_whole(target, KEYS, clip_of)
+    assert_whole(target, KEYS)
     found = files_of(Path(target)) if medium == "folder" else store_on_s3(leaving_home)
     assert found == travelling(files_of(leaving_home))
 
 
 @pytest.mark.parametrize("medium", ["folder", "s3"])
 def test_a_copy_follows_its_source_as_clips_come_and_go(
-    tmp_path: Path,
-    leaving_home: Path,
-    medium: str,
-    settings: StoreSettings,
-    write_shard: Callable[..., None],
-    clip_of: ClipOf,
-    files_of: FilesOf,
-    request: pytest.FixtureRequest,
+    tmp_path: Path, leaving_home: Path, medium: str, request: pytest.FixtureRequest
 ) -> None:
     root = tmp_path / "copy" if medium == "folder" else request.getfixturevalue("bucket")
     target = root / leaving_home.name if isinstance(root, Path) else f"{root}/{leaving_home.name}"
     copy_store(leaving_home, target)
     drop_clips(leaving_home, ["a1"], detail="blurred")
-    write_shard(StoreWriter.open(leaving_home.parent, settings, provenance={}), "00002", ["c0"])
+    write_shard(StoreWriter.open(leaving_home.parent, SETTINGS, provenance={}), "00002", ["c0"])
     report = copy_store(leaving_home, target)
     assert (report.num_shards, report.num_clips) == (3, 5)
-    assert_whole(target, ["a0", "a2", "b0", "b1", "c0"], clip_of)
+    assert_whole(target, ["a0", "a2", "b0", "b1", "c0"])
     drop_clips(leaving_home, ["a0", "b0"], detail="blurred")
     assert copy_store(leaving_home, target).num_sent == 0
-    assert_whole(target, ["a2", "b1", "c0"], clip_of)
+    assert_whole(target, ["a2", "b1", "c0"])
     found = files_of(Path(target)) if medium == "folder" else store_on_s3(leaving_home)
     assert found == travelling(files_of(leaving_home))
     clips = [path for path in found if path.startswith("shards/00000/features/c.")]
     assert clips == ["shards/00000/features/c.2.0.0.0.0"]
 
 
-def test_a_target_that_holds_something_else_is_refused(
-    tmp_path: Path,
-    leaving_home: Path,
-    settings: StoreSettings,
-    write_shard: Callable[..., None],
-    files_of: FilesOf,
-) -> None:
+def test_a_target_that_holds_something_else_is_refused(tmp_path: Path, leaving_home: Path) -> None:
     def store_of(name: str, shards: dict[str, list[str]], made_with: StoreSettings) -> Path:
         writer = StoreWriter.open(tmp_path / name, made_with, provenance={})
         for shard, keys in shards.items():
             write_shard(writer, shard, keys)
         return writer.path
 
-    more = store_of("more", {"00002": ["c0"]}, settings)
-    other = store_of("other", {"00000": ["a0", "x1", "a2"]}, settings)
-    dropped = store_of("dropped", {"00000": ["a0", "a1", "a2", "x3"]}, settings)
+    more = store_of("more", {"00002": ["c0"]}, SETTINGS)
+    other = store_of("other", {"00000": ["a0", "x1", "a2"]}, SETTINGS)
+    dropped = store_of("dropped", {"00000": ["a0", "a1", "a2", "x3"]}, SETTINGS)
     drop_clips(dropped, ["x3"], detail="")  # newer than what it is compared with, as it were
     for target, named in ((more, "'00002'"), (other, "'00000'"), (dropped, "'00000'")):
         before = files_of(target)
@@ -180,7 +145,7 @@ def test_a_target_that_holds_something_else_is_refused(
             copy_store(leaving_home, target)
         assert refused.value.remedy == "merge"
         assert files_of(target) == before
-    slower = store_of("slower", {}, replace(settings, values={**settings.values, "fps": 4.0}))
+    slower = store_of("slower", {}, replace(SETTINGS, values={**SETTINGS.values, "fps": 4.0}))
     with pytest.raises(SettingsMismatch, match=r"differs in values\.fps;"):
         copy_store(leaving_home, slower)
 
@@ -197,9 +162,7 @@ def test_targets_that_make_no_sense(tmp_path: Path, leaving_home: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "metadata", "record"])
-def test_a_damaged_source_makes_no_copy(
-    tmp_path: Path, leaving_home: Path, damage: str, clip_of: ClipOf
-) -> None:
+def test_a_damaged_source_makes_no_copy(tmp_path: Path, leaving_home: Path, damage: str) -> None:
     group = leaving_home / "shards" / "00001"
     file = {
         "metadata": group / "features" / "zarr.json",
@@ -230,13 +193,11 @@ def test_a_server_that_is_down_is_not_a_damaged_store(
         copy_store(f"http://127.0.0.1:9/{leaving_home.name}", tmp_path / leaving_home.name)
 
 
-def test_files_sent_for_another_shard_are_not_taken_for_this_ones(
-    tmp_path: Path, settings: StoreSettings, clip_of: ClipOf
-) -> None:
+def test_files_sent_for_another_shard_are_not_taken_for_this_ones(tmp_path: Path) -> None:
     """Of the same name and size, from a copy that was killed before the shard was made anew."""
 
     def source(name: str, negative: bool) -> Path:
-        writer = StoreWriter.open(tmp_path / name, settings, provenance={})
+        writer = StoreWriter.open(tmp_path / name, SETTINGS, provenance={})
         with writer.shard("00000", source="00000.tar") as shard:
             for key in ("a0", "a1"):
                 arrays = clip_of(key)
@@ -255,4 +216,4 @@ def test_files_sent_for_another_shard_are_not_taken_for_this_ones(
     assert (target / "shards" / "00000").exists()
     assert not (target / "commits" / "00000.json").exists()
     copy_store(new, target)
-    assert_whole(target, ["a0", "a1"], clip_of)
+    assert_whole(target, ["a0", "a1"])

@@ -5,10 +5,8 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from cache_schema import (
@@ -18,18 +16,15 @@ from cache_schema import (
 from cache_schema.maintenance.copy import copy_store
 from cache_schema.maintenance.drop import drop_clips
 from tests.cache_schema.faults.operations import run_and_kill
-from tests.cache_schema.maintenance.copies import assert_whole, store_on_s3, travelling
-
-Arrays = dict[str, np.ndarray]
-ClipOf = Callable[[str], Arrays]
-FilesOf = Callable[[Path], dict[str, bytes]]
+from tests.cache_schema.made_stores import assert_whole, files_of
+from tests.cache_schema.maintenance.copies import store_on_s3, travelling
 
 KEYS = ["a0", "a1", "a2", "b0", "b1"]
 
 
 @pytest.mark.parametrize("part", range(10))
 def test_a_killed_copy_is_finished_by_the_next_one(
-    part: int, tmp_path: Path, leaving_home: Path, clip_of: ClipOf, files_of: FilesOf
+    part: int, tmp_path: Path, leaving_home: Path
 ) -> None:
     target = tmp_path / "copy" / leaving_home.name
     chance = random.Random(part)
@@ -41,7 +36,7 @@ def test_a_killed_copy_is_finished_by_the_next_one(
     for number in kill_at:
         run_and_kill(lambda: copy_store(leaving_home, target), number)
         if (target / "store.json").exists():
-            assert_whole(target, KEYS, clip_of)
+            assert_whole(target, KEYS)
         else:
             with pytest.raises(StoreNotFound):
                 StoreReader(target)
@@ -54,7 +49,7 @@ def test_a_killed_copy_is_finished_by_the_next_one(
 
 @pytest.mark.parametrize("part", range(5))
 def test_a_killed_update_never_loses_a_clip_that_both_have(
-    part: int, tmp_path: Path, leaving_home: Path, clip_of: ClipOf, files_of: FilesOf
+    part: int, tmp_path: Path, leaving_home: Path
 ) -> None:
     target = tmp_path / "copy" / leaving_home.name
     copy_store(leaving_home, target)
@@ -69,7 +64,7 @@ def test_a_killed_update_never_loses_a_clip_that_both_have(
     )
     keys = list(StoreReader(target).keys)
     assert {"a1", "a2", "b0"} <= set(keys)
-    assert_whole(target, keys, clip_of)
+    assert_whole(target, keys)
     copy_store(leaving_home, target)
     assert files_of(target) == travelling(files_of(leaving_home))
 
@@ -94,7 +89,7 @@ copy.copy_store(sys.argv[1], sys.argv[2])
 
 @pytest.mark.parametrize("part", range(3))
 def test_a_killed_copy_to_s3_is_finished_by_the_next_one(
-    part: int, leaving_home: Path, bucket: str, clip_of: ClipOf, files_of: FilesOf
+    part: int, leaving_home: Path, bucket: str
 ) -> None:
     url = f"{bucket}/{leaving_home.name}"
     puts = len(travelling(files_of(leaving_home)))
@@ -107,4 +102,4 @@ def test_a_killed_copy_to_s3_is_finished_by_the_next_one(
     report = copy_store(leaving_home, url)
     assert report.num_present >= kill_at - 8  # what was under way may be sent again
     assert store_on_s3(leaving_home) == travelling(files_of(leaving_home))
-    assert_whole(url, KEYS, clip_of)
+    assert_whole(url, KEYS)

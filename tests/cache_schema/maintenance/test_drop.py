@@ -15,7 +15,6 @@ from cache_schema import (
     ClipMissing,
     ShardBusy,
     StoreReader,
-    StoreSettings,
     StoreWriter,
     verify_store,
 )
@@ -24,28 +23,16 @@ from cache_schema.maintenance.drop import DropReport, drop_clips
 from cache_schema.maintenance.repair import repair_store
 from cache_schema.names import StoreLayout
 from tests.cache_schema.faults.operations import run_and_kill
-
-Arrays = dict[str, np.ndarray]
-ClipOf = Callable[[str], Arrays]
-FilesOf = Callable[[Path], dict[str, bytes]]
+from tests.cache_schema.made_stores import SETTINGS, assert_whole, clip_of, files_of, write_shard
 
 DROPPED = ["a1", "b0"]
 
 
-def _assert_holds(store: Path, keys: list[str], clip_of: ClipOf) -> None:
-    reader = StoreReader(store)
-    assert sorted(reader.keys) == keys
-    for key in keys:
-        found = reader.read(key)
-        for name, values in clip_of(key).items():
-            np.testing.assert_array_equal(found[name], values)
-
-
-def test_a_dropped_clip_is_skipped_and_the_others_stay(store: Path, clip_of: ClipOf) -> None:
+def test_a_dropped_clip_is_skipped_and_the_others_stay(store: Path) -> None:
     before = StoreReader(store).record("a2")
     report = drop_clips(store, DROPPED, detail="the face of a bystander")
     assert report == DropReport(num_dropped=2, num_already_dropped=0, shards=("00000", "00001"))
-    _assert_holds(store, ["a0", "a2", "b1"], clip_of)
+    assert_whole(store, ["a0", "a2", "b1"])
     reader = StoreReader(store)
     assert {(c.key, c.reason, c.detail, c.shard) for c in reader.skipped} == {
         ("a3", "too_short", "12 frames, 49 needed", "00000"),
@@ -59,9 +46,7 @@ def test_a_dropped_clip_is_skipped_and_the_others_stay(store: Path, clip_of: Cli
     assert after == before
 
 
-def test_only_the_record_and_the_files_of_dropped_clips_change(
-    store: Path, files_of: FilesOf
-) -> None:
+def test_only_the_record_and_the_files_of_dropped_clips_change(store: Path) -> None:
     before = {path: path.stat().st_ino for path in (store / "shards").rglob("*")}
     drop_clips(store, ["a1"], detail="")
     after = {path: path.stat().st_ino for path in (store / "shards").rglob("*")}
@@ -72,7 +57,7 @@ def test_only_the_record_and_the_files_of_dropped_clips_change(
     assert verify_store(store).problems == ()
 
 
-def test_zarr_sees_fill_values_where_a_clip_was_dropped(store: Path, clip_of: ClipOf) -> None:
+def test_zarr_sees_fill_values_where_a_clip_was_dropped(store: Path) -> None:
     drop_clips(store, ["a1"], detail="")
     features = zarr.open_array(str(store / "shards/00000"), path="features", mode="r")
     assert features.shape == (3, 3, 2, 3, 4)
@@ -102,7 +87,7 @@ def test_the_clips_that_stay_are_neither_listed_nor_opened(
     assert {path for path in seen if "/shards/" in path} <= folders  # opened to be synced
 
 
-def test_unknown_keys_are_refused_before_anything_changes(store: Path, files_of: FilesOf) -> None:
+def test_unknown_keys_are_refused_before_anything_changes(store: Path) -> None:
     before = files_of(store)
     with pytest.raises(ValueError, match="holds no clip 'nowhere'; nothing was dropped"):
         drop_clips(store, ["a0", "nowhere"], detail="")
@@ -111,7 +96,7 @@ def test_unknown_keys_are_refused_before_anything_changes(store: Path, files_of:
     assert files_of(store) == before
 
 
-def test_dropping_again_changes_nothing(store: Path, files_of: FilesOf) -> None:
+def test_dropping_again_changes_nothing(store: Path) -> None:
     drop_clips(store, DROPPED, detail="first")
     before = files_of(store)
     assert drop_clips(store, DROPPED, detail="second") == DropReport(0, 2, ())
@@ -121,30 +106,26 @@ def test_dropping_again_changes_nothing(store: Path, files_of: FilesOf) -> None:
     assert [(shard.generation, shard.group) for shard in shards] == [(2, 0), (1, 0)]
 
 
-def test_a_shard_can_lose_all_its_clips(store: Path, clip_of: ClipOf) -> None:
+def test_a_shard_can_lose_all_its_clips(store: Path) -> None:
     drop_clips(store, ["b0", "b1"], detail="")
-    _assert_holds(store, ["a0", "a1", "a2"], clip_of)
+    assert_whole(store, ["a0", "a1", "a2"])
     drop_clips(store, ["a0"], detail="")
-    _assert_holds(store, ["a1", "a2"], clip_of)
+    assert_whole(store, ["a1", "a2"])
 
 
-def test_a_dropped_clip_can_come_back_and_go_again(
-    store: Path, settings: StoreSettings, clip_of: ClipOf, write_shard: Callable[..., None]
-) -> None:
+def test_a_dropped_clip_can_come_back_and_go_again(store: Path) -> None:
     drop_clips(store, ["a1"], detail="")
-    writer = StoreWriter.open(store.parent, settings, provenance={})
+    writer = StoreWriter.open(store.parent, SETTINGS, provenance={})
     write_shard(writer, "00000-retry1", ["a1"])
-    _assert_holds(store, ["a0", "a1", "a2", "b0", "b1"], clip_of)
+    assert_whole(store, ["a0", "a1", "a2", "b0", "b1"])
     assert "a1" not in {clip.key for clip in StoreReader(store).skipped}
     assert drop_clips(store, ["a1"], detail="").shards == ("00000-retry1",)
-    _assert_holds(store, ["a0", "a2", "b0", "b1"], clip_of)
+    assert_whole(store, ["a0", "a2", "b0", "b1"])
 
 
-def test_a_clip_that_was_made_again_counts_once(
-    store: Path, settings: StoreSettings, write_shard: Callable[..., None]
-) -> None:
+def test_a_clip_that_was_made_again_counts_once(store: Path) -> None:
     drop_clips(store, ["a1"], detail="a new caption", reason="redo")
-    writer = StoreWriter.open(store.parent, settings, provenance={})
+    writer = StoreWriter.open(store.parent, SETTINGS, provenance={})
     write_shard(writer, "00000-retry1", ["a1"])
     expected = DropReport(num_dropped=1, num_already_dropped=0, shards=("00000", "00000-retry1"))
     assert drop_clips(store, ["a1"], detail="a cut") == expected
@@ -169,7 +150,7 @@ def test_dropped_files_are_gone_after_a_power_failure(
 
 
 def test_what_was_to_be_made_again_can_be_dropped_for_good_and_the_other_way_round(
-    store: Path, clip_of: ClipOf
+    store: Path,
 ) -> None:
     def reasons() -> list[tuple[str, str]]:
         skipped = StoreReader(store).skipped
@@ -182,12 +163,10 @@ def test_what_was_to_be_made_again_can_be_dropped_for_good_and_the_other_way_rou
     assert drop_clips(store, ["a1"], detail="again") == DropReport(0, 1, ())
     drop_clips(store, ["a1"], detail="no cut", reason="redo")
     assert reasons() == [("redo", "no cut")]
-    _assert_holds(store, ["a0", "a2", "b0", "b1"], clip_of)
+    assert_whole(store, ["a0", "a2", "b0", "b1"])
 
 
-def test_a_clip_that_a_repair_took_out_can_be_dropped_for_good(
-    store: Path, clip_of: ClipOf
-) -> None:
+def test_a_clip_that_a_repair_took_out_can_be_dropped_for_good(store: Path) -> None:
     (store / "shards/00000/features/c.1.0.0.0.0").write_bytes(b"")
     (damaged,) = repair_store(store).clips
     assert (damaged.key, damaged.reason) == ("a1", "damaged")
@@ -196,11 +175,11 @@ def test_a_clip_that_a_repair_took_out_can_be_dropped_for_good(
     assert (dropped.reason, dropped.detail) == ("dropped", "a cut")
     assert dropped.fingerprint == damaged.fingerprint
     assert drop_clips(store, ["a1"], detail="again") == DropReport(0, 1, ())
-    _assert_holds(store, ["a0", "a2", "b0", "b1"], clip_of)
+    assert_whole(store, ["a0", "a2", "b0", "b1"])
     assert verify_store(store).problems == ()
 
 
-def test_what_is_made_again_anyway_is_not_listed_anew(store: Path, files_of: FilesOf) -> None:
+def test_what_is_made_again_anyway_is_not_listed_anew(store: Path) -> None:
     before = files_of(store / "commits")
     assert drop_clips(store, ["a3"], detail="", reason="redo") == DropReport(0, 1, ())
     assert files_of(store / "commits") == before
@@ -209,11 +188,9 @@ def test_what_is_made_again_anyway_is_not_listed_anew(store: Path, files_of: Fil
     assert [clip.reason for clip in StoreReader(store).skipped] == ["redo"]
 
 
-def test_a_dropped_clip_leaves_no_second_listing_that_is_retried(
-    store: Path, settings: StoreSettings, clip_of: ClipOf
-) -> None:
+def test_a_dropped_clip_leaves_no_second_listing_that_is_retried(store: Path) -> None:
     """The input had two clips of one name: one is held, the other was skipped as its duplicate."""
-    with StoreWriter.open(store.parent, settings, provenance={}).shard("00002", source="c") as new:
+    with StoreWriter.open(store.parent, SETTINGS, provenance={}).shard("00002", source="c") as new:
         new.add("c0", clip_of("c0"), {}, fingerprint="c0" * 16)
         new.skip("c0", "duplicate_key", "named twice", fingerprint="c1" * 16)
         new.skip("a0", "duplicate_key", "shard '00000' holds it", fingerprint="c2" * 16)
@@ -229,7 +206,7 @@ def test_a_dropped_clip_leaves_no_second_listing_that_is_retried(
     ]
 
 
-def test_a_shard_that_somebody_else_changes_is_left_alone(store: Path, clip_of: ClipOf) -> None:
+def test_a_shard_that_somebody_else_changes_is_left_alone(store: Path) -> None:
     layout = StoreLayout(store)
     layout.staging.mkdir(exist_ok=True)
     with (
@@ -237,15 +214,15 @@ def test_a_shard_that_somebody_else_changes_is_left_alone(store: Path, clip_of: 
         pytest.raises(ShardBusy, match=r"shard '00001' of .* by another process"),
     ):
         drop_clips(store, DROPPED, detail="")
-    _assert_holds(store, ["a0", "a2", "b0", "b1"], clip_of)
+    assert_whole(store, ["a0", "a2", "b0", "b1"])
     assert drop_clips(store, DROPPED, detail="") == DropReport(1, 1, ("00001",))
-    _assert_holds(store, ["a0", "a2", "b1"], clip_of)
+    assert_whole(store, ["a0", "a2", "b1"])
 
 
-def test_a_clip_without_its_files_can_be_dropped(store: Path, clip_of: ClipOf) -> None:
+def test_a_clip_without_its_files_can_be_dropped(store: Path) -> None:
     (store / "shards/00000/features/c.1.0.0.0.0").unlink()
     drop_clips(store, ["a1"], detail="")
-    _assert_holds(store, ["a0", "a2", "b0", "b1"], clip_of)
+    assert_whole(store, ["a0", "a2", "b0", "b1"])
 
 
 @pytest.fixture(scope="module")
@@ -266,8 +243,6 @@ def test_wherever_a_drop_is_killed_readers_see_whole_shards_and_a_rerun_finishes
     tmp_path: Path,
     _finished_store: Path,
     uninterrupted: tuple[Path, int],
-    clip_of: ClipOf,
-    files_of: FilesOf,
 ) -> None:
     expected, operations = uninterrupted
     step = 1 if request.config.getoption("--full-faults") else operations // 20
@@ -282,16 +257,14 @@ def test_wherever_a_drop_is_killed_readers_see_whole_shards_and_a_rerun_finishes
             ["a0", "a2", "b0", "b1"],
             ["a0", "a2", "b1"],
         )
-        _assert_holds(store, keys, clip_of)
+        assert_whole(store, keys)
         report = drop()
         assert report.num_dropped + report.num_already_dropped == 2
         assert files_of(store) == files_of(expected)
-        _assert_holds(store, ["a0", "a2", "b1"], clip_of)
+        assert_whole(store, ["a0", "a2", "b1"])
 
 
-def test_a_writer_sweeps_what_a_killed_drop_left(
-    store: Path, settings: StoreSettings, clip_of: ClipOf, files_of: FilesOf
-) -> None:
+def test_a_writer_sweeps_what_a_killed_drop_left(store: Path) -> None:
     file = store / "shards/00001/features/c.0.0.0.0.0"
     data = file.read_bytes()
     drop_clips(store, ["b0"], detail="")
@@ -299,30 +272,26 @@ def test_a_writer_sweeps_what_a_killed_drop_left(
     file.write_bytes(data)  # dropped, not removed
     (store / ".staging/00001.lock").touch()
     shutil.copytree(store / "shards/00000", store / "shards/00000~1")  # renamed, not committed
-    StoreWriter.open(store.parent, settings, provenance={})
+    StoreWriter.open(store.parent, SETTINGS, provenance={})
     assert files_of(store) == dropped
-    _assert_holds(store, ["a0", "a1", "a2", "b1"], clip_of)
+    assert_whole(store, ["a0", "a1", "a2", "b1"])
 
 
-def test_a_writer_leaves_groups_alone_whose_record_cannot_be_read(
-    store: Path, settings: StoreSettings, files_of: FilesOf
-) -> None:
+def test_a_writer_leaves_groups_alone_whose_record_cannot_be_read(store: Path) -> None:
     drop_clips(store, ["b0"], detail="")
     shutil.copytree(store / "shards/00001", store / "shards/00001~1")
     commit = store / "commits/00001.json"
     commit.write_bytes(commit.read_bytes()[:-9])
     before = files_of(store)
-    StoreWriter.open(store.parent, settings, provenance={})
+    StoreWriter.open(store.parent, SETTINGS, provenance={})
     assert files_of(store) == before
 
 
-def test_a_replaced_shard_that_lost_its_record_is_written_anew(
-    store: Path, settings: StoreSettings, clip_of: ClipOf, write_shard: Callable[..., None]
-) -> None:
+def test_a_replaced_shard_that_lost_its_record_is_written_anew(store: Path) -> None:
     drop_clips(store, ["b0"], detail="")
     (store / "commits/00001.json").unlink()
     assert repair_store(store).shards == ("00001",)
-    writer = StoreWriter.open(store.parent, settings, provenance={})
+    writer = StoreWriter.open(store.parent, SETTINGS, provenance={})
     write_shard(writer, "00001", ["b0", "b1"])
     assert sorted(path.name for path in (store / "shards").iterdir()) == ["00000", "00001"]
-    _assert_holds(store, ["a0", "a1", "a2", "b0", "b1"], clip_of)
+    assert_whole(store, ["a0", "a1", "a2", "b0", "b1"])

@@ -2,10 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from cache_schema import (
@@ -19,13 +17,10 @@ from cache_schema.maintenance.copy import copy_store
 from cache_schema.maintenance.drop import drop_clips
 from cache_schema.maintenance.merge import merge_stores
 from cache_schema.maintenance.repair import repair_store
+from tests.cache_schema.made_stores import SETTINGS, clip_of, files_of, write_shard
 from tests.cache_schema.servers import serving
 from tests.cache_schema.tampering import tamper
 from tests.fingerprints import fingerprint_of
-
-ClipOf = Callable[[str], dict[str, np.ndarray]]
-WriteShard = Callable[..., None]
-FilesOf = Callable[[Path], dict[str, bytes]]
 
 
 def _all_found(store: Path) -> set[tuple[str | None, str]]:
@@ -35,15 +30,13 @@ def _all_found(store: Path) -> set[tuple[str | None, str]]:
     return found
 
 
-def test_a_lost_record_is_damage_to_every_command(
-    indexed: Path, settings: StoreSettings, write_shard: WriteShard, tmp_path: Path
-) -> None:
+def test_a_lost_record_is_damage_to_every_command(indexed: Path, tmp_path: Path) -> None:
     whole = (indexed / "commits" / "00001.json").read_bytes()
     (indexed / "commits" / "00001.json").unlink()
     assert _all_found(indexed) == {("00001", "repair")}
 
     target = tmp_path / "target" / indexed.name
-    writer = StoreWriter.open(indexed.parent, settings, provenance={})
+    writer = StoreWriter.open(indexed.parent, SETTINGS, provenance={})
     for use in (
         lambda: len(StoreReader(indexed)),
         lambda: copy_store(indexed, target),
@@ -62,7 +55,7 @@ def test_a_lost_record_is_damage_to_every_command(
     assert (report.quarantine / "shards" / "00001").is_dir()
     assert verify_store(indexed).problems == ()
     assert StoreReader(indexed).keys == ("a0", "a1", "a2")
-    write_shard(StoreWriter.open(indexed.parent, settings, provenance={}), "00001", ["b0", "b1"])
+    write_shard(StoreWriter.open(indexed.parent, SETTINGS, provenance={}), "00001", ["b0", "b1"])
     assert (indexed / "commits" / "00001.json").read_bytes() == whole
 
 
@@ -122,10 +115,8 @@ def test_a_record_that_was_edited_with_its_checksum_is_not_believed(indexed: Pat
     assert StoreReader(indexed).keys == ("b0", "b1")
 
 
-def test_a_key_in_a_shard_and_its_retry_is_mended_at_once(
-    indexed: Path, settings: StoreSettings, clip_of: ClipOf
-) -> None:
-    writers = [StoreWriter.open(indexed.parent, settings, provenance={}) for _ in range(2)]
+def test_a_key_in_a_shard_and_its_retry_is_mended_at_once(indexed: Path) -> None:
+    writers = [StoreWriter.open(indexed.parent, SETTINGS, provenance={}) for _ in range(2)]
     with (
         writers[0].shard("x-retry1", source="x, retry 1") as retry,
         writers[1].shard("x", source="x") as first,
@@ -141,9 +132,7 @@ def test_a_key_in_a_shard_and_its_retry_is_mended_at_once(
 
 
 @pytest.mark.parametrize("folder", ["shards", "commits", "shards/00000/mask", "quarantine"])
-def test_names_that_are_no_text_are_taken_out(
-    indexed: Path, files_of: FilesOf, folder: str
-) -> None:
+def test_names_that_are_no_text_are_taken_out(indexed: Path, folder: str) -> None:
     (indexed / folder).mkdir(exist_ok=True)
     odd = os.fsencode(indexed / folder) + b"/caf\xe9"
     try:
@@ -159,11 +148,9 @@ def test_names_that_are_no_text_are_taken_out(
     assert bool(report.found) == (folder != "quarantine")
 
 
-def test_a_store_file_of_another_store_is_told_from_damaged_records(
-    indexed: Path, settings: StoreSettings, files_of: FilesOf, clip_of: ClipOf
-) -> None:
+def test_a_store_file_of_another_store_is_told_from_damaged_records(indexed: Path) -> None:
     whole = (indexed / "store.json").read_bytes()
-    other = StoreSettings(kind=settings.kind, arrays=settings.arrays, values={"fps": 9.0})
+    other = StoreSettings(kind=SETTINGS.kind, arrays=SETTINGS.arrays, values={"fps": 9.0})
     writer = StoreWriter.open(indexed.parent / "other", other, provenance={})
     shutil.copyfile(writer.path / "store.json", indexed / "store.json")
     before = files_of(indexed / "shards")
@@ -173,6 +160,6 @@ def test_a_store_file_of_another_store_is_told_from_damaged_records(
     (remaining,) = repair_store(indexed).remaining
     assert remaining.remedy == "rewrite"
     assert files_of(indexed / "shards") == before
-    StoreWriter.open(indexed.parent, settings, provenance={"version": "1.2.3"})
+    StoreWriter.open(indexed.parent, SETTINGS, provenance={"version": "1.2.3"})
     assert (indexed / "store.json").read_bytes() == whole
     assert verify_store(indexed).problems == ()

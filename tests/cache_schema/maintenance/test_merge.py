@@ -25,22 +25,18 @@ from cache_schema import (
 )
 from cache_schema.maintenance.merge import merge_stores
 from tests.cache_schema.faults.operations import run_and_kill
+from tests.cache_schema.made_stores import SETTINGS, assert_whole, clip_of, files_of, write_shard
 from tests.fingerprints import fingerprint_of
 
-Arrays = dict[str, np.ndarray]
-ClipOf = Callable[[str], Arrays]
-FilesOf = Callable[[Path], dict[str, bytes]]
 MakeStore = Callable[[str, dict[str, list[str]]], Path]
 
 
 @pytest.fixture
-def make_store(
-    tmp_path: Path, settings: StoreSettings, write_shard: Callable[..., None]
-) -> MakeStore:
+def make_store(tmp_path: Path) -> MakeStore:
     """A store `<tmp>/<name>/teacher-…` with these shards and keys."""
 
     def make(name: str, shards: dict[str, list[str]]) -> Path:
-        writer = StoreWriter.open(tmp_path / name, settings, provenance={"run": name})
+        writer = StoreWriter.open(tmp_path / name, SETTINGS, provenance={"run": name})
         for shard, keys in shards.items():
             write_shard(writer, shard, keys, skip=f"{shard} skipped")
         writer.write_index()
@@ -61,23 +57,15 @@ def _no_link(*_: object, **__: object) -> None:
     raise OSError(18, "Invalid cross-device link")
 
 
-def _assert_whole(store: Path, keys: list[str], clip_of: ClipOf) -> None:
-    reader = StoreReader(store)
-    assert list(reader.keys) == sorted(keys)
-    for key in keys:
-        for name, values in reader.read(key).items():
-            np.testing.assert_array_equal(values, clip_of(key)[name])
-
-
 def test_a_new_store_holds_the_shards_of_all_and_the_first_ones_provenance(
-    tmp_path: Path, make_store: MakeStore, clip_of: ClipOf, files_of: FilesOf, file_systems: str
+    tmp_path: Path, make_store: MakeStore, file_systems: str
 ) -> None:
     one = make_store("one", {"00000": ["a0", "a1"]})
     two = make_store("two", {"00001": ["b0"], "00002": []})
     both = make_store("both", {"00000": ["a0", "a1"], "00001": ["b0"], "00002": []})
     advanced: list[int] = []
     report = merge_stores(tmp_path / "new" / one.name, [one, two], advance=advanced.append)
-    _assert_whole(report.store, ["a0", "a1", "b0"], clip_of)
+    assert_whole(report.store, ["a0", "a1", "b0"])
     assert StoreReader(report.store).provenance == {"run": "one"}
     found, expected = files_of(report.store), files_of(both)
     assert found.pop("store.json") == files_of(one)["store.json"]
@@ -92,14 +80,12 @@ def test_a_new_store_holds_the_shards_of_all_and_the_first_ones_provenance(
     assert report.num_linked_bytes == (on_disk if file_systems == "linked" else 0)
 
 
-def test_a_store_grows_and_a_second_run_changes_nothing(
-    make_store: MakeStore, clip_of: ClipOf, files_of: FilesOf
-) -> None:
+def test_a_store_grows_and_a_second_run_changes_nothing(make_store: MakeStore) -> None:
     target = make_store("target", {"00000": ["a0", "a1"]})
     source = make_store("source", {"00000": ["a0", "a1"], "00001": ["b0", "b1"]})
     first = merge_stores(target, [source])
     assert (first.shards, first.num_present) == (("00001",), 1)
-    _assert_whole(target, ["a0", "a1", "b0", "b1"], clip_of)
+    assert_whole(target, ["a0", "a1", "b0", "b1"])
     assert StoreReader(target).provenance == {"run": "target"}
     before = files_of(target)
     second = merge_stores(target, [source, target])
@@ -107,7 +93,7 @@ def test_a_store_grows_and_a_second_run_changes_nothing(
     assert files_of(target) == before
 
 
-def test_a_reader_opened_before_keeps_what_it_saw(make_store: MakeStore, clip_of: ClipOf) -> None:
+def test_a_reader_opened_before_keeps_what_it_saw(make_store: MakeStore) -> None:
     target = make_store("target", {"00000": ["a0"]})
     reader = StoreReader(target)
     assert list(reader.keys) == ["a0"]
@@ -116,9 +102,7 @@ def test_a_reader_opened_before_keeps_what_it_saw(make_store: MakeStore, clip_of
     np.testing.assert_array_equal(reader.read("a0")["mask"], clip_of("a0")["mask"])
 
 
-def test_shards_of_one_name_need_a_prefix(
-    make_store: MakeStore, clip_of: ClipOf, files_of: FilesOf
-) -> None:
+def test_shards_of_one_name_need_a_prefix(make_store: MakeStore) -> None:
     target = make_store("target", {"00000": ["a0"]})
     source = make_store("source", {"00000": ["b0"], "00000-retry1": ["b1"]})
     before = files_of(target)
@@ -128,7 +112,7 @@ def test_shards_of_one_name_need_a_prefix(
     assert files_of(target) == before
     report = merge_stores(target, [source], prefix="more-")
     assert report.shards == ("more-00000", "more-00000-retry1")
-    _assert_whole(target, ["a0", "b0", "b1"], clip_of)
+    assert_whole(target, ["a0", "b0", "b1"])
     assert StoreReader(target).record("b0").source == "00000.tar"
     again = merge_stores(target, [source], prefix="more-")
     assert (again.shards, again.num_present) == ((), 2)
@@ -136,7 +120,7 @@ def test_shards_of_one_name_need_a_prefix(
         merge_stores(target, [source], prefix="../")
 
 
-def test_a_clip_in_two_stores_is_refused(make_store: MakeStore, files_of: FilesOf) -> None:
+def test_a_clip_in_two_stores_is_refused(make_store: MakeStore) -> None:
     target = make_store("target", {"00000": ["a0", "a1"]})
     source = make_store("source", {"00001": ["b0"], "00002": ["a1"]})
     before = files_of(target)
@@ -160,15 +144,13 @@ def test_two_sources_are_held_against_each_other(tmp_path: Path, make_store: Mak
 
 
 @pytest.mark.parametrize("change", ["values", "compression"])
-def test_stores_that_differ_are_named(
-    tmp_path: Path, make_store: MakeStore, settings: StoreSettings, change: str
-) -> None:
+def test_stores_that_differ_are_named(tmp_path: Path, make_store: MakeStore, change: str) -> None:
     target = make_store("target", {"00000": ["a0"]})
     if change == "values":
-        other, named = replace(settings, values={**settings.values, "fps": 12.0}), "values.fps"
+        other, named = replace(SETTINGS, values={**SETTINGS.values, "fps": 12.0}), "values.fps"
     else:
-        packed = replace(settings.arrays["mask"], compression="blosc-zstd-shuffle")
-        other = replace(settings, arrays={**settings.arrays, "mask": packed})
+        packed = replace(SETTINGS.arrays["mask"], compression="blosc-zstd-shuffle")
+        other = replace(SETTINGS, arrays={**SETTINGS.arrays, "mask": packed})
         named = "arrays.mask.compression"
     source = StoreWriter.open(tmp_path / "other", other, provenance={}).path
     with pytest.raises(SettingsMismatch, match=f"differ in {named};"):
@@ -204,9 +186,7 @@ def test_arguments_that_make_no_sense(tmp_path: Path, make_store: MakeStore) -> 
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "metadata"])
-def test_a_damaged_source_is_never_merged(
-    make_store: MakeStore, clip_of: ClipOf, damage: str
-) -> None:
+def test_a_damaged_source_is_never_merged(make_store: MakeStore, damage: str) -> None:
     target = make_store("target", {"00000": ["a0"]})
     source = make_store("source", {"00001": ["b0"], "00002": ["c0", "c1"]})
     group = source / "shards" / "00002"
@@ -222,19 +202,17 @@ def test_a_damaged_source_is_never_merged(
     with pytest.raises(CorruptClip, match=r"shard '00002' of ") as error:
         merge_stores(target, [source])
     assert error.value.remedy == "repair"
-    _assert_whole(target, ["a0", "b0"], clip_of)
+    assert_whole(target, ["a0", "b0"])
     shutil.rmtree(source)
     mended = make_store("source", {"00001": ["b0"], "00002": ["c0", "c1"]})
     assert merge_stores(target, [mended]).shards == ("00002",)
-    _assert_whole(target, ["a0", "b0", "c0", "c1"], clip_of)
+    assert_whole(target, ["a0", "b0", "c0", "c1"])
 
 
-def test_a_shard_that_a_writer_has_begun(
-    make_store: MakeStore, settings: StoreSettings, clip_of: ClipOf
-) -> None:
+def test_a_shard_that_a_writer_has_begun(make_store: MakeStore) -> None:
     target = make_store("target", {"00000": ["a0"]})
     source = make_store("source", {"00001": ["b0", "b1"]})
-    writer = StoreWriter.open(target.parent, settings, provenance={})
+    writer = StoreWriter.open(target.parent, SETTINGS, provenance={})
     with writer.shard("00001", source="00001.tar") as shard:
         shard.add("b0", clip_of("b0"), fingerprint=fingerprint_of("b0"))
         with pytest.raises(ShardBusy, match="00001"):
@@ -247,20 +225,18 @@ def test_a_shard_that_a_writer_has_begun(
     with writer.shard("00001", source="00001.tar") as shard:  # sweeps the other input's clips
         shard.add("b0", clip_of("b0"), fingerprint=fingerprint_of("b0"))
     assert merge_stores(target, [source]).shards == ("00001",)
-    _assert_whole(target, ["a0", "b0", "b1"], clip_of)
+    assert_whole(target, ["a0", "b0", "b1"])
     assert list((target / ".staging").iterdir()) == []
 
 
-def test_a_replaced_shard_arrives_as_generation_0(
-    make_store: MakeStore, clip_of: ClipOf, files_of: FilesOf
-) -> None:
+def test_a_replaced_shard_arrives_as_generation_0(make_store: MakeStore) -> None:
     from cache_schema.maintenance.drop import drop_clips
 
     target = make_store("target", {"00000": ["a0"]})
     source = make_store("source", {"00001": ["b0", "b1", "b2"]})
     drop_clips(source, ["b1"], detail="blurred")
     merge_stores(target, [source])
-    _assert_whole(target, ["a0", "b0", "b2"], clip_of)
+    assert_whole(target, ["a0", "b0", "b2"])
     record = json.loads((target / "commits" / "00001.json").read_text("utf-8"))
     assert record["generation"] == 0
     assert {path.name for path in (target / "shards").iterdir()} == {"00000", "00001"}
@@ -274,13 +250,7 @@ def chance() -> random.Random:
 
 @pytest.mark.parametrize("part", range(8))
 def test_a_killed_merge_is_finished_by_the_next_one(
-    part: int,
-    tmp_path: Path,
-    make_store: MakeStore,
-    clip_of: ClipOf,
-    files_of: FilesOf,
-    file_systems: str,
-    chance: random.Random,
+    part: int, tmp_path: Path, make_store: MakeStore, file_systems: str, chance: random.Random
 ) -> None:
     shards = {"00001": ["b0", "b1"], "00002": ["c0", "c1", "c2"]}
     keys = [["a0"], ["a0", "b0", "b1"], ["a0", "b0", "b1", "c0", "c1", "c2"]]
@@ -296,12 +266,12 @@ def test_a_killed_merge_is_finished_by_the_next_one(
         run_and_kill(lambda: merge_stores(target, [source]), number)
         reader = StoreReader(target)
         assert list(reader.keys) in keys
-        _assert_whole(target, list(reader.keys), clip_of)
+        assert_whole(target, list(reader.keys))
         assert (
             committed.items() <= {p: p.stat().st_ino for p in target.glob("commits/*.json")}.items()
         )
     merge_stores(target, [source])
-    _assert_whole(target, keys[-1], clip_of)
+    assert_whole(target, keys[-1])
     assert files_of(target) == files_of(whole)
     assert _folders(target) == _folders(whole)
 

@@ -1,12 +1,8 @@
 """Verifying stores: what is a problem, what mends it, and what is none."""
 
-import functools
-import json
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +11,13 @@ import pytest
 
 from cache_schema import (
     StoreNotFound,
-    StoreSettings,
     StoreWriter,
     verify_store,
 )
 from cache_schema.maintenance.drop import drop_clips
 from cache_schema.maintenance.repair import repair_store
-from tests.fingerprints import fingerprint_of
-
-Arrays = dict[str, np.ndarray]
-ClipOf = Callable[[str], Arrays]
-WriteShard = Callable[..., None]
-FilesOf = Callable[[Path], dict[str, bytes]]
+from tests.cache_schema.made_stores import SETTINGS, files_of, write_shard
+from tests.cache_schema.servers import serving_plainly
 
 
 def _mends(store: Path | str, **options: Any) -> list[tuple[str | None, str | None, str]]:
@@ -35,9 +26,7 @@ def _mends(store: Path | str, **options: Any) -> list[tuple[str | None, str | No
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_a_whole_store_has_no_problems_and_is_not_touched(
-    indexed: Path, files_of: FilesOf, fast: bool
-) -> None:
+def test_a_whole_store_has_no_problems_and_is_not_touched(indexed: Path, fast: bool) -> None:
     before = files_of(indexed)
     done: list[int] = []
     report = verify_store(indexed, fast=fast, advance=done.append)
@@ -59,10 +48,8 @@ def test_a_folder_without_a_store_is_no_store(tmp_path: Path) -> None:
         verify_store(tmp_path)
 
 
-def test_an_index_that_is_behind_the_records_is_harmless(
-    indexed: Path, settings: StoreSettings, write_shard: WriteShard
-) -> None:
-    writer = StoreWriter.open(indexed.parent, settings, provenance={})
+def test_an_index_that_is_behind_the_records_is_harmless(indexed: Path) -> None:
+    writer = StoreWriter.open(indexed.parent, SETTINGS, provenance={})
     write_shard(writer, "00002", ["c0"])
     (problem,) = verify_store(indexed).problems
     assert "'00002'" in problem.what
@@ -71,11 +58,9 @@ def test_an_index_that_is_behind_the_records_is_harmless(
     assert verify_store(indexed).problems == ()
 
 
-def test_an_index_that_reads_and_says_otherwise_than_the_records_is_found(
-    indexed: Path, settings: StoreSettings, write_shard: WriteShard
-) -> None:
+def test_an_index_that_reads_and_says_otherwise_than_the_records_is_found(indexed: Path) -> None:
     other = indexed.parent / "other"
-    writer = StoreWriter.open(other, settings, provenance={})
+    writer = StoreWriter.open(other, SETTINGS, provenance={})
     write_shard(writer, "00000", ["a0", "a1", "a2"], skip="a4")
     write_shard(writer, "00001", ["b0", "b1"])
     writer.write_index()
@@ -117,17 +102,6 @@ def test_a_shard_that_lost_a_clip_is_whole(indexed: Path) -> None:
     assert verify_store(indexed).problems == ()
     (indexed / "shards" / "00000" / "mask" / "c.2.0.0").unlink()
     assert _mends(indexed) == [("00000", "a2", "repair")]
-
-
-def test_a_key_in_two_shards_is_found(
-    indexed: Path, settings: StoreSettings, clip_of: ClipOf
-) -> None:
-    writers = [StoreWriter.open(indexed.parent, settings, provenance={}) for _ in range(2)]
-    with writers[0].shard("x", source="x") as x, writers[1].shard("y", source="y") as y:
-        for shard in (x, y):  # neither is committed when the other looks
-            shard.add("twin", clip_of("twin"), fingerprint=fingerprint_of("twin"))
-            shard.commit()
-    assert ("y", "twin", "repair") in _mends(indexed)
 
 
 def _damage(store: Path) -> set[tuple[str | None, str | None]]:
@@ -227,16 +201,9 @@ def test_a_shard_whose_folder_goes_while_it_is_listed_is_not_passed_over(
 
 
 def test_shards_packed_otherwise_than_the_store_says_are_not_taken_for_damaged(
-    tmp_path: Path, settings: StoreSettings, write_shard: WriteShard
+    packed_otherwise: Path,
 ) -> None:
-    packed = StoreSettings.from_dict(
-        json.loads(json.dumps(settings.as_dict()).replace('"none"', '"blosc-zstd-shuffle"'))
-    )
-    writer = StoreWriter.open(tmp_path, packed, provenance={})
-    write_shard(writer, "00000", ["a0"])
-    unpacked = StoreWriter.open(tmp_path / "other", settings, provenance={})
-    shutil.copyfile(unpacked.path / "store.json", writer.path / "store.json")
-    (problem,) = verify_store(writer.path).problems
+    (problem,) = verify_store(packed_otherwise).problems
     assert (problem.shard, problem.key, problem.remedy) == ("00000", None, "by hand")
     assert "store.json says" in problem.what
 
@@ -244,16 +211,8 @@ def test_shards_packed_otherwise_than_the_store_says_are_not_taken_for_damaged(
 @pytest.fixture
 def address(store: Path) -> Iterator[str]:
     """Of a web server that serves the cache's folder."""
-    handler = functools.partial(_Quiet, directory=str(store.parent))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-
-
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+    with serving_plainly(store.parent) as url:
+        yield url
 
 
 @pytest.mark.parametrize("where", ["http", "file"])
