@@ -1,40 +1,22 @@
 """Rows about a written store, and notes on skipped clips."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from pipeline.console import format_bytes, format_time
+
+if TYPE_CHECKING:
+    from cache_schema import SkippedClip
+    from stages.extract_features.derive import DeriveSummary
+    from stages.extract_features.summary import KindSummary
 
 _MAX_NOTES = 20
 
 
-class _Skipped(Protocol):
-    @property
-    def key(self) -> str: ...
-    @property
-    def reason(self) -> str: ...
-    @property
-    def detail(self) -> str: ...
-
-
-class _WrittenStore(Protocol):
-    @property
-    def store(self) -> Path: ...
-    @property
-    def clips_written(self) -> int: ...
-    @property
-    def clips_already_there(self) -> int: ...
-    @property
-    def skipped(self) -> Sequence[_Skipped]: ...
-    @property
-    def bytes(self) -> int: ...
-    @property
-    def seconds(self) -> float: ...
-
-
-def store_rows(name: str, written: _WrittenStore) -> list[tuple[str, str]]:
+def store_rows(name: str, written: KindSummary | DeriveSummary) -> list[tuple[str, str]]:
     """Rows about a store that a run has written to."""
     there = f", {written.clips_already_there} already there" if written.clips_already_there else ""
     skipped = f"{len(written.skipped)} ({count_by_reason(written.skipped)})"
@@ -46,13 +28,13 @@ def store_rows(name: str, written: _WrittenStore) -> list[tuple[str, str]]:
     ]
 
 
-def count_by_reason(skipped: Sequence[_Skipped]) -> str:
+def count_by_reason(skipped: Sequence[SkippedClip]) -> str:
     """Count skipped clips by reason, the most frequent first: 2 too_short."""
     counts = Counter(clip.reason for clip in skipped)
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
 
-def skipped_notes(skipped: Iterable[tuple[str, _Skipped]], verb: str = "skipped") -> list[str]:
+def skipped_notes(skipped: Iterable[tuple[str, SkippedClip]], verb: str = "skipped") -> list[str]:
     """A line for each skipped clip: kinds of store, key, reason.
 
     Args:

@@ -176,10 +176,10 @@ def _verdict(found: TrainEstimate) -> list[str]:
     remedy = found.remedy
     if remedy is None:
         return [
-            f"{problem}; none of the settings tried would fit: use smaller clips or a larger GPU"
+            f"{problem}; none of the settings tried would fit: use train.method=lora, more GPUs, "
+            "larger ones, or smaller clips"
         ]
     changes = [f"train.{name}={dump_value(value)}" for name, value in remedy.settings.items()]
-    changes += [] if remedy.gpus == found.gpus else [f"on {remedy.gpus} GPUs"]
     return [f"{problem}; {' '.join(changes)} would fit, with {format_bytes(remedy.gpu_bytes)}"]
 
 

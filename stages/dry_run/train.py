@@ -5,7 +5,7 @@ computed from them (`train_memory`). Time is a step's FLOPs / (the GPU's peak ra
 fraction of it). If a step does not fit into GPU memory, settings are tried in turn until one does.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import attrgetter, or_
@@ -26,8 +26,6 @@ from stages.train_student.step_costs import StepCost, meta_student, step_cost
 
 ASSUMED_PEAK_FRACTION = 0.4
 """Assumed fraction of a GPU's peak rate that a step reaches, with communication and loading."""
-MAX_GPUS = 64
-"""Maximum number of GPUs that is tried."""
 
 Settings = dict[str, str | int | bool]
 """Values by dotted name within `train`."""
@@ -48,7 +46,6 @@ class Remedy:
     """Changed settings with which the training fits into GPU memory."""
 
     settings: Settings
-    gpus: int
     gpu_bytes: int
 
 
@@ -208,32 +205,18 @@ _REMEDIES: tuple[Settings, ...] = (
     {"deepspeed.offload_optimizer": "cpu"},
     {"deepspeed.zero_stage": 3, "deepspeed.offload_parameters": "cpu"},
 )
-"""Changes from least to most costly. Each is tried alone, then with all before it."""
+"""Changed settings, from least to most costly."""
 
 
 def _remedy(config: TrainConfig, cost_cache: _CostCache, gpu: Gpu, gpus: int) -> Remedy | None:
-    """Return the first of `_candidates` that fits."""
-    for settings, number in _candidates(config, gpus):
-        if config.batch_size % number:
-            continue
-        changed = _with_micro_batch(_changed(config, settings), number)
-        needed = sum(cost_cache.memory(changed, number).gpu.values())
-        if needed <= gpu.memory_bytes:
-            return Remedy(settings=settings, gpus=number, gpu_bytes=needed)
-    return None
-
-
-def _candidates(config: TrainConfig, gpus: int) -> Iterator[tuple[Settings, int]]:
-    """Yield changed settings and a number of GPUs: first LoRA if needed, then more GPUs."""
+    """Return the first changes that fit: each step alone, then each with all before it."""
     steps = [changes for step in _REMEDIES if (changes := _changes(config, step))]
-    ways = [*steps, *accumulate(steps, or_)]
-    yield from ((way, gpus) for way in ways)
-    if config.method == "full":
-        yield from (({"method": "lora"} | way, gpus) for way in ({}, *ways))
-    more = 2 * gpus
-    while more <= MAX_GPUS:
-        yield from ((way, more) for way in ({}, *ways))
-        more *= 2
+    for settings in (*steps, *accumulate(steps, or_)):
+        changed = _with_micro_batch(_changed(config, settings), gpus)
+        needed = sum(cost_cache.memory(changed, gpus).gpu.values())
+        if needed <= gpu.memory_bytes:
+            return Remedy(settings=settings, gpu_bytes=needed)
+    return None
 
 
 def _changes(config: TrainConfig, step: Settings) -> Settings:

@@ -5,12 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from cache_schema.maintenance.repair import RepairReport, repair_store
-from pipeline.commands.maintenance.problem_notes import (
-    counted_problems,
-    is_harmless,
-    problem_data,
-    problem_notes,
-)
 from pipeline.commands.maintenance.stores import (
     Outcome,
     PathOrUrl,
@@ -20,6 +14,12 @@ from pipeline.commands.maintenance.stores import (
     run_on_each_store,
     stores_at,
     update_failures_file,
+)
+from pipeline.commands.maintenance.verify import (
+    counted_problems,
+    is_harmless,
+    problem_data,
+    problem_notes,
 )
 from pipeline.console import CommandResult
 from stages.progress import Progress

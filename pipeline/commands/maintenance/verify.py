@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from cache_schema import CorruptRecord
 from cache_schema.maintenance.verify import Problem, VerifyReport, verify_store
-from pipeline.commands.maintenance.problem_notes import (
-    counted_problems,
-    is_harmless,
-    problem_data,
-    problem_notes,
-)
 from pipeline.commands.maintenance.stores import (
     Outcome,
     PathOrUrl,
@@ -20,11 +15,14 @@ from pipeline.commands.maintenance.stores import (
     path_or_url,
     pluralize,
     run_on_each_store,
+    store_name,
     stores_at,
 )
 from pipeline.console import CommandResult, format_bytes
 from pipeline.failures import remedy_text
 from stages.progress import Progress
+
+_MAX_NOTES = 20
 
 
 def run(location: str, progress: Progress, *, fast: bool = False) -> CommandResult:
@@ -86,3 +84,41 @@ def _outcome(store: PathOrUrl, report: VerifyReport, *, fast: bool) -> Outcome:
         notes=problem_notes(store, report.problems),
         failed=not intact,
     )
+
+
+def is_harmless(problem: Problem) -> bool:
+    """Whether readers are unaffected and the next extraction cleans it up."""
+    return problem.remedy == "extract"
+
+
+def counted_problems(problems: Sequence[Problem]) -> str:
+    """Count problems and harmless leftovers: 2, and 1 harmless leftover."""
+    harmless = sum(map(is_harmless, problems))
+    rest = f", and {pluralize(harmless, 'harmless leftover')}" if harmless else ""
+    return f"{len(problems) - harmless or 'none'}{rest}"
+
+
+def problem_notes(store: PathOrUrl, problems: Sequence[Problem]) -> list[str]:
+    """A line for each problem, up to a limit."""
+    notes = [_describe(store, one) for one in problems[:_MAX_NOTES]]
+    if len(problems) > _MAX_NOTES:
+        more = f"… and {len(problems) - _MAX_NOTES} more; --json lists them"
+        notes.append(f"{store_name(store)} {more}")
+    return notes
+
+
+def problem_data(problems: Sequence[Problem]) -> list[dict[str, Any]]:
+    """Problems as JSON values."""
+    return [
+        {"shard": one.shard, "key": one.key, "what": one.what, "mend": one.remedy}
+        for one in problems
+    ]
+
+
+def _describe(store: PathOrUrl, problem: Problem) -> str:
+    clip = f" clip {problem.key!r}" if problem.key is not None else ""
+    shard = f" shard {problem.shard}" if problem.shard is not None else ""
+    # The other remedies are printed once for all problems.
+    once = problem.remedy in ("repair", "copy")
+    remedy = "" if once else f"; {remedy_text(problem.remedy)}"
+    return f"{store_name(store)}{shard}{clip}: {problem.what}{remedy}"

@@ -37,9 +37,9 @@ class ShardJob:
     source: str
     keys: Mapping[Kind, frozenset[str] | None]
     """Kinds of stores to write, and the clips of the input shard; None for all clips."""
-    excluded: Mapping[Kind, frozenset[str]]
+    excluded: Mapping[Kind, frozenset[str]] = field(default_factory=dict)
     """Clips to exclude from all: they are settled in other shards of the store."""
-    retried: frozenset[str]
+    retried: frozenset[str] = frozenset()
     """Clips that the stores of this size have skipped; they are known to have this size."""
     earlier: "EarlierStores | None" = None
     """Stores to compare the shard with first; None if it was compared or all stores are empty."""
@@ -116,8 +116,6 @@ def whole_shard_jobs(
             name=shard.name,
             source=shard.source,
             keys=dict.fromkeys(kinds),
-            excluded={},
-            retried=frozenset(),
             earlier=earlier,
         )
         for shard in shards
@@ -228,7 +226,6 @@ class _Plan:
                 name=retry_shard_name(shard.name, number),
                 source=f"{shard.source}, retry {number}",
                 keys=keys,
-                excluded={},
                 retried=self._keys_in(index, self._retried_N),
             )
 
