@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count, takewhile
 from pathlib import Path
@@ -191,6 +191,16 @@ def sync_metadata(group: Path, settings: StoreSettings) -> dict[str, StoredFile]
         data = file.read_bytes()
         files[path] = StoredFile(len(data), crc32c_hex(data))
     return files
+
+
+def remove_other_files(folder: Path, kept: Container[Path]) -> None:
+    """Remove the files below a folder that are not `kept`, and the folders that become empty."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path not in kept:
+            path.unlink()
 
 
 def commit_group(

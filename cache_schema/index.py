@@ -158,6 +158,10 @@ class ClipIndex:
         """The `crc32c` of a shard's commit record."""
         return int(self.columns["shards.crc32c"][self.shard_names.index(shard)])
 
+    def has_record_of(self, storage: Storage, shard: str) -> bool:
+        """Whether a shard's commit record in `storage` has the checksum that this index lists."""
+        return read_commit_crc32c_digits(storage, shard) == b"%08x" % self.record_crc32c(shard)
+
     def ambiguous_skips(self) -> set[str]:
         """Keys that are skipped more than once, or both skipped and stored."""
         ends = self.columns["skipped.key.ends"]
@@ -357,7 +361,7 @@ def describe_lost_record(known: ShardFacts, found: ShardFacts | None) -> str:
     if found.generation < known.generation:
         return (
             f"has generation {found.generation}, but {INDEX_FILE} lists generation "
-            f"{known.generation}: an older state was put back"
+            f"{known.generation}: an older version was restored"
         )
     return f"is not the one that {INDEX_FILE} lists: it was changed or replaced"
 

@@ -30,7 +30,6 @@ from cache_schema.index import (
     commit_path,
     index_of_records,
     load_index,
-    read_commit_crc32c_digits,
 )
 from cache_schema.names import STORE_FILE, group_name, retry_number
 from cache_schema.packed_strings import SortedText
@@ -349,9 +348,7 @@ class StoreReader:
         Raises `CorruptClip` if the new record is damaged or missing.
         """
         try:
-            if read_commit_crc32c_digits(self._storage, shard) == b"%08x" % index.record_crc32c(
-                shard
-            ):
+            if index.has_record_of(self._storage, shard):
                 return False
             newer = index_of_records(self._storage, self.settings, [shard])
             if shard not in newer.shards:

@@ -14,7 +14,13 @@ import numpy as np
 
 from cache_schema.atomic_io import add_path_to_errors, sync, sync_upwards, write_atomic
 from cache_schema.checksummed_json import decode_record, encode_record, plain_mapping
-from cache_schema.commit import CommittedShards, ShardClaim, commit_group, sync_metadata
+from cache_schema.commit import (
+    CommittedShards,
+    ShardClaim,
+    commit_group,
+    remove_other_files,
+    sync_metadata,
+)
 from cache_schema.errors import AlreadyCommitted, CacheError
 from cache_schema.names import (
     StoreLayout,
@@ -197,12 +203,7 @@ class Staging:
     def _prune_group(self) -> None:
         """Keep only the recorded clips' files, and write metadata for exactly these clips."""
         kept = {self._group / array.path for clip in self.clips for array in clip.arrays.values()}
-        for path in sorted(self._group.rglob("*"), reverse=True):
-            if path.is_dir() and not path.is_symlink():
-                if not any(path.iterdir()):
-                    path.rmdir()
-            elif path not in kept:
-                path.unlink()
+        remove_other_files(self._group, kept)
         self._arrays = create_group(self._group, self._settings, len(self.clips))
         sync(self._group)
 

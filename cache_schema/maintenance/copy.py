@@ -18,7 +18,6 @@ from cache_schema.index import (
     ClipIndex,
     commit_path,
     load_index,
-    read_commit_crc32c_digits,
     read_crc32c,
 )
 from cache_schema.index_columns import write_columns
@@ -188,8 +187,8 @@ class _Copy:
         wanted = manifest.settings.folder_name
         if name not in (wanted, self.source.location.rstrip("/").rsplit("/", 1)[-1]):
             raise ValueError(
-                f"there is no store at {self.target.location}; the copy's own name must be "
-                f"{wanted}, such as {self.target.location}/{wanted}"
+                f"there is no store at {self.target.location}; a copy's folder must be named "
+                f"{wanted}: copy to {self.target.location}/{wanted}"
             )
 
     def _is_older(self, shard: str) -> bool:
@@ -199,7 +198,7 @@ class _Copy:
         """
         if shard not in self.index.shards:
             return False
-        if self._is_same(shard):
+        if self.index.has_record_of(self.target, shard):
             return True
         try:
             older, _ = self._record(self.target, shard)
@@ -210,10 +209,6 @@ class _Copy:
         return older.generation < newer.generation and all(
             checksums.get(clip.key) == _checksums(clip.arrays) for clip in newer.clips
         )
-
-    def _is_same(self, shard: str) -> bool:
-        crc32c = self.index.record_crc32c(shard)
-        return read_commit_crc32c_digits(self.target, shard) == b"%08x" % crc32c
 
     def _record(self, storage: Storage, shard: str) -> tuple[CommitRecord, bytes]:
         """A shard's record, parsed and as bytes."""
@@ -237,7 +232,7 @@ class _Copy:
         committed = set(self.target.list_folder("commits") or [])
         for shard in self.index.shards:
             record, data = self._source_record(shard)
-            done = f"{shard}.json" in committed and self._is_same(shard)
+            done = f"{shard}.json" in committed and self.index.has_record_of(self.target, shard)
             marker = f"{COPYING}/{shard}.json"
             group = f"shards/{group_name(shard, record.group)}"
             files = group_files(record, self.settings)

@@ -10,9 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cache_schema.atomic_io import FileLock, make_directories, sync, sync_folders, write_atomic
+from cache_schema.atomic_io import make_directories, sync, sync_folders, write_atomic
 from cache_schema.checksummed_json import decode_record, encode_record
-from cache_schema.commit import ShardClaim, clean_up_store, commit_group, staged_records
+from cache_schema.commit import (
+    ShardClaim,
+    clean_up_store,
+    commit_group,
+    remove_other_files,
+    staged_records,
+)
 from cache_schema.errors import CacheError, Refused, SettingsMismatch
 from cache_schema.index import load_index
 from cache_schema.maintenance.check_shard import GroupFile, group_files, num_bytes, read_intact
@@ -101,7 +107,7 @@ def merge_stores(
         if each.store_file.exists():
             load_index(LocalStorage(each.root), settings)  # refuse stores with lost records
     incoming_shards = _plan(StoreLayout(target), layouts, settings, prefix or "")
-    layout = _target_layout(target, manifest)
+    writer = _open_target(target, manifest)
     advance_by = advance or (lambda _: None)
     imported: list[str] = []
     clips = total = linked = 0
@@ -111,12 +117,12 @@ def merge_stores(
             continue
         # Read again: the records of all shards together may be larger than memory.
         record = read_commit(incoming.source, settings, incoming.shard)
-        linked += _import_shard(incoming, record, layout, settings, advance_by)
+        linked += _import_shard(incoming, record, StoreLayout(target), settings, advance_by)
         imported.append(incoming.name)
         clips += len(record.clips)
         total += num_bytes(record)
-    clean_up_store(layout, settings)
-    StoreWriter(target, settings).write_index()
+    clean_up_store(StoreLayout(target), settings)
+    writer.write_index()
     return MergeReport(
         target, tuple(imported), len(incoming_shards) - len(imported), clips, total, linked
     )
@@ -136,26 +142,20 @@ def _common_manifest(target: StoreLayout, sources: Sequence[StoreLayout]) -> Sto
     return manifest
 
 
-def _target_layout(target: Path, manifest: StoreManifest) -> StoreLayout:
+def _open_target(target: Path, manifest: StoreManifest) -> StoreWriter:
+    """The target opened for writing; created if it does not exist."""
     layout = StoreLayout(target)
+    if layout.store_file.exists():
+        for folder in (layout.staging, layout.shards, layout.commits):
+            make_directories(folder)
+        return StoreWriter(target, manifest.settings)
     wanted = manifest.settings.folder_name
-    if not layout.store_file.exists() and target.name != wanted:
+    if target.name != wanted:
         raise ValueError(
-            f"there is no store in {target}; a new one of these settings must be called {wanted}, "
-            f"such as {target / wanted}"
+            f"there is no store in {target}; a new store with these settings must be named "
+            f"{wanted}: merge into {target / wanted}"
         )
-    make_directories(layout.staging)
-    with FileLock(layout.store_lock, wait=True, what=f"store {target}"):
-        if not layout.store_file.exists():
-            write_atomic(
-                layout.store_file,
-                encode_record(manifest.as_dict()),
-                temporary=layout.staging / ".store.json",
-            )
-            sync(target.parent)
-    make_directories(layout.shards)
-    make_directories(layout.commits)
-    return layout
+    return StoreWriter.open(target.parent, manifest.settings, provenance=manifest.provenance)
 
 
 def _plan(
@@ -259,7 +259,7 @@ def _import_shard(
             if _link_or_copy(storage, record, file, original, folder):
                 linked += file.recorded.bytes
             advance_by(file.recorded.bytes)
-        _remove_others(folder, {folder / file.path for file in files})
+        remove_other_files(folder, {folder / file.path for file in files})
         sync_folders(folder)
         sync(folder.parent)
         arrived = replace(record, shard=name, generation=0, group=0)
@@ -290,12 +290,3 @@ def _link_or_copy(
         write_atomic(copy, data, temporary=folder / ".incomplete")
         return False
     return True
-
-
-def _remove_others(folder: Path, kept: set[Path]) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir() and not path.is_symlink():
-            if not any(path.iterdir()):
-                path.rmdir()
-        elif path not in kept:
-            path.unlink()

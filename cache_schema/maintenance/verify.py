@@ -356,8 +356,7 @@ class Survey:
             # It was neither committed nor removed meanwhile.
             self.lost.add(shard)
             self._report(
-                f"shards/{shard} has no commit record, and no writer left it so: the record is "
-                "lost",
+                f"shards/{shard} has no commit record and no staged clips: the record is lost",
                 shard=shard,
             )
 

@@ -27,7 +27,7 @@ _SUFFIXES: dict[str, VideoFormat] = {".mp4": "mp4", ".gif": "gif"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleOptions:
-    """What to sample and where to: the command's options that are no settings."""
+    """What to sample and where to: the command's options that are not settings."""
 
     prompts: Sequence[str] = ()
     prompt_file: Path | None = None

@@ -95,7 +95,7 @@ def _check_writable(folder: Path) -> None:
 def generate_batch(
     batch: Batch, *, device: torch.device, about: Mapping[str, JSON], progress: Progress
 ) -> None:
-    """Generate and write the missing videos; one that is not finite is recorded, the others go on.
+    """Generate and write the missing videos; one with NaN or infinite values is recorded as failed.
 
     Args:
         batch: The videos; its `seconds` and `problems` are filled in.

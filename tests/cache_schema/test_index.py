@@ -1,11 +1,7 @@
 """The index of a store: derived from commit records, and harmless where it is wrong."""
 
-import multiprocessing
-import pickle
 import tracemalloc
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -291,27 +287,3 @@ def test_every_row_of_a_large_index_is_checked(
     else:
         with pytest.raises(DamagedIndex, match=message):
             read_index(LocalStorage(indexed), SETTINGS)
-
-
-def _send_keys(reader: StoreReader, results: Connection) -> None:
-    results.send((list(reader.keys), reader.read("b1")["mask"].tobytes(), reader.record("a2").key))
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-@pytest.mark.parametrize("used_before", [False, True])
-def test_an_indexed_reader_works_in_other_processes(
-    indexed: Path, method: str, used_before: bool
-) -> None:
-    context: Any = multiprocessing.get_context(method)
-    reader = StoreReader(indexed)
-    if used_before:
-        reader.read("a0")
-        reader.record("a0")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_send_keys, args=(reader, send))
-    process.start()
-    found = receive.recv()
-    process.join()
-    assert process.exitcode == 0
-    assert found == (list(reader.keys), clip_of("b1")["mask"].tobytes(), "a2")
-    assert pickle.loads(pickle.dumps(reader)).keys == reader.keys

@@ -99,23 +99,30 @@ def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
 
 
 def _read_all(reader: StoreReader, results: Connection) -> None:
-    results.send({key: reader.read(key)["features"].tobytes() for key in reader.keys})
+    values = {key: reader.read(key)["features"].tobytes() for key in reader.keys}
+    results.send((values, reader.record("a2").key))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.parametrize("used_before", [False, True])
-def test_a_reader_works_in_other_processes(store: Path, method: str, used_before: bool) -> None:
+@pytest.mark.parametrize("with_index", [False, True])
+def test_a_reader_works_in_other_processes(
+    store: Path, method: str, used_before: bool, with_index: bool
+) -> None:
+    if with_index:
+        StoreWriter.open(store.parent, SETTINGS, provenance={}).write_index()
     context: Any = multiprocessing.get_context(method)
     reader = StoreReader(store)
     if used_before:
         reader.read("a0")
+        reader.record("a0")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_read_all, args=(reader, send))
     process.start()
     found = receive.recv()
     process.join()
     assert process.exitcode == 0
-    assert found == {key: clip_of(key)["features"].tobytes() for key in reader.keys}
+    assert found == ({key: clip_of(key)["features"].tobytes() for key in reader.keys}, "a2")
 
 
 @pytest.mark.parametrize("used_before", [False, True])

@@ -27,7 +27,8 @@ def _assert_found(store: Path, *, by_size: bool) -> None:
     with pytest.raises(CorruptClip) as error:
         StoreReader(store).read("a1")
     message = str(error.value)
-    assert "'a1' in shard '00000'" in message
+    assert f"'a1' in shard '00000' of {store}" in message
+    assert CHUNK in message
     assert (error.value.remedy, error.value.subject) == ("repair", str(store))
     assert [(p.shard, p.key) for p in verify_store(store).problems] == [("00000", "a1")]
     assert bool(verify_store(store, fast=True).problems) == by_size
@@ -45,7 +46,7 @@ def test_flipped_bits_are_found(store: Path, seed: int) -> None:
     _assert_found(store, by_size=False)
 
 
-@pytest.mark.parametrize("size", [0, 1, 100, -1])
+@pytest.mark.parametrize("size", [0, 1, 40, 100, -20, -1])
 def test_truncated_files_are_found(store: Path, size: int) -> None:
     (store / CHUNK).write_bytes((store / CHUNK).read_bytes()[:size])
     _assert_found(store, by_size=True)

@@ -90,7 +90,7 @@ def test_an_older_state_of_a_shard_is_not_taken_for_the_current_one(
     shutil.copyfile(before / "commits" / "00000.json", indexed / "commits" / "00000.json")
     shutil.rmtree(indexed / "shards" / "00000")
     shutil.copytree(before / "shards" / "00000", indexed / "shards" / "00000")
-    with pytest.raises(CorruptRecord, match="an older state was put back"):
+    with pytest.raises(CorruptRecord, match="an older version was restored"):
         assert StoreReader(indexed).keys
     assert _all_found(indexed) == {("00000", "repair")}
     report = repair_store(indexed)

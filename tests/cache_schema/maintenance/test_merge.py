@@ -179,7 +179,7 @@ def test_arguments_that_make_no_sense(tmp_path: Path, make_store: MakeStore) -> 
     source = make_store("source", {"00000": ["a0"]})
     with pytest.raises(ValueError, match="at least one store"):
         merge_stores(source, [])
-    with pytest.raises(ValueError, match=f"must be called {source.name}"):
+    with pytest.raises(ValueError, match=f"must be named {source.name}"):
         merge_stores(tmp_path / "new", [source])
     with pytest.raises(StoreNotFound):
         merge_stores(source, [tmp_path / "nothing"])

@@ -1,17 +1,13 @@
 """Clips to choose prompts for, and a tiny Grounding DINO of the official classes."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from stages.clips import Clip, ClipsConfig
-from stages.clips.geometry import cover_and_crop
+from stages.clips import ClipsConfig
+from tests.stages.extract_features.prompts.noise_clip import HEIGHT, NUM_FRAMES, WIDTH
 
-HEIGHT, WIDTH, NUM_FRAMES = 48, 64, 9
 MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?")
 WORDS = (*MARKS, "a", "the", "dog", "cat", "red", "ball", "runs", "over", "grass")
 
@@ -19,21 +15,6 @@ WORDS = (*MARKS, "a", "the", "dog", "cat", "red", "ball", "runs", "over", "grass
 @pytest.fixture(scope="session")
 def clips() -> ClipsConfig:
     return ClipsConfig(path=Path("unused"), num_frames=NUM_FRAMES, height=HEIGHT, width=WIDTH)
-
-
-@pytest.fixture
-def make_clip() -> Callable[..., Clip]:
-    """A clip of noise; its other fields as given."""
-
-    def make(**fields: Any) -> Clip:
-        noise = np.random.default_rng(0)
-        frames = noise.integers(0, 256, (NUM_FRAMES, HEIGHT, WIDTH, 3), dtype=np.uint8)
-        geometry = cover_and_crop(
-            HEIGHT, WIDTH, height=HEIGHT, width=WIDTH, source_fps=8.0, sampling="consecutive"
-        )
-        return Clip(**{"key": "clip", "frames_THWC": frames, "geometry": geometry, **fields})
-
-    return make
 
 
 @pytest.fixture(scope="session")

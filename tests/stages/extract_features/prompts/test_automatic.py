@@ -1,6 +1,6 @@
 """The automatic source on drawn scenes, with SAM2's proposals given; and on a tiny real SAM2."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from stages.clips import Clip, ClipSkipped
+from stages.clips import ClipSkipped
 from stages.extract_features.prompts import salience
 from stages.extract_features.prompts.automatic import AutomaticSource, motion_of_tokens
 from stages.sam2_tracking.build import build_sam2
 from stages.sam2_tracking.inputs import resize_for_sam2
 from stages.sam2_tracking.step import MaskProposals
 from stages.sam2_tracking.tracker import Tracker
+from tests.stages.extract_features.prompts.noise_clip import make_clip
 
 SIZE, FRAMES = 256, 9
 Box = tuple[int, int, int, int]
@@ -74,7 +75,7 @@ def scene(pan: int, square: Box | None, speed: int) -> np.ndarray:
     return np.stack(frames)
 
 
-def find(frames_TSS3: np.ndarray, tracker: Any, make_clip: Callable[..., Clip]) -> Any:
+def find(frames_TSS3: np.ndarray, tracker: Any) -> Any:
     clip = make_clip(frames_THWC=frames_TSS3[:, ::4, ::4])
     return AutomaticSource(SIZE).find(clip, tracker, DrawnFrames(frames_TSS3))  # type: ignore[arg-type]
 
@@ -90,11 +91,9 @@ CORNER: Box = (16, 176, 64, 224)
 
 
 @pytest.mark.parametrize("pan", [0, 8, -8])
-def test_a_square_moving_over_a_panning_background_is_found(
-    pan: int, make_clip: Callable[..., Clip]
-) -> None:
+def test_a_square_moving_over_a_panning_background_is_found(pan: int) -> None:
     frames_TSS3 = scene(pan, CORNER, speed=pan + 8)
-    chosen = find(frames_TSS3, GivenProposals(CENTRE, CORNER, (0, 0, SIZE, 96)), make_clip)
+    chosen = find(frames_TSS3, GivenProposals(CENTRE, CORNER, (0, 0, SIZE, 96)))
     assert (chosen.source, chosen.frame) == ("automatic", 0)
     assert box_of(chosen.subjects[0].mask_HW) == CORNER
     assert chosen.detail["moves"] is True
@@ -102,36 +101,32 @@ def test_a_square_moving_over_a_panning_background_is_found(
     assert 0.3 < chosen.confidence <= 1
 
 
-def test_a_square_that_stands_while_the_background_pans_is_found(
-    make_clip: Callable[..., Clip],
-) -> None:
+def test_a_square_that_stands_while_the_background_pans_is_found() -> None:
     frames_TSS3 = scene(8, CORNER, speed=0)
-    chosen = find(frames_TSS3, GivenProposals(CENTRE, CORNER), make_clip)
+    chosen = find(frames_TSS3, GivenProposals(CENTRE, CORNER))
     assert box_of(chosen.subjects[0].mask_HW) == CORNER
 
 
 @pytest.mark.parametrize("pan", [0, 8])
-def test_when_nothing_moves_the_object_in_the_middle_is_found(
-    pan: int, make_clip: Callable[..., Clip]
-) -> None:
+def test_when_nothing_moves_the_object_in_the_middle_is_found(pan: int) -> None:
     tracker = GivenProposals(CORNER, CENTRE, (0, 0, SIZE, 96))
-    chosen = find(scene(pan, None, speed=0), tracker, make_clip)
+    chosen = find(scene(pan, None, speed=0), tracker)
     assert box_of(chosen.subjects[0].mask_HW) == CENTRE
     assert chosen.detail["moves"] is False
     assert chosen.detail["candidates"] == 3
 
 
-def test_the_points_are_the_centres_of_a_grid(make_clip: Callable[..., Clip]) -> None:
+def test_the_points_are_the_centres_of_a_grid() -> None:
     tracker = GivenProposals(CENTRE)
-    find(scene(0, None, speed=0), tracker, make_clip)
+    find(scene(0, None, speed=0), tracker)
     centres = (np.arange(16) + 0.5) * SIZE / 16
     expected = np.stack(np.meshgrid(centres, centres), axis=-1).reshape(-1, 2)
     np.testing.assert_array_equal(tracker.points_N2.numpy(), expected)
 
 
-def test_no_sure_mask_is_nothing_found(make_clip: Callable[..., Clip]) -> None:
+def test_no_sure_mask_is_nothing_found() -> None:
     with pytest.raises(ClipSkipped, match=r"nothing_found: none of SAM2's 256 masks"):
-        find(scene(0, None, speed=0), GivenProposals((0, 0, 4, 4)), make_clip)
+        find(scene(0, None, speed=0), GivenProposals((0, 0, 4, 4)))
 
 
 def test_a_clip_shorter_than_the_longest_gap_is_measured_over_what_there_is() -> None:
@@ -142,9 +137,7 @@ def test_a_clip_shorter_than_the_longest_gap_is_measured_over_what_there_is() ->
 
 
 def test_a_real_sam2_gives_one_mask_of_the_clips_size_and_always_the_same(
-    tiny_sam2: tuple[Path, Path],
-    make_clip: Callable[..., Clip],
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_sam2: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for bound in ("_MIN_PREDICTED_IOU", "_MIN_STABILITY", "_MIN_AREA"):
         monkeypatch.setattr(salience, bound, -1e9)  # random weights are sure of nothing

@@ -20,7 +20,9 @@ from stages.extract_features.prompts import (
 )
 from stages.extract_features.prompts.automatic import AutomaticSource
 from stages.extract_features.prompts.grounding import GroundingSource
+from tests.stages.extract_features.prompts.noise_clip import make_clip
 
+MakeChooser = Callable[..., PromptChooser]
 CPU = torch.device("cpu")
 NOT_NEEDED: Any = None
 TRACKER: Any = SimpleNamespace(model=SimpleNamespace(image_size=64, device=CPU))
@@ -29,7 +31,7 @@ ALL: tuple[PromptSource, ...] = ("dataset", "grounding", "automatic")
 
 
 @pytest.fixture
-def make_chooser(tiny_grounding: Path) -> Callable[..., PromptChooser]:
+def make_chooser(tiny_grounding: Path) -> MakeChooser:
     def make(*sources: PromptSource, fallback: bool = False, **grounding: Any) -> PromptChooser:
         config = TeacherConfig(
             prompts=sources,
@@ -57,9 +59,7 @@ def choose(chooser: PromptChooser, clip: Clip) -> ChosenPrompt:
         return chooser.choose(clip, TRACKER, NOT_NEEDED)
 
 
-def test_the_datasets_prompts_are_taken_as_they_are(
-    make_chooser: Callable[..., PromptChooser], make_clip: Callable[..., Clip]
-) -> None:
+def test_the_datasets_prompts_are_taken_as_they_are(make_chooser: MakeChooser) -> None:
     mask_HW = np.zeros((48, 64), dtype=bool)
     mask_HW[5:20, 5:20] = True
     subjects = (BOX, SubjectPrompt(mask_HW=mask_HW))
@@ -68,9 +68,7 @@ def test_the_datasets_prompts_are_taken_as_they_are(
     assert all(given is taken for given, taken in zip(subjects, chosen.subjects, strict=True))
 
 
-def test_the_first_source_with_anything_to_go_by_decides(
-    make_chooser: Callable[..., PromptChooser], make_clip: Callable[..., Clip]
-) -> None:
+def test_the_first_source_with_anything_to_go_by_decides(make_chooser: MakeChooser) -> None:
     chooser = make_chooser(*ALL)
     assert choose(chooser, make_clip(prompts=(BOX,), phrase="a dog")).source == "dataset"
     assert choose(chooser, make_clip(phrase="a dog")).source == "grounding"
@@ -80,7 +78,7 @@ def test_the_first_source_with_anything_to_go_by_decides(
 
 
 def test_a_source_that_finds_nothing_is_a_skip_unless_there_is_a_fallback(
-    make_chooser: Callable[..., PromptChooser], make_clip: Callable[..., Clip]
+    make_chooser: MakeChooser,
 ) -> None:
     clip = make_clip(caption="a dog")
     with pytest.raises(ClipSkipped, match="nothing_found: Grounding DINO"):
@@ -89,7 +87,7 @@ def test_a_source_that_finds_nothing_is_a_skip_unless_there_is_a_fallback(
 
 
 def test_subjects_that_the_crop_cut_away_are_a_bad_prompt_unless_there_is_a_fallback(
-    make_chooser: Callable[..., PromptChooser], make_clip: Callable[..., Clip]
+    make_chooser: MakeChooser,
 ) -> None:
     clip = make_clip(prompt_problem="the box lies outside the centre crop")
     with pytest.raises(ClipSkipped, match="bad_prompt: the box lies outside"):
@@ -98,9 +96,7 @@ def test_subjects_that_the_crop_cut_away_are_a_bad_prompt_unless_there_is_a_fall
     assert choose(chooser, clip).source == "automatic"
 
 
-def test_masks_that_vanish_at_sam2s_size_are_dropped_and_alone_a_bad_prompt(
-    make_clip: Callable[..., Clip],
-) -> None:
+def test_masks_that_vanish_at_sam2s_size_are_dropped_and_alone_a_bad_prompt() -> None:
     config = TeacherConfig(prompts=("dataset",), image_size=64)
     speck_HW = np.zeros((480, 640), dtype=bool)
     speck_HW[100, 100] = True
@@ -111,9 +107,7 @@ def test_masks_that_vanish_at_sam2s_size_are_dropped_and_alone_a_bad_prompt(
         choose(chooser, make_clip(prompts=(speck,)))
 
 
-def test_when_every_source_fails_all_reasons_are_told(
-    make_chooser: Callable[..., PromptChooser], make_clip: Callable[..., Clip]
-) -> None:
+def test_when_every_source_fails_all_reasons_are_told(make_chooser: MakeChooser) -> None:
     chooser = make_chooser("dataset", "grounding", fallback=True, box_threshold=1.0)
     clip = make_clip(prompt_problem="outside the crop", phrase="a dog")
     with pytest.raises(ClipSkipped, match=r"dataset: outside the crop; grounding: .*'a dog'"):
@@ -128,10 +122,7 @@ def test_when_every_source_fails_all_reasons_are_told(
     ],
 )
 def test_a_clip_that_gives_nothing_to_go_by_has_no_prompt(
-    sources: tuple[PromptSource, ...],
-    missing: str,
-    make_chooser: Callable[..., PromptChooser],
-    make_clip: Callable[..., Clip],
+    sources: tuple[PromptSource, ...], missing: str, make_chooser: MakeChooser
 ) -> None:
     chooser = make_chooser(*sources, fallback=True)
     for nothing in (make_clip(), ClipRecord(key="a", video=b"")):
@@ -141,9 +132,7 @@ def test_a_clip_that_gives_nothing_to_go_by_has_no_prompt(
         choose(chooser, make_clip())
 
 
-def test_what_can_be_known_unseen_is_refused_before_any_work(
-    make_clip: Callable[..., Clip],
-) -> None:
+def test_what_can_be_known_unseen_is_refused_before_any_work() -> None:
     clip = make_clip(prompt_problem="outside the crop")
     with pytest.raises(ClipSkipped, match="bad_prompt: outside the crop"):
         check_prompt(TeacherConfig(prompts=("dataset",), prompt_fallback=True), clip)
@@ -164,7 +153,7 @@ def test_a_record_tells_which_sources_can_serve_it() -> None:
 
 
 def test_settings_hold_what_decides_and_nothing_else(
-    make_chooser: Callable[..., PromptChooser], tiny_grounding: Path
+    make_chooser: MakeChooser, tiny_grounding: Path
 ) -> None:
     assert make_chooser("dataset").settings == {"sources": ["dataset"], "fallback": False}
     assert make_chooser("dataset", fallback=True).settings["fallback"] is False
@@ -177,9 +166,7 @@ def test_settings_hold_what_decides_and_nothing_else(
 
 
 def test_grounding_dino_is_there_inside_opened_alone(
-    make_chooser: Callable[..., PromptChooser],
-    make_clip: Callable[..., Clip],
-    monkeypatch: pytest.MonkeyPatch,
+    make_chooser: MakeChooser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
 
@@ -198,9 +185,7 @@ def test_grounding_dino_is_there_inside_opened_alone(
     assert events == ["load", "free"]
 
 
-def test_a_grounding_model_that_is_missing_is_refused_at_once(
-    tmp_path: Path,
-) -> None:
+def test_a_grounding_model_that_is_missing_is_refused_at_once(tmp_path: Path) -> None:
     grounding = GroundingConfig(model=str(tmp_path))
     with pytest.raises(ValueError, match=r"has no config\.json"):
         PromptChooser(TeacherConfig(prompts=("grounding",), grounding=grounding))

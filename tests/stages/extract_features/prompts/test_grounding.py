@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from stages.extract_features.prompts.grounding import (
     phrases_of,
 )
 from stages.extract_features.prompts.prompt import ChosenPrompt
+from tests.stages.extract_features.prompts.noise_clip import make_clip
 
 CPU = torch.device("cpu")
 NOT_NEEDED: Any = None
@@ -90,7 +91,7 @@ def clipped(box: list[float], height: int, width: int) -> list[float]:
 
 @pytest.mark.parametrize("text", ["a red ball", "the dog runs over the grass. a cat"])
 def test_a_caption_gives_the_best_box_that_transformers_finds(
-    text: str, tiny_grounding: Path, reference: Reference, make_clip: Callable[..., Clip]
+    text: str, tiny_grounding: Path, reference: Reference
 ) -> None:
     clip = make_clip(caption=f"  {text.upper()}. ")
     config = GroundingConfig(model=str(tiny_grounding), box_threshold=0.0)
@@ -105,9 +106,7 @@ def test_a_caption_gives_the_best_box_that_transformers_finds(
     assert [detail["label"] for detail in boxes] == [label]
 
 
-def test_every_phrase_gets_its_own_best_box(
-    tiny_grounding: Path, reference: Reference, make_clip: Callable[..., Clip]
-) -> None:
+def test_every_phrase_gets_its_own_best_box(tiny_grounding: Path, reference: Reference) -> None:
     image_HW3 = make_clip().frames_THWC[0]
     found = GroundingDino(tiny_grounding, CPU).detect(
         image_HW3, ["a dog", "the red ball"], text_threshold=0.25
@@ -128,9 +127,7 @@ def test_every_phrase_gets_its_own_best_box(
         assert all(word in phrase.split() for word in detection.label.split())
 
 
-def test_the_first_frame_with_a_find_is_taken(
-    tiny_grounding: Path, reference: Reference, make_clip: Callable[..., Clip]
-) -> None:
+def test_the_first_frame_with_a_find_is_taken(tiny_grounding: Path, reference: Reference) -> None:
     clip = make_clip(phrase="a dog")
     frames_THWC = clip.frames_THWC
     scores = [reference.best(frame, "a dog.")[0] for frame in frames_THWC]
@@ -145,16 +142,14 @@ def test_the_first_frame_with_a_find_is_taken(
     assert chosen.confidence == pytest.approx(scores[order[7]], abs=1e-6)
 
 
-def test_finding_nothing_is_a_skip_that_tells_the_best_score(
-    tiny_grounding: Path, make_clip: Callable[..., Clip]
-) -> None:
+def test_finding_nothing_is_a_skip_that_tells_the_best_score(tiny_grounding: Path) -> None:
     config = GroundingConfig(model=str(tiny_grounding), box_threshold=1.0)
     with pytest.raises(ClipSkipped, match=r"no 'a dog' on 3 frames from 0 to 8: best score 0\.\d"):
         find(config, make_clip(phrase="a dog"))
 
 
 def test_two_phrases_for_one_box_are_one_subject(
-    tiny_grounding: Path, make_clip: Callable[..., Clip], monkeypatch: pytest.MonkeyPatch
+    tiny_grounding: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = GroundingConfig(model=str(tiny_grounding), box_threshold=0.0)
     clip = make_clip(phrase="a dog. the red ball")
@@ -170,9 +165,7 @@ def test_two_phrases_for_one_box_are_one_subject(
     assert one.confidence == pytest.approx(max(scores), abs=1e-4)
 
 
-def test_a_caption_beyond_the_models_length_is_cut(
-    tiny_grounding: Path, make_clip: Callable[..., Clip]
-) -> None:
+def test_a_caption_beyond_the_models_length_is_cut(tiny_grounding: Path) -> None:
     config = GroundingConfig(model=str(tiny_grounding), box_threshold=0.0)
     assert len(find(config, make_clip(caption="the dog runs " * 50)).subjects) == 1
 
@@ -190,11 +183,7 @@ def test_a_caption_beyond_the_models_length_is_cut(
     ],
 )
 def test_words_come_from_the_configuration_then_the_clip_then_its_caption(
-    configured: str | None,
-    phrase: str | None,
-    caption: str | None,
-    expected: tuple[str, ...],
-    make_clip: Callable[..., Clip],
+    configured: str | None, phrase: str | None, caption: str | None, expected: tuple[str, ...]
 ) -> None:
     clip = make_clip(phrase=phrase, caption=caption)
     assert phrases_of(GroundingConfig(phrase=configured), clip) == expected
