@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from cache_schema.shown_text import first_few
 from stages.files.text import read_object
 
 _LFS_PREFIX = b"version https://git-lfs"
@@ -166,7 +167,7 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
     if missing:
         raise ValueError(
             f"{folder} lacks {len(missing)} of the {len(names)} weight files listed in "
-            f"{index.name}: {_first_names(missing)}; download the model again"
+            f"{index.name}: {first_few(missing, _MAX_NAMES)}; download the model again"
         )
     return [folder / name for name in names]
 
@@ -338,7 +339,7 @@ def _raise_if_any(
     folder: Path, *, missing: Iterable[str], unknown: Iterable[str], misshapen: Iterable[str]
 ) -> None:
     faults = [
-        f"{what}: {len(names)} ({_first_names(names)})"
+        f"{what}: {len(names)} ({first_few(names, _MAX_NAMES)})"
         for what, names in (
             ("missing", sorted(missing)),
             ("unknown", sorted(unknown)),
@@ -351,7 +352,3 @@ def _raise_if_any(
             f"the weights in {folder} do not match its config.json: tensors "
             f"{', '.join(faults)}; download the model again"
         )
-
-
-def _first_names(names: list[str]) -> str:
-    return ", ".join(names[:_MAX_NAMES]) + (", …" if len(names) > _MAX_NAMES else "")

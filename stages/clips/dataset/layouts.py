@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cache_schema.shown_text import first_few
 from stages.clips.dataset.keys import UNSUPPORTED_SUFFIXES, has_video_suffix
 from stages.clips.dataset.rows import CAPTION_LISTS, VIDEO_LISTS
 
@@ -151,8 +152,9 @@ def _layout_of_pattern(pattern: Path) -> Layout:
         else:
             missing.append(alternative)
     if missing:
-        shown = ", ".join(missing[:5]) + (", …" if missing[5:] else "")
-        raise ValueError(f"data.path {pattern}: {len(missing)} of its files are missing: {shown}")
+        raise ValueError(
+            f"data.path {pattern}: {len(missing)} of its files are missing: {first_few(missing, 5)}"
+        )
     if not files:
         raise ValueError(f"data.path {pattern} matches no file")
     files = list(dict.fromkeys(files))

@@ -14,6 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from cache_schema.shown_text import first_few
 from stages.clips.dataset.fields import MAX_JSON_BYTES, parse_object
 
 CAPTION_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
@@ -200,9 +201,8 @@ class PairedLines:
         for path, lines in ((captions, found[0]), (videos, found[1])):
             if blank := lines.blank:
                 raise ValueError(
-                    f"{path} has blank lines ({', '.join(map(str, blank[:5]))}"
-                    f"{', …' if blank[5:] else ''}), which some programs count and others skip; "
-                    "remove clips without caption from both files"
+                    f"{path} has blank lines ({first_few(list(map(str, blank)), 5)}), which some "
+                    "programs count and others skip; remove clips without caption from both files"
                 )
 
     def read(self, locations: Iterable[RowLocation]) -> Iterator[LoadFields]:
