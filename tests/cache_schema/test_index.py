@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from cache_schema import (
     ClipEntry,
-    CorruptRecord,
     SkippedClip,
     StoredArray,
     StoreReader,
@@ -218,19 +217,6 @@ def test_only_records_that_the_index_does_not_have_are_read(
     write_shard(StoreWriter.open(indexed.parent, SETTINGS, provenance={}), "00002", ["c0"])
     assert len(StoreReader(indexed)) == 6
     assert parsed == ["00002"]
-
-
-def test_a_key_in_two_shards_of_a_store_is_refused(indexed: Path) -> None:
-    writers = [StoreWriter.open(indexed.parent, SETTINGS, provenance={}) for _ in range(2)]
-    with writers[0].shard("x", source="x") as x, writers[1].shard("y", source="y") as y:
-        for shard in (x, y):  # neither is committed when the other looks
-            shard.add("twin", clip_of("twin"), fingerprint=fingerprint_of("twin"))
-            shard.commit()
-    with pytest.raises(CorruptRecord, match=r"'twin' is in shards 'x' and 'y' of .*unique"):
-        assert StoreReader(indexed).keys
-    (indexed / "index.npz").unlink()
-    with pytest.raises(CorruptRecord, match=r"'twin' is in shards 'x' and 'y' of .*unique"):
-        assert StoreReader(indexed).keys
 
 
 def _large_index(indexed: Path, keys: PackedText) -> Arrays:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from cache_schema import ArraySpec, CorruptClip, StoreReader, StoreSettings, StoreWriter
-from tests.cache_schema.made_stores import SETTINGS
 from tests.fingerprints import fingerprint_of
 
 xarray = pytest.importorskip("xarray")
@@ -28,8 +27,8 @@ def _values(spec: ArraySpec, seed: int) -> np.ndarray:
     return values.astype(spec.dtype)
 
 
-def _clip(seed: int) -> dict[str, np.ndarray]:
-    return {name: _values(spec, seed) for name, spec in SETTINGS.arrays.items()}
+def _clip(settings: StoreSettings, seed: int) -> dict[str, np.ndarray]:
+    return {name: _values(spec, seed) for name, spec in settings.arrays.items()}
 
 
 @pytest.fixture(scope="module", params=["none", "blosc-zstd-shuffle"])
@@ -58,8 +57,8 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     writer = StoreWriter.open(tmp_path_factory.mktemp("cache"), settings, provenance={})
     with writer.shard("00000", source="00000.tar") as shard:
         for seed, key in enumerate(KEYS[:-1]):
-            shard.add(key, _clip(seed), fingerprint=fingerprint_of(key))
-        zero = {name: np.zeros_like(values) for name, values in _clip(0).items()}
+            shard.add(key, _clip(settings, seed), fingerprint=fingerprint_of(key))
+        zero = {name: np.zeros_like(values) for name, values in _clip(settings, 0).items()}
         shard.add(KEYS[-1], zero, fingerprint=fingerprint_of(KEYS[-1]))
         shard.commit()
     return writer.path

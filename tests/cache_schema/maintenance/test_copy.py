@@ -151,7 +151,7 @@ def test_a_target_that_holds_something_else_is_refused(tmp_path: Path, leaving_h
 
 
 def test_targets_that_make_no_sense(tmp_path: Path, leaving_home: Path) -> None:
-    with pytest.raises(ValueError, match=f"must be {leaving_home.name}"):
+    with pytest.raises(ValueError, match=f"must be named {leaving_home.name}"):
         copy_store(leaving_home, tmp_path / "copy")
     with pytest.raises(ValueError, match="takes no files"):
         copy_store(leaving_home, f"http://127.0.0.1:9/{leaving_home.name}")
