@@ -209,7 +209,7 @@ def test_a_key_in_two_shards_is_refused_and_reported(store: Path) -> None:
         for shard in (x, y):  # neither is committed when the other looks
             shard.add("twin", clip_of("twin"), fingerprint=fingerprint_of("twin"))
             shard.commit()
-    with pytest.raises(CorruptRecord, match="'twin' is in shards 'x' and 'y' of .*unique"):
+    with pytest.raises(CorruptRecord, match=r"'twin' is in shards 'x' and 'y' of .*unique"):
         assert StoreReader(store).keys
     (problem,) = verify_store(store).problems
     assert (problem.shard, problem.key, problem.remedy) == ("y", "twin", "repair")
