@@ -1,4 +1,4 @@
-"""A finished store of two shards, to be damaged by each test."""
+"""A finished store of two shards, copied for each test to damage."""
 
 import shutil
 from collections.abc import Iterator

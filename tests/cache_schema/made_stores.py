@@ -1,4 +1,4 @@
-"""A small store's settings, its clips, whose values follow from their keys, and its files."""
+"""Settings, clips, shards and files of a small store; clip values are a function of the key."""
 
 import hashlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Changing records and indexes the way somebody does who makes their checksums anew."""
+"""Edit records and indexes and recompute their checksums."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""File locks: refused where the file system does not keep them."""
+"""File locks, and file systems on which they do not work."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""Which keys a writer refuses, what it reads for that, and when it writes the index."""
+"""Duplicate keys that a writer rejects, the records it reads for that, and updates of the index."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""Compressed arrays: the same values and names, fewer bytes, as Zarr's own codec lays them out."""
+"""Compressed arrays: same values and file names, fewer bytes, in the layout of Zarr's codec."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What work on a store costs as it grows: operations are counted, not seconds.
+"""Cost of operations on a growing store, in counted file operations instead of seconds.
 
 Counted are calls of Python and C functions, files opened, names listed and syncs. With twice the
 shards, or twice the clips in one shard, each may at most double.

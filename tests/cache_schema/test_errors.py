@@ -1,4 +1,4 @@
-"""Errors: what they carry between processes, and that none names a command or a setting."""
+"""Errors: pickling, and no mention of commands or settings."""
 
 import ast
 import pickle

@@ -1,4 +1,4 @@
-"""A clip's fingerprint: written with it, read from the index, kept by all that moves the clip."""
+"""Fingerprints of clips: written, indexed, and kept by copy, merge and drop."""
 
 import shutil
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A reader written from the specification alone finds what was written."""
+"""A reader written from the specification alone reads what was written."""
 
 import ast
 from pathlib import Path

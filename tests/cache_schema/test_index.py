@@ -1,4 +1,4 @@
-"""The index of a store: derived from commit records, and harmless where it is wrong."""
+"""The index: derived from commit records; a wrong or missing one is harmless."""
 
 import tracemalloc
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Parts of clips are this clip's, though files of equal size were exchanged."""
+"""Partial reads detect files of equal size that were exchanged."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a power failure would leave: everything that is published was synced before.
+"""Durability at a power failure: everything that is published was synced before.
 
 The page cache outlives a killed process, so kills cannot show this.
 """

@@ -1,4 +1,4 @@
-"""Several processes at one store: writers keep apart, readers can be handed over."""
+"""Several processes using one store: exclusive writers, readers passed to other processes."""
 
 import multiprocessing
 import pickle

@@ -1,4 +1,4 @@
-"""Reading a store by key: what comes back, what is refused, what the messages say."""
+"""Reading a store by key: values, refusals and error messages."""
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor

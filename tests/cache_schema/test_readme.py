@@ -1,4 +1,4 @@
-"""The examples in cache_schema/README.md are what the code writes, byte for byte."""
+"""The examples in cache_schema/README.md equal what the code writes, byte for byte."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Settings: what is accepted, and that the hash follows everything that changes a value."""
+"""Settings: validation, and a hash that changes with everything that affects values."""
 
 import hashlib
 import json

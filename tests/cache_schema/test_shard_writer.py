@@ -1,4 +1,4 @@
-"""What a writer leaves in staging: adopted if it is whole and fits, swept otherwise.
+"""Staging left by an earlier writer: adopted if intact and current, otherwise removed.
 
 Writers killed at any point are in `faults/`.
 """

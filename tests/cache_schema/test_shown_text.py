@@ -1,4 +1,4 @@
-"""Credentials and control characters in what is printed and kept."""
+"""Redaction of credentials and escaping of control characters."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""Stores behind URLs: a web server that fails in many ways, and an object store."""
+"""Stores behind URLs: a web server with many kinds of failure, and an object store."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""Stores that a stranger made: nothing they say leads outside, blocks, or fills the memory."""
+"""Stores from untrusted sources cannot escape their folder, block, or exhaust memory."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""Links in a store: nothing behind them is changed, and none is copied."""
+"""Symbolic links in a store: their targets are neither changed nor copied."""
 
 from collections.abc import Callable
 from pathlib import Path

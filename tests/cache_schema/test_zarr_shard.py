@@ -1,4 +1,4 @@
-"""Decoding a clip's file: equal to Zarr's own reading, and nothing but the whole truth."""
+"""Decoding of a clip's file: equal to Zarr's own reading; every kind of damage is detected."""
 
 import itertools
 import struct

@@ -1,4 +1,4 @@
-"""Small real stores, and the cache commands on them."""
+"""Small real stores, and helpers that run the cache commands on them."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every command's output in any encoding and width; a process's own streams, in this one."""
+"""Output of every command in any encoding and terminal width."""
 
 import io
 import json

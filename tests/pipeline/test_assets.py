@@ -1,4 +1,4 @@
-"""What of the built-in demo a command makes: what it reads, and no more."""
+"""Parts of the built-in demo that each command generates: only those it reads."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Arguments, exit codes and streams of the command line, with the stages left out."""
+"""Arguments, exit codes and streams of the command line, with stages replaced by stubs."""
 
 import json
 from importlib import metadata

@@ -1,4 +1,4 @@
-"""What each command hands to its stage, and what it makes of the stage's summary."""
+"""Arguments that commands pass to their stage, and their output for the stage's summary."""
 
 import json
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""`demo`: the order of its commands, and what it prints at the end."""
+"""`demo`: the order of its commands, and its final output."""
 
 import json
 

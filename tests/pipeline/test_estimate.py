@@ -1,4 +1,4 @@
-"""What `extract-features --dry-run` prints of an estimate."""
+"""Output of `extract-features --dry-run`."""
 
 import json
 from dataclasses import replace

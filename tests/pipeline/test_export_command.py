@@ -1,4 +1,4 @@
-"""`sam2vx-pipeline export`: what it hands to the stage, and what it answers."""
+"""`export`: arguments passed to the stage, and output."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""`inspect`: few facts and the picture first, lists of clips, and keys that are nearly right."""
+"""`inspect`: printed facts, lists of clips, and suggestions for misspelt keys."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""`inspect`: which store and clips it draws, and what it prints of them."""
+"""`inspect`: which store and clips are drawn, and what is printed."""
 
 import json
 from pathlib import Path

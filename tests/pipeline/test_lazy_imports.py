@@ -1,4 +1,4 @@
-"""What a command loads; each in a process of its own, since imports stay."""
+"""Modules that each command imports, checked in separate processes."""
 
 import os
 import subprocess

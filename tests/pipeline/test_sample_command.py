@@ -1,4 +1,4 @@
-"""`sample`: which prompts, which weights, and where the videos go."""
+"""`sample`: prompts, weights, and output files."""
 
 import dataclasses
 import json

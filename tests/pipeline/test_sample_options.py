@@ -1,4 +1,4 @@
-"""The options of `sample`, and the settings that some of them stand for."""
+"""Options of `sample` that set configuration values."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Lines about clips that were left out."""
+"""Notes on skipped clips."""
 
 from cache_schema import SkippedClip
 from pipeline.commands.skipped_notes import skipped_notes

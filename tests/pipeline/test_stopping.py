@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a command starts: it ends, whatever it is importing."""
+"""Ctrl-C and SIGTERM while a command is still importing."""
 
 import importlib.util
 import os

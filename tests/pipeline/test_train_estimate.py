@@ -1,4 +1,4 @@
-"""What `train --dry-run` prints: of configuration files alone, without a cache or a weight."""
+"""Output of `train --dry-run`, from configuration files alone."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""How many faults of each kind are injected: a sample, or with --full-faults all of them."""
+"""Number of injected faults of each kind: a sample, or all of them with --full-faults."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Doing something to a program at its n-th file operation, as Python's audit events count them."""
+"""Kill a program, or let it fail, at its n-th file operation, counted by Python's audit events."""
 
 import errno
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Writers that race for the same shards, some of them killed: one of them writes each shard."""
+"""Writers racing for the same shards, some of them killed: each shard is written by exactly one."""
 
 import multiprocessing
 import random

@@ -1,4 +1,4 @@
-"""Damage to finished shards, kind by kind: found by the reader and by verify_store."""
+"""Damage of every kind to committed shards: detected by the reader and by verify_store."""
 
 import random
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""One byte of a store changed, anywhere: never misread, found by verify, mended by repair."""
+"""One byte of a store changed at random: never misread, found by verify, repaired by repair."""
 
 import random
 import shutil

@@ -1,4 +1,4 @@
-"""A disk that fills up anywhere: the error says so, what was finished is read, the rest follows.
+"""Disks that fill up at any write: a clear error, committed clips readable, and a rerun finishes.
 
 Once on a file system that is really full (where one can be mounted), and always with the error
 injected: from the n-th file operation on nothing can be made, and what was being made lies there

@@ -1,4 +1,4 @@
-"""A store changed in any way, by accident or by hand: each read is right or refused.
+"""Random changes to a store, accidental or deliberate: each read is correct or refused.
 
 The store has a history: a clip of its first shard was dropped after the first state was kept, so
 that older records, groups and indexes can be put back. Every clip is read whole and in parts, from

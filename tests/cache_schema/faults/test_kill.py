@@ -1,4 +1,4 @@
-"""A writer killed anywhere: nothing wrong is ever read, nothing finished is redone."""
+"""Writers killed at any point: readers see no wrong data, and no finished work is repeated."""
 
 import functools
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Writers that lose their lock without noticing: the later one goes on, nothing committed changes.
+"""Writers that lose their lock unnoticed: the later writer continues, committed data is unchanged.
 
 A zombie is paused at one of its file operations; its lock is deleted; another process takes the
 shard over and writes all of it, or half; then the zombie goes on.

@@ -1,4 +1,4 @@
-"""A cache that may not be written to: it reads as ever, and writing says so and changes nothing."""
+"""Read-only caches: reading works, writing raises a clear error and changes nothing."""
 
 import errno
 import os

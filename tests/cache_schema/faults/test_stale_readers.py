@@ -1,4 +1,4 @@
-"""Readers that stay open while a store is repaired and filled again, as in a long training."""
+"""Readers that stay open while a store is repaired and refilled, as in a long training."""
 
 import pickle
 import shutil

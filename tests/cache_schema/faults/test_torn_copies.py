@@ -1,4 +1,4 @@
-"""Copies of a store that stopped half-way, or were made while it was written: never misread."""
+"""Interrupted copies, and copies made while the store was written: never misread."""
 
 import multiprocessing
 import random

@@ -1,4 +1,4 @@
-"""Stores with things that do not travel, or packed otherwise than they say; an S3 bucket."""
+"""Stores with files that copies leave out, or with contradictory compression; an S3 bucket."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What tests of copies share: files that travel, objects on an S3 server."""
+"""Helpers for tests of copies: files that are copied, and objects on an S3 server."""
 
 from pathlib import Path
 

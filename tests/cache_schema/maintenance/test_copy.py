@@ -1,4 +1,4 @@
-"""A copy holds what its source holds: on disk, over HTTP, on S3, wherever one was killed before."""
+"""Copies equal their source: in a folder, over HTTP, on S3, and after an interrupted copy."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A copy that was killed is finished by the next one, and reads right meanwhile."""
+"""A killed copy is completed by the next one, and can be read correctly in between."""
 
 import os
 import random

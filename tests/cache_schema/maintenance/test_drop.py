@@ -1,4 +1,4 @@
-"""Dropped clips are gone, the others are as they were, wherever a drop was killed before."""
+"""Dropped clips are removed and others unchanged, wherever a drop was killed before."""
 
 import functools
 import os

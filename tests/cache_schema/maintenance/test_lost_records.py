@@ -1,4 +1,4 @@
-"""An index that knows more than the commit records: a record was lost, changed, or put back."""
+"""Commit records that are missing, edited, or older than the index says."""
 
 import os
 import shutil

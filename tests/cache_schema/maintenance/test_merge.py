@@ -1,4 +1,4 @@
-"""Merged stores hold what the merged ones held, wherever a merge was killed before."""
+"""Merged stores contain the clips of all sources, wherever a merge was killed before."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Repairing stores: what is damaged goes to quarantine, what is intact stays, nothing is lost."""
+"""Repairing stores: damaged files are quarantined, intact clips are kept."""
 
 import json
 from pathlib import Path

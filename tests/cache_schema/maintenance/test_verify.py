@@ -1,4 +1,4 @@
-"""Verifying stores: what is a problem, what mends it, and what is none."""
+"""Verifying stores: which states are reported, with which remedy, and which are harmless."""
 
 import os
 import shutil

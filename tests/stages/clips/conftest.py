@@ -1,4 +1,4 @@
-"""Small videos of every awkward sort, datasets made of them, and what becomes of their clips."""
+"""Small videos with unusual properties, and datasets made from them."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What changes a fingerprint, and what does not."""
+"""Changes that do and do not affect a fingerprint."""
 
 import os
 

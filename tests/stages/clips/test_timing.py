@@ -1,4 +1,4 @@
-"""Which frames make a clip, against a reference over the list of true times."""
+"""Frame selection, against a reference that has the true times."""
 
 import math
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""The training's maths against the pipelines' own schedulers, for every kind of model."""
+"""Diffusion maths of training against the pipelines' own schedulers, for every model."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Official configurations that are carried, beside those that the hub's cache holds."""
+"""Packaged official configurations against those in the hub cache."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The official models at full size, on the meta device, through the run's own student and step."""
+"""Official models at full size on the meta device, with the run's own student and step."""
 
 from pathlib import Path
 

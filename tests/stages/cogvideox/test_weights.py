@@ -1,4 +1,4 @@
-"""What tells one base model from another."""
+"""Identification of base models by their weights."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Counts of operations and bytes against closed forms."""
+"""FLOP and byte counts against closed forms."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""What the estimate says before a run, against what the run then does."""
+"""Estimates of extraction against what the run then does."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Costs from shapes alone, against the same models run with weights and against closed forms."""
+"""Costs from shapes alone, against real models and closed forms."""
 
 from pathlib import Path
 

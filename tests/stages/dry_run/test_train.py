@@ -1,4 +1,4 @@
-"""What a step takes, against what the allocator gave out in a real one; and sums by hand."""
+"""Estimated memory of a step against the allocator in a real step, and against sums by hand."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A folder of clips whose rows a test changes under the cache made from it."""
+"""A dataset whose rows a test changes after its cache was extracted."""
 
 import json
 from pathlib import Path

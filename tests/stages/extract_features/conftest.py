@@ -1,4 +1,4 @@
-"""Ways to run stage one, small teacher stores, and what lies in a store."""
+"""Fixtures that run stage one, small teacher stores, and helpers to compare stores."""
 
 import hashlib
 from collections.abc import Callable

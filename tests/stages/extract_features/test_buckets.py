@@ -1,4 +1,4 @@
-"""Several sizes: stores of their own, every clip in those of one, and nobody counts it as lost."""
+"""Size buckets: each clip is in the stores of one size, and not reported as skipped elsewhere."""
 
 import functools
 import io

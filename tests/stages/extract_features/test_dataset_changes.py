@@ -1,4 +1,4 @@
-"""Rows added to, moved in and removed from a dataset under its cache, and other datasets."""
+"""Rows added, moved or removed in a dataset with an existing cache; other datasets."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A Gram flow derived from stored features: its values, and what becomes of interrupted work."""
+"""Gram flow derived from stored features: values, interruption and resumption."""
 
 import contextlib
 import dataclasses

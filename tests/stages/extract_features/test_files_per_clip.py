@@ -1,4 +1,4 @@
-"""How many files a clip costs on disk: one for each array, of every kind of store."""
+"""Number of files per clip, for every kind of store."""
 
 import re
 from collections.abc import Mapping

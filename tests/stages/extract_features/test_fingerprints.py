@@ -1,4 +1,4 @@
-"""Each kind's fingerprint changes with what the kind reads, and with nothing else."""
+"""Each kind's fingerprint changes with the inputs of that kind only."""
 
 from dataclasses import replace
 

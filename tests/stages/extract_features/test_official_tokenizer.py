@@ -1,4 +1,4 @@
-"""Official pipelines carry their tokenizer as a sentencepiece model, the demo's as a JSON file."""
+"""Official sentencepiece tokenizers, and the JSON tokenizer of the demo."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Clips whose source changed under the cache: refused, and extracted again on request."""
+"""Clips whose source changed after extraction: refused, and extracted again on request."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Retrying what was left out: into further shards, with nothing finished touched."""
+"""Retries of skipped clips go into new shards; finished shards are unchanged."""
 
 import shutil
 import tarfile

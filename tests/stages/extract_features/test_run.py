@@ -1,4 +1,4 @@
-"""The driver: several stores per pass, batches, restarts, errors, refusals before any work."""
+"""Stage one end to end: several stores per pass, batches, restarts, errors, checks before work."""
 
 import weakref
 from collections.abc import Iterator

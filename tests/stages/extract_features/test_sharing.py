@@ -1,4 +1,4 @@
-"""Processes that share the shards: alone, killed in mid-shard, and waited for."""
+"""Processes that share shards: alone, killed within a shard, and waited for."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""The list of what was left out: complete, sorted, whole, without what a retry brought in."""
+"""failures.jsonl: complete, sorted, written atomically, without clips that a retry added."""
 
 import json
 import threading

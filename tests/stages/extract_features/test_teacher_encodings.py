@@ -1,4 +1,4 @@
-"""Both forms of the teacher from one pass of the tiny SAM2, and the derived one beside them."""
+"""Both encodings of the teacher from one pass of a tiny SAM2, and the derived Gram flow."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Files of weights that are not whole, or not the model's, are refused by what headers say."""
+"""Incomplete weights, and weights of another model, are refused from headers alone."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The same pairs of frames from the other side, without another product."""
+"""Reverse pairs computed from forward similarities, without another product."""
 
 import pytest
 import torch

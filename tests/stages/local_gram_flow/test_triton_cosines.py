@@ -1,4 +1,4 @@
-"""The Triton kernel, carried out on a CPU by Triton's own interpreter."""
+"""The Triton kernel on a CPU, by Triton's interpreter."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Threads beside the main one: a stuck one ends the work in a limited time, not the patience."""
+"""Background threads: a stuck thread ends the work after a timeout."""
 
 import os
 import subprocess

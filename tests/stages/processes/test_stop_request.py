@@ -1,4 +1,4 @@
-"""Requests to stop: never lost, and a second signal always ends the process."""
+"""Stop requests: never lost; a second signal always ends the process."""
 
 import contextlib
 import os

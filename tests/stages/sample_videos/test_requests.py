@@ -1,4 +1,4 @@
-"""Prompt files, seeds and images, and the list of videos they stand for."""
+"""Prompt files, seeds and images, and the requests made from them."""
 
 import json
 from pathlib import Path

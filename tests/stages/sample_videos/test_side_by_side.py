@@ -1,4 +1,4 @@
-"""Two videos in one."""
+"""Two videos combined side by side."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What is known of a model before it is loaded: its size, and what its videos are made from."""
+"""Facts about a model known before it is loaded: video size and settings."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Clips longer than what is on the device at once, against the whole clip in float64."""
+"""Encoding in chunks, against the whole clip in float64."""
 
 from typing import Any
 

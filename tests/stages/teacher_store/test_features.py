@@ -1,4 +1,4 @@
-"""Stored features against a loop in float64, token by token."""
+"""Stored features against a token-by-token loop in float64."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Rounding in a direction, against numpy's own neighbours of a float16."""
+"""Directed rounding to float16, against numpy's nextafter."""
 
 import math
 

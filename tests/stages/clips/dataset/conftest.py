@@ -1,4 +1,4 @@
-"""Folders filled with datasets, and the captions read from them."""
+"""Folders with datasets, and the captions read from them."""
 
 from collections.abc import Callable
 from pathlib import Path

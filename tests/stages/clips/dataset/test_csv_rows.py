@@ -1,4 +1,4 @@
-"""CSV files as people have them: one bad record is told and spoils no other."""
+"""CSV files: a malformed record is reported and does not affect the others."""
 
 import contextlib
 import csv

@@ -1,4 +1,4 @@
-"""Which keys a store takes: the same by the dataset's check as by the store's own."""
+"""Keys: the dataset's check agrees with the store's."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Every layout that people keep videos in is read, or told with what makes it readable."""
+"""Dataset layouts: supported ones are read, others are reported with a conversion command."""
 
 import gzip
 import json

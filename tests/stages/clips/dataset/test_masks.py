@@ -1,4 +1,4 @@
-"""Masks of every sort that programs and datasets write: read as they are meant, or refused."""
+"""Masks in the formats of various programs: read correctly, or refused."""
 
 import io
 

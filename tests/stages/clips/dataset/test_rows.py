@@ -1,4 +1,4 @@
-"""Lists of clips are gone through once and read again row by row, with the same result."""
+"""Lists of clips: reading single rows gives the same as the scan of the file."""
 
 import json
 

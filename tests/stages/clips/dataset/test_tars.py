@@ -1,4 +1,4 @@
-"""Webdataset tars: whole, torn, damaged, compressed and hostile."""
+"""Webdataset tars: intact, truncated, damaged, compressed and malicious."""
 
 import bz2
 import gzip

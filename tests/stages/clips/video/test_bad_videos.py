@@ -1,4 +1,4 @@
-"""Videos that are damaged, hostile or merely odd, between two good clips."""
+"""Damaged, malicious or unusual videos between two good clips."""
 
 import io
 import struct

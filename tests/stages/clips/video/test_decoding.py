@@ -1,4 +1,4 @@
-"""Files whose frames are in odd order, come in fields, or lie among other streams."""
+"""Videos with reordered frames, fields, or several streams."""
 
 import io
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""A part of a file reads as if it were a file of its own, and no more of it than is asked for."""
+"""Reading a part of a file as if it were a file of its own."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""What a worker reads before its first clip, and what its bar counts."""
+"""What a worker reads before its first clip, and totals of its progress bar."""
 
 import functools
 import io

@@ -1,4 +1,4 @@
-"""Workers on a local Ray: one dies in mid-shard, and the stores are those of an undisturbed run."""
+"""Workers on a local Ray cluster: one dies within a shard, and the stores are unaffected."""
 
 import builtins
 import contextlib

@@ -1,4 +1,4 @@
-"""Reading ahead and writing behind: order, errors in place, bounded, stopped when not wanted."""
+"""Prefetching and background writing: order, errors, bounds, early stop."""
 
 import threading
 import time

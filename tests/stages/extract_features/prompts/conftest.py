@@ -1,4 +1,4 @@
-"""Clips to choose prompts for, and a tiny Grounding DINO of the official classes."""
+"""A clip size, and a tiny Grounding DINO of the official classes."""
 
 from pathlib import Path
 

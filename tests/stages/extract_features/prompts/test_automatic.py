@@ -1,4 +1,4 @@
-"""The automatic source on drawn scenes, with SAM2's proposals given; and on a tiny real SAM2."""
+"""The automatic source on drawn scenes, with given mask proposals and with a tiny SAM2."""
 
 from collections.abc import Sequence
 from pathlib import Path

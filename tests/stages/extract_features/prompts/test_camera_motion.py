@@ -1,4 +1,4 @@
-"""What moves against the camera, on feature maps whose motion is known."""
+"""Motion relative to the camera, on feature maps with known motion."""
 
 import numpy as np
 import pytest

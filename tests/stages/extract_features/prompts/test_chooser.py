@@ -1,4 +1,4 @@
-"""Which source decides, when the next one is asked, and what is recorded when none can."""
+"""Choice among prompt sources, fallback, and the recorded reason if none succeeds."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Boxes from words, against transformers' own calls on a tiny Grounding DINO."""
+"""Boxes from text, against transformers' own calls on a tiny Grounding DINO."""
 
 import json
 import shutil

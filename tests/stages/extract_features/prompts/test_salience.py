@@ -1,4 +1,4 @@
-"""The rule by which a proposal is taken for the subject, on masks and motions drawn by hand."""
+"""Selection of the subject among mask proposals, on hand-drawn masks and motions."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Which prompt of the last frame goes with which subject."""
+"""Matching of last-frame prompts to subjects."""
 
 from types import SimpleNamespace
 from typing import Any, cast

@@ -1,4 +1,4 @@
-"""Settings of the teacher and masks stores, and a clip's arrays from tracks made up here."""
+"""Settings of the teacher and masks stores, and arrays computed from synthetic tracks."""
 
 # Legend: T frame, H W grid or mask, C channel.
 

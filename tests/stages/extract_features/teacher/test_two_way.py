@@ -1,4 +1,4 @@
-"""Which passes are run and what counts of them, over a tracker whose scores the test chooses."""
+"""Tracking passes and validity of frames, with a stub tracker whose scores the test sets."""
 
 # Legend: T frame, H W mask or grid, C channel.
 

@@ -5,6 +5,7 @@ import json
 import math
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -26,7 +27,10 @@ from stages.train_student.validation.best import BestKeeper, check_keep_best
 
 PROMPTS = ["a biped walks", "a quadruped runs"]
 LOSS, PRESENCE = "validation/diffusion", "samples/limb_presence"
-LOSSES = {"keep_best": LOSS, "validation": {"clips": 3, "every": 1, "timesteps": (500,)}}
+LOSSES: dict[str, Any] = {
+    "keep_best": LOSS,
+    "validation": {"clips": 3, "every": 1, "timesteps": (500,)},
+}
 SAMPLES = {"prompts": PROMPTS, "every": 1, "scores": ("figures",)}
 
 
