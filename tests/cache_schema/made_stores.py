@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,19 @@ def write_shard(writer: StoreWriter, name: str, keys: Sequence[str], *, skip: st
         if skip and not shard.has(skip):
             shard.skip(skip, "too_short", "12 frames, 49 needed", fingerprint=fingerprint_of(skip))
         shard.commit()
+
+
+def commit_twins(store: Path, *shards: str) -> None:
+    """Commit the clip "twin" in each of two shards, in this order."""
+    writers = [StoreWriter.open(store.parent, SETTINGS, provenance={}) for _ in shards]
+    with ExitStack() as stack:  # neither is committed when the other looks
+        for shard in [
+            stack.enter_context(writer.shard(name, source=name))
+            for writer, name in zip(writers, shards, strict=True)
+        ]:
+            attributes = {"source_fps": 29.97, "name": "twin"}
+            shard.add("twin", clip_of("twin"), attributes, fingerprint=fingerprint_of("twin"))
+            shard.commit()
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -16,9 +16,8 @@ from cache_schema import (
     UnknownSchemaVersion,
     verify_store,
 )
-from tests.cache_schema.made_stores import SETTINGS, clip_of
+from tests.cache_schema.made_stores import SETTINGS, commit_twins
 from tests.cache_schema.tampering import tamper
-from tests.fingerprints import fingerprint_of
 
 CHUNK = "shards/00000/features/c.1.0.0.0.0"
 
@@ -204,11 +203,7 @@ def test_records_that_contradict_the_store_are_refused(
 
 
 def test_a_key_in_two_shards_is_refused_and_reported(store: Path) -> None:
-    writers = [StoreWriter.open(store.parent, SETTINGS, provenance={}) for _ in range(2)]
-    with writers[0].shard("x", source="x") as x, writers[1].shard("y", source="y") as y:
-        for shard in (x, y):  # neither is committed when the other looks
-            shard.add("twin", clip_of("twin"), fingerprint=fingerprint_of("twin"))
-            shard.commit()
+    commit_twins(store, "x", "y")
     with pytest.raises(CorruptRecord, match=r"'twin' is in shards 'x' and 'y' of .*unique"):
         assert StoreReader(store).keys
     (problem,) = verify_store(store).problems

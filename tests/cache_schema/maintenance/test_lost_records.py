@@ -17,10 +17,9 @@ from cache_schema.maintenance.copy import copy_store
 from cache_schema.maintenance.drop import drop_clips
 from cache_schema.maintenance.merge import merge_stores
 from cache_schema.maintenance.repair import repair_store
-from tests.cache_schema.made_stores import SETTINGS, clip_of, files_of, write_shard
+from tests.cache_schema.made_stores import SETTINGS, commit_twins, files_of, write_shard
 from tests.cache_schema.servers import serving
 from tests.cache_schema.tampering import tamper
-from tests.fingerprints import fingerprint_of
 
 
 def _all_found(store: Path) -> set[tuple[str | None, str]]:
@@ -116,14 +115,7 @@ def test_a_record_that_was_edited_with_its_checksum_is_not_believed(indexed: Pat
 
 
 def test_a_key_in_a_shard_and_its_retry_is_mended_at_once(indexed: Path) -> None:
-    writers = [StoreWriter.open(indexed.parent, SETTINGS, provenance={}) for _ in range(2)]
-    with (
-        writers[0].shard("x-retry1", source="x, retry 1") as retry,
-        writers[1].shard("x", source="x") as first,
-    ):
-        for shard in (retry, first):  # neither is committed when the other looks
-            shard.add("twin", clip_of("twin"), fingerprint=fingerprint_of("twin"))
-            shard.commit()
+    commit_twins(indexed, "x-retry1", "x")
     report = repair_store(indexed)
     assert [(clip.key, clip.shard) for clip in report.clips] == [("twin", "x-retry1")]
     assert report.remaining == ()

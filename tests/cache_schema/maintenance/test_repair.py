@@ -15,8 +15,13 @@ from cache_schema import (
 )
 from cache_schema.atomic_io import FileLock
 from cache_schema.maintenance.repair import repair_store
-from tests.cache_schema.made_stores import SETTINGS, assert_whole, clip_of, files_of, write_shard
-from tests.fingerprints import fingerprint_of
+from tests.cache_schema.made_stores import (
+    SETTINGS,
+    assert_whole,
+    commit_twins,
+    files_of,
+    write_shard,
+)
 
 CHUNK = "shards/00000/features/c.1.0.0.0.0"
 
@@ -145,16 +150,7 @@ def test_the_index_is_written_anew(indexed: Path, damage: str) -> None:
 @pytest.fixture
 def twins(indexed: Path) -> Path:
     """A store in which two shards hold one key."""
-    writers = [StoreWriter.open(indexed.parent, SETTINGS, provenance={}) for _ in range(2)]
-    with writers[0].shard("x", source="x") as x, writers[1].shard("y", source="y") as y:
-        for shard in (x, y):  # neither is committed when the other looks
-            shard.add(
-                "twin",
-                clip_of("twin"),
-                {"source_fps": 29.97, "name": "twin"},
-                fingerprint=fingerprint_of("twin"),
-            )
-            shard.commit()
+    commit_twins(indexed, "x", "y")
     return indexed
 
 
