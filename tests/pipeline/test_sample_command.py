@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.commands import sample
 from pipeline.commands.sample import SampleOptions
-from pipeline.config.load import ConfigError, load_config
+from pipeline.config.load import ConfigError
 from stages.progress import SilentProgress
 from stages.sample_videos import batch
 from stages.sample_videos.config import SampleConfig
@@ -18,18 +18,8 @@ QUIET = SilentProgress()
 
 
 @pytest.fixture
-def config(minimal, tmp_path):
-    return load_config(
-        minimal,
-        [
-            f"outputs={tmp_path}/outputs",
-            f"train.run_dir={tmp_path}/runs/one",
-            "data.num_frames=9",
-            "data.height=32",
-            "data.width=48",
-            "sample.device=cpu",
-        ],
-    )
+def config(config):
+    return config.model_copy(update={"sample": SampleConfig(device="cpu")})
 
 
 @pytest.fixture

@@ -1,6 +1,19 @@
-"""Helpers for tests of copies: files that are copied, and objects on an S3 server."""
+"""Helpers for tests of copies and merges: damaged sources, copied files, objects on S3."""
 
 from pathlib import Path
+
+
+def damage_file(file: Path, damage: str) -> None:
+    """Delete or truncate a file; any other word flips a bit in its middle."""
+    data = bytearray(file.read_bytes())
+    if damage == "delete":
+        file.unlink()
+        return
+    if damage == "truncate":
+        del data[-1]
+    else:
+        data[len(data) // 2] ^= 1
+    file.write_bytes(data)
 
 
 def travelling(files: dict[str, bytes]) -> dict[str, bytes]:

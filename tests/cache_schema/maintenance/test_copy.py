@@ -21,7 +21,7 @@ from cache_schema.maintenance.copy import copy_store
 from cache_schema.maintenance.drop import drop_clips
 from tests.cache_schema.faults.operations import run_and_kill
 from tests.cache_schema.made_stores import SETTINGS, assert_whole, clip_of, files_of, write_shard
-from tests.cache_schema.maintenance.copies import store_on_s3, travelling
+from tests.cache_schema.maintenance.copies import damage_file, store_on_s3, travelling
 from tests.cache_schema.servers import serving_plainly
 from tests.fingerprints import fingerprint_of
 
@@ -168,14 +168,7 @@ def test_a_damaged_source_makes_no_copy(tmp_path: Path, leaving_home: Path, dama
         "metadata": group / "features" / "zarr.json",
         "record": leaving_home / "commits" / "00001.json",
     }.get(damage, group / "features/c.1.0.0.0.0")
-    data = bytearray(file.read_bytes())
-    if damage == "delete":
-        file.unlink()
-    elif damage == "truncate":
-        file.write_bytes(data[:-1])
-    else:
-        data[len(data) // 2] ^= 1
-        file.write_bytes(data)
+    damage_file(file, damage)
     target = tmp_path / "copy" / leaving_home.name
     with pytest.raises(CacheError, match="00001") as caught:
         copy_store(leaving_home, target)

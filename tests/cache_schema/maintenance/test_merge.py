@@ -26,6 +26,7 @@ from cache_schema import (
 from cache_schema.maintenance.merge import merge_stores
 from tests.cache_schema.faults.operations import run_and_kill
 from tests.cache_schema.made_stores import SETTINGS, assert_whole, clip_of, files_of, write_shard
+from tests.cache_schema.maintenance.copies import damage_file
 from tests.fingerprints import fingerprint_of
 
 MakeStore = Callable[[str, dict[str, list[str]]], Path]
@@ -191,14 +192,7 @@ def test_a_damaged_source_is_never_merged(make_store: MakeStore, damage: str) ->
     source = make_store("source", {"00001": ["b0"], "00002": ["c0", "c1"]})
     group = source / "shards" / "00002"
     file = group / ("mask/zarr.json" if damage == "metadata" else "features/c.1.0.0.0.0")
-    data = bytearray(file.read_bytes())
-    if damage == "delete":
-        file.unlink()
-    elif damage == "truncate":
-        file.write_bytes(data[:-1])
-    else:
-        data[len(data) // 2] ^= 1
-        file.write_bytes(data)
+    damage_file(file, damage)
     with pytest.raises(CorruptClip, match=r"shard '00002' of ") as error:
         merge_stores(target, [source])
     assert error.value.remedy == "repair"

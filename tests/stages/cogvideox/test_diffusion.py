@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler
 
 from stages.cogvideox.diffusion import (
     cumulative_alphas,
@@ -10,16 +9,7 @@ from stages.cogvideox.diffusion import (
     noisy_latents,
     velocity,
 )
-
-
-def tiny_scheduler(**changes):
-    settings = {
-        "prediction_type": "v_prediction",
-        "rescale_betas_zero_snr": True,
-        "snr_shift_scale": 3.0,
-        "timestep_spacing": "trailing",
-    }
-    return CogVideoXDDIMScheduler(**(settings | changes))
+from tests.stages.train_student.conftest import tiny_scheduler
 
 
 def random_latents(seed):
