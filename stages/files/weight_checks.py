@@ -205,12 +205,13 @@ def _describe_alternatives(folder: Path, stem: str) -> str:
     return "; download the model again"
 
 
-def check_weights(model_class: Any, folder: Path) -> dict[str, StoredTensor]:
+def check_weights(model_class: Any, folder: Path, **options: Any) -> dict[str, StoredTensor]:
     """Check that a folder's weights match its config.json; reads no tensor values.
 
     Args:
         model_class: A model class of diffusers or transformers.
         folder: Folder with config.json and safetensors.
+        options: For `from_pretrained` of transformers: what changes the model's tensors.
 
     Returns:
         The stored tensors by name.
@@ -236,7 +237,7 @@ def check_weights(model_class: Any, folder: Path) -> dict[str, StoredTensor]:
         return stored
     stored = stored_tensors(folder, "model")
     # Only transformers knows which names may be missing because they are tied to others.
-    _from_pretrained(model_class, folder, device_map="meta")
+    _from_pretrained(model_class, folder, **{**options, "device_map": "meta"})
     return stored
 
 
@@ -266,7 +267,7 @@ def load_model(model_class: Any, folder: Path, **options: Any) -> Any:
     Raises:
         ValueError: As `check_weights`; or the model cannot be loaded.
     """
-    check_weights(model_class, folder)
+    check_weights(model_class, folder, **options)
     return _from_pretrained(model_class, folder, **options)
 
 

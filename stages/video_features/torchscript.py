@@ -4,8 +4,6 @@ Written from universome/stylegan-v at 3fecd69 (`src/metrics/frechet_video_distan
 `metric_utils.py`, `src/training/dataset.py`) and universome/fvd-comparison at 33a5552.
 """
 
-import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 
 from stages.clips import ClipsConfig
 from stages.extract_features.extraction import sha256_of_file
+from stages.files.torchscript import check_torchscript, load_torchscript
 from stages.files.weight_checks import refuse_lfs_pointer
 from stages.video_features.network import FeatureFunction, FeatureProtocol, read_at
 
@@ -25,10 +24,6 @@ NUM_FRAMES = 16
 _ARGUMENTS = ("rescale", "resize", "return_features")
 _PROBE_SIDE = 64
 """Height and width of the frames that a network is tried with."""
-
-_PICKLE = re.compile(r".*\.(?:pkl|pickle|pt|pth|bin)")
-_FILE_CALL = re.compile(rb"\b(?:torch|ops\.aten)\.(save|load|from_file)\(")
-"""Calls by which TorchScript reads and writes files of its choice."""
 
 _REMEDY = (
     "set evaluate.features.network to a file from torch.jit.save, such as StyleGAN-V's "
@@ -58,7 +53,7 @@ class TorchScriptNetwork:
         if not file.is_file():
             raise ValueError(f"evaluate.features.network: there is no file {file}; {_REMEDY}")
         refuse_lfs_pointer(file)
-        _check_archive(file)
+        check_torchscript(file, remedy=_REMEDY)
         self._file = file
         self._num_frames = num_frames or NUM_FRAMES
         self.protocol = FeatureProtocol(
@@ -72,7 +67,8 @@ class TorchScriptNetwork:
 
     def _try(self) -> None:
         """Check the arguments and the output, so that no work is lost."""
-        names = [argument.name for argument in _load(self._file, "cpu").forward.schema.arguments]
+        forward = load_torchscript(self._file, "cpu", remedy=_REMEDY).forward
+        names = [argument.name for argument in forward.schema.arguments]
         if missing := [name for name in _ARGUMENTS if name not in names]:
             raise ValueError(
                 f"{self._file}: its forward takes {', '.join(names[1:])}, but not "
@@ -84,7 +80,7 @@ class TorchScriptNetwork:
 
     def load(self, device: torch.device) -> FeatureFunction:
         """Load the network; see `FeatureNetwork.load`."""
-        network = _load(self._file, device)
+        network = load_torchscript(self._file, device, remedy=_REMEDY)
 
         @torch.inference_mode()
         def features_of(frames_THWC: np.ndarray) -> np.ndarray:
@@ -112,46 +108,3 @@ def _one_vector(found: Any, file: Path) -> np.ndarray:
         raise ValueError(f"{file} returned {shape} for one clip, expected [1, D]; {_REMEDY}")
     features_D: np.ndarray = found[0].to("cpu", torch.float32).numpy()
     return features_D
-
-
-def _load(file: Path, device: torch.device | str) -> Any:
-    try:
-        return torch.jit.load(str(file), map_location=device).eval()
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{file} is no working TorchScript ({reason}); {_REMEDY}") from error
-
-
-def _check_archive(file: Path) -> None:
-    """Refuse files that are not from torch.jit.save, before torch reads them."""
-    if not zipfile.is_zipfile(file):
-        raise ValueError(
-            f"{file} is not a TorchScript archive; pickles are not read, because they can run "
-            f"code; {_REMEDY}"
-        )
-    try:
-        with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-            root = names[0].partition("/")[0] if names else ""
-            code = [name for name in names if name.startswith(f"{root}/code/")]
-            if not code or f"{root}/constants.pkl" not in names:
-                raise ValueError(
-                    f"{file} holds no TorchScript program: it was written by torch.save or "
-                    f"another program, and its pickles are not read; {_REMEDY}"
-                )
-            own = {f"{root}/{name}.pkl" for name in ("data", "constants", "attributes")}
-            strange = [name for name in names if _PICKLE.fullmatch(name) and name not in own]
-            if strange:
-                raise ValueError(
-                    f"{file} holds {strange[0]}, which is no part of a TorchScript archive; "
-                    f"pickles are not read; {_REMEDY}"
-                )
-            for name in code:
-                call = _FILE_CALL.search(archive.read(name)) if name.endswith(".py") else None
-                if call is not None:
-                    raise ValueError(
-                        f"{file}: {name} calls torch.{call[1].decode()}, which accesses files; "
-                        f"{_REMEDY}"
-                    )
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError) as error:
-        raise ValueError(f"{file} is damaged ({error}); download it again") from error
