@@ -19,8 +19,8 @@ SchedulerName = Literal["model", "ddim", "dpm"]
 """Samplers of CogVideoX: the base model's own scheduler, or one of diffusers' two for it."""
 
 FrameScoreGroup = Literal["figures", "vbench", "appearance"]
-"""Scores of a video's frames: the limbs of the demo's figures; VBench's temporal flickering; the
-frames' appearance."""
+"""Scores of a video's frames: the limbs of the demo's figures; VBench's dimensions of motion and
+consistency; the frames' appearance."""
 
 ScoreGroup = Literal["structure", FrameScoreGroup]
 """Groups of scores; structure is the subject's, from SAM2's tracks."""

@@ -16,7 +16,8 @@ from stages.evaluate.page import evaluation_page
 from stages.evaluate.videos import Video
 from stages.video_scores.divergence import DIVERGENCE
 from stages.video_scores.score import Score
-from stages.video_scores.vbench import RESULTS_SUFFIX, VBENCH, results_json
+from stages.video_scores.vbench.dimensions import VBENCH
+from stages.video_scores.vbench.results import RESULTS_SUFFIX, results_json
 
 SCORES_FILE = "scores.jsonl"
 TABLE_FILE = "scores.csv"
@@ -154,7 +155,8 @@ def _vbench_results(one: SideScores) -> str:
                 for video in one.side.videos
             }
             for score in VBENCH
-        }
+        },
+        "VBench",
     )
 
 

@@ -23,7 +23,7 @@ from stages.train_student.config import TrainConfig
 from stages.train_student.logging.rows import ValidationRow, iter_records
 from stages.train_student.report.records import VALIDATION_FILE, read_samples
 from stages.video_scores.figures import NoFigureError, kind_in_prompt
-from stages.video_scores.groups import FRAME_SCORES, SCORES
+from stages.video_scores.groups import FRAME_SCORES, NETWORK_SCORES, SCORES
 
 Better = Literal["higher", "lower"]
 
@@ -58,7 +58,11 @@ def check_keep_best(config: TrainConfig) -> Better | None:
 def _direction_of_score(config: TrainConfig, losses: list[str]) -> Better:
     curve, computed = config.keep_best, config.samples.scores
     scores = {_SCORES + s.name: (s, group) for group, of in SCORES.items() for s in of}
-    directed = [name for name, (s, group) in scores.items() if s.better and group in FRAME_SCORES]
+    directed = [
+        name
+        for name, (s, group) in scores.items()
+        if s.better and group in FRAME_SCORES and s.name not in NETWORK_SCORES
+    ]
     choices = f"choose one of {', '.join([*losses, *directed])}"
     if curve not in scores:
         raise ValueError(f"train.keep_best is {curve}, which is no curve of this run; {choices}")
@@ -67,9 +71,10 @@ def _direction_of_score(config: TrainConfig, losses: list[str]) -> Better:
         raise ValueError(
             f"train.keep_best is {curve}, of which neither higher nor lower is better; {choices}"
         )
-    if group not in FRAME_SCORES:
+    if group not in FRAME_SCORES or score.name in NETWORK_SCORES:
+        needed = "a network of VBench" if score.name in NETWORK_SCORES else "SAM2"
         raise ValueError(
-            f"train.keep_best is {curve}, which needs SAM2 and is computed only by "
+            f"train.keep_best is {curve}, which needs {needed} and is computed only by "
             f"sam2vx-pipeline evaluate; {choices}"
         )
     if not config.samples.prompts:

@@ -335,7 +335,11 @@ REFUSED = {
     ),
     "of tracks": (
         {"keep_best": "samples/subject_kept", "samples": {"prompts": PROMPTS}},
-        "only by sam2vx-pipeline evaluate",
+        "needs SAM2 and is computed only by sam2vx-pipeline evaluate",
+    ),
+    "of a network": (
+        {"keep_best": "samples/subject_consistency", "samples": SAMPLES | {"scores": ("vbench",)}},
+        "needs a network of VBench and is computed only by sam2vx-pipeline evaluate",
     ),
     "of no figure": (
         {"keep_best": PRESENCE, "samples": SAMPLES | {"prompts": ["a lion"]}},

@@ -15,7 +15,6 @@ from stages.sample_videos.runs import LORA_FILE
 from stages.train_student.report.charts import sample_charts
 from stages.train_student.report.records import read_run
 from stages.video_scores.appearance import APPEARANCE, appearance_scores
-from stages.video_scores.vbench import VBENCH
 from tests.stages.sampling import sample_frames
 
 SAMPLES = {"prompts": ["a person walks to the right", "a cat"], "steps": 2, "every": 2}
@@ -81,7 +80,8 @@ def test_scores_are_curves_and_washed_out_samples_are_reported(train_whole, tmp_
     train_whole(run, steps=1, **changes)
     file = run / "samples" / "step-000000" / "samples.json"
     record = json.loads(file.read_text())
-    assert set(record["scores"][0]) == {score.name for score in (*APPEARANCE, *VBENCH)}
+    names = {score.name for score in APPEARANCE}
+    assert set(record["scores"][0]) == names | {"temporal_flickering"}, "no network is needed"
     for of_video in record["scores"]:
         of_video["saturation"] *= 2
     file.write_text(json.dumps(record))

@@ -1,0 +1,1 @@
+"""VBench's five dimensions of motion and consistency, with networks of maintained libraries."""
