@@ -12,7 +12,7 @@ from pipeline.commands.assets import make_missing_assets
 from pipeline.commands.evaluate_sides import open_sides, sample_sides
 from pipeline.config.load import ConfigError, RunConfig
 from pipeline.console import CommandResult
-from pipeline.environment import provenance, provenance_of_run, world_size
+from pipeline.environment import local_rank, provenance, provenance_of_run, world_size
 from pipeline.failures import TOO_MANY_SKIPPED
 from stages.progress import Progress
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from stages.evaluate.reference import Reference
     from stages.evaluate.videos import Side
     from stages.video_features.network import FeatureNetwork
+    from stages.video_scores.vbench.networks import VBenchModels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +58,7 @@ def run(config: RunConfig, progress: Progress, options: EvaluateOptions) -> Comm
     from stages.evaluate.evaluate import compare_sides, score_side
     from stages.evaluate.output import write_evaluation
     from stages.evaluate.reference import track_reference
+    from stages.video_scores.vbench.networks import NO_NETWORKS
 
     if world_size() > 1:
         raise ConfigError("evaluate runs in one process; start it without torchrun or deepspeed")
@@ -64,12 +66,14 @@ def run(config: RunConfig, progress: Progress, options: EvaluateOptions) -> Comm
     out = options.out or config.outputs / f"evaluation-{first.resolve().name}"
     reference = _reference(config, options)
     network = _network(config)
+    vbench = _vbench_models(config) if "vbench" in config.evaluate.scores else None
     if options.run is None:
         sides, failed = open_sides(options), []
     else:
         sampled = sample_sides(config, options, out, progress)
         sides, failed = sampled.sides, sampled.problems
         reference = reference or sampled.reference
+    networks = NO_NETWORKS if vbench is None else vbench.load()
     if "structure" in config.evaluate.scores:
         make_missing_assets(config, progress, reads=("sam2",))
     tracked = None
@@ -94,6 +98,7 @@ def run(config: RunConfig, progress: Progress, options: EvaluateOptions) -> Comm
             provenance=provenance_of_run(),
             progress=progress,
             reference=tracked,
+            vbench=networks,
         )
         for role, side in zip(("videos", "against"), sides, strict=False)
     ]
@@ -107,6 +112,7 @@ def run(config: RunConfig, progress: Progress, options: EvaluateOptions) -> Comm
         settings={
             "scores": list(config.evaluate.scores),
             "seed": config.evaluate.seed,
+            "vbench": config.evaluate.vbench.model_dump(mode="json"),
             "teacher": config.extract.teacher.model_dump(mode="json"),
             "gram_flow": config.extract.gram_flow.model_dump(mode="json"),
             "temperature": config.train.lgf.temperature,
@@ -116,6 +122,18 @@ def run(config: RunConfig, progress: Progress, options: EvaluateOptions) -> Comm
         made_with=provenance(),
     )
     return _result(config, evaluation, out, page, failed)
+
+
+def _vbench_models(config: RunConfig) -> VBenchModels:
+    """The networks of VBench's dimensions, checked but not loaded, so that sampling has room."""
+    from stages.extract_features.kinds import resolve_device
+    from stages.video_scores.vbench.networks import VBenchModels
+
+    device = resolve_device(config.extract.device, local_rank())
+    try:
+        return VBenchModels(config.evaluate.vbench, device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _reference(config: RunConfig, options: EvaluateOptions) -> Reference | None:
@@ -192,6 +210,8 @@ def _result(
                 (f"  {name} of {one.side.name}", distance.text)
                 for one, distance in zip(evaluation.sides, of_sides, strict=True)
             ]
+    if evaluation.vbench is not None:
+        rows += evaluation.vbench.rows
     notes = [
         f"{one.side.name} {key}: {why}"
         for one in evaluation.sides
@@ -215,6 +235,8 @@ def _result(
         ]
     if len(names) == 2:
         notes += _washed_out(evaluation)
+    if evaluation.vbench is not None:
+        notes += evaluation.vbench.notes
     too_many = evaluation.skipped_share > config.evaluate.max_skipped
     if too_many:
         notes.append(

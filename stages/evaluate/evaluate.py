@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from stages.evaluate.feature_distances import FeatureEvaluation
 from stages.evaluate.motion import motion_distance, motion_features, motion_to_reference
 from stages.evaluate.reference import NoSceneError, TrackedReference
 from stages.evaluate.tracked_videos import track_videos
+from stages.evaluate.vbench_summary import VBenchMeasured, VBenchSummary, vbench_summary
 from stages.evaluate.videos import Side, Video, pair_videos
 from stages.extract_features.config import ExtractConfig
 from stages.progress import Progress
@@ -23,6 +24,8 @@ from stages.video_scores.divergence import DIVERGENCE, NotComparableError, diver
 from stages.video_scores.groups import FRAME_SCORES, SCORES, frame_scores
 from stages.video_scores.score import Score
 from stages.video_scores.structure import SubjectTracks, structure_scores
+from stages.video_scores.vbench.long import Protocol, protocol_of
+from stages.video_scores.vbench.networks import NO_NETWORKS, VBenchNetworks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +42,8 @@ class SideScores:
     """Why a video with a track has no score of `DIVERGENCE`, by key; empty without a reference."""
     motion: Mapping[str, np.ndarray]
     """`motion_features` of the videos with a track, by key."""
+    protocols: Mapping[str, Protocol] = field(default_factory=dict)
+    """VBench's protocol for the decoded videos, by key."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +68,8 @@ class Evaluation:
     """Distances between each side and the reference, by name; empty without a reference."""
     features: FeatureEvaluation | None
     """Distances over the features of a network; None without a network or a second set."""
+    vbench: VBenchSummary | None
+    """None unless VBench's dimensions are among the scores."""
 
     @property
     def skipped_share(self) -> float:
@@ -89,6 +96,7 @@ def score_side(
     provenance: dict[str, JSON],
     progress: Progress,
     reference: TrackedReference | None = None,
+    vbench: VBenchNetworks = NO_NETWORKS,
 ) -> SideScores:
     """Compute the scores of a side's videos.
 
@@ -102,12 +110,14 @@ def score_side(
         provenance: Information on the run, recorded in the stores.
         progress: Shows bars.
         reference: Real clips, among which each video is compared with that of its scene.
+        vbench: Networks of VBench's dimensions.
     """
     videos = {video.key: video for video in side.videos}
     values: dict[str, dict[str, float]] = {key: {} for key in videos}
     problems: dict[str, str] = {}
     unmatched: dict[str, str] = {}
     motion: dict[str, np.ndarray] = {}
+    protocols: dict[str, Protocol] = {}
     if "structure" in config.scores:
         tracked = track_videos(
             videos_below(clips.model_copy(update={"path": side.folder})),
@@ -132,13 +142,26 @@ def score_side(
     if any(group in config.scores for group in FRAME_SCORES):
         with progress.task(f"{side.name}: frames", len(values), unit="videos") as task:
             for video in side.videos:
-                found, problem = _frame_scores(video, config)
-                values[video.key] |= found
-                if problem is not None:
-                    problems.setdefault(video.key, problem)
+                try:
+                    frames_THWC, fps = read_video(video.path)
+                except VideoError as error:
+                    problems.setdefault(video.key, f"undecodable: {error}")
+                else:
+                    found, problem = frame_scores(
+                        frames_THWC, config.scores, prompt=video.prompt, fps=fps, networks=vbench
+                    )
+                    values[video.key] |= found
+                    protocols[video.key] = protocol_of(len(frames_THWC), fps)
+                    if problem is not None:
+                        problems.setdefault(video.key, problem)
                 task.advance()
     return SideScores(
-        side=side, values=values, problems=problems, unmatched=unmatched, motion=motion
+        side=side,
+        values=values,
+        problems=problems,
+        unmatched=unmatched,
+        motion=motion,
+        protocols=protocols,
     )
 
 
@@ -151,15 +174,6 @@ def _divergence(
         return divergence_scores(tracks, clip, temperature=temperature), None
     except (NoSceneError, NotComparableError) as error:
         return {}, str(error)
-
-
-def _frame_scores(video: Video, config: EvaluateConfig) -> tuple[dict[str, float], str | None]:
-    """The scores of `FRAME_SCORES` that can be computed, and why others cannot."""
-    try:
-        frames_THWC, fps = read_video(video.path)
-    except VideoError as error:
-        return {}, f"undecodable: {error}"
-    return frame_scores(frames_THWC, config.scores, prompt=video.prompt, fps=fps)
 
 
 def compare_sides(
@@ -190,11 +204,26 @@ def compare_sides(
     if len(sides) == 2 and "structure" in config.scores:
         first, second = (one.motion.values() for one in sides)
         motion = motion_distance(first, second, seed=config.seed)
+    vbench = None
+    if "vbench" in config.scores:
+        vbench = vbench_summary(
+            [
+                VBenchMeasured(
+                    name=one.side.name,
+                    values=list(one.values.values()),
+                    protocols=list(one.protocols.values()),
+                )
+                for one in sides
+            ],
+            config.vbench,
+            has_subject_motion="structure" in config.scores,
+        )
     return Evaluation(
         motion=motion,
         reference=reference,
         to_reference={} if reference is None else _distances(sides, reference, config.seed),
         features=features,
+        vbench=vbench,
         scores=scores,
         sides=tuple(sides),
         pairs=tuple(pairs),

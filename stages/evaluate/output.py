@@ -17,7 +17,13 @@ from stages.evaluate.videos import Video
 from stages.video_scores.divergence import DIVERGENCE
 from stages.video_scores.score import Score
 from stages.video_scores.vbench.dimensions import VBENCH
-from stages.video_scores.vbench.results import RESULTS_SUFFIX, results_json
+from stages.video_scores.vbench.long import Protocol
+from stages.video_scores.vbench.results import (
+    INFO_SUFFIX,
+    RESULTS_SUFFIX,
+    full_info_json,
+    results_json,
+)
 
 SCORES_FILE = "scores.jsonl"
 TABLE_FILE = "scores.csv"
@@ -54,9 +60,10 @@ def write_evaluation(
         SUMMARY_FILE: json.dumps(summary, ensure_ascii=False, indent=1) + "\n",
         PAGE_FILE: evaluation_page(evaluation, page, subtitle=_subtitle(settings)),
     }
-    if any(score in evaluation.scores for score in VBENCH):
-        for one in evaluation.sides:
-            texts[f"{one.side.name}{RESULTS_SUFFIX}"] = _vbench_results(one)
+    if evaluation.vbench is not None:
+        for one, vbench in zip(evaluation.sides, evaluation.vbench.sides, strict=True):
+            if vbench.protocol is not None:
+                texts |= _vbench_files(one, vbench.protocol)
     for name, text in texts.items():
         write_atomic(out / name, text.encode("utf-8", "backslashreplace"))
     return page
@@ -80,6 +87,7 @@ def summary_of(evaluation: Evaluation) -> dict[str, Any]:
         "motion_distance": None if evaluation.motion is None else asdict(evaluation.motion),
         "reference": _reference_summary(evaluation),
         "features": None if evaluation.features is None else evaluation.features.summary,
+        "vbench": None if evaluation.vbench is None else evaluation.vbench.as_dict(),
         "scores": {score.name: _summary(score, evaluation) for score in evaluation.scores},
     }
 
@@ -147,17 +155,26 @@ def _table(evaluation: Evaluation) -> str:
     return out.getvalue()
 
 
-def _vbench_results(one: SideScores) -> str:
-    return results_json(
-        {
-            score.name: {
-                str(video.path): one.values[video.key].get(score.name, math.nan)
-                for video in one.side.videos
-            }
-            for score in VBENCH
-        },
-        "VBench",
-    )
+def _vbench_files(one: SideScores, protocol: Protocol) -> dict[str, str]:
+    """VBench's own files of one side, whose videos follow one protocol."""
+    dimensions = {
+        score.name: {
+            str(video.path): one.values[video.key].get(score.name, math.nan)
+            for video in one.side.videos
+        }
+        for score in VBENCH
+    }
+    measured = [
+        name
+        for name, values in dimensions.items()
+        if not all(math.isnan(value) for value in values.values())
+    ]
+    videos = [(str(video.path), video.prompt) for video in one.side.videos]
+    files = {f"{one.side.name}{RESULTS_SUFFIX}": results_json(dimensions, protocol)}
+    info = full_info_json(videos, measured)
+    if info is not None:
+        files[f"{one.side.name}{INFO_SUFFIX}"] = info
+    return files
 
 
 def _subtitle(settings: Mapping[str, JSON]) -> str:

@@ -135,10 +135,15 @@ def _table(evaluation: Evaluation) -> str:
         f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
-    lines = []
+    notes = []
     if evaluation.motion is not None:
-        motion = f"motion distance (squared MMD of Gram-flow statistics): {evaluation.motion.text}"
-        lines.append(f'<p class="note">{escape_html(motion)}</p>')
+        notes.append(
+            f"motion distance (squared MMD of Gram-flow statistics): {evaluation.motion.text}"
+        )
+    if evaluation.vbench is not None:
+        notes += [f"{name}: {text}" for name, text in evaluation.vbench.rows]
+        notes += evaluation.vbench.notes
+    lines = [f'<p class="note">{escape_html(note)}</p>' for note in notes]
     return table + "".join(lines) + _distances(evaluation) + _feature_distances(evaluation)
 
 
