@@ -56,6 +56,7 @@ def run(config: RunConfig, progress: Progress, options: EvaluateOptions) -> Comm
         ValueError: A folder is missing or holds no videos, or weights do not fit.
     """
     from stages.evaluate.evaluate import compare_sides, score_side
+    from stages.evaluate.frame_scorer import FrameScorer
     from stages.evaluate.output import write_evaluation
     from stages.evaluate.reference import track_reference
     from stages.video_scores.vbench.networks import NO_NETWORKS
@@ -74,6 +75,7 @@ def run(config: RunConfig, progress: Progress, options: EvaluateOptions) -> Comm
         sides, failed = sampled.sides, sampled.problems
         reference = reference or sampled.reference
     networks = NO_NETWORKS if vbench is None else vbench.load()
+    frames = FrameScorer(out / "frame-scores", config.evaluate, networks)
     if "structure" in config.evaluate.scores:
         make_missing_assets(config, progress, reads=("sam2",))
     tracked = None
@@ -94,11 +96,11 @@ def run(config: RunConfig, progress: Progress, options: EvaluateOptions) -> Comm
             config.extract,
             config.data,
             cache=out / "tracks" / f"{role}-{side.folder.resolve().name}",
+            frames=frames,
             temperature=config.train.lgf.temperature,
             provenance=provenance_of_run(),
             progress=progress,
             reference=tracked,
-            vbench=networks,
         )
         for role, side in zip(("videos", "against"), sides, strict=False)
     ]

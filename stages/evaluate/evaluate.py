@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from cache_schema import JSON
-from stages.clips import ClipsConfig, VideoError, read_video, videos_below
+from stages.clips import ClipsConfig, VideoError, videos_below
 from stages.evaluate.compare import Comparison, Mean, compare_pairs, mean_of
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.distances import Distance
 from stages.evaluate.feature_distances import FeatureEvaluation
+from stages.evaluate.frame_scorer import FrameScorer
 from stages.evaluate.motion import motion_distance, motion_features, motion_to_reference
 from stages.evaluate.reference import NoSceneError, TrackedReference
 from stages.evaluate.tracked_videos import track_videos
@@ -21,11 +22,10 @@ from stages.evaluate.videos import Side, Video, pair_videos
 from stages.extract_features.config import ExtractConfig
 from stages.progress import Progress
 from stages.video_scores.divergence import DIVERGENCE, NotComparableError, divergence_scores
-from stages.video_scores.groups import FRAME_SCORES, SCORES, frame_scores
+from stages.video_scores.groups import FRAME_SCORES, SCORES
 from stages.video_scores.score import Score
 from stages.video_scores.structure import SubjectTracks, structure_scores
-from stages.video_scores.vbench.long import Protocol, protocol_of
-from stages.video_scores.vbench.networks import NO_NETWORKS, VBenchNetworks
+from stages.video_scores.vbench.long import Protocol
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,11 +92,11 @@ def score_side(
     clips: ClipsConfig,
     *,
     cache: Path,
+    frames: FrameScorer,
     temperature: float,
     provenance: dict[str, JSON],
     progress: Progress,
     reference: TrackedReference | None = None,
-    vbench: VBenchNetworks = NO_NETWORKS,
 ) -> SideScores:
     """Compute the scores of a side's videos.
 
@@ -106,11 +106,11 @@ def score_side(
         extract: Settings of SAM2 and of the prompts.
         clips: Size, length and rate at which subjects are tracked.
         cache: Folder of the tracks; tracks that are there are kept.
+        frames: Computes the scores of frames.
         temperature: Temperature of the Gram flow.
         provenance: Information on the run, recorded in the stores.
         progress: Shows bars.
         reference: Real clips, among which each video is compared with that of its scene.
-        vbench: Networks of VBench's dimensions.
     """
     videos = {video.key: video for video in side.videos}
     values: dict[str, dict[str, float]] = {key: {} for key in videos}
@@ -143,17 +143,14 @@ def score_side(
         with progress.task(f"{side.name}: frames", len(values), unit="videos") as task:
             for video in side.videos:
                 try:
-                    frames_THWC, fps = read_video(video.path)
+                    scores = frames.score(video)
                 except VideoError as error:
                     problems.setdefault(video.key, f"undecodable: {error}")
                 else:
-                    found, problem = frame_scores(
-                        frames_THWC, config.scores, prompt=video.prompt, fps=fps, networks=vbench
-                    )
-                    values[video.key] |= found
-                    protocols[video.key] = protocol_of(len(frames_THWC), fps)
-                    if problem is not None:
-                        problems.setdefault(video.key, problem)
+                    values[video.key] |= scores.values
+                    protocols[video.key] = scores.protocol
+                    if scores.problem is not None:
+                        problems.setdefault(video.key, scores.problem)
                 task.advance()
     return SideScores(
         side=side,

@@ -1,11 +1,9 @@
-"""Interface of an extraction (one model, one or more kinds of stores), and content hashes."""
+"""Interface of an extraction: one model, one or more kinds of stores."""
 
 import gc
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,33 +12,6 @@ import torch
 from cache_schema import JSON, StoreSettings
 from stages.clips import ClipRecord, ClipsConfig, ClipSkipped
 from stages.extract_features.config import Kind
-
-
-def sha256_of_file(file: Path) -> str:
-    """Return the SHA-256 of a file's bytes in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def sha256_of_folder(folder: Path) -> str:
-    """Return the SHA-256 of the names and bytes of a folder's files in hexadecimal.
-
-    Hidden files, which download tools create, are ignored. The hash does not depend on the
-    folder's location or on modification times.
-
-    Raises:
-        ValueError: The folder holds no files.
-    """
-    files = {
-        file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()
-    }
-    names = [name for name in sorted(files) if not any(p.startswith(".") for p in name.split("/"))]
-    if not names:
-        raise ValueError(f"{folder} holds no files; expected a part of the base model")
-    whole = hashlib.sha256()
-    for name in names:
-        whole.update(f"{sha256_of_file(files[name])}  {name}\n".encode())
-    return whole.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,9 +23,9 @@ from stages.extract_features.extraction import (
     Extracted,
     Outcome,
     clip_settings,
-    sha256_of_folder,
     to_float16,
 )
+from stages.files.hashes import sha256_of_folder
 from stages.files.weight_checks import load_model
 from stages.local_gram_flow.alignment import TEMPORAL_COMPRESSION
 from stages.precision import DTYPES

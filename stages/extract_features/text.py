@@ -13,7 +13,8 @@ from stages.clips import ClipRecord, ClipsConfig, ClipSkipped
 from stages.cogvideox.configs import CogVideoXConfigs
 from stages.cogvideox.weights import load_tokenizer, model_class_of
 from stages.extract_features.config import Kind, TextConfig
-from stages.extract_features.extraction import Extracted, Outcome, sha256_of_folder, to_float16
+from stages.extract_features.extraction import Extracted, Outcome, to_float16
+from stages.files.hashes import sha256_of_folder
 from stages.files.weight_checks import load_model
 from stages.precision import DTYPES
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from stages.clips import ClipsConfig
-from stages.extract_features.extraction import sha256_of_file
+from stages.files.hashes import sha256_of_file
 from stages.files.torchscript import check_torchscript, load_torchscript
 from stages.files.weight_checks import refuse_lfs_pointer
 from stages.video_features.network import FeatureFunction, FeatureProtocol, read_at

@@ -1,6 +1,5 @@
 """VideoMAE and V-JEPA 2 in transformers' format as feature networks."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 import torch
 
 from stages.clips import ClipsConfig
-from stages.extract_features.extraction import sha256_of_file
+from stages.files.hashes import sha256_of_files
 from stages.files.weight_checks import check_weights, load_model, read_config
 from stages.video_features.config import FeaturesConfig
 from stages.video_features.network import FeatureFunction, FeatureProtocol, read_at
@@ -196,7 +195,4 @@ def _num_frames(config: FeaturesConfig, own: Any) -> int:
 def _hash_of(folder: Path, processor_file: Path) -> str:
     """SHA-256 of the names and bytes of the files that are loaded."""
     names = {file.name for pattern in _WEIGHTS for file in folder.glob(pattern)}
-    whole = hashlib.sha256()
-    for name in sorted({*names, "config.json", processor_file.name}):
-        whole.update(f"{sha256_of_file(folder / name)}  {name}\n".encode())
-    return whole.hexdigest()
+    return sha256_of_files(folder, {*names, "config.json", processor_file.name})

@@ -1,6 +1,5 @@
 """Grounding DINO prompts: boxes from text, on the first frame with a detection."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ import torch
 from cache_schema import JSON
 from stages.clips import Clip, ClipRecord, ClipSkipped, SubjectPrompt
 from stages.extract_features.config import GroundingConfig
-from stages.extract_features.extraction import release_memory, sha256_of_file
+from stages.extract_features.extraction import release_memory
 from stages.extract_features.prompts.prompt import ChosenPrompt
+from stages.files.hashes import sha256_of_files
 from stages.files.weight_checks import check_weights, load_model, read_config
 from stages.sam2_tracking.encoder import EncodedFrames
 from stages.sam2_tracking.tracker import Tracker
@@ -79,10 +79,7 @@ def hash_of_grounding_dino(folder: Path) -> str:
         for pattern in (*_REQUIRED, *_TOKENIZER, *_WEIGHTS)
         for file in folder.glob(pattern)
     }
-    whole = hashlib.sha256()
-    for name in sorted(names):
-        whole.update(f"{sha256_of_file(folder / name)}  {name}\n".encode())
-    return whole.hexdigest()
+    return sha256_of_files(folder, names)
 
 
 class GroundingDino:

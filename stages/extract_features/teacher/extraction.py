@@ -12,7 +12,7 @@ import torch
 from cache_schema import StoreSettings
 from stages.clips import Clip, ClipRecord, ClipsConfig, ClipSkipped, load_clip
 from stages.extract_features.config import Kind, TeacherConfig
-from stages.extract_features.extraction import Extracted, Outcome, sha256_of_file
+from stages.extract_features.extraction import Extracted, Outcome
 from stages.extract_features.prompts import ChosenPrompt, PromptChooser, check_prompt
 from stages.extract_features.teacher.prompts import subjects_to_track
 from stages.extract_features.teacher.stores import (
@@ -24,6 +24,7 @@ from stages.extract_features.teacher.stores import (
     tracking_settings,
 )
 from stages.extract_features.teacher.two_way import Subject, SubjectTrack, SubjectTracker
+from stages.files.hashes import sha256_of_file
 from stages.sam2_tracking.build import build_sam2, check_sam2, find_checkpoint
 from stages.sam2_tracking.inputs import resize_for_sam2
 from stages.sam2_tracking.tracker import Tracker

@@ -4,6 +4,8 @@ DINO, CLIP and DINOv2 are transformers' classes, RAFT is torchvision's port of t
 AMT-S and DreamSim, whose code no maintained library holds, come as TorchScript.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from stages.files.hashes import sha256_of_file, sha256_of_folder
 from stages.files.torchscript import check_torchscript, load_torchscript
 from stages.files.weight_checks import check_weights, load_model, read_config, refuse_lfs_pointer
 from stages.video_scores.vbench.config import VBenchConfig
@@ -55,6 +58,8 @@ class VBenchNetworks:
     flow: PairNetwork | None = None
     interpolate: PairNetwork | None = None
     """Called with one pair at a time."""
+    sha256: str = ""
+    """Hash of their files; empty without networks."""
 
 
 NO_NETWORKS = VBenchNetworks(device=torch.device("cpu"))
@@ -119,7 +124,23 @@ class VBenchModels:
             for name, (field_name, _) in _LOADERS.items()
             if getattr(self._config, name) is not None
         }
-        return VBenchNetworks(device=self._device, **encoders, **small)
+        return VBenchNetworks(
+            device=self._device,
+            sha256=self._sha256(),
+            **encoders,
+            **small,
+        )
+
+    def _sha256(self) -> str:
+        files = {
+            name: sha256_of_file(getattr(self._config, name).expanduser())
+            for name in _LOADERS
+            if getattr(self._config, name) is not None
+        }
+        folders = {name: sha256_of_folder(folder) for name, folder in self._folders.items()}
+        if not files | folders:
+            return ""
+        return hashlib.sha256(json.dumps(files | folders, sort_keys=True).encode()).hexdigest()
 
     def _load_small(self, name: str) -> Any:
         """Load a network that is one file, and run it once."""

@@ -9,6 +9,7 @@ from PIL import Image
 from stages.clips import ClipsConfig, write_video
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluate import score_side
+from stages.evaluate.frame_scorer import FrameScorer
 from stages.evaluate.reference import open_reference, track_reference
 from stages.evaluate.videos import open_side
 from stages.progress import SilentProgress
@@ -43,6 +44,7 @@ def score(extract_config, tmp_path):
             extract or extract_config,
             CLIPS,
             cache=tmp_path / "tracks" / folder.name,
+            frames=FrameScorer(tmp_path / "frame-scores", config or EvaluateConfig()),
             temperature=0.1,
             provenance={},
             progress=SilentProgress(),

@@ -10,6 +10,7 @@ import torch
 from stages.clips import write_video
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluate import compare_sides, score_side
+from stages.evaluate.frame_scorer import FrameScorer
 from stages.evaluate.output import summary_of, write_evaluation
 from stages.evaluate.vbench_summary import VBenchMeasured, vbench_summary
 from stages.evaluate.videos import open_side
@@ -137,10 +138,10 @@ class TestFiles:
                 extract_config,
                 None,
                 cache=tmp_path / "tracks",
+                frames=FrameScorer(tmp_path / "frame-scores", self.CONFIG, self.NETWORKS),
                 temperature=0.1,
                 provenance={},
                 progress=SilentProgress(),
-                vbench=self.NETWORKS,
             )
             evaluation = compare_sides([scored], self.CONFIG)
             page = write_evaluation(evaluation, tmp_path / "out", settings={}, made_with={})
