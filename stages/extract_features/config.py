@@ -36,8 +36,8 @@ class TeacherConfig(Section):
     """SAM2 over each clip in both directions, fused per frame."""
 
     checkpoint: str = "facebook/sam2.1-hiera-large"
-    """Path of a checkpoint in the official SAM2 format, or the hub id of an official SAM2 or SAM2.1
-    checkpoint."""
+    """Path of a checkpoint in the official SAM2 format, or of its state dict in a safetensors file,
+    or the hub id of an official SAM2 or SAM2.1 checkpoint."""
     config: str | None = None
     """Name of an official SAM2 configuration (sam2.1_hiera_t, _s, _b+, _l; sam2_hiera_…), or the
     path of a YAML file in their format. null uses the official one that matches the checkpoint."""

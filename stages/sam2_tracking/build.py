@@ -84,7 +84,11 @@ def find_checkpoint(name: str, *, download: bool = True) -> Path:
         return download_checkpoint(name, file, local_files_only=not download)
     raise ValueError(
         f"extract.teacher.checkpoint={name} is "
-        + ("a folder: name the .pt file in it" if path.is_dir() else "not a file on this machine")
+        + (
+            "a folder: name the .pt or .safetensors file in it"
+            if path.is_dir()
+            else "not a file on this machine"
+        )
         + "; give the path of a SAM2 checkpoint, or the hub id of an official one: "
         + ", ".join(HUB_CHECKPOINTS)
     )
@@ -188,7 +192,7 @@ def check_sam2(
     Args:
         config: Name of an official configuration, a YAML file, or None for the official one that
             matches the checkpoint.
-        checkpoint: An official checkpoint, {"model": state dict}.
+        checkpoint: See `checkpoints.read_checkpoint`.
         image_size: Side in pixels of SAM2's square input; None keeps the configuration's.
 
     Raises:
@@ -217,7 +221,7 @@ def build_sam2(
     Args:
         config: Name of an official configuration such as sam2.1_hiera_l, a YAML file, or None for
             the official one that matches the checkpoint.
-        checkpoint: An official checkpoint, {"model": state dict}; None keeps random weights.
+        checkpoint: See `checkpoints.read_checkpoint`; None keeps random weights.
         image_size: Side in pixels of SAM2's square input, a multiple of 32; None keeps the
             configuration's.
         device: Device of the model; meta builds it without values, for its shapes.

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from stages.files.weight_checks import refuse_lfs_pointer
 
@@ -41,14 +43,20 @@ def download_checkpoint(hub_id: str, file: str, *, local_files_only: bool) -> Pa
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Memory-map the state dict of an official checkpoint, without running code from it.
+    """Memory-map the state dict of a checkpoint, without running code from it.
+
+    Args:
+        checkpoint: An official checkpoint, {"model": state dict}, or the state dict in a
+            safetensors file.
 
     Raises:
-        ValueError: The file is missing, unreadable, or not {"model": state dict}.
+        ValueError: The file is missing or unreadable, or holds something else.
     """
     if not checkpoint.is_file():
         raise ValueError(f"there is no SAM2 checkpoint at {checkpoint}")
     refuse_lfs_pointer(checkpoint)
+    if checkpoint.suffix == ".safetensors":
+        return _read_safetensors(checkpoint)
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
@@ -61,6 +69,13 @@ def read_checkpoint(checkpoint: Path) -> dict[str, torch.Tensor]:
             f"{checkpoint} is not a SAM2 checkpoint: it must hold {{'model': state dict}}"
         )
     return weights
+
+
+def _read_safetensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(checkpoint)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{checkpoint} is not a readable safetensors file: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

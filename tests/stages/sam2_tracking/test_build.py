@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
 from stages.sam2_tracking.build import (
     build_sam2,
@@ -177,7 +178,7 @@ def test_a_name_that_is_neither_lists_the_official_ids(name: str) -> None:
 
 
 def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is a folder: name the \.pt file in it"):
+    with pytest.raises(ValueError, match=r"is a folder: name the \.pt or \.safetensors"):
         find_checkpoint(str(tmp_path))
 
 
@@ -206,6 +207,30 @@ def test_a_file_that_is_no_checkpoint_is_refused(
     else:
         torch.save(content, file)
     with pytest.raises(ValueError, match=message):
+        build_sam2("sam2.1_hiera_t", file)
+
+
+def test_safetensors_give_the_model_of_the_same_weights(
+    tiny_sam2: tuple[Path, Path], tmp_path: Path
+) -> None:
+    config, checkpoint = tiny_sam2
+    official = torch.load(checkpoint, weights_only=True)["model"]
+    for name, dtype in (("full", torch.float32), ("half", torch.float16)):
+        file = tmp_path / f"{name}.safetensors"
+        save_file({key: value.to(dtype) for key, value in official.items()}, file)
+        loaded = build_sam2(config, file).state_dict()
+        for key, value in build_sam2(config, checkpoint).state_dict().items():
+            assert loaded[key].dtype == value.dtype
+            assert torch.equal(loaded[key], value.to(dtype).to(value.dtype))
+
+
+def test_safetensors_are_checked_like_official_checkpoints(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="is not a readable safetensors file"):
+        build_sam2("sam2.1_hiera_t", file)
+    save_file({"weight": torch.zeros(2)}, file)
+    with pytest.raises(ValueError, match="does not fit the SAM2 configuration"):
         build_sam2("sam2.1_hiera_t", file)
 
 
