@@ -1,5 +1,6 @@
 """Builds the missing inputs of the built-in demo: clips, a tiny CogVideoX, a tiny SAM2."""
 
+import hashlib
 import io
 import json
 import shutil
@@ -30,13 +31,13 @@ class DemoConfig(Section):
     clips_per_tar: int = Field(default=8, ge=1)
     """Clips per webdataset tar; 8 is usual."""
     seed: int = Field(default=0, ge=0)
-    """Random seed of figures, backgrounds, gaits and the tiny SAM2; 0 is usual."""
+    """Random seed of figures, backgrounds and gaits; 0 is usual."""
     image_to_video: bool = False
     """Use an image-to-video pipeline (with an untrained transformer) instead of text-to-video."""
 
 
-_PRETRAINED = Path(__file__).parent / "pretrained"
-"""The packaged pipeline; `pretraining` reproduces it."""
+PRETRAINED = Path(__file__).parent / "pretrained"
+"""The packaged models, `sam2` and `cogvideox`; `stages.demo.training` makes them."""
 DemoPart = Literal["clips", "sam2", "cogvideox"]
 _RECIPE = "made_with.json"
 _FPS = 8.0
@@ -61,7 +62,7 @@ def demo_paths(root: Path) -> DemoPaths:
     return DemoPaths(
         clips=root / "clips",
         base_model=root / "models" / "cogvideox",
-        sam2_checkpoint=sam2 / "tiny.pt",
+        sam2_checkpoint=sam2 / "tiny.safetensors",
         sam2_config=sam2 / "tiny.yaml",
     )
 
@@ -100,7 +101,7 @@ def ensure_demo(
         "width": clips.width,
         "fps": clips.fps or _FPS,
     }
-    model_recipe: dict[str, Any] = {"image_to_video": config.image_to_video}
+    model_recipe = _packaged("cogvideox") | {"image_to_video": config.image_to_video}
     if config.image_to_video:
         model_recipe |= clip_recipe
     local_clips = clips.model_copy(update={"path": paths.clips})
@@ -113,8 +114,8 @@ def ensure_demo(
         if "sam2" in parts:
             _ensure(
                 paths.sam2_config.parent,
-                {"seed": config.seed},
-                lambda out: _build_sam2(out, config),
+                _packaged("sam2"),
+                lambda out: _copy_packaged("sam2", out),
             )
         if "cogvideox" in parts:
             _ensure(
@@ -174,16 +175,22 @@ def _build_clips(out: Path, config: DemoConfig, clips: ClipsConfig, progress: Pr
         )
 
 
-def _build_sam2(out: Path, config: DemoConfig) -> None:
-    from stages.demo.tiny_sam2 import build_tiny_sam2
+def _packaged(model: str) -> dict[str, Any]:
+    """Identify packaged weights in a recipe, so that a copy of earlier ones is not taken."""
+    digest = hashlib.sha256()
+    for file in sorted((PRETRAINED / model).rglob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return {"weights": digest.hexdigest()[:16]}
 
-    build_tiny_sam2(out, config.seed)
+
+def _copy_packaged(model: str, out: Path) -> None:
+    shutil.copytree(PRETRAINED / model, out, dirs_exist_ok=True)
 
 
 def _build_cogvideox(out: Path, config: DemoConfig, clips: ClipsConfig) -> None:
     """Copy the packaged pipeline; image-to-video uses its VAE and a random transformer."""
     if not config.image_to_video:
-        shutil.copytree(_PRETRAINED, out, dirs_exist_ok=True)
+        _copy_packaged("cogvideox", out)
         return
     # Imported here, so that a complete demo does not import diffusers.
     import torch
@@ -200,7 +207,9 @@ def _build_cogvideox(out: Path, config: DemoConfig, clips: ClipsConfig) -> None:
         captions=[record.caption or "" for record in _records(clips)],
         seed=config.seed,
         image_to_video=True,
-        vae=load_model(model_class_of("vae"), _PRETRAINED / "vae", torch_dtype=torch.float32),
+        vae=load_model(
+            model_class_of("vae"), PRETRAINED / "cogvideox" / "vae", torch_dtype=torch.float32
+        ),
     )
 
 

@@ -45,8 +45,8 @@ class FigureClip:
     """uint8 [T, H, W, 3]."""
     fps: float
     caption: str
-    mask_HW: np.ndarray
-    """bool [H, W]: visible pixels of the figure on frame 0."""
+    masks_THW: np.ndarray
+    """bool [T, H, W]: visible pixels of the figure."""
     kind: Kind
     gait: str
     joint_names: tuple[str, ...]
@@ -59,6 +59,13 @@ class FigureClip:
     visible_TL: np.ndarray
     """float64 [T, L]: fraction of each limb's area not hidden by other limbs, the occluder or the
     frame edge."""
+    scenery_THWC: np.ndarray
+    """uint8 [T, H, W, 3]: the frames without the figure and its shadow."""
+
+    @property
+    def mask_HW(self) -> np.ndarray:
+        """bool [H, W]: visible pixels of the figure on frame 0."""
+        return self.masks_THW[0]
 
     def ground_truth(self) -> dict[str, Any]:
         """Joints and limbs as JSON values."""
@@ -141,7 +148,7 @@ def draw_clip(
         frames_THWC=np.stack([image_HWC for image_HWC, _, _ in painted]),
         fps=fps,
         caption=_caption(gait, background, faces_left=faces_left, pans=pans),
-        mask_HW=labels_THW[0] >= 0,
+        masks_THW=labels_THW >= 0,
         kind=kind,
         gait=gait.name,
         joint_names=plan.joint_names,
@@ -149,6 +156,7 @@ def draw_clip(
         limbs=plan.limbs,
         size=size,
         visible_TL=np.array(visible),
+        scenery_THWC=np.stack([_scenery(background, frame) for frame in range(num_frames)]),
     )
 
 
@@ -218,8 +226,17 @@ def _paint(
         limb.name: min(1.0, float((labels_HW == index).sum() / limb_areas[limb.name]))
         for index, limb in enumerate(limbs)
     }
-    image_HWC = np.clip(np.rint(canvas_HWC * 255), 0, 255).astype(np.uint8)
-    return image_HWC, labels_HW, visible
+    return _as_image(canvas_HWC), labels_HW, visible
+
+
+def _scenery(background: Background, frame: int) -> np.ndarray:
+    canvas_HWC = background.draw_backdrop(frame)
+    background.draw_post(canvas_HWC, frame)
+    return _as_image(canvas_HWC)
+
+
+def _as_image(canvas_HWC: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(canvas_HWC * 255), 0, 255).astype(np.uint8)
 
 
 def capsule_coverage(

@@ -146,7 +146,13 @@ def _tokenizer(captions: Sequence[str]) -> T5Tokenizer:
     return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=MAX_TEXT_TOKENS)
 
 
-def build_tiny_vae(seed: int) -> AutoencoderKLCogVideoX:
+def build_tiny_vae(
+    seed: int,
+    *,
+    widths: tuple[int, int, int, int] = _VAE_WIDTHS,
+    latent_channels: int = _LATENT_CHANNELS,
+    norm_groups: int = _NORM_GROUPS,
+) -> AutoencoderKLCogVideoX:
     """Build a VAE initialised to downsample: three latent channels hold the mean colour of 8x8.
 
     From there it learns details in a few hundred steps; from the usual random weights it takes
@@ -154,16 +160,19 @@ def build_tiny_vae(seed: int) -> AutoencoderKLCogVideoX:
 
     Args:
         seed: Random seed of the weights.
+        widths: Channels of the blocks, multiples of `norm_groups` and at least 8.
+        latent_channels: Channels of the latents, at least 3.
+        norm_groups: Groups of the normalisations.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = AutoencoderKLCogVideoX(
             down_block_types=("CogVideoXDownBlock3D",) * 4,
             up_block_types=("CogVideoXUpBlock3D",) * 4,
-            block_out_channels=_VAE_WIDTHS,
-            latent_channels=_LATENT_CHANNELS,
+            block_out_channels=widths,
+            latent_channels=latent_channels,
             layers_per_block=1,
-            norm_num_groups=_NORM_GROUPS,
+            norm_num_groups=norm_groups,
             temporal_compression_ratio=4,
             scaling_factor=1.0,
         )
@@ -192,8 +201,9 @@ def _start_as_thumbnail(vae: AutoencoderKLCogVideoX) -> None:
     _merge_signs(vae.encoder.conv_out.conv)
     _merge_signs(vae.decoder.conv_out.conv)
     log_variance = vae.encoder.conv_out.conv
-    log_variance.weight[_LATENT_CHANNELS:].zero_()
-    log_variance.bias[_LATENT_CHANNELS:].fill_(-4.0)
+    latent_channels = vae.config.latent_channels
+    log_variance.weight[latent_channels:].zero_()
+    log_variance.bias[latent_channels:].fill_(-4.0)
 
 
 def _init_identity(conv: nn.Conv2d | nn.Conv3d, *, mean: bool = False) -> None:

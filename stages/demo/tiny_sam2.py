@@ -1,54 +1,57 @@
-"""A SAM2 of 1.4 million random weights in the official classes and file formats, for the demo."""
+"""A SAM2 of 1.4 million weights in the official classes and configuration format, for the demo."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_IMAGE_SIZE = 128
+IMAGE_SIZE = 128
+"""Side of the square input, pixels."""
 _TEMPLATE = "sam2.1_hiera_t"
 _TRUNK_WIDTH = 16
 _WIDTH = 64
 _MEMORY_WIDTH = 16
+_PLACE_BIAS = 3.0
+"""A neighbouring token's memory then gets a fifth of the weight of a token's own."""
 
 
-def build_tiny_sam2(out: Path, seed: int) -> None:
-    """Write `tiny.yaml` and `tiny.pt` to a folder.
-
-    The configuration is the packaged sam2.1_hiera_t with smaller widths, fewer blocks and 128-pixel
-    input; the checkpoint is {"model": state dict}, like the official ones.
-
-    Args:
-        out: Output folder; created if missing.
-        seed: Random seed of the weights.
-    """
+def write_tiny_config(file: Path) -> None:
+    """Write the configuration: sam2.1_hiera_t with smaller widths and fewer blocks."""
     # Imported here, so that training and sampling with existing models do not need sam2.
     from omegaconf import OmegaConf
 
-    from stages.sam2_tracking.build import build_sam2, official_configs
+    from stages.sam2_tracking.build import official_configs
 
-    out.mkdir(parents=True, exist_ok=True)
     config = OmegaConf.load(official_configs()[_TEMPLATE])
     for key, value in _overrides().items():
         OmegaConf.update(config, f"model.{key}", value)
-    config_path = out / "tiny.yaml"
-    text = OmegaConf.to_yaml(config)
-    config_path.write_text(f"# @package _global_\n{text}", encoding="utf-8")
+    file.write_text(f"# @package _global_\n{OmegaConf.to_yaml(config)}", encoding="utf-8")
+
+
+def build_tiny_sam2(config: Path, seed: int) -> torch.nn.Module:
+    """Build the model with random weights.
+
+    Args:
+        config: From `write_tiny_config`.
+        seed: Random seed of the weights.
+    """
+    from stages.sam2_tracking.build import build_sam2
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_sam2(config_path, None)
+        model = build_sam2(config, None)
         _randomise(model)
-    torch.save({"model": model.state_dict()}, out / "tiny.pt")
+    return model
 
 
 def _overrides() -> dict[str, Any]:
-    grid = [_IMAGE_SIZE // 16] * 2
+    grid = [IMAGE_SIZE // 16] * 2
     trunk = "image_encoder.trunk"
     neck = "image_encoder.neck"
     attention = "memory_attention"
     memory = "memory_encoder"
     return {
-        "image_size": _IMAGE_SIZE,
+        "image_size": IMAGE_SIZE,
         f"{trunk}.embed_dim": _TRUNK_WIDTH,
         f"{trunk}.stages": [1, 1, 2, 1],
         f"{trunk}.global_att_blocks": [3],
@@ -76,7 +79,9 @@ def _randomise(model: torch.nn.Module) -> None:
     """Randomise the parameters that SAM2 initialises to (almost) zero, so that all of them matter.
 
     These are layer scales, position embeddings and biases. The object score is biased towards
-    "present", since an absent object blanks the memory.
+    "present", since an absent object blanks the memory. Equal queries and keys differ by their
+    rotary embedding alone, so that each token first attends to memories of its own place; with
+    others, a short training finds no use for memories.
     """
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -84,5 +89,8 @@ def _randomise(model: torch.nn.Module) -> None:
                 weight.normal_(std=0.1)
             elif "pos_embed" in name or (name.endswith(".bias") and not weight.any()):
                 weight.normal_(std=0.02)
-        score_head: Any = model.sam_mask_decoder
-        score_head.pred_obj_score_head.layers[-1].bias.fill_(3.0)
+        parts: Any = model
+        parts.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.fill_(3.0)
+        for layer in parts.memory_attention.layers:
+            layer.cross_attn_image.q_proj.bias.fill_(_PLACE_BIAS)
+            layer.cross_attn_image.k_proj.bias.fill_(_PLACE_BIAS)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.demo.tiny_sam2 import build_tiny_sam2
+from stages.demo.build import PRETRAINED
 from stages.sam2_tracking.build import build_sam2
 from stages.sam2_tracking.inputs import Sam2Prompt
 from stages.sam2_tracking.tracker import Tracker, TrackRequest
@@ -20,17 +20,15 @@ pytestmark = [
 SIZE = 128
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sam2")
-    build_tiny_sam2(folder, seed=0)
-    return folder
+@pytest.fixture
+def weights() -> Path:
+    return PRETRAINED / "sam2"
 
 
 def tracked(weights: Path, device: str, num_frames: int, **settings: Any) -> torch.Tensor:
     """Features of a forward track, [T, C, h, w] on the host."""
     frames = np.random.default_rng(0).integers(0, 255, (num_frames, SIZE, SIZE, 3), dtype=np.uint8)
-    model = build_sam2(weights / "tiny.yaml", weights / "tiny.pt", device=device)
+    model = build_sam2(weights / "tiny.yaml", weights / "tiny.safetensors", device=device)
     tracker = Tracker(model, **{"precision": "fp32", **settings})
     prompt = Sam2Prompt(
         points_1P2=torch.tensor([[[30.0, 40.0], [90.0, 100.0]]], device=device),

@@ -20,6 +20,7 @@ from sam2.build_sam import build_sam2_video_predictor
 from cache_schema import ArraySpec, StoreSettings
 from stages.clips import Clip, ClipRecord, ClipsConfig, ClipSkipped, encode_video, load_clip
 from stages.config import BaseModelConfig
+from stages.demo.build import PRETRAINED
 from stages.extract_features.config import ExtractConfig, Kind, TeacherConfig
 from stages.extract_features.extraction import Extracted, clip_settings
 
@@ -188,6 +189,12 @@ def tiny_sam2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     randomise(model)
     torch.save({"model": model.state_dict()}, folder / "tiny.pt")
     return folder / "tiny.yaml", folder / "tiny.pt"
+
+
+@pytest.fixture(scope="session")
+def packaged_sam2() -> Path:
+    """The folder of the demo's trained SAM2."""
+    return PRETRAINED / "sam2"
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from stages.cogvideox.configs import read_configs, read_model_index
 from stages.cogvideox.sampler import build_pipeline, pipeline_class
 from stages.cogvideox.weights import check_base_weights, hash_transformer, load_tokenizer
-from stages.demo.build import _PRETRAINED
+from stages.demo.build import PRETRAINED
 from stages.files.weight_checks import check_weights, read_config, read_json
 from stages.sample_videos.runs import find_export
 
@@ -19,7 +19,7 @@ from stages.sample_videos.runs import find_export
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """The demo's pretrained pipeline, of the official classes and file formats."""
-    return Path(shutil.copytree(_PRETRAINED, tmp_path / "base"))
+    return Path(shutil.copytree(PRETRAINED / "cogvideox", tmp_path / "base"))
 
 
 def change(file: Path, **fields: Any) -> None:
@@ -235,4 +235,4 @@ def test_the_official_models_are_taken() -> None:
 def test_check_weights_takes_the_demo_models() -> None:
     from transformers import T5EncoderModel
 
-    assert check_weights(T5EncoderModel, _PRETRAINED / "text_encoder")
+    assert check_weights(T5EncoderModel, PRETRAINED / "cogvideox" / "text_encoder")

@@ -1,11 +1,7 @@
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKLCogVideoX,
     CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     DiffusionPipeline,
@@ -13,10 +9,9 @@ from diffusers import (
 from peft import LoraConfig
 from PIL import Image
 
-from stages.demo import draw_clip
-from stages.demo.pretraining import fit_tiny_vae
 from stages.demo.tiny_cogvideox import build_tiny_cogvideox, build_tiny_vae
-from stages.demo.tiny_sam2 import build_tiny_sam2
+from stages.demo.tiny_sam2 import build_tiny_sam2, write_tiny_config
+from stages.demo.training.vae import NORM_GROUPS, WIDTHS
 
 _CAPTIONS = ("A biped walks to the left over sand.", "A quadruped trots to the right.")
 _SIZE = {"height": 32, "width": 48, "num_frames": 9}
@@ -68,62 +63,36 @@ def test_the_tokenizer_knows_its_words_and_spells_others(pipeline):
     assert tokenizer.unk_token_id not in unknown and len(unknown) > 3
 
 
-def test_vae_compresses_as_the_official_one():
-    vae = build_tiny_vae(0)
+@pytest.mark.parametrize(
+    ("sizes", "channels"),
+    [({}, 8), ({"widths": WIDTHS, "latent_channels": 16, "norm_groups": NORM_GROUPS}, 16)],
+    ids=["packaged", "training"],
+)
+def test_vae_compresses_as_the_official_one(sizes, channels):
+    vae = build_tiny_vae(0, **sizes)
     pixels = torch.zeros(2, 3, 9, 32, 48)
     with torch.no_grad():
         latents = vae.encode(pixels).latent_dist.mean
-        assert latents.shape == (2, 8, 3, 4, 6)
+        assert latents.shape == (2, channels, 3, 4, 6)
         assert vae.decode(latents).sample.shape == pixels.shape
 
 
-def test_fitting_lowers_the_error_and_sets_the_scale():
-    clips = np.stack(
-        [draw_clip(s, num_frames=9, height=32, width=48).frames_THWC for s in range(2)]
-    )
-    errors: list[float] = []
-
-    class Task:
-        def advance(self, amount: int = 1) -> None:
-            pass
-
-        def note(self, text: str) -> None:
-            errors.append(float(text.removeprefix("error ")))
-
-    def fitted() -> AutoencoderKLCogVideoX:
-        vae = build_tiny_vae(0)
-        task: Any = Task()
-        fit_tiny_vae(vae, clips, steps=8, seed=0, task=task)
-        return vae
-
-    first, second = fitted(), fitted()
-    assert len(errors) == 16 and errors[7] < 0.8 * errors[0]
-    for one, other in zip(first.parameters(), second.parameters(), strict=True):
-        assert torch.equal(one, other)
-    pixels = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    with torch.no_grad():
-        latents = first.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(0))
-    assert (latents * first.config.scaling_factor).std().item() == pytest.approx(1, rel=0.05)
-
-
-def test_the_tiny_sam2_loads_as_a_checkpoint_in_the_official_format(tmp_path):
+def test_the_packaged_tiny_sam2_has_the_configuration_that_training_writes(packaged_sam2, tmp_path):
     from stages.sam2_tracking.build import build_sam2
 
-    build_tiny_sam2(tmp_path, seed=0)
-    content = torch.load(tmp_path / "tiny.pt", weights_only=True)
-    assert set(content) == {"model"}
-    model = build_sam2(tmp_path / "tiny.yaml", tmp_path / "tiny.pt")
+    write_tiny_config(tmp_path / "tiny.yaml")
+    packaged = packaged_sam2 / "tiny.yaml"
+    assert packaged.read_bytes() == (tmp_path / "tiny.yaml").read_bytes()
+    model = build_sam2(packaged, packaged_sam2 / "tiny.safetensors")
     assert model.image_size == 128
     with torch.no_grad():
         features = model.forward_image(torch.randn(1, 3, 128, 128))["backbone_fpn"]
     assert features[-1].shape == (1, 64, 8, 8) and features[-1].std() > 0.01
 
 
-def test_a_seed_makes_the_same_models(tmp_path):
+def test_a_seed_makes_the_same_sam2(tmp_path):
+    write_tiny_config(tmp_path / "tiny.yaml")
     state = torch.get_rng_state()
-    for name in ("a", "b"):
-        build_tiny_sam2(tmp_path / name, seed=3)
-    one, other = (torch.load(tmp_path / n / "tiny.pt")["model"] for n in ("a", "b"))
+    one, other = (build_tiny_sam2(tmp_path / "tiny.yaml", seed=3).state_dict() for _ in range(2))
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert torch.equal(torch.get_rng_state(), state), "the caller's random state is its own"
-    assert Path(tmp_path / "a" / "tiny.yaml").read_text() == (tmp_path / "b/tiny.yaml").read_text()

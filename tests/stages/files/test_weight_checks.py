@@ -15,7 +15,7 @@ from stages.cogvideox.weights import (
     parts_are_here,
 )
 from stages.config import BaseModelConfig
-from stages.demo.build import _PRETRAINED
+from stages.demo.build import PRETRAINED
 from stages.dry_run.extract_stores import planned_passes
 from stages.extract_features.config import ExtractConfig
 from stages.extract_features.kinds import make_extractions
@@ -33,7 +33,7 @@ PARTS = {
 @pytest.fixture
 def base(tmp_path):
     """The demo's pretrained pipeline, of the official classes and file formats."""
-    return shutil.copytree(_PRETRAINED, tmp_path / "base")
+    return shutil.copytree(PRETRAINED / "cogvideox", tmp_path / "base")
 
 
 @pytest.fixture(params=PARTS)

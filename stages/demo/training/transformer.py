@@ -1,0 +1,306 @@
+"""Trains the demo's base model, a text- or image-to-video transformer, on drawn clips.
+
+    python -m stages.demo.training.vae VAE
+    python -m stages.demo.training.transformer OUT --vae VAE [--image-to-video]
+
+OUT receives a diffusers pipeline folder, weights in float16, `training.json` (steps, seed,
+versions, and the loss on clips that it was not trained on), and what a stopped run goes on from:
+`training.pt`, and encoded clips in `encoded-*/`.
+"""
+
+# Legend: N clip, B clip of a batch, F latent frame, C channel, H W latent grid, L token, D text
+# channel, S timestep.
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from diffusers import AutoencoderKLCogVideoX, DiffusionPipeline
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from stages.cogvideox.diffusion import cumulative_alphas, diffusion_loss, noisy_latents
+from stages.cogvideox.inputs import image_condition
+from stages.demo.tiny_cogvideox import MAX_TEXT_TOKENS, build_tiny_cogvideox
+from stages.demo.training.drawn_clips import (
+    HEIGHT,
+    HELD_OUT_SEEDS,
+    NUM_FRAMES,
+    WIDTH,
+    draw_demo_clip,
+    training_seed,
+)
+from stages.demo.training.run import (
+    TrainingRun,
+    cosine_schedule,
+    drop_load_paths,
+    progress_bar,
+    write_record,
+)
+from stages.demo.training.vae import FPS, as_pixels
+from stages.files.tensor_files import save_tensors, umask_modes
+from stages.progress import Task
+
+_LAYERS, _HEADS = 6, 5
+_BATCH = 4
+_LEARNING_RATE = 1e-3
+_WARMUP_STEPS = 100
+_EMA_DECAY = 0.998
+"""Decay of the EMA of the weights; the EMA is saved."""
+_EMPTY_CAPTIONS = 0.1
+"""Fraction of the clips without their caption, so that guidance can be used."""
+_CLIPS_PER_FILE = 50
+_HELD_OUT_TIMESTEPS = (100, 300, 500, 700, 900)
+
+_Clips = dict[str, Tensor]
+"""mean_NFCHW, std_NFCHW: scaled posterior; image_N1CHW: posterior mean of the first frame alone."""
+
+
+def train(
+    out: Path,
+    vae_folder: Path,
+    *,
+    image_to_video: bool,
+    num_clips: int,
+    steps: int,
+    seed: int,
+    held_out_clips: int,
+) -> None:
+    """Train a pipeline's transformer, or finish a stopped run.
+
+    Args:
+        out: Output folder; created if missing.
+        vae_folder: A VAE from `stages.demo.training.vae`.
+        image_to_video: Train an image-to-video transformer.
+        num_clips: Clips to train on.
+        steps: Training steps.
+        seed: Random seed of weights, clips, timesteps and noise.
+        held_out_clips: Clips on which the loss is measured.
+
+    Raises:
+        ValueError: `out` has a run with other settings, or the loss is NaN or infinite.
+    """
+    vae = AutoencoderKLCogVideoX.from_pretrained(vae_folder, torch_dtype=torch.float32)
+    seeds = [training_seed(index, run_seed=seed) for index in range(num_clips)]
+    clips, captions = _encoded(vae, seeds, out)
+    unseen, unseen_captions = _encoded(vae, HELD_OUT_SEEDS[:held_out_clips], out)
+    build_tiny_cogvideox(
+        out,
+        height=HEIGHT,
+        width=WIDTH,
+        num_frames=NUM_FRAMES,
+        captions=captions,
+        seed=seed,
+        image_to_video=image_to_video,
+        vae=vae,
+        num_layers=_LAYERS,
+        num_heads=_HEADS,
+    )
+    pipeline = DiffusionPipeline.from_pretrained(out)
+    student = pipeline.transformer.train()
+    ema = copy.deepcopy(student).requires_grad_(False).eval()
+    run = TrainingRun(
+        out,
+        {"transformer": student, "ema": ema},
+        steps=steps,
+        recipe={
+            "seed": seed,
+            "num_clips": num_clips,
+            "image_to_video": image_to_video,
+            "vae": _digest(vae, []),
+        },
+        weight_decay=1e-4,
+        betas=(0.9, 0.98),
+    )
+    model = _Denoiser(pipeline)
+    with progress_bar("transformer", steps, completed=run.done) as task:
+        _train_steps(student, ema, run, model, clips, captions, seed=seed, task=task)
+    losses = {
+        f"timestep {timestep}": round(
+            model.held_out_loss(ema, unseen, unseen_captions, timestep), 4
+        )
+        for timestep in _HELD_OUT_TIMESTEPS
+    }
+    pipeline.transformer = ema
+    with umask_modes(out):
+        pipeline.to(torch.float16).save_pretrained(out)
+    drop_load_paths(out)
+    write_record(
+        out / "training.json",
+        steps=steps,
+        seed=seed,
+        num_clips=num_clips,
+        held_out={"clips": held_out_clips, "loss": losses},
+    )
+
+
+def _train_steps(
+    student: nn.Module,
+    ema: nn.Module,
+    run: TrainingRun,
+    model: "_Denoiser",
+    clips: _Clips,
+    captions: Sequence[str],
+    *,
+    seed: int,
+    task: Task,
+) -> None:
+    """Train from the run's step to its last one; a step's draws depend on seed and number alone."""
+    text_NLD, empty_1LD = model.encode(captions), model.encode([""])
+    for step in run.remaining_steps():
+        random = torch.Generator().manual_seed(seed * run.steps + step)
+        index_B = torch.randint(len(captions), (_BATCH,), generator=random)
+        timestep_B = torch.randint(len(model.abar_S), (_BATCH,), generator=random)
+        no_caption_B = torch.rand(_BATCH, generator=random) < _EMPTY_CAPTIONS
+        text_BLD = torch.where(no_caption_B[:, None, None], empty_1LD, text_NLD[index_B])
+        batch = {name: values[index_B].float() for name, values in clips.items()}
+        loss = model.loss(student, batch, text_BLD, timestep_B, random).mean()
+        run.update(
+            loss,
+            rate=_LEARNING_RATE * cosine_schedule(step, run.steps, warmup_steps=_WARMUP_STEPS),
+        )
+        decay = min(_EMA_DECAY, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for mean, weight in zip(ema.parameters(), student.parameters(), strict=True):
+                mean.lerp_(weight, 1 - decay)
+        task.advance()
+        task.note(f"loss {loss.item():.3f}")
+
+
+class _Denoiser:
+    """What of a pipeline training needs besides the transformer's weights."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
+        self._takes_image = (
+            pipeline.transformer.config.in_channels > pipeline.vae.config.latent_channels
+        )
+        num_latents = (NUM_FRAMES - 1) // 4 + 1
+        self._positions = pipeline._prepare_rotary_positional_embeddings(
+            HEIGHT, WIDTH, num_latents, "cpu"
+        )
+        self.abar_S = cumulative_alphas(pipeline.scheduler.config).float()
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Text embeddings [N, L, D]."""
+        encoded = [
+            self._pipeline.encode_prompt(
+                caption, do_classifier_free_guidance=False, max_sequence_length=MAX_TEXT_TOKENS
+            )[0]
+            for caption in captions
+        ]
+        return torch.cat(encoded)
+
+    def loss(
+        self,
+        transformer: nn.Module,
+        batch: _Clips,
+        text_BLD: Tensor,
+        timestep_B: Tensor,
+        random: torch.Generator,
+    ) -> Tensor:
+        """Diffusion loss of each clip: [B]."""
+        mean_BFCHW = batch["mean_NFCHW"]
+        clean, noise = (torch.randn(mean_BFCHW.shape, generator=random) for _ in range(2))
+        clean = mean_BFCHW + batch["std_NFCHW"] * clean
+        abar_B = self.abar_S[timestep_B]
+        inputs = noisy_latents(clean, noise, abar_B)
+        if self._takes_image:
+            condition = [
+                image_condition(image_1CHW, clean.shape[1]) for image_1CHW in batch["image_N1CHW"]
+            ]
+            inputs = torch.cat([inputs, torch.stack(condition)], dim=2)
+        predicted = transformer(
+            hidden_states=inputs,
+            encoder_hidden_states=text_BLD,
+            timestep=timestep_B,
+            image_rotary_emb=self._positions,
+            return_dict=False,
+        )[0]
+        return diffusion_loss(predicted, clean, noise, abar_B)
+
+    @torch.no_grad()
+    def held_out_loss(
+        self, transformer: nn.Module, clips: _Clips, captions: Sequence[str], timestep: int
+    ) -> float:
+        """Mean loss at a timestep, with fixed noise."""
+        random = torch.Generator().manual_seed(timestep)
+        batch = {name: values.float() for name, values in clips.items()}
+        timestep_B = torch.full((len(captions),), timestep)
+        text_BLD = self.encode(captions)
+        return self.loss(transformer, batch, text_BLD, timestep_B, random).mean().item()
+
+
+def _encoded(
+    vae: AutoencoderKLCogVideoX, seeds: Sequence[int], out: Path
+) -> tuple[_Clips, list[str]]:
+    """Draw and encode clips, or read those that a stopped run has encoded."""
+    folder = out / f"encoded-{_digest(vae, seeds)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: list[_Clips] = []
+    captions: list[str] = []
+    with progress_bar("encode clips", len(seeds)) as task:
+        for start in range(0, len(seeds), _CLIPS_PER_FILE):
+            drawn = [draw_demo_clip(s, fps=FPS) for s in seeds[start : start + _CLIPS_PER_FILE]]
+            captions += [clip.caption for clip in drawn]
+            file = folder / f"{start:06d}.safetensors"
+            if not file.exists():
+                encoded = [_encode(vae, clip.frames_THWC) for clip in drawn]
+                partial = file.with_suffix(".partial")
+                save_tensors(
+                    {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]},
+                    partial,
+                )
+                partial.rename(file)
+            parts.append(load_file(file))
+            task.advance(len(drawn))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, captions
+
+
+def _digest(vae: AutoencoderKLCogVideoX, seeds: Sequence[int]) -> str:
+    """Identify a VAE's weights and clips encoded with it."""
+    digest = hashlib.sha256(repr(list(seeds)).encode())
+    for weight in vae.state_dict().values():
+        digest.update(weight.numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+@torch.no_grad()
+def _encode(vae: AutoencoderKLCogVideoX, frames_THWC: Any) -> _Clips:
+    """float16, of one clip."""
+    pixels_1CTHW = as_pixels(frames_THWC[None])
+    posterior = vae.encode(pixels_1CTHW).latent_dist
+    image = vae.encode(pixels_1CTHW[:, :, :1]).latent_dist.mean
+    values = {"mean_NFCHW": posterior.mean, "std_NFCHW": posterior.std, "image_N1CHW": image}
+    scale = vae.config.scaling_factor
+    return {name: (value * scale).transpose(1, 2).half() for name, value in values.items()}
+
+
+def main(
+    out: Path,
+    vae: Annotated[Path, typer.Option(help="folder of a VAE from stages.demo.training.vae")],
+    image_to_video: Annotated[bool, typer.Option("--image-to-video")] = False,
+    clips: Annotated[int, typer.Option(min=1)] = 3000,
+    steps: Annotated[int, typer.Option(min=1)] = 20_000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Train a base model for the demo and write its pipeline to OUT."""
+    torch.set_num_threads(1)  # for models this small, threads cost more than they gain
+    train(
+        out,
+        vae,
+        image_to_video=image_to_video,
+        num_clips=clips,
+        steps=steps,
+        seed=seed,
+        held_out_clips=24,
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
