@@ -18,7 +18,7 @@ from stages.local_gram_flow.fusion import (
     regrid_fused,
     take_directions,
 )
-from stages.local_gram_flow.loss import Divergence, gram_flow_loss, implied_flow
+from stages.local_gram_flow.loss import Divergence, flow_entropy, gram_flow_loss, implied_flow
 from stages.local_gram_flow.similarities import (
     Kernel,
     local_gram_flow,
@@ -33,6 +33,7 @@ __all__ = [
     "Divergence",
     "Fusion",
     "Kernel",
+    "flow_entropy",
     "frames_to_latents",
     "fuse_directions",
     "fuse_subjects",

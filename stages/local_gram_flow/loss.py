@@ -1,4 +1,4 @@
-"""Gram-flow loss between student and teacher, and the motion that a Gram flow implies.
+"""Gram-flow loss between student and teacher, and the motion and entropy of a Gram flow.
 
 Legend: B clip, P frame pair, H W token grid, K neighbour.
 """
@@ -113,6 +113,23 @@ def _log_softmax_inside(similarities_BPHWK: Tensor, mask_HWK: Tensor, temperatur
     """Log-softmax over the neighbours inside the grid; the others are large but finite."""
     floor = torch.finfo(similarities_BPHWK.dtype).min
     return F.log_softmax((similarities_BPHWK / temperature).masked_fill(~mask_HWK, floor), dim=-1)
+
+
+def flow_entropy(similarities_BPHWK: Tensor, temperature: float) -> Tensor:
+    """Entropy of each token's Gram flow, relative to that of a uniform choice.
+
+    Returns:
+        entropy_BPHW from 0, one neighbour has all the probability, to 1, the Gram flow says nothing
+        about where the token goes; 0 for a window of a single neighbour. float32, or float64 for
+        float64 input.
+    """
+    _, _, H, W, K = similarities_BPHWK.shape
+    mask_HWK = neighbour_mask(H, W, radius_of_window(K), similarities_BPHWK.device)
+    dtype = torch.promote_types(similarities_BPHWK.dtype, torch.float32)
+    log_probability = _log_softmax_inside(similarities_BPHWK.to(dtype), mask_HWK, temperature)
+    terms = (log_probability.exp() * log_probability).masked_fill(~mask_HWK, 0.0)
+    highest_HW = mask_HWK.sum(-1).to(dtype).log()
+    return -terms.sum(-1) / highest_HW.clamp(min=torch.finfo(dtype).tiny)
 
 
 def implied_flow(similarities_BPHWK: Tensor, temperature: float) -> Tensor:

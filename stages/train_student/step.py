@@ -103,7 +103,22 @@ class TrainingStep:
         diffusion_B = diffusion_loss(velocity_BFCHW, batch.clean_BFCHW, batch.noise_BFCHW, abar_B)
         total = diffusion_B.mean()
         auxiliary_B: dict[str, Tensor] = {}
-        teacher = Teacher(
+        teacher = self._teacher(batch, shape)
+        for objective in self._objectives:
+            loss_B = objective(features[objective.name], teacher)
+            counted_B = objective.weights_of(batch.timestep_B, abar_B) * loss_B
+            total = total + objective.weight_at(step) * counted_B.mean()
+            auxiliary_B[objective.name] = loss_B.detach()
+        return Losses(total, diffusion_B.detach(), auxiliary_B)
+
+    def describe_teacher(self, batch: Batch) -> list[str]:
+        """What the objectives have to say of the teacher of the first batch, on the device."""
+        teacher = self._teacher(batch, self._shape(batch))
+        described = (objective.describe_teacher(teacher) for objective in self._objectives)
+        return [text for text in described if text is not None]
+
+    def _teacher(self, batch: Batch, shape: _Shape) -> Teacher:
+        return Teacher(
             arrays=batch.teacher,
             valid_BT=batch.teacher_valid_BT,
             masks=batch.masks,
@@ -111,12 +126,6 @@ class TrainingStep:
             token_grid=shape.token_grid[1:],
             layout=self._layout,
         )
-        for objective in self._objectives:
-            loss_B = objective(features[objective.name], teacher)
-            counted_B = objective.weights_of(batch.timestep_B, abar_B) * loss_B
-            total = total + objective.weight_at(step) * counted_B.mean()
-            auxiliary_B[objective.name] = loss_B.detach()
-        return Losses(total, diffusion_B.detach(), auxiliary_B)
 
     def _shape(self, batch: Batch) -> _Shape:
         _, padded, _, height, width = batch.clean_BFCHW.shape

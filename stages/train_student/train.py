@@ -257,6 +257,9 @@ def _train_step(
     damaged_here: list[DamagedClip] = []
     for micro_step in range(run.accumulation):
         batch = clock.next(batches).to(world.device)
+        if step == 0 and micro_step == 0 and world.is_first:
+            for text in training_step.describe_teacher(batch):
+                run.progress.log(text)
         losses = training_step(engine, batch, step)
         engine.backward(nan_if_nonfinite(losses))
         totals.add(batch.keys, batch.timestep_B, losses, len(batch.damaged))

@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from stages.local_gram_flow import (
+    flow_entropy,
     implied_flow,
     neighbour_mask,
     radius_of_window,
@@ -223,7 +224,7 @@ def pair_flows(tracks: SubjectTracks, *, temperature: float) -> list[PairFlow]:
     _, height, width, neighbours = similarities_PHWK.shape
     subject_THW = on_token_grid(tracks.forward_TMN, height, width)
     inside_HWK = neighbour_mask(height, width, radius_of_window(neighbours))
-    entropy_PHW = _normalised_entropy(similarities_PHWK, inside_HWK, temperature)
+    entropy_PHW = flow_entropy(similarities_PHWK[None], temperature)[0]
     # A window that the frame's edge cuts on one side would imply motion away from the edge.
     mirrored_HWK = inside_HWK & inside_HWK.flip(-1)
     balanced_PHWK = similarities_PHWK.masked_fill(~mirrored_HWK, -1e4 * temperature)
@@ -256,16 +257,6 @@ def _flow_scores(tracks: SubjectTracks, temperature: float) -> dict[str, float]:
         ),
         "camera_motion": _mean([float(np.hypot(*one.camera_2)) for one in pairs]),
     }
-
-
-def _normalised_entropy(
-    similarities_PHWK: Tensor, inside_HWK: Tensor, temperature: float
-) -> Tensor:
-    logits_PHWK = (similarities_PHWK / temperature).masked_fill(~inside_HWK, -torch.inf)
-    log_P = F.log_softmax(logits_PHWK, dim=-1)
-    terms_PHWK = torch.where(inside_HWK, log_P.exp() * log_P, 0.0)
-    entropy_PHW: Tensor = -terms_PHWK.sum(-1) / inside_HWK.sum(-1).double().log()
-    return entropy_PHW
 
 
 def on_token_grid(masks_TMN: np.ndarray, height: int, width: int) -> Tensor:

@@ -6,10 +6,18 @@ Legend: B clip, T map of the teacher, P pair of maps, H W token grid, C channel,
 import torch
 from torch import Tensor
 
-from stages.local_gram_flow import gram_flow_loss, local_gram_flow, reverse_pairs
+from stages.local_gram_flow import (
+    flow_entropy,
+    gram_flow_loss,
+    local_gram_flow,
+    reverse_pairs,
+)
 from stages.train_student.model.teacher import Teacher
 from stages.train_student.objectives.config import LgfConfig
 from stages.train_student.objectives.objective import Objective, only_valid
+
+NEARLY_UNIFORM = 0.95
+"""Entropy relative to a uniform choice from which a teacher is said to teach little."""
 
 
 class LocalGramFlow(Objective[LgfConfig]):
@@ -48,3 +56,24 @@ class LocalGramFlow(Objective[LgfConfig]):
             )
             losses.append(loss_B)
         return torch.stack(losses).mean(0)
+
+    def describe_teacher(self, teacher: Teacher) -> str | None:
+        """The entropy of the teacher's Gram flow, and a warning if it is nearly uniform."""
+        lgf, valid_BT = self.settings, teacher.valid_BT
+        assert valid_BT is not None, "a teacher says which maps are valid"
+        if lgf.divergence != "kl":
+            return None
+        # In a pair's other direction the entropy is much the same.
+        flow_BPHWK = next(iter(teacher.gram_flows(lgf.radius, lgf.pairs, lgf.directions).values()))
+        valid_BP = valid_BT[:, :-1] & valid_BT[:, 1:]
+        if not valid_BP.any():
+            return None
+        entropy = float(flow_entropy(flow_BPHWK[valid_BP][None], lgf.temperature).mean())
+        said = f"the teacher's Gram flow has {entropy:.3f} of the entropy of a uniform choice"
+        if entropy < NEARLY_UNIFORM:
+            return f"{said} (first batch)"
+        return (
+            f"warning: {said} (first batch), so that it says little about where structure moves; "
+            f"a temperature below train.lgf.temperature={lgf.temperature:g} makes it more "
+            "distinct, and so may other features (extract.teacher.features=memory_encoder)"
+        )

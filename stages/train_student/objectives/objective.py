@@ -33,6 +33,14 @@ class Objective(ABC, Generic[Settings]):
         maps affect neither the loss nor its gradient.
         """
 
+    def describe_teacher(self, teacher: Teacher) -> str | None:
+        """What a user should know of the teacher before the run goes on; None by default.
+
+        Args:
+            teacher: of the first batch.
+        """
+        return None
+
     def num_maps(self, teacher_maps: int | None, num_frames: int) -> int:
         """Number of maps in time that the student's features must have; default the teacher's.
 

@@ -53,6 +53,15 @@ def l2_by_loop(student: Array, teacher: Array, inside: NDArray[np.bool_]) -> flo
     return float(np.mean(per_token))
 
 
+def entropy_by_loop(values: Array, inside: NDArray[np.bool_], temperature: float) -> Array:
+    """Entropy of each token's flow, divided by that of a uniform choice."""
+    entropy = np.zeros(values.shape[:-1])
+    for index in np.ndindex(values.shape[:-1]):
+        p = _softmax(values[index][inside[index]] / temperature)
+        entropy[index] = -sum(v * np.log(v) for v in p if v > 0) / np.log(len(p))
+    return entropy
+
+
 def flow_by_loop(
     values: Array, inside: NDArray[np.bool_], radius: int, temperature: float
 ) -> Array:

@@ -7,8 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.local_gram_flow import gram_flow_loss, implied_flow, local_gram_flow
+from stages.local_gram_flow import (
+    flow_entropy,
+    gram_flow_loss,
+    implied_flow,
+    local_gram_flow,
+)
 from tests.stages.local_gram_flow.reference import (
+    entropy_by_loop,
     flow_by_loop,
     kl_by_loop,
     l2_by_loop,
@@ -293,3 +299,32 @@ def test_tokens_that_move_imply_that_motion(dx: int, dy: int) -> None:
     flow = implied_flow(local_gram_flow(features, 2), 0.05)
     inner = flow[0, 0, 2:-2, 2:-2]
     torch.testing.assert_close(inner, torch.tensor([dx, dy]).float().expand_as(inner))
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 2**31),
+    height=st.integers(1, 4),
+    width=st.integers(2, 5),
+    temperature=st.floats(0.02, 2.0),
+)
+def test_entropy_equals_a_float64_loop(
+    seed: int, height: int, width: int, temperature: float
+) -> None:
+    features = _features(seed, 2, 3, height, width, 4)
+    found = flow_entropy(local_gram_flow(features, radius=1), temperature)
+    expected = entropy_by_loop(*similarities_by_loop(features.numpy(), 1), temperature)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
+
+
+def test_entropy_is_1_for_equal_tokens_and_0_for_a_certain_match() -> None:
+    same = flow_entropy(local_gram_flow(torch.ones(1, 2, 3, 4, 5), radius=1), 0.1)
+    torch.testing.assert_close(same, torch.ones_like(same))
+    different = torch.eye(12).reshape(1, 1, 3, 4, 12).expand(-1, 2, -1, -1, -1)
+    assert flow_entropy(local_gram_flow(different, radius=1), 0.01).max() < 1e-6
+
+
+def test_entropy_of_a_single_neighbour_is_0() -> None:
+    assert flow_entropy(local_gram_flow(torch.ones(1, 2, 1, 1, 3), radius=1), 0.1).tolist() == [
+        [[[0.0]]]
+    ]

@@ -236,3 +236,26 @@ def test_where_nothing_weighs_there_is_no_loss_and_no_gradient():
     loss_B.sum().backward()
     assert loss_B.tolist() == [0.0, 0.0]
     assert not student.grad.any()
+
+
+def test_a_distinct_teacher_is_described_by_its_entropy():
+    described = lgf(temperature=0.05).describe_teacher(teacher(features(0)))
+    share = float(described.split(" has ")[1].split()[0])
+    assert 0.1 < share < 0.95
+    assert "warning" not in described
+
+
+def test_a_nearly_uniform_teacher_is_warned_of_and_hidden_maps_do_not_count():
+    uniform = torch.ones(CLIPS, FRAMES, *GRID, 6) + 0.01 * features(0)
+    described = lgf(temperature=0.1).describe_teacher(teacher(uniform))
+    assert described.startswith("warning: the teacher's Gram flow has 1.000 of the entropy")
+    assert "train.lgf.temperature=0.1" in described
+    valid_BT = ALL.clone()
+    valid_BT[1] = False
+    uniform[1] = torch.nan
+    assert lgf().describe_teacher(teacher(uniform, valid_BT)) == described
+
+
+def test_nothing_is_said_of_a_teacher_without_a_softmax_or_a_valid_pair():
+    assert lgf(divergence="l2").describe_teacher(teacher(features(0))) is None
+    assert lgf().describe_teacher(teacher(features(0), torch.zeros_like(ALL))) is None
