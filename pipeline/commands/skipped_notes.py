@@ -10,13 +10,12 @@ from pipeline.console import format_bytes, format_time
 
 if TYPE_CHECKING:
     from cache_schema import SkippedClip
-    from stages.extract_features.derive import DeriveSummary
     from stages.extract_features.summary import KindSummary
 
 _MAX_NOTES = 20
 
 
-def store_rows(name: str, written: KindSummary | DeriveSummary) -> list[tuple[str, str]]:
+def store_rows(name: str, written: KindSummary) -> list[tuple[str, str]]:
     """Rows about a store that a run has written to."""
     there = f", {written.clips_already_there} already there" if written.clips_already_there else ""
     skipped = f"{len(written.skipped)} ({count_by_reason(written.skipped)})"

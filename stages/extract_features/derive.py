@@ -1,61 +1,41 @@
-"""Derives a Gram-flow store from a store of features, without SAM2.
+"""Derives a Gram-flow store from a store of features, without SAM2: an extraction whose input are
+the shards of a store.
 
 The result equals the store that extraction would have written, shard by shard, with the same
 names, sources, clips, attributes, fingerprints and skipped clips. Clips whose features were
 extracted again from another source are dropped first. These clips, and clips lost in a repair, are
-written to retry shards as in extraction. Several processes may share the work: the holder of a
-shard's lock writes it, and the others wait for it at the end.
+written to retry shards as in extraction.
 """
 
-import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from cache_schema import (
-    JSON,
-    AlreadyCommitted,
-    ClipEntry,
-    ShardBusy,
-    ShardWriter,
-    SkippedClip,
-    StoreReader,
-    StoreWriter,
-)
+from cache_schema import JSON, ClipEntry, SkippedClip, StoreReader, StoreSettings, StoreWriter
 from cache_schema.maintenance.drop import DROPPED, REDO, drop_clips
 from cache_schema.maintenance.repair import DAMAGED
-from cache_schema.names import StoreLayout, without_retry
+from cache_schema.names import StoreLayout, retry_number, without_retry
 from cache_schema.records import read_commit
-from stages.clips import retry_shard_name
-from stages.extract_features.execution.jobs import next_retry_number
-from stages.extract_features.execution.local_engine import wait_for_others
-from stages.extract_features.execution.threads import prefetch_map
-from stages.progress import Progress, Task
+from stages.clips import ClipsConfig, ClipSkipped, retry_shard_name
+from stages.extract_features.config import Kind
+from stages.extract_features.execution.jobs import next_retry_number, whole_shard_jobs
+from stages.extract_features.execution.local_engine import LocalEngine
+from stages.extract_features.execution.task import ExtractionTask, run_tasks
+from stages.extract_features.extraction import Extracted, Outcome
+from stages.extract_features.summary import KindSummary, failure_manifest_written
+from stages.progress import Progress
 from stages.teacher_store.config import GramFlowConfig
 from stages.teacher_store.encoder import GramFlowEncoder
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DeriveSummary:
-    """Contents of the derived store after a run, and what the run did."""
-
-    store: Path
-    clips_written: int
-    """Clips written by this process."""
-    clips_already_there: int
-    """Clips in finished shards that earlier runs or other processes wrote."""
-    skipped: tuple[SkippedClip, ...]
-    """Clips skipped in the feature store or dropped from this one."""
-    seconds: float
-    """Wall-clock time of this run."""
-    bytes: int
-    """Size on disk of the clips in finished shards."""
+_Prepared = tuple[ClipEntry, dict[str, np.ndarray]]
+"""A clip's entry in the feature store, and its arrays."""
 
 
 def derive_gram_flow(
@@ -67,7 +47,9 @@ def derive_gram_flow(
     device: torch.device,
     provenance: Mapping[str, JSON],
     progress: Progress,
-) -> DeriveSummary:
+    rank: int = 0,
+    world_size: int = 1,
+) -> KindSummary:
     """Write the Gram flow of every clip of a teacher store. Finished shards are not repeated.
 
     Args:
@@ -77,146 +59,158 @@ def derive_gram_flow(
         token_grid: Rows and columns of the student's tokens.
         device: Device to compute on.
         provenance: Information on the run, recorded in a store that this run creates.
-        progress: Shows a bar over the clips.
+        progress: Shows bars over the clips, and log lines.
+        rank: Rank of this process, which starts with its share of the shards.
+        world_size: Number of processes.
 
     Raises:
         ValueError: The teacher store does not match; raised before any work is done.
         CacheError: A clip or a record is damaged.
     """
-    started = time.perf_counter()
     reader = StoreReader(teacher, kind="teacher")
-    maker = GramFlowEncoder.of(reader.settings, config, token_grid)
-    writer = StoreWriter.open(cache_root, maker.settings, provenance=provenance)
-    _drop_changed(reader, writer.path, progress)
-    with progress.task("gram_flow", len(reader), unit="clips") as task:
-        derivation = _Derivation(reader, writer, maker, device, task)
-        remaining = list(reader.shards)
-        while remaining := [shard for shard in remaining if not derivation.derive(shard)]:
-            wait_for_others(partial(derivation.unfinished, remaining), progress)
-        while missing := derivation.derive_missing():
-            wait_for_others(partial(derivation.unfinished, missing), progress)
+    task = ExtractionTask(_Derivation(reader, config, token_grid))
+    (settings,) = task.extraction.settings.values()
+    writer = StoreWriter.open(cache_root, settings, provenance=provenance)
+    task.writers = {"gram_flow": writer}
+    with failure_manifest_written(cache_root, progress.log):
+        _drop_changed(reader, writer.path, progress)
+        for shards in _stages(reader, writer):
+            by_name = {shard.name: shard for shard in shards}
+            engine = LocalEngine(
+                by_name, lambda record, _: record.fingerprint, device, rank, world_size
+            )
+            task.plan = whole_shard_jobs(shards, task.writers, earlier=None)
+            run_tasks([task], engine, progress)
     writer.write_index()
     made = StoreReader(writer.path)
-    return DeriveSummary(
+    written = task.report.written["gram_flow"]
+    return KindSummary(
+        kind="gram_flow",
+        bucket=None,
         store=writer.path,
-        clips_written=derivation.clips_written,
-        clips_already_there=len(made) - derivation.clips_written,
-        skipped=tuple(made.skipped),
-        seconds=time.perf_counter() - started,
+        clips_written=written,
+        clips_already_there=len(made) - written,
+        skipped=made.skipped,
+        seconds=task.seconds,
         bytes=made.num_bytes,
     )
 
 
 class _Derivation:
-    """Derives the shards of one store."""
+    """The extraction: computes the Gram flow of a clip's stored features."""
+
+    size: ClipsConfig | None = None
+    clips_per_batch = 1
 
     def __init__(
-        self,
-        reader: StoreReader,
-        writer: StoreWriter,
-        maker: GramFlowEncoder,
-        device: torch.device,
-        task: Task,
+        self, reader: StoreReader, config: GramFlowConfig, token_grid: tuple[int, int]
     ) -> None:
         self._reader = reader
-        self._layout = StoreLayout(Path(reader.path))
-        self._writer = writer
-        self._finished = StoreReader(writer.path).shards
-        self._maker = maker
-        self._device = device
-        self._task = task
-        self.clips_written = 0
+        self._encoder = GramFlowEncoder.of(reader.settings, config, token_grid)
+        self.settings: Mapping[Kind, StoreSettings] = {"gram_flow": self._encoder.settings}
 
-    def derive(self, shard: str) -> bool:
-        """Finish a shard; return False if another process is writing it."""
-        if shard in self._finished or self._writer.is_committed(shard):
-            self._task.advance(self._reader.shards[shard].num_clips)
-            return True
+    def prepare(self, record: ClipEntry | SkippedClip) -> _Prepared:
+        """Read the clip's features.
+
+        Raises:
+            ClipSkipped: The clip was skipped in the feature store.
+        """
+        if isinstance(record, SkippedClip):
+            raise ClipSkipped(record.reason, record.detail)
+        return record, self._reader.read(record.key)
+
+    @contextmanager
+    def load_model(
+        self, device: torch.device
+    ) -> Iterator[Callable[[Sequence[_Prepared]], Sequence[Outcome]]]:
+        """Return the computation; there is no model."""
+
+        def extracted(entry: ClipEntry, arrays: dict[str, np.ndarray]) -> Extracted:
+            return Extracted(arrays=self._encoder(arrays, device), attributes=entry.attributes)
+
+        yield lambda clips: [{"gram_flow": extracted(*clip)} for clip in clips]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _StoredClips:
+    """Clips of the feature store as an input shard."""
+
+    name: str
+    source: str
+    read: Callable[[], Sequence[ClipEntry | SkippedClip]]
+    key_prefix: ClassVar[str] = ""
+    listed_clips: ClassVar[None] = None
+
+    def num_clips(self) -> int:
+        """Number of clips, including skipped ones."""
+        return len(self.read())
+
+    def num_bytes(self) -> int:
+        """Size of the clips' features."""
+        clips = (clip for clip in self.read() if isinstance(clip, ClipEntry))
+        return sum(array.bytes for clip in clips for array in clip.arrays.values())
+
+    def records(self) -> Iterator[Any]:
+        """Clips in stored order, then skipped ones."""
+        return iter(self.read())
+
+
+def _stages(reader: StoreReader, writer: StoreWriter) -> Iterator[list[_StoredClips]]:
+    """Yield the shards to write; each list is planned when those before it are finished.
+
+    Retries follow the shards that have recorded their clips as skipped. Clips that finished shards
+    lack come last.
+    """
+    for _, names in groupby(sorted(reader.shards, key=retry_number), retry_number):
+        yield [_whole_shard(reader, name) for name in names]
+    missing: dict[str, list[ClipEntry]] = defaultdict(list)
+    for key in _missing_keys(reader, StoreReader(writer.path)):
+        entry = reader.record(key)
+        missing[without_retry(entry.shard)].append(entry)
+    yield [
+        _retry_shard(reader, name, next_retry_number(name, writer), clips)
+        for name, clips in sorted(missing.items())
+    ]
+
+
+def _whole_shard(reader: StoreReader, name: str) -> _StoredClips:
+    def read() -> list[ClipEntry | SkippedClip]:
         # The commit record, since a reader omits skipped clips that a retry has added.
-        record = read_commit(self._layout, self._reader.settings, shard)
-        return self._write(shard, record.source, record.clips, record.skipped)
+        record = read_commit(StoreLayout(Path(reader.path)), reader.settings, name)
+        return [*record.clips, *record.skipped]
 
-    def unfinished(self, shards: Sequence[str]) -> dict[str, bool]:
-        """Return the unfinished shards among some, and whether another process writes each."""
-        writer = self._writer
-        return {name: writer.is_busy(name) for name in shards if not writer.is_committed(name)}
+    return _StoredClips(name=name, source=reader.shards[name].source, read=read)
 
-    def derive_missing(self) -> list[str]:
-        """Derive the clips that finished shards lack; return shards that other processes write."""
-        missing: dict[str, list[ClipEntry]] = defaultdict(list)
-        for key in self._missing_keys():
-            entry = self._reader.record(key)
-            missing[without_retry(entry.shard)].append(entry)
-        remaining = []
-        for shard, clips in sorted(missing.items()):
-            attempt = next_retry_number(shard, self._writer)
-            name = retry_shard_name(shard, attempt)
-            origin = self._reader.shards[shard].source if shard in self._reader.shards else shard
-            if not self._write(name, f"{origin}, retry {attempt}", clips, ()):
-                remaining.append(name)
-        return remaining
 
-    def _missing_keys(self) -> Iterator[str]:
-        """Yield clips of the feature store that this store lacks, unless they were dropped."""
-        made = StoreReader(self._writer.path)
-        skipped = {clip.key: clip for clip in made.skipped}
-        # Merge the sorted keys: looking up a million keys one by one takes half a minute.
-        held = iter(self._reader.keys.in_all(made.keys))
-        next_held = next(held, None)
-        for key in self._reader.keys:
-            if key == next_held:
-                next_held = next(held, None)
-            elif key not in skipped or self._is_wanted(skipped[key]):
-                yield key
+def _retry_shard(
+    reader: StoreReader, shard: str, number: int, clips: Sequence[ClipEntry]
+) -> _StoredClips:
+    source = reader.shards[shard].source if shard in reader.shards else shard
+    return _StoredClips(
+        name=retry_shard_name(shard, number),
+        source=f"{source}, retry {number}",
+        read=lambda: clips,
+    )
 
-    def _is_wanted(self, skipped: SkippedClip) -> bool:
-        """Whether a skipped clip should be derived again, or was skipped for another source."""
-        if skipped.reason in (REDO, DAMAGED):
-            return True
-        made_from = self._reader.record(skipped.key).fingerprint
-        return skipped.reason != DROPPED and skipped.fingerprint != made_from
 
-    def _write(
-        self, shard: str, source: str, clips: Sequence[ClipEntry], skipped: Sequence[SkippedClip]
-    ) -> bool:
-        """Write a shard unless it is finished; return False if another process is writing it."""
-        listed: list[ClipEntry | SkippedClip] = [*skipped, *clips]
-        made_from = {clip.key: clip.fingerprint for clip in listed}
-        try:
-            with self._writer.shard(
-                shard,
-                source=source,
-                is_current=lambda key, fingerprint: made_from.get(key) == fingerprint,
-            ) as out:
-                self._add(out, clips)
-                for clip in skipped:
-                    out.skip(clip.key, clip.reason, clip.detail, fingerprint=clip.fingerprint)
-                out.commit()
-        except ShardBusy:
-            return False
-        except AlreadyCommitted:  # committed since it was found to be missing
-            self._task.advance(len(clips))
+def _missing_keys(reader: StoreReader, made: StoreReader) -> Iterator[str]:
+    """Yield clips of the feature store that the derived store lacks, unless they were dropped."""
+    skipped = {clip.key: clip for clip in made.skipped}
+    # Merge the sorted keys: looking up a million keys one by one takes half a minute.
+    held = iter(reader.keys.in_all(made.keys))
+    next_held = next(held, None)
+    for key in reader.keys:
+        if key == next_held:
+            next_held = next(held, None)
+        elif key not in skipped or _is_wanted(skipped[key], reader.record(key)):
+            yield key
+
+
+def _is_wanted(skipped: SkippedClip, features: ClipEntry) -> bool:
+    """Whether a skipped clip should be derived again, or was skipped for another source."""
+    if skipped.reason in (REDO, DAMAGED):
         return True
-
-    def _add(self, out: ShardWriter, clips: Sequence[ClipEntry]) -> None:
-        # Another shard may hold it, if the feature store has it in a different retry shard.
-        missing = [
-            clip for clip in clips if not out.has(clip.key) and out.shard_holding(clip.key) is None
-        ]
-        self._task.advance(len(clips) - len(missing))
-        arrays_ahead = prefetch_map(
-            self._reader.read,
-            [clip.key for clip in missing],
-            ahead=1,
-            threads=1,
-            describe=lambda key: f"reading clip {key!r}",
-        )
-        with closing(arrays_ahead):
-            for clip, arrays in zip(missing, arrays_ahead, strict=True):
-                made = self._maker(arrays, self._device)
-                out.add(clip.key, made, clip.attributes, fingerprint=clip.fingerprint)
-                self.clips_written += 1
-                self._task.advance(1)
+    return skipped.reason != DROPPED and skipped.fingerprint != features.fingerprint
 
 
 def _drop_changed(reader: StoreReader, derived: Path, progress: Progress) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cache_schema import JSON, StoreSettings
-from stages.clips import ClipRecord, ClipsConfig, ClipSkipped
+from stages.clips import ClipsConfig, ClipSkipped
 from stages.extract_features.config import Kind
 
 
@@ -36,8 +36,11 @@ class Extraction(Protocol):
     clips_per_batch: int
     """Maximum number of clips per call of the model."""
 
-    def prepare(self, record: ClipRecord) -> Any:
+    def prepare(self, record: Any) -> Any:
         """Prepare a clip without the model, such as decoding it; runs ahead in a thread.
+
+        Args:
+            record: The clip in the input: a `ClipRecord` of the dataset, or an entry of a store.
 
         Raises:
             ClipSkipped: The clip cannot be extracted.

@@ -14,7 +14,7 @@ import numpy as np
 from cache_schema import SortedText
 from cache_schema.names import FINGERPRINT_DIGITS
 from stages.clips import BadRecord, ClipRecord, InputShard
-from stages.clips.fingerprints import NO_CLIP, NO_VIDEO, hash_parts, hash_prompts, hash_video
+from stages.clips.fingerprints import NO_CLIP, hash_parts, hash_prompts, hash_video
 from stages.extract_features.config import Kind, TeacherConfig
 from stages.extract_features.kinds import group_kinds
 from stages.extract_features.prompts.chooser import usable_sources
@@ -32,7 +32,10 @@ SOURCES: dict[Kind, str] = {
 
 
 def fingerprint_of(
-    record: ClipRecord | BadRecord, kind: Kind, teacher: TeacherConfig, video_hash: str
+    record: ClipRecord | BadRecord,
+    kind: Kind,
+    teacher: TeacherConfig,
+    video_hash: str | None = None,
 ) -> str:
     """Return the fingerprint of a clip's entry of a kind; it covers only the inputs of the kind.
 
@@ -40,10 +43,12 @@ def fingerprint_of(
         record: The clip's record in the dataset.
         kind: Kind of the store; kinds written in one pass of SAM2 have equal fingerprints.
         teacher: Sources of prompts.
-        video_hash: `hash_video` of the record's video; unused for a bad record.
+        video_hash: `hash_video` of the record's video, if it is known.
     """
     if isinstance(record, BadRecord):
         return hash_parts([record.reason, record.detail]) + NO_CLIP
+    if video_hash is None:
+        video_hash = hash_video(record.video)
     if kind == "text":
         return hash_parts([record.caption]) + video_hash
     if kind == "latents":
@@ -156,7 +161,7 @@ def _read_shard(
     digits = [bytearray() for _ in groups]
     for record in records:
         keys.append(record.key.encode("utf-8"))
-        video = NO_VIDEO if isinstance(record, BadRecord) else hash_video(record.video)
+        video = None if isinstance(record, BadRecord) else hash_video(record.video)
         for of_group, kinds in zip(digits, groups, strict=True):
             fingerprint = fingerprint_of(record, kinds[0], teacher, video)
             of_group += fingerprint.encode("ascii")

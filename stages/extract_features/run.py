@@ -1,8 +1,7 @@
 """Stage one from end to end: extract every kind for all shards of the dataset."""
 
-import time
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import replace
+from collections.abc import Sequence, Set
+from functools import partial
 from pathlib import Path
 
 from cache_schema import JSON, StoreReader, StoreWriter
@@ -12,18 +11,16 @@ from stages.extract_features.config import ExtractConfig, Kind
 from stages.extract_features.execution.comparison import Comparison, StoreScope
 from stages.extract_features.execution.jobs import (
     EarlierStores,
-    JobPlan,
-    JobReport,
-    ShardJob,
-    pending_jobs,
     plan_jobs,
     whole_shard_jobs,
 )
-from stages.extract_features.execution.local_engine import LocalEngine, wait_for_others
+from stages.extract_features.execution.local_engine import LocalEngine
 from stages.extract_features.execution.ray_engine import RayEngine
 from stages.extract_features.execution.ray_worker import WorkerSetup
 from stages.extract_features.execution.refresh import compare_and_refresh, compare_one_shard
+from stages.extract_features.execution.task import ExtractionTask, run_tasks
 from stages.extract_features.extraction import Extraction, bucket_name
+from stages.extract_features.fingerprints import fingerprint_of
 from stages.extract_features.kinds import make_extractions, resolve_device
 from stages.extract_features.summary import (
     FAILURES_FILE,
@@ -112,7 +109,8 @@ def extract_features(
         engine = RayEngine(setup, dataset.by_name)
     else:
         device = resolve_device(config.device, rank)
-        engine = LocalEngine(dataset.by_name, config.teacher, device, rank, world_size)
+        fingerprint = partial(fingerprint_of, teacher=config.teacher)
+        engine = LocalEngine(dataset.by_name, fingerprint, device, rank, world_size)
     extractions = make_extractions(config, clips.sizes, model)
     with engine:
         run = _Run(config, extractions, cache_root, provenance, dataset, rank, world_size, progress)
@@ -148,7 +146,7 @@ class _Run:
         self._rank = rank
         self._world_size = world_size
         self._progress = progress
-        self._tasks = [_ExtractionTask(extraction) for extraction in extractions]
+        self._tasks = [ExtractionTask(extraction) for extraction in extractions]
         self._open_stores()
         self._finished_before = {writer.path: writer.committed() for _, writer in self._stores()}
         self.comparison = Comparison()
@@ -171,7 +169,7 @@ class _Run:
         for task in self._tasks:
             earlier = self._existing_stores(task, retry_failed)
             task.plan = whole_shard_jobs(self._dataset.shards, task.writers, earlier)
-        self._run_tasks(engine)
+        run_tasks(self._tasks, engine, self._progress)
         if any(self._finished_before.values()):
             changed_shards = {name for task in self._tasks for name in task.report.changed_shards}
             shards = self._compare_finished(changed_shards, refresh_changed=refresh_changed)
@@ -185,7 +183,7 @@ class _Run:
                     retry_failed=retry_failed,
                 )
                 task.report.settled_jobs.clear()  # some of their clips may have been dropped
-            self._run_tasks(engine)
+            run_tasks(self._tasks, engine, self._progress)
 
     def _open_stores(self) -> None:
         for task in self._tasks:
@@ -197,32 +195,26 @@ class _Run:
     def _stores(self) -> list[tuple[Kind, StoreWriter]]:
         return [entry for task in self._tasks for entry in task.writers.items()]
 
-    def _tasks_of_all_sizes(self, task: "_ExtractionTask") -> list["_ExtractionTask"]:
+    def _tasks_of_all_sizes(self, task: ExtractionTask) -> list[ExtractionTask]:
         """Return the tasks with the same kinds, one per size."""
         return [one for one in self._tasks if one.writers.keys() == task.writers.keys()]
 
-    def _size_index(self, task: "_ExtractionTask") -> int:
+    def _size_index(self, task: ExtractionTask) -> int:
         return self._tasks_of_all_sizes(task).index(task)
 
-    def _existing_stores(self, task: "_ExtractionTask", retry_failed: bool) -> EarlierStores | None:
+    def _existing_stores(self, task: ExtractionTask, retry_failed: bool) -> EarlierStores | None:
         paths = {
             kind: tuple(one.writers[kind].path for one in self._tasks_of_all_sizes(task))
             for kind in task.writers
         }
         if not any(self._finished_before[path] for of_kind in paths.values() for path in of_kind):
             return None
-        return EarlierStores(paths=paths, size=self._size_index(task), retry_failed=retry_failed)
-
-    def _run_tasks(self, engine: RayEngine | LocalEngine) -> None:
-        while True:
-            for task in self._tasks:
-                task.run(engine, self._progress)
-            wait_for_others(self._unfinished, self._progress)
-            if not self._unfinished():
-                return
-
-    def _unfinished(self) -> dict[str, bool]:
-        return {name: busy for task in self._tasks for name, busy in task.unfinished().items()}
+        return EarlierStores(
+            paths=paths,
+            size=self._size_index(task),
+            retry_failed=retry_failed,
+            teacher=self._config.teacher,
+        )
 
     def _compare_finished(
         self, changed_shards: Set[str], *, refresh_changed: bool
@@ -265,7 +257,7 @@ class _Run:
             for kind, writer in task.writers.items()
         ]
 
-    def _summary(self, kind: Kind, writer: StoreWriter, task: "_ExtractionTask") -> KindSummary:
+    def _summary(self, kind: Kind, writer: StoreWriter, task: ExtractionTask) -> KindSummary:
         """Summarise the store's clips of the dataset, by any writer, and this process's work."""
         writer.write_index()
         reader = StoreReader(writer.path)
@@ -297,36 +289,3 @@ class _Run:
             bytes=sum(facts.num_bytes for facts in of_dataset.values()),
             captions_cut=task.report.captions_cut,
         )
-
-
-class _ExtractionTask:
-    """One extraction in a run, and its results."""
-
-    writers: Mapping[Kind, StoreWriter]
-
-    def __init__(self, extraction: Extraction) -> None:
-        self.extraction = extraction
-        self.report = JobReport()
-        self.seconds = 0.0
-        self.plan = JobPlan(jobs=(), num_settled=0)
-
-    def run(self, engine: RayEngine | LocalEngine, progress: Progress) -> None:
-        """Run the pending jobs, unless other processes are writing all of them."""
-        started = time.perf_counter()
-        pending = pending_jobs(self._unsettled_jobs(), self.writers)
-        if not all(map(self._is_busy, pending)):
-            self.report.add(engine.run(self.extraction, self.writers, self.plan, progress))
-            self.plan = replace(self.plan, jobs=self._unsettled_jobs())
-        self.seconds += time.perf_counter() - started
-
-    def unfinished(self) -> dict[str, bool]:
-        """Return the unfinished shards, and whether another process is writing each."""
-        self.plan = replace(self.plan, jobs=pending_jobs(self._unsettled_jobs(), self.writers))
-        kinds = " and ".join(self.writers)
-        return {f"{kinds} {job.name}": self._is_busy(job) for job in self.plan.jobs}
-
-    def _unsettled_jobs(self) -> list[ShardJob]:
-        return [job for job in self.plan.jobs if job.name not in self.report.settled_jobs]
-
-    def _is_busy(self, job: ShardJob) -> bool:
-        return any(self.writers[kind].is_busy(job.name) for kind in job.keys)

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from cache_schema import StoreReader
 from pipeline.cli import app
-from stages.extract_features.derive import DeriveSummary
+from stages.extract_features.summary import KindSummary
 from tests.pipeline.cache_stores import (
     KEYS,
     SHAPES,
@@ -139,7 +139,9 @@ class TestDeriveGramFlow:
 
         def derive(root, teacher, **options):
             calls.append((root, teacher, options))
-            return DeriveSummary(
+            return KindSummary(
+                kind="gram_flow",
+                bucket=None,
                 store=cache / "gram_flow-0",
                 clips_written=2,
                 clips_already_there=1,

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands.maintenance.stores import update_failures_file
 from pipeline.commands.skipped_notes import store_rows
 from pipeline.config.load import RunConfig
 from pipeline.console import CommandResult, json_values
-from pipeline.environment import provenance_of_run, rank
+from pipeline.environment import provenance_of_run, rank, world_size
 from stages.progress import Progress
 
 
@@ -36,19 +35,22 @@ def run(config: RunConfig, progress: Progress) -> CommandResult:
             device=resolve_device(config.extract.device, rank()),
             provenance=provenance_of_run(),
             progress=progress,
+            rank=rank(),
+            world_size=world_size(),
         )
         rows += store_rows(f"gram_flow{f' {size.size_name}' if len(sizes) > 1 else ''}", summary)
         data.append(
             {
                 "teacher": str(teacher.path),
-                **json_values(summary),
+                **json_values(
+                    summary, leave_out=("kind", "bucket", "name", "clips", "captions_cut")
+                ),
                 "skipped": len(summary.skipped),
                 "seconds": round(summary.seconds, 3),
             }
         )
     crossed = config.extract.gram_flow.pairs == "crossed"
     pairs = " with train.lgf.pairs=crossed" if crossed else ""
-    update_failures_file([Path(one["store"]) for one in data], progress)
     return CommandResult(
         title=f"derived from {', '.join(teacher.name for teacher in teachers)}",
         rows=rows,

@@ -10,7 +10,7 @@ import numpy as np
 
 from cache_schema import SortedText, StoreWriter
 from stages.clips import BadRecord, ClipRecord, InputShard, retry_shard_name
-from stages.extract_features.config import Kind
+from stages.extract_features.config import Kind, TeacherConfig
 from stages.extract_features.execution.comparison import Comparison
 
 
@@ -24,6 +24,8 @@ class EarlierStores:
     """Index of the size that the job writes."""
     retry_failed: bool
     """Retry skipped clips."""
+    teacher: TeacherConfig
+    """Sources of prompts, which fingerprints cover."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +33,7 @@ class ShardJob:
     """A shard to write in the stores of one extraction; plain data, sent to workers."""
 
     input_name: str
-    """Shard of the dataset to read."""
+    """Shard of the input to read."""
     name: str
     """Shard of the stores to write."""
     source: str

@@ -14,7 +14,7 @@ import torch
 from cache_schema import ShardBusy, StoreWriter
 from cache_schema.shown_text import first_few
 from stages.clips import InputShard
-from stages.extract_features.config import Kind, TeacherConfig
+from stages.extract_features.config import Kind
 from stages.extract_features.execution.jobs import (
     JobPlan,
     JobReport,
@@ -22,7 +22,7 @@ from stages.extract_features.execution.jobs import (
     pending_jobs,
     rank_order,
 )
-from stages.extract_features.execution.worker import ShardWorker
+from stages.extract_features.execution.worker import Fingerprint, ShardWorker
 from stages.extract_features.extraction import Extraction, bucket_name
 from stages.processes.stop_request import check_stop
 from stages.progress import Progress
@@ -32,8 +32,8 @@ class LocalEngine:
     """Runs the jobs that no other process has finished or is running.
 
     Args:
-        shards: The dataset's shards by name.
-        teacher: Sources of prompts.
+        shards: The input's shards by name.
+        fingerprint: Returns the fingerprint of a record's entry in a store of a kind.
         device: Device of this process.
         rank: Rank of this process.
         world_size: Number of processes that share the jobs.
@@ -42,14 +42,14 @@ class LocalEngine:
     def __init__(
         self,
         shards: Mapping[str, InputShard],
-        teacher: TeacherConfig,
+        fingerprint: Fingerprint,
         device: torch.device,
         rank: int,
         world_size: int,
     ) -> None:
         self._shards = shards
         self._counts = ClipCounts(shards)
-        self._teacher = teacher
+        self._fingerprint = fingerprint
         self._device = device
         self._rank = rank
         self._world_size = world_size
@@ -73,9 +73,9 @@ class LocalEngine:
             JobsBar(extraction, writers, self._counts, plan, progress) as bar,
             ShardWorker(
                 extraction,
-                self._teacher,
                 writers,
                 self._shards,
+                self._fingerprint,
                 self._device,
                 advance=bar.advance,
                 log=progress.log,

@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -14,6 +15,7 @@ from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig, Kind
 from stages.extract_features.execution.jobs import JobReport, ShardJob
 from stages.extract_features.execution.worker import ShardWorker
+from stages.extract_features.fingerprints import fingerprint_of
 from stages.extract_features.kinds import make_extractions, resolve_device
 
 
@@ -93,9 +95,9 @@ class RayWorker:
         device = resolve_device("auto" if config.device.startswith("cuda") else config.device, 0)
         self._worker = ShardWorker(
             extraction,
-            config.teacher,
             writers,
             shards,
+            partial(fingerprint_of, teacher=config.teacher),
             device,
             advance=self._advance,
             log=self._lines.append,

@@ -12,17 +12,19 @@ import torch
 
 from cache_schema import AlreadyCommitted, ShardBusy, ShardWriter, StoreReader, StoreWriter
 from stages.clips import BadRecord, ClipRecord, ClipSkipped, InputShard, is_in_bucket
-from stages.clips.fingerprints import NO_VIDEO, hash_video
-from stages.extract_features.config import Kind, TeacherConfig
+from stages.extract_features.config import Kind
 from stages.extract_features.execution.comparison import compare, has_clip_of
 from stages.extract_features.execution.jobs import JobReport, ShardJob, plan_jobs
 from stages.extract_features.execution.threads import BackgroundWriter, prefetch_map
 from stages.extract_features.extraction import Extracted, Extraction, Outcome, release_memory
-from stages.extract_features.fingerprints import fingerprint_of, read_sources
+from stages.extract_features.fingerprints import read_sources
 from stages.extract_features.text import TOKENS_CUT
 from stages.progress import SilentProgress
 
 _PREPARE_THREADS = 2
+
+Fingerprint = Callable[[Any, Kind], str]
+"""Fingerprint of the entry of a record of the input in a store of a kind."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -46,9 +48,9 @@ class ShardWorker:
 
     Args:
         extraction: The extraction.
-        teacher: Sources of prompts.
         writers: Stores of the extraction.
-        shards: The dataset's shards by name.
+        shards: The input's shards by name.
+        fingerprint: Returns the fingerprint of a record's entry in a store of a kind.
         device: Device to compute on.
         advance: Called with a job and a number of processed clips, including skipped ones.
         log: Called with a line for every skipped clip.
@@ -57,18 +59,18 @@ class ShardWorker:
     def __init__(
         self,
         extraction: Extraction,
-        teacher: TeacherConfig,
         writers: Mapping[Kind, StoreWriter],
         shards: Mapping[str, InputShard],
+        fingerprint: Fingerprint,
         device: torch.device,
         *,
         advance: Callable[[ShardJob, int], None],
         log: Callable[[str], None],
     ) -> None:
         self._extraction = extraction
-        self._teacher = teacher
         self._writers = writers
         self._shards = shards
+        self._fingerprint_of = fingerprint
         self._device = device
         self._advance = advance
         self._log = log
@@ -113,7 +115,7 @@ class ShardWorker:
         ]
         if not has_clip_of((reader for _, reader in readers), shard):
             return job
-        sources = read_sources([shard], tuple(self._writers), self._teacher, SilentProgress())
+        sources = read_sources([shard], tuple(self._writers), job.earlier.teacher, SilentProgress())
         found = compare(readers, sources)
         if found.has_changes:
             report.changed_shards.add(shard.name)
@@ -151,8 +153,7 @@ class ShardWorker:
         return {record.key: self._fingerprint(record) for record in job.records(self._shards)}
 
     def _fingerprint(self, record: ClipRecord | BadRecord) -> str:
-        video = NO_VIDEO if isinstance(record, BadRecord) else hash_video(record.video)
-        return fingerprint_of(record, next(iter(self._writers)), self._teacher, video)
+        return self._fingerprint_of(record, next(iter(self._writers)))
 
     def _write_shards(
         self, job: ShardJob, outs: dict[Kind, ShardWriter], report: JobReport

@@ -2,11 +2,11 @@
 
 import contextlib
 import dataclasses
+import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from cache_schema import (
 )
 from cache_schema.maintenance.drop import change_fingerprints, drop_clips
 from cache_schema.maintenance.repair import repair_store
-from stages.extract_features.derive import DeriveSummary, derive_gram_flow
+from stages.extract_features.derive import derive_gram_flow
 from stages.extract_features.execution import local_engine
+from stages.extract_features.summary import KindSummary
 from stages.local_gram_flow import regrid_fused
 from stages.progress import SilentProgress
 from stages.teacher_store.config import FeatureDtype, FlowDtype, GramFlowConfig
@@ -48,7 +49,9 @@ def derive(
     dtype: FlowDtype = "float16",
     grid: tuple[int, int] = (3, 4),
     progress: SilentProgress | None = None,
-) -> DeriveSummary:
+    rank: int = 0,
+    world_size: int = 1,
+) -> KindSummary:
     return derive_gram_flow(
         root,
         teacher,
@@ -57,6 +60,8 @@ def derive(
         device=CPU,
         provenance={"made": "by a test"},
         progress=progress or SilentProgress(),
+        rank=rank,
+        world_size=world_size,
     )
 
 
@@ -121,6 +126,8 @@ def test_shards_sources_attributes_and_skipped_clips_are_those_of_the_features(
         assert found.attributes == {"name": key, "quality": 0.9}
     assert summary.skipped == made.skipped == teacher.skipped
     assert {clip.key for clip in made.skipped} == {"b/3", "d/0"}
+    lines = (tmp_path / "made" / "failures.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["key"] for line in lines] == ["b/3", "d/0"]
     # Also what a retry brought in stays on the record of the shard that lacked it.
     assert [clip.key for clip in _record_of(summary.store, "00001").skipped] == SKIPPED["00001"]
     assert (summary.clips_written, summary.clips_already_there) == (len(ALL_KEYS), 0)
@@ -134,20 +141,17 @@ def _record_of(store: Path, shard: str):
     return read_commit(StoreLayout(store), StoreReader(store).settings, shard)
 
 
-class _DiesAfter(SilentProgress):
-    """Kills its process when so many clips are done."""
+def _die_deriving(teacher: Path, root: Path, *, after: int) -> None:
+    """Kills this process when another clip than the first `after` is staged."""
+    add, left = ShardWriter.add, iter(range(after))
 
-    def __init__(self, clips: int) -> None:
-        self._left = clips
-
-    @contextmanager
-    def task(self, *args: Any, **options: Any) -> Iterator[Any]:
-        yield self
-
-    def advance(self, amount: int = 1) -> None:
-        self._left -= amount
-        if amount and self._left < 0:
+    def dying(*args: Any, **options: Any) -> None:
+        add(*args, **options)
+        if next(left, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    ShardWriter.add = dying  # type: ignore[method-assign]
+    derive(teacher, root)
 
 
 @pytest.mark.parametrize("clips", range(len(ALL_KEYS)))
@@ -156,17 +160,16 @@ def test_killed_and_run_again_it_writes_the_same_files_and_nothing_twice(
 ) -> None:
     teacher = write_teacher()
     whole = derive(teacher, tmp_path / "whole")
-    options = {"progress": _DiesAfter(clips)}
     fork = multiprocessing.get_context("fork")
-    killed = fork.Process(target=derive, args=(teacher, tmp_path / "killed"), kwargs=options)
+    to = tmp_path / "killed"
+    killed = fork.Process(target=_die_deriving, args=(teacher, to), kwargs={"after": clips})
     killed.start()
     killed.join()
     assert killed.exitcode == -signal.SIGKILL
-    again = derive(teacher, tmp_path / "killed")
+    again = derive(teacher, to)
     assert files_of(again.store) == files_of(whole.store)
-    # The one at work when it was killed had been staged.
     assert again.clips_written == len(ALL_KEYS) - clips - 1
-    third = derive(teacher, tmp_path / "killed")
+    third = derive(teacher, to)
     assert (third.clips_written, third.clips_already_there) == (0, len(ALL_KEYS))
 
 
@@ -175,10 +178,24 @@ def test_two_processes_share_the_shards(write_teacher: Callable[..., Path], tmp_
     whole = derive(teacher, tmp_path / "whole")
     fork = multiprocessing.get_context("fork")
     with fork.Pool(2) as pool:
-        both = [pool.apply_async(derive, (teacher, tmp_path / "shared")) for _ in range(2)]
+        both = [
+            pool.apply_async(derive, (teacher, tmp_path / "shared"), {"rank": n, "world_size": 2})
+            for n in range(2)
+        ]
         summaries = [one.get(60) for one in both]
     last = derive(teacher, tmp_path / "shared")
     assert sum(one.clips_written for one in (*summaries, last)) == len(ALL_KEYS)
+    assert files_of(last.store) == files_of(whole.store)
+
+
+def test_files_do_not_depend_on_which_shards_come_first(
+    write_teacher: Callable[..., Path], tmp_path: Path
+) -> None:
+    teacher = write_teacher()
+    whole = derive(teacher, tmp_path / "whole")
+    # This rank's share is the retry, whose clip the shard before it has skipped.
+    assert sorted(SHARDS)[2] == "00001-retry1"
+    last = derive(teacher, tmp_path / "last", rank=2, world_size=3)
     assert files_of(last.store) == files_of(whole.store)
 
 
@@ -187,8 +204,8 @@ def test_a_shard_that_another_process_is_at_is_waited_for(
 ) -> None:
     class Releases(SilentProgress):
         def log(self, text: str) -> None:
-            assert text == "waiting for other processes, which are writing 00000"
-            held.close()
+            if text == "waiting for other processes, which are writing gram_flow 00000":
+                held.close()
 
     monkeypatch.setattr(local_engine, "POLL_INTERVAL_S", 0.0)
     teacher = write_teacher()
