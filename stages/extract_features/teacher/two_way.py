@@ -13,7 +13,7 @@ subjects and clips, run as one batch.
 
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import torch
@@ -158,8 +158,8 @@ class SubjectTracker:
         Returns:
             For each subject in order, its tracks, or a ClipSkipped with the reason subject_lost.
         """
-        lost: dict[int, ClipSkipped] = {}
-        starts: dict[int, tuple[int, Sam2Prompt]] = {}
+        found: dict[int, SubjectTrack | ClipSkipped] = {}
+        starts: dict[int, Subject] = {}
         ends: dict[int, tuple[int, Sam2Prompt | None]] = {}
 
         # Seek: prompts on a later frame, back to the earliest frame that shows the subject.
@@ -175,56 +175,53 @@ class SubjectTracker:
             try:
                 starts[number] = self._start(subject, seeks.get(number))
             except ClipSkipped as skipped:
-                lost[number] = skipped
+                found[number] = skipped
 
         # Forward, and backward where the dataset has a prompt for the last frame.
         requests: dict[tuple[int, str], TrackRequest] = {}
-        for number, (first, prompt) in starts.items():
-            subject, after = subjects[number], subjects[number].encoded.num_frames
-            requests[number, "forward"] = _request(subject, prompt, range(first, after))
-            if self._backward_prompt(subject) == "dataset":
-                assert subject.last_prompt is not None
-                order = range(after - 1, first - 1, -1)
-                requests[number, "backward"] = _request(subject, subject.last_prompt, order)
+        for number, start in starts.items():
+            order = range(start.frame, start.encoded.num_frames)
+            requests[number, "forward"] = _request(start, start.prompt, order)
+            if self._backward_prompt(start) == "dataset":
+                assert start.last_prompt is not None
+                requests[number, "backward"] = _request(start, start.last_prompt, order[::-1])
         tracks = self._run(requests)
 
         # Backward from the forward track's last mask.
-        for number, (first, _) in starts.items():
-            from_track = self._backward_prompt(subjects[number]) == "track"
+        for number, start in starts.items():
             try:
-                ends[number] = self._end(tracks[number, "forward"], first, from_track=from_track)
+                ends[number] = self._end(start, tracks[number, "forward"])
             except ClipSkipped as skipped:
-                lost[number] = skipped
+                found[number] = skipped
         tracks |= self._run(
             {
                 (number, "backward"): _request(
-                    subjects[number], end_prompt, range(last, starts[number][0] - 1, -1)
+                    starts[number], end_prompt, range(last, starts[number].frame - 1, -1)
                 )
                 for number, (last, end_prompt) in ends.items()
                 if end_prompt is not None
             }
         )
 
-        return [
-            lost[number]
-            if number in lost
-            else _subject_track(
-                starts[number][0],
-                ends[number][0],
-                tracks[number, "forward"],
-                tracks.get((number, "backward")),
-                self._backward_prompt(subject),
+        for number, (last, _) in ends.items():
+            forward, backward = tracks[number, "forward"], tracks.get((number, "backward"))
+            found[number] = SubjectTrack(
+                first_frame=starts[number].frame,
+                last_frame=last,
+                forward=forward,
+                backward=backward,
+                backward_prompt=self._backward_prompt(starts[number]),
+                cycle_consistency=None if backward is None else _agreement(forward, backward),
             )
-            for number, subject in enumerate(subjects)
-        ]
+        return [found[number] for number in range(len(subjects))]
 
     def _backward_prompt(self, subject: Subject) -> BackwardPrompt | None:
         if not self.both_ways:
             return None
         return "track" if subject.last_prompt is None else "dataset"
 
-    def _start(self, subject: Subject, seek: Track | None) -> tuple[int, Sam2Prompt]:
-        """Return the first frame of the forward pass, and its prompt."""
+    def _start(self, subject: Subject, seek: Track | None) -> Subject:
+        """Return the subject with the first frame of the forward pass, and its prompt."""
         first, prompt = subject.frame, subject.prompt
         if seek is not None:
             if not seek.seen:
@@ -233,18 +230,16 @@ class SubjectTracker:
             first, prompt = self._first_prompt(seek, earlier) or (first, prompt)
         if subject.encoded.num_frames - first < 2:
             raise _lost(f"frame {first}, the clip's last, is the only one that shows it")
-        return first, prompt
+        return replace(subject, frame=first, prompt=prompt)
 
-    def _end(
-        self, forward: Track, first: int, *, from_track: bool
-    ) -> tuple[int, Sam2Prompt | None]:
-        """Return the last frame, and with `from_track` the prompt of the backward pass."""
-        last = max(forward.seen, default=None)
+    def _end(self, start: Subject, forward: Track) -> tuple[int, Sam2Prompt | None]:
+        """Return the last frame, and the backward pass's prompt if it is from the forward track."""
+        first, last = start.frame, max(forward.seen, default=None)
         if last is None:
             raise _lost(f"the forward track, from frame {first}, sees it nowhere")
         if last == first:
             raise _lost(f"the forward track loses it after frame {first}, where it starts")
-        if not from_track:
+        if self._backward_prompt(start) != "track":
             return last, None
         later = [frame for frame in reversed(forward.seen) if frame > first]
         found = self._first_prompt(forward, later)
@@ -329,25 +324,9 @@ def _request(subject: Subject, prompt: Sam2Prompt, order: range) -> TrackRequest
     return TrackRequest(encoded=subject.encoded, prompt=prompt, order=order)
 
 
-def _subject_track(
-    first: int,
-    last: int,
-    forward: Track,
-    backward: Track | None,
-    backward_prompt: BackwardPrompt | None,
-) -> SubjectTrack:
-    agreement = None
-    if backward is not None:
-        both_T = forward.seen_T & backward.seen_T
-        agreement = cycle_consistency(forward.logits_THW, backward.logits_THW, both_T)
-    return SubjectTrack(
-        first_frame=first,
-        last_frame=last,
-        forward=forward,
-        backward=backward,
-        backward_prompt=backward_prompt,
-        cycle_consistency=agreement,
-    )
+def _agreement(forward: Track, backward: Track) -> float | None:
+    both_T = forward.seen_T & backward.seen_T
+    return cycle_consistency(forward.logits_THW, backward.logits_THW, both_T)
 
 
 def _lost(detail: str) -> ClipSkipped:
