@@ -52,7 +52,8 @@ def json_values(summary: Any, *, leave_out: Sequence[str] = (), **renamed: str) 
     Keys are the names without a leading `num_`.
 
     Args:
-        summary: An instance of a dataclass; dataclasses inside it are converted likewise.
+        summary: An instance of a dataclass; dataclasses inside it are converted likewise, or by
+            their own `as_dict`.
         leave_out: Fields and properties to omit.
         renamed: Key in the result -> field or property, where the names differ.
     """
@@ -73,7 +74,7 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, SkippedClip):
         return {"key": value.key, "reason": value.reason, "detail": value.detail}
     if is_dataclass(value):
-        return json_values(value)
+        return value.as_dict() if hasattr(value, "as_dict") else json_values(value)
     if isinstance(value, Mapping):
         return {key: _json_value(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -68,20 +68,7 @@ def read(key_file: Path, files: Sequence[Path], *, seed: int) -> CommandResult:
     return CommandResult(
         title="preference",
         rows=_rows(found),
-        data=json_values(found)
-        | {
-            "win_rates": [
-                {
-                    "first": one.first,
-                    "second": one.second,
-                    "rate": one.rate.as_dict(),
-                    "wins": one.wins,
-                    "losses": one.losses,
-                    "ties": one.ties,
-                }
-                for one in found.win_rates
-            ]
-        },
+        data=json_values(found),
         notes=[
             f"{rater} looks careless: {', '.join(reasons)}"
             for rater, reasons in found.careless.items()
