@@ -15,6 +15,10 @@ OUT    ?=
 VIDEOS ?=
 AGAINST ?=
 NAME   ?=
+SIZE   ?= full
+PART   ?=
+MINUTES ?= 60
+BUNDLE ?=
 # Number of test processes; each takes up to one core and 1.5 GB.
 PROCESSES ?= 2
 
@@ -29,9 +33,11 @@ BIN       := $(VENV)/bin
 PIP       := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 RUN       := $(BIN)/sam2vx-pipeline
+# With BUNDLE, wheels from `make gpu-bundle`, the machine's own Python is used, and no network.
+GPU_SITE  := build/gpu-site
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo extract-features train sample evaluate test test-faults lint typecheck check bench lock clean
+.PHONY: help install demo extract-features train sample evaluate test test-faults lint typecheck check bench gpu-check gpu-bundle lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -89,6 +95,18 @@ check: lint typecheck test  ## lint, typecheck and test
 bench: install  ## run a benchmark: make bench NAME=stage_one
 	@test -n "$(NAME)" || { echo "NAME is not set; it is a script of tests/benchmarks: make bench NAME=stage_one"; exit 2; }
 	$(BIN)/python tests/benchmarks/$(NAME).py $(ARGS)
+
+gpu-check: $(if $(BUNDLE),$(GPU_SITE),install)  ## what to check on a GPU: [SIZE=tiny, on a CPU] [PART=step] [MINUTES=9] [BUNDLE=folder]
+	$(if $(BUNDLE),PYTHONPATH=$(GPU_SITE) $(PYTHON),$(BIN)/python) -m tests.benchmarks.gpu_check \
+	  --size $(SIZE) --minutes $(MINUTES) $(if $(PART),--parts $(PART)) $(if $(OUT),--out "$(OUT)")
+
+$(GPU_SITE): $(wildcard $(BUNDLE)/*.whl)
+	rm -rf $@
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --target $@ $(BUNDLE)/*.whl
+	@touch $@
+
+gpu-bundle: install  ## wheels that a GPU machine without a network lacks: ARGS="--there packages.txt"
+	$(BIN)/python -m tests.benchmarks.gpu_check.bundle $(ARGS)
 
 lock: install  ## regenerate requirements.lock from pyproject.toml (needs uv)
 	.ci/lock

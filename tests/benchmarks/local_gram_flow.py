@@ -23,7 +23,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from report import finish, machine, median_and_spread, now, table
+from report import (
+    finish,
+    held_bytes,
+    machine,
+    median_and_spread,
+    now,
+    peak_bytes,
+    reset_peak,
+    table,
+)
 from torch import Tensor
 
 from stages.local_gram_flow import local_gram_flow
@@ -92,19 +101,14 @@ def largest_error(side: str, features: Tensor, upstream: Tensor, radius: int) ->
     return worst
 
 
-def peak_bytes(side: str, options: argparse.Namespace) -> int:
+def added_bytes(side: str, options: argparse.Namespace) -> int:
     """What one side adds to its inputs at most, in this process."""
     features, upstream = inputs(options)
     warm_up(side, options)
-    if features.is_cuda:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        both_ways(SIDES[side], features, upstream, options.radius)
-        return torch.cuda.max_memory_allocated() - before
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = held_bytes(features.device)
+    reset_peak(features.device)
     both_ways(SIDES[side], features, upstream, options.radius)
-    return _status("VmHWM") - before
+    return peak_bytes(features.device) - before
 
 
 def share_of_copy(features: Tensor, upstream: Tensor, seconds: float) -> float:
@@ -127,12 +131,6 @@ def warm_up(side: str, options: argparse.Namespace) -> None:
     both_ways(SIDES[side], *inputs(small), options.radius)
 
 
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    (line,) = (line for line in lines if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
-
-
 def main() -> None:
     """Measure and print; the last line is one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -148,7 +146,7 @@ def main() -> None:
     parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        print(json.dumps(peak_bytes(options.side, options)))
+        print(json.dumps(added_bytes(options.side, options)))
         return
     device = torch.device(options.device)
     features, upstream = inputs(options)
@@ -157,15 +155,17 @@ def main() -> None:
         warm_up(name, options)
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     memory: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(options.repeats):
+    for repeat in range(options.repeats):
         for name in sides:
             started = now(device)
             both_ways(SIDES[name], features, upstream, options.radius)
             seconds[name].append(now(device) - started)
+            if repeat and device.type == "cuda":
+                continue  # the memory on a GPU is the same each time
             answer = subprocess.run(
                 [sys.executable, __file__, *sys.argv[1:], f"--side={name}"],
                 check=True,
-                capture_output=True,
+                stdout=subprocess.PIPE,
                 text=True,
             )
             memory[name].append(int(answer.stdout) / 2**20)
@@ -188,6 +188,9 @@ def main() -> None:
     further: dict[str, Any] = {}
     if device.type == "cuda":
         further["errors"] = errors
+        further["milliseconds"] = {
+            side: round(1e3 * median_and_spread(seconds[side])[0], 3) for side in sides
+        }
         further["share_of_copy"] = {
             side: round(share_of_copy(features, upstream, min(seconds[side])), 3) for side in sides
         }

@@ -1,4 +1,4 @@
-"""What the benchmarks' reports share: the machine, ratios of paired runs, the last line."""
+"""What the benchmarks share: the machine, time and memory, ratios of paired runs, the last line."""
 
 import json
 import os
@@ -30,6 +30,35 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def held_bytes(device: torch.device) -> int:
+    """Bytes that tensors on a GPU hold now; without one, this process's resident memory."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_allocated(device)
+    return _of_process("VmRSS")
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start the high-water mark of `peak_bytes` again."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most bytes held since `reset_peak`, as `held_bytes` counts them."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _of_process("VmHWM")
+
+
+def _of_process(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
 
 
 def median_and_spread(values: Sequence[float]) -> tuple[float, list[float]]:

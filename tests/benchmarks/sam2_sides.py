@@ -5,6 +5,7 @@ its users have it; ours is given decoded frames, as the pipeline has them.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from report import now
 from sam2.build_sam import build_sam2_video_predictor
 
 from stages.clips import SubjectPrompt
+from stages.config import Precision
+from stages.precision import DTYPES
 from stages.sam2_tracking.build import build_sam2, official_configs
 from stages.sam2_tracking.inputs import prompt_for_sam2, resize_for_sam2
 from stages.sam2_tracking.tracker import Tracker, TrackRequest
@@ -57,11 +60,24 @@ def random_checkpoint(name: str, image_size: int, file: Path) -> None:
 
 
 class Stock:
-    """The stock predictor over the clip and over its reverse, a fresh state each."""
+    """The stock predictor over the clip and over its reverse, a fresh state each.
+
+    Below float32 it runs under autocast, as in sam2's own examples.
+    """
 
     def __init__(
-        self, architecture: str, image_size: int, device: str, checkpoint: Path, frames: np.ndarray
+        self,
+        architecture: str,
+        image_size: int,
+        device: str,
+        checkpoint: Path,
+        frames: np.ndarray,
+        *,
+        precision: Precision = "fp32",
     ) -> None:
+        self._autocast = torch.autocast(
+            torch.device(device).type, DTYPES[precision], enabled=precision != "fp32"
+        )
         file = official_configs()[architecture]
         self.model = build_sam2_video_predictor(
             f"configs/{file.parent.name}/{file.name}",
@@ -88,7 +104,8 @@ class Stock:
         """
         seconds, features, mask = 0.0, [], mask_HW
         for folder in self.folders[:directions]:
-            taken, kept, mask = self._track(folder, mask, keep)
+            with self._autocast:
+                taken, kept, mask = self._track(folder, mask, keep)
             seconds += taken
             features.append(kept)
         return seconds, features
@@ -121,12 +138,13 @@ class Stock:
 
     def _square_mask(self, low_11HW: torch.Tensor, device: torch.device) -> np.ndarray:
         side = self.model.image_size
-        high = torch.nn.functional.interpolate(low_11HW.to(device), (side, side), mode="bilinear")
+        low_11HW = low_11HW.to(device).float()
+        high = torch.nn.functional.interpolate(low_11HW, (side, side), mode="bilinear")
         return (high[0, 0] > 0).cpu().numpy()
 
 
 class Ours:
-    """Both directions from one encoding."""
+    """Both directions from one encoding, of one clip or of several alike in lockstep."""
 
     def __init__(
         self,
@@ -135,8 +153,10 @@ class Ours:
         device: str,
         checkpoint: Path,
         frames: np.ndarray,
+        clips: int = 1,
         **settings: Any,
     ) -> None:
+        self.clips = clips
         self.model = build_sam2(architecture, checkpoint, image_size=image_size, device=device)
         self.tracker = Tracker(self.model, **{"precision": "fp32", **settings})
         self.set_frames(frames)
@@ -148,7 +168,7 @@ class Ours:
     def run(
         self, mask_HW: np.ndarray, *, keep: Keep = everything, directions: int = 2
     ) -> tuple[float, list[torch.Tensor]]:
-        """Seconds, and the features of each direction in the order of its visits."""
+        """Seconds of all clips, and the first's features by direction, in the order of visits."""
         tracker = self.tracker
         prompt = prompt_for_sam2(
             SubjectPrompt(mask_HW=mask_HW),
@@ -157,16 +177,23 @@ class Ours:
             image_size=self.model.image_size,
             device=self.model.device,
         )
+        prompts = [prompt] * self.clips
         order = range(len(self.frames_TSS3))
         features: list[torch.Tensor] = []
         started = now(self.model.device)
-        with tracker.encode(self.frames_TSS3) as encoded:
+        with ExitStack() as stack:
+            encoded = [
+                stack.enter_context(tracker.encode(self.frames_TSS3)) for _ in range(self.clips)
+            ]
             for visited in (order, order[::-1])[:directions]:
                 maps = []
-                for (frame,) in tracker.track(
-                    [TrackRequest(encoded=encoded, prompt=prompt, order=visited)]
-                ):
-                    maps.append(keep(frame.features["memory_attention"][None]))
-                prompt = tracker.prompt_from_logits(frame.mask_logits_HW)
-                features.append(torch.cat(maps[1:]))
+                requests = [
+                    TrackRequest(encoded=clip, prompt=prompt, order=visited)
+                    for clip, prompt in zip(encoded, prompts, strict=True)
+                ]
+                for frames in tracker.track(requests):
+                    # Every clip's, as the pipeline keeps them.
+                    maps.append([keep(one.features["memory_attention"][None]) for one in frames])
+                prompts = [tracker.prompt_from_logits(one.mask_logits_HW) for one in frames]
+                features.append(torch.cat([kept[0] for kept in maps[1:]]))
         return now(self.model.device) - started, features

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from stages.clips import ClipRecord, ClipsConfig, encode_video, load_clip
 from stages.compute_cost.flop_counter import matmul_flops_per_second
+from stages.compute_cost.gpus import local_gpu
 from stages.extract_features.extraction import to_float16
 from stages.local_gram_flow import fuse_directions, resample_to_grid
 from stages.precision import DTYPES
@@ -99,27 +100,42 @@ def time_fusing_and_writing(features: list[torch.Tensor], folder: Path) -> tuple
     return fused - started, now(device) - fused
 
 
-def split_of_time(ours: Ours, options: argparse.Namespace, folder: Path) -> tuple[str, float]:
-    """A table of where one pass goes, and the share of the device's matrix-product rate."""
+def split_of_time(
+    ours: Ours, options: argparse.Namespace, folder: Path
+) -> tuple[dict[str, float], float]:
+    """Shares of one pass's time by step, and its FLOPs."""
     frames_THWC, mask_HW = make_frames(options.frames)
     with timed_parts(ours.model) as parts:
         total, features = ours.run(mask_HW)
-    with FlopCounterMode(display=False) as counter:
+    # Compiled code hides its operations from the counter.
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         ours.run(mask_HW)
-    fusing, writing = time_fusing_and_writing(features, folder)
+    fusing, writing = (
+        seconds * options.clips for seconds in time_fusing_and_writing(features, folder)
+    )
     steps = {
-        "decode and resize (in a thread beside the GPU)": time_decoding(
-            frames_THWC, options.image_size
-        ),
+        "decode and resize (in a thread beside the GPU)": options.clips
+        * time_decoding(frames_THWC, options.image_size),
         **parts,
         "rest of tracking": total - sum(parts.values()),
         "align and fuse": fusing,
         "write (in a thread beside the GPU)": writing,
     }
     whole = sum(steps.values())
-    rows = [[name, f"{100 * seconds / whole:.1f}%"] for name, seconds in steps.items()]
-    rate = matmul_flops_per_second(torch.device(options.device), DTYPES[options.precision])
-    return table(["part of ours", "time"], rows), counter.get_total_flops() / total / rate
+    shares = {name: seconds / whole for name, seconds in steps.items()}
+    return shares, counter.get_total_flops()
+
+
+def shares_of_rates(flops_per_second: float, options: argparse.Namespace) -> dict[str, float]:
+    """Shares of the rate measured on a matrix product, and of the data sheet's if it is known."""
+    device = torch.device(options.device)
+    rate = matmul_flops_per_second(device, DTYPES[options.precision])
+    shares = {"share_of_matmul_rate": round(flops_per_second / rate, 3)}
+    gpu = local_gpu() if device.type == "cuda" else None
+    if gpu is not None:
+        peak = gpu.fp32_flops if options.precision == "fp32" else gpu.bf16_flops
+        shares["share_of_peak"] = round(flops_per_second / peak, 3)
+    return shares
 
 
 def main() -> None:
@@ -129,7 +145,8 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=1024)
     parser.add_argument("--frames", type=int, default=13)
     parser.add_argument("--frames-per-batch", type=int, default=1)
-    parser.add_argument("--precision", choices=DTYPES, default="fp32", help="of our side")
+    parser.add_argument("--clips", type=int, default=1, help="tracked in lockstep on our side")
+    parser.add_argument("--precision", choices=DTYPES, default="fp32", help="of both sides")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -139,7 +156,8 @@ def main() -> None:
         parser.error("--frames must be at least 9: fewer say nothing of a clip")
     device = torch.device(options.device)
     frames_THWC, mask_HW = make_frames(options.frames)
-    exact = options.precision == "fp32" and options.frames_per_batch == 1 and not options.compile
+    plain = options.frames_per_batch == options.clips == 1 and not options.compile
+    exact = options.precision == "fp32" and plain
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkpoint = folder / "weights.pt"
@@ -153,42 +171,60 @@ def main() -> None:
         )
         ours = Ours(
             *common,
+            clips=options.clips,
             precision=options.precision,
             frames_per_batch=options.frames_per_batch,
             compile=options.compile,
         )
         sides: dict[str, Callable[..., Any]] = {
-            "stock, twice": Stock(*common).run,
+            "stock, twice": Stock(*common, precision=options.precision).run,
             "ours, both ways": ours.run,
         }
+        # Seconds for a clip.
         seconds: dict[str, list[float]] = {name: [] for name in sides}
+        clips_of = dict(zip(sides, (1, options.clips), strict=True))
+        peaks: dict[str, int] = {}
+        if device.type == "cuda" or options.compile:
+            for run in sides.values():
+                run(mask_HW)  # loads libraries, compiles
         largest = 0.0
         for _ in range(options.repeats):
             features = []
             for name, run in sides.items():
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
                 taken, maps = run(mask_HW)
-                seconds[name].append(taken)
+                if device.type == "cuda":
+                    peaks[name] = torch.cuda.max_memory_allocated() >> 20
+                seconds[name].append(taken / clips_of[name])
                 features.append(maps)
             for theirs, mine in zip(*features, strict=True):
                 largest = max(largest, (theirs.float() - mine.float()).abs().max().item())
             if exact and largest > TOLERANCE:
                 raise SystemExit(f"the features differ by {largest:.2e}, above {TOLERANCE:.0e}")
-        split, share = split_of_time(ours, options, folder)
-    rows = []
+        split, flops = split_of_time(ours, options, folder)
+    rows, rates = [], {}
     for name, times in seconds.items():
         median, (low, high) = median_and_spread([options.frames / taken for taken in times])
+        rates[name] = round(median, 4)
         rows.append([name, f"{median:.3g}", f"{low:.3g} to {high:.3g}"])
     ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
     ratio, spread = median_and_spread(ratios)
+    split_rows = [[name, f"{100 * share:.1f}%"] for name, share in split.items()]
+    flops_per_second = flops / options.clips / min(seconds["ours, both ways"])
     finish(
         "stage_one",
-        f"{table(['side', 'frames/s, both ways', 'spread'], rows)}\n\n{split}",
+        f"{table(['side', 'frames/s, both ways', 'spread'], rows)}\n\n"
+        f"{table(['part of ours', 'time'], split_rows)}",
         {
             "ratio": round(ratio, 3),
             "target": TARGETS[device.type],
             "spread": [round(value, 3) for value in spread],
             "largest_difference": largest,
-            "share_of_matmul_rate": round(share, 3),
+            "frames_per_second": rates,
+            **shares_of_rates(flops_per_second, options),
+            **({"peak_mib": peaks} if peaks else {}),
+            "split": {name: round(share, 4) for name, share in split.items()},
             "machine": machine(device),
             "settings": {k: str(v) for k, v in vars(options).items() if k != "write"},
         },

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import finish, machine, median_and_spread, table
+from report import finish, machine, median_and_spread, peak_bytes, reset_peak, table
 from sam2_sides import HEIGHT, WIDTH, Ours, Stock, make_frames, random_checkpoint
 
 from stages.local_gram_flow import resample_to_grid
@@ -30,14 +30,6 @@ OURS = {
     "cuda": ("ours, encoded frames on the GPU", "ours, encoded frames on the host"),
 }
 KEEP = {"memory": "device", "disk": "disk", "GPU": "device", "host": "host"}
-
-
-def most_resident_bytes() -> int:
-    """This process's VmHWM."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("/proc/self/status has no VmHWM")
 
 
 def measure(side: str, options: argparse.Namespace) -> int:
@@ -54,10 +46,8 @@ def measure(side: str, options: argparse.Namespace) -> int:
     else:
         # The frames that ours is handed count as its own.
         runner = Ours(*common, frames_THWC[:1], keep_encoded=KEEP[side.split()[-1]])
-    cuda = torch.device(options.device).type == "cuda"
-    if not cuda:
-        # Loading a model takes more than holding it: start the high-water mark again.
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    # Loading a model takes more than holding it.
+    reset_peak(torch.device(options.device))
     if isinstance(runner, Ours):
         runner.set_frames(frames_THWC)
     runner.run(
@@ -65,7 +55,7 @@ def measure(side: str, options: argparse.Namespace) -> int:
         keep=lambda maps_1CHW: resample_to_grid(maps_1CHW, HEIGHT // 16, WIDTH // 16),
         directions=options.directions,
     )
-    return torch.cuda.max_memory_allocated() if cuda else most_resident_bytes()
+    return peak_bytes(torch.device(options.device))
 
 
 def in_processes(
@@ -131,6 +121,7 @@ def main() -> None:
         {
             "ratio": round(ratio, 3),
             "target": TARGET,
+            "peak_mib": {side: max(peaks) >> 20 for side, peaks in found.items()},
             "spread": [round(value, 3) for value in spread],
             "machine": machine(torch.device(options.device)),
             "settings": {

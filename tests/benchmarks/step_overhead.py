@@ -23,20 +23,29 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import CogVideoXTransformer3DModel
-from report import finish, machine, median_and_spread, now, table
+from report import (
+    finish,
+    machine,
+    median_and_spread,
+    now,
+    peak_bytes,
+    reset_peak,
+    table,
+)
 from sam2_sides import make_frames, random_checkpoint
 from torch import Tensor
 
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from stages.clips import ClipsConfig
-from stages.cogvideox.configs import CogVideoXConfigs
-from stages.cogvideox.official_models import official_configs
+from stages.cogvideox.configs import CogVideoXConfigs, read_configs
+from stages.cogvideox.official_models import NAMES, official_configs
 from stages.config import Precision
+from stages.demo.build import PRETRAINED
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import Batch, CachedSamples
 from stages.train_student.data.loader import BatchLoader
 from stages.train_student.data.order import micro_batches
-from stages.train_student.data.stores import join_buckets
+from stages.train_student.data.stores import Buckets, join_buckets
 from stages.train_student.model.lora import add_adapters
 from stages.train_student.model.student import Student
 from stages.train_student.objectives.build import build_heads, build_objectives, kinds_needed
@@ -49,13 +58,28 @@ SIDES = (NONE, CACHED, ONLINE)
 TARGET = 1.02
 CHANNELS = 512
 NUM_CLIPS = 2
-SMALL = {"layers": 4, "frames": 17, "height": 240, "width": 368, "sam2": "sam2.1_hiera_t"}
-FULL = {"layers": 42, "frames": 49, "height": 480, "width": 720, "sam2": "sam2.1_hiera_l"}
+SMALL: dict[str, int | str] = {
+    "layers": 4,
+    "frames": 17,
+    "height": 240,
+    "width": 368,
+    "sam2": "sam2.1_hiera_t",
+    "image_size": 512,
+}
+FULL: dict[str, int | str] = {
+    "layers": 42,
+    "frames": 49,
+    "height": 480,
+    "width": 720,
+    "sam2": "sam2.1_hiera_l",
+    "image_size": 1024,
+}
 
 
 def facts_of(options: argparse.Namespace) -> CogVideoXConfigs:
-    """CogVideoX-5B's, with as many layers as asked for."""
-    configs = official_configs("cogvideox-5b")
+    """The model's, with as many layers as asked for."""
+    demo = options.model == "demo"
+    configs = read_configs(PRETRAINED / "cogvideox") if demo else official_configs(options.model)
     return replace(configs, transformer=configs.transformer | {"num_layers": options.layers})
 
 
@@ -162,6 +186,13 @@ class OnlineTeacher:
         return track(self._tracker, self._frames_THWC, prompt, grid=self._grid)
 
 
+def batches_of(stores: Buckets, configs: CogVideoXConfigs, device: torch.device) -> Iterator[Batch]:
+    """Batches of one clip, read by a process."""
+    samples = CachedSamples(stores.stores, configs, seed=0, batch_size=1)
+    numbers = micro_batches(range(10**6), batch_size=1, micro_batch_size=1, rank=0, world_size=1)
+    return BatchLoader(samples, numbers, workers=1, pin_memory=device.type == "cuda")
+
+
 class Side:
     """One way of making a step."""
 
@@ -183,29 +214,9 @@ class Side:
             configs, build_objectives(config), device=self._device, dtype=transformer.dtype
         )
         self._teacher = OnlineTeacher(options, folder) if name == ONLINE else None
-        self._batches = self._read(config, configs, options, folder, cached=name == CACHED)
-
-    def _read(
-        self,
-        config: TrainConfig,
-        configs: CogVideoXConfigs,
-        options: argparse.Namespace,
-        folder: Path,
-        *,
-        cached: bool,
-    ) -> Iterator[Batch]:
-        stores = join_buckets(
-            folder,
-            (size_of(options),),
-            {},
-            kinds=kinds_needed(config) if cached else (),
-        )
-        samples = CachedSamples(stores.stores, configs, seed=0, batch_size=1)
-        numbers = micro_batches(
-            range(10**6), batch_size=1, micro_batch_size=1, rank=0, world_size=1
-        )
-        pin = self._device.type == "cuda"
-        return BatchLoader(samples, numbers, workers=1, pin_memory=pin)
+        kinds = kinds_needed(config) if name == CACHED else ()
+        stores = join_buckets(folder, (size_of(options),), {}, kinds=kinds)
+        self._batches = batches_of(stores, configs, self._device)
 
     def step(self) -> None:
         """From asking for the batch to the changed weights."""
@@ -237,20 +248,14 @@ def make_transformer(
     return transformer
 
 
-def peak_bytes(side: str, options: argparse.Namespace, folder: Path) -> int:
+def peak_of_step(side: str, options: argparse.Namespace, folder: Path) -> int:
     """The most that this process, or the GPU, holds over a step of one side, after a first."""
     configs = facts_of(options)
     one = Side(side, make_transformer(configs, options), configs, options, folder)
     one.step()
-    if options.device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        one.step()
-        return torch.cuda.max_memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    reset_peak(torch.device(options.device))
     one.step()
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    (peak,) = (line for line in lines if line.startswith("VmHWM:"))
-    return int(peak.split()[1]) * 1024
+    return peak_bytes(torch.device(options.device))
 
 
 def peak_in_own_process(side: str, folder: Path) -> int:
@@ -282,17 +287,22 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, list[float]]
     return seconds
 
 
-def read_options() -> argparse.Namespace:
-    """Settings from the command line, with defaults by device."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Models and the size of clips, with defaults by device."""
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--model", choices=[*NAMES, "demo"], default="cogvideox-5b")
     for name, value in (FULL if on_gpu else SMALL).items():
-        parser.add_argument(f"--{name}", type=type(value), default=value)
-    parser.add_argument("--image-size", type=int, default=1024 if on_gpu else 512)
-    parser.add_argument("--form", choices=["features", "gram_flow"], default="features")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--write", type=Path, help="add the report to this Markdown file")
+
+
+def read_options() -> argparse.Namespace:
+    """Settings from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_model_options(parser)
+    parser.add_argument("--form", choices=["features", "gram_flow"], default="features")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -302,7 +312,7 @@ def main() -> None:
     """Measure and print; the last line is one JSON object."""
     options = read_options()
     if options.side:
-        print(json.dumps(peak_bytes(options.side, options, options.folder)))
+        print(json.dumps(peak_of_step(options.side, options, options.folder)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -334,6 +344,9 @@ def main() -> None:
             "target": TARGET,
             "spread": [round(value, 4) for value in spreads[CACHED][1]],
             "ratio_online": round(spreads[ONLINE][0], 4),
+            "seconds_per_step": {
+                name: round(median_and_spread(taken)[0], 3) for name, taken in seconds.items()
+            },
             "peak_mib": {name: round(value) for name, value in memory.items()},
             "machine": machine(torch.device(options.device)),
             "settings": {
