@@ -11,6 +11,7 @@ The exit code is 0 if every measurement asked for is there, 1 if one is not, 2 f
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -98,6 +99,8 @@ def main() -> None:
     chosen = options.parts.split(",")
     if unknown := [name for name in chosen if name not in names]:
         parser.error(f"unknown part {', '.join(unknown)}; the parts are {', '.join(names)}")
+    # As Ctrl-C does: the measurement that runs must not outlive this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     machine = machine_facts()
     if options.size == "full" and machine["gpu"] is None:
         parser.error(

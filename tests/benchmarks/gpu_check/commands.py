@@ -28,7 +28,7 @@ def run_command(
     started = time.monotonic()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            command, stdout=out, stderr=errors, env=dict(environment), start_new_session=True
+            command, stdout=out, stderr=errors, env=dict(environment), process_group=0
         )
         try:
             code: int | None = process.wait(timeout=max(seconds, 0.0))

@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 import runpy
+import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -57,6 +59,16 @@ def run(
     )
 
 
+def ends(pid: int) -> bool:
+    """Whether a process ends, reaped or not by whoever adopts it, within ten seconds."""
+    for _ in range(100):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def outcomes(part: Part, out: Path) -> dict[str, str]:
     return {row["measurement"]: row["outcome"] for row in read_rows(out, part)}
 
@@ -91,14 +103,29 @@ def test_at_its_limit_a_command_ends_with_all_it_started(tmp_path: Path) -> None
     script = f"{child}; print(p.pid, flush=True); p.wait()"
     found = run_command([sys.executable, "-c", script], seconds=3.0, environment=os.environ)
     assert found["outcome"] == "timed out" and found["result"] is None
-    pid = int(found["output"].splitlines()[0])
-    for _ in range(100):  # the orphan is reaped by whoever adopts it
-        state = Path(f"/proc/{pid}/stat")
-        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
-            break
+    assert ends(int(found["output"].splitlines()[0]))
+
+
+def test_a_stopped_check_leaves_nothing_running(tmp_path: Path) -> None:
+    noted = tmp_path / "pid"
+    script = f"import os; open({str(noted)!r}, 'w').write(f'{{os.getpid()}}.'); {SLEEP}"
+    check = tmp_path / "check.py"
+    check.write_text(
+        "import sys\nfrom tests.benchmarks.gpu_check import __main__ as line\n"
+        "line.machine_facts = dict\n"
+        f"line.run_parts = lambda *_, **__: line.run_command([sys.executable, '-c', {script!r}], "
+        "seconds=600, environment={})\n"
+        f"sys.argv = ['gpu_check', '--size', 'tiny', '--out', {str(tmp_path)!r}]\nline.main()\n",
+        encoding="utf-8",
+    )
+    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parents[1])}
+    process = subprocess.Popen([sys.executable, str(check)], env=environment)
+    while not (noted.exists() and noted.read_text().endswith(".")):
+        assert process.poll() is None
         time.sleep(0.1)
-    else:
-        pytest.fail(f"process {pid} still runs")
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    assert ends(int(noted.read_text().rstrip(".")))
 
 
 def test_without_time_left_nothing_starts(tmp_path: Path) -> None:
