@@ -121,7 +121,9 @@ def read_there(file: Path | None) -> dict[str, str]:
     """Return versions by name from lines `name` or `name==version`; empty where unknown."""
     lines = USUALLY_THERE if file is None else file.read_text(encoding="utf-8").split("\n")
     stripped = [line.strip() for line in lines]
-    pairs = [line.partition("==") for line in stripped if line and not line.startswith("#")]
+    named = [line for line in stripped if line and not line.startswith("#")]
+    # Of one installed from a file, `name @ file:…` is printed.
+    pairs = [line.partition(" @ ")[0].partition("==") for line in named]
     return {name: version for name, _, version in pairs}
 
 

@@ -41,9 +41,11 @@ def test_everything_needed_is_there_or_brought() -> None:
 
 def test_versions_that_the_bounds_exclude_are_named(tmp_path: Path) -> None:
     file = tmp_path / "packages.txt"
-    file.write_text("# pip list --format=freeze\ntorch==1.0\nnumpy==2.5.2\nprotobuf\n\n")
+    file.write_text(
+        "# pip list --format=freeze\ntorch==1.0\nnumpy==2.5.2\nprotobuf\nav @ file:///a==b\n\n"
+    )
     there = read_there(file)
-    assert there == {"torch": "1.0", "numpy": "2.5.2", "protobuf": ""}
+    assert there == {"torch": "1.0", "numpy": "2.5.2", "protobuf": "", "av": ""}
     (line,) = too_old(there)
     assert line.startswith("torch 1.0, needs ")
 

@@ -10,17 +10,17 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
 from tests.benchmarks.gpu_check import __main__ as command_line
 from tests.benchmarks.gpu_check.commands import run_command
 from tests.benchmarks.gpu_check.parts import BENCHMARKS, PARTS, Measurement, Part, Size
-from tests.benchmarks.gpu_check.results import read_rows
+from tests.benchmarks.gpu_check.results import machine_facts, read_rows
 from tests.benchmarks.gpu_check.table import tables
 
-MACHINE = {
+MACHINE: dict[str, Any] = {
     "gpu": None,
     "torch": "2.13.0",
     "cuda": None,
@@ -33,7 +33,7 @@ MACHINE = {
 SLEEP = "import time; time.sleep(600)"
 
 
-def part_of(folder: Path, minutes: float = 5.0, **scripts: str) -> Part:
+def part_of(folder: Path, **scripts: str) -> Part:
     """A part whose measurements are scripts."""
     measurements = []
     for name, script in scripts.items():
@@ -44,19 +44,15 @@ def part_of(folder: Path, minutes: float = 5.0, **scripts: str) -> Part:
     return Part(
         name="made_up",
         title="scripts",
-        minutes=minutes,
+        minutes=5.0,
         measurements=tuple(measurements),
         columns={"value": ("inner", "value")},
         without_gpu="nothing",
     )
 
 
-def run(
-    part: Part, out: Path, *, minutes: float = 5.0, machine: dict[str, object] = MACHINE
-) -> bool:
-    return command_line.run_parts(
-        [part], size="tiny", out=out, minutes=minutes, machine=dict(machine)
-    )
+def run(part: Part, out: Path, *, minutes: float = 5.0, machine: dict[str, Any] = MACHINE) -> bool:
+    return command_line.run_parts([part], size="tiny", out=out, minutes=minutes, machine=machine)
 
 
 def ends(pid: int) -> bool:
@@ -203,7 +199,7 @@ def test_every_script_takes_its_arguments(size: Size, monkeypatch: pytest.Monkey
 
 def _rehearse(out: Path, parts: list[Part], minutes: float) -> None:
     complete = command_line.run_parts(
-        parts, size="tiny", out=out, minutes=minutes, machine=command_line.machine_facts()
+        parts, size="tiny", out=out, minutes=minutes, machine=machine_facts()
     )
     assert complete, tables(out, parts)
     for part in parts:
