@@ -12,10 +12,9 @@ from cache_schema import StoreReader
 from stages.clips import ClipsConfig
 from stages.inspect_cache.colours import pca_colours
 from stages.local_gram_flow import (
-    implied_flow,
+    implied_motion,
     latent_frame_of_frame,
     local_gram_flow,
-    neighbour_mask,
     radius_of_window,
     regrid_fused,
 )
@@ -162,16 +161,8 @@ def flow_of_features(features_THWC: np.ndarray, radius: int, temperature: float)
 
 
 def flow_of_similarities(similarities_PHWK: torch.Tensor, temperature: float) -> np.ndarray:
-    """Return the flow that similarities to the next moment imply: float32 [P, H, W, 2].
-
-    Near the grid's edge, only neighbours whose mirror image is also inside the grid are used. A
-    window clipped on one side would imply an inward flow larger than the real motion.
-    """
-    _, height, width, neighbours = similarities_PHWK.shape
-    inside_HWK = neighbour_mask(height, width, radius_of_window(neighbours))
-    mirrored_HWK = inside_HWK & inside_HWK.flip(-1)
-    balanced_PHWK = similarities_PHWK.masked_fill(~mirrored_HWK, -1e4 * temperature)
-    flow_PHW2: np.ndarray = implied_flow(balanced_PHWK[None], temperature)[0].numpy()
+    """Return the motion that similarities to the next moment imply: float32 [P, H, W, 2]."""
+    flow_PHW2: np.ndarray = implied_motion(similarities_PHWK[None], temperature)[0].numpy()
     return flow_PHW2
 
 

@@ -18,7 +18,13 @@ from stages.local_gram_flow.fusion import (
     regrid_fused,
     take_directions,
 )
-from stages.local_gram_flow.loss import Divergence, flow_entropy, gram_flow_loss, implied_flow
+from stages.local_gram_flow.loss import (
+    Divergence,
+    flow_entropy,
+    gram_flow_loss,
+    implied_flow,
+    implied_motion,
+)
 from stages.local_gram_flow.similarities import (
     Kernel,
     local_gram_flow,
@@ -39,6 +45,7 @@ __all__ = [
     "fuse_subjects",
     "gram_flow_loss",
     "implied_flow",
+    "implied_motion",
     "latent_frame_of_frame",
     "local_gram_flow",
     "neighbour_mask",

@@ -13,6 +13,7 @@ from stages.local_gram_flow.similarities import (
     neighbour_mask,
     neighbour_offsets,
     radius_of_window,
+    reverse_pairs,
 )
 
 Divergence = Literal["kl", "l2"]
@@ -145,3 +146,25 @@ def implied_flow(similarities_BPHWK: Tensor, temperature: float) -> Tensor:
     log_probability = _log_softmax_inside(similarities_BPHWK.float(), mask_HWK, temperature)
     probability_BPHWK = log_probability.exp().masked_fill(~mask_HWK, 0.0)
     return probability_BPHWK @ neighbour_offsets(radius, device).float()
+
+
+def implied_motion(similarities_BPHWK: Tensor, temperature: float) -> Tensor:
+    """Motion implied by a Gram flow, without what its frames alone imply: 0 for a still video.
+
+    Tokens beside an outline resemble those on their own side of it, so that their expected offset
+    points there without any motion. The pair read in reverse has the same bias and the opposite
+    motion: half the difference of the two is returned. A token whose content leaves it altogether
+    counts half. Neighbours whose mirror image is outside the
+    grid are left out, because a window cut on one side is biased too.
+
+    Returns:
+        motion_BPHW2, (dx, dy) in tokens from each frame to the next; right and down are positive.
+    """
+    _, _, H, W, K = similarities_BPHWK.shape
+    inside_HWK = neighbour_mask(H, W, radius_of_window(K), similarities_BPHWK.device)
+    outside_HWK = ~(inside_HWK & inside_HWK.flip(-1))
+    forward, backward = (
+        implied_flow(flow_BPHWK.masked_fill(outside_HWK, -1e4 * temperature), temperature)
+        for flow_BPHWK in (similarities_BPHWK, reverse_pairs(similarities_BPHWK))
+    )
+    return (forward - backward) / 2

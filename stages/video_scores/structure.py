@@ -17,9 +17,7 @@ from torch import Tensor
 
 from stages.local_gram_flow import (
     flow_entropy,
-    implied_flow,
-    neighbour_mask,
-    radius_of_window,
+    implied_motion,
 )
 from stages.video_scores.score import Score
 
@@ -221,14 +219,10 @@ class PairFlow:
 def pair_flows(tracks: SubjectTracks, *, temperature: float) -> list[PairFlow]:
     """Return the flows of the pairs of frames that both show the subject."""
     similarities_PHWK = tracks.similarities_PHWK.double()
-    _, height, width, neighbours = similarities_PHWK.shape
+    _, height, width, _ = similarities_PHWK.shape
     subject_THW = on_token_grid(tracks.forward_TMN, height, width)
-    inside_HWK = neighbour_mask(height, width, radius_of_window(neighbours))
     entropy_PHW = flow_entropy(similarities_PHWK[None], temperature)[0]
-    # A window that the frame's edge cuts on one side would imply motion away from the edge.
-    mirrored_HWK = inside_HWK & inside_HWK.flip(-1)
-    balanced_PHWK = similarities_PHWK.masked_fill(~mirrored_HWK, -1e4 * temperature)
-    tokens_PHW2 = implied_flow(balanced_PHWK[None], temperature)[0].double()
+    tokens_PHW2 = implied_motion(similarities_PHWK[None], temperature)[0].double()
     velocity_PHW2 = tokens_PHW2 * (tracks.fps / height)
     found = []
     for pair, is_known in enumerate(tracks.valid_T[:-1] & tracks.valid_T[1:]):

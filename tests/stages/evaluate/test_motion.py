@@ -30,10 +30,12 @@ def moving(offsets, *, fps=8.0, valid=None):
 
 def test_features_are_speeds_entropies_and_changes():
     found = motion_features(moving([(1, 0), (1, 0), (-1, 0)]), temperature=0.1)
-    assert found[:5] == pytest.approx([1.0] * 5, rel=1e-6)  # 1 of 8 rows per frame, 8 frames/s
+    # 1 of 8 rows per frame at 8 frames/s; half of it for the tokens that the subject leaves.
+    assert found[:5] == pytest.approx([0.5, 1, 1, 1, 1], rel=1e-6)
     assert found[5:10] == pytest.approx([0.0] * 5, abs=1e-6)
     assert found[10] == pytest.approx(0, abs=1e-6)  # the camera is still
-    assert found[11] == pytest.approx((0 + 2) / 2, rel=1e-6)
+    # The subject leaves one of its six columns.
+    assert found[11] == pytest.approx((0 + 2) / 2 * (5 + 0.5) / 6, rel=1e-6)
 
 
 def test_a_video_without_a_pair_has_no_features():

@@ -11,6 +11,7 @@ from stages.local_gram_flow import (
     flow_entropy,
     gram_flow_loss,
     implied_flow,
+    implied_motion,
     local_gram_flow,
 )
 from tests.stages.local_gram_flow.reference import (
@@ -328,3 +329,33 @@ def test_entropy_of_a_single_neighbour_is_0() -> None:
     assert flow_entropy(local_gram_flow(torch.ones(1, 2, 1, 1, 3), radius=1), 0.1).tolist() == [
         [[[0.0]]]
     ]
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**31), radius=st.integers(1, 2), temperature=st.floats(0.02, 2.0))
+def test_a_still_video_of_any_features_implies_no_motion(
+    seed: int, radius: int, temperature: float
+) -> None:
+    still = _features(seed, 1, 1, 5, 6, 4).expand(-1, 3, -1, -1, -1)
+    similarities = local_gram_flow(still, radius)
+    torch.testing.assert_close(
+        implied_motion(similarities, temperature), torch.zeros(1, 2, 5, 6, 2), rtol=0, atol=1e-5
+    )
+    inner = implied_flow(similarities, temperature)[..., 1:-1, 1:-1, :]
+    assert inner.abs().max() > 1e-4, "the expected offset alone is biased by the frame's content"
+
+
+def test_motion_by_whole_tokens_is_implied_exactly() -> None:
+    world = torch.randn(1, 12, 14, 32, generator=torch.Generator().manual_seed(0))
+    moving = torch.stack([world[:, 2 - t : 10 - t, 1 + t : 11 + t] for t in range(3)], dim=1)
+    motion = implied_motion(local_gram_flow(moving, 2), 0.01)[..., 2:-2, 2:-2, :]
+    # The window moves up and to the right over the world, so the content goes down and left.
+    expected = torch.tensor([-1.0, 1.0]).expand_as(motion)
+    torch.testing.assert_close(motion, expected, rtol=0, atol=1e-3)
+
+
+def test_reversed_pairs_imply_the_opposite_motion() -> None:
+    features = _features(3, 1, 3, 5, 6, 4)
+    forward = implied_motion(local_gram_flow(features, 1), 0.2)
+    backward = implied_motion(local_gram_flow(features.flip(1), 1), 0.2)
+    torch.testing.assert_close(forward, -backward.flip(1), rtol=0, atol=1e-5)
