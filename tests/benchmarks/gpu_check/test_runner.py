@@ -207,6 +207,7 @@ def _rehearse(out: Path, parts: list[Part], minutes: float) -> None:
         assert shown.count("| measured |") == len(part.measurements)
 
 
+@pytest.mark.slow
 def test_rehearsal_of_one_measurement(tmp_path: Path) -> None:
     (part,) = (part for part in PARTS if part.name == "models")
     (text,) = (one for one in part.measurements if one.name == "text encoder")

@@ -61,6 +61,7 @@ def killed_at(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_stopped_vae_run_ends_with_the_same_weights(tmp_path, killed_at):
     settings = {"steps": 4, "seed": 0, "held_out_clips": 1}
     vae.train(tmp_path / "whole", **settings)
@@ -104,6 +105,7 @@ def test_psnr_is_that_of_the_definition():
 
 
 @pytest.mark.parametrize("image_to_video", [False, True], ids=["t2v", "i2v"])
+@pytest.mark.slow
 def test_a_stopped_transformer_run_ends_with_the_same_pipeline(tmp_path, killed_at, image_to_video):
     vae.train(tmp_path / "vae", steps=1, seed=0, held_out_clips=1)
     settings = {

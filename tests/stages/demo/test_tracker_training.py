@@ -112,6 +112,7 @@ class StoppedError(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_with_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("stages.demo.training.run._CHECKPOINT_EVERY", 2)
     settings = {"steps": 4, "seed": 0, "held_out_clips": 1}
