@@ -12,8 +12,9 @@ Pairs = Literal["forward", "backward", "both", "crossed"]
 """Directions in which adjacent frames are compared: t -> t+1, t+1 -> t, or both; `crossed` is both,
 each computed from the track that runs in the opposite direction."""
 
-FeatureKind = Literal["memory_attention", "memory_encoder"]
-"""SAM2 features: the frame's features after memory attention, or its memory encoder output."""
+FeatureKind = Literal["memory_attention", "memory_encoder", "image_encoder"]
+"""SAM2 features: the frame's features after memory attention, its memory encoder output, or its
+image encoder output, before memory attention."""
 
 SchedulerName = Literal["model", "ddim", "dpm"]
 """Samplers of CogVideoX: the base model's own scheduler, or one of diffusers' two for it."""

@@ -15,7 +15,7 @@ from stages.progress import Progress
 if TYPE_CHECKING:
     from stages.dry_run.train import SizedStores, TrainEstimate
 
-_CHANNELS = {"memory_attention": 256, "memory_encoder": 64}
+_CHANNELS = {"memory_attention": 256, "memory_encoder": 64, "image_encoder": 256}
 """Channels of one direction's features, the same in every SAM2 model."""
 
 

@@ -126,7 +126,7 @@ def tracker_cost(
         encoded = tracker.encode(_frames(tracker.frames_per_batch, config.image_size))
     steps, tracking_peak = _step_flops(tracker, encoded, config, clips)
     directions = 1 if config.fusion == "forward" else 2
-    channels = model.hidden_dim if config.features == "memory_attention" else model.mem_dim
+    channels = model.mem_dim if config.features == "memory_encoder" else model.hidden_dim
     cost = ModelCost(
         clip_flops=encoding.flops / tracker.frames_per_batch * clips.num_frames,
         subject_flops=directions * steps,

@@ -62,7 +62,8 @@ class TeacherConfig(Section):
     """Minimum mean IoU of the forward and backward masks; clips below are skipped. 0 keeps all, 0.7
     is strict."""
     features: FeatureKind = "memory_attention"
-    """Features to store: the output of memory attention, or of the memory encoder."""
+    """Features to store: the output of memory attention, of the memory encoder, or of the image
+    encoder (ablation: no memory; equal in both directions, so fusion=average stores them once)."""
     fusion: Literal["gram_flow", "average", "forward"] = "gram_flow"
     """Fusion of the two directions: exact in Gram-flow space (the paper), averaged features
     (ablation), or the forward pass only (ablation)."""

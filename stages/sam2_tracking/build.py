@@ -179,7 +179,7 @@ class Sam2Spec:
     config_name: str
     """The official configuration's name, or the YAML file's path."""
     hidden_dim: int
-    """Channels of `memory_attention`."""
+    """Channels of `memory_attention` and `image_encoder`."""
     mem_dim: int
     """Channels of `memory_encoder`."""
 

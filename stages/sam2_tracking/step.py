@@ -214,6 +214,9 @@ def visit(
         found["memory_attention"] = attended_BCHW
     if "memory_encoder" in features:
         found["memory_encoder"] = memory_BCHW
+    if "image_encoder" in features:
+        last_BCN = frames.levels_NBC[-1].permute(1, 2, 0)
+        found["image_encoder"] = last_BCN.unflatten(2, frames.sizes[-1])
     return logits_B1HW, score_B1, found
 
 

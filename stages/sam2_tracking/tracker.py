@@ -59,7 +59,8 @@ class TrackedFrame:
     index: int
     """Index of the frame in the clip, regardless of direction."""
     features: dict[FeatureKind, torch.Tensor]
-    """[C, S/16, S/16] each: output of memory attention, and of the memory encoder."""
+    """[C, S/16, S/16] each: output of memory attention, of the memory encoder, and of the image
+    encoder. May be views of encoded frames: read only."""
     mask_logits_HW: torch.Tensor
     """[S/4, S/4]; positive on the subject, -1024 everywhere if it is not visible."""
     object_score: torch.Tensor

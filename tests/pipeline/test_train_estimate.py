@@ -66,6 +66,14 @@ def test_what_the_planned_store_does_not_hold_is_refused_as_training_would():
         assert dry_run(f"train.teacher_form={form}", *pairs)[0] == 0
 
 
+def test_a_teacher_from_the_image_encoder_is_as_wide_as_from_memory_attention():
+    heads = []
+    for features in ("memory_attention", "image_encoder", "memory_encoder"):
+        words = ("train.objectives=[repa]", f"extract.teacher.features={features}")
+        heads.append(json.loads(dry_run("--json", *words)[1])["parameters"]["heads"])
+    assert heads[0] == heads[1] > heads[2]
+
+
 def test_the_best_checkpoint_takes_room_too_and_a_wrong_curve_is_refused():
     words = ("train.validation.clips=2", "train.checkpoint_every=250")
     assert "for the 3 that are kept" in dry_run(*words)[1]

@@ -76,6 +76,7 @@ class StockTracker:
     def __init__(self, predictor: Any, folder: Path) -> None:
         self.predictor = predictor
         self.folder = folder
+        self.encoded: dict[int, torch.Tensor] = {}
         self.attended: dict[int, torch.Tensor] = {}
         self.memories: dict[int, torch.Tensor] = {}
         self.logits: dict[int, torch.Tensor] = {}
@@ -114,6 +115,7 @@ class StockTracker:
             add_prompt(predictor, state)
             visited = [index for index, _, _ in predictor.propagate_in_video(state)]
             self._attend_to_prompted_frame(state)
+            self._encode_images(state)
         finally:
             del predictor._prepare_memory_conditioned_features, predictor._encode_new_memory
         self.memories = dict(zip(visited, new_memories, strict=True))
@@ -123,6 +125,12 @@ class StockTracker:
                 self.logits[index] = output["pred_masks"][0, 0]
                 self.scores[index] = output["object_score_logits"].flatten()[0]
         return self
+
+    @torch.inference_mode()
+    def _encode_images(self, state: dict[str, Any]) -> None:
+        for index in range(state["num_frames"]):
+            output = self.predictor.image_encoder(state["images"][index][None])
+            self.encoded[index] = output["vision_features"][0]
 
     @torch.inference_mode()
     def _attend_to_prompted_frame(self, state: dict[str, Any]) -> None:

@@ -83,7 +83,7 @@ class SubjectExtraction:
             architecture=sam2.config,
             prompts=self._chooser.settings,
         )
-        channels = sam2.hidden_dim if config.features == "memory_attention" else sam2.mem_dim
+        channels = sam2.mem_dim if config.features == "memory_encoder" else sam2.hidden_dim
         return subject_settings(config, clips, tracking, gram_flow=gram_flow, channels=channels)
 
     def prepare(self, record: ClipRecord) -> _Prepared:

@@ -110,6 +110,15 @@ def test_the_tracker_costs_on_shapes_what_it_costs_on_values(tracker_config, sin
     assert single.subject_flops == pytest.approx(2 * tracking.get_total_flops(), rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("features", "channels"),
+    [("memory_attention", 32), ("memory_encoder", 16), ("image_encoder", 32)],
+)
+def test_each_kind_of_feature_has_its_channels(tracker_config, features, channels):
+    config = tracker_config.model_copy(update={"features": features})
+    assert tracker_cost(config, CLIPS, config.config)[1] == channels
+
+
 def test_batches_change_the_memory_and_not_the_work(single, changed):
     batched = changed(clips_per_batch=3, frames_per_batch=4)
     # A little work is shared by the clips of a batch.

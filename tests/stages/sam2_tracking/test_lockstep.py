@@ -195,7 +195,9 @@ def test_a_part_of_a_clip_is_tracked_like_a_clip_of_that_part(
             assert torch.equal(feature, other.features[kind])
 
 
-@pytest.mark.parametrize("wanted", [(), ("memory_attention",), ("memory_encoder",)])
+@pytest.mark.parametrize(
+    "wanted", [(), ("memory_attention",), ("memory_encoder",), ("image_encoder",)]
+)
 def test_features_that_are_not_wanted_change_nothing_else(
     wanted: Any, tracker: Tracker, clips: list[EncodedFrames]
 ) -> None:

@@ -135,6 +135,7 @@ def test_every_official_size_tracks_like_the_stock_predictor(
         for value, expected in (
             (frame.features["memory_attention"], theirs.attended[step]),
             (frame.features["memory_encoder"], theirs.memories[step]),
+            (frame.features["image_encoder"], theirs.encoded[step]),
             (frame.mask_logits_HW, theirs.logits[step]),
             (frame.object_score, theirs.scores[step]),
         ):

@@ -62,6 +62,7 @@ def assert_equal_to_stock(tracked: list[TrackedFrame], stock: Any, tolerance: fl
         for ours, theirs in (
             (frame.features["memory_attention"], stock.attended[step]),
             (frame.features["memory_encoder"], stock.memories[step]),
+            (frame.features["image_encoder"], stock.encoded[step]),
             (frame.mask_logits_HW, stock.logits[step]),
             (frame.object_score, stock.scores[step]),
         ):

@@ -152,7 +152,11 @@ def raw_directions(
     """The stock predictor's raw features [T, C, 8, 8], forward and backward, in clip order."""
 
     def directions(features: str) -> tuple[np.ndarray, np.ndarray]:
-        name = {"memory_attention": "attended", "memory_encoder": "memories"}[features]
+        name = {
+            "memory_attention": "attended",
+            "memory_encoder": "memories",
+            "image_encoder": "encoded",
+        }[features]
         ahead, back = (
             np.stack([recorded[t].numpy() for t in sorted(recorded)])
             for recorded in (getattr(track, name) for track in stock_tracks)

@@ -66,6 +66,28 @@ def test_the_fused_gram_flow_is_the_weighted_sum_of_the_stock_directions(
     np.testing.assert_allclose(got, expected, atol=5e-6)
 
 
+@pytest.mark.parametrize(("fusion", "time_rate"), [("gram_flow", "frame"), ("average", "latent")])
+def test_image_encoder_features_have_the_stock_encoders_gram_flow(
+    fusion: str,
+    time_rate: str,
+    clips: ClipsConfig,
+    record: ClipRecord,
+    extract: Callable[..., list[Outcome]],
+    raw_directions: Callable[[str], tuple[np.ndarray, np.ndarray]],
+) -> None:
+    (outcome,) = extract(record, features="image_encoder", fusion=fusion, time_rate=time_rate)
+    encoded, from_reversed_clip = raw_directions("image_encoder")
+    np.testing.assert_allclose(encoded, from_reversed_clip, atol=5e-6)
+    expected = on_grid(encoded, *clips.token_grid)
+    if time_rate == "latent":
+        expected = latent_means(expected)
+    features = entry(outcome).arrays["features"]
+    assert features.shape[-1] == (2 if fusion == "gram_flow" else 1) * encoded.shape[1]
+    got = gram_flow(features.astype(np.float64))
+    np.testing.assert_allclose(got, gram_flow(expected), atol=5e-6)
+    assert set(entry(outcome, "masks").arrays) == {"forward", "backward", "valid"}
+
+
 def test_the_project_gram_flow_of_stored_features_agrees_within_float16(
     teacher: TeacherConfig,
     clips: ClipsConfig,
