@@ -1,7 +1,7 @@
 """The student: a CogVideoX transformer with projector heads on the output of one block.
 
 Legend: B clip, F latent frame, C channel, H W latent or token grid, J token in time, T map of an
-objective, N token, L text token, D width.
+objective, N token, L text token, D width, s side of a square of tokens.
 """
 
 import random
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor, nn
 
@@ -105,16 +106,21 @@ class Projector(nn.Module):
 
     Tokens are normalised, pass the hidden layers (each with norm and SiLU) and an output layer, and
     a linear skip is added. Maps that are interpolated between tokens (one per frame, or with
-    CogVideoX 1.5 one per latent frame) pass a depthwise convolution over time.
+    CogVideoX 1.5 one per latent frame) pass a depthwise convolution over time. For an objective
+    that compares fewer tokens, a learned downsampler makes one of each square.
     """
 
-    def __init__(self, width: int, widths: Sequence[int], *, smooth: bool) -> None:
+    def __init__(
+        self, width: int, widths: Sequence[int], *, smooth: bool, downsample: int | None = None
+    ) -> None:
         """Build the layers.
 
         Args:
             width: channels of the transformer's tokens.
             widths: channels of the hidden layers and of the output.
             smooth: add a convolution over time, for maps that are interpolated between tokens.
+            downsample: side of the squares of tokens that `Downsampler` turns into one each; None
+                keeps all tokens.
         """
         super().__init__()
         *hidden, out = widths
@@ -127,6 +133,7 @@ class Projector(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(before, out))
         self.skip = nn.Linear(width, out, bias=False)
         self.smooth = TemporalConvolution(out) if smooth else None
+        self.downsampler = None if downsample is None else Downsampler(out, downsample)
 
     def forward(self, tokens_BJHWC: Tensor, time_weights_TJ: Tensor | None) -> Tensor:
         """Project tokens_BJHWC of the transformer's width: features_BTHWC of the last width.
@@ -141,7 +148,9 @@ class Projector(nn.Module):
         if time_weights_TJ is not None:
             weights_TJ = time_weights_TJ.to(features_BTHWC.dtype)
             features_BTHWC = torch.einsum("tj,bjhwc->bthwc", weights_TJ, features_BTHWC)
-        return features_BTHWC if self.smooth is None else self.smooth(features_BTHWC)
+        if self.smooth is not None:
+            features_BTHWC = self.smooth(features_BTHWC)
+        return features_BTHWC if self.downsampler is None else self.downsampler(features_BTHWC)
 
 
 class TemporalConvolution(nn.Module):
@@ -159,6 +168,28 @@ class TemporalConvolution(nn.Module):
         after = torch.cat([features_BTHWC[:, 1:], features_BTHWC[:, -1:]], dim=1)
         taps = self.taps_3C
         return taps[0] * before + taps[1] * features_BTHWC + taps[2] * after
+
+
+class Downsampler(nn.Module):
+    """Convolution with stride equal to its size: one token for each square of tokens.
+
+    Computed as a linear map of each square, whose gradient is deterministic on a GPU. Squares that
+    cross the lower or right edge are padded with zeros.
+    """
+
+    def __init__(self, channels: int, side: int) -> None:
+        super().__init__()
+        self.side = side
+        # torch draws these weights as those of a convolution with the same inputs.
+        self.linear = nn.Linear(side * side * channels, channels)
+
+    def forward(self, features_BTHWC: Tensor) -> Tensor:
+        """Map features_BTHWC to [B, T, ceil(H / side), ceil(W / side), C]."""
+        side, (height, width) = self.side, features_BTHWC.shape[2:4]
+        padded_BTHWC = F.pad(features_BTHWC, (0, 0, 0, -width % side, 0, -height % side))
+        rows_BTHsWC = padded_BTHWC.unflatten(2, (-1, side))
+        squares_BTHWssC = rows_BTHsWC.unflatten(4, (-1, side)).transpose(3, 4)
+        return self.linear(squares_BTHWssC.flatten(4))
 
 
 @contextmanager

@@ -58,14 +58,17 @@ def build_heads(
     for name in config.objectives:
         widths: Sequence[int] = config.lgf.projector_widths
         smooth = frame_rate or at_latents
+        downsample: int | None = None
         if name == "repa":
             assert teacher is not None, "repa reads features"
             widths = (*config.repa.projector_widths, teacher.arrays["features"].shape[-1])
         elif name == "token-relation":
-            widths, smooth = config.token_relation.projector_widths, at_latents
+            settings = config.token_relation
+            widths, smooth = settings.projector_widths, at_latents
+            downsample = settings.pool if settings.downsampler == "learned" else None
         elif name == "mask":
             widths, smooth = (*config.mask.projector_widths, 1), True
-        heads[name] = Projector(width, widths, smooth=smooth)
+        heads[name] = Projector(width, widths, smooth=smooth, downsample=downsample)
     return heads
 
 

@@ -91,8 +91,13 @@ class TokenRelationConfig(AuxiliaryConfig):
     margin: float = Field(default=0.1, ge=0.0)
     """Differences of similarity up to this are ignored; 0.1 is VideoREPA's."""
     pool: int = Field(default=2, ge=1)
-    """Side of the squares over which tokens are averaged first, since the cost is quadratic in
+    """Side of the squares of tokens that become one token first, since the cost is quadratic in
     tokens; 3 gives VideoREPA's 10x15 from 30x45."""
+    downsampler: Literal["mean", "learned"] = "mean"
+    """How a square of the student's tokens becomes one: their mean, or a learned convolution over
+    the square, as in VideoREPA. The teacher's tokens are averaged."""
+    skip_first_latent: bool = False
+    """Leave out the first latent frame, which encodes a single frame; true is VideoREPA's."""
     projector_widths: tuple[int, int, int] = (512, 256, 256)
     """Widths of the projector's layers; VideoREPA's are 2048, 2048 and 768."""
 

@@ -36,7 +36,8 @@ def token_relation_loss(
     Raises:
         ValueError: the maps or tokens of the two differ.
 
-    Source: VideoREPA, arXiv 2505.23656.
+    Source: VideoREPA, arXiv 2505.23656; aHapBean/VideoREPA@8002687,
+    finetune/models/cogvideox_t2v_align/lora_trainer.py, `token_relation_distillation`.
     """
     if student_BLHWC.shape[:-1] != teacher_BLHWC.shape[:-1]:
         raise ValueError(
@@ -74,11 +75,15 @@ def _excess_of_map(row: int, student_BLNC: Tensor, teacher_BLNC: Tensor, margin:
 
 def _pooled(tokens_BLHWC: Tensor, pool: int) -> Tensor:
     """Average-pooled unit tokens: tokens_BLNC, in float32 (float64 for float64 input)."""
+    return F.normalize(_averaged(tokens_BLHWC, pool).flatten(2, 3), dim=-1)
+
+
+def _averaged(tokens_BLHWC: Tensor, pool: int) -> Tensor:
+    """Means over squares, [B, L, ceil(H / pool), ceil(W / pool), C], in at least float32."""
     dtype = torch.promote_types(tokens_BLHWC.dtype, torch.float32)
     maps_NCHW = tokens_BLHWC.to(dtype).flatten(0, 1).permute(0, 3, 1, 2)
     pooled_NCHW = F.avg_pool2d(maps_NCHW, pool, ceil_mode=True, count_include_pad=False)
-    pooled_NMC = pooled_NCHW.flatten(2).transpose(1, 2)
-    return F.normalize(pooled_NMC, dim=-1).unflatten(0, tokens_BLHWC.shape[:2])
+    return pooled_NCHW.permute(0, 2, 3, 1).unflatten(0, tokens_BLHWC.shape[:2])
 
 
 class TokenRelation(Objective[TokenRelationConfig]):
@@ -89,12 +94,22 @@ class TokenRelation(Objective[TokenRelationConfig]):
         return int(latent_frame_of_frame(num_frames)[-1]) + 1
 
     def __call__(self, student_BTHWC: Tensor, teacher: Teacher) -> Tensor:
-        """loss_B; a teacher with one map per frame is averaged over each latent frame."""
+        """loss_B; a teacher with one map per frame is averaged over each latent frame.
+
+        Args:
+            student_BTHWC: one map per latent frame; with a learned downsampler, already with one
+                token per square.
+            teacher: with features.
+        """
+        settings, pool = self.settings, self.settings.pool
         teacher_BLHWC, valid_BL = teacher.features_at_latent_rate()
+        if settings.downsampler == "learned":
+            teacher_BLHWC, pool = _averaged(teacher_BLHWC, pool), 1
+        first = 1 if settings.skip_first_latent else 0
         return token_relation_loss(
-            student_BTHWC,
-            teacher_BLHWC,
-            valid_BL,
-            margin=self.settings.margin,
-            pool=self.settings.pool,
+            student_BTHWC[:, first:],
+            teacher_BLHWC[:, first:],
+            valid_BL[:, first:],
+            margin=settings.margin,
+            pool=pool,
         )

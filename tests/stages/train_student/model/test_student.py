@@ -8,7 +8,7 @@ from stages.cogvideox.inputs import rotary_positions
 from stages.local_gram_flow import time_weights
 from stages.train_student.config import TrainConfig
 from stages.train_student.model.loading import build_student
-from stages.train_student.model.student import Projector, Student, TemporalConvolution
+from stages.train_student.model.student import Downsampler, Projector, Student, TemporalConvolution
 from stages.train_student.objectives.build import build_heads
 from stages.train_student.parallel.deepspeed import deepspeed_engine
 from stages.train_student.parallel.process_group import process_group, world_from_environment
@@ -197,3 +197,35 @@ def test_temporal_convolution_equals_torch_with_repeated_ends():
     rows_NCT = features_BTHWC.permute(0, 2, 3, 4, 1).reshape(-1, 5, 7)
     expected = theirs(rows_NCT).view(2, 2, 3, 5, 7).permute(0, 4, 1, 2, 3)
     torch.testing.assert_close(ours(features_BTHWC), expected)
+
+
+@pytest.mark.parametrize(("side", "grid"), [(3, (6, 9)), (2, (3, 5)), (1, (2, 3))])
+def test_the_downsampler_is_a_convolution_with_stride_of_its_size(side, grid):
+    torch.manual_seed(0)
+    projector = Projector(6, (8, 4), smooth=True, downsample=side).double()
+    without = Projector(6, (8, 4), smooth=True).double()
+    without.load_state_dict(projector.state_dict(), strict=False)
+    tokens_BJHWC = torch.randn(2, 3, *grid, 6).double()
+    weights_TJ = time_weights(9, 9)
+    linear = projector.downsampler.linear
+    rows, columns = (-(-length // side) * side for length in grid)
+    padded = torch.zeros(2, 9, rows, columns, 4).double()
+    padded[:, :, : grid[0], : grid[1]] = without(tokens_BJHWC, weights_TJ)
+    expected_NCHW = functional.conv2d(
+        padded.flatten(0, 1).permute(0, 3, 1, 2),
+        linear.weight.unflatten(1, (side, side, 4)).permute(0, 3, 1, 2),
+        linear.bias,
+        stride=side,
+    )
+    expected_BTHWC = expected_NCHW.permute(0, 2, 3, 1).unflatten(0, (2, 9))
+    torch.testing.assert_close(projector(tokens_BJHWC, weights_TJ), expected_BTHWC)
+
+
+def test_the_downsampler_starts_as_torchs_convolution_does():
+    torch.manual_seed(0)
+    ours = Downsampler(64, 3).linear
+    theirs = torch.nn.Conv2d(64, 64, 3, stride=3)
+    bound = (9 * 64) ** -0.5  # of a uniform distribution
+    for drawn in (ours.weight, ours.bias, theirs.weight, theirs.bias):
+        assert 0.9 * bound < drawn.abs().max() <= bound
+        assert drawn.std().item() == pytest.approx(bound / 3**0.5, rel=0.2)

@@ -182,6 +182,20 @@ def test_a_head_smooths_where_its_maps_are_interpolated(patch_size_t, frame_rate
         assert (heads[made.name].smooth is not None) == interpolated, made.name
 
 
+def test_only_token_relations_can_have_a_learned_downsampler():
+    sides = {}
+    for downsampler in ("mean", "learned"):
+        config = TrainConfig(
+            objectives=["lgf", "repa", "token-relation", "mask"],
+            token_relation={"downsampler": downsampler, "pool": 3},
+        )
+        heads = build_heads(config, base(), FEATURES)
+        sides[downsampler] = {
+            name: head.downsampler.side for name, head in heads.items() if head.downsampler
+        }
+    assert sides == {"mean": {}, "learned": {"token-relation": 3}}
+
+
 def test_a_kernel_that_is_not_installed_is_refused_before_any_work(monkeypatch):
     monkeypatch.setattr("stages.train_student.objectives.build.find_spec", lambda name: None)
     assert kinds_needed(TrainConfig()) == ("teacher",)

@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 import torch
 
+from stages.local_gram_flow import time_weights
 from stages.teacher_store.features import encode_features
 from stages.train_student.config import TrainConfig
+from stages.train_student.model.student import Projector
 from stages.train_student.model.teacher import Teacher
 from stages.train_student.objectives.build import build_objectives
 from stages.train_student.objectives.repa import cosine_loss
@@ -92,3 +94,28 @@ def test_every_format_of_features_teaches_the_same(dtype, near):
     assert repa.num_maps(4, 13) == 4
     found_B = repa(student.float(), teacher)
     np.testing.assert_allclose(found_B.tolist(), by_loop(student, features, valid_BT), atol=near)
+
+
+def test_a_store_at_the_latent_rate_is_compared_token_by_token():
+    """Frame 0, then means of four frames, as `extract.teacher.time_rate=latent` stores them."""
+    frames = random(1, 2, 9, 3, 5, 6)
+    groups = (frames[:, :1], frames[:, 1:5], frames[:, 5:])
+    latents = torch.cat([group.mean(1, keepdim=True) for group in groups], 1)
+    encoded = [encode_features(clip, "float16")["features"] for clip in latents]
+    valid_BT = torch.tensor([[True] * 3, [True, False, True]])
+    teacher = Teacher(
+        arrays={"features": torch.from_numpy(np.stack(encoded))},
+        valid_BT=valid_BT,
+        num_frames=9,
+        token_grid=(3, 5),
+    )
+    (repa,) = build_objectives(TrainConfig(objectives=["repa"]))
+    maps = repa.num_maps(3, 9)
+    assert maps == 3
+    assert time_weights(maps, 9) is None  # each map has its own latent frame's tokens
+    torch.manual_seed(0)
+    student = Projector(16, (8, 8, 6), smooth=False)(random(0, 2, 3, 3, 5, 16).float(), None)
+    found_B = repa(student, teacher)
+    expected = by_loop(student.detach().double(), latents, valid_BT)
+    np.testing.assert_allclose(found_B.tolist(), expected, atol=1e-4)
+    found_B.sum().backward()

@@ -23,13 +23,14 @@ def pooled_by_loop(clip_THWC, pool):
     return out
 
 
-def by_matrix(student, teacher, valid, margin, pool):
+def by_matrix(student, teacher, valid, margin, pool, student_pool=None):
     """The whole matrix of each clip's valid tokens at once, in float64."""
+    pools = (student_pool or pool, pool)
     losses = []
     for b in range(len(student)):
         matrices = []
-        for features in (student, teacher):
-            tokens = pooled_by_loop(features[b].numpy(), pool)[valid[b].numpy()]
+        for features, side in zip((student, teacher), pools, strict=True):
+            tokens = pooled_by_loop(features[b].numpy(), side)[valid[b].numpy()]
             tokens = tokens.reshape(-1, tokens.shape[-1])
             tokens = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
             matrices.append(tokens @ tokens.T)
@@ -149,3 +150,36 @@ def test_maps_of_frames_are_averaged_over_each_latents():
     assert made.num_maps(9, 9) == made.num_maps(3, 9) == 3
     student = random(2, 1, 3, 2, 3, 4).float()
     torch.testing.assert_close(made(student, by_frame), made(student, by_latent))
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("downsampler", ["mean", "learned"])
+@pytest.mark.parametrize("maps", [3, 9])
+def test_the_settings_choose_the_tokens_and_maps_of_the_full_matrix(maps, downsampler, skip):
+    """A learned downsampler has made the student's 2 x 2 tokens before; the teacher has 5 x 4."""
+    features, valid_BT = random(1, 2, maps, 5, 4, 7), torch.ones(2, maps, dtype=torch.bool)
+    valid_BT[1, -1] = False
+    teacher = Teacher(
+        arrays={"features": features}, valid_BT=valid_BT, num_frames=9, token_grid=(5, 4)
+    )
+    tokens = {"downsampler": downsampler, "pool": 3, "skip_first_latent": skip, "margin": 0.05}
+    (made,) = build_objectives(TrainConfig(objectives=["token-relation"], token_relation=tokens))
+    grid = (2, 2) if downsampler == "learned" else (5, 4)
+    student = random(0, 2, 3, *grid, 4).requires_grad_()
+    found_B = made(student, teacher)
+    if maps == 9:
+        groups = (features[:, :1], features[:, 1:5], features[:, 5:])
+        features = torch.cat([group.mean(1, keepdim=True) for group in groups], 1)
+    first = 1 if skip else 0
+    expected = by_matrix(
+        student.detach()[:, first:],
+        features[:, first:],
+        torch.tensor([[True] * 3, [True, True, False]])[:, first:],
+        0.05,
+        3,
+        student_pool=1 if downsampler == "learned" else 3,
+    )
+    assert found_B.tolist() == pytest.approx(expected, abs=1e-6)
+    found_B.sum().backward()
+    moved = student.grad.abs().sum((2, 3, 4)) > 0
+    assert moved.tolist() == [[not skip, True, True], [not skip, True, False]]

@@ -109,6 +109,18 @@ EVERY = {
     "all from bytes": ("int8", {"objectives": ALL}),
     "all from SAM2's grid": ("native", {"objectives": ALL}),
     "all at the latent rate": ("latent", {"objectives": ALL}),
+    "VideoREPA's tokens": (
+        "float16",
+        {
+            "objectives": ["token-relation"],
+            "token_relation": {
+                "downsampler": "learned",
+                "skip_first_latent": True,
+                "projector_widths": (8, 8, 8),
+            },
+            "deepspeed": {"zero_stage": 3},
+        },
+    ),
     "masks alone": ("none", {"objectives": ["mask"]}),
     "forward, foreground": (
         "native",
