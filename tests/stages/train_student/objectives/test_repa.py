@@ -100,7 +100,7 @@ def test_a_store_at_the_latent_rate_is_compared_token_by_token():
     """Frame 0, then means of four frames, as `extract.teacher.time_rate=latent` stores them."""
     frames = random(1, 2, 9, 3, 5, 6)
     groups = (frames[:, :1], frames[:, 1:5], frames[:, 5:])
-    latents = torch.cat([group.mean(1, keepdim=True) for group in groups], 1)
+    latents = torch.cat([group.mean(1, keepdim=True) for group in groups], 1).half().double()
     encoded = [encode_features(clip, "float16")["features"] for clip in latents]
     valid_BT = torch.tensor([[True] * 3, [True, False, True]])
     teacher = Teacher(
@@ -117,5 +117,4 @@ def test_a_store_at_the_latent_rate_is_compared_token_by_token():
     student = Projector(16, (8, 8, 6), smooth=False)(random(0, 2, 3, 3, 5, 16).float(), None)
     found_B = repa(student, teacher)
     expected = by_loop(student.detach().double(), latents, valid_BT)
-    np.testing.assert_allclose(found_B.tolist(), expected, atol=1e-4)
-    found_B.sum().backward()
+    np.testing.assert_allclose(found_B.tolist(), expected, atol=1e-6)
