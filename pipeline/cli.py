@@ -306,7 +306,7 @@ def demo(
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Run all steps on a generated dataset with tiny models: extract, train, sample, inspect."""
+    """Run all steps on a generated dataset with tiny models: extract, train, evaluate, inspect."""
     from pipeline.commands import demo as command
 
     settings = load_settings(config, overrides, traceback)

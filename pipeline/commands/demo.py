@@ -1,10 +1,11 @@
-"""`demo`: all steps, from generating the data to a sampled video and an image of the cache."""
+"""`demo`: all steps, from generating the data to the trained model beside its base."""
 
 from collections.abc import Callable, Iterator
 
-from pipeline.commands import extract, inspect, sample, train
+from pipeline.commands import evaluate, extract, inspect, train
 from pipeline.config.load import ConfigError, RunConfig
 from pipeline.console import CommandResult
+from stages.demo import PROMPTS
 from stages.progress import Progress
 
 Step = Callable[[Progress], CommandResult]
@@ -18,25 +19,30 @@ def steps(config: RunConfig) -> Iterator[tuple[str, Step]]:
     """
     if config.demo is None:
         raise ConfigError("the configuration has no demo section; use --config demo")
+    options = evaluate.EvaluateOptions(
+        run=str(config.train.run_dir),
+        against="base",
+        # Image-to-video needs first frames, which the run's held-out clips have.
+        prompt_file=None if config.demo.image_to_video else PROMPTS,
+        out=config.demo.root.expanduser() / "evaluation",
+    )
     yield "extract", lambda progress: extract.run(config, progress)
     yield "train", lambda progress: train.run(config, progress)
-    yield (
-        "sample",
-        lambda progress: sample.run(
-            config,
-            progress,
-            sample.SampleOptions(prompts=[_first_caption(config)], run_dir=config.train.run_dir),
-        ),
-    )
+    yield "evaluate", lambda progress: evaluate.run(config, progress, options)
     yield "inspect", lambda progress: inspect.run(config, progress)
+    yield "overlay", lambda progress: inspect.run(config, progress, overlay=True)
 
 
 def summary(results: dict[str, CommandResult]) -> CommandResult:
-    """Summarise the demo: held-out losses, and the paths of the video, image and report."""
-    video = results["sample"].data["videos"][0]["video"]
-    picture = results["inspect"].data["picture"]
+    """Summarise the demo: held-out losses, and the paths of a video, pictures and pages."""
+    videos = results["evaluate"].data["videos"]
+    made = [
+        ("sampled video", next(iter(videos.values()))[0]),
+        ("base and trained", results["evaluate"].data["page"]),
+        ("picture of the cache", results["inspect"].data["picture"]),
+        ("picture of the tracks", results["overlay"].data["picture"]),
+    ]
     page = results["train"].data["page"]
-    made = [("sampled video", video), ("picture of the cache", picture)]
     if page is not None:
         made.append(("training report", page))
     trained = results["train"].data["figures"]
@@ -50,18 +56,4 @@ def summary(results: dict[str, CommandResult]) -> CommandResult:
         rows=[*held_out, *made],
         data={name: result.data for name, result in results.items()},
         notes=[path for _, path in made],
-    )
-
-
-def _first_caption(config: RunConfig) -> str:
-    from stages.clips import open_dataset
-
-    for shard in open_dataset(config.data).shards:
-        for record in shard.records():
-            caption = getattr(record, "caption", None)
-            if caption:
-                return str(caption)
-    raise ValueError(
-        f"no clip of {config.data.path} has a caption to sample a video from; add one, or run "
-        "sam2vx-pipeline sample --prompt …"
     )

@@ -248,6 +248,10 @@ def _result(
     data: dict[str, Any] = {
         "out": str(out),
         "page": str(page),
+        "videos": {
+            one.side.name: [str(video.path) for video in one.side.videos]
+            for one in evaluation.sides
+        },
         "not_sampled": list(failed),
         **summary_of(evaluation),
     }

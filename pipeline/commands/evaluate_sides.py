@@ -90,6 +90,7 @@ def sample_sides(
         ]
     except OtherVideoError as error:
         raise ConfigError(f"{error}; remove it, or give another --out") from error
+    _place_masks(batches)
     about: dict[str, Any] = {"model": config.model.path, "made_with": provenance()}
     for batch in batches:
         generate_batch(batch, device=device, about=about, progress=progress)
@@ -118,6 +119,19 @@ def _side_of(batch: Batch) -> Side:
     side = open_side(batch.model.name, folder)
     mine = {output.video for output in batch.outputs}
     return replace(side, videos=tuple(video for video in side.videos if video.path in mine))
+
+
+def _place_masks(batches: Sequence[Batch]) -> None:
+    """Put the masks of first frames beside the videos, whose subjects are tracked from them."""
+    from stages.evaluate.first_frame_masks import place_masks
+
+    try:
+        for batch in batches:
+            for output in batch.outputs:
+                if output.request.image is not None:
+                    place_masks(output.request.image, output.video, batch.model.size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _requests(

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stages.clips import ClipsConfig
-from stages.clips.geometry import cover_and_crop
+from stages.clips.geometry import FrameGeometry, cover_and_crop
 from stages.cogvideox.configs import VAE_SPATIAL_COMPRESSION, read_model_index
 from stages.config import SchedulerName
 from stages.files.weight_checks import read_config
@@ -98,6 +98,43 @@ def first_frame(image: Path, clips: ClipsConfig) -> Image.Image:
     Raises:
         ValueError: The image cannot be read.
     """
+    picture_HWC, geometry = _read_image(image, clips)
+    return Image.fromarray(geometry.frame(picture_HWC))
+
+
+def first_frame_mask(mask_HW: np.ndarray, image: Path, clips: ClipsConfig) -> np.ndarray:
+    """Scale and crop a mask as `first_frame` does its image.
+
+    Args:
+        mask_HW: bool, of the size of the upright image.
+        image: The image.
+        clips: Height and width of the video.
+
+    Returns:
+        bool [clips.height, clips.width], at least one pixel set.
+
+    Raises:
+        ValueError: The image cannot be read or has another size, or nothing of the mask is left.
+    """
+    _, geometry = _read_image(image, clips)
+    size = (geometry.source_height, geometry.source_width)
+    if mask_HW.shape != size:
+        raise ValueError(
+            f"the mask is {mask_HW.shape[0]}x{mask_HW.shape[1]} (HxW), but the image {image} is "
+            f"{size[0]}x{size[1]}; draw it at the image's own size"
+        )
+    placed_HW = geometry.mask(mask_HW)
+    if not placed_HW.any():
+        raise ValueError(
+            f"the mask's subject lies outside the crop of {image} to {clips.height}x{clips.width}, "
+            "or vanishes at this size; remove the mask, or set another sample.height and "
+            "sample.width"
+        )
+    return placed_HW
+
+
+def _read_image(image: Path, clips: ClipsConfig) -> tuple[np.ndarray, FrameGeometry]:
+    """The upright image, and how it becomes a frame."""
     try:
         with Image.open(image) as opened:
             picture_HWC = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
@@ -110,7 +147,7 @@ def first_frame(image: Path, clips: ClipsConfig) -> Image.Image:
         source_fps=output_fps(clips),
         sampling="consecutive",
     )
-    return Image.fromarray(geometry.frame(picture_HWC))
+    return picture_HWC, geometry
 
 
 def generate_video(

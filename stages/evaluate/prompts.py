@@ -12,6 +12,7 @@ from cache_schema import StoreReader
 from cache_schema.atomic_io import make_directories, write_atomic
 from cache_schema.shown_text import first_few
 from stages.clips import ClipRecord, ClipsConfig, ClipSkipped, VideoError, load_clip, open_dataset
+from stages.evaluate.first_frame_masks import write_subjects
 from stages.sample_videos.requests import PromptRow
 
 
@@ -38,6 +39,8 @@ def held_out_prompts(keys: Sequence[str], text: StoreReader) -> list[PromptRow]:
 def write_first_frames(keys: Sequence[str], clips: ClipsConfig, folder: Path) -> list[Path]:
     """Write the first training frame of each clip as a PNG image: `<folder>/<number>.png`.
 
+    The masks of its subjects stand beside it, if the dataset has masks (`first_frame_masks`).
+
     Args:
         keys: The clips.
         clips: The dataset, and the size of the frames.
@@ -54,13 +57,15 @@ def write_first_frames(keys: Sequence[str], clips: ClipsConfig, folder: Path) ->
             if record.key not in missing or not isinstance(record, ClipRecord):
                 continue
             try:
-                frame_HWC = load_clip(record, size).frames_THWC[0]
+                clip = load_clip(record, size)
             except (ClipSkipped, VideoError) as error:
                 missing[record.key] = str(error)
                 continue
-            image = io.BytesIO()
-            Image.fromarray(frame_HWC).save(image, format="PNG")
-            write_atomic(_image(folder, keys, record.key), image.getvalue())
+            png = io.BytesIO()
+            Image.fromarray(clip.frames_THWC[0]).save(png, format="PNG")
+            image = _image(folder, keys, record.key)
+            write_atomic(image, png.getvalue())
+            write_subjects(image, clip.prompts)
             del missing[record.key]
         if not missing:
             break

@@ -25,6 +25,7 @@ SMALL = (
     "train.samples.steps=2",
     "sample.steps=2",
     "extract.max_skipped=1",
+    "evaluate.max_skipped=1",
 )
 
 
@@ -52,7 +53,10 @@ def run(root: Path, command: str, *arguments: str) -> dict[str, Any]:
 
 def files(root: Path) -> dict[str, int]:
     """When each finished thing was last written."""
-    finished = ("clips", "models", "cache", "runs/lgf/checkpoints", "runs/lgf/export")
+    finished = (
+        *("clips", "models", "cache", "runs/lgf/checkpoints", "runs/lgf/export"),
+        *("evaluation/videos", "evaluation/tracks"),
+    )
     return {
         str(file.relative_to(root)): file.stat().st_mtime_ns
         for part in finished
@@ -65,12 +69,16 @@ def test_demo_walks_the_road_once_and_redoes_nothing(tmp_path: Path) -> None:
     first = run(tmp_path, "demo")
     assert first["extract"]["text"]["clips_written"] == 3
     assert first["train"]["steps_done"] == 2
-    frames_THWC, fps = read_video(Path(first["sample"]["videos"][0]["video"]))
+    trained, base = first["evaluate"]["videos"].values()
+    assert len(trained) == len(base) == first["evaluate"]["pairs"] == 6
+    frames_THWC, fps = read_video(Path(trained[0]))
     assert (frames_THWC.shape, fps) == ((9, 64, 96, 3), 8)
     assert frames_THWC.std() > 0
     assert "<video" in Path(first["train"]["page"]).read_text(encoding="utf-8")
-    with Image.open(first["inspect"]["picture"]) as picture:
-        assert picture.width > 100
+    assert Path(first["evaluate"]["page"]).read_text(encoding="utf-8").count("<video") == 12
+    for step in ("inspect", "overlay"):
+        with Image.open(first[step]["picture"]) as picture:
+            assert picture.width > 100
     made = files(tmp_path)
 
     again = run(tmp_path, "demo")
