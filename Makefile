@@ -1,6 +1,7 @@
 # Every target first creates the environment if it is missing or older than the lock file.
 # CONFIG is a preset or a YAML file; without it, extract-features, train and sample use the demo.
 #   make demo                                   all steps on the built-in demo
+#   make demo ARGS="--config demo-i2v"           the same for image-to-video
 #   make extract-features CONFIG=my.yaml ARGS="extract.device=cuda:1"
 #   make train CONFIG=cogvideox-5b-lora
 #   make sample PROMPT="a dog runs over a meadow"
@@ -54,7 +55,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: install  ## run all steps on the built-in demo: data, features, training, a video, an image
+demo: install  ## run all steps on the built-in demo: data, features, training, videos, scores, images
 	$(RUN) demo $(ARGS)
 
 extract-features: install  ## stage one (CONFIG=preset or file, ARGS="key.key=value …")
@@ -68,12 +69,12 @@ sample: install  ## sample a video: make sample PROMPT="…" [OUT=video.mp4]
 	@test -n "$(PROMPT)" || { echo 'PROMPT is not set: make sample PROMPT="a quadruped walks to the left"'; exit 2; }
 	$(RUN) sample --config $(CONFIG) --prompt "$(PROMPT)" $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-evaluate: install $(if $(VIDEOS),,train)  ## score videos: VIDEOS=folder [AGAINST=folder]; without, the demo's run against its base
+evaluate: install $(if $(VIDEOS),,train)  ## score videos: VIDEOS=folder [AGAINST=folder]; without, the demo's run against its base, 3 per prompt
 ifneq ($(VIDEOS),)
 	$(RUN) evaluate "$(VIDEOS)" $(if $(AGAINST),--against "$(AGAINST)") --config $(CONFIG) $(ARGS)
 else
 	$(RUN) evaluate --config demo --run demo/runs/lgf --against base \
-	  --prompt-file stages/demo/prompts.txt --out demo/evaluation $(ARGS)
+	  --prompt-file stages/demo/prompts.txt --num 3 --out demo/evaluation $(ARGS)
 endif
 
 test: install  ## run the default tests: CPU only, offline (PROCESSES=2)
@@ -112,4 +113,4 @@ lock: install  ## regenerate requirements.lock from pyproject.toml (needs uv)
 	.ci/lock
 
 clean:  ## remove the environment, the demo and caches; data, checkpoints and runs stay
-	rm -rf $(VENV) demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) demo demo-i2v build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -19,8 +19,8 @@ _CONFIG = typer.Option(
     "--config",
     "-c",
     metavar="NAME_OR_PATH",
-    help="A preset (demo, cogvideox-2b-lora, cogvideox-5b-lora, cogvideox-5b-i2v-lora, these "
-    "three also with -gram-flow; cogvideox-2b-full, cogvideox1.5-5b-lora, "
+    help="A preset (demo, demo-i2v, cogvideox-2b-lora, cogvideox-5b-lora, cogvideox-5b-i2v-lora, "
+    "these three also with -gram-flow; cogvideox-2b-full, cogvideox1.5-5b-lora, "
     "cogvideox1.5-5b-i2v-lora) or a YAML file; without it, only the settings given here apply. "
     "Relative paths are resolved from the current folder, that of `extends:` from its own file.",
     show_default=False,

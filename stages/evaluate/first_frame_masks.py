@@ -1,4 +1,4 @@
-"""Masks of the subjects on a first frame: beside its image, and beside the videos that begin with it.
+"""Masks of the subjects on a first frame, beside its image and the videos that begin with it.
 
     0000.png           the image, or the video
     0000.mask.png      the subject's mask; 0000.mask.0.png, 0000.mask.1.png, … of several subjects

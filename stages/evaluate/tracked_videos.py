@@ -64,7 +64,7 @@ def track_videos(
         dataset: The videos.
         cache: Folder of the stores, used for these videos only.
         extract: Settings of SAM2, of the prompts and of the Gram flow. The prompt source `dataset`
-            reads masks beside the videos, `{name}.mask.png`.
+            reads masks beside the videos, `{name}.mask.png` (see `first_frame_masks`).
         clips: Size, length and rate that videos are read at; the path is not used.
         provenance: Information on the run, recorded in the stores.
         progress: Shows a bar.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from cache_schema import StoreReader
 from stages.clips import read_video
 
 SMALL = (
@@ -106,3 +107,20 @@ def test_image_to_video_walks_the_same_road(tmp_path: Path) -> None:
         *demo,
     )
     assert read_video(Path(sampled["videos"][0]["video"]))[0].shape == (9, 64, 96, 3)
+
+
+@pytest.mark.slow
+def test_image_to_video_demo_tracks_its_videos_from_the_clips_masks(tmp_path: Path) -> None:
+    answer = run(tmp_path, "demo", "--config", "demo-i2v")
+    assert answer["evaluate"]["reference"]["clips"] == 1
+    for (video,) in answer["evaluate"]["videos"].values():
+        with Image.open(Path(video).with_suffix(".mask.png")) as mask:
+            assert mask.size == (96, 64)
+    prompts = set()
+    for name in ("videos", "against", "reference"):
+        (store,) = (tmp_path / "evaluation" / "tracks").glob(f"{name}-*/masks-*")
+        reader = StoreReader(store)
+        for key in reader.keys:
+            prompt: Any = reader.record(key).attributes["prompt"]
+            prompts.add((prompt["source"], *prompt["kinds"]))
+    assert prompts == {("dataset", "mask")}

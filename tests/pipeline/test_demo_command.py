@@ -57,7 +57,7 @@ def test_the_run_is_compared_with_its_base(road, tmp_path):
 
 
 def test_image_to_video_takes_the_first_frames_of_held_out_clips(road):
-    assert invoke("demo", "demo.image_to_video=true").exit_code == 0
+    assert invoke("demo", "--config", "demo-i2v").exit_code == 0
     (options,) = (given[0] for name, *given in road if name == "evaluate")
     assert options.prompt_file is None
 

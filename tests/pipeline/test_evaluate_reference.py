@@ -6,6 +6,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
@@ -158,6 +159,33 @@ def test_videos_from_first_frames_are_compared_with_their_held_out_clips(
     assert of_run["mean"] < of_base["mean"] / 100
     uniform = answer["scores"]["uniform_divergence"]["means"]
     assert uniform[0]["mean"] == uniform[1]["mean"]
+
+
+def test_videos_have_the_masks_of_their_held_out_clips(evaluate, run_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampler, "pipeline_class", lambda _: "CogVideoXImageToVideoPipeline")
+    for left in (8, 16):
+        mask_HW = np.zeros((32, 48), np.uint8)
+        mask_HW[8:24, left : left + 16] = 255
+        Image.fromarray(mask_HW).save(tmp_path / "clips" / "walk" / "0.mask.png")
+        done = sampled(evaluate, run_folder, tmp_path, "--against", "base")
+        assert done.exit_code == 0, done.output
+        placed = sorted((tmp_path / "out" / "videos").glob("*/*.mask.png"))
+        assert [path.name for path in placed] == ["a square-0.mask.png"] * 2
+        for path in placed:
+            with Image.open(path) as opened:
+                assert (np.asarray(opened) == mask_HW).all()
+
+
+def test_a_mask_that_does_not_fit_its_image_stops_before_sampling(
+    evaluate, run_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(batch, "generate_videos", None)
+    for name, shape in (("dog.png", (32, 48)), ("dog.mask.png", (16, 48))):
+        Image.fromarray(np.full(shape, 255, np.uint8)).save(tmp_path / name)
+    (tmp_path / "p.csv").write_text("prompt,image\na square,dog.png\n")
+    done = sampled(evaluate, run_folder, tmp_path, "--prompt-file", tmp_path / "p.csv")
+    assert done.exit_code == 2
+    assert "draw it at the image's own size" in " ".join(done.output.split())
 
 
 def test_another_reference_replaces_the_held_out_clips(evaluate, run_folder, tmp_path, monkeypatch):

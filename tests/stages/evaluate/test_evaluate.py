@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cache_schema import StoreReader
 from stages.clips import encode_video, read_video
@@ -64,6 +65,17 @@ def test_a_video_that_was_replaced_is_tracked_again(videos, score):
     folder = videos("a", "dog-0", "dog-1")
     before = score(folder).values
     videos("a", "dog-0", seed=3)
+    after = score(folder).values
+    assert before["dog-1"] == after["dog-1"]
+    assert before["dog-0"]["flow_entropy"] != after["dog-0"]["flow_entropy"]
+
+
+def test_a_video_whose_mask_was_replaced_is_tracked_again(videos, score):
+    folder = videos("a", "dog-0", "dog-1")
+    before = score(folder).values
+    moved_HW = np.zeros((32, 48), np.uint8)
+    moved_HW[20:30, 2:12] = 255
+    Image.fromarray(moved_HW).save(folder / "dog-0.mask.png")
     after = score(folder).values
     assert before["dog-1"] == after["dog-1"]
     assert before["dog-0"]["flow_entropy"] != after["dog-0"]["flow_entropy"]

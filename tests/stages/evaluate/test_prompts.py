@@ -78,6 +78,24 @@ class TestFirstFrames:
                 frame_HWC = np.asarray(opened)
             assert (frame_HWC == load_clip(records[key], clips).frames_THWC[0]).all()
 
+    def test_bring_the_masks_of_their_subjects(self, clips, tmp_path):
+        mask_HW = np.zeros((48, 64), bool)
+        mask_HW[9:21, 16:40] = True
+        Image.fromarray(mask_HW).save(clips.path / "one.mask.png")
+        lines = [
+            {"file_name": "one.mp4", "caption": "one", "mask": "one.mask.png"},
+            {"file_name": "two.mp4", "caption": "two", "box_xyxy": [8, 8, 40, 30]},
+        ]
+        (clips.path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        write_first_frames(["two", "one"], clips, tmp_path / "images")
+        names = {path.name for path in (tmp_path / "images").iterdir()}
+        assert names == {"0000.png", "0001.png", "0001.mask.png"}
+        # At 3/4, after 2 2/3 rows of the source that the crop loses at the top.
+        with Image.open(tmp_path / "images" / "0001.mask.png") as opened:
+            rows, columns = np.nonzero(np.asarray(opened))
+        assert (columns.min(), columns.max()) == (12, 29)
+        assert (rows.min(), rows.max()) == (5, 13)
+
     @pytest.mark.parametrize(
         ("key", "why"), [("nowhere", "it is not in the dataset"), ("short", "needs 9")]
     )
