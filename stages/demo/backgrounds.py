@@ -24,8 +24,8 @@ _WALL_PARALLAX = 0.6
 """Fraction of the camera's pan by which the distant wall moves."""
 _CONTRAST = 0.16
 POST_COLOUR = np.array([0.12, 0.12, 0.13])
-_POST_PROBABILITY = 0.3
-"""Fraction of clips with a post."""
+POST_PROBABILITY = 0.3
+"""Usual fraction of clips with a post."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -88,6 +88,7 @@ def make_background(
     width: int,
     camera_T: np.ndarray,
     subject_T: np.ndarray,
+    post_probability: float = POST_PROBABILITY,
 ) -> Background:
     """Draw the textures of a clip.
 
@@ -97,6 +98,7 @@ def make_background(
         width: Frame width, pixels.
         camera_T: Camera position, pixels to the right of any fixed point.
         subject_T: Subject position on screen, pixels; a post is placed on its path.
+        post_probability: Probability of a post.
     """
     camera_T = camera_T - camera_T.min()
     horizon = round(height * random.uniform(0.62, 0.70))
@@ -118,7 +120,7 @@ def make_background(
         _camera_T=camera_T,
         _width=width,
         _horizon=horizon,
-        _post_left=float(post_left) if random.random() < _POST_PROBABILITY else None,
+        _post_left=float(post_left) if random.random() < post_probability else None,
         _post_width=post_width,
     )
 

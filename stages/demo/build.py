@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -33,14 +34,17 @@ class DemoConfig(Section):
     seed: int = Field(default=0, ge=0)
     """Random seed of figures, backgrounds and gaits; 0 is usual."""
     image_to_video: bool = False
-    """Use an image-to-video pipeline (with an untrained transformer) instead of text-to-video."""
+    """Use the image-to-video pipeline instead of the text-to-video one. Its learned positions fit
+    clips of 17 frames of 128x192 only; for others its transformer is untrained."""
 
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 """The packaged models, `sam2` and `cogvideox`; `stages.demo.training` makes them."""
 DemoPart = Literal["clips", "sam2", "cogvideox"]
 _RECIPE = "made_with.json"
-_FPS = 8.0
+_IMAGE_TO_VIDEO = "cogvideox_image_to_video"
+"""What the packaged image-to-video pipeline does not share with `cogvideox`."""
+_FPS = 16.0
 """Frames per second of the clips if the configuration sets fps to null."""
 
 
@@ -103,6 +107,7 @@ def ensure_demo(
     }
     model_recipe = _packaged("cogvideox") | {"image_to_video": config.image_to_video}
     if config.image_to_video:
+        model_recipe |= {"image_to_video_weights": _packaged(_IMAGE_TO_VIDEO)["weights"]}
         model_recipe |= clip_recipe
     local_clips = clips.model_copy(update={"path": paths.clips})
     with FileLock(root / ".lock", wait=True, what=f"the demo's inputs in {root}"):
@@ -130,12 +135,12 @@ def _ensure(folder: Path, recipe: dict[str, Any], make: Callable[[Path], None]) 
     if folder.exists():
         _check_recipe(folder, recipe)
         return
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    make(partial)
-    (partial / _RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
-    partial.rename(folder)
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    make(unfinished)
+    (unfinished / _RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    unfinished.rename(folder)
 
 
 def _check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
@@ -166,11 +171,14 @@ def _build_clips(out: Path, config: DemoConfig, clips: ClipsConfig, progress: Pr
             out,
             # Consecutive seeds cycle through the kinds of figure.
             range(config.seed * config.num_clips, (config.seed + 1) * config.num_clips),
+            partial(
+                draw_clip,
+                num_frames=clips.num_frames,
+                height=clips.height,
+                width=clips.width,
+                fps=clips.fps or _FPS,
+            ),
             clips_per_tar=config.clips_per_tar,
-            num_frames=clips.num_frames,
-            height=clips.height,
-            width=clips.width,
-            fps=clips.fps or _FPS,
             task=task,
         )
 
@@ -187,10 +195,24 @@ def _copy_packaged(model: str, out: Path) -> None:
     shutil.copytree(PRETRAINED / model, out, dirs_exist_ok=True)
 
 
-def _build_cogvideox(out: Path, config: DemoConfig, clips: ClipsConfig) -> None:
-    """Copy the packaged pipeline; image-to-video uses its VAE and a random transformer."""
-    if not config.image_to_video:
+def copy_packaged_cogvideox(out: Path, *, image_to_video: bool) -> None:
+    """Copy a packaged pipeline to `out`, an existing folder."""
+    if not image_to_video:
         _copy_packaged("cogvideox", out)
+        return
+    shutil.copytree(
+        PRETRAINED / "cogvideox",
+        out,
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("model_index.json", "transformer"),
+    )
+    _copy_packaged(_IMAGE_TO_VIDEO, out)
+
+
+def _build_cogvideox(out: Path, config: DemoConfig, clips: ClipsConfig) -> None:
+    """Copy the packaged pipeline; at other sizes image-to-video has a random transformer."""
+    if not config.image_to_video or _fits_packaged(clips):
+        copy_packaged_cogvideox(out, image_to_video=config.image_to_video)
         return
     # Imported here, so that a complete demo does not import diffusers.
     import torch
@@ -213,6 +235,15 @@ def _build_cogvideox(out: Path, config: DemoConfig, clips: ClipsConfig) -> None:
     )
 
 
+def _fits_packaged(clips: ClipsConfig) -> bool:
+    """Whether clips have the size of the packaged image-to-video transformer's positions."""
+    file = PRETRAINED / _IMAGE_TO_VIDEO / "transformer" / "config.json"
+    packaged = parse_json(file.read_text(encoding="utf-8"))
+    return (clips.num_frames, clips.height // 8, clips.width // 8) == tuple(
+        packaged[f"sample_{side}"] for side in ("frames", "height", "width")
+    )
+
+
 def _records(clips: ClipsConfig) -> Iterator[ClipRecord]:
     for shard in open_dataset(clips).shards:
         for record in shard.records():
@@ -223,12 +254,9 @@ def _records(clips: ClipsConfig) -> Iterator[ClipRecord]:
 def write_clip_tars(
     out: Path,
     seeds: Sequence[int],
+    draw: Callable[[int], FigureClip],
     *,
     clips_per_tar: int,
-    num_frames: int,
-    height: int,
-    width: int,
-    fps: float,
     task: Task,
 ) -> None:
     """Draw one clip per seed and write them as 00000.tar, 00001.tar, …
@@ -239,11 +267,8 @@ def write_clip_tars(
     Args:
         out: Output folder; created if missing.
         seeds: One seed per clip.
+        draw: Draws the clip of a seed.
         clips_per_tar: Clips per tar; the last one may have fewer.
-        num_frames: Frames per clip.
-        height: Pixels.
-        width: Pixels.
-        fps: Frames per second.
         task: Advanced by one per clip.
     """
     # Imported here, so that a complete demo does not import torch.
@@ -256,7 +281,7 @@ def write_clip_tars(
             TarWriter(file, encoder=False, mtime=0) as tar,
         ):
             for seed in seeds[start : start + clips_per_tar]:
-                clip = draw_clip(seed, num_frames=num_frames, height=height, width=width, fps=fps)
+                clip = draw(seed)
                 tar.write({"__key__": f"{clip.kind}-{seed:06d}", **_members(clip)})
                 task.advance()
 

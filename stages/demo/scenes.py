@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.demo.backgrounds import Background, make_background
+from stages.demo.backgrounds import POST_PROBABILITY, Background, make_background
 from stages.demo.figures import (
     BODY_PLANS,
     GAITS,
@@ -92,7 +92,13 @@ class FigureClip:
 
 
 def draw_clip(
-    seed: int, *, num_frames: int, height: int, width: int, fps: float = 8.0
+    seed: int,
+    *,
+    num_frames: int,
+    height: int,
+    width: int,
+    fps: float = 8.0,
+    post_probability: float = POST_PROBABILITY,
 ) -> FigureClip:
     """Draw one clip; the same arguments give the same bytes.
 
@@ -105,6 +111,7 @@ def draw_clip(
         height: Frame height, pixels.
         width: Frame width, pixels.
         fps: Frames per second; the motion per second does not depend on it.
+        post_probability: Probability of a post in front of the figure.
     """
     random = np.random.default_rng(seed)
     kind = _KINDS[seed % len(_KINDS)]
@@ -135,6 +142,7 @@ def draw_clip(
         width=width,
         camera_T=(path.ground - path.screen) * progress_T,
         subject_T=on_screen_T,
+        post_probability=post_probability,
     )
     joints_TJ2[..., 1] += background.ground_y
     order = plan.drawing_order(faces_left=faces_left)

@@ -73,7 +73,7 @@ def test_demo_walks_the_road_once_and_redoes_nothing(tmp_path: Path) -> None:
     trained, base = first["evaluate"]["videos"].values()
     assert len(trained) == len(base) == first["evaluate"]["pairs"] == 6
     frames_THWC, fps = read_video(Path(trained[0]))
-    assert (frames_THWC.shape, fps) == ((9, 64, 96, 3), 8)
+    assert (frames_THWC.shape, fps) == ((9, 64, 96, 3), 16)
     assert frames_THWC.std() > 0
     assert "<video" in Path(first["train"]["page"]).read_text(encoding="utf-8")
     assert Path(first["evaluate"]["page"]).read_text(encoding="utf-8").count("<video") == 12

@@ -4,26 +4,28 @@
     python -m stages.demo.training.transformer OUT --vae VAE [--image-to-video]
 
 OUT receives a diffusers pipeline folder, weights in float16, `training.json` (steps, seed,
-versions, and the loss on clips that it was not trained on), and what a stopped run goes on from:
-`training.pt`, and encoded clips in `encoded-*/`.
+versions, and the loss on clips that it was not trained on), and `training.pt`, from which a stopped
+run goes on. Encoded clips are kept in VAE, for both kinds of transformer.
 """
 
-# Legend: N clip, B clip of a batch, F latent frame, C channel, H W latent grid, L token, D text
-# channel, S timestep.
+# Legend: N clip, B clip of a batch, T frame, F latent frame, C channel, H W latent grid, L token,
+# D text channel, S timestep.
 
 import copy
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 import typer
 from diffusers import AutoencoderKLCogVideoX, DiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stages.cogvideox.diffusion import cumulative_alphas, diffusion_loss, noisy_latents
+from stages.cogvideox.diffusion import cumulative_alphas, noisy_latents, velocity
 from stages.cogvideox.inputs import image_condition
 from stages.demo.tiny_cogvideox import MAX_TEXT_TOKENS, build_tiny_cogvideox
 from stages.demo.training.drawn_clips import (
@@ -45,7 +47,7 @@ from stages.demo.training.vae import FPS, as_pixels
 from stages.files.tensor_files import save_tensors, umask_modes
 from stages.progress import Task
 
-_LAYERS, _HEADS = 6, 5
+LAYERS, HEADS, HEAD_WIDTH = 6, 3, 64
 _BATCH = 4
 _LEARNING_RATE = 1e-3
 _WARMUP_STEPS = 100
@@ -53,11 +55,17 @@ _EMA_DECAY = 0.998
 """Decay of the EMA of the weights; the EMA is saved."""
 _EMPTY_CAPTIONS = 0.1
 """Fraction of the clips without their caption, so that guidance can be used."""
+_FIGURE_WEIGHT = 5.0
+"""Weight of the latents at and beside the figure; textures, which cannot be predicted, otherwise
+take most of the loss."""
+_FIGURE_WEIGHT_FROM = 0.22
+"""Fraction of the steps after which figures have this weight; before, all latents weigh 1."""
 _CLIPS_PER_FILE = 50
 _HELD_OUT_TIMESTEPS = (100, 300, 500, 700, 900)
 
 _Clips = dict[str, Tensor]
-"""mean_NFCHW, std_NFCHW: scaled posterior; image_N1CHW: posterior mean of the first frame alone."""
+"""mean_NFCHW, std_NFCHW: scaled posterior; image_N1CHW: posterior mean of the first frame alone;
+figure_NFHW: whether a latent is at or beside the figure."""
 
 
 def train(
@@ -86,8 +94,9 @@ def train(
     """
     vae = AutoencoderKLCogVideoX.from_pretrained(vae_folder, torch_dtype=torch.float32)
     seeds = [training_seed(index, run_seed=seed) for index in range(num_clips)]
-    clips, captions = _encoded(vae, seeds, out)
-    unseen, unseen_captions = _encoded(vae, HELD_OUT_SEEDS[:held_out_clips], out)
+    # Started together, one encodes from the first clip on, the other from the last one.
+    clips, captions = _encoded(vae, seeds, vae_folder, from_end=image_to_video)
+    unseen, unseen_captions = _encoded(vae, HELD_OUT_SEEDS[:held_out_clips], vae_folder)
     build_tiny_cogvideox(
         out,
         height=HEIGHT,
@@ -97,8 +106,9 @@ def train(
         seed=seed,
         image_to_video=image_to_video,
         vae=vae,
-        num_layers=_LAYERS,
-        num_heads=_HEADS,
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        head_width=HEAD_WIDTH,
     )
     pipeline = DiffusionPipeline.from_pretrained(out)
     student = pipeline.transformer.train()
@@ -158,17 +168,19 @@ def _train_steps(
         no_caption_B = torch.rand(_BATCH, generator=random) < _EMPTY_CAPTIONS
         text_BLD = torch.where(no_caption_B[:, None, None], empty_1LD, text_NLD[index_B])
         batch = {name: values[index_B].float() for name, values in clips.items()}
-        loss = model.loss(student, batch, text_BLD, timestep_B, random).mean()
+        weighs = step >= _FIGURE_WEIGHT_FROM * run.steps
+        weight = _FIGURE_WEIGHT if weighs else 1.0
+        loss = model.loss(student, batch, text_BLD, timestep_B, random, figure_weight=weight)
         run.update(
-            loss,
+            loss.mean(),
             rate=_LEARNING_RATE * cosine_schedule(step, run.steps, warmup_steps=_WARMUP_STEPS),
         )
         decay = min(_EMA_DECAY, (1 + step) / (10 + step))
         with torch.no_grad():
-            for mean, weight in zip(ema.parameters(), student.parameters(), strict=True):
-                mean.lerp_(weight, 1 - decay)
+            for mean, value in zip(ema.parameters(), student.parameters(), strict=True):
+                mean.lerp_(value, 1 - decay)
         task.advance()
-        task.note(f"loss {loss.item():.3f}")
+        task.note(f"loss {loss.mean().item():.3f}")
 
 
 class _Denoiser:
@@ -203,8 +215,10 @@ class _Denoiser:
         text_BLD: Tensor,
         timestep_B: Tensor,
         random: torch.Generator,
+        *,
+        figure_weight: float = 1.0,
     ) -> Tensor:
-        """Diffusion loss of each clip: [B]."""
+        """Diffusion loss of each clip, [B]: the mean over latents by weight."""
         mean_BFCHW = batch["mean_NFCHW"]
         clean, noise = (torch.randn(mean_BFCHW.shape, generator=random) for _ in range(2))
         clean = mean_BFCHW + batch["std_NFCHW"] * clean
@@ -215,14 +229,18 @@ class _Denoiser:
                 image_condition(image_1CHW, clean.shape[1]) for image_1CHW in batch["image_N1CHW"]
             ]
             inputs = torch.cat([inputs, torch.stack(condition)], dim=2)
-        predicted = transformer(
-            hidden_states=inputs,
-            encoder_hidden_states=text_BLD,
-            timestep=timestep_B,
-            image_rotary_emb=self._positions,
-            return_dict=False,
-        )[0]
-        return diffusion_loss(predicted, clean, noise, abar_B)
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = transformer(
+                hidden_states=inputs,
+                encoder_hidden_states=text_BLD,
+                timestep=timestep_B,
+                image_rotary_emb=self._positions,
+                return_dict=False,
+            )[0]
+        weight_BF1HW = 1 + (figure_weight - 1) * batch["figure_NFHW"][:, :, None]
+        weight_BF1HW = weight_BF1HW / weight_BF1HW.mean((1, 2, 3, 4), keepdim=True)
+        error = predicted.float() - velocity(clean, noise, abar_B)
+        return (weight_BF1HW * error.square()).flatten(1).mean(1)
 
     @torch.no_grad()
     def held_out_loss(
@@ -237,29 +255,34 @@ class _Denoiser:
 
 
 def _encoded(
-    vae: AutoencoderKLCogVideoX, seeds: Sequence[int], out: Path
+    vae: AutoencoderKLCogVideoX, seeds: Sequence[int], folder: Path, *, from_end: bool = False
 ) -> tuple[_Clips, list[str]]:
-    """Draw and encode clips, or read those that a stopped run has encoded."""
-    folder = out / f"encoded-{_digest(vae, seeds)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    parts: list[_Clips] = []
-    captions: list[str] = []
+    """Draw and encode clips; those whose files are there are not encoded again."""
+    files = folder / f"encoded-{_digest(vae, seeds)}"
+    files.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(seeds), _CLIPS_PER_FILE)
+    fast = copy.deepcopy(vae).to(torch.bfloat16)
+    captions: dict[int, list[str]] = {}
+    figures: dict[int, Tensor] = {}
     with progress_bar("encode clips", len(seeds)) as task:
-        for start in range(0, len(seeds), _CLIPS_PER_FILE):
+        for start in reversed(starts) if from_end else starts:
             drawn = [draw_demo_clip(s, fps=FPS) for s in seeds[start : start + _CLIPS_PER_FILE]]
-            captions += [clip.caption for clip in drawn]
-            file = folder / f"{start:06d}.safetensors"
+            captions[start] = [clip.caption for clip in drawn]
+            figures[start] = torch.stack([_figure_latents(clip.masks_THW) for clip in drawn])
+            file = files / f"{start:06d}.safetensors"
             if not file.exists():
-                encoded = [_encode(vae, clip.frames_THWC) for clip in drawn]
-                partial = file.with_suffix(".partial")
+                encoded = [_encode(fast, clip.frames_THWC) for clip in drawn]
+                partial = file.with_suffix(f".{os.getpid()}.partial")
                 save_tensors(
                     {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]},
                     partial,
                 )
                 partial.rename(file)
-            parts.append(load_file(file))
             task.advance(len(drawn))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, captions
+    parts = [load_file(files / f"{start:06d}.safetensors") for start in starts]
+    clips = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    clips["figure_NFHW"] = torch.cat([figures[start] for start in starts])
+    return clips, [caption for start in starts for caption in captions[start]]
 
 
 def _digest(vae: AutoencoderKLCogVideoX, seeds: Sequence[int]) -> str:
@@ -270,15 +293,25 @@ def _digest(vae: AutoencoderKLCogVideoX, seeds: Sequence[int]) -> str:
     return digest.hexdigest()[:12]
 
 
+def _figure_latents(masks_THW: Any) -> Tensor:
+    """Whether a latent or its neighbour sees the figure in one of its frames: bool [F, H, W]."""
+    masks_1THW = torch.from_numpy(masks_THW).float()[None]
+    in_cell_1THW = F.max_pool3d(masks_1THW, (1, 8, 8))
+    of_latents_1FHW = torch.cat(
+        [in_cell_1THW[:, :1], F.max_pool3d(in_cell_1THW[:, 1:], (4, 1, 1))], dim=1
+    )
+    return F.max_pool3d(of_latents_1FHW, (1, 3, 3), stride=1, padding=(0, 1, 1))[0] > 0
+
+
 @torch.no_grad()
 def _encode(vae: AutoencoderKLCogVideoX, frames_THWC: Any) -> _Clips:
-    """float16, of one clip."""
-    pixels_1CTHW = as_pixels(frames_THWC[None])
+    """float16, of one clip; the VAE is in bfloat16."""
+    pixels_1CTHW = as_pixels(frames_THWC[None]).to(torch.bfloat16)
     posterior = vae.encode(pixels_1CTHW).latent_dist
     image = vae.encode(pixels_1CTHW[:, :, :1]).latent_dist.mean
     values = {"mean_NFCHW": posterior.mean, "std_NFCHW": posterior.std, "image_N1CHW": image}
     scale = vae.config.scaling_factor
-    return {name: (value * scale).transpose(1, 2).half() for name, value in values.items()}
+    return {name: (value.float() * scale).transpose(1, 2).half() for name, value in values.items()}
 
 
 def main(
@@ -286,7 +319,7 @@ def main(
     vae: Annotated[Path, typer.Option(help="folder of a VAE from stages.demo.training.vae")],
     image_to_video: Annotated[bool, typer.Option("--image-to-video")] = False,
     clips: Annotated[int, typer.Option(min=1)] = 3000,
-    steps: Annotated[int, typer.Option(min=1)] = 20_000,
+    steps: Annotated[int, typer.Option(min=1)] = 5000,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Train a base model for the demo and write its pipeline to OUT."""

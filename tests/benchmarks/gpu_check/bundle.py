@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from zipfile import ZIP_LZMA, ZipFile
@@ -162,25 +163,36 @@ def _fits(wheel: Path, python: str) -> bool:
 
 
 def build_own_wheel(folder: Path) -> None:
-    """Build the wheel of this project."""
+    """Build the wheel of this project, without the demo's weights: `make` runs in a checkout."""
     shutil.rmtree(ROOT / "build" / "lib", ignore_errors=True)  # setuptools would add to it
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, "--wheel-dir", str(folder), str(ROOT)], check=True)
+    (wheel,) = folder.glob("sam2videox-*.whl")
+    with _repacked(wheel) as unpacked:
+        for weights in unpacked.glob("stages/demo/pretrained/**/*.safetensors"):
+            weights.unlink()
 
 
 def keep_one_cuda(wheel: Path, cuda: str) -> None:
-    """Repack a wheel that brings a library for every CUDA: keep the one of `cuda`, such as 130."""
-    command = [sys.executable, "-m", "wheel"]
-    with tempfile.TemporaryDirectory() as name:
-        unpack = [*command, "unpack", "--dest", name, str(wheel)]
-        subprocess.run(unpack, stdout=subprocess.DEVNULL, check=True)
-        (unpacked,) = Path(name).iterdir()
+    """Of a wheel that brings a library for every CUDA, keep the one of `cuda`, such as 130."""
+    with _repacked(wheel) as unpacked:
         libraries = [file for file in unpacked.rglob("*.so") if _OF_A_GPU.search(file.name)]
         others = [file for file in libraries if not file.name.endswith(f"_cuda{cuda}.so")]
         if len(others) == len(libraries):
             raise SystemExit(f"{wheel.name} has no library for CUDA {cuda}; set --cuda")
         for library in others:
             library.unlink()
+
+
+@contextmanager
+def _repacked(wheel: Path) -> Iterator[Path]:
+    """The folder of a wheel's files, which is packed into the wheel again."""
+    command = [sys.executable, "-m", "wheel"]
+    with tempfile.TemporaryDirectory() as name:
+        unpack = [*command, "unpack", "--dest", name, str(wheel)]
+        subprocess.run(unpack, stdout=subprocess.DEVNULL, check=True)
+        (unpacked,) = Path(name).iterdir()
+        yield unpacked
         pack = [*command, "pack", "--dest-dir", str(wheel.parent), str(unpacked)]
         subprocess.run(pack, stdout=subprocess.DEVNULL, check=True)
 

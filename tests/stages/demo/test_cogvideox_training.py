@@ -28,7 +28,8 @@ def small_clips(monkeypatch):
             "_CLIP_BATCH": 1, "_SCALE_CLIPS": 1,
         },
         transformer: {
-            "HEIGHT": HEIGHT, "WIDTH": WIDTH, "NUM_FRAMES": NUM_FRAMES, "_LAYERS": 1, "_HEADS": 2,
+            "HEIGHT": HEIGHT, "WIDTH": WIDTH, "NUM_FRAMES": NUM_FRAMES, "LAYERS": 1, "HEADS": 2,
+            "HEAD_WIDTH": 32,
         },
     }  # fmt: skip
     for module, values in small.items():
