@@ -16,7 +16,7 @@ OUT    ?=
 VIDEOS ?=
 AGAINST ?=
 NAME   ?=
-SIZE   ?= full
+SIZE   ?=
 PART   ?=
 MINUTES ?= 60
 BUNDLE ?=
@@ -38,7 +38,7 @@ RUN       := $(BIN)/sam2vx-pipeline
 GPU_SITE  := build/gpu-site
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo extract-features train sample evaluate test test-faults lint typecheck check bench gpu-check gpu-bundle lock clean
+.PHONY: help install demo extract-features train sample evaluate test test-faults lint typecheck check bench evidence gpu-check gpu-bundle lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -97,9 +97,12 @@ bench: install  ## run a benchmark: make bench NAME=stage_one
 	@test -n "$(NAME)" || { echo "NAME is not set; it is a script of tests/benchmarks: make bench NAME=stage_one"; exit 2; }
 	$(BIN)/python tests/benchmarks/$(NAME).py $(ARGS)
 
+evidence: install  ## compare training losses on drawn figures, hours; resumable: [SIZE=smoke|default|gpu] [OUT=folder]
+	$(BIN)/python -m tests.benchmarks.evidence --size $(or $(SIZE),default) $(if $(OUT),--out "$(OUT)") $(ARGS)
+
 gpu-check: $(if $(BUNDLE),$(GPU_SITE),install)  ## what to check on a GPU: [SIZE=tiny, on a CPU] [PART=step] [MINUTES=9] [BUNDLE=folder]
 	$(if $(BUNDLE),PYTHONPATH=$(GPU_SITE) $(PYTHON),$(BIN)/python) -m tests.benchmarks.gpu_check \
-	  --size $(SIZE) --minutes $(MINUTES) $(if $(PART),--parts $(PART)) $(if $(OUT),--out "$(OUT)")
+	  --size $(or $(SIZE),full) --minutes $(MINUTES) $(if $(PART),--parts $(PART)) $(if $(OUT),--out "$(OUT)")
 
 $(GPU_SITE): $(wildcard $(BUNDLE)/*.whl)
 	rm -rf $@

@@ -1,0 +1,226 @@
+"""The tables and pictures of the comparison, from the rows that are there."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image, ImageDraw
+
+from stages.clips import read_video
+from tests.benchmarks.evidence.arms import ARM, ARMS, NONE, Arm, Group
+from tests.benchmarks.evidence.estimates import (
+    Estimate,
+    Row,
+    difference,
+    structure_change,
+    structure_errors,
+    values_SV,
+)
+from tests.benchmarks.evidence.plan import Rows, base_row, rows_of_arm
+from tests.benchmarks.evidence.runs import BASE, RECONSTRUCTION, Run
+from tests.benchmarks.evidence.sizes import Size
+from tests.benchmarks.report import table
+
+SCORES = (
+    "limb_presence",
+    "limb_length_error",
+    "joint_gap",
+    "extra_pieces",
+    "side_swaps",
+    "flow_divergence",
+    "motion_amplitude",
+)
+_SHEET_CLIPS = 4
+"""Clips of the picture: the first ones of the test set, whatever they look like."""
+_SHEET_ARMS = (NONE, "repa", "token-relation", "lgf")
+_SHEET_FRAMES = (0, 5, 10, 16)
+_TITLES: dict[Group, str] = {
+    "main": "Fine-tuning: the paper's comparison",
+    "control": "Controls",
+    "open": "One setting changed",
+    "scratch": "From random weights",
+}
+
+
+def write_report(out: Path, rows: Rows, size: Size, *, machine: str, name: str) -> Path:
+    """Write results.md, results.jsonl, differences.png and videos.png to `out`.
+
+    Args:
+        out: Folder of the comparison.
+        rows: All results.
+        size: The lengths that they were made with.
+        machine: Where.
+        name: Of the size.
+
+    Returns:
+        results.md.
+    """
+    parts = [
+        f"# Evidence, size {name}\n",
+        f"{len(rows)} runs so far; {machine}. `README.md` says what is compared and how.\n",
+        _bounds(rows),
+    ]
+    changes: dict[str, Estimate] = {}
+    for group, title in _TITLES.items():
+        for steps in size.scratch_steps if group == "scratch" else (size.steps,):
+            found = _table(group, rows, steps, changes)
+            if found:
+                after = f", {steps} steps" if group == "scratch" else ""
+                parts.append(f"## {title}{after}\n\n{found}\n")
+    parts.append(_legend())
+    if changes:
+        _draw_changes(out / "differences.png", changes)
+        parts.append("![structure error against none](differences.png)\n")
+    if _draw_videos(out, size):
+        parts.append("![videos of the first test clips, seed 0](videos.png)\n")
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows.values())
+    (out / "results.jsonl").write_text(lines, encoding="utf-8")
+    page = out / "results.md"
+    page.write_text("\n".join(parts), encoding="utf-8")
+    return page
+
+
+def _bounds(rows: Rows) -> str:
+    """The real clips through the VAE, which no arm can pass, and the base model."""
+    names = {
+        "real clips, encoded and decoded by the VAE": Run(arm=RECONSTRUCTION).name,
+        "base model, before training": Run(arm=BASE).name,
+    }
+    lines = [
+        [title, f"{structure_errors([row], base_row(rows)):.3f}", *_means([row])]
+        for title, name in names.items()
+        if (row := rows.get(name)) is not None
+    ]
+    return table(["videos", "structure error", *SCORES, "motion distance"], lines) + "\n"
+
+
+def _means(rows: Sequence[Row]) -> list[str]:
+    values = [values_SV(rows, score) for score in SCORES]
+    means = ["no value" if np.isnan(one).all() else f"{np.nanmean(one):.3f}" for one in values]
+    return [*means, f"{_mean_distance(rows):.4f}"]
+
+
+def _table(group: Group, rows: Rows, steps: int, changes: dict[str, Estimate]) -> str:
+    """One line per arm against the arm without auxiliary loss, over the seeds that both have."""
+    reference = "scratch-none" if group == "scratch" else NONE
+    others = {row["seed"]: row for row in rows_of_arm(rows, reference, steps=steps)}
+    header = ["arm", "weight", "seeds", "structure error", *SCORES, "motion distance", "diffusion"]
+    lines = []
+    for arm in [one for one in ARMS if one.group == group]:
+        mine = [row for row in rows_of_arm(rows, arm.name, steps=steps) if row["seed"] in others]
+        if not mine:
+            continue
+        if arm.name == reference:
+            lines.append(_reference_line(arm, mine, base_row(rows)))
+            continue
+        theirs = [others[row["seed"]] for row in mine]
+        change = structure_change(mine, theirs, base_row(rows))
+        changes[arm.name if group != "scratch" else f"{arm.name}, {steps} steps"] = change
+        lines.append(
+            [
+                f"{arm.name}: {arm.about}",
+                f"{mine[0]['weight']:g}",
+                str(len(mine)),
+                change.text(),
+                *(difference(mine, theirs, score).text() for score in SCORES),
+                f"{_mean_distance(mine):.4f}",
+                f"{_loss(mine) - _loss(theirs):+.4f}",
+            ]
+        )
+    return table(header, lines) if lines else ""
+
+
+def _reference_line(arm: Arm, rows: Sequence[Row], base: Row) -> list[str]:
+    return [
+        f"{arm.name}: {arm.about}",
+        "",
+        str(len(rows)),
+        f"{structure_errors(rows, base):.3f} of the base model's",
+        *_means(rows),
+        f"{_loss(rows):.4f}",
+    ]
+
+
+def _mean_distance(rows: Sequence[Row]) -> float:
+    """Motion distance to the real clips, mean over the seeds; NaN if a run has none."""
+    values = [row["motion_distance"].get("value") for row in rows]
+    return math.nan if None in values else float(np.mean(values))
+
+
+def _loss(rows: Sequence[Row]) -> float:
+    """Diffusion loss on the held-out clips, mean over the seeds."""
+    return float(np.mean([row["validation"]["diffusion"] for row in rows]))
+
+
+def _legend() -> str:
+    return (
+        "The first line of a table has means, the others differences from it in pairs of clip and "
+        "training seed, with 95% intervals over both; bold where the interval leaves out 0. "
+        "Structure error: relative change of the mean of 1 - limb_presence, limb_length_error, "
+        "joint_gap and extra_pieces, each divided by the base model's. Motion distance: squared "
+        "MMD to the real test clips, mean over the seeds. Diffusion: loss on held-out training "
+        "clips.\n"
+    )
+
+
+def _draw_changes(file: Path, changes: Mapping[str, Estimate]) -> None:
+    names = list(changes)
+    figure, axes = plt.subplots(figsize=(7.2, 0.8 + 0.26 * len(names)), layout="constrained")
+    for row, name in enumerate(names):
+        one = changes[name]
+        axes.plot([one.low, one.high], [row, row], color="#5b6770", linewidth=1.5)
+        axes.plot(one.value, row, "o", color="#2f6f9f" if one.is_decided else "#9aa4ad")
+    axes.axvline(0, color="#c8642b", linewidth=1)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("structure error against no auxiliary loss, relative (95% interval)")
+    axes.grid(axis="x", color="#e3e6ea")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _draw_videos(out: Path, size: Size) -> bool:
+    """The first test clips, some frames of each: real, then each arm that is there."""
+    names = ["real", "base"]
+    folders: list[Path | None] = [None, out / "evaluations" / "base-test"]
+    for arm in _SHEET_ARMS:
+        found = sorted((out / "evaluations").glob(f"{arm}*-s0-{size.steps}-test"))
+        exact = [one for one in found if one.name.split("-w")[0].split("-s0")[0] == arm]
+        if exact:
+            names.append(ARM[arm].name)
+            folders.append(exact[0])
+    if len(names) < 3:
+        return False
+    rows = []
+    for number in range(min(_SHEET_CLIPS, size.test_clips)):
+        for name, folder in zip(names, folders, strict=True):
+            frames = _frames(out, folder, number)
+            strip = Image.fromarray(np.concatenate(list(frames), axis=1))
+            ImageDraw.Draw(strip).text((4, 2), f"{number}: {name}", fill="white")
+            rows.append(np.asarray(strip))
+    Image.fromarray(np.concatenate(rows)).save(out / "videos.png", optimize=True)
+    return True
+
+
+def _frames(out: Path, folder: Path | None, number: int) -> np.ndarray:
+    """The sheet's frames of a test clip: of the real one, or of an arm's video."""
+    if folder is None:
+        from tests.benchmarks.evidence.data import draw_faster_clip, seeds_of
+
+        return draw_faster_clip(seeds_of("test", number + 1)[number]).frames_THWC[
+            list(_SHEET_FRAMES)
+        ]
+    for file in sorted(folder.rglob("videos/**/*.json")):
+        about: Any = json.loads(file.read_text(encoding="utf-8"))
+        if about.get("seed") == number:
+            frames_THWC, _ = read_video(file.with_suffix(".mp4"))
+            return frames_THWC[list(_SHEET_FRAMES)]
+    raise ValueError(f"{folder} has no video of clip {number}")

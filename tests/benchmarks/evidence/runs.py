@@ -1,0 +1,188 @@
+"""One run of an arm: features, training, videos of the first frames, their scores.
+
+OUT/
+    cache/                stores of all teachers
+    runs/NAME/            the training run
+    evaluations/NAME/     videos, tracks, scores
+    rows/NAME.json        the result; a run with a row is not made again
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from cache_schema.atomic_io import make_directories, write_atomic
+from pipeline.commands import evaluate, extract, train
+from pipeline.config.load import RunConfig, load_config
+from pipeline.environment import provenance
+from stages.progress import SilentProgress
+from tests.benchmarks.evidence.arms import Arm
+from tests.benchmarks.evidence.sizes import Size
+
+Part = Literal["tuning", "test"]
+BASE: Final = "base"
+"""Name of the rows of the model before training."""
+RECONSTRUCTION: Final = "reconstruction"
+"""Name of the row of the real test clips, encoded and decoded by the VAE."""
+_CONFIG = Path(__file__).with_name("config.yaml")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """A run to make; picklable, since it is made in a process of its own."""
+
+    arm: Arm | Literal["base", "reconstruction"]
+    """An arm, or what is only scored."""
+    seed: int = 0
+    weight: float | None = None
+    part: Part = "test"
+    """Clips whose first frames are continued."""
+    steps: int = 0
+    after: int = 0
+    """Steps after which the same run was scored before; it goes on from there."""
+
+    @property
+    def training(self) -> str:
+        """Name of the training run."""
+        if isinstance(self.arm, str):
+            return self.arm
+        weight = "" if self.weight is None else f"-w{self.weight:g}"
+        return f"{self.arm.name}{weight}-s{self.seed}"
+
+    @property
+    def name(self) -> str:
+        """Name of the row."""
+        if isinstance(self.arm, str):
+            return f"{self.arm}-{self.part}"
+        return f"{self.training}-{self.steps}-{self.part}"
+
+
+def rows_of(out: Path) -> dict[str, dict[str, Any]]:
+    """The results that are there, by name."""
+    return {
+        file.stem: json.loads(file.read_text(encoding="utf-8"))
+        for file in sorted((out / "rows").glob("*.json"))
+    }
+
+
+def overrides(run: Run, out: Path, size: Size) -> list[str]:
+    """All settings in which a run differs from config.yaml; the paths are absolute."""
+    out = out.resolve()
+    arm = None if isinstance(run.arm, str) else run.arm
+    scratch = arm is not None and arm.group == "scratch"
+    model = f"scratch-{run.seed}" if scratch else "base"
+    teacher = [] if arm is None else list(arm.teacher)
+    settings = [
+        f"cache={out / 'cache'}",
+        f"outputs={out / 'outputs'}",
+        f"data.path={out / 'clips' / 'train'}",
+        f"model.path={out / 'models' / model}",
+        "extract.teacher.checkpoint=models/sam2/tiny.safetensors",
+        f"extract.teacher.config={out / 'models' / 'sam2' / 'tiny.yaml'}",
+        *teacher,
+        f"train.run_dir={out / 'runs' / run.training}",
+        f"train.seed={run.seed}",
+        f"train.steps={max(run.steps, 1)}",
+        f"train.checkpoint_every={max(run.steps // 3, 1)}",
+        f"train.validation.clips={size.validation_clips}",
+        f"train.validation.every={max(run.steps, 1)}",
+        f"sample.steps={size.denoising_steps}",
+        *([] if arm is None else arm.train),
+        *size.overrides,
+    ]
+    if scratch:
+        settings.append("train.method=full")
+    if arm is not None and arm.weight is not None:
+        settings.append(f"{arm.weight}={run.weight}")
+    prefix = "extract.teacher.checkpoint="
+    return [
+        f"{prefix}{out / one.removeprefix(prefix)}" if one.startswith(prefix) else one
+        for one in settings
+    ]
+
+
+def perform(run: Run, out: Path, size: Size) -> str:
+    """Make a run, or finish a stopped one, and write its row; returns the name.
+
+    Raises:
+        ValueError: A setting or a file is wrong.
+        CacheError: A store is damaged.
+    """
+    config = load_config(str(_CONFIG), overrides(run, out, size))
+    row: dict[str, Any] = {
+        "name": run.name,
+        "arm": run.arm if isinstance(run.arm, str) else run.arm.name,
+        "part": run.part,
+        "seed": run.seed,
+        "weight": run.weight,
+        "steps": run.steps,
+        "made_with": provenance(),
+    }
+    if not isinstance(run.arm, str):
+        stores = write_stores(config)
+        named = [f"train.stores.{kind}={Path(store).name}" for kind, store in stores.items()]
+        config = load_config(str(_CONFIG), [*overrides(run, out, size), *named])
+        row |= _train(config)
+    row |= _score(run, config, out)
+    make_directories(out / "rows")
+    write_atomic(out / "rows" / f"{run.name}.json", (json.dumps(row) + "\n").encode())
+    return run.name
+
+
+def write_stores(config: RunConfig) -> dict[str, str]:
+    """Stage one; returns the store of each kind. Clips that are there are not computed again."""
+    done = extract.run(config, SilentProgress())
+    if done.exit_code:
+        raise ValueError(f"stage one skipped clips: {done.notes}")
+    return {kind: done.data[kind]["store"] for kind in config.extract.kinds}
+
+
+def _train(config: RunConfig) -> dict[str, Any]:
+    start = time.monotonic()
+    found = train.run(config, SilentProgress()).data
+    losses = (config.train.run_dir / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    return {
+        "seconds": round(time.monotonic() - start, 1),
+        "validation": json.loads(losses[-1]),
+        "figures": found["figures"],
+    }
+
+
+def _score(run: Run, config: RunConfig, out: Path) -> dict[str, Any]:
+    clips = out / "clips" / run.part
+    folder = out / "evaluations" / run.name
+    # Real clips are tracked once, with the base model's videos.
+    tracks = folder / "tracks"
+    make_directories(tracks)
+    shared = tracks / f"reference-{run.part}"
+    if run.arm != BASE and not shared.exists():
+        shared.symlink_to(
+            (out / "evaluations" / f"{BASE}-{run.part}" / "tracks" / shared.name).resolve()
+        )
+    if run.arm == RECONSTRUCTION:
+        options = evaluate.EvaluateOptions(
+            videos=out / "reconstructions", reference=clips, out=folder
+        )
+    else:
+        options = evaluate.EvaluateOptions(
+            run=BASE if run.arm == BASE else str(config.train.run_dir),
+            prompt_file=out / "first-frames" / run.part / "prompts.jsonl",
+            reference=clips,
+            out=folder,
+        )
+    found = evaluate.run(config, SilentProgress(), options).data
+    values: dict[str, dict[str, float | None]] = {}
+    for line in (folder / "scores.jsonl").read_text(encoding="utf-8").splitlines():
+        score = json.loads(line)
+        value = score["value"]
+        of_video = values.setdefault(f"{score['seed']:04d}", {})
+        of_video[score["score"]] = None if value is None else float(f"{value:.6g}")
+    distances: Mapping[str, Any] = found["reference"]["distances"]
+    return {
+        "videos": values,
+        "motion_distance": distances["motion (MMD^2)"][0],
+        "not_sampled": found["not_sampled"],
+    }

@@ -1,0 +1,79 @@
+"""Sizes of the comparison: how many clips, steps, seeds and videos."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """Lengths and counts of one size; `arms.py` says what is compared."""
+
+    train_clips: int
+    """Clips to train on."""
+    validation_clips: int
+    """Clips of the training set that are held out for the diffusion loss."""
+    test_clips: int
+    """Clips whose first frames are continued and scored; no arm or setting is chosen by them."""
+    tuning_clips: int
+    """Clips on which each arm's weight is chosen."""
+    steps: int
+    """Training steps of every fine-tuning run."""
+    tuning_weights: tuple[float, ...]
+    """Weights of the auxiliary loss that each arm may choose from; one means no tuning."""
+    seeds: tuple[int, ...]
+    """Training seeds of the main comparison, and of the controls."""
+    open_seeds: tuple[int, ...]
+    """Training seeds of the open questions."""
+    scratch_steps: tuple[int, ...]
+    """Steps after which a run from random weights is scored; none skips these runs."""
+    denoising_steps: int
+    arms: tuple[str, ...] | None = None
+    """Names of the arms to run; None is all."""
+    overrides: tuple[str, ...] = ()
+    """Settings that differ from config.yaml."""
+
+
+SIZES = {
+    "smoke": Size(
+        train_clips=6,
+        validation_clips=1,
+        test_clips=2,
+        tuning_clips=1,
+        steps=2,
+        tuning_weights=(0.5,),
+        seeds=(0,),
+        open_seeds=(0,),
+        scratch_steps=(),
+        denoising_steps=2,
+        arms=("none", "lgf"),
+    ),
+    "default": Size(
+        train_clips=96,
+        validation_clips=8,
+        test_clips=24,
+        tuning_clips=12,
+        steps=300,
+        tuning_weights=(0.1, 0.5, 2.0),
+        seeds=(0, 1, 2),
+        open_seeds=(0,),
+        scratch_steps=(500, 1000, 2000),
+        denoising_steps=20,
+    ),
+    "gpu": Size(
+        train_clips=1000,
+        validation_clips=32,
+        test_clips=96,
+        tuning_clips=24,
+        steps=2000,
+        tuning_weights=(0.1, 0.5, 2.0),
+        seeds=(0, 1, 2),
+        open_seeds=(0, 1, 2),
+        scratch_steps=(5000, 10_000, 20_000),
+        denoising_steps=50,
+        overrides=(
+            "extract.device=cuda",
+            "train.batch_size=32",
+            "train.micro_batch_size=32",
+            "train.deepspeed.precision=bf16",
+        ),
+    ),
+}
