@@ -39,7 +39,7 @@ class DemoConfig(Section):
 
 
 PRETRAINED = Path(__file__).parent / "pretrained"
-"""The packaged models, `sam2` and `cogvideox`; `stages.demo.training` makes them."""
+"""The packaged models; `stages.demo.training` makes them."""
 DemoPart = Literal["clips", "sam2", "cogvideox"]
 _RECIPE = "made_with.json"
 _IMAGE_TO_VIDEO = "cogvideox_image_to_video"
@@ -87,8 +87,8 @@ def ensure_demo(
         config: Settings of the demo.
         clips: Size, length and rate of the clips; its `path` is ignored.
         progress: Shows a bar for the clips.
-        parts: Parts to build. Building an image-to-video pipeline also builds the clips, since the
-            tokenizer's vocabulary is made from their captions.
+        parts: Parts to build. An image-to-video pipeline for clips of another size than the
+            packaged one's also builds the clips, from whose captions its tokenizer is made.
 
     Raises:
         ValueError: A requested part exists but was built with different settings.
@@ -105,13 +105,15 @@ def ensure_demo(
         "width": clips.width,
         "fps": clips.fps or _FPS,
     }
+    is_packaged = not config.image_to_video or _fits_packaged(clips)
     model_recipe = _packaged("cogvideox") | {"image_to_video": config.image_to_video}
-    if config.image_to_video:
-        model_recipe |= {"image_to_video_weights": _packaged(_IMAGE_TO_VIDEO)["weights"]}
+    if not is_packaged:
         model_recipe |= clip_recipe
+    elif config.image_to_video:
+        model_recipe |= {"image_to_video_weights": _packaged(_IMAGE_TO_VIDEO)["weights"]}
     local_clips = clips.model_copy(update={"path": paths.clips})
     with FileLock(root / ".lock", wait=True, what=f"the demo's inputs in {root}"):
-        needs_captions = config.image_to_video and not paths.base_model.exists()
+        needs_captions = not is_packaged and not paths.base_model.exists()
         if "clips" in parts or ("cogvideox" in parts and needs_captions):
             _ensure(
                 paths.clips, clip_recipe, lambda out: _build_clips(out, config, clips, progress)
@@ -126,7 +128,9 @@ def ensure_demo(
             _ensure(
                 paths.base_model,
                 model_recipe,
-                lambda out: _build_cogvideox(out, config, local_clips),
+                partial(copy_packaged_cogvideox, image_to_video=config.image_to_video)
+                if is_packaged
+                else partial(_build_untrained, config=config, clips=local_clips),
             )
     return paths
 
@@ -209,11 +213,8 @@ def copy_packaged_cogvideox(out: Path, *, image_to_video: bool) -> None:
     _copy_packaged(_IMAGE_TO_VIDEO, out)
 
 
-def _build_cogvideox(out: Path, config: DemoConfig, clips: ClipsConfig) -> None:
-    """Copy the packaged pipeline; at other sizes image-to-video has a random transformer."""
-    if not config.image_to_video or _fits_packaged(clips):
-        copy_packaged_cogvideox(out, image_to_video=config.image_to_video)
-        return
+def _build_untrained(out: Path, config: DemoConfig, clips: ClipsConfig) -> None:
+    """Build an image-to-video pipeline with the packaged VAE and a random transformer."""
     # Imported here, so that a complete demo does not import diffusers.
     import torch
 

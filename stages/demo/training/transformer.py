@@ -168,8 +168,7 @@ def _train_steps(
         no_caption_B = torch.rand(_BATCH, generator=random) < _EMPTY_CAPTIONS
         text_BLD = torch.where(no_caption_B[:, None, None], empty_1LD, text_NLD[index_B])
         batch = {name: values[index_B].float() for name, values in clips.items()}
-        weighs = step >= _FIGURE_WEIGHT_FROM * run.steps
-        weight = _FIGURE_WEIGHT if weighs else 1.0
+        weight = _FIGURE_WEIGHT if step >= _FIGURE_WEIGHT_FROM * run.steps else 1.0
         loss = model.loss(student, batch, text_BLD, timestep_B, random, figure_weight=weight)
         run.update(
             loss.mean(),

@@ -1,7 +1,7 @@
 """The comparison of training losses on drawn figures: everything that `README.md` describes.
 
     python -m tests.benchmarks.evidence --size smoke       # minutes
-    python -m tests.benchmarks.evidence                    # about six hours on two cores
+    python -m tests.benchmarks.evidence                    # estimated at six hours on two cores
     python -m tests.benchmarks.evidence --arms none lgf    # some arms
 
 Run again, it makes what is missing: every run has a row of its own, and a stopped training goes on
@@ -19,16 +19,16 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks.evidence.data import prepare
-from tests.benchmarks.evidence.plan import arms_of, base_row, next_runs
+from tests.benchmarks.evidence.plan import arms_of, next_runs
 from tests.benchmarks.evidence.report import write_report
-from tests.benchmarks.evidence.runs import Run, perform, rows_of
+from tests.benchmarks.evidence.runs import BASE, Run, perform, rows_of
 from tests.benchmarks.evidence.sizes import SIZES, Size
 from tests.benchmarks.report import machine
 
 _PRELOADED = ["tests.benchmarks.evidence.worker"]
 
 
-def make_runs(runs: Sequence[Run], out: Path, size: Size, *, jobs: int, until: float) -> list[str]:
+def make_runs(runs: Sequence[Run], out: Path, size: Size, *, jobs: int) -> list[str]:
     """Make runs, `jobs` at a time, each in a process of its own; returns what failed and why.
 
     Args:
@@ -36,7 +36,6 @@ def make_runs(runs: Sequence[Run], out: Path, size: Size, *, jobs: int, until: f
         out: Folder of the comparison.
         size: Its lengths.
         jobs: Processes, of one thread each.
-        until: Time on the monotonic clock after which no run is started.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
@@ -45,11 +44,9 @@ def make_runs(runs: Sequence[Run], out: Path, size: Size, *, jobs: int, until: f
         waiting = list(runs)
         pending: dict[Future[str], tuple[Run, float]] = {}
         while waiting or pending:
-            while waiting and len(pending) < jobs and time.monotonic() < until:
+            while waiting and len(pending) < jobs:
                 run = waiting.pop(0)
                 pending[pool.submit(perform, run, out, size)] = (run, time.monotonic())
-            if not pending:
-                break
             done = next(as_completed(pending))
             run, start = pending.pop(done)
             error = done.exception()
@@ -69,11 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the comparison (evidence/SIZE)")
     parser.add_argument("--arms", nargs="+", default=(), help="only these arms")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (2)")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after")
     parser.add_argument("--report", action="store_true", help="write the report only")
     arguments = parser.parse_args(argv)
     size, out = SIZES[arguments.size], arguments.out or Path("evidence") / arguments.size
-    until = time.monotonic() + 60 * arguments.minutes
     try:
         arms = arms_of(size, arguments.arms)
     except ValueError as error:
@@ -81,21 +76,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed: list[str] = []
     if not arguments.report:
         prepare(out, size)
-        while not failed and time.monotonic() < until:
-            runs = next_runs(size, arms, rows_of(out))
-            if not runs:
-                break
-            failed = make_runs(runs, out, size, jobs=arguments.jobs, until=until)
-    rows = rows_of(out)
-    try:
-        base_row(rows)
-    except KeyError:
-        print("no results yet", file=sys.stderr)
-    else:
-        where = machine(torch.device("cpu"))
-        print(write_report(out, rows, size, machine=where, name=arguments.size))
+        while not failed and (runs := next_runs(size, arms, rows_of(out))):
+            failed = make_runs(runs, out, size, jobs=arguments.jobs)
+            _report(out, size, arguments.size)
+    print(_report(out, size, arguments.size) or "no results yet")
     print(*failed, sep="\n", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _report(out: Path, size: Size, name: str) -> Path | None:
+    """Write the report of what is there; None without the base model, which all is relative to."""
+    rows = rows_of(out)
+    if Run(arm=BASE).name not in rows:
+        return None
+    return write_report(out, rows, size, machine=machine(torch.device("cpu")), name=name)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ class Arm:
     """Settings of stage two."""
     teacher: tuple[str, ...] = ()
     """Settings of stage one."""
+    tracker: Literal["tiny", "random"] = "tiny"
+    """The packaged tracker, or one with random weights."""
     weight: str | None = None
     """Key of the auxiliary loss's weight; None if there is none."""
     weight_of: str | None = None
@@ -28,8 +30,6 @@ class Arm:
 
 NONE = "none"
 LGF = "lgf"
-MODELS = ("models/sam2/random.safetensors", "models/sam2/tiny.safetensors")
-"""The tracker with random weights, and the trained one."""
 
 
 def _lgf(name: str, group: Group, about: str, *train: str, **others: object) -> Arm:
@@ -111,7 +111,7 @@ ARMS = (
         "lgf-random-tracker",
         "control",
         "LGF, a tracker with random weights",
-        teacher=(f"extract.teacher.checkpoint={MODELS[0]}",),
+        tracker="random",
         weight_of=LGF,
     ),
     _lgf(

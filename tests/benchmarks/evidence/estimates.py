@@ -63,8 +63,7 @@ def errors_SV(rows: Sequence[Row], score: str) -> np.ndarray:
 def structure_errors(rows: Sequence[Row], base: Row) -> float:
     """Mean over `STRUCTURE_SCORES` of the mean error relative to the base model's; 1 for it."""
     errors_KSV = np.stack([errors_SV(rows, score) for score in STRUCTURE_SCORES])
-    everything_1SV = np.ones((1, *errors_KSV.shape[1:]))
-    return float(_relative_errors(errors_KSV, base, everything_1SV)[0])
+    return float(_relative_errors(errors_KSV, base, np.ones((1, *errors_KSV.shape[1:])))[0])
 
 
 def difference(rows: Sequence[Row], others: Sequence[Row], score: str) -> Estimate:
@@ -99,7 +98,7 @@ def structure_change(rows: Sequence[Row], others: Sequence[Row], base: Row) -> E
 
 def _relative_errors(errors_KSV: np.ndarray, base: Row, weights_RSV: np.ndarray) -> np.ndarray:
     relative = [
-        _means(error_SV, weights_RSV) / _mean(errors_SV([base], score))
+        _means(error_SV, weights_RSV) / _everything(errors_SV([base], score))
         for error_SV, score in zip(errors_KSV, STRUCTURE_SCORES, strict=True)
     ]
     return np.mean(relative, axis=0)
@@ -130,6 +129,6 @@ def _means(values_SV: np.ndarray, weights_RSV: np.ndarray) -> np.ndarray:
     return np.divide(sums_R, weights_R, out=np.full(len(sums_R), np.nan), where=weights_R > 0)
 
 
-def _mean(values: np.ndarray) -> float:
-    there = values[~np.isnan(values)]
-    return float(there.mean()) if there.size else float("nan")
+def _everything(values_SV: np.ndarray) -> np.ndarray:
+    """Mean [1] of the values that are there."""
+    return _means(values_SV, np.ones((1, *values_SV.shape)))

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from stages.clips import read_video
-from tests.benchmarks.evidence.arms import ARM, ARMS, NONE, Arm, Group
+from tests.benchmarks.evidence.arms import ARMS, NONE, Arm, Group
+from tests.benchmarks.evidence.data import draw_faster_clip, seeds_of
 from tests.benchmarks.evidence.estimates import (
     Estimate,
     Row,
@@ -71,7 +72,8 @@ def write_report(out: Path, rows: Rows, size: Size, *, machine: str, name: str) 
     changes: dict[str, Estimate] = {}
     for group, title in _TITLES.items():
         for steps in size.scratch_steps if group == "scratch" else (size.steps,):
-            found = _table(group, rows, steps, changes)
+            found, of_group = _table(group, rows, steps)
+            changes |= of_group
             if found:
                 after = f", {steps} steps" if group == "scratch" else ""
                 parts.append(f"## {title}{after}\n\n{found}\n")
@@ -79,7 +81,7 @@ def write_report(out: Path, rows: Rows, size: Size, *, machine: str, name: str) 
     if changes:
         _draw_changes(out / "differences.png", changes)
         parts.append("![structure error against none](differences.png)\n")
-    if _draw_videos(out, size):
+    if _draw_videos(out, rows, size):
         parts.append("![videos of the first test clips, seed 0](videos.png)\n")
     lines = "".join(f"{json.dumps(row)}\n" for row in rows.values())
     (out / "results.jsonl").write_text(lines, encoding="utf-8")
@@ -108,12 +110,18 @@ def _means(rows: Sequence[Row]) -> list[str]:
     return [*means, f"{_mean_distance(rows):.4f}"]
 
 
-def _table(group: Group, rows: Rows, steps: int, changes: dict[str, Estimate]) -> str:
-    """One line per arm against the arm without auxiliary loss, over the seeds that both have."""
+def _table(group: Group, rows: Rows, steps: int) -> tuple[str, dict[str, Estimate]]:
+    """One line per arm against the arm without auxiliary loss, over the seeds that both have.
+
+    Returns:
+        The table, empty without results; and each arm's change of the structure error.
+    """
     reference = "scratch-none" if group == "scratch" else NONE
     others = {row["seed"]: row for row in rows_of_arm(rows, reference, steps=steps)}
-    header = ["arm", "weight", "seeds", "structure error", *SCORES, "motion distance", "diffusion"]
+    header = ["arm", "weight", "seeds", "structure error", *SCORES, "motion distance"]
+    header += ["diffusion", "training time"]
     lines = []
+    changes: dict[str, Estimate] = {}
     for arm in [one for one in ARMS if one.group == group]:
         mine = [row for row in rows_of_arm(rows, arm.name, steps=steps) if row["seed"] in others]
         if not mine:
@@ -123,7 +131,7 @@ def _table(group: Group, rows: Rows, steps: int, changes: dict[str, Estimate]) -
             continue
         theirs = [others[row["seed"]] for row in mine]
         change = structure_change(mine, theirs, base_row(rows))
-        changes[arm.name if group != "scratch" else f"{arm.name}, {steps} steps"] = change
+        changes[f"{arm.name}, {steps} steps" if group == "scratch" else arm.name] = change
         lines.append(
             [
                 f"{arm.name}: {arm.about}",
@@ -133,9 +141,10 @@ def _table(group: Group, rows: Rows, steps: int, changes: dict[str, Estimate]) -
                 *(difference(mine, theirs, score).text() for score in SCORES),
                 f"{_mean_distance(mine):.4f}",
                 f"{_loss(mine) - _loss(theirs):+.4f}",
+                f"{_seconds(mine) / _seconds(theirs):.2f}x",
             ]
         )
-    return table(header, lines) if lines else ""
+    return table(header, lines) if lines else "", changes
 
 
 def _reference_line(arm: Arm, rows: Sequence[Row], base: Row) -> list[str]:
@@ -146,6 +155,7 @@ def _reference_line(arm: Arm, rows: Sequence[Row], base: Row) -> list[str]:
         f"{structure_errors(rows, base):.3f} of the base model's",
         *_means(rows),
         f"{_loss(rows):.4f}",
+        f"{_seconds(rows):.0f} s",
     ]
 
 
@@ -160,6 +170,11 @@ def _loss(rows: Sequence[Row]) -> float:
     return float(np.mean([row["validation"]["diffusion"] for row in rows]))
 
 
+def _seconds(rows: Sequence[Row]) -> float:
+    """Median duration of training, too short for runs that were stopped and resumed."""
+    return float(np.median([row["seconds"] for row in rows]))
+
+
 def _legend() -> str:
     return (
         "The first line of a table has means, the others differences from it in pairs of clip and "
@@ -167,7 +182,7 @@ def _legend() -> str:
         "Structure error: relative change of the mean of 1 - limb_presence, limb_length_error, "
         "joint_gap and extra_pieces, each divided by the base model's. Motion distance: squared "
         "MMD to the real test clips, mean over the seeds. Diffusion: loss on held-out training "
-        "clips.\n"
+        "clips. Training time: median over the seeds, of runs beside each other.\n"
     )
 
 
@@ -187,40 +202,35 @@ def _draw_changes(file: Path, changes: Mapping[str, Estimate]) -> None:
     plt.close(figure)
 
 
-def _draw_videos(out: Path, size: Size) -> bool:
-    """The first test clips, some frames of each: real, then each arm that is there."""
-    names = ["real", "base"]
-    folders: list[Path | None] = [None, out / "evaluations" / "base-test"]
+def _draw_videos(out: Path, rows: Rows, size: Size) -> bool:
+    """Some frames of the first test clips: real, and of the base and arms of seed 0 whose videos
+    are there."""
+    shown = [base_row(rows)]
     for arm in _SHEET_ARMS:
-        found = sorted((out / "evaluations").glob(f"{arm}*-s0-{size.steps}-test"))
-        exact = [one for one in found if one.name.split("-w")[0].split("-s0")[0] == arm]
-        if exact:
-            names.append(ARM[arm].name)
-            folders.append(exact[0])
-    if len(names) < 3:
+        shown += [row for row in rows_of_arm(rows, arm, steps=size.steps) if row["seed"] == 0]
+    folders = {
+        row["arm"]: folder
+        for row in shown
+        if (folder := out / "evaluations" / row["name"] / "videos").is_dir()
+    }
+    if not folders:
         return False
-    rows = []
-    for number in range(min(_SHEET_CLIPS, size.test_clips)):
-        for name, folder in zip(names, folders, strict=True):
-            frames = _frames(out, folder, number)
-            strip = Image.fromarray(np.concatenate(list(frames), axis=1))
+    strips = []
+    for number, seed in enumerate(seeds_of("test", min(_SHEET_CLIPS, size.test_clips))):
+        videos = {"real": draw_faster_clip(seed).frames_THWC}
+        videos |= {arm: _video(folder, number) for arm, folder in folders.items()}
+        for name, frames_THWC in videos.items():
+            strip = Image.fromarray(np.concatenate(frames_THWC[list(_SHEET_FRAMES)], axis=1))
             ImageDraw.Draw(strip).text((4, 2), f"{number}: {name}", fill="white")
-            rows.append(np.asarray(strip))
-    Image.fromarray(np.concatenate(rows)).save(out / "videos.png", optimize=True)
+            strips.append(np.asarray(strip))
+    Image.fromarray(np.concatenate(strips)).save(out / "videos.png", optimize=True)
     return True
 
 
-def _frames(out: Path, folder: Path | None, number: int) -> np.ndarray:
-    """The sheet's frames of a test clip: of the real one, or of an arm's video."""
-    if folder is None:
-        from tests.benchmarks.evidence.data import draw_faster_clip, seeds_of
-
-        return draw_faster_clip(seeds_of("test", number + 1)[number]).frames_THWC[
-            list(_SHEET_FRAMES)
-        ]
-    for file in sorted(folder.rglob("videos/**/*.json")):
+def _video(folder: Path, number: int) -> np.ndarray:
+    """The frames of the video that continues a test clip."""
+    for file in sorted(folder.rglob("*.json")):
         about: Any = json.loads(file.read_text(encoding="utf-8"))
         if about.get("seed") == number:
-            frames_THWC, _ = read_video(file.with_suffix(".mp4"))
-            return frames_THWC[list(_SHEET_FRAMES)]
+            return read_video(file.with_suffix(".mp4"))[0]
     raise ValueError(f"{folder} has no video of clip {number}")

@@ -41,8 +41,7 @@ class Run:
     part: Part = "test"
     """Clips whose first frames are continued."""
     steps: int = 0
-    after: int = 0
-    """Steps after which the same run was scored before; it goes on from there."""
+    """Training steps; a run with fewer steps of the same arm and seed goes on from there."""
 
     @property
     def training(self) -> str:
@@ -74,15 +73,15 @@ def overrides(run: Run, out: Path, size: Size) -> list[str]:
     arm = None if isinstance(run.arm, str) else run.arm
     scratch = arm is not None and arm.group == "scratch"
     model = f"scratch-{run.seed}" if scratch else "base"
-    teacher = [] if arm is None else list(arm.teacher)
+    tracker = "tiny" if arm is None else arm.tracker
     settings = [
         f"cache={out / 'cache'}",
         f"outputs={out / 'outputs'}",
         f"data.path={out / 'clips' / 'train'}",
         f"model.path={out / 'models' / model}",
-        "extract.teacher.checkpoint=models/sam2/tiny.safetensors",
+        f"extract.teacher.checkpoint={out / 'models' / 'sam2' / f'{tracker}.safetensors'}",
         f"extract.teacher.config={out / 'models' / 'sam2' / 'tiny.yaml'}",
-        *teacher,
+        *([] if arm is None else arm.teacher),
         f"train.run_dir={out / 'runs' / run.training}",
         f"train.seed={run.seed}",
         f"train.steps={max(run.steps, 1)}",
@@ -97,11 +96,7 @@ def overrides(run: Run, out: Path, size: Size) -> list[str]:
         settings.append("train.method=full")
     if arm is not None and arm.weight is not None:
         settings.append(f"{arm.weight}={run.weight}")
-    prefix = "extract.teacher.checkpoint="
-    return [
-        f"{prefix}{out / one.removeprefix(prefix)}" if one.startswith(prefix) else one
-        for one in settings
-    ]
+    return settings
 
 
 def perform(run: Run, out: Path, size: Size) -> str:
@@ -142,12 +137,11 @@ def write_stores(config: RunConfig) -> dict[str, str]:
 
 def _train(config: RunConfig) -> dict[str, Any]:
     start = time.monotonic()
-    found = train.run(config, SilentProgress()).data
+    train.run(config, SilentProgress())
     losses = (config.train.run_dir / "validation.jsonl").read_text(encoding="utf-8").splitlines()
     return {
         "seconds": round(time.monotonic() - start, 1),
         "validation": json.loads(losses[-1]),
-        "figures": found["figures"],
     }
 
 

@@ -45,6 +45,7 @@ def row_of(run, values=None, *, clips=4, **more):
         "videos": videos,
         "motion_distance": {"value": 0.1},
         "validation": {"diffusion": 0.3},
+        "seconds": 100.0,
         **more,
     }
 
@@ -71,7 +72,7 @@ def test_the_settings_of_every_arm_are_valid(size, tmp_path):
 
 
 def test_arms_differ_and_name_arms_that_are_there():
-    settings = [(arm.train, arm.teacher, arm.group == "scratch") for arm in ARMS]
+    settings = [(arm.train, arm.teacher, arm.tracker, arm.group == "scratch") for arm in ARMS]
     assert len(set(settings)) == len(ARMS)
     assert {arm.weight_of for arm in ARMS} <= {arm.name for arm in ARMS} | {None}
 
