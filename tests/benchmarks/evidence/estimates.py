@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from stages.evaluate.compare import MIN_PROMPTS
+
 STRUCTURE_SCORES = ("limb_presence", "limb_length_error", "joint_gap", "extra_pieces")
 """Scores of the structure error; presence counts as 1 - presence."""
 _RESAMPLES = 4000
@@ -16,7 +18,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """A value and its 95% interval."""
+    """A value and its 95% interval, NaN with fewer than `MIN_PROMPTS` clips."""
 
     value: float
     low: float
@@ -27,11 +29,13 @@ class Estimate:
         """Whether the interval leaves out 0."""
         return self.low > 0 or self.high < 0
 
-    def text(self, digits: int = 3) -> str:
+    def text(self) -> str:
         """The value with its interval, bold if it is decided."""
         if np.isnan(self.value):
             return "no value"
-        text = f"{self.value:+.{digits}f} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
+        if np.isnan(self.low):
+            return f"{self.value:+.3f}"
+        text = f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
         return f"**{text}**" if self.is_decided else text
 
 
@@ -115,8 +119,8 @@ def _estimate(statistic: Callable[[np.ndarray], np.ndarray], shape: tuple[int, .
     counts = [random.multinomial(n, np.full(n, 1 / n), size=_RESAMPLES) for n in shape]
     drawn_R = statistic(counts[0][:, :, None] * counts[1][:, None, :])
     (everything,) = statistic(np.ones((1, *shape)))
-    if np.isnan(everything):
-        return Estimate(value=np.nan, low=np.nan, high=np.nan)
+    if np.isnan(everything) or shape[1] < MIN_PROMPTS:
+        return Estimate(value=float(everything), low=np.nan, high=np.nan)
     low, high = np.nanpercentile(drawn_R, [2.5, 97.5])
     return Estimate(value=float(everything), low=float(low), high=float(high))
 

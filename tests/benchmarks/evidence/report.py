@@ -1,7 +1,6 @@
 """The tables and pictures of the comparison, from the rows that are there."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,7 +106,7 @@ def _bounds(rows: Rows) -> str:
 def _means(rows: Sequence[Row]) -> list[str]:
     values = [values_SV(rows, score) for score in SCORES]
     means = ["no value" if np.isnan(one).all() else f"{np.nanmean(one):.3f}" for one in values]
-    return [*means, f"{_mean_distance(rows):.4f}"]
+    return [*means, _distance(rows)]
 
 
 def _table(group: Group, rows: Rows, steps: int) -> tuple[str, dict[str, Estimate]]:
@@ -139,7 +138,7 @@ def _table(group: Group, rows: Rows, steps: int) -> tuple[str, dict[str, Estimat
                 str(len(mine)),
                 change.text(),
                 *(difference(mine, theirs, score).text() for score in SCORES),
-                f"{_mean_distance(mine):.4f}",
+                _distance(mine),
                 f"{_loss(mine) - _loss(theirs):+.4f}",
                 f"{_seconds(mine) / _seconds(theirs):.2f}x",
             ]
@@ -159,10 +158,10 @@ def _reference_line(arm: Arm, rows: Sequence[Row], base: Row) -> list[str]:
     ]
 
 
-def _mean_distance(rows: Sequence[Row]) -> float:
-    """Motion distance to the real clips, mean over the seeds; NaN if a run has none."""
+def _distance(rows: Sequence[Row]) -> str:
+    """Motion distance to the real clips, mean over the seeds if all have one."""
     values = [row["motion_distance"].get("value") for row in rows]
-    return math.nan if None in values else float(np.mean(values))
+    return "no value" if None in values else f"{np.mean(values):.4f}"
 
 
 def _loss(rows: Sequence[Row]) -> float:

@@ -27,7 +27,7 @@ DEFAULT = SIZES["default"]
 SMALL = replace(DEFAULT, test_clips=4, tuning_clips=3, seeds=(0, 1))
 
 
-def row_of(run, values=None, *, clips=4, **more):
+def row_of(run, values=None, *, clips=5, **more):
     """A made-up result; `values` replaces scores of all videos."""
     random = np.random.default_rng(zlib.crc32(run.name.encode()))
     videos = {
@@ -135,7 +135,7 @@ def test_differences_are_means_over_pairs_with_values():
         if row["videos"][key]["joint_gap"] is not None
     ]
     found = difference(mine, others, "joint_gap")
-    assert found.value == pytest.approx(sum(pairs) / 7)
+    assert found.value == pytest.approx(sum(pairs) / 9)
     assert found.low <= found.value <= found.high
 
 
@@ -152,6 +152,16 @@ def test_the_interval_of_a_normal_difference_is_the_textbooks():
     error = 1.96 * values.std() / math.sqrt(400)
     assert found.low == pytest.approx(values.mean() - error, abs=0.15 * error)
     assert found.high == pytest.approx(values.mean() + error, abs=0.15 * error)
+
+
+def test_there_is_no_interval_over_few_clips():
+    none, lgf = (arms_of(DEFAULT, [name])[0] for name in ("none", "lgf"))
+    others, mine = (
+        row_of(Run(arm=arm, steps=1), {"joint_gap": gap}, clips=4)
+        for arm, gap in ((none, 0.25), (lgf, 0.75))
+    )
+    found = difference([mine], [others], "joint_gap")
+    assert (found.text(), found.is_decided) == ("+0.500", False)
 
 
 @given(factor=st.floats(0.1, 3.0), size=st.floats(0.05, 0.3))
