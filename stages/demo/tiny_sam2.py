@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 IMAGE_SIZE = 128
-"""Side of the square input, pixels."""
+"""Usual side of the square input, pixels."""
 _TEMPLATE = "sam2.1_hiera_t"
 _TRUNK_WIDTH = 16
 _WIDTH = 64
@@ -15,7 +15,7 @@ _PLACE_BIAS = 3.0
 """A neighbouring token's memory then gets a fifth of the weight of a token's own."""
 
 
-def write_tiny_config(file: Path) -> None:
+def write_tiny_config(file: Path, image_size: int = IMAGE_SIZE) -> None:
     """Write the configuration: sam2.1_hiera_t with smaller widths and fewer blocks."""
     # Imported here, so that training and sampling with existing models do not need sam2.
     from omegaconf import OmegaConf
@@ -23,7 +23,7 @@ def write_tiny_config(file: Path) -> None:
     from stages.sam2_tracking.build import official_configs
 
     config = OmegaConf.load(official_configs()[_TEMPLATE])
-    for key, value in _overrides().items():
+    for key, value in _overrides(image_size).items():
         OmegaConf.update(config, f"model.{key}", value)
     file.write_text(f"# @package _global_\n{OmegaConf.to_yaml(config)}", encoding="utf-8")
 
@@ -44,14 +44,14 @@ def build_tiny_sam2(config: Path, seed: int) -> torch.nn.Module:
     return model
 
 
-def _overrides() -> dict[str, Any]:
-    grid = [IMAGE_SIZE // 16] * 2
+def _overrides(image_size: int) -> dict[str, Any]:
+    grid = [image_size // 16] * 2
     trunk = "image_encoder.trunk"
     neck = "image_encoder.neck"
     attention = "memory_attention"
     memory = "memory_encoder"
     return {
-        "image_size": IMAGE_SIZE,
+        "image_size": image_size,
         f"{trunk}.embed_dim": _TRUNK_WIDTH,
         f"{trunk}.stages": [1, 1, 2, 1],
         f"{trunk}.global_att_blocks": [3],

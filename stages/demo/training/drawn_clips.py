@@ -22,6 +22,8 @@ def training_seed(index: int, *, run_seed: int) -> int:
     return seed
 
 
-def draw_demo_clip(seed: int, *, fps: float) -> FigureClip:
-    """Draw a clip of the demo's size."""
-    return draw_clip(seed, num_frames=NUM_FRAMES, height=HEIGHT, width=WIDTH, fps=fps)
+def draw_demo_clip(
+    seed: int, *, fps: float, height: int = HEIGHT, width: int = WIDTH
+) -> FigureClip:
+    """Draw a clip of the demo's length, and of its size unless another is given."""
+    return draw_clip(seed, num_frames=NUM_FRAMES, height=height, width=width, fps=fps)

@@ -1,6 +1,6 @@
 """Trains the demo's tiny SAM2 to follow drawn figures.
 
-    python -m stages.demo.training.sam2 OUT
+    python -m stages.demo.training.sam2 OUT [--image-size 256 --device cuda]
 
 OUT receives what is packaged in `stages/demo/pretrained/sam2`:
 
@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from torch import nn
 
 from stages.demo.tiny_sam2 import IMAGE_SIZE, build_tiny_sam2, write_tiny_config
 from stages.demo.training.figure_tracks import Absence, draw_tracks
@@ -80,7 +79,7 @@ _PHASES = (
 )
 
 
-def train_steps(model: nn.Module, run: TrainingRun, *, seed: int, task: Task) -> None:
+def train_steps(model: Any, run: TrainingRun, *, seed: int, task: Task) -> None:
     """Train from the run's step to its last one, with checkpoints.
 
     The model is in evaluation mode except for its mask decoder: no dropout, prompted masks are
@@ -104,7 +103,7 @@ def train_steps(model: nn.Module, run: TrainingRun, *, seed: int, task: Task) ->
             seed=seed,
             batch_size=_BATCH,
             num_frames=num_frames,
-            side=IMAGE_SIZE,
+            side=model.image_size,
             second_figure=phase.second_figure,
             absence=phase.absence,
             absent=phase.absent,
@@ -137,7 +136,15 @@ def _sharpen(model: Any) -> None:
             parameter.mul_(_SHARPNESS)
 
 
-def train(out: Path, *, steps: int, seed: int, held_out_clips: int) -> None:
+def train(
+    out: Path,
+    *,
+    steps: int,
+    seed: int,
+    held_out_clips: int,
+    image_size: int = IMAGE_SIZE,
+    device: str = "cpu",
+) -> None:
     """Train the tiny SAM2, or finish a stopped run.
 
     Args:
@@ -145,39 +152,46 @@ def train(out: Path, *, steps: int, seed: int, held_out_clips: int) -> None:
         steps: Training steps.
         seed: Random seed of the weights and of the examples.
         held_out_clips: Clips on which the result is scored.
+        image_size: Side of SAM2's square input, pixels; a multiple of 32.
+        device: Where the model is trained.
 
     Raises:
         ValueError: `out` has a run with other settings, or the loss is NaN or infinite.
     """
     out.mkdir(parents=True, exist_ok=True)
     config, checkpoint = out / "tiny.yaml", out / "tiny.safetensors"
-    write_tiny_config(config)
-    model = build_tiny_sam2(config, seed).requires_grad_(True)
+    write_tiny_config(config, image_size)
+    model = build_tiny_sam2(config, seed).to(device).requires_grad_(True)
     run = TrainingRun(
         out,
         {"sam2": model},
         steps=steps,
-        recipe={"seed": seed},
+        recipe={"seed": seed, "image_size": image_size},
         weight_decay=_WEIGHT_DECAY,
         betas=_BETAS,
     )
     with progress_bar("SAM2", steps, completed=run.done) as task:
         train_steps(model, run, seed=seed, task=task)
     _sharpen(model)
-    save_tensors({name: value.half() for name, value in model.state_dict().items()}, checkpoint)
+    weights = {name: value.half().cpu() for name, value in model.state_dict().items()}
+    save_tensors(weights, checkpoint)
     tracker = Tracker(build_sam2(config, checkpoint), precision="fp32")
     scores = held_out_scores(tracker, num_clips=held_out_clips)
-    write_record(out / "training.json", steps=steps, seed=seed, held_out=scores)
+    write_record(
+        out / "training.json", steps=steps, seed=seed, image_size=image_size, held_out=scores
+    )
 
 
 def main(
     out: Path,
     steps: Annotated[int, typer.Option(min=1)] = 2000,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    image_size: Annotated[int, typer.Option(min=64)] = IMAGE_SIZE,
+    device: str = "cpu",
 ) -> None:
     """Train a SAM2 for the demo and write it to OUT; half an hour on one core."""
     torch.set_num_threads(1)  # for models this small, threads cost more than they gain
-    train(out, steps=steps, seed=seed, held_out_clips=24)
+    train(out, steps=steps, seed=seed, held_out_clips=24, image_size=image_size, device=device)
 
 
 if __name__ == "__main__":

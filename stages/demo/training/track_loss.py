@@ -49,6 +49,7 @@ def track_loss(
         model.forward_image(images_KCSS)
     )
     masks_TB1SS = torch.from_numpy(tracks.masks_BTSS.swapaxes(0, 1).copy())[:, :, None]
+    masks_TB1SS = masks_TB1SS.to(model.device)
 
     def frame(t: int) -> FrameStep:
         now = slice(t * size, (t + 1) * size)
@@ -65,7 +66,7 @@ def track_loss(
     if kind == "mask":
         mask_B1SS = masks_TB1SS[0].float()
     else:
-        points = _as_points(*points_of(random, tracks.masks_BTSS[:, 0], kind))
+        points = _as_points(model, *points_of(random, tracks.masks_BTSS[:, 0], kind))
 
     bank = MemoryBank.of(model)
     losses, ious = [_proposal_loss(model, frame(0), tracks.figures_BSS, random)], []
@@ -96,10 +97,10 @@ def track_loss(
     return torch.stack(losses).mean(), float(np.nanmean(ious))
 
 
-def _as_points(points_BP2: np.ndarray, labels_BP: np.ndarray) -> dict[str, Tensor]:
+def _as_points(model: Any, points_BP2: np.ndarray, labels_BP: np.ndarray) -> dict[str, Tensor]:
     return {
-        "point_coords": torch.from_numpy(points_BP2),
-        "point_labels": torch.from_numpy(labels_BP),
+        "point_coords": torch.from_numpy(points_BP2).to(model.device),
+        "point_labels": torch.from_numpy(labels_BP).to(model.device),
     }
 
 
@@ -119,10 +120,10 @@ def _proposal_loss(
         targets.append((figures_SS == label) & (label > 0))
     labels_B1 = np.ones((len(points), 1), np.int32)
     heads, _ = frames.track(
-        model, {}, points=_as_points(np.array(points, np.float32), labels_B1), prompted=True
+        model, {}, points=_as_points(model, np.array(points, np.float32), labels_B1), prompted=True
     )
     logits_BMHW, _, iou_BM, _, _, _, score_B1 = heads
-    target_B1SS = torch.from_numpy(np.stack(targets))[:, None]
+    target_B1SS = torch.from_numpy(np.stack(targets))[:, None].to(model.device)
     nothing_B = ~target_B1SS.flatten(1).any(1)
     loss = _frame_loss(model, logits_BMHW, iou_BM, score_B1, target_B1SS)
     return loss + (iou_BM.mean(1) * nothing_B).mean()

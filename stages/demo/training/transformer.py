@@ -2,6 +2,7 @@
 
     python -m stages.demo.training.vae VAE
     python -m stages.demo.training.transformer OUT --vae VAE [--image-to-video]
+                                               [--height 256 --width 384 --device cuda]
 
 OUT receives a diffusers pipeline folder, weights in float16, `training.json` (steps, seed,
 versions, and the loss on clips that it was not trained on), and `training.pt`, from which a stopped
@@ -77,6 +78,9 @@ def train(
     steps: int,
     seed: int,
     held_out_clips: int,
+    height: int = HEIGHT,
+    width: int = WIDTH,
+    device: str = "cpu",
 ) -> None:
     """Train a pipeline's transformer, or finish a stopped run.
 
@@ -88,6 +92,9 @@ def train(
         steps: Training steps.
         seed: Random seed of weights, clips, timesteps and noise.
         held_out_clips: Clips on which the loss is measured.
+        height: Of the clips, pixels; a multiple of 16.
+        width: Of the clips, pixels; a multiple of 16.
+        device: Where the models are trained.
 
     Raises:
         ValueError: `out` has a run with other settings, or the loss is NaN or infinite.
@@ -95,12 +102,13 @@ def train(
     vae = AutoencoderKLCogVideoX.from_pretrained(vae_folder, torch_dtype=torch.float32)
     seeds = [training_seed(index, run_seed=seed) for index in range(num_clips)]
     # Started together, one encodes from the first clip on, the other from the last one.
-    clips, captions = _encoded(vae, seeds, vae_folder, from_end=image_to_video)
-    unseen, unseen_captions = _encoded(vae, HELD_OUT_SEEDS[:held_out_clips], vae_folder)
+    encoder = _Encoder(vae, vae_folder, height=height, width=width, device=device)
+    clips, captions = encoder.encoded(seeds, from_end=image_to_video)
+    unseen, unseen_captions = encoder.encoded(HELD_OUT_SEEDS[:held_out_clips])
     build_tiny_cogvideox(
         out,
-        height=HEIGHT,
-        width=WIDTH,
+        height=height,
+        width=width,
         num_frames=NUM_FRAMES,
         captions=captions,
         seed=seed,
@@ -110,7 +118,7 @@ def train(
         num_heads=HEADS,
         head_width=HEAD_WIDTH,
     )
-    pipeline = DiffusionPipeline.from_pretrained(out)
+    pipeline = DiffusionPipeline.from_pretrained(out).to(device)
     student = pipeline.transformer.train()
     ema = copy.deepcopy(student).requires_grad_(False).eval()
     run = TrainingRun(
@@ -121,12 +129,14 @@ def train(
             "seed": seed,
             "num_clips": num_clips,
             "image_to_video": image_to_video,
-            "vae": _digest(vae, []),
+            "height": height,
+            "width": width,
+            "vae": encoder.digest([]),
         },
         weight_decay=1e-4,
         betas=(0.9, 0.98),
     )
-    model = _Denoiser(pipeline)
+    model = _Denoiser(pipeline, height=height, width=width)
     with progress_bar("transformer", steps, completed=run.done) as task:
         _train_steps(student, ema, run, model, clips, captions, seed=seed, task=task)
     losses = {
@@ -137,13 +147,15 @@ def train(
     }
     pipeline.transformer = ema
     with umask_modes(out):
-        pipeline.to(torch.float16).save_pretrained(out)
+        pipeline.to("cpu", torch.float16).save_pretrained(out)
     drop_load_paths(out)
     write_record(
         out / "training.json",
         steps=steps,
         seed=seed,
         num_clips=num_clips,
+        height=height,
+        width=width,
         held_out={"clips": held_out_clips, "loss": losses},
     )
 
@@ -166,7 +178,9 @@ def _train_steps(
         index_B = torch.randint(len(captions), (_BATCH,), generator=random)
         timestep_B = torch.randint(len(model.abar_S), (_BATCH,), generator=random)
         no_caption_B = torch.rand(_BATCH, generator=random) < _EMPTY_CAPTIONS
-        text_BLD = torch.where(no_caption_B[:, None, None], empty_1LD, text_NLD[index_B])
+        text_BLD = torch.where(
+            no_caption_B.to(text_NLD.device)[:, None, None], empty_1LD, text_NLD[index_B]
+        )
         batch = {name: values[index_B].float() for name, values in clips.items()}
         weight = _FIGURE_WEIGHT if step >= _FIGURE_WEIGHT_FROM * run.steps else 1.0
         loss = model.loss(student, batch, text_BLD, timestep_B, random, figure_weight=weight)
@@ -183,16 +197,20 @@ def _train_steps(
 
 
 class _Denoiser:
-    """What of a pipeline training needs besides the transformer's weights."""
+    """What of a pipeline training needs besides the transformer's weights.
 
-    def __init__(self, pipeline: Any) -> None:
+    Clips, timesteps and noise are on the CPU, so that they are the same on all devices.
+    """
+
+    def __init__(self, pipeline: Any, *, height: int, width: int) -> None:
         self._pipeline = pipeline
+        self._device = pipeline.transformer.device
         self._takes_image = (
             pipeline.transformer.config.in_channels > pipeline.vae.config.latent_channels
         )
         num_latents = (NUM_FRAMES - 1) // 4 + 1
         self._positions = pipeline._prepare_rotary_positional_embeddings(
-            HEIGHT, WIDTH, num_latents, "cpu"
+            height, width, num_latents, self._device
         )
         self.abar_S = cumulative_alphas(pipeline.scheduler.config).float()
 
@@ -228,18 +246,18 @@ class _Denoiser:
                 image_condition(image_1CHW, clean.shape[1]) for image_1CHW in batch["image_N1CHW"]
             ]
             inputs = torch.cat([inputs, torch.stack(condition)], dim=2)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(self._device.type, torch.bfloat16):
             predicted = transformer(
-                hidden_states=inputs,
+                hidden_states=inputs.to(self._device),
                 encoder_hidden_states=text_BLD,
-                timestep=timestep_B,
+                timestep=timestep_B.to(self._device),
                 image_rotary_emb=self._positions,
                 return_dict=False,
             )[0]
         weight_BF1HW = 1 + (figure_weight - 1) * batch["figure_NFHW"][:, :, None]
         weight_BF1HW = weight_BF1HW / weight_BF1HW.mean((1, 2, 3, 4), keepdim=True)
-        error = predicted.float() - velocity(clean, noise, abar_B)
-        return (weight_BF1HW * error.square()).flatten(1).mean(1)
+        error = predicted.float() - velocity(clean, noise, abar_B).to(self._device)
+        return (weight_BF1HW.to(self._device) * error.square()).flatten(1).mean(1)
 
     @torch.no_grad()
     def held_out_loss(
@@ -253,43 +271,66 @@ class _Denoiser:
         return self.loss(transformer, batch, text_BLD, timestep_B, random).mean().item()
 
 
-def _encoded(
-    vae: AutoencoderKLCogVideoX, seeds: Sequence[int], folder: Path, *, from_end: bool = False
-) -> tuple[_Clips, list[str]]:
-    """Draw and encode clips; those whose files are there are not encoded again."""
-    files = folder / f"encoded-{_digest(vae, seeds)}"
-    files.mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(seeds), _CLIPS_PER_FILE)
-    fast = copy.deepcopy(vae).to(torch.bfloat16)
-    captions: dict[int, list[str]] = {}
-    figures: dict[int, Tensor] = {}
-    with progress_bar("encode clips", len(seeds)) as task:
-        for start in reversed(starts) if from_end else starts:
-            drawn = [draw_demo_clip(s, fps=FPS) for s in seeds[start : start + _CLIPS_PER_FILE]]
-            captions[start] = [clip.caption for clip in drawn]
-            figures[start] = torch.stack([_figure_latents(clip.masks_THW) for clip in drawn])
-            file = files / f"{start:06d}.safetensors"
-            if not file.exists():
-                encoded = [_encode(fast, clip.frames_THWC) for clip in drawn]
-                partial = file.with_suffix(f".{os.getpid()}.partial")
-                save_tensors(
-                    {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]},
-                    partial,
-                )
-                partial.rename(file)
-            task.advance(len(drawn))
-    parts = [load_file(files / f"{start:06d}.safetensors") for start in starts]
-    clips = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    clips["figure_NFHW"] = torch.cat([figures[start] for start in starts])
-    return clips, [caption for start in starts for caption in captions[start]]
+class _Encoder:
+    """Draws and encodes clips; those whose files are in the VAE's folder are not encoded again."""
 
+    def __init__(
+        self, vae: AutoencoderKLCogVideoX, folder: Path, *, height: int, width: int, device: str
+    ) -> None:
+        self._vae = copy.deepcopy(vae).to(device, torch.bfloat16)
+        self._folder = folder
+        self._size = {"height": height, "width": width}
+        self._weights = [weight.numpy().tobytes() for weight in vae.state_dict().values()]
 
-def _digest(vae: AutoencoderKLCogVideoX, seeds: Sequence[int]) -> str:
-    """Identify a VAE's weights and clips encoded with it."""
-    digest = hashlib.sha256(repr(list(seeds)).encode())
-    for weight in vae.state_dict().values():
-        digest.update(weight.numpy().tobytes())
-    return digest.hexdigest()[:12]
+    def encoded(self, seeds: Sequence[int], *, from_end: bool = False) -> tuple[_Clips, list[str]]:
+        """Latents and captions of the seeds' clips, on the CPU."""
+        files = self._folder / f"encoded-{self.digest(seeds)}"
+        files.mkdir(parents=True, exist_ok=True)
+        starts = range(0, len(seeds), _CLIPS_PER_FILE)
+        captions: dict[int, list[str]] = {}
+        figures: dict[int, Tensor] = {}
+        with progress_bar("encode clips", len(seeds)) as task:
+            for start in reversed(starts) if from_end else starts:
+                drawn = [
+                    draw_demo_clip(seed, fps=FPS, **self._size)
+                    for seed in seeds[start : start + _CLIPS_PER_FILE]
+                ]
+                captions[start] = [clip.caption for clip in drawn]
+                figures[start] = torch.stack([_figure_latents(clip.masks_THW) for clip in drawn])
+                file = files / f"{start:06d}.safetensors"
+                if not file.exists():
+                    encoded = [self._encode(clip.frames_THWC) for clip in drawn]
+                    partial = file.with_suffix(f".{os.getpid()}.partial")
+                    save_tensors(
+                        {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]},
+                        partial,
+                    )
+                    partial.rename(file)
+                task.advance(len(drawn))
+        parts = [load_file(files / f"{start:06d}.safetensors") for start in starts]
+        clips = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        clips["figure_NFHW"] = torch.cat([figures[start] for start in starts])
+        return clips, [caption for start in starts for caption in captions[start]]
+
+    def digest(self, seeds: Sequence[int]) -> str:
+        """Identify the VAE's weights and the clips encoded with it."""
+        digest = hashlib.sha256(repr((self._size, list(seeds))).encode())
+        for weight in self._weights:
+            digest.update(weight)
+        return digest.hexdigest()[:12]
+
+    @torch.no_grad()
+    def _encode(self, frames_THWC: Any) -> _Clips:
+        """float16, of one clip; the VAE is in bfloat16."""
+        pixels_1CTHW = as_pixels(frames_THWC[None]).to(self._vae.device, torch.bfloat16)
+        posterior = self._vae.encode(pixels_1CTHW).latent_dist
+        image = self._vae.encode(pixels_1CTHW[:, :, :1]).latent_dist.mean
+        values = {"mean_NFCHW": posterior.mean, "std_NFCHW": posterior.std, "image_N1CHW": image}
+        scale = self._vae.config.scaling_factor
+        return {
+            name: (value.float() * scale).transpose(1, 2).half().cpu()
+            for name, value in values.items()
+        }
 
 
 def _figure_latents(masks_THW: Any) -> Tensor:
@@ -302,17 +343,6 @@ def _figure_latents(masks_THW: Any) -> Tensor:
     return F.max_pool3d(of_latents_1FHW, (1, 3, 3), stride=1, padding=(0, 1, 1))[0] > 0
 
 
-@torch.no_grad()
-def _encode(vae: AutoencoderKLCogVideoX, frames_THWC: Any) -> _Clips:
-    """float16, of one clip; the VAE is in bfloat16."""
-    pixels_1CTHW = as_pixels(frames_THWC[None]).to(torch.bfloat16)
-    posterior = vae.encode(pixels_1CTHW).latent_dist
-    image = vae.encode(pixels_1CTHW[:, :, :1]).latent_dist.mean
-    values = {"mean_NFCHW": posterior.mean, "std_NFCHW": posterior.std, "image_N1CHW": image}
-    scale = vae.config.scaling_factor
-    return {name: (value.float() * scale).transpose(1, 2).half() for name, value in values.items()}
-
-
 def main(
     out: Path,
     vae: Annotated[Path, typer.Option(help="folder of a VAE from stages.demo.training.vae")],
@@ -320,6 +350,9 @@ def main(
     clips: Annotated[int, typer.Option(min=1)] = 3000,
     steps: Annotated[int, typer.Option(min=1)] = 5000,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    height: Annotated[int, typer.Option(min=16)] = HEIGHT,
+    width: Annotated[int, typer.Option(min=16)] = WIDTH,
+    device: str = "cpu",
 ) -> None:
     """Train a base model for the demo and write its pipeline to OUT."""
     torch.set_num_threads(1)  # for models this small, threads cost more than they gain
@@ -331,6 +364,9 @@ def main(
         steps=steps,
         seed=seed,
         held_out_clips=24,
+        height=height,
+        width=width,
+        device=device,
     )
 
 

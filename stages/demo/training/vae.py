@@ -1,6 +1,6 @@
 """Trains the demo's VAE on drawn clips.
 
-    python -m stages.demo.training.vae OUT
+    python -m stages.demo.training.vae OUT [--height 256 --width 384 --device cuda]
 
 OUT receives a diffusers folder, weights in float16, `training.json` (steps, seed, versions, and the
 PSNR on clips that it was not trained on), and `training.pt`, from which a stopped run goes on.
@@ -8,6 +8,8 @@ PSNR on clips that it was not trained on), and `training.pt`, from which a stopp
 
 # Legend: B crop, N clip, T frame, C channel, H W pixels.
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,8 +19,15 @@ import typer
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 
+from stages.demo.scenes import FigureClip
 from stages.demo.tiny_cogvideox import build_tiny_vae
-from stages.demo.training.drawn_clips import HELD_OUT_SEEDS, draw_demo_clip, training_seed
+from stages.demo.training.drawn_clips import (
+    HEIGHT,
+    HELD_OUT_SEEDS,
+    WIDTH,
+    draw_demo_clip,
+    training_seed,
+)
 from stages.demo.training.run import (
     TrainingRun,
     cosine_schedule,
@@ -54,7 +63,16 @@ _SCALE_CLIPS = 4
 """Clips over which the latents' standard deviation is measured."""
 
 
-def train(out: Path, *, steps: int, seed: int, held_out_clips: int) -> None:
+def train(
+    out: Path,
+    *,
+    steps: int,
+    seed: int,
+    held_out_clips: int,
+    height: int = HEIGHT,
+    width: int = WIDTH,
+    device: str = "cpu",
+) -> None:
     """Train a VAE, or finish a stopped run.
 
     Args:
@@ -62,26 +80,30 @@ def train(out: Path, *, steps: int, seed: int, held_out_clips: int) -> None:
         steps: Training steps.
         seed: Random seed of weights, clips, crops and noise.
         held_out_clips: Clips on which the result is scored.
+        height: Of the clips, pixels; a multiple of 8.
+        width: Of the clips, pixels; a multiple of 8.
+        device: Where the VAE is trained.
 
     Raises:
         ValueError: `out` has a run with other settings, or the loss is NaN or infinite.
     """
     vae = build_tiny_vae(
         seed, widths=WIDTHS, latent_channels=LATENT_CHANNELS, norm_groups=NORM_GROUPS
-    )
+    ).to(device)
+    draw = partial(draw_demo_clip, height=height, width=width)
     run = TrainingRun(
         out,
         {"vae": vae},
         steps=steps,
-        recipe={"seed": seed},
+        recipe={"seed": seed, "height": height, "width": width},
         weight_decay=0.0,
         betas=(0.9, 0.95),
     )
     with progress_bar("VAE", steps, completed=run.done) as task:
-        train_steps(vae, run, seed=seed, task=task)
+        train_steps(vae, run, seed=seed, draw=draw, task=task)
+    vae.cpu()
     some_NTHWC = [
-        draw_demo_clip(training_seed(i, run_seed=seed), fps=FPS).frames_THWC
-        for i in range(_SCALE_CLIPS)
+        draw(training_seed(i, run_seed=seed), fps=FPS).frames_THWC for i in range(_SCALE_CLIPS)
     ]
     vae.register_to_config(scaling_factor=1 / _latent_std(vae, np.stack(some_NTHWC)))
     vae.half()
@@ -91,7 +113,15 @@ def train(out: Path, *, steps: int, seed: int, held_out_clips: int) -> None:
     vae.float()
     psnrs = {
         f"{fps:.0f} fps": round(
-            float(np.mean([held_out_psnr(vae, s, fps) for s in HELD_OUT_SEEDS[:held_out_clips]])), 2
+            float(
+                np.mean(
+                    [
+                        held_out_psnr(vae, draw(unseen, fps=fps).frames_THWC)
+                        for unseen in HELD_OUT_SEEDS[:held_out_clips]
+                    ]
+                )
+            ),
+            2,
         )
         for fps in (FPS, FPS / 2)
     }
@@ -99,11 +129,20 @@ def train(out: Path, *, steps: int, seed: int, held_out_clips: int) -> None:
         out / "training.json",
         steps=steps,
         seed=seed,
+        height=height,
+        width=width,
         held_out={"psnr_db": psnrs, "clips": held_out_clips},
     )
 
 
-def train_steps(vae: AutoencoderKLCogVideoX, run: TrainingRun, *, seed: int, task: Task) -> None:
+def train_steps(
+    vae: AutoencoderKLCogVideoX,
+    run: TrainingRun,
+    *,
+    seed: int,
+    draw: Callable[..., FigureClip],
+    task: Task,
+) -> None:
     """Train from the run's step to its last one, with checkpoints; then in evaluation mode.
 
     Absolute plus squared error and a small KL term. A step depends on its number, the seed and the
@@ -113,15 +152,17 @@ def train_steps(vae: AutoencoderKLCogVideoX, run: TrainingRun, *, seed: int, tas
         vae: From `build_tiny_vae`.
         run: Steps, optimizer and checkpoints.
         seed: Seed of clips, crops and noise.
+        draw: `draw_demo_clip`, of some size.
         task: Advanced by one per step; shows the error.
     """
     vae.train()
+    device = vae.device
     pool: dict[int, np.ndarray] = {}
     for step in run.remaining_steps():
         random = np.random.default_rng((seed, step))
-        pixels_BCTHW = _batch(random, step, step / run.steps, seed, pool)
+        pixels_BCTHW = _batch(random, step, step / run.steps, seed, draw, pool).to(device)
         noise = torch.Generator().manual_seed(int(random.integers(2**31)))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             posterior = vae.encode(pixels_BCTHW).latent_dist
             restored_BCTHW = vae.decode(posterior.sample(noise)).sample
         error_BCTHW = restored_BCTHW.float() - pixels_BCTHW
@@ -143,6 +184,7 @@ def _batch(
     step: int,
     progress: float,
     seed: int,
+    draw: Callable[..., FigureClip],
     pool: dict[int, np.ndarray],
 ) -> Tensor:
     """Crops of the step's clips; `pool` keeps the clips of the last steps by index."""
@@ -156,7 +198,7 @@ def _batch(
         index = first + int(random.integers(_POOL))
         if index not in pool:
             clip_seed = training_seed(index, run_seed=seed)
-            pool[index] = draw_demo_clip(clip_seed, fps=FPS).frames_THWC
+            pool[index] = draw(clip_seed, fps=FPS).frames_THWC
         crops.append(_vivid_crop(random, pool[index], num_frames))
     return as_pixels(np.stack(crops))
 
@@ -189,10 +231,9 @@ def _latent_std(vae: AutoencoderKLCogVideoX, frames_NTHWC: np.ndarray) -> float:
 
 
 @torch.no_grad()
-def held_out_psnr(vae: AutoencoderKLCogVideoX, seed: int, fps: float) -> float:
-    """PSNR in dB of a drawn clip, encoded to the posterior's mean and decoded."""
-    frames_1THWC = draw_demo_clip(seed, fps=fps).frames_THWC[None]
-    pixels_1CTHW = as_pixels(frames_1THWC)
+def held_out_psnr(vae: AutoencoderKLCogVideoX, frames_THWC: np.ndarray) -> float:
+    """PSNR in dB of a clip, encoded to the posterior's mean and decoded."""
+    pixels_1CTHW = as_pixels(frames_THWC[None])
     restored_1CTHW = vae.decode(vae.encode(pixels_1CTHW).latent_dist.mode()).sample.clamp(-1, 1)
     # Pixels span 2, from -1 to 1.
     return float(10 * torch.log10(4 / (restored_1CTHW - pixels_1CTHW).square().mean()))
@@ -203,10 +244,21 @@ def main(
     steps: Annotated[int, typer.Option(min=1)] = 6000,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     threads: Annotated[int, typer.Option(min=1)] = 2,
+    height: Annotated[int, typer.Option(min=64)] = HEIGHT,
+    width: Annotated[int, typer.Option(min=64)] = WIDTH,
+    device: str = "cpu",
 ) -> None:
     """Train a VAE for the demo and write it to OUT."""
     torch.set_num_threads(threads)
-    train(out, steps=steps, seed=seed, held_out_clips=24)
+    train(
+        out,
+        steps=steps,
+        seed=seed,
+        held_out_clips=24,
+        height=height,
+        width=width,
+        device=device,
+    )
 
 
 if __name__ == "__main__":

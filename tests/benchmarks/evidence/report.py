@@ -215,8 +215,8 @@ def _draw_videos(out: Path, rows: Rows, size: Size) -> bool:
     if not folders:
         return False
     strips = []
-    for number, seed in enumerate(seeds_of("test", min(_SHEET_CLIPS, size.test_clips))):
-        videos = {"real": draw_faster_clip(seed).frames_THWC}
+    for number, seed in enumerate(seeds_of("test", min(_SHEET_CLIPS, size.test_clips), size)):
+        videos = {"real": draw_faster_clip(seed, size).frames_THWC}
         videos |= {arm: _video(folder, number) for arm, folder in folders.items()}
         for name, frames_THWC in videos.items():
             strip = Image.fromarray(np.concatenate(frames_THWC[list(_SHEET_FRAMES)], axis=1))

@@ -78,6 +78,8 @@ def overrides(run: Run, out: Path, size: Size) -> list[str]:
         f"cache={out / 'cache'}",
         f"outputs={out / 'outputs'}",
         f"data.path={out / 'clips' / 'train'}",
+        f"data.height={size.height}",
+        f"data.width={size.width}",
         f"model.path={out / 'models' / model}",
         f"extract.teacher.checkpoint={out / 'models' / 'sam2' / f'{tracker}.safetensors'}",
         f"extract.teacher.config={out / 'models' / 'sam2' / 'tiny.yaml'}",
@@ -92,6 +94,8 @@ def overrides(run: Run, out: Path, size: Size) -> list[str]:
         *([] if arm is None else arm.train),
         *size.overrides,
     ]
+    if size.models is not None:
+        settings.append(f"extract.teacher.image_size={size.models.image_size}")
     if scratch:
         settings.append("train.method=full")
     if arm is not None and arm.weight is not None:

@@ -2,6 +2,24 @@
 
 from dataclasses import dataclass
 
+from stages.demo.training.drawn_clips import HEIGHT, WIDTH
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseModels:
+    """Models to train before the comparison, by the scripts of `stages/demo/training`."""
+
+    image_size: int
+    """Side of the tracker's input, pixels."""
+    vae_steps: int
+    transformer_steps: int
+    tracker_steps: int
+    clips: int
+    """Clips that the transformer is trained on."""
+    held_out_clips: int
+    """Clips that the models are scored on."""
+    device: str
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
@@ -26,6 +44,11 @@ class Size:
     scratch_steps: tuple[int, ...]
     """Steps after which a run from random weights is scored; none skips these runs."""
     denoising_steps: int
+    height: int = HEIGHT
+    """Of the clips, pixels."""
+    width: int = WIDTH
+    models: BaseModels | None = None
+    """None: the packaged models, which know clips of 128x192 pixels only."""
     arms: tuple[str, ...] | None = None
     """Names of the arms to run; None is all."""
     overrides: tuple[str, ...] = ()
@@ -69,6 +92,18 @@ SIZES = {
         open_seeds=(0, 1, 2),
         scratch_steps=(5000, 10_000, 20_000),
         denoising_steps=50,
+        # Limbs are one to two tokens wide, against half a token of the packaged models.
+        height=256,
+        width=384,
+        models=BaseModels(
+            image_size=256,
+            vae_steps=6000,
+            transformer_steps=30_000,
+            tracker_steps=2000,
+            clips=10_000,
+            held_out_clips=24,
+            device="cuda",
+        ),
         overrides=(
             "extract.device=cuda",
             "train.batch_size=32",

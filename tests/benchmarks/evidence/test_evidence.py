@@ -6,12 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from diffusers import DiffusionPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.load import load_config
+from stages.clips import read_video
+from tests.benchmarks.evidence import data
 from tests.benchmarks.evidence.arms import ARMS
-from tests.benchmarks.evidence.data import draw_faster_clip, seeds_of
+from tests.benchmarks.evidence.data import draw_faster_clip, prepare, seeds_of
 from tests.benchmarks.evidence.estimates import (
     STRUCTURE_SCORES,
     difference,
@@ -21,7 +24,7 @@ from tests.benchmarks.evidence.estimates import (
 from tests.benchmarks.evidence.plan import TUNING_SEED, arms_of, chosen_weight, next_runs
 from tests.benchmarks.evidence.report import SCORES, write_report
 from tests.benchmarks.evidence.runs import _CONFIG, Run, overrides
-from tests.benchmarks.evidence.sizes import SIZES
+from tests.benchmarks.evidence.sizes import SIZES, BaseModels
 
 DEFAULT = SIZES["default"]
 SMALL = replace(DEFAULT, test_clips=4, tuning_clips=3, seeds=(0, 1))
@@ -117,10 +120,42 @@ def test_an_unknown_arm_is_refused():
 
 
 def test_clips_of_different_parts_and_of_the_models_training_differ():
-    seeds = {part: seeds_of(part, 3) for part in ("train", "tuning", "test")}
+    seeds = {part: seeds_of(part, 3, DEFAULT) for part in ("train", "tuning", "test")}
     assert len({seed for some in seeds.values() for seed in some}) == 9
-    captions = [draw_faster_clip(seed).caption for seed in seeds["test"]]
+    captions = [draw_faster_clip(seed, DEFAULT).caption for seed in seeds["test"]]
     assert len(set(captions)) == 3
+
+
+@pytest.mark.slow
+def test_a_size_of_its_own_pixels_trains_its_models_first(tmp_path, monkeypatch):
+    models = BaseModels(
+        image_size=64,
+        vae_steps=1,
+        transformer_steps=1,
+        tracker_steps=1,
+        clips=2,
+        held_out_clips=1,
+        device="cpu",
+    )
+    size = replace(
+        SIZES["smoke"], height=64, width=96, models=models, scratch_steps=(1,), test_clips=1
+    )
+    prepare(tmp_path, size)
+    for name in ("base", "scratch-0"):
+        pipeline = DiffusionPipeline.from_pretrained(tmp_path / "models" / name)
+        assert pipeline.transformer.config.sample_width == 96 // 8
+    assert {file.name for file in (tmp_path / "models" / "sam2").iterdir()} == {
+        "tiny.yaml",
+        "tiny.safetensors",
+        "training.json",
+        "random.safetensors",
+    }
+    frames_THWC, _ = read_video(tmp_path / "reconstructions" / "0000.mp4")
+    assert frames_THWC.shape == (17, 64, 96, 3)
+    monkeypatch.setattr(data, "_once", lambda folder, _: folder.stat())
+    for script in (data.sam2, data.vae, data.transformer):
+        monkeypatch.delattr(script, "train")
+    prepare(tmp_path, size)  # nothing is missing
 
 
 def test_differences_are_means_over_pairs_with_values():

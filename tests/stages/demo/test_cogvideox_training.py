@@ -9,27 +9,23 @@ from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, Diffusio
 from safetensors.torch import load_file
 
 from stages.demo import draw_clip
-from stages.demo.training import transformer, vae
+from stages.demo.training import drawn_clips, transformer, vae
 from stages.demo.training.run import TrainingRun
 
 HEIGHT, WIDTH, NUM_FRAMES = 64, 96, 9
+SIZE = {"height": HEIGHT, "width": WIDTH}
 
 
 @pytest.fixture(autouse=True)
-def small_clips(monkeypatch):
-    def draw(seed, *, fps):
-        return draw_clip(seed, num_frames=NUM_FRAMES, height=HEIGHT, width=WIDTH, fps=fps)
-
-    for module in (vae, transformer):
-        monkeypatch.setattr(module, "draw_demo_clip", draw)
+def small_models(monkeypatch):
     small = {
+        drawn_clips: {"NUM_FRAMES": NUM_FRAMES},
         vae: {
             "WIDTHS": (8, 8, 8, 8), "NORM_GROUPS": 4, "_CROP": 32, "_IMAGE_BATCH": 2,
             "_CLIP_BATCH": 1, "_SCALE_CLIPS": 1,
         },
         transformer: {
-            "HEIGHT": HEIGHT, "WIDTH": WIDTH, "NUM_FRAMES": NUM_FRAMES, "LAYERS": 1, "HEADS": 2,
-            "HEAD_WIDTH": 32,
+            "NUM_FRAMES": NUM_FRAMES, "LAYERS": 1, "HEADS": 2, "HEAD_WIDTH": 32,
         },
     }  # fmt: skip
     for module, values in small.items():
@@ -64,7 +60,7 @@ def killed_at(monkeypatch):
 
 @pytest.mark.slow
 def test_a_stopped_vae_run_ends_with_the_same_weights(tmp_path, killed_at):
-    settings = {"steps": 4, "seed": 0, "held_out_clips": 1}
+    settings = {"steps": 4, "seed": 0, "held_out_clips": 1, **SIZE}
     vae.train(tmp_path / "whole", **settings)
     killed_at(3, vae.train, tmp_path / "stopped", **settings)
     vae.train(tmp_path / "stopped", **settings)
@@ -73,8 +69,8 @@ def test_a_stopped_vae_run_ends_with_the_same_weights(tmp_path, killed_at):
 
 
 def test_vae_training_lowers_the_error_and_sets_the_scale(tmp_path):
-    vae.train(tmp_path / "short", steps=1, seed=0, held_out_clips=1)
-    vae.train(tmp_path / "long", steps=12, seed=0, held_out_clips=1)
+    vae.train(tmp_path / "short", steps=1, seed=0, held_out_clips=1, **SIZE)
+    vae.train(tmp_path / "long", steps=12, seed=0, held_out_clips=1, **SIZE)
     short, long = (
         json.loads((tmp_path / name / "training.json").read_text()) for name in ("short", "long")
     )
@@ -99,17 +95,19 @@ def test_psnr_is_that_of_the_definition():
             self.sample = pixels.clamp(-1, 0.9) + 0.1
             return self
 
-    pixels = vae.as_pixels(vae.draw_demo_clip(3, fps=8.0).frames_THWC[None]).double().numpy()
+    frames_THWC = drawn_clips.draw_demo_clip(3, fps=8.0, **SIZE).frames_THWC
+    pixels = vae.as_pixels(frames_THWC[None]).double().numpy()
     error = np.minimum(pixels, 0.9) + 0.1 - pixels
     expected = -10 * np.log10((error**2).mean() / 4)
-    assert vae.held_out_psnr(Brighter(), 3, 8.0) == pytest.approx(expected, abs=0.01)
+    assert vae.held_out_psnr(Brighter(), frames_THWC) == pytest.approx(expected, abs=0.01)
 
 
 @pytest.mark.parametrize("image_to_video", [False, True], ids=["t2v", "i2v"])
 @pytest.mark.slow
 def test_a_stopped_transformer_run_ends_with_the_same_pipeline(tmp_path, killed_at, image_to_video):
-    vae.train(tmp_path / "vae", steps=1, seed=0, held_out_clips=1)
+    vae.train(tmp_path / "vae", steps=1, seed=0, held_out_clips=1, **SIZE)
     settings = {
+        **SIZE,
         "image_to_video": image_to_video,
         "num_clips": 3,
         "steps": 4,

@@ -83,7 +83,7 @@ def test_the_packaged_vae_restores_unseen_clips():
         PRETRAINED / "cogvideox" / "vae", torch_dtype=torch.float32
     )
     (seed, _) = UNSEEN
-    assert vae.held_out_psnr(model, seed, vae.FPS) > 26
+    assert vae.held_out_psnr(model, draw_demo_clip(seed, fps=vae.FPS).frames_THWC) > 26
 
 
 @cache
