@@ -5,10 +5,12 @@
     python -m tests.benchmarks.evidence --arms none lgf    # some arms
 
 Run again, it makes what is missing: every run has a row of its own, and a stopped training goes on
-from its checkpoint. The report is written after each phase, and with --report without any run.
+from its checkpoint. The report is written after each phase, and with --report without any run. The
+last line is a JSON object: the numbers of runs there and failed, and where the report is.
 """
 
 import argparse
+import json
 import multiprocessing
 import sys
 import time
@@ -79,8 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         while not failed and (runs := next_runs(size, arms, rows_of(out))):
             failed = make_runs(runs, out, size, jobs=arguments.jobs)
             _report(out, size, arguments.size)
-    print(_report(out, size, arguments.size) or "no results yet")
+    report = _report(out, size, arguments.size)
     print(*failed, sep="\n", file=sys.stderr)
+    found = {"runs": len(rows_of(out)), "failed": len(failed), "report": report and str(report)}
+    print(json.dumps(found))
     return 1 if failed else 0
 
 

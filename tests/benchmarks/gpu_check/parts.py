@@ -250,4 +250,21 @@ PARTS: tuple[Part, ...] = (
         },
         without_gpu=_RESIDENT,
     ),
+    Part(
+        name="evidence",
+        title="training losses compared; killed at the limit, it goes on in the next run",
+        minutes=60,
+        measurements=(
+            Measurement(
+                name="structure error",
+                script="evidence/__main__.py",
+                arguments={
+                    "tiny": "--size smoke --out build/evidence-smoke",
+                    "full": "--size gpu --out build/evidence-gpu",
+                },
+            ),
+        ),
+        columns={"runs": ("runs",), "failed": ("failed",), "report": ("report",)},
+        without_gpu="two arms of two steps, which say nothing",
+    ),
 )

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -183,8 +184,8 @@ def test_every_script_takes_its_arguments(size: Size, monkeypatch: pytest.Monkey
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     parse = argparse.ArgumentParser.parse_args
 
-    def parse_only(self: argparse.ArgumentParser) -> None:
-        parse(self)
+    def parse_only(self: argparse.ArgumentParser, args: Sequence[str] | None = None) -> None:
+        parse(self, args)
         raise _ParsedError
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
