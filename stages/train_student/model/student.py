@@ -6,8 +6,8 @@ objective, N token, L text token, D width, s side of a square of tokens.
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,15 +15,62 @@ import torch.nn.functional as F  # noqa: N812
 from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor, nn
 
-BlockOutput = tuple[Tensor, Tensor]
+
+class BlockTap:
+    """Captures the image tokens that a transformer block outputs, with their gradient.
+
+    For blocks that return the video's hidden states, alone (Wan, LTX-Video) or before the text's
+    (CogVideoX, HunyuanVideo, Mochi). The tap captures inside a `with` statement only, so that the
+    recomputation of the block by gradient checkpointing in the backward pass is not captured:
+
+        tap = BlockTap(transformer.transformer_blocks[25])
+        with tap:
+            velocity_BFCHW = transformer(...)[0]
+        tokens_BND = tap.take()
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        """Register a forward hook on `block`, which stays for the block's lifetime."""
+        self._open = self._grad = False
+        self._tokens_BND: Tensor | None = None
+        block.register_forward_hook(self._capture)
+
+    def __enter__(self) -> Self:
+        self._open, self._grad, self._tokens_BND = True, torch.is_grad_enabled(), None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open = False
+
+    def _capture(self, block: nn.Module, inputs: Any, output: Any) -> None:
+        if not self._open:
+            return
+        if self._grad and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "the tapped block runs under reentrant gradient checkpointing, so that its tokens "
+                "carry no gradient; use torch.utils.checkpoint with use_reentrant=False, which "
+                "diffusers' enable_gradient_checkpointing() does by default"
+            )
+        self._tokens_BND = output[0] if isinstance(output, tuple) else output
+
+    def take(self) -> Tensor:
+        """Return the tokens of the last pass and release them: tokens_BND, in the order t, h, w.
+
+        Raises:
+            RuntimeError: the block has not run inside the last `with` statement, or its tokens
+                have been taken.
+        """
+        tokens_BND, self._tokens_BND = self._tokens_BND, None
+        if tokens_BND is None:
+            raise RuntimeError(
+                "the tapped block has not run inside `with tap:` since its tokens were last taken; "
+                "call the transformer there, once before each take()"
+            )
+        return tokens_BND
 
 
 class Student(nn.Module):
-    """Transformer and heads as one module with one forward pass, as DeepSpeed requires.
-
-    A hook captures the tapped block's image tokens. It is armed once per forward pass, so that the
-    recomputation of the block by gradient checkpointing is not captured.
-    """
+    """Transformer and heads as one module with one forward pass, as DeepSpeed requires."""
 
     def __init__(
         self,
@@ -40,19 +87,14 @@ class Student(nn.Module):
         super().__init__()
         self.transformer = transformer
         self.heads = nn.ModuleDict() if heads is None else heads
-        self._armed = False
-        self._tokens_BND: Tensor | None = None
+        self._tap: BlockTap | None = None
         if len(self.heads):
             if block is None or not 0 <= block < len(transformer.transformer_blocks):
                 raise ValueError(
                     f"train.block must be under {len(transformer.transformer_blocks)}, "
                     f"the transformer's number of blocks, got {block}"
                 )
-            transformer.transformer_blocks[block].register_forward_hook(self._tap)
-
-    def _tap(self, module: nn.Module, inputs: Any, output: BlockOutput) -> None:
-        if self._armed:
-            self._tokens_BND, self._armed = output[0], False
+            self._tap = BlockTap(transformer.transformer_blocks[block])
 
     def forward(
         self,
@@ -80,20 +122,19 @@ class Student(nn.Module):
         Returns:
             velocity_BFCHW, and features_BTHWC by objective.
         """
-        self._armed = len(self.heads) > 0
-        velocity_BFCHW = self.transformer(
-            hidden_states=latents_BFCHW,
-            encoder_hidden_states=text_BLD,
-            timestep=timestep_B,
-            ofs=ofs,
-            image_rotary_emb=rotary,
-            return_dict=False,
-        )[0]
-        if not len(self.heads):
+        tap = self._tap if len(self.heads) else None
+        with tap or nullcontext():
+            velocity_BFCHW = self.transformer(
+                hidden_states=latents_BFCHW,
+                encoder_hidden_states=text_BLD,
+                timestep=timestep_B,
+                ofs=ofs,
+                image_rotary_emb=rotary,
+                return_dict=False,
+            )[0]
+        if tap is None:
             return velocity_BFCHW, {}
-        tokens_BND, self._tokens_BND = self._tokens_BND, None
-        assert tokens_BND is not None, "the tapped block did not run"
-        tokens_BJHWC = tokens_BND.unflatten(1, token_grid)
+        tokens_BJHWC = tap.take().unflatten(1, token_grid)
         weights = time_weights or {}
         features = {
             name: head(tokens_BJHWC, weights.get(name)) for name, head in self.heads.items()
