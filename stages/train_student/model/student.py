@@ -187,7 +187,7 @@ class Projector(nn.Module):
         normed_BJHWC = self.norm(tokens_BJHWC)
         features_BTHWC = self.layers(normed_BJHWC) + self.skip(normed_BJHWC)
         if time_weights_TJ is not None:
-            weights_TJ = time_weights_TJ.to(features_BTHWC.dtype)
+            weights_TJ = time_weights_TJ.to(features_BTHWC)
             features_BTHWC = torch.einsum("tj,bjhwc->bthwc", weights_TJ, features_BTHWC)
         if self.smooth is not None:
             features_BTHWC = self.smooth(features_BTHWC)

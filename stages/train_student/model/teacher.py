@@ -4,15 +4,16 @@ Legend: B clip, T map of the teacher or frame of the masks, P pair of maps (T-1)
 h w pixel of the stored masks, G fused channel, K neighbour.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cache_schema import StoreSettings
+from cache_schema import StoreReader, StoreSettings
 from stages.config import Pairs
 from stages.local_gram_flow import (
     Directions,
@@ -80,6 +81,48 @@ class Teacher:
     token_grid: tuple[int, int]
     """Rows and columns of the student's tokens."""
     layout: TeacherLayout = TeacherLayout()
+
+    @classmethod
+    def read(
+        cls,
+        reader: StoreReader,
+        keys: Sequence[str],
+        *,
+        num_frames: int,
+        token_grid: tuple[int, int],
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Read clips from a store, for a trainer with a loader of its own.
+
+        Args:
+            reader: of a teacher or gram_flow store.
+            keys: the clips of the batch, in its order.
+            num_frames: frames per clip.
+            token_grid: rows and columns of the student's tokens.
+            device: device of the arrays.
+
+        Raises:
+            ValueError: the store is of another kind.
+            CacheError: a clip is missing or damaged, or the cache cannot be reached.
+        """
+        if reader.settings.kind not in ("teacher", "gram_flow"):
+            raise ValueError(
+                f"{reader.path} is a store of kind {reader.settings.kind!r}; a teacher is read "
+                "from one of kind 'teacher' or 'gram_flow'"
+            )
+        clips = [reader.read(key) for key in keys]
+        arrays = {
+            name: torch.from_numpy(np.stack([clip[name] for clip in clips])).to(device)
+            for name in reader.settings.arrays
+        }
+        valid_BT = arrays.pop("valid") != 0
+        return cls(
+            arrays=arrays,
+            valid_BT=valid_BT,
+            num_frames=num_frames,
+            token_grid=token_grid,
+            layout=TeacherLayout.of(reader.settings),
+        )
 
     @torch.no_grad()
     def gram_flows(
