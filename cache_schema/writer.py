@@ -19,7 +19,7 @@ from cache_schema.zarr_shard import found_compression
 
 
 class StoreWriter:
-    """A store opened for writing with `open`; creates `ShardWriter`s."""
+    """A store opened for writing with `open`; creates the `ShardWriter` of each shard."""
 
     def __init__(self, path: Path, settings: StoreSettings) -> None:
         """Use `open` instead; the store must exist."""

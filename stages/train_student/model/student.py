@@ -21,7 +21,7 @@ class BlockTap:
 
     For blocks that return the video's hidden states, alone (Wan, LTX-Video) or before the text's
     (CogVideoX, HunyuanVideo, Mochi). The tap captures inside a `with` statement only, so that the
-    recomputation of the block by gradient checkpointing in the backward pass is not captured:
+    recomputation of the block by gradient checkpointing in the backward pass is not captured::
 
         tap = BlockTap(transformer.transformer_blocks[25])
         with tap:
