@@ -38,7 +38,7 @@ RUN       := $(BIN)/sam2vx-pipeline
 GPU_SITE  := build/gpu-site
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo extract-features train sample evaluate test test-faults lint typecheck check bench evidence gpu-check gpu-bundle lock clean
+.PHONY: help install demo extract-features train sample evaluate test test-faults lint typecheck check docs bench evidence gpu-check gpu-bundle lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -92,6 +92,10 @@ typecheck: install  ## run mypy
 	$(BIN)/mypy
 
 check: lint typecheck test  ## lint, typecheck and test
+
+docs: install  ## build the documentation as a site in build/docs; warnings are errors
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -b html . build/docs
+	@echo "open build/docs/index.html"
 
 bench: install  ## run a benchmark: make bench NAME=stage_one
 	@test -n "$(NAME)" || { echo "NAME is not set; it is a script of tests/benchmarks: make bench NAME=stage_one"; exit 2; }

@@ -1,7 +1,7 @@
 """The documentation site: `make docs` builds it in build/docs, without a network.
 
-The pages are this folder's files and the READMEs beside the code that they describe, where they are:
-the repository is the source folder, so that a link works on the site as it does in the repository.
+The pages are the files of this folder and the READMEs that stand beside the code: the repository is
+the source folder, so that a link works on the site as it does in the repository.
 """
 
 import sys
@@ -17,6 +17,9 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 project = "SAM2VideoX"
 html_title = "SAM2VideoX"
 root_doc = "docs/index"
+smartquotes = False  # they would make an en dash of --option
+highlight_language = "none"
+default_role = "literal"  # `name` in docstrings
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "generated_pages"]
 
 include_patterns = [
@@ -40,10 +43,10 @@ suppress_warnings = ["myst.xref_ambiguous"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True}
 autodoc_preserve_defaults = True
-# Only imported for annotations and calls: the site builds in half the time without them.
-autodoc_mock_imports = ["accelerate", "bitsandbytes", "deepspeed", "diffusers", "peft", "transformers"]
+# Slow to import, and nothing that is shown needs them.
+autodoc_mock_imports = ["accelerate", "deepspeed", "diffusers", "peft", "transformers"]
 napoleon_use_rtype = False
 
 html_theme = "furo"
@@ -51,6 +54,8 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
+html_extra_path = ["_root"]
 
 
 def setup(app: Any) -> None:

@@ -3,8 +3,12 @@
 A page has `<!-- generated: settings -->` or `<!-- generated: commands -->` where it stands.
 """
 
+import inspect
+import textwrap
 from collections.abc import Iterator
 from typing import Any
+
+_PROGRAMS = ("sam2vx-pipeline", "torchrun", "deepspeed")
 
 
 def settings() -> Iterator[str]:
@@ -54,8 +58,11 @@ def _commands(command: Any, name: str) -> Iterator[str]:
         return
     yield f"## {name.removeprefix('sam2vx-pipeline ')}"
     yield f"```\n{name} {' '.join(_usage(command))}\n```"
-    # Click marks paragraphs that are not to be wrapped with a line of \b.
-    yield (command.help or "").replace("\b\n", "").replace("\n", "\n").strip()
+    for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
+        # Click marks paragraphs that are not to be wrapped, such as examples, with a line of \b.
+        kept = paragraph.removeprefix("\b\n")
+        is_example = kept.lstrip().startswith(_PROGRAMS)
+        yield f"```\n{textwrap.dedent(kept)}\n```" if is_example else kept
     options = [one for one in command.params if one.param_type_name == "option"]
     rows = [
         f"| {', '.join(f'`{flag}`' for flag in (*one.opts, *one.secondary_opts))} "

@@ -11,7 +11,6 @@ import torch.nn.functional as F  # noqa: N812
 from diffusers import CogVideoXPipeline
 from torch import Tensor, nn
 
-# [loss]
 from cache_schema import StoreReader, find_store
 from stages.local_gram_flow import gram_flow_loss, local_gram_flow, time_weights
 from stages.train_student.model.student import BlockTap, Projector
@@ -48,7 +47,6 @@ class GramFlowTerm(nn.Module):
         ).mean()
 
 
-# [loop]
 def train(
     pipe: CogVideoXPipeline,
     batches: Iterable[tuple[Tensor, list[str], list[str]]],

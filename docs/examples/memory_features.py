@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-# [features]
 from stages.clips import SubjectPrompt, read_video
 from stages.extract_features.teacher.clip_features import ClipFeatures, fused_features
 from stages.sam2_tracking.build import build_sam2, find_checkpoint
@@ -26,7 +25,6 @@ def features_of(
     return fused_features(tracker, frames_THWC, prompt, token_grid=(30, 45))
 
 
-# [end]
 if __name__ == "__main__":
     clip = features_of(Path("lion.mp4"), (45, 205, 515, 420))
     print(f"features {tuple(clip.features_THWG.shape)} on {clip.features_THWG.device}")

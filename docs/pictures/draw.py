@@ -1,6 +1,6 @@
 """Draws the pictures of docs/concepts.md from a clip of the demo and the demo's tracker.
 
-    python docs/pictures/draw.py     # rewrites the PNG files beside this script, in seconds
+python docs/pictures/draw.py     # rewrites the PNG files beside this script, in seconds
 """
 
 # Legend: T frame, H W pixels or token grid, P pair, K neighbour, G fused channel.
@@ -22,15 +22,14 @@ from stages.local_gram_flow import (
     latent_frame_of_frame,
     local_gram_flow,
     neighbour_mask,
-    neighbour_offsets,
     time_weights,
 )
 from stages.sam2_tracking.build import build_sam2
 from stages.sam2_tracking.tracker import Tracker
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.patches import ConnectionPatch, Rectangle  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.patches import ConnectionPatch, Rectangle
 
 HERE = Path(__file__).parent
 SEED, FRAMES, HEIGHT, WIDTH, FPS = 1, 17, 128, 192, 16.0

@@ -2,6 +2,7 @@
 
 # Legend: B clip, T frame or map, H W pixels or token grid, G fused channel, C colour, K neighbour.
 
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,10 @@ import pytest
 import torch
 from diffusers import CogVideoXPipeline
 
-from cache_schema import StoreReader, StoreSettings, StoreWriter, find_store
+from cache_schema import ArraySpec, StoreReader, StoreSettings, StoreWriter, find_store
 from stages.clips import write_video
 from stages.demo.build import PRETRAINED
 from stages.demo.scenes import FigureClip, draw_clip
-from stages.local_gram_flow import implied_motion, local_gram_flow
 from stages.teacher_store.features import encode_features, feature_arrays_spec
 from stages.teacher_store.settings import valid_spec
 from tests.fingerprints import fingerprint_of
@@ -27,6 +27,13 @@ KEYS = ("walk/0", "walk/1")
 
 def example(name: str) -> dict[str, Any]:
     return runpy.run_path(str(EXAMPLES / f"{name}.py"))
+
+
+def python_of(page: str) -> str:
+    """The block of Python that stands on a page itself."""
+    text = (EXAMPLES.parent / f"{page}.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return str(code)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,7 @@ def cache(request: pytest.FixtureRequest, fused_KTHWG: np.ndarray, tmp_path_fact
         arrays=specs | {"valid": valid_spec(FRAMES)},
         values={"parts": 2, "fusion": "gram_flow", "forward_weight": 0.5, "grid_source": "student"},
     )
-    root: Path = tmp_path_factory.mktemp("cache")
+    root: Path = tmp_path_factory.mktemp("root") / "cache"
     writer = StoreWriter.open(root, settings, provenance={})
     valid_T = np.arange(FRAMES) < FRAMES - 1
     with writer.shard("00000", source="00000.tar") as shard:
@@ -53,19 +60,27 @@ def cache(request: pytest.FixtureRequest, fused_KTHWG: np.ndarray, tmp_path_fact
             arrays["valid"] = valid_T.astype("uint8")
             shard.add(key, arrays, fingerprint=fingerprint_of(key))
         shard.commit()
+    latents = ArraySpec(dtype="float16", shape=(3, 4), dimension_names=("f", "c"))
+    settings = StoreSettings(kind="latents", arrays={"mean": latents}, values={})
+    with StoreWriter.open(root, settings, provenance={}).shard("0", source="0") as shard:
+        mean = np.zeros(latents.shape, "float16")
+        shard.add(KEYS[0], {"mean": mean}, fingerprint=fingerprint_of(KEYS[0]))
+        shard.commit()
     return root
 
 
 def test_a_cache_is_read_with_numpy_and_as_a_dataset(
-    cache: Path, fused_KTHWG: np.ndarray
+    cache: Path, fused_KTHWG: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = example("read_cache")
-    if "scale" not in StoreReader(find_store(cache, "teacher")).settings.arrays:
-        means = found["similarity_to_next_frame"](cache)
-        for key, fused_THWG in zip(KEYS, fused_KTHWG, strict=True):
-            cosines = [np.sum(fused_THWG[t] * fused_THWG[t + 1], -1).mean() for t in range(7)]
-            assert means[key] == pytest.approx(np.mean(cosines), abs=1e-3)
-    loader = torch.utils.data.DataLoader(found["TeacherClips"](cache), batch_size=2)
+    monkeypatch.chdir(cache.parent)
+    means = example("read_cache")["similarity_to_next_frame"](cache)
+    for key, fused_THWG in zip(KEYS, fused_KTHWG, strict=True):
+        cosines = [np.sum(fused_THWG[t] * fused_THWG[t + 1], -1).mean() for t in range(7)]
+        assert means[key] == pytest.approx(np.mean(cosines), abs=2e-3)
+    exec(python_of("read-cache"), {"StoreReader": StoreReader, "find_store": find_store})
+    loader = torch.utils.data.DataLoader(
+        example("teacher_dataset")["TeacherClips"](cache), batch_size=2
+    )
     ((keys, features_BTHWG, valid_BT),) = loader
     assert tuple(keys) == KEYS
     assert valid_BT.tolist() == [[True] * 8 + [False]] * 2
@@ -116,5 +131,14 @@ def test_the_features_of_a_clip_follow_its_subject(figure: FigureClip, tmp_path:
     overlap = (masks_1THW & small).sum() / (masks_1THW | small).sum()
     assert overlap > 0.6
     assert clip.track.cycle_consistency > 0.6
-    flow_BPHWK = local_gram_flow(clip.features_THWG[None], 3)
-    assert implied_motion(flow_BPHWK, 0.1).isfinite().all()
+    names = {"clip": clip}
+    exec(python_of("memory-features"), names)
+    assert names["motion_BPHW2"].shape == (1, FRAMES - 1, 30, 45, 2)
+    assert names["motion_BPHW2"].isfinite().all()
+
+
+def test_the_loss_of_two_feature_maps_has_a_gradient() -> None:
+    names: dict[str, Any] = {}
+    exec(python_of("gram-flow-loss").replace("256", "8"), names)
+    assert names["loss"].item() > 0
+    assert names["student"].grad.isfinite().all()
