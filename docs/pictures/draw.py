@@ -32,7 +32,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import ConnectionPatch, Rectangle
 
 HERE = Path(__file__).parent
-SEED, FRAMES, HEIGHT, WIDTH, FPS = 1, 17, 128, 192, 16.0
+SEED, FRAMES, HEIGHT, WIDTH, FPS = 1, 17, 128, 192, 8.0
 GRID, RADIUS, TEMPERATURE = (16, 24), 3, 0.1
 FRAME = 6
 MARK = "#ff2d95"
@@ -142,7 +142,7 @@ def probabilities(flow_HWK: Tensor, temperature: float) -> Tensor:
 def draw_tracks(clip: FigureClip, found: ClipFeatures) -> Any:
     """A frame, the features of each track and their fusion as colours, and the implied motion.
 
-    Motion is drawn on the figure's tokens, at twice its length.
+    Motion is drawn on the figure's tokens, at four times its length.
     """
     forward, backward = found.track.forward, found.track.backward
     assert backward is not None
@@ -159,8 +159,8 @@ def draw_tracks(clip: FigureClip, found: ClipFeatures) -> Any:
     y, x = (np.mgrid[0 : GRID[0], 0 : GRID[1]] + 0.5) * size
     axes[4].imshow(clip.frames_THWC[FRAME], alpha=0.45)
     shown_HW = clip.masks_THW[FRAME][y.astype(int), x.astype(int)]
-    dx, dy = 2 * size * motion_HW2.numpy()[shown_HW].T
-    arrows = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.008, "color": MARK}
+    dx, dy = 4 * size * motion_HW2.numpy()[shown_HW].T
+    arrows = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.01, "color": MARK}
     axes[4].quiver(x[shown_HW], y[shown_HW], dx, dy, **arrows)
     for one, title in zip(axes, titles, strict=True):
         one.set_title(title)
