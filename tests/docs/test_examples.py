@@ -18,6 +18,7 @@ from stages.demo.build import PRETRAINED
 from stages.demo.scenes import FigureClip, draw_clip
 from stages.teacher_store.features import encode_features, feature_arrays_spec
 from stages.teacher_store.settings import valid_spec
+from stages.train_student.model.teacher import Teacher
 from tests.fingerprints import fingerprint_of
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
@@ -85,6 +86,19 @@ def test_a_cache_is_read_with_numpy_and_as_a_dataset(
     assert tuple(keys) == KEYS
     assert valid_BT.tolist() == [[True] * 8 + [False]] * 2
     np.testing.assert_allclose(features_BTHWG.double().numpy(), fused_KTHWG, atol=4e-3)
+
+
+def test_a_teacher_is_read_by_key_and_from_no_other_kind_of_store(
+    cache: Path, fused_KTHWG: np.ndarray
+) -> None:
+    size: Any = {"num_frames": FRAMES, "token_grid": GRID}
+    reader = StoreReader(find_store(cache, "teacher"))
+    teacher = Teacher.read(reader, KEYS[::-1], **size)
+    assert teacher.valid_BT is not None and teacher.valid_BT.tolist() == [[True] * 8 + [False]] * 2
+    expected = fused_KTHWG[::-1] * (np.arange(FRAMES) < FRAMES - 1)[None, :, None, None, None]
+    np.testing.assert_allclose(teacher.features_BTHWG.double().numpy(), expected, atol=4e-3)
+    with pytest.raises(ValueError, match="is a store of kind 'latents'"):
+        Teacher.read(StoreReader(find_store(cache, "latents")), KEYS[:1], **size)
 
 
 @pytest.mark.parametrize("cache", ["int8"], indirect=True)

@@ -33,7 +33,7 @@ class BlockTap:
         """Register a forward hook on `block`, which stays for the block's lifetime."""
         self._open = self._grad = False
         self._tokens_BND: Tensor | None = None
-        block.register_forward_hook(self._capture)
+        block.register_forward_hook(self._capture, with_kwargs=True)
 
     def __enter__(self) -> Self:
         self._open, self._grad, self._tokens_BND = True, torch.is_grad_enabled(), None
@@ -42,10 +42,12 @@ class BlockTap:
     def __exit__(self, *_: object) -> None:
         self._open = False
 
-    def _capture(self, block: nn.Module, inputs: Any, output: Any) -> None:
+    def _capture(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self._open:
             return
-        if self._grad and not torch.is_grad_enabled():
+        inputs = (one for one in (*args, *kwargs.values()) if isinstance(one, Tensor))
+        grad_switched_off = self._grad and not torch.is_grad_enabled()
+        if grad_switched_off and any(one.requires_grad for one in inputs):
             raise RuntimeError(
                 "the tapped block runs under reentrant gradient checkpointing, so that its tokens "
                 "carry no gradient; use torch.utils.checkpoint with use_reentrant=False, which "

@@ -2,7 +2,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from stages.cogvideox.configs import read_configs
 from stages.cogvideox.inputs import rotary_positions
@@ -10,7 +9,6 @@ from stages.local_gram_flow import time_weights
 from stages.train_student.config import TrainConfig
 from stages.train_student.model.loading import build_student
 from stages.train_student.model.student import (
-    BlockTap,
     Downsampler,
     Projector,
     Student,
@@ -126,54 +124,6 @@ def test_the_tap_takes_one_tensor_under_checkpointing_and_every_zero_stage(
     for name in features:
         torch.testing.assert_close(features[name], expected[1][name])
     assert features["mask"].shape == (2, 9, *tiny.GRID, 1)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_taps_tokens_are_what_the_next_block_receives_with_their_gradient(
-    tiny, inputs, checkpointing
-):
-    transformer = tiny.tiny_transformer().train()
-    if checkpointing:
-        transformer.enable_gradient_checkpointing()
-    first, second = transformer.transformer_blocks
-    received = []
-    second.register_forward_pre_hook(
-        lambda block, args, kwargs: received.append(args[0] if args else kwargs["hidden_states"]),
-        with_kwargs=True,
-    )
-    tap = BlockTap(first)
-    latents_BFCHW, text_BLD, timestep_B, _, rotary, *_ = inputs
-
-    def predict():
-        return transformer(latents_BFCHW, text_BLD, timestep_B, image_rotary_emb=rotary)[0]
-
-    predict()  # outside of `with`: not captured
-    with pytest.raises(RuntimeError, match="has not run inside"):
-        tap.take()
-    received.clear()
-    with tap:
-        predict()
-    tokens_BND = tap.take()
-    assert torch.equal(tokens_BND, received[0])
-    tokens_BND.square().mean().backward()
-    with pytest.raises(RuntimeError, match="has not run inside"):
-        tap.take()  # nor is the recomputation in the backward pass
-    assert all(p.grad is not None and p.grad.any() for p in first.ff.parameters())
-    assert all(p.grad is None for p in second.parameters())
-
-
-def test_a_tap_takes_hidden_states_alone_and_refuses_reentrant_checkpointing():
-    block = nn.Linear(3, 3)
-    tap = BlockTap(block)
-    given = torch.randn(1, 2, 3, requires_grad=True)
-    with tap:
-        out = block(given)
-    assert tap.take() is out
-    with tap, pytest.raises(RuntimeError, match="use_reentrant=False"):
-        checkpoint(block, given, use_reentrant=True)
-    with torch.no_grad(), tap:
-        out = block(given)
-    assert tap.take() is out
 
 
 def test_lora_starts_without_effect_and_trains_adapters_and_heads_alone(
