@@ -132,19 +132,19 @@ def test_tokens_of_other_transformers_are_the_videos_in_the_order_t_h_w(build):
     takes_text = build in (hunyuan_video, mochi)
 
     def identity(*args, **kwargs):
-        hidden, text, *_ = (*args, *kwargs.values())
-        return (hidden, text) if takes_text else hidden
+        given = [*args, *kwargs.values()]
+        return (given[0], given[1]) if takes_text else given[0]
 
     block.forward = identity
     t, y, x = CELL
-    video, place = torch.randn(1, 4, 2, 6, 8), (0, 0, t, 2 * y, 2 * x)
+    video, place = torch.randn(1, 4, 2, 6, 8), [0, 0, t, 2 * y, 2 * x]
     if build is ltx_video:  # its pipeline packs latents to tokens
-        video, place = torch.randn(1, 24, 4), (0, (t * GRID[1] + y) * GRID[2] + x)
+        video, place = torch.randn(1, 24, 4), [0, (t * GRID[1] + y) * GRID[2] + x]
     text_BLD = torch.randn(1, 5, 16)
     tap, taken = BlockTap(block), []
     for change in (0.0, 1.0):
         changed = video.clone()
-        changed[place] += change
+        changed[tuple(place)] += change
         with tap, torch.no_grad():
             transformer(
                 hidden_states=changed,
