@@ -2,6 +2,7 @@
 bit wherever they are compared, and processes do not wait for each other's threads.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -34,3 +35,13 @@ def no_hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("socket.socket.connect", refuse)
     return cache
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_old_garbage() -> None:
+    """Let garbage collections, which stage one makes at its end, pass over what was there before.
+
+    Libraries and tests are millions of objects, over which one collection takes most of a second.
+    """
+    gc.collect()
+    gc.freeze()
