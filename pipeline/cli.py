@@ -26,6 +26,7 @@ from pipeline.environment import set_rank_from_slurm
 from pipeline.evaluate_cli import evaluate
 from pipeline.inspect_cli import inspect
 from pipeline.preference_cli import preference_app
+from pipeline.probe_cli import probe
 from pipeline.sample_cli import sample
 
 app = typer.Typer(
@@ -86,9 +87,10 @@ def _top(
     """Fine-tune CogVideoX on the structure of motion in SAM2's memory features.
 
     extract-features computes a cache from a folder of clips, train fine-tunes the model from the
-    cache alone, sample generates videos with the result. export converts any checkpoint to weights
-    for diffusers. inspect shows what the cache holds, cache maintains it; demo runs all steps on a
-    generated dataset with tiny models.
+    cache alone, sample generates videos with the result. probe measures, before training, which
+    blocks agree with the teacher. export converts any checkpoint to weights for diffusers. inspect
+    shows what the cache holds, cache maintains it; demo runs all steps on a generated dataset with
+    tiny models.
     """
 
 
@@ -294,6 +296,7 @@ def report(
     print_result(result, as_json)
 
 
+app.command()(probe)
 app.command()(sample)
 app.command()(evaluate)
 app.command()(inspect)

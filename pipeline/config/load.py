@@ -25,6 +25,7 @@ from stages.demo.build import DemoConfig
 from stages.evaluate.config import EvaluateConfig
 from stages.extract_features.config import ExtractConfig
 from stages.files.yaml import YamlError, parse_yaml
+from stages.probe_blocks.config import ProbeConfig
 from stages.sample_videos.config import SampleConfig
 from stages.train_student.config import TrainConfig
 
@@ -53,6 +54,8 @@ class RunConfig(Section):
     """Sampling videos."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Scores of generated videos."""
+    probe: ProbeConfig = ProbeConfig()
+    """Agreement of each block with the teacher, before training."""
     demo: DemoConfig | None = None
     """The built-in demo, generated if missing; null for your own data and models."""
 

@@ -3,6 +3,7 @@
 Everything here is created before the DeepSpeed engine, or does not depend on it.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -215,25 +216,19 @@ def prepare(
     check_average(config)
     check_trackers(config.report_to)
     check_keep_best(config)
-    kinds = kinds_needed(config)
+    kinds_needed(config)  # refuses settings, before the base model is looked up
     configs = read_configs(resolve_base_model(model, CONFIGURATIONS))
     check_block(config, configs)
     if config.method == "lora":
         check_targets(config.lora, configs.transformer)
-    stores = join_buckets(
+    stores = open_checked_stores(
+        config,
+        clips,
+        configs,
         cache_root,
-        clips.sizes,
-        config.stores,
-        kinds=kinds,
-        leave_out=config.leave_out,
         held_out=config.validation.clips,
         held_out_before=held_out_before(config.run_dir, config.validation.clips),
     )
-    for size, joined in zip(clips.sizes, stores.stores, strict=True):
-        check_stores(joined, configs, size, radius=config.lgf.radius)
-    for joined in stores.stores:
-        if joined.teacher is not None:
-            check_teacher(config, joined.teacher.settings, str(joined.teacher.path))
     check_validation(config, configs, model, clips.sizes[0])
     if model.is_local:  # others are checked once they are downloaded
         check_base_weights(configs.folder, weights_needed(config))
@@ -247,6 +242,41 @@ def prepare(
         progress=progress,
         lock=RunLock(config.run_dir),
     )
+
+
+def open_checked_stores(
+    config: TrainConfig,
+    clips: ClipsConfig,
+    configs: CogVideoXConfigs,
+    cache_root: Path | str,
+    *,
+    held_out: int = 0,
+    held_out_before: Sequence[str] | None = None,
+) -> Buckets:
+    """Open the stores of every size, and check that they fit the objectives and the base model.
+
+    Args:
+        held_out: number of validation clips; `held_out_before` as for `join_buckets`.
+
+    Raises:
+        ValueError: settings contradict the stores, or the stores the model.
+        CacheError: a store is missing or damaged.
+    """
+    stores = join_buckets(
+        cache_root,
+        clips.sizes,
+        config.stores,
+        kinds=kinds_needed(config),
+        leave_out=config.leave_out,
+        held_out=held_out,
+        held_out_before=held_out_before,
+    )
+    for size, joined in zip(clips.sizes, stores.stores, strict=True):
+        check_stores(joined, configs, size, radius=config.lgf.radius)
+    for joined in stores.stores:
+        if joined.teacher is not None:
+            check_teacher(config, joined.teacher.settings, str(joined.teacher.path))
+    return stores
 
 
 def weights_needed(config: TrainConfig) -> tuple[Part, ...]:

@@ -2,14 +2,14 @@
 
 Sums are float64 and added in a fixed order, so identical runs log identical values.
 
-Legend: B clip, F latent frame, C channel, H W latent or token grid, S timestep of the schedule or
-timestep bin, T feature map of an objective, J token in time, V value of a clip (1 for the count,
-diffusion, each objective).
+Legend: B clip, F latent frame, C channel, H W latent or token grid, L text token, D width, S timestep
+of the schedule or timestep bin, T feature map of an objective, J token in time, V value of a clip (1
+for the count, diffusion, each objective).
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,18 @@ class Losses:
     diffusion_B: Tensor
     auxiliary_B: dict[str, Tensor]
     """Objective name -> loss of each clip."""
+
+
+class StudentInputs(NamedTuple):
+    """Arguments of `Student.forward`, in its order."""
+
+    latents_BFCHW: Tensor
+    text_BLD: Tensor
+    timestep_B: Tensor
+    token_grid: tuple[int, int, int]
+    rotary: tuple[Tensor, Tensor] | None
+    ofs: Tensor | None
+    time_weights: dict[str, Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,24 +98,12 @@ class TrainingStep:
             total = mean of the diffusion losses of the clips + sum over objectives of (weight at
             this step * mean of the clips' losses, each weighted by its timestep).
         """
-        shape = self._shape(batch)
-        abar_B = self._abar_S[batch.timestep_B]
-        latents_BFCHW = noisy_latents(batch.clean_BFCHW, batch.noise_BFCHW, abar_B)
-        if batch.image_BFCHW is not None:
-            latents_BFCHW = torch.cat([latents_BFCHW, batch.image_BFCHW], dim=2)
-        velocity_BFCHW, features = student(
-            latents_BFCHW.to(self._dtype),
-            batch.text_BLD.to(self._dtype),
-            batch.timestep_B,
-            shape.token_grid,
-            shape.rotary,
-            self._ofs,
-            dict(shape.time_weights),  # a copy: the engine may modify its arguments
-        )
+        abar_B = self.signal(batch)
+        velocity_BFCHW, features = student(*self.inputs(batch))
         diffusion_B = diffusion_loss(velocity_BFCHW, batch.clean_BFCHW, batch.noise_BFCHW, abar_B)
         total = diffusion_B.mean()
         auxiliary_B: dict[str, Tensor] = {}
-        teacher = self._teacher(batch, shape)
+        teacher = self.teacher(batch)
         for objective in self._objectives:
             loss_B = objective(features[objective.name], teacher)
             counted_B = objective.weights_of(batch.timestep_B, abar_B) * loss_B
@@ -111,19 +111,40 @@ class TrainingStep:
             auxiliary_B[objective.name] = loss_B.detach()
         return Losses(total, diffusion_B.detach(), auxiliary_B)
 
+    def signal(self, batch: Batch) -> Tensor:
+        """Signal fraction of the noisy latents: abar_B, float32."""
+        return self._abar_S[batch.timestep_B]
+
+    def inputs(self, batch: Batch) -> StudentInputs:
+        """Add the noise, and complete the arguments of the student's forward pass."""
+        shape = self._shape(batch)
+        latents_BFCHW = noisy_latents(batch.clean_BFCHW, batch.noise_BFCHW, self.signal(batch))
+        if batch.image_BFCHW is not None:
+            latents_BFCHW = torch.cat([latents_BFCHW, batch.image_BFCHW], dim=2)
+        return StudentInputs(
+            latents_BFCHW=latents_BFCHW.to(self._dtype),
+            text_BLD=batch.text_BLD.to(self._dtype),
+            timestep_B=batch.timestep_B,
+            token_grid=shape.token_grid,
+            rotary=shape.rotary,
+            ofs=self._ofs,
+            time_weights=dict(shape.time_weights),  # a copy: the engine may modify its arguments
+        )
+
     def describe_teacher(self, batch: Batch) -> list[str]:
         """What the objectives have to say of the teacher of the first batch, on the device."""
-        teacher = self._teacher(batch, self._shape(batch))
+        teacher = self.teacher(batch)
         described = (objective.describe_teacher(teacher) for objective in self._objectives)
         return [text for text in described if text is not None]
 
-    def _teacher(self, batch: Batch, shape: _Shape) -> Teacher:
+    def teacher(self, batch: Batch) -> Teacher:
+        """The teacher of a batch, for the objectives."""
         return Teacher(
             arrays=batch.teacher,
             valid_BT=batch.teacher_valid_BT,
             masks=batch.masks,
             num_frames=batch.num_frames,
-            token_grid=shape.token_grid[1:],
+            token_grid=self._shape(batch).token_grid[1:],
             layout=self._layout,
         )
 

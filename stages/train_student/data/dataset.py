@@ -150,14 +150,32 @@ class CachedSamples:
             ValueError: the clip is not held out.
             CacheError: its data is damaged, or the cache cannot be reached.
         """
+        if key not in self.held_out:
+            raise ValueError(f"clip {key!r} is not among the {len(self.held_out)} held out")
+        return self.fixed_batches(key, (timestep,))[0]
+
+    def fixed_batches(self, key: str, timesteps: Sequence[int]) -> list[Batch]:
+        """Read any clip once: a batch at each timestep, always with the same draw and noise.
+
+        Args:
+            key: of a clip with several sizes the first is read.
+
+        Raises:
+            ValueError: no bucket has the clip.
+            CacheError: its data is damaged, or the cache cannot be reached.
+        """
         for stores in self._buckets:
-            if key in stores.held_out:
+            if key in stores.keys or key in stores.held_out:
                 break
         else:
-            raise ValueError(f"clip {key!r} is not among the {len(self.held_out)} held out")
-        generator = torch.Generator().manual_seed(seed_of_held_out(key, timestep))
+            raise ValueError(f"clip {key!r} is not in the cache")
         arrays = read_clip(stores, key)
-        return self._make_batch(stores, key, arrays, torch.tensor([timestep]), generator)
+        batches = []
+        for timestep in timesteps:
+            generator = torch.Generator().manual_seed(seed_of_held_out(key, timestep))
+            at = torch.tensor([timestep])
+            batches.append(self._make_batch(stores, key, arrays, at, generator))
+        return batches
 
     def _make_batch(
         self,

@@ -1,0 +1,1 @@
+"""How well each transformer block's tokens agree with the cached teacher, before training."""

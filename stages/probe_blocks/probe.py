@@ -1,0 +1,293 @@
+"""The block probe: checks, tokens of all blocks in order, linear maps, results.
+
+Every clip passes the transformer once per timestep. Its tokens wait in host memory while one block
+after the other is loaded, run on all clips, probed and dropped, so that the device holds the weights
+of one block. An interrupted probe passes the blocks again, and skips the fits that are done.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.clips.config import ClipsConfig
+from stages.cogvideox.configs import CogVideoXConfigs, read_configs, resolve_base_model
+from stages.cogvideox.weights import check_base_weights, hash_transformer
+from stages.config import BaseModelConfig
+from stages.probe_blocks.blockwise import BlockwiseTransformer
+from stages.probe_blocks.config import ProbeConfig
+from stages.probe_blocks.fit import LinearProbe, ProbeItem
+from stages.probe_blocks.heat_map import draw_heat_map
+from stages.probe_blocks.results import (
+    BlockLosses,
+    ProbeResults,
+    none_if_nan,
+    open_folder,
+    read_block,
+    write_block,
+    write_results,
+)
+from stages.progress import Progress, Task
+from stages.train_student.config import TrainConfig
+from stages.train_student.data.dataset import UNREADABLE, Batch, CachedSamples
+from stages.train_student.data.splits import choose_held_out
+from stages.train_student.data.stores import Buckets
+from stages.train_student.model.teacher import TeacherLayout
+from stages.train_student.objectives.build import build_heads
+from stages.train_student.objectives.lgf import LocalGramFlow
+from stages.train_student.parallel.deepspeed import weights_dtype
+from stages.train_student.parallel.process_group import world_from_environment
+from stages.train_student.setup import CONFIGURATIONS, open_checked_stores
+from stages.train_student.step import TrainingStep
+
+
+def probe_blocks(
+    config: ProbeConfig,
+    train: TrainConfig,
+    clips: ClipsConfig,
+    model: BaseModelConfig,
+    cache_root: Path | str,
+    out: Path,
+    *,
+    provenance: Mapping[str, Any],
+    progress: Progress,
+) -> ProbeResults:
+    """Probe the base model's blocks, or resume the probe in `out`.
+
+    Args:
+        config: the probe's settings.
+        train: `lgf`, `teacher_form`, `stores`, `leave_out`, `seed` and the precision apply;
+            `objectives` and `block` do not.
+        clips: size and length of the clips in the cache.
+        model: the base pipeline.
+        cache_root: folder of the stores, or its URL.
+        out: folder of the results.
+        provenance: software versions and the like, saved with the results.
+
+    Raises:
+        ValueError: settings contradict each other, the stores or the model, or `out` holds a probe
+            with other settings; raised before weights are loaded.
+        CacheError: a store is missing or damaged.
+        KeyboardInterrupt: stopped; the finished blocks are kept.
+    """
+    train = train.model_copy(update={"objectives": ("lgf",)})
+    configs = read_configs(resolve_base_model(model, CONFIGURATIONS))
+    check_settings(config, train, configs)
+    stores = open_checked_stores(train, clips, configs, cache_root)
+    chosen = choose_clips(config, stores)
+    base = resolve_base_model(model, (*CONFIGURATIONS, "transformer"))
+    check_base_weights(base, ("transformer",))
+
+    samples = CachedSamples(stores.stores, configs, seed=train.seed, batch_size=1)
+    batches, excluded = _read_clips(samples, chosen, config.timesteps, progress)
+    held_out, fitted = (
+        [key for key in part if key in batches]
+        for part in (chosen[: config.held_out], chosen[config.held_out :])
+    )
+    for name, keys in (("clips", fitted), ("held_out", held_out)):
+        if not keys:
+            raise ValueError(
+                f"none of the clips of probe.{name} can be used, such as {next(iter(excluded))!r}: "
+                f"{next(iter(excluded.values()))}; sam2vx-pipeline cache verify says what to do"
+            )
+    open_folder(out, _settings(config, train, configs, stores, base, fitted, held_out))
+
+    device = world_from_environment().device
+    training_step = _training_step(train, configs, stores, device)
+    objective = LocalGramFlow(name="lgf", settings=train.lgf, steps=train.steps)
+    probe = LinearProbe(
+        config,
+        objective,
+        training_step,
+        heads=lambda: build_heads(
+            _without_hidden_layers(train), configs, None, frame_rate=stores.frame_rate
+        ),
+        seed=train.seed,
+        device=device,
+    )
+    uniform = {key: probe.uniform_loss(batches[key][0]) for key in held_out}
+    num_blocks = int(configs.transformer["num_layers"])
+    measured = {
+        number: found
+        for number in range(num_blocks)
+        if (found := read_block(out, number, held_out, len(config.timesteps))) is not None
+    }
+    wanted = config.blocks or range(num_blocks)
+    todo = [number for number in sorted(wanted) if number not in measured]
+    if todo:
+        progress.log(
+            f"fitting on {len(fitted)} clips, measuring on {len(held_out)}; "
+            f"blocks to probe: {', '.join(map(str, todo))}"
+        )
+        transformer = BlockwiseTransformer(base, weights_dtype(train.deepspeed), device)
+        passes = len(batches) * len(config.timesteps)
+        total = passes * (1 + max(todo) + 1)
+        total += len(todo) * (config.steps + len(held_out) * len(config.timesteps))
+        with progress.task("probe", total, unit="passes") as task:
+            items = []
+            for key in batches:
+                for batch in batches[key]:
+                    state = transformer.embed(training_step.inputs(batch.to(device)))
+                    timestep = int(batch.timestep_B)
+                    items.append(ProbeItem(key=key, timestep=timestep, batch=batch, state=state))
+                    task.advance()
+            for number in range(max(todo) + 1):
+                task.note(f"block {number}")
+                with transformer.block(number) as block:
+                    for item in items:
+                        transformer.advance(block, item.state)
+                        task.advance()
+                if number in todo:
+                    measured[number] = _probe(probe, number, items, held_out, task)
+                    write_block(out, measured[number])
+    results = ProbeResults(
+        timesteps=config.timesteps,
+        num_blocks=num_blocks,
+        fitted_on=len(fitted),
+        excluded=excluded,
+        uniform=uniform,
+        blocks=tuple(measured[number] for number in sorted(measured)),
+    )
+    write_results(out, results, draw_heat_map(results), {"made_with": dict(provenance)})
+    return results
+
+
+def check_settings(config: ProbeConfig, train: TrainConfig, configs: CogVideoXConfigs) -> None:
+    """Check the settings against each other and the model.
+
+    Raises:
+        ValueError: names the setting and valid values.
+    """
+    blocks = int(configs.transformer["num_layers"])
+    if len(set(config.blocks)) < len(config.blocks) or not all(
+        0 <= block < blocks for block in config.blocks
+    ):
+        raise ValueError(
+            f"probe.blocks must be of 0 to {blocks - 1}, the base model's blocks, without repeats, "
+            f"got {list(config.blocks)}; [] is all of them"
+        )
+    first, last = train.lgf.timesteps
+    last = min(last, int(configs.scheduler["num_train_timesteps"]) - 1)
+    timesteps = config.timesteps
+    if (
+        not timesteps
+        or len(set(timesteps)) < len(timesteps)
+        or not all(first <= timestep <= last for timestep in timesteps)
+    ):
+        raise ValueError(
+            f"probe.timesteps must be one or more of {first} to {last}, where train.lgf.timesteps "
+            f"applies the loss, without repeats, got {list(timesteps)}; [100, 300, 500, 700, 900] "
+            "is usual"
+        )
+    if train.lgf.divergence != "kl":
+        raise ValueError(
+            "the probe measures the KL divergence; set train.lgf.divergence=kl for it, got "
+            f"{train.lgf.divergence}"
+        )
+
+
+def choose_clips(config: ProbeConfig, stores: Buckets) -> tuple[str, ...]:
+    """Keys of the held-out clips, then of those to fit on, by the hash of the key.
+
+    The held-out clips are those that training would hold out first (`train.validation.clips`).
+
+    Raises:
+        ValueError: the cache has too few clips.
+    """
+    wanted = config.held_out + config.clips
+    chosen = choose_held_out([joined.keys for joined in stores.stores], wanted)
+    if len(chosen) < wanted:
+        raise ValueError(
+            f"probe.clips={config.clips} and probe.held_out={config.held_out} need {wanted} clips, "
+            f"but {len(chosen)} are in every store; lower them, or extract more clips"
+        )
+    return chosen
+
+
+def _read_clips(
+    samples: CachedSamples, keys: Sequence[str], timesteps: Sequence[int], progress: Progress
+) -> tuple[dict[str, list[Batch]], dict[str, str]]:
+    """Batches of each clip at every timestep, and the clips that cannot be used, with the reason."""
+    batches: dict[str, list[Batch]] = {}
+    excluded: dict[str, str] = {}
+    with progress.task("read clips", len(keys), unit="clips") as task:
+        for key in keys:
+            try:
+                of_clip = samples.fixed_batches(key, timesteps)
+            except UNREADABLE as error:
+                excluded[key] = str(error)
+            else:
+                valid_BT = of_clip[0].teacher_valid_BT
+                assert valid_BT is not None, "the objective reads a teacher"
+                if (valid_BT[:, :-1] & valid_BT[:, 1:]).any():
+                    batches[key] = of_clip
+                else:
+                    excluded[key] = "the subject is not visible in any two adjacent frames"
+            task.advance()
+    for key, reason in excluded.items():
+        progress.log(f"warning: clip {key!r} is left out: {reason}")
+    return batches, excluded
+
+
+def _settings(
+    config: ProbeConfig,
+    train: TrainConfig,
+    configs: CogVideoXConfigs,
+    stores: Buckets,
+    base: Path,
+    fitted: Sequence[str],
+    held_out: Sequence[str],
+) -> dict[str, Any]:
+    """All that determines a block's losses; which blocks are probed does not."""
+    return {
+        "probe": config.model_dump(mode="json", exclude={"blocks", "clips", "held_out"}),
+        "train": {
+            "lgf": train.lgf.model_dump(mode="json"),
+            "teacher_form": train.teacher_form,
+            "precision": train.deepspeed.precision,
+            "seed": train.seed,
+        },
+        "base_weights": hash_transformer(base),
+        "transformer": {k: v for k, v in configs.transformer.items() if not k.startswith("_")},
+        "scheduler": {k: v for k, v in configs.scheduler.items() if not k.startswith("_")},
+        "stores": {kind: reader.settings.hash for kind, reader in stores.readers.items()},
+        "fitted_on": list(fitted),
+        "held_out": list(held_out),
+    }
+
+
+def _training_step(
+    train: TrainConfig, configs: CogVideoXConfigs, stores: Buckets, device: torch.device
+) -> TrainingStep:
+    assert stores.teacher is not None, "the objective reads a teacher"
+    return TrainingStep(
+        configs,
+        (LocalGramFlow(name="lgf", settings=train.lgf, steps=train.steps),),
+        layout=TeacherLayout.of(stores.teacher.settings),
+        device=device,
+        dtype=weights_dtype(train.deepspeed),
+    )
+
+
+def _without_hidden_layers(train: TrainConfig) -> TrainConfig:
+    """Settings of a projector that is linear: its output layer and its skip."""
+    lgf = train.lgf.model_copy(update={"projector_widths": train.lgf.projector_widths[-1:]})
+    return train.model_copy(update={"lgf": lgf})
+
+
+def _probe(
+    probe: LinearProbe,
+    number: int,
+    items: Sequence[ProbeItem],
+    held_out: Sequence[str],
+    task: Task,
+) -> BlockLosses:
+    task.note(f"block {number}, fitting")
+    head, fit_loss = probe.fit([item for item in items if item.key not in held_out], task.advance)
+    losses: dict[str, list[float | None]] = {key: [] for key in held_out}
+    for item in items:
+        if item.key in losses:
+            losses[item.key].append(none_if_nan(probe.measure(head, item)))
+            task.advance()
+    return BlockLosses(block=number, fit_loss=none_if_nan(fit_loss), losses=losses)
