@@ -5,8 +5,7 @@ time, and its loss is training's Local Gram Flow objective. The loss compares no
 there is no closed form; the map is fitted by Adam from the same initial weights at every block, on
 the same clips, noise and timesteps in the same order.
 
-Legend: B clip (always 1), J token in time, T map of the teacher, H W token grid, C channel, N token,
-D width.
+Legend: B clip (always 1), T map of the teacher, H W token grid, C channel, N token, D width.
 """
 
 import math
@@ -61,7 +60,9 @@ class LinearProbe:
         self._seed = seed
         self._device = device
 
-    def fit(self, items: Sequence[ProbeItem], advance: Callable[[], None]) -> tuple[nn.Module, float]:
+    def fit(
+        self, items: Sequence[ProbeItem], advance: Callable[[], None]
+    ) -> tuple[nn.Module, float]:
         """Fit a new map to the items' current tokens.
 
         Args:

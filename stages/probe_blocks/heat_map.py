@@ -25,7 +25,10 @@ def draw_heat_map(results: ProbeResults) -> bytes:
     )
     width = max(6.0, 1.6 + 0.5 * min(len(blocks), 2 * _MAX_NUMBERED))
     figure = Figure(
-        figsize=(width, 3.1 + 0.36 * len(timesteps)), dpi=_DPI, facecolor="#fafaf8", layout="constrained"
+        figsize=(width, 3.1 + 0.36 * len(timesteps)),
+        dpi=_DPI,
+        facecolor="#fafaf8",
+        layout="constrained",
     )
     above, below = figure.subplots(
         2, 1, sharex=True, height_ratios=[0.36 * len(timesteps) + 0.2, 1.7]
@@ -62,8 +65,8 @@ def draw_heat_map(results: ProbeResults) -> bytes:
     below.grid(axis="y", color="#e3e6ea")
     below.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        f"Agreement with the teacher's Gram flow, {len(results.uniform)} held-out clips: "
-        "0 is a uniform flow, 1 the teacher's own",
+        f"Agreement with the teacher's Gram flow on {len(results.uniform)} held-out clips\n"
+        "0: a uniform flow, 1: the teacher's own",
         fontsize=9,
         color=_FAINT,
     )

@@ -1,15 +1,17 @@
 """The block probe: checks, tokens of all blocks in order, linear maps, results.
 
 Every clip passes the transformer once per timestep. Its tokens wait in host memory while one block
-after the other is loaded, run on all clips, probed and dropped, so that the device holds the weights
-of one block. An interrupted probe passes the blocks again, and skips the fits that are done.
+after the other is loaded, run on all clips, probed and dropped: weights of one block are in memory.
+An interrupted probe passes the blocks again, and skips the fits that are done.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from stages.clips.config import ClipsConfig
 from stages.cogvideox.configs import CogVideoXConfigs, read_configs, resolve_base_model
@@ -100,13 +102,12 @@ def probe_blocks(
         config,
         objective,
         training_step,
-        heads=lambda: build_heads(
-            _without_hidden_layers(train), configs, None, frame_rate=stores.frame_rate
-        ),
+        heads=lambda: linear_heads(train, configs, frame_rate=stores.frame_rate),
         seed=train.seed,
         device=device,
     )
     uniform = {key: probe.uniform_loss(batches[key][0]) for key in held_out}
+    _check_uniform(uniform)
     num_blocks = int(configs.transformer["num_layers"])
     measured = {
         number: found
@@ -117,8 +118,9 @@ def probe_blocks(
     todo = [number for number in sorted(wanted) if number not in measured]
     if todo:
         progress.log(
-            f"fitting on {len(fitted)} clips, measuring on {len(held_out)}; "
-            f"blocks to probe: {', '.join(map(str, todo))}"
+            f"fitting on {len(fitted)} clips, measuring on {len(held_out)}; blocks to probe: "
+            f"{', '.join(map(str, todo))}; tokens between blocks take "
+            f"{_token_bytes(batches, train, configs) / 1e9:.2g} GB of host memory"
         )
         transformer = BlockwiseTransformer(base, weights_dtype(train.deepspeed), device)
         passes = len(batches) * len(config.timesteps)
@@ -208,7 +210,7 @@ def choose_clips(config: ProbeConfig, stores: Buckets) -> tuple[str, ...]:
 def _read_clips(
     samples: CachedSamples, keys: Sequence[str], timesteps: Sequence[int], progress: Progress
 ) -> tuple[dict[str, list[Batch]], dict[str, str]]:
-    """Batches of each clip at every timestep, and the clips that cannot be used, with the reason."""
+    """Batches of each clip at every timestep, and why each of the other clips cannot be used."""
     batches: dict[str, list[Batch]] = {}
     excluded: dict[str, str] = {}
     with progress.task("read clips", len(keys), unit="clips") as task:
@@ -228,6 +230,21 @@ def _read_clips(
     for key, reason in excluded.items():
         progress.log(f"warning: clip {key!r} is left out: {reason}")
     return batches, excluded
+
+
+def _check_uniform(uniform: Mapping[str, float]) -> None:
+    """Check that the teacher says something on the held-out clips (`ValueError`)."""
+    for key, loss in uniform.items():
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the teacher of clip {key!r} is NaN or infinite; extract it again, or name it in "
+                "train.leave_out"
+            )
+    if not any(uniform.values()):
+        raise ValueError(
+            "the teacher's Gram flow is uniform on every held-out clip, so that there is nothing "
+            "to agree with; extract other features (extract.teacher.features)"
+        )
 
 
 def _settings(
@@ -270,10 +287,30 @@ def _training_step(
     )
 
 
-def _without_hidden_layers(train: TrainConfig) -> TrainConfig:
-    """Settings of a projector that is linear: its output layer and its skip."""
+def linear_heads(
+    train: TrainConfig, configs: CogVideoXConfigs, *, frame_rate: bool
+) -> nn.ModuleDict:
+    """Build training's projector without its hidden layers: output layer, skip, time.
+
+    Args:
+        frame_rate: whether the teacher has one map per frame.
+    """
     lgf = train.lgf.model_copy(update={"projector_widths": train.lgf.projector_widths[-1:]})
-    return train.model_copy(update={"lgf": lgf})
+    linear = train.model_copy(update={"lgf": lgf})
+    return build_heads(linear, configs, None, frame_rate=frame_rate)
+
+
+def _token_bytes(
+    batches: Mapping[str, Sequence[Batch]], train: TrainConfig, configs: CogVideoXConfigs
+) -> int:
+    """Bytes of the tokens of every batch, which are kept between two blocks."""
+    width = configs.transformer["num_attention_heads"] * configs.transformer["attention_head_dim"]
+    tokens = 0
+    for of_clip in batches.values():
+        _, padded, _, height, width_pixels = of_clip[0].clean_BFCHW.shape
+        grid = configs.token_grid(padded, height, width_pixels)
+        tokens += len(of_clip) * (math.prod(grid) + of_clip[0].text_BLD.shape[1])
+    return tokens * int(width) * weights_dtype(train.deepspeed).itemsize
 
 
 def _probe(

@@ -27,7 +27,7 @@ from cache_schema.atomic_io import make_directories, write_atomic
 from cache_schema.schema import flatten
 from cache_schema.shown_text import redacted
 from stages.evaluate.compare import Mean, mean_of
-from stages.files.text import read_object
+from stages.files.text import MAX_JSON_BYTES, read_object, read_text
 
 SETTINGS_FILE = "settings.json"
 SUMMARY_FILE = "summary.json"
@@ -199,9 +199,9 @@ def read_block(out: Path, block: int, keys: Sequence[str], timesteps: int) -> Bl
     file = _file_of(out, block)
     if not file.is_file():
         return None
-    content = read_object(file)
     try:
-        found = TypeAdapter(BlockLosses).validate_python(content, strict=True)
+        text = read_text(file, MAX_JSON_BYTES)
+        found = TypeAdapter(BlockLosses).validate_json(text, strict=True)
         if found.block != block or found.losses.keys() != set(keys):
             raise ValueError("it is of another block or of other clips")
         if any(len(values) != timesteps for values in found.losses.values()):
@@ -211,7 +211,9 @@ def read_block(out: Path, block: int, keys: Sequence[str], timesteps: int) -> Bl
     return found
 
 
-def write_results(out: Path, results: ProbeResults, picture: bytes, about: Mapping[str, Any]) -> None:
+def write_results(
+    out: Path, results: ProbeResults, picture: bytes, about: Mapping[str, Any]
+) -> None:
     """Write summary, table and picture, each atomically.
 
     Args:

@@ -2,9 +2,9 @@
 
 Sums are float64 and added in a fixed order, so identical runs log identical values.
 
-Legend: B clip, F latent frame, C channel, H W latent or token grid, L text token, D width, S timestep
-of the schedule or timestep bin, T feature map of an objective, J token in time, V value of a clip (1
-for the count, diffusion, each objective).
+Legend: B clip, F latent frame, C channel, H W latent or token grid, L text token, D width, S
+timestep of the schedule or timestep bin, T feature map of an objective, J token in time, V value of
+a clip (1 for the count, diffusion, each objective).
 """
 
 import math
