@@ -60,15 +60,16 @@ def run(config: RunConfig, progress: Progress, *, out: Path | None = None) -> Co
 
 
 def _describe(results: ProbeResults, block: BlockLosses) -> str:
-    """Such as `agreement 0.41 [0.36, 0.45], loss 0.3215; at the timesteps 0.52 0.47 0.21`."""
-    agreement, loss = results.agreement(block), results.loss(block)
+    """Such as `agreement 0.410 [0.361, 0.449], loss 0.3215; at the timesteps 0.52 0.47 0.21`."""
+    agreement = results.agreement(block)
+    if agreement.missing:
+        return f"{agreement.missing} clips have a loss that is NaN or infinite"
     interval = "" if agreement.low is None else f" [{agreement.low:.3f}, {agreement.high:.3f}]"
-    missing = f", {loss.missing} clips without a loss" if loss.missing else ""
     by_timestep = " ".join(
         f"{results.agreement(block, timestep).mean:.2f}" for timestep in results.timesteps
     )
     return (
-        f"agreement {agreement.mean:.3f}{interval}, loss {loss.mean:.4f}{missing}; "
+        f"agreement {agreement.mean:.3f}{interval}, loss {results.loss(block):.4f}; "
         f"at the timesteps {by_timestep}"
     )
 

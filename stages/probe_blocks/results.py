@@ -74,28 +74,39 @@ class ProbeResults:
         """Losses of a block, float64; NaN where there is none."""
         return np.array([block.losses[key] for key in self.uniform], dtype=np.float64)
 
-    def loss(self, block: BlockLosses, timestep: int | None = None) -> Mean:
-        """Held-out loss of a block over the clips; None takes each clip's mean over timesteps."""
-        return mean_of(self._per_clip(block, timestep), seed=_SEED)
+    def loss(self, block: BlockLosses, timestep: int | None = None) -> float:
+        """Mean loss over held-out clips, and over timesteps without one; NaN if one is missing."""
+        return float(self._per_clip(block, timestep).mean())
 
     def agreement(self, block: BlockLosses, timestep: int | None = None) -> Mean:
-        """1 - loss / loss of a uniform flow, both means over the clips.
+        """1 - loss / loss of a uniform flow, both means over the clips; all timesteps without one.
 
         0 is a uniform flow, which says nothing, 1 the teacher's own; below 0 is worse than uniform.
         The interval is over the clips' losses; the mean loss of a uniform flow is taken as fixed.
+        Clips without a loss are counted as missing.
         """
+        return self._agreements[block.block, timestep]
+
+    @cached_property
+    def _agreements(self) -> dict[tuple[int, int | None], Mean]:
+        """By index of the block and timestep; None is their mean."""
         uniform_K = np.array(list(self.uniform.values()))
-        difference_K = uniform_K - self._per_clip(block, timestep)
-        return mean_of(difference_K / self.uniform_loss.mean, seed=_SEED)
+        return {
+            (block.block, timestep): mean_of(
+                (uniform_K - self._per_clip(block, timestep)) / uniform_K.mean(), seed=_SEED
+            )
+            for block in self.blocks
+            for timestep in (*self.timesteps, None)
+        }
 
     @cached_property
     def best(self) -> BlockLosses | None:
         """The block with the lowest loss over all timesteps; None without one.
 
-        A block that lacks a loss of some clip is left out, since its mean is over other clips.
+        A block that lacks a loss of some clip is left out, since it cannot be compared.
         """
-        complete = [block for block in self.blocks if not self.loss(block).missing]
-        return min(complete, key=lambda block: self.loss(block).mean, default=None)
+        complete = [block for block in self.blocks if not math.isnan(self.loss(block))]
+        return min(complete, key=self.loss, default=None)
 
     def behind_best(self, block: BlockLosses) -> Mean | None:
         """Loss minus the best block's, paired by clip; None for the best block, or without one."""
@@ -140,13 +151,13 @@ class ProbeResults:
         return {
             "block": block.block,
             "fit_loss": block.fit_loss,
-            "loss": self.loss(block).as_dict(),
+            "loss": none_if_nan(self.loss(block)),
             "agreement": self.agreement(block).as_dict(),
             "behind_best": None if behind is None else behind.as_dict(),
             "by_timestep": [
                 {
                     "timestep": timestep,
-                    "loss": self.loss(block, timestep).as_dict(),
+                    "loss": none_if_nan(self.loss(block, timestep)),
                     "agreement": self.agreement(block, timestep).as_dict(),
                 }
                 for timestep in self.timesteps

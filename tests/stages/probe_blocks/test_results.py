@@ -59,9 +59,8 @@ def test_agreement_is_one_minus_the_ratio_of_the_mean_losses(losses_BKS):
         assert results.agreement(block, 100).mean == pytest.approx(
             1 - losses_KS[:, 1].mean() / UNIFORM.mean()
         )
-    assert (
-        results.agreement(results_of([UNIFORM[:, None].repeat(2, 1)], UNIFORM).blocks[0]).mean == 0
-    )
+    uniform = results_of([UNIFORM[:, None].repeat(2, axis=1)], UNIFORM)
+    assert uniform.agreement(uniform.blocks[0]).mean == 0
 
 
 def test_the_best_has_the_lowest_loss_and_close_ones_are_named(losses_BKS):
@@ -87,8 +86,9 @@ def test_a_loss_that_is_missing_is_counted_and_its_block_is_not_the_best(losses_
     losses_BKS[1, 2, 0] = math.nan
     results = results_of(losses_BKS, UNIFORM)
     broken = results.blocks[1]
-    assert (results.loss(broken).missing, results.loss(broken).count) == (1, 5)
-    assert results.loss(broken, 900).missing == 1 and results.loss(broken, 100).missing == 0
+    assert math.isnan(results.loss(broken)) and math.isnan(results.loss(broken, 900))
+    assert results.loss(broken, 100) == pytest.approx(losses_BKS[1, :, 1].mean())
+    assert (results.agreement(broken).missing, results.agreement(broken).count) == (1, 5)
     assert results.best is results.blocks[2]
     write_results(tmp_path, results, draw_heat_map(results), {})
     rows = list(csv.DictReader((tmp_path / "scores.csv").open()))
@@ -111,8 +111,8 @@ def test_without_any_loss_no_block_is_the_best():
 
 
 def test_a_picture_of_many_blocks_has_no_numbers_and_stays_readable():
-    losses = np.random.default_rng(1).uniform(0.2, 1.0, (42, 6, 2))
-    picture = draw_heat_map(results_of(losses, UNIFORM))
+    losses = np.random.default_rng(1).uniform(0.2, 1.0, (42, 4, 2))
+    picture = draw_heat_map(results_of(losses, UNIFORM[:4]))
     width = int.from_bytes(picture[16:20], "big")
     assert 1500 < width < 3000
 
