@@ -16,7 +16,7 @@ class ProbeConfig(Section):
     """Clips that the linear maps are fitted on; 16 is usual."""
     held_out: int = Field(default=8, ge=1)
     """Further clips that agreement is measured on; 8 is usual, and intervals need 5."""
-    steps: int = Field(default=300, ge=1)
+    fit_steps: int = Field(default=300, ge=1)
     """Steps of fitting each block's linear map, of one clip at one timestep each; 300 is usual."""
-    learning_rate: float = Field(default=3e-3, gt=0)
+    fit_learning_rate: float = Field(default=3e-3, gt=0)
     """Initial learning rate of the fit; it decays to zero. 3e-3 is usual."""

@@ -74,11 +74,11 @@ class LinearProbe:
         config = self._config
         torch.manual_seed(self._seed)
         head = self._heads()[self._objective.name].to(self._device)
-        optimizer = torch.optim.Adam(head.parameters(), lr=config.learning_rate)
-        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+        optimizer = torch.optim.Adam(head.parameters(), lr=config.fit_learning_rate)
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.fit_steps)
         order = torch.Generator().manual_seed(self._seed)
         losses: list[float] = []
-        while len(losses) < config.steps:
+        while len(losses) < config.fit_steps:
             for number in torch.randperm(len(items), generator=order).tolist():
                 batch = items[number].batch.to(self._device)
                 loss_B = self._loss(head, items[number], batch)
@@ -91,9 +91,9 @@ class LinearProbe:
                 decay.step()
                 losses.append(float(loss_B.detach()))
                 advance()
-                if len(losses) == config.steps:
+                if len(losses) == config.fit_steps:
                     break
-        last = losses[-max(1, config.steps // 4) :]
+        last = losses[-max(1, config.fit_steps // 4) :]
         mean = math.fsum(last) / len(last) if all(map(math.isfinite, last)) else math.nan
         return head, mean
 

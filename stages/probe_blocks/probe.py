@@ -125,7 +125,7 @@ def probe_blocks(
         transformer = BlockwiseTransformer(base, weights_dtype(train.deepspeed), device)
         passes = len(batches) * len(config.timesteps)
         total = passes * (1 + max(todo) + 1)
-        total += len(todo) * (config.steps + len(held_out) * len(config.timesteps))
+        total += len(todo) * (config.fit_steps + len(held_out) * len(config.timesteps))
         with progress.task("probe", total, unit="passes") as task:
             items = []
             for key in batches:

@@ -14,6 +14,7 @@ from stages.probe_blocks.probe import linear_heads
 from stages.probe_blocks.results import BlockLosses, ProbeResults
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import Batch
+from stages.train_student.objectives.config import LgfConfig
 from stages.train_student.objectives.lgf import LocalGramFlow
 from stages.train_student.step import TrainingStep
 from tests.stages.local_gram_flow.reference import kl_by_loop, similarities_by_loop
@@ -23,7 +24,7 @@ WIDTH, CHANNELS, TEMPERATURE = 32, 10, 0.2
 CPU = torch.device("cpu")
 TRAIN = TrainConfig(
     objectives=("lgf",),
-    lgf={"radius": 1, "temperature": TEMPERATURE, "projector_widths": (16, 12, 12)},
+    lgf=LgfConfig(radius=1, temperature=TEMPERATURE, projector_widths=(16, 12, 12)),
 )
 
 
@@ -72,7 +73,7 @@ def test_losses_are_those_of_a_loop_in_float64(probe):
     """Tokens of 3 latent frames against 9 teacher frames, of which the last is invalid."""
     valid_T = torch.arange(FRAMES) < FRAMES - 1
     one = item("a", random(0, FRAMES, *GRID, CHANNELS), random(1, LATENT[0], *GRID, WIDTH), valid_T)
-    made = probe(frame_rate=True, steps=3)
+    made = probe(frame_rate=True, fit_steps=3)
     head, _ = made.fit([one], lambda: None)
 
     # Layer norm and both linear layers, then interpolation between frames 0, 2.5 and 6.5.
@@ -105,7 +106,7 @@ def test_tokens_that_are_linear_in_the_teacher_win_with_almost_no_loss(probe):
     teachers = [random(10 + clip, LATENT[0], *GRID, CHANNELS) for clip in range(8)]
     unrelated = [random(50 + clip, LATENT[0], *GRID, WIDTH) for clip in range(8)]
     planted = [teacher_THWC @ plant_WC.T for teacher_THWC in teachers]
-    made = probe(frame_rate=False, steps=200, learning_rate=3e-2)
+    made = probe(frame_rate=False, fit_steps=200, fit_learning_rate=3e-2)
     blocks = []
     for number, tokens in enumerate((unrelated, planted)):
         items = [item(str(n), *pair) for n, pair in enumerate(zip(teachers, tokens, strict=True))]
@@ -130,7 +131,7 @@ def test_every_block_gets_the_same_start_and_order(probe):
         item(str(n), random(n, LATENT[0], *GRID, CHANNELS), random(20 + n, LATENT[0], *GRID, WIDTH))
         for n in range(3)
     ]
-    made = probe(frame_rate=False, steps=5)
+    made = probe(frame_rate=False, fit_steps=5)
     torch.manual_seed(3)
     first, loss = made.fit(items, lambda: None)
     torch.manual_seed(4)
@@ -145,7 +146,7 @@ def test_a_loss_that_is_not_finite_is_nan(probe):
     tokens_JHWC = random(1, LATENT[0], *GRID, WIDTH)
     tokens_JHWC[0, 0, 0] = torch.inf
     one = item("a", random(0, LATENT[0], *GRID, CHANNELS), tokens_JHWC)
-    made = probe(frame_rate=False, steps=4)
+    made = probe(frame_rate=False, fit_steps=4)
     head, fit_loss = made.fit([one], lambda: None)
     assert np.isnan(fit_loss)
     assert np.isnan(made.measure(head, one))

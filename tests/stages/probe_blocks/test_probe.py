@@ -16,7 +16,7 @@ from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import CachedSamples
 from tests.stages.train_student import conftest as tiny
 
-SETTINGS = {"clips": 3, "held_out": 2, "timesteps": (900, 100), "steps": 4}
+SETTINGS = {"clips": 3, "held_out": 2, "timesteps": (900, 100), "fit_steps": 4}
 TRAIN = {
     "lgf": {"radius": 1, "projector_widths": (16, 8, 8)},
     "deepspeed": {"precision": "fp32"},
@@ -122,7 +122,7 @@ def test_blocks_can_be_added_and_a_finished_probe_loads_no_model(made, tmp_path,
 @pytest.mark.parametrize(
     ("settings", "train", "named"),
     [
-        ({"steps": 5}, {}, "probe.steps was 4, is 5"),
+        ({"fit_steps": 5}, {}, "probe.fit_steps was 4, is 5"),
         ({"clips": 2}, {}, "fitted_on"),
         ({}, {"seed": 6}, "train.seed was 5, is 6"),
     ],
