@@ -63,7 +63,8 @@ def _describe(results: ProbeResults, block: BlockLosses) -> str:
     """Such as `agreement 0.410 [0.361, 0.449], loss 0.3215; at the timesteps 0.52 0.47 0.21`."""
     agreement = results.agreement(block)
     if agreement.missing:
-        return f"{agreement.missing} clips have a loss that is NaN or infinite"
+        clips = f"{agreement.missing} of {len(results.uniform)} held-out clips"
+        return f"none: the loss is NaN or infinite on {clips}"
     interval = "" if agreement.low is None else f" [{agreement.low:.3f}, {agreement.high:.3f}]"
     by_timestep = " ".join(
         f"{results.agreement(block, timestep).mean:.2f}" for timestep in results.timesteps

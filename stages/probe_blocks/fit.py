@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stages.probe_blocks.blockwise import TokenState
+from stages.probe_blocks.blockwise import BlockwiseTransformer, TokenState
 from stages.probe_blocks.config import ProbeConfig
 from stages.train_student.data.dataset import Batch
 from stages.train_student.objectives.lgf import LocalGramFlow
@@ -27,7 +27,6 @@ class ProbeItem:
     """One clip at one timestep; the same for every block."""
 
     key: str
-    timestep: int
     batch: Batch
     """On the host."""
     state: TokenState
@@ -59,6 +58,15 @@ class LinearProbe:
         self._heads = heads
         self._seed = seed
         self._device = device
+
+    @property
+    def steps(self) -> int:
+        """Steps of each fit."""
+        return self._config.fit_steps
+
+    def embed(self, transformer: BlockwiseTransformer, batch: Batch) -> TokenState:
+        """The tokens that the first block receives of a batch, as in training."""
+        return transformer.embed(self._training_step.inputs(batch.to(self._device)))
 
     def fit(
         self, items: Sequence[ProbeItem], advance: Callable[[], None]

@@ -6,7 +6,7 @@ An interrupted probe passes the blocks again, and skips the fits that are done.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from stages.cogvideox.configs import CogVideoXConfigs, read_configs, resolve_bas
 from stages.cogvideox.weights import check_base_weights, hash_transformer
 from stages.config import BaseModelConfig
 from stages.probe_blocks.blockwise import BlockwiseTransformer
+from stages.probe_blocks.clips import choose_clips, read_clips
 from stages.probe_blocks.config import ProbeConfig
 from stages.probe_blocks.fit import LinearProbe, ProbeItem
 from stages.probe_blocks.heat_map import draw_heat_map
@@ -30,10 +31,9 @@ from stages.probe_blocks.results import (
     write_block,
     write_results,
 )
-from stages.progress import Progress, Task
+from stages.progress import Progress
 from stages.train_student.config import TrainConfig
-from stages.train_student.data.dataset import UNREADABLE, Batch, CachedSamples
-from stages.train_student.data.splits import choose_held_out
+from stages.train_student.data.dataset import Batch, CachedSamples
 from stages.train_student.data.stores import Buckets
 from stages.train_student.model.teacher import TeacherLayout
 from stages.train_student.objectives.build import build_heads
@@ -82,7 +82,7 @@ def probe_blocks(
     check_base_weights(base, ("transformer",))
 
     samples = CachedSamples(stores.stores, configs, seed=train.seed, batch_size=1)
-    batches, excluded = _read_clips(samples, chosen, config.timesteps, progress)
+    batches, excluded = read_clips(samples, chosen, config.timesteps, progress)
     held_out, fitted = (
         [key for key in part if key in batches]
         for part in (chosen[: config.held_out], chosen[config.held_out :])
@@ -91,23 +91,14 @@ def probe_blocks(
         if not keys:
             raise ValueError(
                 f"none of the clips of probe.{name} can be used, such as {next(iter(excluded))!r}: "
-                f"{next(iter(excluded.values()))}; sam2vx-pipeline cache verify says what to do"
+                f"{next(iter(excluded.values()))}; raise probe.{name}, or extract the clips again"
             )
-    open_folder(out, _settings(config, train, configs, stores, base, fitted, held_out))
-
     device = world_from_environment().device
-    training_step = _training_step(train, configs, stores, device)
-    objective = LocalGramFlow(name="lgf", settings=train.lgf, steps=train.steps)
-    probe = LinearProbe(
-        config,
-        objective,
-        training_step,
-        heads=lambda: linear_heads(train, configs, frame_rate=stores.frame_rate),
-        seed=train.seed,
-        device=device,
-    )
+    probe = _linear_probe(config, train, configs, stores, device)
     uniform = {key: probe.uniform_loss(batches[key][0]) for key in held_out}
     _check_uniform(uniform)
+    open_folder(out, _settings(config, train, configs, stores, base, fitted, held_out))
+
     num_blocks = int(configs.transformer["num_layers"])
     measured = {
         number: found
@@ -123,26 +114,9 @@ def probe_blocks(
             f"{_token_bytes(batches, train, configs) / 1e9:.2g} GB of host memory"
         )
         transformer = BlockwiseTransformer(base, weights_dtype(train.deepspeed), device)
-        passes = len(batches) * len(config.timesteps)
-        total = passes * (1 + max(todo) + 1)
-        total += len(todo) * (config.fit_steps + len(held_out) * len(config.timesteps))
-        with progress.task("probe", total, unit="passes") as task:
-            items = []
-            for key in batches:
-                for batch in batches[key]:
-                    state = transformer.embed(training_step.inputs(batch.to(device)))
-                    timestep = int(batch.timestep_B)
-                    items.append(ProbeItem(key=key, timestep=timestep, batch=batch, state=state))
-                    task.advance()
-            for number in range(max(todo) + 1):
-                task.note(f"block {number}")
-                with transformer.block(number) as block:
-                    for item in items:
-                        transformer.advance(block, item.state)
-                        task.advance()
-                if number in todo:
-                    measured[number] = _probe(probe, number, items, held_out, task)
-                    write_block(out, measured[number])
+        for found in _measure(todo, transformer, probe, batches, held_out, progress):
+            measured[found.block] = found
+            write_block(out, found)
     results = ProbeResults(
         timesteps=config.timesteps,
         num_blocks=num_blocks,
@@ -153,6 +127,44 @@ def probe_blocks(
     )
     write_results(out, results, draw_heat_map(results), {"made_with": dict(provenance)})
     return results
+
+
+def _measure(
+    todo: Sequence[int],
+    transformer: BlockwiseTransformer,
+    probe: LinearProbe,
+    batches: Mapping[str, Sequence[Batch]],
+    held_out: Sequence[str],
+    progress: Progress,
+) -> Iterator[BlockLosses]:
+    """Pass all batches through the blocks up to the last of `todo`; yield the losses of each."""
+    passes = sum(map(len, batches.values()))
+    measured = sum(len(batches[key]) for key in held_out)
+    total = passes * (max(todo) + 2) + len(todo) * (probe.steps + measured)
+    with progress.task("probe", total, unit="passes") as task:
+        items = []
+        for key, of_clip in batches.items():
+            for batch in of_clip:
+                items.append(ProbeItem(key=key, batch=batch, state=probe.embed(transformer, batch)))
+                task.advance()
+        for number in range(max(todo) + 1):
+            task.note(f"block {number}")
+            with transformer.block(number) as block:
+                for item in items:
+                    transformer.advance(block, item.state)
+                    task.advance()
+            if number not in todo:
+                continue
+            task.note(f"block {number}, fitting")
+            head, fit_loss = probe.fit(
+                [item for item in items if item.key not in held_out], task.advance
+            )
+            losses: dict[str, list[float | None]] = {key: [] for key in held_out}
+            for item in items:
+                if item.key in losses:
+                    losses[item.key].append(none_if_nan(probe.measure(head, item)))
+                    task.advance()
+            yield BlockLosses(block=number, fit_loss=none_if_nan(fit_loss), losses=losses)
 
 
 def check_settings(config: ProbeConfig, train: TrainConfig, configs: CogVideoXConfigs) -> None:
@@ -187,49 +199,6 @@ def check_settings(config: ProbeConfig, train: TrainConfig, configs: CogVideoXCo
             "the probe measures the KL divergence; set train.lgf.divergence=kl for it, got "
             f"{train.lgf.divergence}"
         )
-
-
-def choose_clips(config: ProbeConfig, stores: Buckets) -> tuple[str, ...]:
-    """Keys of the held-out clips, then of those to fit on, by the hash of the key.
-
-    The held-out clips are those that training would hold out first (`train.validation.clips`).
-
-    Raises:
-        ValueError: the cache has too few clips.
-    """
-    wanted = config.held_out + config.clips
-    chosen = choose_held_out([joined.keys for joined in stores.stores], wanted)
-    if len(chosen) < wanted:
-        raise ValueError(
-            f"probe.clips={config.clips} and probe.held_out={config.held_out} need {wanted} clips, "
-            f"but {len(chosen)} are in every store; lower them, or extract more clips"
-        )
-    return chosen
-
-
-def _read_clips(
-    samples: CachedSamples, keys: Sequence[str], timesteps: Sequence[int], progress: Progress
-) -> tuple[dict[str, list[Batch]], dict[str, str]]:
-    """Batches of each clip at every timestep, and why each of the other clips cannot be used."""
-    batches: dict[str, list[Batch]] = {}
-    excluded: dict[str, str] = {}
-    with progress.task("read clips", len(keys), unit="clips") as task:
-        for key in keys:
-            try:
-                of_clip = samples.fixed_batches(key, timesteps)
-            except UNREADABLE as error:
-                excluded[key] = str(error)
-            else:
-                valid_BT = of_clip[0].teacher_valid_BT
-                assert valid_BT is not None, "the objective reads a teacher"
-                if (valid_BT[:, :-1] & valid_BT[:, 1:]).any():
-                    batches[key] = of_clip
-                else:
-                    excluded[key] = "the subject is not visible in any two adjacent frames"
-            task.advance()
-    for key, reason in excluded.items():
-        progress.log(f"warning: clip {key!r} is left out: {reason}")
-    return batches, excluded
 
 
 def _check_uniform(uniform: Mapping[str, float]) -> None:
@@ -274,16 +243,28 @@ def _settings(
     }
 
 
-def _training_step(
-    train: TrainConfig, configs: CogVideoXConfigs, stores: Buckets, device: torch.device
-) -> TrainingStep:
+def _linear_probe(
+    config: ProbeConfig,
+    train: TrainConfig,
+    configs: CogVideoXConfigs,
+    stores: Buckets,
+    device: torch.device,
+) -> LinearProbe:
     assert stores.teacher is not None, "the objective reads a teacher"
-    return TrainingStep(
-        configs,
-        (LocalGramFlow(name="lgf", settings=train.lgf, steps=train.steps),),
-        layout=TeacherLayout.of(stores.teacher.settings),
+    objective = LocalGramFlow(name="lgf", settings=train.lgf, steps=train.steps)
+    return LinearProbe(
+        config,
+        objective,
+        TrainingStep(
+            configs,
+            (objective,),
+            layout=TeacherLayout.of(stores.teacher.settings),
+            device=device,
+            dtype=weights_dtype(train.deepspeed),
+        ),
+        heads=lambda: linear_heads(train, configs, frame_rate=stores.frame_rate),
+        seed=train.seed,
         device=device,
-        dtype=weights_dtype(train.deepspeed),
     )
 
 
@@ -307,24 +288,7 @@ def _token_bytes(
     width = configs.transformer["num_attention_heads"] * configs.transformer["attention_head_dim"]
     tokens = 0
     for of_clip in batches.values():
-        _, padded, _, height, width_pixels = of_clip[0].clean_BFCHW.shape
-        grid = configs.token_grid(padded, height, width_pixels)
+        _, padded, _, *latent_size = of_clip[0].clean_BFCHW.shape
+        grid = configs.token_grid(padded, *latent_size)
         tokens += len(of_clip) * (math.prod(grid) + of_clip[0].text_BLD.shape[1])
     return tokens * int(width) * weights_dtype(train.deepspeed).itemsize
-
-
-def _probe(
-    probe: LinearProbe,
-    number: int,
-    items: Sequence[ProbeItem],
-    held_out: Sequence[str],
-    task: Task,
-) -> BlockLosses:
-    task.note(f"block {number}, fitting")
-    head, fit_loss = probe.fit([item for item in items if item.key not in held_out], task.advance)
-    losses: dict[str, list[float | None]] = {key: [] for key in held_out}
-    for item in items:
-        if item.key in losses:
-            losses[item.key].append(none_if_nan(probe.measure(head, item)))
-            task.advance()
-    return BlockLosses(block=number, fit_loss=none_if_nan(fit_loss), losses=losses)

@@ -62,7 +62,7 @@ def item(key, teacher_THWC, tokens_JHWC, valid_T=None):
     state = TokenState(
         tokens_BND=tokens_JHWC.flatten(0, 2)[None], text_BLD=torch.zeros(()), constants={}
     )
-    return ProbeItem(key=key, timestep=500, batch=batch, state=state)
+    return ProbeItem(key=key, batch=batch, state=state)
 
 
 def random(seed, *shape):

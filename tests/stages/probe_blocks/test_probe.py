@@ -177,3 +177,13 @@ def test_clips_that_cannot_be_used_are_left_out_and_listed(made, tmp_path, monke
     assert damaged not in results.uniform and results.fitted_on == 2
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["excluded"] == results.excluded
+
+
+@pytest.mark.parametrize(("loss", "message"), [(0.0, "uniform on every"), (np.nan, "is NaN")])
+def test_a_teacher_that_says_nothing_is_refused(made, tmp_path, monkeypatch, loss, message):
+    monkeypatch.setattr(
+        "stages.probe_blocks.fit.LinearProbe.uniform_loss", lambda self, batch: loss
+    )
+    with pytest.raises(ValueError, match=message):
+        made.run(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
