@@ -118,7 +118,7 @@ def _table(group: Group, rows: Rows, steps: int) -> tuple[str, dict[str, Estimat
     reference = "scratch-none" if group == "scratch" else NONE
     others = {row["seed"]: row for row in rows_of_arm(rows, reference, steps=steps)}
     header = ["arm", "weight", "seeds", "structure error", *SCORES, "motion distance"]
-    header += ["diffusion", "training time"]
+    header += ["diffusion", "step time"]
     lines = []
     changes: dict[str, Estimate] = {}
     for arm in [one for one in ARMS if one.group == group]:
@@ -154,7 +154,7 @@ def _reference_line(arm: Arm, rows: Sequence[Row], base: Row) -> list[str]:
         f"{structure_errors(rows, base):.3f} of the base model's",
         *_means(rows),
         f"{_loss(rows):.4f}",
-        f"{_seconds(rows):.0f} s",
+        f"{_seconds(rows):.2f} s",
     ]
 
 
@@ -170,8 +170,8 @@ def _loss(rows: Sequence[Row]) -> float:
 
 
 def _seconds(rows: Sequence[Row]) -> float:
-    """Median duration of training, too short for runs that were stopped and resumed."""
-    return float(np.median([row["seconds"] for row in rows]))
+    """Median duration of a training step."""
+    return float(np.median([row["seconds_per_step"] for row in rows]))
 
 
 def _legend() -> str:
@@ -181,7 +181,7 @@ def _legend() -> str:
         "Structure error: relative change of the mean of 1 - limb_presence, limb_length_error, "
         "joint_gap and extra_pieces, each divided by the base model's. Motion distance: squared "
         "MMD to the real test clips, mean over the seeds. Diffusion: loss on held-out training "
-        "clips. Training time: median over the seeds, of runs beside each other.\n"
+        "clips. Step time: median over steps and seeds; the load was not the same for all.\n"
     )
 
 

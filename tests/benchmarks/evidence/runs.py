@@ -8,7 +8,7 @@ OUT/
 """
 
 import json
-import time
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,13 +67,22 @@ def rows_of(out: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def overrides(run: Run, out: Path, size: Size) -> list[str]:
-    """All settings in which a run differs from config.yaml; the paths are absolute."""
+def overrides(run: Run, out: Path, size: Size, *, scoring: bool = False) -> list[str]:
+    """All settings in which a run differs from config.yaml; the paths are absolute.
+
+    Args:
+        run: The run.
+        out: Folder of the comparison.
+        size: Its lengths.
+        scoring: Leave out the arm's teacher: all videos are scored with the same tracker and
+            features, whatever the arm was taught by.
+    """
     out = out.resolve()
     arm = None if isinstance(run.arm, str) else run.arm
     scratch = arm is not None and arm.group == "scratch"
     model = f"scratch-{run.seed}" if scratch else "base"
-    tracker = "tiny" if arm is None else arm.tracker
+    teacher = None if scoring else arm
+    tracker = "tiny" if teacher is None else teacher.tracker
     settings = [
         f"cache={out / 'cache'}",
         f"outputs={out / 'outputs'}",
@@ -83,7 +92,7 @@ def overrides(run: Run, out: Path, size: Size) -> list[str]:
         f"model.path={out / 'models' / model}",
         f"extract.teacher.checkpoint={out / 'models' / 'sam2' / f'{tracker}.safetensors'}",
         f"extract.teacher.config={out / 'models' / 'sam2' / 'tiny.yaml'}",
-        *([] if arm is None else arm.teacher),
+        *([] if teacher is None else teacher.teacher),
         f"train.run_dir={out / 'runs' / run.training}",
         f"train.seed={run.seed}",
         f"train.steps={max(run.steps, 1)}",
@@ -125,7 +134,7 @@ def perform(run: Run, out: Path, size: Size) -> str:
         named = [f"train.stores.{kind}={Path(store).name}" for kind, store in stores.items()]
         config = load_config(str(_CONFIG), [*overrides(run, out, size), *named])
         row |= _train(config)
-    row |= _score(run, config, out)
+    row |= _score(run, load_config(str(_CONFIG), overrides(run, out, size, scoring=True)), out)
     make_directories(out / "rows")
     write_atomic(out / "rows" / f"{run.name}.json", (json.dumps(row) + "\n").encode())
     return run.name
@@ -140,12 +149,17 @@ def write_stores(config: RunConfig) -> dict[str, str]:
 
 
 def _train(config: RunConfig) -> dict[str, Any]:
-    start = time.monotonic()
     train.run(config, SilentProgress())
-    losses = (config.train.run_dir / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    losses, steps = (
+        [
+            json.loads(line)
+            for line in (config.train.run_dir / name).read_text(encoding="utf-8").splitlines()
+        ]
+        for name in ("validation.jsonl", "performance.jsonl")
+    )
     return {
-        "seconds": round(time.monotonic() - start, 1),
-        "validation": json.loads(losses[-1]),
+        "seconds_per_step": statistics.median(step["seconds"] for step in steps),
+        "validation": losses[-1],
     }
 
 

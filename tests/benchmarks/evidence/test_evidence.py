@@ -48,7 +48,7 @@ def row_of(run, values=None, *, clips=5, **more):
         "videos": videos,
         "motion_distance": {"value": 0.1},
         "validation": {"diffusion": 0.3},
-        "seconds": 100.0,
+        "seconds_per_step": 1.0,
         **more,
     }
 
@@ -72,6 +72,17 @@ def test_the_settings_of_every_arm_are_valid(size, tmp_path):
             (objective,) = config.train.objectives
             assert config.train.settings_of(objective).weight == 2.0
         assert str(tmp_path) in config.extract.teacher.checkpoint
+
+
+def test_all_arms_are_scored_with_the_same_tracker_and_features(tmp_path):
+    def scoring(run):
+        config = load_config(str(_CONFIG), overrides(run, tmp_path, DEFAULT, scoring=True))
+        return config.extract, config.evaluate, config.sample
+
+    base = scoring(Run(arm="base"))
+    for arm in ARMS:
+        weight = None if arm.weight is None else 2.0
+        assert scoring(Run(arm=arm, seed=0, weight=weight, steps=30)) == base, arm.name
 
 
 def test_arms_differ_and_name_arms_that_are_there():
