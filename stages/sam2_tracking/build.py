@@ -25,6 +25,7 @@ from stages.sam2_tracking.checkpoints import (
     find_matching_config,
     read_checkpoint,
 )
+from stages.sam2_tracking.encoder_memory import reduce_encoder_memory
 
 _CONFIGS = Path(sam2.__path__[0]) / "configs"
 _OFFICIAL_FOLDERS = ("sam2", "sam2.1")
@@ -247,6 +248,7 @@ def build_sam2(
             key: value.to(device, expected[key].dtype, copy=True) for key, value in weights.items()
         }
         model.load_state_dict(copies, assign=True)
+    reduce_encoder_memory(model)
     return model.requires_grad_(False).eval().to(device)
 
 

@@ -40,7 +40,11 @@ def resize_for_sam2(frames_THWC: np.ndarray, image_size: int) -> np.ndarray:
         uint8 [T, S, S, 3].
     """
     size = (image_size, image_size)
-    return np.stack([np.asarray(Image.fromarray(frame).resize(size)) for frame in frames_THWC])
+    # Filled in place: a list of frames and their stack would take twice the memory.
+    frames_TSS3 = np.empty((len(frames_THWC), *size, 3), dtype=np.uint8)
+    for t, frame_HWC in enumerate(frames_THWC):
+        frames_TSS3[t] = Image.fromarray(frame_HWC).resize(size)
+    return frames_TSS3
 
 
 def normalise_for_sam2(frames_TSS3: np.ndarray, device: torch.device) -> torch.Tensor:

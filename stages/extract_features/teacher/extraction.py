@@ -25,6 +25,7 @@ from stages.extract_features.teacher.stores import (
 )
 from stages.extract_features.teacher.two_way import Subject, SubjectTrack, SubjectTracker
 from stages.files.hashes import sha256_of_file
+from stages.processes.allocator import return_freed_memory
 from stages.sam2_tracking.build import build_sam2, check_sam2, find_checkpoint
 from stages.sam2_tracking.inputs import resize_for_sam2
 from stages.sam2_tracking.tracker import Tracker
@@ -103,6 +104,8 @@ class SubjectExtraction:
     ) -> Iterator[Callable[[Sequence[_Prepared]], Sequence[Outcome]]]:
         """Load SAM2, and Grounding DINO if it is configured."""
         config = self._config
+        if device.type == "cpu":
+            return_freed_memory()
         model = build_sam2(
             self._sam2.config_name, self._checkpoint, image_size=config.image_size, device=device
         )
