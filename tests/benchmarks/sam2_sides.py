@@ -163,13 +163,22 @@ class Ours:
 
     def set_frames(self, frames: np.ndarray) -> None:
         """Take the frames of another clip."""
-        self.frames_TSS3 = resize_for_sam2(frames, self.model.image_size)
+        self.frames_TSS3: np.ndarray | None = resize_for_sam2(frames, self.model.image_size)
 
     def run(
-        self, mask_HW: np.ndarray, *, keep: Keep = everything, directions: int = 2
+        self,
+        mask_HW: np.ndarray,
+        *,
+        keep: Keep = everything,
+        directions: int = 2,
+        once: bool = False,
     ) -> tuple[float, list[torch.Tensor]]:
-        """Seconds of all clips, and the first's features by direction, in the order of visits."""
+        """Seconds of all clips, and the first's features by direction, in the order of visits.
+
+        With `once`, the frames are let go of after they are encoded, as the pipeline does.
+        """
         tracker = self.tracker
+        assert self.frames_TSS3 is not None, "the frames were let go of in an earlier run"
         prompt = prompt_for_sam2(
             SubjectPrompt(mask_HW=mask_HW),
             height=HEIGHT,
@@ -185,6 +194,8 @@ class Ours:
             encoded = [
                 stack.enter_context(tracker.encode(self.frames_TSS3)) for _ in range(self.clips)
             ]
+            if once:
+                self.frames_TSS3 = None
             for visited in (order, order[::-1])[:directions]:
                 maps = []
                 requests = [

@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -32,8 +33,22 @@ from stages.sam2_tracking.tracker import Tracker
 from stages.teacher_store.config import GramFlowConfig
 from stages.teacher_store.encoder import GramFlowEncoder
 
-_Prepared = tuple[Clip, np.ndarray]
-"""A decoded clip, and its frames in SAM2's input format: uint8 [T, S, S, 3]."""
+
+@dataclass(slots=True, eq=False)
+class _Prepared:
+    """A decoded clip, and its frames in SAM2's input format until they are encoded."""
+
+    clip: Clip
+    _frames_TSS3: np.ndarray | None
+
+    def take_frames(self) -> np.ndarray:
+        """Return the frames, uint8 [T, S, S, 3], and let go of them: tracking does not need them.
+
+        At 1024 pixels, 49 of them are 147 MiB.
+        """
+        frames_TSS3, self._frames_TSS3 = self._frames_TSS3, None
+        assert frames_TSS3 is not None, "a clip is encoded once"
+        return frames_TSS3
 
 
 class SubjectExtraction:
@@ -96,7 +111,7 @@ class SubjectExtraction:
         check_prompt(self._config, record)
         clip = load_clip(record, self._clips)
         check_prompt(self._config, clip)
-        return clip, resize_for_sam2(clip.frames_THWC, self._config.image_size)
+        return _Prepared(clip, resize_for_sam2(clip.frames_THWC, self._config.image_size))
 
     @contextmanager
     def load_model(
@@ -123,18 +138,20 @@ class SubjectExtraction:
     def _extract(self, tracker: Tracker, batch: Sequence[_Prepared]) -> list[Outcome]:
         """Track the clips of a batch together."""
         with ExitStack() as encodings:
-            started = [self._find_subjects(tracker, *prepared, encodings) for prepared in batch]
+            started = [self._find_subjects(tracker, prepared, encodings) for prepared in batch]
             found = [one for one in started if not isinstance(one, ClipSkipped)]
             subjects = [subject for _, of_clip in found for subject in of_clip]
             tracks = iter(self._subject_tracker(tracker).track(subjects))
         outcomes: list[Outcome] = []
-        for (clip, _), start in zip(batch, started, strict=True):
+        for prepared, start in zip(batch, started, strict=True):
             if isinstance(start, ClipSkipped):
                 outcomes.append(start)
                 continue
             chosen, of_clip = start
             tracks_of_clip = [next(tracks) for _ in of_clip]
-            outcomes.append(self._outcome(clip, chosen, tracks_of_clip, tracker.model.device))
+            outcomes.append(
+                self._outcome(prepared.clip, chosen, tracks_of_clip, tracker.model.device)
+            )
         return outcomes
 
     @property
@@ -154,10 +171,11 @@ class SubjectExtraction:
         )
 
     def _find_subjects(
-        self, tracker: Tracker, clip: Clip, frames_TSS3: np.ndarray, encodings: ExitStack
+        self, tracker: Tracker, prepared: _Prepared, encodings: ExitStack
     ) -> tuple[ChosenPrompt, tuple[Subject, ...]] | ClipSkipped:
         """Encode a clip and find its subjects; `encodings` closes the encoded frames."""
-        encoded = encodings.enter_context(tracker.encode(frames_TSS3))
+        encoded = encodings.enter_context(tracker.encode(prepared.take_frames()))
+        clip = prepared.clip
         try:
             chosen = self._chooser.choose(clip, tracker, encoded)
             return chosen, subjects_to_track(
