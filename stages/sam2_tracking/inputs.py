@@ -43,7 +43,7 @@ def resize_for_sam2(frames_THWC: np.ndarray, image_size: int) -> np.ndarray:
     # Filled in place: a list of frames and their stack would take twice the memory.
     frames_TSS3 = np.empty((len(frames_THWC), *size, 3), dtype=np.uint8)
     for t, frame_HWC in enumerate(frames_THWC):
-        frames_TSS3[t] = Image.fromarray(frame_HWC).resize(size)
+        frames_TSS3[t] = np.asarray(Image.fromarray(frame_HWC).resize(size))
     return frames_TSS3
 
 
