@@ -25,9 +25,8 @@ from stages.local_gram_flow.loss import (
     implied_flow,
     implied_motion,
 )
-from stages.local_gram_flow.similarities import (
-    Kernel,
-    local_gram_flow,
+from stages.local_gram_flow.similarities import Kernel, local_gram_flow
+from stages.local_gram_flow.windows import (
     neighbour_mask,
     neighbour_offsets,
     radius_of_window,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from stages.local_gram_flow.similarities import (
+from stages.local_gram_flow.windows import (
     neighbour_mask,
     neighbour_offsets,
     radius_of_window,

@@ -1,7 +1,7 @@
 """Local Gram Flow: cosine similarity of each token to its neighbourhood in the next frame.
 
-Legend: B clip, T frame, P frame pair (T-1), H W token grid, C channel, K neighbour.
-A window of radius r holds K = (2r+1)^2 neighbours, row-major: (dy, dx) from (-r, -r) to (r, r).
+Legend: B clip, T frame, P frame pair (T-1), H W token grid, Y X the same with r zeros on each side,
+C channel, V keys of a row of tokens, K neighbour (`windows`).
 """
 
 from collections.abc import Iterator
@@ -14,10 +14,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from stages.local_gram_flow.windows import reverse_pairs
+
 Kernel = Literal["torch", "triton"]
 """Implementation: matrix products in torch, on any device, or a fused Triton kernel."""
 
 _SMALLEST_NORM = 1e-12
+_PAIRS = 4
+"""Pairs of maps that a CPU pads and copies together."""
 
 
 def local_gram_flow(features_BTHWC: Tensor, radius: int, *, kernel: Kernel = "torch") -> Tensor:
@@ -60,58 +64,9 @@ def local_gram_flow(features_BTHWC: Tensor, radius: int, *, kernel: Kernel = "to
         return similarities
     if features_BTHWC.dtype != torch.float64:
         features_BTHWC = features_BTHWC.float()
-    similarities = _WindowCosines.apply(features_BTHWC, radius)
+    on_cpu = features_BTHWC.device.type == "cpu"
+    similarities = (_PairCosines if on_cpu else _ClipCosines).apply(features_BTHWC, radius)
     return similarities
-
-
-def reverse_pairs(similarities_BPHWK: Tensor) -> Tensor:
-    """Reverse the direction of each frame pair: from t -> t+1 to t+1 -> t, or back.
-
-    <g_{t+1}(p), g_t(p+d)> = s_t(p+d, -d), so this only rearranges values. Differentiable.
-
-    Args:
-        similarities_BPHWK: output of `local_gram_flow`.
-
-    Returns:
-        similarities_BPHWK of each token of a pair's second frame to its window in the first;
-        neighbours outside the grid are 0.
-
-    Raises:
-        ValueError: K is not a window size.
-    """
-    reversed_BPHWK: Tensor = _ReversedPairs.apply(similarities_BPHWK)
-    return reversed_BPHWK
-
-
-def neighbour_offsets(radius: int, device: torch.device | None = None) -> Tensor:
-    """Offsets (dx, dy) in tokens of the K neighbours, in the order of the similarities: [K, 2]."""
-    side = torch.arange(-radius, radius + 1, device=device)
-    dy, dx = torch.meshgrid(side, side, indexing="ij")
-    return torch.stack([dx.flatten(), dy.flatten()], dim=-1)
-
-
-def neighbour_mask(
-    height: int, width: int, radius: int, device: torch.device | None = None
-) -> Tensor:
-    """Mask of the neighbours that lie inside the grid: bool mask_HWK."""
-    dx_K, dy_K = neighbour_offsets(radius, device).unbind(-1)
-    y_HW1 = torch.arange(height, device=device)[:, None, None] + dy_K
-    x_HW1 = torch.arange(width, device=device)[None, :, None] + dx_K
-    return (y_HW1 >= 0) & (y_HW1 < height) & (x_HW1 >= 0) & (x_HW1 < width)
-
-
-def radius_of_window(num_neighbours: int) -> int:
-    """Radius r of a window of K = (2r+1)^2 neighbours.
-
-    Raises:
-        ValueError: K is not the square of an odd number >= 3.
-    """
-    side = round(num_neighbours**0.5)
-    if side * side != num_neighbours or side % 2 == 0 or side < 3:
-        raise ValueError(
-            f"a window has (2r+1)^2 neighbours, such as 49 for radius 3; got {num_neighbours}"
-        )
-    return side // 2
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -124,15 +79,14 @@ def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-class _WindowCosines(torch.autograd.Function):
+class _ClipCosines(torch.autograd.Function):
     """Cosines of each token with a window of the next map, one matrix product per window row.
 
     The product of a row of tokens with a padded row of keys contains every pair of the two rows;
     the window is a band of it. This costs W + 2r products per token and avoids a (2r+1)-fold copy
     of the features. The backward pass writes the gradient into the same band and multiplies again.
-    All operands are views; only the unit tokens and their norms are saved for backward. A CPU
-    processes one pair of frames at a time, to stay within its caches; a GPU all pairs of a clip, to
-    be fully used.
+    Only the unit tokens and their norms are saved for backward. A product takes all pairs of a
+    clip, so that a GPU is fully used.
     """
 
     @staticmethod
@@ -146,11 +100,11 @@ class _WindowCosines(torch.autograd.Function):
         side = 2 * radius + 1
         out = unit_BTHWC.new_zeros(B, T - 1, H, W, side, side)
         with _no_autocast(features_BTHWC.device):
-            for b, now, after in _groups(unit_BTHWC):
-                keys_PHVC = _pad_sides(unit_BTHWC[b, after], radius)  # V = W + 2r
+            for b in range(B):
+                keys_PHVC = F.pad(unit_BTHWC[b, 1:], (0, 0, radius, radius))  # V = W + 2r
                 for row, here, there in _rows(H, radius):
-                    pairs = torch.matmul(unit_BTHWC[b, now, here], keys_PHVC[:, there].mT)
-                    out[b, now, here, :, row] = _band(pairs, side)
+                    pairs = torch.matmul(unit_BTHWC[b, :-1, here], keys_PHVC[:, there].mT)
+                    out[b, :, here, :, row] = _row_band(pairs, side)
         return out.flatten(-2)
 
     @staticmethod
@@ -163,29 +117,18 @@ class _WindowCosines(torch.autograd.Function):
         gradient = gradient_BPHWK.unflatten(-1, (side, side))
         grad_unit_BTHWC = torch.zeros_like(unit_BTHWC)
         with _no_autocast(unit_BTHWC.device):
-            for b, now, after in _groups(unit_BTHWC):
-                keys_PHVC = _pad_sides(unit_BTHWC[b, after], radius)
+            for b in range(B):
+                keys_PHVC = F.pad(unit_BTHWC[b, 1:], (0, 0, radius, radius))
                 grad_keys_PHVC = torch.zeros_like(keys_PHVC)
                 for row, here, there in _rows(H, radius):
-                    tokens = unit_BTHWC[b, now, here]
+                    tokens = unit_BTHWC[b, :-1, here]
                     pairs = tokens.new_zeros(*tokens.shape[:3], W + 2 * radius)
-                    _band(pairs, side).copy_(gradient[b, now, here, :, row])
-                    grad_unit_BTHWC[b, now, here] += torch.matmul(pairs, keys_PHVC[:, there])
+                    _row_band(pairs, side).copy_(gradient[b, :, here, :, row])
+                    grad_unit_BTHWC[b, :-1, here] += torch.matmul(pairs, keys_PHVC[:, there])
                     grad_keys_PHVC[:, there] += torch.matmul(pairs.mT, tokens)
-                grad_unit_BTHWC[b, after] += grad_keys_PHVC[:, :, radius:-radius]
-                # The gradient of `now` is complete: no later group uses these frames as keys.
-                _through_norm(grad_unit_BTHWC[b, now], unit_BTHWC[b, now], norm_BTHW1[b, now])
-            for b in range(B):
-                _through_norm(grad_unit_BTHWC[b, -1], unit_BTHWC[b, -1], norm_BTHW1[b, -1])
+                grad_unit_BTHWC[b, 1:] += grad_keys_PHVC[:, :, radius:-radius]
+                _through_norm(grad_unit_BTHWC[b], unit_BTHWC[b], norm_BTHW1[b])
         return grad_unit_BTHWC, None
-
-
-def _groups(unit_BTHWC: Tensor) -> Iterator[tuple[int, slice, slice]]:
-    """Groups of frame pairs to compute together: (clip, first frames, second frames)."""
-    B, T = unit_BTHWC.shape[:2]
-    pairs_per_group = T - 1 if unit_BTHWC.is_cuda else 1
-    for b, t in product(range(B), range(0, T - 1, pairs_per_group)):
-        yield b, slice(t, t + pairs_per_group), slice(t + 1, t + pairs_per_group + 1)
 
 
 def _through_norm(gradient: Tensor, unit: Tensor, norm: Tensor) -> None:
@@ -203,39 +146,92 @@ def _rows(height: int, radius: int) -> Iterator[tuple[int, slice, slice]]:
             yield row, slice(first, last), slice(first + dy, last + dy)
 
 
-def _pad_sides(keys_PHWC: Tensor, radius: int) -> Tensor:
-    return F.pad(keys_PHWC, (0, 0, radius, radius))
-
-
-def _band(pairs: Tensor, side: int) -> Tensor:
+def _row_band(pairs: Tensor, side: int) -> Tensor:
     """View of columns w .. w + side - 1 of each row w: [P, H, W, W + 2r] -> [P, H, W, side]."""
     P, H, W, padded = pairs.shape
     return pairs.as_strided((P, H, W, side), (H * W * padded, W * padded, padded + 1, 1))
 
 
-class _ReversedPairs(torch.autograd.Function):
-    """`reverse_pairs` is a symmetric linear map, so its backward pass is the same function."""
+class _PairCosines(torch.autograd.Function):
+    """The same, one matrix product per pair of maps.
+
+    The product of each row of tokens with the 2r + 1 padded rows of keys around it: the window is
+    a band in each of them. Every operation on several threads ends with a wait for the last, which
+    may not be running on a busy CPU. These are a tenth of the waits of a product per window row;
+    `_PAIRS` at a time are padded and copied together, which saves further ones, and still stay in
+    the caches. Only the norms are saved for backward beside the features.
+    """
 
     @staticmethod
-    def forward(ctx: Any, similarities_BPHWK: Tensor) -> Tensor:
-        return _reversed(similarities_BPHWK)
+    def forward(ctx: Any, features_BTHWC: Tensor, radius: int) -> Tensor:
+        norm_BTHW1 = features_BTHWC.norm(dim=-1, keepdim=True).clamp_min_(_SMALLEST_NORM)
+        ctx.save_for_backward(features_BTHWC, norm_BTHW1)
+        ctx.radius = radius
+        B, T, H, W, _ = features_BTHWC.shape
+        side = 2 * radius + 1
+        out = features_BTHWC.new_empty(B, T - 1, H, W, side, side)
+        with _no_autocast(features_BTHWC.device):
+            for b, first in product(range(B), range(0, T - 1, _PAIRS)):
+                maps = slice(first, first + _PAIRS + 1)
+                unit_TYXC = _padded_unit(features_BTHWC[b, maps], norm_BTHW1[b, maps], radius)
+                P = len(unit_TYXC) - 1
+                pairs_PHWV = unit_TYXC.new_empty(P, H, W, side * (W + 2 * radius))
+                for p in range(P):
+                    tokens_HWC = unit_TYXC[p, radius:-radius, radius:-radius]
+                    keys_HVC = _key_rows(unit_TYXC[p + 1], side)
+                    torch.bmm(tokens_HWC, keys_HVC.mT, out=pairs_PHWV[p])
+                out[b, first : first + P] = _band(pairs_PHWV, side)
+        return out.flatten(-2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_BPHWK: Tensor) -> Tensor:
-        return _reversed(gradient_BPHWK)
+    def backward(ctx: Any, gradient_BPHWK: Tensor) -> tuple[Tensor, None]:
+        features_BTHWC, norm_BTHW1 = ctx.saved_tensors
+        radius = ctx.radius
+        B, T, H, W, _ = features_BTHWC.shape
+        side = 2 * radius + 1
+        forth = gradient_BPHWK.unflatten(-1, (side, side))
+        back = reverse_pairs(gradient_BPHWK).unflatten(-1, (side, side))
+        grad_BTHWC = features_BTHWC.new_zeros(features_BTHWC.shape)
+        pairs_PHWV = grad_BTHWC.new_zeros(min(_PAIRS, T - 1), H, W, side * (W + 2 * radius))
+        with _no_autocast(features_BTHWC.device):
+            for b, first in product(range(B), range(0, T - 1, _PAIRS)):
+                maps = slice(first, first + _PAIRS + 1)
+                unit_TYXC = _padded_unit(features_BTHWC[b, maps], norm_BTHW1[b, maps], radius)
+                P = len(unit_TYXC) - 1
+                # Outside the band the pairs stay 0.
+                band = _band(pairs_PHWV[:P], side)
+                band.copy_(forth[b, first : first + P])
+                for p in range(P):
+                    keys_HVC = _key_rows(unit_TYXC[p + 1], side)
+                    grad_BTHWC[b, first + p].baddbmm_(pairs_PHWV[p], keys_HVC)
+                band.copy_(back[b, first : first + P])
+                for p in range(P):
+                    keys_HVC = _key_rows(unit_TYXC[p], side)
+                    grad_BTHWC[b, first + p + 1].baddbmm_(pairs_PHWV[p], keys_HVC)
+        # Through the normalisation: the part along each token does not count.
+        along_BTHW1 = torch.linalg.vecdot(grad_BTHWC, features_BTHWC)[..., None]
+        along_BTHW1 /= norm_BTHW1.square()
+        return grad_BTHWC.addcmul_(features_BTHWC, along_BTHW1, value=-1).div_(norm_BTHW1), None
 
 
-def _reversed(similarities_BPHWK: Tensor) -> Tensor:
-    """For token (y, x) and window cell k = (i, j): the value at (y+i-r, x+j-r), cell K-1-k."""
-    B, P, H, W, K = similarities_BPHWK.shape
-    radius = radius_of_window(K)
-    side = 2 * radius + 1
-    padded = F.pad(similarities_BPHWK, (0, 0, *[radius] * 4)).contiguous()
-    clip_stride, pair_stride, row_stride, token_stride, _ = padded.stride()
-    window = padded.as_strided(
-        (B, P, H, W, side, side),
-        (clip_stride, pair_stride, row_stride, token_stride, row_stride - side, token_stride - 1),
-        padded.storage_offset() + K - 1,
+def _padded_unit(features_THWC: Tensor, norm_THW1: Tensor, radius: int) -> Tensor:
+    """Unit tokens, with r zeros on each side: [T, Y = H + 2r, X = W + 2r, C]."""
+    T, H, W, C = features_THWC.shape
+    padded_TYXC = features_THWC.new_zeros(T, H + 2 * radius, W + 2 * radius, C)
+    torch.div(features_THWC, norm_THW1, out=padded_TYXC[:, radius:-radius, radius:-radius])
+    return padded_TYXC
+
+
+def _key_rows(padded_YXC: Tensor, side: int) -> Tensor:
+    """View of the keys of each row's windows: [H, V = side * X, C], rows overlap."""
+    Y, X, C = padded_YXC.shape
+    return padded_YXC.as_strided(
+        (Y - side + 1, side * X, C), (X * C, C, 1), padded_YXC.storage_offset()
     )
-    return window.flatten(-2)
+
+
+def _band(pairs_PHWV: Tensor, side: int) -> Tensor:
+    """View of keys w .. w + side - 1 in each of the rows of V: [P, H, W, side, side]."""
+    P, H, W, V = pairs_PHWV.shape
+    return pairs_PHWV.as_strided((P, H, W, side, side), (H * W * V, W * V, V + 1, V // side, 1))

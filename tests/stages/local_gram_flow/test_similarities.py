@@ -1,6 +1,3 @@
-from collections.abc import Iterator
-from itertools import product
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -68,27 +65,30 @@ def test_a_radius_under_one_is_refused() -> None:
         local_gram_flow(torch.zeros(1, 2, 3, 3, 4), 0)
 
 
-@pytest.mark.parametrize("together", [2, 4])
-def test_pairs_taken_together_give_what_they_give_one_by_one(
-    monkeypatch: pytest.MonkeyPatch, together: int
-) -> None:
-    """As a GPU takes them; five pairs, so that a group of two or four is followed by a smaller."""
-
-    def groups(unit_BTHWC: torch.Tensor) -> Iterator[tuple[int, slice, slice]]:
-        clips, frames = unit_BTHWC.shape[:2]
-        for clip, first in product(range(clips), range(0, frames - 1, together)):
-            last = min(first + together, frames - 1)
-            yield clip, slice(first, last), slice(first + 1, last + 1)
-
-    features = torch.randn(2, 6, 4, 5, 3, generator=torch.Generator().manual_seed(0)).double()
-    upstream = torch.randn(2, 5, 4, 5, 25, generator=torch.Generator().manual_seed(1)).double()
+def test_products_per_window_row_as_on_a_gpu_give_the_same() -> None:
+    """Six pairs, so that a full group of a CPU's pairs is followed by a smaller one."""
+    features = torch.randn(2, 7, 4, 5, 3, generator=torch.Generator().manual_seed(0)).double()
+    upstream = torch.randn(2, 6, 4, 5, 25, generator=torch.Generator().manual_seed(1)).double()
     found = []
-    for change in (False, True):
-        if change:
-            monkeypatch.setattr(similarities, "_groups", groups)
+    for by_pair in (True, False):
         leaf = features.clone().requires_grad_()
-        flow = local_gram_flow(leaf, 2)
+        flow = local_gram_flow(leaf, 2) if by_pair else similarities._ClipCosines.apply(leaf, 2)
         flow.backward(upstream)
         found.append((flow.detach(), leaf.grad))
-    for one_by_one, grouped in zip(*found, strict=True):
-        torch.testing.assert_close(grouped, one_by_one)
+    for by_pair, by_row in zip(*found, strict=True):
+        torch.testing.assert_close(by_pair, by_row, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("layout", ["channels first", "slice"])
+def test_the_layout_in_memory_changes_nothing(layout: str) -> None:
+    stored = torch.randn(1, 3, 4, 6, 5, generator=torch.Generator().manual_seed(0)).double()
+    upstream = torch.randn(6, 6, 9, generator=torch.Generator().manual_seed(1)).double()
+    found = []
+    for contiguous in (True, False):
+        leaf = stored.clone().requires_grad_()
+        view = leaf.transpose(2, 4) if layout == "channels first" else leaf[..., 1:, :-1, 1:]
+        flow = local_gram_flow(view.contiguous() if contiguous else view, 1)
+        (flow * upstream[: flow.shape[2], : flow.shape[3]]).sum().backward()
+        found.append((flow.detach(), leaf.grad))
+    for plain, strided in zip(*found, strict=True):
+        torch.testing.assert_close(strided, plain, atol=1e-12, rtol=0)
