@@ -170,57 +170,65 @@ class _PairCosines(torch.autograd.Function):
         B, T, H, W, _ = features_BTHWC.shape
         side = 2 * radius + 1
         out = features_BTHWC.new_empty(B, T - 1, H, W, side, side)
+        unit_TYXC, pairs_PHWV = _buffers(features_BTHWC, radius)
+        inside_THWC = unit_TYXC[:, radius:-radius, radius:-radius]
         with _no_autocast(features_BTHWC.device):
             for b, first in product(range(B), range(0, T - 1, _PAIRS)):
-                maps = slice(first, first + _PAIRS + 1)
-                unit_TYXC = _padded_unit(features_BTHWC[b, maps], norm_BTHW1[b, maps], radius)
-                P = len(unit_TYXC) - 1
-                pairs_PHWV = unit_TYXC.new_empty(P, H, W, side * (W + 2 * radius))
+                P = min(_PAIRS, T - 1 - first)
+                maps = slice(first, first + P + 1)
+                torch.div(features_BTHWC[b, maps], norm_BTHW1[b, maps], out=inside_THWC[: P + 1])
                 for p in range(P):
-                    tokens_HWC = unit_TYXC[p, radius:-radius, radius:-radius]
                     keys_HVC = _key_rows(unit_TYXC[p + 1], side)
-                    torch.bmm(tokens_HWC, keys_HVC.mT, out=pairs_PHWV[p])
-                out[b, first : first + P] = _band(pairs_PHWV, side)
+                    torch.bmm(inside_THWC[p], keys_HVC.mT, out=pairs_PHWV[p])
+                out[b, first : first + P] = _band(pairs_PHWV[:P], side)
         return out.flatten(-2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_BPHWK: Tensor) -> tuple[Tensor, None]:
         features_BTHWC, norm_BTHW1 = ctx.saved_tensors
-        radius = ctx.radius
-        B, T, H, W, _ = features_BTHWC.shape
-        side = 2 * radius + 1
-        forth = gradient_BPHWK.unflatten(-1, (side, side))
-        back = reverse_pairs(gradient_BPHWK).unflatten(-1, (side, side))
-        grad_BTHWC = features_BTHWC.new_zeros(features_BTHWC.shape)
-        pairs_PHWV = grad_BTHWC.new_zeros(min(_PAIRS, T - 1), H, W, side * (W + 2 * radius))
         with _no_autocast(features_BTHWC.device):
-            for b, first in product(range(B), range(0, T - 1, _PAIRS)):
-                maps = slice(first, first + _PAIRS + 1)
-                unit_TYXC = _padded_unit(features_BTHWC[b, maps], norm_BTHW1[b, maps], radius)
-                P = len(unit_TYXC) - 1
-                # Outside the band the pairs stay 0.
-                band = _band(pairs_PHWV[:P], side)
-                band.copy_(forth[b, first : first + P])
-                for p in range(P):
-                    keys_HVC = _key_rows(unit_TYXC[p + 1], side)
-                    grad_BTHWC[b, first + p].baddbmm_(pairs_PHWV[p], keys_HVC)
-                band.copy_(back[b, first : first + P])
-                for p in range(P):
-                    keys_HVC = _key_rows(unit_TYXC[p], side)
-                    grad_BTHWC[b, first + p + 1].baddbmm_(pairs_PHWV[p], keys_HVC)
-        # Through the normalisation: the part along each token does not count.
+            grad_BTHWC = _unit_gradient(gradient_BPHWK, features_BTHWC, norm_BTHW1, ctx.radius)
+        # Through the normalisation: a change along a token does not change its unit token.
         along_BTHW1 = torch.linalg.vecdot(grad_BTHWC, features_BTHWC)[..., None]
         along_BTHW1 /= norm_BTHW1.square()
         return grad_BTHWC.addcmul_(features_BTHWC, along_BTHW1, value=-1).div_(norm_BTHW1), None
 
 
-def _padded_unit(features_THWC: Tensor, norm_THW1: Tensor, radius: int) -> Tensor:
-    """Unit tokens, with r zeros on each side: [T, Y = H + 2r, X = W + 2r, C]."""
-    T, H, W, C = features_THWC.shape
-    padded_TYXC = features_THWC.new_zeros(T, H + 2 * radius, W + 2 * radius, C)
-    torch.div(features_THWC, norm_THW1, out=padded_TYXC[:, radius:-radius, radius:-radius])
-    return padded_TYXC
+def _unit_gradient(
+    gradient_BPHWK: Tensor, features_BTHWC: Tensor, norm_BTHW1: Tensor, radius: int
+) -> Tensor:
+    """Gradient of the unit tokens, which are the tokens of one pair and the keys of another."""
+    B, T, _, _, _ = features_BTHWC.shape
+    side = 2 * radius + 1
+    forth = gradient_BPHWK.unflatten(-1, (side, side))
+    back = reverse_pairs(gradient_BPHWK).unflatten(-1, (side, side))
+    grad_BTHWC = features_BTHWC.new_zeros(features_BTHWC.shape)
+    unit_TYXC, pairs_PHWV = _buffers(features_BTHWC, radius)
+    inside_THWC = unit_TYXC[:, radius:-radius, radius:-radius]
+    for b, first in product(range(B), range(0, T - 1, _PAIRS)):
+        P = min(_PAIRS, T - 1 - first)
+        maps = slice(first, first + P + 1)
+        torch.div(features_BTHWC[b, maps], norm_BTHW1[b, maps], out=inside_THWC[: P + 1])
+        band = _band(pairs_PHWV[:P], side)  # the rest stays 0
+        band.copy_(forth[b, first : first + P])
+        for p in range(P):
+            keys_HVC = _key_rows(unit_TYXC[p + 1], side)
+            grad_BTHWC[b, first + p].baddbmm_(pairs_PHWV[p], keys_HVC)
+        band.copy_(back[b, first : first + P])
+        for p in range(P):
+            keys_HVC = _key_rows(unit_TYXC[p], side)
+            grad_BTHWC[b, first + p + 1].baddbmm_(pairs_PHWV[p], keys_HVC)
+    return grad_BTHWC
+
+
+def _buffers(features_BTHWC: Tensor, radius: int) -> tuple[Tensor, Tensor]:
+    """Zeros for the padded unit tokens of `_PAIRS` pairs, and for products of tokens and keys."""
+    _, T, H, W, C = features_BTHWC.shape
+    P, Y, X = min(_PAIRS, T - 1), H + 2 * radius, W + 2 * radius
+    unit_TYXC = features_BTHWC.new_zeros(P + 1, Y, X, C)
+    pairs_PHWV = features_BTHWC.new_zeros(P, H, W, (2 * radius + 1) * X)
+    return unit_TYXC, pairs_PHWV
 
 
 def _key_rows(padded_YXC: Tensor, side: int) -> Tensor:

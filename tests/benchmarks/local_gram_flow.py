@@ -2,10 +2,13 @@
 
     python tests/benchmarks/local_gram_flow.py
 
-Unfold copies each map once for every neighbour and multiplies; here one matrix product per row of
-the window does it. Times are of both sides in turn, in one process. Memory is what each side adds,
-at most, to inputs that are there already, in a process of its own: on a GPU memory allocated on it,
-otherwise resident memory. Values and gradients are compared with the unfold form in float64.
+Unfold copies each map once for every neighbour and multiplies; here matrix products over rows of
+tokens do it. Times are of both sides in turn, in one process. Without a GPU they are taken on one
+thread and on as many as there are cores, each without and with one process per core that computes
+all the time: threads wait for each other after every operation, and one that is not running delays
+them. Memory is what each side adds, at most, to inputs that are there already, in a process of its
+own: on a GPU memory allocated on it, otherwise resident memory. Values and gradients are compared
+with the unfold form in float64.
 
 On a GPU (`--dtype bfloat16` too) two more sides run: the Triton kernel, and what torch.compile
 makes of the matrix products; each side's share of the memory's rate is the bytes of inputs and
@@ -17,6 +20,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +28,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from report import (
+    Condition,
+    conditions_of,
     finish,
     held_bytes,
     machine,
     median_and_spread,
     now,
+    other_processes,
+    paired_ratios,
     peak_bytes,
     reset_peak,
+    shown,
     table,
 )
 from torch import Tensor
@@ -131,6 +140,31 @@ def warm_up(side: str, options: argparse.Namespace) -> None:
     both_ways(SIDES[side], *inputs(small), options.radius)
 
 
+def measure_times(
+    features: Tensor, upstream: Tensor, options: argparse.Namespace
+) -> dict[Condition, dict[str, list[float]]]:
+    """Seconds of every side under every condition, in turn, several times."""
+    conditions, sides = conditions_of(features.device), SIDES_OF[features.device.type]
+    found: dict[Condition, dict[str, list[float]]]
+    found = {condition: {side: [] for side in sides} for condition in conditions}
+    for _ in range(options.repeats):
+        for condition in conditions:
+            torch.set_num_threads(condition.threads)
+            with other_processes(condition.others):
+                for name in sides:
+                    started = now(features.device)
+                    both_ways(SIDES[name], features, upstream, options.radius)
+                    found[condition][name].append(now(features.device) - started)
+    return found
+
+
+def measure_memory(side: str, options: argparse.Namespace) -> list[float]:
+    """MiB that a side adds, several times; on a GPU it is the same each time."""
+    command = [sys.executable, __file__, *sys.argv[1:], f"--side={side}"]
+    repeats = 1 if options.device.startswith("cuda") else options.repeats
+    return [int(subprocess.check_output(command, text=True)) / 2**20 for _ in range(repeats)]
+
+
 def main() -> None:
     """Measure and print; the last line is one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -153,58 +187,67 @@ def main() -> None:
     sides = SIDES_OF[device.type]
     for name in sides:
         warm_up(name, options)
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    memory: dict[str, list[float]] = {side: [] for side in sides}
-    for repeat in range(options.repeats):
-        for name in sides:
-            started = now(device)
-            both_ways(SIDES[name], features, upstream, options.radius)
-            seconds[name].append(now(device) - started)
-            if repeat and device.type == "cuda":
-                continue  # the memory on a GPU is the same each time
-            answer = subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], f"--side={name}"],
-                check=True,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            memory[name].append(int(answer.stdout) / 2**20)
+    times = measure_times(features, upstream, options)
+    memory = {name: median_and_spread(measure_memory(name, options)) for name in sides}
     ratios = {
-        "time": [b / a for a, b in zip(seconds[OURS], seconds[UNFOLD], strict=True)],
-        "memory": [b / a for a, b in zip(memory[OURS], memory[UNFOLD], strict=True)],
+        condition: paired_ratios(seconds[UNFOLD], seconds[OURS])
+        for condition, seconds in times.items()
+    }
+    threads_over_one = {
+        condition: paired_ratios(seconds[OURS], times[replace(condition, threads=1)][OURS])
+        for condition, seconds in times.items()
+        if device.type == "cpu"
     }
     rows = [
-        [name, *(f"{value:.3f} ({low:.3f} to {high:.3f})" for value, (low, high) in told)]
-        for name in sides
-        for told in [[median_and_spread(seconds[name]), median_and_spread(memory[name])]]
+        [
+            condition.others,
+            str(condition.threads),
+            *(shown(median_and_spread(seconds[name]), 3) for name in sides),
+            shown(ratios[condition], 1),
+            *(shown(found, 2) for found in [threads_over_one.get(condition)] if found),
+        ]
+        for condition, seconds in times.items()
     ]
-    spreads = {name: median_and_spread(found) for name, found in ratios.items()}
+    header = ["other processes", "threads", *(f"{name}, s" for name in sides), "unfold over ours"]
+    header += ["ours over ours on one thread"] if threads_over_one else []
     errors = {
         side: largest_error(side, features, upstream, options.radius)
         for side in sides
         if side != UNFOLD
     }
-    error = errors[OURS]
-    further: dict[str, Any] = {}
+    first = next(iter(times))
+    further: dict[str, Any] = {"errors": errors}
     if device.type == "cuda":
-        further["errors"] = errors
-        further["milliseconds"] = {
-            side: round(1e3 * median_and_spread(seconds[side])[0], 3) for side in sides
-        }
+        medians = {side: median_and_spread(found)[0] for side, found in times[first].items()}
+        further["milliseconds"] = {side: round(1e3 * one, 3) for side, one in medians.items()}
         further["share_of_copy"] = {
-            side: round(share_of_copy(features, upstream, min(seconds[side])), 3) for side in sides
+            side: round(share_of_copy(features, upstream, min(times[first][side])), 3)
+            for side in sides
         }
+    else:
+        for name, found in (("ratios", ratios), ("over_one_thread", threads_over_one)):
+            further[name] = {
+                f"{condition.others}, {condition.threads}": round(median, 2)
+                for condition, (median, _) in found.items()
+            }
+    texts = [
+        table(header, rows),
+        table(
+            ["side", "added at most, MiB"],
+            [[name, shown(found, 1)] for name, found in memory.items()],
+        ),
+        f"Largest difference from float64, of values and gradients: {errors[OURS]:.1e}.",
+    ]
     finish(
         "local_gram_flow",
-        table(["side", "seconds", "added at most, MiB"], rows)
-        + f"\n\nLargest difference from float64, of values and gradients: {error:.1e}.",
+        "\n\n".join(texts),
         {
-            "ratio": round(spreads["time"][0], 1),
+            "ratio": round(ratios[first][0], 1),
             "target": TARGETS["time"],
-            "spread": [round(value, 1) for value in spreads["time"][1]],
-            "ratio_memory": round(spreads["memory"][0], 1),
+            "spread": [round(value, 1) for value in ratios[first][1]],
+            "ratio_memory": round(memory[UNFOLD][0] / memory[OURS][0], 1),
             "target_memory": TARGETS["memory"],
-            "largest_error": error,
+            "largest_error": errors[OURS],
             "target_error": TARGET_ERROR,
             **further,
             "machine": machine(device),

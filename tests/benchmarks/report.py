@@ -4,12 +4,19 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+
+NONE, ONE_A_CORE = "none", "one a core"
 
 
 def machine(device: torch.device) -> str:
@@ -23,6 +30,36 @@ def machine(device: torch.device) -> str:
     ]
     name = names[0] if names else platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores, torch {torch.__version__} on {torch.get_num_threads()}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Condition:
+    """What a side is timed under."""
+
+    others: str
+    """Other processes of this benchmark: `none`, or `one a core`, each busy all the time."""
+    threads: int
+
+
+def conditions_of(device: torch.device) -> list[Condition]:
+    """On a GPU, one."""
+    if device.type == "cuda":
+        return [Condition(others=NONE, threads=torch.get_num_threads())]
+    counts = sorted({1, os.cpu_count() or 1})
+    return [Condition(others=o, threads=n) for o, n in product((NONE, ONE_A_CORE), counts)]
+
+
+@contextmanager
+def other_processes(others: str) -> Iterator[None]:
+    """Processes that compute all the time."""
+    count = (os.cpu_count() or 1) if others == ONE_A_CORE else 0
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 def now(device: torch.device) -> float:
@@ -64,6 +101,17 @@ def _of_process(name: str) -> int:
 def median_and_spread(values: Sequence[float]) -> tuple[float, list[float]]:
     """Return the median, and the smallest and the largest value."""
     return statistics.median(values), [min(values), max(values)]
+
+
+def paired_ratios(over: Sequence[float], under: Sequence[float]) -> tuple[float, list[float]]:
+    """Median and spread of what is over what, run by run."""
+    return median_and_spread([a / b for a, b in zip(over, under, strict=True)])
+
+
+def shown(found: tuple[float, list[float]], digits: int) -> str:
+    """The median and the spread."""
+    median, (low, high) = found
+    return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
