@@ -48,7 +48,9 @@ def load_settings(
     *,
     needed: Sequence[str] | None = None,
 ) -> RunConfig:
-    """Load the configuration of a command; errors exit with the code for bad usage.
+    """Load the configuration of a command, and limit threads where it has the demo's models.
+
+    Errors exit with the code for bad usage.
 
     Args:
         config: preset name or path; None uses `overrides` only.
@@ -56,10 +58,13 @@ def load_settings(
         traceback: let errors propagate with their traceback.
         needed: the settings without a default that the command reads; None requires all of them.
     """
+    from pipeline.commands.assets import limit_threads
     from pipeline.config.load import NEEDED, load_config
 
     with failures.exit_on_error(traceback=traceback):
-        return load_config(config, overrides or [], needed=NEEDED if needed is None else needed)
+        loaded = load_config(config, overrides or [], needed=NEEDED if needed is None else needed)
+        limit_threads(loaded)
+        return loaded
 
 
 def config_file_of_run(run: Path | None) -> str | None:

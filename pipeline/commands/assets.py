@@ -26,20 +26,24 @@ def make_missing_assets(
 
     Does nothing without a demo section, nor for parts that the settings do not use (`data.path`,
     `model.path` or `extract.teacher.checkpoint` point elsewhere).
-
-    The demo computes on one thread unless OMP_NUM_THREADS is set: models this small gain little
-    from a second one, and on a busy machine threads that wait for each other are ten times slower.
     """
     parts = [part for part in reads if uses_demo_part(config, part)]
     if config.demo is None or not parts:
         return
-    if "OMP_NUM_THREADS" not in os.environ:
-        import torch
-
-        torch.set_num_threads(1)
     from stages.demo.build import ensure_demo
 
     ensure_demo(config.demo, config.data, parts=parts, progress=progress)
+
+
+def limit_threads(config: RunConfig) -> None:
+    """Let torch compute on one thread where the demo's models do, unless OMP_NUM_THREADS is set.
+
+    In the environment, for processes that are started later too; torch must not be imported yet.
+    Models this small gain little from a second thread, and lose much on a busy machine
+    (`tests/benchmarks/demo_threads.md`).
+    """
+    if uses_demo_part(config, "cogvideox") or uses_demo_part(config, "sam2"):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def uses_demo_part(config: RunConfig, part: DemoPart) -> bool:

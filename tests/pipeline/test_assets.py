@@ -1,5 +1,7 @@
 """Parts of the built-in demo that each command generates: only those it reads."""
 
+import os
+
 import pytest
 
 from pipeline.commands import assets, estimate, extract, sample, train
@@ -98,3 +100,28 @@ def test_a_dry_run_speaks_of_the_demos_clips_only_where_they_are_read(tmp_path):
     with pytest.raises(ValueError) as caught:
         estimate.run(load_config("demo", [root, *OWN]), QUIET)
     assert "the demo's" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "given", "expected"),
+    [
+        ((), None, "1"),
+        ((), "3", "3"),
+        ((ELSEWHERE["cogvideox"],), None, "1"),
+        (OWN, None, None),
+    ],
+)
+def test_the_demos_models_compute_on_one_thread_unless_told(
+    monkeypatch, tmp_path, overrides, given, expected
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    assets.limit_threads(load_config("demo", [f"demo.root={tmp_path}/demo", *overrides]))
+    assert os.environ.get("OMP_NUM_THREADS") == expected
+
+
+def test_other_models_use_all_threads(monkeypatch, minimal):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assets.limit_threads(load_config(minimal))
+    assert "OMP_NUM_THREADS" not in os.environ
