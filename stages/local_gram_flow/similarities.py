@@ -20,8 +20,9 @@ Kernel = Literal["torch", "triton"]
 """Implementation: matrix products in torch, on any device, or a fused Triton kernel."""
 
 _SMALLEST_NORM = 1e-12
-_PAIRS = 4
-"""Pairs of maps that a CPU pads and copies together."""
+_PAIRS = 2
+"""Pairs of maps that a CPU pads and copies together; more would take more memory than they save
+time."""
 
 
 def local_gram_flow(features_BTHWC: Tensor, radius: int, *, kernel: Kernel = "torch") -> Tensor:
@@ -156,10 +157,10 @@ class _PairCosines(torch.autograd.Function):
     """The same, one matrix product per pair of maps.
 
     The product of each row of tokens with the 2r + 1 padded rows of keys around it: the window is
-    a band in each of them. Every operation on several threads ends with a wait for the last, which
-    may not be running on a busy CPU. These are a tenth of the waits of a product per window row;
-    `_PAIRS` at a time are padded and copied together, which saves further ones, and still stay in
-    the caches. Only the norms are saved for backward beside the features.
+    a band in each of them. Every operation on several threads ends with a wait for the last thread,
+    which on a busy CPU may not be running: few large products make an eighth of the waits of a
+    product per window row. `_PAIRS` at a time are padded and copied together, which saves further
+    waits. Only the norms are saved for backward beside the features.
     """
 
     @staticmethod
