@@ -5,7 +5,9 @@ and the size.
 import json
 import os
 import shutil
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
@@ -17,6 +19,7 @@ from tests.benchmarks.scale_fixtures import (
     DROPPED,
     KINDS,
     PER_SHARD,
+    SMALL,
     Found,
     copy_links,
     key_of,
@@ -25,6 +28,8 @@ from tests.benchmarks.scale_fixtures import (
     write_shard,
 )
 from tests.fingerprints import fingerprint_of
+
+SAMPLES = 512
 
 
 def timed(action: Callable[[], object]) -> Found:
@@ -200,11 +205,70 @@ def inodes(_: Path, empty: Path, size: int) -> Found:
     return {"inodes": sum(counted.values()), **counted}
 
 
-def order_clips(_: Path, __: Path, size: int) -> Found:
-    """Where the first sample of training is in the shuffled clips."""
+def start_training(cache: Path, _: Path, __: int) -> Found:
+    """Open three stores, join them, hold out eight clips, and find the first sample's clip."""
     from stages.train_student.data.order import SampleOrder
+    from stages.train_student.data.stores import join_buckets
 
-    return timed(lambda: SampleOrder([size], batch_size=8, seed=0).locate(0))
+    sizes = _small_clips(cache)
+
+    def start() -> None:
+        (stores,) = join_buckets(cache, sizes, {}, kinds=("gram_flow",), held_out=8).stores
+        SampleOrder([len(stores.keys)], batch_size=8, seed=0).locate(0)
+
+    return timed(start)
+
+
+def load_samples(cache: Path, _: Path, __: int) -> Found:
+    """Samples of random clips, read in this process once training has started."""
+    from stages.train_student.data.dataset import CachedSamples
+    from stages.train_student.data.loader import BatchLoader
+    from stages.train_student.data.stores import join_buckets
+    from tests.benchmarks.loader_stores import configs
+
+    stores = join_buckets(cache, _small_clips(cache), {}, kinds=("gram_flow",)).stores
+    samples = CachedSamples(stores, configs(), seed=0, batch_size=8)
+    numbers = ([number] for number in range(SAMPLES + 1))
+    with BatchLoader(samples, numbers, workers=0, pin_memory=False) as batches:
+        next(batches)
+        return timed(lambda: list(batches))
+
+
+def _small_clips(cache: Path) -> Any:
+    from stages.clips import ClipsConfig
+
+    frames, height, width = SMALL
+    return ClipsConfig(path=cache, num_frames=frames, height=height, width=width).sizes
+
+
+def count_operations(_: Path, empty: Path, size: int) -> Found:
+    """Operations on names and opened files a clip and kind, of a shard of 100 clips: by an audit
+    hook, so that `stat` is not among them."""
+    if size > PER_SHARD:
+        return {}
+    counted: Counter[str] = Counter()
+    counting = ""
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if counting and (event == "open" or event.startswith("os.")):
+            path = arguments[0] if arguments else ""
+            if str(path).startswith(str(empty)):
+                counted[counting] += 1
+
+    sys.addaudithook(hook)
+    clips = 100
+    for kind in KINDS:
+        writer = StoreWriter.open(empty, settings_of(kind), provenance={})
+        counting = "write"
+        write_shard(writer, "00000", range(clips), range(0))
+        counting = ""
+        writer.write_index()
+        reader = StoreReader(writer.path)
+        counting = "read"
+        for key in reader.keys:
+            reader.read(key)
+        counting = ""
+    return {f"{name}_operations": count / clips for name, count in counted.items()}
 
 
 def report_page(run: Path, empty: Path, _: int) -> Found:
@@ -232,6 +296,7 @@ def import_all(*_: object) -> Found:
 CELLS: dict[str, tuple[str, bool, Callable[[Path, Path, int], Found]]] = {
     "a process that imports stage one": ("nothing", False, import_all),
     "files and folders a clip": ("nothing", False, inodes),
+    "operations a clip": ("nothing", False, count_operations),
     "first clip, tars": ("tars", False, first_clip),
     "first clip, finished tars and one more": ("begun", False, first_clip_again),
     "first clip, metadata.jsonl": ("metadata", False, first_clip),
@@ -246,7 +311,8 @@ CELLS: dict[str, tuple[str, bool, Callable[[Path, Path, int], Found]]] = {
     "cache verify": ("store", True, verify),
     "cache copy": ("store", True, lambda c, e, _: console(c, e, "copy", "{}", str(e / "copy"))),
     "write failures.jsonl": ("skipped", False, list_failures),
-    "order of training": ("nothing", False, order_clips),
+    "training start": ("trainable", False, start_training),
+    "512 samples of the loader": ("trainable", True, load_samples),
     "page of a run, size in steps": ("run", False, report_page),
     "resume losses.jsonl, size in steps": ("run", False, resume_rows),
 }

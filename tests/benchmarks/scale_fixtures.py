@@ -23,10 +23,13 @@ from typing import Any
 import numpy as np
 
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
+from cache_schema.shard_writer import ShardWriter
 from tests.fingerprints import fingerprint_of
 
 PER_SHARD = 1000
 DROPPED = 1000
+SMALL = (9, 32, 48)
+"""Frames, height and width of the clips that training reads; the fewest and smallest there are."""
 
 KINDS: dict[Any, dict[str, str]] = {
     "text": {"embeds": "ld"},
@@ -50,13 +53,18 @@ def settings_of(kind: str, name: str = "") -> StoreSettings:
 
 def write_shard(writer: StoreWriter, shard: str, clips: range, skipped: range) -> None:
     """By the package's own writer."""
-    zeros = {name: np.zeros(spec.shape, "u1") for name, spec in writer.settings.arrays.items()}
     with writer.shard(shard, source=f"{shard}.tar") as out:
         for number in clips:
-            out.add(key_of(number), zeros, {"num_frames": 49}, fingerprint=fingerprint_of("a"))
+            write_clip(out, writer.settings, number)
         for number in skipped:
             out.skip(key_of(number), "too_short", "has 12 frames", fingerprint=fingerprint_of("a"))
         out.commit()
+
+
+def write_clip(out: ShardWriter, settings: StoreSettings, number: int) -> None:
+    """A clip of zeros."""
+    zeros = {name: np.zeros(spec.shape, spec.dtype) for name, spec in settings.arrays.items()}
+    out.add(key_of(number), zeros, {"num_frames": 49}, fingerprint=fingerprint_of("a"))
 
 
 def key_of(number: int) -> str:
@@ -69,29 +77,62 @@ def copy_links(source: Path, target: Path) -> None:
     subprocess.run(["cp", "-al", source, target], check=True)
 
 
-def make_store(folder: Path, num_clips: int, groups: int, *, skipped: bool = False) -> Path:
-    """A teacher store without an index.
+def make_store(
+    folder: Path, num_clips: int, groups: int, settings: StoreSettings, *, skipped: bool = False
+) -> Path:
+    """A store with its index.
 
     Args:
         folder: the cache's.
         num_clips: in shards of 1,000.
         groups: as for `repeat_shard`.
+        settings: of the store.
         skipped: whether the clips are skipped ones, and the store holds one clip a shard.
     """
-    one_shard = folder.parent / ("one-shard-skipped" if skipped else "one-shard")
+    one_shard = folder.parent / f"one-shard-{settings.hash}{'-skipped' if skipped else ''}"
     if not one_shard.exists():
         making = one_shard.with_suffix(".partial")
         shutil.rmtree(making, ignore_errors=True)
         clips, out = (range(1), range(1, PER_SHARD)) if skipped else (range(PER_SHARD), range(0))
-        writer = StoreWriter.open(making, settings_of("teacher"), provenance={})
-        write_shard(writer, "00000", clips, out)
+        write_shard(StoreWriter.open(making, settings, provenance={}), "00000", clips, out)
         making.rename(one_shard)
-    copy_links(one_shard, folder)
-    writer = StoreWriter.open(folder, settings_of("teacher"), provenance={})
+    folder.mkdir(parents=True, exist_ok=True)
+    (store,) = one_shard.iterdir()
+    copy_links(store, folder / store.name)
+    writer = StoreWriter.open(folder, settings, provenance={})
     repeat_shard(
         writer, num_clips // PER_SHARD, groups, lambda number, i: key_of(number * PER_SHARD + i)
     )
+    StoreWriter(writer.path, settings).write_index()
     return writer.path
+
+
+def make_trainable(folder: Path, num_clips: int, groups: int) -> None:
+    """What training reads: stores of small clips, each of `SMALL`."""
+    for kind, arrays in trainable_arrays().items():
+        settings = StoreSettings(kind=kind, arrays=arrays, values={})
+        make_store(folder, num_clips, groups, settings)
+
+
+def trainable_arrays() -> dict[str, dict[str, ArraySpec]]:
+    """By kind, for clips of `SMALL`."""
+    from stages.local_gram_flow.alignment import TEMPORAL_COMPRESSION
+    from stages.teacher_store.gram_flow import flow_arrays_spec
+
+    frames, height, width = SMALL
+    latents = ArraySpec(
+        dtype="float16",
+        shape=((frames - 1) // TEMPORAL_COMPRESSION + 1, 16, height // 8, width // 8),
+        dimension_names=("f", "c", "h", "w"),
+    )
+    text = ArraySpec(dtype="float16", shape=(4, 8), dimension_names=("l", "d"))
+    valid = ArraySpec(dtype="uint8", shape=(frames,), dimension_names=("t",))
+    flow = flow_arrays_spec(frames - 1, height // 16, width // 16, 1, "float16")
+    return {
+        "text": {"embeds": text},
+        "latents": {"mean": latents, "std": latents},
+        "gram_flow": flow | {"valid": valid},
+    }
 
 
 def repeat_shard(
@@ -240,18 +281,15 @@ def _opened(path: Path) -> Any:
         yield file
 
 
-def make_indexed(folder: Path, num_clips: int, groups: int, *, skipped: bool = False) -> None:
-    """A store with its index."""
-    path = make_store(folder, num_clips, groups, skipped=skipped)
-    StoreWriter(path, settings_of("teacher")).write_index()
-
-
 FIXTURES: dict[str, Callable[[Path, int, int], object]] = {
     "tars": lambda folder, size, _: make_tars(folder, size),
     "begun": lambda folder, size, _: make_begun(folder, size),
     "metadata": lambda folder, size, _: make_metadata(folder, size),
-    "store": lambda folder, size, groups: make_indexed(folder, size, groups),
-    "skipped": lambda folder, size, _: make_indexed(folder, size, 1, skipped=True),
+    "store": lambda folder, size, groups: make_store(folder, size, groups, settings_of("teacher")),
+    "skipped": lambda folder, size, _: make_store(
+        folder, size, 1, settings_of("teacher"), skipped=True
+    ),
+    "trainable": make_trainable,
     "run": lambda folder, size, _: make_run(folder, size),
     "nothing": lambda folder, *_: folder.mkdir(),
 }
