@@ -8,7 +8,7 @@ process had resident, imports included ("a process that imports stage one" has a
 clip), and seconds are by the clock, and in parentheses the processor's. Seconds do not include
 imports. Results are appended to DIR/results.jsonl as they come: a benchmark that was stopped goes
 on. Where a size passes the limit, larger ones are not tried. The data are made up
-(`scale_fixtures.py`).
+(`scale_fixtures.py`). What the results come to at 10^8 clips is computed by `scale_estimate.py`.
 """
 
 import argparse
@@ -125,6 +125,7 @@ def show(known: dict[tuple[str, int], Found], options: argparse.Namespace) -> No
     import torch
 
     from tests.benchmarks.report import finish, machine, table
+    from tests.benchmarks.scale_estimate import section
 
     sizes = sorted({size for _, size in known})
     rows = []
@@ -139,7 +140,7 @@ def show(known: dict[tuple[str, int], Found], options: argparse.Namespace) -> No
     header = ["", *(f"{size:,}" for size in sizes), "growth"]
     finish(
         "scale",
-        table(header, rows),
+        f"{table(header, rows)}\n\n{section(known)}",
         {
             "value": round(max(over, default=0.0), 2),
             "target": 1.2,
@@ -164,6 +165,8 @@ def _cell(row: Found | None) -> str:
         return "failed"
     if "inodes" in row:
         return f"{row['inodes']:.1f}"
+    if "read_operations" in row:
+        return f"{row['write_operations']:.0f} to write, {row['read_operations']:.0f} to read"
     if "s" not in row:
         return ""
     size = f", {row['MB']:.3g} MB written" if "MB" in row else ""
