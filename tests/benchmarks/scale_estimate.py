@@ -7,6 +7,7 @@ in proportion to clips, as they were measured. What is assumed of machines stand
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -65,7 +66,7 @@ def default_arrays() -> dict[str, Mapping[str, ArraySpec]]:
     """Arrays of stage one's default kinds for CogVideoX-5B, by kind."""
     config = ExtractConfig(teacher=TeacherConfig(prompts=("dataset",)))
     passes = planned_passes(
-        config, ClipsConfig(path="clips"), BaseModelConfig(path="zai-org/CogVideoX-5b")
+        config, ClipsConfig(path=Path("clips")), BaseModelConfig(path="zai-org/CogVideoX-5b")
     )
     return {kind: arrays for one in passes for kind, arrays in (one.arrays or {}).items()}
 
@@ -117,7 +118,7 @@ def quantities(known: Known, arrays: Mapping[str, Mapping[str, ArraySpec]]) -> l
     files = sum(map(len, arrays.values())) + sum(per_shard) / PER_SHARD
     counts = known.get(("operations a clip", PER_SHARD), {})
     order = 2 * np.random.default_rng(0).permutation(1).itemsize
-    default_shard = ClipsConfig(path="clips").clips_per_shard
+    default_shard = ClipsConfig(path=Path("clips")).clips_per_shard
     day, start, memory = "a day", f"{START_S} s", "a node's memory"
     several = "several clips in a file, or several file systems"
     mapped = "the index in parts by key, mapped from a local file"
