@@ -31,6 +31,8 @@ NODE_BYTES = 2**40
 """Memory of a node."""
 OPERATIONS_PER_S = 50_000
 """Operations that the file system's metadata server answers."""
+NAMES_PER_OPERATION = 1000
+"""Names that one operation of it lists."""
 NAMES_PER_FOLDER = 10**6
 """Names in a folder up to which listing and looking up are usually quick."""
 INODES = 2**32
@@ -225,6 +227,13 @@ def section(known: Known) -> str:
     writes, total = index_writes(CLIPS // PER_SHARD)
     largest_record = max(record_bytes(kind, of_kind) for kind, of_kind in arrays.items())
     reads = sum(map(len, arrays.values()))
+    listing = []
+    for number in (PER_SHARD, ClipsConfig(path=Path("clips")).clips_per_shard):
+        names = (CLIPS / number) ** 2 / 2
+        hours = names / NAMES_PER_OPERATION / OPERATIONS_PER_S / 3600
+        listing.append(
+            f"{_short(names, '')} names a kind with {number:,} clips a shard, {hours:.2g} h"
+        )
     texts = [
         f"## To {_short(CLIPS, '')} clips on {NODES:,} nodes",
         "By arithmetic: constants of the format, and what a further clip adds to the processor's "
@@ -238,6 +247,8 @@ def section(known: Known) -> str:
         f"{_short(MAX_RECORD_BYTES / largest_record, '')} clips. Until an index lists all shards "
         f"it is written {writes} times, {total:.0f} times its bytes. A sample behind a URL takes "
         f"{reads} requests of a range if all kinds are read.",
+        "Committing a shard lists `commits/`, which grows with the square of shards: over the run "
+        f"{'; '.join(listing)} of the metadata server.",
     ]
     if not_measured:
         texts.append(f"Not measured: {', '.join(not_measured)}.")
