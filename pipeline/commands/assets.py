@@ -40,7 +40,7 @@ def limit_threads(config: RunConfig) -> None:
 
     In the environment, for processes that are started later too; torch must not be imported yet.
     Models this small gain little from a second thread, and lose much on a busy machine
-    (`tests/benchmarks/demo_threads.md`).
+    (`tests/benchmarks/demo_threads.py`).
     """
     if uses_demo_part(config, "cogvideox") or uses_demo_part(config, "sam2"):
         os.environ.setdefault("OMP_NUM_THREADS", "1")

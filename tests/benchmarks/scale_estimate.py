@@ -121,7 +121,7 @@ def quantities(known: Known, arrays: Mapping[str, Mapping[str, ArraySpec]]) -> l
     counts = known.get(("operations a clip", PER_SHARD), {})
     order = 2 * np.random.default_rng(0).permutation(1).itemsize
     default_shard = ClipsConfig(path=Path("clips")).clips_per_shard
-    day, start, memory = "a day", f"{START_S} s", "a node's memory"
+    day, start, memory = "a day", "a start", "a node's memory"
     several = "several clips in a file, or several file systems"
     mapped = "the index in parts by key, mapped from a local file"
 
@@ -239,6 +239,8 @@ def section(known: Known) -> str:
         "By arithmetic: constants of the format, and what a further clip adds to the processor's "
         "time in the table, from the smallest to the largest size. Shards have "
         f"{PER_SHARD:,} clips, keys {len(key_of(0))} bytes.",
+        f"Assumed: a metadata server that answers {OPERATIONS_PER_S:,} operations a second, "
+        f"{_short(NODE_BYTES, 'B')} of memory a node.",
         table(["", "a clip", f"{_short(CLIPS, '')} clips", "limit", "reached at", "instead"], rows),
         "Bytes a clip of 49x480x720, CogVideoX-5B: "
         + ", ".join(f"{kind} {_short(size, 'B')}" for kind, size in sizes.items())
