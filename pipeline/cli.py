@@ -24,6 +24,7 @@ from pipeline.cli_options import (
 from pipeline.console import CommandResult, escape_unencodable_output, print_file, print_json
 from pipeline.environment import set_rank_from_slurm
 from pipeline.evaluate_cli import evaluate
+from pipeline.explore_cli import explore
 from pipeline.inspect_cli import inspect
 from pipeline.preference_cli import preference_app
 from pipeline.probe_cli import probe
@@ -89,8 +90,8 @@ def _top(
     extract-features computes a cache from a folder of clips, train fine-tunes the model from the
     cache alone, sample generates videos with the result. probe measures, before training, which
     blocks agree with the teacher. export converts any checkpoint to weights for diffusers. inspect
-    shows what the cache holds, cache maintains it; demo runs all steps on a generated dataset with
-    tiny models.
+    draws what the cache holds, explore shows it in a browser, cache maintains it; demo runs all
+    steps on a generated dataset with tiny models.
     """
 
 
@@ -300,6 +301,7 @@ app.command()(probe)
 app.command()(sample)
 app.command()(evaluate)
 app.command()(inspect)
+app.command()(explore)
 
 
 @app.command()

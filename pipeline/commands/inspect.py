@@ -19,7 +19,6 @@ from stages.progress import Progress
 from stages.train_student.config import KIND_OF_FORM
 
 if TYPE_CHECKING:
-    from stages.clips.config import ClipsConfig
     from stages.inspect_cache.drawing import Drawing
 
 _MAX_COMPARED_KEYS = 20_000
@@ -233,6 +232,7 @@ def _pictures(
 ) -> list[Drawing]:
     """Draw what the store itself holds; nothing for kinds that cannot be drawn."""
     from stages.clips import open_dataset
+    from stages.inspect_cache.clip_view import stored_clips
     from stages.inspect_cache.draw_store import DRAWN_KINDS, draw_store
 
     if reader.settings.kind not in DRAWN_KINDS:
@@ -245,7 +245,7 @@ def _pictures(
         reader,
         keys,
         out_dir=out,
-        clips=_clips_config_of(config, reader),
+        clips=stored_clips(reader, config.data),
         dataset=dataset,
         radius=config.train.lgf.radius,
         temperature=config.train.lgf.temperature,
@@ -254,27 +254,18 @@ def _pictures(
     return list(drawings)
 
 
-def _clips_config_of(config: RunConfig, reader: StoreReader) -> ClipsConfig:
-    """The dataset's settings, with the length, size and frame rate of the store's clips."""
-    recorded = reader.settings.values.get("clips")
-    stored: dict[str, Any] = dict(recorded) if isinstance(recorded, dict) else {}
-    if not stored:
-        return config.data.sizes[0]
-    known = {name: stored[name] for name in type(config.data).model_fields if name in stored}
-    return config.data.model_copy(update=known | {"buckets": ()})
-
-
 def _overlays(
     config: RunConfig, progress: Progress, reader: StoreReader, keys: Sequence[str], out: Path
 ) -> list[Drawing]:
     """Draw the masks over the clips' frames, read from the dataset."""
     from stages.clips import open_dataset
+    from stages.inspect_cache.clip_view import stored_clips
     from stages.inspect_cache.overlay import draw_overlay
 
     if config.data.path == Path(NOT_GIVEN):
         raise ConfigError("--overlay draws over the dataset's frames; set data.path=… or --config")
     dataset = open_dataset(config.data)
-    clips = _clips_config_of(config, reader)
+    clips = stored_clips(reader, config.data)
     drawings = draw_overlay(
         reader, keys, out_dir=out, clips=clips, dataset=dataset, progress=progress
     )

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cache_schema import StoreReader
+from cache_schema import ClipEntry, StoreReader
 
 COLUMNS = ("clip", "quality", "valid", "lost", "lost_at", "prompt", "confidence", "shard")
 """Columns of `ClipLine`, as named in lists and in `--sort`."""
@@ -37,22 +37,26 @@ def clip_lines(reader: StoreReader) -> Iterator[ClipLine]:
         CacheError: A record is damaged.
     """
     for shard in reader.shards:
-        for entry in reader.records(shard):
-            known = entry.attributes
-            prompt: Any = known.get("prompt") or {}
-            frames, valid = _number(known.get("num_frames")), _number(known.get("valid_frames"))
-            lost = None if frames is None or valid is None else int(frames - valid)
-            lost_at = _number(known.get("lost_at"))
-            yield ClipLine(
-                clip=entry.key,
-                quality=_number(known.get("quality")),
-                valid=None if valid is None else int(valid),
-                lost=lost,
-                lost_at=None if lost_at is None else int(lost_at),
-                prompt=f"{prompt['source']} {'+'.join(prompt['kinds'])}" if prompt else None,
-                confidence=_number(prompt.get("confidence")),
-                shard=entry.shard,
-            )
+        yield from map(clip_line, reader.records(shard))
+
+
+def clip_line(entry: ClipEntry) -> ClipLine:
+    """The row of a clip, from its record."""
+    known = entry.attributes
+    prompt: Any = known.get("prompt") or {}
+    frames, valid = _number(known.get("num_frames")), _number(known.get("valid_frames"))
+    lost = None if frames is None or valid is None else int(frames - valid)
+    lost_at = _number(known.get("lost_at"))
+    return ClipLine(
+        clip=entry.key,
+        quality=_number(known.get("quality")),
+        valid=None if valid is None else int(valid),
+        lost=lost,
+        lost_at=None if lost_at is None else int(lost_at),
+        prompt=f"{prompt['source']} {'+'.join(prompt['kinds'])}" if prompt else None,
+        confidence=_number(prompt.get("confidence")),
+        shard=entry.shard,
+    )
 
 
 def _number(value: Any) -> float | None:

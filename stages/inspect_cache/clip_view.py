@@ -65,6 +65,15 @@ class ClipView:
         return max(float(np.percentile(lengths[known_P], 99)), _SMALLEST_FULL_COLOUR)
 
 
+def stored_clips(reader: StoreReader, data: ClipsConfig) -> ClipsConfig:
+    """The dataset's settings, with the length, size and frame rate of the store's clips."""
+    recorded = reader.settings.values.get("clips")
+    if not isinstance(recorded, dict) or not recorded:
+        return data.sizes[0]
+    known = {name: recorded[name] for name in type(data).model_fields if name in recorded}
+    return data.model_copy(update=known | {"buckets": ()})
+
+
 def read_clip(
     reader: StoreReader, key: str, clips: ClipsConfig, *, radius: int, temperature: float
 ) -> ClipView:

@@ -21,6 +21,7 @@ from stages.local_gram_flow.fusion import (
 from stages.local_gram_flow.loss import (
     Divergence,
     flow_entropy,
+    flow_probability,
     gram_flow_loss,
     implied_flow,
     implied_motion,
@@ -39,6 +40,7 @@ __all__ = [
     "Fusion",
     "Kernel",
     "flow_entropy",
+    "flow_probability",
     "frames_to_latents",
     "fuse_directions",
     "fuse_subjects",

@@ -133,19 +133,27 @@ def flow_entropy(similarities_BPHWK: Tensor, temperature: float) -> Tensor:
     return -terms.sum(-1) / highest_HW.clamp(min=torch.finfo(dtype).tiny)
 
 
+def flow_probability(similarities_BPHWK: Tensor, temperature: float) -> Tensor:
+    """Softmax of a Gram flow over the neighbours inside the grid, as the loss compares it.
+
+    Returns:
+        probability_BPHWK, 0 for neighbours outside the grid; float32.
+    """
+    _, _, H, W, K = similarities_BPHWK.shape
+    mask_HWK = neighbour_mask(H, W, radius_of_window(K), similarities_BPHWK.device)
+    log_probability = _log_softmax_inside(similarities_BPHWK.float(), mask_HWK, temperature)
+    return log_probability.exp().masked_fill(~mask_HWK, 0.0)
+
+
 def implied_flow(similarities_BPHWK: Tensor, temperature: float) -> Tensor:
     """Motion implied by a Gram flow: the expected offset under softmax(s / temperature).
 
     Returns:
         flow_BPHW2, (dx, dy) in tokens from each frame to the next; right and down are positive.
     """
-    _, _, H, W, K = similarities_BPHWK.shape
-    radius = radius_of_window(K)
-    device = similarities_BPHWK.device
-    mask_HWK = neighbour_mask(H, W, radius, device)
-    log_probability = _log_softmax_inside(similarities_BPHWK.float(), mask_HWK, temperature)
-    probability_BPHWK = log_probability.exp().masked_fill(~mask_HWK, 0.0)
-    return probability_BPHWK @ neighbour_offsets(radius, device).float()
+    radius = radius_of_window(similarities_BPHWK.shape[-1])
+    offsets_K2 = neighbour_offsets(radius, similarities_BPHWK.device)
+    return flow_probability(similarities_BPHWK, temperature) @ offsets_K2.float()
 
 
 def implied_motion(similarities_BPHWK: Tensor, temperature: float) -> Tensor:

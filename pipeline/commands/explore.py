@@ -1,0 +1,130 @@
+"""`explore`: a page about a cache, served to this machine or written to a file."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cache_schema import is_url
+from cache_schema.atomic_io import make_directories, write_atomic
+from pipeline.config.load import NOT_GIVEN, RunConfig
+from pipeline.console import CommandResult, format_bytes
+from stages.progress import Progress
+
+if TYPE_CHECKING:
+    from stages.explore.explorer import Explorer
+    from stages.explore.server import ExploreServer
+
+_LIST_NAME = "leave_out.jsonl"
+
+
+def open_server(config: RunConfig, *, cache: str | None, port: int) -> ExploreServer:
+    """Open the cache and bind the server; nothing is answered before `serve`.
+
+    Args:
+        config: The whole configuration.
+        cache: Folder or URL of stores or of one store; None uses `config.cache`.
+        port: 0 takes a free one.
+
+    Raises:
+        CacheError: There is no store, or a damaged one.
+        ValueError: The list of clips to leave out is none.
+        OSError: The port is in use.
+    """
+    from stages.explore.server import ExploreServer
+
+    return ExploreServer(_explorer(config, cache), port=port)
+
+
+def _explorer(config: RunConfig, cache: str | None) -> Explorer:
+    from stages.clips import open_dataset
+    from stages.explore.explorer import Explorer, Sources
+    from stages.explore.leave_out import LeaveOutList
+    from stages.explore.stores import open_cache
+
+    where = cache or config.cache
+    dataset, why = None, ""
+    if config.data.path == Path(NOT_GIVEN):
+        why = "data.path is not set; give --config or data.path=…"
+    else:
+        try:
+            dataset = open_dataset(config.data)
+        except ValueError as error:
+            why = str(error)
+    leave_out = LeaveOutList(config.train.leave_out or config.outputs / _LIST_NAME)
+    leave_out.keys()  # a file that is no such list is an error now, not at the first click
+    return Explorer(
+        sources=Sources(
+            cache=where,
+            sizes=open_cache(where if is_url(where) else Path(where), config.train.stores),
+            data=config.data,
+            dataset=dataset,
+            no_dataset=why,
+            lgf=config.train.lgf,
+            leave_out=leave_out,
+        )
+    )
+
+
+def serving(server: ExploreServer) -> CommandResult:
+    """The address, printed before the server answers."""
+    explorer = server.explorer
+    sources = explorer.sources
+    rows = [
+        ("clips", str(explorer.table.num_stored)),
+        ("clips to leave out", str(sources.leave_out.path)),
+    ]
+    notes = [f"frames are not shown: {sources.no_dataset}"] if sources.no_dataset else []
+    return CommandResult(
+        title=f"explore {sources.cache}",
+        rows=rows,
+        data={
+            "address": server.address,
+            "clips": explorer.table.num_stored,
+            "leave_out": str(sources.leave_out.path),
+        },
+        notes=[*notes, f"open {server.address} (Ctrl-C ends the server)"],
+    )
+
+
+def serve(server: ExploreServer) -> None:
+    """Answer requests until Ctrl-C or SIGTERM."""
+    sys.stdout.flush()
+    server.explorer.start()
+    try:
+        server.serve_forever()
+    finally:
+        server.server_close()
+        server.explorer.close()
+
+
+def export(
+    config: RunConfig, progress: Progress, *, cache: str | None, out: Path, clips: Sequence[str]
+) -> CommandResult:
+    """Write some clips as one page.
+
+    Args:
+        config: The whole configuration.
+        progress: Advanced once per clip.
+        cache: As in `open_server`.
+        out: The file; replaced if it exists.
+        clips: Keys of the clips.
+
+    Raises:
+        ValueError: A key that the cache does not have, or too many.
+    """
+    from stages.explore.export import saved_page
+
+    explorer = _explorer(config, cache)
+    explorer.table.read(threading.Event())
+    page = saved_page(explorer, clips, progress).encode("utf-8")
+    make_directories(out.parent)
+    write_atomic(out, page)
+    return CommandResult(
+        title="explore",
+        rows=[("page", str(out)), ("clips", str(len(clips))), ("size", format_bytes(len(page)))],
+        data={"page": str(out), "clips": len(clips), "bytes": len(page)},
+    )

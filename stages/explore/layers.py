@@ -1,0 +1,312 @@
+"""What a page shows of one clip: frames, masks, principal components, the teacher's Gram flow."""
+
+# Legend: T frame, M map of a store (frame or latent frame), P pair of maps, H W token grid, h w
+# pixel of a stored mask, K neighbour, C channel, G fused channel, B clip.
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache_schema import CacheError, StoreReader
+from stages.clips import ClipDataset, ClipsConfig
+from stages.explore.pictures import Encoding, Sheet, make_sheet
+from stages.inspect_cache.clip_view import frames_of_moments, stored_clips
+from stages.inspect_cache.colours import pca_colours
+from stages.inspect_cache.drawing import DEFAULT_FPS, load_source_clip
+from stages.inspect_cache.overlay import BACKWARD, FORWARD
+from stages.local_gram_flow import (
+    Directions,
+    flow_entropy,
+    flow_probability,
+    implied_flow,
+    implied_motion,
+    neighbour_mask,
+    radius_of_window,
+    take_directions,
+)
+from stages.teacher_store.settings import check_both_tracks
+from stages.train_student.model.teacher import PairDirection, Teacher, TeacherLayout
+from stages.train_student.objectives.config import LgfConfig
+
+MASK_COLOURS = {"forward": FORWARD, "backward": BACKWARD}
+"""Colours of the two tracks."""
+
+MASK_HALF = 128
+"""A stored mask is 255 times a probability: from this value on it is at least one half."""
+
+
+class NoSuchToken(ValueError):  # noqa: N818 (named after the condition)
+    """A direction, pair, row or column that the clip's Gram flow does not have."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layer:
+    """One kind of picture, for all moments of the clip."""
+
+    title: str
+    sheet: Sheet
+    moments: tuple[int, ...]
+    """The clip's frame of each picture."""
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class ClipLayers:
+    """Pictures and Gram flow of a clip."""
+
+    num_frames: int
+    fps: float
+    layers: dict[str, Layer] = field(default_factory=dict)
+    """By name: `frames`, `mask_forward`, `mask_backward`, and `components_…`."""
+    valid_T: np.ndarray | None = None
+    """bool, frames on which every track sees its subject; None without masks."""
+    flows: dict[PairDirection, Tensor] = field(default_factory=dict)
+    """The teacher's similarities [P, H, W, K] by direction, as the loss compares them."""
+    flow_moments: tuple[int, ...] = ()
+    """The clip's frame of each map of the flow."""
+    valid_M: np.ndarray | None = None
+    """bool, maps of the flow that training uses."""
+    subject_yx: tuple[float, float] = (0.5, 0.5)
+    """Centre of the forward mask on the first frame that has one, as fractions of the frame."""
+    notes: list[str] = field(default_factory=list)
+    """What is missing, and why."""
+
+    def add(self, name: str, title: str, pictures: np.ndarray, encoding: Encoding = "PNG") -> None:
+        """Add a layer of uint8 pictures, one per moment."""
+        moments = tuple(frames_of_moments(len(pictures), self.num_frames))
+        self.layers[name] = Layer(
+            title=title, sheet=make_sheet(pictures, encoding), moments=moments
+        )
+
+    def window(
+        self, direction: str, pair: int, y: int, x: int, temperature: float
+    ) -> dict[str, Any]:
+        """The Gram flow of one token, by the loss's own functions.
+
+        Args:
+            direction: Of the pair: `forward`, the window is in the next map; `backward`, in the
+                previous one.
+            pair: Number of the pair.
+            y: Row of the token; so is `x` its column.
+            temperature: Of the softmax.
+
+        Returns:
+            similarity and probability of the K neighbours, null outside the grid; the radius; the
+            expected offset (dx, dy) in tokens; the entropy relative to a uniform choice; whether
+            training uses the pair.
+
+        Raises:
+            NoSuchToken: The flow has no such direction, pair or token.
+        """
+        flow_PHWK = self._flow(direction)
+        num_pairs, height, width, neighbours = flow_PHWK.shape
+        if not (0 <= pair < num_pairs and 0 <= y < height and 0 <= x < width):
+            raise NoSuchToken(
+                f"no token ({y}, {x}) of pair {pair}: there are {num_pairs} pairs of {height}x"
+                f"{width} tokens"
+            )
+        pair_BPHWK = flow_PHWK[None, pair : pair + 1]
+        radius = radius_of_window(neighbours)
+        inside_K = neighbour_mask(height, width, radius)[y, x].tolist()
+        probability_K = flow_probability(pair_BPHWK, temperature)[0, 0, y, x].tolist()
+        similarity_K = pair_BPHWK[0, 0, y, x].tolist()
+        assert self.valid_M is not None
+        return {
+            "radius": radius,
+            "similarity": _inside(similarity_K, inside_K),
+            "probability": _inside(probability_K, inside_K),
+            "offset": implied_flow(pair_BPHWK, temperature)[0, 0, y, x].tolist(),
+            "entropy": float(flow_entropy(pair_BPHWK, temperature)[0, 0, y, x]),
+            "valid": bool(self.valid_M[pair] and self.valid_M[pair + 1]),
+        }
+
+    def motion(self, direction: str, temperature: float) -> np.ndarray:
+        """The motion that the Gram flow implies: float32 [P, H, W, 2], (dx, dy) in tokens.
+
+        Raises `NoSuchToken` for a direction that the flow does not have.
+        """
+        flow_PHWK = self._flow(direction)
+        motion_PHW2: np.ndarray = implied_motion(flow_PHWK[None], temperature)[0].numpy()
+        return motion_PHW2
+
+    def _flow(self, direction: str) -> Tensor:
+        for name, flow_PHWK in self.flows.items():
+            if name == direction:
+                return flow_PHWK
+        raise NoSuchToken(f"no Gram flow {direction[:40]!r} of this clip")
+
+
+def _inside(values_K: list[float], inside_K: list[bool]) -> list[float | None]:
+    return [value if inside else None for value, inside in zip(values_K, inside_K, strict=True)]
+
+
+def load_layers(
+    readers: Mapping[str, StoreReader],
+    key: str,
+    shard: str,
+    *,
+    data: ClipsConfig,
+    dataset: ClipDataset | None,
+    lgf: LgfConfig,
+) -> ClipLayers:
+    """Read what the stores and the dataset hold of a clip; what cannot be read becomes a note.
+
+    Args:
+        readers: Stores of the clip's size, by kind.
+        key: The clip's key; need not be in every store, nor in any.
+        shard: Name of its shard.
+        data: The dataset's settings, which the stores' own precede.
+        dataset: Source of the frames; None if there is none.
+        lgf: Window, tracks and pairs of the Gram flow.
+    """
+    sized = next((readers[kind] for kind in readers if kind != "text"), None)
+    clips = data.sizes[0] if sized is None else stored_clips(sized, data)
+    found = ClipLayers(num_frames=clips.num_frames, fps=clips.fps or DEFAULT_FPS)
+    source = load_source_clip(dataset, clips, shard=shard, key=key)
+    if isinstance(source, str):
+        found.notes.append(f"no frames: {source}")
+    else:
+        found.add("frames", "frames", source.frames_THWC, "JPEG")
+    parts: dict[str, Callable[[], None]] = {
+        "masks": lambda: _add_masks(found, readers["masks"], key),
+        "teacher": lambda: _add_teacher(found, readers["teacher"], key, clips, lgf),
+        "gram_flow": lambda: _add_gram_flow(found, readers["gram_flow"], key, clips, lgf),
+        "latents": lambda: _add_latents(found, readers["latents"], key),
+    }
+    for kind, add in parts.items():
+        if kind in readers and key in readers[kind]:
+            try:
+                add()
+            except (CacheError, ValueError) as error:
+                found.notes.append(f"{kind}: {error}")
+    return found
+
+
+def _add_masks(found: ClipLayers, reader: StoreReader, key: str) -> None:
+    arrays = reader.read(key)
+    _check_valid(arrays, reader)
+    found.valid_T = arrays.pop("valid") != 0
+    on_Thw = arrays["forward"] >= MASK_HALF
+    if on_Thw.any():
+        first_hw = on_Thw[on_Thw.any(axis=(1, 2)).argmax()]
+        y, x = (float(places.mean()) + 0.5 for places in first_hw.nonzero())
+        found.subject_yx = (y / first_hw.shape[0], x / first_hw.shape[1])
+    for direction, masks_Thw in arrays.items():
+        found.add(f"mask_{direction}", f"{direction} track", masks_Thw)
+
+
+def _add_latents(found: ClipLayers, reader: StoreReader, key: str) -> None:
+    mean_MHWC = reader.read(key, ["mean"])["mean"].transpose(0, 2, 3, 1)
+    found.add("components_latents", "latents, principal components", pca_colours(mean_MHWC))
+
+
+def _add_teacher(
+    found: ClipLayers, reader: StoreReader, key: str, clips: ClipsConfig, lgf: LgfConfig
+) -> None:
+    teacher = _teacher(reader, key, clips)
+    fused_MHWG, layout = teacher.features_BTHWG[0], teacher.layout
+    shown: dict[Directions, str] = {"fused": "fused features"}
+    pairs, directions = lgf.pairs, lgf.directions
+    if layout.forward_weight is not None:
+        # A track of weight 0 is not in the features.
+        shown |= {"forward": "forward features"} if layout.forward_weight > 0 else {}
+        shown |= {"backward": "backward features"} if layout.forward_weight < 1 else {}
+    elif directions != "fused":
+        found.notes.append(f"train.lgf.directions={directions}: the features keep no single track")
+        directions = "fused"
+    if pairs == "crossed":
+        check_both_tracks(reader.settings, reader.name, wanted_by="train.lgf.pairs=crossed")
+    valid_M = _valid(teacher)
+    for name, title in shown.items():
+        taken_MHWG = take_directions(
+            fused_MHWG, layout.parts, name, forward_weight=layout.forward_weight or 0.0
+        )
+        colours = pca_colours(taken_MHWG.numpy(), valid_M)
+        found.add(f"components_{name}", f"{title}, principal components", colours)
+    flows = teacher.gram_flows(lgf.radius, pairs, directions)
+    _set_flows(found, flows, valid_M)
+
+
+def _add_gram_flow(
+    found: ClipLayers, reader: StoreReader, key: str, clips: ClipsConfig, lgf: LgfConfig
+) -> None:
+    if found.flows:  # the teacher's features are finer
+        return
+    teacher = _teacher(reader, key, clips)
+    assert teacher.arrays is not None
+    stored = radius_of_window(teacher.arrays["gram_flow"].shape[-1])
+    radius = min(stored, lgf.radius)
+    if radius < lgf.radius:
+        found.notes.append(f"Gram flow of radius {radius}, the largest stored")
+    crossed = reader.settings.values.get("pairs") == "crossed"
+    pairs = "crossed" if crossed else "forward" if lgf.pairs == "crossed" else lgf.pairs
+    if pairs != lgf.pairs:
+        found.notes.append(f"pairs {pairs} as stored, not train.lgf.pairs={lgf.pairs}")
+    _set_flows(found, teacher.gram_flows(radius, pairs), _valid(teacher))
+
+
+def _set_flows(
+    found: ClipLayers, flows: Mapping[PairDirection, Tensor], valid_M: np.ndarray
+) -> None:
+    found.flows = {direction: flow_BPHWK[0] for direction, flow_BPHWK in flows.items()}
+    found.flow_moments = tuple(frames_of_moments(len(valid_M), found.num_frames))
+    found.valid_M = valid_M
+
+
+def _teacher(reader: StoreReader, key: str, clips: ClipsConfig) -> Teacher:
+    arrays = {name: torch.from_numpy(array)[None] for name, array in reader.read(key).items()}
+    _check_valid(arrays, reader)
+    layout = TeacherLayout.of(reader.settings)
+    main = arrays["features" if "features" in arrays else "gram_flow"]
+    height, width = clips.token_grid if layout.native else main.shape[2:4]
+    return Teacher(
+        valid_BT=arrays.pop("valid") != 0,
+        arrays=arrays,
+        num_frames=clips.num_frames,
+        token_grid=(height, width),
+        layout=layout,
+    )
+
+
+def _check_valid(arrays: Mapping[str, Any], reader: StoreReader) -> None:
+    if "valid" not in arrays:
+        raise ValueError(f"{reader.name} does not say which maps are valid; extract it again")
+
+
+def _valid(teacher: Teacher) -> np.ndarray:
+    assert teacher.valid_BT is not None
+    valid_M: np.ndarray = teacher.valid_BT[0].numpy()
+    return valid_M
+
+
+def thumbnail_frames(
+    readers: Mapping[str, StoreReader],
+    key: str,
+    shard: str,
+    *,
+    data: ClipsConfig,
+    dataset: ClipDataset | None,
+) -> tuple[np.ndarray, float] | None:
+    """Frames of a clip for a thumbnail, and their rate: from the dataset, or else the features as
+    colours, the latents as colours, or the masks; None if there is nothing to see."""
+    sized = next((readers[kind] for kind in readers if kind != "text"), None)
+    clips = data.sizes[0] if sized is None else stored_clips(sized, data)
+    fps = clips.fps or DEFAULT_FPS
+    source = load_source_clip(dataset, clips, shard=shard, key=key)
+    if not isinstance(source, str):
+        return source.frames_THWC, fps
+    held = {kind: reader for kind, reader in readers.items() if key in reader}
+    if "teacher" in held:
+        teacher = _teacher(held["teacher"], key, clips)
+        colours = pca_colours(teacher.features_BTHWG[0].numpy(), _valid(teacher))
+        return colours, fps * len(colours) / clips.num_frames
+    if "latents" in held:
+        mean_MHWC = held["latents"].read(key, ["mean"])["mean"].transpose(0, 2, 3, 1)
+        return pca_colours(mean_MHWC), fps * len(mean_MHWC) / clips.num_frames
+    if "masks" in held:
+        masks_Thw = held["masks"].read(key, ["forward"])["forward"]
+        return np.repeat(masks_Thw[..., None], 3, axis=-1), fps
+    return None
