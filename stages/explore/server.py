@@ -200,7 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
         except (ValueError, RecursionError):
             raise _Refused(HTTPStatus.BAD_REQUEST, "the body is not JSON") from None
         match parts, wanted:
-            case ["api", "leave_out", row], {"leave_out": bool(leave_out)}:
+            case ["api", "leave_out", row], {"leave_out": bool(leave_out)} if len(wanted) == 1:
                 return _json(self.server.explorer.set_left_out(_row(row), leave_out))
         raise _Refused(HTTPStatus.NOT_FOUND, "no such page")
 
