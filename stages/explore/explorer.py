@@ -201,7 +201,8 @@ class Explorer:
         """
         layers = self.layers(row)
         key, size = self.table.key(row), self.table.size_of(row)
-        stores, facts = [], []
+        stores: list[dict[str, Any]] = []
+        facts: list[str] = []
         for kind, reader in size.readers.items():
             if key not in reader:
                 continue

@@ -151,7 +151,7 @@ def histograms(table: ClipTable, query: Query, left_out: Collection[str]) -> dic
         labels: for each column with any word its title and the clips with each word.
     """
     passing = _passing(table, query, left_out)
-    filtered = {name for name, *_ in (*query.ranges, *query.labels)}
+    filtered = {name for name, _, _ in query.ranges} | {name for name, _ in query.labels}
     numbers, labels = {}, {}
     for name, title in NUMBERS.items():
         column = table.numbers[name][: len(passing)]

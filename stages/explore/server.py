@@ -182,8 +182,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return layers[name].sheet.data, layers[name].sheet.media_type
             case ["api", "window", row, direction, pair, y, x]:
                 place = (_number(pair), _number(y), _number(x))
-                layers = explorer.layers(_row(row))
-                return _json(layers.window(direction, *place, _temperature(parameters)))
+                clip = explorer.layers(_row(row))
+                return _json(clip.window(direction, *place, _temperature(parameters)))
             case ["api", "motion", row, direction]:
                 motion = explorer.layers(_row(row)).motion(direction, _temperature(parameters))
                 return motion.astype("<f4").tobytes(), "application/octet-stream"

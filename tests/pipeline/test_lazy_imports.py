@@ -42,7 +42,8 @@ def test_training_sampling_and_inspecting_load_nothing_of_the_tracker():
     loaded = modules_after(
         "import pipeline.cli, pipeline.commands.train, pipeline.commands.sample\n"
         "import pipeline.commands.inspect, stages.train_student.train\n"
-        "import stages.sample_videos.sample, stages.inspect_cache.draw_store"
+        "import stages.sample_videos.sample, stages.inspect_cache.draw_store\n"
+        "import pipeline.commands.explore, stages.explore.server"
     )
     assert "sam2" not in loaded
     stage_one = {name for name in loaded if name.startswith("stages.extract_features.")}
