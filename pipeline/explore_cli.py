@@ -36,7 +36,8 @@ def explore(
         typer.Option(
             exists=True,
             file_okay=False,
-            help="A training run's folder: use its configuration.",
+            help="A training run's folder: use its configuration, and show its student's Gram "
+            "flow beside the teacher's.",
         ),
     ] = None,
     port: Annotated[
@@ -82,6 +83,6 @@ def explore(
         print_result(result, as_json)
         return
     with failures.exit_on_error(traceback=traceback):
-        server = command.open_server(settings, cache=cache, port=port)
+        server = command.open_server(settings, cache=cache, port=port, run=run)
         print_result(command.serving(server), as_json)
         command.serve(server)

@@ -21,13 +21,16 @@ if TYPE_CHECKING:
 _LIST_NAME = "leave_out.jsonl"
 
 
-def open_server(config: RunConfig, *, cache: str | None, port: int) -> ExploreServer:
+def open_server(
+    config: RunConfig, *, cache: str | None, port: int, run: Path | None = None
+) -> ExploreServer:
     """Open the cache and bind the server; nothing is answered before `serve`.
 
     Args:
         config: The whole configuration.
         cache: Folder or URL of stores or of one store; None uses `config.cache`.
         port: 0 takes a free one.
+        run: Folder of a run whose student is shown beside the teacher.
 
     Raises:
         CacheError: There is no store, or a damaged one.
@@ -36,16 +39,18 @@ def open_server(config: RunConfig, *, cache: str | None, port: int) -> ExploreSe
     """
     from stages.explore.server import ExploreServer
 
-    return ExploreServer(_explorer(config, cache), port=port)
+    return ExploreServer(_explorer(config, cache, run), port=port)
 
 
-def _explorer(config: RunConfig, cache: str | None) -> Explorer:
+def _explorer(config: RunConfig, cache: str | None, run: Path | None = None) -> Explorer:
     from stages.clips import open_dataset
     from stages.explore.explorer import Explorer, Sources
     from stages.explore.leave_out import LeaveOutList
     from stages.explore.stores import open_cache
+    from stages.explore.student import RunStudent
 
     where = cache or config.cache
+    root = where if is_url(where) else Path(where)
     dataset, why = None, ""
     if config.data.path == Path(NOT_GIVEN):
         why = "data.path is not set; give --config or data.path=…"
@@ -59,12 +64,17 @@ def _explorer(config: RunConfig, cache: str | None) -> Explorer:
     return Explorer(
         sources=Sources(
             cache=where,
-            sizes=open_cache(where if is_url(where) else Path(where), config.train.stores),
+            sizes=open_cache(root, config.train.stores),
             data=config.data,
             dataset=dataset,
             no_dataset=why,
             lgf=config.train.lgf,
             leave_out=leave_out,
+            student=None
+            if run is None
+            else RunStudent(
+                run, config=config.train, clips=config.data, model=config.model, cache=root
+            ),
         )
     )
 

@@ -17,6 +17,7 @@ import numpy as np
 from cache_schema import CacheError
 from cache_schema.shown_text import redacted, visible, without_credentials
 from stages.clips import ClipDataset, ClipsConfig
+from stages.explore.flow_view import FlowView
 from stages.explore.layers import (
     MASK_COLOURS,
     ClipLayers,
@@ -27,6 +28,7 @@ from stages.explore.leave_out import LeaveOutList
 from stages.explore.pictures import make_thumbnail
 from stages.explore.query import MAX_PAGE, BadQuery, Query, histograms, parse_query, select
 from stages.explore.stores import SizeStores
+from stages.explore.student import RunStudent, StudentView
 from stages.explore.table import LABELS, NUMBERS, ClipTable
 from stages.inspect_cache.clip_facts import describe_track
 from stages.train_student.objectives.config import LgfConfig
@@ -63,6 +65,8 @@ class Sources:
     lgf: LgfConfig
     """Window, tracks and pairs of the Gram flow, and its temperature."""
     leave_out: LeaveOutList
+    student: RunStudent | None = None
+    """The student of a run, shown beside the teacher."""
 
 
 class _Kept(Generic[Value]):
@@ -105,6 +109,7 @@ class Explorer:
         self._stop = threading.Event()
         self._reading = threading.Thread(target=self.table.read, args=(self._stop,), daemon=True)
         self._clips: _Kept[ClipLayers] = _Kept(_KEPT_CLIPS)
+        self._students: _Kept[StudentView] = _Kept(_KEPT_CLIPS)
         self._thumbnails: _Kept[tuple[bytes, bytes]] = _Kept(_KEPT_THUMBNAILS)
         self._orders: _Kept[np.ndarray] = _Kept(_KEPT_ORDERS)
         self._drawing = threading.BoundedSemaphore(_DRAWN_AT_ONCE)
@@ -138,6 +143,12 @@ class Explorer:
             "problems": [shown(problem) for problem in table.problems[:20]],
             "no_dataset": shown(sources.no_dataset),
             "columns": {"numbers": NUMBERS, "labels": LABELS},
+            "student": None
+            if sources.student is None
+            else {
+                "run": shown(str(sources.student.run_dir)),
+                "timesteps": sources.student.timesteps,
+            },
             "temperature": sources.lgf.temperature,
             "mask_colours": MASK_COLOURS,
             "left_out": len(sources.leave_out.keys()),
@@ -255,6 +266,28 @@ class Explorer:
 
         return self._clips.get(row, load)
 
+    def flow(self, row: int, side: str) -> FlowView:
+        """A clip's Gram flow of the `teacher`, or of the student at the timestep `side`.
+
+        Raises:
+            NoSuchClip: There is no such row, or no Gram flow of it.
+            CacheError, ValueError: The student cannot be loaded, or lacks a store.
+        """
+        flow = self.layers(row).flow if side == "teacher" else self.student(row, int(side)).flow
+        if flow is None:
+            raise NoSuchClip(f"no Gram flow of row {row}")
+        return flow
+
+    def student(self, row: int, timestep: int) -> StudentView:
+        """The student's side of a clip at one of the offered timesteps; raises as `flow`."""
+        self._check(row)
+        student = self.sources.student
+        if student is None or timestep not in student.timesteps:
+            raise NoSuchClip(f"no student at timestep {timestep}")
+        return self._students.get(
+            (row, timestep), lambda: student.view(self.table.key(row), timestep)
+        )
+
     def thumbnail(self, row: int) -> tuple[bytes, bytes]:
         """A still and an animation of a clip, WebP.
 
@@ -303,14 +336,12 @@ def describe_layers(layers: ClipLayers) -> dict[str, Any]:
         for name, layer in layers.layers.items()
     }
     flow = None
-    if layers.flows:
-        assert layers.valid_M is not None
-        some = next(iter(layers.flows.values()))
+    if layers.flow is not None:
         flow = {
-            "directions": list(layers.flows),
-            "shape": list(some.shape),
-            "moments": layers.flow_moments,
-            "valid": layers.valid_M.tolist(),
+            "directions": list(layers.flow.by_direction),
+            "shape": list(layers.flow.shape),
+            "moments": layers.flow.moments,
+            "valid": layers.flow.valid_M.tolist(),
         }
     return {
         "num_frames": layers.num_frames,

@@ -60,6 +60,7 @@ def saved_page(explorer: Explorer, keys: Sequence[str], progress: Progress) -> s
         "problems": [],
         "no_dataset": "",
         "columns": {"numbers": NUMBERS, "labels": LABELS},
+        "student": None,
         "temperature": temperature,
         "mask_colours": explorer.state()["mask_colours"],
         "left_out": 0,
@@ -94,11 +95,13 @@ def _saved_clip(explorer: Explorer, row: int, number: int, temperature: float) -
 def _arrays(layers: ClipLayers, temperature: float) -> dict[str, str]:
     """Base64 of each direction's probabilities, uint8 in steps of 1/255, and motion, float32."""
     found = {}
-    for direction, flow_PHWK in layers.flows.items():
+    if layers.flow is None:
+        return {}
+    for direction, flow_PHWK in layers.flow.by_direction.items():
         probability = flow_probability(flow_PHWK[None], temperature)[0]
         steps = (probability * _PROBABILITY_MAX).round().to(torch.uint8)
         found[f"probability_{direction}"] = _base64(steps.numpy().tobytes())
-        motion = layers.motion(direction, temperature)
+        motion = layers.flow.motion(direction, temperature)
         found[f"motion_{direction}"] = _base64(motion.astype("<f4").tobytes())
     return found
 

@@ -13,21 +13,13 @@ from torch import Tensor
 
 from cache_schema import CacheError, StoreReader
 from stages.clips import ClipDataset, ClipsConfig
+from stages.explore.flow_view import FlowView
 from stages.explore.pictures import Encoding, Sheet, make_sheet
 from stages.inspect_cache.clip_view import frames_of_moments, stored_clips
 from stages.inspect_cache.colours import pca_colours
 from stages.inspect_cache.drawing import DEFAULT_FPS, load_source_clip
 from stages.inspect_cache.overlay import BACKWARD, FORWARD
-from stages.local_gram_flow import (
-    Directions,
-    flow_entropy,
-    flow_probability,
-    implied_flow,
-    implied_motion,
-    neighbour_mask,
-    radius_of_window,
-    take_directions,
-)
+from stages.local_gram_flow import Directions, radius_of_window, take_directions
 from stages.teacher_store.settings import check_both_tracks
 from stages.train_student.model.teacher import PairDirection, Teacher, TeacherLayout
 from stages.train_student.objectives.config import LgfConfig
@@ -37,10 +29,6 @@ MASK_COLOURS = {"forward": FORWARD, "backward": BACKWARD}
 
 MASK_HALF = 128
 """A stored mask is 255 times a probability: from this value on it is at least one half."""
-
-
-class NoSuchToken(ValueError):  # noqa: N818 (named after the condition)
-    """A direction, pair, row or column that the clip's Gram flow does not have."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,12 +51,8 @@ class ClipLayers:
     """By name: `frames`, `mask_forward`, `mask_backward`, and `components_…`."""
     valid_T: np.ndarray | None = None
     """bool, frames on which every track sees its subject; None without masks."""
-    flows: dict[PairDirection, Tensor] = field(default_factory=dict)
-    """The teacher's similarities [P, H, W, K] by direction, as the loss compares them."""
-    flow_moments: tuple[int, ...] = ()
-    """The clip's frame of each map of the flow."""
-    valid_M: np.ndarray | None = None
-    """bool, maps of the flow that training uses."""
+    flow: FlowView | None = None
+    """The teacher's Gram flow, as the loss compares it; None without a teacher."""
     subject_yx: tuple[float, float] = (0.5, 0.5)
     """Centre of the forward mask on the first frame that has one, as fractions of the frame."""
     notes: list[str] = field(default_factory=list)
@@ -80,67 +64,6 @@ class ClipLayers:
         self.layers[name] = Layer(
             title=title, sheet=make_sheet(pictures, encoding), moments=moments
         )
-
-    def window(
-        self, direction: str, pair: int, y: int, x: int, temperature: float
-    ) -> dict[str, Any]:
-        """The Gram flow of one token, by the loss's own functions.
-
-        Args:
-            direction: Of the pair: `forward`, the window is in the next map; `backward`, in the
-                previous one.
-            pair: Number of the pair.
-            y: Row of the token; so is `x` its column.
-            temperature: Of the softmax.
-
-        Returns:
-            similarity and probability of the K neighbours, null outside the grid; the radius; the
-            expected offset (dx, dy) in tokens; the entropy relative to a uniform choice; whether
-            training uses the pair.
-
-        Raises:
-            NoSuchToken: The flow has no such direction, pair or token.
-        """
-        flow_PHWK = self._flow(direction)
-        num_pairs, height, width, neighbours = flow_PHWK.shape
-        if not (0 <= pair < num_pairs and 0 <= y < height and 0 <= x < width):
-            raise NoSuchToken(
-                f"no token ({y}, {x}) of pair {pair}: there are {num_pairs} pairs of {height}x"
-                f"{width} tokens"
-            )
-        pair_BPHWK = flow_PHWK[None, pair : pair + 1]
-        radius = radius_of_window(neighbours)
-        inside_K = neighbour_mask(height, width, radius)[y, x].tolist()
-        probability_K = flow_probability(pair_BPHWK, temperature)[0, 0, y, x].tolist()
-        similarity_K = pair_BPHWK[0, 0, y, x].tolist()
-        assert self.valid_M is not None
-        return {
-            "radius": radius,
-            "similarity": _inside(similarity_K, inside_K),
-            "probability": _inside(probability_K, inside_K),
-            "offset": implied_flow(pair_BPHWK, temperature)[0, 0, y, x].tolist(),
-            "entropy": float(flow_entropy(pair_BPHWK, temperature)[0, 0, y, x]),
-            "valid": bool(self.valid_M[pair] and self.valid_M[pair + 1]),
-        }
-
-    def motion(self, direction: str, temperature: float) -> np.ndarray:
-        """The motion that the Gram flow implies: float32 [P, H, W, 2], (dx, dy) in tokens.
-
-        Raises `NoSuchToken` for a direction that the flow does not have.
-        """
-        flow_PHWK = self._flow(direction)
-        motion_PHW2: np.ndarray = implied_motion(flow_PHWK[None], temperature)[0].numpy()
-        return motion_PHW2
-
-    def _flow(self, direction: str) -> Tensor:
-        for name, flow_PHWK in self.flows.items():
-            if name == direction:
-                return flow_PHWK
-        raise NoSuchToken(f"no Gram flow {direction[:40]!r} of this clip")
-
-
-def _inside(values_K: list[float], inside_K: list[bool]) -> list[float | None]:
-    return [value if inside else None for value, inside in zip(values_K, inside_K, strict=True)]
 
 
 def load_layers(
@@ -227,13 +150,13 @@ def _add_teacher(
         colours = pca_colours(taken_MHWG.numpy(), valid_M)
         found.add(f"components_{name}", f"{title}, principal components", colours)
     flows = teacher.gram_flows(lgf.radius, pairs, directions)
-    _set_flows(found, flows, valid_M)
+    found.flow = _flow_view(flows, valid_M, found.num_frames)
 
 
 def _add_gram_flow(
     found: ClipLayers, reader: StoreReader, key: str, clips: ClipsConfig, lgf: LgfConfig
 ) -> None:
-    if found.flows:  # the teacher's features are finer
+    if found.flow is not None:  # the teacher's features are finer
         return
     teacher = _teacher(reader, key, clips)
     assert teacher.arrays is not None
@@ -245,15 +168,18 @@ def _add_gram_flow(
     pairs = "crossed" if crossed else "forward" if lgf.pairs == "crossed" else lgf.pairs
     if pairs != lgf.pairs:
         found.notes.append(f"pairs {pairs} as stored, not train.lgf.pairs={lgf.pairs}")
-    _set_flows(found, teacher.gram_flows(radius, pairs), _valid(teacher))
+    flows = teacher.gram_flows(radius, pairs)
+    found.flow = _flow_view(flows, _valid(teacher), found.num_frames)
 
 
-def _set_flows(
-    found: ClipLayers, flows: Mapping[PairDirection, Tensor], valid_M: np.ndarray
-) -> None:
-    found.flows = {direction: flow_BPHWK[0] for direction, flow_BPHWK in flows.items()}
-    found.flow_moments = tuple(frames_of_moments(len(valid_M), found.num_frames))
-    found.valid_M = valid_M
+def _flow_view(
+    flows: Mapping[PairDirection, Tensor], valid_M: np.ndarray, num_frames: int
+) -> FlowView:
+    return FlowView(
+        by_direction={direction: flow_BPHWK[0] for direction, flow_BPHWK in flows.items()},
+        moments=tuple(frames_of_moments(len(valid_M), num_frames)),
+        valid_M=valid_M,
+    )
 
 
 def _teacher(reader: StoreReader, key: str, clips: ClipsConfig) -> Teacher:

@@ -8,6 +8,7 @@ list of clips to leave out.
 
 import hmac
 import json
+import math
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from urllib.parse import parse_qs
 
 from cache_schema import CacheError
 from stages.explore.explorer import Explorer, NoSuchClip
-from stages.explore.layers import NoSuchToken
+from stages.explore.flow_view import NoSuchToken
 from stages.explore.query import BadQuery
 
 PAGE_FOLDER = Path(__file__).with_name("page")
@@ -180,12 +181,17 @@ class _Handler(BaseHTTPRequestHandler):
                 if name not in layers:
                     raise _Refused(HTTPStatus.NOT_FOUND, "no such layer")
                 return layers[name].sheet.data, layers[name].sheet.media_type
-            case ["api", "window", row, direction, pair, y, x]:
+            case ["api", "student", row, timestep]:
+                found = explorer.student(_row(row), _number(timestep))
+                loss = found.loss if math.isfinite(found.loss) else None
+                return _json({"loss": loss, "step": found.step})
+            case ["api", "window", row, side, direction, pair, y, x]:
                 place = (_number(pair), _number(y), _number(x))
-                clip = explorer.layers(_row(row))
-                return _json(clip.window(direction, *place, _temperature(parameters)))
-            case ["api", "motion", row, direction]:
-                motion = explorer.layers(_row(row)).motion(direction, _temperature(parameters))
+                flow = explorer.flow(_row(row), _side(side))
+                return _json(flow.window(direction, *place, _temperature(parameters)))
+            case ["api", "motion", row, side, direction]:
+                flow = explorer.flow(_row(row), _side(side))
+                motion = flow.motion(direction, _temperature(parameters))
                 return motion.astype("<f4").tobytes(), "application/octet-stream"
         raise _Refused(HTTPStatus.NOT_FOUND, "no such page")
 
@@ -223,6 +229,10 @@ def _number(text: str) -> int:
     if not _NUMBER.fullmatch(text):
         raise NoSuchToken("pairs and tokens are numbers")
     return int(text)
+
+
+def _side(text: str) -> str:
+    return text if text == "teacher" else str(_number(text))
 
 
 def _temperature(parameters: Mapping[str, Sequence[str]]) -> float:

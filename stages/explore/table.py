@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cache_schema import CacheError, ClipEntry, PackedText, StoreReader
+from cache_schema import CacheError, ClipEntry, PackedText, SortedText, StoreReader
 from stages.explore.stores import SizeStores
 from stages.inspect_cache.clip_facts import clip_line
 
@@ -174,9 +174,8 @@ class ClipTable:
         for start, size in zip(self.starts.tolist(), self.sizes, strict=False):
             listed = size.listed
             for entries in self._records(listed, stop):
-                for entry in entries:
-                    row = listed.keys.find(entry.key)
-                    assert row is not None, "the records are those of the index"
+                for row, entry in zip(_rows_of(entries, listed.keys), entries, strict=True):
+                    assert row >= 0, "the records are those of the index"
                     self._take(start + row, entry)
                 self.num_read += len(entries)
             text = size.readers.get("text")
@@ -211,13 +210,10 @@ class ClipTable:
     def _read_captions(self, text: StoreReader, stop: threading.Event) -> None:
         for entries in self._records(text, stop):
             rows, captions = [], []
-            for entry in entries:
-                caption = entry.attributes.get("caption")
-                if not isinstance(caption, str):
-                    continue
-                for start, size in zip(self.starts.tolist(), self.sizes, strict=False):
-                    row = size.listed.keys.find(entry.key)
-                    if row is not None:
+            for start, size in zip(self.starts.tolist(), self.sizes, strict=False):
+                for row, entry in zip(_rows_of(entries, size.listed.keys), entries, strict=True):
+                    caption = entry.attributes.get("caption")
+                    if row >= 0 and isinstance(caption, str):
                         rows.append(start + row)
                         captions.append(caption.replace("\0", " "))
             self._add_captions(np.array(rows, np.int64), captions)
@@ -264,6 +260,16 @@ class ClipTable:
             shards=PackedText.from_strings(shards),
             sizes=np.array(sizes, np.int32),
         )
+
+
+def _rows_of(entries: Sequence[ClipEntry], keys: SortedText) -> list[int]:
+    """Row of each entry's key among `keys`, -1 if it is missing."""
+    order = sorted(range(len(entries)), key=lambda place: entries[place].key)
+    found = keys.rows_of(SortedText.from_strings(entries[place].key for place in order))
+    rows = np.empty(len(entries), np.int64)
+    rows[order] = found
+    in_order: list[int] = rows.tolist()
+    return in_order
 
 
 def _positions(texts: PackedText, word: str) -> np.ndarray:

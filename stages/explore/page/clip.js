@@ -3,7 +3,8 @@
 
 const WIDTH = 640;  // of a panel's canvas, in its own pixels
 const view = { row: null, clip: null, sheets: {}, frame: 0, playing: false, token: null,
-  temperature: 0.1, direction: null, window: null, motion: null, panels: [] };
+  temperature: 0.1, direction: null, windows: {}, motions: {}, panels: [], student: null,
+  studentKnown: false };
 let windowBusy = false, windowWanted = false, motionTimer = null, clipAsked = 0;
 
 async function showClip(row) {
@@ -23,7 +24,8 @@ async function showClip(row) {
     });
   }));
   if (mine !== clipAsked) return;
-  Object.assign(view, { row, clip, sheets, frame: 0, token: null, window: null, motion: null });
+  Object.assign(view, { row, clip, sheets, frame: 0, token: null, windows: {}, motions: {},
+    studentKnown: false });
   element("key").textContent = clip.key;
   element("caption").textContent = clip.caption || "";
   element("facts").textContent = clip.facts.join(", ") || summary(clip);
@@ -44,6 +46,27 @@ async function showClip(row) {
   if (clip.flow) view.token = [1, 2].map(axis =>
     Math.min(Math.floor(clip.subject[axis - 1] * clip.flow.shape[axis]), clip.flow.shape[axis] - 1));
   showFrame(0);
+  askMotion();
+  askStudent();
+}
+
+// The sides that are shown: the teacher, and the student once it has been computed.
+const sides = () => ["teacher", ...(view.studentKnown ? ["student"] : [])];
+const nameOf = side => side === "teacher" ? side : element("timestep").value;
+
+async function askStudent() {
+  element("student-facts").textContent = "";
+  element("student").hidden = !view.student || !view.clip.flow;
+  if (element("student").hidden) return;
+  const { row } = view, timestep = element("timestep").value;
+  view.studentKnown = false;
+  element("student-facts").textContent = "student: computing …";
+  const found = await attempt(() => source.student(row, timestep));
+  if (row !== view.row || timestep !== element("timestep").value) return;
+  view.studentKnown = Boolean(found);
+  element("student-facts").textContent = !found ? "no student" :
+    `after ${found.step} steps, Local Gram Flow loss ${found.loss === null ? "not finite" : found.loss.toFixed(4)}`;
+  askWindow();
   askMotion();
 }
 
@@ -77,8 +100,10 @@ function makePanels() {
   if (ground) add("frame", ground === "frames" ? "frame" : clip.layers[ground].title, ground);
   if (clip.flow) {
     if (ground) add("window", "", ground);
-    add("zoom", "window of the token, probabilities in percent", null);
-    add("motion", "implied flow, as arrows and colours", null);
+    for (const side of view.student ? ["teacher", "student"] : ["teacher"]) {
+      add("zoom", `${side}: window of the token, probabilities in percent`, null).dataset.side = side;
+      add("motion", `${side}: implied flow, as arrows and colours`, null).dataset.side = side;
+    }
   }
   for (const name of Object.keys(clip.layers).filter(name => name.startsWith("components_")))
     if (name !== ground && sheets[name]) add("components", clip.layers[name].title, name);
@@ -127,9 +152,11 @@ async function askWindow() {
   while (windowWanted) {
     windowWanted = false;
     const { row, direction, temperature, token } = view, now = view.clip.flow && pairNow();
-    const found = now && token ? await attempt(() =>
-      source.window(row, direction, now.pair, ...token, temperature)) : null;
-    if (row === view.row && !windowWanted) { view.window = found; draw(); }
+    const found = {};
+    for (const side of now && token ? sides() : [])
+      found[side] = await attempt(() =>
+        source.window(row, nameOf(side), direction, now.pair, ...token, temperature));
+    if (row === view.row && !windowWanted) { view.windows = found; draw(); }
   }
   windowBusy = false;
 }
@@ -139,8 +166,10 @@ function askMotion() {
   if (!view.clip.flow) return;
   motionTimer = setTimeout(async () => {
     const { row, direction, temperature } = view;
-    const found = await attempt(() => source.motion(row, direction, temperature));
-    if (found && row === view.row) { view.motion = found; draw(); }
+    for (const side of sides()) {
+      const found = await attempt(() => source.motion(row, nameOf(side), direction, temperature));
+      if (found && row === view.row) { view.motions[side] = found; draw(); }
+    }
   }, 60);
 }
 
@@ -212,8 +241,8 @@ function drawToken(context) {
 }
 
 function drawWindow(context) {
-  if (!view.window || !view.token) return;
-  const { radius, probability } = view.window, side = 2 * radius + 1;
+  if (!view.windows.teacher || !view.token) return;
+  const { radius, probability } = view.windows.teacher, side = 2 * radius + 1;
   const most = Math.max(...probability);
   probability.forEach((value, k) => {
     if (value === null) return;
@@ -227,12 +256,12 @@ function drawWindow(context) {
   });
 }
 
-function drawZoom(context) {
+function drawZoom(context, window) {
   const { canvas } = context;
   context.fillStyle = "#101418";
   context.fillRect(0, 0, canvas.width, canvas.height);
-  if (!view.window) return;
-  const { radius, probability } = view.window, side = 2 * radius + 1;
+  if (!window) return;
+  const { radius, probability } = window, side = 2 * radius + 1;
   const wide = canvas.width / side, tall = canvas.height / side, most = Math.max(...probability);
   context.textAlign = "center";
   context.textBaseline = "middle";
@@ -251,12 +280,12 @@ function drawZoom(context) {
   context.strokeRect(radius * wide + 1, radius * tall + 1, wide - 2, tall - 2);
 }
 
-function drawMotion(context, pair) {
+function drawMotion(context, pair, flow) {
   const { canvas } = context, [, height, width] = view.clip.flow.shape;
   context.fillStyle = "#fff";
   context.fillRect(0, 0, canvas.width, canvas.height);
-  if (!view.motion || !pair) return;
-  const start = pair.pair * height * width * 2, flow = view.motion, w = canvas.width / width;
+  if (!flow || !pair) return;
+  const start = pair.pair * height * width * 2, w = canvas.width / width;
   const longest = Math.max(0.2, view.longest ?? 0);
   const stride = Math.max(1, Math.ceil(18 / w));
   for (let y = 0; y < height; y++) for (let x = 0; x < width; x++) {
@@ -284,11 +313,12 @@ function drawMotion(context, pair) {
 
 function draw() {
   const { clip, frame } = view, pair = clip.flow ? pairNow() : null;
-  if (view.motion && view.measured !== view.motion) {
-    view.measured = view.motion;
+  const motion = view.motions.teacher;
+  if (motion && view.measured !== motion) {
+    view.measured = motion;  // the student's flow is drawn on the teacher's scale
     const lengths = [];
-    for (let at = 0; at < view.motion.length; at += 2)
-      lengths.push(Math.hypot(view.motion[at], view.motion[at + 1]));
+    for (let at = 0; at < motion.length; at += 2)
+      lengths.push(Math.hypot(motion[at], motion[at + 1]));
     lengths.sort((a, b) => a - b);
     view.longest = lengths[Math.floor(0.99 * (lengths.length - 1))];
   }
@@ -304,10 +334,10 @@ function draw() {
         : `no ${view.direction === "backward" ? "previous" : "next"} frame`;
       drawPicture(context, panel.layer, momentOf(moments, other));
       if (pair) drawWindow(context);
-    } else if (panel.kind === "zoom") drawZoom(context);
-    else drawMotion(context, pair);
+    } else if (panel.kind === "zoom") drawZoom(context, view.windows[panel.canvas.dataset.side]);
+    else drawMotion(context, pair, view.motions[panel.canvas.dataset.side]);
   }
-  const { window, token } = view;
+  const { token } = view, window = view.windows.teacher;
   element("window-facts").textContent = !window ? "" : [
     `token row ${token[0]}, column ${token[1]}`,
     window.offset ? `expected offset (${window.offset.map(value => value.toFixed(2)).join(", ")}) tokens` : "",

@@ -128,9 +128,13 @@ element("frame").addEventListener("input", () => { stop(); showFrame(Number(elem
 for (const id of ["forward", "backward"]) element(id).addEventListener("change", draw);
 element("direction").addEventListener("change", () => {
   view.direction = element("direction").value;
-  view.motion = null;
+  view.motions = {};
   askWindow();
   askMotion();
+});
+element("timestep").addEventListener("change", () => {
+  Object.assign(view, { windows: {}, motions: { teacher: view.motions.teacher } });
+  askStudent();
 });
 element("temperature").addEventListener("input", () => {
   view.temperature = 10 ** Number(element("temperature").value);
@@ -146,6 +150,9 @@ async function begin() {
   describe(state);
   view.temperature = state.temperature;
   view.colours = state.mask_colours;
+  view.student = state.student;
+  element("timestep").replaceChildren(...(state.student?.timesteps || []).map(value =>
+    make("option", { value }, String(value))));
   const orders = [["", "by key"]];
   for (const [name, title] of Object.entries(state.columns.numbers))
     orders.push([name, `${title}, lowest first`], [`-${name}`, `${title}, highest first`]);

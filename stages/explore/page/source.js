@@ -23,10 +23,12 @@ function serverSource() {
     still: row => `api/still/${row}`,
     loop: row => `api/loop/${row}`,
     sheet: (row, name) => `api/layer/${row}/${name}`,
-    window: (row, direction, pair, y, x, temperature) =>
-      json(`api/window/${row}/${direction}/${pair}/${y}/${x}?temperature=${temperature}`),
-    motion: async (row, direction, temperature) => new Float32Array(
-      await (await ask(`api/motion/${row}/${direction}?temperature=${temperature}`)).arrayBuffer()),
+    student: (row, timestep) => json(`api/student/${row}/${timestep}`),
+    // A side is the teacher, or a timestep of the student.
+    window: (row, side, direction, pair, y, x, temperature) =>
+      json(`api/window/${row}/${side}/${direction}/${pair}/${y}/${x}?temperature=${temperature}`),
+    motion: async (row, side, direction, temperature) => new Float32Array(await (await ask(
+      `api/motion/${row}/${side}/${direction}?temperature=${temperature}`)).arrayBuffer()),
     leaveOut: async (row, leave) => (await ask(`api/leave_out/${row}`, {
       method: "POST",
       headers: { "Content-Type": "application/json" },
@@ -53,15 +55,15 @@ function savedSource(saved) {
     still: row => saved.clips[row].still,
     loop: row => saved.clips[row].loop,
     sheet: (row, name) => saved.clips[row].sheets[name],
-    window: async (row, direction, pair, y, x) => {
+    window: async (row, side, direction, pair, y, x) => {
       // Probabilities are stored in steps of 1/255, those outside the grid as 0.
       const [, height, width, count] = saved.clips[row].facts.flow.shape;
       const all = array(row, `probability_${direction}`, found => found);
       const start = ((pair * height + y) * width + x) * count;
-      const side = Math.sqrt(count), radius = (side - 1) / 2;
+      const across = Math.sqrt(count), radius = (across - 1) / 2;
       const inside = k => {
-        const row = y + Math.floor(k / side) - radius, column = x + k % side - radius;
-        return row >= 0 && row < height && column >= 0 && column < width;
+        const there = y + Math.floor(k / across) - radius, column = x + k % across - radius;
+        return there >= 0 && there < height && column >= 0 && column < width;
       };
       const valid = saved.clips[row].facts.flow.valid;
       return {
@@ -70,7 +72,7 @@ function savedSource(saved) {
         valid: valid[pair] && valid[pair + 1],
       };
     },
-    motion: async (row, direction) => array(row, `motion_${direction}`,
+    motion: async (row, side, direction) => array(row, `motion_${direction}`,
       found => new Float32Array(found.buffer)),
   };
 }

@@ -181,6 +181,19 @@ def export_checkpoint(
     )
 
 
+@contextmanager
+def newest_weights(run_dir: Path) -> Iterator[tuple[Weights, int]]:
+    """The last weights of a run's newest checkpoint, and its step.
+
+    Raises:
+        ValueError: there is no such run or complete checkpoint, or it is damaged.
+    """
+    settings = _settings(run_dir)
+    checkpoint = _select_checkpoint(run_dir, None)
+    with _checkpoint_weights(checkpoint, settings, "last") as weights:
+        yield weights, checkpoint.step
+
+
 def _write(
     weights: Weights,
     lora: LoraConfig | None,

@@ -12,7 +12,7 @@ from stages.local_gram_flow import (
     local_gram_flow,
     reverse_pairs,
 )
-from stages.train_student.model.teacher import Teacher
+from stages.train_student.model.teacher import PairDirection, Teacher
 from stages.train_student.objectives.config import LgfConfig
 from stages.train_student.objectives.objective import Objective, only_valid
 
@@ -37,17 +37,11 @@ class LocalGramFlow(Objective[LgfConfig]):
         weight_BTHW = None
         if lgf.foreground_weight != 1.0:
             weight_BTHW = teacher.token_weight(lgf.foreground_weight)
-        student_BPHWK = local_gram_flow(
-            only_valid(student_BTHWC, valid_BT), lgf.radius, kernel=lgf.kernel
-        )
         losses = []
-        for direction, teacher_BPHWK in teacher.gram_flows(
-            lgf.radius, lgf.pairs, lgf.directions
-        ).items():
-            forward = direction == "forward"
-            query_maps = slice(None, -1) if forward else slice(1, None)
+        for direction, (flow_BPHWK, teacher_BPHWK) in self.flows(student_BTHWC, teacher).items():
+            query_maps = slice(None, -1) if direction == "forward" else slice(1, None)
             loss_B = gram_flow_loss(
-                student_BPHWK if forward else reverse_pairs(student_BPHWK),
+                flow_BPHWK,
                 teacher_BPHWK,
                 temperature=lgf.temperature,
                 divergence=lgf.divergence,
@@ -56,6 +50,24 @@ class LocalGramFlow(Objective[LgfConfig]):
             )
             losses.append(loss_B)
         return torch.stack(losses).mean(0)
+
+    def flows(
+        self, student_BTHWC: Tensor, teacher: Teacher
+    ) -> dict[PairDirection, tuple[Tensor, Tensor]]:
+        """Similarities that are compared: flow_BPHWK of student and teacher, by direction."""
+        lgf, valid_BT = self.settings, teacher.valid_BT
+        assert valid_BT is not None, "a teacher says which maps are valid"
+        student_BPHWK = local_gram_flow(
+            only_valid(student_BTHWC, valid_BT), lgf.radius, kernel=lgf.kernel
+        )
+        of_teacher = teacher.gram_flows(lgf.radius, lgf.pairs, lgf.directions)
+        return {
+            direction: (
+                student_BPHWK if direction == "forward" else reverse_pairs(student_BPHWK),
+                teacher_BPHWK,
+            )
+            for direction, teacher_BPHWK in of_teacher.items()
+        }
 
     def describe_teacher(self, teacher: Teacher) -> str | None:
         """The entropy of the teacher's Gram flow, and a warning if it is nearly uniform."""

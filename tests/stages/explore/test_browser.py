@@ -149,7 +149,7 @@ def test_a_clip_by_keyboard_its_window_and_the_list_to_leave_out(browse, server)
     row = ROWS.index("walk/0002")
     found = browse(
         """
-        await until(() => view.window);
+        await until(() => view.windows.teacher);
         const caption = element("caption").textContent;
         const first = [...view.token], frame = view.frame;
         press("ArrowRight");
@@ -159,11 +159,11 @@ def test_a_clip_by_keyboard_its_window_and_the_list_to_leave_out(browse, server)
         const moved = [...view.token];
         await until(() => element("window-facts").textContent.includes(
           `row ${moved[0]}, column ${moved[1]}`));
-        const shown = view.window.probability;
+        const shown = view.windows.teacher.probability;
         element("temperature").value = "-2";
         element("temperature").dispatchEvent(new Event("input"));
-        await until(() => Math.max(...view.window.probability) > Math.max(...shown));
-        const sharp = view.window.probability;
+        await until(() => Math.max(...view.windows.teacher.probability) > Math.max(...shown));
+        const sharp = view.windows.teacher.probability;
         press(" ");
         const playing = view.playing;
         press(" ");
@@ -185,8 +185,12 @@ def test_a_clip_by_keyboard_its_window_and_the_list_to_leave_out(browse, server)
     assert found["title"] == "Clips of a cache"
     y, x = found["moved"]
     layers = server.explorer.layers(row)
-    assert found["shown"] == pytest.approx(layers.window("forward", 1, y, x, 0.1)["probability"])
-    assert found["sharp"] == pytest.approx(layers.window("forward", 1, y, x, 0.01)["probability"])
+    assert found["shown"] == pytest.approx(
+        layers.flow.window("forward", 1, y, x, 0.1)["probability"]
+    )
+    assert found["sharp"] == pytest.approx(
+        layers.flow.window("forward", 1, y, x, 0.01)["probability"]
+    )
     assert found["playing"] and found["stopped"]
     assert found["pressed"] == "true"
     assert found["marked"] == [key == "walk/0002" for key in ROWS]
@@ -202,9 +206,9 @@ def test_a_saved_page_shows_its_clips_without_a_server(server, tmp_path):
         """
         await until(() => cards().length === 2);
         location.hash = "#clip=1";
-        await until(() => view.window && view.motion);
-        report({ key: element("key").textContent, probability: view.window.probability,
-          token: view.token, motion: view.motion.length, title: document.title,
+        await until(() => view.windows.teacher && view.motions.teacher);
+        report({ key: element("key").textContent, probability: view.windows.teacher.probability,
+          token: view.token, motion: view.motions.teacher.length, title: document.title,
           leave: getComputedStyle(element("leave")).display,
           problem: element("problem").textContent });
         """
@@ -217,7 +221,7 @@ def test_a_saved_page_shows_its_clips_without_a_server(server, tmp_path):
     assert (found["key"], found["problem"], found["leave"]) == ("walk/0001", "", "none")
     y, x = found["token"]
     layers = server.explorer.layers(ROWS.index("walk/0001"))
-    wanted = layers.window("forward", 0, y, x, 0.1)["probability"]
+    wanted = layers.flow.window("forward", 0, y, x, 0.1)["probability"]
     assert found["probability"] == pytest.approx(wanted, abs=1 / 500)
     assert found["motion"] == 8 * 3 * 4 * 2
     assert TOKEN not in page

@@ -11,7 +11,8 @@ from PIL import Image
 from cache_schema import CacheError, StoreReader
 from stages.clips import ClipsConfig
 from stages.explore.explorer import NoSuchClip
-from stages.explore.layers import NoSuchToken, load_layers
+from stages.explore.flow_view import NoSuchToken
+from stages.explore.layers import load_layers
 from stages.explore.leave_out import LeaveOutList
 from stages.explore.pictures import make_sheet, make_thumbnail
 from stages.explore.stores import open_cache
@@ -69,7 +70,7 @@ def test_a_tokens_window_is_the_fused_gram_flow(explorer, place, temperature):
     pair, y, x = place
     parts = [features_of(ROWS[WALK], part).astype(np.float64) for part in (0, 1)]
     fused = np.concatenate(parts, axis=-1) / 2**0.5
-    found = explorer.layers(WALK).window("forward", *place, temperature)
+    found = explorer.flow(WALK, "teacher").window("forward", *place, temperature)
     similarity, probability = window_loop(fused[pair], fused[pair + 1], y, x, 1, temperature)
     close(found["similarity"], similarity)
     close(found["probability"], probability)
@@ -84,18 +85,18 @@ def test_a_tokens_window_is_the_fused_gram_flow(explorer, place, temperature):
 
 def test_crossed_pairs_take_each_direction_from_its_own_track(cache, tmp_path):
     layers = open_explorer(cache, tmp_path, pairs="crossed").layers(WALK)
-    assert set(layers.flows) == {"forward", "backward"}
+    assert set(layers.flow.by_direction) == {"forward", "backward"}
     forward, backward = (features_of(ROWS[WALK], part).astype(np.float64) for part in (0, 1))
-    ahead = layers.window("forward", 2, 1, 1, 0.1)["similarity"]
+    ahead = layers.flow.window("forward", 2, 1, 1, 0.1)["similarity"]
     close(ahead, window_loop(backward[2], backward[3], 1, 1, 1, 0.1)[0])
     # The window of the pair's second map in its first.
-    behind = layers.window("backward", 2, 1, 1, 0.1)["similarity"]
+    behind = layers.flow.window("backward", 2, 1, 1, 0.1)["similarity"]
     close(behind, window_loop(forward[3], forward[2], 1, 1, 1, 0.1)[0])
 
 
 def test_pairs_that_training_masks_out_are_marked(explorer):
     layers = explorer.layers(WALK)
-    valid = [layers.window("forward", pair, 0, 0, 0.1)["valid"] for pair in range(FRAMES - 1)]
+    valid = [layers.flow.window("forward", pair, 0, 0, 0.1)["valid"] for pair in range(FRAMES - 1)]
     assert valid == [True] * 6 + [False] * 2  # the last two maps are not valid
 
 
@@ -104,7 +105,7 @@ def test_pairs_that_training_masks_out_are_marked(explorer):
 )
 def test_tokens_that_are_not_there_are_refused(explorer, place):
     with pytest.raises(NoSuchToken):
-        explorer.layers(WALK).window(*place, 0.1)
+        explorer.flow(WALK, "teacher").window(*place, 0.1)
 
 
 def test_every_frame_of_the_masks_is_in_its_place_on_the_sheet(explorer):
@@ -175,7 +176,7 @@ def test_a_stored_gram_flow_is_shown_with_the_window_it_has(tmp_path):
         dataset=None,
         lgf=LgfConfig(radius=3, pairs="crossed"),
     )
-    found = layers.window("forward", 7, 1, 1, 0.1)["similarity"]
+    found = layers.flow.window("forward", 7, 1, 1, 0.1)["similarity"]
     assert found == pytest.approx(flow[7, 1, 1].tolist())
     assert layers.notes[1:] == [
         "Gram flow of radius 1, the largest stored",

@@ -57,10 +57,10 @@ def test_probabilities_and_motion_are_those_of_the_server(page, explorer):
     arrays = data_of(page)["clips"][1]["arrays"]
     shape = tuple(data_of(page)["clips"][1]["facts"]["flow"]["shape"])
     stored = np.frombuffer(base64.b64decode(arrays["probability_forward"]), np.uint8).reshape(shape)
-    wanted = layers.window("forward", 4, 1, 2, 0.1)["probability"]
+    wanted = layers.flow.window("forward", 4, 1, 2, 0.1)["probability"]
     assert stored[4, 1, 2] / 255 == pytest.approx(wanted, abs=1 / 500)
     motion = np.frombuffer(base64.b64decode(arrays["motion_forward"]), "<f4")
-    assert np.array_equal(motion, layers.motion("forward", 0.1).ravel())
+    assert np.array_equal(motion, layers.flow.motion("forward", 0.1).ravel())
 
 
 @pytest.mark.parametrize(

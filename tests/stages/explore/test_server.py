@@ -161,11 +161,14 @@ def test_requests_of_other_pages_are_refused(server, headers, method):
         "api/still/99999999999999999999",
         "api/still/5",
         "api/clip/",
-        "api/window/0/forward/0/0/-1?temperature=0.1",
-        "api/window/0/forward/8/0/0?temperature=0.1",
-        "api/window/0/forward/0/3/0?temperature=0.1",
-        "api/window/0/__class__/0/0/0?temperature=0.1",
-        "api/motion/0/..%2f?temperature=0.1",
+        "api/window/0/teacher/forward/0/0/-1?temperature=0.1",
+        "api/window/0/teacher/forward/8/0/0?temperature=0.1",
+        "api/window/0/teacher/forward/0/3/0?temperature=0.1",
+        "api/window/0/teacher/__class__/0/0/0?temperature=0.1",
+        "api/motion/0/teacher/..%2f?temperature=0.1",
+        "api/motion/0/500/forward?temperature=0.1",
+        "api/window/0/..%2f/forward/0/0/0?temperature=0.1",
+        "api/student/0/500",
     ],
 )
 def test_paths_lead_nowhere_but_to_what_is_named(server, path):
@@ -205,7 +208,7 @@ def test_what_cannot_be_asked_for_is_refused(server, parameters):
 
 @pytest.mark.parametrize("temperature", ["", "nan", "inf", "0", "-1", "1e-9", "x"])
 def test_temperatures_have_bounds(server, temperature):
-    path = f"/{TOKEN}/api/window/0/forward/0/0/0?temperature={temperature}"
+    path = f"/{TOKEN}/api/window/0/teacher/forward/0/0/0?temperature={temperature}"
     assert ask(server, path)[0] == 400
 
 
