@@ -5,6 +5,7 @@ arrays, not as Python objects.
 """
 
 import copy
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ LABELS = {"prompt": "prompt", "size": "size", "reason": "skipped because"}
 """Columns of words, and what a page calls them."""
 
 _UNKNOWN = -1
-_SEPARATOR = b"\0"
+_SEPARATOR = "\0"
 """Not in any key, and replaced by a space in captions."""
 
 
@@ -149,20 +150,18 @@ class ClipTable:
 
     def matching(self, search: str) -> np.ndarray:
         """Rows whose key or caption contain every word of `search`, ignoring case: bool [rows]."""
-        found = np.ones(len(self), bool)
-        for word in search.casefold().split():
-            found &= self._containing(word, len(found))
-        return found
-
-    def _containing(self, word: str, num_rows: int) -> np.ndarray:
-        found = np.zeros(num_rows, bool)
-        for start, size in zip(self.starts.tolist(), self.sizes, strict=False):
-            found[start + _positions(size.listed.keys, word)] = True
-        if self._skipped is not None and num_rows > self.num_stored:
-            found[self.num_stored + _positions(self._skipped.keys, word)] = True
+        words = [word for word in search.casefold().split() if _SEPARATOR not in word]
+        found = np.zeros((len(words), len(self)), bool)
+        for first, size in zip(self.starts.tolist(), self.sizes, strict=False):
+            for word, places in _places(size.listed.keys, words):
+                found[word, first + places] = True
+        if self._skipped is not None and found.shape[1] > self.num_stored:
+            for word, places in _places(self._skipped.keys, words):
+                found[word, self.num_stored + places] = True
         for rows, captions in zip(self._row_of_caption, self._captions, strict=False):
-            found[rows[_positions(captions, word)]] = True
-        return found
+            for word, places in _places(captions, words):
+                found[word, rows[places]] = True
+        return found.all(axis=0)
 
     def read(self, stop: threading.Event) -> None:
         """Read the skipped clips, and the records of all clips; returns early once `stop` is set.
@@ -215,7 +214,7 @@ class ClipTable:
                     caption = entry.attributes.get("caption")
                     if row >= 0 and isinstance(caption, str):
                         rows.append(start + row)
-                        captions.append(caption.replace("\0", " "))
+                        captions.append(caption.replace(_SEPARATOR, " "))
             self._add_captions(np.array(rows, np.int64), captions)
 
     def _add_captions(self, rows: np.ndarray, captions: Sequence[str]) -> None:
@@ -272,14 +271,17 @@ def _rows_of(entries: Sequence[ClipEntry], keys: SortedText) -> list[int]:
     return in_order
 
 
-def _positions(texts: PackedText, word: str) -> np.ndarray:
-    """Positions of the texts that contain a word, ignoring case: int64."""
-    found: list[int] = []
+def _places(texts: PackedText, words: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
+    """For parts of the texts and each word: its number, and which texts contain it, ignoring case.
+
+    The words are folded already.
+    """
     first = 0
+    separator = _SEPARATOR.encode()
     for piece in texts.pieces():
-        folded = _SEPARATOR.join(piece).decode("utf-8").casefold()
-        if word in folded:
-            texts_folded = folded.split(_SEPARATOR.decode())
-            found += [first + at for at, text in enumerate(texts_folded) if word in text]
+        folded = separator.join(piece).decode("utf-8").casefold().encode("utf-8")
+        ends = np.flatnonzero(np.frombuffer(folded, np.uint8) == 0)
+        for number, word in enumerate(words):
+            found = [at.start() for at in re.finditer(re.escape(word.encode("utf-8")), folded)]
+            yield number, first + np.searchsorted(ends, np.array(found, np.int64))
         first += len(piece)
-    return np.array(found, np.int64)
