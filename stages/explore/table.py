@@ -161,7 +161,8 @@ class ClipTable:
         for rows, captions in zip(self._row_of_caption, self._captions, strict=False):
             for word, places in _places(captions, words):
                 found[word, rows[places]] = True
-        return found.all(axis=0)
+        in_all: np.ndarray = np.logical_and.reduce(found, axis=0)
+        return in_all
 
     def read(self, stop: threading.Event) -> None:
         """Read the skipped clips, and the records of all clips; returns early once `stop` is set.

@@ -32,7 +32,7 @@ from cache_schema.zarr_shard import chunk_path, file_bytes_range, metadata_paths
 
 TARGET_S = 2.0
 WORDS = ("lion", "dog", "horse", "robot", "walks", "runs", "over", "grass", "sand", "snow", "by")
-CUT = {"num_frames": 49, "height": 480, "width": 720, "fps": 8.0}
+CUT: dict[str, Any] = {"num_frames": 49, "height": 480, "width": 720, "fps": 8.0}
 
 
 def settings_of(kind: str) -> StoreSettings:
