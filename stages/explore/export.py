@@ -74,7 +74,7 @@ def saved_page(explorer: Explorer, keys: Sequence[str], progress: Progress) -> s
 def _saved_clip(explorer: Explorer, row: int, number: int, temperature: float) -> dict[str, Any]:
     layers = explorer.layers(row)
     facts = explorer.clip(row)
-    # The page counts its own clips, and does not tell where the stores are.
+    # The page counts its own clips.
     facts |= {"row": number, "left_out": False}
     try:
         still, loop = explorer.thumbnail(row)

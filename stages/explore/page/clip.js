@@ -175,7 +175,8 @@ function askMotion() {
 
 function showTemperature() {
   element("temperature").value = Math.log10(view.temperature);
-  element("temperature-value").textContent = view.temperature.toPrecision(2);
+  element("temperature-value").textContent = (source.live ? "" : "temperature ") +
+    view.temperature.toPrecision(2);
 }
 
 function showFrame(frame) {

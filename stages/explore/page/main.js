@@ -34,7 +34,7 @@ function describe(state) {
   element("title").textContent = state.cache;
   const kinds = [...new Set(state.stores.map(store => store.kind))].join(", ");
   element("about").textContent = [
-    `${count(state.stored)} clips (${kinds})`, `${count(state.skipped)} skipped`,
+    `${count(state.stored)} clips${kinds && ` (${kinds})`}`, `${count(state.skipped)} skipped`,
     state.left_out ? `${count(state.left_out)} on the list to leave out` : "",
     state.no_dataset ? `no frames: ${state.no_dataset}` : "",
   ].filter(Boolean).join("; ");
