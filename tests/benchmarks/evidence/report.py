@@ -51,7 +51,7 @@ _TITLES: dict[Group, str] = {
 
 
 def write_report(out: Path, rows: Rows, size: Size, *, machine: str, name: str) -> Path:
-    """Write results.md, results.jsonl, differences.png and videos.png to `out`.
+    """Write results.md, results.jsonl, differences.png and videos.jpg to `out`.
 
     Args:
         out: Folder of the comparison.
@@ -81,7 +81,7 @@ def write_report(out: Path, rows: Rows, size: Size, *, machine: str, name: str) 
         _draw_changes(out / "differences.png", changes)
         parts.append("![structure error against none](differences.png)\n")
     if _draw_videos(out, rows, size):
-        parts.append("![videos of the first test clips, seed 0](videos.png)\n")
+        parts.append("![videos of the first test clips, seed 0](videos.jpg)\n")
     lines = "".join(f"{json.dumps(row)}\n" for row in rows.values())
     (out / "results.jsonl").write_text(lines, encoding="utf-8")
     page = out / "results.md"
@@ -222,7 +222,7 @@ def _draw_videos(out: Path, rows: Rows, size: Size) -> bool:
             strip = Image.fromarray(np.concatenate(frames_THWC[list(_SHEET_FRAMES)], axis=1))
             ImageDraw.Draw(strip).text((4, 2), f"{number}: {name}", fill="white")
             strips.append(np.asarray(strip))
-    Image.fromarray(np.concatenate(strips)).save(out / "videos.png", optimize=True)
+    Image.fromarray(np.concatenate(strips)).save(out / "videos.jpg", quality=85)
     return True
 
 
