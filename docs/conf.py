@@ -28,7 +28,7 @@ include_patterns = [
     "cache_schema/README.md",
     "stages/*/README.md",
     "tests/benchmarks/*.md",
-    "tests/benchmarks/evidence/README.md",
+    "tests/benchmarks/evidence/*.md",
 ]
 # Other folders are not walked: a checkout also has environments, clips and runs.
 _PARTS = ("docs", "cache_schema", "stages", "tests", "CONTRIBUTING.md")
