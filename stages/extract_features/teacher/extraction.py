@@ -33,6 +33,10 @@ from stages.sam2_tracking.tracker import Tracker
 from stages.teacher_store.config import GramFlowConfig
 from stages.teacher_store.encoder import GramFlowEncoder
 
+_LARGE_IMAGE = 512
+"""Side of SAM2's input from which freed activations are worth returning to the system: this takes
+time, also of what the process does later."""
+
 
 @dataclass(slots=True, eq=False)
 class _Prepared:
@@ -119,7 +123,7 @@ class SubjectExtraction:
     ) -> Iterator[Callable[[Sequence[_Prepared]], Sequence[Outcome]]]:
         """Load SAM2, and Grounding DINO if it is configured."""
         config = self._config
-        if device.type == "cpu":
+        if device.type == "cpu" and config.image_size >= _LARGE_IMAGE:
             return_freed_memory()
         model = build_sam2(
             self._sam2.config_name, self._checkpoint, image_size=config.image_size, device=device
