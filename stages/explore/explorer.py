@@ -6,18 +6,18 @@ Everything that may come from a dataset is made visible text here; the page inse
 import os
 import shlex
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 
 from cache_schema import CacheError
-from cache_schema.shown_text import redacted, visible, without_credentials
+from cache_schema.shown_text import redacted
 from stages.clips import ClipDataset, ClipsConfig
+from stages.explore.descriptions import describe_layers, shown, shown_values
 from stages.explore.flow_view import FlowView
+from stages.explore.kept import Kept
 from stages.explore.layers import (
     MASK_COLOURS,
     ClipLayers,
@@ -37,16 +37,9 @@ _KEPT_CLIPS, _KEPT_THUMBNAILS, _KEPT_ORDERS = 4, 256, 4
 _PAGE = 60
 _DRAWN_AT_ONCE = max(2, (os.cpu_count() or 2) // 2)
 
-Value = TypeVar("Value")
-
 
 class NoSuchClip(LookupError):  # noqa: N818 (named after the condition)
     """There is no such row, or nothing of it to draw."""
-
-
-def shown(text: str) -> str:
-    """A text of the dataset as a page shows it: no control characters, no credentials."""
-    return visible(without_credentials(text))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,34 +62,6 @@ class Sources:
     """The student of a run, shown beside the teacher."""
 
 
-class _Kept(Generic[Value]):
-    """The results of the last calls by key; concurrent calls of one key are made once."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._found: OrderedDict[Hashable, Future[Value]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """The kept result of `key`, or that of `make`, which is kept unless it raises."""
-        with self._lock:
-            future = self._found.get(key)
-            mine = future is None
-            if future is None:
-                future = self._found[key] = Future()
-                if len(self._found) > self._most:
-                    self._found.popitem(last=False)
-            self._found.move_to_end(key)
-        if mine:
-            try:
-                future.set_result(make())
-            except BaseException as error:
-                future.set_exception(error)
-                with self._lock:
-                    self._found.pop(key, None)
-        return future.result()
-
-
 @dataclass(kw_only=True, eq=False)
 class Explorer:
     """Answers of the page's requests, from any thread."""
@@ -108,10 +73,10 @@ class Explorer:
         self.table = ClipTable(self.sources.sizes)
         self._stop = threading.Event()
         self._reading = threading.Thread(target=self.table.read, args=(self._stop,), daemon=True)
-        self._clips: _Kept[ClipLayers] = _Kept(_KEPT_CLIPS)
-        self._students: _Kept[StudentView] = _Kept(_KEPT_CLIPS)
-        self._thumbnails: _Kept[tuple[bytes, bytes]] = _Kept(_KEPT_THUMBNAILS)
-        self._orders: _Kept[np.ndarray] = _Kept(_KEPT_ORDERS)
+        self._clips: Kept[ClipLayers] = Kept(_KEPT_CLIPS)
+        self._students: Kept[StudentView] = Kept(_KEPT_CLIPS)
+        self._thumbnails: Kept[tuple[bytes, bytes]] = Kept(_KEPT_THUMBNAILS)
+        self._orders: Kept[np.ndarray] = Kept(_KEPT_ORDERS)
         self._drawing = threading.BoundedSemaphore(_DRAWN_AT_ONCE)
         self._records = threading.Lock()
 
@@ -245,7 +210,7 @@ class Explorer:
         return {
             **self.line(row, self.sources.leave_out.keys()),
             "facts": [shown(fact) for fact in facts],
-            "stores": _shown_values(redacted(stores)),
+            "stores": shown_values(redacted(stores)),
             **describe_layers(layers),
         }
 
@@ -321,48 +286,6 @@ class Explorer:
     def _check(self, row: int) -> None:
         if not 0 <= row < len(self.table):
             raise NoSuchClip(f"no row {row}: there are {len(self.table)}")
-
-
-def describe_layers(layers: ClipLayers) -> dict[str, Any]:
-    """How the pictures of a clip lie on their sheets, and what its Gram flow covers."""
-    described = {
-        name: {
-            "title": layer.title,
-            "moments": layer.moments,
-            "columns": layer.sheet.columns,
-            "width": layer.sheet.width,
-            "height": layer.sheet.height,
-        }
-        for name, layer in layers.layers.items()
-    }
-    flow = None
-    if layers.flow is not None:
-        flow = {
-            "directions": list(layers.flow.by_direction),
-            "shape": list(layers.flow.shape),
-            "moments": layers.flow.moments,
-            "valid": layers.flow.valid_M.tolist(),
-        }
-    return {
-        "num_frames": layers.num_frames,
-        "fps": layers.fps,
-        "layers": described,
-        "flow": flow,
-        "subject": layers.subject_yx,
-        "valid": None if layers.valid_T is None else layers.valid_T.tolist(),
-        "notes": [shown(note) for note in layers.notes],
-    }
-
-
-def _shown_values(value: Any) -> Any:
-    """JSON values with every text made visible."""
-    if isinstance(value, str):
-        return visible(value)
-    if isinstance(value, Mapping):
-        return {visible(name): _shown_values(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_shown_values(item) for item in value]
-    return value
 
 
 def _integer(parameters: Mapping[str, Sequence[str]], name: str, default: int, most: int) -> int:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from cache_schema import CacheError
-from stages.explore.explorer import Explorer, NoSuchClip, shown
+from stages.explore.descriptions import shown
+from stages.explore.explorer import Explorer, NoSuchClip
 from stages.explore.layers import ClipLayers
 from stages.explore.server import PAGE_FOLDER
 from stages.explore.table import LABELS, NUMBERS

@@ -13,17 +13,13 @@ run goes on. Encoded clips are kept in VAE, for both kinds of transformer.
 # D text channel, S timestep.
 
 import copy
-import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 import typer
 from diffusers import AutoencoderKLCogVideoX, DiffusionPipeline
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stages.cogvideox.diffusion import cumulative_alphas, noisy_latents, velocity
@@ -34,9 +30,9 @@ from stages.demo.training.drawn_clips import (
     HELD_OUT_SEEDS,
     NUM_FRAMES,
     WIDTH,
-    draw_demo_clip,
     training_seed,
 )
+from stages.demo.training.encoded_clips import ClipEncoder, EncodedClips
 from stages.demo.training.run import (
     TrainingRun,
     cosine_schedule,
@@ -44,8 +40,7 @@ from stages.demo.training.run import (
     progress_bar,
     write_record,
 )
-from stages.demo.training.vae import FPS, as_pixels
-from stages.files.tensor_files import save_tensors, umask_modes
+from stages.files.tensor_files import umask_modes
 from stages.progress import Task
 
 LAYERS, HEADS, HEAD_WIDTH = 6, 3, 64
@@ -61,12 +56,7 @@ _FIGURE_WEIGHT = 5.0
 take most of the loss."""
 _FIGURE_WEIGHT_FROM = 0.22
 """Fraction of the steps after which figures have this weight; before, all latents weigh 1."""
-_CLIPS_PER_FILE = 50
 _HELD_OUT_TIMESTEPS = (100, 300, 500, 700, 900)
-
-_Clips = dict[str, Tensor]
-"""mean_NFCHW, std_NFCHW: scaled posterior; image_N1CHW: posterior mean of the first frame alone;
-figure_NFHW: whether a latent is at or beside the figure."""
 
 
 def train(
@@ -102,7 +92,7 @@ def train(
     vae = AutoencoderKLCogVideoX.from_pretrained(vae_folder, torch_dtype=torch.float32)
     seeds = [training_seed(index, run_seed=seed) for index in range(num_clips)]
     # Started together, one encodes from the first clip on, the other from the last one.
-    encoder = _Encoder(vae, vae_folder, height=height, width=width, device=device)
+    encoder = ClipEncoder(vae, vae_folder, height=height, width=width, device=device)
     clips, captions = encoder.encoded(seeds, from_end=image_to_video)
     unseen, unseen_captions = encoder.encoded(HELD_OUT_SEEDS[:held_out_clips])
     build_tiny_cogvideox(
@@ -165,7 +155,7 @@ def _train_steps(
     ema: nn.Module,
     run: TrainingRun,
     model: "_Denoiser",
-    clips: _Clips,
+    clips: EncodedClips,
     captions: Sequence[str],
     *,
     seed: int,
@@ -228,7 +218,7 @@ class _Denoiser:
     def loss(
         self,
         transformer: nn.Module,
-        batch: _Clips,
+        batch: EncodedClips,
         text_BLD: Tensor,
         timestep_B: Tensor,
         random: torch.Generator,
@@ -261,7 +251,7 @@ class _Denoiser:
 
     @torch.no_grad()
     def held_out_loss(
-        self, transformer: nn.Module, clips: _Clips, captions: Sequence[str], timestep: int
+        self, transformer: nn.Module, clips: EncodedClips, captions: Sequence[str], timestep: int
     ) -> float:
         """Mean loss at a timestep, with fixed noise."""
         random = torch.Generator().manual_seed(timestep)
@@ -269,78 +259,6 @@ class _Denoiser:
         timestep_B = torch.full((len(captions),), timestep)
         text_BLD = self.encode(captions)
         return self.loss(transformer, batch, text_BLD, timestep_B, random).mean().item()
-
-
-class _Encoder:
-    """Draws and encodes clips; those whose files are in the VAE's folder are not encoded again."""
-
-    def __init__(
-        self, vae: AutoencoderKLCogVideoX, folder: Path, *, height: int, width: int, device: str
-    ) -> None:
-        self._vae = copy.deepcopy(vae).to(device, torch.bfloat16)
-        self._folder = folder
-        self._size = {"height": height, "width": width}
-        self._weights = [weight.numpy().tobytes() for weight in vae.state_dict().values()]
-
-    def encoded(self, seeds: Sequence[int], *, from_end: bool = False) -> tuple[_Clips, list[str]]:
-        """Latents and captions of the seeds' clips, on the CPU."""
-        files = self._folder / f"encoded-{self.digest(seeds)}"
-        files.mkdir(parents=True, exist_ok=True)
-        starts = range(0, len(seeds), _CLIPS_PER_FILE)
-        captions: dict[int, list[str]] = {}
-        figures: dict[int, Tensor] = {}
-        with progress_bar("encode clips", len(seeds)) as task:
-            for start in reversed(starts) if from_end else starts:
-                drawn = [
-                    draw_demo_clip(seed, fps=FPS, **self._size)
-                    for seed in seeds[start : start + _CLIPS_PER_FILE]
-                ]
-                captions[start] = [clip.caption for clip in drawn]
-                figures[start] = torch.stack([_figure_latents(clip.masks_THW) for clip in drawn])
-                file = files / f"{start:06d}.safetensors"
-                if not file.exists():
-                    encoded = [self._encode(clip.frames_THWC) for clip in drawn]
-                    partial = file.with_suffix(f".{os.getpid()}.partial")
-                    save_tensors(
-                        {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]},
-                        partial,
-                    )
-                    partial.rename(file)
-                task.advance(len(drawn))
-        parts = [load_file(files / f"{start:06d}.safetensors") for start in starts]
-        clips = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        clips["figure_NFHW"] = torch.cat([figures[start] for start in starts])
-        return clips, [caption for start in starts for caption in captions[start]]
-
-    def digest(self, seeds: Sequence[int]) -> str:
-        """Identify the VAE's weights and the clips encoded with it."""
-        digest = hashlib.sha256(repr((self._size, list(seeds))).encode())
-        for weight in self._weights:
-            digest.update(weight)
-        return digest.hexdigest()[:12]
-
-    @torch.no_grad()
-    def _encode(self, frames_THWC: Any) -> _Clips:
-        """float16, of one clip; the VAE is in bfloat16."""
-        pixels_1CTHW = as_pixels(frames_THWC[None]).to(self._vae.device, torch.bfloat16)
-        posterior = self._vae.encode(pixels_1CTHW).latent_dist
-        image = self._vae.encode(pixels_1CTHW[:, :, :1]).latent_dist.mean
-        values = {"mean_NFCHW": posterior.mean, "std_NFCHW": posterior.std, "image_N1CHW": image}
-        scale = self._vae.config.scaling_factor
-        return {
-            name: (value.float() * scale).transpose(1, 2).half().cpu()
-            for name, value in values.items()
-        }
-
-
-def _figure_latents(masks_THW: Any) -> Tensor:
-    """Whether a latent or its neighbour sees the figure in one of its frames: bool [F, H, W]."""
-    masks_1THW = torch.from_numpy(masks_THW).float()[None]
-    in_cell_1THW = F.max_pool3d(masks_1THW, (1, 8, 8))
-    of_latents_1FHW = torch.cat(
-        [in_cell_1THW[:, :1], F.max_pool3d(in_cell_1THW[:, 1:], (4, 1, 1))], dim=1
-    )
-    return F.max_pool3d(of_latents_1FHW, (1, 3, 3), stride=1, padding=(0, 1, 1))[0] > 0
 
 
 def main(
