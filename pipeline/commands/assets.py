@@ -39,8 +39,8 @@ def limit_threads(config: RunConfig) -> None:
     """Let torch compute on one thread where the demo's models do, unless OMP_NUM_THREADS is set.
 
     In the environment, for processes that are started later too; torch must not be imported yet.
-    Models this small gain little from a second thread, and lose much on a busy machine
-    (`tests/benchmarks/demo_threads.py`).
+    A second thread gains such models up to half of the time on an idle machine, and makes tracking
+    several times slower beside other processes (`tests/benchmarks/demo_threads.md`).
     """
     if uses_demo_part(config, "cogvideox") or uses_demo_part(config, "sam2"):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
