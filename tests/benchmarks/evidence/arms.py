@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Group = Literal["main", "control", "open", "scratch"]
+Group = Literal["main", "control", "open", "full", "scratch"]
 """main: the paper's claim; control: teachers that should not help as much; open: settings that the
-paper leaves open, each changed alone; scratch: training from random weights."""
+paper leaves open, each changed alone; full: all weights of the base model, more steps and clips;
+scratch: training from random weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +47,15 @@ def _lgf(name: str, group: Group, about: str, *train: str, **others: object) -> 
 def _open(name: str, about: str, *train: str, teacher: tuple[str, ...] = ()) -> Arm:
     """LGF with one setting changed, at the weight chosen for LGF."""
     return _lgf(name, "open", about, *train, teacher=teacher, weight_of=LGF)
+
+
+_FULL = ("train.optimizer.learning_rate=5.0e-4", "train.optimizer.schedule=cosine")
+_PAPER_WEIGHT = "train.lgf.weight=0.5"
+
+
+def _full(name: str, about: str, *train: str, tracker: Literal["tiny", "random"] = "tiny") -> Arm:
+    """All weights are trained; the loss has the paper's weight, for tuning would cost too much."""
+    return Arm(name=name, group="full", about=about, train=(*_FULL, *train), tracker=tracker)
 
 
 _LATENT = ("extract.teacher.time_rate=latent",)
@@ -144,6 +154,21 @@ ARMS = (
         teacher=("extract.teacher.features=memory_attention",),
     ),
     _open("foreground-5", "subject's tokens weigh 5 times", "train.lgf.foreground_weight=5"),
+    _full("full-none", "all weights, diffusion loss only", "train.objectives=none"),
+    _full(
+        "full-lgf",
+        "all weights, Local Gram Flow with weight 0.5",
+        "train.objectives=[lgf]",
+        _PAPER_WEIGHT,
+    ),
+    _full(
+        "full-lgf-sharp",
+        "the same with temperature 0.05 and block 4",
+        "train.objectives=[lgf]",
+        _PAPER_WEIGHT,
+        "train.lgf.temperature=0.05",
+        "train.block=4",
+    ),
     Arm(
         name="scratch-none",
         group="scratch",

@@ -4,7 +4,7 @@ OUT/
     models/base/                 the image-to-video pipeline: the demo's, or one trained here
     models/scratch-0/ …          the same with a random transformer, one per training seed
     models/sam2/tiny.safetensors, random.safetensors, tiny.yaml
-    clips/train/, clips/tuning/, clips/test/     webdataset tars as in the demo
+    clips/train/, clips/train-full/, clips/tuning/, clips/test/     webdataset tars as in the demo
     first-frames/tuning/, first-frames/test/     NNNN.png, NNNN.mask.png, prompts.jsonl
     reconstructions/             the test clips encoded and decoded by the VAE
     training/                    runs of the models' training, if they are not the packaged ones
@@ -37,7 +37,7 @@ PACE = 1.4
 """Speed of the motion relative to the clips that the base model was trained on."""
 POST_PROBABILITY = 0.7
 """Fraction of clips with a post in front of the figure; 0.3 for the base model."""
-_FIRST_SEEDS = {"train": 600_000, "tuning": 700_000, "test": 800_000}
+_FIRST_SEEDS = {"train": 600_000, "train-full": 600_000, "tuning": 700_000, "test": 800_000}
 _RANDOM_TRACKER_SEED = 0
 
 
@@ -57,10 +57,12 @@ def draw_faster_clip(seed: int, size: Size) -> FigureClip:
 def prepare(out: Path, size: Size) -> None:
     """Write what is missing of clips and models; each part is complete once its folder exists."""
     counts = {"train": size.train_clips, "tuning": size.tuning_clips, "test": size.test_clips}
+    if size.full_steps is not None:
+        counts["train-full"] = size.full_clips
     for part, count in counts.items():
         seeds = seeds_of(part, count, size)
         _once(out / "clips" / part, partial(_write_clips, seeds=seeds, size=size))
-        if part != "train":
+        if part in ("tuning", "test"):
             _once(out / "first-frames" / part, partial(_write_first_frames, seeds=seeds, size=size))
     base = out / "models" / "base"
     if size.models is None:
@@ -99,7 +101,7 @@ def seeds_of(part: str, count: int, size: Size) -> list[int]:
     """Seeds of a part's clips. Captions of the clips to continue differ, for they name the clip."""
     first = _FIRST_SEEDS[part]
     assert first in HELD_OUT_SEEDS
-    if part == "train":
+    if part in ("train", "train-full"):
         return list(range(first, first + count))
     captions: dict[str, int] = {}
     seed = first

@@ -27,7 +27,7 @@ def arms_of(size: Size, names: Sequence[str] = ()) -> list[Arm]:
     return [
         arm
         for arm in known.values()
-        if (not names or arm.name in names) and (arm.group != "scratch" or size.scratch_steps)
+        if (not names or arm.name in names) and size.steps_of(arm.group)
     ]
 
 
@@ -57,6 +57,7 @@ def _phases(size: Size, arms: Sequence[Arm], rows: Rows) -> list[list[Run]]:
     order: list[tuple[tuple[Group, ...], tuple[int, ...]]] = [
         (("main", "control"), size.seeds),
         (("open",), size.open_seeds),
+        (("full",), size.seeds),
         (("scratch",), size.seeds),
     ]
     for groups, seeds in order:
@@ -68,9 +69,11 @@ def _phases(size: Size, arms: Sequence[Arm], rows: Rows) -> list[list[Run]]:
 
 def _runs_of(arm: Arm, seed: int, size: Size, rows: Rows) -> list[Run]:
     weight = chosen_weight(arm, size, rows)
+    runs = [
+        Run(arm=arm, seed=seed, weight=weight, steps=steps) for steps in size.steps_of(arm.group)
+    ]
     if arm.group != "scratch":
-        return [Run(arm=arm, seed=seed, weight=weight, steps=size.steps)]
-    runs = [Run(arm=arm, seed=seed, weight=weight, steps=steps) for steps in size.scratch_steps]
+        return runs
     # A run is scored after so many steps and then goes on, so the next score waits for this one.
     return next(([run] for run in runs if run.name not in rows), [])
 

@@ -46,8 +46,11 @@ _TITLES: dict[Group, str] = {
     "main": "Fine-tuning: the paper's comparison",
     "control": "Controls",
     "open": "One setting changed",
+    "full": "All weights of the base model",
     "scratch": "From random weights",
 }
+_REFERENCES: dict[Group, str] = {"full": "full-none", "scratch": "scratch-none"}
+"""Arms without auxiliary loss; `none` for the other groups."""
 
 
 def write_report(out: Path, rows: Rows, size: Size, *, machine: str, name: str) -> Path:
@@ -70,11 +73,11 @@ def write_report(out: Path, rows: Rows, size: Size, *, machine: str, name: str) 
     ]
     changes: dict[str, Estimate] = {}
     for group, title in _TITLES.items():
-        for steps in size.scratch_steps if group == "scratch" else (size.steps,):
+        for steps in size.steps_of(group):
             found, of_group = _table(group, rows, steps)
             changes |= of_group
             if found:
-                after = f", {steps} steps" if group == "scratch" else ""
+                after = f", {steps} steps" if group in _REFERENCES else ""
                 parts.append(f"## {title}{after}\n\n{found}\n")
     parts.append(_legend())
     if changes:
@@ -115,7 +118,7 @@ def _table(group: Group, rows: Rows, steps: int) -> tuple[str, dict[str, Estimat
     Returns:
         The table, empty without results; and each arm's change of the structure error.
     """
-    reference = "scratch-none" if group == "scratch" else NONE
+    reference = _REFERENCES.get(group, NONE)
     others = {row["seed"]: row for row in rows_of_arm(rows, reference, steps=steps)}
     header = ["arm", "weight", "seeds", "structure error", *SCORES, "motion distance"]
     header += ["diffusion", "step time"]
@@ -134,7 +137,7 @@ def _table(group: Group, rows: Rows, steps: int) -> tuple[str, dict[str, Estimat
         lines.append(
             [
                 f"{arm.name}: {arm.about}",
-                f"{mine[0]['weight']:g}",
+                "" if mine[0]["weight"] is None else f"{mine[0]['weight']:g}",
                 str(len(mine)),
                 change.text(),
                 *(difference(mine, theirs, score).text() for score in SCORES),

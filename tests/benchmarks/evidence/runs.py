@@ -79,14 +79,16 @@ def overrides(run: Run, out: Path, size: Size, *, scoring: bool = False) -> list
     """
     out = out.resolve()
     arm = None if isinstance(run.arm, str) else run.arm
-    scratch = arm is not None and arm.group == "scratch"
+    group = None if arm is None else arm.group
+    scratch = group == "scratch"
+    full = "-full" if group == "full" else ""
     model = f"scratch-{run.seed}" if scratch else "base"
     teacher = None if scoring else arm
     tracker = "tiny" if teacher is None else teacher.tracker
     settings = [
-        f"cache={out / 'cache'}",
+        f"cache={out / f'cache{full}'}",
         f"outputs={out / 'outputs'}",
-        f"data.path={out / 'clips' / 'train'}",
+        f"data.path={out / 'clips' / f'train{full}'}",
         f"data.height={size.height}",
         f"data.width={size.width}",
         f"model.path={out / 'models' / model}",
@@ -105,7 +107,7 @@ def overrides(run: Run, out: Path, size: Size, *, scoring: bool = False) -> list
     ]
     if size.models is not None:
         settings.append(f"extract.teacher.image_size={size.models.image_size}")
-    if scratch:
+    if scratch or full:
         settings.append("train.method=full")
     if arm is not None and arm.weight is not None:
         settings.append(f"{arm.weight}={run.weight}")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from stages.demo.training.drawn_clips import HEIGHT, WIDTH
+from tests.benchmarks.evidence.arms import Group
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +42,10 @@ class Size:
     """Training seeds of the main comparison, and of the controls."""
     open_seeds: tuple[int, ...]
     """Training seeds of the open questions."""
+    full_clips: int
+    """Clips of the runs that train all weights of the base model."""
+    full_steps: int | None
+    """Their steps; None skips these runs."""
     scratch_steps: tuple[int, ...]
     """Steps after which a run from random weights is scored; none skips these runs."""
     denoising_steps: int
@@ -54,6 +59,14 @@ class Size:
     overrides: tuple[str, ...] = ()
     """Settings that differ from config.yaml."""
 
+    def steps_of(self, group: Group) -> tuple[int, ...]:
+        """Training steps after which a group's runs are scored; none if it is skipped."""
+        if group == "scratch":
+            return self.scratch_steps
+        if group == "full":
+            return () if self.full_steps is None else (self.full_steps,)
+        return (self.steps,)
+
 
 SIZES = {
     "smoke": Size(
@@ -65,6 +78,8 @@ SIZES = {
         tuning_weights=(0.5,),
         seeds=(0,),
         open_seeds=(0,),
+        full_clips=0,
+        full_steps=None,
         scratch_steps=(),
         denoising_steps=2,
         arms=("none", "lgf"),
@@ -78,6 +93,8 @@ SIZES = {
         tuning_weights=(0.1, 0.5, 2.0),
         seeds=(0, 1, 2),
         open_seeds=(0,),
+        full_clips=480,
+        full_steps=1500,
         scratch_steps=(500, 1000, 2000),
         denoising_steps=20,
     ),
@@ -90,6 +107,8 @@ SIZES = {
         tuning_weights=(0.1, 0.5, 2.0),
         seeds=(0, 1, 2),
         open_seeds=(0, 1, 2),
+        full_clips=1000,
+        full_steps=10_000,
         scratch_steps=(5000, 10_000, 20_000),
         denoising_steps=50,
         # Limbs are one to two tokens wide, against half a token of the packaged models.
