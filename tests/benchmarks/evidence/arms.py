@@ -49,16 +49,15 @@ def _open(name: str, about: str, *train: str, teacher: tuple[str, ...] = ()) -> 
     return _lgf(name, "open", about, *train, teacher=teacher, weight_of=LGF)
 
 
+_LATENT = ("extract.teacher.time_rate=latent",)
 _FULL = ("train.optimizer.learning_rate=5.0e-4", "train.optimizer.schedule=cosine")
 _PAPER_WEIGHT = "train.lgf.weight=0.5"
 
 
-def _full(name: str, about: str, *train: str, tracker: Literal["tiny", "random"] = "tiny") -> Arm:
+def _full(name: str, about: str, *train: str, teacher: tuple[str, ...] = ()) -> Arm:
     """All weights are trained; the loss has the paper's weight, for tuning would cost too much."""
-    return Arm(name=name, group="full", about=about, train=(*_FULL, *train), tracker=tracker)
+    return Arm(name=name, group="full", about=about, train=(*_FULL, *train), teacher=teacher)
 
-
-_LATENT = ("extract.teacher.time_rate=latent",)
 
 ARMS = (
     Arm(name=NONE, group="main", about="diffusion loss only", train=("train.objectives=none",)),
@@ -162,12 +161,13 @@ ARMS = (
         _PAPER_WEIGHT,
     ),
     _full(
-        "full-lgf-sharp",
-        "the same with temperature 0.05 and block 4",
+        "full-lgf-latent",
+        "the same with one feature map per latent frame, temperature 0.2 and block 4",
         "train.objectives=[lgf]",
         _PAPER_WEIGHT,
-        "train.lgf.temperature=0.05",
+        "train.lgf.temperature=0.2",
         "train.block=4",
+        teacher=_LATENT,
     ),
     Arm(
         name="scratch-none",
