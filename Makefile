@@ -99,7 +99,7 @@ docs: install  ## build the documentation as a site in build/docs; warnings are 
 
 bench: install  ## run a benchmark: make bench NAME=stage_one
 	@test -n "$(NAME)" || { echo "NAME is not set; it is a script of tests/benchmarks: make bench NAME=stage_one"; exit 2; }
-	$(BIN)/python tests/benchmarks/$(NAME).py $(ARGS)
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/$(NAME).py $(ARGS)
 
 evidence: install  ## compare training losses on drawn figures, hours; resumable: [SIZE=smoke|default|gpu] [OUT=folder]
 	$(BIN)/python -m tests.benchmarks.evidence --size $(or $(SIZE),default) $(if $(OUT),--out "$(OUT)") $(ARGS)
