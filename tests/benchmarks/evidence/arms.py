@@ -54,9 +54,10 @@ _FULL = ("train.optimizer.learning_rate=5.0e-4", "train.optimizer.schedule=cosin
 _PAPER_WEIGHT = "train.lgf.weight=0.5"
 
 
-def _full(name: str, about: str, *train: str, teacher: tuple[str, ...] = ()) -> Arm:
+def _full(name: str, about: str, *train: str, **others: object) -> Arm:
     """All weights are trained; the loss has the paper's weight, for tuning would cost too much."""
-    return Arm(name=name, group="full", about=about, train=(*_FULL, *train), teacher=teacher)
+    train = (*_FULL, *train)
+    return Arm(name=name, group="full", about=about, train=train, **others)  # type: ignore[arg-type]
 
 
 ARMS = (
@@ -168,6 +169,13 @@ ARMS = (
         "train.lgf.temperature=0.2",
         "train.block=4",
         teacher=_LATENT,
+    ),
+    _full(
+        "full-lgf-random-tracker",
+        "full-lgf with a tracker of random weights",
+        "train.objectives=[lgf]",
+        _PAPER_WEIGHT,
+        tracker="random",
     ),
     Arm(
         name="scratch-none",
