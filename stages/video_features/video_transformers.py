@@ -7,10 +7,16 @@ import numpy as np
 import torch
 
 from stages.clips import ClipsConfig
-from stages.files.hashes import sha256_of_files
-from stages.files.weight_checks import check_weights, load_model, read_config
+from stages.files.weight_checks import check_weights, load_model
 from stages.video_features.config import FeaturesConfig
 from stages.video_features.network import FeatureFunction, FeatureProtocol, read_at
+from stages.visual_models.folders import (
+    find_folder,
+    hash_of,
+    model_class,
+    processor_file,
+    processor_values,
+)
 
 # Legend: B clip, T frame, H W pixels, C colour (RGB), N token, D feature.
 
@@ -19,14 +25,6 @@ _CLASSES = {
     "vjepa2": ("VJEPA2Model", "VJEPA2ForVideoClassification"),
 }
 """Model classes by the model type in config.json; heads are loaded, checked and not used."""
-
-_PROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json")
-"""Files with the size and the values of input frames; the first that exists is read."""
-
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
-
-_VALUES = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
-_STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 
 _REMEDY = (
     "set evaluate.features.network to a VideoMAE or V-JEPA 2 such as MCG-NJU/videomae-base or "
@@ -51,21 +49,22 @@ class VideoTransformer:
 
     def __init__(self, config: FeaturesConfig, clips: ClipsConfig) -> None:
         name = str(config.network)
-        local = Path(name).expanduser()
-        self._folder = local if local.is_dir() else _download(config)
-        self._class = _model_class(self._folder)
+        self._folder = find_folder(
+            name, config.revision, setting="evaluate.features.network", remedy=_REMEDY
+        )
+        self._class = model_class(self._folder, _CLASSES, remedy=_REMEDY)
         check_weights(self._class, self._folder)
         own = self._class.config_class.from_pretrained(self._folder, local_files_only=True)
-        processor_file = _processor_file(self._folder)
-        self._processor = _make_processor(processor_file, own)
+        values_file = processor_file(self._folder)
+        self._processor = _make_processor(values_file, own)
         size, crop = self._processor.size, self._processor.crop_size
         self.protocol = FeatureProtocol(
-            network=self._folder.resolve().name if local.is_dir() else name,
-            sha256=_hash_of(self._folder, processor_file),
+            network=self._folder.resolve().name if Path(name).expanduser().is_dir() else name,
+            sha256=hash_of(self._folder, values_file),
             clips=read_at(clips, _num_frames(config, own)),
             resize=(
                 f"shortest edge to {size.shortest_edge}, centre crop of {crop.height}x{crop.width},"
-                f" values by {processor_file.name}"
+                f" values by {values_file.name}"
             ),
             features="mean over the tokens of the last hidden state",
         )
@@ -89,48 +88,6 @@ class VideoTransformer:
         return features_of
 
 
-def _download(config: FeaturesConfig) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                str(config.network),
-                revision=config.revision,
-                allow_patterns=["config.json", *_PROCESSORS, *_WEIGHTS],
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"evaluate.features.network={config.network} is neither a file nor a folder here, and "
-            f"it could not be downloaded as a hub id ({error}); {_REMEDY}, or download one first: "
-            f"hf download {config.network} --local-dir checkpoints/{Path(str(config.network)).name}"
-        ) from error
-
-
-def _model_class(folder: Path) -> Any:
-    import transformers
-
-    config = read_config(folder / "config.json")
-    kind, names = config.get("model_type"), config.get("architectures") or [None]
-    if kind not in _CLASSES:
-        raise ValueError(f"{folder} holds a model of type {kind!r}; {_REMEDY}")
-    if names[0] not in _CLASSES[kind]:
-        raise ValueError(
-            f"{folder / 'config.json'}: architectures is {names}, expected one of "
-            f"{', '.join(_CLASSES[kind])}; {_REMEDY}"
-        )
-    return getattr(transformers, names[0])
-
-
-def _processor_file(folder: Path) -> Path:
-    for name in _PROCESSORS:
-        if (folder / name).is_file():
-            return folder / name
-    raise ValueError(f"{folder} has no {' or '.join(_PROCESSORS)}; download the model again")
-
-
 def _make_processor(file: Path, config: Any) -> Any:
     """The PIL processor with the values of a folder.
 
@@ -141,14 +98,9 @@ def _make_processor(file: Path, config: Any) -> Any:
     from transformers import VideoMAEImageProcessorPil
     from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    stored = read_config(file)
-    if off := [name for name in _STEPS if not stored.get(name, True)]:
-        raise ValueError(f"{file}: {off[0]} is false, which is not supported; {_REMEDY}")
-    values = {name: stored[name] for name in _VALUES if stored.get(name) is not None}
+    values = processor_values(file, remedy=_REMEDY)
     image_size = config.image_size if config.model_type == "videomae" else config.crop_size
     try:
-        if not isinstance(values.get("resample", 2), int):
-            raise ValueError(f"resample is {values['resample']!r}, not one of PIL's numbers")
         if config.model_type == "vjepa2":
             crop = values.get("crop_size", 256)
             crop = crop["height"] if isinstance(crop, dict) else crop
@@ -190,9 +142,3 @@ def _num_frames(config: FeaturesConfig, own: Any) -> int:
             f"{own.tubelet_size}; {own.frames_per_clip} is its own"
         )
     return frames
-
-
-def _hash_of(folder: Path, processor_file: Path) -> str:
-    """SHA-256 of the names and bytes of the files that are loaded."""
-    names = {file.name for pattern in _WEIGHTS for file in folder.glob(pattern)}
-    return sha256_of_files(folder, {*names, "config.json", processor_file.name})

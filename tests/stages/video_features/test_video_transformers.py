@@ -86,7 +86,9 @@ class TestRefused:
     def test_another_model(self, tiny_videomae, clips):
         folder = tiny_videomae()
         edit(folder, "config.json", model_type="vit")
-        with pytest.raises(ValueError, match="model of type 'vit'; set evaluate"):
+        with pytest.raises(
+            ValueError, match="model of type 'vit'; supported are videomae, vjepa2; set"
+        ):
             open_folder(folder, clips)
 
     def test_another_class(self, tiny_vjepa2, clips):
