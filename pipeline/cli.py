@@ -103,7 +103,8 @@ def extract_features(
         str | None,
         typer.Option(
             metavar="KIND,KIND",
-            help="Stores to write: text, latents, teacher, gram_flow, masks. Sets extract.kinds.",
+            help="Stores to write: text, latents, teacher, gram_flow, masks, visual. Sets "
+            "extract.kinds.",
         ),
     ] = None,
     engine: Annotated[

@@ -16,7 +16,7 @@ PARTS_OF_KIND: dict[Kind, DemoPart] = {
     "gram_flow": "sam2",
     "masks": "sam2",
 }
-"""The demo model that each kind of store is computed with."""
+"""The demo model that each kind of store is computed with; there is none for visual."""
 
 
 def make_missing_assets(

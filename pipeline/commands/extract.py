@@ -28,7 +28,7 @@ def run(
     """
     from stages.extract_features.run import extract_features
 
-    models = {PARTS_OF_KIND[kind] for kind in config.extract.kinds}
+    models = {PARTS_OF_KIND[kind] for kind in config.extract.kinds if kind in PARTS_OF_KIND}
     make_missing_assets(config, progress, reads=("clips", *sorted(models)))
     summary = extract_features(
         config.extract,

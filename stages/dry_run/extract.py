@@ -30,7 +30,14 @@ from stages.dry_run.extract_stores import (
     planned_passes,
 )
 from stages.dry_run.survey import MAX_PROBED, ShardSurvey, survey_shards
-from stages.extract_features.config import ExtractConfig, Kind, PromptSource
+from stages.extract_features.config import (
+    ExtractConfig,
+    Kind,
+    LatentsConfig,
+    PromptSource,
+    TextConfig,
+    VisualConfig,
+)
 from stages.extract_features.execution.comparison import (
     Comparison,
     Readers,
@@ -44,12 +51,13 @@ from stages.precision import DTYPES
 from stages.progress import Progress
 
 MATMUL_RATE_FRACTION: Mapping[str, Mapping[Kind, float]] = {
-    "cpu": {"text": 0.7, "latents": 0.85, **dict.fromkeys(TRACKED_KINDS, 0.65)},
-    "cuda": {"text": 0.3, "latents": 0.3, **dict.fromkeys(TRACKED_KINDS, 0.25)},
+    "cpu": {"text": 0.7, "latents": 0.85, "visual": 0.7, **dict.fromkeys(TRACKED_KINDS, 0.65)},
+    "cuda": {"text": 0.3, "latents": 0.3, "visual": 0.3, **dict.fromkeys(TRACKED_KINDS, 0.25)},
 }
 """Typical fraction of the matmul rate that a model reaches, by device type. For a CPU, measured on
 one thread with two layers half as wide as T5-XXL, a VAE of the official widths, and sam2.1_hiera_t
-at 512 pixels. For a GPU, assumed. Models of a few million weights reach a tenth of it."""
+at 512 pixels; visual's is assumed. For a GPU, assumed. Models of a few million weights reach a
+tenth of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -346,9 +354,10 @@ def _pass(
 
 
 def _precision(config: ExtractConfig, kind: Kind) -> Precision:
-    if kind == "text":
-        return config.text.precision
-    return config.latents.precision if kind == "latents" else config.teacher.precision
+    if kind in TRACKED_KINDS:
+        return config.teacher.precision
+    section: TextConfig | LatentsConfig | VisualConfig = getattr(config, kind)
+    return section.precision
 
 
 def _name_of(device: torch.device) -> str:

@@ -6,6 +6,7 @@ The models are built from their configurations on torch's meta device and run th
 
 # Legend: T frame, S side of SAM2's square input, L text token.
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,8 +16,9 @@ import torch
 from stages.clips import ClipsConfig
 from stages.cogvideox.configs import CogVideoXConfigs
 from stages.compute_cost.flop_counter import FlopCounter, weight_bytes
-from stages.extract_features.config import LatentsConfig, TeacherConfig, TextConfig
+from stages.extract_features.config import LatentsConfig, TeacherConfig, TextConfig, VisualConfig
 from stages.extract_features.teacher.stores import feature_grid
+from stages.extract_features.visual.encoder import VisualEncoder, VisualLayout, load_options
 from stages.precision import DTYPES
 from stages.sam2_tracking.build import build_sam2
 from stages.sam2_tracking.encoder import EncodedFrames
@@ -99,6 +101,28 @@ def latents_cost(config: LatentsConfig, clips: ClipsConfig, base: CogVideoXConfi
     return ModelCost(
         clip_flops=meter.flops,
         weight_bytes=weight_bytes(vae),
+        working_bytes=meter.peak_bytes + pixels.numel() * pixels.element_size(),
+    )
+
+
+def visual_cost(config: VisualConfig, clips: ClipsConfig, layout: VisualLayout) -> ModelCost:
+    """Return the cost of an image or video encoder for a clip, from its config.json."""
+    own = layout.own.from_dict(layout.own.to_dict() | load_options(layout))
+    with _META:
+        model = layout.model_class(own).to(DTYPES[config.precision]).eval()
+    frames = min(config.frames_per_batch, clips.num_frames)
+    passes = clips.num_frames / frames
+    if layout.window is not None:
+        frames = 1 + layout.window  # frame 0 is not encoded
+        passes = math.ceil((clips.num_frames - 1) / layout.window)
+    size = (frames, 3, *layout.image_size)
+    pixels = torch.empty(size, dtype=DTYPES[config.precision], device=_META)
+    encoder = VisualEncoder(model, layout, config)
+    with FlopCounter() as meter:
+        encoder(pixels)
+    return ModelCost(
+        clip_flops=meter.flops * passes,
+        weight_bytes=weight_bytes(model),
         working_bytes=meter.peak_bytes + pixels.numel() * pixels.element_size(),
     )
 

@@ -20,6 +20,7 @@ from stages.dry_run.extract_costs import (
     latents_cost,
     text_cost,
     tracker_cost,
+    visual_cost,
 )
 from stages.extract_features.config import ExtractConfig, Kind, TeacherConfig
 from stages.extract_features.extraction import bucket_name
@@ -28,12 +29,15 @@ from stages.extract_features.latents import LatentsExtraction, latents_arrays
 from stages.extract_features.teacher.extraction import SubjectExtraction
 from stages.extract_features.teacher.stores import subject_settings
 from stages.extract_features.text import TextExtraction, text_arrays
+from stages.extract_features.visual.encoder import find_encoder, layout_of
+from stages.extract_features.visual.extraction import VisualExtraction, visual_settings
 from stages.sam2_tracking.build import (
     HUB_CHECKPOINTS,
     check_sam2,
     find_checkpoint,
 )
 from stages.teacher_store.config import FeatureDtype, FlowDtype
+from stages.visual_models.folders import has_weights
 
 COMPRESSED_SHARE = 0.5
 """Assumed ratio of compressed to raw size. Measured on Gram flows of 49 maps and 30x45 tokens: 0.30
@@ -149,7 +153,9 @@ def planned_passes(
     base, notes = _read_base(config, model)
     passes: list[PlannedPass] = []
     for kinds in group_kinds(config.kinds):
-        if kinds[0] not in ("text", "latents"):
+        if kinds[0] == "visual":
+            passes += [_with_bucket(size, _visual(config, size)) for size in clips.sizes]
+        elif kinds[0] not in ("text", "latents"):
             passes += [_with_bucket(size, _tracking(config, size, kinds)) for size in clips.sizes]
         elif base is None:
             passes.append(
@@ -204,6 +210,24 @@ def _latents(
         extraction.settings if extraction else None,
         latents_cost(config.latents, clips, base),
         missing=f"the VAE of {model.path}",
+    )
+
+
+def _visual(config: ExtractConfig, clips: ClipsConfig) -> PlannedPass:
+    visual = config.visual
+    try:
+        folder = find_encoder(visual, weights=False)
+    except ValueError as error:
+        return PlannedPass(
+            kinds=("visual",), arrays=None, folders=None, cost=None, notes=(f"visual: {error}",)
+        )
+    layout = layout_of(visual, clips, folder)
+    arrays = visual_settings(visual, clips, layout, checkpoint_sha256="").arrays
+    return _planned(
+        {"visual": arrays},
+        VisualExtraction(visual, clips).settings if has_weights(folder) else None,
+        visual_cost(visual, clips, layout),
+        missing=f"the encoder {visual.checkpoint}",
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from cache_schema import StoreNotFound, StoreReader, is_url, list_stores
 from cache_schema.names import STORE_FILE
 
-KINDS = ("masks", "teacher", "gram_flow", "latents", "text")
+KINDS = ("masks", "teacher", "gram_flow", "visual", "latents", "text")
 """Kinds of stores; the first that a cache holds is the one whose clips are listed."""
 
 

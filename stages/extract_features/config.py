@@ -2,12 +2,12 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from stages.config import FeatureKind, Precision, Section
 from stages.teacher_store.config import FeatureDtype, GramFlowConfig
 
-Kind = Literal["text", "latents", "teacher", "gram_flow", "masks"]
+Kind = Literal["text", "latents", "teacher", "gram_flow", "masks", "visual"]
 """Kinds of stores that stage one writes."""
 
 PromptSource = Literal["dataset", "grounding", "automatic"]
@@ -99,6 +99,37 @@ class TeacherConfig(Section):
         return self
 
 
+class VisualConfig(Section):
+    """Tokens of an image or video encoder in transformers' format, for REPA and its relatives."""
+
+    checkpoint: str = "facebook/dinov2-base"
+    """Folder of a DINOv2, DINOv3, V-JEPA 2 or VideoMAE in transformers' format, or its hub id."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub; null uses the default branch."""
+    image_size: tuple[PositiveInt, PositiveInt] | None = None
+    """Height and width in pixels that whole frames are resized to, multiples of the encoder's
+    patch, a square for V-JEPA 2. null gives DINOv2 and DINOv3 a token for each of the student's
+    (420x630 for 480x720 and patches of 14), V-JEPA 2 and VideoMAE their own size."""
+    layer: int | None = Field(default=None, ge=1)
+    """Block whose output is stored, counted from 1, without the encoder's final norm; null stores
+    the encoder's output, after the norm where it has one."""
+    window: int | None = Field(default=None, ge=1)
+    """Frames that a video encoder sees at once; a last window may overlap the one before it. null
+    takes its own, 16 for VideoMAE and 64 for V-JEPA 2, or all of a shorter clip. An image encoder
+    has none."""
+    time_rate: Literal["encoder", "latent"] = "encoder"
+    """A map per frame of an image encoder, and per tubelet (two frames) of a video encoder; or one
+    per latent frame, their mean. Video encoders start at frame 1: they have no map of frame 0."""
+    grid: Literal["student", "native"] = "student"
+    """Grid of stored tokens: the student's, or the encoder's own, which is resampled when read."""
+    dtype: FeatureDtype = "float16"
+    """Storage dtype of tokens: float16, or int8 with a scale per token, which halves the size."""
+    precision: Precision = "fp32"
+    """Precision of the encoder; bf16 on a GPU."""
+    frames_per_batch: int = Field(default=1, ge=1)
+    """Frames per pass of an image encoder; 1 is usual on a CPU, 16 on a GPU."""
+
+
 class LatentsConfig(Section):
     """VAE posterior of each clip, and of its first frame for image-to-video."""
 
@@ -136,7 +167,7 @@ class ExtractConfig(Section):
 
     kinds: tuple[Kind, ...] = Field(default=("text", "latents", "teacher", "masks"), min_length=1)
     """Stores to write, with one large model loaded at a time; teacher, gram_flow and masks are
-    written in one pass of SAM2."""
+    written in one pass of SAM2, visual by the encoder of extract.visual."""
     engine: Literal["local", "ray"] = "local"
     """local: this process, or those of a launcher, which share the shards. ray: workers on a Ray
     cluster, whose machines may come and go."""
@@ -149,5 +180,6 @@ class ExtractConfig(Section):
     """Maximum fraction of skipped clips; above it the command exits with 3. 0.1 is usual."""
     teacher: TeacherConfig = TeacherConfig()
     gram_flow: GramFlowConfig = GramFlowConfig()
+    visual: VisualConfig = VisualConfig()
     latents: LatentsConfig = LatentsConfig()
     text: TextConfig = TextConfig()

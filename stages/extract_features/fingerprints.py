@@ -24,6 +24,7 @@ from stages.progress import Progress
 SOURCES: dict[Kind, str] = {
     "text": "caption",
     "latents": "video",
+    "visual": "video",
     "teacher": "video or prompt",
     "gram_flow": "video or prompt",
     "masks": "video or prompt",
@@ -51,7 +52,7 @@ def fingerprint_of(
         video_hash = hash_video(record.video)
     if kind == "text":
         return hash_parts([record.caption]) + video_hash
-    if kind == "latents":
+    if kind in ("latents", "visual"):
         return hash_parts([video_hash]) + video_hash
     return hash_parts([video_hash, *_prompt_parts(record, teacher)]) + video_hash
 

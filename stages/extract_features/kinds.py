@@ -12,6 +12,7 @@ from stages.extract_features.config import ExtractConfig, Kind
 from stages.extract_features.extraction import Extraction
 from stages.extract_features.latents import LatentsExtraction
 from stages.extract_features.text import TextExtraction
+from stages.extract_features.visual.extraction import VisualExtraction
 
 _BASE_PARTS: Mapping[Kind, tuple[Part, ...]] = {
     "text": ("tokenizer", "text_encoder"),
@@ -35,8 +36,8 @@ def make_extractions(
         model: The base pipeline.
 
     Raises:
-        ValueError: A part of the base model, SAM2's checkpoint or another required file is missing
-            or does not match.
+        ValueError: A part of the base model, SAM2's checkpoint, the visual encoder or another
+            required file is missing or does not match.
     """
     made: list[Extraction] = []
     parts = [part for kind in config.kinds for part in _BASE_PARTS.get(kind, ())]
@@ -45,6 +46,9 @@ def make_extractions(
         base = read_configs(resolve_base_model(model, (*BASE_CONFIGS, *parts)))
         check_base_weights(base.folder, parts)
     for kinds in group_kinds(config.kinds):
+        if kinds[0] == "visual":
+            made += [VisualExtraction(config.visual, size) for size in sizes]
+            continue
         if kinds[0] in TRACKED_KINDS:
             # Imports sam2, which the other kinds do not need.
             from stages.extract_features.teacher.extraction import SubjectExtraction
