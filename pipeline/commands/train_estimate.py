@@ -13,6 +13,8 @@ from stages.files.yaml import dump_value
 from stages.progress import Progress
 
 if TYPE_CHECKING:
+    from cache_schema import StoreSettings
+    from stages.clips import ClipsConfig
     from stages.dry_run.train import SizedStores, TrainEstimate
 
 _CHANNELS = {"memory_attention": 256, "memory_encoder": 64, "image_encoder": 256}
@@ -92,9 +94,20 @@ def _planned_stores(config: RunConfig) -> list[SizedStores]:
                 size=size,
                 teacher=teacher,
                 masks=planned["masks"] if "masks" in needed else None,
+                visual=_planned_visual(config, size) if "visual" in needed else None,
             )
         )
     return stores
+
+
+def _planned_visual(config: RunConfig, size: ClipsConfig) -> StoreSettings:
+    """The visual store that stage one would write; the encoder's config.json is read."""
+    from stages.extract_features.visual.encoder import find_encoder, layout_of
+    from stages.extract_features.visual.extraction import visual_settings
+
+    visual = config.extract.visual
+    layout = layout_of(visual, size, find_encoder(visual, weights=False))
+    return visual_settings(visual, size, layout, checkpoint_sha256="")
 
 
 def _result(config: RunConfig, found: TrainEstimate, notes: Sequence[str]) -> CommandResult:

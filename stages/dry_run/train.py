@@ -39,6 +39,7 @@ class SizedStores:
     teacher: StoreSettings | None
     """Settings of the teacher or Gram-flow store; None if no objective reads it."""
     masks: StoreSettings | None
+    visual: StoreSettings | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,9 +157,18 @@ class _CostCache:
         key = (config.method, config.gradient_checkpointing, config.micro_batch_size)
         if key not in self._costs:
             self._costs[key] = (
-                parameter_counts(config, self._configs, self._stores[0].teacher),
+                parameter_counts(
+                    config, self._configs, self._stores[0].teacher, self._stores[0].visual
+                ),
                 tuple(
-                    step_cost(config, self._configs, one.size, teacher=one.teacher, masks=one.masks)
+                    step_cost(
+                        config,
+                        self._configs,
+                        one.size,
+                        teacher=one.teacher,
+                        visual=one.visual,
+                        masks=one.masks,
+                    )
                     for one in self._stores
                 ),
             )
@@ -177,10 +187,13 @@ class _CostCache:
 
 
 def parameter_counts(
-    config: TrainConfig, configs: CogVideoXConfigs, teacher: StoreSettings | None
+    config: TrainConfig,
+    configs: CogVideoXConfigs,
+    teacher: StoreSettings | None,
+    visual: StoreSettings | None = None,
 ) -> ParameterCounts:
     """Count the student's parameters on the meta device."""
-    student = meta_student(config, configs, teacher)
+    student = meta_student(config, configs, teacher, visual)
     adapters = sum(
         parameter.numel()
         for name, parameter in student.transformer.named_parameters()

@@ -122,7 +122,10 @@ class RunStudent:
         teacher = stores.teacher
         assert teacher is not None, "the Local Gram Flow loss reads a teacher"
         dtype = weights_dtype(config.deepspeed)
-        heads = build_heads(config, configs, teacher.settings, frame_rate=stores.frame_rate)
+        visual = None if stores.visual is None else stores.visual.settings
+        heads = build_heads(
+            config, configs, teacher.settings, frame_rate=stores.frame_rate, visual=visual
+        )
         student = build_student(
             config, configs, dtype, heads=lambda: heads, world=world, zero_init=False
         )
@@ -138,6 +141,7 @@ class RunStudent:
                 configs,
                 objectives,
                 layout=TeacherLayout.of(teacher.settings),
+                visual_layout=None if visual is None else TeacherLayout.of(visual),
                 device=device,
                 dtype=dtype,
             ),

@@ -35,27 +35,38 @@ def frames_to_latents(features_THWC: Tensor) -> Tensor:
     return sums_LHWC / count_L[:, None, None, None].to(sums_LHWC)
 
 
-def time_weights(num_maps: int, num_frames: int, *, patch_size_t: int = 1) -> Tensor | None:
+def time_weights(
+    num_maps: int, num_frames: int, *, patch_size_t: int = 1, frames_per_map: int | None = None
+) -> Tensor | None:
     """Weights that interpolate student tokens in time to teacher maps: weights_MJ, rows sum to 1.
 
     Linear interpolation with each token placed at the mean of the frames that it covers, constant
     before the first token and after the last. For CogVideoX 1.0 tokens lie at frames 0 and
     4k - 1.5. (`F.interpolate` would space them evenly over the clip, up to two frames off.)
 
+    Maps of tubelets start at frame 1, so frame 0 is left out on both sides: its token has no
+    weight, and a token that also covers later frames lies at the mean of those. For CogVideoX 1.0
+    and tubelets of two frames this is VideoREPA's interpolation of its tokens without the first
+    latent frame (aHapBean/VideoREPA@8002687, cogvideox_t2v_align/lora_trainer.py).
+
     Args:
-        num_maps: teacher maps M per clip: one per frame or one per latent frame.
+        num_maps: teacher maps M per clip: one per frame, one per latent frame or one per tubelet.
         num_frames: frames of the clip, 4N+1.
         patch_size_t: latent frames per token, 2 for CogVideoX 1.5. Padding precedes the clip, so
             the first token may cover fewer.
+        frames_per_map: frames of a tubelet; None for maps of frames or latent frames.
 
     Returns:
         float32 weights, or None if tokens and maps correspond one to one (latent rate,
         CogVideoX 1.0).
 
     Raises:
-        ValueError: `num_maps` is neither the frame rate nor the latent rate.
+        ValueError: `num_maps` is neither the frame rate nor the latent rate, or tubelets do not
+            cover the frames from 1 on.
     """
     latent_of_frame = latent_frame_of_frame(num_frames).numpy()
+    if frames_per_map is not None:
+        return _tubelet_weights(num_maps, latent_of_frame, patch_size_t, frames_per_map)
     num_latents = int(latent_of_frame[-1]) + 1
     if num_maps not in (num_frames, num_latents):
         raise ValueError(
@@ -65,11 +76,38 @@ def time_weights(num_maps: int, num_frames: int, *, patch_size_t: int = 1) -> Te
     at_frame_rate = num_maps == num_frames
     if patch_size_t == 1 and not at_frame_rate:
         return None
-    token_of_frame = (latent_of_frame + -num_latents % patch_size_t) // patch_size_t
-    centre_J = _mean_frame(token_of_frame)
+    centre_J = _mean_frame(_token_of_frame(latent_of_frame, patch_size_t))
     frame_M = np.arange(num_frames) if at_frame_rate else _mean_frame(latent_of_frame)
     columns = [np.interp(frame_M, centre_J, one_hot_J) for one_hot_J in np.eye(len(centre_J))]
     return torch.from_numpy(np.stack(columns, axis=1)).float()
+
+
+def _tubelet_weights(
+    num_maps: int, latent_of_frame: np.ndarray, patch_size_t: int, frames_per_map: int
+) -> Tensor:
+    """Weights of each token at the centre of each tubelet: weights_MJ."""
+    num_frames = len(latent_of_frame)
+    if num_maps * frames_per_map != num_frames - 1:
+        raise ValueError(
+            f"the teacher has {num_maps} maps of {frames_per_map} frames each; they must cover the "
+            f"{num_frames - 1} frames after the first of clips of {num_frames} frames"
+        )
+    token_of_frame = _token_of_frame(latent_of_frame, patch_size_t)
+    num_tokens = int(token_of_frame[-1]) + 1
+    used_J = np.unique(token_of_frame[1:])
+    frames = np.arange(1, num_frames)
+    centre_J = [frames[token_of_frame[1:] == token].mean() for token in used_J]
+    centre_M = frames.reshape(num_maps, frames_per_map).mean(axis=1)
+    one_hot = np.eye(num_tokens)[used_J]
+    columns = [np.interp(centre_M, centre_J, one_hot_J) for one_hot_J in one_hot.T]
+    return torch.from_numpy(np.stack(columns, axis=1)).float()
+
+
+def _token_of_frame(latent_of_frame: np.ndarray, patch_size_t: int) -> np.ndarray:
+    """Index of the token of each frame; padding precedes the clip."""
+    num_latents = int(latent_of_frame[-1]) + 1
+    tokens: np.ndarray = (latent_of_frame + -num_latents % patch_size_t) // patch_size_t
+    return tokens
 
 
 def _mean_frame(group_of_frame: np.ndarray) -> np.ndarray:

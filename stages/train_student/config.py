@@ -19,7 +19,7 @@ TeacherForm = Literal["features", "gram_flow"]
 """Stored form of the teacher: features, or their local similarities (Gram flow)."""
 
 KIND_OF_FORM: dict[TeacherForm, str] = {"features": "teacher", "gram_flow": "gram_flow"}
-"""Store kind of each form."""
+"""Store kind of each form of SAM2's teacher."""
 
 Folders = Annotated[
     tuple[str, ...],

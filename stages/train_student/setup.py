@@ -98,21 +98,23 @@ class Run:
 
     def heads(self) -> nn.ModuleDict:
         """Build a new projector for each objective."""
-        teacher = self.stores.teacher
+        teacher, visual = self.stores.teacher, self.stores.visual
         return build_heads(
             self.config,
             self.configs,
             None if teacher is None else teacher.settings,
             frame_rate=self.stores.frame_rate,
+            visual=None if visual is None else visual.settings,
         )
 
     def training_step(self) -> TrainingStep:
         """Build the forward pass with its losses."""
-        teacher = self.stores.teacher
+        teacher, visual = self.stores.teacher, self.stores.visual
         return TrainingStep(
             self.configs,
             build_objectives(self.config),
             layout=TeacherLayout.of(None if teacher is None else teacher.settings),
+            visual_layout=None if visual is None else TeacherLayout.of(visual.settings),
             device=self.world.device,
             dtype=self.dtype,
         )

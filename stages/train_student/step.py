@@ -8,7 +8,7 @@ a clip (1 for the count, diffusion, each objective).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +67,7 @@ class TrainingStep:
         objectives: tuple[Objective[Any], ...],
         *,
         layout: TeacherLayout | None = None,
+        visual_layout: TeacherLayout | None = None,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -75,12 +76,14 @@ class TrainingStep:
         Args:
             objectives: the auxiliary losses; empty for plain fine-tuning.
             layout: layout of the stored features; None if they are on the student's token grid.
+            visual_layout: the same of the visual store.
             device: device of the batches; meta works.
             dtype: dtype the transformer computes in; losses are float32.
         """
         self._configs = configs
         self._objectives = objectives
         self._layout = layout or TeacherLayout()
+        self._visual_layout = visual_layout or TeacherLayout(visual=True)
         self._device = device
         self._dtype = dtype
         self._abar_S = cumulative_alphas(configs.scheduler).float().to(device)
@@ -103,9 +106,9 @@ class TrainingStep:
         diffusion_B = diffusion_loss(velocity_BFCHW, batch.clean_BFCHW, batch.noise_BFCHW, abar_B)
         total = diffusion_B.mean()
         auxiliary_B: dict[str, Tensor] = {}
-        teacher = self.teacher(batch)
+        teachers = self._teachers(batch)
         for objective in self._objectives:
-            loss_B = objective(features[objective.name], teacher)
+            loss_B = objective(features[objective.name], teachers[objective.settings.reads_visual])
             counted_B = objective.weights_of(batch.timestep_B, abar_B) * loss_B
             total = total + objective.weight_at(step) * counted_B.mean()
             auxiliary_B[objective.name] = loss_B.detach()
@@ -133,12 +136,26 @@ class TrainingStep:
 
     def describe_teacher(self, batch: Batch) -> list[str]:
         """What the objectives have to say of the teacher of the first batch, on the device."""
-        teacher = self.teacher(batch)
-        described = (objective.describe_teacher(teacher) for objective in self._objectives)
+        teachers = self._teachers(batch)
+        described = (
+            objective.describe_teacher(teachers[objective.settings.reads_visual])
+            for objective in self._objectives
+        )
         return [text for text in described if text is not None]
 
+    def _teachers(self, batch: Batch) -> dict[bool, Teacher]:
+        """The teachers of a batch, by whether an objective reads the visual store."""
+        teachers = {False: self.teacher(batch)}
+        if batch.visual is not None:
+            arrays = dict(batch.visual)
+            valid_BT = arrays.pop("valid") != 0
+            teachers[True] = replace(
+                teachers[False], arrays=arrays, valid_BT=valid_BT, layout=self._visual_layout
+            )
+        return teachers
+
     def teacher(self, batch: Batch) -> Teacher:
-        """The teacher of a batch, for the objectives."""
+        """SAM2's teacher of a batch."""
         return Teacher(
             arrays=batch.teacher,
             valid_BT=batch.teacher_valid_BT,
@@ -151,14 +168,19 @@ class TrainingStep:
     def _shape(self, batch: Batch) -> _Shape:
         _, padded, _, height, width = batch.clean_BFCHW.shape
         maps = None if batch.teacher_valid_BT is None else batch.teacher_valid_BT.shape[1]
-        size = (padded, height, width, batch.num_frames, maps)
+        visual_maps = None if batch.visual is None else batch.visual["valid"].shape[1]
+        size = (padded, height, width, batch.num_frames, maps, visual_maps)
         if size not in self._shapes:
             configs = self._configs
             weights: dict[str, Tensor | None] = {}
             for objective in self._objectives:
-                num_maps = objective.num_maps(maps, batch.num_frames)
+                visual = objective.settings.reads_visual
+                num_maps = objective.num_maps(visual_maps if visual else maps, batch.num_frames)
                 weights_TJ = time_weights(
-                    num_maps, batch.num_frames, patch_size_t=configs.patch_size_t
+                    num_maps,
+                    batch.num_frames,
+                    patch_size_t=configs.patch_size_t,
+                    frames_per_map=self._visual_layout.frames_per_map if visual else None,
                 )
                 weights[objective.name] = (
                     None if weights_TJ is None else weights_TJ.to(self._device)

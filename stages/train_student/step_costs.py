@@ -51,6 +51,7 @@ def step_cost(
     size: ClipsConfig,
     *,
     teacher: StoreSettings | None = None,
+    visual: StoreSettings | None = None,
     masks: StoreSettings | None = None,
 ) -> StepCost:
     """Compute the cost of a step on clips of one size. Takes a few seconds for official models.
@@ -64,6 +65,7 @@ def step_cost(
         size: clip size; its buckets are ignored.
         teacher: settings of the store named by `config.teacher_form`, for clips of this size; None
             if no auxiliary loss needs it.
+        visual: settings of the visual store; None if no objective needs it.
         masks: settings of the masks store; None if no objective needs masks.
 
     Raises:
@@ -73,10 +75,10 @@ def step_cost(
     short, longer = min(_SHORT, blocks), min(_LONGER, blocks)
     plain = config.model_copy(update={"objectives": ()})
     no_checkpointing = plain.model_copy(update={"gradient_checkpointing": False})
-    batch = _meta_batch(config, configs, size, teacher, masks)
+    batch = _meta_batch(config, configs, size, teacher, masks, visual)
 
     def run(variant: TrainConfig, num_blocks: int) -> FlopCounter:
-        return _run(variant, configs, num_blocks, batch, teacher)
+        return _run(variant, configs, num_blocks, batch, teacher, visual)
 
     few, more = run(plain, short), run(plain, longer)
     with_objectives = run(config, short) if config.objectives else few
@@ -101,12 +103,16 @@ def step_cost(
 
 
 def meta_student(
-    config: TrainConfig, configs: CogVideoXConfigs, teacher: StoreSettings | None = None
+    config: TrainConfig,
+    configs: CogVideoXConfigs,
+    teacher: StoreSettings | None = None,
+    visual: StoreSettings | None = None,
 ) -> Student:
     """Build the student as a run would train it, on the meta device.
 
     Args:
         teacher: settings of the store that the run would read; gives the width of features.
+        visual: the same of the visual store.
     """
     dtype = weights_dtype(config.deepspeed)
     with _META:
@@ -118,7 +124,7 @@ def meta_student(
         heads = None
         if config.objectives:
             frame_rate = teacher is None or teacher.values.get("time_rate", "frame") == "frame"
-            heads = build_heads(config, configs, teacher, frame_rate=frame_rate)
+            heads = build_heads(config, configs, teacher, frame_rate=frame_rate, visual=visual)
     # Not diffusers' own `to`, which warns about float32 modules that this model does not have.
     nn.Module.to(transformer, dtype)
     return Student(transformer, None if heads is None else heads.to(dtype), config.block)
@@ -130,17 +136,19 @@ def _run(
     num_blocks: int,
     batch: Batch,
     teacher: StoreSettings | None,
+    visual: StoreSettings | None = None,
 ) -> FlopCounter:
     """Count one micro-batch, forward and backward, through `num_blocks` blocks."""
     shallow = replace(configs, transformer=configs.transformer | {"num_layers": num_blocks})
     # If blocks follow the taught one, the objectives' graph is alive during their backward pass.
     last = config.block >= configs.transformer["num_layers"] - 1
     taught = num_blocks - 1 if last else 0
-    student = meta_student(config.model_copy(update={"block": taught}), shallow, teacher)
+    student = meta_student(config.model_copy(update={"block": taught}), shallow, teacher, visual)
     step = TrainingStep(
         configs,
         build_objectives(config),
         layout=TeacherLayout.of(teacher),
+        visual_layout=None if visual is None else TeacherLayout.of(visual),
         device=_META,
         dtype=weights_dtype(config.deepspeed),
     )
@@ -168,6 +176,7 @@ def _meta_batch(
     size: ClipsConfig,
     teacher: StoreSettings | None,
     masks: StoreSettings | None,
+    visual: StoreSettings | None = None,
 ) -> Batch:
     clips = config.micro_batch_size
     frames = size.num_latent_frames + configs.padding(size.num_latent_frames)
@@ -186,6 +195,7 @@ def _meta_batch(
         teacher=arrays,
         teacher_valid_BT=None if arrays is None else arrays.pop("valid") != 0,
         masks=None if masks is None else _store_batch(masks, clips),
+        visual=None if visual is None else _store_batch(visual, clips),
         num_frames=size.num_frames,
     )
 

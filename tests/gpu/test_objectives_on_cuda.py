@@ -18,6 +18,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "lgf crossed": {"radius": 2, "pairs": "crossed", "foreground_weight": 3.0},
     "lgf both, by Triton": {"radius": 2, "pairs": "both", "kernel": "triton"},
     "repa": {},
+    "repa, CREPA's and iREPA's": {"neighbour_distance": 2, "spatial_norm": 0.6},
     "token-relation": {},
     "mask": {},
 }
@@ -44,7 +45,7 @@ def _teacher(native: bool, device: str, dtype: torch.dtype) -> Teacher:
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("which", SETTINGS)
 def test_losses_and_gradients_equal_the_cpus_in_float64(which: str, native: bool) -> None:
-    name = which.split()[0]
+    name = which.split()[0].rstrip(",")
     section = {name.replace("-", "_"): SETTINGS[which]}
     config = TrainConfig.model_validate({"objectives": [name], **section})
     (made,) = build_objectives(config)

@@ -10,6 +10,7 @@ from stages.cogvideox.configs import VAE_SPATIAL_COMPRESSION, CogVideoXConfigs
 from stages.local_gram_flow import radius_of_window
 from stages.teacher_store.settings import native_parts
 from stages.train_student.data.stores import JoinedStores, array_shape
+from stages.train_student.model.teacher import TeacherLayout
 
 _FRAME_AXES = "frames, height, width"
 _PAIR_AXES = "pairs, rows, columns, neighbours"
@@ -48,6 +49,9 @@ def check_stores(
         else:
             _check_gram_flow(stores.teacher, grid, clips, radius)
         _check_same_origin(stores.teacher, stores.latents)
+    if stores.visual is not None:
+        _check_visual(stores.visual, configs.token_grid(frames, height, width)[1:], clips)
+        _check_same_origin(stores.visual, stores.latents)
     if stores.masks is not None:
         _check_masks(stores.masks, clips)
         _check_same_origin(stores.masks, stores.latents)
@@ -79,19 +83,40 @@ def _check_first_frames(latents: StoreReader, expected: tuple[int, ...]) -> None
         _check_shape(latents, name, (draws, *expected), axes, "the image-to-video model")
 
 
-def _check_features(teacher: StoreReader, grid: tuple[int, int], clips: ClipsConfig) -> None:
-    maps, rows, columns, _ = array_shape(teacher, "features")
-    dtype = teacher.settings.arrays["features"].dtype
+def _check_stored_features(store: StoreReader) -> tuple[int, tuple[int, int]]:
+    """Check the arrays of features; return the maps per clip, and the grid."""
+    maps, rows, columns, _ = array_shape(store, "features")
+    dtype = store.settings.arrays["features"].dtype
     if dtype not in ("float16", "int8"):
-        raise ValueError(f"{teacher.path} holds features of {dtype}, not of float16 or int8")
-    _check_companions(teacher, "features", ["scale"] if dtype == "int8" else [])
-    _check_shape(teacher, "valid", (maps,), "maps", "its features")
+        raise ValueError(f"{store.path} holds features of {dtype}, not of float16 or int8")
+    _check_companions(store, "features", ["scale"] if dtype == "int8" else [])
+    _check_shape(store, "valid", (maps,), "maps", "its features")
+    return maps, (rows, columns)
+
+
+def _check_visual(visual: StoreReader, grid: tuple[int, int], clips: ClipsConfig) -> None:
+    maps, stored_grid = _check_stored_features(visual)
+    layout = TeacherLayout.of(visual.settings)
+    if not layout.native:
+        _check_grid(visual, stored_grid, grid)
+    if layout.frames_per_map is None:
+        _check_maps(visual, maps, clips)
+    elif maps * layout.frames_per_map != clips.num_frames - 1:
+        raise ValueError(
+            f"{visual.path} holds {maps} maps of {layout.frames_per_map} frames per clip, which do "
+            f"not cover the {clips.num_frames - 1} frames after the first of clips of "
+            f"{clips.num_frames}; choose another store with train.stores.visual, or extract again"
+        )
+
+
+def _check_features(teacher: StoreReader, grid: tuple[int, int], clips: ClipsConfig) -> None:
+    maps, stored_grid = _check_stored_features(teacher)
     try:
         native = native_parts(teacher.settings) is not None
     except ValueError as error:
         raise ValueError(f"{teacher.path}: {error}") from error
     if not native:
-        _check_grid(teacher, (rows, columns), grid)
+        _check_grid(teacher, stored_grid, grid)
     _check_maps(teacher, maps, clips)
 
 

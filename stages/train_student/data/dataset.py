@@ -72,6 +72,9 @@ class Batch:
     masks: Mapping[str, Tensor] | None = None
     """Stored arrays of the masks store by name, with a leading B: uint8 `forward` and, with two
     directions, `backward` [B, T, h, w], `valid` [B, T]; None unless a loss reads them."""
+    visual: Mapping[str, Tensor] | None = None
+    """Stored arrays of the visual store by name, with a leading B, among them `valid`; None unless
+    a loss reads them."""
     num_frames: int
     """Frames T per clip; the same for the whole batch."""
     damaged: tuple[DamagedClip, ...] = ()
@@ -207,6 +210,9 @@ class CachedSamples:
         masks = None
         if "masks" in arrays:
             masks = {name: array[None] for name, array in arrays["masks"].items()}
+        visual = None
+        if "visual" in arrays:
+            visual = {name: array[None] for name, array in arrays["visual"].items()}
         return Batch(
             keys=(key,),
             clean_BFCHW=clean_FCHW[None],
@@ -217,6 +223,7 @@ class CachedSamples:
             teacher=teacher,
             teacher_valid_BT=valid_BT,
             masks=masks,
+            visual=visual,
             num_frames=stores.num_frames,
         )
 
@@ -270,7 +277,7 @@ def read_or_replace(
 
 
 def read_clip(stores: JoinedStores, key: str) -> dict[str, dict[str, Tensor]]:
-    """Read a clip's stored arrays, by store (text, latents, teacher, masks) and array name.
+    """Read a clip's stored arrays, by store (text, latents, teacher, masks, visual) and array name.
 
     Raises:
         CacheError: the clip is damaged or gone, or the cache cannot be reached.
@@ -280,6 +287,7 @@ def read_clip(stores: JoinedStores, key: str) -> dict[str, dict[str, Tensor]]:
         "text": stores.text,
         "teacher": stores.teacher,
         "masks": stores.masks,
+        "visual": stores.visual,
     }
     return {
         name: {array: torch.from_numpy(values) for array, values in reader.read(key).items()}

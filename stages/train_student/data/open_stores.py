@@ -15,7 +15,7 @@ from stages.clips.config import ClipsConfig
 from stages.clips.fingerprints import source_hashes, video_hashes
 from stages.train_student.config import KIND_OF_FORM
 
-_KINDS = ("text", "latents", *KIND_OF_FORM.values(), "masks")
+_KINDS = ("text", "latents", *KIND_OF_FORM.values(), "masks", "visual")
 
 
 def open_stores(
@@ -156,6 +156,12 @@ def _find_with_hints(cache_root: Path | str, kind: str, folder: str | None) -> P
                 f"no masks store in {cache_root}, which train.objectives=[mask] and "
                 "train.lgf.foreground_weight other than 1 read; add masks to extract.kinds and run "
                 "sam2vx-pipeline extract-features"
+            ) from error
+        if kind == "visual":
+            raise StoreNotFound(
+                f"no visual store in {cache_root}, which losses with teacher=visual read; add "
+                "visual to extract.kinds, choose its encoder with extract.visual.checkpoint, and "
+                "run sam2vx-pipeline extract-features"
             ) from error
         raise
 

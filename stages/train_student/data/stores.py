@@ -33,6 +33,8 @@ class JoinedStores:
     """The teacher or gram_flow store; None if no auxiliary loss reads one."""
     masks: StoreReader | None
     """The masks store; None if no auxiliary loss reads it."""
+    visual: StoreReader | None = None
+    """The visual store; None if no auxiliary loss reads it."""
     keys: SortedText
     """Training clips: in all stores, neither excluded nor held out."""
     held_out: tuple[str, ...]
@@ -42,7 +44,7 @@ class JoinedStores:
     @property
     def readers(self) -> dict[str, StoreReader]:
         """Store readers by kind."""
-        readers = (self.text, self.latents, self.teacher, self.masks)
+        readers = (self.text, self.latents, self.teacher, self.masks, self.visual)
         return {reader.settings.kind: reader for reader in readers if reader is not None}
 
     @property
@@ -128,6 +130,11 @@ class Buckets:
         return self.stores[0].teacher
 
     @property
+    def visual(self) -> StoreReader | None:
+        """Visual store of the first size; the stores of all sizes share the encoder's settings."""
+        return self.stores[0].visual
+
+    @property
     def frame_rate(self) -> bool:
         """Whether the teacher has one map per frame; the same at every size."""
         return self.stores[0].teacher_maps == self.stores[0].num_frames
@@ -151,7 +158,7 @@ def join_buckets(
         cache_root: folder of the stores, or its URL.
         sizes: `ClipsConfig.sizes`.
         chosen: folder names per kind, needed if several stores of a kind hold clips of one size.
-        kinds: kinds to read in addition to text and latents: teacher or gram_flow, and masks.
+        kinds: kinds to read in addition to text and latents: teacher or gram_flow, visual, masks.
         leave_out: manifest of clips to exclude (`splits.read_keys`).
         held_out: number of validation clips, over all sizes.
         held_out_before: clips that a resumed run held out when it started; exactly those of them
@@ -227,6 +234,7 @@ def _join(
         latents=readers["latents"],
         teacher=teachers[0] if teachers else None,
         masks=readers.get("masks"),
+        visual=readers.get("visual"),
         keys=keys,
         held_out=tuple(key for key in held_out if key in remaining),
         excluded=ExcludedClips(
@@ -249,17 +257,31 @@ _SAM2_SETTINGS = ("checkpoint_sha256", "image_size", "subjects", "directions")
 
 
 def _check_same_teacher(first: JoinedStores, other: JoinedStores) -> None:
-    """Check that the teacher stores agree, since all sizes train one projector."""
-    if first.teacher is None or other.teacher is None:
-        return
-    found, expected = _teacher_properties(other), _teacher_properties(first)
-    for name, value in found.items():
-        if value != expected[name]:
-            raise ValueError(
-                f"{other.teacher.path} ({other.size}) has {name} {value!r}, "
-                f"{first.teacher.path} ({first.size}) has {expected[name]!r}; all sizes of a run "
-                "need the same teacher: choose stores with train.stores, or extract again"
-            )
+    """Check that the teacher stores agree, and the visual ones, since all sizes train one projector
+    for each."""
+    for mine, theirs, properties in (
+        (first.teacher, other.teacher, _teacher_properties),
+        (first.visual, other.visual, _visual_properties),
+    ):
+        if mine is None or theirs is None:
+            continue
+        expected = properties(first)
+        for name, value in properties(other).items():
+            if value != expected[name]:
+                raise ValueError(
+                    f"{theirs.path} ({other.size}) has {name} {value!r}, "
+                    f"{mine.path} ({first.size}) has {expected[name]!r}; all sizes of a run "
+                    "need the same teacher: choose stores with train.stores, or extract again"
+                )
+
+
+def _visual_properties(stores: JoinedStores) -> dict[str, Any]:
+    assert stores.visual is not None
+    names = ("checkpoint_sha256", "layer", "time_rate", "frames_per_map", "grid_source")
+    values = stores.visual.settings.values
+    properties: dict[str, Any] = {name: values.get(name) for name in names}
+    properties["channels"] = array_shape(stores.visual, "features")[-1]
+    return properties
 
 
 def _teacher_properties(stores: JoinedStores) -> dict[str, Any]:

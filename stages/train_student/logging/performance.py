@@ -123,6 +123,7 @@ def device_rate(
                 configs,
                 size,
                 teacher=None if joined.teacher is None else joined.teacher.settings,
+                visual=None if joined.visual is None else joined.visual.settings,
                 masks=None if joined.masks is None else joined.masks.settings,
             ).model_flops_per_clip
     except Exception as error:

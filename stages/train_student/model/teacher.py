@@ -1,5 +1,7 @@
 """A batch's teacher: Gram flows, features and masks decoded from the stored arrays.
 
+SAM2's, or the tokens of an image or video encoder.
+
 Legend: B clip, T map of the teacher or frame of the masks, P pair of maps (T-1), H W token grid,
 h w pixel of the stored masks, G fused channel, K neighbour.
 """
@@ -41,22 +43,34 @@ class TeacherLayout:
     """Grid and channel layout of stored features; the same for every clip of a store."""
 
     native: bool = False
-    """Whether features are on SAM2's own grid and must be resampled to the student's."""
+    """Whether features are on the teacher's own grid and must be resampled to the student's."""
     parts: int = 1
     """Number of equal channel groups: one per direction and subject."""
     forward_weight: float | None = None
     """Weight of the forward direction; None if the parts are not pairs of directions fused in
     Gram-flow space."""
+    visual: bool = False
+    """Whether the features are an encoder's tokens, whose norms differ, instead of SAM2's fused
+    unit tokens."""
+    frames_per_map: int | None = None
+    """Frames of a tubelet, from frame 1 on; None for maps of frames or latent frames."""
 
     @classmethod
     def of(cls, teacher: StoreSettings | None) -> Self:
-        """Read the layout from a teacher store's settings; default without features.
+        """Read the layout from a teacher or visual store's settings; default without features.
 
         Raises:
             ValueError: features are on SAM2's own grid, but the setting `parts` is missing.
         """
         if teacher is None or "features" not in teacher.arrays:
             return cls()
+        if teacher.kind == "visual":
+            tubelet = teacher.values.get("frames_per_map")
+            return cls(
+                native=teacher.values.get("grid_source") == "native",
+                visual=True,
+                frames_per_map=tubelet if isinstance(tubelet, int) else None,
+            )
         parts = teacher.values.get("parts")
         return cls(
             native=native_parts(teacher) is not None,
@@ -70,8 +84,8 @@ class Teacher:
     """A batch's stored teacher arrays, on the device, and the validity of their maps."""
 
     arrays: Mapping[str, Tensor] | None
-    """Arrays of the teacher or gram_flow store, with a leading B; None if no objective reads
-    them."""
+    """Arrays of the teacher, gram_flow or visual store, with a leading B; None if no objective
+    reads them."""
     valid_BT: Tensor | None
     """bool, valid maps of `arrays`."""
     masks: Mapping[str, Tensor] | None = None
@@ -243,11 +257,22 @@ class Teacher:
             parts //= 2
         if not layout.native:
             return fused_BTHWG
+        if layout.visual:
+            return self._resampled(fused_BTHWG)
         # Clip by clip: the norm of a part is constant only within a clip.
         regridded = [
             regrid_fused(fused_THWG, *self.token_grid, parts) for fused_THWG in fused_BTHWG
         ]
         return torch.stack(regridded)
+
+    def _resampled(self, tokens_BTHWG: Tensor) -> Tensor:
+        """An encoder's tokens on the student's grid, in at least float32."""
+        if tokens_BTHWG.shape[2:4] == self.token_grid:
+            return tokens_BTHWG
+        dtype = torch.promote_types(tokens_BTHWG.dtype, torch.float32)
+        maps_NGHW = tokens_BTHWG.to(dtype).flatten(0, 1).permute(0, 3, 1, 2)
+        resampled_NHWG = resample_to_grid(maps_NGHW, *self.token_grid)
+        return resampled_NHWG.unflatten(0, tokens_BTHWG.shape[:2])
 
 
 def _stored_flow(arrays: Mapping[str, Tensor], radius: int) -> Tensor:

@@ -10,7 +10,8 @@ from cache_schema import StoreSettings
 from stages.cogvideox.configs import CogVideoXConfigs
 from stages.teacher_store.settings import check_both_tracks, stored_forward_weight
 from stages.train_student.config import KIND_OF_FORM, TrainConfig
-from stages.train_student.model.student import Projector
+from stages.train_student.model.published_projectors import Convolution, PublishedProjector, mlp
+from stages.train_student.model.student import Downsampler, Projector
 from stages.train_student.objectives.config import ObjectiveName
 from stages.train_student.objectives.lgf import LocalGramFlow
 from stages.train_student.objectives.mask import MaskSupervision
@@ -40,6 +41,7 @@ def build_heads(
     teacher: StoreSettings | None,
     *,
     frame_rate: bool = True,
+    visual: StoreSettings | None = None,
 ) -> nn.ModuleDict:
     """Build the projector of each objective, by name.
 
@@ -50,30 +52,44 @@ def build_heads(
         teacher: settings of the store of `train.teacher_form`; None if no objective reads one.
         frame_rate: whether the teacher has one map per frame, to which tokens are interpolated and
             smoothed.
+        visual: settings of the visual store; None if no objective reads one.
     """
     transformer = configs.transformer
     width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
     at_latents = configs.patch_size_t > 1
     heads = nn.ModuleDict()
     for name in config.objectives:
+        source, interpolated, of_tubelets = teacher, frame_rate, False
+        if config.settings_of(name).reads_visual:
+            assert visual is not None, f"{name} reads a visual store"
+            source, rate = visual, visual.values.get("time_rate")
+            interpolated, of_tubelets = rate != "latent", rate == "tubelet"
         widths: Sequence[int] = config.lgf.projector_widths
-        smooth = frame_rate or at_latents
-        downsample: int | None = None
+        smooth = interpolated or at_latents
+        kind, downsample = "residual", None
         if name == "repa":
-            assert teacher is not None, "repa reads features"
-            widths = (*config.repa.projector_widths, teacher.arrays["features"].shape[-1])
+            assert source is not None, "repa reads features"
+            kind = config.repa.projector
+            widths = (*config.repa.projector_widths, source.arrays["features"].shape[-1])
         elif name == "token-relation":
             settings = config.token_relation
-            widths, smooth = settings.projector_widths, at_latents
+            kind, widths = settings.projector, settings.projector_widths
+            smooth = at_latents or of_tubelets
             downsample = settings.pool if settings.downsampler == "learned" else None
         elif name == "mask":
             widths, smooth = (*config.mask.projector_widths, 1), True
-        heads[name] = Projector(width, widths, smooth=smooth, downsample=downsample)
+        if kind == "residual":
+            heads[name] = Projector(width, widths, smooth=smooth, downsample=downsample)
+            continue
+        heads[name] = PublishedProjector(
+            Convolution(width, widths[-1]) if kind == "convolution" else mlp((width, *widths)),
+            None if downsample is None else Downsampler(widths[-1], downsample),
+        )
     return heads
 
 
 def kinds_needed(config: TrainConfig) -> tuple[str, ...]:
-    """Store kinds to read in addition to text and latents: the teacher's, then masks.
+    """Store kinds to read in addition to text and latents: the teacher's, visual, then masks.
 
     Raises:
         ValueError: an objective cannot use `train.teacher_form`, or its kernel is not installed.
@@ -86,7 +102,10 @@ def kinds_needed(config: TrainConfig) -> tuple[str, ...]:
     chosen = set(config.objectives)
     if config.teacher_form == "gram_flow":
         _check_gram_flow_suffices(config)
-    kinds = [KIND_OF_FORM[config.teacher_form]] if chosen - {"mask"} else []
+    of_visual = {name for name in chosen if config.settings_of(name).reads_visual}
+    kinds = [KIND_OF_FORM[config.teacher_form]] if chosen - of_visual - {"mask"} else []
+    if of_visual:
+        kinds.append("visual")
     if "mask" in chosen or ("lgf" in chosen and config.lgf.foreground_weight != 1.0):
         kinds.append("masks")
     return tuple(kinds)
@@ -144,7 +163,7 @@ def _check_gram_flow_suffices(config: TrainConfig) -> None:
     unmet = [
         f"train.objectives={name}"
         for name in config.objectives
-        if name in ("repa", "token-relation")
+        if name in ("repa", "token-relation") and not config.settings_of(name).reads_visual
     ]
     if "lgf" in config.objectives and config.lgf.directions != "fused":
         unmet.append(f"train.lgf.directions={config.lgf.directions}")

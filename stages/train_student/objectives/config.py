@@ -11,6 +11,11 @@ ObjectiveName = Literal["lgf", "repa", "token-relation", "mask"]
 (VideoREPA); the subject's mask."""
 
 
+TeacherName = Literal["sam2", "visual"]
+"""Source of features: SAM2's tracks (the teacher store), or an image or video encoder (the visual
+store)."""
+
+
 class AuxiliaryConfig(Section):
     """Settings common to all auxiliary losses: weight, schedule and timesteps."""
 
@@ -38,6 +43,24 @@ class AuxiliaryConfig(Section):
                 "are usual"
             )
         return self
+
+    @property
+    def reads_visual(self) -> bool:
+        """Whether the loss reads the visual store."""
+        return False
+
+
+class FeatureTargetConfig(AuxiliaryConfig):
+    """Settings common to the losses whose target are features of either teacher."""
+
+    teacher: TeacherName = "sam2"
+    """Features to compare with: SAM2's, from the teacher store, or an image or video encoder's,
+    from the visual store that extract.visual describes."""
+
+    @property
+    def reads_visual(self) -> bool:
+        """Whether the loss reads the visual store."""
+        return self.teacher == "visual"
 
 
 class LgfConfig(AuxiliaryConfig):
@@ -76,18 +99,33 @@ class LgfConfig(AuxiliaryConfig):
         return self
 
 
-class RepaConfig(AuxiliaryConfig):
-    """REPA: cosine similarity of each projected token to the teacher's features."""
+class RepaConfig(FeatureTargetConfig):
+    """REPA: cosine similarity of each projected token to the teacher's features; with
+    neighbour_distance CREPA's, with spatial_norm and projector=convolution iREPA's."""
 
+    projector: Literal["residual", "mlp", "convolution"] = "residual"
+    """residual: an MLP with norms and a linear skip, as lgf's. mlp: linear layers and SiLU, as
+    REPA's. convolution: one 3x3 convolution over each map's tokens, as iREPA's."""
     projector_widths: tuple[int, int] = (512, 256)
     """Widths of the projector's hidden layers; its output has the teacher's width. REPA's are 2048
-    and 2048."""
+    and 2048; a convolution has none."""
+    spatial_norm: float | None = Field(default=None, ge=0.0, le=1.0)
+    """gamma of iREPA's norm of the teacher's tokens, (x - gamma * mean) / std over each map's
+    tokens; 0.6 is usual, null leaves them as they are."""
+    neighbour_distance: int = Field(default=0, ge=0)
+    """Maps before and after, up to this distance, whose features each token is also compared with,
+    as in CREPA; 1 is usual there, 0 is REPA."""
+    neighbour_decay: float = Field(default=1.0, gt=0.0)
+    """tau: a map at distance n counts exp(-n / tau); 1 is usual."""
 
 
-class TokenRelationConfig(AuxiliaryConfig):
+class TokenRelationConfig(FeatureTargetConfig):
     """Token-relation distillation, after VideoREPA: similarities of all tokens, within and across
     frames."""
 
+    projector: Literal["residual", "mlp"] = "residual"
+    """residual: an MLP with norms and a linear skip, as lgf's. mlp: linear layers and SiLU, as
+    VideoREPA's."""
     margin: float = Field(default=0.1, ge=0.0)
     """Differences of similarity up to this are ignored; 0.1 is VideoREPA's."""
     pool: int = Field(default=2, ge=1)
@@ -97,7 +135,8 @@ class TokenRelationConfig(AuxiliaryConfig):
     """How a square of the student's tokens becomes one: their mean, or a learned convolution over
     the square, as in VideoREPA. The teacher's tokens are averaged."""
     skip_first_latent: bool = False
-    """Leave out the first latent frame, which encodes a single frame; true is VideoREPA's."""
+    """Leave out the first latent frame, which encodes a single frame; true is VideoREPA's. A video
+    encoder's maps leave it out by themselves."""
     projector_widths: tuple[int, int, int] = (512, 256, 256)
     """Widths of the projector's layers; VideoREPA's are 2048, 2048 and 768."""
 

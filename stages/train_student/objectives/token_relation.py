@@ -1,8 +1,10 @@
 """Token-relation distillation: similarities of all token pairs of a clip, within and across frames.
 
-Legend: B clip, L latent frame, T map of the teacher, H W token grid, C channel, N pooled token of
-a map.
+Legend: B clip, L latent frame or tubelet, T map of the teacher, H W token grid, C channel, N pooled
+token of a map.
 """
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -87,25 +89,38 @@ def _averaged(tokens_BLHWC: Tensor, pool: int) -> Tensor:
 
 
 class TokenRelation(Objective[TokenRelationConfig]):
-    """`token_relation_loss` against the teacher's fused features, one map per latent frame."""
+    """`token_relation_loss` against the teacher's features, at most one map per latent frame of
+    SAM2's or an image encoder's, every tubelet of a video encoder's."""
 
     def num_maps(self, teacher_maps: int | None, num_frames: int) -> int:
-        """One per latent frame, since the cost is quadratic in the maps."""
+        """Frames are averaged to latent frames, since the cost is quadratic in the maps."""
+        assert teacher_maps is not None, "token relations read a teacher"
+        if teacher_maps != num_frames:
+            return teacher_maps
         return int(latent_frame_of_frame(num_frames)[-1]) + 1
 
     def __call__(self, student_BTHWC: Tensor, teacher: Teacher) -> Tensor:
         """loss_B; a teacher with one map per frame is averaged over each latent frame.
 
         Args:
-            student_BTHWC: one map per latent frame; with a learned downsampler, already with one
+            student_BTHWC: the maps of `num_maps`; with a learned downsampler, already with one
                 token per square.
-            teacher: with features.
+            teacher: with features; those of an encoder on its own grid are resampled to the
+                squares, or taken as they are if there is one token for each.
         """
         settings, pool = self.settings, self.settings.pool
-        teacher_BLHWC, valid_BL = teacher.features_at_latent_rate()
-        if settings.downsampler == "learned":
-            teacher_BLHWC, pool = _averaged(teacher_BLHWC, pool), 1
-        first = 1 if settings.skip_first_latent else 0
+        if teacher.layout.visual and teacher.layout.native:
+            teacher = replace(teacher, token_grid=_pooled_grid(teacher.token_grid, pool))
+            if settings.downsampler == "mean":
+                student_BTHWC = _averaged(student_BTHWC, pool)
+            teacher_BLHWC, valid_BL = teacher.features_at_latent_rate()
+            pool = 1
+        else:
+            teacher_BLHWC, valid_BL = teacher.features_at_latent_rate()
+            if settings.downsampler == "learned":
+                teacher_BLHWC, pool = _averaged(teacher_BLHWC, pool), 1
+        of_tubelets = teacher.layout.frames_per_map is not None
+        first = 1 if settings.skip_first_latent and not of_tubelets else 0
         return token_relation_loss(
             student_BTHWC[:, first:],
             teacher_BLHWC[:, first:],
@@ -113,3 +128,8 @@ class TokenRelation(Objective[TokenRelationConfig]):
             margin=settings.margin,
             pool=pool,
         )
+
+
+def _pooled_grid(grid: tuple[int, int], pool: int) -> tuple[int, int]:
+    """Rows and columns of the squares."""
+    return -(-grid[0] // pool), -(-grid[1] // pool)

@@ -102,6 +102,44 @@ def test_when_tokens_span_two_latents_time_stays_in_place(
     np.testing.assert_allclose(when_T, place_T.clip(when_J[0], when_J[-1]), atol=1e-5)
 
 
+@given(latents=st.integers(2, 14), tubelet=st.sampled_from([1, 2, 4]), span=st.sampled_from([1, 2]))
+def test_tubelets_meet_the_tokens_of_their_frames(latents: int, tubelet: int, span: int) -> None:
+    """Against a loop over frames; frame 0, which no tubelet covers, takes no part."""
+    num_frames = 4 * (latents - 1) + 1
+    frames_of_token: dict[int, list[int]] = {}
+    for frame in range(1, num_frames):
+        latent = next(k for k in range(1, 99) if 4 * k - 3 <= frame <= 4 * k)
+        padding = latents % span
+        frames_of_token.setdefault((latent + padding) // span, []).append(frame)
+    tokens = -(-latents // span)
+    knots = {token: np.mean(frames) for token, frames in frames_of_token.items()}
+    expected = np.zeros(((num_frames - 1) // tubelet, tokens))
+    for row, first in enumerate(range(1, num_frames, tubelet)):
+        centre = np.mean(range(first, first + tubelet))
+        for token in knots:
+            one_hot = [float(other == token) for other in knots]
+            expected[row, token] = np.interp(centre, list(knots.values()), one_hot)
+    weights_TJ = time_weights(len(expected), num_frames, patch_size_t=span, frames_per_map=tubelet)
+    assert weights_TJ is not None
+    np.testing.assert_allclose(weights_TJ.numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(weights_TJ.sum(1).numpy(), 1.0, atol=1e-6)
+
+
+def test_tubelets_of_two_frames_are_videorepas_upsampling_without_the_first_latent() -> None:
+    tokens_JC = torch.randn(13, 5, generator=torch.Generator().manual_seed(0))
+    expected_CM = torch.nn.functional.interpolate(
+        tokens_JC[1:].T[None, :, :, None, None], scale_factor=(2.0, 1.0, 1.0), mode="trilinear"
+    )[0, :, :, 0, 0]
+    weights_TJ = time_weights(24, 49, frames_per_map=2)
+    assert weights_TJ is not None
+    torch.testing.assert_close(weights_TJ @ tokens_JC, expected_CM.T)
+
+
+def test_tubelets_that_do_not_cover_the_clip_are_refused() -> None:
+    with pytest.raises(ValueError, match="23 maps of 2 frames each; they must cover the 48 frames"):
+        time_weights(23, 49, frames_per_map=2)
+
+
 def test_maps_that_fit_neither_rate_are_refused() -> None:
     with pytest.raises(ValueError, match="has 5 maps per clip"):
         time_weights(5, 9)
