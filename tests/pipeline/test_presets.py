@@ -33,9 +33,13 @@ def test_the_presets_are_those_that_are_promised():
         "cogvideox-5b-i2v-lora-mask",
         "cogvideox-5b-i2v-lora-plain",
         "cogvideox-5b-lora",
+        "cogvideox-5b-lora-crepa",
         "cogvideox-5b-lora-gram-flow",
+        "cogvideox-5b-lora-irepa",
         "cogvideox-5b-lora-repa",
+        "cogvideox-5b-lora-repa-dinov2",
         "cogvideox-5b-lora-token-relation",
+        "cogvideox-5b-lora-videorepa",
         "cogvideox1.5-5b-i2v-lora",
         "cogvideox1.5-5b-lora",
         "demo",
@@ -102,7 +106,8 @@ def test_a_preset_for_big_datasets_differs_in_what_is_kept_of_the_teacher(name):
 def test_moving_the_demo_moves_all_of_it():
     config = load_config("demo", ["demo.root=/elsewhere"])
     told = config.model_dump(mode="json")
-    del told["extract"]["teacher"]["grounding"]["model"]  # a hub id, which the demo does not use
+    # Hub ids, which the demo does not use.
+    del told["extract"]["teacher"]["grounding"]["model"], told["extract"]["visual"]["checkpoint"]
     del told["train"]["keep_best"]  # the name of a curve
     texts = re.findall(r"'([^']*/[^']*)'", repr(told))
     assert len(texts) >= 7
@@ -125,7 +130,7 @@ def test_an_official_preset_has_the_size_batch_and_rate_of_published_training(na
     assert train.deepspeed.precision == "bf16"
     teacher = config.extract.teacher
     assert (teacher.precision, teacher.frames_per_batch, teacher.clips_per_batch) == ("bf16", 8, 4)
-    as_videorepa = name.endswith(("-repa", "-token-relation"))
+    as_videorepa = name.endswith(("repa", "-repa-dinov2", "-token-relation"))
     assert train.block == (17 if as_videorepa else 18 if "2b" in name else 25)
 
 
@@ -137,6 +142,10 @@ def test_an_official_preset_has_the_size_batch_and_rate_of_published_training(na
         ("cogvideox-5b-lora-repa", ("repa",)),
         ("cogvideox-5b-lora-token-relation", ("token-relation",)),
         ("cogvideox-2b-full-token-relation", ("token-relation",)),
+        ("cogvideox-5b-lora-repa-dinov2", ("repa",)),
+        ("cogvideox-5b-lora-crepa", ("repa",)),
+        ("cogvideox-5b-lora-irepa", ("repa",)),
+        ("cogvideox-5b-lora-videorepa", ("token-relation",)),
     ],
 )
 def test_a_preset_to_compare_with_extracts_what_its_loss_reads(name, objectives):

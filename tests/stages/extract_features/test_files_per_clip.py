@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,15 +13,30 @@ import cache_schema
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from stages.clips import ClipsConfig
 from stages.cogvideox.configs import CogVideoXConfigs
-from stages.extract_features.config import ExtractConfig, Kind, LatentsConfig, TeacherConfig
+from stages.extract_features.config import (
+    ExtractConfig,
+    Kind,
+    LatentsConfig,
+    TeacherConfig,
+    VisualConfig,
+)
 from stages.extract_features.latents import latents_arrays
 from stages.extract_features.teacher.stores import subject_settings
 from stages.extract_features.text import text_arrays
+from stages.extract_features.visual.encoder import VisualLayout
+from stages.extract_features.visual.extraction import visual_settings
 from stages.teacher_store.config import GramFlowConfig
 from tests.fingerprints import fingerprint_of
 
-FEWEST: Mapping[Kind, int] = {"text": 1, "latents": 2, "teacher": 2, "gram_flow": 2, "masks": 3}
-MOST: Mapping[Kind, int] = {"text": 1, "latents": 4, "teacher": 3, "gram_flow": 7, "masks": 3}
+FEWEST: Mapping[Kind, int] = {
+    "text": 1,
+    "latents": 2,
+    "teacher": 2,
+    "gram_flow": 2,
+    "masks": 3,
+    "visual": 2,
+}
+MOST: Mapping[Kind, int] = {**FEWEST, "latents": 4, "teacher": 3, "gram_flow": 7, "visual": 3}
 
 
 def arrays_of_all_kinds(
@@ -37,7 +53,18 @@ def arrays_of_all_kinds(
     vae = {"latent_channels": 16}
     base = CogVideoXConfigs(folder=Path("base"), transformer=transformer, vae=vae, scheduler={})
     tracked = subject_settings(teacher, clips, {}, gram_flow=gram_flow, channels=256)
+    layout = VisualLayout(
+        model_class=None,
+        own=SimpleNamespace(model_type="dinov2", hidden_size=768),
+        image_size=(420, 630),
+        grid=(30, 45),
+        frames_per_map=1,
+        maps=49,
+        window=None,
+    )
+    visual = VisualConfig(dtype=teacher.dtype)
     return {
+        "visual": visual_settings(visual, clips, layout, checkpoint_sha256="").arrays,
         "text": text_arrays(base),
         "latents": latents_arrays(LatentsConfig(), clips, base),
         **{kind: settings.arrays for kind, settings in tracked.items()},
