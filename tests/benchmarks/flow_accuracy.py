@@ -102,7 +102,8 @@ def rows_of_points(features_THWG: Tensor, moves: Moves, rate: str) -> tuple[Tens
     """Similarities of the points' tokens to their windows [N, K], and which are in the grid."""
     maps = features_THWG if rate == "frame" else frames_to_latents(features_THWG)
     similarities_MHWK = local_gram_flow(maps[None], RADIUS)[0]
-    inside_HWK = neighbour_mask(*maps.shape[1:3], RADIUS)
+    height, width = maps.shape[1:3]
+    inside_HWK = neighbour_mask(height, width, RADIUS)
     at = moves.row_N, moves.column_N
     return similarities_MHWK[moves.map_N, *at], inside_HWK[at]
 
