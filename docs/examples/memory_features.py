@@ -6,7 +6,7 @@ import torch
 
 from stages.clips import SubjectPrompt, read_video
 from stages.extract_features.teacher.clip_features import ClipFeatures, fused_features
-from stages.sam2_tracking.build import build_sam2, find_checkpoint
+from stages.sam2_tracking.opening import build_tracker, find_checkpoint
 from stages.sam2_tracking.tracker import Tracker
 
 
@@ -18,8 +18,8 @@ def features_of(
 ) -> ClipFeatures:
     """Track the subject in the box of the first frame both ways, and fuse the tracks."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sam2 = build_sam2(config, find_checkpoint(checkpoint), device=device)
-    tracker = Tracker(sam2, precision="bf16" if device == "cuda" else "fp32")
+    network = build_tracker(config, find_checkpoint(checkpoint), device=device)
+    tracker = Tracker(network, precision="bf16" if device == "cuda" else "fp32")
     frames_THWC, _ = read_video(video)  # uint8; or frames of your own
     prompt = SubjectPrompt(box_xyxy=box_xyxy)  # or mask_HW=, or points_xy= with point_labels=
     return fused_features(tracker, frames_THWC, prompt, token_grid=(30, 45))

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from stages.dry_run.train import SizedStores, TrainEstimate
 
 _CHANNELS = {"memory_attention": 256, "memory_encoder": 64, "image_encoder": 256}
-"""Channels of one direction's features, the same in every SAM2 model."""
+"""Channels of one direction's features, the same in every SAM2, EdgeTAM and SAM3."""
+_STRIDE = 16
+"""Pixels of the tracker's input per token; SAM3's 14 make a few more tokens on its own grid."""
 
 
 def run(
@@ -85,7 +87,12 @@ def _planned_stores(config: RunConfig) -> list[SizedStores]:
     stores = []
     for size in config.data.sizes:
         planned: Mapping[Any, Any] = subject_settings(
-            extract.teacher, size, {}, gram_flow=extract.gram_flow, channels=channels
+            extract.teacher,
+            size,
+            {},
+            gram_flow=extract.gram_flow,
+            channels=channels,
+            stride=_STRIDE,
         )
         teacher = planned[form] if form in needed else None
         check_teacher(config.train, teacher, f"the {form} store that `extract` configures")

@@ -9,6 +9,7 @@ The models are built from their configurations on torch's meta device and run th
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,9 +21,9 @@ from stages.extract_features.config import LatentsConfig, TeacherConfig, TextCon
 from stages.extract_features.teacher.stores import feature_grid
 from stages.extract_features.visual.encoder import VisualEncoder, VisualLayout, load_options
 from stages.precision import DTYPES
-from stages.sam2_tracking.build import build_sam2
 from stages.sam2_tracking.encoder import EncodedFrames
 from stages.sam2_tracking.inputs import Sam2Prompt
+from stages.sam2_tracking.opening import build_without_weights
 from stages.sam2_tracking.tracker import Tracker, TrackRequest
 
 _FIRST_STEPS = 2
@@ -128,10 +129,10 @@ def visual_cost(config: VisualConfig, clips: ClipsConfig, layout: VisualLayout) 
 
 
 def tracker_cost(
-    config: TeacherConfig, clips: ClipsConfig, sam2_config: str
-) -> tuple[ModelCost, int]:
-    """Return the cost of SAM2 over a clip in the configured directions, and the channels of one
-    direction's features.
+    config: TeacherConfig, clips: ClipsConfig, source: str | Path
+) -> tuple[ModelCost, int, int]:
+    """Return the cost of a tracker over a clip in the configured directions, the channels of one
+    direction's features, and the pixels of its input per token.
 
     Counted in float32: with bf16, which torch does not simulate here, activations take about half.
     Not included: the seek to frame 0 from a later prompt, the search for prompts, and the memory of
@@ -140,9 +141,9 @@ def tracker_cost(
     Args:
         config: Image size, batch sizes, directions, and storage of encoded frames.
         clips: Length of clips.
-        sam2_config: Name of an official configuration, or a YAML file.
+        source: See `opening.build_without_weights`.
     """
-    model = build_sam2(sam2_config, None, image_size=config.image_size, device=_META)
+    model = build_without_weights(source, image_size=config.image_size)
     tracker = Tracker(
         model, precision="fp32", frames_per_batch=min(config.frames_per_batch, clips.num_frames)
     )
@@ -158,7 +159,7 @@ def tracker_cost(
         working_bytes=max(encoding.peak_bytes, tracking_peak),
         waiting_bytes=_waiting_bytes(encoded, channels, config, clips),
     )
-    return cost, channels
+    return cost, channels, _stride(encoded, config)
 
 
 def _frames(num_frames: int, image_size: int) -> np.ndarray:
@@ -191,6 +192,11 @@ def _step_flops(
     return whole / config.clips_per_batch, meter.peak_bytes
 
 
+def _stride(encoded: EncodedFrames, config: TeacherConfig) -> int:
+    """Return the pixels of the input per token of the features."""
+    return config.image_size // encoded.sizes[-1][0]
+
+
 def _waiting_bytes(
     encoded: EncodedFrames, channels: int, config: TeacherConfig, clips: ClipsConfig
 ) -> int:
@@ -199,8 +205,8 @@ def _waiting_bytes(
         return 0
     itemsize = DTYPES[config.precision].itemsize
     frame = sum(level.numel() for level in encoded.levels_at([0])) * itemsize
-    height, width = feature_grid(config, clips)
-    logits = (config.image_size // 4) ** 2
+    height, width = feature_grid(config, clips, _stride(encoded, config))
+    logits = math.prod(encoded.sizes[0])
     float32 = torch.float32.itemsize
     maps = (1 if config.fusion == "forward" else 2) * (height * width * channels + logits) * float32
     return config.clips_per_batch * clips.num_frames * (frame + maps)

@@ -31,11 +31,7 @@ from stages.extract_features.teacher.stores import subject_settings
 from stages.extract_features.text import TextExtraction, text_arrays
 from stages.extract_features.visual.encoder import find_encoder, layout_of
 from stages.extract_features.visual.extraction import VisualExtraction, visual_settings
-from stages.sam2_tracking.build import (
-    HUB_CHECKPOINTS,
-    check_sam2,
-    find_checkpoint,
-)
+from stages.sam2_tracking.opening import check_tracker, config_source, find_checkpoint
 from stages.teacher_store.config import FeatureDtype, FlowDtype
 from stages.visual_models.folders import has_weights
 
@@ -79,7 +75,7 @@ def is_compressed(arrays: Mapping[str, ArraySpec]) -> bool:
 
 
 def teacher_encodings(
-    config: ExtractConfig, clips: ClipsConfig, *, channels: int
+    config: ExtractConfig, clips: ClipsConfig, *, channels: int, stride: int
 ) -> tuple[EncodingEstimate, ...]:
     """Return the size of a clip in every encoding of the teacher signal.
 
@@ -87,6 +83,7 @@ def teacher_encodings(
         config: Settings of the extraction.
         clips: Size and length of clips.
         channels: Feature channels of one direction of one subject.
+        stride: Pixels of the tracker's input per token.
     """
     choices: list[tuple[Kind, str, str]] = [
         *(("teacher", dtype, config.teacher.dtype) for dtype in get_args(FeatureDtype)),
@@ -96,7 +93,7 @@ def teacher_encodings(
     for kind, dtype, chosen in choices:
         section = getattr(config, kind).model_copy(update={"dtype": dtype})
         changed = config.model_copy(update={kind: section})
-        arrays = _subject_settings(changed, clips, channels)[kind].arrays
+        arrays = _subject_settings(changed, clips, channels, stride)[kind].arrays
         encodings.append(
             EncodingEstimate(
                 kind=kind,
@@ -111,10 +108,15 @@ def teacher_encodings(
 
 
 def _subject_settings(
-    config: ExtractConfig, clips: ClipsConfig, channels: int
+    config: ExtractConfig, clips: ClipsConfig, channels: int, stride: int
 ) -> Mapping[Kind, StoreSettings]:
     return subject_settings(
-        config.teacher, clips, {}, gram_flow=config.gram_flow, channels=channels
+        config.teacher,
+        clips,
+        {},
+        gram_flow=config.gram_flow,
+        channels=channels,
+        stride=stride,
     )
 
 
@@ -233,28 +235,30 @@ def _visual(config: ExtractConfig, clips: ClipsConfig) -> PlannedPass:
 
 def _tracking(config: ExtractConfig, clips: ClipsConfig, kinds: tuple[Kind, ...]) -> PlannedPass:
     teacher = config.teacher
-    official, _ = HUB_CHECKPOINTS.get(teacher.checkpoint, (None, None))
+    source: str | Path
     try:
         checkpoint = find_checkpoint(teacher.checkpoint, download=False)
     except ValueError:
-        if official is None:
+        found = config_source(teacher.checkpoint, teacher.config)
+        if found is None:
             raise
-        sam2_config, missing = teacher.config or official, f"the checkpoint {teacher.checkpoint}"
+        source, missing = found, f"the checkpoint {teacher.checkpoint}"
     else:
-        configs = check_sam2(teacher.config, checkpoint, image_size=teacher.image_size)
-        sam2_config, missing = configs.config_name, ""
-    cost, channels = tracker_cost(teacher, clips, sam2_config)
+        spec = check_tracker(teacher.config, checkpoint, image_size=teacher.image_size)
+        source, missing = spec.config_name or checkpoint, ""
+    cost, channels, stride = tracker_cost(teacher, clips, source)
     if not missing and not _grounding_is_here(teacher):
         missing = f"Grounding DINO {teacher.grounding.model}"
     settings = None
     if not missing:
         extraction = SubjectExtraction(teacher, clips, gram_flow=config.gram_flow, kinds=kinds)
         settings = extraction.settings
-    arrays = _subject_settings(config, clips, channels)
+    arrays = _subject_settings(config, clips, channels, stride)
     planned = _planned(
         {kind: arrays[kind].arrays for kind in kinds}, settings, cost, missing=missing
     )
-    return replace(planned, encodings=teacher_encodings(config, clips, channels=channels))
+    encodings = teacher_encodings(config, clips, channels=channels, stride=stride)
+    return replace(planned, encodings=encodings)
 
 
 def _grounding_is_here(config: TeacherConfig) -> bool:

@@ -33,16 +33,20 @@ class GroundingConfig(Section):
 
 
 class TeacherConfig(Section):
-    """SAM2 over each clip in both directions, fused per frame."""
+    """A tracker, usually SAM2, over each clip in both directions, fused per frame."""
 
     checkpoint: str = "facebook/sam2.1-hiera-large"
     """Path of a checkpoint in the official SAM2 format, or of its state dict in a safetensors file,
-    or the hub id of an official SAM2 or SAM2.1 checkpoint."""
+    or the hub id of an official SAM2 or SAM2.1: read by the sam2 package. Or a folder in
+    transformers' format, or its hub id, of SAM2, EdgeTAM or SAM3."""
     config: str | None = None
     """Name of an official SAM2 configuration (sam2.1_hiera_t, _s, _b+, _l; sam2_hiera_…), or the
-    path of a YAML file in their format. null uses the official one that matches the checkpoint."""
-    image_size: int = Field(default=1024, ge=64, multiple_of=32)
-    """Side in pixels of SAM2's square input; SAM2 was trained at 1024, 512 costs a quarter."""
+    path of a YAML file in their format. null uses the official one that matches the checkpoint.
+    Not for checkpoints in transformers' format, which have one of their own."""
+    image_size: int = Field(default=1024, ge=64)
+    """Side in pixels of the tracker's square input. SAM2 takes multiples of 32 and was trained at
+    1024; EdgeTAM multiples of 256, trained at 1024; SAM3 multiples of 14, trained at 1008. 512
+    costs a quarter of 1024."""
     prompts: tuple[PromptSource, ...] = Field(default=("dataset", "automatic"), min_length=1)
     """Sources of the prompt, in order of preference. dataset: its mask, box or points; grounding: a
     box from Grounding DINO; automatic: the most salient moving region. The first source with
@@ -73,8 +77,8 @@ class TeacherConfig(Section):
     time_rate: Literal["frame", "latent"] = "frame"
     """One feature map per frame, or one per latent frame: the mean over its frames."""
     grid: Literal["student", "native"] = "student"
-    """Grid of stored features: the student's tokens, or SAM2's own (64x64 at 1024 pixels), which is
-    resampled when read, so that one store supports several training sizes."""
+    """Grid of stored features: the student's tokens, or the tracker's own (64x64 for SAM2 at 1024
+    pixels), which is resampled when read, so that one store supports several training sizes."""
     dtype: FeatureDtype = "float16"
     """Storage dtype of features: float16, or int8 with a scale per token, which halves the size and
     changes a Gram flow by at most 1e-5 nats. The Gram flow is computed from stored values."""

@@ -5,7 +5,7 @@ reported before any work starts; `load_model` also checks the keys that the libr
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,9 @@ _MAX_TIMESTEPS = 100_000
 
 _ATTENTION_IMPLEMENTATIONS = (None, "eager", "sdpa")
 """Other implementations make transformers import packages or download kernels from the hub."""
+
+_TIMM = "timm_wrapper"
+"""Model type of transformers' wrapper of models of the timm package."""
 
 _PEFT_FILE = "adapter_config.json"
 """If present, transformers loads the base model it names instead of the one in its folder."""
@@ -74,8 +77,12 @@ def read_json(file: Path) -> dict[str, Any]:
         raise ValueError(f"{error}; download the model again") from error
 
 
-def read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path, *, timm_backbones: Collection[str] = ()) -> dict[str, Any]:
     """Read a configuration that a library builds a model, tokenizer or pipeline from.
+
+    Args:
+        file: The configuration.
+        timm_backbones: Architectures of the timm package that it may name.
 
     Raises:
         ValueError: As `read_json`; or a field would make the library run or download code, or
@@ -88,6 +95,8 @@ def read_config(file: Path) -> dict[str, Any]:
         items: Iterable[tuple[Any, Any]] = ()
         if isinstance(value, dict):
             items = value.items()
+            if value.get("model_type") == _TIMM and value.get("architecture") in timm_backbones:
+                items = ((name, item) for name, item in value.items() if name != "model_type")
         elif isinstance(value, list):
             items = ((parent, item) for item in value)
         for name, item in items:
@@ -205,12 +214,21 @@ def _describe_alternatives(folder: Path, stem: str) -> str:
     return "; download the model again"
 
 
-def check_weights(model_class: Any, folder: Path, **options: Any) -> dict[str, StoredTensor]:
+def check_weights(
+    model_class: Any,
+    folder: Path,
+    *,
+    stored_as: Any = None,
+    timm_backbones: Collection[str] = (),
+    **options: Any,
+) -> dict[str, StoredTensor]:
     """Check that a folder's weights match its config.json; reads no tensor values.
 
     Args:
         model_class: A model class of diffusers or transformers.
         folder: Folder with config.json and safetensors.
+        stored_as: Class that config.json names, if the model is a part of it; None if it is not.
+        timm_backbones: See `read_config`.
         options: For `from_pretrained` of transformers: what changes the model's tensors.
 
     Returns:
@@ -220,8 +238,8 @@ def check_weights(model_class: Any, folder: Path, **options: Any) -> dict[str, S
         ValueError: A file is missing or damaged, or tensors are missing, unexpected or of a
             different shape; the message names them.
     """
-    config = read_config(folder / "config.json")
-    _check_class(model_class, config, folder)
+    config = read_config(folder / "config.json", timm_backbones=timm_backbones)
+    _check_class(model_class if stored_as is None else stored_as, config, folder)
     if _is_diffusers(model_class):  # no tied weights: each tensor is stored under its own name
         stored = stored_tensors(folder, "diffusion_pytorch_model")
         try:
@@ -261,13 +279,26 @@ def _check_class(model_class: Any, config: Mapping[str, Any], folder: Path) -> N
             )
 
 
-def load_model(model_class: Any, folder: Path, **options: Any) -> Any:
+def load_model(
+    model_class: Any,
+    folder: Path,
+    *,
+    stored_as: Any = None,
+    timm_backbones: Collection[str] = (),
+    **options: Any,
+) -> Any:
     """Call `model_class.from_pretrained(folder, **options)` and require every tensor to be loaded.
+
+    Args:
+        model_class, folder, stored_as, timm_backbones: See `check_weights`.
+        options: For `from_pretrained`.
 
     Raises:
         ValueError: As `check_weights`; or the model cannot be loaded.
     """
-    check_weights(model_class, folder, **options)
+    check_weights(
+        model_class, folder, stored_as=stored_as, timm_backbones=timm_backbones, **options
+    )
     return _from_pretrained(model_class, folder, **options)
 
 

@@ -1,1 +1,1 @@
-"""SAM2 as a batched tracker that visits the frames of a clip in a given order."""
+"""SAM2 and its relatives as a batched tracker that visits a clip's frames in a given order."""

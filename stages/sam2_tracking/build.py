@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,12 @@ from stages.sam2_tracking.checkpoints import (
     read_checkpoint,
 )
 from stages.sam2_tracking.encoder_memory import reduce_encoder_memory
+from stages.sam2_tracking.model import TrackerSpec
 
 _CONFIGS = Path(sam2.__path__[0]) / "configs"
 _OFFICIAL_FOLDERS = ("sam2", "sam2.1")
 _BACKBONE_STRIDE = 16
+_IMAGE_MULTIPLE = 32
 
 _CLASSES: Mapping[str, type[torch.nn.Module]] = {
     f"{one.__module__}.{one.__qualname__}": one
@@ -86,12 +87,13 @@ def find_checkpoint(name: str, *, download: bool = True) -> Path:
     raise ValueError(
         f"extract.teacher.checkpoint={name} is "
         + (
-            "a folder: name the .pt or .safetensors file in it"
+            "a folder: name the .pt or .safetensors file in it; a folder in transformers' format "
+            "has a config.json"
             if path.is_dir()
             else "not a file on this machine"
         )
-        + "; give the path of a SAM2 checkpoint, or the hub id of an official one: "
-        + ", ".join(HUB_CHECKPOINTS)
+        + "; give the path of a SAM2 checkpoint or of a folder in transformers' format, or the hub "
+        "id of an official SAM2: " + ", ".join(HUB_CHECKPOINTS)
     )
 
 
@@ -132,6 +134,11 @@ def load_sam2_config(config: str | Path, *, image_size: int | None = None) -> di
             **_PREDICTOR_SETTINGS["sam_mask_decoder_extra_args"],
         }
     }
+    if image_size is not None and image_size % _IMAGE_MULTIPLE:
+        raise ValueError(
+            f"extract.teacher.image_size={image_size} does not suit SAM2: it must be a multiple of "
+            f"{_IMAGE_MULTIPLE}; 1024 is usual"
+        )
     try:
         if image_size is not None:
             model["image_size"] = image_size
@@ -171,23 +178,9 @@ def _check_tree(node: Any, path: str, where: str) -> None:
             _check_tree(value, f"{path}.{key}", where)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sam2Spec:
-    """A SAM2 model's configuration and dimensions, known before its weights are loaded."""
-
-    config: dict[str, Any]
-    """The resolved configuration: everything that determines the outputs apart from the weights."""
-    config_name: str
-    """The official configuration's name, or the YAML file's path."""
-    hidden_dim: int
-    """Channels of `memory_attention` and `image_encoder`."""
-    mem_dim: int
-    """Channels of `memory_encoder`."""
-
-
 def check_sam2(
     config: str | Path | None, checkpoint: Path, *, image_size: int | None = None
-) -> Sam2Spec:
+) -> TrackerSpec:
     """Check that a configuration and a checkpoint match, without loading the model.
 
     Args:
@@ -200,11 +193,13 @@ def check_sam2(
         ValueError: See `build_sam2`.
     """
     name, model, _ = _load_checked(config, checkpoint, image_size)
-    return Sam2Spec(
+    return TrackerSpec(
+        library="sam2",
         config=load_sam2_config(name, image_size=image_size),
         config_name=name,
         hidden_dim=model.hidden_dim,
         mem_dim=model.mem_dim,
+        stride=model.backbone_stride,
     )
 
 

@@ -1,4 +1,4 @@
-"""SAM2's image encoder, run once per frame, and storage of its outputs.
+"""A tracker's image encoder, run once per frame, and storage of its outputs.
 
 Outputs are kept on the accelerator, in host memory, or in a temporary file.
 """
@@ -14,7 +14,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from stages.sam2_tracking.inputs import normalise_for_sam2
+from stages.sam2_tracking.inputs import normalise
+from stages.sam2_tracking.model import EncodedImages, TrackerModel
 
 KeepEncoded = Literal["device", "host", "disk"]
 """Where encoded frames are stored until they are tracked."""
@@ -248,26 +249,22 @@ class _OnDisk:
         return sum(self._level_bytes())
 
 
-def compile_image_encoder(model: Any) -> None:
-    """Compile a SAM2Base's image encoder in place, on its next use."""
-    # The last batch of a clip is often smaller; two static shapes are faster than a dynamic one.
-    model.image_encoder.compile(dynamic=False)
-
-
 def encode_frames(
-    model: Any,
+    model: TrackerModel,
     frames_TSS3: np.ndarray,
     store: FrameStore,
     *,
+    device: torch.device,
     frames_per_batch: int,
     arithmetic: Callable[[], AbstractContextManager[Any]],
 ) -> EncodedFrames:
     """Encode frames into an empty store, which is closed on failure.
 
     Args:
-        model: A SAM2Base.
+        model: The network.
         frames_TSS3: uint8, at least one.
         store: Receives the levels, batch by batch.
+        device: The network's.
         frames_per_batch: Frames per pass.
         arithmetic: Returns the context (autocast) in which the encoder runs.
 
@@ -279,34 +276,32 @@ def encode_frames(
     try:
         for start in range(0, len(frames_TSS3), frames_per_batch):
             batch_TSS3 = frames_TSS3[start : start + frames_per_batch]
-            positions_NBC, sizes = _encode_batch(model, batch_TSS3, store, arithmetic)
+            images_T3SS = normalise(batch_TSS3, device, model.pixel_mean, model.pixel_std)
+            images = _encode_batch(model, images_T3SS, arithmetic)
+            for t in range(len(batch_TSS3)):
+                store.append([level_NTC[:, t] for level_NTC in images.levels_NBC])
     except BaseException:
         store.close()
         raise
-    return EncodedFrames(store, positions_NBC=positions_NBC, sizes=sizes)
+    positions_NBC = images.positions_NBC[:, :1].clone()
+    return EncodedFrames(store, positions_NBC=positions_NBC, sizes=images.sizes)
 
 
 def _encode_batch(
-    model: Any,
-    frames_TSS3: np.ndarray,
-    store: FrameStore,
+    model: TrackerModel,
+    images_T3SS: torch.Tensor,
     arithmetic: Callable[[], AbstractContextManager[Any]],
-) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-    images_T3SS = normalise_for_sam2(frames_TSS3, model.device)
+) -> EncodedImages:
     try:
         with arithmetic():
-            outputs = model.forward_image(images_T3SS)
+            return model.encode_images(images_T3SS)
     except RuntimeError as error:
         if not _is_from_compiler(error):
             raise
         raise ValueError(
-            f"torch.compile cannot compile SAM2's image encoder on this machine ({error}); "
+            f"torch.compile cannot compile the tracker's image encoder on this machine ({error}); "
             "set extract.teacher.compile=false"
         ) from error
-    _, levels_NTC, positions_NTC, sizes = model._prepare_backbone_features(outputs)
-    for t in range(len(frames_TSS3)):
-        store.append([level_NTC[:, t] for level_NTC in levels_NTC])
-    return positions_NTC[-1][:, :1].clone(), sizes
 
 
 def _is_from_compiler(error: RuntimeError) -> bool:

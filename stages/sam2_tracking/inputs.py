@@ -11,8 +11,8 @@ from PIL import Image
 
 from stages.clips.records import ClipSkipped, SubjectPrompt
 
-_IMAGE_MEAN = (0.485, 0.456, 0.406)
-_IMAGE_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 _ON_SUBJECT = 0.5
 _BOX_LABELS = (2, 3)
 
@@ -47,8 +47,13 @@ def resize_for_sam2(frames_THWC: np.ndarray, image_size: int) -> np.ndarray:
     return frames_TSS3
 
 
-def normalise_for_sam2(frames_TSS3: np.ndarray, device: torch.device) -> torch.Tensor:
-    """uint8 frames -> [T, 3, S, S] float32, normalised with SAM2's mean and standard deviation.
+def normalise(
+    frames_TSS3: np.ndarray,
+    device: torch.device,
+    pixel_mean: tuple[float, float, float] = IMAGENET_MEAN,
+    pixel_std: tuple[float, float, float] = IMAGENET_STD,
+) -> torch.Tensor:
+    """uint8 frames -> [T, 3, S, S] float32, normalised with a mean and a standard deviation.
 
     Channels-first in memory, as in sam2: another memory layout rounds differently.
     """
@@ -56,8 +61,8 @@ def normalise_for_sam2(frames_TSS3: np.ndarray, device: torch.device) -> torch.T
     if device.type == "cuda":
         # A copy from page-locked memory overlaps with the GPU's current work.
         bytes_TSS3 = bytes_TSS3.pin_memory()
-    mean = torch.tensor(_IMAGE_MEAN, device=device)[:, None, None]
-    std = torch.tensor(_IMAGE_STD, device=device)[:, None, None]
+    mean = torch.tensor(pixel_mean, device=device)[:, None, None]
+    std = torch.tensor(pixel_std, device=device)[:, None, None]
     images_T3SS = bytes_TSS3.to(device, non_blocking=True).permute(0, 3, 1, 2).contiguous()
     return (images_T3SS.float() / 255 - mean) / std
 

@@ -1,6 +1,6 @@
-"""SAM2's memory bank, limited to the memories that later steps can read."""
+"""A tracker's memory bank, limited to the memories that later steps can read."""
 
-# Legend: B stream of the batch, C channel, H W grid of the memories.
+# Legend: B stream of the batch, C channel.
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,51 +12,41 @@ import torch
 class MemoryBank:
     """Memories and object pointers by step, in the layout that sam2's SAM2Base reads.
 
-    The prompted step's entry is kept; older ones are dropped once SAM2, which looks back over a
-    fixed number of steps, no longer reads them. The results do not change.
+    The prompted step's entry is kept; older ones are dropped once the tracker, which looks back
+    over a fixed number of steps, no longer reads them. The results do not change.
     """
 
     memory_reach: int
-    """Number of steps back to the oldest memory that SAM2 reads."""
+    """Number of steps back to the oldest memory that the tracker reads."""
     pointer_reach: int
-    """Number of steps back to the oldest object pointer that SAM2 reads."""
+    """Number of steps back to the oldest object pointer that the tracker reads."""
     outputs: dict[str, dict[int, dict[str, Any]]] = field(
         default_factory=lambda: {"cond_frame_outputs": {}, "non_cond_frame_outputs": {}}
     )
     """The prompted step's entry, and those of later steps."""
-    _positions_1CHW: torch.Tensor | None = None
-
-    @classmethod
-    def of(cls, model: Any) -> "MemoryBank":
-        """Return an empty bank with the reach of a `SAM2Base`."""
-        # With a stride r, memories are at multiples of r, so the oldest can be r - 1 steps further.
-        stride = model.memory_temporal_stride_for_eval
-        return cls(
-            memory_reach=max(1, 1 + (model.num_maskmem - 2) * stride),
-            pointer_reach=model.max_obj_ptrs_in_encoder - 1,
-        )
+    _positions: torch.Tensor | None = None
 
     def store(
         self,
         step: int,
         *,
-        memory_BCHW: torch.Tensor,
-        positions_BCHW: torch.Tensor,
+        memory: torch.Tensor,
+        positions: torch.Tensor,
         pointer_BC: torch.Tensor,
     ) -> None:
         """Store the step's memory and pointer; drop what no later step can read.
 
         Args:
             step: Number of the visit, from 0, the prompted one.
-            memory_BCHW: The memories, in the storage dtype.
-            positions_BCHW: Their position encoding, the same at every step and for every stream.
+            memory: The memories, [B, ...], in the storage dtype.
+            positions: Their position encoding, the same at every step and for every stream.
             pointer_BC: The object pointers.
         """
-        if self._positions_1CHW is None:
-            self._positions_1CHW = positions_BCHW[:1].clone()
+        if self._positions is None:
+            self._positions = positions[:1].clone()
         entry = {
-            "maskmem_features": memory_BCHW,
-            "maskmem_pos_enc": [self._positions_1CHW.expand(len(memory_BCHW), -1, -1, -1)],
+            "maskmem_features": memory,
+            "maskmem_pos_enc": [self._positions.expand_as(memory)],
             "obj_ptr": pointer_BC,
         }
         if step == 0:

@@ -1,8 +1,8 @@
-"""SAM2 tracker over frames in a given order, with each frame encoded once.
+"""A tracker over frames in a given order, with each frame encoded once.
 
-It calls the model's single-frame step directly, which gives access to the memory features and lets
-tracks share the encoded frames. Results equal those of sam2's SAM2VideoPredictor with the same
-weights.
+It calls the network's single-frame methods directly, which gives access to the memory features and
+lets tracks share the encoded frames. Results equal those of the library's own video predictor with
+the same weights.
 """
 
 # Legend: T frame, S side of SAM2's square input, N prompt or point, C channel, H W grid.
@@ -20,21 +20,16 @@ from stages.precision import DTYPES
 from stages.sam2_tracking.encoder import (
     EncodedFrames,
     KeepEncoded,
-    compile_image_encoder,
     encode_frames,
     gather_levels,
     open_store,
 )
 from stages.sam2_tracking.inputs import Sam2Prompt
 from stages.sam2_tracking.memory import MemoryBank
-from stages.sam2_tracking.step import (
-    FrameStep,
-    MaskProposals,
-    enlarge_mask,
-    prompted_masks,
-    propose_masks,
-    visit,
-)
+from stages.sam2_tracking.model import FrameStep, TrackerModel
+from stages.sam2_tracking.sam2_model import Sam2Model
+from stages.sam2_tracking.step import MaskProposals, enlarge_mask, propose_masks, visit
+from stages.sam2_tracking.transformers_model import TransformersModel, is_from_transformers
 
 ALL_FEATURES: tuple[FeatureKind, ...] = get_args(FeatureKind)
 """Every kind of feature that a track can return."""
@@ -59,10 +54,11 @@ class TrackedFrame:
     index: int
     """Index of the frame in the clip, regardless of direction."""
     features: dict[FeatureKind, torch.Tensor]
-    """[C, S/16, S/16] each: output of memory attention, of the memory encoder, and of the image
-    encoder. May be views of encoded frames: read only."""
+    """[C, H, W] each, on the tokens' grid: output of memory attention, of the memory encoder, and
+    of the image encoder. May be views of encoded frames: read only."""
     mask_logits_HW: torch.Tensor
-    """[S/4, S/4]; positive on the subject, -1024 everywhere if it is not visible."""
+    """Four times the tokens' grid; positive on the subject, -1024 everywhere if it is not
+    visible."""
     object_score: torch.Tensor
     """Logit of the subject being visible: a scalar."""
 
@@ -73,14 +69,14 @@ class TrackedFrame:
 
 
 class EmptyMaskError(ValueError):
-    """A tracked mask is empty at SAM2's size."""
+    """A tracked mask is empty at the size of the tracker's input."""
 
 
 class Tracker:
-    """Run SAM2 frame by frame.
+    """Run a tracker's network frame by frame.
 
     Args:
-        model: Model from `build.build_sam2`, on its device.
+        model: Network from `opening.build_tracker`, on its device.
         precision: Autocast dtype, and storage dtype of encoded frames.
         frames_per_batch: Frames per pass of the image encoder. Above 1 the results differ from the
             stock predictor's by rounding.
@@ -100,12 +96,14 @@ class Tracker:
     ) -> None:
         if model.num_maskmem < 1:
             raise ValueError("the SAM2 configuration has num_maskmem 0, so there are no memories")
-        # It would make the masks of a batch exclusive, as if they were objects of one video. The
-        # stock predictor runs each object separately, so it has no effect there either.
-        model.non_overlap_masks_for_mem_enc = False
-        if compile:
-            compile_image_encoder(model)
         self.model = model
+        self._network: TrackerModel = (
+            TransformersModel(model) if is_from_transformers(model) else Sam2Model(model)
+        )
+        if compile:
+            # The last batch of a clip is often smaller; two static shapes are faster than a dynamic
+            # one.
+            self._network.image_encoder.compile(dynamic=False)
         self.precision: Precision = precision
         self.frames_per_batch = frames_per_batch
         self.keep_encoded: KeepEncoded = keep_encoded
@@ -131,9 +129,10 @@ class Tracker:
             ValueError: There are no frames, or torch.compile fails.
         """
         return encode_frames(
-            self.model,
+            self._network,
             frames_TSS3,
             open_store(self.keep_encoded, self.model.device, DTYPES[self.precision]),
+            device=self.model.device,
             frames_per_batch=self.frames_per_batch,
             arithmetic=self._arithmetic,
         )
@@ -167,7 +166,7 @@ class Tracker:
     def _steps(
         self, requests: Sequence[TrackRequest], features: Sequence[FeatureKind]
     ) -> Iterator[tuple[TrackedFrame, ...]]:
-        bank = MemoryBank.of(self.model)
+        bank = self._network.new_bank()
         for step in range(len(requests[0].order)):
             with self._arithmetic():
                 frames = self._step(requests, step, bank, features)
@@ -192,15 +191,21 @@ class Tracker:
             num_steps=len(requests[0].order),
         )
         prompts = [request.prompt for request in requests]
-        logits_B1HW, score_B1, found = visit(
-            self.model, frames, bank, prompts, self.memory_dtype, features
+        masks, found = visit(
+            self._network,
+            frames,
+            bank,
+            prompts,
+            image_size=self.model.image_size,
+            memory_dtype=self.memory_dtype,
+            features=features,
         )
         return tuple(
             TrackedFrame(
                 index=request.order[step],
                 features={kind: values_BCHW[b].float() for kind, values_BCHW in found.items()},
-                mask_logits_HW=logits_B1HW[b, 0].float(),
-                object_score=score_B1[b, 0].float(),
+                mask_logits_HW=masks.logits_B1HW[b, 0].float(),
+                object_score=masks.score_B1[b, 0].float(),
             )
             for b, request in enumerate(requests)
         )
@@ -217,17 +222,13 @@ class Tracker:
             prompts: At least one; each is decoded separately.
 
         Returns:
-            Mask logits [N, S/4, S/4], float32, in the order of `prompts`.
+            Mask logits [N, H, W], float32, in the order of `prompts`.
         """
-        frames = FrameStep(
-            levels_NBC=encoded.levels_at([index]),
-            positions_NBC=encoded.positions_NBC,
-            sizes=encoded.sizes,
-            step=0,
-            num_steps=1,
-        )
+        frame = _single_frame(encoded, index)
         with self._arithmetic():
-            masks_1HW = [prompted_masks(self.model, frames, prompt)[0][0] for prompt in prompts]
+            masks_1HW = [
+                self._network.decode_prompt(frame, prompt).logits_B1HW[0] for prompt in prompts
+            ]
         return torch.cat(masks_1HW).float()
 
     @torch.inference_mode()
@@ -249,9 +250,8 @@ class Tracker:
         """
         with self._arithmetic():
             return propose_masks(
-                self.model,
-                encoded.levels_at([index]),
-                encoded.sizes,
+                self._network,
+                _single_frame(encoded, index),
                 points_N2,
                 points_per_batch=points_per_batch,
             )
@@ -261,15 +261,25 @@ class Tracker:
         """Convert a tracked mask to a prompt, for example for the backward track.
 
         Args:
-            mask_logits_HW: [S/4, S/4].
+            mask_logits_HW: From a tracked frame.
 
         Raises:
             EmptyMaskError: The mask is empty at SAM2's size.
         """
-        mask_11SS = (enlarge_mask(self.model, mask_logits_HW[None, None]) > 0).float()
+        mask_11SS = (enlarge_mask(self.model.image_size, mask_logits_HW[None, None]) > 0).float()
         if not mask_11SS.any():
             raise EmptyMaskError("the mask is empty at SAM2's size and cannot be a prompt")
         return Sam2Prompt(mask_11SS=mask_11SS)
+
+
+def _single_frame(encoded: EncodedFrames, index: int) -> FrameStep:
+    return FrameStep(
+        levels_NBC=encoded.levels_at([index]),
+        positions_NBC=encoded.positions_NBC,
+        sizes=encoded.sizes,
+        step=0,
+        num_steps=1,
+    )
 
 
 def _check_orders(requests: Sequence[TrackRequest]) -> None:

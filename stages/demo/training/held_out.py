@@ -88,7 +88,7 @@ def follow(
 
 def mask_iou(tracker: Tracker, tracked: TrackedFrame, real_SS: np.ndarray) -> float:
     """IoU of a tracked mask and the real one; NaN if both are empty."""
-    logits_11SS = enlarge_mask(tracker.model, tracked.mask_logits_HW[None, None])
+    logits_11SS = enlarge_mask(tracker.model.image_size, tracked.mask_logits_HW[None, None])
     found_SS = (logits_11SS[0, 0] > 0).numpy()
     union = (found_SS | real_SS).sum()
     return float((found_SS & real_SS).sum() / union) if union else float("nan")

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from stages.demo.training.drawn_clips import NUM_FRAMES
 from stages.demo.training.figure_tracks import PROMPT_KINDS, FigureTracks, points_of
-from stages.sam2_tracking.inputs import normalise_for_sam2
-from stages.sam2_tracking.memory import MemoryBank
-from stages.sam2_tracking.step import FrameStep, enlarge_mask
+from stages.sam2_tracking.inputs import normalise
+from stages.sam2_tracking.model import FrameStep
+from stages.sam2_tracking.sam2_model import Sam2Model, track_step
+from stages.sam2_tracking.step import enlarge_mask
 
 _PROMPT_SHARES = (0.5, 0.2, 0.2, 0.1)
 """Fractions of the steps with each of `PROMPT_KINDS`."""
@@ -44,7 +45,7 @@ def track_loss(
     size, num_frames = tracks.masks_BTSS.shape[:2]
     # All examples' frame 0 first, then all examples' frame 1, and so on.
     images_KSSC = np.concatenate(tracks.frames_BTSSC.swapaxes(0, 1))
-    images_KCSS = normalise_for_sam2(images_KSSC, model.device)
+    images_KCSS = normalise(images_KSSC, model.device)
     _, levels_NKC, positions_NKC, sizes = model._prepare_backbone_features(
         model.forward_image(images_KCSS)
     )
@@ -68,13 +69,14 @@ def track_loss(
     else:
         points = _as_points(model, *points_of(random, tracks.masks_BTSS[:, 0], kind))
 
-    bank = MemoryBank.of(model)
+    bank = Sam2Model(model).new_bank()
     losses, ious = [_proposal_loss(model, frame(0), tracks.figures_BSS, random)], []
     for t in range(num_frames):
         prompted = t == 0
         frames = frame(t)
-        heads, _ = frames.track(
+        heads, _ = track_step(
             model,
+            frames,
             bank.outputs,
             points=points if prompted else None,
             mask_B1SS=mask_B1SS if prompted else None,
@@ -82,7 +84,7 @@ def track_loss(
         )
         logits_BMHW, _, iou_BM, best_B1HW, high_B1SS, pointer_BC, score_B1 = heads
         if prompted:
-            high_B1SS = enlarge_mask(model, best_B1HW)
+            high_B1SS = enlarge_mask(model.image_size, best_B1HW)
         memory_BCHW, positions = model._encode_new_memory(
             current_vision_feats=frames.levels_NBC,
             feat_sizes=frames.sizes,
@@ -90,7 +92,7 @@ def track_loss(
             object_score_logits=score_B1,
             is_mask_from_pts=prompted,
         )
-        bank.store(t, memory_BCHW=memory_BCHW, positions_BCHW=positions[-1], pointer_BC=pointer_BC)
+        bank.store(t, memory=memory_BCHW, positions=positions[-1], pointer_BC=pointer_BC)
         if not (prompted and kind == "mask"):  # then the mask is returned as it was given
             losses.append(_frame_loss(model, logits_BMHW, iou_BM, score_B1, masks_TB1SS[t]))
             ious.append(_mean_iou(high_B1SS, masks_TB1SS[t]))
@@ -119,8 +121,12 @@ def _proposal_loss(
         points.append([[x_N[chosen] + 0.5, y_N[chosen] + 0.5]])
         targets.append((figures_SS == label) & (label > 0))
     labels_B1 = np.ones((len(points), 1), np.int32)
-    heads, _ = frames.track(
-        model, {}, points=_as_points(model, np.array(points, np.float32), labels_B1), prompted=True
+    heads, _ = track_step(
+        model,
+        frames,
+        {},
+        points=_as_points(model, np.array(points, np.float32), labels_B1),
+        prompted=True,
     )
     logits_BMHW, _, iou_BM, _, _, _, score_B1 = heads
     target_B1SS = torch.from_numpy(np.stack(targets))[:, None].to(model.device)
@@ -133,7 +139,7 @@ def _frame_loss(
     model: Any, logits_BMHW: Tensor, iou_BM: Tensor, score_B1: Tensor, target_B1SS: Tensor
 ) -> Tensor:
     # Where the object score is negative, SAM2 returns logits of -1024.
-    logits_BMSS = enlarge_mask(model, logits_BMHW.clamp(-20, 20))
+    logits_BMSS = enlarge_mask(model.image_size, logits_BMHW.clamp(-20, 20))
     target_BMSS = target_B1SS.float().expand_as(logits_BMSS)
     pixels_B1 = target_B1SS.flatten(2).sum(2)
     present_B1 = (pixels_B1 > 0).float()

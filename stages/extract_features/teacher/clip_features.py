@@ -46,7 +46,7 @@ def fused_features(
     their rounding to float16.
 
     Args:
-        tracker: SAM2 on its device: `Tracker(build_sam2(None, checkpoint), precision="fp32")`.
+        tracker: On its device: `Tracker(build_tracker(None, checkpoint), precision="fp32")`.
         frames_THWC: uint8 RGB, at least two frames.
         prompt: The subject on frame 0: a mask, a box or points in pixels of `frames_THWC`.
         token_grid: Rows and columns of the features; (30, 45) for CogVideoX at 480x720.

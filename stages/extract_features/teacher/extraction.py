@@ -1,4 +1,4 @@
-"""Extraction of teacher features, Gram flow and masks of each clip's subjects with SAM2."""
+"""Extraction of teacher features, Gram flow and masks of each clip's subjects with a tracker."""
 
 # Legend: T frame, S side of SAM2's square input.
 
@@ -25,10 +25,14 @@ from stages.extract_features.teacher.stores import (
     tracking_settings,
 )
 from stages.extract_features.teacher.two_way import Subject, SubjectTrack, SubjectTracker
-from stages.files.hashes import sha256_of_file
 from stages.processes.allocator import return_freed_memory
-from stages.sam2_tracking.build import build_sam2, check_sam2, find_checkpoint
 from stages.sam2_tracking.inputs import resize_for_sam2
+from stages.sam2_tracking.opening import (
+    build_tracker,
+    check_tracker,
+    find_checkpoint,
+    hash_of_checkpoint,
+)
 from stages.sam2_tracking.tracker import Tracker
 from stages.teacher_store.config import GramFlowConfig
 from stages.teacher_store.encoder import GramFlowEncoder
@@ -62,14 +66,14 @@ class SubjectExtraction:
     gives the same.
 
     Args:
-        config: SAM2 model, prompts, features, fusion and storage.
+        config: Tracker, prompts, features, fusion and storage.
         clips: Size and length of clips.
         gram_flow: Window and storage of the Gram flow.
         kinds: Some of teacher, gram_flow and masks.
 
     Raises:
-        ValueError: Settings contradict each other; or a required model (SAM2's configuration or
-            checkpoint, Grounding DINO) is missing or does not match.
+        ValueError: Settings contradict each other; or a required model (the tracker, Grounding
+            DINO) is missing or does not match.
     """
 
     def __init__(
@@ -88,23 +92,30 @@ class SubjectExtraction:
         self.size: ClipsConfig | None = clips
         self._checkpoint = find_checkpoint(config.checkpoint)
         # Checked here, so that a wrong checkpoint is not found after hours of work.
-        self._sam2 = check_sam2(config.config, self._checkpoint, image_size=config.image_size)
+        self._spec = check_tracker(config.config, self._checkpoint, image_size=config.image_size)
         self._chooser = PromptChooser(config)
         settings = self._all_settings(gram_flow)
         self._flow_maker = GramFlowEncoder.of(settings["teacher"], gram_flow, clips.token_grid)
         self.settings: Mapping[Kind, StoreSettings] = {kind: settings[kind] for kind in self._kinds}
 
     def _all_settings(self, gram_flow: GramFlowConfig) -> dict[Kind, StoreSettings]:
-        config, clips, sam2 = self._config, self._clips, self._sam2
+        config, clips, spec = self._config, self._clips, self._spec
         tracking = tracking_settings(
             config,
             clips,
-            checkpoint_sha256=sha256_of_file(self._checkpoint),
-            architecture=sam2.config,
+            checkpoint_sha256=hash_of_checkpoint(self._checkpoint),
+            library=spec.library,
+            architecture=spec.config,
             prompts=self._chooser.settings,
         )
-        channels = sam2.mem_dim if config.features == "memory_encoder" else sam2.hidden_dim
-        return subject_settings(config, clips, tracking, gram_flow=gram_flow, channels=channels)
+        return subject_settings(
+            config,
+            clips,
+            tracking,
+            gram_flow=gram_flow,
+            channels=spec.mem_dim if config.features == "memory_encoder" else spec.hidden_dim,
+            stride=spec.stride,
+        )
 
     def prepare(self, record: ClipRecord) -> _Prepared:
         """Decode the clip and resize its frames to SAM2's square.
@@ -121,12 +132,12 @@ class SubjectExtraction:
     def load_model(
         self, device: torch.device
     ) -> Iterator[Callable[[Sequence[_Prepared]], Sequence[Outcome]]]:
-        """Load SAM2, and Grounding DINO if it is configured."""
+        """Load the tracker, and Grounding DINO if it is configured."""
         config = self._config
         if device.type == "cpu" and config.image_size >= _LARGE_IMAGE:
             return_freed_memory()
-        model = build_sam2(
-            self._sam2.config_name, self._checkpoint, image_size=config.image_size, device=device
+        model = build_tracker(
+            self._spec.config_name, self._checkpoint, image_size=config.image_size, device=device
         )
         tracker = Tracker(
             model,

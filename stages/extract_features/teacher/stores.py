@@ -30,7 +30,6 @@ from stages.teacher_store.settings import gram_flow_settings, valid_spec
 
 MASK_STRIDE = 4
 """Pixels of the training frame per pixel of a stored mask, in each dimension."""
-_SAM2_STRIDE = 16
 _PASSES = (
     "seek from the prompted frame to frame 0, forward from the earliest frame seen, backward from "
     "the last frame the forward track sees"
@@ -43,24 +42,32 @@ def tracking_settings(
     clips: ClipsConfig,
     *,
     checkpoint_sha256: str,
+    library: str,
     architecture: Mapping[str, Any],
     prompts: Mapping[str, JSON],
 ) -> dict[str, JSON]:
     """Return the settings that determine the tracks, common to all stores filled from them.
 
     Args:
-        config: SAM2 model, prompts and directions.
+        config: Tracker, prompts and directions.
         clips: Size and length of clips.
-        checkpoint_sha256: SHA-256 of the checkpoint file.
-        architecture: The resolved SAM2 configuration.
+        checkpoint_sha256: SHA-256 of the weights.
+        library: `TrackerSpec.library`.
+        architecture: `TrackerSpec.config`.
         prompts: The prompt chooser's settings.
     """
     both_ways = config.fusion != "forward"
     canonical = json.dumps(architecture, sort_keys=True)
+    architecture_sha256 = hashlib.sha256(canonical.encode()).hexdigest()
+    tracker: dict[str, JSON] = (
+        {"sam2_config_sha256": architecture_sha256}
+        if library == "sam2"
+        else {"tracker": library, "tracker_config_sha256": architecture_sha256}
+    )
     return {
         "clips": clip_settings(clips),
         "checkpoint_sha256": checkpoint_sha256,
-        "sam2_config_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
+        **tracker,
         "image_size": config.image_size,
         "precision": config.precision,
         "prompts": dict(prompts),
@@ -81,6 +88,7 @@ def subject_settings(
     *,
     gram_flow: GramFlowConfig,
     channels: int,
+    stride: int,
 ) -> dict[Kind, StoreSettings]:
     """Return the settings of all stores that can be filled from tracks.
 
@@ -90,8 +98,9 @@ def subject_settings(
         tracking: Settings from `tracking_settings`.
         gram_flow: Window and storage of the Gram flow.
         channels: Feature channels of one direction of one subject.
+        stride: Pixels of the tracker's input per token.
     """
-    teacher = teacher_settings(config, clips, tracking, channels=channels)
+    teacher = teacher_settings(config, clips, tracking, channels=channels, stride=stride)
     flow = gram_flow_settings(
         teacher,
         radius=gram_flow.radius,
@@ -107,10 +116,15 @@ def subject_settings(
 
 
 def teacher_settings(
-    config: TeacherConfig, clips: ClipsConfig, tracking: Mapping[str, JSON], *, channels: int
+    config: TeacherConfig,
+    clips: ClipsConfig,
+    tracking: Mapping[str, JSON],
+    *,
+    channels: int,
+    stride: int,
 ) -> StoreSettings:
     """Return the settings of the teacher store; see `subject_settings`."""
-    height, width = feature_grid(config, clips)
+    height, width = feature_grid(config, clips, stride)
     maps = clips.num_frames if config.time_rate == "frame" else clips.num_latent_frames
     parts = (2 if config.fusion == "gram_flow" else 1) * _subject_slots(config)
     values: dict[str, JSON] = {
@@ -143,11 +157,17 @@ def masks_settings(
     return StoreSettings(kind="masks", arrays=arrays, values=values)
 
 
-def feature_grid(config: TeacherConfig, clips: ClipsConfig) -> tuple[int, int]:
-    """Return the rows and columns of the stored feature maps."""
+def feature_grid(config: TeacherConfig, clips: ClipsConfig, stride: int) -> tuple[int, int]:
+    """Return the rows and columns of the stored feature maps.
+
+    Args:
+        config: Grid and image size.
+        clips: Size of clips.
+        stride: Pixels of the tracker's input per token.
+    """
     if config.grid == "student":
         return clips.token_grid
-    side = config.image_size // _SAM2_STRIDE
+    side = config.image_size // stride
     return side, side
 
 

@@ -253,7 +253,7 @@ def _without(keys: SortedText, named: Iterable[str]) -> SortedText:
     return keys.take(np.delete(np.arange(len(keys)), rows))
 
 
-_SAM2_SETTINGS = ("checkpoint_sha256", "image_size", "subjects", "directions")
+_TRACKER_SETTINGS = ("tracker", "checkpoint_sha256", "image_size", "subjects", "directions")
 
 
 def _check_same_teacher(first: JoinedStores, other: JoinedStores) -> None:
@@ -288,7 +288,7 @@ def _teacher_properties(stores: JoinedStores) -> dict[str, Any]:
     teacher = stores.teacher
     assert teacher is not None
     values = teacher.settings.values
-    names = (*_SAM2_SETTINGS, "features", "fusion", "forward_weight", "parts")
+    names = (*_TRACKER_SETTINGS, "features", "fusion", "forward_weight", "parts")
     properties: dict[str, Any] = {name: values.get(name) for name in names}
     properties["one map per frame"] = stores.teacher_maps == stores.num_frames
     if stores.teacher_form == "features":

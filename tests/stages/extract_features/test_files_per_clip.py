@@ -52,7 +52,7 @@ def arrays_of_all_kinds(
     }
     vae = {"latent_channels": 16}
     base = CogVideoXConfigs(folder=Path("base"), transformer=transformer, vae=vae, scheduler={})
-    tracked = subject_settings(teacher, clips, {}, gram_flow=gram_flow, channels=256)
+    tracked = subject_settings(teacher, clips, {}, gram_flow=gram_flow, channels=256, stride=16)
     layout = VisualLayout(
         model_class=None,
         own=SimpleNamespace(model_type="dinov2", hidden_size=768),

@@ -10,7 +10,7 @@ import torch
 
 from stages.sam2_tracking.build import build_sam2
 from stages.sam2_tracking.encoder import EncodedFrames
-from stages.sam2_tracking.inputs import Sam2Prompt, normalise_for_sam2
+from stages.sam2_tracking.inputs import Sam2Prompt, normalise
 from stages.sam2_tracking.tracker import Tracker, TrackRequest
 
 SIZE = 128
@@ -53,7 +53,7 @@ def stock_click(
     model: Any, frame_SS3: np.ndarray, point: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The three masks and their predicted IoU of a click on an image, by sam2's own SAM heads."""
-    outputs = model.forward_image(normalise_for_sam2(frame_SS3[None], torch.device("cpu")))
+    outputs = model.forward_image(normalise(frame_SS3[None], torch.device("cpu")))
     _, vision_feats, _, sizes = model._prepare_backbone_features(outputs)
     vision_feats[-1] = vision_feats[-1] + model.no_mem_embed
     maps = [

@@ -13,7 +13,7 @@ from stages.sam2_tracking.build import build_sam2
 from stages.sam2_tracking.encoder import EncodedFrames
 from stages.sam2_tracking.inputs import (
     Sam2Prompt,
-    normalise_for_sam2,
+    normalise,
     prompt_for_sam2,
     resize_for_sam2,
 )
@@ -158,7 +158,7 @@ def test_frames_are_prepared_as_sam2_loads_a_folder_of_images(
     for number, frame in enumerate(frames_THWC):
         Image.fromarray(frame).save(tmp_path / f"{number}.jpg", format="PNG")
     theirs, height, width = load_video_frames(str(tmp_path), SIZE, True, compute_device=CPU)
-    ours = normalise_for_sam2(resize_for_sam2(frames_THWC, SIZE), CPU)
+    ours = normalise(resize_for_sam2(frames_THWC, SIZE), CPU)
     assert (height, width) == (HEIGHT, WIDTH)
     assert torch.equal(ours, theirs)
     assert ours.is_contiguous()  # another layout is another rounding in the image encoder

@@ -91,7 +91,8 @@ def teacher(extract_config: ExtractConfig) -> TeacherConfig:
 def loaders() -> dict[str, Callable[..., Any]]:
     """What checks and loads SAM2, once for every configuration: tracking changes no model."""
     return {
-        name: functools.cache(getattr(extraction, name)) for name in ("check_sam2", "build_sam2")
+        name: functools.cache(getattr(extraction, name))
+        for name in ("check_tracker", "build_tracker")
     }
 
 

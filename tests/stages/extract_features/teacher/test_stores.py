@@ -32,9 +32,14 @@ def clips() -> ClipsConfig:
 
 def settings(config: TeacherConfig, clips: ClipsConfig) -> tuple[StoreSettings, StoreSettings]:
     tracking = tracking_settings(
-        config, clips, checkpoint_sha256="0" * 64, architecture={"model": "tiny"}, prompts={}
+        config,
+        clips,
+        checkpoint_sha256="0" * 64,
+        library="sam2",
+        architecture={"model": "tiny"},
+        prompts={},
     )
-    teacher = teacher_settings(config, clips, tracking, channels=32)
+    teacher = teacher_settings(config, clips, tracking, channels=32, stride=16)
     return teacher, masks_settings(config, clips, tracking)
 
 
