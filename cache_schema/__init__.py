@@ -1,5 +1,6 @@
 """The on-disk format of feature stores: reading, writing, maintenance; specified in README.md."""
 
+from cache_schema.attribute_table import ListedAttributes, TextColumn
 from cache_schema.checksummed_json import JSON
 from cache_schema.errors import (
     AlreadyCommitted,
@@ -42,6 +43,7 @@ __all__ = [
     "Compression",
     "CorruptClip",
     "CorruptRecord",
+    "ListedAttributes",
     "LockLost",
     "LockUnsupported",
     "PackedText",
@@ -60,6 +62,7 @@ __all__ = [
     "StoreWriter",
     "StoredArray",
     "SymlinkInStore",
+    "TextColumn",
     "UnknownSchemaVersion",
     "VerifyReport",
     "find_store",

@@ -143,6 +143,11 @@ class ClipIndex:
         )
         return {shard.name: shard for shard in facts}
 
+    def rows_by_record(self) -> np.ndarray:
+        """Rows of all clips, shard by shard and in the order of their records; int64."""
+        # A record lists its clips in ascending order of their index.
+        return np.lexsort((self.columns["clips.index"], self.columns["clips.shard"]))
+
     def locate(self, row: int) -> tuple[str, int, int]:
         """A clip's shard, the generation of the shard's group, and the clip's index there."""
         shard = int(self.columns["clips.shard"][row])

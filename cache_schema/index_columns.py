@@ -98,18 +98,42 @@ def write_columns(
         settings: the store's settings.
         store_crc32c: the `crc32c` of its `store.json`.
     """
-    head = {
-        STORE_CRC32C: np.array([store_crc32c], "<u4"),
+    types = column_types(settings.arrays)
+    body = {name: np.asarray(columns[name], dtype) for name, dtype in types.items()}
+    store = np.array([store_crc32c], "<u4")
+    np.savez(file, allow_pickle=False, **{STORE_CRC32C: store}, **_head(settings), **body)
+
+
+def write_archive(
+    file: BinaryIO,
+    columns: Mapping[str, np.ndarray],
+    types: Mapping[str, str],
+    settings: StoreSettings,
+) -> None:
+    """Write an archive of columns of these data types, which belongs to the store."""
+    body = {name: np.asarray(columns[name], dtype) for name, dtype in types.items()}
+    np.savez(file, allow_pickle=False, **_head(settings), **body)
+
+
+def _head(settings: StoreSettings) -> dict[str, np.ndarray]:
+    return {
         _VERSION: np.array([SCHEMA_VERSION], "<u4"),
         _SETTINGS: np.frombuffer(settings.hash.encode("ascii"), np.uint8),
     }
-    types = column_types(settings.arrays)
-    body = {name: np.asarray(columns[name], dtype) for name, dtype in types.items()}
-    np.savez(file, allow_pickle=False, **head, **body)
 
 
 def read_columns(source: bytes | Path, settings: StoreSettings) -> dict[str, np.ndarray]:
-    """The columns of an archive, with `STORE_CRC32C`, as read-only arrays in memory.
+    """The columns of an index, with `STORE_CRC32C`, as read-only arrays in memory.
+
+    Raises `DamagedIndex`, or `FileNotFoundError` for a path that does not exist.
+    """
+    return read_archive(source, column_types(settings.arrays) | {STORE_CRC32C: "<u4"}, settings)
+
+
+def read_archive(
+    source: bytes | Path, types: Mapping[str, str], settings: StoreSettings
+) -> dict[str, np.ndarray]:
+    """Columns of these data types of an archive of the store; its other columns are not read.
 
     Raises `DamagedIndex`, or `FileNotFoundError` for a path that does not exist.
     """
@@ -121,9 +145,7 @@ def read_columns(source: bytes | Path, settings: StoreSettings) -> dict[str, np.
                 raise DamagedIndex(f"it has schema version {version}, not {SCHEMA_VERSION}")
             if _column(file, _SETTINGS, "u1").tobytes() != settings.hash.encode("ascii"):
                 raise DamagedIndex("it belongs to a store with other settings")
-            types = column_types(settings.arrays)
-            columns = {name: _column(file, name, dtype) for name, dtype in types.items()}
-            return columns | {STORE_CRC32C: _column(file, STORE_CRC32C, "<u4")}
+            return {name: _column(file, name, dtype) for name, dtype in types.items()}
     except (FileNotFoundError, DamagedIndex):
         raise
     except Exception as error:  # whatever damaged bytes make zipfile and NumPy raise

@@ -21,6 +21,7 @@ MAX_CLIP_INDEX = 2**31 - 1
 
 STORE_FILE = "store.json"
 INDEX_FILE = "index.npz"
+ATTRIBUTES_FILE = "attributes.npz"
 FINGERPRINT_DIGITS = 32
 """Length of every fingerprint, in hexadecimal digits."""
 
@@ -136,6 +137,7 @@ class StoreLayout:
         self.root = root
         self.store_file = root / STORE_FILE
         self.index = root / INDEX_FILE
+        self.attributes = root / ATTRIBUTES_FILE
         self.shards = root / "shards"
         self.commits = root / "commits"
         self.quarantine = root / "quarantine"

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from cache_schema.attribute_table import ListedAttributes, listed_attributes
 from cache_schema.checksummed_json import JSON, crc32c_digits
 from cache_schema.errors import (
     CacheError,
@@ -162,6 +163,20 @@ class StoreReader:
     def shard_numbers(self) -> np.ndarray:
         """Index in `shards` of each clip's shard; unsigned, in the order of `keys`."""
         return self._index.columns["clips.shard"]
+
+    def listed_attributes(self) -> ListedAttributes:
+        """Attributes for lists of all clips, in the order of `keys`, without parsing records.
+
+        What `attributes.npz` does not hold is in `records` of the shards in `missing`.
+
+        Raises:
+            StoreUnreachable: a network storage did not respond.
+        """
+        return listed_attributes(self._storage, self.settings, self._index)
+
+    def rows_by_record(self) -> np.ndarray:
+        """Rows in `keys` of all clips, shard by shard as in `shards`, in their records' order."""
+        return self._index.rows_by_record()
 
     @property
     def shards(self) -> Mapping[str, ShardFacts]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_schema.atomic_io import FileLock, is_locked, make_directories, sync, write_atomic
+from cache_schema.attribute_building import lists_all_shards, write_attributes
 from cache_schema.checksummed_json import encode_record, plain_mapping
 from cache_schema.commit import CommittedShards, clean_up_store
 from cache_schema.errors import SettingsMismatch
@@ -110,11 +111,26 @@ class StoreWriter:
             before = _version_of(self._layout.index)
             # Checked without the lock, which would make a thousand processes read it in turn.
             if known is None and is_indexed(self._layout, self.settings):
-                return
+                break
             with FileLock(self._layout.store_lock, wait=True, what=f"store {self.path}") as lock:
                 if known is not None or _version_of(self._layout.index) == before:
                     write_index(self._layout, self.settings, lock, known)
-                    return
+                    break
+        if self._layout.attributes.exists():  # so that it does not keep what was dropped
+            self.write_attributes()
+
+    def write_attributes(self) -> None:
+        """Write `attributes.npz`, or update it, from the commit records; readers' lists use it.
+
+        Raises `CorruptRecord` for a damaged commit record.
+        """
+        self._layout.staging.mkdir(exist_ok=True)
+        # Checked without the lock first, as for the index.
+        if lists_all_shards(self._layout, self.settings):
+            return
+        with FileLock(self._layout.store_lock, wait=True, what=f"store {self.path}") as lock:
+            if not lists_all_shards(self._layout, self.settings):
+                write_attributes(self._layout, self.settings, lock)
 
 
 def _version_of(path: Path) -> tuple[int, int] | None:

@@ -107,6 +107,20 @@ def repair(cache: Writable, as_json: Json = False, traceback: Traceback = False)
 
 
 @cache_app.command()
+def index(cache: Writable, as_json: Json = False, traceback: Traceback = False) -> None:
+    """Write each store's index and attribute table anew where they lack clips.
+
+    extract-features does so at the end of a run. Stores that were made without an attribute table,
+    merged or repaired list their clips' quality and captions slowly until then.
+
+    sam2vx-pipeline cache index cache
+    """
+    from pipeline.commands.maintenance import index as command
+
+    print_result(run_command(lambda p: command.run(cache, p), traceback, resumable=True), as_json)
+
+
+@cache_app.command()
 def drop(
     cache: Writable,
     keys: Annotated[

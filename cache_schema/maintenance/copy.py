@@ -8,10 +8,11 @@ not a store yet, and an interrupted update leaves a store whose every clip is th
 import io
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cache_schema.attribute_table import parse_attributes
 from cache_schema.checksummed_json import crc32c_digits
 from cache_schema.errors import CacheError, Refused, SettingsMismatch, StoreNotFound
 from cache_schema.index import (
@@ -20,10 +21,11 @@ from cache_schema.index import (
     load_index,
     read_crc32c,
 )
-from cache_schema.index_columns import write_columns
+from cache_schema.index_columns import DamagedIndex, write_columns
 from cache_schema.maintenance.check_shard import GroupFile, group_files, read_intact
 from cache_schema.maintenance.copy_target import COPYING, FolderTarget, Target, open_target
 from cache_schema.names import (
+    ATTRIBUTES_FILE,
     INDEX_FILE,
     MAX_INDEX_BYTES,
     MAX_RECORD_BYTES,
@@ -282,13 +284,25 @@ class _Copy:
             self.advance(file.recorded.bytes)
 
     def send_index(self) -> None:
-        """Send the index of exactly the records that were sent."""
+        """Send the index of exactly the records that were sent, and `attributes.npz`."""
         file = io.BytesIO()
         store_crc32c = read_crc32c(self.source, STORE_FILE)
         write_columns(file, self.index.columns, self.settings, store_crc32c)
         data = file.getvalue()
         if _read_or_none(self.target, INDEX_FILE, MAX_INDEX_BYTES) != data:
             self.target.put(INDEX_FILE, data)
+        self._send_attributes()
+
+    def _send_attributes(self) -> None:
+        # It names the records that it was made from, so it may be older than the index.
+        data = _read_or_none(self.source, ATTRIBUTES_FILE, MAX_INDEX_BYTES)
+        with suppress(DamagedIndex):
+            if data is not None:
+                parse_attributes(data, self.settings)
+                if _read_or_none(self.target, ATTRIBUTES_FILE, MAX_INDEX_BYTES) != data:
+                    self.target.put(ATTRIBUTES_FILE, data)
+                return
+        self._surplus.append(ATTRIBUTES_FILE)
 
     def clean_up(self) -> None:
         """Remove groups and files that no record names any more, and this copy's markers."""

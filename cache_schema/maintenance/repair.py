@@ -196,6 +196,8 @@ class _Repair:
         # An index that lists a quarantined shard would make its record look lost.
         if (self.survey.index_is_damaged or self.shards) and self.layout.index.exists():
             self.quarantine.move(self.layout.index)
+        if self.survey.attributes_are_damaged and self.layout.attributes.exists():
+            self.quarantine.move(self.layout.attributes)
         if not by_hand:
             clean_up_store(self.layout, self.settings)  # lock files and staging of killed processes
         try:

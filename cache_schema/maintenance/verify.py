@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cache_schema.atomic_io import is_locked
+from cache_schema.attribute_table import AttributeTable, read_attributes
 from cache_schema.errors import CorruptRecord, Remedy, StoreNotFound, UnknownSchemaVersion
 from cache_schema.index import (
     ClipIndex,
@@ -19,7 +20,7 @@ from cache_schema.index import (
     read_crc32c,
 )
 from cache_schema.index_building import DuplicateKey, columns_of_records
-from cache_schema.index_columns import Columns, write_columns
+from cache_schema.index_columns import Columns, DamagedIndex, write_columns
 from cache_schema.maintenance.check_shard import (
     Damage,
     check_shard,
@@ -29,6 +30,7 @@ from cache_schema.maintenance.check_shard import (
     read_record,
 )
 from cache_schema.names import (
+    ATTRIBUTES_FILE,
     INDEX_FILE,
     MAX_INDEX_BYTES,
     STORE_FILE,
@@ -128,6 +130,8 @@ class Survey:
     """Whether the index is damaged or contradicts the records."""
     index: ClipIndex | None = None
     """The index as found; None if it is missing or damaged."""
+    attributes_are_damaged: bool = False
+    """Whether `attributes.npz` is damaged or contradicts the records."""
     lost: set[str] = field(default_factory=set)
     """Shards whose commit record is lost: listed in the index, or with a folder that no writer
     left."""
@@ -145,10 +149,12 @@ class Survey:
     _groups: dict[str, int] = field(default_factory=dict)
     """Generations of the groups of shards with valid records."""
     _index_bytes: bytes | None = None
+    _attributes: AttributeTable | None = None
 
     def run(self) -> None:
         """Verify the store and fill in all fields."""
         self.index = index = self._read_index()
+        self._attributes = self._read_attributes()
         # List groups before records, so that the record of every listed group is already written.
         is_local = isinstance(self.storage, LocalStorage)
         groups = self.storage.list_folder("shards") if is_local else None
@@ -192,6 +198,19 @@ class Survey:
         except ValueError as error:
             self._report_index(f"is damaged: {error}")
             return None
+
+    def _read_attributes(self) -> AttributeTable | None:
+        try:
+            return read_attributes(self.storage, self.settings)
+        except FileNotFoundError:
+            return None
+        except DamagedIndex as error:
+            self._report_attributes(f"is damaged: {error}")
+            return None
+
+    def _report_attributes(self, what: str) -> None:
+        self.attributes_are_damaged = True
+        self._report(f"{ATTRIBUTES_FILE} {what}")
 
     def _committed_shards(self, index: ClipIndex | None) -> list[str]:
         names = self.storage.list_folder("commits")
@@ -251,6 +270,9 @@ class Survey:
         for key, what in damage.clips.items():
             self._report(what, shard=shard, key=key)
         self._check_duplicates(record)
+        table = None if self.fast else self._attributes
+        if table is not None and not table.agrees_with(record, crc32c):
+            self._report_attributes(f"does not agree with commits/{shard}.json")
         group = group_name(shard, record.group)
         for path in damage.foreign:
             what = f"file {printable(path)} does not belong to the shard"

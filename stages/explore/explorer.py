@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cache_schema import CacheError
+from cache_schema import CacheError, is_url
 from cache_schema.shown_text import redacted
 from stages.clips import ClipDataset, ClipsConfig
 from stages.explore.descriptions import describe_layers, shown, shown_values
@@ -105,6 +105,7 @@ class Explorer:
             "skipped": len(table) - table.num_stored,
             "read": table.num_read,
             "finished": table.finished,
+            "index_command": self._index_command(),
             "problems": [shown(problem) for problem in table.problems[:20]],
             "no_dataset": shown(sources.no_dataset),
             "columns": {"numbers": NUMBERS, "labels": LABELS},
@@ -125,6 +126,13 @@ class Explorer:
                 ),
             ],
         }
+
+    def _index_command(self) -> str:
+        """The command after which no record has to be read; empty if none had to be."""
+        cache = self.sources.cache
+        if not self.table.num_shards_read or is_url(cache):
+            return ""
+        return shown(f"sam2vx-pipeline cache index {shlex.quote(cache)}")
 
     def clips(self, parameters: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         """A page of clips: `offset` and `limit` besides a query.

@@ -58,6 +58,7 @@ def saved_page(explorer: Explorer, keys: Sequence[str], progress: Progress) -> s
         "skipped": 0,
         "read": len(rows),
         "finished": True,
+        "index_command": "",
         "problems": [],
         "no_dataset": "",
         "columns": {"numbers": NUMBERS, "labels": LABELS},

@@ -5,7 +5,6 @@ arrays, not as Python objects.
 """
 
 import copy
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from cache_schema import CacheError, ClipEntry, PackedText, SortedText, StoreReader
+from stages.explore.search import SEPARATOR, containing
 from stages.explore.stores import SizeStores
-from stages.inspect_cache.clip_facts import clip_line
+from stages.inspect_cache.clip_facts import clip_columns, clip_line
 
 NUMBERS = {
     "quality": "cycle consistency",
@@ -29,8 +29,6 @@ LABELS = {"prompt": "prompt", "size": "size", "reason": "skipped because"}
 """Columns of words, and what a page calls them."""
 
 _UNKNOWN = -1
-_SEPARATOR = "\0"
-"""Not in any key, and replaced by a space in captions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +56,9 @@ class ClipTable:
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self.num_stored = int(self.starts[-1])
         self.num_read = 0
-        """Clips whose record has been read."""
+        """Clips whose values are known."""
+        self.num_shards_read = 0
+        """Shards whose records had to be read: `attributes.npz` of their store lacks them."""
         self.num_captions = 0
         self.problems: list[str] = []
         """Records that could not be read, and other reasons for missing values."""
@@ -73,7 +73,7 @@ class ClipTable:
         self._skipped: _Skipped | None = None
         self._captions: list[PackedText] = []
         self._caption_starts: list[int] = []
-        self._row_of_caption: list[np.ndarray] = []
+        self._rows_with_caption: list[tuple[np.ndarray, np.ndarray]] = []
         self._caption_of_row = self._unknown(np.int32, _UNKNOWN)
 
     def _unknown(self, dtype: type, value: float) -> np.ndarray:
@@ -150,17 +150,17 @@ class ClipTable:
 
     def matching(self, search: str) -> np.ndarray:
         """Rows whose key or caption contain every word of `search`, ignoring case: bool [rows]."""
-        words = [word for word in search.casefold().split() if _SEPARATOR not in word]
+        words = [word for word in search.casefold().split() if SEPARATOR not in word]
         found = np.zeros((len(words), len(self)), bool)
         for first, size in zip(self.starts.tolist(), self.sizes, strict=False):
-            for word, places in _places(size.listed.keys, words):
-                found[word, first + places] = True
+            keys = size.listed.keys
+            found[:, first : first + len(keys)] = containing(keys, words)
         if self._skipped is not None and found.shape[1] > self.num_stored:
-            for word, places in _places(self._skipped.keys, words):
-                found[word, self.num_stored + places] = True
-        for rows, captions in zip(self._row_of_caption, self._captions, strict=False):
-            for word, places in _places(captions, words):
-                found[word, rows[places]] = True
+            found[:, self.num_stored :] = containing(self._skipped.keys, words)
+        for (rows, numbers), captions in zip(self._rows_with_caption, self._captions, strict=False):
+            has = containing(captions, words)
+            for word in range(len(words)):
+                found[word, rows[has[word, numbers]]] = True
         in_all: np.ndarray = np.logical_and.reduce(found, axis=0)
         return in_all
 
@@ -173,7 +173,8 @@ class ClipTable:
         captions_known: set[str] = set()
         for start, size in zip(self.starts.tolist(), self.sizes, strict=False):
             listed = size.listed
-            for entries in self._records(listed, stop):
+            missing = self._take_listed(start, listed)
+            for entries in self._records(listed, missing, stop):
                 for row, entry in zip(_rows_of(entries, listed.keys), entries, strict=True):
                     assert row >= 0, "the records are those of the index"
                     self._take(start + row, entry)
@@ -185,6 +186,27 @@ class ClipTable:
                 captions_known.add(str(text.path))
         self.finished = not stop.is_set()
 
+    def _take_listed(self, first: int, reader: StoreReader) -> Sequence[str]:
+        """Enter the clips whose attributes the store lists; returns the other shards."""
+        listed = reader.listed_attributes()
+        self._note(listed.problem)
+        columns = clip_columns(listed)
+        rows = slice(first, first + len(reader))
+        for name in NUMBERS:
+            self.numbers[name][rows] = columns.numbers[name]
+        codes = [self._code("prompt", prompt) for prompt in columns.prompts.texts]
+        # The last place is that of -1.
+        self.codes["prompt"][rows] = np.array([*codes, _UNKNOWN])[columns.prompts.rows]
+        missing = set(listed.missing)
+        self.num_read += sum(
+            shard.num_clips for shard in reader.shards.values() if shard.name not in missing
+        )
+        return listed.missing
+
+    def _note(self, problem: str) -> None:
+        if problem and problem not in self.problems:
+            self.problems.append(problem)
+
     def _take(self, row: int, entry: ClipEntry) -> None:
         """Enter a clip's record."""
         line = clip_line(entry)
@@ -195,11 +217,14 @@ class ClipTable:
         if line.prompt is not None:
             self.codes["prompt"][row] = self._code("prompt", line.prompt)
 
-    def _records(self, reader: StoreReader, stop: threading.Event) -> Iterator[Sequence[ClipEntry]]:
-        """The records of a store, shard by shard."""
+    def _records(
+        self, reader: StoreReader, shards: Sequence[str], stop: threading.Event
+    ) -> Iterator[Sequence[ClipEntry]]:
+        """The records of some shards of a store, one by one."""
+        self.num_shards_read += len(shards)
         # A copy shares the index, but has a cache of records of its own.
         reader = copy.copy(reader)
-        for shard in reader.shards:
+        for shard in shards:
             if stop.is_set():
                 return
             try:
@@ -208,24 +233,35 @@ class ClipTable:
                 self.problems.append(str(error))
 
     def _read_captions(self, text: StoreReader, stop: threading.Event) -> None:
-        for entries in self._records(text, stop):
+        listed = text.listed_attributes()
+        self._note(listed.problem)
+        column = listed.texts["caption"]
+        places = np.concatenate([text.keys.rows_of(size.listed.keys) for size in self.sizes])
+        with_text = np.flatnonzero(places >= 0)
+        numbers = column.rows[places[with_text]]
+        blob = np.where(column.texts.blob == ord(SEPARATOR), np.uint8(32), column.texts.blob)
+        self._add_captions(
+            with_text[numbers >= 0], numbers[numbers >= 0], PackedText(blob, column.texts.ends)
+        )
+        for entries in self._records(text, listed.missing, stop):
             rows, captions = [], []
             for start, size in zip(self.starts.tolist(), self.sizes, strict=False):
                 for row, entry in zip(_rows_of(entries, size.listed.keys), entries, strict=True):
                     caption = entry.attributes.get("caption")
                     if row >= 0 and isinstance(caption, str):
                         rows.append(start + row)
-                        captions.append(caption.replace(_SEPARATOR, " "))
-            self._add_captions(np.array(rows, np.int64), captions)
+                        captions.append(caption.replace(SEPARATOR, " "))
+            packed = PackedText.from_strings(captions)
+            self._add_captions(np.array(rows, np.int64), np.arange(len(rows)), packed)
 
-    def _add_captions(self, rows: np.ndarray, captions: Sequence[str]) -> None:
+    def _add_captions(self, rows: np.ndarray, numbers: np.ndarray, captions: PackedText) -> None:
+        """Enter captions, and for each of some rows the number of its own."""
         first = self.num_captions
-        encoded = (caption.encode("utf-8", "replace") for caption in captions)
-        self._captions.append(PackedText.from_utf8(encoded))
+        self._captions.append(captions)
         self._caption_starts.append(first)
-        self._row_of_caption.append(rows)
-        self._caption_of_row[rows] = np.arange(first, first + len(rows))
-        self.num_captions += len(rows)
+        self._rows_with_caption.append((rows, numbers))
+        self._caption_of_row[rows] = first + numbers
+        self.num_captions += len(captions)
 
     def _read_skipped(self) -> None:
         """Take the skipped clips from the indexes, each key once."""
@@ -270,19 +306,3 @@ def _rows_of(entries: Sequence[ClipEntry], keys: SortedText) -> list[int]:
     rows[order] = found
     in_order: list[int] = rows.tolist()
     return in_order
-
-
-def _places(texts: PackedText, words: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
-    """For parts of the texts and each word: its number, and which texts contain it, ignoring case.
-
-    The words are folded already.
-    """
-    first = 0
-    separator = _SEPARATOR.encode()
-    for piece in texts.pieces():
-        folded = separator.join(piece).decode("utf-8").casefold().encode("utf-8")
-        ends = np.flatnonzero(np.frombuffer(folded, np.uint8) == 0)
-        for number, word in enumerate(words):
-            found = [at.start() for at in re.finditer(re.escape(word.encode("utf-8")), folded)]
-            yield number, first + np.searchsorted(ends, np.array(found, np.int64))
-        first += len(piece)

@@ -82,6 +82,7 @@ def derive_gram_flow(
             task.plan = whole_shard_jobs(shards, task.writers, earlier=None)
             run_tasks([task], engine, progress)
     writer.write_index()
+    writer.write_attributes()
     made = StoreReader(writer.path)
     written = task.report.written["gram_flow"]
     return KindSummary(

@@ -260,6 +260,7 @@ class _Run:
     def _summary(self, kind: Kind, writer: StoreWriter, task: ExtractionTask) -> KindSummary:
         """Summarise the store's clips of the dataset, by any writer, and this process's work."""
         writer.write_index()
+        writer.write_attributes()
         reader = StoreReader(writer.path)
         of_dataset = {
             name: facts

@@ -1,13 +1,19 @@
 """Facts recorded about clips, as columns of a table and as short phrases."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cache_schema import ClipEntry, StoreReader
+import numpy as np
+
+from cache_schema import ClipEntry, ListedAttributes, PackedText, StoreReader, TextColumn
 
 COLUMNS = ("clip", "quality", "valid", "lost", "lost_at", "prompt", "confidence", "shard")
 """Columns of `ClipLine`, as named in lists and in `--sort`."""
+
+
+_WHOLE = ("valid", "lost", "lost_at")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,8 +42,69 @@ def clip_lines(reader: StoreReader) -> Iterator[ClipLine]:
     Raises:
         CacheError: A record is damaged.
     """
-    for shard in reader.shards:
-        yield from map(clip_line, reader.records(shard))
+    listed = reader.listed_attributes()
+    columns, missing = clip_columns(listed), set(listed.missing)
+    rows, first = reader.rows_by_record().tolist(), 0
+    for shard, facts in reader.shards.items():
+        if shard in missing:
+            yield from map(clip_line, reader.records(shard))
+        else:
+            of_shard = rows[first : first + facts.num_clips]
+            yield from (columns.line(row, reader.keys[row], shard) for row in of_shard)
+        first += facts.num_clips
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ClipColumns:
+    """What `ClipLine` has of every clip, in the order of a reader's keys."""
+
+    numbers: Mapping[str, np.ndarray]
+    """float64 by the name in `ClipLine`; NaN for None."""
+    prompts: TextColumn
+
+    def line(self, row: int, key: str, shard: str) -> ClipLine:
+        """The row of a clip."""
+        value = {name: float(column[row]) for name, column in self.numbers.items()}
+        known = {name: None if math.isnan(one) else one for name, one in value.items()}
+        whole = {name: None if (one := known[name]) is None else int(one) for name in _WHOLE}
+        return ClipLine(
+            clip=key,
+            quality=known["quality"],
+            valid=whole["valid"],
+            lost=whole["lost"],
+            lost_at=whole["lost_at"],
+            prompt=self.prompts.of(row),
+            confidence=known["confidence"],
+            shard=shard,
+        )
+
+
+def clip_columns(listed: ListedAttributes) -> ClipColumns:
+    """The columns of all clips; `clip_line` gives the same values clip by clip."""
+    numbers = listed.numbers
+    frames, valid = numbers["num_frames"], numbers["valid_frames"]
+    sources, kinds = listed.texts["prompt.source"], listed.texts["prompt.kinds"]
+    known = (sources.rows >= 0) & (kinds.rows >= 0)
+    both = sources.rows.astype(np.int64) * len(kinds.texts) + kinds.rows
+    different, places = np.unique(both[known], return_inverse=True)
+    prompts = np.full(len(known), -1, np.int32)
+    prompts[known] = places
+    return ClipColumns(
+        numbers={
+            "quality": numbers["quality"],
+            "valid": np.trunc(valid),
+            "lost": np.trunc(frames - valid),
+            "lost_at": np.trunc(numbers["lost_at"]),
+            "confidence": numbers["prompt.confidence"],
+        },
+        prompts=TextColumn(
+            rows=prompts,
+            texts=PackedText.from_strings(
+                f"{sources.texts[pair // len(kinds.texts)]} {kinds.texts[pair % len(kinds.texts)]}"
+                for pair in different.tolist()
+            ),
+        ),
+    )
 
 
 def clip_line(entry: ClipEntry) -> ClipLine:

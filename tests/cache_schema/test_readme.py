@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 import cache_schema
-from cache_schema import ArraySpec, StoreReader, StoreSettings, StoreWriter, errors
+from cache_schema import (
+    ArraySpec,
+    StoreReader,
+    StoreSettings,
+    StoreWriter,
+    attribute_table,
+    errors,
+)
 from cache_schema.maintenance.repair import repair_store
 from tests.cache_schema.made_stores import files_of
 from tests.fingerprints import fingerprint_of
@@ -103,8 +110,24 @@ def test_the_tree_shown_is_the_tree_written(example: Path) -> None:
     assert shown == set(files_of(example))
 
 
+def listed_columns(section: str) -> dict[str, str]:
+    text = README.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    return dict(re.findall(r"^\| `([a-z.<>_0-9]+)` \| `([<a-zA-Z0-9]+)` \|", text, flags=re.M))
+
+
+def test_the_attribute_table_has_the_columns_listed() -> None:
+    of_all = {"<number>": attribute_table.NUMBERS, "<text>": attribute_table.TEXTS}
+    listed = listed_columns("attributes.npz")
+    for placeholder, names in of_all.items():
+        for column in [column for column in listed if placeholder in column]:
+            dtype = listed.pop(column)
+            listed |= {column.replace(placeholder, name): dtype for name in names}
+    assert listed == attribute_table.COLUMNS
+    assert all(f"`{name}`" in README for names in of_all.values() for name in names)
+
+
 def test_the_index_has_the_columns_listed(example: Path) -> None:
-    listed = dict(re.findall(r"^\| `([a-z.<>_0-9]+)` \| `([<a-zA-Z0-9]+)` \|", README, flags=re.M))
+    listed = listed_columns("index.npz")
     expected = {name.replace("<array>", "features"): dtype for name, dtype in listed.items()}
     with np.load(example / "index.npz", allow_pickle=False) as index:
         found = {name: index[name].dtype.str.lstrip("|") for name in index.files}

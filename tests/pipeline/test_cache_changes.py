@@ -181,3 +181,16 @@ def test_a_target_that_cannot_be_written_is_told_in_words(cache, tmp_path):
     assert done.exit_code == 1
     assert "Errno" not in done.output
     assert "Not a directory" in done.output
+
+
+class TestIndex:
+    def test_every_store_gets_its_index_and_attribute_table(self, cache):
+        (store(cache, "text") / "index.npz").unlink(missing_ok=True)
+        found = answer("index", cache)
+        assert set(found) == set(SHAPES)
+        for kind in SHAPES:
+            sizes = found[kind]["bytes"]
+            assert set(sizes) == {"index.npz", "attributes.npz"}
+            assert all((store(cache, kind) / name).stat().st_size == sizes[name] for name in sizes)
+            assert StoreReader(store(cache, kind)).listed_attributes().missing == ()
+        answer("verify", cache)

@@ -24,7 +24,7 @@ from tests.pipeline.cache_stores import (
 
 @pytest.mark.parametrize(
     "words",
-    ["", "list", "verify", "repair", "drop", "merge", "copy", "derive gram-flow"],
+    ["", "list", "index", "verify", "repair", "drop", "merge", "copy", "derive gram-flow"],
 )
 def test_every_command_has_help_with_an_example(words):
     result = invoke(*words.split(), "--help")
@@ -53,7 +53,7 @@ def test_bad_usage_exits_with_2(words):
     assert invoke(*words).exit_code == 2
 
 
-@pytest.mark.parametrize("words", ["list", "verify", "repair", "drop", "copy"])
+@pytest.mark.parametrize("words", ["list", "index", "verify", "repair", "drop", "copy"])
 def test_a_folder_without_stores_is_an_error_that_says_where_stores_come_from(tmp_path, words):
     more = {"drop": ["walk/0"], "copy": [tmp_path / "target"]}.get(words, [])
     result = invoke(words, tmp_path, *more)
@@ -68,7 +68,7 @@ def test_what_changes_stores_refuses_a_url_and_names_the_way(cache):
     assert "cache copy" in " ".join(result.stderr.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("words", ["list", "verify", "repair", "copy"])
+@pytest.mark.parametrize("words", ["list", "index", "verify", "repair", "copy"])
 def test_a_store_that_lost_its_manifest_is_not_passed_over(cache, tmp_path, words):
     (store(cache, "teacher") / "store.json").unlink()
     more = [tmp_path / "target"] if words == "copy" else []

@@ -39,7 +39,8 @@ function describe(state) {
     state.no_dataset ? `no frames: ${state.no_dataset}` : "",
   ].filter(Boolean).join("; ");
   element("reading").textContent = state.finished ? "" :
-    `${count(state.read)} of ${count(state.stored)} records read; order and filters know these`;
+    `${count(state.read)} of ${count(state.stored)} records read; order and filters know these` +
+    (state.index_command ? `. Next time at once, after: ${state.index_command}` : "");
   if (state.problems.length) element("reading").textContent += ` ${state.problems.join("; ")}`;
   showCommands(state);
 }

@@ -1,6 +1,7 @@
 """Search, filters and histograms, against plain loops over the clips' facts."""
 
 import math
+import shutil
 import threading
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cache_schema import StoreReader, StoreWriter
 from stages.explore.query import Query, histograms, parse_query, select
 from stages.explore.stores import open_cache
-from stages.explore.table import ClipTable
+from stages.explore.table import LABELS, NUMBERS, ClipTable
 from tests.stages.explore.conftest import CAPTIONS, FRAMES, LOST, QUALITY, ROWS
 
 
@@ -41,6 +43,25 @@ def test_the_table_holds_what_the_records_say(table):
         assert table.word("reason", row) is None
     assert table.word("prompt", ROWS.index("run/<i>3")) == "grounding box"
     assert table.number("confidence", ROWS.index("run/<i>3")) == 0.75
+
+
+def test_attribute_tables_give_what_the_records_give(table, cache, tmp_path):
+    copied = shutil.copytree(cache, tmp_path / "cache")
+    for store in copied.iterdir():
+        writer = StoreWriter(store, StoreReader(store).settings)
+        writer.write_attributes()
+    listed = ClipTable(open_cache(copied))
+    listed.read(threading.Event())
+    assert (table.num_shards_read, listed.num_shards_read) == (4, 0)
+    assert (listed.num_read, listed.finished, listed.problems) == (4, True, [])
+    for row in range(len(table)):
+        for name in NUMBERS:
+            assert listed.number(name, row) == table.number(name, row)
+        for name in LABELS:
+            assert listed.word(name, row) == table.word(name, row)
+        assert listed.caption(row) == table.caption(row)
+    for search in ("lion", "LÖWE", "runs", "walk", "a"):
+        assert keys(listed, search=search) == keys(table, search=search)
 
 
 def test_a_skipped_clip_is_listed_once_with_its_reason(table):

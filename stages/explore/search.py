@@ -1,0 +1,31 @@
+"""Which of many texts contain words, ignoring case."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from cache_schema import PackedText
+
+SEPARATOR = "\0"
+"""In none of the texts."""
+
+
+def containing(texts: PackedText, words: Sequence[str]) -> np.ndarray:
+    """Whether each text contains each word, ignoring case: bool [words, texts].
+
+    Args:
+        texts: They do not contain `SEPARATOR`.
+        words: Folded already.
+    """
+    found = np.zeros((len(words), len(texts)), bool)
+    first = 0
+    separator = SEPARATOR.encode()
+    for piece in texts.pieces():
+        folded = separator.join(piece).decode("utf-8").casefold().encode("utf-8")
+        ends = np.flatnonzero(np.frombuffer(folded, np.uint8) == 0)
+        for number, word in enumerate(words):
+            at = [match.start() for match in re.finditer(re.escape(word.encode("utf-8")), folded)]
+            found[number, first + np.searchsorted(ends, np.array(at, np.int64))] = True
+        first += len(piece)
+    return found
