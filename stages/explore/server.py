@@ -184,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
             case ["api", "student", row, timestep]:
                 found = explorer.student(_row(row), _number(timestep))
                 loss = found.loss if math.isfinite(found.loss) else None
-                return _json({"loss": loss, "step": found.step})
+                return _json({"loss": loss, "step": found.step, "weights": found.weights})
             case ["api", "window", row, side, direction, pair, y, x]:
                 place = (_number(pair), _number(y), _number(x))
                 flow = explorer.flow(_row(row), _side(side))

@@ -1,7 +1,7 @@
 """The student of a training run: its Gram flow of a clip, beside the teacher's, at a timestep.
 
-The run's newest checkpoint is loaded when it is first asked for; base model and weights are checked
-as everywhere.
+The run's newest checkpoint, its EMA if there is one, is loaded when it is first asked for; base
+model and weights are checked as everywhere.
 """
 
 # Legend: B clip (one), T map, P pair of maps, H W token grid, K neighbour.
@@ -22,8 +22,9 @@ from stages.explore.flow_view import FlowView
 from stages.files.text import read_object
 from stages.inspect_cache.clip_view import frames_of_moments
 from stages.sample_videos.runs import BASE_SETTING
-from stages.train_student.checkpoints.export import newest_weights
+from stages.train_student.checkpoints.export import Which, newest_weights
 from stages.train_student.config import TrainConfig
+from stages.train_student.data.checks import check_stores
 from stages.train_student.data.dataset import CachedSamples
 from stages.train_student.data.stores import join_buckets
 from stages.train_student.model.loading import build_student
@@ -45,6 +46,8 @@ class StudentView:
     """The Local Gram Flow loss, unweighted; NaN or infinite if the student is."""
     step: int
     """Steps that the student was trained for."""
+    weights: Which
+    """The EMA of its weights if the run keeps one, as for samples and exports; else the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class _Opened:
     training_step: TrainingStep
     lgf: LocalGramFlow
     step: int
+    weights: Which
     device: torch.device
 
 
@@ -119,6 +123,8 @@ class RunStudent:
         stores = join_buckets(
             self._cache, self._clips.sizes, config.stores, kinds=kinds_needed(config)
         )
+        for size, joined in zip(self._clips.sizes, stores.stores, strict=True):
+            check_stores(joined, configs, size, radius=config.lgf.radius)
         teacher = stores.teacher
         assert teacher is not None, "the Local Gram Flow loss reads a teacher"
         dtype = weights_dtype(config.deepspeed)
@@ -129,7 +135,7 @@ class RunStudent:
         student = build_student(
             config, configs, dtype, heads=lambda: heads, world=world, zero_init=False
         )
-        with newest_weights(self.run_dir) as (weights, step):
+        with newest_weights(self.run_dir) as (weights, step, which):
             state = {name: weights.read(name) for name in weights.shapes}
         _load(student, state, self.run_dir)
         objectives = build_objectives(config)
@@ -147,6 +153,7 @@ class RunStudent:
             ),
             lgf,
             step,
+            which,
             device,
         )
 
@@ -169,7 +176,7 @@ class RunStudent:
             moments=tuple(frames_of_moments(len(valid_M), batch.num_frames)),
             valid_M=valid_M,
         )
-        return StudentView(flow=flow, loss=loss, step=opened.step)
+        return StudentView(flow=flow, loss=loss, step=opened.step, weights=opened.weights)
 
 
 def _load(student: Student, state: Mapping[str, Any], run_dir: Path) -> None:

@@ -65,7 +65,7 @@ async function askStudent() {
   if (row !== view.row || timestep !== element("timestep").value) return;
   view.studentKnown = Boolean(found);
   element("student-facts").textContent = !found ? "no student" :
-    `after ${found.step} steps, Local Gram Flow loss ${found.loss === null ? "not finite" : found.loss.toFixed(4)}`;
+    `after ${found.step} steps${found.weights === "average" ? " (EMA)" : ""}, Local Gram Flow loss ${found.loss === null ? "not finite" : found.loss.toFixed(4)}`;
   askWindow();
   askMotion();
 }

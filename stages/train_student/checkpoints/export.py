@@ -145,7 +145,7 @@ def export_checkpoint(
             )
     checkpoint = _select_checkpoint(run_dir, step)
     out = out or run_dir / _folder_name(step, form)
-    which = which or ("last" if settings.get("train.ema.decay") is None else "average")
+    which = which or _usual(settings)
     lora = None
     if settings["train.method"] == "lora":
         lora = lora_config(LoraSettings(**_section(settings, "train.lora.")))
@@ -182,16 +182,20 @@ def export_checkpoint(
 
 
 @contextmanager
-def newest_weights(run_dir: Path) -> Iterator[tuple[Weights, int]]:
-    """The last weights of a run's newest checkpoint, and its step.
+def newest_weights(run_dir: Path) -> Iterator[tuple[Weights, int, Which]]:
+    """Weights of a run's newest checkpoint: their EMA if the run keeps one; its step, and which.
 
     Raises:
         ValueError: there is no such run or complete checkpoint, or it is damaged.
     """
     settings = _settings(run_dir)
-    checkpoint = _select_checkpoint(run_dir, None)
-    with _checkpoint_weights(checkpoint, settings, "last") as weights:
-        yield weights, checkpoint.step
+    checkpoint, which = _select_checkpoint(run_dir, None), _usual(settings)
+    with _checkpoint_weights(checkpoint, settings, which) as weights:
+        yield weights, checkpoint.step, which
+
+
+def _usual(settings: Mapping[str, Any]) -> Which:
+    return "last" if settings.get("train.ema.decay") is None else "average"
 
 
 def _write(
