@@ -25,6 +25,14 @@ def probe(
         Path | None,
         typer.Option(file_okay=False, help="Output folder; default: probe in outputs."),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check the settings, print what would be read and computed, with memory and "
+            "time, and stop before any weight is loaded.",
+        ),
+    ] = False,
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
@@ -37,7 +45,11 @@ def probe(
     sam2vx-pipeline probe --config cogvideox-5b-lora probe.blocks=[5,15,25,35]
     """
     from pipeline.commands import probe as command
+    from pipeline.commands import probe_estimate
 
     settings = load_settings(config, overrides, traceback, needed=("model.path",))
-    result = run_command(lambda p: command.run(settings, p, out=out), traceback, resumable=True)
+    if dry_run:
+        result = run_command(lambda p: probe_estimate.run(settings, p), traceback)
+    else:
+        result = run_command(lambda p: command.run(settings, p, out=out), traceback, resumable=True)
     print_result(result, as_json)

@@ -19,7 +19,7 @@ import torch
 
 from cache_schema import SkippedClip, StoreReader
 from stages.clips import ClipsConfig, open_dataset
-from stages.compute_cost.flop_counter import matmul_flops_per_second
+from stages.compute_cost.flop_counter import TRANSFORMER_RATE_FRACTION, matmul_flops_per_second
 from stages.config import BaseModelConfig, Precision
 from stages.dry_run.extract_costs import ModelCost
 from stages.dry_run.extract_stores import (
@@ -51,8 +51,18 @@ from stages.precision import DTYPES
 from stages.progress import Progress
 
 MATMUL_RATE_FRACTION: Mapping[str, Mapping[Kind, float]] = {
-    "cpu": {"text": 0.7, "latents": 0.85, "visual": 0.7, **dict.fromkeys(TRACKED_KINDS, 0.65)},
-    "cuda": {"text": 0.3, "latents": 0.3, "visual": 0.3, **dict.fromkeys(TRACKED_KINDS, 0.25)},
+    "cpu": {
+        "text": TRANSFORMER_RATE_FRACTION["cpu"],
+        "latents": 0.85,
+        "visual": 0.7,
+        **dict.fromkeys(TRACKED_KINDS, 0.65),
+    },
+    "cuda": {
+        "text": TRANSFORMER_RATE_FRACTION["cuda"],
+        "latents": 0.3,
+        "visual": 0.3,
+        **dict.fromkeys(TRACKED_KINDS, 0.25),
+    },
 }
 """Typical fraction of the matmul rate that a model reaches, by device type. For a CPU, measured on
 one thread with two layers half as wide as T5-XXL, a VAE of the official widths, and sam2.1_hiera_t

@@ -89,7 +89,7 @@ class LinearProbe:
         while len(losses) < config.fit_steps:
             for number in torch.randperm(len(items), generator=order).tolist():
                 batch = items[number].batch.to(self._device)
-                loss_B = self._loss(head, items[number], batch)
+                loss_B = self.loss(head, items[number], batch)
                 weight_B = self._objective.weights_of(
                     batch.timestep_B, self._training_step.signal(batch)
                 )
@@ -108,7 +108,7 @@ class LinearProbe:
     @torch.no_grad()
     def measure(self, head: nn.Module, item: ProbeItem) -> float:
         """Loss of a fitted map, in nats; NaN if it is not finite."""
-        loss = float(self._loss(head, item, item.batch.to(self._device)))
+        loss = float(self.loss(head, item, item.batch.to(self._device)))
         return loss if math.isfinite(loss) else math.nan
 
     @torch.no_grad()
@@ -119,7 +119,8 @@ class LinearProbe:
         shape = (*teacher.valid_BT.shape, *teacher.token_grid, 1)
         return float(self._objective(torch.ones(shape, device=self._device), teacher))
 
-    def _loss(self, head: nn.Module, item: ProbeItem, batch: Batch) -> Tensor:
+    def loss(self, head: nn.Module, item: ProbeItem, batch: Batch) -> Tensor:
+        """Loss of a map of an item's current tokens: [B]; `batch` is the item's, on the device."""
         tokens_BND = item.state.tokens_BND.to(self._device).float()
         inputs = self._training_step.inputs(batch)
         features_BTHWC = head(

@@ -94,7 +94,7 @@ def probe_blocks(
                 f"{next(iter(excluded.values()))}; raise probe.{name}, or extract the clips again"
             )
     device = world_from_environment().device
-    probe = _linear_probe(config, train, configs, stores, device)
+    probe = linear_probe(config, train, configs, stores, device)
     uniform = {key: probe.uniform_loss(batches[key][0]) for key in held_out}
     _check_uniform(uniform)
     open_folder(out, _settings(config, train, configs, stores, base, fitted, held_out))
@@ -111,7 +111,7 @@ def probe_blocks(
         progress.log(
             f"fitting on {len(fitted)} clips, measuring on {len(held_out)}; blocks to probe: "
             f"{', '.join(map(str, todo))}; tokens between blocks take "
-            f"{_token_bytes(batches, train, configs) / 1e9:.2g} GB of host memory"
+            f"{token_bytes(batches, train, configs) / 1e9:.2g} GB of host memory"
         )
         transformer = BlockwiseTransformer(base, weights_dtype(train.deepspeed), device)
         for found in _measure(todo, transformer, probe, batches, held_out, progress):
@@ -243,13 +243,14 @@ def _settings(
     }
 
 
-def _linear_probe(
+def linear_probe(
     config: ProbeConfig,
     train: TrainConfig,
     configs: CogVideoXConfigs,
     stores: Buckets,
     device: torch.device,
 ) -> LinearProbe:
+    """Build what fits and measures the blocks, with training's step and objective."""
     assert stores.teacher is not None, "the objective reads a teacher"
     objective = LocalGramFlow(name="lgf", settings=train.lgf, steps=train.steps)
     return LinearProbe(
@@ -281,7 +282,7 @@ def linear_heads(
     return build_heads(linear, configs, None, frame_rate=frame_rate)
 
 
-def _token_bytes(
+def token_bytes(
     batches: Mapping[str, Sequence[Batch]], train: TrainConfig, configs: CogVideoXConfigs
 ) -> int:
     """Bytes of the tokens of every batch, which are kept between two blocks."""

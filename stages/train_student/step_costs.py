@@ -75,7 +75,7 @@ def step_cost(
     short, longer = min(_SHORT, blocks), min(_LONGER, blocks)
     plain = config.model_copy(update={"objectives": ()})
     no_checkpointing = plain.model_copy(update={"gradient_checkpointing": False})
-    batch = _meta_batch(config, configs, size, teacher, masks, visual)
+    batch = meta_batch(config, configs, size, teacher, masks, visual)
 
     def run(variant: TrainConfig, num_blocks: int) -> FlopCounter:
         return _run(variant, configs, num_blocks, batch, teacher, visual)
@@ -98,7 +98,7 @@ def step_cost(
         flops_per_clip=flops / clips,
         model_flops_per_clip=(flops - blocks / short * recomputed - recomputed_scores) / clips,
         activation_bytes=round(peak),
-        batch_bytes=sum(t.numel() * t.element_size() for t in _tensors(batch)),
+        batch_bytes=batch_bytes(batch),
     )
 
 
@@ -170,7 +170,7 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _meta_batch(
+def meta_batch(
     config: TrainConfig,
     configs: CogVideoXConfigs,
     size: ClipsConfig,
@@ -178,6 +178,7 @@ def _meta_batch(
     masks: StoreSettings | None,
     visual: StoreSettings | None = None,
 ) -> Batch:
+    """A micro-batch of the shapes that a run would have, on the meta device."""
     clips = config.micro_batch_size
     frames = size.num_latent_frames + configs.padding(size.num_latent_frames)
     latents_BFCHW = torch.empty(
@@ -206,6 +207,11 @@ def _store_batch(settings: StoreSettings, clips: int) -> dict[str, Tensor]:
         name: torch.empty(clips, *spec.shape, dtype=getattr(torch, spec.dtype), device=_META)
         for name, spec in settings.arrays.items()
     }
+
+
+def batch_bytes(batch: Batch) -> int:
+    """Size of a batch's tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(batch))
 
 
 def _tensors(batch: Batch) -> list[Tensor]:

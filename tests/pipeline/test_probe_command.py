@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli import app
+from stages.probe_blocks.estimate import ProbeEstimate
 from stages.probe_blocks.results import BlockLosses, ProbeResults
 
 
@@ -79,3 +80,38 @@ def test_several_processes_are_refused(probe):
     done, asked = probe(env={"WORLD_SIZE": "2", "RANK": "0"})
     assert done.exit_code == 2
     assert "one process" in done.output and not asked
+
+
+def test_a_dry_run_prints_the_estimate_and_probes_nothing(probe, replace_stage):
+    estimate = ProbeEstimate(
+        blocks=(1, 5),
+        num_blocks=42,
+        num_blocks_passed=6,
+        timesteps=(100, 900),
+        clips=16,
+        held_out=8,
+        read_bytes=10**9,
+        token_bytes=2 * 10**9,
+        sample_bytes=10**9,
+        block_bytes=3 * 10**8,
+        activation_bytes=7 * 10**8,
+        pass_flops=3e15,
+        fit_flops=1e15,
+        device="cuda:0",
+        flops_per_second=4e14,
+        assumed_peak_fraction=0.5,
+    )
+    replace_stage("stages.probe_blocks.estimate", estimate_probe=lambda *settings: estimate)
+    done, asked = probe("--dry-run")
+    assert done.exit_code == 0, done.output
+    assert not asked
+    shown = " ".join(done.stdout.split())
+    for fact in (
+        "2 of 42, passing 6",
+        "16 to fit on, 8 to measure on",
+        "3.0 GB (tokens 2.0 GB, samples 1.0 GB)",
+        "4 PFLOP, of which fits 1 PFLOP",
+        "on cuda:0 at 200 TFLOP/s",
+    ):
+        assert fact in shown
+    assert json.loads(probe("--dry-run", "--json")[0].stdout)["seconds"] == 20.0

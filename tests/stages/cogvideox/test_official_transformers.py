@@ -12,8 +12,8 @@ from stages.cogvideox.official_models import official_configs
 from stages.train_student.config import TrainConfig
 from stages.train_student.step import TrainingStep
 from stages.train_student.step_costs import (
-    _meta_batch,
     _run,
+    meta_batch,
     meta_student,
     step_cost,
 )
@@ -85,7 +85,7 @@ def test_a_step_at_the_usual_size_goes_forward_and_backward(name, configs, size)
     few = shallow(configs)
     config = TrainConfig(objectives=(), gradient_checkpointing=False)
     student = meta_student(config, few)
-    batch = _meta_batch(config, few, size, None, None)
+    batch = meta_batch(config, few, size, None, None)
     seen = []
     student.transformer.register_forward_hook(
         lambda module, given, output: seen.append(output[0].shape)
@@ -123,6 +123,6 @@ def test_a_few_blocks_tell_of_many(checkpointing):
     small = ClipsConfig(path=Path("unused"), num_frames=9, height=64, width=96)
     config = TrainConfig(objectives=(), gradient_checkpointing=checkpointing)
     told = step_cost(config, configs, small)
-    whole = _run(config, configs, 7, _meta_batch(config, configs, small, None, None), None)
+    whole = _run(config, configs, 7, meta_batch(config, configs, small, None, None), None)
     assert told.flops_per_clip == whole.flops
     assert told.activation_bytes == pytest.approx(whole.peak_bytes, rel=0.01)

@@ -17,7 +17,7 @@ from stages.train_student.data.dataset import Batch
 from stages.train_student.step import TrainingStep
 from stages.train_student.step_costs import (
     StepCost,
-    _meta_batch,
+    meta_batch,
     meta_student,
     step_cost,
 )
@@ -69,7 +69,7 @@ def test_activations_are_what_a_real_step_allocates(configs, checkpointing):
     student = meta_student(config, configs).to_empty(device="cpu")
     for parameter in student.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    shapes = _meta_batch(config, configs, SIZE, None, None)
+    shapes = meta_batch(config, configs, SIZE, None, None)
     batch = Batch(
         keys=("a", "b"),
         clean_BFCHW=torch.randn(shapes.clean_BFCHW.shape),
