@@ -46,9 +46,10 @@ def explore(
     export: Annotated[
         Path | None,
         typer.Option(
-            metavar="PAGE.html",
+            metavar="FILE",
             dir_okay=False,
-            help="Write the clips named by --clips as one page without a server, and exit.",
+            help="Write the clips named by --clips and exit: to FILE.html as one page without a "
+            "server, or to FILE.rrd as a recording for the Rerun viewer.",
         ),
     ] = None,
     clips: Annotated[

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cache_schema import is_url
 from cache_schema.atomic_io import make_directories, write_atomic
-from pipeline.config.load import NOT_GIVEN, RunConfig
+from pipeline.config.load import NOT_GIVEN, ConfigError, RunConfig
 from pipeline.console import CommandResult, format_bytes
 from stages.progress import Progress
 
@@ -114,27 +114,40 @@ def serve(server: ExploreServer) -> None:
 def export(
     config: RunConfig, progress: Progress, *, cache: str | None, out: Path, clips: Sequence[str]
 ) -> CommandResult:
-    """Write some clips as one page.
+    """Write some clips as one page, or as a recording for the Rerun viewer.
 
     Args:
         config: The whole configuration.
         progress: Advanced once per clip.
         cache: As in `open_server`.
-        out: The file; replaced if it exists.
+        out: The file, whose name ends in .html or .rrd; replaced if it exists.
         clips: Keys of the clips.
 
     Raises:
-        ValueError: A key that the cache does not have, or too many.
+        ValueError: A key that the cache does not have, or too many; a name with another ending; the
+            Rerun SDK is missing.
     """
     from stages.explore.export import saved_page
+    from stages.explore.rerun_file import SUFFIX, import_rerun, write_recording
 
+    is_recording = out.suffix == SUFFIX
+    if is_recording:
+        import_rerun()
+    elif out.suffix != ".html":
+        raise ConfigError(
+            f"--export {out}: the name must end in .html, for a page, or {SUFFIX}, for a recording "
+            "that the Rerun viewer opens"
+        )
     explorer = _explorer(config, cache)
     explorer.table.read(threading.Event())
-    page = saved_page(explorer, clips, progress).encode("utf-8")
-    make_directories(out.parent)
-    write_atomic(out, page)
+    if is_recording:
+        write_recording(explorer, clips, out, progress)
+    else:
+        make_directories(out.parent)
+        write_atomic(out, saved_page(explorer, clips, progress).encode("utf-8"))
+    size, kind = out.stat().st_size, "recording" if is_recording else "page"
     return CommandResult(
         title="explore",
-        rows=[("page", str(out)), ("clips", str(len(clips))), ("size", format_bytes(len(page)))],
-        data={"page": str(out), "clips": len(clips), "bytes": len(page)},
+        rows=[(kind, str(out)), ("clips", str(len(clips))), ("size", format_bytes(size))],
+        data={kind: str(out), "clips": len(clips), "bytes": size},
     )

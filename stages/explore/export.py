@@ -18,7 +18,7 @@ from stages.local_gram_flow import flow_probability
 from stages.progress import Progress
 
 MAX_CLIPS = 24
-"""Clips on a page; each takes some megabytes at full size."""
+"""Clips of an export; each takes some megabytes at full size."""
 
 _SCRIPTS = ("source.js", "list.js", "clip.js", "main.js")
 _PROBABILITY_MAX = 255
@@ -35,16 +35,7 @@ def saved_page(explorer: Explorer, keys: Sequence[str], progress: Progress) -> s
     Raises:
         ValueError: A key that the cache does not have, none, or too many.
     """
-    if not 1 <= len(keys) <= MAX_CLIPS:
-        raise ValueError(f"a page shows 1 to {MAX_CLIPS} clips, got {len(keys)}")
-    rows = []
-    for key in keys:
-        row = explorer.table.row_of(key)
-        if row is None:
-            raise ValueError(
-                f"no clip {key!r} in {explorer.sources.cache}; inspect --list prints every clip"
-            )
-        rows.append(row)
+    rows = rows_of(explorer, keys)
     temperature = explorer.sources.lgf.temperature
     clips = []
     with progress.task("export", len(rows), unit="clips") as task:
@@ -71,6 +62,25 @@ def saved_page(explorer: Explorer, keys: Sequence[str], progress: Progress) -> s
     # "<" is escaped, so that a caption cannot end the script element.
     data = json.dumps({"state": state, "clips": clips}, allow_nan=False).replace("<", "\\u003c")
     return _inlined(data)
+
+
+def rows_of(explorer: Explorer, keys: Sequence[str]) -> list[int]:
+    """Rows of the clips of an export.
+
+    Raises:
+        ValueError: A key that the cache does not have, none, or too many.
+    """
+    if not 1 <= len(keys) <= MAX_CLIPS:
+        raise ValueError(f"an export shows 1 to {MAX_CLIPS} clips, got {len(keys)}")
+    rows = []
+    for key in keys:
+        row = explorer.table.row_of(key)
+        if row is None:
+            raise ValueError(
+                f"no clip {key!r} in {explorer.sources.cache}; inspect --list prints every clip"
+            )
+        rows.append(row)
+    return rows
 
 
 def _saved_clip(explorer: Explorer, row: int, number: int, temperature: float) -> dict[str, Any]:

@@ -10,6 +10,17 @@ from cache_schema import PackedText
 SEPARATOR = "\0"
 """In none of the texts."""
 
+_BLOCK = 2**24
+"""Bytes compared at a time."""
+
+
+def without_separators(texts: PackedText) -> PackedText:
+    """The texts with spaces for separators; the same object if there are none, as is usual."""
+    blob, separator = texts.blob, ord(SEPARATOR)
+    if not any((blob[at : at + _BLOCK] == separator).any() for at in range(0, len(blob), _BLOCK)):
+        return texts
+    return PackedText(np.where(blob == separator, np.uint8(ord(" ")), blob), texts.ends)
+
 
 def containing(texts: PackedText, words: Sequence[str]) -> np.ndarray:
     """Whether each text contains each word, ignoring case: bool [words, texts].

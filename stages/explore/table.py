@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cache_schema import CacheError, ClipEntry, PackedText, SortedText, StoreReader
-from stages.explore.search import SEPARATOR, containing
+from stages.explore.search import SEPARATOR, containing, without_separators
 from stages.explore.stores import SizeStores
 from stages.inspect_cache.clip_facts import clip_columns, clip_line
 
@@ -239,10 +239,8 @@ class ClipTable:
         places = np.concatenate([text.keys.rows_of(size.listed.keys) for size in self.sizes])
         with_text = np.flatnonzero(places >= 0)
         numbers = column.rows[places[with_text]]
-        blob = np.where(column.texts.blob == ord(SEPARATOR), np.uint8(32), column.texts.blob)
-        self._add_captions(
-            with_text[numbers >= 0], numbers[numbers >= 0], PackedText(blob, column.texts.ends)
-        )
+        texts = without_separators(column.texts)
+        self._add_captions(with_text[numbers >= 0], numbers[numbers >= 0], texts)
         for entries in self._records(text, listed.missing, stop):
             rows, captions = [], []
             for start, size in zip(self.starts.tolist(), self.sizes, strict=False):

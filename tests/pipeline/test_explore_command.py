@@ -1,6 +1,7 @@
 """`explore`: arguments, the printed address, saved pages, messages for what cannot be opened."""
 
 import json
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -89,3 +90,14 @@ def test_an_empty_folder_is_no_cache(tmp_path, served):
     result = run(tmp_path)
     assert result.exit_code == 1
     assert "no store in" in result.stderr
+
+
+def test_the_ending_of_an_export_says_what_it_is(cache, tmp_path, monkeypatch):
+    result = run(cache, "--export", tmp_path / "clips.mp4", "--clips", "walk/0001")
+    assert result.exit_code == 2
+    assert "the name must end in .html, for a page, or .rrd" in " ".join(result.stderr.split())
+    monkeypatch.setitem(sys.modules, "rerun", None)
+    result = run(cache, "--export", tmp_path / "clips.rrd", "--clips", "walk/0001")
+    assert result.exit_code == 1
+    assert 'pip install "sam2videox[rerun]"' in " ".join(result.stderr.split())
+    assert not list(tmp_path.iterdir())

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache_schema import StoreReader, StoreWriter
+from cache_schema import PackedText, StoreReader, StoreWriter
 from stages.explore.query import Query, histograms, parse_query, select
+from stages.explore.search import containing, without_separators
 from stages.explore.stores import open_cache
 from stages.explore.table import LABELS, NUMBERS, ClipTable
 from tests.stages.explore.conftest import CAPTIONS, FRAMES, LOST, QUALITY, ROWS
@@ -178,3 +179,15 @@ def test_a_query_is_read_from_an_address():
         labels=(("prompt", "dataset mask:x"),),
     )
     assert parse_query({}) == Query()
+
+
+def test_a_caption_with_the_separator_is_searched_as_if_it_had_a_space():
+    texts = PackedText.from_strings(["a\0lion", "", "Löwe", "dog\0"])
+    searched = without_separators(texts)
+    assert searched == ["a lion", "", "Löwe", "dog "]
+    assert without_separators(searched) is searched
+    assert containing(searched, ["löwe", "a lion", ""]).tolist() == [
+        [False, False, True, False],
+        [True, False, False, False],
+        [True, True, True, True],
+    ]
