@@ -1,11 +1,16 @@
 """The site builds without warnings and loads nothing from elsewhere; messages are the code's."""
 
+import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+import cache_schema
+from stages import local_gram_flow
 
 ROOT = Path(__file__).parents[2]
 LOADED = re.compile(r"<(?:script|link|img|iframe|source|video)\b[^>]*?(?:src|href)=\"([^\"]*)\"")
@@ -44,3 +49,45 @@ def test_every_message_of_the_troubleshooting_page_is_in_the_code() -> None:
     for message in messages:
         parts = (re.escape(part) for part in message.split("…"))
         assert re.search("[^\n]*".join(parts), strings), f"{message!r} is no message of the code"
+
+
+def documented() -> set[str]:
+    """Full names of what the reference has an entry for."""
+    names: set[str] = set()
+    for page in (ROOT / "docs" / "reference").glob("*.md"):
+        module = ""
+        for directive, name in re.findall(r"^\.\. (\w+):: (\S+)", page.read_text("utf-8"), re.M):
+            if directive == "currentmodule":
+                module = f"{name}."
+            elif directive == "automodule":
+                found = vars(sys.modules[name]).values()
+                names |= {f"{one.__module__}.{one.__name__}" for one in found if callable(one)}
+            else:
+                names.add(name if name.startswith(("stages.", "cache_schema.")) else module + name)
+    return names
+
+
+@pytest.mark.parametrize("package", [cache_schema, local_gram_flow])
+def test_the_reference_has_every_function_and_class_of_a_package(package: ModuleType) -> None:
+    names = documented()
+    public = {
+        name: {f"{package.__name__}.{name}", f"{value.__module__}.{name}"}
+        for name in package.__all__
+        if inspect.isclass(value := getattr(package, name)) or inspect.isfunction(value)
+    }
+    assert len(public) > 15
+    assert [name for name, either in public.items() if not either & names] == []
+
+
+def test_the_reference_has_what_the_examples_import() -> None:
+    names = documented()
+    examples = "".join(path.read_text("utf-8") for path in ROOT.glob("docs/examples/*.py"))
+    imported = [
+        f"{module}.{name.strip()}"
+        for module, line in re.findall(
+            r"^from ((?:stages|cache_schema)\S*) import (.*)$", examples, re.M
+        )
+        for name in line.split(",")
+    ]
+    assert len(imported) > 10
+    assert [name for name in imported if name not in names] == []
