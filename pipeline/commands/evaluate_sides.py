@@ -163,13 +163,13 @@ def _held_out_rows(
 ) -> dict[str, PromptRow]:
     """The prompts of the held-out clips, by key."""
     from cache_schema import StoreReader, find_store
-    from stages.cogvideox.configs import resolve_base_model
-    from stages.cogvideox.sampler import PIPELINES, pipeline_class
     from stages.evaluate.prompts import (
         held_out_prompts,
         with_seeds_of_their_own,
         write_first_frames,
     )
+    from stages.students.hub import resolve_base_model
+    from stages.students.sampler import takes_image
     from stages.train_student.run_folder import held_out_clips
 
     run_dir = next((one for one in run_dirs if one is not None), None)
@@ -181,7 +181,7 @@ def _held_out_rows(
         )
     folder = config.train.folder_of("text")
     rows = held_out_prompts(keys, StoreReader(find_store(config.cache_root, "text", folder=folder)))
-    if PIPELINES[pipeline_class(resolve_base_model(config.model, ()))]:
+    if takes_image(resolve_base_model(config.model, ())):
         images = write_first_frames(keys, config.data, out / "first-frames")
         rows = [replace(row, image=image) for row, image in zip(rows, images, strict=True)]
         rows = with_seeds_of_their_own(rows, config.sample.seed, num)

@@ -218,9 +218,9 @@ def _build_untrained(out: Path, config: DemoConfig, clips: ClipsConfig) -> None:
     # Imported here, so that a complete demo does not import diffusers.
     import torch
 
-    from stages.cogvideox.weights import model_class_of
     from stages.demo.tiny_cogvideox import build_tiny_cogvideox
     from stages.files.weight_checks import load_model
+    from stages.students.weights import model_class_of
 
     build_tiny_cogvideox(
         out,
@@ -231,7 +231,9 @@ def _build_untrained(out: Path, config: DemoConfig, clips: ClipsConfig) -> None:
         seed=config.seed,
         image_to_video=True,
         vae=load_model(
-            model_class_of("vae"), PRETRAINED / "cogvideox" / "vae", torch_dtype=torch.float32
+            model_class_of("vae", PRETRAINED / "cogvideox"),
+            PRETRAINED / "cogvideox" / "vae",
+            torch_dtype=torch.float32,
         ),
     )
 

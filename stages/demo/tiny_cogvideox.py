@@ -62,7 +62,7 @@ def build_tiny_cogvideox(
         num_heads: Attention heads.
         head_width: Channels per head, a multiple of 8 (required by the rotary embedding).
     """
-    tokenizer = _tokenizer(captions)
+    tokenizer = tokenizer_of(captions)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = vae or build_tiny_vae(seed)
@@ -125,7 +125,7 @@ def _scheduler() -> CogVideoXDPMScheduler:
     )
 
 
-def _tokenizer(captions: Sequence[str]) -> T5Tokenizer:
+def tokenizer_of(captions: Sequence[str]) -> T5Tokenizer:
     """A unigram tokenizer: one token per word of the captions, and letters for other words.
 
     Scores are log frequencies; letters score far lower, so known words are never split.

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from stages.clips import ClipsConfig
-from stages.cogvideox.configs import CogVideoXConfigs
 from stages.compute_cost.flop_counter import FlopCounter, weight_bytes
 from stages.extract_features.config import LatentsConfig, TeacherConfig, TextConfig, VisualConfig
 from stages.extract_features.teacher.stores import feature_grid
@@ -25,6 +24,7 @@ from stages.sam2_tracking.encoder import EncodedFrames
 from stages.sam2_tracking.inputs import Sam2Prompt
 from stages.sam2_tracking.opening import build_without_weights
 from stages.sam2_tracking.tracker import Tracker, TrackRequest
+from stages.students.student import StudentConfigs
 
 _FIRST_STEPS = 2
 """Measured steps after the prompted one: with one memory in the bank, and with two."""
@@ -60,15 +60,14 @@ class ModelCost:
         return num_clips * self.clip_flops + num_subjects * self.subject_flops
 
 
-def text_cost(config: TextConfig, base: CogVideoXConfigs) -> ModelCost:
+def text_cost(config: TextConfig, base: StudentConfigs) -> ModelCost:
     """Return the cost of the text encoder for one padded caption."""
-    from transformers import T5Config, T5EncoderModel
-
+    model_class = base.model_class("text_encoder")
     assert base.text_encoder is not None
-    settings = T5Config.from_dict(base.text_encoder)
+    settings = model_class.config_class.from_dict(base.text_encoder)
     with _META:
-        encoder = T5EncoderModel(settings).to(DTYPES[config.precision]).eval()
-        tokens_1L = torch.zeros(1, int(base.transformer["max_text_seq_length"]), dtype=torch.long)
+        encoder = model_class(settings).to(DTYPES[config.precision]).eval()
+        tokens_1L = torch.zeros(1, base.text_shape[0], dtype=torch.long)
     with FlopCounter() as meter:
         encoder(tokens_1L)
     return ModelCost(
@@ -78,13 +77,12 @@ def text_cost(config: TextConfig, base: CogVideoXConfigs) -> ModelCost:
     )
 
 
-def latents_cost(config: LatentsConfig, clips: ClipsConfig, base: CogVideoXConfigs) -> ModelCost:
+def latents_cost(config: LatentsConfig, clips: ClipsConfig, base: StudentConfigs) -> ModelCost:
     """Return the cost of the VAE's encoder for a clip, and for the noisy draws of its first frame
     for image-to-video."""
-    from diffusers import AutoencoderKLCogVideoX
-
+    model_class = base.model_class("vae")
     with _META:
-        vae = AutoencoderKLCogVideoX.from_config(dict(base.vae)).eval()
+        vae = model_class.from_config(dict(base.vae)).eval()
         for parameter in vae.parameters():
             parameter.data = parameter.data.to(DTYPES[config.precision])
     if config.tiling:
@@ -97,8 +95,7 @@ def latents_cost(config: LatentsConfig, clips: ClipsConfig, base: CogVideoXConfi
     with FlopCounter() as meter:
         vae.encode(pixels)
         if base.image_to_video:
-            for _ in range(config.image_draws):
-                vae.encode(pixels[:, :, :1])
+            base.run_first_frame(vae, pixels, draws=config.image_draws)
     return ModelCost(
         clip_flops=meter.flops,
         weight_bytes=weight_bytes(vae),

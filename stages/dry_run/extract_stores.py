@@ -11,9 +11,6 @@ from typing import get_args
 
 from cache_schema import ArraySpec, StoreSettings
 from stages.clips import ClipsConfig
-from stages.cogvideox.configs import CogVideoXConfigs
-from stages.cogvideox.official_models import configs_for_estimate
-from stages.cogvideox.weights import parts_are_here
 from stages.config import BaseModelConfig
 from stages.dry_run.extract_costs import (
     ModelCost,
@@ -32,6 +29,9 @@ from stages.extract_features.text import TextExtraction, text_arrays
 from stages.extract_features.visual.encoder import find_encoder, layout_of
 from stages.extract_features.visual.extraction import VisualExtraction, visual_settings
 from stages.sam2_tracking.opening import check_tracker, config_source, find_checkpoint
+from stages.students.official_models import configs_for_estimate
+from stages.students.student import StudentConfigs
+from stages.students.weights import latents_parts, parts_are_here
 from stages.teacher_store.config import FeatureDtype, FlowDtype
 from stages.visual_models.folders import has_weights
 
@@ -180,7 +180,7 @@ def _with_bucket(size: ClipsConfig, planned: PlannedPass) -> PlannedPass:
 
 def _read_base(
     config: ExtractConfig, model: BaseModelConfig
-) -> tuple[CogVideoXConfigs | None, tuple[str, ...]]:
+) -> tuple[StudentConfigs | None, tuple[str, ...]]:
     """Return the configuration of the base pipeline, if available, and notes on it."""
     if not {"text", "latents"} & set(config.kinds):
         return None, ()
@@ -192,7 +192,7 @@ def _read_base(
         return None, (f"the configuration of {model.path} is not available: {error}",)
 
 
-def _text(config: ExtractConfig, base: CogVideoXConfigs, model: BaseModelConfig) -> PlannedPass:
+def _text(config: ExtractConfig, base: StudentConfigs, model: BaseModelConfig) -> PlannedPass:
     here = parts_are_here(model, base.folder, ("tokenizer", "text_encoder"))
     return _planned(
         {"text": text_arrays(base)},
@@ -203,9 +203,9 @@ def _text(config: ExtractConfig, base: CogVideoXConfigs, model: BaseModelConfig)
 
 
 def _latents(
-    config: ExtractConfig, clips: ClipsConfig, base: CogVideoXConfigs, model: BaseModelConfig
+    config: ExtractConfig, clips: ClipsConfig, base: StudentConfigs, model: BaseModelConfig
 ) -> PlannedPass:
-    here = parts_are_here(model, base.folder, ("vae",))
+    here = parts_are_here(model, base.folder, latents_parts(base.folder))
     extraction = LatentsExtraction(config.latents, clips, base, seed=config.seed) if here else None
     return _planned(
         {"latents": latents_arrays(config.latents, clips, base)},

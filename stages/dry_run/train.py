@@ -12,7 +12,6 @@ from operator import attrgetter, or_
 
 from cache_schema import StoreSettings
 from stages.clips.config import ClipsConfig
-from stages.cogvideox.configs import CogVideoXConfigs
 from stages.compute_cost.gpus import Gpu
 from stages.dry_run.train_memory import (
     MemoryEstimate,
@@ -20,6 +19,7 @@ from stages.dry_run.train_memory import (
     checkpoint_bytes,
     memory,
 )
+from stages.students.student import StudentConfigs
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.order import accumulation_steps, largest_micro_batch
 from stages.train_student.step_costs import StepCost, meta_student, step_cost
@@ -93,7 +93,7 @@ class TrainEstimate:
 
 def estimate(
     config: TrainConfig,
-    configs: CogVideoXConfigs,
+    configs: StudentConfigs,
     stores: Sequence[SizedStores],
     *,
     gpu: Gpu | None,
@@ -147,7 +147,7 @@ def _with_micro_batch(config: TrainConfig, gpus: int) -> TrainConfig:
 class _CostCache:
     """Costs of the tried configurations, which share most of them."""
 
-    def __init__(self, configs: CogVideoXConfigs, stores: Sequence[SizedStores]) -> None:
+    def __init__(self, configs: StudentConfigs, stores: Sequence[SizedStores]) -> None:
         self._configs = configs
         self._stores = stores
         self._costs: dict[tuple[object, ...], tuple[ParameterCounts, tuple[StepCost, ...]]] = {}
@@ -188,7 +188,7 @@ class _CostCache:
 
 def parameter_counts(
     config: TrainConfig,
-    configs: CogVideoXConfigs,
+    configs: StudentConfigs,
     teacher: StoreSettings | None,
     visual: StoreSettings | None = None,
 ) -> ParameterCounts:

@@ -18,7 +18,7 @@ from cache_schema.atomic_io import make_directories, write_atomic
 from stages.clips import ClipsConfig, SubjectPrompt
 from stages.clips.dataset.fields import read_at_most
 from stages.clips.dataset.masks import MAX_MASK_BYTES, decode_mask
-from stages.cogvideox.sampler import first_frame_mask
+from stages.students.sampler import first_frame_mask
 
 # Legend: H W pixels.
 

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from stages.clips import ClipsConfig
-from stages.cogvideox.configs import read_configs, resolve_base_model
-from stages.cogvideox.weights import hash_transformer
 from stages.config import BaseModelConfig
 from stages.explore.flow_view import FlowView
 from stages.files.text import read_object
 from stages.inspect_cache.clip_view import frames_of_moments
 from stages.sample_videos.runs import BASE_SETTING
+from stages.students.hub import resolve_base_model
+from stages.students.registry import read_configs
+from stages.students.weights import hash_transformer
 from stages.train_student.checkpoints.export import Which, newest_weights
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.checks import check_stores
@@ -121,7 +122,11 @@ class RunStudent:
                 "set model.path to that"
             )
         stores = join_buckets(
-            self._cache, self._clips.sizes, config.stores, kinds=kinds_needed(config)
+            self._cache,
+            self._clips.sizes,
+            config.stores,
+            kinds=kinds_needed(config),
+            student=configs,
         )
         for size, joined in zip(self._clips.sizes, stores.stores, strict=True):
             check_stores(joined, configs, size, radius=config.lgf.radius)

@@ -79,11 +79,6 @@ def bucket_name(size: ClipsConfig | None) -> str | None:
     return size.size_name if size is not None and size.buckets else None
 
 
-def to_float16(values: torch.Tensor) -> np.ndarray:
-    """Convert to a contiguous float16 array on the host."""
-    return np.ascontiguousarray(values.to("cpu", torch.float16).numpy())
-
-
 def release_memory() -> None:
     """Free the memory of models that are no longer referenced, on the host and on the GPU."""
     gc.collect()

@@ -5,14 +5,15 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from stages.clips import ClipsConfig
-from stages.cogvideox.configs import BASE_CONFIGS, read_configs, resolve_base_model
-from stages.cogvideox.weights import Part, check_base_weights
 from stages.config import BaseModelConfig
 from stages.extract_features.config import ExtractConfig, Kind
 from stages.extract_features.extraction import Extraction
 from stages.extract_features.latents import LatentsExtraction
 from stages.extract_features.text import TextExtraction
 from stages.extract_features.visual.extraction import VisualExtraction
+from stages.students.hub import resolve_base_model
+from stages.students.registry import BASE_CONFIGS, image_parts, read_configs
+from stages.students.weights import Part, check_base_weights, latents_parts
 
 _BASE_PARTS: Mapping[Kind, tuple[Part, ...]] = {
     "text": ("tokenizer", "text_encoder"),
@@ -43,7 +44,11 @@ def make_extractions(
     parts = [part for kind in config.kinds for part in _BASE_PARTS.get(kind, ())]
     base = None
     if parts:
-        base = read_configs(resolve_base_model(model, (*BASE_CONFIGS, *parts)))
+        folder = resolve_base_model(model, (*BASE_CONFIGS, *parts))
+        if "latents" in config.kinds and (of_image := image_parts(folder)):
+            folder = resolve_base_model(model, (*BASE_CONFIGS, *parts, *of_image))
+            parts += latents_parts(folder)
+        base = read_configs(folder)
         check_base_weights(base.folder, parts)
     for kinds in group_kinds(config.kinds):
         if kinds[0] == "visual":

@@ -2,10 +2,8 @@
 image-to-video.
 """
 
-# Legend: T frame, F latent frame, N draw of noise, B batch (always 1), C channel, H W pixels or
-# latent grid.
+# Legend: T frame, F latent frame, B batch (always 1), C channel, H W pixels or latent grid.
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,28 +14,19 @@ import torch
 
 from cache_schema import JSON, ArraySpec, StoreSettings
 from stages.clips import Clip, ClipRecord, ClipsConfig, load_clip
-from stages.cogvideox.configs import VAE_SPATIAL_COMPRESSION, CogVideoXConfigs
-from stages.cogvideox.weights import model_class_of
 from stages.extract_features.config import Kind, LatentsConfig
-from stages.extract_features.extraction import (
-    Extracted,
-    Outcome,
-    clip_settings,
-    to_float16,
-)
+from stages.extract_features.extraction import Extracted, Outcome, clip_settings
 from stages.files.hashes import sha256_of_folder
 from stages.files.weight_checks import load_model
-from stages.local_gram_flow.alignment import TEMPORAL_COMPRESSION
 from stages.precision import DTYPES
-
-_NOISE_LOG_MEAN, _NOISE_LOG_STD = -3.0, 0.5
-"""Log-normal noise level on image-to-video first frames, from the training of CogVideoX."""
+from stages.students.latents import encode_posterior
+from stages.students.student import FirstFrameEncoder, StudentConfigs
 
 
 class LatentsExtraction:
     """Encodes each clip with the VAE and stores mean and standard deviation for sampling.
 
-    The values are not multiplied by the VAE's scaling factor.
+    The values are the VAE's own, not yet scaled for the transformer.
 
     Args:
         config: Precision, tiling and noisy draws.
@@ -46,42 +35,34 @@ class LatentsExtraction:
         seed: Seed of the noise on first frames, together with the clip's key.
 
     Raises:
-        ValueError: The folder holds no VAE, or its compression differs from CogVideoX's.
+        ValueError: The folder holds no VAE, or one of another compression than the clips'.
     """
 
     clips_per_batch = 1
 
     def __init__(
-        self, config: LatentsConfig, clips: ClipsConfig, base: CogVideoXConfigs, *, seed: int
+        self, config: LatentsConfig, clips: ClipsConfig, base: StudentConfigs, *, seed: int
     ) -> None:
         self._config = config
         self.size: ClipsConfig | None = clips
         self._clips = clips
         self._folder: Path = base.folder / "vae"
         self._seed = seed
-        self._image_to_video = base.image_to_video
-        _check_compression(base)
+        self._base = base
+        base.check_vae()
         self.settings: Mapping[Kind, StoreSettings] = {"latents": self._settings(base)}
 
-    def _settings(self, base: CogVideoXConfigs) -> StoreSettings:
+    def _settings(self, base: StudentConfigs) -> StoreSettings:
         values: dict[str, JSON] = {
             "clips": clip_settings(self._clips),
             "base": {
                 "vae_sha256": sha256_of_folder(self._folder),
-                "scaling_factor": base.vae["scaling_factor"],
-                "invert_scale_latents": base.vae["invert_scale_latents"],
-                "latent_channels": base.vae["latent_channels"],
+                **base.latents_settings(),
             },
             "precision": self._config.precision,
             "tiling": self._config.tiling,
         }
-        if self._image_to_video:
-            values["image_noise"] = {
-                "log_mean": _NOISE_LOG_MEAN,
-                "log_std": _NOISE_LOG_STD,
-                "seed": self._seed,
-                "draws": self._config.image_draws,
-            }
+        values |= base.first_frame_settings(seed=self._seed, draws=self._config.image_draws)
         arrays = latents_arrays(self._config, self._clips, base)
         return StoreSettings(kind="latents", arrays=arrays, values=values)
 
@@ -99,28 +80,28 @@ class LatentsExtraction:
     ) -> Iterator[Callable[[Sequence[Clip]], Sequence[Outcome]]]:
         """Load the VAE."""
         dtype = DTYPES[self._config.precision]
-        vae = load_model(model_class_of("vae"), self._folder, torch_dtype=dtype)
+        vae = load_model(self._base.model_class("vae"), self._folder, torch_dtype=dtype)
         vae.requires_grad_(False).eval().to(device)
         if self._config.tiling:
             vae.enable_tiling()
-        yield lambda clips: [{"latents": self._extract(vae, clip)} for clip in clips]
+        encode_first_frame = None
+        if self._base.image_to_video:
+            encode_first_frame = self._base.first_frame_encoder(
+                vae, device, seed=self._seed, draws=self._config.image_draws
+            )
+        yield lambda clips: [
+            {"latents": self._extract(vae, encode_first_frame, clip)} for clip in clips
+        ]
 
     @torch.inference_mode()
-    def _extract(self, vae: Any, clip: Clip) -> Extracted:
+    def _extract(
+        self, vae: Any, encode_first_frame: FirstFrameEncoder | None, clip: Clip
+    ) -> Extracted:
         pixels_BCTHW = pixels_for_vae(clip.frames_THWC)
-        mean, std = _posterior(vae, pixels_BCTHW)
+        mean, std = encode_posterior(vae, pixels_BCTHW)
         arrays = {"mean": mean, "std": std}
-        if self._image_to_video:
-            draws = [
-                _posterior(vae, noisy_BCTHW)
-                for noisy_BCTHW in image_noise_draws(
-                    pixels_BCTHW[:, :, :1], clip.key, self._seed, self._config.image_draws
-                )
-            ]
-            for name, of_draws in zip(
-                ("image_mean", "image_std"), zip(*draws, strict=True), strict=True
-            ):
-                arrays[name] = np.concatenate(of_draws)
+        if encode_first_frame is not None:
+            arrays |= encode_first_frame(pixels_BCTHW, clip.key)
         attributes: dict[str, JSON] = {
             "num_frames": len(clip.frames_THWC),
             "geometry": dict(clip.geometry.as_dict()),
@@ -134,57 +115,14 @@ def pixels_for_vae(frames_THWC: np.ndarray) -> torch.Tensor:
     return pixels_THWC.permute(3, 0, 1, 2)[None]
 
 
-def image_noise_draws(
-    image_BCTHW: torch.Tensor, key: str, seed: int, draws: int
-) -> Iterator[torch.Tensor]:
-    """Yield the image with N draws of CogVideoX's noise on first frames, sigma = exp(N(-3, 0.5)).
-
-    CogVideoX draws sigma and noise anew at each step. Here they depend on the seed and the clip's
-    key, not on the order of clips. The sigmas of a clip are stratified: one from each of N equally
-    likely parts of the distribution, so that few draws cover its spread.
-    """
-    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
-    noise = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    for draw in range(draws):
-        uniform = (draw + torch.rand((), generator=noise, dtype=torch.float64)) / draws
-        normal = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9)).float()
-        sigma = torch.exp(_NOISE_LOG_MEAN + _NOISE_LOG_STD * normal)
-        yield image_BCTHW + sigma * torch.randn(image_BCTHW.shape, generator=noise)
-
-
-def _posterior(vae: Any, pixels_BCTHW: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation, [F, C, H, W] each."""
-    posterior = vae.encode(pixels_BCTHW.to(vae.device, vae.dtype)).latent_dist
-    mean_CFHW, std_CFHW = posterior.mean[0], posterior.std[0]
-    return to_float16(mean_CFHW.transpose(0, 1)), to_float16(std_CFHW.transpose(0, 1))
-
-
-def _check_compression(base: CogVideoXConfigs) -> None:
-    halvings = len(base.vae["block_out_channels"]) - 1
-    found = (base.vae["temporal_compression_ratio"], 2**halvings)
-    wanted = (TEMPORAL_COMPRESSION, VAE_SPATIAL_COMPRESSION)
-    if found != wanted:
-        raise ValueError(
-            f"the VAE in {base.folder} compresses time and space by {found}; a CogVideoX VAE "
-            f"compresses by {wanted}"
-        )
-
-
 def latents_arrays(
-    config: LatentsConfig, clips: ClipsConfig, base: CogVideoXConfigs
+    config: LatentsConfig, clips: ClipsConfig, base: StudentConfigs
 ) -> dict[str, ArraySpec]:
     """Return the array specs of a clip."""
-    per_frame = (int(base.vae["latent_channels"]), *clips.latent_size)
-    arrays = dict.fromkeys(("mean", "std"), _spec("f", clips.num_latent_frames, per_frame))
-    if base.image_to_video:
-        spec = _spec("n", config.image_draws, per_frame)
-        arrays |= dict.fromkeys(("image_mean", "image_std"), spec)
-    return arrays
-
-
-def _spec(dimension: str, length: int, per_frame: tuple[int, ...]) -> ArraySpec:
-    return ArraySpec(
+    spec = ArraySpec(
         dtype="float16",
-        shape=(length, *per_frame),
-        dimension_names=(dimension, "c", "h", "w"),
+        shape=(clips.num_latent_frames, base.latent_channels, *clips.latent_size),
+        dimension_names=("f", "c", "h", "w"),
     )
+    arrays = dict.fromkeys(("mean", "std"), spec)
+    return arrays | base.first_frame_arrays(clips, draws=config.image_draws)

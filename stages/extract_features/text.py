@@ -10,20 +10,21 @@ import torch
 
 from cache_schema import JSON, ArraySpec, StoreSettings
 from stages.clips import ClipRecord, ClipsConfig, ClipSkipped
-from stages.cogvideox.configs import CogVideoXConfigs
-from stages.cogvideox.weights import load_tokenizer, model_class_of
 from stages.extract_features.config import Kind, TextConfig
-from stages.extract_features.extraction import Extracted, Outcome, to_float16
+from stages.extract_features.extraction import Extracted, Outcome
 from stages.files.hashes import sha256_of_folder
 from stages.files.weight_checks import load_model
 from stages.precision import DTYPES
+from stages.students.latents import to_float16
+from stages.students.student import StudentConfigs
+from stages.students.weights import load_tokenizer
 
 TOKENS_CUT = "tokens_cut"
 """Clip attribute: number of caption tokens beyond the text encoder's length."""
 
 
 class TextExtraction:
-    """Encodes captions like CogVideoXPipeline: padded to the full length, no attention mask.
+    """Encodes captions as the base model's pipeline does.
 
     Args:
         config: Precision.
@@ -36,17 +37,17 @@ class TextExtraction:
     clips_per_batch = 1
     size: ClipsConfig | None = None
 
-    def __init__(self, config: TextConfig, base: CogVideoXConfigs) -> None:
+    def __init__(self, config: TextConfig, base: StudentConfigs) -> None:
         self._config = config
-        self._folder = base.folder
-        self._length = int(base.transformer["max_text_seq_length"])
-        width = int(base.transformer["text_embed_dim"])
+        self._base = base
+        self._length, width = base.text_shape
         values: dict[str, JSON] = {
             "base": {
                 "tokenizer_sha256": sha256_of_folder(base.folder / "tokenizer"),
                 "text_encoder_sha256": sha256_of_folder(base.folder / "text_encoder"),
                 "width": width,
                 "length": self._length,
+                **base.text_settings(),
             },
             "precision": config.precision,
         }
@@ -69,10 +70,10 @@ class TextExtraction:
         self, device: torch.device
     ) -> Iterator[Callable[[Sequence[str]], Sequence[Outcome]]]:
         """Load the tokenizer and the text encoder."""
-        tokenizer = load_tokenizer(self._folder)
+        tokenizer = load_tokenizer(self._base.folder)
         encoder = load_model(
-            model_class_of("text_encoder"),
-            self._folder / "text_encoder",
+            self._base.model_class("text_encoder"),
+            self._base.folder / "text_encoder",
             dtype=DTYPES[self._config.precision],
         )
         encoder.requires_grad_(False).eval().to(device)
@@ -82,26 +83,17 @@ class TextExtraction:
 
     @torch.inference_mode()
     def _extract(self, tokenizer: Any, encoder: Any, caption: str) -> Extracted:
-        tokens = tokenizer(
-            [caption],
-            padding="max_length",
-            max_length=self._length,
-            truncation=True,
-            add_special_tokens=True,
-            return_tensors="pt",
-        )
-        whole = tokenizer([caption], add_special_tokens=True).input_ids[0]
-        embeds_LD = encoder(tokens.input_ids.to(encoder.device))[0][0]
+        embeds_LD, num_tokens = self._base.embed_caption(tokenizer, encoder, caption)
         return Extracted(
             arrays={"embeds": to_float16(embeds_LD)},
             attributes={
                 "caption": caption,
-                TOKENS_CUT: max(0, len(whole) - self._length),
+                TOKENS_CUT: max(0, num_tokens - self._length),
             },
         )
 
 
-def text_arrays(base: CogVideoXConfigs) -> dict[str, ArraySpec]:
+def text_arrays(base: StudentConfigs) -> dict[str, ArraySpec]:
     """Return the array specs of a clip."""
-    shape = (int(base.transformer["max_text_seq_length"]), int(base.transformer["text_embed_dim"]))
-    return {"embeds": ArraySpec(dtype="float16", shape=shape, dimension_names=("l", "d"))}
+    spec = ArraySpec(dtype="float16", shape=base.text_shape, dimension_names=("l", "d"))
+    return {"embeds": spec}

@@ -1,4 +1,4 @@
-"""A CogVideoX transformer that runs block by block, with the weights of one block in memory.
+"""A student's transformer that runs block by block, with the weights of one block in memory.
 
 Legend: B clip, N image token, L text token, D width.
 """
@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import CogVideoXTransformer3DModel
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from stages.files.weight_checks import check_weights
+from stages.students.registry import student_of_transformer
+from stages.students.weights import model_class_of
 from stages.train_student.step import StudentInputs
 
 
@@ -26,20 +27,23 @@ class TokenState:
     tokens_BND: Tensor
     """Image tokens, in the transformer's dtype; after a block, what training taps there."""
     text_BLD: Tensor
-    constants: dict[str, Any]
+    constants: tuple[tuple[Any, ...], dict[str, Any]]
     """The other inputs of every block, such as the time embedding; on the device."""
 
 
-class _Recorder(nn.Module):
-    """Stands for all blocks, and keeps what the first one would receive."""
+class _FirstBlockReachedError(Exception):
+    """Ends a pass before the first block, with what it would receive."""
 
-    def __init__(self) -> None:
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
-        self.inputs: dict[str, Any] = {}
+        self.inputs = args, kwargs
 
-    def forward(self, **inputs: Any) -> tuple[Tensor, Tensor]:
-        self.inputs = inputs
-        return inputs["hidden_states"], inputs["encoder_hidden_states"]
+
+class _Recorder(nn.Module):
+    """Stands for all blocks."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise _FirstBlockReachedError(args, kwargs)
 
 
 class BlockwiseTransformer:
@@ -60,38 +64,34 @@ class BlockwiseTransformer:
         """
         self._dtype, self._device = dtype, device
         weights = folder / "transformer"
-        self._stored = check_weights(CogVideoXTransformer3DModel, weights)
+        model_class = model_class_of("transformer", folder)
+        self._stored = check_weights(model_class, weights)
         with init_empty_weights():
-            transformer = CogVideoXTransformer3DModel.from_config(
-                CogVideoXTransformer3DModel.load_config(weights)
-            ).eval()
-        self._blocks: nn.ModuleList = transformer.transformer_blocks
-        self._recorder = _Recorder()
-        transformer.transformer_blocks = nn.ModuleList([self._recorder])
+            transformer = model_class.from_config(model_class.load_config(weights)).eval()
+        self._list_name = student_of_transformer(model_class.__name__).BLOCKS
+        self._blocks: nn.ModuleList = getattr(transformer, self._list_name)
+        setattr(transformer, self._list_name, nn.ModuleList([_Recorder()]))
         self._embedding = self._load(transformer, "")
 
     @torch.no_grad()
     def embed(self, inputs: StudentInputs) -> TokenState:
         """Compute what the first block receives."""
-        self._embedding(
-            hidden_states=inputs.latents_BFCHW,
-            encoder_hidden_states=inputs.text_BLD,
-            timestep=inputs.timestep_B,
-            ofs=inputs.ofs,
-            image_rotary_emb=inputs.rotary,
-            return_dict=False,
-        )
-        constants, self._recorder.inputs = self._recorder.inputs, {}
+        try:
+            self._embedding(**inputs.transformer, return_dict=False)
+        except _FirstBlockReachedError as reached:
+            args, kwargs = reached.inputs
+        # Every family's blocks take these two first, by position or by these names.
+        named = dict(zip(("hidden_states", "encoder_hidden_states"), args, strict=False)) | kwargs
         return TokenState(
-            tokens_BND=constants.pop("hidden_states").cpu(),
-            text_BLD=constants.pop("encoder_hidden_states").cpu(),
-            constants=constants,
+            tokens_BND=named.pop("hidden_states").cpu(),
+            text_BLD=named.pop("encoder_hidden_states").cpu(),
+            constants=(args[2:], named),
         )
 
     @contextmanager
     def block(self, number: int) -> Iterator[nn.Module]:
         """Context manager: the block of that index, with its weights on the device."""
-        block = self._load(self._blocks[number], f"transformer_blocks.{number}.")
+        block = self._load(self._blocks[number], f"{self._list_name}.{number}.")
         try:
             yield block
         finally:
@@ -100,12 +100,16 @@ class BlockwiseTransformer:
     @torch.no_grad()
     def advance(self, block: nn.Module, state: TokenState) -> None:
         """Replace a batch's tokens by the block's output."""
-        tokens_BND, text_BLD = block(
-            hidden_states=state.tokens_BND.to(self._device),
-            encoder_hidden_states=state.text_BLD.to(self._device),
-            **state.constants,
+        args, kwargs = state.constants
+        output = block(
+            state.tokens_BND.to(self._device), state.text_BLD.to(self._device), *args, **kwargs
         )
-        state.tokens_BND, state.text_BLD = tokens_BND.cpu(), text_BLD.cpu()
+        if isinstance(output, tuple):
+            tokens_BND, text_BLD = output
+            state.text_BLD = text_BLD.cpu()
+        else:
+            tokens_BND = output
+        state.tokens_BND = tokens_BND.cpu()
 
     def _load(self, module: nn.Module, prefix: str) -> nn.Module:
         """Read a module's weights; `prefix` comes before their names in the file."""

@@ -12,8 +12,6 @@ from pathlib import Path
 import torch
 
 from stages.clips.config import ClipsConfig
-from stages.cogvideox.configs import CogVideoXConfigs, read_configs, resolve_base_model
-from stages.cogvideox.weights import parts_are_here
 from stages.compute_cost.flop_counter import (
     TRANSFORMER_RATE_FRACTION,
     FlopCounter,
@@ -25,6 +23,10 @@ from stages.probe_blocks.clips import choose_clips
 from stages.probe_blocks.config import ProbeConfig
 from stages.probe_blocks.fit import ProbeItem
 from stages.probe_blocks.probe import check_settings, linear_heads, linear_probe, token_bytes
+from stages.students.hub import resolve_base_model
+from stages.students.registry import read_configs
+from stages.students.student import StudentConfigs
+from stages.students.weights import parts_are_here
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import Batch
 from stages.train_student.data.stores import Buckets
@@ -169,7 +171,7 @@ def estimate_probe(
 def _cost(
     config: ProbeConfig,
     train: TrainConfig,
-    configs: CogVideoXConfigs,
+    configs: StudentConfigs,
     stores: Buckets,
     batch: Batch,
 ) -> _PassCost:
@@ -202,7 +204,7 @@ def _cost(
 
 
 def _forward(
-    train: TrainConfig, configs: CogVideoXConfigs, stores: Buckets, batch: Batch, num_blocks: int
+    train: TrainConfig, configs: StudentConfigs, stores: Buckets, batch: Batch, num_blocks: int
 ) -> tuple[FlopCounter, StudentInputs, int]:
     """A pass through so many blocks, the model's inputs, and the bytes of its weights."""
     assert stores.teacher is not None, "the objective reads a teacher"

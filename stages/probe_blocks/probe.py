@@ -14,8 +14,6 @@ import torch
 from torch import nn
 
 from stages.clips.config import ClipsConfig
-from stages.cogvideox.configs import CogVideoXConfigs, read_configs, resolve_base_model
-from stages.cogvideox.weights import check_base_weights, hash_transformer
 from stages.config import BaseModelConfig
 from stages.probe_blocks.blockwise import BlockwiseTransformer
 from stages.probe_blocks.clips import choose_clips, read_clips
@@ -32,6 +30,10 @@ from stages.probe_blocks.results import (
     write_results,
 )
 from stages.progress import Progress
+from stages.students.hub import resolve_base_model
+from stages.students.registry import read_configs
+from stages.students.student import StudentConfigs
+from stages.students.weights import check_base_weights, hash_transformer
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import Batch, CachedSamples
 from stages.train_student.data.stores import Buckets
@@ -99,7 +101,7 @@ def probe_blocks(
     _check_uniform(uniform)
     open_folder(out, _settings(config, train, configs, stores, base, fitted, held_out))
 
-    num_blocks = int(configs.transformer["num_layers"])
+    num_blocks = configs.num_blocks
     measured = {
         number: found
         for number in range(num_blocks)
@@ -167,13 +169,13 @@ def _measure(
             yield BlockLosses(block=number, fit_loss=none_if_nan(fit_loss), losses=losses)
 
 
-def check_settings(config: ProbeConfig, train: TrainConfig, configs: CogVideoXConfigs) -> None:
+def check_settings(config: ProbeConfig, train: TrainConfig, configs: StudentConfigs) -> None:
     """Check the settings against each other and the model.
 
     Raises:
         ValueError: names the setting and valid values.
     """
-    blocks = int(configs.transformer["num_layers"])
+    blocks = configs.num_blocks
     if len(set(config.blocks)) < len(config.blocks) or not all(
         0 <= block < blocks for block in config.blocks
     ):
@@ -182,7 +184,7 @@ def check_settings(config: ProbeConfig, train: TrainConfig, configs: CogVideoXCo
             f"got {list(config.blocks)}; [] is all of them"
         )
     first, last = train.lgf.timesteps
-    last = min(last, int(configs.scheduler["num_train_timesteps"]) - 1)
+    last = min(last, configs.timesteps - 1)
     timesteps = config.timesteps
     if (
         not timesteps
@@ -219,7 +221,7 @@ def _check_uniform(uniform: Mapping[str, float]) -> None:
 def _settings(
     config: ProbeConfig,
     train: TrainConfig,
-    configs: CogVideoXConfigs,
+    configs: StudentConfigs,
     stores: Buckets,
     base: Path,
     fitted: Sequence[str],
@@ -246,7 +248,7 @@ def _settings(
 def linear_probe(
     config: ProbeConfig,
     train: TrainConfig,
-    configs: CogVideoXConfigs,
+    configs: StudentConfigs,
     stores: Buckets,
     device: torch.device,
 ) -> LinearProbe:
@@ -269,9 +271,7 @@ def linear_probe(
     )
 
 
-def linear_heads(
-    train: TrainConfig, configs: CogVideoXConfigs, *, frame_rate: bool
-) -> nn.ModuleDict:
+def linear_heads(train: TrainConfig, configs: StudentConfigs, *, frame_rate: bool) -> nn.ModuleDict:
     """Build training's projector without its hidden layers: output layer, skip, time.
 
     Args:
@@ -283,13 +283,12 @@ def linear_heads(
 
 
 def token_bytes(
-    batches: Mapping[str, Sequence[Batch]], train: TrainConfig, configs: CogVideoXConfigs
+    batches: Mapping[str, Sequence[Batch]], train: TrainConfig, configs: StudentConfigs
 ) -> int:
     """Bytes of the tokens of every batch, which are kept between two blocks."""
-    width = configs.transformer["num_attention_heads"] * configs.transformer["attention_head_dim"]
     tokens = 0
     for of_clip in batches.values():
         _, padded, _, *latent_size = of_clip[0].clean_BFCHW.shape
         grid = configs.token_grid(padded, *latent_size)
         tokens += len(of_clip) * (math.prod(grid) + of_clip[0].text_BLD.shape[1])
-    return tokens * int(width) * weights_dtype(train.deepspeed).itemsize
+    return tokens * configs.width * weights_dtype(train.deepspeed).itemsize

@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
 from safetensors import SafetensorError, safe_open
 
 from cache_schema.checksummed_json import parse_json
-from stages.cogvideox.configs import resolve_base_model
-from stages.cogvideox.weights import hash_transformer
 from stages.config import BaseModelConfig
 from stages.files.checksums import checksums_from_json, describe_damage
 from stages.files.text import read_object
 from stages.files.weight_checks import load_model, read_config
 from stages.files.yaml import read_yaml
+from stages.students.hub import resolve_base_model
+from stages.students.weights import hash_transformer, model_class_of
 
 LoraFormat = Literal["diffusers", "comfyui", "kohya"]
 """Key formats of exported adapters; this project reads only diffusers."""
@@ -44,6 +43,9 @@ _ADAPTER = "run"
 
 BASE_SETTING = "model.weights"
 """Name in run.json's settings of the base transformer's hash."""
+
+TRANSFORMER_CLASS = "transformer_class"
+"""Name in run.json of the transformer's class; runs without it trained CogVideoX."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,7 +220,7 @@ def load_full_transformer(export: Export, base: Path, dtype: torch.dtype) -> Any
     folder = export.folder / "transformer"
     _check_architecture(folder, base)
     try:
-        return load_model(CogVideoXTransformer3DModel, folder, dtype=dtype)
+        return load_model(model_class_of("transformer", base), folder, dtype=dtype)
     except ValueError as error:
         raise ValueError(
             f"{folder} is not a complete transformer; export the run again: {error}"

@@ -11,25 +11,6 @@ import torch
 from cache_schema import JSON
 from stages.clips import ClipsConfig
 from stages.clips.fingerprints import hash_parts
-from stages.cogvideox.configs import resolve_base_model
-from stages.cogvideox.sampler import (
-    PIPELINES,
-    build_pipeline,
-    check_size,
-    first_frame,
-    generate_video,
-    output_fps,
-    pipeline_class,
-    set_scheduler,
-    to_frames,
-)
-from stages.cogvideox.weights import (
-    Part,
-    check_base_weights,
-    hash_pipeline,
-    load_tokenizer,
-    model_class_of,
-)
 from stages.config import BaseModelConfig
 from stages.files.weight_checks import load_model
 from stages.precision import DTYPES
@@ -43,12 +24,26 @@ from stages.sample_videos.runs import (
     find_export,
     load_full_transformer,
 )
+from stages.students.hub import resolve_base_model
+from stages.students.registry import image_parts, read_configs, student_at
+from stages.students.sampler import (
+    build_pipeline,
+    first_frame,
+    generate_video,
+    student_of,
+    takes_image,
+    to_frames,
+)
+from stages.students.weights import (
+    check_base_weights,
+    hash_pipeline,
+    load_tokenizer,
+    model_class_of,
+    sampling_parts,
+)
 
 BASE = "base"
 """Name of a base model that is used alone."""
-
-_WEIGHTS: tuple[Part, ...] = ("tokenizer", "text_encoder", "vae", "transformer")
-_PARTS = (*_WEIGHTS, "scheduler")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +60,8 @@ class VideoModel:
     config: SampleConfig
     size: ClipsConfig
     """Height, width, length and frame rate of the videos."""
+    fps: float
+    """Frames per second of the videos."""
     settings: dict[str, JSON]
     """What changes the pixels, besides prompt, seed and image."""
 
@@ -72,11 +69,6 @@ class VideoModel:
     def weights(self) -> Literal["lora", "full", "base"]:
         """What the videos are made with."""
         return "base" if self.export is None else self.export.method
-
-    @property
-    def fps(self) -> float:
-        """Frames per second of the videos."""
-        return output_fps(self.size)
 
     def made_from(self, request: VideoRequest) -> dict[str, JSON]:
         """Everything that changes the pixels of a video; the image by a hash of its bytes."""
@@ -91,7 +83,7 @@ def open_video_model(
 
     Args:
         config: Settings of sampling.
-        model: The base pipeline, CogVideoXPipeline or CogVideoXImageToVideoPipeline.
+        model: The base pipeline.
         clips: Size, length and rate of the videos where `config` names none, as in training.
         run_dir: The training run whose export is applied; None uses the base model alone.
 
@@ -99,17 +91,23 @@ def open_video_model(
         ValueError: Weights are missing, damaged or do not fit, or a setting does not fit them.
     """
     export = None if run_dir is None else find_export(run_dir)
-    base = resolve_base_model(model, _PARTS)
+    folders = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+    base = resolve_base_model(model, folders)
+    if of_image := image_parts(base):
+        base = resolve_base_model(model, (*folders, *of_image))
     tuned = export is not None and export.method == "full"
     if tuned and config.lora_scale != 1.0:
         raise ValueError(
             f"{run_dir} holds a whole transformer, which sample.lora_scale={config.lora_scale:g} "
             "cannot scale; it must be 1"
         )
-    used = [part for part in _WEIGHTS if not (tuned and part == "transformer")]
+    used = [part for part in sampling_parts(base) if not (tuned and part == "transformer")]
     check_base_weights(base, used)
     size = config.video_size(clips)
-    check_size(base, size)
+    student = read_configs(base)
+    student.check_video_size(size)
+    student.check_sampling(scheduler=config.scheduler, dynamic_cfg=config.dynamic_cfg)
+    fps = size.fps or student.DEFAULT_FPS
     settings: dict[str, JSON] = {
         "base": hash_pipeline(base, used),
         "weights": None if export is None else export_hash(export),
@@ -119,7 +117,7 @@ def open_video_model(
         "dynamic_cfg": config.dynamic_cfg,
         "scheduler": config.scheduler,
         "size": size.size_name,
-        "fps": output_fps(size),
+        "fps": fps,
         "precision": config.precision,
         "tiling": config.tiling,
     }
@@ -130,6 +128,7 @@ def open_video_model(
         export=export,
         config=config,
         size=size,
+        fps=fps,
         settings=settings,
     )
 
@@ -140,14 +139,14 @@ def check_images(video_model: VideoModel, requests: Sequence[VideoRequest]) -> N
     Raises:
         ValueError: An image is missing, unreadable, or given to a text-to-video model.
     """
-    takes_image = PIPELINES[pipeline_class(video_model.base)]
+    needs_image = takes_image(video_model.base)
     for request in requests:
-        if takes_image and request.image is None:
+        if needs_image and request.image is None:
             raise ValueError(
                 f"{video_model.base} is an image-to-video model, but the prompt "
                 f"{request.prompt!r:.80} has no image; add --image FILE"
             )
-        if not takes_image and request.image is not None:
+        if not needs_image and request.image is not None:
             raise ValueError(
                 f"{video_model.base} is a text-to-video model; remove the image {request.image}"
             )
@@ -220,14 +219,19 @@ def _load(video_model: VideoModel, device: torch.device) -> Any:
     config, export = video_model.config, video_model.export
     dtype = DTYPES[config.precision]
     parts: dict[str, Any] = {"tokenizer": load_tokenizer(video_model.base)}
-    for part in _WEIGHTS[1:]:
+    alone = student_at(video_model.base).FLOAT32_PARTS
+    for part in sampling_parts(video_model.base)[1:]:
         if part == "transformer" and export is not None and export.method == "full":
             parts[part] = load_full_transformer(export, video_model.base, dtype)
         else:
-            parts[part] = load_model(model_class_of(part), video_model.base / part, dtype=dtype)
+            parts[part] = load_model(
+                model_class_of(part, video_model.base),
+                video_model.base / part,
+                dtype=torch.float32 if part in alone else dtype,
+            )
     pipeline = build_pipeline(video_model.base, **parts)
     pipeline.set_progress_bar_config(disable=True)
-    set_scheduler(pipeline, config.scheduler)
+    student_of(pipeline).set_scheduler(pipeline, config.scheduler)
     if export is not None and export.method == "lora":
         add_lora(pipeline, export, scale=config.lora_scale)
     if config.offload == "model":

@@ -28,9 +28,9 @@ from cache_schema.atomic_io import FileLock, make_directories, write_atomic
 from cache_schema.schema import flatten
 from cache_schema.shown_text import redacted
 from stages.clips.config import ClipsConfig
-from stages.cogvideox.configs import CogVideoXConfigs
 from stages.files.text import read_object
 from stages.sample_videos.runs import BASE_SETTING
+from stages.students.student import StudentConfigs
 from stages.train_student.checkpoints.records import checkpoints_of
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.splits import compare_clips, digest, write_clips
@@ -69,7 +69,7 @@ train on, which may become fewer."""
 def fixed_settings(
     config: TrainConfig,
     clips: ClipsConfig,
-    configs: CogVideoXConfigs,
+    configs: StudentConfigs,
     stores: Buckets,
     *,
     base_weights: str,

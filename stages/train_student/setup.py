@@ -12,11 +12,14 @@ import torch
 from torch import nn
 
 from stages.clips.config import ClipsConfig
-from stages.cogvideox.configs import CogVideoXConfigs, read_configs, resolve_base_model
-from stages.cogvideox.sampler import first_frame
-from stages.cogvideox.weights import Part, check_base_weights, hash_transformer
 from stages.config import BaseModelConfig
 from stages.progress import Progress
+from stages.sample_videos.runs import TRANSFORMER_CLASS
+from stages.students.hub import resolve_base_model
+from stages.students.registry import read_configs
+from stages.students.sampler import first_frame
+from stages.students.student import StudentConfigs
+from stages.students.weights import Part, check_base_weights, hash_transformer
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.checks import check_stores
 from stages.train_student.data.dataset import CachedSamples
@@ -55,7 +58,7 @@ class Run:
     config: TrainConfig
     clips: ClipsConfig
     model: BaseModelConfig
-    configs: CogVideoXConfigs
+    configs: StudentConfigs
     stores: Buckets
     world: World
     progress: Progress
@@ -76,7 +79,7 @@ class Run:
     @property
     def timesteps(self) -> int:
         """Number of timesteps of the base model's schedule."""
-        return int(self.configs.scheduler["num_train_timesteps"])
+        return self.configs.timesteps
 
     @property
     def num_clips(self) -> int:
@@ -174,6 +177,7 @@ class Run:
         metadata = {
             "provenance": provenance,
             "model": self.model.model_dump(mode="json"),
+            TRANSFORMER_CLASS: self.configs.model_class("transformer").__name__,
             "processes": self.world.size,
             "stores": stores,
             "clips": self.stores.clips,
@@ -222,7 +226,7 @@ def prepare(
     configs = read_configs(resolve_base_model(model, CONFIGURATIONS))
     check_block(config, configs)
     if config.method == "lora":
-        check_targets(config.lora, configs.transformer)
+        check_targets(config.lora, configs)
     stores = open_checked_stores(
         config,
         clips,
@@ -249,7 +253,7 @@ def prepare(
 def open_checked_stores(
     config: TrainConfig,
     clips: ClipsConfig,
-    configs: CogVideoXConfigs,
+    configs: StudentConfigs,
     cache_root: Path | str,
     *,
     held_out: int = 0,
@@ -272,6 +276,7 @@ def open_checked_stores(
         leave_out=config.leave_out,
         held_out=held_out,
         held_out_before=held_out_before,
+        student=configs,
     )
     for size, joined in zip(clips.sizes, stores.stores, strict=True):
         check_stores(joined, configs, size, radius=config.lgf.radius)
@@ -288,9 +293,9 @@ def weights_needed(config: TrainConfig) -> tuple[Part, ...]:
     return ("transformer",)
 
 
-def check_block(config: TrainConfig, configs: CogVideoXConfigs) -> None:
+def check_block(config: TrainConfig, configs: StudentConfigs) -> None:
     """Check that the transformer has the block (`ValueError`)."""
-    blocks = configs.transformer["num_layers"]
+    blocks = configs.num_blocks
     if config.objectives and config.block >= blocks:
         raise ValueError(
             f"train.block must be under {blocks}, the base model's number of blocks, got "
@@ -300,7 +305,7 @@ def check_block(config: TrainConfig, configs: CogVideoXConfigs) -> None:
 
 
 def check_validation(
-    config: TrainConfig, configs: CogVideoXConfigs, model: BaseModelConfig, clips: ClipsConfig
+    config: TrainConfig, configs: StudentConfigs, model: BaseModelConfig, clips: ClipsConfig
 ) -> None:
     """Check the settings of validation and samples.
 
@@ -310,7 +315,7 @@ def check_validation(
     Raises:
         ValueError: an invalid setting; names the field and a valid value.
     """
-    timesteps, last = config.validation.timesteps, configs.scheduler["num_train_timesteps"] - 1
+    timesteps, last = config.validation.timesteps, configs.timesteps - 1
     if config.validation.clips and (
         not timesteps
         or len(set(timesteps)) < len(timesteps)

@@ -15,10 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stages.cogvideox.configs import CogVideoXConfigs
-from stages.cogvideox.diffusion import cumulative_alphas, diffusion_loss, noisy_latents
-from stages.cogvideox.inputs import rotary_positions
 from stages.local_gram_flow import time_weights
+from stages.students.student import StudentConfigs
 from stages.train_student.data.dataset import Batch
 from stages.train_student.logging.rows import TIMESTEP_BINS, LossRow, SkippedClip
 from stages.train_student.model.teacher import Teacher, TeacherLayout
@@ -40,12 +38,9 @@ class Losses:
 class StudentInputs(NamedTuple):
     """Arguments of `Student.forward`, in its order."""
 
-    latents_BFCHW: Tensor
-    text_BLD: Tensor
-    timestep_B: Tensor
+    transformer: dict[str, Any]
+    """Keyword arguments of the transformer."""
     token_grid: tuple[int, int, int]
-    rotary: tuple[Tensor, Tensor] | None
-    ofs: Tensor | None
     time_weights: dict[str, Tensor | None]
 
 
@@ -54,7 +49,7 @@ class _Shape:
     """Inputs of the student that depend only on the shape of a batch."""
 
     token_grid: tuple[int, int, int]
-    rotary: tuple[Tensor, Tensor] | None
+    transformer: dict[str, Any]
     time_weights: dict[str, Tensor | None]
 
 
@@ -63,7 +58,7 @@ class TrainingStep:
 
     def __init__(
         self,
-        configs: CogVideoXConfigs,
+        configs: StudentConfigs,
         objectives: tuple[Objective[Any], ...],
         *,
         layout: TeacherLayout | None = None,
@@ -86,8 +81,7 @@ class TrainingStep:
         self._visual_layout = visual_layout or TeacherLayout(visual=True)
         self._device = device
         self._dtype = dtype
-        self._abar_S = cumulative_alphas(configs.scheduler).float().to(device)
-        self._ofs = None if configs.ofs is None else torch.tensor([configs.ofs], device=device)
+        self._schedule = configs.schedule(device)
         self._shapes: dict[tuple[int | None, ...], _Shape] = {}
 
     def __call__(self, student: Any, batch: Batch, step: int) -> Losses:
@@ -101,37 +95,47 @@ class TrainingStep:
             total = mean of the diffusion losses of the clips + sum over objectives of (weight at
             this step * mean of the clips' losses, each weighted by its timestep).
         """
-        abar_B = self.signal(batch)
-        velocity_BFCHW, features = student(*self.inputs(batch))
-        diffusion_B = diffusion_loss(velocity_BFCHW, batch.clean_BFCHW, batch.noise_BFCHW, abar_B)
+        output, features = student(*self.inputs(batch))
+        diffusion_B = self._schedule.diffusion_loss(
+            self._configs.prediction(output),
+            batch.clean_BFCHW,
+            batch.noise_BFCHW,
+            batch.timestep_B,
+        )
+        signal_B = self.signal(batch)
         total = diffusion_B.mean()
         auxiliary_B: dict[str, Tensor] = {}
         teachers = self._teachers(batch)
         for objective in self._objectives:
             loss_B = objective(features[objective.name], teachers[objective.settings.reads_visual])
-            counted_B = objective.weights_of(batch.timestep_B, abar_B) * loss_B
+            counted_B = objective.weights_of(batch.timestep_B, signal_B) * loss_B
             total = total + objective.weight_at(step) * counted_B.mean()
             auxiliary_B[objective.name] = loss_B.detach()
         return Losses(total, diffusion_B.detach(), auxiliary_B)
 
     def signal(self, batch: Batch) -> Tensor:
-        """Signal fraction of the noisy latents: abar_B, float32."""
-        return self._abar_S[batch.timestep_B]
+        """Share of the signal in the noisy latents: [B], float32."""
+        return self._schedule.signal(batch.timestep_B)
 
     def inputs(self, batch: Batch) -> StudentInputs:
         """Add the noise, and complete the arguments of the student's forward pass."""
         shape = self._shape(batch)
-        latents_BFCHW = noisy_latents(batch.clean_BFCHW, batch.noise_BFCHW, self.signal(batch))
+        latents_BFCHW = self._schedule.noisy_latents(
+            batch.clean_BFCHW, batch.noise_BFCHW, batch.timestep_B
+        )
         if batch.image_BFCHW is not None:
             latents_BFCHW = torch.cat([latents_BFCHW, batch.image_BFCHW], dim=2)
+        inputs = self._configs.transformer_inputs(
+            latents_BFCHW.to(self._dtype),
+            batch.text_BLD.to(self._dtype),
+            self._schedule.model_timestep(batch.timestep_B),
+            None if batch.image_BLD is None else batch.image_BLD.to(self._dtype),
+        )
+        # Copies: the engine may modify its arguments.
         return StudentInputs(
-            latents_BFCHW=latents_BFCHW.to(self._dtype),
-            text_BLD=batch.text_BLD.to(self._dtype),
-            timestep_B=batch.timestep_B,
+            transformer=shape.transformer | inputs,
             token_grid=shape.token_grid,
-            rotary=shape.rotary,
-            ofs=self._ofs,
-            time_weights=dict(shape.time_weights),  # a copy: the engine may modify its arguments
+            time_weights=dict(shape.time_weights),
         )
 
     def describe_teacher(self, batch: Batch) -> list[str]:
@@ -187,7 +191,7 @@ class TrainingStep:
                 )
             self._shapes[size] = _Shape(
                 token_grid=configs.token_grid(padded, height, width),
-                rotary=rotary_positions(configs, padded, height, width, self._device),
+                transformer=configs.shape_inputs(padded, height, width, self._device),
                 time_weights=weights,
             )
         return self._shapes[size]

@@ -6,16 +6,16 @@ runs forward and backward under a `FlopCounter`: no weights are needed and nothi
 Legend: B clip, F latent frame, C channel, H W latent, L text token, D width, T teacher feature map.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor, nn
 
 from cache_schema import StoreSettings
 from stages.clips.config import ClipsConfig
-from stages.cogvideox.configs import CogVideoXConfigs
 from stages.compute_cost.flop_counter import FlopCounter
+from stages.students.registry import with_blocks
+from stages.students.student import StudentConfigs
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import Batch
 from stages.train_student.model.lora import add_adapters
@@ -47,7 +47,7 @@ class StepCost:
 
 def step_cost(
     config: TrainConfig,
-    configs: CogVideoXConfigs,
+    configs: StudentConfigs,
     size: ClipsConfig,
     *,
     teacher: StoreSettings | None = None,
@@ -71,7 +71,7 @@ def step_cost(
     Raises:
         ValueError: the settings do not fit the model.
     """
-    blocks = int(configs.transformer["num_layers"])
+    blocks = configs.num_blocks
     short, longer = min(_SHORT, blocks), min(_LONGER, blocks)
     plain = config.model_copy(update={"objectives": ()})
     no_checkpointing = plain.model_copy(update={"gradient_checkpointing": False})
@@ -104,7 +104,7 @@ def step_cost(
 
 def meta_student(
     config: TrainConfig,
-    configs: CogVideoXConfigs,
+    configs: StudentConfigs,
     teacher: StoreSettings | None = None,
     visual: StoreSettings | None = None,
 ) -> Student:
@@ -116,7 +116,9 @@ def meta_student(
     """
     dtype = weights_dtype(config.deepspeed)
     with _META:
-        transformer = CogVideoXTransformer3DModel.from_config(dict(configs.transformer)).train()
+        model_class = configs.model_class("transformer")
+        transformer = model_class.from_config(dict(configs.transformer))
+        transformer.train()
         if config.method == "lora":
             add_adapters(transformer, config.lora)
         if config.gradient_checkpointing:
@@ -132,16 +134,16 @@ def meta_student(
 
 def _run(
     config: TrainConfig,
-    configs: CogVideoXConfigs,
+    configs: StudentConfigs,
     num_blocks: int,
     batch: Batch,
     teacher: StoreSettings | None,
     visual: StoreSettings | None = None,
 ) -> FlopCounter:
     """Count one micro-batch, forward and backward, through `num_blocks` blocks."""
-    shallow = replace(configs, transformer=configs.transformer | {"num_layers": num_blocks})
+    shallow = with_blocks(configs, num_blocks)
     # If blocks follow the taught one, the objectives' graph is alive during their backward pass.
-    last = config.block >= configs.transformer["num_layers"] - 1
+    last = config.block >= configs.num_blocks - 1
     taught = num_blocks - 1 if last else 0
     student = meta_student(config.model_copy(update={"block": taught}), shallow, teacher, visual)
     step = TrainingStep(
@@ -172,7 +174,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 def meta_batch(
     config: TrainConfig,
-    configs: CogVideoXConfigs,
+    configs: StudentConfigs,
     size: ClipsConfig,
     teacher: StoreSettings | None,
     masks: StoreSettings | None,
@@ -184,21 +186,35 @@ def meta_batch(
     latents_BFCHW = torch.empty(
         clips, frames, configs.latent_channels, *size.latent_size, device=_META
     )
-    text = configs.transformer["max_text_seq_length"], configs.transformer["text_embed_dim"]
     arrays = None if teacher is None else _store_batch(teacher, clips)
     return Batch(
         keys=("",) * clips,
         clean_BFCHW=latents_BFCHW,
         noise_BFCHW=torch.empty_like(latents_BFCHW),
         timestep_B=torch.empty(clips, dtype=torch.int64, device=_META),
-        text_BLD=torch.empty(clips, *text, dtype=torch.float16, device=_META),
-        image_BFCHW=torch.empty_like(latents_BFCHW) if configs.image_to_video else None,
+        text_BLD=torch.empty(clips, *configs.text_shape, dtype=torch.float16, device=_META),
+        image_BFCHW=_meta_condition(configs, latents_BFCHW),
+        image_BLD=_meta_image_states(configs, clips),
         teacher=arrays,
         teacher_valid_BT=None if arrays is None else arrays.pop("valid") != 0,
         masks=None if masks is None else _store_batch(masks, clips),
         visual=None if visual is None else _store_batch(visual, clips),
         num_frames=size.num_frames,
     )
+
+
+def _meta_condition(configs: StudentConfigs, latents_BFCHW: Tensor) -> Tensor | None:
+    if not configs.condition_channels:
+        return None
+    clips, frames, _, *size = latents_BFCHW.shape
+    return torch.empty(clips, frames, configs.condition_channels, *size, device=_META)
+
+
+def _meta_image_states(configs: StudentConfigs, clips: int) -> Tensor | None:
+    if configs.image_embeds_shape is None:
+        return None
+    shape = configs.image_embeds_shape
+    return torch.empty(clips, *shape, dtype=torch.float16, device=_META)
 
 
 def _store_batch(settings: StoreSettings, clips: int) -> dict[str, Tensor]:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from stages.clips.config import ClipsConfig
-from stages.cogvideox.configs import resolve_base_model
-from stages.cogvideox.weights import check_base_weights
 from stages.config import BaseModelConfig
 from stages.processes.stop_request import StopRequest, stop_on_signals
 from stages.progress import Progress, SilentProgress
+from stages.students.hub import resolve_base_model
+from stages.students.weights import check_base_weights
 from stages.train_student.checkpoints.best import best_step
 from stages.train_student.checkpoints.checkpointing import plan_resume, resume, save_checkpoint
 from stages.train_student.checkpoints.export import EXPORT_FOLDER, export_weights

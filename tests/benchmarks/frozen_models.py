@@ -31,11 +31,11 @@ from step_overhead import add_model_options, facts_of, size_of
 from transformers import T5Config, T5EncoderModel
 
 from stages.clips import ClipsConfig
-from stages.cogvideox.configs import CogVideoXConfigs
 from stages.dry_run.extract_costs import ModelCost, latents_cost, text_cost, tracker_cost
 from stages.extract_features.config import LatentsConfig, TeacherConfig, TextConfig
 from stages.local_gram_flow import resample_to_grid
 from stages.precision import DTYPES
+from stages.students.cogvideox.configs import CogVideoXConfigs
 
 Made = tuple[Callable[[], object], Any]
 """What runs the model once, and the model."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
-from stages.cogvideox.configs import CogVideoXConfigs
+from stages.students.cogvideox.configs import CogVideoXConfigs
 from stages.teacher_store.features import encode_features, feature_arrays_spec
 from stages.teacher_store.gram_flow import compute_gram_flow, encode_gram_flow, flow_arrays_spec
 from tests.fingerprints import fingerprint_of

@@ -33,10 +33,10 @@ from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from stages.clips import ClipRecord, ClipsConfig, encode_video, load_clip
 from stages.compute_cost.flop_counter import matmul_flops_per_second
 from stages.compute_cost.gpus import local_gpu
-from stages.extract_features.extraction import to_float16
 from stages.local_gram_flow import fuse_directions, resample_to_grid
 from stages.precision import DTYPES
 from stages.sam2_tracking.inputs import resize_for_sam2
+from stages.students.latents import to_float16
 from tests.fingerprints import fingerprint_of
 
 TOLERANCE = 5e-6

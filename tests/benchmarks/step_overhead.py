@@ -37,10 +37,12 @@ from torch import Tensor
 
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from stages.clips import ClipsConfig
-from stages.cogvideox.configs import CogVideoXConfigs, read_configs
-from stages.cogvideox.official_models import NAMES, official_configs
 from stages.config import Precision
 from stages.demo.build import PRETRAINED
+from stages.students.cogvideox.official_models import NAMES
+from stages.students.official_models import official_configs
+from stages.students.registry import read_configs
+from stages.students.student import StudentConfigs
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import Batch, CachedSamples
 from stages.train_student.data.loader import BatchLoader
@@ -76,7 +78,7 @@ FULL: dict[str, int | str] = {
 }
 
 
-def facts_of(options: argparse.Namespace) -> CogVideoXConfigs:
+def facts_of(options: argparse.Namespace) -> StudentConfigs:
     """The model's, with as many layers as asked for."""
     demo = options.model == "demo"
     configs = read_configs(PRETRAINED / "cogvideox") if demo else official_configs(options.model)
@@ -103,7 +105,7 @@ def size_of(options: argparse.Namespace) -> ClipsConfig:
     )
 
 
-def make_cache(folder: Path, configs: CogVideoXConfigs, options: argparse.Namespace) -> None:
+def make_cache(folder: Path, configs: StudentConfigs, options: argparse.Namespace) -> None:
     """Stores of synthetic clips: text, latents, and the teacher in the form asked for."""
     # Imported here: it brings in SAM2, which the cached sides' processes must not hold.
     from stages.teacher_store.features import encode_features, feature_arrays_spec
@@ -186,7 +188,7 @@ class OnlineTeacher:
         return track(self._tracker, self._frames_THWC, prompt, grid=self._grid)
 
 
-def batches_of(stores: Buckets, configs: CogVideoXConfigs, device: torch.device) -> Iterator[Batch]:
+def batches_of(stores: Buckets, configs: StudentConfigs, device: torch.device) -> Iterator[Batch]:
     """Batches of one clip, read by a process."""
     samples = CachedSamples(stores.stores, configs, seed=0, batch_size=1)
     numbers = micro_batches(range(10**6), batch_size=1, micro_batch_size=1, rank=0, world_size=1)
@@ -200,7 +202,7 @@ class Side:
         self,
         name: str,
         transformer: CogVideoXTransformer3DModel,
-        configs: CogVideoXConfigs,
+        configs: StudentConfigs,
         options: argparse.Namespace,
         folder: Path,
     ) -> None:
@@ -233,7 +235,7 @@ class Side:
 
 
 def make_transformer(
-    configs: CogVideoXConfigs, options: argparse.Namespace
+    configs: StudentConfigs, options: argparse.Namespace
 ) -> CogVideoXTransformer3DModel:
     """Random weights on the device, adapters, gradient checkpointing."""
     torch.manual_seed(0)

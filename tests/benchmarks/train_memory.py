@@ -36,9 +36,9 @@ from step_overhead import (
 )
 
 from cache_schema import StoreSettings
-from stages.cogvideox.configs import CogVideoXConfigs
 from stages.dry_run.train import parameter_counts
 from stages.dry_run.train_memory import MemoryEstimate, memory
+from stages.students.cogvideox.configs import CogVideoXConfigs
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.stores import Buckets, join_buckets
 from stages.train_student.guards import update

@@ -65,6 +65,7 @@ def fake_models(monkeypatch):
             export=None,
             config=config,
             size=config.video_size(clips),
+            fps=8.0,
             settings={"weights": str(run_dir), "steps": config.steps},
         )
 

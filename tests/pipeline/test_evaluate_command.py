@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from pipeline.cli import app
 from stages.clips import write_video
-from stages.cogvideox import configs, sampler
 from stages.sample_videos import batch
+from stages.students import hub, sampler
 from tests.fingerprints import fingerprint_of
 
 APPEARANCE, STRUCTURE = (f"evaluate.scores=[{group}]" for group in ("appearance", "structure"))
@@ -134,8 +134,8 @@ class TestRun:
 
     def test_samples_the_held_out_captions_of_both_models(self, fake, tmp_path, monkeypatch):
         self.write_captions(tmp_path)
-        monkeypatch.setattr(configs, "resolve_base_model", lambda *_: None)
-        monkeypatch.setattr(sampler, "pipeline_class", lambda _: "CogVideoXPipeline")
+        monkeypatch.setattr(hub, "resolve_base_model", lambda *_: None)
+        monkeypatch.setattr(sampler, "takes_image", lambda _: False)
         done = self.evaluate(tmp_path, "--against", "base", "--num", "2")
         assert done.exit_code == 0, done.output
         assert fake == [

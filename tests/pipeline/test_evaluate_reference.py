@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from pipeline.cli import app
 from stages.clips import load_clip, write_video
-from stages.cogvideox import configs, sampler
 from stages.evaluate import evaluate as evaluation
 from stages.evaluate import reference
 from stages.sample_videos import batch
+from stages.students import hub, sampler
 from stages.video_scores.structure import SubjectTracks
 from tests.fingerprints import fingerprint_of
 
@@ -117,7 +117,7 @@ def run_folder(fake_models, monkeypatch, tmp_path):
             yield np.full((9, 32, 48, 3), level / 255, np.float32)
 
     monkeypatch.setattr(batch, "generate_videos", generate)
-    monkeypatch.setattr(configs, "resolve_base_model", lambda *_: None)
+    monkeypatch.setattr(hub, "resolve_base_model", lambda *_: None)
     clips = write(tmp_path / "clips", **{"walk/0": 50, "walk/1": 150, "walk/2": 250})
     for key in ("walk/0", "walk/1", "walk/2"):
         (clips / f"{key}.txt").write_text("a square")
@@ -148,7 +148,7 @@ def sampled(evaluate, run, tmp_path, *arguments):
 def test_videos_from_first_frames_are_compared_with_their_held_out_clips(
     evaluate, run_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(sampler, "pipeline_class", lambda _: "CogVideoXImageToVideoPipeline")
+    monkeypatch.setattr(sampler, "takes_image", lambda _: True)
     done = sampled(evaluate, run_folder, tmp_path, "--against", "base", "--num", "2")
     assert done.exit_code == 0, done.output
     answer = json.loads(done.stdout)
@@ -162,7 +162,7 @@ def test_videos_from_first_frames_are_compared_with_their_held_out_clips(
 
 
 def test_videos_have_the_masks_of_their_held_out_clips(evaluate, run_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(sampler, "pipeline_class", lambda _: "CogVideoXImageToVideoPipeline")
+    monkeypatch.setattr(sampler, "takes_image", lambda _: True)
     for left in (8, 16):
         mask_HW = np.zeros((32, 48), np.uint8)
         mask_HW[8:24, left : left + 16] = 255
@@ -189,7 +189,7 @@ def test_a_mask_that_does_not_fit_its_image_stops_before_sampling(
 
 
 def test_another_reference_replaces_the_held_out_clips(evaluate, run_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(sampler, "pipeline_class", lambda _: "CogVideoXImageToVideoPipeline")
+    monkeypatch.setattr(sampler, "takes_image", lambda _: True)
     real = write(tmp_path / "real", **{"cow-5": 50})
     done = sampled(evaluate, run_folder, tmp_path, "--reference", real)
     assert done.exit_code == 0, done.output
@@ -197,7 +197,7 @@ def test_another_reference_replaces_the_held_out_clips(evaluate, run_folder, tmp
 
 
 def test_text_to_video_has_no_reference_of_its_own(evaluate, run_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(sampler, "pipeline_class", lambda _: "CogVideoXPipeline")
+    monkeypatch.setattr(sampler, "takes_image", lambda _: False)
     done = sampled(evaluate, run_folder, tmp_path)
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["reference"] is None

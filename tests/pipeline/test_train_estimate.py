@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from stages.cogvideox.official_models import FOLDER as OFFICIAL_FOLDER
+from stages.students.cogvideox.official_models import FOLDER as OFFICIAL_FOLDER
 
 OFFICIAL = (
     "cogvideox-2b-full",

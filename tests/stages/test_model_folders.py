@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from stages.cogvideox.configs import read_configs, read_model_index
-from stages.cogvideox.sampler import build_pipeline, pipeline_class
-from stages.cogvideox.weights import check_base_weights, hash_transformer, load_tokenizer
 from stages.demo.build import PRETRAINED
 from stages.files.weight_checks import check_weights, read_config, read_json
 from stages.sample_videos.runs import find_export
+from stages.students.registry import read_configs, read_model_index
+from stages.students.sampler import build_pipeline, pipeline_class
+from stages.students.weights import check_base_weights, hash_transformer, load_tokenizer
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_components_of_other_classes(base: Path, name: str, value: Any) -> None:
             reads(base)
 
 
-@pytest.mark.parametrize("name", [["evil", "CogVideoXPipeline"], {}, None, "WanPipeline"])
+@pytest.mark.parametrize("name", [["evil", "CogVideoXPipeline"], {}, None, "LTXPipeline"])
 def test_a_pipeline_of_another_class(base: Path, name: Any) -> None:
     change(base / "model_index.json", _class_name=name)
     with pytest.raises(ValueError, match=r"model\.path must be one of"):
@@ -201,7 +201,7 @@ def test_headers_of_weights_that_say_the_impossible(base: Path, data: bytes) -> 
 
 
 def test_a_header_is_not_read_beyond_the_bound(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.cogvideox.weights._MAX_HEADER_BYTES", 10)
+    monkeypatch.setattr("stages.students.weights._MAX_HEADER_BYTES", 10)
     with pytest.raises(ValueError, match=r"safetensors is damaged: a header of [0-9,]+ bytes"):
         hash_transformer(base)
 
@@ -226,9 +226,9 @@ def test_the_metadata_of_adapters_import_no_package(tmp_path: Path) -> None:
 
 
 def test_the_official_models_are_taken() -> None:
-    from stages.cogvideox.official_models import NAMES, official_configs
+    from stages.students.official_models import FOLDERS, official_configs
 
-    for name in NAMES:
+    for name in FOLDERS:
         assert official_configs(name).text_encoder is not None
 
 

@@ -22,8 +22,6 @@ import typer
 from diffusers import AutoencoderKLCogVideoX, DiffusionPipeline
 from torch import Tensor, nn
 
-from stages.cogvideox.diffusion import cumulative_alphas, noisy_latents, velocity
-from stages.cogvideox.inputs import image_condition
 from stages.demo.tiny_cogvideox import MAX_TEXT_TOKENS, build_tiny_cogvideox
 from stages.demo.training.drawn_clips import (
     HEIGHT,
@@ -42,6 +40,8 @@ from stages.demo.training.run import (
 )
 from stages.files.tensor_files import umask_modes
 from stages.progress import Task
+from stages.students.cogvideox.diffusion import cumulative_alphas, noisy_latents, velocity
+from stages.students.cogvideox.inputs import image_condition
 
 LAYERS, HEADS, HEAD_WIDTH = 6, 3, 64
 _BATCH = 4

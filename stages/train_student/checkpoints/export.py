@@ -24,7 +24,7 @@ from torch import Tensor
 from stages.files.checksums import checksum_of, files_below
 from stages.files.tensor_files import save_tensors, write_error_reason
 from stages.files.text import read_object
-from stages.sample_videos.runs import ABOUT, LoraFormat
+from stages.sample_videos.runs import ABOUT, TRANSFORMER_CLASS, LoraFormat
 from stages.train_student.checkpoints.best import best_step
 from stages.train_student.checkpoints.lora_formats import check_format
 from stages.train_student.checkpoints.records import (
@@ -100,7 +100,8 @@ def export_weights(
     with _student_weights(student, average, run_dir, world) as weights:
         settings = dict(student.transformer.config)
         adapter = configs.get(ADAPTER)
-        _write(weights, adapter, settings, folder, world, step=step, which=which, check=check)
+        name = type(student.transformer).__name__
+        _write(weights, adapter, settings, name, folder, world, step=step, which=which, check=check)
         heads = weights.read_all(HEADS, world)
 
         def save_heads() -> None:
@@ -135,7 +136,7 @@ def export_checkpoint(
         ValueError: there is no such run or complete checkpoint, the checkpoint is damaged or has no
             EMA, the format cannot hold the trained weights, or `out` exists and is not an export.
     """
-    settings = _settings(run_dir)
+    settings, transformer_name = _settings(run_dir)
     if step == "best":
         step = best_step(run_dir)
         if step is None:
@@ -161,6 +162,7 @@ def export_checkpoint(
             weights,
             lora,
             transformer,
+            transformer_name,
             out,
             _SINGLE_PROCESS,
             step=checkpoint.step,
@@ -188,7 +190,7 @@ def newest_weights(run_dir: Path) -> Iterator[tuple[Weights, int, Which]]:
     Raises:
         ValueError: there is no such run or complete checkpoint, or it is damaged.
     """
-    settings = _settings(run_dir)
+    settings, _ = _settings(run_dir)
     checkpoint, which = _select_checkpoint(run_dir, None), _usual(settings)
     with _checkpoint_weights(checkpoint, settings, which) as weights:
         yield weights, checkpoint.step, which
@@ -202,6 +204,7 @@ def _write(
     weights: Weights,
     lora: LoraConfig | None,
     transformer: Mapping[str, Any],
+    transformer_name: str,
     folder: Path,
     world: World,
     *,
@@ -232,9 +235,10 @@ def _write(
     try:
         on_first_rank(world, begin)
         if lora is None:
-            write_transformer(weights, transformer, partial / "transformer", world)
+            target = partial / "transformer"
+            write_transformer(weights, transformer, transformer_name, target, world)
         else:
-            write_lora(weights, lora, partial, world, form)
+            write_lora(weights, lora, transformer_name, partial, world, form)
         on_first_rank(world, finish)
     except (OSError, SafetensorError) as error:
         if (why := write_error_reason(error, folder)) is None:
@@ -313,12 +317,13 @@ def _with_average(weights: Weights, saved: SavedAverage) -> Weights:
     return Weights(shapes=weights.shapes, dtype=weights.dtype, read=read)
 
 
-def _settings(run_dir: Path) -> dict[str, Any]:
+def _settings(run_dir: Path) -> tuple[dict[str, Any], str]:
+    """Settings of a run, and the class of its transformer."""
     file = run_dir / "run.json"
     if not file.is_file():
         raise ValueError(f"there is no run at {run_dir}; name the folder of one with --run")
-    settings: dict[str, Any] = read_object(file, settings=dict)["settings"]
-    return settings
+    record = read_object(file, settings=dict)
+    return record["settings"], str(record.get(TRANSFORMER_CLASS, "CogVideoXTransformer3DModel"))
 
 
 def _folder_name(step: int | None, form: LoraFormat) -> str:

@@ -4,34 +4,25 @@
     comfyui    diffusion_model.blocks.0.q.lora_B.weight
     kohya      lora_unet__transformer_blocks_0_attn1_to_q.lora_up.weight, and ….alpha
 
+These are CogVideoX's names; each student has its own for comfyui and kohya.
+
 In all of them alpha equals the rank, and the scale is folded into lora_B, so that programs that
 ignore alpha or rank-stabilized scaling apply the adapters at the strength they were trained with.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import diffusers
 import torch
-from diffusers import CogVideoXPipeline
 from peft import LoraConfig
 from torch import Tensor
 
 from stages.files.tensor_files import save_tensors, umask_modes
 from stages.sample_videos.runs import LORA_FILES, LoraFormat
-
-_COMFYUI = (
-    (r"^transformer_blocks\.", "blocks."),
-    (r"\.attn1\.to_([qkv])$", r".\1"),
-    (r"\.attn1\.to_out\.0$", ".attn_out"),
-    (r"\.ff\.net\.0\.proj$", ".ff_proj"),
-    (r"\.ff\.net\.2$", ".ff_out"),
-    (r"^(time|ofs)_embedding\.", r"\1_embedding_"),
-)
-"""Module names of diffusers' CogVideoXTransformer3DModel -> ComfyUI's
-(comfy/ldm/cogvideo/model.py); all others are the same."""
+from stages.students.student import StudentConfigs
 
 _KOHYA_FACTORS = {"A": "lora_down", "B": "lora_up"}
 """LoRA factors -> kohya's names."""
@@ -53,7 +44,11 @@ def check_format(form: LoraFormat, *, dora: bool) -> None:
 
 
 def write_adapters(
-    layers: Mapping[str, Tensor], settings: LoraConfig, folder: Path, form: LoraFormat
+    layers: Mapping[str, Tensor],
+    settings: LoraConfig,
+    student: type[StudentConfigs],
+    folder: Path,
+    form: LoraFormat,
 ) -> None:
     """Write adapters in a key format, with the scale folded into lora_B.
 
@@ -61,6 +56,7 @@ def write_adapters(
         layers: adapter weights by peft's names within the transformer, such as
             `….to_q.lora_A.weight`.
         settings: settings of the trained adapters; without per-module ranks or alphas.
+        student: the family of the transformer.
         folder: receives the file named by `LORA_FILES`.
         form: the key format.
 
@@ -77,13 +73,14 @@ def write_adapters(
     }
     if form == "diffusers":
         with umask_modes(folder):
-            CogVideoXPipeline.save_lora_weights(
+            pipeline = getattr(diffusers, next(iter(student.PIPELINES)))
+            pipeline.save_lora_weights(
                 str(folder),
                 transformer_lora_layers=folded,
                 transformer_lora_adapter_metadata=_metadata(settings),
             )
         return
-    renamed = _comfyui(folded) if form == "comfyui" else _kohya(folded, settings.r)
+    renamed = _renamed(folded, student, form, settings.r)
     save_tensors(renamed, folder / LORA_FILES[form], {"format": "pt"})
 
 
@@ -101,21 +98,16 @@ def _metadata(settings: LoraConfig) -> dict[str, Any]:
     return metadata | ({"use_dora": True} if settings.use_dora else {})
 
 
-def _comfyui(layers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(
+    layers: Mapping[str, Tensor], student: type[StudentConfigs], form: LoraFormat, rank: int
+) -> dict[str, Tensor]:
     renamed = {}
     for name, value in layers.items():
         module, factor = name.split(".lora_")
-        for pattern, replacement in _COMFYUI:
-            module = re.sub(pattern, replacement, module)
-        renamed[f"diffusion_model.{module}.lora_{factor}"] = value
-    return renamed
-
-
-def _kohya(layers: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    renamed = {}
-    for name, value in layers.items():
-        module, factor = name.split(".lora_")
-        layer = f"lora_unet__{module.replace('.', '_')}"
-        renamed[f"{layer}.{_KOHYA_FACTORS[factor[0]]}.weight"] = value
-        renamed[f"{layer}.alpha"] = torch.tensor(float(rank))
+        layer = student.lora_layer_name(module, form)
+        if form == "comfyui":
+            renamed[f"{layer}.lora_{factor}"] = value
+        else:
+            renamed[f"{layer}.{_KOHYA_FACTORS[factor[0]]}.weight"] = value
+            renamed[f"{layer}.alpha"] = torch.tensor(float(rank))
     return renamed

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft import LoraConfig
 from torch import Tensor
 
 from stages.files.tensor_files import save_tensors
 from stages.sample_videos.runs import LoraFormat
+from stages.students.registry import student_of_transformer
 from stages.train_student.checkpoints.lora_formats import write_adapters
 from stages.train_student.checkpoints.records import Checkpoint
 from stages.train_student.model.lora import exported_name
@@ -189,31 +189,52 @@ class Weights:
 
 
 def write_lora(
-    weights: Weights, settings: LoraConfig, folder: Path, world: World, form: LoraFormat
+    weights: Weights,
+    settings: LoraConfig,
+    transformer_name: str,
+    folder: Path,
+    world: World,
+    form: LoraFormat,
 ) -> None:
-    """Write LoRA adapters in a key format; every rank must call this."""
+    """Write LoRA adapters in a key format; every rank must call this.
+
+    Args:
+        weights: the student's weights.
+        settings: settings of the adapters.
+        transformer_name: class of the transformer.
+        folder: receives the file.
+        world: rank and world size.
+        form: the key format.
+    """
+    student = student_of_transformer(transformer_name)
     names = [name for name in weights.names_under(TRANSFORMER) if ".lora_" in name]
     new_names = {name: exported_name(name.removeprefix(TRANSFORMER)) for name in names}
     layers = _read_renamed(new_names, weights, world)
-    on_first_rank(world, lambda: write_adapters(layers, settings, folder, form))
+    on_first_rank(world, lambda: write_adapters(layers, settings, student, folder, form))
 
 
 def write_transformer(
-    weights: Weights, settings: Mapping[str, Any], folder: Path, world: World
+    weights: Weights,
+    settings: Mapping[str, Any],
+    transformer_name: str,
+    folder: Path,
+    world: World,
 ) -> None:
     """Write a full transformer for `from_pretrained`, file by file; every rank must call this.
 
     Args:
         weights: the student's weights, including all of the transformer.
         settings: the transformer's configuration.
+        transformer_name: its class.
         folder: created here.
         world: rank and world size.
 
     Raises:
         ValueError: weights are missing or unexpected, or differ in shape from the configuration.
     """
+    model_class = student_of_transformer(transformer_name).model_class("transformer")
     with torch.device("meta"):
-        empty = CogVideoXTransformer3DModel.from_config(dict(settings))
+        empty = model_class.from_config(dict(settings))
     expected = {name: tuple(value.shape) for name, value in empty.state_dict().items()}
     _check_shapes(weights, expected)
     empty_weights = {

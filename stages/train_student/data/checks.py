@@ -6,9 +6,10 @@ from typing import Any
 
 from cache_schema import StoreReader
 from stages.clips.config import ClipsConfig
-from stages.cogvideox.configs import VAE_SPATIAL_COMPRESSION, CogVideoXConfigs
 from stages.local_gram_flow import radius_of_window
+from stages.students.student import VAE_SPATIAL_COMPRESSION, StudentConfigs
 from stages.teacher_store.settings import native_parts
+from stages.train_student.data.open_stores import base_settings
 from stages.train_student.data.stores import JoinedStores, array_shape
 from stages.train_student.model.teacher import TeacherLayout
 
@@ -17,7 +18,7 @@ _PAIR_AXES = "pairs, rows, columns, neighbours"
 
 
 def check_stores(
-    stores: JoinedStores, configs: CogVideoXConfigs, clips: ClipsConfig, *, radius: int
+    stores: JoinedStores, configs: StudentConfigs, clips: ClipsConfig, *, radius: int
 ) -> None:
     """Reject stores that do not match the model, the clip size or each other.
 
@@ -37,11 +38,19 @@ def check_stores(
             stores.latents, name, expected, axes, "data.num_frames, data.height, data.width"
         )
     if configs.image_to_video:
-        _check_first_frames(stores.latents, expected[1:])
-    text = (configs.transformer["max_text_seq_length"], configs.transformer["text_embed_dim"])
-    _check_shape(stores.text, "embeds", text, "text length, text width", "the transformer")
-    _check_learned_positions(configs, clips, height, width)
-    _check_scaling(stores.latents, configs)
+        _check_condition(stores.latents, configs, clips)
+    text, text_axes = configs.text_shape, "text length, text width"
+    _check_shape(stores.text, "embeds", text, text_axes, "the transformer")
+    configs.check_training_size(clips)
+    for reader, why in (
+        (stores.latents, configs.check_latents(base_settings(stores.latents))),
+        (stores.text, configs.check_text(base_settings(stores.text))),
+    ):
+        if why is not None:
+            kind = reader.settings.kind
+            raise ValueError(
+                f"{reader.path} was made with {why}; extract the {kind} with this model"
+            )
     if stores.teacher is not None:
         grid = configs.token_grid(frames, height, width)[1:]
         if stores.teacher_form == "features":
@@ -69,18 +78,15 @@ def _check_shape(
         )
 
 
-def _check_first_frames(latents: StoreReader, expected: tuple[int, ...]) -> None:
-    draws = array_shape(latents, "image_mean")[0]
-    noise = latents.settings.values.get("image_noise")
-    if not isinstance(noise, dict) or noise.get("draws") != draws:
+def _check_condition(latents: StoreReader, configs: StudentConfigs, clips: ClipsConfig) -> None:
+    """Check the arrays of the image-to-video condition."""
+    for name in configs.first_frame_arrays(clips, draws=1):
+        array_shape(latents, name)
+    if lacking := configs.check_condition(latents.settings, clips):
         raise ValueError(
-            f"{latents.path} does not record how many noise draws it holds per first frame "
-            "(image_noise.draws); extract latents again, or choose another store with "
+            f"{latents.path} {lacking}; extract latents again, or choose another store with "
             "train.stores.latents"
         )
-    axes = "draws, channels, height, width"
-    for name in ("image_mean", "image_std"):
-        _check_shape(latents, name, (draws, *expected), axes, "the image-to-video model")
 
 
 def _check_stored_features(store: StoreReader) -> tuple[int, tuple[int, int]]:
@@ -185,36 +191,6 @@ def _check_maps(teacher: StoreReader, maps: int, clips: ClipsConfig) -> None:
             f"{clips.num_frames} or {clips.num_latent_frames}; choose another store with "
             f"train.stores.{teacher.settings.kind}, or extract again"
         )
-
-
-def _check_learned_positions(
-    configs: CogVideoXConfigs, clips: ClipsConfig, height: int, width: int
-) -> None:
-    config = configs.transformer
-    if not config["use_learned_positional_embeddings"]:
-        return
-    # diffusers rejects other heights and widths; for other lengths it uses its own positions.
-    frames, *trained = (config[f"sample_{name}"] for name in ("frames", "height", "width"))
-    if (frames, *trained) != (clips.num_frames, height, width):
-        area = "x".join(str(side * VAE_SPATIAL_COMPRESSION) for side in trained)
-        raise ValueError(
-            f"the base model has learned positions and runs only at {frames}x{area} (frames x "
-            f"height x width), not at {clips.size_name}; set data.num_frames, data.height and "
-            "data.width to that size, and data.buckets to []"
-        )
-
-
-def _check_scaling(latents: StoreReader, configs: CogVideoXConfigs) -> None:
-    """Check that the latents' VAE and the base model's have the same scaling."""
-    found = latents.settings.values.get("base")
-    if not isinstance(found, dict):
-        return
-    for name in ("scaling_factor", "invert_scale_latents"):
-        if name in found and found[name] != configs.vae[name]:
-            raise ValueError(
-                f"{latents.path} was made with a VAE whose {name} is {found[name]}; the base "
-                f"model's is {configs.vae[name]}; extract the latents with this model"
-            )
 
 
 def _check_same_origin(other: StoreReader, latents: StoreReader) -> None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from cache_schema import CacheError, ClipChanged, ClipMissing, CorruptClip
-from stages.cogvideox.configs import CogVideoXConfigs
-from stages.cogvideox.inputs import image_condition, pad_in_front
+from stages.students.latents import sample_posterior
+from stages.students.student import StudentConfigs
 from stages.train_student.data.order import SampleOrder, hash63, seed_of_sample
 from stages.train_student.data.splits import seed_of_held_out
 from stages.train_student.data.stores import JoinedStores
@@ -63,7 +63,9 @@ class Batch:
     text_BLD: Tensor
     """float16, as stored."""
     image_BFCHW: Tensor | None
-    """First frame's scaled latents, then zeros; None for text-to-video."""
+    """The first frame as further channels of the latents; None for text-to-video."""
+    image_BLD: Tensor | None = None
+    """States of an image encoder, float16, as stored; None if the model takes none."""
     teacher: Mapping[str, Tensor] | None
     """The teacher's stored arrays by name, with a leading B: `Teacher.arrays`; None without an
     auxiliary loss."""
@@ -105,7 +107,7 @@ class CachedSamples:
     def __init__(
         self,
         buckets: Sequence[JoinedStores],
-        configs: CogVideoXConfigs,
+        configs: StudentConfigs,
         *,
         seed: int,
         batch_size: int,
@@ -140,7 +142,7 @@ class CachedSamples:
         bucket, clip = self._order.locate(sample)
         stores = self._buckets[bucket]
         generator = torch.Generator().manual_seed(seed_of_sample(sample, self._seed))
-        steps = self._configs.scheduler["num_train_timesteps"]
+        steps = self._configs.timesteps
         timestep_1 = torch.randint(0, steps, (1,), generator=generator)
         key, arrays, damaged = read_or_replace(stores, clip, sample=sample, seed=self._seed)
         batch = self._make_batch(stores, key, arrays, timestep_1, generator)
@@ -190,19 +192,14 @@ class CachedSamples:
     ) -> Batch:
         """Build a batch of one clip: draw its latents and its noise."""
         configs, latents = self._configs, arrays["latents"]
-        clean_FCHW = configs.latent_scale * sample_posterior(
-            latents["mean"], latents["std"], generator
+        clean_FCHW = configs.scale_latents(
+            sample_posterior(latents["mean"], latents["std"], generator)
         )
-        clean_FCHW = pad_in_front(clean_FCHW, configs.padding(len(clean_FCHW)))
+        clean_FCHW = configs.pad_in_front(clean_FCHW)
         noise_FCHW = torch.randn(clean_FCHW.shape, generator=generator)
-        image_FCHW = None
+        image_FCHW = image_LD = None
         if configs.image_to_video:
-            mean_NCHW, std_NCHW = latents["image_mean"], latents["image_std"]
-            chosen = int(torch.randint(len(mean_NCHW), (1,), generator=generator))
-            image_1CHW = sample_posterior(
-                mean_NCHW[chosen : chosen + 1], std_NCHW[chosen : chosen + 1], generator
-            )
-            image_FCHW = image_condition(configs.image_latent_scale * image_1CHW, len(clean_FCHW))
+            image_FCHW, image_LD = configs.condition(latents, len(clean_FCHW), generator)
         teacher = valid_BT = None
         if "teacher" in arrays:
             teacher = {name: array[None] for name, array in arrays["teacher"].items()}
@@ -220,6 +217,7 @@ class CachedSamples:
             timestep_B=timestep_1,
             text_BLD=arrays["text"]["embeds"][None],
             image_BFCHW=None if image_FCHW is None else image_FCHW[None],
+            image_BLD=None if image_LD is None else image_LD[None],
             teacher=teacher,
             teacher_valid_BT=valid_BT,
             masks=masks,
@@ -294,11 +292,6 @@ def read_clip(stores: JoinedStores, key: str) -> dict[str, dict[str, Tensor]]:
         for name, reader in readers.items()
         if reader is not None
     }
-
-
-def sample_posterior(mean: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
-    """Sample from the VAE's posterior: mean + std * noise, float32."""
-    return mean.float() + std.float() * torch.randn(mean.shape, generator=generator)
 
 
 def join_batches(batches: Sequence[Batch]) -> Batch:

@@ -13,8 +13,10 @@ from cache_schema import SortedText, StoreNotFound, StoreReader, find_store, is_
 from cache_schema.shown_text import first_few
 from stages.clips.config import ClipsConfig
 from stages.clips.fingerprints import source_hashes, video_hashes
+from stages.students.student import StudentConfigs
 from stages.train_student.config import KIND_OF_FORM
 
+_ANY_SIZE = ClipsConfig(path=Path())
 _KINDS = ("text", "latents", *KIND_OF_FORM.values(), "masks", "visual")
 
 
@@ -24,8 +26,17 @@ def open_stores(
     *,
     kinds: Sequence[str],
     size: ClipsConfig,
+    student: StudentConfigs | None = None,
 ) -> dict[str, StoreReader]:
     """Open the store of every kind.
+
+    Args:
+        cache_root: folder of the stores, or its URL.
+        chosen: folder names per kind.
+        kinds: kinds besides text and latents.
+        size: size of the clips.
+        student: the base model; of several text or latents stores, those of other models are
+            passed over.
 
     Raises:
         ValueError: `chosen` names an unknown kind.
@@ -35,9 +46,40 @@ def open_stores(
     if unknown:
         raise ValueError(f"train.stores names {unknown[0]!r}; kinds are {', '.join(_KINDS)}")
     return {
-        kind: open_store(cache_root, kind, chosen.get(kind, ()), size=size)
+        kind: open_store(
+            cache_root, kind, _folders(cache_root, kind, chosen.get(kind, ()), student), size=size
+        )
         for kind in ("text", "latents", *kinds)
     }
+
+
+def base_settings(reader: StoreReader) -> dict[str, Any]:
+    """Settings of the model that a text or latents store was made with; empty if not recorded."""
+    found = reader.settings.values.get("base")
+    return found if isinstance(found, dict) else {}
+
+
+def _folders(
+    cache_root: Path | str, kind: str, chosen: Sequence[str], student: StudentConfigs | None
+) -> Sequence[str]:
+    """The folders to choose from: those of the base model, if the cache has several models'."""
+    if student is None or chosen or kind not in ("text", "latents"):
+        return chosen
+    paths = _stores_of_kind(cache_root, kind)
+    if len(paths) < 2:
+        return chosen
+    readers = [StoreReader(path, kind=kind) for path in paths]
+    return [reader.name for reader in readers if _is_of(reader, student)]
+
+
+def _is_of(reader: StoreReader, student: StudentConfigs) -> bool:
+    """Whether a text or latents store was made with a model such as this one."""
+    base, arrays = base_settings(reader), reader.settings.arrays
+    if reader.settings.kind == "latents":
+        has_image = arrays.keys() >= student.first_frame_arrays(_ANY_SIZE, draws=1).keys()
+        return student.check_latents(base) is None and has_image
+    shape = arrays["embeds"].shape if "embeds" in arrays else None
+    return student.check_text(base) is None and shape == student.text_shape
 
 
 def open_store(

@@ -10,8 +10,8 @@ import numpy as np
 
 from cache_schema import SortedText, StoreReader
 from stages.clips.config import ClipsConfig
-from stages.cogvideox.configs import VAE_SPATIAL_COMPRESSION
 from stages.local_gram_flow.alignment import TEMPORAL_COMPRESSION
+from stages.students.student import VAE_SPATIAL_COMPRESSION, StudentConfigs
 from stages.teacher_store.settings import native_parts
 from stages.train_student.config import KIND_OF_FORM, TeacherForm
 from stages.train_student.data.open_stores import check_same_sources, open_stores
@@ -149,6 +149,7 @@ def join_buckets(
     leave_out: Path | None = None,
     held_out: int = 0,
     held_out_before: Sequence[str] | None = None,
+    student: StudentConfigs | None = None,
 ) -> Buckets:
     """Open the stores of each size and join them by key.
 
@@ -163,6 +164,7 @@ def join_buckets(
         held_out: number of validation clips, over all sizes.
         held_out_before: clips that a resumed run held out when it started; exactly those of them
             that still exist are held out.
+        student: the base model, which decides between the text and latents stores of several.
 
     Raises:
         ValueError: `chosen` names an unknown kind, the manifest is malformed, a size has no clip or
@@ -171,7 +173,9 @@ def join_buckets(
         CacheError: a store is missing, ambiguous or damaged.
     """
     named = frozenset() if leave_out is None else read_keys(leave_out)
-    opened = [open_stores(cache_root, chosen, kinds=kinds, size=size) for size in sizes]
+    opened = [
+        open_stores(cache_root, chosen, kinds=kinds, size=size, student=student) for size in sizes
+    ]
     common: list[SortedText] = []
     for size, readers in zip(sizes, opened, strict=True):
         first, *others = (reader.keys for reader in readers.values())

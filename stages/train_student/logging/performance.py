@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from stages.clips.config import ClipsConfig
-from stages.cogvideox.configs import CogVideoXConfigs
 from stages.compute_cost.gpus import local_gpu
 from stages.progress import Progress
+from stages.students.student import StudentConfigs
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import Batch
 from stages.train_student.data.stores import JoinedStores
@@ -103,7 +103,7 @@ def peak_memory_bytes() -> int:
 
 def device_rate(
     config: TrainConfig,
-    configs: CogVideoXConfigs,
+    configs: StudentConfigs,
     stores: Iterable[tuple[ClipsConfig, JoinedStores]],
     progress: Progress,
 ) -> DeviceRate | None:

@@ -9,47 +9,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.cogvideox.sampler import build_pipeline
-from stages.cogvideox.weights import load_tokenizer, model_class_of
 from stages.files.weight_checks import load_model
+from stages.students.registry import image_parts, student_at
+from stages.students.sampler import build_pipeline
+from stages.students.weights import latents_parts, load_tokenizer, model_class_of
 from stages.train_student.model.student import Student
 
 
 class _LiveTransformer:
-    """Student with the interface of `CogVideoXTransformer3DModel` that the pipeline uses.
+    """Student with the interface of its transformer that the pipeline uses.
 
     Not an `nn.Module`, so the pipeline does not move it between devices.
     """
 
-    def __init__(self, student: Student) -> None:
+    def __init__(self, student: Student, dtype: torch.dtype) -> None:
         self._student = student
         self.config = student.transformer.config
+        self.dtype = dtype
 
-    def cache_context(self, name: str) -> Any:
+    def cache_context(self, name: str, **about: Any) -> Any:
         """Do nothing: nothing is cached between passes."""
         return nullcontext()
 
     def __call__(
         self,
         *,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        timestep: Tensor,
-        ofs: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = False,
+        **inputs: Any,
     ) -> tuple[Tensor]:
-        """Return the predicted velocity."""
+        """Return the prediction."""
         if attention_kwargs is not None or return_dict:
             raise ValueError(
                 "attention_kwargs and return_dict=True are not supported during training"
             )
         no_heads = (0, 0, 0)
-        velocity_BFCHW, _ = self._student(
-            hidden_states, encoder_hidden_states, timestep, no_heads, image_rotary_emb, ofs
-        )
-        return (velocity_BFCHW,)
+        output, _ = self._student(inputs, no_heads)
+        return (output,)
 
 
 @contextmanager
@@ -65,20 +61,28 @@ def live_pipeline(
         base: the pipeline's folder, with vae/ and scheduler/.
         dtype: dtype of the VAE and the student.
     """
-    vae = load_model(model_class_of("vae"), base / "vae", dtype=dtype)
-    vae.requires_grad_(False).eval().to(device)
+    alone = student_at(base).FLOAT32_PARTS
+    parts = {
+        part: load_model(
+            model_class_of(part, base), base / part, dtype=torch.float32 if part in alone else dtype
+        )
+        for part in latents_parts(base)
+    }
+    for model in parts.values():
+        model.requires_grad_(False).eval().to(device)
+    vae = parts["vae"]
     if device.type == "cuda":
         vae.enable_slicing()
         vae.enable_tiling()
-    pipeline = build_pipeline(base, tokenizer=None, text_encoder=None, transformer=None, vae=vae)
-    pipeline.transformer = _LiveTransformer(student)
+    pipeline = build_pipeline(base, tokenizer=None, text_encoder=None, transformer=None, **parts)
+    pipeline.transformer = _LiveTransformer(student, dtype)
     pipeline.set_progress_bar_config(disable=True)
     heads, student.heads = student.heads, nn.ModuleDict()
     try:
         yield pipeline
     finally:
         student.heads = heads
-        del pipeline, vae
+        del pipeline, parts, vae, model
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -111,10 +115,11 @@ def encode_prompts(
             base,
             tokenizer=load_tokenizer(base),
             text_encoder=load_model(
-                model_class_of("text_encoder"), base / "text_encoder", dtype=dtype
+                model_class_of("text_encoder", base), base / "text_encoder", dtype=dtype
             ),
             transformer=None,
             vae=None,
+            **dict.fromkeys(image_parts(base)),
         )
         pipeline.text_encoder.to(device)
         found = {}

@@ -6,16 +6,17 @@ it, and each rank keeps its partition. No rank holds more than its partition and
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
-from diffusers import CogVideoXTransformer3DModel
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from stages.cogvideox.configs import CogVideoXConfigs
 from stages.files.weight_checks import StoredTensor, check_weights, load_model
+from stages.students.student import StudentConfigs
+from stages.students.weights import model_class_of
 from stages.train_student.config import TrainConfig
 from stages.train_student.model.lora import add_adapters
 from stages.train_student.model.student import Student
@@ -33,7 +34,7 @@ from stages.train_student.parallel.process_group import World, on_first_rank
 
 def load_sharded_transformer(
     folder: Path, config: TrainConfig, dtype: torch.dtype, world: World
-) -> CogVideoXTransformer3DModel:
+) -> nn.Module:
     """Load the base transformer under ZeRO 3, cast to `dtype` and partitioned over the ranks.
 
     A collective call; the process group must be initialised.
@@ -44,13 +45,12 @@ def load_sharded_transformer(
     Raises:
         ValueError: the stored tensors do not match the model; on other ranks a RuntimeError.
     """
+    model_class = model_class_of("transformer", folder)
     with init_empty_weights():
-        transformer = CogVideoXTransformer3DModel.from_config(
-            CogVideoXTransformer3DModel.load_config(folder, subfolder="transformer")
+        transformer: nn.Module = model_class.from_config(
+            model_class.load_config(folder, subfolder="transformer")
         )
-    tensors = on_first_rank(
-        world, lambda: check_weights(CogVideoXTransformer3DModel, folder / "transformer")
-    )
+    tensors = on_first_rank(world, lambda: check_weights(model_class, folder / "transformer"))
     try:
         join_group(world)
         with local_rank_in_environment(world), output_to_stderr():
@@ -101,7 +101,7 @@ def _read(stored: StoredTensor, dtype: torch.dtype, world: World) -> Tensor:
 
 def build_student(
     config: TrainConfig,
-    configs: CogVideoXConfigs,
+    configs: StudentConfigs,
     dtype: torch.dtype,
     *,
     heads: Callable[[], nn.ModuleDict | None],
@@ -120,6 +120,7 @@ def build_student(
             of them first.
     """
     sharded = zero_init and config.deepspeed.zero_stage == 3
+    transformer: Any
     if sharded:
         transformer = load_sharded_transformer(configs.folder, config, dtype, world)
     else:
@@ -138,7 +139,7 @@ def build_student(
     return student.to(world.device) if sharded else student
 
 
-def load_transformer(folder: Path, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
+def load_transformer(folder: Path, dtype: torch.dtype) -> Any:
     """Load the base pipeline's transformer, cast to `dtype`."""
-    transformer = load_model(CogVideoXTransformer3DModel, folder / "transformer", torch_dtype=dtype)
-    return transformer.train()
+    model_class = model_class_of("transformer", folder)
+    return load_model(model_class, folder / "transformer", torch_dtype=dtype).train()

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
 from peft import LoraConfig
 from torch import nn
 
+from stages.students.student import StudentConfigs
 from stages.train_student.config import LoraSettings
 
 ADAPTER = "default"
@@ -28,22 +28,22 @@ def lora_config(settings: LoraSettings) -> LoraConfig:
     )
 
 
-def check_targets(settings: LoraSettings, transformer: Mapping[str, Any]) -> None:
+def check_targets(settings: LoraSettings, configs: StudentConfigs) -> None:
     """Reject targets that the transformer does not have, without loading weights.
 
     Args:
         settings: adapter settings.
-        transformer: the base transformer's configuration.
+        configs: configurations of the base model.
 
     Raises:
         ValueError: a target matches no module, or one that is not a linear layer.
     """
     with torch.device("meta"):
-        empty = CogVideoXTransformer3DModel.from_config(dict(transformer))
+        empty = configs.model_class("transformer").from_config(dict(configs.transformer))
     _check_targets(settings, empty)
 
 
-def add_adapters(transformer: CogVideoXTransformer3DModel, settings: LoraSettings) -> None:
+def add_adapters(transformer: Any, settings: LoraSettings) -> None:
     """Freeze the transformer and add adapters, initialised to have no effect.
 
     The transformer's weights may be partitioned already (ZeRO 3); adapters are created whole on

@@ -1,4 +1,4 @@
-"""The student: a CogVideoX transformer with projector heads on the output of one block.
+"""The student: a transformer with projector heads on the output of one block.
 
 Legend: B clip, F latent frame, C channel, H W latent or token grid, J token in time, T map of an
 objective, N token, L text token, D width, s side of a square of tokens.
@@ -12,8 +12,9 @@ from typing import Any, Self
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor, nn
+
+from stages.students.registry import blocks_of
 
 
 class BlockTap:
@@ -76,7 +77,7 @@ class Student(nn.Module):
 
     def __init__(
         self,
-        transformer: CogVideoXTransformer3DModel,
+        transformer: nn.Module,
         heads: nn.ModuleDict | None = None,
         block: int | None = None,
     ) -> None:
@@ -87,61 +88,46 @@ class Student(nn.Module):
             block: index of the block whose image tokens the heads receive.
         """
         super().__init__()
-        self.transformer = transformer
+        self.transformer: Any = transformer
         self.heads = nn.ModuleDict() if heads is None else heads
         self._tap: BlockTap | None = None
         if len(self.heads):
-            if block is None or not 0 <= block < len(transformer.transformer_blocks):
+            blocks = blocks_of(transformer)
+            if block is None or not 0 <= block < len(blocks):
                 raise ValueError(
-                    f"train.block must be under {len(transformer.transformer_blocks)}, "
-                    f"the transformer's number of blocks, got {block}"
+                    f"train.block must be under {len(blocks)}, the transformer's number of blocks, "
+                    f"got {block}"
                 )
-            self._tap = BlockTap(transformer.transformer_blocks[block])
+            self._tap = BlockTap(blocks[block])
 
     def forward(
         self,
-        latents_BFCHW: Tensor,
-        text_BLD: Tensor,
-        timestep_B: Tensor,
+        inputs: Mapping[str, Any],
         token_grid: tuple[int, int, int],
-        rotary: tuple[Tensor, Tensor] | None = None,
-        ofs: Tensor | None = None,
         time_weights: Mapping[str, Tensor | None] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Predict the velocity and, for each head, the features to compare.
+        """Run the transformer and, for each head, compute the features to compare.
 
         Args:
-            latents_BFCHW: noisy latents, with the first frame's latents as further channels for
-                image-to-video.
-            text_BLD: text embeddings.
-            timestep_B: int64.
+            inputs: keyword arguments of the transformer.
             token_grid: tokens in time, height and width.
-            rotary: cosines and sines of the rotary embedding.
-            ofs: offset of CogVideoX 1.5 image-to-video.
             time_weights: interpolation weights `time_weights_TJ` by head; None or no entry if its
                 maps and tokens correspond one to one.
 
         Returns:
-            velocity_BFCHW, and features_BTHWC by objective.
+            The transformer's output, and features_BTHWC by objective.
         """
         tap = self._tap if len(self.heads) else None
         with tap or nullcontext():
-            velocity_BFCHW = self.transformer(
-                hidden_states=latents_BFCHW,
-                encoder_hidden_states=text_BLD,
-                timestep=timestep_B,
-                ofs=ofs,
-                image_rotary_emb=rotary,
-                return_dict=False,
-            )[0]
+            output: Tensor = self.transformer(**inputs, return_dict=False)[0]
         if tap is None:
-            return velocity_BFCHW, {}
+            return output, {}
         tokens_BJHWC = tap.take().unflatten(1, token_grid)
         weights = time_weights or {}
         features = {
             name: head(tokens_BJHWC, weights.get(name)) for name, head in self.heads.items()
         }
-        return velocity_BFCHW, features
+        return output, features
 
 
 class Projector(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from cache_schema import StoreSettings
-from stages.cogvideox.configs import CogVideoXConfigs
+from stages.students.student import StudentConfigs
 from stages.teacher_store.settings import check_both_tracks, stored_forward_weight
 from stages.train_student.config import KIND_OF_FORM, TrainConfig
 from stages.train_student.model.published_projectors import Convolution, PublishedProjector, mlp
@@ -37,7 +37,7 @@ def build_objectives(config: TrainConfig) -> tuple[Objective[Any], ...]:
 
 def build_heads(
     config: TrainConfig,
-    configs: CogVideoXConfigs,
+    configs: StudentConfigs,
     teacher: StoreSettings | None,
     *,
     frame_rate: bool = True,
@@ -54,8 +54,7 @@ def build_heads(
             smoothed.
         visual: settings of the visual store; None if no objective reads one.
     """
-    transformer = configs.transformer
-    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    width = configs.width
     at_latents = configs.patch_size_t > 1
     heads = nn.ModuleDict()
     for name in config.objectives:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stages.train_student.config import DeepSpeedConfig, TrainConfig
 from stages.train_student.data.order import accumulation_steps
@@ -208,6 +208,7 @@ def deepspeed_engine(
         config, world.size, largest=largest_parameter(student), universal=universal
     )
     deepspeed = import_deepspeed()
+    in_float32 = _frozen_in_float32(student, weights_dtype(config.deepspeed))
     with local_rank_in_environment(world), output_to_stderr():
         try:
             join_group(world)
@@ -218,6 +219,8 @@ def deepspeed_engine(
                 lr_scheduler=schedule,
                 config=settings,
             )
+            for parameter, value in in_float32:
+                parameter.data = value.to(parameter.device)
             try:
                 yield engine
             finally:
@@ -225,6 +228,27 @@ def deepspeed_engine(
         finally:
             leave_group()
             _remove_swap_files(config, world)
+
+
+def _frozen_in_float32(student: Student, dtype: torch.dtype) -> list[tuple[nn.Parameter, Tensor]]:
+    """Frozen weights that the model keeps in float32, such as Wan's time embedding.
+
+    The engine casts all weights to its precision; these are put back afterwards. Not with ZeRO 3,
+    which holds every weight in the engine's precision.
+
+    Args:
+        student: the student as it was loaded.
+        dtype: the engine's precision.
+    """
+    if dtype == torch.float32:
+        return []
+    return [
+        (parameter, parameter.detach().clone())
+        for parameter in student.transformer.parameters()
+        if not parameter.requires_grad
+        and parameter.dtype == torch.float32
+        and not hasattr(parameter, "ds_id")
+    ]
 
 
 def largest_parameter(module: nn.Module) -> int:

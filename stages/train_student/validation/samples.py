@@ -32,10 +32,11 @@ from torch import Tensor
 
 from cache_schema.atomic_io import write_atomic
 from stages.clips import write_video
-from stages.cogvideox.configs import resolve_base_model
-from stages.cogvideox.sampler import first_frame, generate_video, output_fps, to_frames
 from stages.files.tensor_files import save_tensors
 from stages.files.text import read_object
+from stages.students.hub import resolve_base_model
+from stages.students.registry import image_parts
+from stages.students.sampler import first_frame, generate_video, to_frames
 from stages.train_student.model.live_pipeline import encode_prompts, live_pipeline
 from stages.train_student.model.student import Student, eval_mode
 from stages.train_student.parallel.process_group import gather, on_first_rank
@@ -73,6 +74,7 @@ class TrainingSamples:
         self._config = run.config.samples
         self._clips = run.clips.sizes[0]
         self._embeds = embeds
+        self._fps = self._clips.fps or run.configs.DEFAULT_FPS
         self._images = [first_frame(image, self._clips) for image in self._config.images]
         self._world = run.world
 
@@ -94,7 +96,8 @@ class TrainingSamples:
         """
         started = time.monotonic()
         config, world = self._config, self._world
-        base = resolve_base_model(self._run.model, ("vae", "scheduler"))
+        of_image = image_parts(self._run.configs.folder)
+        base = resolve_base_model(self._run.model, ("vae", "scheduler", *of_image))
         passes = -(-len(config.prompts) // world.size)
         nonfinite = 0.0
         scores: dict[int, dict[str, float]] = {}
@@ -115,12 +118,12 @@ class TrainingSamples:
                 if number < len(config.prompts):
                     nonfinite = max(nonfinite, 1.0 - float(np.isfinite(video_THWC).mean()))
                     frames_THWC = to_frames(np.nan_to_num(video_THWC, posinf=1.0, neginf=0.0))
-                    write_video(self._video(step, number), frames_THWC, output_fps(self._clips))
+                    write_video(self._video(step, number), frames_THWC, self._fps)
                     scores[number], _ = frame_scores(
                         frames_THWC,
                         config.scores,
                         prompt=config.prompts[number],
-                        fps=output_fps(self._clips),
+                        fps=self._fps,
                     )
         # Also a barrier: all ranks have written their videos.
         gathered = gather(world, (nonfinite, scores))
@@ -172,7 +175,7 @@ class TrainingSamples:
         record = {
             "step": step,
             **self._config.as_recorded(),
-            "fps": output_fps(self._clips),
+            "fps": self._fps,
             "scores": scores,
             "seconds": round(seconds, 3),
         }
@@ -212,7 +215,7 @@ def embed_prompts(run: Run) -> dict[str, Tensor]:
 
     def on_first() -> dict[str, Tensor]:
         base = resolve_base_model(run.model, ("tokenizer", "text_encoder"))
-        length = run.configs.transformer["max_text_seq_length"]
+        length, _ = run.configs.text_shape
         key = _key(prompts, base, length, run.dtype)
         found = _read(cache_file, key, prompts)
         if found is None:

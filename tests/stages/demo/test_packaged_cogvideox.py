@@ -13,8 +13,6 @@ from diffusers import (
     DiffusionPipeline,
 )
 
-from stages.cogvideox.diffusion import cumulative_alphas, noisy_latents
-from stages.cogvideox.inputs import image_condition
 from stages.demo.build import PRETRAINED, copy_packaged_cogvideox
 from stages.demo.tiny_cogvideox import build_tiny_cogvideox, build_tiny_vae
 from stages.demo.training import transformer, vae
@@ -25,6 +23,8 @@ from stages.demo.training.drawn_clips import (
     WIDTH,
     draw_demo_clip,
 )
+from stages.students.cogvideox.diffusion import cumulative_alphas, noisy_latents
+from stages.students.cogvideox.inputs import image_condition
 
 UNSEEN = HELD_OUT_SEEDS[-2:]
 """Neither trained on nor scored when the models were made."""

@@ -9,7 +9,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from stages.clips import ClipsConfig
-from stages.cogvideox.configs import read_configs
 from stages.dry_run.extract_costs import (
     latents_cost,
     text_cost,
@@ -23,6 +22,7 @@ from stages.sam2_tracking.build import (
 )
 from stages.sam2_tracking.inputs import Sam2Prompt
 from stages.sam2_tracking.tracker import Tracker, TrackRequest
+from stages.students.registry import read_configs
 
 CLIPS = ClipsConfig(path=Path("clips"), num_frames=17, height=64, width=96)
 

@@ -7,11 +7,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from stages.clips.config import ClipsConfig
-from stages.cogvideox.configs import CogVideoXConfigs
 from stages.compute_cost.gpus import Gpu
 from stages.dry_run import train as module
 from stages.dry_run.train import SizedStores, estimate
 from stages.dry_run.train_memory import ParameterCounts, checkpoint_bytes, memory
+from stages.students.cogvideox.configs import CogVideoXConfigs
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import Batch
 from stages.train_student.step import TrainingStep

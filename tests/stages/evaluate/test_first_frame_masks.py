@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from stages.clips import ClipsConfig, SubjectPrompt, videos_below, write_video
-from stages.cogvideox.sampler import first_frame
 from stages.evaluate.first_frame_masks import masks_beside, place_masks, write_subjects
+from stages.students.sampler import first_frame
 
 SIZE = ClipsConfig(path=Path("unused"), num_frames=9, height=32, width=48)
 

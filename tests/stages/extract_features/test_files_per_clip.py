@@ -12,7 +12,6 @@ import pytest
 import cache_schema
 from cache_schema import ArraySpec, StoreSettings, StoreWriter
 from stages.clips import ClipsConfig
-from stages.cogvideox.configs import CogVideoXConfigs
 from stages.extract_features.config import (
     ExtractConfig,
     Kind,
@@ -25,6 +24,7 @@ from stages.extract_features.teacher.stores import subject_settings
 from stages.extract_features.text import text_arrays
 from stages.extract_features.visual.encoder import VisualLayout
 from stages.extract_features.visual.extraction import visual_settings
+from stages.students.cogvideox.configs import CogVideoXConfigs
 from stages.teacher_store.config import GramFlowConfig
 from tests.fingerprints import fingerprint_of
 

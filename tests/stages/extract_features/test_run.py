@@ -154,11 +154,11 @@ def test_an_error_names_the_clip_and_leaves_what_is_done(
 
     original, calls = LatentsExtraction._extract, []
 
-    def failing(self: Any, vae: Any, clip: Any) -> Any:
+    def failing(self: Any, vae: Any, encode_first_frame: Any, clip: Any) -> Any:
         calls.append(clip.key)
         if len(calls) == 2:
             raise RuntimeError("out of memory")
-        return original(self, vae, clip)
+        return original(self, vae, encode_first_frame, clip)
 
     monkeypatch.setattr(LatentsExtraction, "_extract", failing)
     with pytest.raises(RuntimeError, match="out of memory") as caught:

@@ -12,22 +12,24 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 
 from stages.clips import ClipRecord, ClipsConfig, ClipSkipped, encode_video, load_clip
-from stages.cogvideox.configs import CogVideoXConfigs, read_configs, resolve_base_model
 from stages.config import BaseModelConfig
 from stages.extract_features.config import Kind, LatentsConfig, TextConfig
 from stages.extract_features.extraction import Extracted, Outcome
 from stages.extract_features.latents import (
     LatentsExtraction,
-    image_noise_draws,
     pixels_for_vae,
 )
 from stages.extract_features.text import TextExtraction
+from stages.students.cogvideox.first_frames import image_noise_draws
+from stages.students.hub import resolve_base_model
+from stages.students.registry import read_configs
+from stages.students.student import StudentConfigs
 
 CPU = torch.device("cpu")
 LONG = " ".join(["an ellipse drifts over a grey texture to the right"] * 8)
 
 
-def configs(base: BaseModelConfig) -> CogVideoXConfigs:
+def configs(base: BaseModelConfig) -> StudentConfigs:
     return read_configs(Path(base.path))
 
 
@@ -196,7 +198,7 @@ def test_other_weights_name_another_store_and_another_place_does_not(
     (copy / "tokenizer" / ".cache").mkdir()
     (copy / "tokenizer" / ".cache" / "download.lock").touch()
 
-    def settings_hash(base: CogVideoXConfigs) -> str:
+    def settings_hash(base: StudentConfigs) -> str:
         return TextExtraction(TextConfig(), base).settings["text"].hash
 
     original = settings_hash(configs(tiny_base))

@@ -8,12 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
-from stages.cogvideox.weights import (
-    check_base_weights,
-    load_tokenizer,
-    model_class_of,
-    parts_are_here,
-)
 from stages.config import BaseModelConfig
 from stages.demo.build import PRETRAINED
 from stages.dry_run.extract_stores import planned_passes
@@ -21,6 +15,12 @@ from stages.extract_features.config import ExtractConfig
 from stages.extract_features.kinds import make_extractions
 from stages.files.weight_checks import check_weights, load_model
 from stages.sam2_tracking.checkpoints import read_checkpoint
+from stages.students.weights import (
+    check_base_weights,
+    load_tokenizer,
+    model_class_of,
+    parts_are_here,
+)
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234567\n"
 PARTS = {
@@ -52,16 +52,16 @@ def refused(base, part, message):
     with pytest.raises(ValueError, match=message):
         check_base_weights(base, (part,))
     with pytest.raises(ValueError, match=message):
-        load_model(model_class_of(part), base / part)
+        load_model(model_class_of(part, base), base / part)
 
 
 def test_whole_parts_pass_and_are_loaded_with_their_values(base, part):
-    stored = check_weights(model_class_of(part), base / part)
+    stored = check_weights(model_class_of(part, base), base / part)
     tensors = load_file(base / part / PARTS[part][0])
     assert {name: one.shape for name, one in stored.items()} == {
         name: tuple(value.shape) for name, value in tensors.items()
     }
-    loaded = load_model(model_class_of(part), base / part).state_dict()
+    loaded = load_model(model_class_of(part, base), base / part).state_dict()
     assert all(torch.equal(loaded[name], value.to(loaded[name])) for name, value in tensors.items())
 
 
@@ -142,7 +142,7 @@ def in_shards(base, part):
 def test_weights_in_shards_pass(base, part):
     tensors = in_shards(base, part)
     check_base_weights(base, (part,))
-    loaded = load_model(model_class_of(part), base / part).state_dict()
+    loaded = load_model(model_class_of(part, base), base / part).state_dict()
     assert all(torch.equal(loaded[name], value.to(loaded[name])) for name, value in tensors.items())
 
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
-from stages.cogvideox.configs import read_configs
-from stages.cogvideox.inputs import rotary_positions
 from stages.probe_blocks.blockwise import BlockwiseTransformer
+from stages.students.registry import read_configs
 from stages.train_student.step import StudentInputs
 from tests.stages.train_student.conftest import LATENT, TEXT, save_pipeline, tiny_transformer
 
@@ -34,17 +33,15 @@ def test_tokens_are_those_of_the_whole_model(tmp_path, changes, dtype):
     configs = read_configs(base)
     torch.manual_seed(1)
     frames = LATENT[0] + configs.padding(LATENT[0])
-    rotary = None
-    if changes.get("use_rotary_positional_embeddings", True):
-        rotary = rotary_positions(configs, frames, *LATENT[2:], CPU)
     channels = changes.get("in_channels", LATENT[1])
+    of_clips = configs.transformer_inputs(
+        torch.randn(1, frames, channels, *LATENT[2:]).to(dtype),
+        torch.randn(1, *TEXT).to(dtype),
+        torch.tensor([700]),
+    )
     inputs = StudentInputs(
-        latents_BFCHW=torch.randn(1, frames, channels, *LATENT[2:]).to(dtype),
-        text_BLD=torch.randn(1, *TEXT).to(dtype),
-        timestep_B=torch.tensor([700]),
+        transformer=configs.shape_inputs(frames, *LATENT[2:], CPU) | of_clips,
         token_grid=configs.token_grid(LATENT[0], *LATENT[2:]),
-        rotary=rotary,
-        ofs=None if configs.ofs is None else torch.tensor([configs.ofs]),
         time_weights={},
     )
 
@@ -53,13 +50,7 @@ def test_tokens_are_those_of_the_whole_model(tmp_path, changes, dtype):
     for block in whole.eval().transformer_blocks:
         block.register_forward_hook(lambda module, given, output: expected.append(output))
     with torch.no_grad():
-        whole(
-            hidden_states=inputs.latents_BFCHW,
-            encoder_hidden_states=inputs.text_BLD,
-            timestep=inputs.timestep_B,
-            ofs=inputs.ofs,
-            image_rotary_emb=inputs.rotary,
-        )
+        whole(**inputs.transformer)
 
     blockwise = BlockwiseTransformer(base, dtype, CPU)
     state = blockwise.embed(inputs)

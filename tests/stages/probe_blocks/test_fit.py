@@ -5,13 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from stages.cogvideox.configs import read_configs
 from stages.local_gram_flow import local_gram_flow
 from stages.probe_blocks.blockwise import TokenState
 from stages.probe_blocks.config import ProbeConfig
 from stages.probe_blocks.fit import LinearProbe, ProbeItem
 from stages.probe_blocks.probe import linear_heads
 from stages.probe_blocks.results import BlockLosses, ProbeResults
+from stages.students.registry import read_configs
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import Batch
 from stages.train_student.objectives.config import LgfConfig

@@ -6,7 +6,6 @@ from diffusers import CogVideoXPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from stages.cogvideox.weights import hash_transformer
 from stages.config import BaseModelConfig
 from stages.sample_videos.runs import (
     BASE_SETTING,
@@ -15,6 +14,7 @@ from stages.sample_videos.runs import (
     find_export,
     newest_finished_run,
 )
+from stages.students.weights import hash_transformer
 
 BASE = BaseModelConfig(path="base")
 

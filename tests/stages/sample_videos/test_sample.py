@@ -335,9 +335,9 @@ def test_a_whole_transformer_has_no_adapters_to_scale(config, base, clips, full_
 
 def test_a_pipeline_of_another_family_is_refused(config, clips, base, tmp_path):
     copy = shutil.copytree(base.path, tmp_path / "copy")
-    index = json.loads((copy / "model_index.json").read_text()) | {"_class_name": "WanPipeline"}
+    index = json.loads((copy / "model_index.json").read_text()) | {"_class_name": "LTXPipeline"}
     (copy / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"is a WanPipeline; model\.path must be one of"):
+    with pytest.raises(ValueError, match=r"is a LTXPipeline; model\.path must be one of"):
         draw(config, BaseModelConfig(path=str(copy)), clips)
 
 

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from stages.cogvideox.sampler import check_size
 from stages.config import BaseModelConfig
 from stages.sample_videos.requests import VideoRequest
 from stages.sample_videos.sample import open_video_model
+from stages.students.registry import read_configs
 
 
 def test_learned_positions_fit_one_size(base, clips, tmp_path):
@@ -20,10 +20,10 @@ def test_learned_positions_fit_one_size(base, clips, tmp_path):
     file = copy / "transformer" / "config.json"
     settings = json.loads(file.read_text()) | {"use_learned_positional_embeddings": True}
     file.write_text(json.dumps(settings))
-    check_size(copy, clips)
+    read_configs(copy).check_video_size(clips)
     with pytest.raises(ValueError, match=r"learned positions for 32x48 .* got 32x64"):
-        check_size(copy, clips.model_copy(update={"width": 64}))
-    check_size(Path(base.path), clips.model_copy(update={"width": 64}))
+        read_configs(copy).check_video_size(clips.model_copy(update={"width": 64}))
+    read_configs(Path(base.path)).check_video_size(clips.model_copy(update={"width": 64}))
 
 
 def test_what_changes_the_pixels_is_part_of_the_settings(config, base, clips, lora_run, full_run):

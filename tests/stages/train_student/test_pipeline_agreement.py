@@ -7,8 +7,8 @@ import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from PIL import Image
 
-from stages.cogvideox.configs import read_configs
-from stages.cogvideox.inputs import image_condition, pad_in_front
+from stages.students.cogvideox.inputs import image_condition, pad_in_front
+from stages.students.registry import read_configs
 from stages.train_student.data.dataset import Batch
 from stages.train_student.model.student import Student
 from stages.train_student.step import TrainingStep

@@ -1,6 +1,7 @@
 """What the training step makes of a batch: its losses, their weights, and their sum."""
 
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from stages.cogvideox.configs import read_configs
-from stages.cogvideox.diffusion import cumulative_alphas
+from stages.students.cogvideox.configs import CogVideoXConfigs
+from stages.students.cogvideox.diffusion import cumulative_alphas
+from stages.students.registry import read_configs
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import Batch
 from stages.train_student.model.student import Student
@@ -88,8 +90,8 @@ def test_features_on_sam2s_own_grid_are_compared_on_the_students(tiny, step):
     valid_BT[1, -1] = False
     student_BTHWC = _random(99, 2, LENGTH, *tiny.GRID, 4)
 
-    def student(latents_BFCHW, *rest):
-        return latents_BFCHW, {"lgf": student_BTHWC}
+    def student(inputs, *rest):
+        return inputs["hidden_states"], {"lgf": student_BTHWC}
 
     made = step(TeacherLayout(native=True, parts=2), lgf={"radius": 1, "temperature": 0.2})
     found_B = made(student, _batch(tiny, teacher_BTHWC, valid_BT), 0).auxiliary_B["lgf"]
@@ -106,8 +108,8 @@ def test_features_on_the_students_grid_are_not_touched(tiny, step):
     features_BTHWC = _random(0, 2, LENGTH, *tiny.GRID, 4)
     valid_BT = torch.ones(2, LENGTH, dtype=torch.bool)
 
-    def student(latents_BFCHW, *rest):
-        return latents_BFCHW, {"lgf": features_BTHWC}
+    def student(inputs, *rest):
+        return inputs["hidden_states"], {"lgf": features_BTHWC}
 
     losses = step(lgf={"radius": 1})(student, _batch(tiny, features_BTHWC.half(), valid_BT), 0)
     assert losses.auxiliary_B["lgf"].max() < 1e-5
@@ -161,8 +163,8 @@ def _full_batch(tiny, frames=9, *, maps=None, size=(4, 6), device="cpu", dtype="
 def _student(tiny, config, *, frame_rate=True, **changes):
     transformer = tiny.tiny_transformer(**changes)
     torch.manual_seed(1)
-    configs = SimpleNamespace(
-        transformer=transformer.config, patch_size_t=changes.get("patch_size_t", 1)
+    configs = CogVideoXConfigs(
+        folder=Path(), transformer=dict(transformer.config), vae={}, scheduler={}
     )
     features = SimpleNamespace(shape=tiny.teacher_shapes()["features"])
     teacher = SimpleNamespace(arrays={"features": features})

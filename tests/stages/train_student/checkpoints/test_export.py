@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from stages.cogvideox.configs import read_configs
 from stages.config import BaseModelConfig
 from stages.demo.tiny_cogvideox import build_tiny_cogvideox
 from stages.sample_videos.config import SampleConfig
+from stages.students.registry import read_configs
 from stages.train_student.checkpoints.export import export_checkpoint
 from tests.stages.sampling import sample_frames
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from stages.sample_videos.runs import LORA_FILES, find_export
+from stages.students.cogvideox.configs import CogVideoXConfigs
 from stages.train_student.checkpoints.lora_formats import write_adapters
 from stages.train_student.config import LoraSettings
 from stages.train_student.model.lora import add_adapters, lora_config
@@ -64,7 +65,7 @@ def written(tiny, tmp_path):
             if parameter.requires_grad:
                 parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
         layers = get_peft_model_state_dict(transformer)
-        write_adapters(layers, lora_config(adapters), tmp_path, form)
+        write_adapters(layers, lora_config(adapters), CogVideoXConfigs, tmp_path, form)
         return change(tiny, transformer)
 
     return write
@@ -188,7 +189,7 @@ def test_bf16_weights_are_scaled_before_they_are_rounded(tmp_path):
         for side, shape in (("A", (3, 32)), ("B", (32, 3)))
     }
     settings = lora_config(LoraSettings(rank=3, alpha=1.0, rank_stabilized=True))
-    write_adapters(layers, settings, tmp_path, "comfyui")
+    write_adapters(layers, settings, CogVideoXConfigs, tmp_path, "comfyui")
     file = load_file(tmp_path / LORA_FILES["comfyui"])
     exact = layers["transformer_blocks.0.attn1.to_q.lora_B.weight"].double() / math.sqrt(3)
     found = file["diffusion_model.blocks.0.q.lora_B.weight"]

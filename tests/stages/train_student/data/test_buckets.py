@@ -6,9 +6,9 @@ import pytest
 
 from cache_schema import ArraySpec, StoreNotFound, StoreReader, StoreSettings, StoreWriter
 from stages.clips.config import ClipsConfig
-from stages.cogvideox.configs import read_configs
 from stages.config import BaseModelConfig
 from stages.progress import SilentProgress
+from stages.students.registry import read_configs
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.checks import check_stores
 from stages.train_student.data.dataset import CachedSamples

@@ -10,7 +10,7 @@ import torch
 from cache_schema import ArraySpec, ClipMissing, CorruptClip, StoreSettings, StoreWriter
 from cache_schema.maintenance.drop import drop_clips
 from cache_schema.maintenance.merge import merge_stores
-from stages.cogvideox.configs import read_configs
+from stages.students.registry import read_configs
 from stages.train_student.data import dataset
 from stages.train_student.data.dataset import (
     ATTEMPTS,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cache_schema import CacheError, CorruptClip, StoreReader, StoreUnreachable
-from stages.cogvideox.configs import read_configs
+from stages.students.registry import read_configs
 from stages.train_student.data import dataset
 from stages.train_student.data.dataset import (
     ATTEMPTS,

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from cache_schema import CorruptClip, StoreReader, StoreWriter
-from stages.cogvideox.configs import read_configs
+from stages.students.latents import sample_posterior
+from stages.students.registry import read_configs
 from stages.train_student.config import KIND_OF_FORM
-from stages.train_student.data.dataset import CachedSamples, join_batches, sample_posterior
+from stages.train_student.data.dataset import CachedSamples, join_batches
 from stages.train_student.data.loader import BatchLoader
 from stages.train_student.data.order import clip_of_sample
 from tests.cache_schema.servers import serving

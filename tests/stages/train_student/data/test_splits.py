@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.cogvideox.configs import read_configs
+from stages.students.registry import read_configs
 from stages.train_student.data.dataset import CachedSamples
 from stages.train_student.data.splits import choose_held_out
 from tests.stages.train_student.data.joined import join_stores

@@ -5,7 +5,7 @@ import pytest
 
 from cache_schema import ArraySpec, CacheError, StoreNotFound, StoreSettings, StoreWriter
 from stages.clips.config import ClipsConfig
-from stages.cogvideox.configs import read_configs
+from stages.students.registry import read_configs
 from stages.train_student.config import KIND_OF_FORM
 from stages.train_student.data.checks import check_stores
 from tests.fingerprints import fingerprint_of

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from cache_schema import StoreNotFound
-from stages.cogvideox.configs import read_configs
 from stages.local_gram_flow import time_weights
+from stages.students.registry import read_configs
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.checks import check_stores
 from stages.train_student.data.dataset import CachedSamples, join_batches
@@ -113,7 +113,7 @@ def test_each_loss_gets_the_teacher_that_it_names(tiny, cache, base_model):
     heads = build_heads(config, configs, stores.teacher.settings, visual=stores.visual.settings)
     tokens = torch.randn(2, 3, 2, 3, 32)
     features = {name: head(tokens, weights[name]) for name, head in heads.items()}
-    losses = step(lambda latents, *_: (latents, features), batch, 0)
+    losses = step(lambda inputs, *_: (inputs["hidden_states"], features), batch, 0)
     target = torch.nn.functional.interpolate(
         batch.visual["features"].float().flatten(0, 1).permute(0, 3, 1, 2),
         (2, 3),

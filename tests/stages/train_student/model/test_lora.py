@@ -1,11 +1,13 @@
 """Adapters: what they compute, against float64; their names in files; wrong targets."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model_state_dict
 
+from stages.students.cogvideox.configs import CogVideoXConfigs
 from stages.train_student.config import LoraSettings
 from stages.train_student.model.lora import add_adapters, check_targets, exported_name
 
@@ -76,10 +78,11 @@ def test_exported_names_are_those_of_peft(tiny, kind):
     ],
 )
 def test_wrong_targets_are_refused_with_near_names(tiny, target, told):
-    configuration = dict(tiny.tiny_transformer().config)
+    transformer = dict(tiny.tiny_transformer().config)
+    configs = CogVideoXConfigs(folder=Path(), transformer=transformer, vae={}, scheduler={})
     with pytest.raises(ValueError, match=told):
-        check_targets(LoraSettings(target_modules=("to_q", target)), configuration)
-    check_targets(LoraSettings(), configuration)
+        check_targets(LoraSettings(target_modules=("to_q", target)), configs)
+    check_targets(LoraSettings(), configs)
 
 
 def test_wrong_targets_are_refused_before_any_weight_is_loaded(train, monkeypatch, tmp_path):

@@ -3,9 +3,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from stages.cogvideox.configs import read_configs
-from stages.cogvideox.inputs import rotary_positions
 from stages.local_gram_flow import time_weights
+from stages.students.registry import read_configs
 from stages.train_student.config import TrainConfig
 from stages.train_student.model.loading import build_student
 from stages.train_student.model.student import (
@@ -35,13 +34,12 @@ def inputs(tiny, base_model):
     torch.manual_seed(1)
     configs = read_configs(base_model)
     frames, _, height, width = tiny.LATENT
+    of_clips = configs.transformer_inputs(
+        torch.randn(2, *tiny.LATENT), torch.randn(2, *tiny.TEXT), torch.tensor([3, 700])
+    )
     return (
-        torch.randn(2, *tiny.LATENT),
-        torch.randn(2, *tiny.TEXT),
-        torch.tensor([3, 700]),
+        configs.shape_inputs(frames, height, width, torch.device("cpu")) | of_clips,
         configs.token_grid(frames, height, width),
-        rotary_positions(configs, frames, height, width, torch.device("cpu")),
-        None,
         {"lgf": time_weights(9, 9), "mask": time_weights(9, 9)},
     )
 
@@ -71,7 +69,7 @@ def test_tokens_are_the_images_alone_in_the_order_t_h_w(tiny, inputs):
     with torch.no_grad():
         tokens_BJHWC = student(*inputs)[1]["lgf"]
         patches = functional.conv2d(
-            inputs[0].flatten(0, 1),
+            inputs[0]["hidden_states"].flatten(0, 1),
             transformer.patch_embed.proj.weight,
             transformer.patch_embed.proj.bias,
             stride=2,

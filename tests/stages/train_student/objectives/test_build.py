@@ -144,8 +144,7 @@ FEATURES = SimpleNamespace(arrays={"features": SimpleNamespace(shape=(9, 2, 3, 2
 
 
 def base(patch_size_t=1):
-    transformer = {"num_attention_heads": 2, "attention_head_dim": 8}
-    return SimpleNamespace(transformer=transformer, patch_size_t=patch_size_t)
+    return SimpleNamespace(width=16, patch_size_t=patch_size_t)
 
 
 def test_each_objective_has_a_head_of_its_own_width():

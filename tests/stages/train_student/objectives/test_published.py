@@ -133,9 +133,7 @@ def visual_settings(maps, grid, channels, **values):
     return StoreSettings(kind="visual", arrays={"features": spec}, values=values)
 
 
-BASE = SimpleNamespace(
-    transformer={"num_attention_heads": 2, "attention_head_dim": 4}, patch_size_t=1
-)
+BASE = SimpleNamespace(width=8, patch_size_t=1)
 
 
 TUBELETS = {"time_rate": "tubelet", "frames_per_map": 2, "grid_source": "native"}

@@ -29,16 +29,10 @@ def clips_of(step):
 
 
 def loss_of(student, configs, clips, device, dtype):
-    from stages.cogvideox.inputs import rotary_positions
-
     noisy, text, timestep, target = (tensor.to(device) for tensor in clips)
-    velocity, _ = student(
-        noisy.to(dtype),
-        text.to(dtype),
-        timestep,
-        configs.token_grid(FRAMES, HEIGHT, WIDTH),
-        rotary_positions(configs, FRAMES, HEIGHT, WIDTH, torch.device(device)),
-    )
+    of_clips = configs.transformer_inputs(noisy.to(dtype), text.to(dtype), timestep)
+    of_shape = configs.shape_inputs(FRAMES, HEIGHT, WIDTH, torch.device(device))
+    velocity, _ = student(of_shape | of_clips, configs.token_grid(FRAMES, HEIGHT, WIDTH))
     return (velocity.float() - target).square().mean()
 
 
@@ -69,7 +63,7 @@ class PeakMemory:
 
 
 def train(case, base):
-    from stages.cogvideox.configs import read_configs
+    from stages.students.registry import read_configs
     from stages.train_student.config import TrainConfig
     from stages.train_student.model.loading import build_student
     from stages.train_student.parallel.deepspeed import (

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.cogvideox.configs import read_configs
+from stages.students.registry import read_configs
 from stages.train_student.model.loading import load_transformer
 from stages.train_student.model.student import Student
 from stages.train_student.parallel.deepspeed import why_no_nvme

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from stages.cogvideox.configs import read_configs
+from stages.students.registry import read_configs
 from stages.train_student.config import TrainConfig
 from stages.train_student.parallel.ema import (
     SavedAverage,

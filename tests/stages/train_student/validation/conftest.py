@@ -2,8 +2,8 @@
 
 import pytest
 
-from stages.cogvideox.configs import read_configs
 from stages.demo.tiny_cogvideox import build_tiny_cogvideox
+from stages.students.registry import read_configs
 
 PROMPTS = ["a person walks to the right", "a cat", "a dog"]
 

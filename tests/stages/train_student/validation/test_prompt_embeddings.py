@@ -6,9 +6,9 @@ import diffusers
 import pytest
 import torch
 
-from stages.cogvideox.configs import read_configs
 from stages.config import BaseModelConfig
 from stages.progress import SilentProgress
+from stages.students.registry import read_configs
 from stages.train_student.config import TrainConfig
 from stages.train_student.parallel.process_group import World
 from stages.train_student.validation.samples import embed_prompts

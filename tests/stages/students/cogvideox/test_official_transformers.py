@@ -7,8 +7,8 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from stages.clips.config import ClipsConfig
-from stages.cogvideox.inputs import rotary_positions
-from stages.cogvideox.official_models import official_configs
+from stages.students.cogvideox.inputs import rotary_positions
+from stages.students.official_models import official_configs
 from stages.train_student.config import TrainConfig
 from stages.train_student.step import TrainingStep
 from stages.train_student.step_costs import (
@@ -73,7 +73,7 @@ def test_token_grid_positions_and_scales_are_the_models(name, configs, size):
     assert configs.image_to_video == name.endswith("i2v")
     assert configs.ofs == (2.0 if name == "cogvideox1.5-5b-i2v" else None)
     padded = latents[0] + configs.padding(latents[0])
-    rotary = rotary_positions(configs, padded, *latents[1:], META)
+    rotary = rotary_positions(configs.transformer, padded, *latents[1:], META)
     if name == "cogvideox-2b":
         assert rotary is None
     else:

@@ -1,4 +1,4 @@
-"""Video generation with a CogVideoX diffusers pipeline: assembly, input image, denoising loop."""
+"""Video generation with a student's diffusers pipeline: assembly, input image, denoising loop."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,35 +10,35 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stages.clips import ClipsConfig
 from stages.clips.geometry import FrameGeometry, cover_and_crop
-from stages.cogvideox.configs import VAE_SPATIAL_COMPRESSION, read_model_index
-from stages.config import SchedulerName
 from stages.files.weight_checks import read_config
-
-PIPELINES = {"CogVideoXPipeline": False, "CogVideoXImageToVideoPipeline": True}
-"""Supported pipeline classes, and whether they take an image."""
-_DEFAULT_FPS = 8.0
-"""CogVideoX 1.0's frame rate, used if `data.fps` is null."""
+from stages.students.registry import read_model_index, student_of_pipeline
+from stages.students.student import StudentConfigs
 
 
 def pipeline_class(base: Path) -> str:
     """Name of the diffusers class of the pipeline in a folder.
 
     Raises:
-        ValueError: The folder is not a CogVideoX pipeline.
+        ValueError: The folder is not a pipeline of a supported student.
     """
-    class_name = read_model_index(base).get("_class_name")
-    if not isinstance(class_name, str) or class_name not in PIPELINES:
-        raise ValueError(
-            f"the base model {base} is a {class_name}; model.path must be one of {list(PIPELINES)}"
-        )
-    return class_name
+    return str(read_model_index(base)[0]["_class_name"])
+
+
+def takes_image(base: Path) -> bool:
+    """Whether the pipeline in a folder makes videos from an image.
+
+    Raises:
+        ValueError: As `pipeline_class`.
+    """
+    index, student = read_model_index(base)
+    return student.PIPELINES[index["_class_name"]]
 
 
 def build_pipeline(base: Path, **parts: Any) -> Any:
     """Load the pipeline in a folder, with `parts` as components that are loaded already or None.
 
     Raises:
-        ValueError: The folder is not a CogVideoX pipeline, or a component cannot be loaded.
+        ValueError: The folder is not a supported pipeline, or a component cannot be loaded.
     """
     import diffusers
 
@@ -54,42 +54,6 @@ def build_pipeline(base: Path, **parts: Any) -> Any:
             f"the pipeline in {base} cannot be built ({type(error).__name__}: {error}); check its "
             f"model_index.json and {scheduler}"
         ) from error
-
-
-def set_scheduler(pipeline: Any, name: SchedulerName) -> None:
-    """Choose a pipeline's sampler; `ddim` and `dpm` as CogVideoX's own scripts build them."""
-    import diffusers
-
-    if name == "model":
-        return
-    scheduler = (
-        diffusers.CogVideoXDDIMScheduler if name == "ddim" else diffusers.CogVideoXDPMScheduler
-    )
-    pipeline.scheduler = scheduler.from_config(
-        pipeline.scheduler.config, timestep_spacing="trailing"
-    )
-
-
-def check_size(base: Path, clips: ClipsConfig) -> None:
-    """Check that the pipeline in a folder can generate videos of a size (`ValueError`).
-
-    Learned position embeddings (CogVideoX-5b-I2V) fit one height and width.
-    """
-    config = read_config(base / "transformer" / "config.json")
-    if not config.get("use_learned_positional_embeddings"):
-        return
-    height = int(config.get("sample_height", 60)) * VAE_SPATIAL_COMPRESSION
-    width = int(config.get("sample_width", 90)) * VAE_SPATIAL_COMPRESSION
-    if (clips.height, clips.width) != (height, width):
-        raise ValueError(
-            f"{base} has learned positions for {height}x{width} and generates no other size, got "
-            f"{clips.height}x{clips.width}; set sample.height={height} sample.width={width}"
-        )
-
-
-def output_fps(clips: ClipsConfig) -> float:
-    """Frames per second of generated videos."""
-    return clips.fps or _DEFAULT_FPS
 
 
 def first_frame(image: Path, clips: ClipsConfig) -> Image.Image:
@@ -144,10 +108,16 @@ def _read_image(image: Path, clips: ClipsConfig) -> tuple[np.ndarray, FrameGeome
         *picture_HWC.shape[:2],
         height=clips.height,
         width=clips.width,
-        source_fps=output_fps(clips),
+        source_fps=clips.fps or 1.0,  # one picture has no rate
         sampling="consecutive",
     )
     return picture_HWC, geometry
+
+
+def student_of(pipeline: Any) -> type[StudentConfigs]:
+    """The family of a loaded pipeline."""
+    found = (student_of_pipeline(one.__name__) for one in type(pipeline).__mro__)
+    return next(student for student in found if student is not None)
 
 
 def generate_video(
@@ -164,7 +134,7 @@ def generate_video(
     """Generate one video with a diffusers pipeline.
 
     Args:
-        pipeline: Instance of a class in `PIPELINES`.
+        pipeline: Instance of a class in a student's `PIPELINES`.
         clips: Height, width and number of frames.
         steps: Denoising steps.
         guidance: Classifier-free guidance scale; 1 disables it.
@@ -181,17 +151,17 @@ def generate_video(
         on_step()
         return tensors
 
+    student = student_of(pipeline)
     video_THWC: np.ndarray = pipeline(
         height=clips.height,
         width=clips.width,
         num_frames=clips.num_frames,
         num_inference_steps=steps,
         guidance_scale=guidance,
-        use_dynamic_cfg=dynamic_cfg,
-        max_sequence_length=pipeline.transformer.config.max_text_seq_length,
         generator=torch.Generator().manual_seed(seed),
         output_type="np",
         callback_on_step_end=on_step_end,
+        **student.sampling_arguments(pipeline, dynamic_cfg=dynamic_cfg),
         **inputs,
     ).frames[0]
     return video_THWC

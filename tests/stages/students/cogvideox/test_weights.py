@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
-from stages.cogvideox.weights import hash_transformer
+from stages.students.weights import hash_transformer
 
 
 def save(folder, *, dtype=torch.float32, change=None, **options):

@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 
-from stages.cogvideox.official_models import FOLDER, NAMES, configs_for_estimate, official_configs
 from stages.config import BaseModelConfig
+from stages.students.cogvideox.official_models import FOLDER, NAMES
+from stages.students.official_models import configs_for_estimate, official_configs
 
 HUB_IDS = {
     "zai-org/CogVideoX-2b": "cogvideox-2b",

@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
-from stages.cogvideox.diffusion import cumulative_alphas, noisy_latents, velocity
-from stages.cogvideox.inputs import pad_in_front
-from stages.cogvideox.official_models import NAMES as OFFICIAL
-from stages.cogvideox.official_models import official_configs
+from stages.students.cogvideox.diffusion import cumulative_alphas, noisy_latents, velocity
+from stages.students.cogvideox.inputs import pad_in_front
+from stages.students.cogvideox.official_models import NAMES as OFFICIAL
+from stages.students.official_models import official_configs
 
 STEPS = 50
 TIMESTEPS = (19, 259, 499, 739, 999)

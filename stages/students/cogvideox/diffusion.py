@@ -91,5 +91,36 @@ def diffusion_loss(
     return (predicted_BFCHW.to(target_BFCHW.dtype) - target_BFCHW).square().flatten(1).mean(1)
 
 
+class VelocitySchedule:
+    """The schedule with v-prediction, in float32 on a device (`NoiseSchedule`)."""
+
+    def __init__(self, scheduler_config: Mapping[str, Any], device: torch.device) -> None:
+        """Compute the schedule.
+
+        Raises:
+            ValueError: As `cumulative_alphas`.
+        """
+        self._abar_S = cumulative_alphas(scheduler_config).float().to(device)
+
+    def signal(self, timestep_B: Tensor) -> Tensor:
+        """abar_B."""
+        return self._abar_S[timestep_B]
+
+    def noisy_latents(self, clean_BFCHW: Tensor, noise_BFCHW: Tensor, timestep_B: Tensor) -> Tensor:
+        """See `noisy_latents`."""
+        return noisy_latents(clean_BFCHW, noise_BFCHW, self.signal(timestep_B))
+
+    def diffusion_loss(
+        self, predicted_BFCHW: Tensor, clean_BFCHW: Tensor, noise_BFCHW: Tensor, timestep_B: Tensor
+    ) -> Tensor:
+        """See `diffusion_loss`."""
+        abar_B = self.signal(timestep_B)
+        return diffusion_loss(predicted_BFCHW, clean_BFCHW, noise_BFCHW, abar_B)
+
+    def model_timestep(self, timestep_B: Tensor) -> Tensor:
+        """The timestep itself: int64."""
+        return timestep_B
+
+
 def _per_clip(abar_B: Tensor, like_BFCHW: Tensor) -> Tensor:
     return abar_B.to(like_BFCHW).view(-1, *[1] * (like_BFCHW.ndim - 1))

@@ -3,12 +3,13 @@
 Legend: B clip, F latent frame, C channel, H W latent.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch import Tensor
-
-from stages.cogvideox.configs import CogVideoXConfigs
 
 
 def pad_in_front(latents_FCHW: Tensor, frames: int) -> Tensor:
@@ -28,7 +29,7 @@ def image_condition(image_1CHW: Tensor, num_latents: int) -> Tensor:
 
 
 def rotary_positions(
-    configs: CogVideoXConfigs,
+    transformer: Mapping[str, Any],
     num_latents: int,
     latent_height: int,
     latent_width: int,
@@ -37,11 +38,12 @@ def rotary_positions(
     """Cosines and sines of the rotary embedding, each [tokens, head_dim]; None for sin-cos models.
 
     Args:
+        transformer: the transformer's configuration.
         num_latents: latent frames, padding included.
 
     Source: CogVideoXPipeline._prepare_rotary_positional_embeddings.
     """
-    config = configs.transformer
+    config = transformer
     if not config["use_rotary_positional_embeddings"]:
         return None
     patch = config["patch_size"]

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from stages.cogvideox.diffusion import (
+from stages.students.cogvideox.diffusion import (
     cumulative_alphas,
     diffusion_loss,
     noisy_latents,

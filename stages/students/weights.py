@@ -16,8 +16,9 @@ from stages.files.weight_checks import (
     refuse_lfs_pointer,
     stored_tensors,
 )
+from stages.students.registry import image_parts, read_model_index
 
-Part = Literal["tokenizer", "text_encoder", "vae", "transformer"]
+Part = Literal["tokenizer", "text_encoder", "vae", "transformer", "image_encoder"]
 """Pipeline components with weights or vocabularies."""
 
 _VOCABULARIES = ("tokenizer.json", "spiece.model")
@@ -47,7 +48,7 @@ def hash_pipeline(folder: Path, parts: Sequence[Part]) -> str:
     """16-digit hash of what a pipeline computes with: weights as `hash_transformer`, and scheduler.
 
     Args:
-        folder: A CogVideoX pipeline.
+        folder: A pipeline.
         parts: The components with weights that are used; the tokenizer is not hashed.
 
     Raises:
@@ -56,7 +57,7 @@ def hash_pipeline(folder: Path, parts: Sequence[Part]) -> str:
     scheduler = read_config(folder / "scheduler" / "scheduler_config.json")
     hashes = [
         _hash_tensors(
-            folder / part, "model" if part == "text_encoder" else "diffusion_pytorch_model"
+            folder / part, "model" if part.endswith("_encoder") else "diffusion_pytorch_model"
         )
         for part in parts
         if part != "tokenizer"
@@ -86,7 +87,7 @@ def check_base_weights(folder: Path, parts: Sequence[Part]) -> None:
     """Check that components are complete and match their configurations, without loading weights.
 
     Args:
-        folder: a downloaded CogVideoX pipeline.
+        folder: a downloaded pipeline.
         parts: components to check; a tokenizer is checked against the text encoder's config.
 
     Raises:
@@ -96,18 +97,29 @@ def check_base_weights(folder: Path, parts: Sequence[Part]) -> None:
         if part == "tokenizer":
             load_tokenizer(folder)
         else:
-            check_weights(model_class_of(part), folder / part)
+            check_weights(model_class_of(part, folder), folder / part)
 
 
-def model_class_of(part: Part) -> Any:
-    """The diffusers or transformers class of a component with weights."""
-    if part == "text_encoder":
-        from transformers import T5EncoderModel
+def model_class_of(part: Part, folder: Path) -> Any:
+    """The diffusers or transformers class of a component of the pipeline in a folder.
 
-        return T5EncoderModel
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+    Raises:
+        ValueError: As `read_model_index`.
+    """
+    index, student = read_model_index(folder)
+    named = index.get(part)
+    return student.model_class(part, None if named is None else named[1])
 
-    return AutoencoderKLCogVideoX if part == "vae" else CogVideoXTransformer3DModel
+
+def sampling_parts(folder: Path) -> tuple[Part, ...]:
+    """Components with weights or vocabularies that the pipeline in a folder samples with."""
+    _, *of_image = latents_parts(folder)
+    return ("tokenizer", "text_encoder", "vae", "transformer", *of_image)
+
+
+def latents_parts(folder: Path) -> tuple[Part, ...]:
+    """Components with weights that encode a clip and its first frame."""
+    return ("vae", "image_encoder") if image_parts(folder) else ("vae",)
 
 
 def parts_are_here(model: BaseModelConfig, folder: Path, parts: Sequence[Part]) -> bool:

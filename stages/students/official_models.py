@@ -1,42 +1,37 @@
-"""Configurations of the official CogVideoX models, bundled so that they need no download."""
+"""Bundled configurations of the students' official models, so that estimates need no download."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from stages.cogvideox.configs import (
-    BASE_CONFIGS,
-    TEXT_ENCODER_CONFIG,
-    CogVideoXConfigs,
-    read_configs,
-    resolve_base_model,
-)
 from stages.config import BaseModelConfig
 from stages.files.weight_checks import read_config
+from stages.students.cogvideox import official_models as cogvideox
+from stages.students.hub import resolve_base_model
+from stages.students.registry import BASE_CONFIGS, TEXT_ENCODER_CONFIG, read_configs
+from stages.students.student import StudentConfigs
 
-FOLDER = Path(__file__).parent
-NAMES = (
-    "cogvideox-2b",
-    "cogvideox-5b",
-    "cogvideox-5b-i2v",
-    "cogvideox1.5-5b",
-    "cogvideox1.5-5b-i2v",
-)
-"""Folders in this package: the hub's names in lower case."""
-_OWNERS = ("zai-org", "thudm")
-"""Owners on the hub; the second is the old name, which the hub still redirects."""
+_FAMILIES = (cogvideox,)
+FOLDERS = {name: family.FOLDER / name for family in _FAMILIES for name in family.NAMES}
+"""Folder of every bundled model, by the hub's name in lower case."""
+_HUB_IDS = {
+    f"{owner}/{name}": name
+    for family in _FAMILIES
+    for owner in family.OWNERS
+    for name in family.NAMES
+}
 
 
-def official_configs(name: str) -> CogVideoXConfigs:
-    """Bundled configurations of one of `NAMES`."""
-    configs = read_configs(FOLDER / name)
-    return replace(configs, text_encoder=read_config(FOLDER / TEXT_ENCODER_CONFIG))
+def official_configs(name: str) -> StudentConfigs:
+    """Bundled configurations of one of `FOLDERS`."""
+    configs = read_configs(FOLDERS[name])
+    text_encoder = read_config(FOLDERS[name].parent / TEXT_ENCODER_CONFIG)
+    return replace(configs, text_encoder=text_encoder)
 
 
 def configs_for_estimate(
     model: BaseModelConfig, *, text_encoder: bool = False
-) -> tuple[CogVideoXConfigs, tuple[str, ...]]:
+) -> tuple[StudentConfigs, tuple[str, ...]]:
     """Configurations of a base model, without a download if it is an official one.
 
     Args:
@@ -64,18 +59,17 @@ def configs_for_estimate(
 
 
 def _official_name(model: BaseModelConfig) -> str | None:
-    """Name in `NAMES` of an official hub model without a pinned revision; None for others."""
-    owner, _, name = model.path.lower().partition("/")
-    if model.is_local or model.revision is not None or owner not in _OWNERS or name not in NAMES:
+    """Name in `FOLDERS` of an official hub model without a pinned revision; None for others."""
+    if model.is_local or model.revision is not None:
         return None
-    return name
+    return _HUB_IDS.get(model.path.lower())
 
 
 def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _differences(configs: CogVideoXConfigs, official: CogVideoXConfigs) -> Iterator[str]:
+def _differences(configs: StudentConfigs, official: StudentConfigs) -> Iterator[str]:
     sections: dict[str, tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]] = {
         "transformer": (configs.transformer, official.transformer),
         "vae": (configs.vae, official.vae),

@@ -1,1 +1,0 @@
-"""CogVideoX: configurations, weight checks, diffusion maths, transformer inputs, sampling."""

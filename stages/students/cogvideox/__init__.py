@@ -1,0 +1,1 @@
+"""CogVideoX: configurations, diffusion maths, transformer inputs, first frames."""
