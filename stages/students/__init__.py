@@ -2,6 +2,6 @@
 
 student.py         the interface: `StudentConfigs`, which each family implements in its folder
 registry.py        which family a pipeline folder is of, by its model_index.json
-cogvideox/         the first family
+cogvideox/, wan/   the families
 hub.py, weights.py, sampler.py, official_models.py   what does not depend on the family
 """

@@ -10,8 +10,9 @@ from stages.students.cogvideox import official_models as cogvideox
 from stages.students.hub import resolve_base_model
 from stages.students.registry import BASE_CONFIGS, TEXT_ENCODER_CONFIG, read_configs
 from stages.students.student import StudentConfigs
+from stages.students.wan import official_models as wan
 
-_FAMILIES = (cogvideox,)
+_FAMILIES = (cogvideox, wan)
 FOLDERS = {name: family.FOLDER / name for family in _FAMILIES for name in family.NAMES}
 """Folder of every bundled model, by the hub's name in lower case."""
 _HUB_IDS = {

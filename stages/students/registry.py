@@ -10,8 +10,9 @@ from torch import nn
 from stages.files.weight_checks import read_config
 from stages.students.cogvideox.configs import CogVideoXConfigs
 from stages.students.student import StudentConfigs
+from stages.students.wan.configs import WanConfigs
 
-STUDENTS: tuple[type[StudentConfigs], ...] = (CogVideoXConfigs,)
+STUDENTS: tuple[type[StudentConfigs], ...] = (CogVideoXConfigs, WanConfigs)
 """The families. A pipeline without a class in its index is taken for one of the first."""
 
 BASE_CONFIGS = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")

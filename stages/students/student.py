@@ -302,8 +302,7 @@ class StudentConfigs(ABC):
         """Reject a size that the pipeline cannot generate (`ValueError`)."""
         return
 
-    @classmethod
-    def check_sampling(cls, *, scheduler: SchedulerName, dynamic_cfg: bool) -> None:
+    def check_sampling(self, *, scheduler: SchedulerName, dynamic_cfg: bool) -> None:
         """Reject settings of sampling that the family does not have (`ValueError`)."""
         return
 

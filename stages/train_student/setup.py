@@ -335,5 +335,7 @@ def check_validation(
             f"{model.path} is an image-to-video model: train.samples.images must name one image "
             f"for each of the {len(samples.prompts)} prompts, got {len(samples.images)}"
         )
+    if samples.prompts:
+        configs.check_sampling(scheduler="model", dynamic_cfg=False)
     for image in samples.images:
         first_frame(image, clips)

@@ -45,7 +45,11 @@ from stages.train_student.logging.rows import (
 )
 from stages.train_student.logging.run_log import RunLog
 from stages.train_student.model.loading import build_student
-from stages.train_student.parallel.deepspeed import deepspeed_engine, describe_batch
+from stages.train_student.parallel.deepspeed import (
+    deepspeed_engine,
+    describe_batch,
+    describe_rounding,
+)
 from stages.train_student.parallel.ema import WeightAverage
 from stages.train_student.parallel.optimizers import describe_new_length
 from stages.train_student.parallel.process_group import (
@@ -160,6 +164,8 @@ def _train(run: Run) -> TrainSummary:
     plan = plan_resume(config, world, run.progress, check=check)
     embeds = embed_prompts(run)
     student = build_student(config, run.configs, run.dtype, heads=run.heads, world=world)
+    if (rounding := describe_rounding(student, config)) is not None:
+        run.progress.log(rounding)
     with ExitStack() as stack:
         universal = plan is not None and plan.universal
         engine = stack.enter_context(deepspeed_engine(student, config, world, universal=universal))

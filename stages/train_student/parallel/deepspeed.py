@@ -251,6 +251,18 @@ def _frozen_in_float32(student: Student, dtype: torch.dtype) -> list[tuple[nn.Pa
     ]
 
 
+def describe_rounding(student: Student, config: TrainConfig) -> str | None:
+    """Log line on weights that are rounded though the model keeps them in float32; or None."""
+    names = getattr(student.transformer, "_keep_in_fp32_modules", None)
+    all_cast = config.method == "full" or config.deepspeed.zero_stage == 3
+    if not names or not all_cast or weights_dtype(config.deepspeed) == torch.float32:
+        return None
+    return (
+        f"warning: {', '.join(names)} run in bf16, which diffusers keeps in float32; they stay so "
+        "with train.method=lora and zero_stage 2 or less, or with train.deepspeed.precision=fp32"
+    )
+
+
 def largest_parameter(module: nn.Module) -> int:
     """Number of elements of the largest parameter, counting sharded ones whole."""
     return max(getattr(p, "ds_numel", p.numel()) for p in module.parameters())

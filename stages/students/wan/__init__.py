@@ -1,0 +1,1 @@
+"""Wan 2.1: configurations, flow matching, first frames."""
