@@ -2,6 +2,7 @@
 # CONFIG is a preset or a YAML file; without it, extract-features, train and sample use the demo.
 #   make demo                                   all steps on the built-in demo
 #   make demo ARGS="--config demo-i2v"           the same for image-to-video
+#   make demo ARGS="--config demo-wan"           the same with a tiny, untrained Wan, on the demo's cache
 #   make extract-features CONFIG=my.yaml ARGS="extract.device=cuda:1"
 #   make train CONFIG=cogvideox-5b-lora
 #   make sample PROMPT="a dog runs over a meadow"

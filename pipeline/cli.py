@@ -85,7 +85,7 @@ def _top(
     ] = False,
     local_rank: LocalRank = None,
 ) -> None:
-    """Fine-tune CogVideoX on the structure of motion in SAM2's memory features.
+    """Fine-tune CogVideoX or Wan on the structure of motion in SAM2's memory features.
 
     extract-features computes a cache from a folder of clips, train fine-tunes the model from the
     cache alone, sample generates videos with the result. probe measures, before training, which
@@ -234,7 +234,7 @@ def export(
         typer.Option(
             "--format",
             help="LoRA key format: diffusers (also for ComfyUI-CogVideoXWrapper and this program), "
-            "comfyui (ComfyUI's own CogVideoX nodes), or kohya (VideoX-Fun).",
+            "comfyui (ComfyUI's own nodes), or kohya (VideoX-Fun; musubi-tuner for Wan).",
         ),
     ] = "diffusers",
     as_json: Json = False,

@@ -40,10 +40,11 @@ class Section(BaseModel):
 
 
 class BaseModelConfig(Section):
-    """The CogVideoX pipeline to fine-tune: an official one, or one saved in the same layout."""
+    """The pipeline to fine-tune, of CogVideoX or Wan: official, or saved in the same layout."""
 
     path: str
-    """Folder of a diffusers pipeline, or its hub id; zai-org/CogVideoX-5b is usual."""
+    """Folder of a diffusers pipeline, or its hub id; zai-org/CogVideoX-5b is usual. Its
+    model_index.json says which family it is of."""
     revision: str | None = None
     """Commit, tag or branch on the hub; null uses the default branch."""
 

@@ -10,8 +10,8 @@ from stages.extract_features.config import Kind
 from stages.progress import Progress
 
 PARTS_OF_KIND: dict[Kind, DemoPart] = {
-    "text": "cogvideox",
-    "latents": "cogvideox",
+    "text": "base_model",
+    "latents": "base_model",
     "teacher": "sam2",
     "gram_flow": "sam2",
     "masks": "sam2",
@@ -42,7 +42,7 @@ def limit_threads(config: RunConfig) -> None:
     A second thread gains such models up to half of the time on an idle machine, and makes tracking
     several times slower beside other processes (`tests/benchmarks/demo_threads.md`).
     """
-    if uses_demo_part(config, "cogvideox") or uses_demo_part(config, "sam2"):
+    if uses_demo_part(config, "base_model") or uses_demo_part(config, "sam2"):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
@@ -50,11 +50,11 @@ def uses_demo_part(config: RunConfig, part: DemoPart) -> bool:
     """Whether the settings point to the demo's own part, generated or not."""
     if config.demo is None:
         return False
-    paths = demo_paths(config.demo.root.expanduser())
+    paths = demo_paths(config.demo.root.expanduser(), config.demo.student)
     teacher = config.extract.teacher
     named: dict[DemoPart, list[tuple[str | Path | None, Path]]] = {
         "clips": [(config.data.path, paths.clips)],
-        "cogvideox": [(config.model.path, paths.base_model)],
+        "base_model": [(config.model.path, paths.base_model)],
         "sam2": [
             (teacher.checkpoint, paths.sam2_checkpoint),
             (teacher.config, paths.sam2_config),

@@ -19,12 +19,13 @@ def steps(config: RunConfig) -> Iterator[tuple[str, Step]]:
     """
     if config.demo is None:
         raise ConfigError("the configuration has no demo section; use --config demo")
+    of_wan = config.demo.student == "wan"  # beside CogVideoX's, in the same root
     options = evaluate.EvaluateOptions(
         run=str(config.train.run_dir),
         against="base",
         # Image-to-video needs first frames, which the run's held-out clips have.
         prompt_file=None if config.demo.image_to_video else PROMPTS,
-        out=config.demo.root.expanduser() / "evaluation",
+        out=config.demo.root.expanduser() / ("evaluation-wan" if of_wan else "evaluation"),
     )
     yield "extract", lambda progress: extract.run(config, progress)
     yield "train", lambda progress: train.run(config, progress)

@@ -69,7 +69,7 @@ def sample_sides(
     from stages.sample_videos.runs import is_run
     from stages.sample_videos.sample import BASE, check_images, open_video_model, sampling_device
 
-    make_missing_assets(config, progress, reads=("cogvideox",))
+    make_missing_assets(config, progress, reads=("base_model",))
     device = sampling_device(config.sample, local_rank=local_rank())
     run_dirs = [None if options.run == BASE else Path(str(options.run))]
     against = None if options.against is None else Path(options.against)

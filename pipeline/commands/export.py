@@ -1,4 +1,4 @@
-"""`export`: a checkpoint's weights for diffusers, ComfyUI or VideoX-Fun."""
+"""`export`: a checkpoint's weights for diffusers, ComfyUI, VideoX-Fun or musubi-tuner."""
 
 import time
 from pathlib import Path
@@ -9,13 +9,13 @@ from stages.progress import Progress
 
 _LOADED_BY = {
     "diffusers": ("in diffusers", "pipe.load_lora_weights({folder!r})"),
-    "comfyui": ("in ComfyUI", "{folder}/comfyui_lora.safetensors with its own CogVideoX nodes"),
-    "kohya": ("in VideoX-Fun", "{folder}/kohya_lora.safetensors as lora_path"),
+    "comfyui": ("in ComfyUI", "{folder}/comfyui_lora.safetensors with its own nodes"),
+    "kohya": (
+        "in VideoX-Fun or musubi-tuner",
+        "{folder}/kohya_lora.safetensors as lora_path or network weights",
+    ),
 }
-_FULL_LOADED_BY = (
-    "in diffusers",
-    "CogVideoXTransformer3DModel.from_pretrained({folder!r}, subfolder='transformer')",
-)
+_FULL_LOADED_BY = ("in diffusers", "{name}.from_pretrained({folder!r}, subfolder='transformer')")
 
 
 def run(
@@ -44,7 +44,8 @@ def run(
         summary = export_checkpoint(run_dir, checkpoint, out, which=weights, form=form)
         task.advance()
     seconds = time.monotonic() - started
-    loaded_by = _FULL_LOADED_BY if summary.method == "full" else _LOADED_BY[form]
+    program, call = _FULL_LOADED_BY if summary.method == "full" else _LOADED_BY[form]
+    call = call.format(folder=str(summary.folder), name=summary.transformer)
     here = f"sam2vx-pipeline sample --run {summary.folder} --prompt …"
     kind = "LoRA" if summary.method == "lora" else "whole transformer"
     return CommandResult(
@@ -53,7 +54,7 @@ def run(
             ("step", str(summary.step)),
             ("weights", "of the last step" if summary.weights == "last" else "averaged"),
             ("exported", f"{kind}, {summary.parameters:,} parameters"),
-            (loaded_by[0], loaded_by[1].format(folder=str(summary.folder))),
+            (program, call),
             *([("in this project", here)] if form == "diffusers" else []),
             ("time", format_time(seconds)),
         ],

@@ -31,7 +31,7 @@ def run(config: RunConfig, progress: Progress, *, out: Path | None = None) -> Co
 
     if world_size() > 1:
         raise ConfigError("probe runs in one process; start it without torchrun or deepspeed")
-    make_missing_assets(config, progress, reads=("cogvideox",))
+    make_missing_assets(config, progress, reads=("base_model",))
     out = out or config.outputs / "probe"
     results = probe_blocks(
         config.probe,

@@ -67,7 +67,7 @@ def run(config: RunConfig, progress: Progress, options: SampleOptions) -> Comman
 
     _check_options(options)
     requests = _requests(config, options)
-    make_missing_assets(config, progress, reads=("cogvideox",))
+    make_missing_assets(config, progress, reads=("base_model",))
     device = sampling_device(config.sample, local_rank=local_rank())
     models = _models(config, options)
     check_images(models[0], requests)

@@ -27,7 +27,7 @@ def run(config: RunConfig, progress: Progress) -> CommandResult:
     from stages.train_student.report.report import REPORT_FILE
     from stages.train_student.train import train_student
 
-    make_missing_assets(config, progress, reads=("cogvideox",))
+    make_missing_assets(config, progress, reads=("base_model",))
     summary = train_student(
         config.train,
         config.data,

@@ -45,7 +45,7 @@ class RunConfig(Section):
     data: ClipsConfig
     """The dataset, and the size, length and frame rate of its clips."""
     model: BaseModelConfig
-    """The CogVideoX pipeline to fine-tune."""
+    """The pipeline to fine-tune, of CogVideoX or Wan."""
     extract: ExtractConfig = ExtractConfig()
     """Stage one: what is computed from the clips."""
     train: TrainConfig = TrainConfig()

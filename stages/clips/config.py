@@ -30,14 +30,14 @@ class ClipsConfig(Section):
     metadata.csv; prompts.txt and videos.txt; or videos with captions beside them. A relative path
     is resolved against the working directory."""
     num_frames: int = Field(default=49, ge=9)
-    """Frames per clip, 8N+1 (9, 17, 25, 33, …); 49 for CogVideoX 1.0."""
+    """Frames per clip, 8N+1 (9, 17, 25, 33, …); 49 for CogVideoX 1.0, 81 for Wan."""
     height: int = Field(default=480, ge=16, multiple_of=16)
     """Training height in pixels, a multiple of 16; 480 for CogVideoX 1.0."""
     width: int = Field(default=720, ge=16, multiple_of=16)
-    """Training width in pixels, a multiple of 16; 720 for CogVideoX 1.0."""
+    """Training width in pixels, a multiple of 16; 720 for CogVideoX 1.0, 832 for Wan."""
     fps: float | None = Field(default=8.0, gt=0)
-    """Frames per second at which clips are sampled; 8 for CogVideoX 1.0. null takes consecutive
-    frames as stored."""
+    """Frames per second at which clips are sampled; 8 for CogVideoX 1.0, 16 for Wan. null takes
+    consecutive frames as stored."""
     hdr: Literal["tone_map", "skip"] = "tone_map"
     """Handling of HDR videos (PQ, HLG): tone_map converts them to SDR, skip excludes them."""
     interlaced: Literal["deinterlace", "skip"] = "deinterlace"

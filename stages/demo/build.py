@@ -1,4 +1,4 @@
-"""Builds the missing inputs of the built-in demo: clips, a tiny CogVideoX, a tiny SAM2."""
+"""Builds the missing inputs of the built-in demo: clips, a tiny base model, a tiny SAM2."""
 
 import hashlib
 import io
@@ -33,6 +33,9 @@ class DemoConfig(Section):
     """Clips per webdataset tar; 8 is usual."""
     seed: int = Field(default=0, ge=0)
     """Random seed of figures, backgrounds and gaits; 0 is usual."""
+    student: Literal["cogvideox", "wan"] = "cogvideox"
+    """Base model: a trained tiny CogVideoX, or a tiny Wan with random weights, whose videos show
+    nothing. Both use the same clips, tracker and cache."""
     image_to_video: bool = False
     """Use the image-to-video pipeline instead of the text-to-video one. Its learned positions fit
     clips of 17 frames of 128x192 only; for others its transformer is untrained."""
@@ -40,7 +43,7 @@ class DemoConfig(Section):
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 """The packaged models; `stages.demo.training` makes them."""
-DemoPart = Literal["clips", "sam2", "cogvideox"]
+DemoPart = Literal["clips", "sam2", "base_model"]
 _RECIPE = "made_with.json"
 _IMAGE_TO_VIDEO = "cogvideox_image_to_video"
 """What the packaged image-to-video pipeline does not share with `cogvideox`."""
@@ -60,12 +63,17 @@ class DemoPaths:
     sam2_config: Path
 
 
-def demo_paths(root: Path) -> DemoPaths:
-    """Paths of the parts of a demo under `root`, whether or not they exist."""
+def demo_paths(root: Path, student: str = "cogvideox") -> DemoPaths:
+    """Paths of the parts of a demo under `root`, whether or not they exist.
+
+    Args:
+        root: The demo's folder.
+        student: As `DemoConfig.student`.
+    """
     sam2 = root / "models" / "sam2"
     return DemoPaths(
         clips=root / "clips",
-        base_model=root / "models" / "cogvideox",
+        base_model=root / "models" / student,
         sam2_checkpoint=sam2 / "tiny.safetensors",
         sam2_config=sam2 / "tiny.yaml",
     )
@@ -87,14 +95,14 @@ def ensure_demo(
         config: Settings of the demo.
         clips: Size, length and rate of the clips; its `path` is ignored.
         progress: Shows a bar for the clips.
-        parts: Parts to build. An image-to-video pipeline for clips of another size than the
-            packaged one's also builds the clips, from whose captions its tokenizer is made.
+        parts: Parts to build. A base model that is not packaged (Wan, or image-to-video for clips
+            of another size) also builds the clips, from whose captions its tokenizer is made.
 
     Raises:
         ValueError: A requested part exists but was built with different settings.
     """
     root = config.root.expanduser()
-    paths = demo_paths(root)
+    paths = demo_paths(root, config.student)
     root.mkdir(parents=True, exist_ok=True)
     clip_recipe: dict[str, Any] = {
         "seed": config.seed,
@@ -105,8 +113,10 @@ def ensure_demo(
         "width": clips.width,
         "fps": clips.fps or _FPS,
     }
-    is_packaged = not config.image_to_video or _fits_packaged(clips)
-    model_recipe = _packaged("cogvideox") | {"image_to_video": config.image_to_video}
+    is_wan = config.student == "wan"
+    is_packaged = not is_wan and (not config.image_to_video or _fits_packaged(clips))
+    model_recipe: dict[str, Any] = {} if is_wan else _packaged("cogvideox")
+    model_recipe |= {"image_to_video": config.image_to_video}
     if not is_packaged:
         model_recipe |= clip_recipe
     elif config.image_to_video:
@@ -114,7 +124,7 @@ def ensure_demo(
     local_clips = clips.model_copy(update={"path": paths.clips})
     with FileLock(root / ".lock", wait=True, what=f"the demo's inputs in {root}"):
         needs_captions = not is_packaged and not paths.base_model.exists()
-        if "clips" in parts or ("cogvideox" in parts and needs_captions):
+        if "clips" in parts or ("base_model" in parts and needs_captions):
             _ensure(
                 paths.clips, clip_recipe, lambda out: _build_clips(out, config, clips, progress)
             )
@@ -124,7 +134,7 @@ def ensure_demo(
                 _packaged("sam2"),
                 lambda out: _copy_packaged("sam2", out),
             )
-        if "cogvideox" in parts:
+        if "base_model" in parts:
             _ensure(
                 paths.base_model,
                 model_recipe,
@@ -214,8 +224,20 @@ def copy_packaged_cogvideox(out: Path, *, image_to_video: bool) -> None:
 
 
 def _build_untrained(out: Path, config: DemoConfig, clips: ClipsConfig) -> None:
-    """Build an image-to-video pipeline with the packaged VAE and a random transformer."""
+    """Build a tiny Wan, or a CogVideoX for images: the packaged VAE and a random transformer."""
+    captions = [record.caption or "" for record in _records(clips)]
     # Imported here, so that a complete demo does not import diffusers.
+    if config.student == "wan":
+        from stages.demo.tiny_wan import build_tiny_wan
+
+        build_tiny_wan(
+            out,
+            captions=captions,
+            seed=config.seed,
+            image_to_video=config.image_to_video,
+            num_layers=4,
+        )
+        return
     import torch
 
     from stages.demo.tiny_cogvideox import build_tiny_cogvideox
@@ -227,7 +249,7 @@ def _build_untrained(out: Path, config: DemoConfig, clips: ClipsConfig) -> None:
         height=clips.height,
         width=clips.width,
         num_frames=clips.num_frames,
-        captions=[record.caption or "" for record in _records(clips)],
+        captions=captions,
         seed=config.seed,
         image_to_video=True,
         vae=load_model(

@@ -6,6 +6,7 @@ the whole road runs, not what a video looks like.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -15,13 +16,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    UMT5Config,
-    UMT5EncoderModel,
-)
+from transformers import UMT5Config, UMT5EncoderModel
 
 from stages.demo.tiny_cogvideox import tokenizer_of
 from stages.files.tensor_files import umask_modes
@@ -103,19 +98,17 @@ def build_tiny_wan(
             ),
         }
         if image_to_video:
-            parts |= {
-                "image_encoder": _image_encoder().eval(),
-                "image_processor": CLIPImageProcessor(
-                    size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
-                ),
-            }
+            parts |= _image_parts()
     pipeline = (WanImageToVideoPipeline if image_to_video else WanPipeline)(**parts)
     with umask_modes(out):
         pipeline.save_pretrained(out)
 
 
-def _image_encoder() -> CLIPVisionModel:
-    return CLIPVisionModel(
+def _image_parts() -> dict[str, Any]:
+    # Imported here: without torchvision, transformers logs a line on import.
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    encoder = CLIPVisionModel(
         CLIPVisionConfig(
             hidden_size=_IMAGE_WIDTH,
             intermediate_size=2 * _IMAGE_WIDTH,
@@ -125,3 +118,7 @@ def _image_encoder() -> CLIPVisionModel:
             patch_size=14,
         )
     )
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+    )
+    return {"image_encoder": encoder.eval(), "image_processor": processor}

@@ -11,11 +11,11 @@ from stages.progress import SilentProgress
 QUIET = SilentProgress()
 ELSEWHERE = {
     "clips": "data.path=clips",
-    "cogvideox": "model.path=base",
+    "base_model": "model.path=base",
     "sam2": "extract.teacher.checkpoint=sam2.pt",
 }
 OWN = [*ELSEWHERE.values(), "extract.teacher.config=null"]
-EVERYTHING = ("clips", "cogvideox", "sam2")
+EVERYTHING = ("base_model", "clips", "sam2")
 
 
 class MadeError(Exception):
@@ -43,8 +43,8 @@ def made_by(command, tmp_path, *overrides, options=()):
     ("command", "options", "parts"),
     [
         (extract, (), EVERYTHING),
-        (train, (), ("cogvideox",)),
-        (sample, (sample.SampleOptions(prompts=["a dog"]),), ("cogvideox",)),
+        (train, (), ("base_model",)),
+        (sample, (sample.SampleOptions(prompts=["a dog"]),), ("base_model",)),
     ],
 )
 def test_a_command_makes_what_it_reads(stopping, tmp_path, command, options, parts):
@@ -54,8 +54,8 @@ def test_a_command_makes_what_it_reads(stopping, tmp_path, command, options, par
 @pytest.mark.parametrize(
     ("kinds", "parts"),
     [
-        ("text", ("clips", "cogvideox")),
-        ("latents,text", ("clips", "cogvideox")),
+        ("text", ("base_model", "clips")),
+        ("latents,text", ("base_model", "clips")),
         ("teacher", ("clips", "sam2")),
         ("gram_flow,masks", ("clips", "sam2")),
     ],
@@ -107,7 +107,7 @@ def test_a_dry_run_speaks_of_the_demos_clips_only_where_they_are_read(tmp_path):
     [
         ((), None, "1"),
         ((), "3", "3"),
-        ((ELSEWHERE["cogvideox"],), None, "1"),
+        ((ELSEWHERE["base_model"],), None, "1"),
         (OWN, None, None),
     ],
 )

@@ -25,6 +25,7 @@ def calls(monkeypatch):
             step=500 if step in (None, "best") else step,
             weights=which or "average",
             form=form,
+            transformer="WanTransformer3DModel",
             parameters=1_234_567,
         )
 
@@ -50,6 +51,7 @@ def test_the_newest_checkpoint_and_its_average_are_the_default(calls, tmp_path):
         "step": 500,
         "weights": "average",
         "format": "diffusers",
+        "transformer": "WanTransformer3DModel",
         "parameters": 1_234_567,
     }
 

@@ -44,6 +44,10 @@ def test_the_presets_are_those_that_are_promised():
         "cogvideox1.5-5b-lora",
         "demo",
         "demo-i2v",
+        "demo-wan",
+        "wan2.1-i2v-14b-480p-lora",
+        "wan2.1-t2v-1.3b-lora",
+        "wan2.1-t2v-14b-lora",
     ]
 
 
@@ -118,7 +122,8 @@ def test_moving_the_demo_moves_all_of_it():
 def test_an_official_preset_has_the_size_batch_and_rate_of_published_training(name):
     config = load_config(name)
     size = config.data.num_frames, config.data.height, config.data.width, config.data.fps
-    assert size == ((81, 768, 1360, 16.0) if "1.5" in name else (49, 480, 720, 8.0))
+    expected = (81, 768, 1360, 16.0) if "1.5" in name else (49, 480, 720, 8.0)
+    assert size == ((81, 480, 832, 16.0) if "wan" in name else expected)
     train = config.train
     if "-full" in name:
         assert (train.method, train.steps, train.batch_size) == ("full", 4000, 32)
@@ -131,7 +136,8 @@ def test_an_official_preset_has_the_size_batch_and_rate_of_published_training(na
     teacher = config.extract.teacher
     assert (teacher.precision, teacher.frames_per_batch, teacher.clips_per_batch) == ("bf16", 8, 4)
     as_videorepa = name.endswith(("repa", "-repa-dinov2", "-token-relation"))
-    assert train.block == (17 if as_videorepa else 18 if "2b" in name else 25)
+    of_wan = {"wan2.1-t2v-1.3b-lora": 18, "wan2.1-t2v-14b-lora": 24, "wan2.1-i2v-14b-480p-lora": 24}
+    assert train.block == of_wan.get(name, 17 if as_videorepa else 18 if "2b" in name else 25)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,8 @@ class ExportSummary:
     step: int
     weights: Which
     form: LoraFormat
+    transformer: str
+    """Class of the transformer in diffusers."""
     parameters: int
 
 
@@ -179,6 +181,7 @@ def export_checkpoint(
         step=checkpoint.step,
         weights=which,
         form=form,
+        transformer=transformer_name,
         parameters=parameters,
     )
 

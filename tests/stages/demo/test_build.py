@@ -114,6 +114,19 @@ def test_mask_video_and_joints_are_in_the_tar(demo, tmp_path):
     assert read_video(tmp_path / names[2])[0].shape == (9, 64, 96, 3)
 
 
+def test_a_wan_is_built_beside_what_is_there(demo):
+    from stages.students.registry import read_configs
+
+    config, clips = demo
+    before = checksums(config.root)
+    of_wan = config.model_copy(update={"student": "wan"})
+    paths = ensure_demo(of_wan, clips, progress=SilentProgress())
+    assert paths == demo_paths(config.root, "wan")
+    assert read_configs(paths.base_model).FAMILY == "Wan"
+    assert before.items() <= checksums(config.root).items()
+    ensure_demo(of_wan, clips, progress=SilentProgress())
+
+
 def test_the_image_to_video_demo_has_the_pretrained_vae_and_a_pipeline_that_loads(tmp_path):
     import torch
     from diffusers import AutoencoderKLCogVideoX, CogVideoXImageToVideoPipeline

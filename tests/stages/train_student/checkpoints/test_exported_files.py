@@ -66,6 +66,7 @@ def test_a_checkpoint_gives_what_the_run_exported(train, tmp_path, changes):
         step=2,
         weights="average",
         form="diffusers",
+        transformer="CogVideoXTransformer3DModel",
         parameters=numbers,
     )
     same(files_of(folder), at_the_end)
