@@ -162,7 +162,7 @@ def _held_out_rows(
     config: RunConfig, run_dirs: Sequence[Path | None], out: Path, num: int
 ) -> dict[str, PromptRow]:
     """The prompts of the held-out clips, by key."""
-    from cache_schema import StoreReader, find_store
+    from cache_schema import StoreNotFound, StoreReader, find_store
     from stages.evaluate.prompts import (
         held_out_prompts,
         with_seeds_of_their_own,
@@ -170,7 +170,7 @@ def _held_out_rows(
     )
     from stages.students.hub import resolve_base_model
     from stages.students.sampler import takes_image
-    from stages.train_student.run_folder import held_out_clips
+    from stages.train_student.run_folder import held_out_clips, store_of
 
     run_dir = next((one for one in run_dirs if one is not None), None)
     keys = () if run_dir is None else held_out_clips(run_dir)
@@ -180,7 +180,14 @@ def _held_out_rows(
             "(train.validation.clips), whose captions could be sampled; give --prompt-file FILE"
         )
     folder = config.train.folder_of("text")
-    rows = held_out_prompts(keys, StoreReader(find_store(config.cache_root, "text", folder=folder)))
+    try:
+        text = find_store(config.cache_root, "text", folder=folder)
+    except StoreNotFound:
+        # A cache may hold several students' text; captions are those of the run's own.
+        if folder is not None or run_dir is None or store_of(run_dir, "text") is None:
+            raise
+        text = find_store(config.cache_root, "text", folder=store_of(run_dir, "text"))
+    rows = held_out_prompts(keys, StoreReader(text))
     if takes_image(resolve_base_model(config.model, ())):
         images = write_first_frames(keys, config.data, out / "first-frames")
         rows = [replace(row, image=image) for row, image in zip(rows, images, strict=True)]

@@ -105,6 +105,13 @@ def held_out_clips(run_dir: Path) -> tuple[str, ...]:
     return tuple(_read_run(file)["held_out"])
 
 
+def store_of(run_dir: Path, kind: str) -> str | None:
+    """Folder of the store of a kind that a run was started with; None if it is not recorded."""
+    stores = read_object(run_dir / "run.json").get("stores")
+    recorded = stores.get(kind) if isinstance(stores, dict) else None
+    return str(recorded["folder"]) if isinstance(recorded, dict) else None
+
+
 def held_out_before(run_dir: Path, count: int) -> tuple[str, ...] | None:
     """Keys of the clips that the run in this folder holds out, present in the cache or not.
 

@@ -201,3 +201,17 @@ def test_text_to_video_has_no_reference_of_its_own(evaluate, run_folder, tmp_pat
     done = sampled(evaluate, run_folder, tmp_path)
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["reference"] is None
+
+
+def test_of_two_students_text_the_runs_own_is_read(evaluate, run_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampler, "takes_image", lambda _: False)
+    cache = tmp_path / "cache"
+    (own,) = cache.glob("text-*")
+    other = StoreSettings(kind="text", arrays=TEXT, values={"base": {"class": "another"}})
+    StoreWriter.open(cache, other, provenance={}).write_index()
+    assert sampled(evaluate, run_folder, tmp_path, "--against", "base").exit_code != 0
+    record = json.loads((run_folder / "run.json").read_text())
+    record["stores"] = {"text": {"folder": own.name, "settings_hash": ""}}
+    (run_folder / "run.json").write_text(json.dumps(record))
+    done = sampled(evaluate, run_folder, tmp_path, "--against", "base")
+    assert done.exit_code == 0, done.output
