@@ -121,7 +121,7 @@ def estimate_probe(
     stores = open_checked_stores(train, clips, configs, cache_root)
     chosen = choose_clips(config, stores)
     parts_are_here(model, configs.folder, ("transformer",))
-    num_blocks = int(configs.transformer["num_layers"])
+    num_blocks = configs.num_blocks
     blocks = tuple(sorted(config.blocks)) or tuple(range(num_blocks))
     passed, at_times = blocks[-1] + 1, len(config.timesteps)
     tokens = samples = read = activations = block = 0
@@ -181,11 +181,10 @@ def _cost(
     probe = linear_probe(config, train, configs, stores, _META)
     with _META:
         (head,) = linear_heads(train, configs, frame_rate=stores.frame_rate).values()
-    width = configs.transformer["num_attention_heads"] * configs.transformer["attention_head_dim"]
     state = TokenState(
-        tokens_BND=torch.empty(1, math.prod(inputs.token_grid), width, device=_META),
-        text_BLD=inputs.text_BLD,
-        constants={},
+        tokens_BND=torch.empty(1, math.prod(inputs.token_grid), configs.width, device=_META),
+        text_BLD=inputs.transformer["encoder_hidden_states"],
+        constants=((), {}),
     )
     item = ProbeItem(key="", batch=batch, state=state)
     # First with gradients: what the step keeps from inference could not be used with them.

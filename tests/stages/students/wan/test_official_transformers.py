@@ -12,7 +12,7 @@ from stages.students.registry import with_blocks
 from stages.students.wan.official_models import NAMES
 from stages.train_student.config import TrainConfig
 from stages.train_student.step import TrainingStep
-from stages.train_student.step_costs import _meta_batch, meta_student, step_cost
+from stages.train_student.step_costs import meta_batch, meta_student, step_cost
 
 META = torch.device("meta")
 USUAL = ClipsConfig(path=Path("unused"), num_frames=81, height=480, width=832, fps=16.0)
@@ -77,7 +77,7 @@ def test_a_step_at_the_usual_size_goes_forward_and_backward(name):
     assert configs.token_grid(*latents) == GRID
     config = TrainConfig(objectives=(), gradient_checkpointing=False)
     student = meta_student(config, configs)
-    batch = _meta_batch(config, configs, USUAL, None, None)
+    batch = meta_batch(config, configs, USUAL, None, None)
     seen = []
     student.transformer.register_forward_hook(
         lambda module, args, kwargs, output: seen.append((kwargs["hidden_states"], output[0])),
