@@ -269,14 +269,27 @@ def add_lora(pipeline: Any, export: Export, *, scale: float = 1.0) -> None:
             f"diffusers and peft cannot load {export.folder / LORA_FILE} ({error}): its weights do "
             "not fit the settings in its metadata; export the run again"
         ) from error
-    num_loaded = sum(f".{_ADAPTER}." in name for name, _ in pipeline.transformer.named_parameters())
-    if num_loaded != len(export.lora_shapes):
+    adapted = {_module_of(weight.removeprefix("transformer.")) for weight in export.lora_shapes}
+    loaded = {
+        name: weight
+        for name, weight in pipeline.transformer.named_parameters()
+        if f".{_ADAPTER}." in name
+    }
+    # diffusers gives the image's keys and values of a Wan adapters of zeros if the file has none.
+    num_loaded = sum(_module_of(name) in adapted for name in loaded)
+    added = [weight for name, weight in loaded.items() if _module_of(name) not in adapted]
+    if num_loaded != len(export.lora_shapes) or any(weight.any() for weight in added):
         raise ValueError(
             f"{num_loaded} of {len(export.lora_shapes)} adapter weights in {export.folder} were "
             "loaded into the transformer; the run was not trained from this base model"
         )
     if scale != 1.0:
         pipeline.set_adapters([_ADAPTER], [scale])
+
+
+def _module_of(weight: str) -> str:
+    """The adapted module's name."""
+    return weight.rpartition(".lora_")[0]
 
 
 def _check_adapters(transformer: torch.nn.Module, export: Export) -> None:

@@ -6,7 +6,6 @@ Legend: B clip, F latent frame, C channel, H W latent, L text or image token, D 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -331,7 +330,7 @@ class WanConfigs(StudentConfigs):
         return output.transpose(1, 2)
 
     def check_sampling(self, *, scheduler: SchedulerName, dynamic_cfg: bool) -> None:
-        """Refuse CogVideoX's samplers and guidance, and a missing package."""
+        """Refuse CogVideoX's samplers and guidance."""
         if scheduler != "model":
             raise ValueError(
                 f"sample.scheduler={scheduler} is a sampler of CogVideoX; Wan has its own: set "
@@ -339,11 +338,6 @@ class WanConfigs(StudentConfigs):
             )
         if dynamic_cfg:
             raise ValueError("sample.dynamic_cfg is for CogVideoX; set it to false for Wan")
-        if self.image_to_video and find_spec("ftfy") is None:
-            raise ValueError(
-                "sampling with Wan image-to-video needs the package ftfy, with which diffusers' "
-                "pipeline cleans prompts: pip install ftfy"
-            )
 
     @classmethod
     def sampling_arguments(cls, pipeline: Any, *, dynamic_cfg: bool) -> dict[str, Any]:
