@@ -1,5 +1,6 @@
 """Trackers in transformers' format: a folder with config.json and safetensors, or a hub id."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from accelerate import init_empty_weights
 
 from stages.files.hashes import sha256_of_files
+from stages.files.hub import hub_files
 from stages.files.weight_checks import check_weights, load_model, read_config, read_json
 from stages.files.weight_checks import stored_tensors as stored_tensors_of
 from stages.sam2_tracking.model import TrackerSpec
@@ -75,37 +77,24 @@ def download_tracker(hub_id: str, *, weights: bool = True, local_files_only: boo
     Raises:
         ValueError: It is not available, gated, or no tracker; the message says what to do.
     """
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+    folder_name = f"checkpoints/{Path(hub_id).name}"
 
-    try:
-        config = Path(hf_hub_download(hub_id, _CONFIG, local_files_only=local_files_only))
-        _family_of(config.parent)  # before gigabytes of another model are downloaded
-        if not weights:
-            return config.parent
-        folder = Path(
-            snapshot_download(
-                hub_id, allow_patterns=[_CONFIG, *_WEIGHTS], local_files_only=local_files_only
-            )
+    def files(patterns: Sequence[str]) -> Path:
+        return hub_files(
+            hub_id,
+            patterns,
+            named=f"extract.teacher.checkpoint={hub_id}",
+            remedy=f"download it where there is a network (hf download {hub_id} --include "
+            f"config.json 'model*.safetensors*' --local-dir {folder_name}) and set "
+            f"extract.teacher.checkpoint={folder_name}",
+            local_files_only=local_files_only,
         )
-    except GatedRepoError as error:
-        raise ValueError(
-            f"extract.teacher.checkpoint={hub_id} is gated on the hub: accept its licence at "
-            f"https://huggingface.co/{hub_id}, then log in on this machine with hf auth login, or "
-            "set HF_TOKEN to a token of that account"
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise ValueError(
-            f"the tracker {hub_id} is not on this machine and "
-            + (
-                "downloads are disabled"
-                if local_files_only
-                else f"could not be downloaded ({error})"
-            )
-            + f"; download it where there is a network (hf download {hub_id} --include config.json "
-            f"'model*.safetensors*' --local-dir checkpoints/{Path(hub_id).name}) and set "
-            f"extract.teacher.checkpoint=checkpoints/{Path(hub_id).name}"
-        ) from error
+
+    folder = files([_CONFIG])
+    _family_of(folder)  # before gigabytes of another model are downloaded
+    if not weights:
+        return folder
+    folder = files([_CONFIG, *_WEIGHTS])
     if not any(file for pattern in _WEIGHTS for file in folder.glob(pattern)):
         raise ValueError(f"the weights of {hub_id} are not on this machine")
     return folder

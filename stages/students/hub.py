@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stages.config import BaseModelConfig
+from stages.files.hub import download_command, hub_files
 from stages.students.registry import STUDENTS
 
 ALWAYS_PRESENT = "model_index.json"
@@ -46,36 +47,15 @@ def resolve_base_model(
 def _download(
     config: BaseModelConfig, subfolders: Sequence[str], *, local_files_only: bool
 ) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
-
     patterns = [ALWAYS_PRESENT]
     for part in subfolders:
         patterns += [part, f"{part}/*"]
-    try:
-        return Path(
-            snapshot_download(
-                config.path,
-                revision=config.revision,
-                allow_patterns=patterns,
-                local_files_only=local_files_only,
-            )
-        )
-    except GatedRepoError as error:
-        raise ValueError(
-            f"the base model {config.path!r} is gated: accept its licence at "
-            f"https://huggingface.co/{config.path} and log in with hf auth login, or set "
-            "model.path to a folder of it"
-        ) from error
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"the base model {config.path!r} is not a local folder, and it could not be downloaded "
-            f"as a hub id ({error}); set model.path to a diffusers pipeline folder, or download "
-            f"one first: hf download {config.path} --local-dir "
-            f"checkpoints/{Path(config.path).name}"
-        ) from error
+    return hub_files(
+        config.path,
+        patterns,
+        named=f"the base model {config.path!r}",
+        remedy="set model.path to a diffusers pipeline folder, or download one first: "
+        + download_command(config.path),
+        revision=config.revision,
+        local_files_only=local_files_only,
+    )

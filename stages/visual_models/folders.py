@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.files.hashes import sha256_of_files
+from stages.files.hub import download_command, hub_files
 from stages.files.weight_checks import read_config, read_json
 
 PROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json")
@@ -40,29 +41,13 @@ def find_folder(
     local = Path(name).expanduser()
     if local.is_dir():
         return local
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
+    return hub_files(
+        name,
+        ["config.json", *PROCESSORS, *(_WEIGHTS if weights else ())],
+        named=f"{setting}={name}",
+        remedy=f"{remedy}, or download one first: {download_command(name)}",
+        revision=revision,
     )
-
-    patterns = ["config.json", *PROCESSORS, *(_WEIGHTS if weights else ())]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except GatedRepoError as error:
-        raise ValueError(
-            f"{setting}={name} is gated: accept its terms at https://huggingface.co/{name} with "
-            "your account, which for DINOv3 means the DINOv3 License, then sign in on this machine "
-            "with hf auth login, or set HF_TOKEN; or name a folder that holds its files"
-        ) from error
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"{setting}={name} is neither a file nor a folder here, and "
-            f"it could not be downloaded as a hub id ({error}); {remedy}, or download one first: "
-            f"hf download {name} --local-dir checkpoints/{Path(name).name}"
-        ) from error
 
 
 def has_weights(folder: Path) -> bool:

@@ -16,6 +16,7 @@ from stages.extract_features.config import GroundingConfig
 from stages.extract_features.extraction import release_memory
 from stages.extract_features.prompts.prompt import ChosenPrompt
 from stages.files.hashes import sha256_of_files
+from stages.files.hub import download_command, hub_files
 from stages.files.weight_checks import check_weights, load_model, read_config
 from stages.sam2_tracking.encoder import EncodedFrames
 from stages.sam2_tracking.tracker import Tracker
@@ -192,24 +193,14 @@ def _check_model_type(folder: Path) -> None:
 
 
 def _download(config: GroundingConfig) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                config.model,
-                revision=config.revision,
-                allow_patterns=[*_REQUIRED, *_TOKENIZER, *_WEIGHTS],
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"the Grounding DINO {config.model!r} is not a folder here, and it could not be "
-            f"downloaded as a hub id ({error}); set extract.teacher.grounding.model to a folder in "
-            f"transformers' format, or download one first: hf download {config.model} "
-            f"--local-dir checkpoints/{Path(config.model).name}"
-        ) from error
+    return hub_files(
+        config.model,
+        [*_REQUIRED, *_TOKENIZER, *_WEIGHTS],
+        named=f"the Grounding DINO {config.model!r}",
+        remedy="set extract.teacher.grounding.model to a folder in transformers' format, or "
+        f"download one first: {download_command(config.model)}",
+        revision=config.revision,
+    )
 
 
 _SAME_BOX = 0.8

@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from stages.files.hashes import sha256_of_file, sha256_of_folder
+from stages.files.hub import hub_files
 from stages.files.torchscript import check_torchscript, load_torchscript
 from stages.files.weight_checks import check_weights, load_model, read_config, refuse_lfs_pointer
 from stages.video_scores.vbench.config import VBenchConfig
@@ -187,16 +188,12 @@ def _find(name: str, given: str) -> Path:
 
 
 def _download(name: str, given: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(given, allow_patterns=["config.json", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"evaluate.vbench.{name}={given} is not a folder here, and it could not be downloaded "
-            f"as a hub id ({error}); {_VISION[name].hub_id} is VBench's"
-        ) from error
+    folder = hub_files(
+        given,
+        ["config.json", "*.safetensors"],
+        named=f"evaluate.vbench.{name}={given}",
+        remedy=f"{_VISION[name].hub_id} is VBench's",
+    )
     if not any(folder.glob("*.safetensors")):
         raise ValueError(
             f"evaluate.vbench.{name}={given} has no safetensors on the hub; "

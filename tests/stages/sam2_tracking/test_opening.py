@@ -178,8 +178,8 @@ def refuse_with(error: Exception) -> Any:
 
 def test_a_gated_checkpoint_says_what_to_accept_and_where(monkeypatch: pytest.MonkeyPatch) -> None:
     gated = GatedRepoError("gated", response=MagicMock())
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse_with(gated))
-    message = r"facebook/sam3 is gated .*huggingface\.co/facebook/sam3, then .*hf auth login"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse_with(gated))
+    message = r"facebook/sam3 is gated: .*huggingface\.co/facebook/sam3 .*hf auth login"
     for find in (find_checkpoint, lambda name: config_source(name, None)):
         with pytest.raises(ValueError, match=message):
             find("facebook/sam3")
@@ -187,8 +187,8 @@ def test_a_gated_checkpoint_says_what_to_accept_and_where(monkeypatch: pytest.Mo
 
 def test_a_failed_download_says_how_to_get_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = LocalEntryNotFoundError("no route")
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse_with(missing))
-    message = r"could not be downloaded \(no route\); .*--local-dir checkpoints/EdgeTAM-hf"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse_with(missing))
+    message = r"could not be downloaded .*\(no route\); .*--local-dir checkpoints/EdgeTAM-hf"
     with pytest.raises(ValueError, match=message):
         find_checkpoint("yonigozlan/EdgeTAM-hf")
     with pytest.raises(ValueError, match="downloads are disabled"):
@@ -201,16 +201,15 @@ def test_a_download_is_of_what_is_loaded_alone(
     folder, _ = folders["edgetam_video"]
     asked: list[Any] = []
 
-    def snapshot(hub_id: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
-        asked.append((hub_id, allow_patterns, local_files_only))
+    def snapshot(hub_id: str, *, allow_patterns: list[str], **options: Any) -> str:
+        asked.append((hub_id, allow_patterns, options["local_files_only"]))
         return str(folder)
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: folder / "config.json")
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert config_source("yonigozlan/EdgeTAM-hf", None) == folder
-    assert asked == []
+    assert asked == [("yonigozlan/EdgeTAM-hf", ["config.json"], False)]
     assert find_checkpoint("yonigozlan/EdgeTAM-hf") == folder
-    [(hub_id, patterns, local)] = asked
+    [*_, (hub_id, patterns, local)] = asked
     assert (hub_id, local) == ("yonigozlan/EdgeTAM-hf", False)
     assert "config.json" in patterns and not any(".pt" in pattern for pattern in patterns)
 

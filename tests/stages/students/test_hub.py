@@ -13,7 +13,7 @@ def test_a_gated_model_says_where_its_licence_is_accepted(monkeypatch):
         raise GatedRepoError.__new__(GatedRepoError)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    with pytest.raises(ValueError, match=r"is gated: accept its licence at .*/some/model and log"):
+    with pytest.raises(ValueError, match=r"is gated: accept its terms at .*/some/model with"):
         resolve_base_model(BaseModelConfig(path="some/model"), ())
 
 

@@ -153,7 +153,7 @@ class TestRefused:
             open_folder(tiny_vjepa2(), clips, num_frames=5)
 
     def test_a_name_that_is_neither_file_nor_folder_nor_on_the_hub(self, no_hub, clips):
-        with pytest.raises(ValueError, match=r"nobody/nothing is neither a file nor a folder"):
+        with pytest.raises(ValueError, match=r"nobody/nothing is not a local folder"):
             open_network(FeaturesConfig(network="nobody/nothing"), clips)
 
 

@@ -89,18 +89,19 @@ def test_a_gated_checkpoint_says_where_to_accept_its_terms(clips, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(
-        ValueError, match=rf"gated: accept its terms at https://huggingface.co/{name} .*auth login"
+        ValueError,
+        match=rf"gated: accept its terms at https://huggingface.co/{name} .*auth login",
     ):
         opened(name, clips)
 
 
 def test_a_name_that_cannot_be_downloaded_fails_a_run_and_is_noted_by_an_estimate(no_hub, clips):
-    with pytest.raises(ValueError, match=r"extract\.visual\.checkpoint=nobody/nothing is neither"):
+    with pytest.raises(ValueError, match=r"nobody/nothing is not a local folder"):
         opened("nobody/nothing", clips)
     config = ExtractConfig(kinds=("visual",), visual=VisualConfig(checkpoint="nobody/nothing"))
     (planned,) = planned_passes(config, clips, None)
     assert planned.arrays is None
-    assert "nobody/nothing is neither" in planned.notes[0]
+    assert "nobody/nothing is not a local folder" in planned.notes[0]
 
 
 def test_the_hash_covers_all_that_changes_a_value(encoder, copied, clips):

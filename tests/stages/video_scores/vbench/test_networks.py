@@ -220,7 +220,7 @@ class TestRefused:
         self.check("missing: 1", dino=folder)
 
     def test_a_name_that_is_no_folder_and_no_hub_id(self):
-        self.check("is not a folder here", dino="no/such/folder")
+        self.check("is not a local folder", dino="no/such/folder")
 
     @pytest.mark.parametrize("name", ["raft", "amt", "dreamsim"])
     def test_a_missing_file(self, tmp_path, name):
