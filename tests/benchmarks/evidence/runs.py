@@ -74,8 +74,8 @@ def overrides(run: Run, out: Path, size: Size, *, scoring: bool = False) -> list
         run: The run.
         out: Folder of the comparison.
         size: Its lengths.
-        scoring: Leave out the arm's teacher: all videos are scored with the same tracker and
-            features, whatever the arm was taught by.
+        scoring: Leave out how the arm is taught: all videos are scored with the same tracker,
+            features, window and temperature, whatever the arm was trained with.
     """
     out = out.resolve()
     arm = None if isinstance(run.arm, str) else run.arm
@@ -83,8 +83,8 @@ def overrides(run: Run, out: Path, size: Size, *, scoring: bool = False) -> list
     scratch = group == "scratch"
     full = "-full" if group == "full" else ""
     model = f"scratch-{run.seed}" if scratch else "base"
-    teacher = None if scoring else arm
-    tracker = "tiny" if teacher is None else teacher.tracker
+    taught = None if scoring else arm
+    tracker = "tiny" if taught is None else taught.tracker
     settings = [
         f"cache={out / f'cache{full}'}",
         f"outputs={out / 'outputs'}",
@@ -94,7 +94,7 @@ def overrides(run: Run, out: Path, size: Size, *, scoring: bool = False) -> list
         f"model.path={out / 'models' / model}",
         f"extract.teacher.checkpoint={out / 'models' / 'sam2' / f'{tracker}.safetensors'}",
         f"extract.teacher.config={out / 'models' / 'sam2' / 'tiny.yaml'}",
-        *([] if teacher is None else teacher.teacher),
+        *([] if taught is None else taught.teacher),
         f"train.run_dir={out / 'runs' / run.training}",
         f"train.seed={run.seed}",
         f"train.steps={max(run.steps, 1)}",
@@ -102,15 +102,15 @@ def overrides(run: Run, out: Path, size: Size, *, scoring: bool = False) -> list
         f"train.validation.clips={size.validation_clips}",
         f"train.validation.every={max(run.steps, 1)}",
         f"sample.steps={size.denoising_steps}",
-        *([] if arm is None else arm.train),
+        *([] if taught is None else taught.train),
         *size.overrides,
     ]
     if size.models is not None:
         settings.append(f"extract.teacher.image_size={size.models.image_size}")
     if scratch or full:
         settings.append("train.method=full")
-    if arm is not None and arm.weight is not None:
-        settings.append(f"{arm.weight}={run.weight}")
+    if taught is not None and taught.weight is not None:
+        settings.append(f"{taught.weight}={run.weight}")
     return settings
 
 

@@ -74,10 +74,10 @@ def test_the_settings_of_every_arm_are_valid(size, tmp_path):
         assert str(tmp_path) in config.extract.teacher.checkpoint
 
 
-def test_all_arms_are_scored_with_the_same_tracker_and_features(tmp_path):
+def test_all_arms_are_scored_with_the_same_settings(tmp_path):
     def scoring(run):
         config = load_config(str(_CONFIG), overrides(run, tmp_path, DEFAULT, scoring=True))
-        return config.extract, config.evaluate, config.sample
+        return config.extract, config.evaluate, config.sample, config.train.lgf
 
     base = scoring(Run(arm="base"))
     for arm in ARMS:

@@ -61,7 +61,7 @@ class Size(SimpleNamespace):
 
 
 FACTS = SimpleNamespace(padding=lambda frames: frames % 2)
-STORES = SimpleNamespace(teacher=None, masks=None)
+STORES = SimpleNamespace(teacher=None, masks=None, visual=None)
 
 
 @pytest.mark.parametrize(("precision", "peak"), [("bf16", 989e12), ("fp32", 67e12)])

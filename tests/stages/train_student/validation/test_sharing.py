@@ -37,6 +37,7 @@ def test_each_rank_makes_as_many_videos_and_each_video_counts_once(
         barrier.wait()
         return list(gathered)
 
+    monkeypatch.setattr(module, "image_parts", lambda *_: ())
     monkeypatch.setattr(module, "resolve_base_model", lambda *_: tmp_path)
     monkeypatch.setattr(module, "live_pipeline", lambda *_, **__: nullcontext())
     monkeypatch.setattr(module, "eval_mode", lambda *_: nullcontext())
@@ -50,6 +51,7 @@ def test_each_rank_makes_as_many_videos_and_each_video_counts_once(
         run = SimpleNamespace(
             config=TrainConfig(run_dir=tmp_path, samples={"prompts": PROMPTS, "guidance": 1.0}),
             clips=SimpleNamespace(sizes=[tiny.CLIPS]),
+            configs=SimpleNamespace(folder=tmp_path),
             model=None,
             dtype=torch.float32,
             world=World(rank=rank, local_rank=rank, size=size, device=torch.device("cpu")),
