@@ -50,12 +50,14 @@ def hub_files(
             "account, then sign in on this machine with hf auth login, or set HF_TOKEN"
         ) from error
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        why = (
-            "downloads are disabled"
-            if local_files_only
-            else f"it could not be downloaded as a hub id ({error})"
-        )
-        raise ValueError(f"{named} is not a local folder, and {why}; {remedy}") from error
+        if local_files_only:
+            found = f"{named} is not a local folder, and downloads are disabled"
+        else:
+            found = (
+                f"{named} is not a local folder, and it could not be downloaded as a hub id "
+                f"({error})"
+            )
+        raise ValueError(f"{found}; {remedy}") from error
 
 
 def download_command(hub_id: str) -> str:
