@@ -81,7 +81,7 @@ def on_first_rank(world: World, action: Callable[[], T], *, timeout: timedelta |
     """Run `action` on rank 0 and broadcast its result; its error is raised on every rank.
 
     Args:
-        patience: timeout of the other ranks; None uses the default group's, ten minutes on GPUs.
+        timeout: how long the other ranks wait; None uses the default group's, ten minutes on GPUs.
 
     Raises:
         Exception: the error that `action` raised; on other ranks a RuntimeError with its message.
@@ -121,7 +121,7 @@ def gather(world: World, value: T, *, timeout: timedelta | None = None) -> list[
     """Gather the values of all ranks, in rank order, on every rank.
 
     Args:
-        patience: timeout, as for `on_first_rank`.
+        timeout: as for `on_first_rank`.
     """
     if world.size == 1:
         return [value]
