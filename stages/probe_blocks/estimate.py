@@ -6,7 +6,7 @@ device, and the probe's own functions run there. Time is FLOPs / (the device's m
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from stages.probe_blocks.config import ProbeConfig
 from stages.probe_blocks.fit import ProbeItem
 from stages.probe_blocks.probe import check_settings, linear_heads, linear_probe, token_bytes
 from stages.students.hub import resolve_base_model
-from stages.students.registry import read_configs
+from stages.students.registry import read_configs, with_blocks
 from stages.students.student import StudentConfigs
 from stages.students.weights import parts_are_here
 from stages.train_student.config import TrainConfig
@@ -207,7 +207,7 @@ def _forward(
 ) -> tuple[FlopCounter, StudentInputs, int]:
     """A pass through so many blocks, the model's inputs, and the bytes of its weights."""
     assert stores.teacher is not None, "the objective reads a teacher"
-    shallow = replace(configs, transformer=configs.transformer | {"num_layers": num_blocks})
+    shallow = with_blocks(configs, num_blocks)
     student = meta_student(train.model_copy(update={"objectives": (), "block": 0}), shallow)
     step = TrainingStep(
         configs,

@@ -121,7 +121,7 @@ def prior_of(neighbour_N: Tensor) -> Tensor:
 
 
 def features_of(clips: list[FigureClip], kind: FeatureKind, tracker: Tracker) -> Iterator[Tensor]:
-    """Fused features of each clip; of none that the tracker loses."""
+    """Fused features of each clip, in order; raises ClipSkipped if the subject is lost."""
     for clip in clips:
         height, width = clip.mask_HW.shape
         yield fused_features(

@@ -34,6 +34,8 @@ SETTINGS = {
     "samples": {"prompts": [PROMPT], "steps": 2, "guidance": 3.0, "every": 9, "scores": []},
 }
 
+SAMPLING = SampleConfig(steps=2, guidance=3.0, precision="fp32", device="cpu", seed=5)
+
 
 @pytest.fixture(scope="module")
 def wan_base(tmp_path_factory):
@@ -116,25 +118,29 @@ def test_plain_diffusers_loads_the_adapters(wan_run, wan_base, tmp_path):
         torch.testing.assert_close(found, wan_run.prediction, rtol=1e-4, atol=1e-5)
 
 
-def test_a_video_is_plain_diffusers_with_the_adapters(tiny, wan_run, wan_base):
-    config = SampleConfig(steps=2, guidance=3.0, precision="fp32", device="cpu", seed=5)
-    frames_THWC = sample_frames(
-        config, BaseModelConfig(path=str(wan_base)), tiny.CLIPS, run_dir=wan_run.run_dir
-    )
-    pipeline = WanPipeline.from_pretrained(wan_base)
+def plain_video(pipeline, tiny, **inputs):
+    """uint8 [T, H, W, 3]: the video of a pipeline of diffusers, with the settings of SAMPLING."""
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(wan_run.run_dir / "export")
-    video_THWC = pipeline(
+    (video_THWC,) = pipeline(
         prompt="a person walks",
         height=tiny.HEIGHT,
         width=tiny.WIDTH,
         num_frames=tiny.FRAMES,
-        num_inference_steps=2,
-        guidance_scale=3.0,
-        generator=torch.Generator().manual_seed(5),
-    ).frames[0]
+        num_inference_steps=SAMPLING.steps,
+        guidance_scale=SAMPLING.guidance,
+        generator=torch.Generator().manual_seed(SAMPLING.seed),
+        **inputs,
+    ).frames
+    return (video_THWC * 255).round().astype(np.uint8)
+
+
+def test_a_video_is_plain_diffusers_with_the_adapters(tiny, wan_run, wan_base):
+    model = BaseModelConfig(path=str(wan_base))
+    frames_THWC = sample_frames(SAMPLING, model, tiny.CLIPS, run_dir=wan_run.run_dir)
+    pipeline = WanPipeline.from_pretrained(wan_base)
+    pipeline.load_lora_weights(wan_run.run_dir / "export")
     assert frames_THWC.shape == (tiny.FRAMES, tiny.HEIGHT, tiny.WIDTH, 3)
-    assert np.array_equal(frames_THWC, (video_THWC * 255).round().astype(np.uint8))
+    assert np.array_equal(frames_THWC, plain_video(pipeline, tiny))
 
 
 def test_image_to_video_trains_and_samples_as_plain_diffusers(tiny, train, tmp_path):
@@ -147,30 +153,19 @@ def test_image_to_video_trains_and_samples_as_plain_diffusers(tiny, train, tmp_p
     shapes = tiny.LATENT_SHAPES | {name: spec.shape for name, spec in of_image.items()}
     latents = {"base": configs.latents_settings()}
     tiny.write_store(cache, "latents", shapes, values=latents)
-    summary = train(
-        tmp_path / "run", base=base, cache_root=cache, steps=1, objectives=[], report_to=[]
-    )
+    settings = SETTINGS | {"objectives": [], "steps": 1, "validation": {}, "samples": {}}
+    summary = train(tmp_path / "run", base=base, cache_root=cache, **settings)
     assert np.isfinite(summary.last.diffusion)
     image = tmp_path / "first.png"
     pixels = np.random.default_rng(0).integers(0, 256, (tiny.HEIGHT, tiny.WIDTH, 3), np.uint8)
     Image.fromarray(pixels).save(image)
-    config = SampleConfig(steps=2, guidance=3.0, precision="fp32", device="cpu", seed=5)
-    model = BaseModelConfig(path=str(base))
-    frames_THWC = sample_frames(config, model, tiny.CLIPS, run_dir=tmp_path / "run", image=image)
+    run_dir, model = tmp_path / "run", BaseModelConfig(path=str(base))
+    frames_THWC = sample_frames(SAMPLING, model, tiny.CLIPS, run_dir=run_dir, image=image)
     pipeline = WanImageToVideoPipeline.from_pretrained(base)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(tmp_path / "run" / "export")
-    video_THWC = pipeline(
-        image=Image.open(image),
-        prompt="a person walks",
-        height=tiny.HEIGHT,
-        width=tiny.WIDTH,
-        num_frames=tiny.FRAMES,
-        num_inference_steps=2,
-        guidance_scale=3.0,
-        generator=torch.Generator().manual_seed(5),
-    ).frames[0]
-    assert np.array_equal(frames_THWC, (video_THWC * 255).round().astype(np.uint8))
+    untrained_THWC = plain_video(pipeline, tiny, image=Image.open(image))
+    pipeline.load_lora_weights(run_dir / "export")
+    assert np.array_equal(frames_THWC, plain_video(pipeline, tiny, image=Image.open(image)))
+    assert not np.array_equal(frames_THWC, untrained_THWC)
 
 
 def test_the_probe_passes_its_blocks_one_by_one(wan_base):
