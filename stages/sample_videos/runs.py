@@ -4,7 +4,7 @@ Loaders in diffusers ignore unknown names, so everything is checked here: traine
 be ignored silently.
 """
 
-import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cache_schema.checksummed_json import parse_json
+from stages.clips.fingerprints import hash_parts
 from stages.config import BaseModelConfig
 from stages.files.checksums import checksums_from_json, describe_damage
 from stages.files.text import read_object
@@ -134,11 +135,19 @@ def find_export(run_dir: Path) -> Export:
 
 
 def export_hash(export: Export) -> str:
-    """16-digit hash of the exported weights: of the adapters' file, or as `hash_transformer`."""
+    """16-digit hash of the exported weights: of the adapters, or as `hash_transformer`.
+
+    Adapters are hashed with their metadata, whose order in a file is random.
+    """
     if export.method == "full":
         return hash_transformer(export.folder)
-    with (export.folder / LORA_FILE).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    with safe_open(export.folder / LORA_FILE, framework="pt") as weights:
+        parts: list[str | bytes] = [json.dumps(weights.metadata(), sort_keys=True)]
+        for name in sorted(weights.keys()):
+            tensor = weights.get_tensor(name)
+            values = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            parts += [name, str(tensor.dtype), str(tuple(tensor.shape)), values]
+    return hash_parts(parts)
 
 
 def _is_export(folder: Path) -> bool:

@@ -11,6 +11,7 @@ from stages.sample_videos.runs import (
     BASE_SETTING,
     LORA_FILE,
     add_lora,
+    export_hash,
     find_export,
     newest_finished_run,
 )
@@ -57,6 +58,29 @@ def test_an_export_tells_its_method(lora_run, full_run):
     lora = find_export(lora_run(rank=2))
     assert lora.method == "lora"
     assert {shape[0] for name, shape in lora.lora_shapes.items() if "lora_A" in name} == {2}
+
+
+def test_the_hash_of_adapters_is_of_what_they_compute(lora_run):
+    run = lora_run()
+    file = run / "export" / LORA_FILE
+    found = export_hash(find_export(run))
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    metadata = header.pop("__metadata__")
+    reversed_header = {"__metadata__": dict(reversed(metadata.items()))} | header
+    written = json.dumps(reversed_header, separators=(",", ":")).encode().ljust(length)
+    assert len(written) == length
+    assert written != data[8 : 8 + length]
+    file.write_bytes(data[:8] + written + data[8 + length :])
+    assert export_hash(find_export(run)) == found
+
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] += 1e-3
+    save_file(tensors, file, metadata)
+    changed = export_hash(find_export(run))
+    assert changed != found
+    assert export_hash(find_export(lora_run("stronger", alpha=8.0))) not in (found, changed)
 
 
 def test_a_missing_run_is_an_error(tmp_path):
