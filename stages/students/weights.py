@@ -21,8 +21,12 @@ from stages.students.registry import image_parts, read_model_index
 Part = Literal["tokenizer", "text_encoder", "vae", "transformer", "image_encoder"]
 """Pipeline components with weights or vocabularies."""
 
-_VOCABULARIES = ("tokenizer.json", "spiece.model")
+_TOKENIZER_JSON = "tokenizer.json"
+_VOCABULARIES = (_TOKENIZER_JSON, "spiece.model")
 """A tokenizer needs one of them; without any, transformers silently makes one of four tokens."""
+
+_T5_UNKNOWN = 2
+"""Token of unknown characters in transformers' T5Tokenizer, whatever the vocabulary says."""
 
 _SAMPLE_BYTES = 4096
 """Bytes hashed per tensor; training changes a tensor everywhere if at all."""
@@ -151,15 +155,21 @@ def _is_downloaded(folder: Path) -> bool:
 def load_tokenizer(folder: Path) -> Any:
     """Load the pipeline's tokenizer and check its vocabulary against the text encoder's.
 
+    A tokenizer.json is used as it is. T5Tokenizer would take only its vocabulary and build a T5's
+    around it, in which unknown characters are token 2: <unk> in T5, but <s> in Wan's UMT5.
+
     Raises:
-        ValueError: A file is missing or damaged, or the vocabulary is larger than the encoder's.
+        ValueError: A file is missing or damaged, the vocabulary is larger than the encoder's, or
+            its unknown token is not T5's and there is no tokenizer.json.
     """
-    from transformers import T5Tokenizer
+    from transformers import PreTrainedTokenizerFast, T5Tokenizer
 
     tokenizer_folder = folder / "tokenizer"
     _check_tokenizer_files(tokenizer_folder)
+    described = (tokenizer_folder / _TOKENIZER_JSON).is_file()
+    tokenizer_class = PreTrainedTokenizerFast if described else T5Tokenizer
     try:
-        tokenizer = T5Tokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        tokenizer = tokenizer_class.from_pretrained(tokenizer_folder, local_files_only=True)
     except Exception as error:  # transformers hardly validates the files
         raise ValueError(
             f"the tokenizer in {tokenizer_folder} cannot be loaded: {type(error).__name__}: "
@@ -176,6 +186,13 @@ def load_tokenizer(folder: Path) -> Any:
             f"the tokenizer in {tokenizer_folder} has {len(tokenizer)} tokens, but the text "
             f"encoder's vocab_size is {vocab_size}; they belong to different models: download both "
             "again"
+        )
+    if not described and tokenizer.unk_token_id != _T5_UNKNOWN:
+        raise ValueError(
+            f"the tokenizer in {tokenizer_folder} has {tokenizer.unk_token} as token "
+            f"{tokenizer.unk_token_id}, where T5 has it as {_T5_UNKNOWN}, and no "
+            f"{_TOKENIZER_JSON}, without which unknown characters would be encoded wrongly; "
+            "download it again"
         )
     # Captions are truncated before encoding, so transformers' warning of "indexing errors", also
     # given when tokens are only counted, is wrong. diffusers' warning of the truncation stays.
