@@ -90,6 +90,11 @@ def video_hashes(fingerprints: np.ndarray) -> np.ndarray:
     return _halves(fingerprints)[:, 1]
 
 
+def video_hash_in(fingerprint: str) -> str:
+    """The hash of the clip's video in one fingerprint."""
+    return fingerprint[_HASH_DIGITS:]
+
+
 def _halves(fingerprints: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(fingerprints).view(f"S{_HASH_DIGITS}").reshape(-1, 2)
 

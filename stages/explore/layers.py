@@ -13,8 +13,10 @@ from torch import Tensor
 
 from cache_schema import CacheError, StoreReader
 from stages.clips import ClipDataset, ClipsConfig
+from stages.clips.fingerprints import video_hash_in
 from stages.explore.flow_view import FlowView
 from stages.explore.pictures import Encoding, Sheet, make_sheet
+from stages.explore.stores import KINDS
 from stages.inspect_cache.clip_view import frames_of_moments, stored_clips
 from stages.inspect_cache.colours import pca_colours
 from stages.inspect_cache.drawing import DEFAULT_FPS, load_source_clip
@@ -88,7 +90,10 @@ def load_layers(
     sized = next((readers[kind] for kind in readers if kind != "text"), None)
     clips = data.sizes[0] if sized is None else stored_clips(sized, data)
     found = ClipLayers(num_frames=clips.num_frames, fps=clips.fps or DEFAULT_FPS)
-    source = load_source_clip(dataset, clips, shard=shard, key=key)
+    videos = _videos_of(readers, key)
+    first = next(iter(videos), None)
+    video = None if first is None else videos[first]
+    source = load_source_clip(dataset, clips, shard=shard, key=key, video=video)
     if isinstance(source, str):
         found.notes.append(f"no frames: {source}")
     else:
@@ -100,11 +105,28 @@ def load_layers(
         "latents": lambda: _add_latents(found, readers["latents"], key),
     }
     for kind, add in parts.items():
-        if kind in readers and key in readers[kind]:
+        if kind in videos:
+            if videos[kind] != video:
+                found.notes.append(
+                    f"no {kind}: made from another video of this clip than {first}; "
+                    "sam2vx-pipeline extract-features --refresh-changed extracts it again"
+                )
+                continue
             try:
                 add()
             except (CacheError, ValueError) as error:
                 found.notes.append(f"{kind}: {error}")
+    return found
+
+
+def _videos_of(readers: Mapping[str, StoreReader], key: str) -> dict[str, str]:
+    """Hash of the video that each store's entry of a clip was made from, by kind; without text."""
+    found = {}
+    for kind in KINDS:
+        reader = readers.get(kind)
+        row = None if reader is None or kind == "text" else reader.keys.find(key)
+        if reader is not None and row is not None:
+            found[kind] = video_hash_in(reader.fingerprints[row].decode("ascii"))
     return found
 
 
@@ -221,7 +243,8 @@ def thumbnail_frames(
     sized = next((readers[kind] for kind in readers if kind != "text"), None)
     clips = data.sizes[0] if sized is None else stored_clips(sized, data)
     fps = clips.fps or DEFAULT_FPS
-    source = load_source_clip(dataset, clips, shard=shard, key=key)
+    video = next(iter(_videos_of(readers, key).values()), None)
+    source = load_source_clip(dataset, clips, shard=shard, key=key, video=video)
     if not isinstance(source, str):
         return source.frames_THWC, fps
     held = {kind: reader for kind, reader in readers.items() if key in reader}

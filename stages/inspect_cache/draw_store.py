@@ -17,6 +17,7 @@ from matplotlib.patches import Circle
 
 from cache_schema import ClipEntry, StoreReader
 from stages.clips import ClipDataset, ClipsConfig
+from stages.clips.fingerprints import video_hash_in
 from stages.inspect_cache.clip_view import ClipView, read_clip
 from stages.inspect_cache.colours import flow_colours
 from stages.inspect_cache.drawing import (
@@ -109,7 +110,9 @@ def draw_store(
 def _frames(
     dataset: ClipDataset | None, clips: ClipsConfig, entry: ClipEntry, grid: tuple[int, int]
 ) -> tuple[tuple[str, ...], np.ndarray | None]:
-    found = load_source_clip(dataset, clips, shard=entry.shard, key=entry.key)
+    found = load_source_clip(
+        dataset, clips, shard=entry.shard, key=entry.key, video=video_hash_in(entry.fingerprint)
+    )
     if isinstance(found, str):
         return (f"no frames: {found}",), None
     height, width = found.frames_THWC.shape[1:3]

@@ -26,6 +26,7 @@ from stages.clips import (
     load_clip,
     write_video,
 )
+from stages.clips.fingerprints import hash_video
 
 # Legend: T frame of the video, H W pixels of the picture. Lengths are in inches.
 
@@ -106,7 +107,7 @@ def pixels(figure: Figure) -> np.ndarray:
 
 
 def load_source_clip(
-    dataset: ClipDataset | None, clips: ClipsConfig, *, shard: str, key: str
+    dataset: ClipDataset | None, clips: ClipsConfig, *, shard: str, key: str, video: str | None
 ) -> Clip | str:
     """Decode the source of a stored clip, or return why that is not possible.
 
@@ -115,6 +116,7 @@ def load_source_clip(
         clips: Length, size and frame rate to decode to.
         shard: Name of the clip's shard in the store, possibly a retry shard.
         key: The clip's key.
+        video: Hash of the video that the clip was extracted from; None for a skipped clip.
     """
     if dataset is None:
         return f"no dataset at {clips.path}"
@@ -123,9 +125,15 @@ def load_source_clip(
         for record in candidate.records():
             if record.key == key and isinstance(record, ClipRecord):
                 try:
-                    return load_clip(record, clips)
+                    found = load_clip(record, clips)
                 except ClipSkipped as problem:
                     return f"the dataset's clip can no longer be read ({problem})"
+                if video not in (None, hash_video(record.video)):
+                    return (
+                        "the dataset's video of this clip is another one than the store was made "
+                        "from; sam2vx-pipeline extract-features --refresh-changed extracts it again"
+                    )
+                return found
     return f"the dataset at {clips.path} has no clip {key!r} in shard {name or shard}"
 
 

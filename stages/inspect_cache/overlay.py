@@ -14,6 +14,7 @@ from matplotlib.patheffects import AbstractPathEffect, withStroke
 
 from cache_schema import ClipEntry, StoreReader
 from stages.clips import Clip, ClipDataset, ClipsConfig, SubjectPrompt
+from stages.clips.fingerprints import video_hash_in
 from stages.inspect_cache.clip_facts import describe_track
 from stages.inspect_cache.drawing import (
     DEFAULT_FPS,
@@ -106,7 +107,13 @@ def draw_overlay(
         for entry in map(reader.record, keys):
             masks = reader.read(entry.key, arrays)
             _check_size(reader, masks["forward"].shape, clips)
-            clip = load_source_clip(dataset, clips, shard=entry.shard, key=entry.key)
+            clip = load_source_clip(
+                dataset,
+                clips,
+                shard=entry.shard,
+                key=entry.key,
+                video=video_hash_in(entry.fingerprint),
+            )
             view = _view(entry, masks, None if isinstance(clip, str) else clip, clips, reader.name)
             stem = stems.of(entry.key)
             drawing = Drawing(

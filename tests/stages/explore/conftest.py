@@ -15,6 +15,9 @@ from stages.train_student.objectives.config import LgfConfig
 from tests.fingerprints import fingerprint_of
 
 FRAMES, GRID, CHANNELS = 9, (3, 4), 6
+LEVELS = 20 * np.arange(FRAMES, dtype=np.uint8)
+VIDEO = encode_video(np.broadcast_to(LEVELS[:, None, None, None], (FRAMES, 48, 64, 3)), 8.0)
+"""Frame t has the grey level 20 t."""
 CUT = {"num_frames": FRAMES, "height": 48, "width": 64, "fps": 8.0}
 HTML = "</script><img src=x onerror=\"document.title='broken in'\"> <b>bold</b>"
 CAPTIONS = {
@@ -60,7 +63,9 @@ def masks_of(key):
     return mask_Thw
 
 
-def write_store(root, kind, arrays_of, values, attributes_of=attributes, *, skipped=()):
+def write_store(
+    root, kind, arrays_of, values, attributes_of=attributes, *, skipped=(), video=VIDEO
+):
     """Write the clips as one store of two shards."""
     some = arrays_of(ROWS[0])
     specs = {
@@ -76,7 +81,8 @@ def write_store(root, kind, arrays_of, values, attributes_of=attributes, *, skip
     for name in ("run", "walk"):
         with writer.shard(name, source=f"{name}.tar") as shard:
             for key in (key for key in CAPTIONS if key.startswith(name)):
-                shard.add(key, arrays_of(key), attributes_of(key), fingerprint=fingerprint_of(key))
+                fingerprint = fingerprint_of(key, video)
+                shard.add(key, arrays_of(key), attributes_of(key), fingerprint=fingerprint)
             for key in (key for key in skipped if key.startswith(name)):
                 shard.skip(key, "too_short", "3 <frames>", fingerprint=fingerprint_of(key))
             shard.commit()
@@ -131,14 +137,12 @@ def cache(tmp_path_factory):
 
 
 class Shard:
-    """An input shard with one clip, whose frame t has the grey level 20 t."""
+    """An input shard with one clip."""
 
     name, source = "walk", "walk.tar"
 
     def records(self):
-        levels = 20 * np.arange(FRAMES, dtype=np.uint8)
-        frames_THWC = np.broadcast_to(levels[:, None, None, None], (FRAMES, 48, 64, 3))
-        yield ClipRecord(key="walk/0001", video=encode_video(frames_THWC, 8.0))
+        yield ClipRecord(key="walk/0001", video=VIDEO)
 
 
 def open_explorer(root, folder, *, dataset=True, read=True, **lgf):

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from cache_schema import CacheError, StoreReader
-from stages.clips import ClipsConfig
+from stages.clips import ClipDataset, ClipsConfig
 from stages.explore.explorer import NoSuchClip
 from stages.explore.flow_view import NoSuchToken
-from stages.explore.layers import load_layers
+from stages.explore.layers import load_layers, thumbnail_frames
 from stages.explore.leave_out import LeaveOutList
 from stages.explore.pictures import make_sheet, make_thumbnail
 from stages.explore.stores import open_cache
@@ -23,6 +23,8 @@ from tests.stages.explore.conftest import (
     FRAMES,
     GRID,
     ROWS,
+    VIDEO,
+    Shard,
     features_of,
     masks_of,
     open_explorer,
@@ -133,6 +135,26 @@ def test_without_its_source_a_clip_shows_its_features_and_says_why(explorer):
     still, loop = explorer.thumbnail(ROWS.index("walk/0002"))
     assert Image.open(io.BytesIO(still)).size == (192, 144)
     assert Image.open(io.BytesIO(loop)).n_frames > 1
+
+
+def test_entries_of_another_video_are_not_shown_together(tmp_path):
+    """The masks are of a video that has been replaced; the latents, of the one that replaced it."""
+    valid = np.ones(FRAMES, np.uint8)
+    arrays = {"masks": lambda key: {"forward": masks_of(key), "valid": valid}}
+    arrays["latents"] = lambda key: {"mean": np.ones((3, 4, 6, 8), np.float16)}
+    videos = {"masks": b"as it was", "latents": VIDEO}
+    readers = {
+        kind: StoreReader(write_store(tmp_path, kind, of, {"clips": CUT}, video=videos[kind]))
+        for kind, of in arrays.items()
+    }
+    data = ClipsConfig(path=tmp_path, num_frames=FRAMES, height=48, width=64)
+    source = {"data": data, "dataset": ClipDataset((Shard(),), layout="one clip")}
+    found = load_layers(readers, ROWS[WALK], "walk", lgf=LgfConfig(), **source)
+    assert set(found.layers) == {"mask_forward"}
+    assert "no frames: the dataset's video of this clip is another one than" in found.notes[0]
+    assert "no latents: made from another video of this clip than masks" in found.notes[1]
+    pictures, _ = thumbnail_frames(readers, ROWS[WALK], "walk", **source)
+    assert len(pictures) == 3  # of the latents, not of the video
 
 
 def test_a_thumbnail_shows_the_middle_and_the_loop_every_frame(explorer):

@@ -1,3 +1,5 @@
+from functools import cache
+
 import numpy as np
 import pytest
 
@@ -6,6 +8,14 @@ from stages.clips import ClipDataset, ClipRecord, ClipsConfig, encode_video
 from tests.fingerprints import fingerprint_of
 
 FRAMES, GRID = 9, (6, 8)
+
+
+@cache
+def grey_video(num_frames, height, width):
+    """A video whose frame t has the grey level 20 t."""
+    levels = 20 * np.arange(num_frames, dtype=np.uint8)
+    shape = (num_frames, height, width, 3)
+    return encode_video(np.broadcast_to(levels[:, None, None, None], shape), 8.0)
 
 
 @pytest.fixture
@@ -36,10 +46,11 @@ def clips(tmp_path):
 
 
 @pytest.fixture
-def write_store(tmp_path):
+def write_store(tmp_path, clips):
     """Write clips' arrays as a committed store; the same arrays under every key.
 
-    Teacher and masks stores get `valid`, all ones unless it is given, none if it is None.
+    Teacher and masks stores get `valid`, all ones unless it is given, none if it is None. The clips
+    are of `dataset`'s video unless another is given.
     """
 
     def write(
@@ -67,13 +78,14 @@ def write_store(tmp_path):
         }
         made = StoreSettings(kind=kind, arrays=specs, values=settings or {"note": "a test"})
         writer = StoreWriter.open(tmp_path / "cache", made, provenance={})
+        video = more.get("video", grey_video(FRAMES, clips.height, clips.width))
         with writer.shard(shard, source=f"{shard}.tar") as out:
             for key in keys:
                 out.add(
                     key,
                     arrays,
                     more.get("attributes", {"frames": len(values)}),
-                    fingerprint=fingerprint_of(key),
+                    fingerprint=fingerprint_of(key, video),
                 )
             out.skip("walk/0008", "too_short", "3 frames", fingerprint=fingerprint_of("walk/0008"))
             out.commit()
@@ -103,10 +115,7 @@ def dataset():
     """A dataset of one clip, whose frame t has the grey level 20 t."""
 
     def make(clips, key="walk/0007", num_frames=FRAMES, name="00000", height=None, **given):
-        shape = (num_frames, height or clips.height, clips.width, 3)
-        levels = 20 * np.arange(num_frames, dtype=np.uint8)
-        frames_THWC = np.broadcast_to(levels[:, None, None, None], shape)
-        video = encode_video(frames_THWC, 8.0)
+        video = grey_video(num_frames, height or clips.height, clips.width)
         shard = Shard(ClipRecord(key=key, video=video, **given), name)
         return ClipDataset((shard,), layout="one clip")
 

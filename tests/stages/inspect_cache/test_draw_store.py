@@ -70,6 +70,7 @@ def test_a_latents_store_is_drawn_without_flow_at_its_own_rate(write_store, clip
         (None, "no dataset at"),
         ({"key": "other"}, "has no clip 'walk/0007' in shard 00000"),
         ({"num_frames": 3}, "too_short"),
+        ({"num_frames": 17}, "video of this clip is another one than the store was made from"),
     ],
 )
 def test_frames_that_cannot_be_had_are_left_out_with_the_reason(
@@ -90,7 +91,7 @@ def test_a_folder_of_clips_gives_the_frames(moving_features, write_store, clips,
     shape = (9, clips.height, clips.width, 3)
     video = encode_video(np.zeros(shape, np.uint8), 8.0)
     (clips.path / "walk/0007.mp4").write_bytes(video)
-    store = write_store("teacher", "features", moving_features(1, 0))
+    store = write_store("teacher", "features", moving_features(1, 0), video=video)
     assert draw(store, clips, tmp_path, dataset=open_dataset(clips)).notes == ()
 
 
