@@ -16,11 +16,10 @@ if TYPE_CHECKING:
     from cache_schema import StoreSettings
     from stages.clips import ClipsConfig
     from stages.dry_run.train import SizedStores, TrainEstimate
+    from stages.extract_features.config import TeacherConfig
 
 _CHANNELS = {"memory_attention": 256, "memory_encoder": 64, "image_encoder": 256}
 """Channels of one direction's features, the same in every SAM2, EdgeTAM and SAM3."""
-_STRIDE = 16
-"""Pixels of the tracker's input per token; SAM3's 14 make a few more tokens on its own grid."""
 
 
 def run(
@@ -84,6 +83,7 @@ def _planned_stores(config: RunConfig) -> list[SizedStores]:
     form = KIND_OF_FORM[config.train.teacher_form]
     extract = config.extract
     channels = _CHANNELS[extract.teacher.features]
+    stride = _stride(extract.teacher) if form in needed else 1
     stores = []
     for size in config.data.sizes:
         planned: Mapping[Any, Any] = subject_settings(
@@ -92,7 +92,7 @@ def _planned_stores(config: RunConfig) -> list[SizedStores]:
             {},
             gram_flow=extract.gram_flow,
             channels=channels,
-            stride=_STRIDE,
+            stride=stride,
         )
         teacher = planned[form] if form in needed else None
         check_teacher(config.train, teacher, f"the {form} store that `extract` configures")
@@ -105,6 +105,15 @@ def _planned_stores(config: RunConfig) -> list[SizedStores]:
             )
         )
     return stores
+
+
+def _stride(teacher: TeacherConfig) -> int:
+    """Pixels of the tracker's input per token; of no consequence on the student's grid."""
+    from stages.sam2_tracking.opening import pixels_per_token
+
+    if teacher.grid == "student":
+        return 1
+    return pixels_per_token(teacher.checkpoint, image_size=teacher.image_size)
 
 
 def _planned_visual(config: RunConfig, size: ClipsConfig) -> StoreSettings:

@@ -19,10 +19,13 @@ from stages.sam2_tracking.transformers_files import (
     download_tracker,
     hash_of_weights,
     is_transformers_folder,
+    read_stride,
 )
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _FILE_SUFFIXES = (".pt", ".pth", ".safetensors")
+_SAM2_STRIDE = 16
+"""Pixels per token of every official SAM2."""
 
 
 def find_checkpoint(name: str, *, download: bool = True) -> Path:
@@ -61,6 +64,25 @@ def config_source(name: str, config: str | None) -> str | Path | None:
         return download_tracker(name, weights=False)
     official = _sam2_package().HUB_CHECKPOINTS
     return config or official[name][0] if name in official else None
+
+
+def pixels_per_token(name: str, *, image_size: int) -> int:
+    """Return the pixels of a tracker's input per token of its features, without its weights.
+
+    Args:
+        name: As for `find_checkpoint`; of a hub id in transformers' format, config.json is
+            downloaded.
+        image_size: Side in pixels of the square input.
+
+    Raises:
+        ValueError: The download fails, it is another kind of model, or the size does not suit it.
+    """
+    folder = Path(name).expanduser()
+    if _is_transformers_id(name):
+        folder = download_tracker(name, weights=False)
+    if is_transformers_folder(folder):
+        return read_stride(folder, image_size=image_size)
+    return _SAM2_STRIDE
 
 
 def hash_of_checkpoint(checkpoint: Path) -> str:

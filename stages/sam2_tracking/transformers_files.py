@@ -123,6 +123,16 @@ def check_transformers_tracker(folder: Path, *, image_size: int | None = None) -
     )
 
 
+def read_stride(folder: Path, *, image_size: int) -> int:
+    """Return the pixels per token of a tracker, from its config.json alone.
+
+    Raises:
+        ValueError: It is another kind of model, or the size does not suit it.
+    """
+    family, document = _family_of(folder)
+    return int(_config(folder, family, document, image_size).prompt_encoder_config.patch_size)
+
+
 def build_transformers_tracker(
     folder: Path, *, image_size: int | None = None, device: str | torch.device = "cpu"
 ) -> Any:

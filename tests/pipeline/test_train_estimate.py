@@ -74,6 +74,23 @@ def test_a_teacher_from_the_image_encoder_is_as_wide_as_from_memory_attention():
     assert heads[0] == heads[1] > heads[2]
 
 
+def test_a_teacher_on_its_own_grid_has_the_tokens_of_its_tracker(tmp_path, monkeypatch):
+    """As in the table of docs/trackers.md; of a tracker in transformers, config.json is read."""
+    planned = []
+
+    def estimate(config, configs, stores, **_):
+        planned.extend(stores)
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr("stages.dry_run.train.estimate", estimate)
+    (tmp_path / "config.json").write_text('{"model_type": "sam3_tracker_video"}')
+    for checkpoint, size in (("facebook/sam2.1-hiera-large", 1024), (tmp_path, 1008)):
+        teacher = {"checkpoint": checkpoint, "image_size": size, "grid": "native"}
+        dry_run(*(f"extract.teacher.{name}={value}" for name, value in teacher.items()))
+    sam2, sam3 = (stores.teacher.arrays["features"].shape for stores in planned)
+    assert (sam2, sam3) == ((9, 64, 64, 512), (9, 72, 72, 512))
+
+
 def test_the_best_checkpoint_takes_room_too_and_a_wrong_curve_is_refused():
     words = ("train.validation.clips=2", "train.checkpoint_every=250")
     assert "for the 3 that are kept" in dry_run(*words)[1]

@@ -18,6 +18,7 @@ from stages.sam2_tracking.opening import (
     config_source,
     find_checkpoint,
     hash_of_checkpoint,
+    pixels_per_token,
 )
 from stages.sam2_tracking.transformers_files import check_transformers_tracker
 from tests.stages.sam2_tracking.transformers_families import tiny_edgetam, tiny_sam3, whole_sam3
@@ -67,6 +68,7 @@ def test_a_folder_in_transformers_format_is_opened_with_transformers(
     assert spec.library == f"transformers.{CLASSES[kind]}"
     assert (spec.hidden_dim, spec.mem_dim) == (128, 64)
     assert spec.stride == (14 if kind.startswith("sam3") else 16)
+    assert pixels_per_token(str(folder), image_size=size) == spec.stride
     built = build_tracker(None, folder, image_size=size)
     assert type(built).__name__ == CLASSES[kind]
     assert not built.training
