@@ -204,7 +204,7 @@ def _check_backbone(folder: Path, document: dict[str, Any]) -> None:
     if find_spec("timm") is None:
         raise ValueError(
             f"{folder} has a backbone of the timm package ({backbone.get('architecture')}), which "
-            "is not installed: pip install timm torchvision"
+            'is not installed: pip install "sam2videox[edgetam]"'
         )
 
 

@@ -158,7 +158,7 @@ def timm(**fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        (timm(), r"\(repvit_m1\), which is not installed: pip install timm"),
+        (timm(), r"\(repvit_m1\), which is not installed: pip install .sam2videox\[edgetam\]"),
         (timm(architecture="hf-hub:someone/model"), "a model of another package"),
         (timm(model_args={"checkpoint_path": "x"}), "model_args of the backbone may have"),
     ],
