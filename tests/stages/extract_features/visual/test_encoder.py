@@ -127,8 +127,9 @@ def test_vjepa2_takes_other_squares(encoder, clips, frames):
     close(found[:2].flatten(0, 2), expected)
 
 
+@pytest.mark.parametrize("layer", [1, pytest.param(2, id="the last, before the final norm")])
 @pytest.mark.parametrize("family", [*IMAGE, *VIDEO])
-def test_a_layer_is_the_output_of_that_block(family, encoder, clips, frames):
+def test_a_layer_is_the_output_of_that_block(family, layer, encoder, clips, frames):
     folder = encoder(family)
     _, layout, whole = opened(folder, clips)
     pixels = resized(frames, *layout.image_size)
@@ -138,10 +139,10 @@ def test_a_layer_is_the_output_of_that_block(family, encoder, clips, frames):
         if isinstance(module, torch.nn.ModuleList) and len(module) == 2
     )
     seen = []
-    hook = blocks[0].register_forward_hook(
+    hook = blocks[layer - 1].register_forward_hook(
         lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out)
     )
-    config = VisualConfig(checkpoint=str(folder), layer=1, frames_per_batch=9)
+    config = VisualConfig(checkpoint=str(folder), layer=layer, frames_per_batch=9)
     found = VisualEncoder(whole, layout, config)(pixels)
     hook.remove()
     expected = torch.cat([one[:, PREFIX.get(family, 0) :].flatten(0, 1) for one in seen])
