@@ -50,10 +50,13 @@ class ImageEncoder:
         Raises:
             ValueError: A file is missing or damaged.
         """
-        from transformers import CLIPImageProcessor
+        from transformers import CLIPImageProcessorPil
 
-        self._processor = CLIPImageProcessor.from_pretrained(
-            folder / "image_processor", local_files_only=True
+        values = folder / "image_processor" / "preprocessor_config.json"
+        read_config(values)
+        # The PIL processor gives the same values on every machine, with torchvision or without.
+        self._processor = CLIPImageProcessorPil.from_pretrained(
+            values.parent, local_files_only=True
         )
         model = load_model(model_class, folder / "image_encoder", dtype=torch.float32)
         self._model = model.requires_grad_(False).eval().to(device)

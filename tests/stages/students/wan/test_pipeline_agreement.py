@@ -5,10 +5,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from transformers import CLIPVisionModel
 
 from stages.clips import ClipsConfig
 from stages.students.latents import encode_posterior
 from stages.students.registry import read_configs
+from stages.students.wan.first_frames import ImageEncoder
 from stages.students.weights import load_tokenizer
 from stages.train_student.data.dataset import Batch
 from stages.train_student.model.student import Student
@@ -144,6 +146,11 @@ def test_the_first_frame_is_given_as_the_pipeline_gives_it(wan_bases, pipelines)
     assert torch.equal(channels_FCHW[:, :4], expected[:, :4])
     clip = kwargs["encoder_hidden_states_image"][0]
     torch.testing.assert_close(embeds_LD.float(), clip, rtol=2e-3, atol=2e-3)
+
+
+def test_a_missing_image_processor_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"image_processor/preprocessor_config\.json is missing"):
+        ImageEncoder(tmp_path, CLIPVisionModel, CPU)
 
 
 def test_latents_are_normalised_as_the_pipeline_decodes_them(wan_configs, pipeline):
