@@ -36,9 +36,11 @@ def resolve_base_model(
     if missing:
         families = " or ".join(student.FAMILY for student in STUDENTS)
         examples = " or ".join(student.HUB_EXAMPLE for student in STUDENTS)
+        # Without a network, the hub's client returns what it has, however little.
+        where = "" if config.is_local else f" in {folder}; is the download complete?"
         raise ValueError(
-            f"the base model {config.path} has no {', '.join(missing)}; model.path must be a "
-            f"diffusers pipeline folder of {families} (model_index.json, tokenizer/, "
+            f"the base model {config.path} has no {', '.join(missing)}{where}; model.path must be "
+            f"a diffusers pipeline folder of {families} (model_index.json, tokenizer/, "
             f"text_encoder/, vae/, transformer/, scheduler/) or its hub id, such as {examples}"
         )
     return folder
