@@ -19,6 +19,10 @@ image encoder output, before memory attention."""
 SchedulerName = Literal["model", "ddim", "dpm"]
 """Samplers of CogVideoX: the base model's own scheduler, or one of diffusers' two for it."""
 
+Expert = Literal["high-noise", "low-noise"]
+"""The transformers of a model with two (Wan 2.2 A14B): `transformer` denoises while there is much
+noise, `transformer_2` afterwards."""
+
 FrameScoreGroup = Literal["figures", "vbench", "appearance"]
 """Scores of a video's frames: the limbs of the demo's figures; VBench's dimensions of motion and
 consistency; the frames' appearance."""
@@ -47,6 +51,9 @@ class BaseModelConfig(Section):
     model_index.json says which family it is of."""
     revision: str | None = None
     """Commit, tag or branch on the hub; null uses the default branch."""
+    expert: Expert | None = None
+    """Transformer that `train` and `probe` use of a model with two (Wan 2.2 A14B), on the timesteps
+    at which it denoises; null for all other models. Extraction and sampling do not depend on it."""
 
     @property
     def is_local(self) -> bool:

@@ -44,18 +44,22 @@ def run(
         )
     from stages.compute_cost.gpus import find_gpu, local_gpu
     from stages.dry_run.train import estimate
+    from stages.students.experts import check_expert
     from stages.students.official_models import configs_for_estimate
     from stages.students.weights import parts_are_here
     from stages.train_student.parallel.deepspeed import check_engine_settings
     from stages.train_student.setup import check_block, weights_needed
+    from stages.train_student.timesteps import check_timesteps
     from stages.train_student.validation.best import check_keep_best
 
     chosen = local_gpu() if gpu is None else find_gpu(gpu)
     number = _processes() if gpus is None else gpus
     configs, notes = configs_for_estimate(config.model)
+    check_expert(configs)
     check_block(config.train, configs)
+    check_timesteps(config.train, configs)
     check_keep_best(config.train)
-    parts_are_here(config.model, configs.folder, weights_needed(config.train))
+    parts_are_here(config.model, configs.folder, weights_needed(config.train, configs))
     progress.log("tracing a training step on meta tensors")
     found = estimate(config.train, configs, _planned_stores(config), gpu=chosen, gpus=number)
     try:

@@ -20,8 +20,8 @@ from stages.explore.flow_view import FlowView
 from stages.files.text import read_object
 from stages.inspect_cache.clip_view import frames_of_moments
 from stages.sample_videos.runs import BASE_SETTING
+from stages.students.experts import CONFIGURATIONS, trained_configs
 from stages.students.hub import resolve_base_model
-from stages.students.registry import read_configs
 from stages.students.weights import hash_transformer
 from stages.train_student.checkpoints.export import Which, newest_weights
 from stages.train_student.config import TrainConfig
@@ -60,6 +60,8 @@ class _Opened:
     step: int
     weights: Which
     device: torch.device
+    trained: range
+    """Timesteps that it was trained at."""
 
 
 class RunStudent:
@@ -113,10 +115,11 @@ class RunStudent:
             )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         world = World(rank=0, local_rank=0, size=1, device=device)
-        needed = ("transformer", "vae/config.json", "scheduler")
-        configs = read_configs(resolve_base_model(self._model, needed))
+        configs = trained_configs(self._model)
+        part = configs.transformer_part
+        resolve_base_model(self._model, (*CONFIGURATIONS, part))
         recorded = read_object(self.run_dir / "run.json", settings=dict)["settings"]
-        if recorded.get(BASE_SETTING) != hash_transformer(configs.folder):
+        if recorded.get(BASE_SETTING) != hash_transformer(configs.folder, part):
             raise ValueError(
                 f"{self._model.path} is not the base model that {self.run_dir} was trained from; "
                 "set model.path to that"
@@ -160,9 +163,16 @@ class RunStudent:
             step,
             which,
             device,
+            configs.trained_timesteps,
         )
 
     def _compare(self, opened: _Opened, key: str, timestep: int) -> StudentView:
+        if timestep not in opened.trained:
+            raise ValueError(
+                f"{self.run_dir} was trained at timesteps {opened.trained.start} to "
+                f"{opened.trained.stop - 1} alone, not at {timestep}; set "
+                "train.validation.timesteps to some of these"
+            )
         (batch,) = opened.samples.fixed_batches(key, (timestep,))
         batch = batch.to(opened.device)
         with eval_mode(opened.student, opened.device):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stages.files.weight_checks import check_weights
 from stages.students.registry import student_of_transformer
-from stages.students.weights import model_class_of
+from stages.students.weights import Part, model_class_of
 from stages.train_student.step import StudentInputs
 
 
@@ -52,19 +52,22 @@ class BlockwiseTransformer:
     The model's own code embeds the inputs and calls the blocks; nothing of it is repeated here.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, device: torch.device, *, part: Part = "transformer"
+    ) -> None:
         """Check all weights, and load those outside the blocks.
 
         Args:
             folder: the base pipeline.
             dtype: dtype of weights and tokens.
+            part: the transformer's folder in the pipeline.
 
         Raises:
             ValueError: the stored tensors do not match the model.
         """
         self._dtype, self._device = dtype, device
-        weights = folder / "transformer"
-        model_class = model_class_of("transformer", folder)
+        weights = folder / part
+        model_class = model_class_of(part, folder)
         self._stored = check_weights(model_class, weights)
         with init_empty_weights():
             transformer = model_class.from_config(model_class.load_config(weights)).eval()

@@ -23,8 +23,8 @@ from stages.probe_blocks.clips import choose_clips
 from stages.probe_blocks.config import ProbeConfig
 from stages.probe_blocks.fit import ProbeItem
 from stages.probe_blocks.probe import check_settings, linear_heads, linear_probe, token_bytes
-from stages.students.hub import resolve_base_model
-from stages.students.registry import read_configs, with_blocks
+from stages.students.experts import trained_configs
+from stages.students.registry import with_blocks
 from stages.students.student import StudentConfigs
 from stages.students.weights import parts_are_here
 from stages.train_student.config import TrainConfig
@@ -33,7 +33,7 @@ from stages.train_student.data.stores import Buckets
 from stages.train_student.model.teacher import TeacherLayout
 from stages.train_student.parallel.deepspeed import weights_dtype
 from stages.train_student.parallel.process_group import world_from_environment
-from stages.train_student.setup import CONFIGURATIONS, open_checked_stores
+from stages.train_student.setup import open_checked_stores
 from stages.train_student.step import StudentInputs, TrainingStep
 from stages.train_student.step_costs import batch_bytes, meta_batch, meta_student
 
@@ -116,11 +116,11 @@ def estimate_probe(
         update={"objectives": ("lgf",), "method": "full", "gradient_checkpointing": False}
         | {"micro_batch_size": 1}
     )
-    configs = read_configs(resolve_base_model(model, CONFIGURATIONS))
+    configs = trained_configs(model)
     check_settings(config, train, configs)
     stores = open_checked_stores(train, clips, configs, cache_root)
     chosen = choose_clips(config, stores)
-    parts_are_here(model, configs.folder, ("transformer",))
+    parts_are_here(model, configs.folder, (configs.transformer_part,))
     num_blocks = configs.num_blocks
     blocks = tuple(sorted(config.blocks)) or tuple(range(num_blocks))
     passed, at_times = blocks[-1] + 1, len(config.timesteps)

@@ -30,8 +30,8 @@ from stages.probe_blocks.results import (
     write_results,
 )
 from stages.progress import Progress
+from stages.students.experts import CONFIGURATIONS, trained_configs
 from stages.students.hub import resolve_base_model
-from stages.students.registry import read_configs
 from stages.students.student import StudentConfigs
 from stages.students.weights import check_base_weights, hash_transformer
 from stages.train_student.config import TrainConfig
@@ -42,8 +42,9 @@ from stages.train_student.objectives.build import build_heads
 from stages.train_student.objectives.lgf import LocalGramFlow
 from stages.train_student.parallel.deepspeed import weights_dtype
 from stages.train_student.parallel.process_group import world_from_environment
-from stages.train_student.setup import CONFIGURATIONS, open_checked_stores
+from stages.train_student.setup import open_checked_stores
 from stages.train_student.step import TrainingStep
+from stages.train_student.timesteps import check_applied, check_evaluated
 
 
 def probe_blocks(
@@ -76,12 +77,13 @@ def probe_blocks(
         KeyboardInterrupt: stopped; the finished blocks are kept.
     """
     train = train.model_copy(update={"objectives": ("lgf",)})
-    configs = read_configs(resolve_base_model(model, CONFIGURATIONS))
+    configs = trained_configs(model)
     check_settings(config, train, configs)
     stores = open_checked_stores(train, clips, configs, cache_root)
     chosen = choose_clips(config, stores)
-    base = resolve_base_model(model, (*CONFIGURATIONS, "transformer"))
-    check_base_weights(base, ("transformer",))
+    part = configs.transformer_part
+    base = resolve_base_model(model, (*CONFIGURATIONS, part))
+    check_base_weights(base, (part,))
 
     samples = CachedSamples(stores.stores, configs, seed=train.seed, batch_size=1)
     batches, excluded = read_clips(samples, chosen, config.timesteps, progress)
@@ -115,7 +117,8 @@ def probe_blocks(
             f"{', '.join(map(str, todo))}; tokens between blocks take "
             f"{token_bytes(batches, train, configs) / 1e9:.2g} GB of host memory"
         )
-        transformer = BlockwiseTransformer(base, weights_dtype(train.deepspeed), device)
+        dtype = weights_dtype(train.deepspeed)
+        transformer = BlockwiseTransformer(base, dtype, device, part=part)
         for found in _measure(todo, transformer, probe, batches, held_out, progress):
             measured[found.block] = found
             write_block(out, found)
@@ -183,19 +186,15 @@ def check_settings(config: ProbeConfig, train: TrainConfig, configs: StudentConf
             f"probe.blocks must be of 0 to {blocks - 1}, the base model's blocks, without repeats, "
             f"got {list(config.blocks)}; [] is all of them"
         )
-    first, last = train.lgf.timesteps
-    last = min(last, configs.timesteps - 1)
-    timesteps = config.timesteps
-    if (
-        not timesteps
-        or len(set(timesteps)) < len(timesteps)
-        or not all(first <= timestep <= last for timestep in timesteps)
-    ):
-        raise ValueError(
-            f"probe.timesteps must be one or more of {first} to {last}, where train.lgf.timesteps "
-            f"applies the loss, without repeats, got {list(timesteps)}; [100, 300, 500, 700, 900] "
-            "is usual"
-        )
+    check_applied(train, configs)
+    (first, last), drawn = train.lgf.timesteps, configs.trained_timesteps
+    check_evaluated(
+        "probe.timesteps",
+        config.timesteps,
+        range(max(first, drawn.start), min(last + 1, drawn.stop)),
+        configs,
+        where=", where train.lgf.timesteps applies the loss",
+    )
     if train.lgf.divergence != "kl":
         raise ValueError(
             "the probe measures the KL divergence; set train.lgf.divergence=kl for it, got "
@@ -236,7 +235,7 @@ def _settings(
             "precision": train.deepspeed.precision,
             "seed": train.seed,
         },
-        "base_weights": hash_transformer(base),
+        "base_weights": hash_transformer(base, configs.transformer_part),
         "transformer": {k: v for k, v in configs.transformer.items() if not k.startswith("_")},
         "scheduler": {k: v for k, v in configs.scheduler.items() if not k.startswith("_")},
         "stores": {kind: reader.settings.hash for kind, reader in stores.readers.items()},

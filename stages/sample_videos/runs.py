@@ -45,6 +45,9 @@ _ADAPTER = "run"
 BASE_SETTING = "model.weights"
 """Name in run.json's settings of the base transformer's hash."""
 
+EXPERT_SETTING = "model.expert"
+"""Name in run.json's settings of the expert of a model with two transformers; else absent."""
+
 TRANSFORMER_CLASS = "transformer_class"
 """Name in run.json of the transformer's class; runs without it trained CogVideoX."""
 

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from stages.config import BaseModelConfig
+from stages.config import BaseModelConfig, Expert
 from stages.files.weight_checks import read_config
 from stages.students.cogvideox import official_models as cogvideox
-from stages.students.hub import resolve_base_model
+from stages.students.experts import resolve_configurations
 from stages.students.registry import BASE_CONFIGS, TEXT_ENCODER_CONFIG, read_configs
 from stages.students.student import StudentConfigs
 from stages.students.wan import official_models as wan
@@ -23,9 +23,9 @@ _HUB_IDS = {
 }
 
 
-def official_configs(name: str) -> StudentConfigs:
+def official_configs(name: str, expert: Expert | None = None) -> StudentConfigs:
     """Bundled configurations of one of `FOLDERS`."""
-    configs = read_configs(FOLDERS[name])
+    configs = read_configs(FOLDERS[name], expert)
     text_encoder = read_config(FOLDERS[name].parent / TEXT_ENCODER_CONFIG)
     return replace(configs, text_encoder=text_encoder)
 
@@ -48,14 +48,14 @@ def configs_for_estimate(
     parts = (*BASE_CONFIGS, *([TEXT_ENCODER_CONFIG] if text_encoder else []))
     name = _official_name(model)
     if name is None:
-        return read_configs(resolve_base_model(model, parts)), ()
-    official = official_configs(name)
+        return read_configs(resolve_configurations(model, parts), model.expert), ()
+    official = official_configs(name, model.expert)
     try:
-        folder = resolve_base_model(model, parts, download=False)
+        folder = resolve_configurations(model, parts, download=False)
     except ValueError:
         note = f"{model.path} is not on this machine yet; a copy of its configuration is used"
         return official, (note,)
-    configs = read_configs(folder)
+    configs = read_configs(folder, model.expert)
     return configs, tuple(_differences(configs, official))
 
 

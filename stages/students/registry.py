@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from stages.config import Expert
 from stages.files.weight_checks import read_config
 from stages.students.cogvideox.configs import CogVideoXConfigs
-from stages.students.student import StudentConfigs
+from stages.students.student import StudentConfigs, transformer_part
 from stages.students.wan.configs import WanConfigs
 
 STUDENTS: tuple[type[StudentConfigs], ...] = (CogVideoXConfigs, WanConfigs)
@@ -99,20 +100,44 @@ def image_parts(folder: Path) -> tuple[str, ...]:
     return tuple(name for name in names if index.get(name, [None, None]) != [None, None])
 
 
-def read_configs(folder: Path) -> StudentConfigs:
+def has_two_transformers(folder: Path) -> bool:
+    """Whether a pipeline switches between two transformers.
+
+    Raises:
+        ValueError: As `read_model_index`.
+    """
+    return read_model_index(folder)[0].get("boundary_ratio") is not None
+
+
+def read_configs(folder: Path, expert: Expert | None = None) -> StudentConfigs:
     """Read the configuration files of a diffusers pipeline folder.
 
     Values missing from a file are filled in from the defaults of its diffusers class.
 
+    Args:
+        folder: The pipeline.
+        expert: Which of two transformers to read; None reads the first, or the only one.
+
     Raises:
-        ValueError: a file is missing or invalid, or the folder is not a supported pipeline.
+        ValueError: a file is missing or invalid, the folder is not a supported pipeline, or an
+            expert is named of a pipeline with one transformer.
     """
-    _, student = read_model_index(folder)
+    index, student = read_model_index(folder)
+    boundary_ratio = index.get("boundary_ratio")
+    if expert is not None and boundary_ratio is None:
+        raise ValueError(
+            f"model.expert={expert} is for models with two transformers, such as Wan 2.2 A14B; "
+            f"{folder} has one: set model.expert=null"
+        )
     text_encoder = folder / TEXT_ENCODER_CONFIG
+    files = {Path(name).parent.name: folder / name for name in BASE_CONFIGS}
+    files["transformer"] = folder / transformer_part(expert) / "config.json"
     configs = student(
         folder=folder,
         text_encoder=read_config(text_encoder) if text_encoder.is_file() else None,
-        **{Path(name).parent.name: _read(folder / name, student) for name in BASE_CONFIGS},
+        boundary_ratio=boundary_ratio,
+        expert=expert,
+        **{part: _read(file, student) for part, file in files.items()},
     )
     configs.check()
     return configs

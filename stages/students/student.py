@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cache_schema import JSON, ArraySpec, StoreSettings
 from stages.clips import ClipsConfig
-from stages.config import SchedulerName
+from stages.config import Expert, SchedulerName
 
 VAE_SPATIAL_COMPRESSION = 8
 """Spatial compression of every supported VAE: pixels per latent in height and in width."""
@@ -30,6 +30,11 @@ VAE_TEMPORAL_COMPRESSION = 4
 
 FirstFrameEncoder = Callable[[Tensor, str], dict[str, np.ndarray]]
 """Stored arrays of an image-to-video condition from a clip's pixels_BCTHW (-1 to 1) and its key."""
+
+
+def transformer_part(expert: Expert | None) -> Literal["transformer", "transformer_2"]:
+    """Folder of a transformer in a pipeline."""
+    return "transformer_2" if expert == "low-noise" else "transformer"
 
 
 class Condition(NamedTuple):
@@ -44,7 +49,8 @@ class Condition(NamedTuple):
 class NoiseSchedule(Protocol):
     """Noise and prediction target of training, at integer timesteps of the schedule.
 
-    Timesteps are positions in the schedule, 0 the least noise; training draws them uniformly.
+    Timesteps are positions in the schedule, 0 the least noise; training draws them uniformly from
+    `StudentConfigs.trained_timesteps`.
     """
 
     def signal(self, timestep_B: Tensor) -> Tensor:
@@ -72,6 +78,12 @@ class StudentConfigs(ABC):
     scheduler: dict[str, Any]
     text_encoder: dict[str, Any] | None = None
     """Text encoder config, with transformers' keys; None if the folder has none."""
+    boundary_ratio: float | None = None
+    """Share of the timesteps from which the first of two transformers denoises, the second below
+    it; None if the model has one transformer."""
+    expert: Expert | None = None
+    """Which of two transformers `transformer` configures and training uses; None if the model has
+    one, or where it does not matter."""
 
     FAMILY: ClassVar[str]
     """Name for messages."""
@@ -133,6 +145,16 @@ class StudentConfigs(ABC):
     def timesteps(self) -> int:
         """Number of timesteps of the schedule."""
         return int(self.scheduler["num_train_timesteps"])
+
+    @property
+    def trained_timesteps(self) -> range:
+        """Timesteps that training draws from: the whole schedule, or the expert's part of it."""
+        return range(self.timesteps)
+
+    @property
+    def transformer_part(self) -> Literal["transformer", "transformer_2"]:
+        """Folder of the transformer that training uses."""
+        return transformer_part(self.expert)
 
     @property
     @abstractmethod

@@ -16,9 +16,9 @@ from stages.files.weight_checks import (
     refuse_lfs_pointer,
     stored_tensors,
 )
-from stages.students.registry import image_parts, read_model_index
+from stages.students.registry import has_two_transformers, image_parts, read_model_index
 
-Part = Literal["tokenizer", "text_encoder", "vae", "transformer", "image_encoder"]
+Part = Literal["tokenizer", "text_encoder", "vae", "transformer", "transformer_2", "image_encoder"]
 """Pipeline components with weights or vocabularies."""
 
 _TOKENIZER_JSON = "tokenizer.json"
@@ -36,16 +36,20 @@ _MAX_HEADER_BYTES = 100_000_000
 """Largest header of a safetensors file, the library's own limit."""
 
 
-def hash_transformer(folder: Path) -> str:
+def hash_transformer(folder: Path, part: Part = "transformer") -> str:
     """16-digit hash of a transformer: names, dtypes, shapes and a sample of every tensor.
 
     Reads 4 KiB from the middle of each tensor, a few MB for CogVideoX-5B. Independent of the
     folder and of the sharding into files. A single changed value may go undetected.
 
+    Args:
+        folder: A pipeline.
+        part: The folder of the transformer.
+
     Raises:
         ValueError: The weights are missing or damaged.
     """
-    return _hash_tensors(folder / "transformer", "diffusion_pytorch_model")
+    return _hash_tensors(folder / part, "diffusion_pytorch_model")
 
 
 def hash_pipeline(folder: Path, parts: Sequence[Part]) -> str:
@@ -118,7 +122,8 @@ def model_class_of(part: Part, folder: Path) -> Any:
 def sampling_parts(folder: Path) -> tuple[Part, ...]:
     """Components with weights or vocabularies that the pipeline in a folder samples with."""
     _, *of_image = latents_parts(folder)
-    return ("tokenizer", "text_encoder", "vae", "transformer", *of_image)
+    second: tuple[Part, ...] = ("transformer_2",) if has_two_transformers(folder) else ()
+    return ("tokenizer", "text_encoder", "vae", "transformer", *second, *of_image)
 
 
 def latents_parts(folder: Path) -> tuple[Part, ...]:

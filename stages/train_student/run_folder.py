@@ -29,7 +29,7 @@ from cache_schema.schema import flatten
 from cache_schema.shown_text import redacted
 from stages.clips.config import ClipsConfig
 from stages.files.text import read_object
-from stages.sample_videos.runs import BASE_SETTING
+from stages.sample_videos.runs import BASE_SETTING, EXPERT_SETTING
 from stages.students.student import StudentConfigs
 from stages.train_student.checkpoints.records import checkpoints_of
 from stages.train_student.config import TrainConfig
@@ -83,6 +83,7 @@ def fixed_settings(
         "train": config.model_dump(mode="json"),
         "data": {"sizes": [size.size_name for size in clips.sizes]},
         BASE_SETTING: base_weights,
+        **_of_expert(configs),
         "transformer": {k: v for k, v in configs.transformer.items() if not k.startswith("_")},
         "scheduler": {k: v for k, v in configs.scheduler.items() if not k.startswith("_")},
         "stores": {kind: reader.settings.hash for kind, reader in stores.readers.items()},
@@ -90,6 +91,13 @@ def fixed_settings(
     # Through JSON, so that the values compare equal to those read from run.json.
     flat = flatten(json.loads(json.dumps(nested)))
     return {name: value for name, value in flat.items() if value != {} and not _is_free(name)}
+
+
+def _of_expert(configs: StudentConfigs) -> dict[str, Any]:
+    """Which of two transformers is trained, and where the other's timesteps begin."""
+    if configs.expert is None:
+        return {}
+    return {EXPERT_SETTING: configs.expert, "model.boundary_ratio": configs.boundary_ratio}
 
 
 def held_out_clips(run_dir: Path) -> tuple[str, ...]:

@@ -15,8 +15,7 @@ from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.progress import Progress
 from stages.sample_videos.runs import TRANSFORMER_CLASS
-from stages.students.hub import resolve_base_model
-from stages.students.registry import read_configs
+from stages.students.experts import trained_configs
 from stages.students.sampler import first_frame
 from stages.students.student import StudentConfigs
 from stages.students.weights import Part, check_base_weights, hash_transformer
@@ -45,10 +44,8 @@ from stages.train_student.parallel.ema import check_average
 from stages.train_student.parallel.process_group import World, gather
 from stages.train_student.run_folder import RunLock, fixed_settings, held_out_before, open_run
 from stages.train_student.step import TrainingStep
+from stages.train_student.timesteps import check_timesteps
 from stages.train_student.validation.best import check_keep_best
-
-CONFIGURATIONS = ("transformer/config.json", "vae/config.json", "scheduler")
-"""Base-model files that are read before any weights are loaded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,7 +158,7 @@ class Run:
         """Create the run's folder, or check that it holds this run.
 
         Args:
-            base: folder of the base model, with the transformer's weights.
+            base: folder of the base model, with the weights of the trained transformer.
 
         Returns:
             A warning if the run resumes with fewer clips than it started with.
@@ -188,7 +185,7 @@ class Run:
             self.clips,
             self.configs,
             self.stores,
-            base_weights=hash_transformer(base),
+            base_weights=hash_transformer(base, self.configs.transformer_part),
         )
         self.lock.check()
         return open_run(
@@ -223,8 +220,9 @@ def prepare(
     check_trackers(config.report_to)
     check_keep_best(config)
     kinds_needed(config)  # refuses settings, before the base model is looked up
-    configs = read_configs(resolve_base_model(model, CONFIGURATIONS))
+    configs = trained_configs(model)
     check_block(config, configs)
+    check_timesteps(config, configs)
     if config.method == "lora":
         check_targets(config.lora, configs)
     stores = open_checked_stores(
@@ -235,9 +233,9 @@ def prepare(
         held_out=config.validation.clips,
         held_out_before=held_out_before(config.run_dir, config.validation.clips),
     )
-    check_validation(config, configs, model, clips.sizes[0])
+    check_samples(config, configs, model, clips.sizes[0])
     if model.is_local:  # others are checked once they are downloaded
-        check_base_weights(configs.folder, weights_needed(config))
+        check_base_weights(configs.folder, weights_needed(config, configs))
     return Run(
         config=config,
         clips=clips,
@@ -286,11 +284,11 @@ def open_checked_stores(
     return stores
 
 
-def weights_needed(config: TrainConfig) -> tuple[Part, ...]:
+def weights_needed(config: TrainConfig, configs: StudentConfigs) -> tuple[Part, ...]:
     """Parts of the base model whose weights a run loads."""
     if config.samples.prompts:
-        return ("transformer", "tokenizer", "text_encoder", "vae")
-    return ("transformer",)
+        return (configs.transformer_part, "tokenizer", "text_encoder", "vae")
+    return (configs.transformer_part,)
 
 
 def check_block(config: TrainConfig, configs: StudentConfigs) -> None:
@@ -304,10 +302,10 @@ def check_block(config: TrainConfig, configs: StudentConfigs) -> None:
         )
 
 
-def check_validation(
+def check_samples(
     config: TrainConfig, configs: StudentConfigs, model: BaseModelConfig, clips: ClipsConfig
 ) -> None:
-    """Check the settings of validation and samples.
+    """Check the settings of samples.
 
     Args:
         clips: the size of the sample videos.
@@ -315,17 +313,12 @@ def check_validation(
     Raises:
         ValueError: an invalid setting; names the field and a valid value.
     """
-    timesteps, last = config.validation.timesteps, configs.timesteps - 1
-    if config.validation.clips and (
-        not timesteps
-        or len(set(timesteps)) < len(timesteps)
-        or not all(0 <= timestep <= last for timestep in timesteps)
-    ):
-        raise ValueError(
-            f"train.validation.timesteps must be one or more of 0 to {last}, without repeats, got "
-            f"{list(timesteps)}; [100, 300, 500, 700, 900] is usual"
-        )
     samples = config.samples
+    if samples.prompts and configs.expert is not None:
+        raise ValueError(
+            f"train.samples.prompts needs both transformers of {model.path}, of which a run loads "
+            "one; set it to [], and use sam2vx-pipeline sample once the run is finished"
+        )
     if not all(prompt.strip() for prompt in samples.prompts):
         raise ValueError("train.samples.prompts holds an empty prompt; remove it, or fill it in")
     if not configs.image_to_video and samples.images:

@@ -12,6 +12,7 @@ from stages.clips.config import ClipsConfig
 from stages.config import BaseModelConfig
 from stages.processes.stop_request import StopRequest, stop_on_signals
 from stages.progress import Progress, SilentProgress
+from stages.students.experts import CONFIGURATIONS
 from stages.students.hub import resolve_base_model
 from stages.students.weights import check_base_weights
 from stages.train_student.checkpoints.best import best_step
@@ -58,7 +59,7 @@ from stages.train_student.parallel.process_group import (
     world_from_environment,
 )
 from stages.train_student.run_folder import finished_steps, mark_finished
-from stages.train_student.setup import CONFIGURATIONS, Run, prepare
+from stages.train_student.setup import Run, prepare
 from stages.train_student.step import StepTotals, TrainingStep
 from stages.train_student.validation.samples import embed_prompts
 from stages.train_student.validation.validation import build_validation
@@ -137,8 +138,9 @@ def train_student(
     with process_group(world), ExitStack() as stack:
         on_first_rank(world, lambda: stack.enter_context(run.lock))
         run.check_ranks_agree()
-        base = resolve_base_model(run.model, (*CONFIGURATIONS, "transformer"))
-        check_base_weights(base, ("transformer",))
+        part = run.configs.transformer_part
+        base = resolve_base_model(run.model, (*CONFIGURATIONS, part))
+        check_base_weights(base, (part,))
         # Other machines may still be downloading.
         fewer_clips = on_first_rank(
             world, lambda: run.open(base, resolved_config, provenance), timeout=_DOWNLOAD_TIME
@@ -233,7 +235,13 @@ def _train(run: Run) -> TrainSummary:
             stop.mark_handled()  # a signal during the last step: the run finishes anyway
 
         export = export_weights(
-            student, config.run_dir, world, step=steps.stop, average=average, check=check
+            student,
+            config.run_dir,
+            world,
+            step=steps.stop,
+            average=average,
+            check=check,
+            expert=run.configs.expert,
         )
         on_first_rank(world, lambda: _finish(run, steps.stop, export))
         validation.write_page()

@@ -1,4 +1,8 @@
-"""Wan 2.1 as a student: what the stages ask of its pipelines.
+"""Wan 2.1 and Wan 2.2 A14B as students: what the stages ask of their pipelines.
+
+Wan 2.2 A14B has Wan 2.1's classes, VAE and text encoder, and two transformers: `transformer` for
+timesteps from `boundary_ratio` of the schedule on, `transformer_2` for those below, as WanPipeline
+chooses them (diffusers@0.42.1, pipelines/wan/pipeline_wan.py). One run trains one of them.
 
 Legend: B clip, F latent frame, C channel, H W latent, L text or image token, D width, T frame.
 """
@@ -62,7 +66,7 @@ _ORIGINAL = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WanConfigs(StudentConfigs):
-    """A Wan 2.1 pipeline: text-to-video 1.3B and 14B, image-to-video 14B."""
+    """A pipeline of Wan 2.1 (text-to-video 1.3B and 14B, image-to-video 14B) or Wan 2.2 A14B."""
 
     FAMILY: ClassVar[str] = "Wan"
     HUB_EXAMPLE: ClassVar[str] = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -71,6 +75,7 @@ class WanConfigs(StudentConfigs):
         "text_encoder": ("transformers", (_TEXT_CLASS,)),
         "vae": ("diffusers", (_VAE_CLASS,)),
         "transformer": ("diffusers", ("WanTransformer3DModel",)),
+        "transformer_2": ("diffusers", ("WanTransformer3DModel",)),
         "scheduler": ("diffusers", ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")),
         "image_encoder": ("transformers", ("CLIPVisionModel", "CLIPVisionModelWithProjection")),
         # One class, which transformers saves by the name of what resizes for it.
@@ -90,22 +95,27 @@ class WanConfigs(StudentConfigs):
 
     @classmethod
     def check_index(cls, file: Path, index: Mapping[str, Any]) -> None:
-        """Refuse Wan 2.2: two transformers, or the timesteps of its own VAE."""
+        """Refuse two transformers without a boundary between them, and Wan 2.2's own VAE."""
         two = index.get("transformer_2", [None, None]) != [None, None]
-        if two or index.get("boundary_ratio") is not None:
+        ratio = index.get("boundary_ratio")
+        if two != (ratio is not None):
             raise ValueError(
-                f"{file}: Wan 2.2 A14B has two transformers, one for much and one for little "
-                "noise; training supports pipelines of one, such as Wan 2.1: "
-                f"{cls.HUB_EXAMPLE}"
+                f"{file}: transformer_2 and boundary_ratio belong together (Wan 2.2 A14B), but are "
+                f"{index.get('transformer_2')} and {ratio}; download the model again"
+            )
+        if ratio is not None and not (type(ratio) in (int, float) and 0 < ratio < 1):
+            raise ValueError(
+                f"{file}: boundary_ratio must be a number between 0 and 1, got {ratio!r}; Wan 2.2 "
+                "A14B has 0.875 for text-to-video and 0.9 for image-to-video"
             )
         if index.get("expand_timesteps"):
             raise ValueError(
                 f"{file}: Wan 2.2 TI2V-5B, with a VAE of 16x spatial compression, is not supported "
-                f"yet; use Wan 2.1, such as {cls.HUB_EXAMPLE}"
+                f"yet; use Wan 2.2 A14B or Wan 2.1, such as {cls.HUB_EXAMPLE}"
             )
 
     def check(self) -> None:
-        """Refuse transformers and VAEs that are not Wan 2.1's."""
+        """Refuse transformers and VAEs that are not those of Wan 2.1 or Wan 2.2 A14B."""
         self.check_vae()
         config = self.transformer
         if list(config["patch_size"]) != _PATCH:
@@ -133,6 +143,15 @@ class WanConfigs(StudentConfigs):
             )
 
     @property
+    def trained_timesteps(self) -> range:
+        """All, or those at which the pipeline calls the expert."""
+        if self.expert is None or self.boundary_ratio is None:
+            return range(self.timesteps)
+        first_high = self.schedule(torch.device("cpu")).first_at(self.boundary_ratio)
+        high_noise = self.expert == "high-noise"
+        return range(first_high, self.timesteps) if high_noise else range(first_high)
+
+    @property
     def image_to_video(self) -> bool:
         """Whether the transformer also takes a mask and the first frame's latents."""
         return bool(self.transformer["in_channels"] > self.latent_channels)
@@ -144,7 +163,7 @@ class WanConfigs(StudentConfigs):
 
     @property
     def image_embeds_shape(self) -> tuple[int, int] | None:
-        """CLIP's states; None for text-to-video."""
+        """CLIP's states; None for text-to-video and for Wan 2.2."""
         width = self.transformer["image_dim"]
         return None if width is None else (clip_tokens(self.folder), int(width))
 
@@ -287,7 +306,9 @@ class WanConfigs(StudentConfigs):
         latents_FCHW = self.scale_latents(stored["image_latents"].float())
         mask_FCHW = latents_FCHW.new_zeros(num_latents, _MASK_CHANNELS, *latents_FCHW.shape[2:])
         mask_FCHW[0] = 1.0
-        return Condition(torch.cat([mask_FCHW, latents_FCHW], dim=1), stored.get("image_embeds"))
+        # Wan 2.1's latents may be those of Wan 2.2, which takes no states of CLIP.
+        embeds_LD = None if self.image_embeds_shape is None else stored["image_embeds"]
+        return Condition(torch.cat([mask_FCHW, latents_FCHW], dim=1), embeds_LD)
 
     def check_condition(self, latents: StoreSettings, clips: ClipsConfig) -> str | None:
         """Compare the shapes of the arrays."""

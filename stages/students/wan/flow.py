@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_EULER = "FlowMatchEulerDiscreteScheduler"
+
 
 def flow_shift(scheduler_config: Mapping[str, Any]) -> float:
     """The shift of the noise levels, from the pipeline's scheduler config.
@@ -24,7 +26,7 @@ def flow_shift(scheduler_config: Mapping[str, Any]) -> float:
     Raises:
         ValueError: the scheduler is not one of flow matching with a fixed shift.
     """
-    if scheduler_config.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
+    if scheduler_config.get("_class_name") == _EULER:
         expected: dict[str, Any] = {"use_dynamic_shifting": False}
         name = "shift"
     else:
@@ -34,7 +36,7 @@ def flow_shift(scheduler_config: Mapping[str, Any]) -> float:
         if scheduler_config.get(field) != value:
             raise ValueError(
                 f"the scheduler's {field} is {scheduler_config.get(field)!r}; training supports "
-                f"only {value!r}, the value of every Wan 2.1 pipeline"
+                f"only {value!r}, the value of every official pipeline"
             )
     shift = scheduler_config.get(name)
     if not isinstance(shift, int | float) or shift <= 0:
@@ -63,6 +65,7 @@ class FlowSchedule:
         self._num_timesteps = int(scheduler_config["num_train_timesteps"])
         sigma_S = noise_levels(self._num_timesteps, flow_shift(scheduler_config))
         self._sigma_S = sigma_S.float().to(device)
+        self._samples_at_integers = scheduler_config.get("_class_name") != _EULER
 
     def signal(self, timestep_B: Tensor) -> Tensor:
         """(1 - sigma)^2 / ((1 - sigma)^2 + sigma^2)."""
@@ -86,3 +89,15 @@ class FlowSchedule:
     def model_timestep(self, timestep_B: Tensor) -> Tensor:
         """S sigma: float32, not an integer."""
         return self._num_timesteps * self._sigma_S[timestep_B]
+
+    def first_at(self, boundary_ratio: float) -> int:
+        """The first timestep at which WanPipeline calls the transformer for much noise.
+
+        That is where the transformer's timestep reaches boundary_ratio S. UniPC rounds timesteps
+        down first. Source: diffusers 0.42.1, pipelines/wan/pipeline_wan.py and
+        schedulers/scheduling_unipc_multistep.py.
+        """
+        reached_S = self._num_timesteps * self._sigma_S
+        if self._samples_at_integers:
+            reached_S = reached_S.floor()
+        return int((reached_S < boundary_ratio * self._num_timesteps).sum())

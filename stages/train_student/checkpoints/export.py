@@ -2,8 +2,12 @@
 
     export/pytorch_lora_weights.safetensors   LoRA, alpha = rank: pipe.load_lora_weights(folder)
     export/transformer/                       full tuning: from_pretrained(folder / "transformer")
-    export/export.json                        step, EMA ("average") or last weights, and the size
+    export/export.json                        step, EMA ("average") or last weights, which of two
+                                              transformers they are of (Wan 2.2 A14B), and the size
                                               and CRC-32C of every file, verified on sampling
+
+The low-noise transformer of Wan 2.2 A14B loads with
+pipe.load_lora_weights(folder, load_into_transformer_2=True), or as its transformer_2.
 
 If the run keeps an EMA of its weights, the EMA is exported, unless the last weights are requested.
 """
@@ -21,10 +25,11 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from torch import Tensor
 
+from stages.config import Expert
 from stages.files.checksums import checksum_of, files_below
 from stages.files.tensor_files import save_tensors, write_error_reason
 from stages.files.text import read_object
-from stages.sample_videos.runs import ABOUT, TRANSFORMER_CLASS, LoraFormat
+from stages.sample_videos.runs import ABOUT, EXPERT_SETTING, TRANSFORMER_CLASS, LoraFormat
 from stages.train_student.checkpoints.best import best_step
 from stages.train_student.checkpoints.lora_formats import check_format
 from stages.train_student.checkpoints.records import (
@@ -68,6 +73,8 @@ class ExportSummary:
     transformer: str
     """Class of the transformer in diffusers."""
     parameters: int
+    expert: Expert | None = None
+    """Which of two transformers it is; None if the base model has one."""
 
 
 def export_weights(
@@ -78,6 +85,7 @@ def export_weights(
     step: int,
     average: WeightAverage | None,
     check: Callable[[], None],
+    expert: Expert | None = None,
 ) -> Path:
     """Write the export and the heads of a run; every rank must call this, rank 0 writes.
 
@@ -91,6 +99,7 @@ def export_weights(
         step: number of steps done.
         average: exported instead of the last weights, if given.
         check: called on rank 0 before each change; raises if another process may own the folder.
+        expert: which of two transformers the student is.
 
     Returns:
         The export's folder.
@@ -103,7 +112,18 @@ def export_weights(
         settings = dict(student.transformer.config)
         adapter = configs.get(ADAPTER)
         name = type(student.transformer).__name__
-        _write(weights, adapter, settings, name, folder, world, step=step, which=which, check=check)
+        _write(
+            weights,
+            adapter,
+            settings,
+            name,
+            folder,
+            world,
+            step=step,
+            which=which,
+            expert=expert,
+            check=check,
+        )
         heads = weights.read_all(HEADS, world)
 
         def save_heads() -> None:
@@ -169,6 +189,7 @@ def export_checkpoint(
             _SINGLE_PROCESS,
             step=checkpoint.step,
             which=which,
+            expert=settings.get(EXPERT_SETTING),
             form=form,
         )
         exported = [
@@ -182,6 +203,7 @@ def export_checkpoint(
         weights=which,
         form=form,
         transformer=transformer_name,
+        expert=settings.get(EXPERT_SETTING),
         parameters=parameters,
     )
 
@@ -213,6 +235,7 @@ def _write(
     *,
     step: int,
     which: Which,
+    expert: Expert | None,
     form: LoraFormat = "diffusers",
     check: Callable[[], None] = lambda: None,
 ) -> None:
@@ -228,7 +251,8 @@ def _write(
 
     def finish() -> None:
         files = {name: asdict(checksum_of(path)) for name, path in files_below(partial).items()}
-        record = {"step": step, "weights": which, "files": files}
+        of_expert = {} if expert is None else {"expert": expert}
+        record = {"step": step, "weights": which, **of_expert, "files": files}
         (partial / ABOUT).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         sync_tree(partial)
         check()

@@ -122,6 +122,7 @@ class CachedSamples:
         """
         self._buckets = tuple(buckets)
         self._configs = configs
+        self._drawn = configs.trained_timesteps
         self._seed = seed
         self._order = SampleOrder(
             [len(stores.keys) for stores in buckets], batch_size=batch_size, seed=seed
@@ -142,8 +143,8 @@ class CachedSamples:
         bucket, clip = self._order.locate(sample)
         stores = self._buckets[bucket]
         generator = torch.Generator().manual_seed(seed_of_sample(sample, self._seed))
-        steps = self._configs.timesteps
-        timestep_1 = torch.randint(0, steps, (1,), generator=generator)
+        drawn = self._drawn
+        timestep_1 = torch.randint(drawn.start, drawn.stop, (1,), generator=generator)
         key, arrays, damaged = read_or_replace(stores, clip, sample=sample, seed=self._seed)
         batch = self._make_batch(stores, key, arrays, timestep_1, generator)
         return replace(batch, damaged=damaged)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stages.files.weight_checks import StoredTensor, check_weights, load_model
 from stages.students.student import StudentConfigs
-from stages.students.weights import model_class_of
+from stages.students.weights import Part, model_class_of
 from stages.train_student.config import TrainConfig
 from stages.train_student.model.lora import add_adapters
 from stages.train_student.model.student import Student
@@ -33,7 +33,11 @@ from stages.train_student.parallel.process_group import World, on_first_rank
 
 
 def load_sharded_transformer(
-    folder: Path, config: TrainConfig, dtype: torch.dtype, world: World
+    folder: Path,
+    config: TrainConfig,
+    dtype: torch.dtype,
+    world: World,
+    part: Part = "transformer",
 ) -> nn.Module:
     """Load the base transformer under ZeRO 3, cast to `dtype` and partitioned over the ranks.
 
@@ -41,16 +45,17 @@ def load_sharded_transformer(
 
     Args:
         folder: the base pipeline.
+        part: the transformer's folder in it.
 
     Raises:
         ValueError: the stored tensors do not match the model; on other ranks a RuntimeError.
     """
-    model_class = model_class_of("transformer", folder)
+    model_class = model_class_of(part, folder)
     with init_empty_weights():
         transformer: nn.Module = model_class.from_config(
-            model_class.load_config(folder, subfolder="transformer")
+            model_class.load_config(folder, subfolder=part)
         )
-    tensors = on_first_rank(world, lambda: check_weights(model_class, folder / "transformer"))
+    tensors = on_first_rank(world, lambda: check_weights(model_class, folder / part))
     try:
         join_group(world)
         with local_rank_in_environment(world), output_to_stderr():
@@ -122,9 +127,11 @@ def build_student(
     sharded = zero_init and config.deepspeed.zero_stage == 3
     transformer: Any
     if sharded:
-        transformer = load_sharded_transformer(configs.folder, config, dtype, world)
+        transformer = load_sharded_transformer(
+            configs.folder, config, dtype, world, configs.transformer_part
+        )
     else:
-        transformer = load_transformer(configs.folder, dtype)
+        transformer = load_transformer(configs.folder, dtype, configs.transformer_part)
     torch.manual_seed(config.seed)
     if config.method == "lora":
         add_adapters(transformer, config.lora)
@@ -139,7 +146,7 @@ def build_student(
     return student.to(world.device) if sharded else student
 
 
-def load_transformer(folder: Path, dtype: torch.dtype) -> Any:
-    """Load the base pipeline's transformer, cast to `dtype`."""
-    model_class = model_class_of("transformer", folder)
-    return load_model(model_class, folder / "transformer", torch_dtype=dtype).train()
+def load_transformer(folder: Path, dtype: torch.dtype, part: Part = "transformer") -> Any:
+    """Load a transformer of the base pipeline, cast to `dtype`."""
+    model_class = model_class_of(part, folder)
+    return load_model(model_class, folder / part, torch_dtype=dtype).train()
