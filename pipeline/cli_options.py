@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
@@ -68,11 +68,17 @@ def load_settings(
 
 
 def config_file_of_run(run: Path | None) -> str | None:
-    """Path of the configuration saved in a training run's folder; None if there is none."""
+    """Path of the configuration saved in a training run's folder; None if there is none.
+
+    Of a folder that holds the runs of two experts, it is that of the first.
+    """
+    from stages.config import Expert
     from stages.train_student.logging.rows import CONFIG_FILE
 
-    file = None if run is None else run / CONFIG_FILE
-    return str(file) if file is not None and file.is_file() else None
+    if run is None:
+        return None
+    files = [run / name / CONFIG_FILE for name in ("", *get_args(Expert))]
+    return next((str(file) for file in files if file.is_file()), None)
 
 
 def run_command(

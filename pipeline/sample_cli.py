@@ -67,7 +67,8 @@ def sample(
         typer.Option(
             exists=True,
             file_okay=False,
-            help="The folder of a training run or of an export; default: the newest finished run.",
+            help="The folder of a training run or of an export, or one that holds those of both "
+            "transformers of Wan 2.2; default: the newest finished run.",
         ),
     ] = None,
     base: Annotated[

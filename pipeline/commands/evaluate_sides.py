@@ -82,6 +82,9 @@ def sample_sides(
     ]
     if len(models) == 2 and models[0].settings == models[1].settings:
         raise ConfigError(f"--against {options.against} has the weights that are evaluated")
+    for warning in dict.fromkeys(model.warning for model in models):
+        if warning is not None:
+            progress.log(f"warning: {warning}")
     requests, reference = _requests(config, options, run_dirs, out)
     check_images(models[0], requests)
     try:
@@ -168,12 +171,20 @@ def _held_out_rows(
         with_seeds_of_their_own,
         write_first_frames,
     )
+    from stages.sample_videos.runs import runs_in
     from stages.students.hub import resolve_base_model
     from stages.students.sampler import takes_image
     from stages.train_student.run_folder import held_out_clips, store_of
 
     run_dir = next((one for one in run_dirs if one is not None), None)
-    keys = () if run_dir is None else held_out_clips(run_dir)
+    keys: tuple[str, ...] = ()
+    if run_dir is not None:
+        run_dir, *others = runs_in(run_dir)
+        # Of two experts, the clips that neither was trained on.
+        of_others = [set(held_out_clips(other)) for other in others]
+        keys = tuple(
+            key for key in held_out_clips(run_dir) if all(key in held for held in of_others)
+        )
     if not keys:
         raise ValueError(
             f"{run_dir or 'the base model'} holds no clips out of training "

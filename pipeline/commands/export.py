@@ -8,7 +8,7 @@ from pipeline.console import CommandResult, format_time, json_values
 from stages.progress import Progress
 
 _LOADED_BY = {
-    "diffusers": ("in diffusers", "pipe.load_lora_weights({folder!r})"),
+    "diffusers": ("in diffusers", "pipe.load_lora_weights({folder!r}{second})"),
     "comfyui": ("in ComfyUI", "{folder}/comfyui_lora.safetensors with its own nodes"),
     "kohya": (
         "in VideoX-Fun or musubi-tuner",
@@ -45,7 +45,8 @@ def run(
         task.advance()
     seconds = time.monotonic() - started
     program, call = _FULL_LOADED_BY if summary.method == "full" else _LOADED_BY[form]
-    call = call.format(folder=str(summary.folder), name=summary.transformer)
+    second = ", load_into_transformer_2=True" if summary.expert == "low-noise" else ""
+    call = call.format(folder=str(summary.folder), name=summary.transformer, second=second)
     here = f"sam2vx-pipeline sample --run {summary.folder} --prompt …"
     kind = "LoRA" if summary.method == "lora" else "whole transformer"
     return CommandResult(
@@ -54,6 +55,7 @@ def run(
             ("step", str(summary.step)),
             ("weights", "of the last step" if summary.weights == "last" else "averaged"),
             ("exported", f"{kind}, {summary.parameters:,} parameters"),
+            *([] if summary.expert is None else [("transformer", summary.expert)]),
             (program, call),
             *([("in this project", here)] if form == "diffusers" else []),
             ("time", format_time(seconds)),

@@ -38,7 +38,8 @@ class SampleOptions:
     image: Path | None = None
     """First frame of prompts without their own; image-to-video models only."""
     run_dir: Path | None = None
-    """The run; None uses the newest finished run of this base model beside `train.run_dir`."""
+    """The run, or the folder of both experts' runs; None uses the newest finished one of this base
+    model beside `train.run_dir`."""
     base_only: bool = False
     compare: str | None = None
     """`base` or a run's folder, sampled from the same noise and shown beside."""
@@ -70,6 +71,9 @@ def run(config: RunConfig, progress: Progress, options: SampleOptions) -> Comman
     make_missing_assets(config, progress, reads=("base_model",))
     device = sampling_device(config.sample, local_rank=local_rank())
     models = _models(config, options)
+    for warning in dict.fromkeys(model.warning for model in models):
+        if warning is not None:
+            progress.log(f"warning: {warning}")
     check_images(models[0], requests)
     about: dict[str, Any] = {"model": config.model.path, "made_with": provenance()}
     comparisons: list[Path] = []

@@ -1,28 +1,29 @@
-"""Exported weights of a training run: finding, checking, and loading them into a pipeline.
+"""Exported weights of a training run: finding and checking them.
 
-Loaders in diffusers ignore unknown names, so everything is checked here: trained weights must never
-be ignored silently.
+A model with two transformers (Wan 2.2 A14B) has a run for each. A folder that holds them, named
+high-noise and low-noise, stands for both wherever a run is named.
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from cache_schema.checksummed_json import parse_json
 from stages.clips.fingerprints import hash_parts
-from stages.config import BaseModelConfig
+from stages.config import BaseModelConfig, Expert
 from stages.files.checksums import checksums_from_json, describe_damage
 from stages.files.text import read_object
-from stages.files.weight_checks import load_model, read_config
 from stages.files.yaml import read_yaml
 from stages.students.hub import resolve_base_model
-from stages.students.weights import hash_transformer, model_class_of
+from stages.students.registry import has_two_transformers
+from stages.students.student import transformer_part
+from stages.students.weights import Part, hash_transformer
 
 LoraFormat = Literal["diffusers", "comfyui", "kohya"]
 """Key formats of exported adapters; this project reads only diffusers."""
@@ -38,9 +39,6 @@ ABOUT = "export.json"
 _METADATA_KEY = "lora_adapter_metadata"
 """Safetensors metadata key of diffusers for alpha and rank, whose names start with `_PREFIX`."""
 _PREFIX = "transformer."
-
-_ADAPTER = "run"
-"""Name of the adapters in the pipeline."""
 
 BASE_SETTING = "model.weights"
 """Name in run.json's settings of the base transformer's hash."""
@@ -61,27 +59,43 @@ class Export:
     """Contains pytorch_lora_weights.safetensors, or transformer/."""
     lora_shapes: dict[str, tuple[int, ...]]
     """Adapter weight name in the file -> shape; empty for full tuning."""
+    expert: Expert | None
+    """Which of two transformers was trained; None if the base model has one, or unknown."""
 
 
 def newest_finished_run(runs_root: Path, model: BaseModelConfig) -> Path | None:
     """Return the run under `runs_root` that finished last, or None if there is none.
 
     Only runs trained from `model` count. Transformers are compared by their hash, or by path if the
-    transformer is not on this machine.
+    transformer is not on this machine. If the run is one of two experts that are finished, the
+    folder of both is returned.
     """
     finished = sorted(
         runs_root.glob("*/finished.json"), key=lambda file: (file.stat().st_mtime_ns, file)
     )
-    try:
-        base = hash_transformer(resolve_base_model(model, ("transformer",), download=False))
-    except ValueError:
-        base = None
+    bases = _base_hashes(model)
     for file in reversed(finished):
         run_dir = file.parent
-        same = _base_path(run_dir) == model.path if base is None else _base_hash(run_dir) == base
+        same = _base_path(run_dir) == model.path if bases is None else _base_hash(run_dir) in bases
         if same:
+            both = [runs_root / name for name in get_args(Expert)]
+            if run_dir in both and all((one / "finished.json").is_file() for one in both):
+                return runs_root
             return run_dir
     return None
+
+
+def _base_hashes(model: BaseModelConfig) -> set[str] | None:
+    """Hashes of a base model's transformers; None if they are not on this machine."""
+    try:
+        base = resolve_base_model(model, ("transformer",), download=False)
+        parts: list[Part] = ["transformer"]
+        if has_two_transformers(base):
+            parts.append("transformer_2")
+            base = resolve_base_model(model, parts, download=False)
+        return {hash_transformer(base, part) for part in parts}
+    except ValueError:
+        return None
 
 
 def _base_path(run_dir: Path) -> str | None:
@@ -101,7 +115,18 @@ def _base_hash(run_dir: Path) -> str | None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a training run, or of an export."""
+    """Whether a folder is that of a training run or of an export, or holds those of two experts."""
+    return any(_is_single_run(one) for one in runs_in(folder))
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The folder itself, or the runs or exports of the experts of one model that it holds."""
+    experts = [folder / name for name in get_args(Expert)]
+    found = [one for one in experts if _is_single_run(one)]
+    return [folder] if _is_single_run(folder) or not found else found
+
+
+def _is_single_run(folder: Path) -> bool:
     return (folder / "run.json").is_file() or _is_export(folder)
 
 
@@ -120,9 +145,9 @@ def find_export(run_dir: Path) -> Export:
     lora, transformer = folder / LORA_FILE, folder / "transformer"
     if lora.is_file() and transformer.is_dir():
         raise ValueError(f"{folder} holds both adapters and a transformer; delete the stale one")
-    _refuse_damage(folder)
+    expert = _read_about(folder)
     if transformer.is_dir():
-        return Export(method="full", folder=folder, lora_shapes={})
+        return Export(method="full", folder=folder, lora_shapes={}, expert=expert)
     for form, name in LORA_FILES.items():
         if form != "diffusers" and (run_dir / name).is_file():
             raise ValueError(
@@ -134,7 +159,38 @@ def find_export(run_dir: Path) -> Export:
             f"the run {run_dir} has no export/ yet; finish it with sam2vx-pipeline train, or "
             f"export its newest checkpoint: sam2vx-pipeline export --run {run_dir}"
         )
-    return Export(method="lora", folder=folder, lora_shapes=_shapes(lora))
+    return Export(method="lora", folder=folder, lora_shapes=_shapes(lora), expert=expert)
+
+
+def by_transformer(exports: Sequence[Export], base: Path) -> dict[Part, Export]:
+    """Exported weights by the folder, in the base pipeline, of the transformer that they are of.
+
+    Raises:
+        ValueError: They are of the same transformer, or it is not known which one they are of.
+    """
+    two = has_two_transformers(base)
+    found: dict[Part, Export] = {}
+    for export in exports:
+        if two and export.expert is None:
+            raise ValueError(
+                f"{export.folder / ABOUT} does not say which of the two transformers of {base} was "
+                "trained; name the model it was trained from as model.path, or a folder that "
+                "sam2vx-pipeline export wrote"
+            )
+        if export.expert is not None and not two:
+            raise ValueError(
+                f"{export.folder} holds the {export.expert} transformer of a model with two, but "
+                f"{base} has one; name the model it was trained from as model.path, or another run "
+                "with --run"
+            )
+        part = transformer_part(export.expert)
+        if part in found:
+            raise ValueError(
+                f"{found[part].folder} and {export.folder} both hold the {export.expert} "
+                f"transformer of {base}; name one of them with --run"
+            )
+        found[part] = export
+    return found
 
 
 def export_hash(export: Export) -> str:
@@ -157,13 +213,17 @@ def _is_export(folder: Path) -> bool:
     return (folder / LORA_FILE).is_file() or (folder / "transformer").is_dir()
 
 
-def _refuse_damage(folder: Path) -> None:
-    """Verify the checksums of an export's files; a folder from elsewhere has none."""
+def _read_about(folder: Path) -> Expert | None:
+    """Verify the checksums of an export's files, and return the expert that was trained.
+
+    A folder from elsewhere has neither.
+    """
     record = folder / ABOUT
     if not record.is_file():
-        return
+        return None
     try:
-        files = checksums_from_json(read_object(record, files=dict)["files"])
+        about = read_object(record, files=dict)
+        files = checksums_from_json(about["files"])
     except ValueError as error:
         raise ValueError(
             f"{record} has no checksums of the export's files ({error}); export the run again"
@@ -172,6 +232,14 @@ def _refuse_damage(folder: Path) -> None:
         damage = describe_damage(folder / name, recorded)
         if damage is not None:
             raise ValueError(f"the export in {folder} is damaged: {damage}; export the run again")
+    expert: Any = about.get("expert")
+    if expert is not None and expert not in get_args(Expert):
+        raise ValueError(
+            f"{record}: expert is {expert!r}, not one of {', '.join(get_args(Expert))}; export the "
+            "run again"
+        )
+    checked: Expert | None = expert
+    return checked
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -220,109 +288,4 @@ def _check_strength(file: Path, stored: str | None) -> None:
             raise ValueError(
                 f"{file}: {_PREFIX}{name} in {_METADATA_KEY} of its metadata must be a positive "
                 f"number, got {value!r}; export the run again"
-            )
-
-
-def load_full_transformer(export: Export, base: Path, dtype: torch.dtype) -> Any:
-    """Load a fully tuned transformer for the base pipeline in folder `base`.
-
-    Raises:
-        ValueError: Its architecture differs from the base's, or it is incomplete.
-    """
-    folder = export.folder / "transformer"
-    _check_architecture(folder, base)
-    try:
-        return load_model(model_class_of("transformer", base), folder, dtype=dtype)
-    except ValueError as error:
-        raise ValueError(
-            f"{folder} is not a complete transformer; export the run again: {error}"
-        ) from error
-
-
-def _check_architecture(folder: Path, base: Path) -> None:
-    trained = read_config(folder / "config.json")
-    expected = read_config(base / "transformer" / "config.json")
-    differing = [
-        f"{name} {trained[name]!r} instead of {expected[name]!r}"
-        for name in sorted(trained.keys() & expected.keys())
-        if not name.startswith("_") and trained[name] != expected[name]
-    ]
-    if differing:
-        raise ValueError(
-            f"{folder} was not trained from the base model {base}: {', '.join(differing)}; name "
-            "the model it was trained from as model.path, or another run with --run"
-        )
-
-
-def add_lora(pipeline: Any, export: Export, *, scale: float = 1.0) -> None:
-    """Load a run's adapters into a pipeline and check that all of them were loaded.
-
-    Args:
-        pipeline: A diffusers pipeline of the base model.
-        export: The adapters.
-        scale: Factor on their effect.
-
-    Raises:
-        ValueError: The adapters do not fit the transformer, or diffusers did not load all of them.
-    """
-    _check_adapters(pipeline.transformer, export)
-    try:
-        pipeline.load_lora_weights(
-            export.folder,
-            weight_name=LORA_FILE,
-            adapter_name=_ADAPTER,
-            use_safetensors=True,
-            local_files_only=True,
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(
-            f"diffusers and peft cannot load {export.folder / LORA_FILE} ({error}): its weights do "
-            "not fit the settings in its metadata; export the run again"
-        ) from error
-    adapted = {_module_of(weight.removeprefix("transformer.")) for weight in export.lora_shapes}
-    loaded = {
-        name: weight
-        for name, weight in pipeline.transformer.named_parameters()
-        if f".{_ADAPTER}." in name
-    }
-    # diffusers gives the image's keys and values of a Wan adapters of zeros if the file has none.
-    num_loaded = sum(_module_of(name) in adapted for name in loaded)
-    added = [weight for name, weight in loaded.items() if _module_of(name) not in adapted]
-    if num_loaded != len(export.lora_shapes) or any(weight.any() for weight in added):
-        raise ValueError(
-            f"{num_loaded} of {len(export.lora_shapes)} adapter weights in {export.folder} were "
-            "loaded into the transformer; the run was not trained from this base model"
-        )
-    if scale != 1.0:
-        pipeline.set_adapters([_ADAPTER], [scale])
-
-
-def _module_of(weight: str) -> str:
-    """The adapted module's name."""
-    return weight.rpartition(".lora_")[0]
-
-
-def _check_adapters(transformer: torch.nn.Module, export: Export) -> None:
-    sizes = {
-        name: (module.in_features, module.out_features)
-        for name, module in transformer.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-    for weight, shape in export.lora_shapes.items():
-        module, _, side = weight.removeprefix("transformer.").rpartition(".lora_")
-        found = sizes.get(module)
-        if found is None:
-            raise ValueError(
-                f"{export.folder} adapts {module or weight}, which the base model does not have; "
-                "name the model it was trained from as model.path, or another run with --run"
-            )
-        width = shape[1] if side.startswith("A") else shape[0]
-        expected = found[0] if side.startswith("A") else found[1]
-        if width != expected:
-            raise ValueError(
-                f"{export.folder}: {weight} has width {width}, the base model's {module} has "
-                f"{expected}; name the model it was trained from as model.path, or another run "
-                "with --run"
             )

@@ -1,9 +1,9 @@
 """Generating videos with a base pipeline and the weights of a run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -11,21 +11,27 @@ import torch
 from cache_schema import JSON
 from stages.clips import ClipsConfig
 from stages.clips.fingerprints import hash_parts
-from stages.config import BaseModelConfig
+from stages.config import BaseModelConfig, Expert
 from stages.files.weight_checks import load_model
 from stages.precision import DTYPES
 from stages.progress import Progress
 from stages.sample_videos.config import SampleConfig
+from stages.sample_videos.loading import add_lora, load_full_transformer
 from stages.sample_videos.requests import VideoRequest
 from stages.sample_videos.runs import (
     Export,
-    add_lora,
+    by_transformer,
     export_hash,
     find_export,
-    load_full_transformer,
+    runs_in,
 )
 from stages.students.hub import resolve_base_model
-from stages.students.registry import image_parts, read_configs, student_at
+from stages.students.registry import (
+    has_two_transformers,
+    image_parts,
+    read_configs,
+    student_at,
+)
 from stages.students.sampler import (
     build_pipeline,
     first_frame,
@@ -35,6 +41,7 @@ from stages.students.sampler import (
     to_frames,
 )
 from stages.students.weights import (
+    Part,
     check_base_weights,
     hash_pipeline,
     load_tokenizer,
@@ -55,8 +62,10 @@ class VideoModel:
     base: Path
     """Folder of the base pipeline, complete."""
     run_dir: Path | None
-    """The training run, or the folder of an export; None for the base alone."""
-    export: Export | None
+    """The training run, the folder of an export, or one that holds those of two experts; None for
+    the base alone."""
+    exports: Mapping[Part, Export]
+    """The run's weights, by the transformer that they are of; empty for the base alone."""
     config: SampleConfig
     size: ClipsConfig
     """Height, width, length and frame rate of the videos."""
@@ -66,9 +75,27 @@ class VideoModel:
     """What changes the pixels, besides prompt, seed and image."""
 
     @property
-    def weights(self) -> Literal["lora", "full", "base"]:
-        """What the videos are made with."""
-        return "base" if self.export is None else self.export.method
+    def weights(self) -> str:
+        """What the videos are made with: base, lora or full; lora+full if two experts differ."""
+        return "+".join(sorted({one.method for one in self.exports.values()})) or BASE
+
+    @property
+    def untrained(self) -> Expert | None:
+        """Which of two transformers is the base model's, though the other one was trained."""
+        trained = {one.expert for one in self.exports.values()} - {None}
+        others = [expert for expert in get_args(Expert) if expert not in trained]
+        return others[0] if trained and others else None
+
+    @property
+    def warning(self) -> str | None:
+        """What the user should know of the weights before sampling."""
+        if self.untrained is None:
+            return None
+        return (
+            f"{self.run_dir} trained one of two transformers: the {self.untrained} one is the base "
+            f"model's. Train it too, and name the folder that holds both runs as "
+            f"{' and '.join(get_args(Expert))}"
+        )
 
     def made_from(self, request: VideoRequest) -> dict[str, JSON]:
         """Everything that changes the pixels of a video; the image by a hash of its bytes."""
@@ -85,33 +112,38 @@ def open_video_model(
         config: Settings of sampling.
         model: The base pipeline.
         clips: Size, length and rate of the videos where `config` names none, as in training.
-        run_dir: The training run whose export is applied; None uses the base model alone.
+        run_dir: The training run whose export is applied, or the folder of both experts' runs; None
+            uses the base model alone.
 
     Raises:
         ValueError: Weights are missing, damaged or do not fit, or a setting does not fit them.
     """
-    export = None if run_dir is None else find_export(run_dir)
-    folders = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+    found = [] if run_dir is None else [find_export(one) for one in runs_in(run_dir)]
+    folders = ["tokenizer", "text_encoder", "vae", "transformer", "scheduler"]
     base = resolve_base_model(model, folders)
-    if of_image := image_parts(base):
-        base = resolve_base_model(model, (*folders, *of_image))
-    tuned = export is not None and export.method == "full"
+    two = has_two_transformers(base)
+    more = [*image_parts(base), *(["transformer_2"] if two else [])]
+    if more:
+        base = resolve_base_model(model, folders + more)
+    exports = by_transformer(found, base)
+    tuned = [part for part, export in exports.items() if export.method == "full"]
     if tuned and config.lora_scale != 1.0:
         raise ValueError(
             f"{run_dir} holds a whole transformer, which sample.lora_scale={config.lora_scale:g} "
             "cannot scale; it must be 1"
         )
-    used = [part for part in sampling_parts(base) if not (tuned and part == "transformer")]
+    used = [part for part in sampling_parts(base) if part not in tuned]
     check_base_weights(base, used)
     size = config.video_size(clips)
-    student = read_configs(base)
+    student = read_configs(base, model.expert)
     student.check_video_size(size)
     student.check_sampling(scheduler=config.scheduler, dynamic_cfg=config.dynamic_cfg)
     fps = size.fps or student.DEFAULT_FPS
+    weights: dict[Part, JSON] = {part: export_hash(one) for part, one in exports.items()}
     settings: dict[str, JSON] = {
         "base": hash_pipeline(base, used),
-        "weights": None if export is None else export_hash(export),
-        "lora_scale": config.lora_scale if export is not None and not tuned else None,
+        "weights": weights.get("transformer"),
+        "lora_scale": config.lora_scale if len(exports) > len(tuned) else None,
         "steps": config.steps,
         "guidance": config.guidance,
         "dynamic_cfg": config.dynamic_cfg,
@@ -121,11 +153,16 @@ def open_video_model(
         "precision": config.precision,
         "tiling": config.tiling,
     }
+    if two:
+        settings |= {
+            "weights_2": weights.get("transformer_2"),
+            "boundary_ratio": student.boundary_ratio,
+        }
     return VideoModel(
         name=BASE if run_dir is None else run_dir.resolve().name,
         run_dir=run_dir,
         base=base,
-        export=export,
+        exports=exports,
         config=config,
         size=size,
         fps=fps,
@@ -216,13 +253,13 @@ def finite_frames(video_THWC: np.ndarray, config: SampleConfig) -> np.ndarray:
 
 def _load(video_model: VideoModel, device: torch.device) -> Any:
     """The diffusers pipeline with the run's weights, on its device."""
-    config, export = video_model.config, video_model.export
+    config, exports = video_model.config, video_model.exports
     dtype = DTYPES[config.precision]
     parts: dict[str, Any] = {"tokenizer": load_tokenizer(video_model.base)}
     alone = student_at(video_model.base).FLOAT32_PARTS
     for part in sampling_parts(video_model.base)[1:]:
-        if part == "transformer" and export is not None and export.method == "full":
-            parts[part] = load_full_transformer(export, video_model.base, dtype)
+        if part in exports and exports[part].method == "full":
+            parts[part] = load_full_transformer(exports[part], video_model.base, part, dtype)
         else:
             parts[part] = load_model(
                 model_class_of(part, video_model.base),
@@ -232,8 +269,9 @@ def _load(video_model: VideoModel, device: torch.device) -> Any:
     pipeline = build_pipeline(video_model.base, **parts)
     pipeline.set_progress_bar_config(disable=True)
     student_of(pipeline).set_scheduler(pipeline, config.scheduler)
-    if export is not None and export.method == "lora":
-        add_lora(pipeline, export, scale=config.lora_scale)
+    for part, export in exports.items():
+        if export.method == "lora":
+            add_lora(pipeline, export, part, scale=config.lora_scale)
     if config.offload == "model":
         pipeline.enable_model_cpu_offload(device=device)
     elif config.offload == "sequential":

@@ -62,7 +62,7 @@ def fake_models(monkeypatch):
             name="base" if run_dir is None else run_dir.name,
             base=Path(model.path),
             run_dir=run_dir,
-            export=None,
+            exports={},
             config=config,
             size=config.video_size(clips),
             fps=8.0,

@@ -53,6 +53,7 @@ def test_the_newest_checkpoint_and_its_average_are_the_default(calls, tmp_path):
         "format": "diffusers",
         "transformer": "WanTransformer3DModel",
         "parameters": 1_234_567,
+        "expert": None,
     }
 
 

@@ -1,1 +1,1 @@
-"""Wan 2.1: configurations, flow matching, first frames."""
+"""Wan 2.1 and Wan 2.2 A14B: configurations, flow matching, first frames."""

@@ -7,13 +7,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from stages.config import BaseModelConfig
+from stages.sample_videos.loading import add_lora
 from stages.sample_videos.runs import (
     BASE_SETTING,
     LORA_FILE,
-    add_lora,
     export_hash,
     find_export,
+    is_run,
     newest_finished_run,
+    runs_in,
 )
 from stages.students.weights import hash_transformer
 
@@ -45,6 +47,28 @@ def test_a_base_model_on_this_machine_is_told_by_its_weights(tmp_path, base, fin
     (replaced / "run.json").write_text(json.dumps({"settings": {BASE_SETTING: "0" * 16}}))
     (finish(tmp_path / "c", 300, model=base.path) / "run.json").write_text("[]")
     assert newest_finished_run(tmp_path, base) == ours
+
+
+def test_two_experts_are_named_by_the_folder_of_both(tmp_path, finish):
+    low = finish(tmp_path / "low-noise", 300)
+    assert newest_finished_run(tmp_path, BASE) == low
+    finish(tmp_path / "high-noise", 200)
+    assert newest_finished_run(tmp_path, BASE) == tmp_path
+    other = finish(tmp_path / "other", 400)
+    assert newest_finished_run(tmp_path, BASE) == other
+
+
+def test_a_folder_stands_for_the_runs_of_the_experts_in_it(tmp_path):
+    assert not is_run(tmp_path) and runs_in(tmp_path) == [tmp_path]
+    for expert in ("low-noise", "high-noise"):
+        (tmp_path / expert).mkdir()
+    assert not is_run(tmp_path)
+    (tmp_path / "low-noise" / "run.json").touch()
+    assert is_run(tmp_path) and runs_in(tmp_path) == [tmp_path / "low-noise"]
+    (tmp_path / "high-noise" / "run.json").touch()
+    assert runs_in(tmp_path) == [tmp_path / "high-noise", tmp_path / "low-noise"]
+    (tmp_path / "run.json").touch()
+    assert runs_in(tmp_path) == [tmp_path]
 
 
 def test_there_may_be_no_finished_run(tmp_path):

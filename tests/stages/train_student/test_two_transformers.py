@@ -1,5 +1,6 @@
 """A tiny Wan 2.2 A14B: each transformer trained on its timesteps, and both sampled together."""
 
+import itertools
 import json
 import shutil
 from types import SimpleNamespace
@@ -7,17 +8,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import DiffusionPipeline, WanTransformer3DModel
+from PIL import Image
 
 from stages.config import BaseModelConfig
 from stages.demo.tiny_wan import build_tiny_wan
 from stages.progress import SilentProgress
+from stages.sample_videos.config import SampleConfig
+from stages.sample_videos.sample import open_video_model
 from stages.students.experts import trained_configs
 from stages.students.weights import hash_transformer
 from stages.train_student.checkpoints.export import export_checkpoint
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import CachedSamples, join_batches
 from stages.train_student.setup import open_checked_stores
+from tests.stages.sampling import sample_frames
 from tests.stages.two_transformers import write_two_transformers
 
 PROMPT = "an ellipse drifts"
@@ -79,34 +84,29 @@ def fit(tiny, world):
 
 @pytest.fixture(scope="module")
 def runs(world, fit):
-    """A run of each expert of the text-to-video model, from the same stores."""
-    validation = {"clips": 1}
-    of_expert = {"high-noise": [700, 999], "low-noise": [0, 698]}
-    made = {}
-    for expert in EXPERTS:
-        run_dir = world.root / "runs" / expert
-        timesteps = validation | {"timesteps": of_expert[expert]}
-        made[expert] = fit(run_dir, "t2v", expert, validation=timesteps)
-    return made
+    """A run of each expert of each model, from the same stores, in a folder of the model."""
+    timesteps = {"high-noise": [700, 999], "low-noise": [0, 698]}
+    return {
+        (base, expert): fit(
+            world.root / "runs" / base / expert,
+            base,
+            expert,
+            validation={"clips": 1, "timesteps": timesteps[expert]},
+        )
+        for base in ("t2v", "i2v")
+        for expert in EXPERTS
+    }
 
 
 @pytest.mark.parametrize("base", ["t2v", "i2v"])
 @pytest.mark.parametrize("expert", EXPERTS)
 def test_the_loss_is_that_of_the_experts_transformer_on_its_timesteps(
-    tiny, world, fit, runs, tmp_path, base, expert
+    tiny, world, runs, base, expert
 ):
     """By hand from the samples of the first step, in the whole transformer of diffusers."""
-    run_dir = world.root / "runs" / expert
-    if base == "t2v":
-        found = runs[expert].first.diffusion
-    else:
-        run_dir = tmp_path / "run"
-        found = fit(run_dir, base, expert).first.diffusion
-    model = BaseModelConfig(path=str(world.bases[base]), expert=expert)
-    configs = trained_configs(model)
-    config = TrainConfig(**tiny.train_settings(run_dir, **SETTINGS))
-    held_out = int(base == "t2v")
-    stores = open_checked_stores(config, tiny.CLIPS, configs, world.cache, held_out=held_out)
+    configs = trained_configs(BaseModelConfig(path=str(world.bases[base]), expert=expert))
+    config = TrainConfig(**tiny.train_settings("unused", **SETTINGS))
+    stores = open_checked_stores(config, tiny.CLIPS, configs, world.cache, held_out=1)
     samples = CachedSamples(stores.stores, configs, seed=0, batch_size=2)
     batch = join_batches([samples[0], samples[1]])
     assert all(timestep in RANGES[expert] for timestep in batch.timestep_B.tolist())
@@ -124,7 +124,7 @@ def test_the_loss_is_that_of_the_experts_transformer_on_its_timesteps(
             encoder_hidden_states=batch.text_BLD.float(),
         ).sample.transpose(1, 2)
     expected = (predicted - (batch.noise_BFCHW - batch.clean_BFCHW)).square().mean().item()
-    assert found == pytest.approx(expected, rel=1e-4)
+    assert runs[base, expert].first.diffusion == pytest.approx(expected, rel=1e-4)
 
 
 def test_drawn_timesteps_fill_the_experts_range(tiny, world):
@@ -141,7 +141,7 @@ def test_drawn_timesteps_fill_the_experts_range(tiny, world):
 
 def test_a_run_and_its_exports_name_the_expert(world, runs, tmp_path):
     for expert in EXPERTS:
-        run_dir = world.root / "runs" / expert
+        run_dir = world.root / "runs" / "t2v" / expert
         settings = json.loads((run_dir / "run.json").read_text())["settings"]
         assert settings["model.expert"] == expert
         assert settings["model.boundary_ratio"] == 0.875
@@ -155,7 +155,7 @@ def test_a_run_and_its_exports_name_the_expert(world, runs, tmp_path):
 def test_a_run_is_not_resumed_with_the_other_expert(world, fit, runs):
     with pytest.raises(ValueError, match=r"model.expert was 'high-noise', is 'low-noise'"):
         fit(
-            world.root / "runs" / "high-noise",
+            world.root / "runs" / "t2v" / "high-noise",
             "t2v",
             "low-noise",
             validation={"clips": 1, "timesteps": [5]},
@@ -198,3 +198,108 @@ def test_only_the_transformer_that_is_trained_is_read(tiny, world, fit, tmp_path
     world.bases["one"] = base
     summary = fit(tmp_path / "run", "one", "low-noise")
     assert np.isfinite(summary.last.diffusion)
+
+
+SAMPLING = SampleConfig(steps=2, guidance=3.0, precision="fp32", device="cpu", seed=5)
+"""Of its two steps, one is of each transformer."""
+
+
+@pytest.fixture(scope="module")
+def picture(tiny, tmp_path_factory):
+    file = tmp_path_factory.mktemp("first") / "first.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (tiny.HEIGHT, tiny.WIDTH, 3), np.uint8)
+    Image.fromarray(pixels).save(file)
+    return file
+
+
+def plain_video(tiny, base, picture, exports):
+    """uint8 [T, H, W, 3]: the video of diffusers' pipeline with adapters, by expert."""
+    pipeline = DiffusionPipeline.from_pretrained(base)
+    pipeline.set_progress_bar_config(disable=True)
+    if "high-noise" in exports:
+        pipeline.load_lora_weights(exports["high-noise"])
+    if "low-noise" in exports:
+        pipeline.load_lora_weights(exports["low-noise"], load_into_transformer_2=True)
+    (video_THWC,) = pipeline(
+        prompt="a person walks",
+        height=tiny.HEIGHT,
+        width=tiny.WIDTH,
+        num_frames=tiny.FRAMES,
+        num_inference_steps=SAMPLING.steps,
+        guidance_scale=SAMPLING.guidance,
+        generator=torch.Generator().manual_seed(SAMPLING.seed),
+        **({} if picture is None else {"image": Image.open(picture)}),
+    ).frames
+    return (video_THWC * 255).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("base", "experts"),
+    [("t2v", EXPERTS[:1]), ("t2v", EXPERTS[1:]), ("t2v", EXPERTS), ("i2v", EXPERTS)],
+)
+def test_videos_are_those_of_plain_diffusers_with_the_same_adapters(
+    tiny, world, runs, picture, base, experts
+):
+    """With the run of one transformer, and with both."""
+    folder, image = world.root / "runs" / base, picture if base == "i2v" else None
+    run_dir = folder if experts == EXPERTS else folder / experts[0]
+    model = BaseModelConfig(path=str(world.bases[base]))
+    frames_THWC = sample_frames(SAMPLING, model, tiny.CLIPS, run_dir=run_dir, image=image)
+    exports = {expert: folder / expert / "export" for expert in experts}
+    assert np.array_equal(frames_THWC, plain_video(tiny, world.bases[base], image, exports))
+    # Each adapter has an effect that is seen.
+    if base == "t2v" and experts == EXPERTS:
+        for expert in EXPERTS:
+            fewer = {one: export for one, export in exports.items() if one != expert}
+            less_THWC = plain_video(tiny, world.bases[base], image, fewer)
+            assert not np.array_equal(frames_THWC, less_THWC)
+
+
+def test_a_model_says_what_of_it_is_trained(tiny, world, runs):
+    folder = world.root / "runs" / "t2v"
+    model = BaseModelConfig(path=str(world.bases["t2v"]))
+
+    def opened(run_dir):
+        return open_video_model(SAMPLING, model, tiny.CLIPS, run_dir=run_dir)
+
+    both, high, base = opened(folder), opened(folder / "high-noise"), opened(None)
+    assert [one.weights for one in (both, high, base)] == ["lora", "lora", "base"]
+    assert both.name == "t2v" and set(both.exports) == {"transformer", "transformer_2"}
+    assert both.warning is None and base.warning is None
+    assert "the low-noise one is the base model's" in high.warning
+    settings = [one.settings for one in (both, high, base, opened(folder / "low-noise"))]
+    assert all(one != other for one, other in itertools.combinations(settings, 2))
+    assert all(one["boundary_ratio"] == 0.875 for one in settings)
+
+
+def test_a_whole_transformer_takes_the_place_of_its_own(tiny, world, runs, tmp_path):
+    """The low-noise one, as an export of full tuning."""
+    export = tmp_path / "run" / "export"
+    trained = WanTransformer3DModel.from_pretrained(world.bases["t2v"] / "transformer_2")
+    torch.nn.init.normal_(trained.proj_out.weight, std=0.5)
+    trained.save_pretrained(export / "transformer")
+    (export / "export.json").write_text(json.dumps({"expert": "low-noise", "files": {}}))
+    model = BaseModelConfig(path=str(world.bases["t2v"]))
+    frames_THWC = sample_frames(SAMPLING, model, tiny.CLIPS, run_dir=tmp_path / "run")
+    base = shutil.copytree(world.bases["t2v"], tmp_path / "base")
+    trained.save_pretrained(base / "transformer_2")
+    assert np.array_equal(frames_THWC, plain_video(tiny, base, None, {}))
+
+
+def test_runs_that_do_not_fit_the_transformers_are_refused(tiny, world, runs, tmp_path):
+    def refuse(base, run_dir, told):
+        model = BaseModelConfig(path=str(world.root / base))
+        with pytest.raises(ValueError, match=told):
+            open_video_model(SAMPLING, model, tiny.CLIPS, run_dir=run_dir)
+
+    low = world.root / "runs" / "t2v" / "low-noise"
+    refuse("wan", low, "holds the low-noise transformer of a model with two")
+    twice = tmp_path / "twice"
+    for name in EXPERTS:
+        shutil.copytree(low, twice / name)
+    refuse("t2v", twice, "both hold the low-noise transformer")
+    export = shutil.copytree(low / "export", tmp_path / "export")
+    about = json.loads((export / "export.json").read_text())
+    for expert, told in (("middle", "expert is 'middle'"), (None, "does not say which of the two")):
+        (export / "export.json").write_text(json.dumps(about | {"expert": expert}))
+        refuse("t2v", export, told)
