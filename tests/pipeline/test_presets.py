@@ -48,6 +48,8 @@ def test_the_presets_are_those_that_are_promised():
         "wan2.1-i2v-14b-480p-lora",
         "wan2.1-t2v-1.3b-lora",
         "wan2.1-t2v-14b-lora",
+        "wan2.2-i2v-a14b-lora",
+        "wan2.2-t2v-a14b-lora",
     ]
 
 
@@ -136,8 +138,23 @@ def test_an_official_preset_has_the_size_batch_and_rate_of_published_training(na
     teacher = config.extract.teacher
     assert (teacher.precision, teacher.frames_per_batch, teacher.clips_per_batch) == ("bf16", 8, 4)
     as_videorepa = name.endswith(("repa", "-repa-dinov2", "-token-relation"))
-    of_wan = {"wan2.1-t2v-1.3b-lora": 18, "wan2.1-t2v-14b-lora": 24, "wan2.1-i2v-14b-480p-lora": 24}
-    assert train.block == of_wan.get(name, 17 if as_videorepa else 18 if "2b" in name else 25)
+    block = 17 if as_videorepa else 18 if "2b" in name else 25
+    if "wan" in name:
+        block = 18 if "1.3b" in name else 24
+    assert train.block == block
+
+
+@pytest.mark.parametrize(
+    ("name", "first"), [("wan2.2-t2v-a14b-lora", 699), ("wan2.2-i2v-a14b-lora", 749)]
+)
+def test_the_runs_of_two_transformers_lie_in_one_folder(name, first):
+    """Where sampling looks for both; timesteps are those of the one that comes first."""
+    config, other = load_config(name), load_config(name, ["model.expert=low-noise"])
+    assert config.model.expert == "high-noise"
+    assert config.train.run_dir.name == "high-noise" and other.train.run_dir.name == "low-noise"
+    assert config.train.run_dir.parent == other.train.run_dir.parent
+    for timesteps in (config.train.validation.timesteps, config.probe.timesteps):
+        assert set(timesteps) <= set(range(first, 1000))
 
 
 @pytest.mark.parametrize(
