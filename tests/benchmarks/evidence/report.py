@@ -133,7 +133,8 @@ def _table(group: Group, rows: Rows, steps: int) -> tuple[str, dict[str, Estimat
             continue
         theirs = [others[row["seed"]] for row in mine]
         change = structure_change(mine, theirs, base_row(rows))
-        changes[f"{arm.name}, {steps} steps" if group == "scratch" else arm.name] = change
+        name = f"{arm.name}, {steps} steps" if group == "scratch" else arm.name
+        changes[f"{name} (one seed)" if len(mine) == 1 else name] = change
         lines.append(
             [
                 f"{arm.name}: {arm.about}",
@@ -180,7 +181,8 @@ def _seconds(rows: Sequence[Row]) -> float:
 def _legend() -> str:
     return (
         "The first line of a table has means, the others differences from it in pairs of clip and "
-        "training seed, with 95% intervals over both; bold where the interval leaves out 0. "
+        "training seed, with 95% intervals over both; bold where the interval leaves out 0. With "
+        "one seed an interval is over the clips alone: another seed may well lie outside it. "
         "Structure error: relative change of the mean of 1 - limb_presence, limb_length_error, "
         "joint_gap and extra_pieces, each divided by the base model's. Motion distance: squared "
         "MMD to the real test clips, mean over the seeds. Diffusion: loss on held-out training "
