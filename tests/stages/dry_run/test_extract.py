@@ -298,7 +298,7 @@ class TestWithoutWeights:
         def unreachable(*_, **__):
             raise ValueError("no network")
 
-        monkeypatch.setattr("stages.students.official_models.resolve_base_model", unreachable)
+        monkeypatch.setattr("stages.students.official_models.resolve_configurations", unreachable)
         model = BaseModelConfig(path="someone/some-model")
         found = look(from_the_dataset, two_shards, model, tmp_path)
         text, latents, teacher, _ = found.kinds
