@@ -67,7 +67,13 @@ def sample_sides(
     from stages.sample_videos.batch import default_folder, generate_batch, open_batch
     from stages.sample_videos.outputs import OtherVideoError
     from stages.sample_videos.runs import is_run
-    from stages.sample_videos.sample import BASE, check_images, open_video_model, sampling_device
+    from stages.sample_videos.sample import (
+        BASE,
+        check_images,
+        log_warnings,
+        open_video_model,
+        sampling_device,
+    )
 
     make_missing_assets(config, progress, reads=("base_model",))
     device = sampling_device(config.sample, local_rank=local_rank())
@@ -82,9 +88,7 @@ def sample_sides(
     ]
     if len(models) == 2 and models[0].settings == models[1].settings:
         raise ConfigError(f"--against {options.against} has the weights that are evaluated")
-    for warning in dict.fromkeys(model.warning for model in models):
-        if warning is not None:
-            progress.log(f"warning: {warning}")
+    log_warnings(models, progress)
     requests, reference = _requests(config, options, run_dirs, out)
     check_images(models[0], requests)
     try:

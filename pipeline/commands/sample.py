@@ -64,16 +64,14 @@ def run(config: RunConfig, progress: Progress, options: SampleOptions) -> Comman
     """
     from stages.sample_videos.batch import generate_batch, write_comparisons
     from stages.sample_videos.outputs import OtherVideoError
-    from stages.sample_videos.sample import check_images, sampling_device
+    from stages.sample_videos.sample import check_images, log_warnings, sampling_device
 
     _check_options(options)
     requests = _requests(config, options)
     make_missing_assets(config, progress, reads=("base_model",))
     device = sampling_device(config.sample, local_rank=local_rank())
     models = _models(config, options)
-    for warning in dict.fromkeys(model.warning for model in models):
-        if warning is not None:
-            progress.log(f"warning: {warning}")
+    log_warnings(models, progress)
     check_images(models[0], requests)
     about: dict[str, Any] = {"model": config.model.path, "made_with": provenance()}
     comparisons: list[Path] = []

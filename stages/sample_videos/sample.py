@@ -170,6 +170,13 @@ def open_video_model(
     )
 
 
+def log_warnings(models: Sequence[VideoModel], progress: Progress) -> None:
+    """Show what the user should know of the models' weights, each warning once."""
+    for warning in dict.fromkeys(model.warning for model in models):
+        if warning is not None:
+            progress.log(f"warning: {warning}")
+
+
 def check_images(video_model: VideoModel, requests: Sequence[VideoRequest]) -> None:
     """Check that every video has a first frame if the model needs one, and that it can be read.
 

@@ -37,3 +37,23 @@ def sample_frames(
         progress=progress or SilentProgress(),
     )
     return finite_frames(video_THWC, config)
+
+
+SAMPLING = SampleConfig(steps=2, guidance=3.0, precision="fp32", device="cpu", seed=5)
+"""Settings of `plain_video`."""
+
+
+def plain_video(pipeline, tiny, **inputs):
+    """uint8 [T, H, W, 3]: the video of a pipeline of diffusers, with the settings of SAMPLING."""
+    pipeline.set_progress_bar_config(disable=True)
+    (video_THWC,) = pipeline(
+        prompt="a person walks",
+        height=tiny.HEIGHT,
+        width=tiny.WIDTH,
+        num_frames=tiny.FRAMES,
+        num_inference_steps=SAMPLING.steps,
+        guidance_scale=SAMPLING.guidance,
+        generator=torch.Generator().manual_seed(SAMPLING.seed),
+        **inputs,
+    ).frames
+    return (video_THWC * 255).round().astype(np.uint8)

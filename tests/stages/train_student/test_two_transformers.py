@@ -14,7 +14,6 @@ from PIL import Image
 from stages.config import BaseModelConfig
 from stages.demo.tiny_wan import build_tiny_wan
 from stages.progress import SilentProgress
-from stages.sample_videos.config import SampleConfig
 from stages.sample_videos.sample import open_video_model
 from stages.students.experts import trained_configs
 from stages.students.weights import hash_transformer
@@ -22,7 +21,7 @@ from stages.train_student.checkpoints.export import export_checkpoint
 from stages.train_student.config import TrainConfig
 from stages.train_student.data.dataset import CachedSamples, join_batches
 from stages.train_student.setup import open_checked_stores
-from tests.stages.sampling import sample_frames
+from tests.stages.sampling import SAMPLING, plain_video, sample_frames
 from tests.stages.two_transformers import write_two_transformers
 
 PROMPT = "an ellipse drifts"
@@ -200,7 +199,6 @@ def test_only_the_transformer_that_is_trained_is_read(tiny, world, fit, tmp_path
     assert np.isfinite(summary.last.diffusion)
 
 
-SAMPLING = SampleConfig(steps=2, guidance=3.0, precision="fp32", device="cpu", seed=5)
 """Of its two steps, one is of each transformer."""
 
 
@@ -212,25 +210,16 @@ def picture(tiny, tmp_path_factory):
     return file
 
 
-def plain_video(tiny, base, picture, exports):
+def plain_wan(tiny, base, picture, exports):
     """uint8 [T, H, W, 3]: the video of diffusers' pipeline with adapters, by expert."""
     pipeline = DiffusionPipeline.from_pretrained(base)
-    pipeline.set_progress_bar_config(disable=True)
     if "high-noise" in exports:
         pipeline.load_lora_weights(exports["high-noise"])
     if "low-noise" in exports:
         pipeline.load_lora_weights(exports["low-noise"], load_into_transformer_2=True)
-    (video_THWC,) = pipeline(
-        prompt="a person walks",
-        height=tiny.HEIGHT,
-        width=tiny.WIDTH,
-        num_frames=tiny.FRAMES,
-        num_inference_steps=SAMPLING.steps,
-        guidance_scale=SAMPLING.guidance,
-        generator=torch.Generator().manual_seed(SAMPLING.seed),
-        **({} if picture is None else {"image": Image.open(picture)}),
-    ).frames
-    return (video_THWC * 255).round().astype(np.uint8)
+    return plain_video(
+        pipeline, tiny, **({} if picture is None else {"image": Image.open(picture)})
+    )
 
 
 @pytest.mark.parametrize(
@@ -246,12 +235,12 @@ def test_videos_are_those_of_plain_diffusers_with_the_same_adapters(
     model = BaseModelConfig(path=str(world.bases[base]))
     frames_THWC = sample_frames(SAMPLING, model, tiny.CLIPS, run_dir=run_dir, image=image)
     exports = {expert: folder / expert / "export" for expert in experts}
-    assert np.array_equal(frames_THWC, plain_video(tiny, world.bases[base], image, exports))
+    assert np.array_equal(frames_THWC, plain_wan(tiny, world.bases[base], image, exports))
     # Each adapter has an effect that is seen.
     if base == "t2v" and experts == EXPERTS:
         for expert in EXPERTS:
             fewer = {one: export for one, export in exports.items() if one != expert}
-            less_THWC = plain_video(tiny, world.bases[base], image, fewer)
+            less_THWC = plain_wan(tiny, world.bases[base], image, fewer)
             assert not np.array_equal(frames_THWC, less_THWC)
 
 
@@ -283,7 +272,7 @@ def test_a_whole_transformer_takes_the_place_of_its_own(tiny, world, runs, tmp_p
     frames_THWC = sample_frames(SAMPLING, model, tiny.CLIPS, run_dir=tmp_path / "run")
     base = shutil.copytree(world.bases["t2v"], tmp_path / "base")
     trained.save_pretrained(base / "transformer_2")
-    assert np.array_equal(frames_THWC, plain_video(tiny, base, None, {}))
+    assert np.array_equal(frames_THWC, plain_wan(tiny, base, None, {}))
 
 
 def test_runs_that_do_not_fit_the_transformers_are_refused(tiny, world, runs, tmp_path):

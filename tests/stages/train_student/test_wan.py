@@ -23,7 +23,7 @@ from stages.train_student.model.loading import build_student
 from stages.train_student.parallel.deepspeed import deepspeed_engine, describe_rounding
 from stages.train_student.parallel.process_group import process_group, world_from_environment
 from stages.train_student.step import StudentInputs
-from tests.stages.sampling import sample_frames
+from tests.stages.sampling import SAMPLING, plain_video, sample_frames
 
 PROMPT = "an ellipse drifts"
 SETTINGS = {
@@ -33,8 +33,6 @@ SETTINGS = {
     "validation": {"clips": 2, "timesteps": [500]},
     "samples": {"prompts": [PROMPT], "steps": 2, "guidance": 3.0, "every": 9, "scores": []},
 }
-
-SAMPLING = SampleConfig(steps=2, guidance=3.0, precision="fp32", device="cpu", seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -116,22 +114,6 @@ def test_plain_diffusers_loads_the_adapters(wan_run, wan_base, tmp_path):
         pipeline.load_lora_weights(weights)
         found = predict(pipeline.transformer)
         torch.testing.assert_close(found, wan_run.prediction, rtol=1e-4, atol=1e-5)
-
-
-def plain_video(pipeline, tiny, **inputs):
-    """uint8 [T, H, W, 3]: the video of a pipeline of diffusers, with the settings of SAMPLING."""
-    pipeline.set_progress_bar_config(disable=True)
-    (video_THWC,) = pipeline(
-        prompt="a person walks",
-        height=tiny.HEIGHT,
-        width=tiny.WIDTH,
-        num_frames=tiny.FRAMES,
-        num_inference_steps=SAMPLING.steps,
-        guidance_scale=SAMPLING.guidance,
-        generator=torch.Generator().manual_seed(SAMPLING.seed),
-        **inputs,
-    ).frames
-    return (video_THWC * 255).round().astype(np.uint8)
 
 
 def test_a_video_is_plain_diffusers_with_the_adapters(tiny, wan_run, wan_base):
