@@ -5,8 +5,9 @@
 Points on the limbs of drawn figures have known places on the next map. A teacher's Gram flow gives
 the token of such a point a probability for each token of its window; the negative log-likelihood of
 the true one, in nats, says how much of the motion the loss can teach, and at which temperature.
-Beside the packaged tracker's features stand those of random weights, and what needs no teacher: a
-uniform choice, and how often points move so far and there at all (the prior). The motion is that of
+Beside the packaged tracker's features stand those of random weights, those of a tracker without
+errors (`evidence/limb_features.py`), and what needs no teacher: a uniform choice, and how often
+points move so far and there at all (the prior). The motion is that of
 the comparison in `evidence/`.
 """
 
@@ -35,6 +36,7 @@ from stages.sam2_tracking.build import build_sam2
 from stages.sam2_tracking.tracker import Tracker
 from stages.video_scores.limb_labels import label_limbs
 from tests.benchmarks.evidence.data import draw_faster_clip
+from tests.benchmarks.evidence.limb_features import limb_features
 from tests.benchmarks.evidence.sizes import SIZES
 from tests.benchmarks.report import finish, machine, table
 
@@ -160,6 +162,9 @@ def measure(num_clips: int) -> tuple[list[list[str]], dict[str, float]]:
     features = {
         f"{name}, {kind}": list(features_of(clips, kind, tracker)) for name, tracker, kind in sides
     }
+    features["no errors: limbs of the drawing"] = [
+        limb_features(clip, (size.height // PATCH, size.width // PATCH)) for clip in clips
+    ]
     lines, gains = [], {}
     for rate in RATES:
         moves = [true_moves(clip, rate) for clip in clips]

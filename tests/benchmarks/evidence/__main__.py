@@ -3,10 +3,13 @@
     python -m tests.benchmarks.evidence --size smoke       # minutes
     python -m tests.benchmarks.evidence                    # estimated at ten hours on two cores
     python -m tests.benchmarks.evidence --arms none lgf    # some arms
+    python -m tests.benchmarks.evidence --results tests/benchmarks/evidence/results.jsonl
 
 Run again, it makes what is missing: every run has a row of its own, and a stopped training goes on
-from its checkpoint. The report is written after each phase, and with --report without any run. The
-last line is a JSON object: the numbers of runs there and failed, and where the report is.
+from its checkpoint. --results takes the rows of another machine first, so that an arm can be added
+to a comparison without its other runs. The report is written after each phase, and with --report
+without any run. The last line is a JSON object: the numbers of runs there and failed, and where the
+report is.
 """
 
 import argparse
@@ -23,7 +26,7 @@ import torch
 from tests.benchmarks.evidence.data import prepare
 from tests.benchmarks.evidence.plan import arms_of, next_runs
 from tests.benchmarks.evidence.report import write_report
-from tests.benchmarks.evidence.runs import BASE, Run, perform, rows_of
+from tests.benchmarks.evidence.runs import BASE, Run, perform, rows_of, take_rows
 from tests.benchmarks.evidence.sizes import SIZES, Size
 from tests.benchmarks.report import machine
 
@@ -68,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the comparison (evidence/SIZE)")
     parser.add_argument("--arms", nargs="+", default=(), help="only these arms")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (2)")
+    parser.add_argument("--results", type=Path, help="results.jsonl of runs not to make again")
     parser.add_argument("--report", action="store_true", help="write the report only")
     arguments = parser.parse_args(argv)
     size, out = SIZES[arguments.size], arguments.out or Path("evidence") / arguments.size
@@ -75,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arms = arms_of(size, arguments.arms)
     except ValueError as error:
         parser.error(str(error))
+    if arguments.results is not None:
+        take_rows(out, arguments.results)
     failed: list[str] = []
     if not arguments.report:
         prepare(out, size)

@@ -23,6 +23,8 @@ class Arm:
     """Settings of stage one."""
     tracker: Literal["tiny", "random"] = "tiny"
     """The packaged tracker, or one with random weights."""
+    limbs: bool = False
+    """The teacher is the drawing itself (`limb_features.py`), not the tracker."""
     weight: str | None = None
     """Key of the auxiliary loss's weight; None if there is none."""
     weight_of: str | None = None
@@ -131,6 +133,7 @@ ARMS = (
         teacher=("extract.teacher.features=image_encoder",),
         weight_of=LGF,
     ),
+    _lgf("lgf-limbs", "control", "LGF, a teacher that knows where each limb is", limbs=True),
     _open("pairs-backward", "pairs t+1 -> t", "train.lgf.pairs=backward"),
     _open("pairs-both", "pairs in both directions", "train.lgf.pairs=both"),
     _open("pairs-crossed", "each track on its unseen side", "train.lgf.pairs=crossed"),
@@ -176,6 +179,22 @@ ARMS = (
         "train.objectives=[lgf]",
         _PAPER_WEIGHT,
         tracker="random",
+    ),
+    _full(
+        "full-lgf-limbs",
+        "full-lgf with a teacher that knows where each limb is",
+        "train.objectives=[lgf]",
+        _PAPER_WEIGHT,
+        limbs=True,
+    ),
+    _full(
+        "full-lgf-latent-limbs",
+        "full-lgf-latent with that teacher, at temperature 0.1",
+        "train.objectives=[lgf]",
+        _PAPER_WEIGHT,
+        "train.block=4",
+        teacher=_LATENT,
+        limbs=True,
     ),
     Arm(
         name="scratch-none",

@@ -20,6 +20,7 @@ from pipeline.config.load import RunConfig, load_config
 from pipeline.environment import provenance
 from stages.progress import SilentProgress
 from tests.benchmarks.evidence.arms import Arm
+from tests.benchmarks.evidence.limb_features import write_limb_features
 from tests.benchmarks.evidence.sizes import Size
 
 Part = Literal["tuning", "test"]
@@ -65,6 +66,21 @@ def rows_of(out: Path) -> dict[str, dict[str, Any]]:
         file.stem: json.loads(file.read_text(encoding="utf-8"))
         for file in sorted((out / "rows").glob("*.json"))
     }
+
+
+def take_rows(out: Path, results: Path) -> None:
+    """Take the results of another machine for the runs that have none here.
+
+    Args:
+        out: Folder of the comparison.
+        results: results.jsonl of the same size.
+    """
+    make_directories(out / "rows")
+    there = rows_of(out)
+    for line in results.read_text(encoding="utf-8").splitlines():
+        name = json.loads(line)["name"]
+        if name not in there:
+            write_atomic(out / "rows" / f"{name}.json", (line + "\n").encode())
 
 
 def overrides(run: Run, out: Path, size: Size, *, scoring: bool = False) -> list[str]:
@@ -133,6 +149,8 @@ def perform(run: Run, out: Path, size: Size) -> str:
     }
     if not isinstance(run.arm, str):
         stores = write_stores(config)
+        if run.arm.limbs:
+            stores["teacher"] = str(write_limb_features(Path(stores["teacher"]), size))
         named = [f"train.stores.{kind}={Path(store).name}" for kind, store in stores.items()]
         config = load_config(str(_CONFIG), [*overrides(run, out, size), *named])
         row |= _train(config)
@@ -168,14 +186,13 @@ def _train(config: RunConfig) -> dict[str, Any]:
 def _score(run: Run, config: RunConfig, out: Path) -> dict[str, Any]:
     clips = out / "clips" / run.part
     folder = out / "evaluations" / run.name
-    # Real clips are tracked once, with the base model's videos.
+    # Real clips are tracked once, with the base model's videos, if these were made here.
     tracks = folder / "tracks"
     make_directories(tracks)
     shared = tracks / f"reference-{run.part}"
-    if run.arm != BASE and not shared.exists():
-        shared.symlink_to(
-            (out / "evaluations" / f"{BASE}-{run.part}" / "tracks" / shared.name).resolve()
-        )
+    tracked = out / "evaluations" / f"{BASE}-{run.part}" / "tracks" / shared.name
+    if run.arm != BASE and tracked.exists() and not shared.exists():
+        shared.symlink_to(tracked.resolve())
     if run.arm == RECONSTRUCTION:
         options = evaluate.EvaluateOptions(
             videos=out / "reconstructions", reference=clips, out=folder

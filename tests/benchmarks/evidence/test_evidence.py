@@ -1,5 +1,6 @@
 """The comparison's plan, settings, estimates and report, on made-up results."""
 
+import json
 import math
 import zlib
 from dataclasses import replace
@@ -23,7 +24,7 @@ from tests.benchmarks.evidence.estimates import (
 )
 from tests.benchmarks.evidence.plan import TUNING_SEED, arms_of, chosen_weight, next_runs
 from tests.benchmarks.evidence.report import SCORES, write_report
-from tests.benchmarks.evidence.runs import _CONFIG, Run, overrides
+from tests.benchmarks.evidence.runs import _CONFIG, Run, overrides, rows_of, take_rows
 from tests.benchmarks.evidence.sizes import SIZES, BaseModels
 
 DEFAULT = SIZES["default"]
@@ -87,7 +88,8 @@ def test_all_arms_are_scored_with_the_same_settings(tmp_path):
 
 def test_arms_differ_and_name_arms_that_are_there():
     settings = [
-        (arm.train, arm.teacher, arm.tracker, arm.group in ("full", "scratch")) for arm in ARMS
+        (arm.train, arm.teacher, arm.tracker, arm.limbs, arm.group in ("full", "scratch"))
+        for arm in ARMS
     ]
     assert len(set(settings)) == len(ARMS)
     assert {arm.weight_of for arm in ARMS} <= {arm.name for arm in ARMS} | {None}
@@ -238,3 +240,14 @@ def test_the_report_compares_arms_over_the_seeds_that_both_have(tmp_path):
     assert text.count("scratch-lgf: ") == len(SMALL.scratch_steps)
     assert (tmp_path / "differences.png").exists()
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(rows)
+
+
+def test_rows_of_another_machine_do_not_replace_those_that_are_there(tmp_path):
+    rows = [row_of(Run(arm="base")), row_of(Run(arm="reconstruction"))]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "base-test.json").write_text(json.dumps(rows[0] | {"seed": 7}))
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    take_rows(tmp_path, results)
+    found = rows_of(tmp_path)
+    assert found == {"base-test": rows[0] | {"seed": 7}, "reconstruction-test": rows[1]}
