@@ -234,16 +234,24 @@ def check_same_sources(readers: Mapping[str, StoreReader], keys: SortedText) -> 
     for kind in readers:
         _compare("latents", kind, readers, fingerprints, keys, video_hashes, "videos")
     for kind in ("teacher", "gram_flow"):
-        if kind in readers and "masks" in readers and _same_prompt_settings(readers, kind):
-            _compare("masks", kind, readers, fingerprints, keys, source_hashes, "prompts")
+        if kind in readers and "masks" in readers:
+            teacher, masks = readers[kind], readers["masks"]
+            if not other_prompt_settings(teacher, masks) and _know_their_prompts(teacher, masks):
+                _compare("masks", kind, readers, fingerprints, keys, source_hashes, "prompts")
 
 
-def _same_prompt_settings(readers: Mapping[str, StoreReader], kind: str) -> bool:
-    teacher, masks = readers[kind].settings.values, readers["masks"].settings.values
-    return all(
-        name in teacher and name in masks and teacher[name] == masks[name]
+def other_prompt_settings(teacher: StoreReader, masks: StoreReader) -> list[str]:
+    """Names of the prompt settings in which the stores differ; their subjects may differ too."""
+    values = [reader.settings.values for reader in (teacher, masks)]
+    return [
+        name
         for name in _PROMPT_SETTINGS
-    )
+        if all(name in one for one in values) and values[0][name] != values[1][name]
+    ]
+
+
+def _know_their_prompts(*readers: StoreReader) -> bool:
+    return all(name in one.settings.values for one in readers for name in _PROMPT_SETTINGS)
 
 
 def _compare(

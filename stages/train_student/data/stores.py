@@ -14,7 +14,11 @@ from stages.local_gram_flow.alignment import TEMPORAL_COMPRESSION
 from stages.students.student import VAE_SPATIAL_COMPRESSION, StudentConfigs
 from stages.teacher_store.settings import native_parts
 from stages.train_student.config import KIND_OF_FORM, TeacherForm
-from stages.train_student.data.open_stores import check_same_sources, open_stores
+from stages.train_student.data.open_stores import (
+    check_same_sources,
+    open_stores,
+    other_prompt_settings,
+)
 from stages.train_student.data.splits import (
     ExcludedClips,
     choose_held_out,
@@ -84,6 +88,19 @@ class JoinedStores:
         if self.teacher is None or self.teacher_form != "features":
             return None
         return native_parts(self.teacher.settings)
+
+    def warnings(self) -> list[str]:
+        """A warning if the masks were tracked from other prompts than the teacher's features."""
+        if self.teacher is None or self.masks is None:
+            return []
+        differing = other_prompt_settings(self.teacher, self.masks)
+        if not differing:
+            return []
+        return [
+            f"{self.masks.path} was tracked with other {' and '.join(differing)} than "
+            f"{self.teacher.path}: their subjects may differ; choose stores of one extraction "
+            "with train.stores.masks"
+        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -56,10 +56,13 @@ def test_other_captions_are_no_concern_and_other_prompts_are(stores, kind, refus
 
 
 def test_prompts_of_stores_that_were_prompted_otherwise_are_not_compared(tiny, stores):
-    cache, _ = stores
+    cache, paths = stores
     keys = ("a", "b", "c", "d")
     grounded = PROMPTED | {"prompts": {"sources": ["grounding"]}}
     other = tiny.write_store(cache, "masks", {"valid": (9,)}, keys, grounded)
     change_fingerprints(other, {"c": OTHER[:16] + fingerprint_of("c")[16:]})
-    joined = join_stores(cache, {"masks": [other.name]}, kinds=("teacher", "masks"))
+    joined = join(cache, chosen={"masks": [other.name]})
     assert joined.keys == keys
+    (warning,) = joined.warnings()
+    assert f"{other} was tracked with other prompts than {paths['teacher']}" in warning
+    assert join(cache, chosen={"masks": [paths["masks"].name]}).warnings() == []
