@@ -51,6 +51,12 @@ def _open(name: str, about: str, *train: str, teacher: tuple[str, ...] = ()) -> 
     return _lgf(name, "open", about, *train, teacher=teacher, weight_of=LGF)
 
 
+def _projector(name: str, about: str, **others: object) -> Arm:
+    """A loss that its projector learns, since Adam scales gradients, but hardly the transformer."""
+    train = ("train.objectives=[lgf]", "train.lgf.weight=0.001")
+    return Arm(name=name, group="control", about=about, train=train, **others)  # type: ignore[arg-type]
+
+
 _LATENT = ("extract.teacher.time_rate=latent",)
 _FULL = ("train.optimizer.learning_rate=5.0e-4", "train.optimizer.schedule=cosine")
 _PAPER_WEIGHT = "train.lgf.weight=0.5"
@@ -134,6 +140,8 @@ ARMS = (
         weight_of=LGF,
     ),
     _lgf("lgf-limbs", "control", "LGF, a teacher that knows where each limb is", limbs=True),
+    _projector("lgf-projector", "LGF at a weight of 0.001: the projector alone learns"),
+    _projector("lgf-limbs-projector", "lgf-limbs at a weight of 0.001", limbs=True),
     _open("pairs-backward", "pairs t+1 -> t", "train.lgf.pairs=backward"),
     _open("pairs-both", "pairs in both directions", "train.lgf.pairs=both"),
     _open("pairs-crossed", "each track on its unseen side", "train.lgf.pairs=crossed"),
