@@ -149,9 +149,9 @@ def train_student(
         if done is not None and done >= config.steps:
             return _summary(run, done, resumed_from=done, durations=[], finished=True)
         progress.log("; ".join(run.stores.describe()))
-        warnings = [warning for joined in run.stores.stores for warning in joined.warnings()]
-        for warning in [*warnings, *([] if fewer_clips is None else [fewer_clips])]:
-            progress.log(f"warning: {warning}")
+        for warning in (*(joined.warning for joined in run.stores.stores), fewer_clips):
+            if warning is not None:
+                progress.log(f"warning: {warning}")
         progress.log(describe_batch(run.config, world.size))
         return _train(run)
 

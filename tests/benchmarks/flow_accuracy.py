@@ -7,8 +7,8 @@ the token of such a point a probability for each token of its window; the negati
 the true one, in nats, says how much of the motion the loss can teach, and at which temperature.
 Beside the packaged tracker's features stand those of random weights, those of a tracker without
 errors (`evidence/limb_features.py`), and what needs no teacher: a uniform choice, and how often
-points move so far and there at all (the prior). The motion is that of
-the comparison in `evidence/`.
+points move so far and there at all (the prior). The motion is that of the comparison in
+`evidence/`.
 """
 
 # Legend: T frame, M map, N point, H W token grid, K neighbour, G channel, 2 x and y.

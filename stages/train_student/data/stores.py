@@ -89,18 +89,19 @@ class JoinedStores:
             return None
         return native_parts(self.teacher.settings)
 
-    def warnings(self) -> list[str]:
+    @property
+    def warning(self) -> str | None:
         """A warning if the masks were tracked from other prompts than the teacher's features."""
         if self.teacher is None or self.masks is None:
-            return []
+            return None
         differing = other_prompt_settings(self.teacher, self.masks)
         if not differing:
-            return []
-        return [
+            return None
+        return (
             f"{self.masks.path} was tracked with other {' and '.join(differing)} than "
             f"{self.teacher.path}: their subjects may differ; choose stores of one extraction "
             "with train.stores.masks"
-        ]
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

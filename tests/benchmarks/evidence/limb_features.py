@@ -56,7 +56,7 @@ def limb_features(clip: FigureClip, token_grid: tuple[int, int]) -> Tensor:
         start_N2, end_N2 = (clip.joints_TJ2[t, names.index(one)] for one in (limb.start, limb.end))
         axis_N2, offset_N2 = end_N2 - start_N2, np.stack([x, y], axis=1) + 0.5 - start_N2
         square_N = np.maximum((axis_N2**2).sum(1), 1e-9)
-        pieces = max(1, math.ceil(limb.length * clip.size / PIECE))
+        pieces = math.ceil(limb.length * clip.size / PIECE)
         place_N = pieces * np.clip((axis_N2 * offset_N2).sum(1) / square_N, 0, 1)
         # A pixel counts for the two nearest ends of pieces, so that nothing jumps.
         low_N = np.minimum(place_N.astype(int), pieces - 1)

@@ -199,7 +199,7 @@ def test_only_the_transformer_that_is_trained_is_read(tiny, world, fit, tmp_path
     assert np.isfinite(summary.last.diffusion)
 
 
-"""Of its two steps, one is of each transformer."""
+# Of SAMPLING's two steps, one is of each transformer.
 
 
 @pytest.fixture(scope="module")
