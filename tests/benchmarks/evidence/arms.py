@@ -51,9 +51,12 @@ def _open(name: str, about: str, *train: str, teacher: tuple[str, ...] = ()) -> 
     return _lgf(name, "open", about, *train, teacher=teacher, weight_of=LGF)
 
 
-def _projector(name: str, about: str, **others: object) -> Arm:
-    """A loss that its projector learns, since Adam scales gradients, but hardly the transformer."""
-    train = ("train.objectives=[lgf]", "train.lgf.weight=0.001")
+_NARROW = "train.lgf.projector_widths=[8,8,8]"
+
+
+def _weighted(name: str, about: str, weight: float, *train: str, **others: object) -> Arm:
+    """LGF at a weight that is not tuned."""
+    train = ("train.objectives=[lgf]", f"train.lgf.weight={weight:g}", *train)
     return Arm(name=name, group="control", about=about, train=train, **others)  # type: ignore[arg-type]
 
 
@@ -140,8 +143,19 @@ ARMS = (
         weight_of=LGF,
     ),
     _lgf("lgf-limbs", "control", "LGF, a teacher that knows where each limb is", limbs=True),
-    _projector("lgf-projector", "LGF at a weight of 0.001: the projector alone learns"),
-    _projector("lgf-limbs-projector", "lgf-limbs at a weight of 0.001", limbs=True),
+    # Adam scales the projector's gradients, so it learns; the transformer hardly does.
+    _weighted("lgf-projector", "LGF at a weight of 0.001: the projector alone learns", 0.001),
+    _weighted("lgf-limbs-projector", "lgf-limbs at a weight of 0.001", 0.001, limbs=True),
+    _weighted("lgf-narrow", "LGF at a weight of 2, projector of width 8", 2, _NARROW),
+    _weighted("lgf-narrow-projector", "lgf-narrow at a weight of 0.001", 0.001, _NARROW),
+    _weighted("lgf-limbs-narrow", "lgf-limbs, projector of width 8", 2, _NARROW, limbs=True),
+    _weighted(
+        "lgf-limbs-narrow-projector",
+        "lgf-limbs-narrow at a weight of 0.001",
+        0.001,
+        _NARROW,
+        limbs=True,
+    ),
     _open("pairs-backward", "pairs t+1 -> t", "train.lgf.pairs=backward"),
     _open("pairs-both", "pairs in both directions", "train.lgf.pairs=both"),
     _open("pairs-crossed", "each track on its unseen side", "train.lgf.pairs=crossed"),
