@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Group = Literal["main", "control", "open", "full", "scratch"]
-"""main: the paper's claim; control: teachers that should not help as much; open: settings that the
-paper leaves open, each changed alone; full: all weights of the base model, more steps and clips;
-scratch: training from random weights."""
+Group = Literal["main", "control", "projector", "open", "full", "scratch"]
+"""main: the paper's claim; control: other teachers; projector: how much of the loss the projector
+meets without the transformer; open: settings that the paper leaves open, each changed alone; full:
+all weights of the base model, more steps and clips; scratch: training from random weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,10 +54,13 @@ def _open(name: str, about: str, *train: str, teacher: tuple[str, ...] = ()) -> 
 _NARROW = "train.lgf.projector_widths=[8,8,8]"
 
 
-def _weighted(name: str, about: str, weight: float, *train: str, **others: object) -> Arm:
-    """LGF at a weight that is not tuned."""
+def _projector(name: str, about: str, weight: float, *train: str, **others: object) -> Arm:
+    """LGF at a weight that is not tuned.
+
+    At 0.001 the projector learns, since Adam scales its gradients, but the transformer hardly does.
+    """
     train = ("train.objectives=[lgf]", f"train.lgf.weight={weight:g}", *train)
-    return Arm(name=name, group="control", about=about, train=train, **others)  # type: ignore[arg-type]
+    return Arm(name=name, group="projector", about=about, train=train, **others)  # type: ignore[arg-type]
 
 
 _LATENT = ("extract.teacher.time_rate=latent",)
@@ -143,13 +146,12 @@ ARMS = (
         weight_of=LGF,
     ),
     _lgf("lgf-limbs", "control", "LGF, a teacher that knows where each limb is", limbs=True),
-    # Adam scales the projector's gradients, so it learns; the transformer hardly does.
-    _weighted("lgf-projector", "LGF at a weight of 0.001: the projector alone learns", 0.001),
-    _weighted("lgf-limbs-projector", "lgf-limbs at a weight of 0.001", 0.001, limbs=True),
-    _weighted("lgf-narrow", "LGF at a weight of 2, projector of width 8", 2, _NARROW),
-    _weighted("lgf-narrow-projector", "lgf-narrow at a weight of 0.001", 0.001, _NARROW),
-    _weighted("lgf-limbs-narrow", "lgf-limbs, projector of width 8", 2, _NARROW, limbs=True),
-    _weighted(
+    _projector("lgf-projector", "LGF at a weight of 0.001: the projector alone learns", 0.001),
+    _projector("lgf-limbs-projector", "lgf-limbs at a weight of 0.001", 0.001, limbs=True),
+    _projector("lgf-narrow", "LGF at a weight of 2, projector of width 8", 2, _NARROW),
+    _projector("lgf-narrow-projector", "lgf-narrow at a weight of 0.001", 0.001, _NARROW),
+    _projector("lgf-limbs-narrow", "lgf-limbs, projector of width 8", 2, _NARROW, limbs=True),
+    _projector(
         "lgf-limbs-narrow-projector",
         "lgf-limbs-narrow at a weight of 0.001",
         0.001,

@@ -80,7 +80,7 @@ def prepare(out: Path, size: Size) -> None:
         ),
     )
     if size.scratch_steps:
-        for seed in size.seeds:
+        for seed in size.few_seeds:
             _once(
                 out / "models" / f"scratch-{seed}",
                 partial(_write_random_model, base=base, seed=seed),

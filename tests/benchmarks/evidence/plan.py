@@ -56,9 +56,9 @@ def _phases(size: Size, arms: Sequence[Arm], rows: Rows) -> list[list[Run]]:
         return phases
     order: list[tuple[tuple[Group, ...], tuple[int, ...]]] = [
         (("main", "control"), size.seeds),
-        (("open",), size.open_seeds),
-        (("full",), size.seeds),
-        (("scratch",), size.seeds),
+        (("projector", "open"), size.few_seeds),
+        (("full",), size.few_seeds),
+        (("scratch",), size.few_seeds),
     ]
     for groups, seeds in order:
         for seed in seeds:

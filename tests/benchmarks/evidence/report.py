@@ -44,7 +44,8 @@ _SHEET_ARMS = (NONE, "repa", "token-relation", "lgf")
 _SHEET_FRAMES = (0, 5, 10, 16)
 _TITLES: dict[Group, str] = {
     "main": "Fine-tuning: the paper's comparison",
-    "control": "Controls",
+    "control": "Controls: other teachers",
+    "projector": "What the projector meets alone",
     "open": "One setting changed",
     "full": "All weights of the base model",
     "scratch": "From random weights",

@@ -40,8 +40,8 @@ class Size:
     """Weights of the auxiliary loss that each arm may choose from; one means no tuning."""
     seeds: tuple[int, ...]
     """Training seeds of the main comparison, and of the controls."""
-    open_seeds: tuple[int, ...]
-    """Training seeds of the open questions."""
+    few_seeds: tuple[int, ...]
+    """Training seeds of the other groups."""
     full_clips: int
     """Clips of the runs that train all weights of the base model."""
     full_steps: int | None
@@ -77,7 +77,7 @@ SIZES = {
         steps=2,
         tuning_weights=(0.5,),
         seeds=(0,),
-        open_seeds=(0,),
+        few_seeds=(0,),
         full_clips=0,
         full_steps=None,
         scratch_steps=(),
@@ -92,7 +92,7 @@ SIZES = {
         steps=300,
         tuning_weights=(0.1, 0.5, 2.0),
         seeds=(0, 1, 2),
-        open_seeds=(0,),
+        few_seeds=(0,),
         full_clips=480,
         full_steps=1500,
         scratch_steps=(500, 1000, 2000),
@@ -106,7 +106,7 @@ SIZES = {
         steps=2000,
         tuning_weights=(0.1, 0.5, 2.0),
         seeds=(0, 1, 2),
-        open_seeds=(0, 1, 2),
+        few_seeds=(0, 1, 2),
         full_clips=1000,
         full_steps=10_000,
         scratch_steps=(5000, 10_000, 20_000),

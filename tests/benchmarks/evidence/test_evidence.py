@@ -102,9 +102,8 @@ def test_every_run_is_made_once_and_seeds_follow_each_other():
     assert all(f"-s{TUNING_SEED}-" in name for name in phases[2])
     of_seed = [{name.split("-s")[-1][0] for name in phase} for phase in phases[3:6]]
     assert of_seed == [{"0"}, {"1"}, {"2"}]
-    assert sum(row["arm"] == "scratch-lgf" for row in rows.values()) == 3 * len(
-        DEFAULT.scratch_steps
-    )
+    scratch = [row["seed"] for row in rows.values() if row["arm"] == "scratch-lgf"]
+    assert scratch == [seed for seed in DEFAULT.few_seeds for _ in DEFAULT.scratch_steps]
     assert {row["arm"] for row in rows.values()} == {
         "base",
         "reconstruction",
