@@ -16,6 +16,7 @@ from stages.clips import ClipsConfig
 from stages.config import SchedulerName
 from stages.students.cogvideox.diffusion import VelocitySchedule
 from stages.students.cogvideox.first_frames import NOISE_LOG_MEAN, NOISE_LOG_STD, encode_draws
+from stages.students.cogvideox.inputs import image_condition, pad_in_front
 from stages.students.latents import sample_posterior
 from stages.students.student import (
     VAE_SPATIAL_COMPRESSION,
@@ -28,7 +29,7 @@ from stages.students.student import (
 OFS = 2.0
 """Value of the transformer's `ofs` input in the CogVideoX 1.5 image-to-video pipeline."""
 
-# inputs.py is imported late: diffusers takes 2 s and 170 MB to import.
+# rotary.py is imported late: diffusers takes seconds and 170 MB, in every loader's process too.
 
 _VAE_CLASS = "AutoencoderKLCogVideoX"
 _TEXT_CLASS = "T5EncoderModel"
@@ -210,16 +211,12 @@ class CogVideoXConfigs(StudentConfigs):
 
     def pad_in_front(self, latents_FCHW: Tensor) -> Tensor:
         """Repeat the first latent frame, for the temporal patches of CogVideoX 1.5."""
-        from stages.students.cogvideox.inputs import pad_in_front
-
         return pad_in_front(latents_FCHW, self.padding(len(latents_FCHW)))
 
     def condition(
         self, stored: Mapping[str, Tensor], num_latents: int, generator: torch.Generator
     ) -> Condition:
         """A posterior sample of one of the noisy draws, followed by zeros."""
-        from stages.students.cogvideox.inputs import image_condition
-
         mean_NCHW, std_NCHW = stored["image_mean"], stored["image_std"]
         chosen = int(torch.randint(len(mean_NCHW), (1,), generator=generator))
         image_1CHW = sample_posterior(
@@ -254,7 +251,7 @@ class CogVideoXConfigs(StudentConfigs):
         self, num_latents: int, latent_height: int, latent_width: int, device: torch.device
     ) -> dict[str, Any]:
         """Rotary tables and, in 1.5, the offset."""
-        from stages.students.cogvideox.inputs import rotary_positions
+        from stages.students.cogvideox.rotary import rotary_positions
 
         return {
             "ofs": None if self.ofs is None else torch.tensor([self.ofs], device=device),

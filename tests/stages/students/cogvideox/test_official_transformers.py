@@ -7,7 +7,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from stages.clips.config import ClipsConfig
-from stages.students.cogvideox.inputs import rotary_positions
+from stages.students.cogvideox.rotary import rotary_positions
 from stages.students.official_models import official_configs
 from stages.train_student.config import TrainConfig
 from stages.train_student.step import TrainingStep

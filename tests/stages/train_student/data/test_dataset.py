@@ -1,4 +1,5 @@
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -54,10 +55,9 @@ def test_no_loader_process_looks_at_a_store_by_itself(tiny, tmp_path, configs):
     expected = [samples[number] for number in range(5)]
     for path in [*tmp_path.glob("*/commits"), *tmp_path.glob("*/index.npz")]:
         path.rename(path.with_name("gone"))
-    for start in ("fork", "spawn"):
-        numbers = [[number] for number in range(5)]
-        with BatchLoader(samples, numbers, workers=1, start=start, pin_memory=False) as batches:
-            assert all(same(batch, one) for batch, one in zip(batches, expected, strict=True))
+    numbers = [[number] for number in range(5)]
+    with BatchLoader(samples, numbers, workers=1, start="spawn", pin_memory=False) as batches:
+        assert all(same(batch, one) for batch, one in zip(batches, expected, strict=True))
 
 
 def test_arrays_belong_to_the_key(samples, cache):
@@ -187,8 +187,7 @@ def test_the_teachers_arrays_are_handed_on_as_they_are_stored(tiny, tmp_path, co
             assert (stored == array).all()
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_workers_read_a_cache_behind_a_url(tiny, tmp_path, configs, start):
+def test_workers_read_a_cache_behind_a_url(tiny, tmp_path, configs):
     """The client was in use in this process before its workers were started."""
     stores = {
         "text": tiny.write_store(tmp_path, "text", {"embeds": tiny.TEXT}),
@@ -206,14 +205,12 @@ def test_workers_read_a_cache_behind_a_url(tiny, tmp_path, configs, start):
         samples = from_stores(joined, configs)
         assert same(samples[0], local[0])
         numbers = [[n, n + 1] for n in range(0, 8, 2)]
-        loading = BatchLoader(samples, numbers, workers=2, start=start, pin_memory=False)
+        loading = BatchLoader(samples, numbers, workers=2, start="fork", pin_memory=False)
         for batch, group in zip(loading, numbers, strict=True):
             assert same(batch, join_batches([local[number] for number in group]))
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_with_workers_nothing_is_read_in_the_training_process(samples, monkeypatch, start):
-    """A worker that is spawned does not inherit the trap; one that is forked is told apart."""
+def test_with_workers_nothing_is_read_in_the_training_process(samples, monkeypatch):
     here, read = os.getpid(), StoreReader.read
 
     def guarded(self, *arguments):
@@ -221,5 +218,26 @@ def test_with_workers_nothing_is_read_in_the_training_process(samples, monkeypat
         return read(self, *arguments)
 
     monkeypatch.setattr(StoreReader, "read", guarded)
-    loading = BatchLoader(samples, [[0], [1]], workers=1, start=start, pin_memory=False)
+    loading = BatchLoader(samples, [[0], [1]], workers=1, start="fork", pin_memory=False)
     assert len(list(loading)) == 2
+
+
+class ImportsAfterReading(CachedSamples):
+    """Raises with the names of the modules that reading a sample has imported."""
+
+    def __getitem__(self, number):
+        super().__getitem__(number)
+        raise ImportError(" ".join(sys.modules))
+
+
+def test_a_spawned_worker_loads_no_model_library(cache, configs):
+    """These take seconds and hundreds of megabytes in each process."""
+    samples = ImportsAfterReading([join_stores(cache)], configs, seed=3, batch_size=1)
+    with (
+        BatchLoader(samples, [[0]], workers=1, start="spawn", pin_memory=False) as batches,
+        pytest.raises(ImportError) as raised,
+    ):
+        next(batches)
+    imported = str(raised.value).split()
+    assert "torch" in imported
+    assert {"diffusers", "transformers", "deepspeed", "sam2"}.isdisjoint(imported)
