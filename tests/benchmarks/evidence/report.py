@@ -69,7 +69,8 @@ def write_report(out: Path, rows: Rows, size: Size, *, machine: str, name: str) 
     """
     parts = [
         f"# Evidence, size {name}\n",
-        f"{len(rows)} runs so far; {machine}. `README.md` says what is compared and how.\n",
+        f"{len(rows)} runs so far; tables made on {machine}. `README.md` says what is compared, how "
+        "and where.\n",
         _bounds(rows),
     ]
     changes: dict[str, Estimate] = {}
