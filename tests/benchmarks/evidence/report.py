@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from stages.clips import read_video
-from tests.benchmarks.evidence.arms import ARMS, NONE, Arm, Group
+from tests.benchmarks.evidence.arms import ARM, ARMS, LGF, NONE, Arm, Group
 from tests.benchmarks.evidence.data import draw_faster_clip, seeds_of
 from tests.benchmarks.evidence.estimates import (
     Estimate,
@@ -46,12 +46,12 @@ _TITLES: dict[Group, str] = {
     "main": "Fine-tuning: the paper's comparison",
     "control": "Controls: other teachers",
     "projector": "What the projector meets alone",
-    "open": "One setting changed",
+    "open": "One setting of lgf changed",
     "full": "All weights of the base model",
     "scratch": "From random weights",
 }
-_REFERENCES: dict[Group, str] = {"full": "full-none", "scratch": "scratch-none"}
-"""Arms without auxiliary loss; `none` for the other groups."""
+_REFERENCES: dict[Group, str] = {"open": LGF, "full": "full-none", "scratch": "scratch-none"}
+"""Arm that a group's arms are compared with; `none` for the other groups."""
 
 
 def write_report(out: Path, rows: Rows, size: Size, *, machine: str, name: str) -> Path:
@@ -69,22 +69,22 @@ def write_report(out: Path, rows: Rows, size: Size, *, machine: str, name: str) 
     """
     parts = [
         f"# Evidence, size {name}\n",
-        f"{len(rows)} runs so far; tables made on {machine}. `README.md` says what is compared, how "
-        "and where.\n",
+        f"{len(rows)} runs so far; tables made on {machine}. `README.md` says what is compared, "
+        "how and where.\n",
         _bounds(rows),
     ]
-    changes: dict[str, Estimate] = {}
+    changes: dict[str, Mapping[str, Estimate]] = {}
     for group, title in _TITLES.items():
         for steps in size.steps_of(group):
-            found, of_group = _table(group, rows, steps)
-            changes |= of_group
-            if found:
-                after = f", {steps} steps" if group in _REFERENCES else ""
+            after = f", {steps} steps" if group in ("full", "scratch") else ""
+            found, of_arms = _table(group, rows, steps)
+            if of_arms:
                 parts.append(f"## {title}{after}\n\n{found}\n")
+                changes[f"{title}{after}, against {_reference(group)}"] = of_arms
     parts.append(_legend())
     if changes:
         _draw_changes(out / "differences.png", changes)
-        parts.append("![structure error against none](differences.png)\n")
+        parts.append("![changes of the structure error](differences.png)\n")
     if _draw_videos(out, rows, size):
         parts.append("![videos of the first test clips, seed 0](videos.jpg)\n")
     lines = "".join(f"{json.dumps(row)}\n" for row in rows.values())
@@ -114,33 +114,33 @@ def _means(rows: Sequence[Row]) -> list[str]:
     return [*means, _distance(rows)]
 
 
+def _reference(group: Group) -> str:
+    return _REFERENCES.get(group, NONE)
+
+
 def _table(group: Group, rows: Rows, steps: int) -> tuple[str, dict[str, Estimate]]:
-    """One line per arm against the arm without auxiliary loss, over the seeds that both have.
+    """The reference, then one line per arm against it, over the seeds that both have.
 
     Returns:
-        The table, empty without results; and each arm's change of the structure error.
+        The table, and each arm's change of the structure error; no changes without results.
     """
-    reference = _REFERENCES.get(group, NONE)
-    others = {row["seed"]: row for row in rows_of_arm(rows, reference, steps=steps)}
-    header = ["arm", "weight", "seeds", "structure error", *SCORES, "motion distance"]
-    header += ["auxiliary", "diffusion", "step time"]
+    reference = ARM[_reference(group)]
+    others = {row["seed"]: row for row in rows_of_arm(rows, reference.name, steps=steps)}
+    compared: dict[int, Row] = {}
     lines = []
     changes: dict[str, Estimate] = {}
-    for arm in [one for one in ARMS if one.group == group]:
+    for arm in [one for one in ARMS if one.group == group and one is not reference]:
         mine = [row for row in rows_of_arm(rows, arm.name, steps=steps) if row["seed"] in others]
         if not mine:
             continue
-        if arm.name == reference:
-            lines.append(_reference_line(arm, mine, base_row(rows)))
-            continue
         theirs = [others[row["seed"]] for row in mine]
+        compared |= {row["seed"]: row for row in theirs}
         change = structure_change(mine, theirs, base_row(rows))
-        name = f"{arm.name}, {steps} steps" if group == "scratch" else arm.name
-        changes[f"{name} (one seed)" if len(mine) == 1 else name] = change
+        changes[f"{arm.name} (one seed)" if len(mine) == 1 else arm.name] = change
         lines.append(
             [
                 f"{arm.name}: {arm.about}",
-                "" if mine[0]["weight"] is None else f"{mine[0]['weight']:g}",
+                _weight(mine),
                 str(len(mine)),
                 change.text(),
                 *(difference(mine, theirs, score).text() for score in SCORES),
@@ -150,20 +150,28 @@ def _table(group: Group, rows: Rows, steps: int) -> tuple[str, dict[str, Estimat
                 f"{_seconds(mine) / _seconds(theirs):.2f}x",
             ]
         )
-    return table(header, lines) if lines else "", changes
+    header = ["arm", "weight", "seeds", "structure error", *SCORES, "motion distance"]
+    header += ["auxiliary", "diffusion", "step time"]
+    first = [_reference_line(reference, list(compared.values()), base_row(rows))] if lines else []
+    return table(header, [*first, *lines]), changes
 
 
 def _reference_line(arm: Arm, rows: Sequence[Row], base: Row) -> list[str]:
     return [
         f"{arm.name}: {arm.about}",
-        "",
+        _weight(rows),
         str(len(rows)),
         f"{structure_errors(rows, base):.3f} of the base model's",
         *_means(rows),
-        "",
+        _auxiliary(rows),
         f"{_loss(rows):.4f}",
         f"{_seconds(rows):.2f} s",
     ]
+
+
+def _weight(rows: Sequence[Row]) -> str:
+    weight = rows[0]["weight"]
+    return "" if weight is None else f"{weight:g}"
 
 
 def _distance(rows: Sequence[Row]) -> str:
@@ -190,7 +198,8 @@ def _seconds(rows: Sequence[Row]) -> float:
 
 def _legend() -> str:
     return (
-        "The first line of a table has means, the others differences from it in pairs of clip and "
+        "The first line of a table has means over the seeds that the others have, these have "
+        "differences from it in pairs of clip and "
         "training seed, with 95% intervals over both; bold where the interval leaves out 0. With "
         "one seed an interval is over the clips alone: another seed may well lie outside it. "
         "Structure error: relative change of the mean of 1 - limb_presence, limb_length_error, "
@@ -201,17 +210,24 @@ def _legend() -> str:
     )
 
 
-def _draw_changes(file: Path, changes: Mapping[str, Estimate]) -> None:
-    names = list(changes)
-    figure, axes = plt.subplots(figsize=(7.2, 0.8 + 0.26 * len(names)), layout="constrained")
-    for row, name in enumerate(names):
-        one = changes[name]
-        axes.plot([one.low, one.high], [row, row], color="#5b6770", linewidth=1.5)
-        axes.plot(one.value, row, "o", color="#2f6f9f" if one.is_decided else "#9aa4ad")
+def _draw_changes(file: Path, changes: Mapping[str, Mapping[str, Estimate]]) -> None:
+    """Changes of the structure error by table, whose title has a line of its own."""
+    lines: list[tuple[str, Estimate | None]] = []
+    for title, of_arms in changes.items():
+        lines += [(title, None), *of_arms.items()]
+    figure, axes = plt.subplots(figsize=(9.0, 0.8 + 0.26 * len(lines)), layout="constrained")
+    for row, (_, change) in enumerate(lines):
+        if change is not None:
+            axes.plot([change.low, change.high], [row, row], color="#5b6770", linewidth=1.5)
+            colour = "#2f6f9f" if change.is_decided else "#9aa4ad"
+            axes.plot(change.value, row, "o", color=colour)
     axes.axvline(0, color="#c8642b", linewidth=1)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(lines)), [name for name, _ in lines])
+    for label, (_, change) in zip(axes.get_yticklabels(), lines, strict=True):
+        label.set_fontweight("bold" if change is None else "normal")
+    axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
-    axes.set_xlabel("structure error against no auxiliary loss, relative (95% interval)")
+    axes.set_xlabel("structure error, relative change (95% interval)")
     axes.grid(axis="x", color="#e3e6ea")
     figure.savefig(file, dpi=110)
     plt.close(figure)

@@ -229,13 +229,15 @@ def test_a_structure_error_scaled_by_a_factor_changes_by_it(factor, size):
 
 
 def test_the_report_compares_arms_over_the_seeds_that_both_have(tmp_path):
-    arms = arms_of(SMALL, ["none", "lgf", "lgf-random-tracker", "scratch-none", "scratch-lgf"])
+    names = ["none", "lgf", "lgf-random-tracker", "block-1", "scratch-none", "scratch-lgf"]
+    arms = arms_of(SMALL, names)
     rows, _ = make_all(SMALL, arms)
     del rows[next(name for name in rows if name.startswith("lgf-w") and "-s1-" in name)]
     page = write_report(tmp_path, rows, SMALL, machine="a processor", name="small")
     text = page.read_text()
-    (line,) = [line for line in text.splitlines() if line.startswith("| lgf: ")]
-    assert line.split(" | ")[2] == "1"
+    of_lgf = [line.split(" | ") for line in text.splitlines() if line.startswith("| lgf: ")]
+    assert [cells[2] for cells in of_lgf] == ["1", "1"]
+    assert of_lgf[1][3].endswith("of the base model's"), "block-1 is compared with it"
     assert text.count("scratch-lgf: ") == len(SMALL.scratch_steps)
     assert (tmp_path / "differences.png").exists()
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(rows)
