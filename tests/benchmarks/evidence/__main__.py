@@ -1,7 +1,7 @@
 """The comparison of training losses on drawn figures: everything that `README.md` describes.
 
     python -m tests.benchmarks.evidence --size smoke       # minutes
-    python -m tests.benchmarks.evidence                    # ten to eighteen hours on two cores
+    python -m tests.benchmarks.evidence                    # seven to thirteen hours on two cores
     python -m tests.benchmarks.evidence --arms none lgf    # some arms
     python -m tests.benchmarks.evidence --results tests/benchmarks/evidence/results.jsonl
 

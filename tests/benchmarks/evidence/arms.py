@@ -149,8 +149,12 @@ ARMS = (
     _projector("lgf-projector", "LGF at a weight of 0.001: the projector alone learns", 0.001),
     _projector("lgf-limbs-projector", "lgf-limbs at a weight of 0.001", 0.001, limbs=True),
     _projector("lgf-narrow", "LGF at a weight of 2, projector of width 8", 2, _NARROW),
+    _projector("lgf-narrow-0.1", "lgf-narrow at a weight of 0.1", 0.1, _NARROW),
     _projector("lgf-narrow-projector", "lgf-narrow at a weight of 0.001", 0.001, _NARROW),
     _projector("lgf-limbs-narrow", "lgf-limbs, projector of width 8", 2, _NARROW, limbs=True),
+    _projector(
+        "lgf-limbs-narrow-0.1", "lgf-limbs-narrow at a weight of 0.1", 0.1, _NARROW, limbs=True
+    ),
     _projector(
         "lgf-limbs-narrow-projector",
         "lgf-limbs-narrow at a weight of 0.001",
