@@ -208,22 +208,6 @@ ARMS = (
         _PAPER_WEIGHT,
         tracker="random",
     ),
-    _full(
-        "full-lgf-limbs",
-        "full-lgf with a teacher that knows where each limb is",
-        "train.objectives=[lgf]",
-        _PAPER_WEIGHT,
-        limbs=True,
-    ),
-    _full(
-        "full-lgf-latent-limbs",
-        "full-lgf-latent with that teacher, at temperature 0.1",
-        "train.objectives=[lgf]",
-        _PAPER_WEIGHT,
-        "train.block=4",
-        teacher=_LATENT,
-        limbs=True,
-    ),
     Arm(
         name="scratch-none",
         group="scratch",

@@ -20,7 +20,6 @@ from cache_schema import ShardWriter, StoreReader, StoreWriter
 from cache_schema.atomic_io import FileLock
 from stages.demo.figures import BODY_PLANS
 from stages.demo.scenes import FigureClip
-from stages.local_gram_flow.alignment import frames_to_latents
 from stages.teacher_store.features import encode_features, feature_arrays_spec
 from stages.video_scores.limb_labels import label_limbs
 from tests.benchmarks.evidence.data import draw_faster_clip
@@ -72,10 +71,10 @@ def limb_features(clip: FigureClip, token_grid: tuple[int, int]) -> Tensor:
 def write_limb_features(teacher: Path, size: Size) -> Path:
     """Write the store that a tracker without errors would have written beside a teacher's store.
 
-    Clips, shards, rate, valid maps and records are those of that store; existing shards are kept.
+    Clips, shards, valid maps and records are those of that store; existing shards are kept.
 
     Args:
-        teacher: A teacher store of drawn clips, in float16.
+        teacher: A teacher store of drawn clips, in float16, one map per frame.
         size: The lengths that the clips were drawn with.
 
     Returns:
@@ -105,9 +104,7 @@ def _write_shard(shard: ShardWriter, reader: StoreReader, size: Size) -> None:
             if record.shard != shard.name or shard.has(key):
                 continue
             clip = draw_faster_clip(int(key.rpartition("-")[2]), size)
-            features = limb_features(clip, (height, width))
-            if reader.settings.values["time_rate"] == "latent":
-                features = normalize(frames_to_latents(features), dim=-1)
-            made = encode_features(features, "float16") | {"valid": reader.read(key)["valid"]}
+            made = encode_features(limb_features(clip, (height, width)), "float16")
+            made["valid"] = reader.read(key)["valid"]
             shard.add(key, made, record.attributes, fingerprint=record.fingerprint)
         shard.commit()
