@@ -21,6 +21,7 @@ from stages.sam2_tracking.encoder import (
 )
 from stages.sam2_tracking.inputs import Sam2Prompt
 from stages.sam2_tracking.tracker import Tracker, TrackRequest
+from tests.bfloat16_attention import NEEDS_BFLOAT16_ATTENTION
 
 SIZE = 128
 CPU = torch.device("cpu")
@@ -77,7 +78,9 @@ def test_a_frame_that_is_not_there_is_an_error(keep: str, index: int) -> None:
         filled(keep, torch.float32).levels_at([index])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "precision", ["fp32", pytest.param("bf16", marks=NEEDS_BFLOAT16_ATTENTION)]
+)
 def test_where_frames_wait_changes_no_bit(precision: Any, tiny_sam2: tuple[Path, Path]) -> None:
     frames_TSS3 = random_frames(4)
     tracks = []

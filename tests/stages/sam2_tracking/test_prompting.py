@@ -12,6 +12,7 @@ from stages.sam2_tracking.build import build_sam2
 from stages.sam2_tracking.encoder import EncodedFrames
 from stages.sam2_tracking.inputs import Sam2Prompt, normalise
 from stages.sam2_tracking.tracker import Tracker, TrackRequest
+from tests.bfloat16_attention import NEEDS_BFLOAT16_ATTENTION
 
 SIZE = 128
 POINTS = np.array([[54.0, 64.0], [10.0, 10.0], [100.5, 30.25], [64.0, 120.0], [3.0, 90.0]])
@@ -92,6 +93,7 @@ def test_proposals_do_not_depend_on_the_batch(tracker: Tracker, encoded: Encoded
     torch.testing.assert_close(together.predicted_iou, single.predicted_iou, atol=5e-6, rtol=0)
 
 
+@NEEDS_BFLOAT16_ATTENTION
 def test_proposals_are_float32_whatever_the_arithmetic(
     tiny_sam2: tuple[Path, Path], frames_TSS3: np.ndarray
 ) -> None:

@@ -22,6 +22,7 @@ from stages.sam2_tracking.tracker import (
     Tracker,
     TrackRequest,
 )
+from tests.bfloat16_attention import NEEDS_BFLOAT16_ATTENTION
 
 HEIGHT, WIDTH, SIZE = 96, 144, 128
 CPU = torch.device("cpu")
@@ -186,7 +187,9 @@ def test_a_lost_subject_is_not_visible_and_makes_no_prompt(
         tracker.prompt_from_logits(forward[-1].mask_logits_HW)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "precision", [pytest.param("bf16", marks=NEEDS_BFLOAT16_ATTENTION), "fp16"]
+)
 def test_reduced_precision_stays_close(
     precision: Any, tiny_sam2: tuple[Path, Path], draw_frames: Callable[..., np.ndarray]
 ) -> None:
