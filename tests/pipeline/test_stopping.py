@@ -48,6 +48,13 @@ sys.addaudithook(ask)
 """
 """As sitecustomize: a signal at the import of that number, counted from when signals are taken."""
 
+ENDED = {ENDED_BY_SIGNAL, -signal.SIGINT}
+"""Exit codes; a shell shows 130 for both.
+
+Where the interrupt has left an `exec`, as dataclasses use, `python -m` ends itself by SIGINT after
+its cleanup (CPython 3.11 and 3.12).
+"""
+
 WAYS = ("the import", "a finalizer", "a library that catches all")
 
 
@@ -100,7 +107,7 @@ def test_a_command_that_is_asked_to_stop_while_it_starts_does_no_work(tmp_path, 
     number, way = chosen.randrange(1, 500), WAYS[seed % 3]  # of about 600 imports
     with_signal = chosen.choice([signal.SIGINT, signal.SIGTERM])
     answer = command(tmp_path, number, way, with_signal, "config", "show")
-    assert answer.returncode == ENDED_BY_SIGNAL, answer.stderr
+    assert answer.returncode in ENDED, answer.stderr
     assert answer.stdout == ""
     assert "Traceback" not in answer.stderr
 
@@ -113,6 +120,6 @@ def test_a_training_that_is_asked_to_stop_while_it_starts_makes_no_step(tmp_path
     number, way = chosen.randrange(1, 5000), WAYS[seed % 3]  # of some 5,300
     with_signal = chosen.choice([signal.SIGINT, signal.SIGTERM])
     answer = command(tmp_path, number, way, with_signal, "train", "--config", tiny_run(tmp_path))
-    assert answer.returncode == ENDED_BY_SIGNAL, answer.stderr
+    assert answer.returncode in ENDED, answer.stderr
     losses = tmp_path / "run" / "losses.jsonl"
     assert not losses.exists() or losses.read_text() == ""
