@@ -104,7 +104,7 @@ def test_timesteps_cover_the_schedule(cache, configs):
 
 
 @pytest.mark.parametrize(
-    ("workers", "start"), [(0, "fork"), (1, "fork"), (2, "fork"), (2, "spawn")]
+    ("workers", "start"), [(0, "fork"), (1, "fork"), (2, "fork"), (1, "spawn")]
 )
 def test_loading_keeps_the_order_and_joins_micro_batches(samples, workers, start):
     numbers = [[4, 5], [0, 9], [3]]
