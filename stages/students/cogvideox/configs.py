@@ -29,7 +29,7 @@ from stages.students.student import (
 OFS = 2.0
 """Value of the transformer's `ofs` input in the CogVideoX 1.5 image-to-video pipeline."""
 
-# rotary.py is imported late: diffusers costs each spawned loader process seconds and 170 MB.
+# rotary.py is imported late: diffusers would cost each spawned loader process 170 MB and seconds.
 
 _VAE_CLASS = "AutoencoderKLCogVideoX"
 _TEXT_CLASS = "T5EncoderModel"

@@ -198,9 +198,9 @@ def _seconds(rows: Sequence[Row]) -> float:
 
 def _legend() -> str:
     return (
-        "The first line of a table has means over the seeds that the others have, these have "
-        "differences from it in pairs of clip and "
-        "training seed, with 95% intervals over both; bold where the interval leaves out 0. With "
+        "The first line of a table has means over the training seeds of the lines below it. Those "
+        "have differences from it, in pairs of clip and training seed, with 95% intervals over "
+        "both; bold where the interval leaves out 0. With "
         "one seed an interval is over the clips alone: another seed may well lie outside it. "
         "Structure error: relative change of the mean of 1 - limb_presence, limb_length_error, "
         "joint_gap and extra_pieces, each divided by the base model's. Motion distance: squared "

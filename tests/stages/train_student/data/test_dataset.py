@@ -55,9 +55,10 @@ def test_no_loader_process_looks_at_a_store_by_itself(tiny, tmp_path, configs):
     expected = [samples[number] for number in range(5)]
     for path in [*tmp_path.glob("*/commits"), *tmp_path.glob("*/index.npz")]:
         path.rename(path.with_name("gone"))
-    numbers = [[number] for number in range(5)]
-    with BatchLoader(samples, numbers, workers=1, start="spawn", pin_memory=False) as batches:
-        assert all(same(batch, one) for batch, one in zip(batches, expected, strict=True))
+    for start in ("fork", "spawn"):
+        numbers = [[number] for number in range(5)]
+        with BatchLoader(samples, numbers, workers=1, start=start, pin_memory=False) as batches:
+            assert all(same(batch, one) for batch, one in zip(batches, expected, strict=True))
 
 
 def test_arrays_belong_to_the_key(samples, cache):
@@ -104,7 +105,7 @@ def test_timesteps_cover_the_schedule(cache, configs):
 
 
 @pytest.mark.parametrize(
-    ("workers", "start"), [(0, "fork"), (1, "fork"), (2, "fork"), (1, "spawn")]
+    ("workers", "start"), [(0, "fork"), (1, "fork"), (2, "fork"), (2, "spawn")]
 )
 def test_loading_keeps_the_order_and_joins_micro_batches(samples, workers, start):
     numbers = [[4, 5], [0, 9], [3]]
@@ -187,7 +188,8 @@ def test_the_teachers_arrays_are_handed_on_as_they_are_stored(tiny, tmp_path, co
             assert (stored == array).all()
 
 
-def test_workers_read_a_cache_behind_a_url(tiny, tmp_path, configs):
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_read_a_cache_behind_a_url(tiny, tmp_path, configs, start):
     """The client was in use in this process before its workers were started."""
     stores = {
         "text": tiny.write_store(tmp_path, "text", {"embeds": tiny.TEXT}),
@@ -205,12 +207,14 @@ def test_workers_read_a_cache_behind_a_url(tiny, tmp_path, configs):
         samples = from_stores(joined, configs)
         assert same(samples[0], local[0])
         numbers = [[n, n + 1] for n in range(0, 8, 2)]
-        loading = BatchLoader(samples, numbers, workers=2, start="fork", pin_memory=False)
+        loading = BatchLoader(samples, numbers, workers=2, start=start, pin_memory=False)
         for batch, group in zip(loading, numbers, strict=True):
             assert same(batch, join_batches([local[number] for number in group]))
 
 
-def test_with_workers_nothing_is_read_in_the_training_process(samples, monkeypatch):
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_with_workers_nothing_is_read_in_the_training_process(samples, monkeypatch, start):
+    """A worker that is spawned does not inherit the trap; one that is forked is told apart."""
     here, read = os.getpid(), StoreReader.read
 
     def guarded(self, *arguments):
@@ -218,7 +222,7 @@ def test_with_workers_nothing_is_read_in_the_training_process(samples, monkeypat
         return read(self, *arguments)
 
     monkeypatch.setattr(StoreReader, "read", guarded)
-    loading = BatchLoader(samples, [[0], [1]], workers=1, start="fork", pin_memory=False)
+    loading = BatchLoader(samples, [[0], [1]], workers=1, start=start, pin_memory=False)
     assert len(list(loading)) == 2
 
 
