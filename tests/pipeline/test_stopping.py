@@ -49,7 +49,7 @@ sys.addaudithook(ask)
 """As sitecustomize: a signal at the import of that number, counted from when signals are taken."""
 
 MAIN = "from pipeline.__main__ import main; main()"
-"""As the installed command. With `-m`, CPython 3.11 and 3.12 kill themselves by SIGINT after cleanup
+"""As the installed command. With `-m`, CPython 3.11 and 3.12 kill themselves by SIGINT at the end
 if the interrupt has left an `exec`, as in dataclasses; a shell shows 130 for both."""
 
 WAYS = ("the import", "a finalizer", "a library that catches all")
